@@ -1,0 +1,54 @@
+# Everything a newcomer or CI runs. Each target sets up all that it needs.
+
+# uv where it is installed; otherwise pip puts a copy into .tools/.
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+PYTHON ?= python3
+BENCH := .bench-venv/bin
+
+export UV_PYTHON_DOWNLOADS = never
+
+.PHONY: help setup test check demo bench docs wheels clean
+
+help:
+	@echo "make demo    train a digits model with DDP on 4 ranks; writes demo.png"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format, types"
+	@echo "make bench   measure against torch.distributed gloo; writes benchmarks/results/"
+	@echo "make docs    write the generated tables and pictures of docs/ again"
+	@echo "make wheels  build one wheel per distribution into dist/"
+
+.tools/bin/uv:
+	$(PYTHON) -m pip install --quiet --target .tools uv
+
+setup: $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --quiet --locked --all-groups
+
+test: setup
+	.venv/bin/python -m pytest -q
+
+check: setup
+	.venv/bin/ruff format --check --quiet
+	.venv/bin/ruff check --quiet
+	.venv/bin/mypy
+
+demo: setup
+	.venv/bin/ferro run -n 4 examples/digits.py --plot demo.png --compare
+
+# torch comes by pip, never by uv: it is a peer to measure against, not a dependency.
+$(BENCH)/torchrun:
+	$(MAKE) setup
+	$(UV) venv --quiet --seed --clear .bench-venv
+	$(BENCH)/pip install --quiet torch==2.13.0 matplotlib
+	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies
+
+bench: $(BENCH)/torchrun
+	$(BENCH)/python benchmarks/run.py
+
+docs: setup
+	.venv/bin/python docs/generate.py
+
+wheels: $(filter .tools/bin/uv,$(UV))
+	$(UV) build --quiet --all-packages --wheel --out-dir dist
+
+clean:
+	rm -rf .venv .bench-venv .tools dist build demo.png
