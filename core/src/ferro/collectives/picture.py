@@ -1,0 +1,61 @@
+"""The picture: who sends what to whom, round by round, as aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from ferro.collectives.messages import Message, Subject, pair
+from ferro.collectives.schedule import Build
+
+
+def table(build: Build, world_size: int, root: int = 0) -> str:
+    """Draw an algorithm as one line per round and one cell per message.
+
+    `0→1 [2]⊕` reads: rank 0 sends chunk 2 to rank 1, which combines it with its own; without ⊕
+    it overwrites its own. `[0-3]` are chunks 0 to 3. A message stands in its sender's round.
+
+        r1  0→1 [2]⊕  1→2 [0]⊕  2→0 [1]⊕
+        r2  0→1 [1]⊕  1→2 [2]⊕  2→0 [0]⊕
+
+    Returns:
+        The lines, joined by newlines; empty when nothing is sent.
+
+    Raises:
+        PluginError: a send has no receive, or the like: see `check`.
+        UsageError: world size or root make no sense.
+    """
+    subject = Subject("table", build, world_size, root)
+    messages = sorted(
+        pair(subject, subject.schedules()), key=lambda m: (m.sent_in, m.source, m.target, m.number)
+    )
+    rows = [
+        [f"r{index + 1}", *map(_cell, row)]
+        for index, row in groupby(messages, key=lambda message: message.sent_in)
+    ]
+    return _aligned(rows)
+
+
+def _cell(message: Message) -> str:
+    mark = "⊕" if message.reduce else ""
+    return f"{message.source}→{message.target} [{_spans(message.chunks)}]{mark}"
+
+
+def _spans(chunks: Sequence[int]) -> str:
+    """Write 4, 5, 6, 1 as 4-6,1."""
+    spans: list[list[int]] = []
+    for chunk in chunks:
+        if spans and chunk == spans[-1][-1] + 1:
+            spans[-1].append(chunk)
+        else:
+            spans.append([chunk])
+    return ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    columns = max(map(len, rows), default=0)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    )
