@@ -1,0 +1,164 @@
+"""The store as a rank uses it: a thread-safe client over a few connections."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import TracebackType
+from typing import Self
+
+from ferro.errors import RendezvousError, UsageError
+from ferro.rendezvous import wire
+from ferro.rendezvous.addresses import remaining_s, set_deadline, show_address
+from ferro.rendezvous.dial import connect
+from ferro.rendezvous.pool import ConnectionPool
+from ferro.rendezvous.prefix import PrefixStore
+from ferro.rendezvous.store import Store, StoreTimeout
+from ferro.rendezvous.table import check_amount, check_value, encode_key
+
+# How much later than a get's deadline the store's word that nobody set the key may come.
+_GRACE_S = 2.0
+
+
+class StoreClient:
+    """The `Store` protocol over TCP.
+
+    A thread that waits in `get` has a connection to itself, so it holds nobody up; there are at
+    most 64.
+
+    Attributes:
+        local_host: this machine's address on the way to the store: what others can reach us by.
+        remote_host: the address at which the store was reached.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        secret: bytes,
+        *,
+        deadline: float,
+        request_timeout_s: float = 30.0,
+    ) -> None:
+        """Connect, waiting for the store to start if need be.
+
+        Args:
+            address: host and port of the store.
+            secret: the job's.
+            deadline: absolute `time.monotonic()` second by which to be connected.
+            request_timeout_s: how long a request may take, beyond what `get` is told to wait.
+
+        Raises:
+            RendezvousError: the store could not be reached.
+            AuthenticationError: it does not hold the same secret.
+        """
+        self._where = f"the store at {show_address(*address)}"
+        self._request_timeout_s = request_timeout_s
+
+        def open_one(deadline: float) -> socket.socket:
+            return connect(address, secret, purpose=wire.PURPOSE, deadline=deadline)
+
+        first = open_one(deadline)
+        self.local_host: str = first.getsockname()[0]
+        self.remote_host: str = first.getpeername()[0]
+        self._pool = ConnectionPool(open_one)
+        self._pool.put(first)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Store.set`."""
+        encoded = encode_key(key)
+        check_value(key, value)
+        self._ask(wire.Request(wire.Op.SET, encoded, value=value))
+
+    def get(self, key: str, *, deadline: float) -> bytes:
+        """See `Store.get`."""
+        encoded = encode_key(key)
+        started = time.monotonic()
+        wait_us = int(remaining_s(deadline) * 1e6)
+        request = wire.Request(wire.Op.GET, encoded, wait_us)
+        try:
+            reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
+        except TimeoutError as exc:
+            where = f"{self._where}, which did not answer either ({exc})"
+            raise StoreTimeout(key, time.monotonic() - started, where) from exc
+        if reply.status is wire.Status.TIMEOUT:
+            raise StoreTimeout(key, time.monotonic() - started, self._where)
+        return reply.value
+
+    def add(self, key: str, amount: int) -> int:
+        """See `Store.add`."""
+        encoded = encode_key(key)
+        check_amount(key, amount)
+        return self._ask(wire.Request(wire.Op.ADD, encoded, amount)).number
+
+    def delete(self, key: str) -> bool:
+        """See `Store.delete`."""
+        return bool(self._ask(wire.Request(wire.Op.DELETE, encode_key(key))).number)
+
+    def prefix(self, name: str) -> Store:
+        """See `Store.prefix`; the view shares this client's connections."""
+        return PrefixStore(self, name)
+
+    def close(self) -> None:
+        """Close all connections, waking threads that wait on one; idempotent."""
+        self._pool.close()
+
+    def _ask(self, request: wire.Request) -> wire.Reply:
+        """A request that the store answers at once."""
+        try:
+            return self._exchange(request, time.monotonic() + self._request_timeout_s)
+        except TimeoutError as exc:
+            raise RendezvousError(
+                f"{self._where} did not answer {request.op.name.lower()} within "
+                f"{self._request_timeout_s} s ({exc}). The process that hosts it is stopped or "
+                f"overloaded, or the network between is down."
+            ) from exc
+
+    def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
+        try:
+            with self._pool.lend(deadline) as sock:
+                set_deadline(sock, deadline)
+                sock.sendall(wire.encode_request(request))
+                reply = _receive_reply(sock, deadline)
+        except TimeoutError:
+            raise
+        except (OSError, wire.WireError) as exc:
+            if self._pool.closed:
+                raise RendezvousError("this store client was closed") from exc
+            raise RendezvousError(
+                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or "
+                f"`ferro run`, has ended: read its log first."
+            ) from exc
+        if reply.status is wire.Status.MISUSED:
+            raise UsageError(reply.value.decode(errors="replace"))
+        if reply.status is wire.Status.REFUSED:
+            raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
+        return reply
+
+
+def _receive_reply(sock: socket.socket, deadline: float) -> wire.Reply:
+    header = _receive(sock, wire.REPLY_HEADER_BYTES, deadline)
+    status, number, value_bytes = wire.decode_reply_header(header)
+    return wire.Reply(status, number, _receive(sock, value_bytes, deadline))
+
+
+def _receive(sock: socket.socket, size: int, deadline: float) -> bytes:
+    received = bytearray(size)
+    view = memoryview(received)
+    while view:
+        set_deadline(sock, deadline)
+        count = sock.recv_into(view)
+        if not count:
+            raise ConnectionResetError("it closed the connection")
+        view = view[count:]
+    return bytes(received)

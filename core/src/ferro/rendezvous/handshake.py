@@ -1,0 +1,183 @@
+r"""Mutual authentication by a shared secret, as two small machines without a socket.
+
+Four messages of fixed size, before anything else is read on a connection:
+
+    1. client -> server   b"\xf3FERROC" version   client nonce       8 + 32 bytes
+    2. server -> client   b"\xf3FERROS" version   server nonce       8 + 32 bytes
+    3. client -> server   client proof                              32 bytes
+    4. server -> client   server proof, or 32 zeros: refused        32 bytes
+
+    proof = HMAC-SHA256(SHA256(secret), preamble | client nonce | server nonce | purpose)
+    where the preamble, the first 8 bytes of message 1 or 2, is that of the prover
+
+The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh,
+so a recorded handshake is worth nothing later; the role keeps a proof from being reflected to its
+sender; the purpose keeps a connection to one service from being spliced into another. The client
+proves first, so a server shows no proof to whoever does not hold the secret.
+
+This authenticates the ends of a connection. It does not encrypt what follows: on a network where
+others can change packets, run the job inside a VPN or an SSH tunnel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Generator
+from typing import NamedTuple
+
+from ferro.errors import AuthenticationError
+
+VERSION = 1
+PREAMBLE_BYTES = 8
+NONCE_BYTES = 32
+PROOF_BYTES = 32
+
+_CLIENT_MAGIC = b"\xf3FERROC"
+_SERVER_MAGIC = b"\xf3FERROS"
+_CLIENT_PREAMBLE = _CLIENT_MAGIC + bytes([VERSION])
+_SERVER_PREAMBLE = _SERVER_MAGIC + bytes([VERSION])
+_REFUSED = bytes(PROOF_BYTES)
+
+
+class HandshakeError(Exception):
+    """This handshake failed; stays inside the room, which adds who and where.
+
+    Attributes:
+        reply: what the other end should still be sent before the connection is closed.
+    """
+
+    def __init__(self, reason: str, reply: bytes = b"") -> None:
+        super().__init__(reason)
+        self.reply = reply
+
+
+class StrangerError(HandshakeError):
+    """The other end does not speak this protocol, or another version of it."""
+
+
+class WrongSecretError(HandshakeError):
+    """The other end does not hold the secret, or says that we do not."""
+
+
+class Step(NamedTuple):
+    """What a side wants next: these bytes sent, then exactly so many received."""
+
+    send: bytes
+    receive: int
+
+
+Steps = Generator[Step, bytes, bytes]
+"""One side's conversation; it returns the last bytes to send."""
+
+
+class Handshake:
+    """One side of one handshake: give `feed` what arrives, send what it returns.
+
+    Never read more than `wants` bytes from the connection: what follows belongs to others.
+
+    Attributes:
+        opening: the bytes to send before anything is received.
+        replies: how many messages `feed` has returned so far.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        first = next(steps)
+        self.opening = first.send
+        self.replies = 0
+        self._steps = steps
+        self._receive = first.receive
+        self._received = bytearray()
+
+    @property
+    def wants(self) -> int:
+        """How many bytes are still missing; 0 when both ends are authenticated."""
+        return self._receive - len(self._received)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take at most `wants` bytes; return what must be sent now, often nothing.
+
+        Raises:
+            StrangerError: the bytes are not this protocol's.
+            WrongSecretError: the secrets or purposes differ.
+        """
+        assert len(data) <= self.wants
+        self._received += data
+        if self.wants:
+            return b""
+        message = bytes(self._received)
+        self._received.clear()
+        try:
+            send, self._receive = self._steps.send(message)
+        except StopIteration as finished:
+            send, self._receive = finished.value, 0
+        self.replies += bool(send)
+        return send
+
+
+def require_secret(secret: bytes) -> None:
+    """Refuse an empty secret, which everybody holds.
+
+    Raises:
+        AuthenticationError: it is empty.
+    """
+    if not secret:
+        raise AuthenticationError(
+            "the job's secret is empty, so nobody could be told from a stranger. Start the job "
+            "with `ferro run`, which makes one, or set FERRO_SECRET to the same value on all ranks."
+        )
+
+
+def client(secret: bytes, purpose: bytes) -> Handshake:
+    """The side that connects."""
+    return Handshake(_client(secret, purpose))
+
+
+def server(secret: bytes, purpose: bytes) -> Handshake:
+    """The side that accepted the connection."""
+    return Handshake(_server(secret, purpose))
+
+
+def _client(secret: bytes, purpose: bytes) -> Steps:
+    ours = secrets.token_bytes(NONCE_BYTES)
+    preamble = yield Step(_CLIENT_PREAMBLE + ours, PREAMBLE_BYTES)
+    if not preamble.startswith(_SERVER_MAGIC):
+        raise StrangerError(f"what answers there is not ferro: it began with {preamble!r}")
+    if preamble != _SERVER_PREAMBLE:
+        raise StrangerError(
+            f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: "
+            f"install one ferro version everywhere"
+        )
+    theirs = yield Step(b"", NONCE_BYTES)
+    nonces = ours + theirs
+    verdict = yield Step(_proof(secret, _CLIENT_PREAMBLE, nonces, purpose), PROOF_BYTES)
+    if hmac.compare_digest(verdict, _REFUSED):
+        raise WrongSecretError("it refused our secret")
+    if not hmac.compare_digest(verdict, _proof(secret, _SERVER_PREAMBLE, nonces, purpose)):
+        raise WrongSecretError("it could not prove that it holds our secret")
+    return b""
+
+
+def _server(secret: bytes, purpose: bytes) -> Steps:
+    preamble = yield Step(b"", PREAMBLE_BYTES)
+    if not preamble.startswith(_CLIENT_MAGIC):
+        raise StrangerError(f"not a ferro client: it began with {preamble!r}")
+    theirs = yield Step(b"", NONCE_BYTES)
+    if preamble != _CLIENT_PREAMBLE:
+        raise StrangerError(f"a client of handshake version {preamble[-1]}", _SERVER_PREAMBLE)
+    ours = secrets.token_bytes(NONCE_BYTES)
+    nonces = theirs + ours
+    proof = yield Step(_SERVER_PREAMBLE + ours, PROOF_BYTES)
+    if not hmac.compare_digest(proof, _proof(secret, _CLIENT_PREAMBLE, nonces, purpose)):
+        raise WrongSecretError("a client with another secret or purpose", _REFUSED)
+    return _proof(secret, _SERVER_PREAMBLE, nonces, purpose)
+
+
+def _proof(secret: bytes, role: bytes, nonces: bytes, purpose: bytes) -> bytes:
+    r"""Every part but the last has a fixed size, so no two transcripts share one encoding.
+
+    The secret is hashed first: HMAC pads short keys with zeros, so b"x" and b"x\0" would be one.
+    """
+    key = hashlib.sha256(secret).digest()
+    return hmac.new(key, role + nonces + purpose, hashlib.sha256).digest()

@@ -1,0 +1,130 @@
+"""Where the ranks of a job meet: find the store that runs, or have rank 0 host one.
+
+| launcher gives                      | the store                                               |
+|-------------------------------------|---------------------------------------------------------|
+| FERRO_STORE (`ferro run`)           | runs there already                                      |
+| ranks on one host                   | rank 0 hosts it on loopback, on a free port, and posts  |
+|                                     | the address on the host's bulletin                      |
+| several hosts, MASTER_ADDR and _PORT| rank 0 hosts it there; on the next port where torchrun's|
+|                                     | agent listens on that one itself                        |
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+
+from ferro.environment import Address, LaunchInfo, format_address, parse_address
+from ferro.errors import UsageError
+from ferro.rendezvous import bulletin
+from ferro.rendezvous.client import StoreClient
+from ferro.rendezvous.secret import derive, per_user_secret
+from ferro.rendezvous.server import StoreServer
+
+
+@dataclass(slots=True, kw_only=True)
+class Meeting:
+    """A connection to the job's store, and what was opened to have it.
+
+    Attributes:
+        store: the connected client.
+        secret: the job's secret.
+        server: the store itself, where this rank hosts it.
+        note: name of the bulletin's note that tells its address, or "".
+    """
+
+    store: StoreClient
+    secret: bytes = field(repr=False)
+    server: StoreServer | None = None
+    note: str = ""
+
+    def close(self) -> None:
+        """Leave the store; end it where this rank hosts it. Idempotent."""
+        self.store.close()
+        if self.note:
+            bulletin.remove(self.note)
+            self.note = ""
+        if self.server is not None:
+            self.server.close()
+
+
+def meet(info: LaunchInfo, *, explicit: bool, deadline: float) -> Meeting:
+    """Connect to the job's store, hosting it where this rank has to.
+
+    Args:
+        info: this process's place.
+        explicit: the program itself named `info.master`: meet there, nowhere else.
+        deadline: absolute `time.monotonic()` second by which to be connected.
+
+    Raises:
+        RendezvousError, AuthenticationError: the store cannot be hosted or reached.
+        UsageError: ranks on several hosts, and nothing says where to meet.
+    """
+    here = info.local_world_size == info.world_size
+    secret = info.secret or derive(per_user_secret(), _job(info, here))
+    if info.store is not None:
+        return Meeting(store=StoreClient(info.store, secret, deadline=deadline), secret=secret)
+    if here and not explicit:
+        return _meet_here(info, secret, deadline)
+    address = _agreed_address(info)
+    server = None
+    if info.rank == 0:
+        server = StoreServer(_listening_host(address[0]), address[1], secret=secret)
+    return _enter(server, address, secret, deadline)
+
+
+def _meet_here(info: LaunchInfo, secret: bytes, deadline: float) -> Meeting:
+    """Meet on loopback, through the host's bulletin."""
+    note = f"store of {info.job}"
+    if info.rank:
+        text = bulletin.read(note, deadline=deadline)
+        return _enter(None, parse_address(text, source="bulletin"), secret, deadline)
+    server = StoreServer(secret=secret)
+    bulletin.post(note, format_address(server.address))
+    return _enter(server, server.address, secret, deadline, note)
+
+
+def _enter(
+    server: StoreServer | None, address: Address, secret: bytes, deadline: float, note: str = ""
+) -> Meeting:
+    try:
+        store = StoreClient(address, secret, deadline=deadline)
+    except BaseException:
+        if server is not None:
+            server.close()
+        raise
+    return Meeting(store=store, secret=secret, server=server, note=note)
+
+
+def _job(info: LaunchInfo, here: bool) -> str:
+    """Return a text that all ranks share, also between hosts."""
+    if here or info.master is None:
+        return info.job
+    return f"{info.launcher}:{format_address(info.master)}"
+
+
+def _agreed_address(info: LaunchInfo) -> Address:
+    if info.master is None:
+        raise UsageError(
+            f"{info.describe()}: the ranks are on several hosts, and nothing says where to meet. "
+            "Set MASTER_ADDR and MASTER_PORT to an address of rank 0's host and a free port, or "
+            "start the job with `ferro run`."
+        )
+    host, port = info.master
+    return (host, port + 1) if info.master_port_taken else (host, port)
+
+
+def _listening_host(host: str) -> str:
+    """Return where rank 0 listens: the address asked for, but never a host name's loopback.
+
+    Debian gives a host's own name the address 127.0.1.1, which no other host can reach.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
+        if host != "localhost" and addresses[0].is_loopback:
+            return ""
+    return host

@@ -1,0 +1,66 @@
+"""Files that only this user can have written: how they are opened, checked and read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+class NotPrivateError(Exception):
+    """Somebody else owns this, or can reach it; stays inside the room."""
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` for this user alone, or check that it is so.
+
+    Raises:
+        NotPrivateError: it is a link, another user's, or open to others.
+        OSError: it cannot be created.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotPrivateError(f"{path} is not a directory")
+    _check(path, found)
+
+
+def create(path: Path, content: bytes) -> None:
+    """Create `path` for this user alone, with this content.
+
+    Raises:
+        FileExistsError: there is one already, or a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(content)
+
+
+def read(path: Path, limit_bytes: int) -> bytes:
+    """Read a small file.
+
+    Raises:
+        NotPrivateError: it is a link, no plain file, another user's, open to others, or too long.
+        FileNotFoundError: there is none.
+    """
+    if path.is_symlink():
+        raise NotPrivateError(f"{path} is a symbolic link")
+    # O_NOFOLLOW: it may have become one since; O_NONBLOCK: a pipe must not make us wait.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise NotPrivateError(f"{path} is not a plain file")
+        _check(path, found)
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise NotPrivateError(f"{path} is longer than {limit_bytes} bytes")
+    return content
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.getuid():
+        raise NotPrivateError(f"{path} belongs to user id {found.st_uid}, not to {os.getuid()}")
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077:
+        raise NotPrivateError(f"{path} is open to other users (mode {mode:04o})")

@@ -1,0 +1,240 @@
+"""The gate, turned by hand: the test is the loop, so nothing depends on another thread."""
+
+from __future__ import annotations
+
+import errno
+import selectors
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ferro.errors import AuthenticationError, RendezvousError
+from ferro.rendezvous import Gate, gate, handshake, listen
+
+SECRET = b"a job's secret"
+
+
+class House:
+    """A selector, a gate on it, and what the gate let in."""
+
+    def __init__(self, listener: socket.socket, timeout_s: float = 60.0, limit: int = 128) -> None:
+        self.address = listener.getsockname()
+        self.selector = selectors.DefaultSelector()
+        self.admitted: list[socket.socket] = []
+        self.strangers: list[socket.socket] = []
+        self.gate = Gate(
+            listener,
+            SECRET,
+            purpose=b"store",
+            selector=self.selector,
+            admit=self.admitted.append,
+            handshake_timeout_s=timeout_s,
+            limit=limit,
+        )
+
+    def turn(self, until: Callable[[], bool]) -> None:
+        """Turn the loop until something is so."""
+        deadline = time.monotonic() + 10
+        while not until():
+            assert time.monotonic() < deadline, "the gate never came to it"
+            self.gate.expire()
+            for key, events in self.selector.select(0.01):
+                key.data(events)
+
+    def stranger(self) -> socket.socket:
+        """A new connection, accepted by the gate."""
+        accepted = self.accepted
+        sock = socket.create_connection(self.address[:2], timeout=10)
+        self.strangers.append(sock)
+        self.turn(lambda: self.accepted == accepted + 1)
+        return sock
+
+    @property
+    def accepted(self) -> int:
+        """How many sockets besides the listener are on the selector."""
+        return len(self.selector.get_map()) - 1
+
+    def member(self) -> socket.socket:
+        """Authenticate over a new connection, turn by turn."""
+        sock = socket.create_connection(self.address[:2], timeout=10)
+        self.strangers.append(sock)
+        sock.setblocking(False)
+        conversation = handshake.client(SECRET, b"store")
+        sock.sendall(conversation.opening)
+
+        def step() -> bool:
+            try:
+                sock.sendall(conversation.feed(sock.recv(conversation.wants)))
+            except BlockingIOError:
+                return False
+            return conversation.wants == 0
+
+        self.turn(step)
+        return sock
+
+    def close(self) -> None:
+        self.gate.close()
+        for sock in (*self.admitted, *self.strangers):
+            sock.close()
+        self.selector.close()
+
+
+@pytest.fixture
+def build():
+    houses: list[House] = []
+
+    def build(host: str = "127.0.0.1", **options: float) -> House:
+        houses.append(House(listen(host), **options))
+        return houses[-1]
+
+    yield build
+    for house in houses:
+        house.close()
+
+
+def gone(sock: socket.socket) -> bool:
+    """Whether the other end closed without a word."""
+    try:
+        return sock.recv(64) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_member_is_handed_on_blocking_and_off_the_selector(build):
+    house = build()
+    member = house.member()
+    (admitted,) = house.admitted
+    assert admitted.getblocking()
+    assert admitted.gettimeout() is None
+    assert admitted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert house.accepted == 0
+    member.sendall(b"what follows is not the gate's")
+    admitted.settimeout(10)
+    assert admitted.recv(64) == b"what follows is not the gate's"
+
+
+def test_bytes_sent_ahead_of_the_verdict_are_left_to_the_owner(build):
+    house = build()
+    sock = house.stranger()
+    conversation = handshake.client(SECRET, b"store")
+    sock.sendall(conversation.opening)
+    house.turn(lambda: bool(readable(sock)))
+    proof = b""
+    while not proof:
+        proof = conversation.feed(sock.recv(conversation.wants))
+    sock.sendall(proof + b"early")
+    house.turn(lambda: bool(house.admitted))
+    house.admitted[0].settimeout(10)
+    assert house.admitted[0].recv(64) == b"early"
+
+
+def readable(sock: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def test_the_silent_are_dropped_when_their_time_is_up(build):
+    house = build(timeout_s=0.05)
+    assert house.gate.expire() is None
+    sock = house.stranger()
+    due = house.gate.expire()
+    assert due is None or due <= time.monotonic() + 0.05
+    house.turn(lambda: house.accepted == 0)
+    assert gone(sock)
+    assert house.gate.expire() is None
+    assert house.admitted == []
+
+
+def test_over_the_limit_the_oldest_stranger_goes_and_members_still_come(build):
+    house = build(limit=3)
+    strangers = [house.stranger() for _ in range(3)]
+    house.member()
+    assert len(house.admitted) == 1
+    assert gone(strangers[0])
+    assert house.accepted == 2
+    newest = socket.create_connection(house.address[:2], timeout=10)
+    house.strangers.append(newest)
+    house.turn(lambda: house.accepted == 3)
+    house.member()
+    assert gone(strangers[1])
+    assert len(house.admitted) == 2
+
+
+def test_a_visitor_that_leaves_is_forgotten(build):
+    house = build()
+    house.stranger().close()
+    house.turn(lambda: house.accepted == 0)
+    assert house.admitted == []
+
+
+def test_a_visitor_dropped_in_the_same_turn_is_not_heard_again(build):
+    house = build(limit=1)
+    first = house.stranger()
+    # Both the first visitor's bytes and the second's arrival are ready in one select.
+    first.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    second = socket.create_connection(house.address[:2], timeout=10)
+    house.strangers.append(second)
+    house.turn(lambda: gone_now(first))
+    house.member()
+    assert len(house.admitted) == 1
+
+
+def gone_now(sock: socket.socket) -> bool:
+    return readable(sock) and gone(sock)
+
+
+class Exhausted(socket.socket):
+    """A listener in a process that is, twice, out of file descriptors."""
+
+    failures = 2
+
+    def accept(self):
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_without_file_descriptors_the_gate_rests_and_comes_back(monkeypatch):
+    monkeypatch.setattr(gate, "_REST_S", 0.01)
+    listener = Exhausted(fileno=listen("127.0.0.1").detach())
+    house = House(listener)
+    try:
+        house.member()
+        assert listener.failures == 0
+        assert len(house.admitted) == 1
+    finally:
+        house.close()
+
+
+def test_close_leaves_nothing_and_may_be_repeated(build):
+    house = build()
+    sock = house.stranger()
+    house.gate.close()
+    house.gate.close()
+    assert gone(sock)
+    assert len(house.selector.get_map()) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(house.address[:2], timeout=10)
+
+
+def test_an_empty_secret_guards_nothing():
+    with listen("127.0.0.1") as listener, selectors.DefaultSelector() as selector:
+        with pytest.raises(AuthenticationError, match="empty"):
+            Gate(listener, b"", purpose=b"x", selector=selector, admit=print)
+        assert len(selector.get_map()) == 0
+
+
+def test_a_port_in_use_is_named_with_its_remedy():
+    with listen("127.0.0.1") as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RendezvousError, match=rf"127\.0\.0\.1:{port}.*in use.*another port"):
+            listen("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(RendezvousError, match=r"192\.0\.2\.1:0.*address of this machine"):
+        listen("192.0.2.1")
