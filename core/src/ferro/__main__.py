@@ -1,0 +1,7 @@
+"""`python -m ferro`: the same as the `ferro` command."""
+
+import sys
+
+from ferro.cli import main
+
+sys.exit(main())

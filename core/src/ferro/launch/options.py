@@ -1,0 +1,176 @@
+"""The command line of `ferro run`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ferro.environment import Address, node_defaults, parse_address
+from ferro.errors import UsageError
+
+_MAX_RANKS = 1_000_000
+
+_EPILOG = """\
+Several nodes: start the same command on each, with its own --node-rank; node 0 hosts the store
+at --rdzv-endpoint, and each attempt's ranks meet on another free port of that host. All nodes
+need the same FERRO_SECRET (64 hexadecimal digits), or one home directory. Kubeflow's PET_NNODES,
+PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT are defaults.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """What `ferro run` was asked for.
+
+    Attributes:
+        nproc_per_node: ranks to start on each node.
+        nnodes: nodes, each with a launcher of its own.
+        node_rank: this node, 0 <= node_rank < nnodes.
+        endpoint: where node 0's launcher listens; only with several nodes.
+        module: `program` is a module's name, as after `python -m`.
+        program: what to run.
+        arguments: its arguments.
+        log_dir: directory for each rank's output, or None.
+        max_restarts: how often to start again after a failure.
+        trace: file for the trace of all ranks, or None.
+        timeout_s: the ranks' FERRO_TIMEOUT_S, or None.
+        verbose: show every failing rank's traceback.
+    """
+
+    nproc_per_node: int
+    nnodes: int
+    node_rank: int
+    endpoint: Address | None
+    module: bool
+    program: str
+    arguments: tuple[str, ...]
+    log_dir: Path | None
+    max_restarts: int
+    trace: Path | None
+    timeout_s: float | None
+    verbose: bool
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the job, on all nodes."""
+        return self.nnodes * self.nproc_per_node
+
+    def python_arguments(self) -> list[str]:
+        """What follows the interpreter on a rank's command line."""
+        return [*(["-m"] if self.module else []), self.program, *self.arguments]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def parse_options(
+    arguments: Sequence[str], environ: Mapping[str, str] | None = None
+) -> LaunchOptions:
+    """Read the command line after `ferro run`.
+
+    Args:
+        arguments: the command line.
+        environ: variables to take defaults from; the process's own by default.
+
+    Raises:
+        UsageError: an option is unknown, malformed or missing.
+    """
+    given = _parser().parse_args(arguments)
+    defaults = node_defaults(environ)
+    endpoint = defaults.endpoint
+    if given.rdzv_endpoint is not None:
+        endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")
+    options = LaunchOptions(
+        nproc_per_node=_first(given.nproc_per_node, defaults.nproc_per_node, 1),
+        nnodes=_first(given.nnodes, defaults.nnodes, 1),
+        node_rank=_first(given.node_rank, defaults.node_rank, 0),
+        endpoint=endpoint,
+        module=given.module,
+        program=given.program,
+        arguments=tuple(given.arguments),
+        log_dir=given.log_dir,
+        max_restarts=given.max_restarts,
+        trace=given.trace,
+        timeout_s=given.timeout_s,
+        verbose=given.verbose,
+    )
+    _check(options)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ferro run",
+        usage="ferro run [options] [-m] PROGRAM [ARGUMENT ...]",
+        description="Run a Python program as several ranks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-n", "--nproc-per-node", type=int, metavar="N", help="ranks on each node (default 1)")
+    add("--nnodes", type=int, metavar="K", help="nodes (default 1)")
+    add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
+    add("-m", dest="module", action="store_true", help="PROGRAM is a module, not a file")
+    add("--log-dir", type=Path, metavar="DIR", help="also write DIR/rank<r>.out and .err")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="M",
+        help="after a failure start all ranks again, up to M times (default 0)",
+    )
+    add(
+        "--trace",
+        type=Path,
+        metavar="OUT.json",
+        help="write a Chrome trace of all ranks; node r > 0 writes OUT.node<r>.json",
+    )
+    add("--timeout-s", type=float, metavar="S", help="seconds that a collective may take")
+    add("-v", "--verbose", action="store_true", help="show every failing rank's traceback")
+    add("program", metavar="PROGRAM", help="Python file to run")
+    add("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="passed to it untouched")
+    return parser
+
+
+def _first(given: int | None, default: int | None, otherwise: int) -> int:
+    if given is not None:
+        return given
+    return otherwise if default is None else default
+
+
+def _check(options: LaunchOptions) -> None:
+    """Refuse what cannot work, before anything starts."""
+    if options.nproc_per_node < 1:
+        raise UsageError(f"-n {options.nproc_per_node}: start at least one rank per node")
+    if options.nnodes < 1:
+        raise UsageError(f"--nnodes {options.nnodes}: there is at least one node")
+    if options.world_size > _MAX_RANKS:
+        raise UsageError(f"{options.world_size} ranks are more than {_MAX_RANKS}: correct -n")
+    if not 0 <= options.node_rank < options.nnodes:
+        raise UsageError(
+            f"--node-rank {options.node_rank} is out of range: with --nnodes {options.nnodes} "
+            f"it goes from 0 to {options.nnodes - 1}"
+        )
+    if options.nnodes > 1 and options.endpoint is None:
+        raise UsageError(
+            f"--nnodes {options.nnodes} needs --rdzv-endpoint HOST:PORT, where node 0 can be "
+            "reached from all nodes"
+        )
+    if options.max_restarts < 0:
+        raise UsageError(f"--max-restarts {options.max_restarts}: give 0 or more")
+    if options.timeout_s is not None and not 0 < options.timeout_s < math.inf:
+        raise UsageError(f"--timeout-s {options.timeout_s}: give a positive number of seconds")
+    if not options.module and not Path(options.program).exists():
+        raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
+    if options.trace is not None and not options.trace.absolute().parent.is_dir():
+        raise UsageError(f"--trace {options.trace}: its directory does not exist; make it first")

@@ -1,0 +1,142 @@
+"""What launchers of several nodes do when one of them is gone."""
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ferro.errors import RendezvousError, UsageError
+from ferro.launch import LaunchOptions, nodes, parse_options
+from ferro.launch.report import Failure
+
+from .conftest import TIMEOUT_S, alive, until
+
+SECRET = b"s" * 32
+
+
+@pytest.fixture
+def options() -> Callable[..., LaunchOptions]:
+    """Options for a node of a two-node job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def make(node_rank: int, *extra: str) -> LaunchOptions:
+        common = ["--nnodes", "2", "--rdzv-endpoint", endpoint, "--node-rank", str(node_rank)]
+        return parse_options([*common, *extra, __file__], {})
+
+    return make
+
+
+class OtherNode(threading.Thread):
+    """Node 1's launcher, in a thread."""
+
+    def __init__(self, options: LaunchOptions, act: Callable[[nodes.Meeting], None]) -> None:
+        super().__init__(daemon=True)
+        self._options = options
+        self._act = act
+        self.done = False
+
+    def run(self) -> None:
+        with nodes.Meeting(self._options, SECRET) as meeting:
+            self._act(meeting)
+            self.done = True
+
+    def __enter__(self) -> "OtherNode":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join(TIMEOUT_S)
+        assert self.done
+
+
+def test_the_first_cause_of_all_nodes_is_agreed_on(options: Callable[..., LaunchOptions]) -> None:
+    lost = Failure(what="rank 0 failed first", status=1, after_s=1.0, consequence=True)
+    cause = Failure(what="rank 3 failed first", status=7, after_s=2.0)
+    told: list[Failure | None] = []
+    with (
+        OtherNode(options(1), lambda meeting: told.append(meeting.conclude(0, cause))),
+        nodes.Meeting(options(0), SECRET) as meeting,
+    ):
+        told.append(meeting.conclude(0, lost))
+    assert told == [cause, cause]
+
+
+def test_a_node_that_falls_silent_is_a_failure(
+    options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_LOST_S", 0.2)
+    monkeypatch.setattr(nodes, "_BEAT_S", 0.05)
+    over = threading.Event()
+
+    def fall_silent(_meeting: nodes.Meeting) -> None:
+        over.wait(TIMEOUT_S)
+
+    with OtherNode(options(1), fall_silent):
+        with nodes.Meeting(options(0), SECRET) as meeting:
+            failure = meeting.conclude(0, None)
+            over.set()
+        assert failure is not None
+        assert "the launcher of node 1 was not heard of" in failure.what
+        assert not failure.restart
+
+
+def test_one_failure_stops_the_other_node(options: Callable[..., LaunchOptions]) -> None:
+    stopped = threading.Event()
+
+    def watch(meeting: nodes.Meeting) -> None:
+        until(lambda: meeting.stopped(0), "the failure to be told")
+        stopped.set()
+        meeting.conclude(0, None)
+
+    with OtherNode(options(1), watch), nodes.Meeting(options(0), SECRET) as meeting:
+        meeting.conclude(0, Failure(what="rank 0 failed first", status=1, after_s=1.0))
+        assert stopped.is_set()
+
+
+def test_a_second_launcher_for_a_node_is_refused_and_disturbs_nobody(
+    options: Callable[..., LaunchOptions],
+) -> None:
+    refused: list[UsageError] = []
+
+    def meet_again(meeting: nodes.Meeting) -> None:
+        with pytest.raises(UsageError, match="already is node 1") as caught:
+            nodes.Meeting(options(1), SECRET)
+        refused.append(caught.value)
+        meeting.conclude(0, None)
+
+    with OtherNode(options(1), meet_again), nodes.Meeting(options(0), SECRET) as meeting:
+        assert meeting.conclude(0, None) is None
+    assert len(refused) == 1
+
+
+def test_a_node_that_does_not_come(
+    options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "JOIN_S", 0.2)
+    with pytest.raises(RendezvousError, match="node 1 did not come"):
+        nodes.Meeting(options(0), SECRET)
+
+
+def test_ranks_end_when_node_0_is_gone(tmp_path: Path, start: Callable) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = tmp_path / "program.py"
+    program.write_text(f"import os, time; open({str(tmp_path)!r} + f'/pid{{os.getpid()}}', 'w')\n"
+                       "time.sleep(60)")  # fmt: skip
+    first, second = (
+        start("run", "--nnodes", 2, "--node-rank", r, "--rdzv-endpoint", endpoint, program,
+              FERRO_SECRET="5e" * 32)
+        for r in range(2)
+    )  # fmt: skip
+    until(lambda: len(list(tmp_path.glob("pid*"))) == 2, "the ranks to start")
+    ranks = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+    first.kill()
+    _, err = second.communicate(timeout=TIMEOUT_S)
+    assert second.returncode == 1
+    assert b"is gone" in err
+    until(lambda: not any(map(alive, ranks)), "the ranks to end")
