@@ -1,0 +1,43 @@
+"""Modules with pullbacks: the contract, reference layers for NumPy and CuPy, and losses."""
+
+from .activations import GELU, ReLU
+from .arrays import Array, namespace_of
+from .batchnorm import BatchNorm
+from .buffer import Buffer
+from .containers import Residual, Sequential
+from .convolution import Conv2d
+from .dropout import Dropout
+from .embedding import Embedding
+from .flatten import Flatten
+from .gradcheck import check_gradients
+from .layernorm import LayerNorm
+from .linear import Linear
+from .losses import cross_entropy, mse_loss
+from .module import Module, Pullback
+from .parameter import Parameter, Use
+from .pooling import MaxPool2d
+
+__all__ = [
+    "GELU",
+    "Array",
+    "BatchNorm",
+    "Buffer",
+    "Conv2d",
+    "Dropout",
+    "Embedding",
+    "Flatten",
+    "LayerNorm",
+    "Linear",
+    "MaxPool2d",
+    "Module",
+    "Parameter",
+    "Pullback",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "Use",
+    "check_gradients",
+    "cross_entropy",
+    "mse_loss",
+    "namespace_of",
+]

@@ -1,0 +1,50 @@
+"""Activations: ReLU and GELU."""
+
+from __future__ import annotations
+
+import math
+
+from .arrays import Array, namespace_of
+from .module import Module, Pullback
+
+
+class ReLU(Module):
+    """y = max(x, 0), for x of any shape; the gradient at 0 is 0."""
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Clip from below at zero."""
+        y: Array = namespace_of(x).maximum(x, 0)
+
+        def pullback(grad_y: Array) -> Array:
+            grad_x: Array = grad_y * (y > 0)
+            return grad_x
+
+        return y, pullback
+
+    def __repr__(self) -> str:
+        return "ReLU()"
+
+
+class GELU(Module):
+    """y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), for x of any shape.
+
+    The tanh approximation (torch's `approximate="tanh"`), for NumPy has no error function; it
+    differs from x * Phi(x) by less than 5e-4.
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
+    """
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Weigh each element by how likely a normal variable is below it."""
+        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        square = x * x
+        tanh: Array = namespace_of(x).tanh(scale * x * (1 + cubic * square))
+
+        def pullback(grad_y: Array) -> Array:
+            slope = scale * (1 + 3 * cubic * (x * x))
+            grad_x: Array = grad_y * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope)
+            return grad_x
+
+        return 0.5 * x * (1 + tanh), pullback
+
+    def __repr__(self) -> str:
+        return "GELU()"

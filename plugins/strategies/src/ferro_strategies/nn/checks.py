@@ -1,0 +1,45 @@
+"""Checks that layers make of their input and arguments, with messages that name the layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ferro.errors import UsageError
+
+from .arrays import Array, namespace_of
+
+
+def check_input(layer: object, x: Array, expected: str, *, fits: bool) -> None:
+    """Refuse an input whose shape does not fit.
+
+    Raises:
+        UsageError: `fits` is False; the message names layer, `expected` and the shape of `x`.
+    """
+    if not fits:
+        raise UsageError(f"{layer!r}: expected input of shape {expected}, got {x.shape}.")
+
+
+def check_dtype(layer: object, x: Array, dtype: npt.DTypeLike) -> None:
+    """Refuse an input of another dtype, which would make everything after it of that dtype.
+
+    Raises:
+        UsageError: `x` is no array, or not of `dtype`.
+    """
+    namespace_of(x)
+    if x.dtype != dtype:
+        raise UsageError(
+            f"{layer!r}: expected input of dtype {np.dtype(dtype)}, that of its parameters, "
+            f"got {x.dtype}. Convert it with x.astype, or build the layer with dtype=."
+        )
+
+
+def check_positive(layer: str, **sizes: int) -> None:
+    """Refuse sizes that are not at least 1.
+
+    Raises:
+        UsageError: names the layer and the argument.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise UsageError(f"{layer}: {name} must be at least 1, got {size}.")

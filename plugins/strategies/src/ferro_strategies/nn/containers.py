@@ -1,0 +1,83 @@
+"""Containers: modules made of modules."""
+
+from __future__ import annotations
+
+from ferro.errors import UsageError
+
+from .arrays import Array
+from .checks import check_input
+from .module import Module, Pullback
+
+
+class Sequential(Module):
+    """Modules one after the other.
+
+    Attributes:
+        layers: the modules, first to last; a parameter's name is like "layers.0.weight".
+    """
+
+    def __init__(self, *modules: Module) -> None:
+        self.layers = list(modules)
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Chain the modules; the pullback frees each one's activations as soon as it is through.
+
+        Where a module's input has no gradient (indices), the pullback ends, and returns None.
+        """
+        pullbacks: list[Pullback] = []
+        for layer in self.layers:
+            x, pull = layer.vjp(x)
+            pullbacks.append(pull)
+        depth = len(pullbacks)
+
+        def pullback(grad_y: Array) -> Array | None:
+            if len(pullbacks) != depth:
+                raise UsageError(
+                    f"{self!r}: this pullback has been run. Call vjp again for another."
+                )
+            grad: Array | None = grad_y
+            while pullbacks and grad is not None:
+                grad = pullbacks.pop()(grad)
+            return grad
+
+        return x, pullback
+
+    def __call__(self, x: Array) -> Array:
+        """Compute the output alone; no activation outlives the next layer."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(repr, self.layers))})"
+
+
+class Residual(Module):
+    """y = x + module(x), for a module that keeps the shape."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Add the module's output to its input."""
+        inner, pull_inner = self.module.vjp(x)
+        self._check(x, inner)
+
+        def pullback(grad_y: Array) -> Array:
+            grad = pull_inner(grad_y)
+            # A sum of its own: either term may be shared with others.
+            return grad_y if grad is None else grad_y + grad
+
+        return x + inner, pullback
+
+    def __call__(self, x: Array) -> Array:
+        """Compute the output alone."""
+        inner = self.module(x)
+        self._check(x, inner)
+        return x + inner
+
+    def _check(self, x: Array, inner: Array) -> None:
+        check_input(self, x, f"{inner.shape}, its module's output", fits=x.shape == inner.shape)
+
+    def __repr__(self) -> str:
+        return f"Residual({self.module!r})"

@@ -1,0 +1,81 @@
+"""LayerNorm: normalise each example by its own statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Array, namespace_of
+from .checks import check_dtype, check_input, check_positive
+from .module import Module, Pullback
+from .parameter import Parameter
+
+
+class LayerNorm(Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the trailing dimensions.
+
+    Args:
+        normalized_shape: the trailing dimensions, or the size of the last one.
+        eps: added to the (biased) variance.
+        dtype: of the parameters and of input and output.
+
+    Attributes:
+        weight: of `normalized_shape`, ones at first.
+        bias: of `normalized_shape`, zeros at first.
+
+    Source: Ba et al., "Layer Normalization", 2016, section 3.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...],
+        eps: float = 1e-5,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        check_positive("LayerNorm", normalized_shape=min(shape, default=0))
+        self.eps = eps
+        self.weight = Parameter(np.ones(shape, dtype), name="weight")
+        self.bias = Parameter(np.zeros(shape, dtype), name="bias")
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Normalise (..., *normalized_shape)."""
+        shape = self.weight.data.shape
+        check_dtype(self, x, self.weight.data.dtype)
+        expected = f"(..., {', '.join(map(str, shape))})"
+        check_input(self, x, expected, fits=x.shape[-len(shape) :] == shape)
+        weight, bias = self.weight.use(), self.bias.use()
+        size = math.prod(shape)
+        rows = x.reshape(x.size // size, size)
+        xhat = rows - rows.mean(axis=1, keepdims=True)
+        var = _row_mean(xhat, xhat)
+        inverse = 1 / namespace_of(x).sqrt(var + self.eps)
+        xhat *= inverse
+        y = xhat * weight.data.reshape(size)
+        y += bias.data.reshape(size)
+
+        def pullback(grad_y: Array) -> Array:
+            grad = grad_y.reshape(rows.shape)
+            bias.add_grad(grad.sum(axis=0).reshape(shape))
+            weight.add_grad(namespace_of(x).einsum("nd,nd->d", grad, xhat).reshape(shape))
+            grad = grad * weight.data.reshape(size)
+            grad_x: Array = xhat * -_row_mean(grad, xhat)
+            grad_x += grad
+            grad_x -= grad.mean(axis=1, keepdims=True)
+            grad_x *= inverse
+            return grad_x.reshape(x.shape)
+
+        return y.reshape(x.shape), pullback
+
+    def __repr__(self) -> str:
+        return f"LayerNorm({self.weight.data.shape}, eps={self.eps})"
+
+
+def _row_mean(a: Array, b: Array) -> Array:
+    """Average a * b over each row, without an array of products: (N, D) -> (N, 1)."""
+    total: Array = namespace_of(a).einsum("nd,nd->n", a, b)
+    total /= a.shape[1]
+    return total[:, None]

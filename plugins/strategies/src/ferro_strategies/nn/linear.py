@@ -1,0 +1,66 @@
+"""Linear: the affine map of the last dimension."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Array
+from .checks import check_dtype, check_input, check_positive
+from .initial import Rng, he_uniform
+from .module import Module, Pullback
+from .parameter import Parameter
+
+
+class Linear(Module):
+    """y = x @ weight + bias, for x of shape (..., in_features).
+
+    Args:
+        bias: whether to add a bias.
+        dtype: of the parameters and of input and output.
+        rng: generator or seed for the weight.
+
+    Attributes:
+        weight: (in_features, out_features), He-uniform at first.
+        bias: (out_features,), zeros at first; None without.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        rng: Rng = None,
+    ) -> None:
+        check_positive("Linear", in_features=in_features, out_features=out_features)
+        weight = he_uniform((in_features, out_features), in_features, dtype, rng)
+        self.weight = Parameter(weight, name="weight")
+        self.bias = Parameter(np.zeros(out_features, dtype), name="bias") if bias else None
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Map (..., in_features) to (..., out_features), as one matrix product."""
+        inner, outer = self.weight.data.shape
+        check_dtype(self, x, self.weight.data.dtype)
+        check_input(self, x, f"(..., {inner})", fits=x.ndim > 0 and x.shape[-1] == inner)
+        weight = self.weight.use()
+        bias = self.bias.use() if self.bias is not None else None
+        rows = x.reshape(x.size // inner, inner)
+        y = rows @ weight.data
+        if bias is not None:
+            y += bias.data
+
+        def pullback(grad_y: Array) -> Array:
+            grad_rows = grad_y.reshape(rows.shape[0], outer)
+            if bias is not None:
+                bias.add_grad(grad_rows.sum(axis=0))
+            if weight.requires_grad:
+                weight.add_grad_product(rows.T, grad_rows)
+            return (grad_rows @ weight.data.T).reshape(x.shape)
+
+        return y.reshape(*x.shape[:-1], outer), pullback
+
+    def __repr__(self) -> str:
+        inner, outer = self.weight.data.shape
+        return f"Linear({inner}, {outer}, bias={self.bias is not None})"

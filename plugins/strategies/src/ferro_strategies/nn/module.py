@@ -1,0 +1,150 @@
+"""Module: the one contract that every layer, model, strategy and framework adapter fulfils."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self, TypeAlias
+
+from ferro.errors import UsageError
+
+from .arrays import Array, namespace_of
+from .buffer import Buffer
+from .parameter import Parameter
+
+# From the output's gradient to the input's; None where the input has none, such as indices.
+Pullback: TypeAlias = Callable[[Array], Array | None]
+
+
+class Module(ABC):
+    """A function with parameters that can be differentiated backwards.
+
+    A subclass writes `vjp`. Its parameters, buffers and submodules are whatever `Parameter`,
+    `Buffer` and `Module` objects its attributes hold, also inside lists, tuples and dicts; an
+    attribute is known by its name, an element by its index or key: "layers.0.weight". Order is
+    that of definition, depth first, and what is shared appears once, under its first name.
+
+    To move a model to a GPU, assign each parameter's and buffer's `data`:
+    `parameter.data = cupy.asarray(parameter.data)`.
+
+    Attributes:
+        training: whether layers behave as in training (True at first); see `train`, `eval`.
+    """
+
+    training: bool = True
+
+    @abstractmethod
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Compute the output, and the function that takes its gradient back to the input's.
+
+        The pullback adds to the gradients of the parameters (announced by `Parameter.use()`),
+        and returns the gradient with respect to `x`. What it needs it keeps in its closure, so
+        several may be in flight, and dropping one frees its activations. It is run at most once.
+        Neither half modifies the array it is given; `y` may be `x` itself or a view of it.
+
+        Raises:
+            UsageError: `x` does not have the shape or dtype that the module takes.
+        """
+
+    def __call__(self, x: Array) -> Array:
+        """Compute the output alone."""
+        return self.vjp(x)[0]
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield every parameter once, in definition order."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (qualified name, parameter), each parameter once, in definition order."""
+        return ((name, item) for name, item in _walk(self) if isinstance(item, Parameter))
+
+    def buffers(self) -> Iterator[Buffer]:
+        """Yield every buffer once, in definition order."""
+        return (buffer for _, buffer in self.named_buffers())
+
+    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
+        """Yield (qualified name, buffer), each buffer once, in definition order."""
+        return ((name, item) for name, item in _walk(self) if isinstance(item, Buffer))
+
+    def modules(self) -> Iterator[Module]:
+        """Yield this module and all below it, each once, parents first."""
+        return (module for _, module in self.named_modules())
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """Yield (qualified name, module), beginning with ("", self), parents first."""
+        return ((name, item) for name, item in _walk(self) if isinstance(item, Module))
+
+    def train(self) -> Self:
+        """Set this module and all below it to training; returns the module."""
+        for module in self.modules():
+            module.training = True
+        return self
+
+    def eval(self) -> Self:
+        """Set this module and all below it to evaluation; returns the module."""
+        for module in self.modules():
+            module.training = False
+        return self
+
+    def zero_grad(self) -> None:
+        """Mark every parameter's gradient absent."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copy all parameters and buffers into a dict from qualified name to array."""
+        return {name: holder.data.copy() for name, holder in _state(self)}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Copy the arrays of `state` into the parameters and buffers, in place.
+
+        Raises:
+            UsageError: a name is missing or unexpected, or a shape or dtype differs; all of
+                these are listed, and nothing was changed.
+        """
+        own = dict(_state(self))
+        faults = [f"missing {name!r}" for name in own if name not in state]
+        faults += [f"unexpected {name!r}" for name in state if name not in own]
+        for name, holder in own.items():
+            if name in state:
+                here, there = holder.data, state[name]
+                if (here.shape, here.dtype) != (there.shape, there.dtype):
+                    faults.append(
+                        f"{name!r} is {here.dtype} {here.shape}, given {there.dtype} {there.shape}"
+                    )
+        if faults:
+            raise UsageError(
+                f"load_state_dict: the state does not fit {type(self).__name__}: "
+                f"{'; '.join(faults)}. Nothing was loaded."
+            )
+        for name, holder in own.items():
+            holder.data[...] = namespace_of(holder.data).asarray(state[name])
+
+
+def _state(root: Module) -> Iterator[tuple[str, Parameter | Buffer]]:
+    return ((name, item) for name, item in _walk(root) if not isinstance(item, Module))
+
+
+def _walk(root: Module) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
+    """Yield all modules, parameters and buffers from `root` on, each once, depth first."""
+    seen: set[int] = set()
+
+    def visit(name: str, value: object) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
+        if isinstance(value, Module | Parameter | Buffer):
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+            yield name, value
+        for key, child in _children(value):
+            yield from visit(f"{name}.{key}" if name else key, child)
+
+    return visit("", root)
+
+
+def _children(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Module):
+        yield from vars(value).items()
+    elif isinstance(value, dict):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(index), item) for index, item in enumerate(value))

@@ -1,0 +1,146 @@
+"""Optimizer: what SGD and AdamW have in common: parameters, state, and steps in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from ferro.errors import UsageError
+
+from ..nn.arrays import Array, namespace_of
+from ..nn.parameter import Parameter
+
+# Elements updated at a time. On a CPU the handful of arrays stays in cache from one operation to
+# the next, and the scratch is small; a GPU wants few, large operations.
+_CPU_BLOCK = 1 << 15
+_GPU_BLOCK = 1 << 24
+
+
+class Optimizer(ABC):
+    """Changes parameters in place by their gradients.
+
+    Attributes:
+        parameters: those given, in their order.
+        lr: learning rate; assign to it to follow a schedule.
+        state: per parameter, what the optimizer remembers: arrays by name, empty before the
+            parameter's first step.
+
+    Raises:
+        UsageError: no parameters, one given twice, something else than a Parameter, or a
+            negative `lr`.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], lr: float) -> None:
+        self.parameters = list(parameters)
+        name = type(self).__name__
+        if not self.parameters:
+            raise UsageError(f"{name}: there are no parameters. Pass module.parameters().")
+        seen: set[int] = set()
+        for index, parameter in enumerate(self.parameters):
+            if not isinstance(parameter, Parameter):
+                kind = type(parameter).__name__
+                raise UsageError(f"{name}: item {index} is a {kind}, not a Parameter.")
+            if id(parameter) in seen:
+                raise UsageError(f"{name}: item {index}, {parameter!r}, is given twice.")
+            seen.add(id(parameter))
+        check_at_least_zero(name, lr=lr)
+        self.lr = lr
+        self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient; the others and their state stay."""
+        for parameter, state in zip(self.parameters, self.state, strict=True):
+            if parameter.grad is not None:
+                if not state:
+                    state.update(self._initial_state(parameter.data))
+                self._update(parameter.data, parameter.grad, state)
+
+    def zero_grad(self) -> None:
+        """Mark every parameter's gradient absent."""
+        for parameter in self.parameters:
+            parameter.zero_grad()
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copy what changes from step to step: "lr", and per parameter "<index>.<name>".
+
+        Indices are those of `parameters`. Settings made at construction are not included.
+        """
+        state = {"lr": np.array(self.lr, np.float64)}
+        for index, arrays in enumerate(self.state):
+            state |= {f"{index}.{name}": array.copy() for name, array in arrays.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Restore what `state_dict` gave, into an optimizer of as many like parameters.
+
+        Raises:
+            UsageError: a name is missing or unexpected, or a shape or dtype differs; all of
+                these are listed, and nothing was changed.
+        """
+        rest, faults = dict(state), []
+        lr = rest.pop("lr", None)
+        if lr is None or lr.shape != ():
+            faults.append("'lr' is missing or no single number")
+        loaded: list[dict[str, Array]] = []
+        for index, parameter in enumerate(self.parameters):
+            fresh = self._initial_state(parameter.data)
+            given = {name: rest.pop(f"{index}.{name}", None) for name in fresh}
+            loaded.append({})
+            if all(array is None for array in given.values()):
+                continue  # saved before this parameter's first step
+            for name, here in fresh.items():
+                there = given[name]
+                if there is None:
+                    faults.append(f"missing '{index}.{name}'")
+                elif (here.shape, here.dtype) != (there.shape, there.dtype):
+                    faults.append(
+                        f"'{index}.{name}' is {here.dtype} {here.shape}, "
+                        f"given {there.dtype} {there.shape}"
+                    )
+                else:
+                    here[...] = namespace_of(here).asarray(there)
+                    loaded[index][name] = here
+        faults += [f"unexpected {name!r}" for name in rest]
+        if faults or lr is None:
+            raise UsageError(
+                f"load_state_dict: the state does not fit this {type(self).__name__} of "
+                f"{len(self.parameters)} parameters: {'; '.join(faults)}. Nothing was loaded."
+            )
+        self.lr, self.state = float(lr), loaded
+
+    @abstractmethod
+    def _initial_state(self, data: Array) -> dict[str, Array]:
+        """Return the state before the first step of a parameter with this value."""
+
+    @abstractmethod
+    def _update(self, data: Array, grad: Array, state: dict[str, Array]) -> None:
+        """Make one step: change `data` and `state` in place, leave `grad` as it is."""
+
+
+def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
+    """Cut C-contiguous arrays of one size into matching blocks, with a scratch block.
+
+    Yields:
+        (scratch, block of data, block of each other array), one-dimensional; the scratch has
+        the dtype of `data`, arbitrary content, and is the same memory each time.
+    """
+    xp = namespace_of(data)
+    size = min(data.size, _CPU_BLOCK if xp is np else _GPU_BLOCK)
+    scratch = xp.empty(size, data.dtype)
+    flat = [array.reshape(array.size) for array in (data, *others)]
+    for start in range(0, data.size, max(size, 1)):
+        parts = [array[start : start + size] for array in flat]
+        yield (scratch[: parts[0].size], *parts)
+
+
+def check_at_least_zero(optimizer: str, **settings: float) -> None:
+    """Refuse settings below zero or NaN.
+
+    Raises:
+        UsageError: names the optimizer and the setting.
+    """
+    for name, value in settings.items():
+        if not value >= 0:
+            raise UsageError(f"{optimizer}: {name} must be at least 0, got {value}.")
