@@ -1,0 +1,191 @@
+"""The one door from a user's array to a buffer, and back.
+
+NumPy and CuPy arrays enter as they are; anything else that speaks DLPack (a torch tensor, a JAX
+array) enters without a copy and its result leaves as its own kind; numbers and lists become
+NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ferro.errors import UnsupportedError, UsageError
+from ferro.types import Device
+
+Array: TypeAlias = npt.NDArray[np.generic]
+
+
+@runtime_checkable
+class SupportsDLPack(Protocol):
+    """An array of any library that can be exchanged without a copy."""
+
+    def __dlpack__(self) -> object:
+        """Return the capsule."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the device."""
+
+
+Input: TypeAlias = "npt.ArrayLike | SupportsDLPack"
+
+# What collectives carry; bfloat16 is known by its name, for its package may be absent.
+_KINDS = "biufc"
+_EXTENDED = ("bfloat16",)
+_CPU_DLPACK = 1
+
+
+class Entry:
+    """A user's array on its way through a call.
+
+    Attributes:
+        array: the same memory as a NumPy (or CuPy) array.
+        device: where that memory is.
+    """
+
+    def __init__(self, value: Input, *, what: str = "input") -> None:
+        """Take an array in.
+
+        Args:
+            value: the user's array, number or list.
+            what: its name, for messages.
+
+        Raises:
+            UsageError: it is not an array.
+            UnsupportedError: its dtype or device cannot be carried.
+        """
+        self._leave: Callable[[Array], object] | None = None
+        self.device = Device.CPU
+        kind = type(value).__module__.partition(".")[0]
+        if isinstance(value, (np.ndarray, np.generic)):
+            self.array: Array = np.asarray(value)
+        elif kind == "cupy":
+            self.array = value  # type: ignore[assignment]
+            self.device = Device.CUDA
+        elif isinstance(value, SupportsDLPack):
+            self.array = _import(value, kind, what)
+            self._leave = _exporter(kind)
+        else:
+            self.array = _convert(value, what)
+        _check_dtype(self.array.dtype, what)
+
+    def empty(self, shape: tuple[int, ...]) -> Array:
+        """Return new memory of the same dtype, on the same device."""
+        return np.empty_like(self.array, order="C", shape=shape, subok=False)
+
+    def through_host(self) -> None:
+        """Move to the CPU a GPU array for which the user asked for host copies."""
+        cupy = sys.modules["cupy"]
+        self.array = cupy.asnumpy(self.array)
+        self._leave = cupy.asarray
+        self.device = Device.CPU
+
+    def leave(self, result: Array) -> object:
+        """Return a result as the kind of array that came in."""
+        return result if self._leave is None else self._leave(result)
+
+
+def writable(
+    value: object, shape: tuple[int, ...], dtype: np.dtype, device: Device = Device.CPU
+) -> Array:
+    """Return `out` as an array that can be written in place.
+
+    Raises:
+        UsageError: it is read-only, not contiguous, or not of this shape, dtype and device.
+    """
+    if not isinstance(value, np.ndarray) and not isinstance(value, SupportsDLPack):
+        raise UsageError(f"out must be an array, not {type(value).__name__}")
+    entry = Entry(value, what="out")
+    array = entry.array
+    if entry.device is not device:
+        raise UsageError(f"out is on device {entry.device}, the result on {device}")
+    if array.shape != shape or array.dtype != dtype:
+        raise UsageError(
+            f"out has shape {array.shape} and dtype {array.dtype}; the result has "
+            f"shape {shape} and dtype {dtype}"
+        )
+    if not array.flags.c_contiguous:
+        raise UsageError("out is not contiguous: pass a contiguous array, or leave out= away")
+    if not getattr(array.flags, "writeable", True):
+        raise UsageError("out is read-only: pass a writable array, or leave out= away")
+    return array
+
+
+@lru_cache(maxsize=256)
+def name_of(dtype: np.dtype) -> str:
+    """Return a dtype's name, remembered: NumPy takes microseconds to compose it."""
+    return dtype.name
+
+
+def dtype_named(name: str) -> np.dtype:
+    """Return the dtype that another rank calls `name`."""
+    if name in _EXTENDED and name not in np.sctypeDict:
+        importlib.import_module("ml_dtypes")  # where these dtypes come from
+    return np.dtype(name)
+
+
+def _import(value: SupportsDLPack, kind: str, what: str) -> Array:
+    device, _ = value.__dlpack_device__()
+    if device != _CPU_DLPACK:
+        raise UnsupportedError(
+            f"{what} is a {kind} array on DLPack device {device}; only CPU memory is taken from "
+            "other libraries: move it to the CPU, or hand over a CuPy array"
+        )
+    try:
+        return np.from_dlpack(value)  # type: ignore[arg-type]
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{what} is a {kind} array that cannot be exchanged through DLPack: {error}"
+        ) from error
+
+
+def _exporter(kind: str) -> Callable[[Array], object] | None:
+    """Return the library's own from_dlpack, where it keeps it."""
+    for module in (kind, f"{kind}.dlpack", f"{kind}.numpy"):
+        function = getattr(sys.modules.get(module), "from_dlpack", None)
+        if callable(function):
+            return function  # type: ignore[no-any-return]
+    return None
+
+
+def _convert(value: object, what: str) -> Array:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise UsageError(f"{what} is not an array: {error}") from None
+    if array.dtype == object:
+        raise UsageError(
+            f"{what} is a {type(value).__name__}, not an array of numbers; Python values travel "
+            "with the *_object methods"
+        )
+    return array
+
+
+def _check_dtype(dtype: np.dtype, what: str) -> None:
+    objection = _objection(dtype)
+    if objection:
+        raise UnsupportedError(f"{what} has {objection}")
+
+
+@lru_cache(maxsize=256)
+def _objection(dtype: np.dtype) -> str:
+    """Say what is wrong with a dtype; "" when collectives carry it."""
+    if dtype.kind not in _KINDS and dtype.name not in _EXTENDED:
+        return (
+            f"dtype {dtype}, which no collective carries: use an integer, floating, complex or "
+            "boolean dtype"
+        )
+    if not dtype.isnative:
+        return (
+            f"the foreign byte order dtype {dtype.str}: convert it with "
+            "x.astype(x.dtype.newbyteorder('='))"
+        )
+    if dtype.type in (np.longdouble, np.clongdouble):
+        return f"dtype {dtype}, whose layout differs between machines"
+    return ""

@@ -1,0 +1,421 @@
+"""Backend: the contract that a communication backend implements.
+
+An author writes `send`, `recv` and `close`. Everything else has a default built on those, and is
+overridden where the library below can do better. `ProcessGroup` checks every call first, so a
+backend sees only one-dimensional contiguous buffers of a dtype and device that it declared, and
+never a user's array.
+
+What a backend raises: `TimeoutError` when a deadline passes, `PeerLost(peer=…)` when a rank is
+gone, `CollectiveMismatch` when labels differ, `GroupClosed` after `abort`. The group adds where
+it happened and tells the other ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ferro.calls import LABEL_BYTES, Call, collective_tag, in_context
+from ferro.collectives.choose import Choice, build
+from ferro.collectives.execute import Execution
+from ferro.errors import CollectiveMismatch, PeerLost, UnsupportedError
+from ferro.reduction import Array, Reduction
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from ferro.rendezvous.store import Store
+
+# A bound that is never met: threads are made only when none is idle, and a sender that waits for
+# its peer must not hold up those of another group.
+_SENDERS = 4096
+
+# Calls in which some ranks only send: these would not notice a rank that calls something else.
+_ROOTED = ("broadcast", "reduce", "gather", "scatter")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendConfig:
+    """What a backend is created with.
+
+    Attributes:
+        rank: this process's rank.
+        world_size: number of ranks.
+        store: all that the ranks share before they are connected; keys are this group's own.
+        group_name: name of the group, for messages.
+        secret: the job's secret, with which every connection is authenticated.
+        addresses: for every rank the address of its own by which it reached the store.
+        store_host: address of the store as this rank reached it: where ranks live that reached
+            it over loopback.
+        timeout_s: seconds that connecting may take.
+        choice: which algorithm serves which call.
+        options: the backend's own options, by name.
+    """
+
+    rank: int
+    world_size: int
+    store: Store
+    group_name: str = "world"
+    secret: bytes = field(default=b"", repr=False)
+    addresses: tuple[str, ...] = ()
+    store_host: str = "127.0.0.1"
+    timeout_s: float = 60.0
+    choice: Choice = field(default_factory=Choice)
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """Moves buffers between the ranks of one group.
+
+    Buffers belong to the backend from the call until it returns. `send` and `recv` may be called
+    from several threads at once, with different peers or tags. A `deadline` is an absolute
+    `time.monotonic()` second; when it passes, the call raises `TimeoutError`.
+
+    Attributes:
+        rank: this process's rank in the group.
+        world_size: number of ranks in the group.
+        labels_frames: True when the backend carries the label of the call under way (`self.call`)
+            in its own frames and compares it; the default agreement is then left out where the
+            frames of the collective itself reach every rank, and transfers need no label message.
+    """
+
+    labels_frames = False
+
+    def __init__(self, rank: int, world_size: int, choice: Choice | None = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.choice = choice or Choice()
+        self.call = Call("barrier")
+        self._senders: ThreadPoolExecutor | None = None
+
+    # -- what an author must write ---------------------------------------------------------------
+
+    @abstractmethod
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """Send `buffer` to `peer`; return when the buffer may be used again.
+
+        Messages to one peer with one tag arrive in order. Tags have up to 64 bits.
+        """
+
+    @abstractmethod
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """Receive the next message with this tag from `peer` into `buffer`, filling it.
+
+        Messages with other tags that arrive first are kept for their own `recv`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent; never blocks for long."""
+
+    # -- what a backend may do better ------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Wake every blocked call of this group, here and as far as possible on other ranks."""
+        self.close()
+
+    def allocate(self, nbytes: int) -> Array:
+        """Return `nbytes` bytes (uint8) of the memory that this backend moves fastest."""
+        return np.empty(nbytes, np.uint8)
+
+    def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
+        """Return the backend of a group of some of these ranks, of which this rank is one.
+
+        Args:
+            ranks: the members' ranks in this group, in the order of their new ranks.
+            context: the new group's number, unique in the job.
+        """
+        return SubgroupBackend(self, ranks, context)
+
+    def shrink(self, ranks: Sequence[int], context: int) -> Backend:
+        """Return the backend of those ranks that are left after this group died.
+
+        Takes what `subgroup` takes. A backend whose connections between the living outlast the
+        death of a group overrides this.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} cannot go on after a rank is lost: restart the job, for "
+            "example with `ferro run --max-restarts`",
+            op="shrink",
+        )
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        *,
+        tag: int,
+        deadline: float,
+    ) -> None:
+        """Do all these (peer, buffer) transfers at the same time; return when all are done.
+
+        Messages between two ranks match in the order given. Never deadlocks, whatever the order
+        in which the peers do theirs: every destination has a sending thread of its own.
+        """
+        by_peer: dict[int, list[Array]] = {}
+        for peer, buffer in sends:
+            by_peer.setdefault(peer, []).append(buffer)
+        if self._senders is None and by_peer:
+            # Here, for it imports logging, and most backends have an exchange of their own.
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._senders = ThreadPoolExecutor(_SENDERS, "ferro-send")
+
+        def send_all(peer: int, buffers: Sequence[Array]) -> None:
+            for buffer in buffers:
+                self.send(buffer, peer, tag=tag, deadline=deadline)
+
+        sending: list[Future[None]] = [
+            self._senders.submit(send_all, peer, buffers)  # type: ignore[union-attr]
+            for peer, buffers in by_peer.items()
+        ]
+        for peer, buffer in recvs:
+            self.recv(buffer, peer, tag=tag, deadline=deadline)
+        for future in sending:
+            future.result()
+
+    def agree(self, call: Call, *, deadline: float) -> None:
+        """Begin a collective: make sure that every rank makes this call, before data moves.
+
+        The default passes labels round in log2(n) rounds (the dissemination barrier), so that a
+        rank returns only when all have come. A backend that labels its frames does this for
+        rooted calls only.
+
+        Raises:
+            CollectiveMismatch: another rank makes another call; says which.
+        """
+        self.call = call
+        if not self.labels_frames or call.op in _ROOTED:
+            mine = np.frombuffer(call.label(), np.uint8)
+            theirs = np.empty(LABEL_BYTES, np.uint8)
+            distance = 1
+            while distance < self.world_size:
+                to, source = (
+                    (self.rank + distance) % self.world_size,
+                    (self.rank - distance) % self.world_size,
+                )
+                self.exchange([(to, mine)], [(source, theirs)], tag=self.tag, deadline=deadline)
+                if theirs.tobytes() != call.label():
+                    raise mismatch(self.rank, call, source, theirs.tobytes())
+                distance *= 2
+
+    @property
+    def tag(self) -> int:
+        """The tag of the collective under way."""
+        return collective_tag(self.call.seq)
+
+    # -- the collectives, each a schedule by default ---------------------------------------------
+
+    def barrier(self, *, deadline: float) -> None:
+        """Return when every rank has called it."""
+        if self.labels_frames:  # otherwise `agree` was a barrier already
+            self._run("barrier", [], 0, deadline=deadline)
+
+    def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
+        """Reduce `buffer` over all ranks, in place, on all ranks."""
+        self._run("all_reduce", buffer, buffer.nbytes, reduction=reduction, deadline=deadline)
+
+    def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
+        """Reduce `buffer` over all ranks, in place at `root`; elsewhere it is scratch."""
+        self._run("reduce", buffer, buffer.nbytes, root, reduction=reduction, deadline=deadline)
+
+    def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
+        """Fill `buffer` with the root's."""
+        self._run("broadcast", buffer, buffer.nbytes, root, deadline=deadline)
+
+    def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
+        """Fill `buffer`, block by block of `counts` elements; this rank's is in its place."""
+        self._run("all_gather", blocks(buffer, counts), buffer.nbytes, deadline=deadline)
+
+    def gather(
+        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
+    ) -> None:
+        """Collect every rank's `block` in `out` at the root; `out` is None elsewhere."""
+        if out is not None:
+            blocks(out, counts)[root][...] = block
+        chunks = self._rooted_chunks(block, out, counts)
+        self._run("gather", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
+
+    def scatter(
+        self,
+        block: Array,
+        source: Array | None,
+        counts: Sequence[int],
+        root: int,
+        *,
+        deadline: float,
+    ) -> None:
+        """Fill `block` with this rank's part of the root's `source`, which is not changed."""
+        chunks = self._rooted_chunks(block, source, counts)
+        self._run("scatter", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
+        if source is not None:
+            block[...] = blocks(source, counts)[root]
+
+    def reduce_scatter(
+        self,
+        source: Array,
+        out: Array,
+        counts: Sequence[int],
+        reduction: Reduction,
+        *,
+        deadline: float,
+    ) -> None:
+        """Reduce `source`, which is not changed; put this rank's block into `out`."""
+        info = self.choice.algorithm(
+            "reduce_scatter", self.world_size, source.nbytes, at_once=reduction.needs_all
+        )
+        schedule = build(info, self.rank, self.world_size, 0)
+        written = {c for r in schedule.rounds for recv in r.recvs for c in recv.chunks}
+        chunks = blocks(source, counts)
+        for number in written - {self.rank}:
+            chunks[number] = chunks[number].copy()
+        out[...] = chunks[self.rank]
+        chunks[self.rank] = out
+        execution = Execution(schedule, chunks, self, reduction=reduction)
+        execution.run(tag=self.tag, deadline=deadline)
+        reduction.finish(out, info.combines_once)
+
+    def all_to_all(
+        self,
+        source: Array,
+        out: Array,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        *,
+        deadline: float,
+    ) -> None:
+        """Send block j of `source` to rank j; block i of `out` comes from rank i."""
+        n, me = self.world_size, self.rank
+        outgoing, incoming = blocks(source, send_counts), blocks(out, recv_counts)
+        incoming[me][...] = outgoing[me]
+        chunks: list[Array | None] = [None] * (n * n)
+        for other in range(n):
+            if other != me:
+                chunks[me * n + other] = outgoing[other]
+                chunks[other * n + me] = incoming[other]
+        # Ranks may have different sizes here, so none of them may enter the choice.
+        self._run("all_to_all", chunks, 0, deadline=deadline)
+
+    # -- shared by the defaults ------------------------------------------------------------------
+
+    def _run(
+        self,
+        collective: str,
+        data: Array | Sequence[Array | None],
+        nbytes: int,
+        root: int = 0,
+        *,
+        reduction: Reduction | None = None,
+        deadline: float,
+    ) -> None:
+        """Run the chosen schedule over ready chunks, or over a buffer cut into equal ones."""
+        at_once = reduction is not None and reduction.needs_all
+        info = self.choice.algorithm(collective, self.world_size, nbytes, at_once=at_once)
+        schedule = build(info, self.rank, self.world_size, root)
+        chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
+        execution = Execution(schedule, chunks, self, reduction=reduction)
+        execution.run(tag=self.tag, deadline=deadline)
+        if reduction is not None and isinstance(data, np.ndarray):
+            reduction.finish(data, info.combines_once)
+
+    def _rooted_chunks(
+        self, block: Array, whole: Array | None, counts: Sequence[int]
+    ) -> Sequence[Array]:
+        """Return all blocks; away from the root, other ranks' ones are memory to relay them."""
+        if whole is not None:
+            return blocks(whole, counts)
+        empty = [np.empty(count, block.dtype) for count in counts]
+        empty[self.rank] = block
+        return empty
+
+
+class SubgroupBackend(Backend):
+    """A group inside a group: the parent's transfers, with ranks and tags translated.
+
+    The default for backends that have nothing better. Aborting it aborts the parent as well,
+    for the two share what blocks.
+    """
+
+    def __init__(self, parent: Backend, ranks: Sequence[int], context: int) -> None:
+        super().__init__(tuple(ranks).index(parent.rank), len(ranks), parent.choice)
+        self.labels_frames = False
+        self._parent = parent
+        self._ranks = tuple(ranks)
+        self._context = context
+
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """Send through the parent."""
+        tag = in_context(tag, self._context)
+        with self._own_ranks():
+            self._parent.send(buffer, self._ranks[peer], tag=tag, deadline=deadline)
+
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """Receive through the parent."""
+        tag = in_context(tag, self._context)
+        with self._own_ranks():
+            self._parent.recv(buffer, self._ranks[peer], tag=tag, deadline=deadline)
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        *,
+        tag: int,
+        deadline: float,
+    ) -> None:
+        """Exchange through the parent."""
+        with self._own_ranks():
+            self._parent.exchange(
+                [(self._ranks[peer], buffer) for peer, buffer in sends],
+                [(self._ranks[peer], buffer) for peer, buffer in recvs],
+                tag=in_context(tag, self._context),
+                deadline=deadline,
+            )
+
+    def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
+        """Return a group of some of these ranks, made from the outermost parent."""
+        return self._parent.subgroup([self._ranks[rank] for rank in ranks], context)
+
+    def allocate(self, nbytes: int) -> Array:
+        """Return the parent's memory."""
+        return self._parent.allocate(nbytes)
+
+    def abort(self) -> None:
+        """Abort the parent."""
+        self._parent.abort()
+
+    def close(self) -> None:
+        """Do nothing: what is open belongs to the parent."""
+
+    @contextmanager
+    def _own_ranks(self) -> Iterator[None]:
+        """Name the peer in a parent's error by its rank in this group."""
+        try:
+            yield
+        except PeerLost as error:
+            peer = self._ranks.index(error.peer) if error.peer in self._ranks else None
+            raise PeerLost(str(error), peer=peer, host=error.host) from error
+
+
+def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
+    """Return the error for a label that differs from this rank's own call."""
+    theirs = Call.from_label(label)
+    return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {theirs}", peer=peer)
+
+
+def near_equal(buffer: Array, parts: int) -> list[Array]:
+    """Cut a buffer into `parts` views whose sizes differ by at most one element."""
+    bounds = [buffer.size * i // parts for i in range(parts + 1)]
+    return [buffer[bounds[i] : bounds[i + 1]] for i in range(parts)]
+
+
+def blocks(buffer: Array, counts: Sequence[int]) -> list[Array]:
+    """Cut a buffer into views of `counts` elements."""
+    ends = list(accumulate(counts))
+    return [buffer[end - count : end] for end, count in zip(ends, counts, strict=True)]

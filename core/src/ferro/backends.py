@@ -1,0 +1,98 @@
+"""The backends on offer: which are installed, whether they can be used, and one by name."""
+
+from __future__ import annotations
+
+from ferro.errors import BackendUnavailable, PluginError
+from ferro.hookspecs import BackendInfo
+from ferro.plugins import Offer, Plugins, by_name, installed
+from ferro.types import Availability
+
+
+def available() -> dict[str, Availability]:
+    """Return name -> Availability for every installed backend, usable or not.
+
+    Never raises for a broken plugin: its entry says what is wrong. Imports no native library,
+    opens no socket, starts no MPI.
+    """
+    plugins = installed()
+    offers, silent = plugins.survey("ferro_backends", BackendInfo)
+    found = {
+        broken.name: Availability(ok=False, reason=str(broken.error), hint="repair or uninstall it")
+        for broken in (*plugins.broken, *silent)
+    }
+    for name, offer in sorted(by_name(offers, "backend").items()):
+        if isinstance(offer, PluginError):
+            found[name] = Availability(ok=False, reason=str(offer), hint="uninstall one of them")
+        else:
+            found[name] = _probe(offer)
+    return found
+
+
+def get(name: str) -> BackendInfo:
+    """Return the description of a backend.
+
+    Raises:
+        BackendUnavailable: it is not installed; says what to install.
+        PluginError: two plugins claim the name, or a plugin could not be loaded.
+    """
+    plugins = installed()
+    plugins.require_all()
+    offer = _table(plugins).get(name)
+    if isinstance(offer, PluginError):
+        raise offer
+    if offer is None:
+        raise BackendUnavailable(name, _absent(name, sorted(_table(plugins))), _remedy(name))
+    return offer.item
+
+
+def default(launcher: str) -> str | None:
+    """Return the backend that `ferro.init()` takes under a launcher; None when none offers.
+
+    Raises:
+        PluginError: two backends offer themselves alike.
+    """
+    plugins = installed()
+    plugins.require_all()
+    infos = [o.item for o in _table(plugins).values() if not isinstance(o, PluginError)]
+    for wanted in (launcher, "*"):
+        names = [info.name for info in infos if wanted in info.default_under]
+        if len(names) > 1:
+            raise PluginError(
+                f"backends {' and '.join(sorted(names))} both offer to be the default under "
+                f"{launcher!r}: name one in ferro.init()"
+            )
+        if names:
+            return names[0]
+    return None
+
+
+def _table(plugins: Plugins) -> dict[str, Offer[BackendInfo] | PluginError]:
+    return by_name(plugins.offers("ferro_backends", BackendInfo), "backend")
+
+
+def _probe(offer: Offer[BackendInfo]) -> Availability:
+    try:
+        return offer.item.probe()
+    except Exception as error:  # noqa: BLE001 - a probe must not raise, whatever it meets
+        return Availability(
+            ok=False,
+            reason=f"its probe raised {type(error).__name__}: {error}",
+            hint=f"report this to the authors of {offer.distribution}",
+        )
+
+
+def _absent(name: str, others: list[str]) -> str:
+    return f"no plugin that offers it is installed (installed: {', '.join(others)})"
+
+
+def _remedy(name: str) -> str:
+    """Say what to install, reading ferro's own extras."""
+    from importlib_metadata import PackageNotFoundError, metadata  # as in plugins.installed
+
+    try:
+        extras = metadata("ferro").get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        extras = []
+    if name in extras:
+        return f"Install it: pip install 'ferro[{name}]'."
+    return f"Check the spelling, or install the distribution that offers {name!r}."

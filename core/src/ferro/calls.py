@@ -1,0 +1,122 @@
+"""Call: what one rank asks for, small enough to travel with every message.
+
+Ranks of a group must make the same calls in the same order. A `Call` packs into `LABEL_BYTES`
+bytes; a backend puts the label into its frames (or the default agreement sends it by itself)
+and compares, so that a difference is an error that names both calls and never a wrong sum.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+_LABEL = struct.Struct("<BB10siQI28s")  # 56 bytes, aligned
+LABEL_BYTES = _LABEL.size
+_DETAIL_BYTES = 28
+
+OPS = (
+    "barrier",
+    "all_reduce",
+    "broadcast",
+    "reduce",
+    "all_gather",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "all_to_all",
+    "send",
+)
+_REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "callable")
+
+# A message tag has 64 bits: the group's context, whether it belongs to a collective, a number.
+_NUMBER_BITS = 39
+MAX_TAG = (1 << 31) - 1
+MAX_CONTEXT = (1 << 24) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call on a group, as every rank must make it.
+
+    Attributes:
+        op: name of the operation, one of `OPS` ("send" stands for both ends of a transfer).
+        seq: number of the collective in its group, from 0; 0 for a transfer.
+        dtype: NumPy name of the element type, "" where there are no elements.
+        count: elements in the call's buffer (per rank, where ranks have different ones: 0).
+        reduction: name of the reduction, "callable" for a user's function, "" for none.
+        root: the root, or -1.
+        detail: what else must agree, in words: the shape, or uneven sizes. The label carries its
+            beginning, to be shown, and a checksum of all of it.
+    """
+
+    op: str
+    seq: int = 0
+    dtype: str = ""
+    count: int = 0
+    reduction: str = ""
+    root: int = -1
+    detail: str = ""
+
+    def label(self) -> bytes:
+        """Return the `LABEL_BYTES` bytes that must be equal on all ranks."""
+        return _LABEL.pack(
+            OPS.index(self.op),
+            _REDUCTIONS.index(self.reduction),
+            self.dtype.encode(),
+            self.root,
+            self.count,
+            zlib.crc32(self.detail.encode()),
+            self.detail.encode()[:_DETAIL_BYTES],
+        )
+
+    @classmethod
+    def from_label(cls, label: bytes, seq: int = 0) -> Call:
+        """Read a label back; unknown codes are shown as numbers, for they are in an error."""
+        op, reduction, dtype, root, count, _, detail = _LABEL.unpack(label)
+        return cls(
+            op=OPS[op] if op < len(OPS) else f"operation {op}",
+            seq=seq,
+            dtype=dtype.rstrip(b"\0").decode("ascii", "replace"),
+            count=count,
+            reduction=_REDUCTIONS[reduction] if reduction < len(_REDUCTIONS) else "?",
+            root=root,
+            detail=detail.rstrip(b"\0").decode("ascii", "replace"),
+        )
+
+    def __str__(self) -> str:
+        words = []
+        if self.dtype:
+            words.append(f"{self.count} x {self.dtype}")
+        if self.reduction:
+            words.append(f"op={self.reduction}")
+        if self.root >= 0:
+            words.append(f"root={self.root}")
+        if self.detail:
+            words.append(self.detail[:_DETAIL_BYTES])
+        return f"{self.op}({', '.join(words)})"
+
+
+def transfer_call(dtype: str, count: int) -> Call:
+    """Return the call that both ends of a transfer make."""
+    return Call("send", dtype=dtype, count=count)
+
+
+def collective_tag(seq: int) -> int:
+    """Return the tag of all messages of collective number `seq` of a group."""
+    return 1 << _NUMBER_BITS | seq
+
+
+def in_context(tag: int, context: int) -> int:
+    """Return `tag` moved to the tag space of the group numbered `context`."""
+    return context << (_NUMBER_BITS + 1) | tag
+
+
+def is_collective(tag: int) -> bool:
+    """Say whether a tag is that of a collective, not of a transfer."""
+    return bool(tag >> _NUMBER_BITS & 1)
+
+
+def context_of(tag: int) -> int:
+    """Return the number of the group that a tag belongs to."""
+    return tag >> (_NUMBER_BITS + 1)

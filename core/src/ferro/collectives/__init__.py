@@ -1,0 +1,16 @@
+"""Collectives as data: what algorithms are on offer, and what can be done with one."""
+
+from ferro.collectives.choose import Choice, CollectiveInfo
+from ferro.collectives.registry import available, get
+from ferro.collectives.schedule import Recv, Round, Schedule, Send
+
+__all__ = [
+    "Choice",
+    "CollectiveInfo",
+    "Recv",
+    "Round",
+    "Schedule",
+    "Send",
+    "available",
+    "get",
+]

@@ -1,0 +1,140 @@
+"""Which algorithm serves which call.
+
+All ranks must choose alike, so the choice depends only on what they share: the collective, the
+number of ranks, the size of the whole call and whether all contributions must meet at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from ferro.collectives import direct, ring, tree
+from ferro.collectives.schedule import Build, Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveInfo:
+    """An algorithm on offer.
+
+    Attributes:
+        collective: what it does: "all_reduce", "broadcast", … (see `collectives.schedule`).
+        algorithm: its name, unique for the collective.
+        build: pure function (rank, world_size, root) -> Schedule.
+        combines_once: True when every reduced chunk is made in one round from the contributions
+            of all ranks, and so in order of rank and with a single rounding.
+        summary: one line for people.
+    """
+
+    collective: str
+    algorithm: str
+    build: Build
+    combines_once: bool = False
+    summary: str = ""
+
+
+def _info(
+    collective: str, algorithm: str, build: Build, summary: str, *, combines_once: bool = False
+) -> CollectiveInfo:
+    return CollectiveInfo(
+        collective=collective,
+        algorithm=algorithm,
+        build=build,
+        combines_once=combines_once,
+        summary=summary,
+    )
+
+
+BUILTIN: tuple[CollectiveInfo, ...] = (
+    _info("all_reduce", "exchange", direct.exchange_all_reduce, "one round", combines_once=True),
+    _info("all_reduce", "direct", direct.direct_all_reduce, "two rounds", combines_once=True),
+    _info("all_reduce", "tree", tree.tree_all_reduce, "reduce to rank 0, then broadcast"),
+    _info("all_reduce", "ring", ring.ring_all_reduce, "2(n-1) rounds between neighbours"),
+    _info("broadcast", "direct", direct.direct_broadcast, "the root sends to all"),
+    _info("broadcast", "tree", tree.tree_broadcast, "binomial tree"),
+    _info("broadcast", "scatter_ring", tree.scatter_ring_broadcast, "scatter, then a ring"),
+    _info("reduce", "direct", direct.direct_reduce, "all send to the root", combines_once=True),
+    _info("reduce", "tree", tree.tree_reduce, "binomial tree"),
+    _info("all_gather", "direct", direct.direct_all_gather, "one round"),
+    _info("all_gather", "ring", ring.ring_all_gather, "n-1 rounds between neighbours"),
+    _info("gather", "direct", direct.direct_gather, "all send to the root"),
+    _info("gather", "tree", tree.tree_gather, "binomial tree"),
+    _info("scatter", "direct", direct.direct_scatter, "the root sends to all"),
+    _info("scatter", "tree", tree.tree_scatter, "binomial tree"),
+    _info(
+        "reduce_scatter", "direct", direct.direct_reduce_scatter, "one round", combines_once=True
+    ),
+    _info("reduce_scatter", "ring", ring.ring_reduce_scatter, "n-1 rounds between neighbours"),
+    _info("all_to_all", "direct", direct.direct_all_to_all, "one round"),
+    _info("all_to_all", "pairwise", direct.pairwise_all_to_all, "n-1 rounds"),
+    _info("barrier", "dissemination", tree.dissemination_barrier, "log2(n) rounds"),
+)
+_BY_NAME = {(info.collective, info.algorithm): info for info in BUILTIN}
+
+# Up to this many ranks everyone talks to everyone at once; beyond, neighbours do.
+_DIRECT_RANKS = 16
+_SMALL_BYTES = 32 * 1024
+_TREE_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The rules by which a group chooses.
+
+    Attributes:
+        deterministic: always reduce in order of rank.
+        fixed: collective -> the algorithm that the user asked for.
+    """
+
+    deterministic: bool = False
+    fixed: Mapping[str, CollectiveInfo] = field(default_factory=dict)
+
+    def algorithm(
+        self, collective: str, world_size: int, nbytes: int, *, at_once: bool = False
+    ) -> CollectiveInfo:
+        """Return the algorithm for a call.
+
+        Args:
+            collective: its name.
+            world_size: number of ranks.
+            nbytes: size of the call's whole buffer, the same on every rank.
+            at_once: all contributions must be combined at once.
+        """
+        at_once = at_once or self.deterministic
+        asked = self.fixed.get(collective)
+        if asked is not None and (asked.combines_once or not at_once):
+            return asked
+        return _BY_NAME[collective, _rule(collective, world_size, nbytes, at_once)]
+
+
+def _rule(collective: str, world_size: int, nbytes: int, at_once: bool) -> str:
+    few = world_size <= _DIRECT_RANKS
+    small = nbytes <= _SMALL_BYTES
+    if collective == "all_reduce":
+        if small and few:
+            return "exchange"
+        if few or at_once:
+            return "direct"
+        return "tree" if small else "ring"
+    if collective == "reduce_scatter":
+        return "direct" if few or at_once else "ring"
+    if collective == "reduce":
+        return "direct" if at_once or world_size <= 4 else "tree"
+    if collective == "all_gather":
+        return "direct" if few or small else "ring"
+    if collective == "broadcast":
+        if world_size <= 2:
+            return "direct"
+        return "tree" if nbytes <= _TREE_BYTES else "scatter_ring"
+    if collective in ("gather", "scatter"):
+        return "tree" if small and not few else "direct"
+    if collective == "all_to_all":
+        return "direct" if few else "pairwise"
+    return "dissemination"
+
+
+@lru_cache(maxsize=1024)
+def build(info: CollectiveInfo, rank: int, world_size: int, root: int) -> Schedule:
+    """Return the schedule of `info` for one rank, remembering it."""
+    return info.build(rank, world_size, root)

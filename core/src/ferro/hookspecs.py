@@ -1,0 +1,114 @@
+"""The hook specs: what a plugin may offer. The descriptions it returns are here, too.
+
+A plugin is a distribution with one entry point in group "ferro" that names a light module of
+hook implementations:
+
+    [project.entry-points.ferro]
+    pipes = "ferro_pipes.plugin"
+
+    # ferro_pipes/plugin.py
+    @ferro.hookimpl
+    def ferro_backends():
+        return [ferro.BackendInfo(name="pipes", …)]
+
+Hooks answer "what do you offer?". They are called once per process, return frozen descriptions
+and never stand on the path of a collective. Importing the module and calling its hooks must not
+import a native library, open a socket, start MPI or touch a device. If either raises, ferro
+stops with a PluginError that names the distribution (`available()` still lists the others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pluggy
+
+from ferro.backend import Backend, BackendConfig
+from ferro.collectives.choose import CollectiveInfo
+from ferro.observers import Observer
+from ferro.types import Availability, Device
+
+hookspec = pluggy.HookspecMarker("ferro")
+hookimpl = pluggy.HookimplMarker("ferro")
+
+# (module, group, **options) -> module; the options are each strategy's own.
+Strategy: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendInfo:
+    """A backend on offer.
+
+    Attributes:
+        name: what users call it, unique among all plugins.
+        summary: one line for people.
+        devices: where its buffers may be.
+        probe: says whether it can be used here; quick, never raises, imports nothing native.
+        create: makes it, with the heavy imports; raises `BackendUnavailable` when it cannot.
+        default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …)
+            under which it is what `ferro.init()` takes; "*" for every launcher that no other
+            backend claims.
+    """
+
+    name: str
+    summary: str
+    probe: Callable[[], Availability]
+    create: Callable[[BackendConfig], Backend]
+    devices: tuple[Device, ...] = (Device.CPU,)
+    default_under: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyInfo:
+    """A parallel strategy on offer.
+
+    Attributes:
+        name: what users call it, unique among all plugins.
+        summary: one line for people.
+        load: imports and returns it, a callable (module, group, **options) -> module.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], Strategy]
+
+
+@hookspec
+def ferro_backends() -> Sequence[BackendInfo]:
+    """Offer communication backends.
+
+    Called once per process, before any connection exists, on every rank. Return one
+    description per backend; () to offer none here.
+    """
+    return ()
+
+
+@hookspec
+def ferro_collectives() -> Sequence[CollectiveInfo]:
+    """Offer algorithms for collectives.
+
+    Called once per process, on every rank. A user chooses one by name
+    (`ferro.init(algorithms={"all_reduce": "mine"})`), the same on all ranks.
+    """
+    return ()
+
+
+@hookspec
+def ferro_strategies() -> Sequence[StrategyInfo]:
+    """Offer parallel strategies.
+
+    Called once per process, on every rank.
+    """
+    return ()
+
+
+@hookspec
+def ferro_observers() -> Sequence[Observer]:
+    """Offer observers, told of each operation's start and end.
+
+    Called once by `ferro.init`, on every rank. Return () when there is nothing to observe:
+    without observers the path of a collective does not change.
+    """
+    return ()

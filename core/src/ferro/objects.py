@@ -1,0 +1,113 @@
+"""Collectives on small Python values: encoded, then moved as bytes by the array collectives."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from ferro import codec as msgpack
+from ferro.errors import UsageError
+from ferro.reduction import Array
+
+if TYPE_CHECKING:
+    from ferro.group import ProcessGroup
+
+Codec: TypeAlias = Literal["msgpack", "pickle"]
+
+
+def broadcast(
+    group: ProcessGroup, value: object, root: int, codec: Codec, timeout_s: float | None
+) -> Any:
+    """Return the root's value on every rank."""
+    _check(codec)
+    data = _encode(value, codec) if group.rank == root else np.empty(0, np.uint8)
+    size = group.broadcast(np.array(data.size), root, timeout_s=timeout_s)
+    if group.rank != root:
+        data = np.empty(int(size), np.uint8)
+    return _decode(group.broadcast(data, root, timeout_s=timeout_s), codec)
+
+
+def all_gather(
+    group: ProcessGroup, value: object, codec: Codec, timeout_s: float | None
+) -> list[Any]:
+    """Return every rank's value, in order of rank."""
+    data = _encode(value, codec)
+    sizes = group.all_gather(np.array(data.size), timeout_s=timeout_s).tolist()
+    return _split(group.all_gather(data, sizes=sizes, timeout_s=timeout_s), sizes, codec)
+
+
+def gather(
+    group: ProcessGroup, value: object, root: int, codec: Codec, timeout_s: float | None
+) -> list[Any] | None:
+    """Return every rank's value at the root."""
+    data = _encode(value, codec)
+    sizes = group.all_gather(np.array(data.size), timeout_s=timeout_s).tolist()
+    whole = group.gather(data, root, sizes=sizes, timeout_s=timeout_s)
+    return None if whole is None else _split(whole, sizes, codec)
+
+
+def scatter(
+    group: ProcessGroup,
+    values: Sequence[object] | None,
+    root: int,
+    codec: Codec,
+    timeout_s: float | None,
+) -> Any:
+    """Return this rank's item of the root's list."""
+    _check(codec)
+    if group.rank != root:
+        return _decode(group.scatter(None, root, timeout_s=timeout_s), codec)
+    if values is None or len(values) != group.world_size:
+        given = "none" if values is None else str(len(values))
+        raise UsageError(f"scatter_object needs {group.world_size} values at the root, got {given}")
+    parts = [_encode(value, codec) for value in values]
+    sizes = [part.size for part in parts]
+    whole = np.concatenate(parts)
+    return _decode(group.scatter(whole, root, sizes=sizes, timeout_s=timeout_s), codec)
+
+
+def send(
+    group: ProcessGroup,
+    value: object,
+    dst: int,
+    tag: int,
+    codec: Codec,
+    timeout_s: float | None,
+) -> None:
+    """Send a value to one rank: its size, then its bytes."""
+    data = _encode(value, codec)
+    group.send(np.array(data.size), dst, tag, timeout_s=timeout_s)
+    group.send(data, dst, tag, timeout_s=timeout_s)
+
+
+def recv(group: ProcessGroup, src: int, tag: int, codec: Codec, timeout_s: float | None) -> Any:
+    """Return a value that one rank sends."""
+    _check(codec)
+    size = group.recv(np.array(0), src, tag, timeout_s=timeout_s)
+    data = group.recv(np.empty(int(size), np.uint8), src, tag, timeout_s=timeout_s)
+    return _decode(data, codec)
+
+
+def _check(codec: Codec) -> None:
+    if codec not in ("msgpack", "pickle"):
+        raise UsageError(f"codec must be 'msgpack' or 'pickle', not {codec!r}")
+
+
+def _encode(value: object, codec: Codec) -> Array:
+    _check(codec)
+    data = msgpack.encode(value) if codec == "msgpack" else pickle.dumps(value)
+    return np.frombuffer(data, np.uint8)
+
+
+def _decode(data: Array, codec: Codec) -> object:
+    raw = data.tobytes()
+    # Only where the caller asked for pickle by name; msgpack is the default everywhere.
+    return msgpack.decode(raw) if codec == "msgpack" else pickle.loads(raw)  # noqa: S301
+
+
+def _split(whole: Array, sizes: Sequence[int], codec: Codec) -> list[Any]:
+    ends = np.cumsum(sizes)
+    return [_decode(whole[end - size : end], codec) for end, size in zip(ends, sizes, strict=True)]

@@ -1,0 +1,232 @@
+"""What all ranks of a group learn about its death: one cause, told the same on every rank.
+
+The first rank that fails claims the certificate in the store, writes down the cause and aborts
+the backend, which wakes the others. Whoever fails afterwards, because it was woken or because a
+peer's connection closed, finds the certificate and raises the cause instead of its own symptom.
+
+For a deadline the cause needs the others: every rank that fails first notes that it was there
+and what it was doing; the claimant waits a moment for these notes before it writes the
+certificate. Whoever left no note had not come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ferro import codec
+from ferro.calls import Call
+from ferro.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FerroError,
+    GroupClosed,
+    PeerLost,
+    RendezvousError,
+)
+
+if TYPE_CHECKING:
+    from ferro.rendezvous.store import Store
+
+_NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
+_CERTIFICATE_S = 5.0  # how long the others wait for the certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """Where it happened: one call on one rank."""
+
+    group: str
+    rank: int
+    hosts: Sequence[str]
+    call: Call
+    timeout_s: float
+    elapsed_s: float
+
+    def head(self) -> str:
+        """Return the place in words."""
+        number = f" #{self.call.seq}" if self.call.op != "send" else ""
+        return f"{self.call.op}{number} on group {self.group!r}"
+
+    def who(self, rank: int) -> str:
+        """Return a rank with its host."""
+        return f"rank {rank} (host {self.hosts[rank]})"
+
+
+class Postmortem:
+    """Agrees on the cause of a group's death through the group's store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store.prefix("death")
+
+    def cause(self, error: BaseException, scene: Scene, wake: Callable[[], None]) -> FerroError:
+        """Return the error that this rank raises for `error`; wake the others if it is first.
+
+        Args:
+            error: what the backend raised.
+            scene: the call in which it did.
+            wake: aborts the backend; called when the others may look for the certificate.
+        """
+        try:
+            self._note(scene)
+            if self._store.add("claims", 1) > 1:
+                wake()
+                return self._read(scene)
+            return self._write(error, scene, wake)
+        except (RendezvousError, TimeoutError, OSError):
+            wake()  # without a store every rank has only its own symptom to tell
+            return _symptom(error, scene)
+
+    def aborted(self, scene: Scene) -> None:
+        """Write the certificate of a group that its user aborts on this rank."""
+        text = f"group {scene.group!r} was aborted by {scene.who(scene.rank)}"
+        try:
+            if self._store.add("claims", 1) == 1:
+                record = {"kind": "GroupClosed", "text": text}
+                self._store.set("certificate", codec.encode(record))
+        except (RendezvousError, OSError):
+            return  # the others will see connections close
+
+    def _note(self, scene: Scene) -> None:
+        note = f"{scene.call.op} #{scene.call.seq}"
+        self._store.set(f"note/{scene.rank}", note.encode())
+
+    def _write(self, error: BaseException, scene: Scene, wake: Callable[[], None]) -> FerroError:
+        late = isinstance(error, TimeoutError)
+        if late:
+            wake()  # the others note that they were there
+        found = self._timeout(scene) if late else _symptom(error, scene)
+        record = {
+            "kind": type(found).__name__,
+            "text": str(found),
+            "peer": found.peer,
+            "arrived": getattr(found, "arrived", ()),
+            "missing": getattr(found, "missing", ()),
+        }
+        self._store.set("certificate", codec.encode(record))
+        if not late:
+            wake()
+        return found
+
+    def _read(self, scene: Scene) -> FerroError:
+        raw = self._store.get("certificate", deadline=time.monotonic() + _CERTIFICATE_S)
+        record = codec.decode(raw)
+        assert isinstance(record, dict), "a certificate is a table"
+        return _rebuild(record, scene)
+
+    def _timeout(self, scene: Scene) -> CollectiveTimeout:
+        others = [rank for rank in range(len(scene.hosts)) if rank != scene.rank]
+        arrived, missing, notes = [scene.rank], [], []
+        deadline = time.monotonic() + _NOTES_S
+        for rank in others:
+            try:
+                note = self._store.get(f"note/{rank}", deadline=deadline).decode()
+                arrived.append(rank)
+                if note != f"{scene.call.op} #{scene.call.seq}":
+                    notes.append(f"rank {rank} was in {note}")
+            except TimeoutError:
+                missing.append(rank)
+        if missing:
+            absent = ", ".join(scene.who(rank) for rank in missing)
+            told = f"arrived: {_ranks(arrived)}; did not arrive: {absent}"
+        else:
+            told = "all ranks were there"
+        if notes:
+            told += f" ({'; '.join(notes)})"
+        remedy = (
+            f"Read the log of rank {missing[0]} first"
+            if missing
+            else "Raise timeout_s, or look for a slow or broken link"
+        )
+        return CollectiveTimeout(
+            f"{scene.head()} did not finish within {scene.timeout_s:g} s; {told}. "
+            f"The group can no longer be used. {remedy}.",
+            op=scene.call.op,
+            group=scene.group,
+            rank=scene.rank,
+            seq=scene.call.seq,
+            seconds=scene.timeout_s,
+            arrived=sorted(arrived),
+            missing=missing,
+        )
+
+
+def _symptom(error: BaseException, scene: Scene) -> FerroError:
+    """Return what this rank can say by itself."""
+    op, group, rank, n = scene.call.op, scene.group, scene.rank, len(scene.hosts)
+    if isinstance(error, CollectiveMismatch):
+        return CollectiveMismatch(
+            f"ranks made different calls on group {scene.group!r} (#{scene.call.seq}): {error}. "
+            "The group can no longer be used. Make every rank issue the same calls in the same "
+            "order, with the same dtype, size, reduction and root.",
+            op=op,
+            group=group,
+            rank=rank,
+            peer=error.peer,
+        )
+    if isinstance(error, PeerLost) and error.peer is not None:
+        return PeerLost(
+            f"{scene.head()} failed: {scene.who(error.peer)} of {n} is gone, noticed by "
+            f"rank {scene.rank} after {scene.elapsed_s:.1f} s of {scene.timeout_s:g} s "
+            f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
+            "then restart the job, or go on without it through shrink().",
+            op=op,
+            group=group,
+            rank=rank,
+            peer=error.peer,
+            host=scene.hosts[error.peer],
+        )
+    if isinstance(error, TimeoutError):
+        return CollectiveTimeout(
+            f"{scene.head()} did not finish within {scene.timeout_s:g} s on rank {scene.rank}, "
+            "and the store could not be reached to ask for the others. "
+            "The group can no longer be used.",
+            op=op,
+            group=group,
+            rank=rank,
+            seq=scene.call.seq,
+            seconds=scene.timeout_s,
+            arrived=(scene.rank,),
+        )
+    return GroupClosed(
+        f"{scene.head()} failed on rank {scene.rank} of {n}: {type(error).__name__}: {error}. "
+        "The group can no longer be used.",
+        op=op,
+        group=group,
+        rank=rank,
+    )
+
+
+def _rebuild(record: Mapping[str, object], scene: Scene) -> FerroError:
+    """Return the certificate's error as this rank's own."""
+    text, kind = str(record["text"]), record["kind"]
+    op, group, rank = scene.call.op, scene.group, scene.rank
+    peer = record.get("peer")
+    peer = peer if isinstance(peer, int) else None
+    if kind == "CollectiveMismatch":
+        return CollectiveMismatch(text, op=op, group=group, rank=rank, peer=peer)
+    if kind == "PeerLost":
+        host = None if peer is None else scene.hosts[peer]
+        return PeerLost(text, op=op, group=group, rank=rank, peer=peer, host=host)
+    if kind == "CollectiveTimeout":
+        return CollectiveTimeout(
+            text,
+            op=op,
+            group=group,
+            rank=rank,
+            seq=scene.call.seq,
+            seconds=scene.timeout_s,
+            arrived=_numbers(record.get("arrived")),
+            missing=_numbers(record.get("missing")),
+        )
+    return GroupClosed(text, op=op, group=group, rank=rank)
+
+
+def _numbers(value: object) -> list[int]:
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return "rank " + ", ".join(str(rank) for rank in sorted(ranks))

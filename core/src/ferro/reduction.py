@@ -1,0 +1,134 @@
+"""How operands are combined: the arithmetic of every reduction, in one place.
+
+Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the
+number of ranks, before that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ferro.errors import UnsupportedError, UsageError
+from ferro.types import ReduceOp
+
+Array: TypeAlias = npt.NDArray[np.generic]
+ReduceFunction: TypeAlias = Callable[[Array, Array, Array], object]
+
+_UFUNCS: dict[ReduceOp, np.ufunc] = {
+    ReduceOp.SUM: np.add,
+    ReduceOp.MEAN: np.add,
+    ReduceOp.PROD: np.multiply,
+    ReduceOp.MIN: np.minimum,
+    ReduceOp.MAX: np.maximum,
+    ReduceOp.BAND: np.bitwise_and,
+    ReduceOp.BOR: np.bitwise_or,
+    ReduceOp.BXOR: np.bitwise_xor,
+}
+_HALF = ("float16", "bfloat16")
+_WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
+_ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
+_BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+@lru_cache(maxsize=256)
+def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
+    """Return the reduction `op` over `dtype` for `ranks` ranks; see `Reduction`."""
+    return Reduction(op, dtype, ranks)
+
+
+class Reduction:
+    """A reduction over one dtype, for a given number of ranks.
+
+    Attributes:
+        name: the operation's name, "callable" for a user's function.
+        needs_all: True when the result is right only if all contributions meet in one
+            `combine` (half precision, whose partial results must not be rounded).
+    """
+
+    def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
+        """Make the reduction `op`.
+
+        Raises:
+            UsageError: no operation has that name.
+            UnsupportedError: the operation is not defined for `dtype`.
+        """
+        self.dtype = dtype
+        self.ranks = ranks
+        self.op = _named(op)
+        self.name = "callable" if self.op is None else self.op.value
+        self._function = _function(op if self.op is None else _UFUNCS[self.op])
+        if self.op is not None:
+            _check(self.op, dtype)
+        self.needs_all = dtype.name in _HALF and self.op in _WIDENED
+
+    def combine(self, operands: Sequence[Array], own: int) -> None:
+        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch."""
+        if self.needs_all:
+            self._combine_wide(operands, own)
+            return
+        total = operands[0]
+        for index in range(1, len(operands)):
+            out = operands[own] if index >= own else total
+            self._function(total, operands[index], out)
+            total = out
+        if self.op is ReduceOp.MEAN and len(operands) == self.ranks:
+            np.true_divide(total, self.ranks, out=total)
+
+    def finish(self, result: Array, combined_at_once: bool) -> None:
+        """Complete a mean whose sum was built up over several rounds, in place."""
+        # Two contributions always meet at once, whatever the algorithm: `combine` has divided.
+        if self.op is ReduceOp.MEAN and not combined_at_once and self.ranks > 2:
+            np.true_divide(result, self.ranks, out=result)
+
+    def _combine_wide(self, operands: Sequence[Array], own: int) -> None:
+        total = operands[0].astype(np.float32)
+        for operand in operands[1:]:
+            self._function(total, operand.astype(np.float32), total)
+        if self.op is ReduceOp.MEAN:
+            total /= self.ranks
+        operands[own][...] = total
+
+
+def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
+    """Return the named operation, or None for a user's function."""
+    if isinstance(op, str):
+        try:
+            return ReduceOp(op)
+        except ValueError:
+            names = ", ".join(ReduceOp)
+            raise UsageError(
+                f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)"
+            ) from None
+    if callable(op):
+        return None
+    raise UsageError(f"a reduction is a name or a function (a, b, out), not {type(op).__name__}")
+
+
+def _function(op: object) -> ReduceFunction:
+    """Return what is called as (a, b, out); ufuncs take `out` by its name only."""
+    if isinstance(op, np.ufunc):
+        return lambda a, b, out: op(a, b, out=out)
+    assert callable(op)
+    return op
+
+
+def _check(op: ReduceOp, dtype: np.dtype) -> None:
+    """Refuse a reduction that is not defined for a dtype."""
+    kind = dtype.kind
+    floating = kind in "fc" or dtype.name == "bfloat16"
+    if op is ReduceOp.MEAN and not floating:
+        remedy = "convert to a floating dtype first, or use op='sum'"
+    elif op in _BITWISE and kind not in "iub":
+        remedy = "bitwise reductions take integers and booleans"
+    elif op in _ORDERED and kind == "c":
+        remedy = "complex numbers have no order"
+    else:
+        return
+    raise UnsupportedError(
+        f"op={op.value!r} is not defined for {dtype.name}: {remedy}", op=op.value
+    )

@@ -1,0 +1,99 @@
+"""Shapes of a collective's operands and results: everything follows axis 0."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from ferro.arrays import Array, Entry, writable
+from ferro.errors import UsageError
+
+
+class Outlet:
+    """Where a result goes: the caller's `out`, or a new array of the caller's kind.
+
+    Attributes:
+        array: the memory, in the result's shape.
+        flat: the same memory in one dimension, as backends take it.
+    """
+
+    def __init__(self, entry: Entry, out: object, shape: tuple[int, ...]) -> None:
+        self._entry = entry
+        self._out = out
+        if out is None:
+            self.array: Array = entry.empty(shape)
+        else:
+            self.array = writable(out, shape, entry.array.dtype, entry.device)
+        self.flat: Array = self.array.reshape(-1)
+
+    def __call__(self) -> object:
+        """Return the result as the caller expects it."""
+        return self._entry.leave(self.array) if self._out is None else self._out
+
+
+def flat(array: Array, *, private: bool) -> Array:
+    """Return the elements in one contiguous dimension; a copy when `private`."""
+    contiguous = np.ascontiguousarray(array).reshape(-1)
+    return contiguous.copy() if private and np.shares_memory(contiguous, array) else contiguous
+
+
+def concatenated(array: Array, rows: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+    """Return the shape of all ranks' rows together, and each rank's number of elements."""
+    row_shape = array.shape[1:]
+    row = math.prod(row_shape)
+    return (sum(rows), *row_shape), [count * row for count in rows]
+
+
+def gathered_rows(
+    array: Array, sizes: Sequence[int] | None, rank: int, world_size: int
+) -> list[int]:
+    """Return the rows that every rank contributes, this one `array`.
+
+    Raises:
+        UsageError: `sizes` is not one size a rank, or not this array's at this rank.
+    """
+    own = array.shape[0] if array.ndim else 1
+    if sizes is None:
+        return [own] * world_size
+    rows = checked_sizes(sizes, world_size, "sizes")
+    if rows[rank] != own:
+        raise UsageError(f"sizes[{rank}] is {rows[rank]}, but x has {own} rows on this rank")
+    return rows
+
+
+def cut_rows(
+    array: Array, sizes: Sequence[int] | None, world_size: int, op: str, name: str = "sizes"
+) -> list[int]:
+    """Return the rows that go to every rank when `array` is cut along axis 0.
+
+    Raises:
+        UsageError: it cannot be cut so.
+    """
+    if array.ndim == 0:
+        raise UsageError(f"{op} cuts its input along axis 0, and a 0-d array has none")
+    total = array.shape[0]
+    if sizes is None:
+        if total % world_size:
+            raise UsageError(
+                f"{op} cuts axis 0 into {world_size} equal blocks, but it has {total} rows: "
+                f"give {name}= for uneven ones, or pad it"
+            )
+        return [total // world_size] * world_size
+    rows = checked_sizes(sizes, world_size, name)
+    if sum(rows) != total:
+        raise UsageError(f"{name} sum up to {sum(rows)}, but axis 0 has {total} rows")
+    return rows
+
+
+def checked_sizes(sizes: Sequence[int], world_size: int, name: str) -> list[int]:
+    """Return sizes as a list of non-negative ints, one a rank."""
+    try:
+        rows = [operator.index(size) for size in sizes]
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be {world_size} whole numbers, not {sizes!r}") from None
+    if len(rows) != world_size or min(rows) < 0:
+        raise UsageError(f"{name} must be {world_size} non-negative whole numbers, not {rows}")
+    return rows

@@ -1,0 +1,40 @@
+"""The parallel strategies on offer: which are installed, and one by name."""
+
+from __future__ import annotations
+
+from ferro.errors import PluginError
+from ferro.hookspecs import Strategy, StrategyInfo
+from ferro.plugins import Offer, by_name, installed
+
+
+def available() -> dict[str, str]:
+    """Return name -> one-line summary for every installed strategy."""
+    offers, _ = installed().survey("ferro_strategies", StrategyInfo)
+    return {
+        name: offer.item.summary
+        for name, offer in sorted(by_name(offers, "strategy").items())
+        if not isinstance(offer, PluginError)
+    }
+
+
+def get(name: str) -> Strategy:
+    """Return a strategy: a callable (module, group, **options) -> module.
+
+    Raises:
+        PluginError: it is not installed, two plugins claim the name, or a plugin is broken.
+    """
+    installed().require_all()
+    offer = _table().get(name)
+    if isinstance(offer, PluginError):
+        raise offer
+    if offer is None:
+        others = ", ".join(available()) or "none"
+        raise PluginError(
+            f"no installed plugin offers the strategy {name!r} (installed: {others}). "
+            "ferro's own come with: pip install 'ferro[strategies]'."
+        )
+    return offer.item.load()
+
+
+def _table() -> dict[str, Offer[StrategyInfo] | PluginError]:
+    return by_name(installed().offers("ferro_strategies", StrategyInfo), "strategy")

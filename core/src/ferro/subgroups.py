@@ -1,0 +1,120 @@
+"""Making a group inside a group: its members agree on a number that no other group has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ferro import codec
+from ferro.backend import Backend
+from ferro.calls import MAX_CONTEXT
+from ferro.errors import RendezvousError, UsageError
+from ferro.members import Members
+
+if TYPE_CHECKING:
+    from ferro.rendezvous.store import Store
+
+
+class Subgroups:
+    """Makes the subgroups of one group."""
+
+    def __init__(self, backend: Backend, members: Members) -> None:
+        self._backend = backend
+        self._members = members
+        self._made: dict[tuple[int, ...], int] = {}
+
+    def make(
+        self, ranks: Sequence[int], name: str | None, timeout_s: float
+    ) -> tuple[Backend, Members]:
+        """Return backend and members of the group of these ranks, of which this is one."""
+        chosen = self._checked(ranks)
+        context = self._context(chosen, timeout_s)
+        backend = self._backend.subgroup(chosen, context)
+        name = name or f"{self._members.name}[{','.join(map(str, chosen))}]"
+        store = self._members.job.prefix(f"group/{context}")
+        return backend, self._members.some(chosen, name, store)
+
+    def survivors(self, lost: int | None, timeout_s: float) -> tuple[Backend, Members]:
+        """Return backend and members of the group of all ranks that call this in time.
+
+        The first to come waits for the others, all but the one known to be lost, and then says
+        who is in.
+
+        Raises:
+            UnsupportedError: this backend cannot go on after a failure.
+            RendezvousError: this rank came too late, or the one that decides is gone as well.
+        """
+        n, me, members = self._backend.world_size, self._backend.rank, self._members
+        deadline = time.monotonic() + timeout_s
+        store = members.store.prefix("shrink")
+        store.set(f"here/{me}", b"1")
+        if store.add("first", 1) == 1:
+            here = [r for r in range(n) if r == me or (r != lost and _came(store, r, deadline))]
+            context = members.job.add("groups", 1)
+            store.set("who", codec.encode([context, here]))
+        else:
+            try:
+                raw = store.get("who", deadline=deadline + timeout_s)
+            except TimeoutError as error:
+                raise RendezvousError(
+                    f"shrink of group {members.name!r}: nobody decided who is left within "
+                    f"{2 * timeout_s:g} s; another rank may have died meanwhile",
+                    op="shrink",
+                    rank=me,
+                ) from error
+            context, here = codec.decode(raw)  # type: ignore[misc]
+        if me not in here:
+            raise RendezvousError(
+                f"shrink of group {members.name!r}: rank {me} came later than {timeout_s:g} s "
+                f"after the first, and ranks {here} go on without it",
+                op="shrink",
+                rank=me,
+            )
+        backend = self._backend.shrink(here, context)
+        part = members.job.prefix(f"group/{context}")
+        return backend, members.some(here, f"{members.name}-{n - len(here)}", part)
+
+    def _checked(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        chosen = tuple(int(rank) for rank in ranks)
+        n, me, name = self._backend.world_size, self._backend.rank, self._members.name
+        if any(not 0 <= rank < n for rank in chosen):
+            raise UsageError(f"subgroup {chosen}: group {name!r} has ranks 0 to {n - 1}")
+        if len(set(chosen)) != len(chosen):
+            raise UsageError(f"subgroup {chosen} names a rank twice")
+        if me not in chosen:
+            raise UsageError(
+                f"subgroup {chosen} does not include this rank, {me}: only members call it"
+            )
+        return chosen
+
+    def _context(self, ranks: tuple[int, ...], timeout_s: float) -> int:
+        """Agree on the group's number: its first rank takes one and publishes it."""
+        made = self._made[ranks] = self._made.get(ranks, 0) + 1
+        key = f"subgroup/{','.join(map(str, ranks))}/{made}"
+        store = self._members.store
+        if self._backend.rank == ranks[0]:
+            context = self._members.job.add("groups", 1)
+            if context > MAX_CONTEXT:
+                raise UsageError(f"this job has made more than {MAX_CONTEXT} groups")
+            store.set(key, str(context).encode())
+            return context
+        try:
+            return int(store.get(key, deadline=time.monotonic() + timeout_s))
+        except TimeoutError as error:
+            raise RendezvousError(
+                f"subgroup {ranks}: rank {ranks[0]} did not create it within {timeout_s:g} s; "
+                "every member must call subgroup() with the same list",
+                op="subgroup",
+                rank=self._backend.rank,
+                peer=ranks[0],
+            ) from error
+
+
+def _came(store: Store, rank: int, deadline: float) -> bool:
+    """Wait for a rank's note."""
+    try:
+        store.get(f"here/{rank}", deadline=deadline)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,178 @@
+"""World: the group of all ranks, and what was opened for it: store, backend, observers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+
+from importlib_metadata import version
+
+from ferro import backends, collectives, plugins
+from ferro.backend import BackendConfig
+from ferro.collectives.choose import Choice
+from ferro.environment import LaunchInfo, Options
+from ferro.errors import BackendUnavailable, FerroError, RendezvousError
+from ferro.group import ProcessGroup
+from ferro.hookspecs import BackendInfo
+from ferro.members import Members
+from ferro.observers import Observer
+from ferro.rendezvous.meeting import Meeting, meet
+from ferro.rendezvous.memory import MemoryStore
+from ferro.rendezvous.rollcall import Record, call_roll
+from ferro.rendezvous.store import Store
+
+_log = logging.getLogger("ferro")
+
+
+class World:
+    """The world group of this process and what was opened for it.
+
+    Args:
+        info: this process's place.
+        given: what the user set through variables.
+        timeout_s: seconds that joining, and then each operation, may take.
+        number: how many worlds this process made before; all ranks count alike.
+        explicit: the program itself says where to meet.
+
+    Attributes:
+        group: the world group, once joined.
+        closed: whether it has been left.
+    """
+
+    group: ProcessGroup
+
+    def __init__(
+        self, info: LaunchInfo, given: Options, timeout_s: float, number: int, *, explicit: bool
+    ) -> None:
+        self.closed = False
+        self._info = info
+        self._given = given
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._meeting: Meeting | None = None
+        if info.world_size > 1:
+            self._meeting = meet(info, explicit=explicit, deadline=self._deadline)
+        root: Store = MemoryStore() if self._meeting is None else self._meeting.store
+        self._store = root.prefix(f"world{number}")
+        self._observers: tuple[Observer, ...] = ()
+
+    def join(
+        self,
+        backend: str | None,
+        deterministic: bool,
+        algorithms: Mapping[str, str],
+        backend_options: Mapping[str, object],
+        observers: Sequence[Observer],
+    ) -> None:
+        """Meet the other ranks, create the backend, make the group."""
+        problem: FerroError | None = None
+        chosen: BackendInfo | None = None
+        choice = Choice(deterministic=deterministic)
+        try:
+            chosen = self._choose_backend(backend)
+            fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
+            choice = Choice(deterministic=deterministic, fixed=fixed)
+        except FerroError as error:
+            problem = error
+        name = chosen.name if chosen is not None else backend or "none"
+        settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
+        records = self._call_roll(name, settings, problem)
+        if problem is not None or chosen is None:
+            raise problem or BackendUnavailable(name, "no backend was chosen")
+        offered = [offer.item for offer in plugins.installed().offers("ferro_observers", object)]
+        self._observers = (*observers, *offered)  # type: ignore[arg-type]
+        made = chosen.create(self._config(records, choice, backend_options))
+        members = Members(
+            name="world",
+            backend_name=chosen.name,
+            global_ranks=tuple(range(self._info.world_size)),
+            hosts=tuple(record.host for record in records),
+            job=self._store,
+            store=self._store.prefix("group/0"),
+            local_rank=self._info.local_rank,
+            timeout_s=self._timeout_s,
+            devices=chosen.devices,
+            host_copies=self._given.gpu_fallback,
+            observers=self._observers,
+        )
+        self.group = ProcessGroup(made, members, on_close=self.close)
+
+    def _choose_backend(self, name: str | None) -> BackendInfo:
+        info = self._info
+        name = name or backends.default(info.launcher)
+        if name is None and info.world_size == 1:
+            name = "simulated"  # core's own, enough for one rank
+        if name is None:
+            raise BackendUnavailable(
+                "default",
+                f"no installed backend offers to be it under launcher {info.launcher!r}",
+                "Install one (`pip install 'ferro[all]'` brings all), or name one in ferro.init().",
+            )
+        chosen = backends.get(name)
+        found = chosen.probe()
+        if not found.ok:
+            raise BackendUnavailable(name, found.reason, found.hint)
+        return chosen
+
+    def _call_roll(self, backend: str, settings: str, problem: FerroError | None) -> list[Record]:
+        mine = Record(
+            rank=self._info.rank,
+            world_size=self._info.world_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            address="127.0.0.1" if self._meeting is None else self._meeting.store.local_host,
+            version=version("ferro"),
+            backend=backend,
+            plugins=plugins.installed().versions,
+            settings=settings,
+            problem=str(problem or ""),
+        )
+        try:
+            return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
+        except RendezvousError:
+            if problem is not None:
+                raise problem from None
+            raise
+
+    def _config(
+        self,
+        records: Sequence[Record],
+        choice: Choice,
+        backend_options: Mapping[str, object],
+    ) -> BackendConfig:
+        meeting = self._meeting
+        return BackendConfig(
+            rank=self._info.rank,
+            world_size=self._info.world_size,
+            store=self._store.prefix("group/0"),
+            secret=b"" if meeting is None else meeting.secret,
+            addresses=tuple(record.address for record in records),
+            store_host="127.0.0.1" if meeting is None else meeting.store.remote_host,
+            timeout_s=self._timeout_s,
+            choice=choice,
+            options=backend_options,
+        )
+
+    def close(self, patience_s: float) -> None:
+        """Say goodbye and release the store; whoever hosts it waits `patience_s` for the others."""
+        if self.closed:
+            return
+        self.closed = True
+        for observer in self._observers:
+            observer.close()
+        if self._meeting is not None:
+            self._say_goodbye(self._meeting, patience_s)
+            self._meeting.close()
+
+    def _say_goodbye(self, meeting: Meeting, patience_s: float) -> None:
+        try:
+            gone = self._store.add("goodbye", 1)
+            if gone == self._info.world_size:
+                self._store.set("all gone", b"1")
+            elif meeting.server is not None:
+                self._store.get("all gone", deadline=time.monotonic() + patience_s)
+        except (RendezvousError, TimeoutError) as error:
+            _log.debug("goodbye: %s", error)
