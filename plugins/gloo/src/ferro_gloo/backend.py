@@ -1,0 +1,152 @@
+"""GlooBackend: collectives on NumPy arrays over a mesh of TCP connections.
+
+The collectives themselves are core's schedules; this moves their segments. Every frame carries
+the call's label, so a mismatch is found where it happens and costs no message of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from ferro.arrays import name_of
+from ferro.backend import Backend, BackendConfig, mismatch
+from ferro.calls import Call, in_context, is_collective, transfer_call
+from ferro.collectives import Choice
+from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
+from ferro.reduction import Array
+from ferro_gloo.connection import AbortedError, DiffersError, LengthError, LostError
+from ferro_gloo.engine import Engine
+from ferro_gloo.frame import DATA, MAX_BODY, pack
+from ferro_gloo.mesh import connect_mesh
+
+
+class GlooBackend(Backend):
+    """One rank of a group over the mesh.
+
+    Args:
+        engine: drives the connections of this rank to all others of the world.
+        ranks: the members' ranks in the world.
+        rank: this one's in the group.
+        choice: which algorithm serves which call.
+        context: the group's number; 0 for the world, which owns the engine.
+    """
+
+    labels_frames = True
+
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Sequence[int],
+        rank: int,
+        choice: Choice | None = None,
+        context: int = 0,
+    ) -> None:
+        super().__init__(rank, len(ranks), choice)
+        self._engine = engine
+        self._ranks = tuple(ranks)
+        self._index = {world: index for index, world in enumerate(ranks)}
+        self._context = context
+        self._label = b""
+
+    @classmethod
+    def connect(cls, config: BackendConfig) -> GlooBackend:
+        """Connect to all other ranks; every rank does."""
+        engine = Engine(connect_mesh(config) if config.world_size > 1 else {})
+        return cls(engine, range(config.world_size), config.rank, config.choice)
+
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """See `Backend.send`."""
+        self.exchange([(peer, buffer)], [], tag=tag, deadline=deadline)
+
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """See `Backend.recv`."""
+        self.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        *,
+        tag: int,
+        deadline: float,
+    ) -> None:
+        """See `Backend.exchange`; one thread moves all of it, in both directions."""
+        collective = is_collective(tag)
+        tag = in_context(tag, self._context)
+        outgoing, incoming = [], []
+        headers: dict[tuple[int, bytes], bytes] = {}
+        for peer, buffer in sends:
+            label = self._label if collective else _transfer_label(buffer)
+            for body in _pieces(buffer):
+                key = (body.nbytes, label)
+                header = headers.get(key)
+                if header is None:
+                    header = headers[key] = pack(body.nbytes, DATA, tag, label)
+                outgoing.append((self._ranks[peer], header, body))
+        for peer, buffer in recvs:
+            label = self._label if collective else _transfer_label(buffer)
+            incoming += [(self._ranks[peer], label, body) for body in _pieces(buffer)]
+        with self._explained():
+            self._engine.exchange(outgoing, incoming, tag, deadline)
+
+    def agree(self, call: Call, *, deadline: float) -> None:
+        """See `Backend.agree`."""
+        self.call = call
+        self._label = call.label()
+        with self._explained():
+            self._engine.activate(in_context(self.tag, self._context), self._label)
+        super().agree(call, deadline=deadline)
+
+    def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
+        """Return a group over the same connections; its frames carry its own number."""
+        members = [self._ranks[rank] for rank in ranks]
+        index = tuple(ranks).index(self.rank)
+        return GlooBackend(self._engine, members, index, self.choice, context)
+
+    def shrink(self, ranks: Sequence[int], context: int) -> Backend:
+        """Return the survivors' group: connections between the living outlast a group."""
+        return self.subgroup(ranks, context)
+
+    def abort(self) -> None:
+        """End this group's transfers on all its ranks; other groups go on."""
+        others = [rank for index, rank in enumerate(self._ranks) if index != self.rank]
+        self._engine.abort(self._context, others)
+
+    def close(self) -> None:
+        """Close the connections; of a subgroup, which owns none, nothing."""
+        if self._context == 0:
+            self._engine.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the engine's errors into ferro's, with ranks of this group."""
+        try:
+            yield
+        except LostError as error:
+            raise PeerLost(str(error), peer=self._index[error.peer]) from error
+        except DiffersError as error:
+            mine = Call.from_label(error.expected)
+            raise mismatch(self.rank, mine, self._index[error.peer], error.got) from error
+        except LengthError as error:
+            peer = self._index[error.peer]
+            text = f"rank {self.rank} called {self.call}, rank {peer} too, but {error}"
+            raise CollectiveMismatch(text, peer=peer) from error
+        except AbortedError as error:
+            raise GroupClosed(str(error)) from error
+
+
+def _transfer_label(buffer: Array) -> bytes:
+    return transfer_call(name_of(buffer.dtype), buffer.size).label()
+
+
+def _pieces(buffer: Array) -> list[memoryview]:
+    """Return the bytes of a buffer in pieces that fit a frame; one piece even when empty."""
+    if buffer.nbytes == 0:
+        return [memoryview(bytearray())]
+    whole = buffer.view(np.uint8).data
+    if whole.nbytes <= MAX_BODY:
+        return [whole]
+    return [whole[start : start + MAX_BODY] for start in range(0, whole.nbytes, MAX_BODY)]
