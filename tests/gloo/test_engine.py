@@ -1,0 +1,190 @@
+"""The engine: several operations, groups and threads over the same sockets."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro_gloo import connection
+from ferro_gloo.frame import DATA, HEADER_BYTES, MAX_BODY, pack
+
+
+def test_messages_that_come_before_their_receive_are_kept_by_tag(on_ranks):
+    def exchange(group):
+        if group.rank == 0:
+            for tag in range(5):
+                group.send(np.full(10 * tag, tag), 1, tag)
+            group.barrier()
+            return None
+        group.barrier()
+        return [group.recv(np.zeros(10 * t, int), 0, t).tolist() for t in (4, 2, 0, 1, 3)]
+
+    results = on_ranks(2, exchange)
+    assert results[1] == [[t] * 10 * t for t in (4, 2, 0, 1, 3)]
+
+
+@pytest.mark.parametrize("nbytes", [MAX_BODY - 1, MAX_BODY, MAX_BODY + 1, 3 * MAX_BODY + 5])
+def test_transfers_around_the_size_of_a_frame(on_ranks, nbytes):
+    data = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
+
+    def exchange(group):
+        if group.rank == 0:
+            group.send(data, 1)
+            return True
+        return bool((group.recv(np.empty(nbytes, np.uint8), 0) == data).all())
+
+    assert on_ranks(2, exchange) == {0: True, 1: True}
+
+
+def test_large_messages_both_ways_at_once_do_not_deadlock(on_ranks):
+    def exchange(group):
+        mine = np.full(5_000_000, group.rank, np.float32)
+        theirs = group.sendrecv(mine, np.empty_like(mine), 1 - group.rank)
+        return float(theirs[0]), float(theirs[-1])
+
+    assert on_ranks(2, exchange) == {0: (1.0, 1.0), 1: (0.0, 0.0)}
+
+
+def test_overlapping_groups_in_several_threads_never_mix(on_ranks):
+    """Three groups share the sockets; each has its own thread and many operations in flight."""
+
+    def busy(group):
+        left, right = group.subgroup([0, 1, 2]) if group.rank < 3 else None, None
+        if group.rank > 0:
+            right = group.subgroup([3, 2, 1])
+        wrong = []
+
+        def use(which, factor):
+            works = []
+            for step in range(30):
+                x = np.full(1 + 97 * step * factor, float(group.rank + step))
+                works.append((step, which.all_reduce(x, async_op=True)))
+            for step, work in works:
+                expected = sum(r + step for r in which.global_ranks)
+                if not (work.wait() == expected).all():
+                    wrong.append((which.name, step))
+
+        threads = [
+            threading.Thread(target=use, args=(which, factor))
+            for which, factor in ((group, 3), (left, 1), (right, 2))
+            if which is not None
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return wrong
+
+    assert on_ranks(4, busy) == {rank: [] for rank in range(4)}
+
+
+def test_a_subgroup_that_dies_leaves_the_world_and_other_groups_alive(on_ranks):
+    def mismatched_half(group):
+        half = group.split(group.rank // 2)
+        error = ""
+        if group.rank < 2:
+            try:
+                half.all_reduce(np.ones(3 + group.rank))
+            except ferro.CollectiveMismatch as raised:
+                error = str(raised)
+        else:
+            assert half.all_reduce(1.0) == 2
+        assert group.all_reduce(1.0) == 4
+        return error
+
+    results = on_ranks(4, mismatched_half)
+    assert results[0] == results[1] != ""
+    assert results[2] == results[3] == ""
+
+
+def test_abort_wakes_a_rank_that_waits_for_ever(on_ranks):
+    def abort(group):
+        if group.rank == 0:
+            group.recv(np.zeros(1), 1, tag=9, async_op=True)
+            waiting = group.all_reduce(np.ones(3), async_op=True)
+            group.abort()
+            with pytest.raises(ferro.GroupClosed, match="aborted"):
+                waiting.wait()
+            return True
+        with pytest.raises(ferro.GroupClosed, match="aborted by rank 0"):
+            group.recv(np.zeros(1), 0, tag=3, timeout_s=20)
+        return True
+
+    started = time.monotonic()
+    assert on_ranks(2, abort) == {0: True, 1: True}
+    assert time.monotonic() - started < 20, "woken by the deadline, not by abort()"
+
+
+def test_survivors_go_on_after_shrink(on_ranks):
+    def survive(group):
+        if group.rank == 1:
+            group.abandon()
+            return None
+        with pytest.raises(ferro.PeerLost, match="rank 1") as caught:
+            group.all_reduce(np.ones(1000))
+        assert caught.value.peer == 1
+        rest = group.shrink()
+        return rest.rank, rest.global_ranks, float(rest.all_reduce(1.0))
+
+    results = on_ranks(4, survive)
+    assert results[0] == (0, (0, 2, 3), 3.0)
+    assert results[3] == (2, (0, 2, 3), 3.0)
+
+
+def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read(monkeypatch):
+    monkeypatch.setattr(connection, "EARLY_LIMIT", 1 << 16)
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    frame = pack(1 << 12, DATA, 8, bytes(56)) + bytes(1 << 12)
+    with ours, theirs:
+        receiver = connection.Connection(ours, 1, set())
+        sent = 0
+        for _ in range(200):
+            try:
+                sent += theirs.send(frame[sent % len(frame) :])
+            except BlockingIOError:
+                receiver.read(connection.Inbox())
+                if not receiver.readable:
+                    break
+        assert not receiver.readable
+        memory, pending = bytearray(1 << 12), connection.Pending(0, 16)
+        for _ in range(16):
+            receiver.post(8, connection.Receive(memoryview(memory), bytes(56), pending))
+        assert receiver.readable, "receiving what came makes room again"
+        receiver.read(connection.Inbox())  # the rest of the frame at which reading stopped
+        assert pending.remaining == 0
+
+
+def test_a_frame_that_is_none_of_ours_loses_the_connection():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        receiver = connection.Connection(ours, 7, set())
+        pending = connection.Pending(0, 1)
+        receiver.post(5, connection.Receive(memoryview(bytearray(8)), bytes(56), pending))
+        theirs.sendall(pack(MAX_BODY + 1, DATA, 5, bytes(56)))
+        receiver.read(connection.Inbox())
+        assert isinstance(pending.error, connection.LostError)
+        assert "none of ours" in str(pending.error)
+
+
+def test_frames_cut_at_every_byte_arrive_whole():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        receiver = connection.Connection(ours, 1, set())
+        bodies = [bytes([i]) * i for i in range(6)]
+        memory = [bytearray(i) for i in range(6)]
+        pending = connection.Pending(0, 6)
+        for i in range(6):
+            receiver.post(3, connection.Receive(memoryview(memory[i]), b"L" * 56, pending))
+        stream = b"".join(pack(len(b), DATA, 3, b"L" * 56) + b for b in bodies)
+        assert len(stream) == 6 * HEADER_BYTES + sum(map(len, bodies))
+        for i in range(len(stream)):
+            theirs.sendall(stream[i : i + 1])
+            receiver.read(connection.Inbox())
+        assert pending.remaining == 0
+        assert [bytes(m) for m in memory] == bodies
