@@ -1,7 +1,7 @@
 """Write the generated parts of docs/collectives.md again, from the algorithms themselves.
 
-    python docs/generate.py          rewrite
-    python docs/generate.py --check  fail when the page is not what would be written
+python docs/generate.py          rewrite
+python docs/generate.py --check  fail when the page is not what would be written
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def algorithms() -> str:
         proof = check(info.collective, info.build, 8)
         cells = [info.collective, info.algorithm, str(proof.rounds), str(proof.messages)]
         reduces = info.collective in ("all_reduce", "reduce", "reduce_scatter")
-        cells += ["yes" if flag and reduces else "" for flag in (proof.rank_order, proof.combines_once)]
+        cells += [
+            "yes" if flag and reduces else "" for flag in (proof.rank_order, proof.combines_once)
+        ]
         cells += [_time(cost_s(info.build, 8, nbytes, NETWORK)) for nbytes, _ in SIZES]
         lines.append(_row(cells))
     return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Train a small convolutional network on scikit-learn's handwritten digits, on any number of ranks.
+
+    python examples/digits.py                       a world of one
+    ferro run -n 4 examples/digits.py               four ranks on this machine
+    torchrun --nproc-per-node 4 examples/digits.py  or under mpiexec, srun, …
+
+Needs scikit-learn, tqdm and (for --plot) matplotlib besides ferro[gloo,strategies].
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import ferro
+from ferro_strategies import DDP, nn
+from ferro_strategies.optim import SGD
+
+SEED = 0
+
+
+def make_model() -> nn.Module:
+    """Return the network; the same seed gives the same parameters on every rank and run."""
+    rng = np.random.default_rng(SEED)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, rng=rng),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1, rng=rng),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10, rng=rng),
+    )
+
+
+def load_data() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return (images, labels) to train on and to test on: 1,797 real 8x8 digits, split 4 to 1."""
+    digits = load_digits()
+    images = (digits.images[:, None] / 16).astype(np.float32)
+    order = np.random.default_rng(SEED).permutation(len(images))
+    held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
+    return (images[rest], digits.target[rest]), (images[held_out], digits.target[held_out])
+
+
+def global_batches(length: int, epoch: int, batch: int) -> Iterator[np.ndarray]:
+    """Yield the indices of each global batch of an epoch, the same on all ranks."""
+    order = np.random.default_rng((SEED, epoch)).permutation(length)
+    for start in range(0, length - batch + 1, batch):
+        yield order[start : start + batch]
+
+
+def train(
+    model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None
+) -> list[tuple[float, float]]:
+    """Train; return loss and held-out accuracy of every epoch.
+
+    Without a group, one process works through the global batches by itself.
+    """
+    (images, labels), held_out = load_data()
+    rank, ranks = (group.rank, group.world_size) if group else (0, 1)
+    optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    history = []
+    batches = len(images) // args.batch
+    bar = tqdm(total=args.epochs * batches, disable=group is None or rank > 0, unit="batch")
+    for epoch in range(args.epochs):
+        optimizer.lr = args.lr * 0.5 * (1 + np.cos(np.pi * epoch / args.epochs))
+        total = 0.0
+        for indices in global_batches(len(images), epoch, args.batch):
+            mine = indices[rank::ranks]
+            logits, pullback = model.vjp(images[mine])
+            loss, grad = nn.cross_entropy(logits, labels[mine])
+            pullback(grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss
+            bar.update()
+        loss = total / batches
+        if group is not None:
+            loss = float(group.all_reduce(loss, "mean"))
+        accuracy = evaluate(model, held_out)
+        history.append((loss, accuracy))
+        bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
+        if rank == 0 and group is not None:
+            bar.write(f"epoch {epoch + 1:2}  loss {loss:.4f}  held-out accuracy {accuracy:.2%}")
+    bar.close()
+    return history
+
+
+def evaluate(model: nn.Module, held_out: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the accuracy on held-out images."""
+    images, labels = held_out
+    model.eval()
+    right = (model(images).argmax(axis=1) == labels).mean()
+    model.train()
+    return float(right)
+
+
+def plot(history: list[tuple[float, float]], ranks: int, path: str) -> None:
+    """Draw loss and accuracy over the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    losses, accuracies = zip(*history, strict=True)
+    epochs = range(1, len(history) + 1)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure.suptitle(f"8x8 handwritten digits, DDP on {ranks} rank{'s' if ranks > 1 else ''}")
+    left.plot(epochs, losses, marker=".", color="tab:blue")
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log")
+    right.plot(epochs, [100 * accuracy for accuracy in accuracies], marker=".", color="tab:green")
+    right.axhline(97, color="gray", linewidth=0.8, linestyle="--", label="97 %")
+    right.set(xlabel="epoch", ylabel="held-out accuracy (%)")
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def compare(model: nn.Module, args: argparse.Namespace) -> float:
+    """Train again in one process over the same global batches; return the largest difference."""
+    alone = make_model()
+    train(alone, args, None)
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max(float(np.abs(a.data - b.data).max()) for a, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64, help="global batch size")
+    parser.add_argument("--lr", type=float, default=0.08)
+    parser.add_argument("--backend", help="the launcher's default when left out")
+    parser.add_argument("--plot", metavar="FILE", help="write the curves to this picture")
+    parser.add_argument("--compare", action="store_true", help="compare with a one-process run")
+    args = parser.parse_args()
+
+    with ferro.init(args.backend) as group:
+        model = DDP(make_model(), group)
+        history = train(model, args, group)
+        if group.rank == 0:
+            print(
+                f"world of {group.world_size} over {group.backend_name}: "
+                f"held-out accuracy {history[-1][1]:.2%}"
+            )
+            if args.plot:
+                plot(history, group.world_size, args.plot)
+                print(f"wrote {args.plot}")
+            if args.compare:
+                print(f"largest parameter difference from one process: {compare(model, args):.2e}")
+
+
+if __name__ == "__main__":
+    main()
