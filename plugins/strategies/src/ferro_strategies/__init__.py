@@ -1,0 +1,7 @@
+"""Parallel strategies, with the module contract, layers and optimizers that they work on."""
+
+from . import hooks, nn, optim
+from .ddp import DDP
+from .sampler import ShardedSampler
+
+__all__ = ["DDP", "ShardedSampler", "hooks", "nn", "optim"]

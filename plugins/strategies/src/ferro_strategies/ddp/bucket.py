@@ -1,0 +1,116 @@
+"""Buckets: the memory where gradients are kept and reduced, and what a hook sees of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from ferro import ProcessGroup
+
+from ..nn.arrays import Array, namespace_of
+from ..nn.parameter import Parameter
+from .plan import plan_buckets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradBucket:
+    """Gradients that are complete, as a communication hook gets them.
+
+    Attributes:
+        index: number of the bucket, the same on every rank; buckets are handed over in order.
+        buffer: (elements,), all gradients one after the other; reduce it in place.
+        grads: the same memory, in the shapes of the parameters.
+        names: qualified names of the parameters.
+    """
+
+    index: int
+    buffer: Array
+    grads: tuple[Array, ...]
+    names: tuple[str, ...]
+
+
+class Pending(Protocol):
+    """Something under way, such as a `ferro.Work`."""
+
+    def wait(self) -> object:
+        """Return when it has ended, or raise its error."""
+
+
+# Starts to average a bucket over the group. When `wait()` of what it returns has returned,
+# `bucket.buffer` must hold the mean, the same on every rank. Every rank calls it with the same
+# buckets in the same order, and waits in that order too, so both halves may use collectives.
+Hook: TypeAlias = Callable[[GradBucket, ProcessGroup], Pending]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """A bucket as its owner sees it.
+
+    Attributes:
+        members: the parameters.
+        content: their gradients.
+        memory: what travels. In the last bucket one element follows the gradients: the flag,
+            by which a rank tells the others that it lacks gradients (see `reducer`).
+
+            | gradient | gradient | … | gradient | flag |
+            |--------------- buffer -------------|
+    """
+
+    members: tuple[Parameter, ...]
+    content: GradBucket
+    memory: Array
+
+
+def make_buckets(
+    parameters: Mapping[str, Parameter],
+    group: ProcessGroup,
+    *,
+    first_bucket_bytes: int,
+    bucket_bytes: int,
+) -> list[Bucket]:
+    """Allocate buckets, and let the parameters keep their gradients in them."""
+    names, members = list(parameters), list(parameters.values())
+    plan = plan_buckets(
+        [member.data.nbytes for member in members],
+        [member.data.dtype.name for member in members],
+        first_bucket_bytes=first_bucket_bytes,
+        bucket_bytes=bucket_bytes,
+    )
+    buckets = []
+    for index, chosen in enumerate(plan):
+        flag = 1 if index == len(plan) - 1 else 0
+        inside = tuple(members[number] for number in chosen)
+        size = sum(member.data.size for member in inside)
+        memory = _allocate(group, size + flag, inside[0].data)
+        buffer = memory[:size]
+        grads = _cut(buffer, [member.data.shape for member in inside])
+        for member, grad in zip(inside, grads, strict=True):
+            member.set_grad_memory(grad)
+        content = GradBucket(
+            index=index,
+            buffer=buffer,
+            grads=grads,
+            names=tuple(names[number] for number in chosen),
+        )
+        buckets.append(Bucket(members=inside, content=content, memory=memory))
+    return buckets
+
+
+def _allocate(group: ProcessGroup, size: int, like: Array) -> Array:
+    """Return the backend's fastest memory, unless that is on another device than `like`."""
+    memory: Array = group.empty(size, like.dtype)
+    xp = namespace_of(like)
+    if namespace_of(memory) is not xp:
+        memory = xp.empty(size, like.dtype)
+    return memory
+
+
+def _cut(buffer: Array, shapes: list[tuple[int, ...]]) -> tuple[Array, ...]:
+    pieces, start = [], 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        pieces.append(buffer[start:end].reshape(shape))
+        start = end
+    return tuple(pieces)

@@ -1,0 +1,46 @@
+"""float16 and bfloat16: send gradients in two bytes an element.
+
+The mean is taken in float32 and rounded once; every rank gets the same bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ferro import ProcessGroup
+from ferro.arrays import dtype_named
+
+from ..ddp.bucket import GradBucket, Pending
+from ..nn.arrays import Array
+from .exact import mean
+
+
+def float16(bucket: GradBucket, group: ProcessGroup) -> Pending:
+    """Average in float16: 11 bits of precision; beyond 65504 a gradient becomes infinite."""
+    return _average_as(np.dtype(np.float16), bucket, group)
+
+
+def bfloat16(bucket: GradBucket, group: ProcessGroup) -> Pending:
+    """Average in bfloat16: 8 bits of precision, the range of float32."""
+    return _average_as(dtype_named("bfloat16"), bucket, group)
+
+
+def _average_as(dtype: np.dtype, bucket: GradBucket, group: ProcessGroup) -> Pending:
+    if bucket.buffer.dtype.itemsize <= dtype.itemsize:
+        return mean(bucket, group)
+    small = bucket.buffer.astype(dtype)
+    work: Pending = group.all_reduce(small, "mean", out=small, async_op=True)
+    return _Widening(work, small, bucket.buffer)
+
+
+class _Widening:
+    """The second half: what has been averaged goes back into the bucket."""
+
+    def __init__(self, work: Pending, small: Array, buffer: Array) -> None:
+        self._work = work
+        self._small = small
+        self._buffer = buffer
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._buffer[...] = self._small
