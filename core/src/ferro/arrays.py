@@ -47,6 +47,7 @@ class Entry:
     Attributes:
         array: the same memory as a NumPy (or CuPy) array.
         device: where that memory is.
+        copied: `array` is a copy on the host of the user's array on a GPU.
     """
 
     def __init__(self, value: Input, *, what: str = "input") -> None:
@@ -62,6 +63,7 @@ class Entry:
         """
         self._leave: Callable[[Array], object] | None = None
         self.device = Device.CPU
+        self.copied = False
         kind = type(value).__module__.partition(".")[0]
         if isinstance(value, (np.ndarray, np.generic)):
             self.array: Array = np.asarray(value)
@@ -85,6 +87,7 @@ class Entry:
         self.array = cupy.asnumpy(self.array)
         self._leave = cupy.asarray
         self.device = Device.CPU
+        self.copied = True
 
     def leave(self, result: Array) -> object:
         """Return a result as the kind of array that came in."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from ferro.arrays import Array, Entry, Input
 from ferro.errors import UsageError
-from ferro.reduction import ReduceFunction
+from ferro.reduction import ReduceFunction, reduction_for
 from ferro.shapes import Outlet
 from ferro.types import ReduceOp
 
@@ -27,8 +27,9 @@ class Coalescing:
     the block has ended; when the block raises, nothing is sent.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, enter: Callable[[Input], Entry]) -> None:
         self._group = group
+        self._enter = enter
         self._kinds: dict[tuple[object, ...], list[Pending]] = {}
         self._ended = False
 
@@ -36,12 +37,13 @@ class Coalescing:
         self, x: Input, op: ReduceOp | str | ReduceFunction = ReduceOp.SUM, *, out: object = None
     ) -> Pending:
         """See `ProcessGroup.all_reduce`."""
-        entry = Entry(x)
+        entry = self._enter(x)
+        reduction_for(op, entry.array.dtype, self._group.world_size)  # refuses now, not at the end
         return self._add(("all_reduce", entry.array.dtype, op), entry, out)
 
     def broadcast(self, x: Input, root: int = 0, *, out: object = None) -> Pending:
         """See `ProcessGroup.broadcast`."""
-        entry = Entry(x)
+        entry = self._enter(x)
         return self._add(("broadcast", entry.array.dtype, root), entry, out)
 
     def _add(self, kind: tuple[object, ...], entry: Entry, out: object) -> Pending:

@@ -61,7 +61,7 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
     elif isinstance(value, (complex, np.complexfloating)):
         out += struct.pack(">BBbdd", 0xC7, 16, _COMPLEX, value.real, value.imag)
     elif isinstance(value, str):
-        _put_sized(0xDB, value.encode(), out, place)
+        _put_sized(0xDB, _utf8(value, place), out, place)
     elif isinstance(value, (bytes, bytearray, memoryview)):
         _put_sized(0xC6, bytes(value), out, place)
     elif isinstance(value, (list, tuple)):
@@ -71,6 +71,8 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
     elif isinstance(value, dict):
         out += b"\xdf" + struct.pack(">I", len(value))
         for key, item in value.items():
+            if isinstance(key, tuple):
+                raise UsageError(f"key {key!r} of {place} is a tuple, which comes back as a list")
             _put(key, out, f"key {key!r} of {place}", depth + 1)
             _put(item, out, f"{place}[{key!r}]", depth + 1)
     elif isinstance(value, np.ndarray):
@@ -92,6 +94,13 @@ def _put_int(value: int, out: bytearray, place: str) -> None:
         out += b"\xcf" + struct.pack(">Q", value)
     else:
         raise UsageError(f"{place} is an integer of more than 64 bits")
+
+
+def _utf8(text: str, place: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{place} is a string that UTF-8 cannot hold: {error}") from None
 
 
 def _put_sized(code: int, data: bytes, out: bytearray, place: str) -> None:

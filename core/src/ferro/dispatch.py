@@ -187,6 +187,8 @@ class Dispatcher:
         deadline = time.monotonic() + (0.0 if self._dead else patience_s)
         drained = [lane.close(deadline) for lane in lanes]
         if not all(drained):
+            if self._dead is None:
+                self._postmortem.left(self._scene(Call("barrier"), 0.0, 0.0))
             self.backend.abort()
         self.backend.close()
 

@@ -13,13 +13,14 @@ from ferro.errors import UsageError
 from ferro.reduction import Array
 
 if TYPE_CHECKING:
+    from ferro.array_collectives import ArrayCollectives
     from ferro.group import ProcessGroup
 
 Codec: TypeAlias = Literal["msgpack", "pickle"]
 
 
 def broadcast(
-    group: ProcessGroup, value: object, root: int, codec: Codec, timeout_s: float | None
+    group: ArrayCollectives, value: object, root: int, codec: Codec, timeout_s: float | None
 ) -> Any:
     """Return the root's value on every rank."""
     _check(codec)
@@ -31,7 +32,7 @@ def broadcast(
 
 
 def all_gather(
-    group: ProcessGroup, value: object, codec: Codec, timeout_s: float | None
+    group: ArrayCollectives, value: object, codec: Codec, timeout_s: float | None
 ) -> list[Any]:
     """Return every rank's value, in order of rank."""
     data = _encode(value, codec)
@@ -40,7 +41,7 @@ def all_gather(
 
 
 def gather(
-    group: ProcessGroup, value: object, root: int, codec: Codec, timeout_s: float | None
+    group: ArrayCollectives, value: object, root: int, codec: Codec, timeout_s: float | None
 ) -> list[Any] | None:
     """Return every rank's value at the root."""
     data = _encode(value, codec)
@@ -50,7 +51,7 @@ def gather(
 
 
 def scatter(
-    group: ProcessGroup,
+    group: ArrayCollectives,
     values: Sequence[object] | None,
     root: int,
     codec: Codec,

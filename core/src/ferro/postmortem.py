@@ -81,10 +81,18 @@ class Postmortem:
 
     def aborted(self, scene: Scene) -> None:
         """Write the certificate of a group that its user aborts on this rank."""
-        text = f"group {scene.group!r} was aborted by {scene.who(scene.rank)}"
+        self._certify("GroupClosed", f"group {scene.group!r} was aborted by", scene)
+
+    def left(self, scene: Scene) -> None:
+        """Write the certificate of a group that this rank leaves in the middle of operations."""
+        self._certify(
+            "PeerLost", f"group {scene.group!r} was left, with operations under way, by", scene
+        )
+
+    def _certify(self, kind: str, what: str, scene: Scene) -> None:
+        record = {"kind": kind, "text": f"{what} {scene.who(scene.rank)}", "peer": scene.rank}
         try:
             if self._store.add("claims", 1) == 1:
-                record = {"kind": "GroupClosed", "text": text}
                 self._store.set("certificate", codec.encode(record))
         except (RendezvousError, OSError):
             return  # the others will see connections close

@@ -17,6 +17,7 @@ from ferro.errors import UnsupportedError, UsageError
 from ferro.types import ReduceOp
 
 Array: TypeAlias = npt.NDArray[np.generic]
+# (a, b, out): out is a or b, or apart from both.
 ReduceFunction: TypeAlias = Callable[[Array, Array, Array], object]
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {

@@ -10,6 +10,7 @@ import numpy as np
 
 from ferro.arrays import Array, Entry, writable
 from ferro.errors import UsageError
+from ferro.types import Device
 
 
 class Outlet:
@@ -23,14 +24,25 @@ class Outlet:
     def __init__(self, entry: Entry, out: object, shape: tuple[int, ...]) -> None:
         self._entry = entry
         self._out = out
+        self._far: Array | None = None  # `out` on a GPU, of which `array` is the host's copy
         if out is None:
             self.array: Array = entry.empty(shape)
+        elif entry.copied:
+            self._far = writable(out, shape, entry.array.dtype, Device.CUDA)
+            self.array = entry.empty(shape)
         else:
             self.array = writable(out, shape, entry.array.dtype, entry.device)
         self.flat: Array = self.array.reshape(-1)
 
+    def fill(self, array: Array) -> None:
+        """Copy the operand in, unless it is there already: `out` is often the input itself."""
+        if self.array is not array:
+            self.array[...] = array
+
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
+        if self._far is not None:
+            self._far[...] = self._entry.leave(self.array)  # type: ignore[assignment]
         return self._entry.leave(self.array) if self._out is None else self._out
 
 

@@ -1,0 +1,227 @@
+"""ferro.init between real processes: how ranks meet, and what they say when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import ferro
+from ferro.rendezvous import StoreServer
+
+SECRET = bytes(range(32))
+LIMIT_S = 60
+PROGRAM = """
+import json, sys
+import ferro
+arguments = json.loads(sys.argv[1])
+try:
+    with ferro.init(**arguments) as group:
+        result = ["ok", float(group.all_reduce(1.0)), group.rank, group.backend_name]
+except ferro.FerroError as error:
+    result = [type(error).__name__, str(error)]
+print(json.dumps(result))
+"""
+LAUNCHERS = (
+    "RANK",
+    "WORLD",
+    "LOCAL",
+    "MASTER",
+    "FERRO",
+    "OMPI",
+    "PMI",
+    "SLURM",
+    "PET",
+    "TORCHELASTIC",
+)
+
+
+@pytest.fixture
+def store():
+    with StoreServer(secret=SECRET) as server:
+        yield server
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Start one process for each (variables, arguments of init); return what each printed."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+    clean["HOME"] = str(tmp_path)
+
+    def run(*places):
+        started = [
+            subprocess.Popen(
+                [sys.executable, program, json.dumps({"timeout_s": 10, **arguments})],
+                env=clean | {name: str(value) for name, value in variables.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for variables, arguments in places
+        ]
+        try:
+            ended = [process.communicate(timeout=LIMIT_S) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        for output, errors in ended:
+            assert output, errors
+        return [json.loads(output) for output, _ in ended]
+
+    return run
+
+
+def place(store, rank, size, **others):
+    host, port = store.address
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "FERRO_STORE": f"{host}:{port}",
+        "FERRO_SECRET": SECRET.hex(),
+        **others,
+    }
+
+
+def test_alone_it_is_a_world_of_one(ranks):
+    assert ranks(({}, {})) == [["ok", 1.0, 0, "gloo"]]
+
+
+def test_through_a_store_that_runs_already(ranks, store):
+    results = ranks(*((place(store, rank, 3), {}) for rank in range(3)))
+    assert results == [["ok", 3.0, rank, "gloo"] for rank in range(3)]
+
+
+def test_rank_zero_hosts_the_store_where_it_is_told(ranks):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = {"rendezvous": f"127.0.0.1:{port}", "world_size": 2}
+    results = ranks(*(({}, {**where, "rank": rank}) for rank in range(2)))
+    assert results == [["ok", 2.0, rank, "gloo"] for rank in range(2)]
+
+
+def test_ranks_of_one_host_meet_without_being_told_where(ranks, tmp_path):
+    """As under torchrun, which says where its own store is and gives no secret."""
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": str(tmp_path)}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    results = ranks(*(({**shared, "RANK": rank, "LOCAL_RANK": rank}, {}) for rank in range(2)))
+    assert results == [["ok", 2.0, rank, "gloo"] for rank in range(2)]
+
+
+def test_a_rank_that_is_there_twice(ranks, store):
+    results = ranks((place(store, 0, 2), {}), (place(store, 0, 2), {}))
+    for kind, text in results:
+        assert kind == "RendezvousError"
+        assert "rank 0 is there twice: pid " in text
+
+
+def test_ranks_that_differ_in_world_size(ranks, store):
+    results = ranks((place(store, 0, 2), {}), (place(store, 1, 3), {}))
+    for kind, text in results:
+        assert kind == "RendezvousError"
+        assert "ranks differ in world size" in text
+        assert "rank 1 (host " in text
+
+
+def test_ranks_that_differ_in_backend(ranks, store):
+    results = ranks((place(store, 0, 2), {}), (place(store, 1, 2), {"backend": "simulated"}))
+    for kind, text in results:
+        assert kind == "RendezvousError"
+        assert "ranks differ in the backend" in text
+        assert "'simulated'" in text
+
+
+def test_ranks_that_differ_in_plugins(ranks, store, tmp_path):
+    extra = tmp_path / "site"
+    (extra / "more-1.0.dist-info").mkdir(parents=True)
+    (extra / "more-1.0.dist-info" / "METADATA").write_text("Name: more\nVersion: 1.0\n")
+    (extra / "more-1.0.dist-info" / "entry_points.txt").write_text("[ferro]\nmore = more_plugin\n")
+    (extra / "more_plugin.py").write_text(textwrap.dedent('"""Offers nothing."""'))
+    other = place(store, 1, 2, PYTHONPATH=extra)
+    for kind, text in ranks((place(store, 0, 2), {}), (other, {})):
+        assert kind == "RendezvousError"
+        assert "ranks differ in their plugins" in text
+        assert "more from more 1.0" in text
+
+
+def test_ranks_that_differ_in_determinism(ranks, store):
+    results = ranks((place(store, 0, 2), {"deterministic": True}), (place(store, 1, 2), {}))
+    for kind, text in results:
+        assert kind == "RendezvousError"
+        assert "deterministic=True" in text
+
+
+def test_a_backend_that_is_not_installed(ranks, store):
+    results = ranks((place(store, 0, 2), {}), (place(store, 1, 2), {"backend": "carrier-pigeon"}))
+    assert results[0][0] == "RendezvousError"
+    assert "rank 1 (host " in results[0][1]
+    assert results[1][0] == "BackendUnavailable"
+    assert "no plugin that offers it is installed (installed: gloo" in results[1][1]
+
+
+@pytest.mark.parametrize("secret", ["ff" * 32, None], ids=["wrong", "absent"])
+def test_a_secret_that_is_wrong_or_absent(ranks, store, secret):
+    variables = place(store, 0, 2)
+    if secret is None:
+        del variables["FERRO_SECRET"]
+    else:
+        variables["FERRO_SECRET"] = secret
+    [(kind, text)] = ranks((variables, {}))
+    assert kind == "AuthenticationError"
+    assert "do not hold the same secret" in text
+    assert "FERRO_SECRET" in text
+
+
+def test_a_store_that_cannot_be_reached(ranks, store):
+    store.close()
+    [(kind, text)] = ranks((place(store, 0, 2), {"timeout_s": 0.5}))
+    assert kind == "RendezvousError"
+    host, port = store.address
+    assert f"tried {host}:{port} for 0." in text
+    assert "pid " in text
+
+
+def test_a_rank_that_never_comes(ranks, store):
+    places = [(place(store, rank, 3), {"timeout_s": 1}) for rank in range(2)]
+    for kind, text in ranks(*places):
+        assert kind == "RendezvousError"
+        assert "still misses ranks [2] of 3 (present: [0, 1])" in text
+
+
+def test_a_port_in_use(ranks):
+    with socket.socket() as occupier:
+        occupier.bind(("127.0.0.1", 0))
+        occupier.listen()
+        port = occupier.getsockname()[1]
+        arguments = {"rendezvous": f"127.0.0.1:{port}", "rank": 0, "world_size": 2}
+        [(kind, text)] = ranks(({}, arguments))
+    assert kind == "RendezvousError"
+    assert f"cannot listen on 127.0.0.1:{port}" in text
+
+
+def test_several_hosts_need_to_be_told_where_to_meet(ranks):
+    variables = {"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 4}
+    variables |= {"OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
+    [(kind, text)] = ranks((variables, {}))
+    assert kind == "UsageError"
+    assert "Set MASTER_ADDR and MASTER_PORT" in text
+    assert "from OMPI_COMM_WORLD_RANK" in text
+
+
+def test_init_again_after_shutdown(ranks, tmp_path):
+    first = ferro.init()
+    with pytest.raises(ferro.UsageError, match="was called before"):
+        ferro.init()
+    ferro.shutdown()
+    ferro.shutdown()
+    with pytest.raises(ferro.GroupClosed, match="was closed"):
+        first.all_reduce(1.0)
+    with ferro.init() as second:
+        assert second.all_reduce(2.0) == 2.0
