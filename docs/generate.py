@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ferro.collectives.builtin import BUILTIN
 from ferro.collectives.check import check
-from ferro.collectives.choose import BUILTIN
 from ferro.collectives.cost import Network, cost_s
 from ferro.collectives.picture import table
 

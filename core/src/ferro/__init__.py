@@ -27,7 +27,7 @@ from ferro.hookspecs import BackendInfo, StrategyInfo, hookimpl
 from ferro.metrics import Metrics
 from ferro.observers import Event, Observer
 from ferro.runtime import init, shutdown
-from ferro.simulated.run import simulate
+from ferro.simulation import simulate
 from ferro.types import Availability, Device, ReduceOp
 from ferro.work import Work
 

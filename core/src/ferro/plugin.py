@@ -1,32 +1,61 @@
 """Core's own plugin: the simulated backend, the built-in algorithms, the trace.
 
-Registered through the same hooks as everyone's.
+Registered through the same hooks as everyone's, and as light: what is offered is imported when
+it is asked for.
 """
 
 from collections.abc import Sequence
 
-from ferro.collectives.choose import BUILTIN, CollectiveInfo
-from ferro.environment import options
+from ferro.backend import Backend, BackendConfig
+from ferro.collectives.choose import CollectiveInfo
+from ferro.errors import BackendUnavailable
 from ferro.hookspecs import BackendInfo, hookimpl
 from ferro.observers import Observer
-from ferro.simulated.backend import SIMULATED
-from ferro.trace import Trace
+from ferro.types import Availability
+
+
+def _probe_simulated() -> Availability:
+    return Availability(ok=True, reason="ranks are threads of one process")
+
+
+def _create_simulated(config: BackendConfig) -> Backend:
+    from ferro.simulated import SimulatedBackend
+
+    if config.world_size > 1:
+        raise BackendUnavailable(
+            "simulated",
+            f"its ranks are threads of one process, and this is one of {config.world_size}",
+            "Use ferro.simulate(fn, world_size), or a backend between processes.",
+        )
+    return SimulatedBackend.create_group(1, choice=config.choice)[0]
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
     """Offer ranks as threads of one process."""
-    return (SIMULATED,)
+    return (
+        BackendInfo(
+            name="simulated",
+            summary="ranks are threads of one process; for tests, faults and scale",
+            probe=_probe_simulated,
+            create=_create_simulated,
+        ),
+    )
 
 
 @hookimpl
 def ferro_collectives() -> Sequence[CollectiveInfo]:
     """Offer ring, tree and direct algorithms."""
+    from ferro.collectives.builtin import BUILTIN
+
     return BUILTIN
 
 
 @hookimpl
 def ferro_observers() -> Sequence[Observer]:
     """Offer a trace where `ferro run --trace` asked for one."""
+    from ferro.environment import options
+    from ferro.trace import Trace
+
     directory = options().trace
     return () if directory is None else (Trace(directory),)

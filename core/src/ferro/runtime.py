@@ -8,7 +8,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ferro.environment import options, resolve
 from ferro.errors import UsageError
 from ferro.group import ProcessGroup
 from ferro.observers import Observer
@@ -65,6 +64,7 @@ def init(
     """
     global _world, _made
     # Here, for sockets and the search for plugins cost time that `import ferro` should not.
+    from ferro.environment import options, resolve
     from ferro.world import World
 
     with _lock:

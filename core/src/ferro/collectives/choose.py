@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from ferro.collectives import direct, ring, tree
-from ferro.collectives.schedule import Build, Schedule
+if TYPE_CHECKING:
+    from ferro.collectives.schedule import Build, Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,44 +34,6 @@ class CollectiveInfo:
     combines_once: bool = False
     summary: str = ""
 
-
-def _info(
-    collective: str, algorithm: str, build: Build, summary: str, *, combines_once: bool = False
-) -> CollectiveInfo:
-    return CollectiveInfo(
-        collective=collective,
-        algorithm=algorithm,
-        build=build,
-        combines_once=combines_once,
-        summary=summary,
-    )
-
-
-BUILTIN: tuple[CollectiveInfo, ...] = (
-    _info("all_reduce", "exchange", direct.exchange_all_reduce, "one round", combines_once=True),
-    _info("all_reduce", "direct", direct.direct_all_reduce, "two rounds", combines_once=True),
-    _info("all_reduce", "tree", tree.tree_all_reduce, "reduce to rank 0, then broadcast"),
-    _info("all_reduce", "ring", ring.ring_all_reduce, "2(n-1) rounds between neighbours"),
-    _info("broadcast", "direct", direct.direct_broadcast, "the root sends to all"),
-    _info("broadcast", "tree", tree.tree_broadcast, "binomial tree"),
-    _info("broadcast", "scatter_ring", tree.scatter_ring_broadcast, "scatter, then a ring"),
-    _info("reduce", "direct", direct.direct_reduce, "all send to the root", combines_once=True),
-    _info("reduce", "tree", tree.tree_reduce, "binomial tree"),
-    _info("all_gather", "direct", direct.direct_all_gather, "one round"),
-    _info("all_gather", "ring", ring.ring_all_gather, "n-1 rounds between neighbours"),
-    _info("gather", "direct", direct.direct_gather, "all send to the root"),
-    _info("gather", "tree", tree.tree_gather, "binomial tree"),
-    _info("scatter", "direct", direct.direct_scatter, "the root sends to all"),
-    _info("scatter", "tree", tree.tree_scatter, "binomial tree"),
-    _info(
-        "reduce_scatter", "direct", direct.direct_reduce_scatter, "one round", combines_once=True
-    ),
-    _info("reduce_scatter", "ring", ring.ring_reduce_scatter, "n-1 rounds between neighbours"),
-    _info("all_to_all", "direct", direct.direct_all_to_all, "one round"),
-    _info("all_to_all", "pairwise", direct.pairwise_all_to_all, "n-1 rounds"),
-    _info("barrier", "dissemination", tree.dissemination_barrier, "log2(n) rounds"),
-)
-_BY_NAME = {(info.collective, info.algorithm): info for info in BUILTIN}
 
 # Up to this many ranks everyone talks to everyone at once; beyond, neighbours do.
 _DIRECT_RANKS = 16
@@ -105,7 +68,7 @@ class Choice:
         asked = self.fixed.get(collective)
         if asked is not None and (asked.combines_once or not at_once):
             return asked
-        return _BY_NAME[collective, _rule(collective, world_size, nbytes, at_once)]
+        return _builtin(collective, _rule(collective, world_size, nbytes, at_once))
 
 
 def _rule(collective: str, world_size: int, nbytes: int, at_once: bool) -> str:
@@ -132,6 +95,16 @@ def _rule(collective: str, world_size: int, nbytes: int, at_once: bool) -> str:
     if collective == "all_to_all":
         return "direct" if few else "pairwise"
     return "dissemination"
+
+
+@lru_cache(maxsize=64)
+def _builtin(collective: str, algorithm: str) -> CollectiveInfo:
+    # Here, for the algorithms are only needed when one is to run: `import ferro` stays quick.
+    from ferro.collectives.builtin import BUILTIN
+
+    return next(
+        info for info in BUILTIN if (info.collective, info.algorithm) == (collective, algorithm)
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -15,12 +15,14 @@ the same schedule and the same chunk sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ferro.collectives.schedule import Round, Schedule
 from ferro.reduction import Array, Reduction
+
+if TYPE_CHECKING:
+    from ferro.collectives.schedule import Round, Schedule
 
 SEGMENT_BYTES = 256 * 1024
 _NOTHING = np.empty(0, np.uint8)

@@ -2,6 +2,6 @@
 
 from ferro.simulated.backend import SimulatedBackend
 from ferro.simulated.board import Fault
-from ferro.simulated.run import simulate
+from ferro.simulation import simulate
 
 __all__ = ["Fault", "SimulatedBackend", "simulate"]

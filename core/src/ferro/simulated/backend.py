@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend
 from ferro.calls import in_context
 from ferro.collectives.choose import Choice
 from ferro.collectives.cost import Network
-from ferro.errors import BackendUnavailable, CollectiveMismatch, PeerLost
-from ferro.hookspecs import BackendInfo
+from ferro.errors import CollectiveMismatch, PeerLost
 from ferro.reduction import Array
 from ferro.simulated.board import Board, Fault
-from ferro.types import Availability
 
 
 class SimulatedBackend(Backend):
@@ -120,25 +118,3 @@ class SimulatedBackend(Backend):
         """Leave the world; a subgroup's end leaves the rank where it is."""
         if self._context == 0:
             self._board.leave(self._ranks[self.rank])
-
-
-def _probe() -> Availability:
-    return Availability(ok=True, reason="ranks are threads of one process")
-
-
-def _create(config: BackendConfig) -> Backend:
-    if config.world_size > 1:
-        raise BackendUnavailable(
-            "simulated",
-            f"its ranks are threads of one process, and this is one of {config.world_size}",
-            "Use ferro.simulate(fn, world_size), or a backend between processes.",
-        )
-    return SimulatedBackend.create_group(1, choice=config.choice)[0]
-
-
-SIMULATED = BackendInfo(
-    name="simulated",
-    summary="ranks are threads of one process; for tests, faults and scale",
-    probe=_probe,
-    create=_create,
-)

@@ -6,16 +6,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ferro.collectives.choose import Choice
-from ferro.collectives.cost import Network
-from ferro.errors import CollectiveTimeout, FerroError, GroupClosed, PeerLost
+from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost
 from ferro.group import ProcessGroup
 from ferro.members import Members
 from ferro.observers import Observer
-from ferro.simulated.backend import SimulatedBackend
-from ferro.simulated.board import Fault, RankKilled
+
+if TYPE_CHECKING:
+    from ferro.collectives.cost import Network
+    from ferro.simulated.board import Fault
 
 Result = TypeVar("Result")
 
@@ -47,8 +48,10 @@ def simulate(
         The error of the rank that failed first of itself, with every other rank's traceback in
         its notes. CollectiveTimeout when a rank has not ended by `run_timeout_s`.
     """
-    # Here, for sockets belong to the package and cost time that `import ferro` should not.
+    # Here, for the simulation and the store cost time that `import ferro` should not.
     from ferro.rendezvous.memory import MemoryStore
+    from ferro.simulated.backend import SimulatedBackend
+    from ferro.simulated.board import RankKilled
 
     choice = Choice(deterministic=deterministic)
     backends = SimulatedBackend.create_group(
@@ -108,8 +111,7 @@ def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
     """Return the cause: an error of the function itself before what followed from it."""
     followed = (PeerLost, GroupClosed, CollectiveTimeout)
     rank, error = min(failures, key=lambda item: isinstance(item[1], followed))
-    if isinstance(error, FerroError) or error.__traceback__ is not None:
-        error.add_note(f"(raised on rank {rank} of the simulation)")
+    error.add_note(f"(raised on rank {rank} of the simulation)")
     for other, also in failures:
         if also is not error:
             text = "".join(traceback.format_exception(also))

@@ -1,4 +1,8 @@
-"""What ferro-strategies offers to ferro: its strategies, by name; nothing heavy is imported."""
+"""What ferro-strategies offers to ferro: its strategies, by name.
+
+A module beside the package, not in it: asking what is installed must not import the layers and
+optimizers that the package's own first line re-exports.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from ferro.hookspecs import Strategy, StrategyInfo, hookimpl
 
 
 def _load_ddp() -> Strategy:
-    from .ddp import DDP
+    from ferro_strategies.ddp import DDP
 
     return DDP
 
