@@ -1,0 +1,183 @@
+"""Case: a backend under test, and how to run a function on its ranks."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ferro.group import ProcessGroup
+from ferro.simulation import simulate
+from ferro.testing.outcome import Outcome, RanksFailed
+from ferro.testing.ranks import run_ranks_outcomes
+from ferro.testing.samples import DTYPES
+
+RUN_S = 60.0
+
+
+class Runner(Protocol):
+    """Runs a function on every rank of a new group."""
+
+    def __call__(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        """Return what became of each rank; a rank that fails must not end the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A backend that is to conform.
+
+    Attributes:
+        backend: its name.
+        world_sizes: numbers of ranks to check it with.
+        dtypes: names of the element types it carries.
+        unsupported: operation -> reason; a check proves that it raises UnsupportedError, and the
+            others leave it out.
+        timeout_s: deadline of each run.
+        runner: how to run its ranks; None for threads with the backend "simulated", else for
+            processes in which the backend is installed.
+    """
+
+    backend: str
+    world_sizes: tuple[int, ...] = (1, 2, 3)
+    dtypes: tuple[str, ...] = DTYPES
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = RUN_S
+    runner: Runner | None = None
+
+    @property
+    def largest(self) -> int:
+        """The largest world size: failures, of which each needs a run, are checked there."""
+        return max(self.world_sizes)
+
+    def supports(self, *ops: str) -> bool:
+        """Whether none of these operations is declared unsupported."""
+        return not any(op in self.unsupported for op in ops)
+
+    def outcomes(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        *args: object,
+        deterministic: bool = False,
+    ) -> list[Outcome]:
+        """Run `function(group, *args)` on new ranks; return what became of each."""
+        runner = self.runner
+        if runner is None:
+            runner = run_simulated if self.backend == "simulated" else self._run_processes
+        return runner(
+            function, world_size, args, timeout_s=self.timeout_s, deterministic=deterministic
+        )
+
+    def verify(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        *args: object,
+        deterministic: bool = False,
+    ) -> None:
+        """Run a function that returns what it found wrong; raise when any rank found anything.
+
+        Raises:
+            RanksFailed: a rank raised an error of its own.
+            AssertionError: a rank found something wrong.
+        """
+        outcomes = self.outcomes(function, world_size, *args, deterministic=deterministic)
+        what = f"{function.__name__} on {world_size} ranks of {self.backend}"
+        if not all(outcome.ok for outcome in outcomes):
+            raise RanksFailed(what, outcomes)
+        found: list[str] = []
+        for outcome in outcomes:
+            assert isinstance(outcome.result, list), "a check returns a list of findings"
+            found += map(str, outcome.result)
+        if found:
+            raise AssertionError("\n".join([f"{what}:", *found]))
+
+    def verify_all(
+        self, function: Callable[..., object], *args: object, deterministic: bool = False
+    ) -> None:
+        """`verify` with every world size."""
+        for world_size in self.world_sizes:
+            self.verify(function, world_size, *args, deterministic=deterministic)
+
+    def _run_processes(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        return run_ranks_outcomes(
+            function,
+            world_size,
+            backend=self.backend,
+            args=args,
+            timeout_s=timeout_s,
+            init_options={"deterministic": deterministic},
+        )
+
+
+def run_simulated(
+    function: Callable[..., object],
+    world_size: int,
+    args: Sequence[object],
+    *,
+    timeout_s: float,
+    deterministic: bool,
+) -> list[Outcome]:
+    """Run a function on simulated ranks; see `Runner`."""
+    outcomes: dict[int, Outcome] = {}
+    lock = threading.Lock()
+
+    def on_rank(group: ProcessGroup) -> None:
+        outcome, error = attempt(function, group, args)
+        with lock:
+            outcomes[group.rank] = outcome
+        if error is not None:
+            raise error
+
+    try:
+        simulate(
+            on_rank,
+            world_size,
+            timeout_s=timeout_s,
+            deterministic=deterministic,
+            run_timeout_s=timeout_s,
+        )
+    except Exception as error:  # noqa: BLE001 - told by the outcomes, rank by rank
+        failure = f"{type(error).__name__}: {error}"
+    else:
+        failure = "nothing is known of its end"
+    with lock:
+        return [
+            outcomes.get(rank, Outcome(rank=rank, error_type="Late", error_text=failure))
+            for rank in range(world_size)
+        ]
+
+
+def attempt(
+    function: Callable[..., object], group: ProcessGroup, args: Sequence[object]
+) -> tuple[Outcome, BaseException | None]:
+    """Call a rank's function in this thread; return what became of it, and its error."""
+    try:
+        return Outcome(rank=group.rank, result=function(group, *args)), None
+    except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+        outcome = Outcome(
+            rank=group.rank,
+            error_type=type(error).__name__,
+            error_text="".join(traceback.format_exception(error)),
+            ended_s=time.monotonic(),
+        )
+        return outcome, error

@@ -1,0 +1,55 @@
+"""The conformance checks: what every backend must do, as plain functions.
+
+CASE = Case(backend="pipes", world_sizes=(1, 2, 3))
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_pipes_conforms(check):
+    check(CASE)
+
+A check runs many calls in one run of the ranks and raises an AssertionError (or RanksFailed) that
+names op, dtype, shape, root and rank of what is wrong.
+"""
+
+from ferro.testing.buffers import check_allocate, check_buffers
+from ferro.testing.case import Case, Runner, attempt, run_simulated
+from ferro.testing.concurrency import (
+    check_async,
+    check_groups,
+    check_overlapping_groups,
+    check_transfers,
+)
+from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
+from ferro.testing.movements import check_movements, check_uneven
+from ferro.testing.reductions import (
+    check_deterministic,
+    check_equal_bits,
+    check_reduction_functions,
+    check_reductions,
+)
+from ferro.testing.refusals import check_unsupported, check_usage_errors
+from ferro.testing.samples import DTYPES
+from ferro.testing.values import check_objects
+
+CHECKS = (
+    check_reductions,
+    check_reduction_functions,
+    check_equal_bits,
+    check_deterministic,
+    check_movements,
+    check_uneven,
+    check_buffers,
+    check_allocate,
+    check_async,
+    check_groups,
+    check_overlapping_groups,
+    check_transfers,
+    check_objects,
+    check_usage_errors,
+    check_unsupported,
+    check_mismatch,
+    check_timeout,
+    check_lost_peer,
+    check_abort,
+)
+
+__all__ = ["CHECKS", "DTYPES", "Case", "Runner", "attempt", "run_simulated"]

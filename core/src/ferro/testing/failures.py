@@ -1,0 +1,204 @@
+"""Conformance of failing: every rank learns one cause, by its deadline, and nobody hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ferro.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FerroError,
+    GroupClosed,
+    PeerLost,
+)
+from ferro.group import ProcessGroup
+from ferro.simulated.board import RankKilled
+from ferro.testing.case import Case
+from ferro.testing.outcome import Outcome
+
+_SHORT_S = 0.5
+
+
+def check_mismatch(case: Case) -> None:
+    """Ranks that make different calls raise CollectiveMismatch, all with the same text."""
+    if case.largest < 2:
+        return
+    for kind, (needed, words) in _MISMATCHES.items():
+        if case.supports(*needed):
+            told = _told(case, _differ, kind)
+            wanted = range(case.largest)
+            _compare(told, wanted, CollectiveMismatch, f"mismatch of {kind}", words)
+
+
+def check_timeout(case: Case) -> None:
+    """When a rank stays away, the others raise CollectiveTimeout, which names it."""
+    if case.largest < 2 or not case.supports("all_reduce", "subgroup", "recv"):
+        return
+    absent = case.largest - 1
+    told = _told(case, _stay_away)
+    _compare(told, range(absent), CollectiveTimeout, "a rank that stays away", (str(absent),))
+    for rank in range(absent):
+        missing, seconds = told[rank]["missing"], told[rank]["seconds"]
+        assert missing == [absent], f"rank {rank}: missing is {missing}, not [{absent}]"
+        assert seconds == _SHORT_S, f"rank {rank}: seconds is {seconds}, not {_SHORT_S}"
+
+
+def check_lost_peer(case: Case) -> None:
+    """When a rank dies, the others raise PeerLost, which names it; its group is dead."""
+    if case.largest < 2 or not case.supports("all_reduce"):
+        return
+    victim = 1
+    survivors = [rank for rank in range(case.largest) if rank != victim]
+    told = _told(case, _die, lost=(victim,))
+    _compare(told, survivors, PeerLost, "a rank that dies", (f"rank {victim} ",))
+    for rank in survivors:
+        peer, later = told[rank]["peer"], told[rank]["later"]
+        assert peer == victim, f"rank {rank}: peer is {peer}, not {victim}"
+        assert later == GroupClosed.__name__, f"rank {rank}: the dead group raised {later}"
+
+
+def check_abort(case: Case) -> None:
+    """abort() on one rank ends what the others wait for."""
+    if case.largest < 2 or not case.supports("all_reduce"):
+        return
+    told = _told(case, _abort)
+    _compare(told, range(1, case.largest), GroupClosed, "abort()", ("aborted", "rank 0"))
+
+
+_MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "op": (("all_reduce", "all_gather"), ("all_reduce", "all_gather")),
+    "dtype": (("all_reduce",), ("float32", "float64")),
+    "shape": (("all_reduce",), ("4x3", "3x4")),
+    "size": (("all_gather",), ("4 x float32", "5 x float32")),
+    "reduction": (("all_reduce",), ("op=sum", "op=max")),
+    "root": (("broadcast",), ("root=0", "root=1")),
+    "transfer": (("send", "recv", "all_reduce"), ("3 x float32", "4 x float32")),
+}
+
+
+def _differ(group: ProcessGroup, kind: str) -> dict[str, Any]:
+    """Make a call that the last rank makes in another way."""
+    odd = group.rank == group.world_size - 1
+    plain = np.ones(4, np.float32)
+    calls: dict[str, Callable[[], object]] = {
+        "op": lambda: group.all_gather(plain) if odd else group.all_reduce(plain),
+        "dtype": lambda: group.all_reduce(np.ones(4, np.float64) if odd else plain),
+        "shape": lambda: group.all_reduce(np.ones((3, 4) if odd else (4, 3))),
+        "size": lambda: group.all_gather(np.ones(5, np.float32) if odd else plain),
+        "reduction": lambda: group.all_reduce(plain, "max" if odd else "sum"),
+        "root": lambda: group.broadcast(plain, 1 if odd else 0),
+        "transfer": lambda: _differ_in_transfer(group, odd),
+    }
+    return _failed(group, calls[kind])
+
+
+def _differ_in_transfer(group: ProcessGroup, odd: bool) -> object:
+    """Send three elements to a rank that expects four; the others wait for both."""
+    if odd:
+        group.recv(np.empty(4, np.float32), 0)
+    elif group.rank == 0:
+        group.send(np.ones(3, np.float32), group.world_size - 1)
+    return group.all_reduce(np.ones(2))
+
+
+def _stay_away(group: ProcessGroup) -> dict[str, Any]:
+    """Leave the last rank out of an all_reduce, until the others have failed."""
+    last = group.world_size - 1
+    side = group.subgroup([0, last]) if group.rank in (0, last) else None
+    if group.rank == last:
+        assert side is not None
+        group.all_reduce(np.ones(3))
+        with contextlib.suppress(FerroError):  # rank 0's word, or the end of rank 0
+            side.recv(np.empty(1), 0)
+        return {}
+    told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_SHORT_S))
+    if side is not None:
+        with contextlib.suppress(FerroError):  # it may have died along with the group
+            side.send(np.ones(1), 1)
+    return told
+
+
+def _die(group: ProcessGroup) -> dict[str, Any]:
+    """Let rank 1 die between two operations."""
+    if group.rank == 1:
+        group.all_reduce(np.ones(3))
+        _end_this_rank()
+    return _failed(group, lambda: group.all_reduce(np.ones(3)))
+
+
+def _end_this_rank() -> NoReturn:
+    """End a rank as a crash would: a process by SIGKILL, a simulated one by its own exception."""
+    if threading.current_thread() is threading.main_thread():
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RankKilled("it was to die")
+
+
+def _abort(group: ProcessGroup) -> dict[str, Any]:
+    """Abort on rank 0 while the others wait for it."""
+    if group.rank == 0:
+        group.all_reduce(np.ones(3))
+        group.abort()
+        return {}
+    return _failed(group, lambda: group.all_reduce(np.ones(3)))
+
+
+def _failed(group: ProcessGroup, call: Callable[[], object]) -> dict[str, Any]:
+    """Make a good call, then one that is to fail; return what is raised, in values that travel.
+
+    A rank may still be in the good one when another has failed in the next: that counts, too.
+    """
+    try:
+        group.all_reduce(np.ones(3))
+        call()
+    except FerroError as error:
+        later = ""
+        try:
+            group.all_reduce(np.ones(1))
+        except FerroError as next_error:
+            later = type(next_error).__name__
+        return {
+            "error": type(error).__name__,
+            "text": str(error),
+            "peer": error.peer,
+            "missing": list(getattr(error, "missing", ())),
+            "seconds": getattr(error, "seconds", None),
+            "later": later,
+        }
+    return {"error": "nothing", "text": ""}
+
+
+def _told(
+    case: Case, function: Callable[..., object], *args: object, lost: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """Run a function on the largest world; return what each rank tells, {} for a lost one."""
+    outcomes = case.outcomes(function, case.largest, *args)
+    return [{} if outcome.rank in lost else _result(outcome) for outcome in outcomes]
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    assert isinstance(outcome.result, dict), outcome.describe()
+    return outcome.result
+
+
+def _compare(
+    told: Sequence[dict[str, Any]],
+    ranks: Sequence[int],
+    kind: type[FerroError],
+    what: str,
+    words: Sequence[str],
+) -> None:
+    """Check that these ranks raised one kind of error with one text, which has these words."""
+    for rank in ranks:
+        error, text = told[rank]["error"], told[rank]["text"]
+        assert error == kind.__name__, f"{what}: rank {rank} raised {error}: {text}"
+        for word in words:
+            assert word in text, f"{what}: rank {rank} does not name {word!r}: {text}"
+    texts = {told[rank]["text"] for rank in ranks}
+    assert len(texts) == 1, f"{what}: ranks tell different causes: {sorted(texts)}"

@@ -1,0 +1,76 @@
+"""What became of each rank of a test, and the error that tells all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ferro.errors import FerroError
+
+# What other ranks raise when one has failed: never the first cause where there is another.
+_CONSEQUENCES = ("PeerLost", "GroupClosed", "CollectiveTimeout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one rank.
+
+    Attributes:
+        rank: the rank.
+        result: what the function returned; None where it did not.
+        error_type: class name of the error that ended it, "" when it ended well. "Killed" when a
+            signal did, "Late" when the deadline did, "Exited" when it left without a word.
+        error_text: the traceback, or what is known in its place.
+        exit_code: the process's, None for a simulated rank or after a signal.
+        signal: name of the signal that ended the process, or "".
+        ended_s: when it failed or ended, in `time.monotonic()` seconds of this host.
+        output: the end of what it printed, standard output and error together.
+    """
+
+    rank: int
+    result: object = None
+    error_type: str = ""
+    error_text: str = ""
+    exit_code: int | None = None
+    signal: str = ""
+    ended_s: float = 0.0
+    output: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the function returned and the process ended well."""
+        return not self.error_type
+
+    def describe(self) -> str:
+        """Return all that is known, in words, for people."""
+        if self.ok:
+            head = f"--- rank {self.rank}: ended well"
+        else:
+            head = f"--- rank {self.rank}: {self.error_type}\n{self.error_text.rstrip()}"
+        return f"{head}\n[its output]\n{self.output.rstrip()}" if self.output.strip() else head
+
+
+class RanksFailed(FerroError):
+    """At least one rank of a test failed; shows every rank's traceback, the first cause first.
+
+    Attributes:
+        outcomes: what became of each rank, by rank.
+    """
+
+    def __init__(self, what: str, outcomes: Sequence[Outcome]) -> None:
+        failed = [outcome for outcome in outcomes if not outcome.ok]
+        ordered = sorted(outcomes, key=_order)
+        first = f"; rank {ordered[0].rank} was first" if failed else ""
+        reports = "\n\n".join(outcome.describe() for outcome in ordered)
+        super().__init__(f"{what}: {len(failed)} of {len(outcomes)} ranks failed{first}\n{reports}")
+        self.outcomes = tuple(outcomes)
+
+
+def _order(outcome: Outcome) -> tuple[bool, bool, bool, float]:
+    """Sort causes before consequences, before ranks that were merely late, before good ends."""
+    return (
+        outcome.ok,
+        outcome.error_type == "Late",
+        outcome.error_type in _CONSEQUENCES,
+        outcome.ended_s,
+    )

@@ -1,0 +1,153 @@
+"""Samples: arrays that follow from rank and size, and what collectives must make of them.
+
+Elements are small whole numbers, so every sum and product that the checks form is exact in every
+dtype and the results can be compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from ferro.arrays import Array
+
+Shape: TypeAlias = tuple[int, ...]
+
+DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+)
+# 0-d, empty, one element, sizes that few world sizes divide, more dimensions, an empty one of them.
+SHAPES: tuple[Shape, ...] = ((), (0,), (1,), (7,), (3, 5), (2, 3, 5), (3, 0, 2))
+LARGE = 300_001  # elements: several segments, of which the last is not full
+
+_UFUNCS: dict[str, np.ufunc] = {
+    "sum": np.add,
+    "mean": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
+_HALF = ("float16", "bfloat16")
+
+
+def dtype_of(name: str) -> np.dtype:
+    """Return a dtype by name; bfloat16 needs the package ml_dtypes."""
+    if name == "bfloat16":
+        name = importlib.import_module("ml_dtypes").bfloat16
+    return np.dtype(name)
+
+
+def reductions(dtype: str) -> tuple[str, ...]:
+    """Return the names of the reductions that are defined for a dtype."""
+    kind = dtype_of(dtype).kind
+    if kind in "iub":
+        return ("sum", "prod", "min", "max", "band", "bor", "bxor")
+    return ("sum", "mean", "prod") if kind == "c" else ("sum", "mean", "prod", "min", "max")
+
+
+@functools.lru_cache(maxsize=256)
+def sample(rank: int, shape: Shape, dtype: str, salt: int = 0) -> Array:
+    """Return the array that `rank` gives: 1, 2, 3 in an order that depends on rank and salt.
+
+    It is read-only, so that whoever writes to it is found out.
+    """
+    whole = (np.arange(math.prod(shape)) * 5 + rank * 7 + salt * 3) % 11 % 3
+    values = whole % 2 == 0 if dtype == "bool" else whole + 1
+    if dtype.startswith("complex"):
+        values = values + 1j * (whole % 2)
+    array: Array = values.astype(dtype_of(dtype)).reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def reduced(arrays: Sequence[Array], op: str) -> Array:
+    """Return the reduction of one array a rank, in order of rank; halves by way of float32."""
+    dtype = arrays[0].dtype
+    half = dtype.name in _HALF and op in ("sum", "mean", "prod")
+    operands = [array.astype(np.float32) if half else array for array in arrays]
+    total = functools.reduce(lambda a, b: np.asarray(_UFUNCS[op](a, b)), operands)
+    if op == "mean":
+        total = np.asarray(total / np.asarray(len(arrays), total.real.dtype))
+    array: Array = total.astype(dtype)
+    return array
+
+
+def rows(array: Array) -> Array:
+    """Return an array as what axis 0 can concatenate: a 0-d one is one row."""
+    return array.reshape(1) if array.ndim == 0 else array
+
+
+def in_blocks(shape: Shape, n: int) -> Shape:
+    """Return a shape that n ranks can cut: n times the rows, or about as many when it is large."""
+    count = shape[0] // n * n if shape[0] >= LARGE else shape[0] * n
+    return (count, *shape[1:])
+
+
+def noise(rank: int, count: int, dtype: str) -> Array:
+    """Return floating-point numbers of all magnitudes, whose sum depends on the order."""
+    random = np.random.default_rng(1000 + rank)
+    numbers = random.standard_normal(count) * 10.0 ** random.integers(-3, 4, count)
+    array: Array = numbers.astype(dtype_of(dtype))
+    return array
+
+
+class Findings:
+    """What a rank found wrong; the first few are kept, for one mistake tends to show often."""
+
+    KEPT = 5
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._found: list[str] = []
+        self._count = 0
+
+    def same(self, found: object, wanted: Array, what: str) -> None:
+        """Note where a result is not, bit for bit, of the shape, dtype and values wanted."""
+        if not isinstance(found, np.ndarray):
+            self.note(f"{what}: got {type(found).__name__} in place of an array")
+        elif found.shape != wanted.shape or found.dtype != wanted.dtype:
+            self.note(f"{what}: got {found.dtype}{found.shape}, not {wanted.dtype}{wanted.shape}")
+        elif found.tobytes() != wanted.tobytes():
+            at = int(np.argmax((found != wanted).reshape(-1)))
+            self.note(
+                f"{what}: {int(np.count_nonzero(found != wanted))} of {found.size} elements "
+                f"differ; element {at} is {found.reshape(-1)[at]}, not {wanted.reshape(-1)[at]}"
+            )
+
+    def true(self, holds: bool, what: str) -> None:
+        """Note what should hold and does not."""
+        if not holds:
+            self.note(what)
+
+    def note(self, what: str) -> None:
+        """Note something wrong."""
+        self._count += 1
+        if len(self._found) < self.KEPT:
+            self._found.append(f"rank {self._rank}: {what}")
+
+    def report(self) -> list[str]:
+        """Return all that is wrong, in words; empty when nothing is."""
+        more = self._count - len(self._found)
+        return [*self._found, f"rank {self._rank}: and {more} more"] if more else self._found

@@ -1,0 +1,178 @@
+"""The door: what comes in as an array, what is refused, and what goes out again."""
+
+import numpy as np
+import pytest
+
+from ferro.arrays import Entry, dtype_named, writable
+from ferro.errors import UnsupportedError, UsageError
+from ferro.reduction import Reduction
+from ferro.shapes import Outlet, flat
+from ferro.types import Device
+
+
+class Tensor:
+    """An array of another library: DLPack is all that it speaks."""
+
+    device = (1, 0)
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+def test_numpy_arrays_come_in_as_they_are():
+    array = np.arange(6).reshape(2, 3)
+    entry = Entry(array)
+    assert entry.array is array
+    assert entry.device is Device.CPU
+    assert entry.leave(array) is array
+
+
+@pytest.mark.parametrize("value", [1, 2.5, True, 1j, [1, 2], ((1.0,), (2.0,)), np.int8(3)])
+def test_numbers_and_lists_become_arrays(value):
+    entry = Entry(value)
+    np.testing.assert_array_equal(entry.array, np.asarray(value))
+    assert entry.array.dtype == np.asarray(value).dtype
+
+
+def test_other_libraries_share_their_memory():
+    array = np.arange(4.0)
+    entry = Entry(Tensor(array))
+    assert np.shares_memory(entry.array, array)
+    array[0] = 9
+    assert entry.array[0] == 9
+
+
+def test_a_result_leaves_as_the_callers_kind(monkeypatch):
+    import sys
+    import types
+
+    library = types.ModuleType("otherlib")
+    library.from_dlpack = Tensor
+    monkeypatch.setitem(sys.modules, "otherlib", library)
+    theirs = type("OtherTensor", (Tensor,), {"__module__": "otherlib.core"})
+    result = Entry(theirs(np.arange(3.0))).leave(np.ones(3))
+    assert type(result) is Tensor
+    assert result.array.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_array_of_another_device_is_refused():
+    elsewhere = Tensor(np.ones(1))
+    elsewhere.device = (2, 0)
+    with pytest.raises(UnsupportedError, match="DLPack device 2; only CPU memory"):
+        Entry(elsewhere)
+
+
+def test_an_array_that_cannot_be_exchanged_is_refused():
+    read_only = np.ones(2)
+
+    class Stubborn(Tensor):
+        def __dlpack__(self, **options):
+            raise BufferError("it needs its gradient")
+
+    with pytest.raises(UsageError, match="cannot be exchanged through DLPack: it needs"):
+        Entry(Stubborn(read_only))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bool", "i1", "i8", "u2", "f2", "f4", "f8", "c8", "c16", "bfloat16"],
+)
+def test_dtypes_are_known_by_name_on_other_ranks(dtype):
+    from ferro.testing.samples import dtype_of
+
+    kind = dtype_of(dtype)
+    assert Entry(np.zeros(2, kind)).array.dtype == kind
+    assert dtype_named(kind.name) == kind
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(["a"]),
+        np.array([b"a"]),
+        np.array([None]),
+        np.zeros(2, "M8[s]"),
+        np.zeros(2, [("a", "i4")]),
+        np.zeros(2, ">i4"),
+        np.zeros(2, np.longdouble),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_dtypes_without_a_common_meaning_are_refused(array):
+    with pytest.raises(UnsupportedError, match="input has"):
+        Entry(array)
+
+
+def test_float8_is_refused():
+    import ml_dtypes
+
+    with pytest.raises(UnsupportedError, match="float8_e4m3fn, which no collective carries"):
+        Entry(np.zeros(2, ml_dtypes.float8_e4m3fn))
+
+
+def test_out_is_taken_as_it_is():
+    array = np.zeros((2, 3), np.int8)
+    assert writable(array, (2, 3), np.dtype("i1")) is array
+    shared = writable(Tensor(array), (2, 3), np.dtype("i1"))
+    assert np.shares_memory(shared, array)
+
+
+def test_out_on_another_device_is_refused():
+    with pytest.raises(UsageError, match="out is on device cpu, the result on cuda"):
+        writable(np.zeros(2), (2,), np.dtype(float), Device.CUDA)
+
+
+def test_an_outlet_gives_out_itself_or_new_memory():
+    entry = Entry(np.ones((2, 2)))
+    out = np.zeros((3, 2))
+    outlet = Outlet(entry, out, (3, 2))
+    outlet.flat[...] = 7
+    assert outlet() is out
+    assert (out == 7).all()
+    fresh = Outlet(entry, None, (4,))
+    assert fresh.array.shape == (4,)
+    assert fresh.array.dtype == np.float64
+    scalar = Outlet(Entry(1.5), None, ())
+    scalar.flat[...] = 2
+    assert scalar().shape == ()
+    assert scalar() == 2
+
+
+def test_flat_copies_only_where_it_must():
+    array = np.arange(6).reshape(2, 3)
+    assert np.shares_memory(flat(array, private=False), array)
+    assert not np.shares_memory(flat(array, private=True), array)
+    turned = flat(array.T, private=False)
+    assert turned.tolist() == [0, 3, 1, 4, 2, 5]
+    assert not np.shares_memory(turned, array)
+    assert flat(np.array(3), private=False).tolist() == [3]
+
+
+@pytest.mark.parametrize("own", [0, 1, 3])
+def test_operands_are_reduced_left_to_right_into_their_place(own):
+    seen = []
+
+    def note(a, b, out):
+        seen.append((a.copy(), b.copy()))
+        np.subtract(a, b, out=out)
+
+    operands = [np.array([10.0**i]) for i in range(4)]
+    Reduction(note, np.dtype(float), 4).combine(operands, own)
+    assert operands[own].tolist() == [1.0 - 10 - 100 - 1000]
+    assert [b.item() for _, b in seen] == [10.0, 100.0, 1000.0]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_halves_are_accumulated_in_float32(name):
+    dtype = dtype_named(name)
+    operands = [np.array([1.0], dtype)] + [np.array([2.0**-9], dtype) for _ in range(64)]
+    reduction = Reduction("sum", dtype, 65)
+    assert reduction.needs_all
+    reduction.combine(operands, 0)
+    assert float(operands[0][0]) == 1.125  # in halves every addend would be rounded away

@@ -1,0 +1,222 @@
+"""Groups that fail: one cause on every rank, a dead group that says so, and nobody hangs."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from ferro.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FerroError,
+    GroupClosed,
+    PeerLost,
+    RendezvousError,
+)
+from ferro.simulated import Fault, simulate
+
+
+def caught(call):
+    """Return the FerroError that a call raises."""
+    try:
+        call()
+    except FerroError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_a_mismatch_names_both_calls_on_every_rank():
+    def work(group):
+        root = int(group.rank == 2)
+        return caught(lambda: group.broadcast(np.ones(4, np.int8), root))
+
+    errors = simulate(work, 3, timeout_s=5)
+    assert {type(error) for error in errors} == {CollectiveMismatch}
+    assert len({str(error) for error in errors}) == 1
+    text = str(errors[0])
+    assert "called broadcast(4 x int8, root=0, shape 4)" in text
+    assert "called broadcast(4 x int8, root=1, shape 4)" in text
+    assert "rank 2 called" in text
+    assert "on group 'world' (#0)" in text
+    assert [error.rank for error in errors] == [0, 1, 2]
+    assert {error.op for error in errors} == {"broadcast"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        (lambda g: g.barrier(), lambda g: g.all_reduce(1)),
+        (lambda g: g.all_reduce(1), lambda g: g.all_reduce(1.0)),
+        (lambda g: g.all_reduce([1, 2]), lambda g: g.all_reduce([[1, 2]])),
+        (lambda g: g.all_reduce(1, "max"), lambda g: g.all_reduce(1, np.maximum)),
+        (lambda g: g.all_gather([1], sizes=[1, 1]), lambda g: g.all_gather([1])),
+        (lambda g: g.gather([1], 0), lambda g: g.gather([1], 1)),
+        (lambda g: g.scatter([1, 2], 0), lambda g: g.scatter([1, 2], 1)),
+        (lambda g: g.all_gather_object(1), lambda g: g.broadcast_object(1)),
+        (
+            lambda g: g.reduce_scatter([1, 2, 3], sizes=[1, 2]),
+            lambda g: g.reduce_scatter([1, 2, 3], sizes=[2, 1]),
+        ),
+        (
+            lambda g: g.all_to_all([1, 2], send_sizes=[1, 1], recv_sizes=[1, 1]),
+            lambda g: g.all_to_all([1, 2]),
+        ),
+    ],
+)
+def test_every_kind_of_difference_is_a_mismatch(mine, theirs):
+    def work(group):
+        return caught(lambda: (theirs if group.rank else mine)(group))
+
+    errors = simulate(work, 2, timeout_s=5)
+    assert {type(error) for error in errors} == {CollectiveMismatch}, errors
+    assert len({str(error) for error in errors}) == 1
+
+
+def test_a_dead_group_says_so_and_why():
+    def work(group):
+        first = caught(lambda: group.all_reduce(np.ones(2 + group.rank)))
+        later = caught(lambda: group.all_reduce(np.ones(2)))
+        assert type(later) is GroupClosed
+        assert later.__cause__ is first
+        assert str(later) == f"all_reduce on group 'world': the group died earlier: {first}"
+        assert "dead" in repr(group)
+        return type(first)
+
+    assert simulate(work, 2, timeout_s=5) == [CollectiveMismatch] * 2
+
+
+def test_operations_that_were_outstanding_end_when_the_group_dies():
+    def work(group):
+        good = group.all_reduce(1, async_op=True)
+        bad = group.all_reduce(np.ones(1 + group.rank), async_op=True)
+        after = [group.all_reduce(1, async_op=True) for _ in range(3)]
+        assert good.wait() == 2
+        first = caught(bad.wait)
+        assert caught(bad.wait) is first
+        return [type(first), *(type(caught(work.wait)) for work in after)]
+
+    for kinds in simulate(work, 2, timeout_s=5):
+        assert kinds == [CollectiveMismatch, GroupClosed, GroupClosed, GroupClosed]
+
+
+def test_a_timeout_names_the_missing_rank_and_where_another_one_was():
+    done = threading.Event()
+    arrived = threading.Barrier(4)
+
+    def work(group):
+        group.barrier()
+        if group.rank == 3:
+            arrived.wait(5)
+            done.wait(5)
+            return None
+        if group.rank == 2:
+            arrived.wait(5)
+            error = caught(lambda: group.recv(np.empty(1), 3))
+        else:
+            arrived.wait(5)
+            error = caught(lambda: group.all_reduce(np.ones(3), timeout_s=0.3))
+        if group.rank == 0:
+            done.set()
+        return error
+
+    *errors, nothing = simulate(work, 4, timeout_s=5)
+    assert nothing is None
+    assert {type(error) for error in errors} == {CollectiveTimeout}
+    assert len({str(error) for error in errors}) == 1
+    text = str(errors[0])
+    assert "all_reduce #1 on group 'world' did not finish within 0.3 s" in text
+    assert "arrived: rank 0, 1, 2; did not arrive: rank 3 (host simulated)" in text
+    assert "rank 2 was in send #0" in text
+    assert "Read the log of rank 3 first" in text
+    for error in errors:
+        assert (error.missing, error.arrived) == ((3,), (0, 1, 2))
+        assert isinstance(error, TimeoutError)
+
+
+def test_a_killed_rank_is_lost_to_all_others():
+    def work(group):
+        return caught(lambda: [group.all_reduce(1) for _ in range(50)])
+
+    errors = simulate(work, 3, faults=[Fault(rank=0, after=9)], timeout_s=5)
+    assert errors[0] is None
+    assert {type(error) for error in errors[1:]} == {PeerLost}
+    assert {(error.peer, error.host) for error in errors[1:]} == {(0, "simulated")}
+    assert len({str(error) for error in errors[1:]}) == 1
+    assert "rank 0 (host simulated) of 3 is gone" in str(errors[1])
+    assert "Read rank 0's log first" in str(errors[1])
+
+
+def test_a_rank_that_leaves_early_is_lost():
+    def work(group):
+        if group.rank == 0:
+            return None
+        return caught(group.barrier)
+
+    errors = simulate(work, 3, timeout_s=5)
+    assert [type(error) for error in errors[1:]] == [PeerLost, PeerLost]
+
+
+def test_an_error_in_a_users_reduction_kills_the_group_everywhere():
+    def work(group):
+        def divide(a, b, out):
+            if group.rank == 1:
+                raise ZeroDivisionError("by the user")
+            np.add(a, b, out=out)
+
+        return caught(lambda: [group.all_reduce(np.ones(5), divide) for _ in range(2)])
+
+    errors = simulate(work, 3, timeout_s=5)
+    assert {type(error) for error in errors} == {GroupClosed}
+    assert all("failed on rank 1 of 3: ZeroDivisionError: by the user" in str(e) for e in errors)
+
+
+def test_abort_wakes_every_rank_and_names_who_did_it():
+    waiting = threading.Barrier(3)
+
+    def work(group):
+        waiting.wait(5)
+        if group.rank == 2:
+            group.abort()
+            return caught(group.barrier)
+        return caught(group.barrier)
+
+    errors = simulate(work, 3, timeout_s=5)
+    assert {type(error) for error in errors} == {GroupClosed}
+    assert all("aborted by rank 2 (host simulated)" in str(error) for error in errors[:2])
+    assert "was aborted" in str(errors[2])
+
+
+def test_a_subgroup_dies_alone():
+    def work(group):
+        inner = group.subgroup(range(3))
+        error = caught(lambda: inner.all_reduce(np.ones(1 + inner.rank)))
+        return type(error), int(group.all_reduce(1))
+
+    assert simulate(work, 3, timeout_s=5) == [(CollectiveMismatch, 3)] * 3
+
+
+def test_a_subgroup_that_its_first_rank_does_not_make_is_an_error():
+    done = threading.Event()
+
+    def work(group):
+        if group.rank == 0:
+            done.wait(5)
+            return None
+        error = caught(lambda: group.subgroup([0, 1], timeout_s=0.1))
+        done.set()
+        return error
+
+    error = simulate(work, 2, timeout_s=5)[1]
+    assert type(error) is RendezvousError
+    assert "subgroup (0, 1): rank 0 did not create it within 0.1 s" in str(error)
+
+
+def test_leaving_the_block_by_an_error_releases_the_others_at_once():
+    def work(group):
+        if group.rank == 0:
+            group.all_reduce(1, async_op=True)  # never ends: the others do not come
+            raise RuntimeError("the cause")
+        return caught(lambda: group.recv(np.empty(1), 0))
+
+    with pytest.raises(RuntimeError, match="the cause"):
+        simulate(work, 3, timeout_s=30, run_timeout_s=10)

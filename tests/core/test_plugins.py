@@ -1,0 +1,253 @@
+"""Plugins: real distributions, thrown away after each test; every error names the one at fault."""
+
+import sys
+import textwrap
+
+import importlib_metadata
+import pytest
+
+from ferro import backends, collectives, plugins, strategies
+from ferro.errors import BackendUnavailable, PluginError, UsageError
+
+HEAD = """
+from ferro import Availability, BackendInfo, CollectiveInfo, StrategyInfo, hookimpl
+
+def backend(name, probe=lambda: Availability(ok=True, reason="it is there"), under=()):
+    return BackendInfo(
+        name=name, summary=name, probe=probe, create=print, default_under=under
+    )
+"""
+
+GOOD = """
+@hookimpl
+def ferro_backends():
+    return [backend("pipes")]
+"""
+
+
+class Site:
+    """A folder of installed distributions, the only ones there are besides ferro itself."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.modules = []
+
+    def install(self, distribution, entry, source):
+        """Install a distribution with one module and one entry point."""
+        name = distribution.replace("-", "_")
+        module = f"throwaway_{name}"
+        (self.folder / f"{module}.py").write_text(HEAD + textwrap.dedent(source))
+        info = self.folder / f"{name}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5")
+        (info / "entry_points.txt").write_text(f"[ferro]\n{entry} = {module}\n")
+        self.modules.append(module)
+
+    def entry_points(self, group):
+        """Return the entry points of these distributions and of ferro."""
+        found = [
+            *importlib_metadata.distributions(path=[str(self.folder)]),
+            importlib_metadata.distribution("ferro"),
+        ]
+        return [entry for d in found for entry in d.entry_points if entry.group == group]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    site = Site(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib_metadata, "entry_points", site.entry_points)
+    plugins.installed.cache_clear()
+    yield site
+    plugins.installed.cache_clear()
+    for module in site.modules:
+        sys.modules.pop(module, None)
+
+
+def test_a_good_plugin_offers_its_backend(site):
+    site.install("ferro-pipes", "pipes", GOOD)
+    found = backends.available()
+    assert set(found) == {"pipes", "simulated"}
+    assert found["pipes"].ok
+    assert found["pipes"].reason == "it is there"
+    assert backends.get("pipes").summary == "pipes"
+    assert plugins.installed().versions["pipes"] == "ferro-pipes 1.5"
+    assert plugins.installed().broken == []
+
+
+BROKEN = {
+    "import failure": (
+        "import no_such_library",
+        "failed to import .*: ModuleNotFoundError: No module named 'no_such_library'. "
+        "Repair or uninstall ferro-bad 1.5",
+    ),
+    "error on import": ("1 / 0", "failed to import .*: ZeroDivisionError"),
+    "unknown hook": (
+        "@hookimpl\ndef ferro_colours():\n    return []",
+        "implements a hook that ferro does not specify.*ferro_colours",
+    ),
+    "hook with other arguments": (
+        "@hookimpl\ndef ferro_backends(colour):\n    return []",
+        "or with other arguments.*colour",
+    ),
+    "hook that raises": (
+        "@hookimpl\ndef ferro_backends():\n    raise KeyError('lost')",
+        r"ferro_backends\(\) of .* raised KeyError: 'lost'",
+    ),
+    "hook that raises late": (
+        "@hookimpl\ndef ferro_backends():\n    yield 1 / 0",
+        r"ferro_backends\(\) of .* raised ZeroDivisionError",
+    ),
+    "wrong items": (
+        "@hookimpl\ndef ferro_backends():\n    return ['pipes']",
+        r"ferro_backends\(\) of .* returned a str, not a BackendInfo",
+    ),
+    "no sequence": (
+        "@hookimpl\ndef ferro_backends():\n    return 5",
+        r"ferro_backends\(\) of .* raised TypeError",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_plugin_is_named_and_the_others_are_listed(site, source, words):
+    site.install("ferro-bad", "bad", source)
+    site.install("ferro-pipes", "pipes", GOOD)
+    found = backends.available()
+    assert set(found) == {"bad", "pipes", "simulated"}
+    assert found["pipes"].ok
+    assert found["simulated"].ok
+    assert not found["bad"].ok
+    assert "ferro-bad 1.5" in found["bad"].reason
+    assert found["bad"].hint
+    with pytest.raises(PluginError, match=f"(?s){words}") as caught:
+        backends.get("pipes")
+    assert "ferro-bad 1.5" in str(caught.value)
+    assert caught.value.__cause__ is not None or "returned a" in str(caught.value)
+
+
+def test_two_distributions_that_claim_one_plugin_name(site):
+    site.install("ferro-one", "twin", GOOD)
+    site.install("ferro-two", "twin", GOOD.replace("pipes", "wires"))
+    found = backends.available()
+    assert set(found) == {"twin", "simulated"}
+    words = "the plugin name 'twin' is claimed by ferro-one 1.5 and by ferro-two 1.5"
+    assert words in found["twin"].reason
+    with pytest.raises(PluginError, match=words):
+        backends.get("simulated")
+
+
+def test_two_distributions_that_claim_one_backend_name(site):
+    site.install("ferro-one", "one", GOOD)
+    site.install("ferro-two", "two", GOOD)
+    found = backends.available()
+    words = "the backend name 'pipes' is claimed by ferro-one 1.5 and by ferro-two 1.5: uninstall"
+    assert words in found["pipes"].reason
+    assert not found["pipes"].ok
+    assert found["simulated"].ok
+    with pytest.raises(PluginError, match=words):
+        backends.get("pipes")
+    assert backends.get("simulated").name == "simulated"
+
+
+def test_a_probe_that_raises_is_told_as_its_fault(site):
+    site.install(
+        "ferro-pipes",
+        "pipes",
+        """
+        def probe():
+            raise OSError("no pipes here")
+
+        @hookimpl
+        def ferro_backends():
+            return [backend("pipes", probe)]
+        """,
+    )
+    found = backends.available()["pipes"]
+    assert not found.ok
+    assert found.reason == "its probe raised OSError: no pipes here"
+    assert found.hint == "report this to the authors of ferro-pipes 1.5"
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(site):
+    with pytest.raises(BackendUnavailable) as caught:
+        backends.get("gloo")
+    assert "no plugin that offers it is installed (installed: simulated)" in str(caught.value)
+    assert caught.value.backend == "gloo"
+    assert caught.value.hint == "Install it: pip install 'ferro[gloo]'."
+    with pytest.raises(BackendUnavailable, match="Check the spelling, or install"):
+        backends.get("glue")
+
+
+def test_the_default_backend_is_the_launchers_or_everyones(site):
+    assert backends.default("torchrun") is None
+    site.install(
+        "ferro-pipes",
+        "pipes",
+        """
+        @hookimpl
+        def ferro_backends():
+            return [backend("pipes", under=("*",)), backend("wires", under=("slurm",))]
+        """,
+    )
+    plugins.installed.cache_clear()
+    assert backends.default("torchrun") == "pipes"
+    assert backends.default("slurm") == "wires"
+    site.install(
+        "ferro-more", "more", GOOD.replace('backend("pipes")', 'backend("x", under=("slurm",))')
+    )
+    plugins.installed.cache_clear()
+    with pytest.raises(PluginError, match="backends wires and x both offer to be the default"):
+        backends.default("slurm")
+
+
+STRATEGY = """
+@hookimpl
+def ferro_strategies():
+    return [StrategyInfo(name="{name}", summary="a summary", load=lambda: len)]
+"""
+
+
+def test_strategies_are_listed_and_loaded_by_name(site):
+    assert strategies.available() == {}
+    with pytest.raises(PluginError, match=r"offers the strategy 'ddp' \(installed: none\)"):
+        strategies.get("ddp")
+    site.install("ferro-one", "one", STRATEGY.format(name="mine"))
+    plugins.installed.cache_clear()
+    assert strategies.available() == {"mine": "a summary"}
+    assert strategies.get("mine") is len
+    site.install("ferro-two", "two", STRATEGY.format(name="mine"))
+    site.install("ferro-three", "three", STRATEGY.format(name="other"))
+    plugins.installed.cache_clear()
+    assert strategies.available() == {"other": "a summary"}
+    with pytest.raises(PluginError, match=r"strategy name 'mine' is claimed by ferro-one 1\.5 and"):
+        strategies.get("mine")
+
+
+def test_algorithms_of_plugins_stand_beside_the_built_in_ones(site):
+    source = """
+    @hookimpl
+    def ferro_collectives():
+        return [CollectiveInfo(collective="all_reduce", algorithm="{name}", build=print)]
+    """
+    builtin = collectives.available()["all_reduce"]
+    assert "ring" in builtin
+    site.install("ferro-one", "one", source.format(name="mine"))
+    site.install("ferro-two", "two", source.format(name="ring"))
+    plugins.installed.cache_clear()
+    assert set(collectives.available()["all_reduce"]) == {*builtin, "mine"}
+    assert collectives.get("all_reduce", "mine").build is print
+    with pytest.raises(PluginError, match=r"'ring' for 'all_reduce' is claimed by ferro.* and by"):
+        collectives.get("all_reduce", "ring")
+    with pytest.raises(UsageError, match=r"no algorithm 'no' for 'all_reduce'; there are: .*mine"):
+        collectives.get("all_reduce", "no")
+
+
+def test_a_plugin_that_fails_in_one_hook_is_left_out_of_lists_only(site):
+    site.install("ferro-bad", "bad", "@hookimpl\ndef ferro_collectives():\n    raise KeyError(1)")
+    assert "all_reduce" in collectives.available()
+    assert backends.available()["simulated"].ok
+    with pytest.raises(
+        PluginError, match=r"ferro_collectives\(\) of ferro-bad 1.5 raised KeyError"
+    ):
+        collectives.get("all_reduce", "ring")

@@ -1,0 +1,122 @@
+"""The simulated backend conforms, and its faults and virtual clocks do what they say."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro.collectives.cost import Network
+from ferro.errors import CollectiveTimeout, PeerLost, UsageError
+from ferro.simulated import Fault, SimulatedBackend, simulate
+from ferro.testing.conformance import CHECKS, Case
+
+CASE = Case(backend="simulated", world_sizes=(1, 2, 3, 4, 5, 8))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_simulated_backend_conforms(check):
+    check(CASE)
+
+
+def test_results_are_returned_by_rank():
+    assert simulate(lambda group: (group.rank, group.world_size), 3) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_world_of_no_ranks_is_refused():
+    with pytest.raises(UsageError, match="world_size must be at least 1"):
+        simulate(lambda group: None, 0)
+
+
+def test_the_first_cause_is_raised_with_the_other_ranks_tracebacks():
+    def fail_on_rank_1(group):
+        if group.rank == 1:
+            raise KeyError("the cause")
+        group.barrier()
+
+    with pytest.raises(KeyError, match="the cause") as caught:
+        simulate(fail_on_rank_1, 3, timeout_s=5)
+    notes = "\n".join(caught.value.__notes__)
+    assert "(raised on rank 1 of the simulation)" in notes
+    assert "--- rank 0:" in notes
+    assert "--- rank 2:" in notes
+    assert "PeerLost" in notes
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 12])
+def test_a_killed_rank_is_named_on_all_others_with_one_cause(after):
+    errors = {}
+
+    def work(group):
+        try:
+            for _ in range(20):
+                group.all_reduce(np.ones(100))
+        except ferro.FerroError as error:
+            errors[group.rank] = error
+
+    results = simulate(work, 4, faults=[Fault(rank=2, after=after)], timeout_s=5)
+    assert results == [None] * 4
+    assert sorted(errors) == [0, 1, 3]
+    assert {type(error) for error in errors.values()} == {PeerLost}
+    assert {error.peer for error in errors.values()} == {2}
+    assert len({str(error) for error in errors.values()}) == 1
+
+
+def test_a_dropped_message_is_a_timeout_that_says_that_all_were_there():
+    errors = []
+
+    def work(group):
+        try:
+            group.all_reduce(np.ones(3), timeout_s=0.3)
+        except CollectiveTimeout as error:
+            errors.append(error)
+
+    simulate(work, 2, faults=[Fault(rank=rank, after=1, kind="drop") for rank in (0, 1)])
+    assert len(errors) == 2
+    assert all(error.missing == () and error.arrived == (0, 1) for error in errors)
+    assert "all ranks were there" in str(errors[0])
+
+
+def test_clocks_advance_by_latency_size_and_delay():
+    network = Network(latency_s=0.5, bandwidth_bytes_per_s=1000.0)
+
+    def clocks(faults):
+        backends = SimulatedBackend.create_group(2, network=network, faults=faults)
+        backends[0].send(np.zeros(500, np.uint8), 1, tag=1, deadline=0.0)
+        backends[1].recv(np.zeros(500, np.uint8), 0, tag=1, deadline=time.monotonic() + 5)
+        return [backend.clock_s for backend in backends]
+
+    assert clocks([]) == [0.0, pytest.approx(1.0)]
+    late = [Fault(rank=0, after=0, kind="delay", seconds=2.0)]
+    assert clocks(late) == [0.0, pytest.approx(3.0)]
+
+
+def test_messages_that_were_taken_leave_nothing_behind():
+    backends = SimulatedBackend.create_group(2)
+    for tag in range(10):
+        backends[0].send(np.zeros(8), 1, tag=tag, deadline=0.0)
+        backends[1].recv(np.zeros(8), 0, tag=tag, deadline=time.monotonic() + 5)
+    assert not backends[0]._board._boxes
+
+
+def test_a_run_that_does_not_end_is_a_timeout_that_names_the_rank():
+    forever = threading.Event()
+
+    def hang(group):
+        if group.rank == 1:
+            forever.wait(30)
+
+    with pytest.raises(CollectiveTimeout, match=r"ranks \[1\] are still running"):
+        simulate(hang, 2, run_timeout_s=0.1)
+    forever.set()
+
+
+def test_closing_a_subgroup_leaves_the_rank_in_the_world():
+    def work(group):
+        for _ in range(3):
+            with group.subgroup(range(group.world_size)) as inner:
+                inner.barrier()
+        return group.all_reduce(1)
+
+    assert simulate(work, 3) == [3, 3, 3]

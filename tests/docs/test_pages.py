@@ -1,0 +1,69 @@
+"""What the pages say is so: their programs run, and their generated parts are up to date."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ferro
+from ferro.collectives.check import check
+
+ROOT = Path(__file__).parents[2]
+FERRO = Path(sys.executable).parent / "ferro"
+
+
+def code(page, first_words):
+    """Return the Python block of a page that holds these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    [block] = [block for block in blocks if first_words in block]
+    return block
+
+
+@pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
+def test_the_ten_lines_of_the_readme_run(tmp_path, launch):
+    program = tmp_path / "train.py"
+    program.write_text(code("README.md", "# train.py"))
+    ended = subprocess.run([*launch, program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_readmes_collectives_run():
+    lines = code("README.md", "group = ferro.init()")
+    lines = lines.replace("group = ferro.init()", "").replace("; group.recv", "\n#")
+
+    def on_rank(group):
+        import numpy as np
+
+        x = np.ones((5, 2), np.float32)
+        buffer = np.empty_like(x)
+        program = lines.replace("group.send(", "group.rank or group.send(")
+        exec(program, {"group": group, "x": x, "buffer": buffer, "ferro": ferro})
+        if group.rank == 1:
+            group.recv(buffer, src=0, tag=7)
+        return x.tolist()
+
+    assert ferro.simulate(on_rank, 3) == [[[1.0, 1.0]] * 5] * 3
+
+
+def test_the_algorithm_of_the_collectives_page_is_one():
+    scope = {}
+    exec(code("docs/collectives.md", "def star("), scope)
+    for ranks in range(1, 9):
+        check("all_reduce", scope["star"], ranks)
+    [info] = scope["ferro_collectives"]()
+    assert info.algorithm == "star"
+
+
+def test_generated_parts_are_up_to_date():
+    page = ROOT / "docs" / "generate.py"
+    assert subprocess.run([sys.executable, page, "--check"], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
