@@ -163,7 +163,7 @@ def test_operands_are_reduced_left_to_right_into_their_place(own):
         np.subtract(a, b, out=out)
 
     operands = [np.array([10.0**i]) for i in range(4)]
-    Reduction(note, np.dtype(float), 4).combine(operands, own)
+    Reduction(note, np.dtype(float), 4).combine(operands, own, at_once=False)
     assert operands[own].tolist() == [1.0 - 10 - 100 - 1000]
     assert [b.item() for _, b in seen] == [10.0, 100.0, 1000.0]
 
@@ -174,5 +174,5 @@ def test_halves_are_accumulated_in_float32(name):
     operands = [np.array([1.0], dtype)] + [np.array([2.0**-9], dtype) for _ in range(64)]
     reduction = Reduction("sum", dtype, 65)
     assert reduction.needs_all
-    reduction.combine(operands, 0)
+    reduction.combine(operands, 0, at_once=True)
     assert float(operands[0][0]) == 1.125  # in halves every addend would be rounded away

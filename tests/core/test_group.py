@@ -62,7 +62,11 @@ BAD = {
         UsageError,
         "cannot send to itself",
     ),
-    "tag": (lambda g: g.send(X, 1 - g.rank, 1 << 31), UsageError, "tags go from 0 to 2147483647"),
+    "tag": (
+        lambda g: g.send(X, 1 - g.rank, 1 << 31),
+        UsageError,
+        "tags are whole numbers from 0 to 2147483647",
+    ),
     "out of another shape": (
         lambda g: g.all_reduce(X, out=np.empty(5)),
         UsageError,
@@ -91,7 +95,7 @@ BAD = {
     "receive into read-only": (
         lambda g: g.recv(read_only(3), 1 - g.rank),
         UsageError,
-        "out is read-only",
+        "buffer is read-only",
     ),
     "rows that do not divide": (
         lambda g: g.reduce_scatter(np.ones(5)),
@@ -230,11 +234,15 @@ BAD = {
         UsageError,
         "scatter_object needs 2 values at the root, got 1",
     ),
-    "no time": (lambda g: g.barrier(timeout_s=0), UsageError, "timeout_s must be positive, not 0"),
+    "no time": (
+        lambda g: g.barrier(timeout_s=0),
+        UsageError,
+        "timeout_s must be a positive number of seconds",
+    ),
     "not a time": (
         lambda g: g.barrier(timeout_s=float("nan")),
         UsageError,
-        "timeout_s must be positive",
+        "timeout_s must be a positive number of seconds",
     ),
     "negative color": (lambda g: g.split(-2), UsageError, "color must be None or at least 0"),
     "stranger in a subgroup": (
@@ -349,3 +357,39 @@ def test_a_group_knows_who_it_is():
         ("world.0", 1, 2, (0, 1), 1),
         ("world.1", 0, 1, (2,), 2),
     ]
+
+
+def test_a_users_function_need_not_be_commutative():
+    def first(a, b, out):
+        np.copyto(out, a)
+
+    def work(group):
+        mine = np.full(3, group.rank)
+        reduced = group.reduce(mine, root=3, op=first)
+        scattered = group.reduce_scatter(np.full(8, group.rank), op=first)
+        everywhere = group.all_reduce(mine, first).tolist()
+        return everywhere, scattered.tolist(), None if reduced is None else reduced.tolist()
+
+    results = simulate(work, 8, timeout_s=5)
+    assert [result[:2] for result in results] == [([0, 0, 0], [0])] * 8
+    assert results[3][2] == [0, 0, 0]
+
+
+def test_a_mean_by_an_algorithm_that_says_nothing_of_combining_once():
+    from dataclasses import replace
+
+    from ferro.collectives.builtin import BUILTIN
+    from ferro.collectives.choose import Choice
+    from ferro.simulated import SimulatedBackend
+
+    [exchange] = [i for i in BUILTIN if (i.collective, i.algorithm) == ("all_reduce", "exchange")]
+    modest = replace(exchange, algorithm="modest", combines_once=False)
+    original = SimulatedBackend.create_group.__func__
+
+    def create_group(cls, world_size, *, choice, **others):
+        return original(cls, world_size, choice=Choice(fixed={"all_reduce": modest}), **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedBackend, "create_group", classmethod(create_group))
+        results = simulate(lambda group: float(group.all_reduce(4.0, "mean")), 4, timeout_s=5)
+    assert results == [4.0] * 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.errors import UnsupportedError, UsageError
+from ferro.errors import CollectiveMismatch, UnsupportedError, UsageError
 from ferro.simulated import simulate
 
 
@@ -83,3 +83,31 @@ def test_a_wrong_call_is_refused_at_once():
         return int(good.result())
 
     assert simulate(work, 2) == [2, 2]
+
+
+def test_parts_that_differ_between_ranks_are_a_mismatch():
+    def work(group):
+        shapes = [(2, 3), (4,)] if group.rank == 0 else [(4,), (2, 3)]
+        try:
+            with group.coalesce() as together:
+                for shape in shapes:
+                    together.all_reduce(np.ones(shape))
+        except CollectiveMismatch as error:
+            return str(error)
+        return ""
+
+    first, second = simulate(work, 2, timeout_s=5)
+    assert first == second
+    assert "shapes 2x3;4" in first
+    assert "shapes 4;2x3" in first
+
+
+def test_a_wrong_root_is_refused_before_anything_is_sent():
+    def work(group):
+        with group.coalesce() as together:
+            together.all_reduce(np.ones(3))
+            with pytest.raises(UsageError, match="root is 9"):
+                together.broadcast(np.ones(3), root=9)
+        return float(group.all_reduce(1.0))
+
+    assert simulate(work, 2, timeout_s=5) == [2.0, 2.0]

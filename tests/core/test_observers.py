@@ -47,7 +47,7 @@ def test_each_operation_starts_and_ends_once_on_each_rank():
             for op, seq, group, nbytes in (
                 ("all_reduce", 0, "world", 40),
                 ("all_gather", 1, "world", 48),
-                ("send", 0, "pair", 64),
+                ("sendrecv", 0, "pair", 64),
             )
             for what in ("started", "finished")
         ]
@@ -134,3 +134,19 @@ def test_a_trace_is_what_perfetto_reads(tmp_path):
 def test_a_trace_of_nothing_writes_nothing(tmp_path):
     Trace(str(tmp_path / "parts")).close()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_observer_that_raises_changes_nothing_but_warns():
+    class Broken:
+        def started(self, event):
+            raise ValueError("a bug of the observer")
+
+        def finished(self, event):
+            raise ValueError("another")
+
+        def close(self):
+            pass
+
+    with pytest.warns(RuntimeWarning, match="observer Broken failed at all_reduce #0"):
+        results = simulate(lambda group: float(group.all_reduce(1.0)), 2, observers=[Broken()])
+    assert results == [2.0, 2.0]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ferro.work import Lane, Work
+from ferro.work import Lane, LaneClosed, Work
 
 S = 5.0
 
@@ -82,10 +82,12 @@ def test_several_threads_may_wait_for_one_work(lane):
 def test_close_gives_up_at_its_deadline_and_ends_the_thread_afterwards():
     lane, gate = Lane("closing"), threading.Event()
     work = lane.start("op", lambda seq: gate.wait(S))
+    thread = lane._thread
     assert not lane.close(time.monotonic())
+    with pytest.raises(LaneClosed):
+        lane.start("late", lambda seq: None)
     gate.set()
     work.wait()
-    thread = lane._thread
     thread.join(S)
     assert not thread.is_alive()
 

@@ -16,6 +16,31 @@ from ferro.rendezvous import StoreServer
 
 SECRET = bytes(range(32))
 LIMIT_S = 60
+AGAIN = """
+import sys, time
+import ferro
+for turn in range(3):
+    time.sleep(0.1 if sys.argv[1] == "0" else 0)  # rank 0, which hosts the store, comes later
+    with ferro.init(timeout_s=20) as group:
+        assert group.all_reduce(float(turn)) == 2 * turn
+print("ok")
+"""
+FORKING = """
+import os, sys
+import ferro
+group = ferro.init(timeout_s=20)
+child = os.fork()
+if not child:
+    try:
+        group.all_reduce(1.0)
+    except ferro.UsageError as error:
+        print(error, flush=True)
+    sys.exit(0)
+os.waitpid(child, 0)
+assert group.all_reduce(1.0) == 2.0
+ferro.shutdown()
+print("ok")
+"""
 PROGRAM = """
 import json, sys
 import ferro
@@ -51,14 +76,14 @@ def store():
 def ranks(tmp_path):
     """Start one process for each (variables, arguments of init); return what each printed."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     clean["HOME"] = str(tmp_path)
 
-    def run(*places):
+    def run(*places, source=PROGRAM, read=json.loads):
+        program.write_text(source)
         started = [
             subprocess.Popen(
-                [sys.executable, program, json.dumps({"timeout_s": 10, **arguments})],
+                [sys.executable, program, arguments_of(arguments)],
                 env=clean | {name: str(value) for name, value in variables.items()},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -73,9 +98,16 @@ def ranks(tmp_path):
                 process.kill()
         for output, errors in ended:
             assert output, errors
-        return [json.loads(output) for output, _ in ended]
+        return [read(output) for output, _ in ended]
 
     return run
+
+
+def arguments_of(arguments):
+    """Return a program's argument: init's as JSON, or just the rank."""
+    if isinstance(arguments, int):
+        return str(arguments)
+    return json.dumps({"timeout_s": 10, **arguments})
 
 
 def place(store, rank, size, **others):
@@ -213,6 +245,42 @@ def test_several_hosts_need_to_be_told_where_to_meet(ranks):
     assert kind == "UsageError"
     assert "Set MASTER_ADDR and MASTER_PORT" in text
     assert "from OMPI_COMM_WORLD_RANK" in text
+
+
+def test_meeting_again_and_again_where_rank_zero_hosts_the_store(ranks, tmp_path):
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": f"again {tmp_path}"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    places = [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(2)]
+    assert ranks(*places, source=AGAIN, read=str.strip) == ["ok", "ok"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_leaves_its_parents_world_alone(ranks, store):
+    places = [(place(store, rank, 2), rank) for rank in range(2)]
+    for output in ranks(*places, source=FORKING, read=str):
+        assert "this process was forked from process" in output
+        assert output.endswith("ok\n")
+
+
+def test_a_rank_of_another_version_with_other_fields_is_named():
+    from ferro.rendezvous import MemoryStore
+    from ferro.rendezvous.rollcall import Record, call_roll
+
+    shared = MemoryStore()
+    shared.add("joined", 1)
+    stranger = {"rank": 1, "world_size": 2, "version": "9.9", "host": "n02", "pid": 7, "new": 1}
+    shared.set("join/1", json.dumps(stranger).encode())
+    mine = Record(
+        rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo"
+    )
+    with pytest.raises(ferro.RendezvousError, match="differ in the version of ferro") as caught:
+        call_roll(shared, mine, deadline=0.0)
+    assert "rank 1 (host n02, pid 7) has '9.9'" in str(caught.value)
+
+
+def test_determinism_refuses_an_algorithm_that_reduces_in_another_order():
+    with pytest.raises(ferro.UsageError, match="in order of rank, which the algorithm 'ring'"):
+        ferro.init(deterministic=True, algorithms={"all_reduce": "ring"})
 
 
 def test_init_again_after_shutdown(ranks, tmp_path):

@@ -136,13 +136,12 @@ def test_survivors_go_on_after_shrink(on_ranks):
     assert results[3] == (2, (0, 2, 3), 3.0)
 
 
-def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read(monkeypatch):
-    monkeypatch.setattr(connection, "EARLY_LIMIT", 1 << 16)
+def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read():
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     frame = pack(1 << 12, DATA, 8, bytes(56)) + bytes(1 << 12)
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set())
+        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 16)
         sent = 0
         for _ in range(200):
             try:
@@ -163,7 +162,7 @@ def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read(monkeypatc
 def test_a_frame_that_is_none_of_ours_loses_the_connection():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 7, set())
+        receiver = connection.Connection(ours, 7, set(), early_limit=1 << 20)
         pending = connection.Pending(0, 1)
         receiver.post(5, connection.Receive(memoryview(bytearray(8)), bytes(56), pending))
         theirs.sendall(pack(MAX_BODY + 1, DATA, 5, bytes(56)))
@@ -175,7 +174,7 @@ def test_a_frame_that_is_none_of_ours_loses_the_connection():
 def test_frames_cut_at_every_byte_arrive_whole():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set())
+        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 20)
         bodies = [bytes([i]) * i for i in range(6)]
         memory = [bytearray(i) for i in range(6)]
         pending = connection.Pending(0, 6)
@@ -188,3 +187,65 @@ def test_frames_cut_at_every_byte_arrive_whole():
             receiver.read(connection.Inbox())
         assert pending.remaining == 0
         assert [bytes(m) for m in memory] == bodies
+
+
+def test_memory_of_an_aborted_receive_is_not_written_afterwards():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 20)
+        memory = bytearray(b"." * 64)
+        receiver.post(
+            5, connection.Receive(memoryview(memory), bytes(56), connection.Pending(0, 1))
+        )
+        frame = pack(64, DATA, 5, bytes(56)) + b"x" * 64
+        theirs.sendall(frame[:-32])
+        receiver.read(connection.Inbox())
+        receiver.forget(receiver.tags())
+        memory[:] = b"mine" * 16  # its owner has it back
+        theirs.sendall(frame[-32:])
+        receiver.read(connection.Inbox())
+        assert bytes(memory) == b"mine" * 16
+
+
+def test_a_long_send_that_nobody_receives_yet_holds_nobody_up(on_ranks):
+    """More than may come early: only its first frame travels before its receive."""
+
+    def exchange(group):
+        long = np.full(40 << 20, group.rank, np.uint8)
+        if group.rank == 0:
+            sending = group.send(long, 1, async_op=True)
+            total = float(group.all_reduce(1.0))
+            sending.wait()
+            return total
+        total = float(group.all_reduce(1.0))
+        early = group._backend._engine._connections[0]._early_bytes
+        assert early <= MAX_BODY
+        assert not group.recv(long, 0).any()
+        return total
+
+    assert on_ranks(2, exchange) == {0: 2.0, 1: 2.0}
+
+
+def test_a_receive_that_waits_holds_up_no_transfer_with_another_tag(on_ranks):
+    def exchange(group):
+        other = 1 - group.rank
+        waiting = group.recv(np.zeros(2), other, tag=5, async_op=True)
+        mine, theirs = np.full(3, float(group.rank)), np.empty(3)
+        group.sendrecv(mine, theirs, other, tag=6)
+        group.send(np.ones(2), other, tag=5)
+        return theirs.tolist(), waiting.wait().tolist()
+
+    assert on_ranks(2, exchange) == {r: ([1.0 - r] * 3, [1.0, 1.0]) for r in range(2)}
+
+
+def test_rows_that_one_rank_sends_and_the_other_does_not_expect_are_a_mismatch(on_ranks):
+    def exchange(group):
+        x = np.zeros((4, 100_000))
+        expected = [2, 2] if group.rank == 0 else [1, 2]
+        with pytest.raises(ferro.CollectiveMismatch) as caught:
+            group.all_to_all(x, send_sizes=[2, 2], recv_sizes=expected)
+        return str(caught.value)
+
+    results = on_ranks(2, exchange)
+    assert results[0] == results[1]
+    assert "rank 0 sends 2 rows to rank 1 in all_to_all; rank 1 expects 1" in results[0]

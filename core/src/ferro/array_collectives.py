@@ -5,6 +5,7 @@ Argument checks, shapes, `out`, views and copies; the dispatcher carries the ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from ferro.arrays import Array, Entry, Input, dtype_named, name_of
 from ferro.backend import Backend
 from ferro.calls import Call
 from ferro.dispatch import Dispatcher
-from ferro.errors import UnsupportedError, UsageError
+from ferro.errors import CollectiveMismatch, UnsupportedError, UsageError
 from ferro.members import Members
 from ferro.reduction import ReduceFunction, Reduction, reduction_for
 from ferro.shapes import Outlet, checked_sizes, concatenated, cut_rows, flat, gathered_rows
@@ -227,7 +228,8 @@ class ArrayCollectives:
             entry = self._enter(x)
             rows = cut_rows(entry.array, sizes, self.world_size, "scatter")
             head = [entry.array.dtype.name, list(entry.array.shape), rows]
-        dtype, shape, rows = objects.broadcast(self, head, root, "msgpack", timeout_s)
+        left_s = self._dispatch.countdown(timeout_s)
+        dtype, shape, rows = objects.broadcast(self, head, root, "msgpack", left_s)
         source = None if entry is None else flat(entry.array, private=async_op)
         entry = entry or Entry(np.empty(0, dtype_named(dtype)))
         _, counts = concatenated(np.empty((0, *shape[1:])), rows)
@@ -239,7 +241,7 @@ class ArrayCollectives:
             ),
             result,
             async_op,
-            timeout_s,
+            left_s(),
         )
 
     def reduce_scatter(
@@ -298,7 +300,8 @@ class ArrayCollectives:
         Args:
             x: shape (rows, …); without sizes, the same on every rank and rows a multiple of n.
             send_sizes: rows for every rank. Given on one rank, it must be given on all.
-            recv_sizes: rows from every rank; when None, the ranks tell each other first.
+            recv_sizes: rows from every rank, if known, to be held against what is sent; the ranks
+                tell each other in any case.
             out: see the class; so `async_op` and `timeout_s`.
 
         Returns:
@@ -310,33 +313,26 @@ class ArrayCollectives:
         uneven = send_sizes is not None
         if recv_sizes is not None and not uneven:
             raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
+        expected = sending if not uneven else None
         if recv_sizes is not None:
-            receiving = checked_sizes(recv_sizes, n, "recv_sizes")
-        elif uneven:
-            receiving = self.all_to_all(np.array(sending), timeout_s=timeout_s).tolist()
-        else:
-            receiving = sending
-        if sending[self.rank] != receiving[self.rank]:
-            raise UsageError(
-                f"all_to_all: rank {self.rank} sends itself {sending[self.rank]} rows but "
-                f"receives {receiving[self.rank]}",
-                op="all_to_all",
-            )
-        _, send_counts = concatenated(entry.array, sending)
-        shape, recv_counts = concatenated(entry.array, receiving)
-        result = Outlet(entry, out, shape)
-        private = async_op or (out is not None and np.may_share_memory(result.array, entry.array))
-        source = flat(entry.array, private=private)
-        shape_call = self._call("all_to_all", entry.array[:0] if uneven else entry.array)
+            expected = checked_sizes(recv_sizes, n, "recv_sizes")
+            if expected[self.rank] != sending[self.rank]:
+                raise UsageError(
+                    f"all_to_all: rank {self.rank} sends itself {sending[self.rank]} rows but "
+                    f"receives {expected[self.rank]}",
+                    op="all_to_all",
+                )
+        exchange = _RowExchange(self._backend, entry, sending, expected, out, async_op=async_op)
+        array = entry.array
+        if uneven:  # rows differ between ranks
+            array = array[:0]
         return self._collect(
-            shape_call,
-            lambda deadline: self._backend.all_to_all(
-                source, result.flat, send_counts, recv_counts, deadline=deadline
-            ),
-            result,
+            self._call("all_to_all", array, uneven=uneven),
+            exchange.run_uneven if uneven else exchange.run,
+            exchange,
             async_op,
             timeout_s,
-            nbytes=source.nbytes,
+            nbytes=entry.array.nbytes,
         )
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Outcome:
@@ -392,16 +388,20 @@ class ArrayCollectives:
         reduction: Reduction | None = None,
         sizes: Sequence[int] | None = None,
         root: int = -1,
+        uneven: bool = False,
     ) -> Call:
         """Describe a call as all ranks must make it; rows are left out where they may differ."""
-        shape = array.shape if sizes is None else array.shape[1:]
+        rows = sizes is not None or uneven
+        shape = array.shape[1:] if rows else array.shape
         detail = f"shape {'x'.join(map(str, shape)) or 'scalar'}"
+        if uneven:
+            detail = f"uneven rows of {detail}"
         if sizes is not None:
             detail = f"sizes {','.join(map(str, sizes))} of {detail}"
         return Call(
             op,
             dtype=name_of(array.dtype),
-            count=array.size if sizes is None else sum(sizes),
+            count=array.size if sizes is None else sum(sizes) * math.prod(shape),
             reduction=reduction.name if reduction else "",
             root=root,
             detail=detail,
@@ -411,14 +411,14 @@ class ArrayCollectives:
         self,
         call: Call,
         action: Callable[[float], None],
-        result: Outlet | None,
+        result: Outlet | _RowExchange | None,
         async_op: bool,
         timeout_s: float | None,
         *,
         nbytes: int | None = None,
     ) -> Outcome:
         if nbytes is None:
-            nbytes = 0 if result is None else result.flat.nbytes
+            nbytes = result.flat.nbytes if isinstance(result, Outlet) else 0
         return self._dispatch.collective(
             call,
             action,
@@ -431,3 +431,68 @@ class ArrayCollectives:
 
 def _no_result() -> None:
     """Return what ranks get that have no result."""
+
+
+class _RowExchange:
+    """An all_to_all under way: its result's shape may be known only when the sizes have come."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        entry: Entry,
+        sending: list[int],
+        expected: list[int] | None,
+        out: object,
+        *,
+        async_op: bool,
+    ) -> None:
+        self._backend = backend
+        self._entry = entry
+        self._sending = sending
+        self._expected = expected
+        self._out = out
+        self._result: Outlet | None = None
+        if expected is not None:
+            self._allocate(expected)
+        # Where `out` may be the input itself, rows would arrive before others have left.
+        self._source = flat(entry.array, private=async_op or out is not None)
+
+    def run(self, deadline: float) -> None:
+        """Move the rows; as many come from each rank as go to it."""
+        self._move(self._sending, deadline)
+
+    def run_uneven(self, deadline: float) -> None:
+        """Tell each other the sizes, hold them against what was expected, move the rows."""
+        n = self._backend.world_size
+        told = np.empty(n, np.int64)
+        ones = [1] * n
+        self._backend.all_to_all(np.array(self._sending), told, ones, ones, deadline=deadline)
+        receiving = told.tolist()
+        if self._expected is None:
+            self._allocate(receiving)
+        elif receiving != self._expected:
+            rank = self._backend.rank
+            peer = next(r for r in range(n) if receiving[r] != self._expected[r])
+            raise CollectiveMismatch(
+                f"rank {peer} sends {receiving[peer]} rows to rank {rank} in all_to_all; "
+                f"rank {rank} expects {self._expected[peer]}",
+                peer=peer,
+            )
+        self._move(receiving, deadline)
+
+    def __call__(self) -> object:
+        """Return the result as the caller expects it."""
+        assert self._result is not None, "the operation has not run"
+        return self._result()
+
+    def _allocate(self, receiving: Sequence[int]) -> None:
+        shape, _ = concatenated(self._entry.array, receiving)
+        self._result = Outlet(self._entry, self._out, shape)
+
+    def _move(self, receiving: Sequence[int], deadline: float) -> None:
+        assert self._result is not None, "allocated when the sizes were known"
+        _, send_counts = concatenated(self._entry.array, self._sending)
+        _, recv_counts = concatenated(self._entry.array, receiving)
+        self._backend.all_to_all(
+            self._source, self._result.flat, send_counts, recv_counts, deadline=deadline
+        )

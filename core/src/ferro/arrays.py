@@ -79,7 +79,10 @@ class Entry:
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Return new memory of the same dtype, on the same device."""
-        return np.empty_like(self.array, order="C", shape=shape, subok=False)
+        if self.device is Device.CUDA:
+            empty: Array = sys.modules["cupy"].empty(shape, self.array.dtype)
+            return empty
+        return np.empty(shape, self.array.dtype)
 
     def through_host(self) -> None:
         """Move to the CPU a GPU array for which the user asked for host copies."""
@@ -95,7 +98,11 @@ class Entry:
 
 
 def writable(
-    value: object, shape: tuple[int, ...], dtype: np.dtype, device: Device = Device.CPU
+    value: object,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    device: Device = Device.CPU,
+    what: str = "out",
 ) -> Array:
     """Return `out` as an array that can be written in place.
 
@@ -103,20 +110,20 @@ def writable(
         UsageError: it is read-only, not contiguous, or not of this shape, dtype and device.
     """
     if not isinstance(value, np.ndarray) and not isinstance(value, SupportsDLPack):
-        raise UsageError(f"out must be an array, not {type(value).__name__}")
-    entry = Entry(value, what="out")
+        raise UsageError(f"{what} must be an array, not {type(value).__name__}")
+    entry = Entry(value, what=what)
     array = entry.array
     if entry.device is not device:
-        raise UsageError(f"out is on device {entry.device}, the result on {device}")
+        raise UsageError(f"{what} is on device {entry.device}, the result on {device}")
     if array.shape != shape or array.dtype != dtype:
         raise UsageError(
-            f"out has shape {array.shape} and dtype {array.dtype}; the result has "
+            f"{what} has shape {array.shape} and dtype {array.dtype}; the result has "
             f"shape {shape} and dtype {dtype}"
         )
     if not array.flags.c_contiguous:
-        raise UsageError("out is not contiguous: pass a contiguous array, or leave out= away")
+        raise UsageError(f"{what} is not contiguous: pass a contiguous array")
     if not getattr(array.flags, "writeable", True):
-        raise UsageError("out is read-only: pass a writable array, or leave out= away")
+        raise UsageError(f"{what} is read-only: pass a writable array")
     return array
 
 

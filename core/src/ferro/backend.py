@@ -12,6 +12,8 @@ it happened and tells the other ranks.
 
 from __future__ import annotations
 
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,6 +95,7 @@ class Backend(ABC):
         self.choice = choice or Choice()
         self.call = Call("barrier")
         self._senders: ThreadPoolExecutor | None = None
+        self._senders_lock = threading.Lock()
 
     # -- what an author must write ---------------------------------------------------------------
 
@@ -161,24 +164,27 @@ class Backend(ABC):
         by_peer: dict[int, list[Array]] = {}
         for peer, buffer in sends:
             by_peer.setdefault(peer, []).append(buffer)
-        if self._senders is None and by_peer:
-            # Here, for it imports logging, and most backends have an exchange of their own.
-            from concurrent.futures import ThreadPoolExecutor
+        # Here, for it imports logging, and most backends have an exchange of their own.
+        from concurrent.futures import ThreadPoolExecutor, wait
 
-            self._senders = ThreadPoolExecutor(_SENDERS, "ferro-send")
+        with self._senders_lock:
+            if self._senders is None:
+                self._senders = ThreadPoolExecutor(_SENDERS, "ferro-send")
 
         def send_all(peer: int, buffers: Sequence[Array]) -> None:
             for buffer in buffers:
                 self.send(buffer, peer, tag=tag, deadline=deadline)
 
         sending: list[Future[None]] = [
-            self._senders.submit(send_all, peer, buffers)  # type: ignore[union-attr]
-            for peer, buffers in by_peer.items()
+            self._senders.submit(send_all, peer, buffers) for peer, buffers in by_peer.items()
         ]
-        for peer, buffer in recvs:
-            self.recv(buffer, peer, tag=tag, deadline=deadline)
+        try:
+            for peer, buffer in recvs:
+                self.recv(buffer, peer, tag=tag, deadline=deadline)
+        finally:  # whatever comes of it, the buffers are the caller's again afterwards
+            wait(sending, max(0.0, deadline - time.monotonic()))
         for future in sending:
-            future.result()
+            future.result(max(0.0, deadline - time.monotonic()))
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """Begin a collective: make sure that every rank makes this call, before data moves.
@@ -277,9 +283,11 @@ class Backend(ABC):
             chunks[number] = chunks[number].copy()
         out[...] = chunks[self.rank]
         chunks[self.rank] = out
-        execution = Execution(schedule, chunks, self, reduction=reduction)
+        once = info.combines_once
+        execution = Execution(schedule, chunks, self, reduction=reduction, at_once=once)
         execution.run(tag=self.tag, deadline=deadline)
-        reduction.finish(out, info.combines_once)
+        if not once:
+            reduction.finish(out)
 
     def all_to_all(
         self,
@@ -319,10 +327,11 @@ class Backend(ABC):
         info = self.choice.algorithm(collective, self.world_size, nbytes, at_once=at_once)
         schedule = build(info, self.rank, self.world_size, root)
         chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
-        execution = Execution(schedule, chunks, self, reduction=reduction)
+        once = info.combines_once
+        execution = Execution(schedule, chunks, self, reduction=reduction, at_once=once)
         execution.run(tag=self.tag, deadline=deadline)
-        if reduction is not None and isinstance(data, np.ndarray):
-            reduction.finish(data, info.combines_once)
+        if reduction is not None and not once and isinstance(data, np.ndarray):
+            reduction.finish(data)
 
     def _rooted_chunks(
         self, block: Array, whole: Array | None, counts: Sequence[int]

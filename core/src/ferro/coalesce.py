@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,34 +22,34 @@ class Coalescing:
     """Collects calls until the end of its `with` block, then makes one for each kind.
 
     Calls are alike when they have the same operation, dtype, and reduction or root. All ranks
-    make the same calls in the same order. The `Pending` that a call returns has its result once
-    the block has ended; when the block raises, nothing is sent.
+    make the same calls in the same order; a difference is a `CollectiveMismatch`. Inputs are read
+    when the block ends, and the `Pending` that a call returns has its result then. When the
+    block raises, nothing is sent.
     """
 
-    def __init__(self, group: ProcessGroup, enter: Callable[[Input], Entry]) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._enter = enter
-        self._kinds: dict[tuple[object, ...], list[Pending]] = {}
+        self._kinds: dict[tuple[str, np.dtype, object], list[Pending]] = {}
         self._ended = False
 
     def all_reduce(
         self, x: Input, op: ReduceOp | str | ReduceFunction = ReduceOp.SUM, *, out: object = None
     ) -> Pending:
         """See `ProcessGroup.all_reduce`."""
-        entry = self._enter(x)
+        entry = self._group._enter(x)
         reduction_for(op, entry.array.dtype, self._group.world_size)  # refuses now, not at the end
-        return self._add(("all_reduce", entry.array.dtype, op), entry, out)
+        return self._add("all_reduce", op, entry, out)
 
     def broadcast(self, x: Input, root: int = 0, *, out: object = None) -> Pending:
         """See `ProcessGroup.broadcast`."""
-        entry = self._enter(x)
-        return self._add(("broadcast", entry.array.dtype, root), entry, out)
+        self._group._check_rank(root, "root")
+        return self._add("broadcast", root, self._group._enter(x), out)
 
-    def _add(self, kind: tuple[object, ...], entry: Entry, out: object) -> Pending:
+    def _add(self, op: str, how: object, entry: Entry, out: object) -> Pending:
         if self._ended:
             raise UsageError("this coalesce() block has ended: open a new one")
         pending = Pending(entry.array, Outlet(entry, out, entry.array.shape))
-        self._kinds.setdefault(kind, []).append(pending)
+        self._kinds.setdefault((op, entry.array.dtype, how), []).append(pending)
         return pending
 
     def __enter__(self) -> Coalescing:
@@ -65,15 +64,14 @@ class Coalescing:
         self._ended = True
         if error is not None:
             return
-        for (name, dtype, how), several in self._kinds.items():
-            call: Callable[..., object] = getattr(self._group, str(name))
-            sizes = [pending.source.size for pending in several]
-            together = self._group.empty(sum(sizes), dtype)  # type: ignore[arg-type]
-            starts = np.cumsum([0, *sizes])
-            views = [together[a:b] for a, b in pairwise(starts)]
+        for (op, dtype, how), several in self._kinds.items():
+            ends = np.cumsum([0, *(pending.source.size for pending in several)])
+            together = self._group.empty(int(ends[-1]), dtype)
+            views = [together[start:end] for start, end in pairwise(ends)]
             for view, pending in zip(views, several, strict=True):
                 view[...] = pending.source.reshape(-1)
-            call(together, how, out=together)
+            shapes = ";".join("x".join(map(str, pending.source.shape)) for pending in several)
+            self._group._coalesced(op, how, together, shapes)  # type: ignore[arg-type]
             for view, pending in zip(views, several, strict=True):
                 pending.land(view)
 

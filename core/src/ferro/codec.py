@@ -193,19 +193,19 @@ class _Reader:
         """Return a double."""
         return float(struct.unpack(">d", self.take(8))[0])
 
-    def extension(self, length: int) -> object:
+    def extension(self, length: int, depth: int) -> object:
         """Return an array or a complex number."""
         kind = self.number("b")
         body = _Reader(self.take(length))
         if kind == _COMPLEX and length == 16:
             return complex(body.real(), body.real())
         if kind == _ARRAY:
-            return body.array()
+            return body.array(depth + 1)
         raise UsageError(f"extension type {kind} is not one that ferro reads")
 
-    def array(self) -> np.ndarray:
+    def array(self, depth: int) -> np.ndarray:
         """Return an array: dtype, shape, then its bytes."""
-        name, shape = self.value(0), self.value(0)
+        name, shape = self.value(depth), self.value(depth)
         if not isinstance(name, str) or not isinstance(shape, list):
             raise UsageError("an encoded array has no dtype and shape")
         if not _DTYPE.fullmatch(name):  # np.dtype would read far more than one element's type
@@ -224,9 +224,9 @@ _CODES: dict[int, Callable[[_Reader, int], object]] = {
     0xC4: lambda r, d: bytes(r.take(r.number("B"))),
     0xC5: lambda r, d: bytes(r.take(r.number("H"))),
     0xC6: lambda r, d: bytes(r.take(r.number("I"))),
-    0xC7: lambda r, d: r.extension(r.number("B")),
-    0xC8: lambda r, d: r.extension(r.number("H")),
-    0xC9: lambda r, d: r.extension(r.number("I")),
+    0xC7: lambda r, d: r.extension(r.number("B"), d),
+    0xC8: lambda r, d: r.extension(r.number("H"), d),
+    0xC9: lambda r, d: r.extension(r.number("I"), d),
     0xCA: lambda r, d: float(struct.unpack(">f", r.take(4))[0]),
     0xCB: lambda r, d: r.real(),
     0xCC: lambda r, d: r.number("B"),

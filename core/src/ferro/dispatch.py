@@ -7,12 +7,14 @@ into the one cause that every rank reports.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,9 +26,19 @@ from ferro.members import Members
 from ferro.observers import Event
 from ferro.postmortem import Postmortem, Scene
 from ferro.reduction import Array
-from ferro.work import Lane
+from ferro.work import Lane, LaneClosed
 
 _COLLECTIVES = "collectives"
+_MOST_LANES = 256
+_LEAST_S = 1e-3  # what is left of a deadline that has passed: enough to fail properly
+
+
+class Way(NamedTuple):
+    """What orders transfers: those with one peer, in one direction, with one tag."""
+
+    direction: str
+    peer: int
+    tag: int
 
 
 class Dispatcher:
@@ -40,6 +52,7 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._dead: FerroError | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def state(self) -> str:
@@ -50,9 +63,17 @@ class Dispatcher:
         """Return the time that an operation is given."""
         if timeout_s is None:
             return self._members.timeout_s
-        if not timeout_s > 0:
-            raise UsageError(f"timeout_s must be positive, not {timeout_s!r}")
+        if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+            raise UsageError(
+                f"timeout_s must be a positive number of seconds, at most "
+                f"{threading.TIMEOUT_MAX:.0f}, not {timeout_s!r}"
+            )
         return float(timeout_s)
+
+    def countdown(self, timeout_s: float | None) -> Callable[[], float]:
+        """Return what tells the time left of a call that is made of several operations."""
+        deadline = time.monotonic() + self.seconds(timeout_s)
+        return lambda: max(_LEAST_S, deadline - time.monotonic())
 
     def collective(
         self,
@@ -87,15 +108,12 @@ class Dispatcher:
             self._carry_out(numbered, move, nbytes, allowed)
             return finish()
 
-        lane = self._lane(_COLLECTIVES)
-        if async_op:
-            return lane.start(call.op, operation)
-        return lane.run(call.op, operation)
+        return self._in_lane(self._lane(_COLLECTIVES), call.op, operation, async_op)
 
     def transfer(
         self,
-        lanes: tuple[tuple[str, int], ...],
-        call: Call,
+        op: str,
+        ways: tuple[Way, ...],
         action: Callable[[float], None],
         finish: Callable[[], object],
         *,
@@ -103,21 +121,19 @@ class Dispatcher:
         async_op: bool,
         timeout_s: float | None,
     ) -> Any:
-        """Carry out a transfer after those issued before it on the same (direction, peer)s."""
+        """Carry out a transfer after those issued before it on the same ways."""
         allowed = self.seconds(timeout_s)
-        self.check_open(call.op)
+        self.check_open(op)
+        peers = tuple(dict.fromkeys(way.peer for way in ways))
 
         def move(seq: int) -> object:
-            self._carry_out(replace(call, seq=seq), action, nbytes, allowed)
+            self._carry_out(Call(op, seq=seq), action, nbytes, allowed, peers)
             return finish()
 
         operation: Callable[[int], object] = move
-        for key in lanes[1:]:
-            operation = partial(_run_in, self._lane(key), call.op, operation)
-        first = self._lane(lanes[0])
-        if async_op:
-            return first.start(call.op, operation)
-        return first.run(call.op, operation)
+        for way in ways[1:]:
+            operation = partial(_run_in, self._lane(way), op, operation)
+        return self._in_lane(self._lane(ways[0]), op, operation, async_op)
 
     def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
@@ -158,6 +174,14 @@ class Dispatcher:
         name = self._members.name
         if self._closed:
             raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
+                "connections it must not use: start ranks with `ferro run`, and workers with "
+                "multiprocessing's 'spawn'",
+                op=op,
+                group=name,
+            )
         self._check_alive(op)
 
     def cause_of_death(self, op: str) -> FerroError:
@@ -184,6 +208,8 @@ class Dispatcher:
                 return
             self._closed = True
             lanes = list(self._lanes.values())
+        if os.getpid() != self._pid:
+            return  # the connections are the parent's
         deadline = time.monotonic() + (0.0 if self._dead else patience_s)
         drained = [lane.close(deadline) for lane in lanes]
         if not all(drained):
@@ -206,27 +232,48 @@ class Dispatcher:
         with self._lock:
             lane = self._lanes.get(key)
             if lane is None:
+                if len(self._lanes) >= _MOST_LANES:  # a tag for every message makes as many
+                    self._lanes = {k: old for k, old in self._lanes.items() if not old.idle}
                 lane = self._lanes[key] = Lane(f"ferro-{self._members.name}-{key}")
             return lane
 
+    def _in_lane(
+        self, lane: Lane, op: str, operation: Callable[[int], object], async_op: bool
+    ) -> object:
+        try:
+            return lane.start(op, operation) if async_op else lane.run(op, operation)
+        except LaneClosed:
+            name = self._members.name
+            raise GroupClosed(
+                f"{op} on group {name!r}: the group was closed", op=op, group=name
+            ) from None
+
     def _carry_out(
-        self, call: Call, action: Callable[[float], None], nbytes: int, allowed: float
+        self,
+        call: Call,
+        action: Callable[[float], None],
+        nbytes: int,
+        allowed: float,
+        peers: tuple[int, ...] = (),
     ) -> None:
         self._check_alive(call.op)
-        observers = self._members.observers
-        event = self._event(call, nbytes) if observers else None
+        event = self._event(call, nbytes) if self._members.observers else None
         if event is not None:
-            for observer in observers:
-                observer.started(event)
+            self._tell("started", event)
         started = time.monotonic()
         failure = ""
+
+        def die(error: BaseException) -> FerroError:
+            elapsed = time.monotonic() - started
+            return self._die(error, self._scene(call, allowed, elapsed, peers))
+
         try:
             action(started + allowed)
-        except (UsageError, UnsupportedError) as error:
+        except UnsupportedError as error:  # by the backend, on all ranks alike
             failure = type(error).__name__
             raise
         except Exception as error:
-            died = self._die(error, self._scene(call, allowed, time.monotonic() - started))
+            died = die(error)
             failure = type(died).__name__
             raise died from error
         except BaseException as error:
@@ -234,14 +281,25 @@ class Dispatcher:
             # The user's interrupt is told to the others; a simulated rank that is killed tells
             # nobody, as a real one could not.
             if isinstance(error, KeyboardInterrupt | SystemExit):
-                self._die(error, self._scene(call, allowed, time.monotonic() - started))
+                die(error)
             raise
         finally:
             if event is not None:
                 seconds = time.monotonic() - started
-                ended = replace(event, seconds=seconds, error=failure)
-                for observer in observers:
-                    observer.finished(ended)
+                self._tell("finished", replace(event, seconds=seconds, error=failure))
+
+    def _tell(self, what: Literal["started", "finished"], event: Event) -> None:
+        """Tell all observers; one that raises must not change what the ranks do."""
+        for observer in self._members.observers:
+            try:
+                observer.started(event) if what == "started" else observer.finished(event)
+            except Exception as error:  # noqa: BLE001 - whatever a stranger's observer meets
+                warnings.warn(
+                    f"observer {type(observer).__name__} failed at {event.op} #{event.seq}: "
+                    f"{type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _die(self, error: BaseException, scene: Scene) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
@@ -254,12 +312,15 @@ class Dispatcher:
             self._dead = self._dead or cause
         return cause
 
-    def _scene(self, call: Call, allowed: float, elapsed: float) -> Scene:
+    def _scene(
+        self, call: Call, allowed: float, elapsed: float, peers: tuple[int, ...] = ()
+    ) -> Scene:
         return Scene(
             group=self._members.name,
             rank=self.backend.rank,
             hosts=self._members.hosts,
             call=call,
+            peers=peers,
             timeout_s=allowed,
             elapsed_s=elapsed,
         )

@@ -101,12 +101,13 @@ class CollectiveTimeout(FerroError, TimeoutError):
         op: str | None = None,
         group: str | None = None,
         rank: int | None = None,
+        peer: int | None = None,
         seq: int | None = None,
         seconds: float | None = None,
         arrived: Sequence[int] = (),
         missing: Sequence[int] = (),
     ) -> None:
-        super().__init__(message, op=op, group=group, rank=rank)
+        super().__init__(message, op=op, group=group, rank=rank, peer=peer)
         self.seq = seq
         self.seconds = seconds
         self.arrived = tuple(arrived)

@@ -7,7 +7,9 @@ It checks a call, then hands it to the backend. The collectives on arrays are ne
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -15,14 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import objects
-from ferro.array_collectives import ArrayCollectives, Outcome
-from ferro.arrays import Array, Input, name_of, writable
+from ferro.array_collectives import ArrayCollectives, Op, Outcome
+from ferro.arrays import Array, Input
 from ferro.backend import Backend
-from ferro.calls import MAX_TAG, transfer_call
+from ferro.calls import MAX_TAG
 from ferro.coalesce import Coalescing
+from ferro.dispatch import Way
 from ferro.errors import PeerLost, UsageError
 from ferro.members import Members
-from ferro.shapes import flat
+from ferro.reduction import reduction_for
+from ferro.shapes import Outlet, flat
 from ferro.subgroups import Subgroups
 
 # How long a rank that others still need at the end (it hosts the store) waits for them, when all
@@ -72,6 +76,7 @@ class ProcessGroup(ArrayCollectives):
         self.timeout_s = members.timeout_s
         self._subgroups = Subgroups(backend, members)
         self._on_close = on_close
+        self._children: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return (
@@ -100,7 +105,25 @@ class ProcessGroup(ArrayCollectives):
             for array in many:
                 together.all_reduce(array, out=array)
         """
-        return Coalescing(self, self._enter)
+        return Coalescing(self)
+
+    def _coalesced(self, op: str, how: Op | int, together: Array, parts: str) -> None:
+        """Make one call of a coalesced many, in place; `parts` says what it is made of."""
+        if op == "all_reduce":
+            reduction = reduction_for(how, together.dtype, self.world_size)  # type: ignore[arg-type]
+            call = self._call(op, together, reduction=reduction)
+
+            def action(deadline: float) -> None:
+                self._backend.all_reduce(together, reduction, deadline=deadline)
+        else:
+            assert isinstance(how, int), "a broadcast has a root"
+            call = self._call(op, together, root=how)
+
+            def action(deadline: float) -> None:
+                self._backend.broadcast(together, how, deadline=deadline)
+
+        call = replace(call, detail=f"shapes {parts}")
+        self._collect(call, action, None, False, None, nbytes=together.nbytes)
 
     # -- transfers between two ranks -------------------------------------------------------------
 
@@ -115,14 +138,15 @@ class ProcessGroup(ArrayCollectives):
     ) -> Outcome:
         """Send `x` to rank `dst`, which must call `recv` with the same tag, dtype and size.
 
-        Messages with one tag arrive in the order sent. Returns None, or a Work.
+        Messages with one tag arrive in the order sent; those with different tags do not wait
+        for each other. Returns None, or a Work.
         """
         self._check_peer(dst, "send to", tag)
         entry = self._enter(x)
         buffer = flat(entry.array, private=async_op)
         return self._dispatch.transfer(
-            (("send", dst),),
-            transfer_call(name_of(buffer.dtype), buffer.size),
+            "send",
+            (Way("send", dst, tag),),
             lambda deadline: self._dispatch.send(buffer, dst, tag, deadline),
             lambda: None,
             nbytes=buffer.nbytes,
@@ -150,11 +174,11 @@ class ProcessGroup(ArrayCollectives):
         self._check_peer(src, "receive from", tag)
         target = self._target(buffer)
         return self._dispatch.transfer(
-            (("recv", src),),
-            transfer_call(name_of(target.dtype), target.size),
-            lambda deadline: self._dispatch.recv(target, src, tag, deadline),
-            lambda: buffer,
-            nbytes=target.nbytes,
+            "recv",
+            (Way("recv", src, tag),),
+            lambda deadline: self._dispatch.recv(target.flat, src, tag, deadline),
+            target,
+            nbytes=target.flat.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
         )
@@ -179,14 +203,14 @@ class ProcessGroup(ArrayCollectives):
         self._check_peer(src, "receive from", tag)
         source = flat(self._enter(x).array, private=async_op)
         target = self._target(buffer)
-        if np.may_share_memory(source, target):
+        if np.may_share_memory(source, target.flat):
             source = source.copy()
         return self._dispatch.transfer(
-            (("send", dst), ("recv", src)),
-            transfer_call(name_of(source.dtype), source.size),
-            lambda deadline: self._dispatch.exchange(source, dst, target, src, tag, deadline),
-            lambda: buffer,
-            nbytes=source.nbytes + target.nbytes,
+            "sendrecv",
+            (Way("send", dst, tag), Way("recv", src, tag)),
+            lambda deadline: self._dispatch.exchange(source, dst, target.flat, src, tag, deadline),
+            target,
+            nbytes=source.nbytes + target.flat.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
         )
@@ -212,7 +236,7 @@ class ProcessGroup(ArrayCollectives):
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
-        return objects.broadcast(self, value, root, codec, timeout_s)
+        return objects.broadcast(self, value, root, codec, self._dispatch.countdown(timeout_s))
 
     def all_gather_object(
         self,
@@ -222,7 +246,7 @@ class ProcessGroup(ArrayCollectives):
         timeout_s: float | None = None,
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
-        return objects.all_gather(self, value, codec, timeout_s)
+        return objects.all_gather(self, value, codec, self._dispatch.countdown(timeout_s))
 
     def gather_object(
         self,
@@ -234,7 +258,7 @@ class ProcessGroup(ArrayCollectives):
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
-        return objects.gather(self, value, root, codec, timeout_s)
+        return objects.gather(self, value, root, codec, self._dispatch.countdown(timeout_s))
 
     def scatter_object(
         self,
@@ -246,7 +270,7 @@ class ProcessGroup(ArrayCollectives):
     ) -> Any:
         """Return this rank's item of the root's list of n `values`."""
         self._check_rank(root, "root")
-        return objects.scatter(self, values, root, codec, timeout_s)
+        return objects.scatter(self, values, root, codec, self._dispatch.countdown(timeout_s))
 
     def send_object(
         self,
@@ -258,7 +282,7 @@ class ProcessGroup(ArrayCollectives):
         timeout_s: float | None = None,
     ) -> None:
         """Send a small Python value to rank `dst`."""
-        objects.send(self, value, dst, tag, codec, timeout_s)
+        objects.send(self, value, dst, tag, codec, self._dispatch.countdown(timeout_s))
 
     def recv_object(
         self,
@@ -269,16 +293,18 @@ class ProcessGroup(ArrayCollectives):
         timeout_s: float | None = None,
     ) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
-        return objects.recv(self, src, tag, codec, timeout_s)
+        return objects.recv(self, src, tag, codec, self._dispatch.countdown(timeout_s))
 
     # -- memory and groups -----------------------------------------------------------------------
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array in the memory that this backend moves fastest."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        if any(size < 0 for size in sizes):
+            raise UsageError(f"empty: no size may be negative, but the shape is {sizes}")
         kind = np.dtype(dtype)
-        nbytes = math.prod(shape) * kind.itemsize
-        return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(shape)
+        nbytes = math.prod(sizes) * kind.itemsize
+        return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(sizes)
 
     def split(
         self, color: int | None, *, key: int = 0, timeout_s: float | None = None
@@ -293,12 +319,13 @@ class ProcessGroup(ArrayCollectives):
         if color is not None and color < 0:
             raise UsageError(f"split: color must be None or at least 0, not {color}")
         mine = np.array([[-1 if color is None else color, key]])
-        table = self.all_gather(mine, timeout_s=timeout_s)
+        left_s = self._dispatch.countdown(timeout_s)
+        table = self.all_gather(mine, timeout_s=left_s())
         if color is None:
             return None
         members = [r for r in range(self.world_size) if table[r, 0] == color]
         members.sort(key=lambda r: (table[r, 1], r))
-        return self.subgroup(members, name=f"{self.name}.{color}", timeout_s=timeout_s)
+        return self.subgroup(members, name=f"{self.name}.{color}", timeout_s=left_s())
 
     def subgroup(
         self, ranks: Sequence[int], *, name: str | None = None, timeout_s: float | None = None
@@ -311,7 +338,7 @@ class ProcessGroup(ArrayCollectives):
         seconds = self._dispatch.seconds(timeout_s)
         self._dispatch.check_open("subgroup")
         backend, members = self._subgroups.make(ranks, name, seconds)
-        return ProcessGroup(backend, members)
+        return self._child(ProcessGroup(backend, members))
 
     def shrink(self, *, timeout_s: float | None = None) -> ProcessGroup:
         """Return the group of the ranks that are left, after this group died; all of them call it.
@@ -331,21 +358,32 @@ class ProcessGroup(ArrayCollectives):
         cause = self._dispatch.cause_of_death("shrink")
         lost = cause.peer if isinstance(cause, PeerLost) else None
         backend, members = self._subgroups.survivors(lost, seconds)
-        return ProcessGroup(backend, members)
+        return self._child(ProcessGroup(backend, members))
 
     def close(self) -> None:
-        """Let outstanding operations end, then release the connections. Idempotent."""
+        """Let outstanding operations end, then release the connections. Idempotent.
+
+        Subgroups share their parent's connections, and are closed with it.
+        """
+        for child in tuple(self._children):
+            child.close()
         self._dispatch.close(self.timeout_s)
         self._leave(_PATIENCE_S)
 
     def abandon(self) -> None:
         """Release the connections at once; peers that still wait for this rank lose it."""
+        for child in tuple(self._children):
+            child.abandon()
         self._dispatch.close(0.0)
         self._leave(_HASTE_S)
 
     def abort(self) -> None:
         """End all operations at once, on every rank; the group is dead afterwards."""
         self._dispatch.abort()
+
+    def _child(self, group: ProcessGroup) -> ProcessGroup:
+        self._children.add(group)
+        return group
 
     def _leave(self, patience_s: float) -> None:
         on_close, self._on_close = self._on_close, None
@@ -354,10 +392,9 @@ class ProcessGroup(ArrayCollectives):
 
     # -- checks ----------------------------------------------------------------------------------
 
-    def _target(self, buffer: Input) -> Array:
+    def _target(self, buffer: Input) -> Outlet:
         entry = self._enter(buffer)
-        array = writable(buffer, entry.array.shape, entry.array.dtype, entry.device)
-        return array.reshape(-1)
+        return Outlet(entry, buffer, entry.array.shape, what="buffer")
 
     def _check_peer(self, peer: int, what: str, tag: int) -> None:
         self._check_rank(peer, "peer")
@@ -368,5 +405,5 @@ class ProcessGroup(ArrayCollectives):
                 rank=self.rank,
                 peer=peer,
             )
-        if not 0 <= tag <= MAX_TAG:
-            raise UsageError(f"tag is {tag}; tags go from 0 to {MAX_TAG}")
+        if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
+            raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ferro.rendezvous.store import Store
 
 _NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
+_MOST_CHARACTERS = 8192
 _CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 
@@ -44,11 +45,23 @@ class Scene:
     call: Call
     timeout_s: float
     elapsed_s: float
+    peers: tuple[int, ...] = ()  # of a transfer, in which the other ranks take no part
 
     def head(self) -> str:
         """Return the place in words."""
-        number = f" #{self.call.seq}" if self.call.op != "send" else ""
-        return f"{self.call.op}{number} on group {self.group!r}"
+        if self.peers:
+            return f"{self.call.op} with rank {self.peers[0]} on group {self.group!r}"
+        return f"{self.place()} on group {self.group!r}"
+
+    def place(self) -> str:
+        """Return the call and its number, as ranks note it for each other."""
+        return f"{self.call.op} #{self.call.seq}"
+
+    def is_partner(self, note: str) -> bool:
+        """Say whether a rank with this note was in the same operation."""
+        if self.peers:  # the two ends of a transfer have names and numbers of their own
+            return note.startswith(("send", "recv"))
+        return note == self.place()
 
     def who(self, rank: int) -> str:
         """Return a rank with its host."""
@@ -75,7 +88,7 @@ class Postmortem:
                 wake()
                 return self._read(scene)
             return self._write(error, scene, wake)
-        except (RendezvousError, TimeoutError, OSError):
+        except Exception:  # noqa: BLE001 - the group dies, whatever its store answers
             wake()  # without a store every rank has only its own symptom to tell
             return _symptom(error, scene)
 
@@ -98,8 +111,13 @@ class Postmortem:
             return  # the others will see connections close
 
     def _note(self, scene: Scene) -> None:
-        note = f"{scene.call.op} #{scene.call.seq}"
-        self._store.set(f"note/{scene.rank}", note.encode())
+        self._store.set(f"note/{scene.rank}", scene.place().encode())
+
+    def _note_of(self, rank: int, deadline: float) -> str:
+        try:
+            return self._store.get(f"note/{rank}", deadline=deadline).decode()
+        except TimeoutError:
+            return ""
 
     def _write(self, error: BaseException, scene: Scene, wake: Callable[[], None]) -> FerroError:
         late = isinstance(error, TimeoutError)
@@ -108,7 +126,7 @@ class Postmortem:
         found = self._timeout(scene) if late else _symptom(error, scene)
         record = {
             "kind": type(found).__name__,
-            "text": str(found),
+            "text": _writable(str(found)),
             "peer": found.peer,
             "arrived": getattr(found, "arrived", ()),
             "missing": getattr(found, "missing", ()),
@@ -125,29 +143,26 @@ class Postmortem:
         return _rebuild(record, scene)
 
     def _timeout(self, scene: Scene) -> CollectiveTimeout:
-        others = [rank for rank in range(len(scene.hosts)) if rank != scene.rank]
-        arrived, missing, notes = [scene.rank], [], []
+        """Ask who was there; a rank that was in another call has not arrived, and says where."""
+        others = scene.peers or [r for r in range(len(scene.hosts)) if r != scene.rank]
+        arrived, missing, silent = [scene.rank], [], []
+        absent = []
         deadline = time.monotonic() + _NOTES_S
         for rank in others:
-            try:
-                note = self._store.get(f"note/{rank}", deadline=deadline).decode()
+            note = self._note_of(rank, deadline)
+            if note and scene.is_partner(note):
                 arrived.append(rank)
-                if note != f"{scene.call.op} #{scene.call.seq}":
-                    notes.append(f"rank {rank} was in {note}")
-            except TimeoutError:
-                missing.append(rank)
+                continue
+            missing.append(rank)
+            absent.append(scene.who(rank) + (f", which was in {note}" if note else ""))
+            if not note:
+                silent.append(rank)
         if missing:
-            absent = ", ".join(scene.who(rank) for rank in missing)
-            told = f"arrived: {_ranks(arrived)}; did not arrive: {absent}"
+            told = f"arrived: {_ranks(arrived)}; did not arrive: {', '.join(absent)}"
+            remedy = f"Read the log of rank {(silent or missing)[0]} first"
         else:
             told = "all ranks were there"
-        if notes:
-            told += f" ({'; '.join(notes)})"
-        remedy = (
-            f"Read the log of rank {missing[0]} first"
-            if missing
-            else "Raise timeout_s, or look for a slow or broken link"
-        )
+            remedy = "Raise timeout_s, or look for a slow or broken link"
         return CollectiveTimeout(
             f"{scene.head()} did not finish within {scene.timeout_s:g} s; {told}. "
             f"The group can no longer be used. {remedy}.",
@@ -156,6 +171,7 @@ class Postmortem:
             rank=scene.rank,
             seq=scene.call.seq,
             seconds=scene.timeout_s,
+            peer=scene.peers[0] if scene.peers else None,
             arrived=sorted(arrived),
             missing=missing,
         )
@@ -238,3 +254,8 @@ def _numbers(value: object) -> list[int]:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return "rank " + ", ".join(str(rank) for rank in sorted(ranks))
+
+
+def _writable(text: str) -> str:
+    """Return a text as a certificate can hold it: any characters, bounded."""
+    return text.encode(errors="replace").decode()[:_MOST_CHARACTERS]

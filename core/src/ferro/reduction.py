@@ -17,7 +17,7 @@ from ferro.errors import UnsupportedError, UsageError
 from ferro.types import ReduceOp
 
 Array: TypeAlias = npt.NDArray[np.generic]
-# (a, b, out): out is a or b, or apart from both.
+# (a, b, out), given one-dimensional pieces of the arrays: out is a or b, or apart from both.
 ReduceFunction: TypeAlias = Callable[[Array, Array, Array], object]
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
@@ -36,9 +36,15 @@ _ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
 _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 
-@lru_cache(maxsize=256)
 def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
     """Return the reduction `op` over `dtype` for `ranks` ranks; see `Reduction`."""
+    if isinstance(op, str):
+        return _named_reduction(op, dtype, ranks)
+    return Reduction(op, dtype, ranks)
+
+
+@lru_cache(maxsize=256)
+def _named_reduction(op: str, dtype: np.dtype, ranks: int) -> Reduction:
     return Reduction(op, dtype, ranks)
 
 
@@ -48,7 +54,8 @@ class Reduction:
     Attributes:
         name: the operation's name, "callable" for a user's function.
         needs_all: True when the result is right only if all contributions meet in one
-            `combine` (half precision, whose partial results must not be rounded).
+            `combine`, in order of rank: half precision, whose partial results must not be
+            rounded, and users' functions, which may not be commutative.
     """
 
     def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
@@ -65,11 +72,18 @@ class Reduction:
         self._function = _function(op if self.op is None else _UFUNCS[self.op])
         if self.op is not None:
             _check(self.op, dtype)
-        self.needs_all = dtype.name in _HALF and self.op in _WIDENED
+        self._wide = dtype.name in _HALF and self.op in _WIDENED
+        self.needs_all = self._wide or self.op is None
 
-    def combine(self, operands: Sequence[Array], own: int) -> None:
-        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch."""
-        if self.needs_all:
+    def combine(self, operands: Sequence[Array], own: int, *, at_once: bool) -> None:
+        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch.
+
+        Args:
+            operands: of one shape, in order of rank.
+            own: which of them takes the result.
+            at_once: these are all contributions there are; a mean is completed.
+        """
+        if self._wide:
             self._combine_wide(operands, own)
             return
         total = operands[0]
@@ -77,13 +91,12 @@ class Reduction:
             out = operands[own] if index >= own else total
             self._function(total, operands[index], out)
             total = out
-        if self.op is ReduceOp.MEAN and len(operands) == self.ranks:
-            np.true_divide(total, self.ranks, out=total)
+        if at_once:
+            self.finish(total)
 
-    def finish(self, result: Array, combined_at_once: bool) -> None:
-        """Complete a mean whose sum was built up over several rounds, in place."""
-        # Two contributions always meet at once, whatever the algorithm: `combine` has divided.
-        if self.op is ReduceOp.MEAN and not combined_at_once and self.ranks > 2:
+    def finish(self, result: Array) -> None:
+        """Complete a mean of which `result` is the sum, in place."""
+        if self.op is ReduceOp.MEAN:
             np.true_divide(result, self.ranks, out=result)
 
     def _combine_wide(self, operands: Sequence[Array], own: int) -> None:

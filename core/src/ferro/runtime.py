@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,8 @@ def init(
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
         given = options()
         seconds = timeout_s if timeout_s is not None else given.timeout_s or TIMEOUT_S
-        if not seconds > 0:
-            raise UsageError(f"timeout_s must be positive, not {timeout_s!r}")
+        if not 0 < seconds <= threading.TIMEOUT_MAX:
+            raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         world = World(info, given, seconds, _made, explicit=rendezvous is not None)
         _made += 1
         try:
@@ -96,6 +97,16 @@ def shutdown() -> None:
     world = _world
     if world is not None and not world.closed:
         world.group.close()
+
+
+def _forget() -> None:
+    """In a forked child: the world, with its connections, is the parent's."""
+    global _world
+    _world = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _at_exit() -> None:

@@ -21,17 +21,19 @@ class Outlet:
         flat: the same memory in one dimension, as backends take it.
     """
 
-    def __init__(self, entry: Entry, out: object, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, entry: Entry, out: object, shape: tuple[int, ...], what: str = "out"
+    ) -> None:
         self._entry = entry
         self._out = out
         self._far: Array | None = None  # `out` on a GPU, of which `array` is the host's copy
         if out is None:
             self.array: Array = entry.empty(shape)
         elif entry.copied:
-            self._far = writable(out, shape, entry.array.dtype, Device.CUDA)
+            self._far = writable(out, shape, entry.array.dtype, Device.CUDA, what)
             self.array = entry.empty(shape)
         else:
-            self.array = writable(out, shape, entry.array.dtype, entry.device)
+            self.array = writable(out, shape, entry.array.dtype, entry.device, what)
         self.flat: Array = self.array.reshape(-1)
 
     def fill(self, array: Array) -> None:
@@ -49,7 +51,7 @@ class Outlet:
 def flat(array: Array, *, private: bool) -> Array:
     """Return the elements in one contiguous dimension; a copy when `private`."""
     contiguous = np.ascontiguousarray(array).reshape(-1)
-    return contiguous.copy() if private and np.shares_memory(contiguous, array) else contiguous
+    return contiguous.copy() if private and np.may_share_memory(contiguous, array) else contiguous
 
 
 def concatenated(array: Array, rows: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:

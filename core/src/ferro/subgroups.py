@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -90,17 +91,21 @@ class Subgroups:
 
     def _context(self, ranks: tuple[int, ...], timeout_s: float) -> int:
         """Agree on the group's number: its first rank takes one and publishes it."""
-        made = self._made[ranks] = self._made.get(ranks, 0) + 1
-        key = f"subgroup/{','.join(map(str, ranks))}/{made}"
+        made = self._made.get(ranks, 0)
+        digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:32]
+        key = f"subgroup/{digest}/{made}"
         store = self._members.store
         if self._backend.rank == ranks[0]:
             context = self._members.job.add("groups", 1)
             if context > MAX_CONTEXT:
                 raise UsageError(f"this job has made more than {MAX_CONTEXT} groups")
             store.set(key, str(context).encode())
+            self._made[ranks] = made + 1
             return context
         try:
-            return int(store.get(key, deadline=time.monotonic() + timeout_s))
+            context = int(store.get(key, deadline=time.monotonic() + timeout_s))
+            self._made[ranks] = made + 1
+            return context
         except TimeoutError as error:
             raise RendezvousError(
                 f"subgroup {ranks}: rank {ranks[0]} did not create it within {timeout_s:g} s; "

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+_IDLE_S = 5.0  # how long a lane's thread waits for more work
 
 
 class Work(Generic[Result]):
@@ -62,66 +63,108 @@ class Work(Generic[Result]):
 
 
 class Lane:
-    """Runs and numbers operations one after the other, in the caller's thread when it can."""
+    """Runs and numbers operations one after the other, in the caller's thread when it can.
+
+    An operation that must wait its turn, or that the caller does not wait for, is carried out by
+    a thread, which ends when it has had nothing to do for a while.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._next = 0
-        self._turn = threading.Lock()
         self._change = threading.Condition()
         self._pending: deque[Work[object]] = deque()
         self._busy = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is pending or under way."""
+        return not self._pending and not self._busy
+
     def run(self, op: str, operation: Callable[[int], Result]) -> Result:
-        """Run an operation, which is told its number, after all that are pending."""
-        with self._turn:
+        """Run an operation, which is told its number, after all that are pending.
+
+        Raises:
+            LaneClosed: the lane takes no more operations.
+        """
+        with self._change:
             seq = self._number()
-            if not self._pending and not self._busy:
-                return operation(seq)
-            work = self._put(Work(op, seq, lambda: operation(seq)))
-        return work.wait()
+            at_once = self.idle
+            if at_once:
+                self._busy = True
+            else:
+                work = self._put(Work(op, seq, lambda: operation(seq)))
+        if not at_once:
+            return work.wait()
+        try:
+            return operation(seq)
+        finally:
+            with self._change:
+                self._busy = False
+                self._change.notify_all()
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
-        """Queue an operation, which is told its number, and return at once."""
-        with self._turn:
+        """Queue an operation, which is told its number, and return at once.
+
+        Raises:
+            LaneClosed: the lane takes no more operations.
+        """
+        with self._change:
             seq = self._number()
             return self._put(Work(op, seq, lambda: operation(seq)))
 
     def close(self, deadline: float) -> bool:
-        """Let pending operations end, until the deadline; say whether they have."""
+        """Take no more operations; let those there are end, until the deadline.
+
+        Returns:
+            Whether they have.
+        """
         with self._change:
-            drained = self._change.wait_for(
-                lambda: not self._pending and not self._busy,
-                max(0.0, deadline - time.monotonic()),
-            )
             self._closed = True
+            drained = self._change.wait_for(
+                lambda: self.idle, max(0.0, deadline - time.monotonic())
+            )
             self._change.notify_all()
         return drained
 
     def _number(self) -> int:
+        if self._closed:
+            raise LaneClosed
         self._next += 1
         return self._next - 1
 
     def _put(self, work: Work[Result]) -> Work[Result]:
-        with self._change:
-            self._pending.append(work)  # type: ignore[arg-type]
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                self._thread.start()
-            self._change.notify_all()
+        """Queue work for the thread. The condition is held."""
+        self._pending.append(work)  # type: ignore[arg-type]
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+            self._thread.start()
+        self._change.notify_all()
         return work
 
     def _loop(self) -> None:
-        while True:
+        while (work := self._take()) is not None:
+            work._carry_out()
+            del work  # its result belongs to whoever holds the handle
             with self._change:
                 self._busy = False
                 self._change.notify_all()
-                self._change.wait_for(lambda: self._pending or self._closed)
-                if not self._pending:
-                    return
-                work = self._pending.popleft()
-                self._busy = True
-            work._carry_out()
-            del work  # its result belongs to whoever holds the handle
+
+    def _take(self) -> Work[object] | None:
+        """Wait for work and its turn; None when the thread is to end."""
+        with self._change:
+            while self._busy or not self._pending:
+                if self._closed and self.idle:
+                    self._thread = None
+                    return None
+                if not self._change.wait(_IDLE_S) and self.idle:
+                    self._thread = None
+                    return None
+            self._busy = True
+            return self._pending.popleft()
+
+
+class LaneClosed(Exception):
+    """An operation came after the lane was closed."""

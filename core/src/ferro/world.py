@@ -54,7 +54,7 @@ class World:
         self._deadline = time.monotonic() + timeout_s
         self._meeting: Meeting | None = None
         if info.world_size > 1:
-            self._meeting = meet(info, explicit=explicit, deadline=self._deadline)
+            self._meeting = meet(info, number, explicit=explicit, deadline=self._deadline)
         root: Store = MemoryStore() if self._meeting is None else self._meeting.store
         self._store = root.prefix(f"world{number}")
         self._observers: tuple[Observer, ...] = ()
@@ -75,6 +75,9 @@ class World:
             chosen = self._choose_backend(backend)
             fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
             choice = Choice(deterministic=deterministic, fixed=fixed)
+            choice.check()
+            offered = plugins.installed().offers("ferro_observers", object)
+            self._observers = (*observers, *(offer.item for offer in offered))  # type: ignore[arg-type]
         except FerroError as error:
             problem = error
         name = chosen.name if chosen is not None else backend or "none"
@@ -82,8 +85,6 @@ class World:
         records = self._call_roll(name, settings, problem)
         if problem is not None or chosen is None:
             raise problem or BackendUnavailable(name, "no backend was chosen")
-        offered = [offer.item for offer in plugins.installed().offers("ferro_observers", object)]
-        self._observers = (*observers, *offered)  # type: ignore[arg-type]
         made = chosen.create(self._config(records, choice, backend_options))
         members = Members(
             name="world",
@@ -151,7 +152,7 @@ class World:
             secret=b"" if meeting is None else meeting.secret,
             addresses=tuple(record.address for record in records),
             store_host="127.0.0.1" if meeting is None else meeting.store.remote_host,
-            timeout_s=self._timeout_s,
+            timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
             options=backend_options,
         )
@@ -162,7 +163,10 @@ class World:
             return
         self.closed = True
         for observer in self._observers:
-            observer.close()
+            try:
+                observer.close()
+            except Exception as error:  # noqa: BLE001 - the store must be left all the same
+                _log.error("observer %s: %s", type(observer).__name__, error)
         if self._meeting is not None:
             self._say_goodbye(self._meeting, patience_s)
             self._meeting.close()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ferro.errors import UsageError
+
 if TYPE_CHECKING:
     from ferro.collectives.schedule import Build, Schedule
 
@@ -52,6 +54,20 @@ class Choice:
 
     deterministic: bool = False
     fixed: Mapping[str, CollectiveInfo] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse algorithms that cannot be had together with determinism.
+
+        Raises:
+            UsageError: a fixed algorithm does not reduce in order of rank.
+        """
+        for info in self.fixed.values():
+            reduces = info.collective in ("all_reduce", "reduce", "reduce_scatter")
+            if self.deterministic and reduces and not info.combines_once:
+                raise UsageError(
+                    f"deterministic=True reduces in order of rank, which the algorithm "
+                    f"{info.algorithm!r} for {info.collective!r} does not: choose one of them"
+                )
 
     def algorithm(
         self, collective: str, world_size: int, nbytes: int, *, at_once: bool = False

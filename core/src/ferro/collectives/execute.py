@@ -14,7 +14,7 @@ the same schedule and the same chunk sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -53,6 +53,7 @@ class Execution:
             this rank neither sends nor receives.
         backend: what moves the bytes.
         reduction: how received contributions are combined; None where nothing is reduced.
+        at_once: the algorithm combines all contributions in one round.
         segment_bytes: how much of a chunk travels at once.
     """
 
@@ -63,18 +64,20 @@ class Execution:
         backend: Exchanger,
         *,
         reduction: Reduction | None = None,
+        at_once: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        self._rounds = schedule.rounds
+        self.rounds = schedule.rounds
         self._chunks = chunks
         self._backend = backend
         self._reduction = reduction
+        self._at_once = at_once
         self._segment_bytes = segment_bytes
         self._staging: dict[tuple[int, int, int], Array] = {}
 
     def run(self, *, tag: int, deadline: float) -> None:
         """Carry out every round; the chunks then hold the schedule's result."""
-        rounds = len(self._rounds)
+        rounds = len(self.rounds)
         for step in range(self._segments() + rounds - 1):
             diagonal = [(r, step - r) for r in range(rounds) if step >= r]
             step_ = _Step(self, diagonal)
@@ -109,12 +112,7 @@ class Execution:
         assert self._reduction is not None, "a schedule without reduction received one"
         ordered = sorted([*parts, (self._backend.rank, own)], key=lambda part: part[0])
         place = next(i for i, part in enumerate(ordered) if part[1] is own)
-        self._reduction.combine([part[1] for part in ordered], place)
-
-    def rounds_at(self, diagonal: list[tuple[int, int]]) -> Iterator[tuple[int, Round, int]]:
-        """Yield (round number, round, segment) for everything on one diagonal."""
-        for round_index, segment in diagonal:
-            yield round_index, self._rounds[round_index], segment
+        self._reduction.combine([part[1] for part in ordered], place, at_once=self._at_once)
 
 
 class _Step:
@@ -126,7 +124,8 @@ class _Step:
         self._run = run
         self._combines: dict[tuple[int, int], tuple[Array, list[tuple[int, Array]]]] = {}
         self._copies: list[tuple[Array, Array]] = []
-        for round_index, what, segment in run.rounds_at(diagonal):
+        for round_index, segment in diagonal:
+            what = run.rounds[round_index]
             self._plan_sends(what, segment)
             self._plan_recvs(round_index, what, segment)
 

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from dataclasses import dataclass, field
 
 from ferro.environment import Address, LaunchInfo, format_address, parse_address
-from ferro.errors import UsageError
+from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import bulletin
 from ferro.rendezvous.client import StoreClient
 from ferro.rendezvous.secret import derive, per_user_secret
 from ferro.rendezvous.server import StoreServer
+from ferro.rendezvous.store import StoreTimeout
+
+_OPEN_S = 1.0  # how long a store may be there before its host has opened it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,11 +53,13 @@ class Meeting:
             self.server.close()
 
 
-def meet(info: LaunchInfo, *, explicit: bool, deadline: float) -> Meeting:
+def meet(info: LaunchInfo, number: int, *, explicit: bool, deadline: float) -> Meeting:
     """Connect to the job's store, hosting it where this rank has to.
 
     Args:
         info: this process's place.
+        number: how often this process has met before; all ranks count alike. It keeps a rank
+            that comes back early from entering the last meeting's store, which is about to close.
         explicit: the program itself named `info.master`: meet there, nowhere else.
         deadline: absolute `time.monotonic()` second by which to be connected.
 
@@ -66,35 +72,55 @@ def meet(info: LaunchInfo, *, explicit: bool, deadline: float) -> Meeting:
     if info.store is not None:
         return Meeting(store=StoreClient(info.store, secret, deadline=deadline), secret=secret)
     if here and not explicit:
-        return _meet_here(info, secret, deadline)
+        return _meet_here(info, number, secret, deadline)
     address = _agreed_address(info)
-    server = None
     if info.rank == 0:
         server = StoreServer(_listening_host(address[0]), address[1], secret=secret)
-    return _enter(server, address, secret, deadline)
+        return _host(server, address, number, secret, deadline)
+    return _visit(address, number, secret, deadline)
 
 
-def _meet_here(info: LaunchInfo, secret: bytes, deadline: float) -> Meeting:
+def _meet_here(info: LaunchInfo, number: int, secret: bytes, deadline: float) -> Meeting:
     """Meet on loopback, through the host's bulletin."""
-    note = f"store of {info.job}"
+    note = f"store {number} of {info.job}"
     if info.rank:
         text = bulletin.read(note, deadline=deadline)
-        return _enter(None, parse_address(text, source="bulletin"), secret, deadline)
+        return _visit(parse_address(text, source="bulletin"), number, secret, deadline)
     server = StoreServer(secret=secret)
     bulletin.post(note, format_address(server.address))
-    return _enter(server, server.address, secret, deadline, note)
+    return _host(server, server.address, number, secret, deadline, note)
 
 
-def _enter(
-    server: StoreServer | None, address: Address, secret: bytes, deadline: float, note: str = ""
+def _host(
+    server: StoreServer,
+    address: Address,
+    number: int,
+    secret: bytes,
+    deadline: float,
+    note: str = "",
 ) -> Meeting:
+    """Enter the store that this rank hosts, and open it."""
     try:
         store = StoreClient(address, secret, deadline=deadline)
+        store.set(f"open/{number}", b"1")
     except BaseException:
-        if server is not None:
-            server.close()
+        server.close()
         raise
     return Meeting(store=store, secret=secret, server=server, note=note)
+
+
+def _visit(address: Address, number: int, secret: bytes, deadline: float) -> Meeting:
+    """Enter the store that rank 0 hosts, once it is this meeting's."""
+    while True:
+        store = StoreClient(address, secret, deadline=deadline)
+        try:
+            store.get(f"open/{number}", deadline=min(deadline, time.monotonic() + _OPEN_S))
+        except (RendezvousError, StoreTimeout):
+            store.close()
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            return Meeting(store=store, secret=secret)
 
 
 def _job(info: LaunchInfo, here: bool) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.store import Store
@@ -65,7 +66,7 @@ def call_roll(store: Store, mine: Record, *, deadline: float) -> list[Record]:
             raw = store.get(f"join/{number}", deadline=deadline)
         except TimeoutError as error:
             raise _absent(mine, records, time.monotonic() - started) from error
-        record = Record(**json.loads(raw))
+        record = _read(raw)
         _compare(records[0] if records else mine, record)
         _refuse_twice(records, record)
         records.append(record)
@@ -75,6 +76,14 @@ def call_roll(store: Store, mine: Record, *, deadline: float) -> list[Record]:
             f"complete: {', '.join(r.who() for r in records)}. Is another job using this store?"
         )
     return sorted(records, key=lambda record: record.rank)
+
+
+def _read(raw: bytes) -> Record:
+    """Read a record, also one by another version of ferro, which may have other fields."""
+    said = json.loads(raw)
+    blank: dict[str, Any] = {"rank": -1, "world_size": 0, "host": "?", "pid": 0, "address": ""}
+    blank |= {"version": "unknown", "backend": ""}
+    return Record(**blank | {f.name: said[f.name] for f in fields(Record) if f.name in said})
 
 
 def _compare(reference: Record, record: Record) -> None:
@@ -92,8 +101,8 @@ def _compare(reference: Record, record: Record) -> None:
 
 
 _MUST_AGREE = {
-    "world_size": "world size",
     "version": "the version of ferro",
+    "world_size": "world size",
     "backend": "the backend",
     "plugins": "their plugins",
     "settings": "their settings",

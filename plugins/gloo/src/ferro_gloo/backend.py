@@ -22,6 +22,10 @@ from ferro_gloo.engine import Engine
 from ferro_gloo.frame import DATA, MAX_BODY, pack
 from ferro_gloo.mesh import connect_mesh
 
+_NOTHING = np.empty(0, np.uint8)
+_READY = 1 << 32  # above every user's tag: the receiver of a long transfer is ready for the rest
+_READY_LABEL = transfer_call("", 0).label()
+
 
 class GlooBackend(Backend):
     """One rank of a group over the mesh.
@@ -73,21 +77,48 @@ class GlooBackend(Backend):
         tag: int,
         deadline: float,
     ) -> None:
-        """See `Backend.exchange`; one thread moves all of it, in both directions."""
-        collective = is_collective(tag)
+        """See `Backend.exchange`; one thread moves all of it, in both directions.
+
+        Of a transfer longer than a frame only the first one travels before its receive is posted;
+        then the receiver says that it is ready, and the rest follows.
+        """
+        if is_collective(tag):
+            self._move(sends, recvs, tag, deadline, self._label)
+            return
+        first = slice(None, MAX_BODY)
+        self._move(_cut(sends, first), _cut(recvs, first), tag, deadline, *_labels(sends, recvs))
+        long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
+        long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
+        if long_sends or long_recvs:
+            ready = [(peer, _NOTHING) for peer, _ in long_recvs]
+            awaited = [(peer, _NOTHING) for peer, _ in long_sends]
+            self._move(ready, awaited, tag | _READY, deadline, _READY_LABEL)
+            rest = slice(MAX_BODY, None)
+            self._move(_cut(long_sends, rest), _cut(long_recvs, rest), tag, deadline, _READY_LABEL)
+
+    def _move(
+        self,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        tag: int,
+        deadline: float,
+        *labels: bytes,
+    ) -> None:
+        """Exchange buffers as frames; `labels` has one for all, or one for each buffer."""
         tag = in_context(tag, self._context)
         outgoing, incoming = [], []
         headers: dict[tuple[int, bytes], bytes] = {}
-        for peer, buffer in sends:
-            label = self._label if collective else _transfer_label(buffer)
+        several = len(labels) > 1
+        for number, (peer, buffer) in enumerate(sends):
+            label = labels[number] if several else labels[0]
             for body in _pieces(buffer):
                 key = (body.nbytes, label)
                 header = headers.get(key)
                 if header is None:
                     header = headers[key] = pack(body.nbytes, DATA, tag, label)
                 outgoing.append((self._ranks[peer], header, body))
-        for peer, buffer in recvs:
-            label = self._label if collective else _transfer_label(buffer)
+        for number, (peer, buffer) in enumerate(recvs, len(sends)):
+            label = labels[number] if several else labels[0]
             incoming += [(self._ranks[peer], label, body) for body in _pieces(buffer)]
         with self._explained():
             self._engine.exchange(outgoing, incoming, tag, deadline)
@@ -138,8 +169,18 @@ class GlooBackend(Backend):
             raise GroupClosed(str(error)) from error
 
 
-def _transfer_label(buffer: Array) -> bytes:
-    return transfer_call(name_of(buffer.dtype), buffer.size).label()
+def _labels(*several: Sequence[tuple[int, Array]]) -> list[bytes]:
+    """Return the label of each buffer's transfer."""
+    return [
+        transfer_call(name_of(buffer.dtype), buffer.size).label()
+        for items in several
+        for _, buffer in items
+    ]
+
+
+def _cut(items: Sequence[tuple[int, Array]], part: slice) -> list[tuple[int, Array]]:
+    """Return part of every buffer's bytes."""
+    return [(peer, buffer.view(np.uint8)[part]) for peer, buffer in items]
 
 
 def _pieces(buffer: Array) -> list[memoryview]:

@@ -12,11 +12,11 @@ import socket
 from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
+from itertools import islice
 
-from ferro.calls import context_of
+from ferro.calls import collective_tag, context_of, in_context
 from ferro_gloo.frame import ABORT, DATA, HEADER_BYTES, MAX_BODY, unpack
 
-EARLY_LIMIT = 256 << 20
 _READ_AHEAD = 16 << 10  # read with a header: a small body comes with it in one system call
 _FRAMES_PER_CALL = 8
 
@@ -110,19 +110,21 @@ class Inbox:
 class Connection:
     """One socket of the mesh, non-blocking. Not thread-safe: the engine holds its lock."""
 
-    def __init__(self, sock: socket.socket, peer: int, aborted: Set[int]) -> None:
+    def __init__(self, sock: socket.socket, peer: int, aborted: Set[int], early_limit: int) -> None:
         """Take a socket over.
 
         Args:
             sock: connected and authenticated.
             peer: whose it is.
             aborted: groups whose frames are of no use any more; the engine adds to it.
+            early_limit: bytes that may come before their receives until reading stops.
         """
         sock.setblocking(False)
         self.sock = sock
         self.peer = peer
         self._aborted = aborted
-        self.lost: LostError | None = None
+        self._early_limit = early_limit
+        self.lost: Exception | None = None
         self.posted: dict[int, deque[Receive]] = {}
         self._early: dict[int, deque[_Arrival]] = {}
         self._early_bytes = 0
@@ -139,7 +141,7 @@ class Connection:
     @property
     def readable(self) -> bool:
         """Whether the socket is to be read: not when lost, nor while too much came early."""
-        return self.lost is None and self._early_bytes < EARLY_LIMIT
+        return self.lost is None and self._early_bytes < self._early_limit
 
     def queue(self, header: bytes, body: memoryview, pending: Pending | None) -> None:
         """Append a frame to what goes out."""
@@ -173,18 +175,31 @@ class Connection:
         """Drop everything that was posted or came early with these tags."""
         for tag in context_tags:
             self.posted.pop(tag, None)
-            for arrival in self._early.pop(tag, ()):
-                self._early_bytes -= len(arrival.body)
+            for early in self._early.pop(tag, ()):
+                self._early_bytes -= len(early.body)
+        arrival = self._arrival
+        if arrival is not None and arrival.tag in context_tags and arrival.receive is not None:
+            # The rest of the frame must not land in memory that its owner has back.
+            arrival.receive = None
+            if not arrival.early:
+                arrival.body = memoryview(bytearray(len(arrival.body)))
+
+    def forget_before(self, tag: int) -> None:
+        """Drop early frames of the collectives before this one of its group: nobody will ask."""
+        if self._early:
+            first = in_context(collective_tag(0), context_of(tag))
+            self.forget([old for old in self._early if first <= old < tag])
 
     def tags(self) -> list[int]:
-        """Return all tags for which something is posted or came early."""
-        return [*self.posted, *self._early]
+        """Return all tags for which something is posted, came early or is arriving."""
+        arriving = [] if self._arrival is None else [self._arrival.tag]
+        return [*self.posted, *self._early, *arriving]
 
     def flush(self) -> bool:
         """Send what the socket takes; say whether anything went."""
         moved = False
         while self._out and self.lost is None:
-            parts = [part for item in list(self._out)[:_FRAMES_PER_CALL] for part in item[0]]
+            parts = [part for item in islice(self._out, _FRAMES_PER_CALL) for part in item[0]]
             try:
                 count = self.sock.sendmsg(parts)
             except BlockingIOError:
@@ -233,11 +248,11 @@ class Connection:
             return True
         return moved
 
-    def lose(self, reason: str) -> None:
-        """Give up the connection; everything that waits for it fails."""
+    def lose(self, reason: str, error: Exception | None = None) -> None:
+        """Give up the connection; everything that waits for it fails with `error`."""
         if self.lost is not None:
             return
-        self.lost = LostError(self.peer, reason)
+        self.lost = error or LostError(self.peer, reason)
         for receives in self.posted.values():
             for receive in receives:
                 receive.pending.fail(self.lost)

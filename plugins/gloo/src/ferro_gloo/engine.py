@@ -25,6 +25,9 @@ from ferro_gloo.connection import (
 from ferro_gloo.frame import ABORT, pack
 
 _LONGEST_POLL_S = 1.0
+# What may come before its receive is posted, from all peers together. Long transfers wait for
+# their receives (see `GlooBackend`), so this takes very many short ones.
+EARLY_LIMIT = 1 << 30
 
 
 class Engine:
@@ -33,7 +36,8 @@ class Engine:
     def __init__(self, sockets: Mapping[int, socket.socket]) -> None:
         self._aborted: set[int] = set()
         self._connections = {
-            peer: Connection(sock, peer, self._aborted) for peer, sock in sockets.items()
+            peer: Connection(sock, peer, self._aborted, EARLY_LIMIT // len(sockets))
+            for peer, sock in sockets.items()
         }
         self._turn = threading.Condition(threading.Lock())
         self._driving = False
@@ -59,6 +63,7 @@ class Engine:
         with self._turn:
             self._active[context] = (tag, label)
             for connection in self._connections.values():
+                connection.forget_before(tag)
                 early = connection.early_label(tag)
                 if early is not None and early != label:
                     raise DiffersError(connection.peer, label, early)
@@ -126,7 +131,7 @@ class Engine:
                 # Closing with unread data would reset the connection, and the peer could lose
                 # what was sent last.
                 connection.read(Inbox())
-                connection.lose("this rank closed its connections")
+                connection.lose("", AbortedError("this rank closed the group"))
                 connection.sock.close()
             self._wake()
             self._turn.notify_all()
@@ -186,7 +191,7 @@ class Engine:
                 if connection is None:
                     self._drain_wake()
                     continue
-                if event & select.POLLOUT:
+                if event & (select.POLLOUT | select.POLLERR | select.POLLHUP):
                     connection.flush()
                 if event & ~select.POLLOUT:
                     connection.read(inbox)
