@@ -44,7 +44,13 @@ def roots(collective: str, n: int) -> set[int]:
 
 def test_no_algorithm_is_missed():
     assert set(IDS) == {
-        *("direct_all_reduce", "exchange_all_reduce", "direct_all_gather", "direct_reduce_scatter"),
+        *(
+            "direct_all_reduce",
+            "exchange_all_reduce",
+            "star_all_reduce",
+            "direct_all_gather",
+            "direct_reduce_scatter",
+        ),
         *("direct_all_to_all", "pairwise_all_to_all", "direct_gather", "direct_scatter"),
         *("direct_broadcast", "direct_reduce", "ring_all_reduce", "ring_reduce_scatter"),
         *("ring_all_gather", "tree_broadcast", "tree_reduce", "tree_gather", "tree_scatter"),
@@ -65,7 +71,7 @@ def test_right_for_every_world_size_and_root(collective, build):
 @pytest.mark.parametrize(("collective", "build"), ALGORITHMS, ids=IDS)
 def test_order_of_reduction(collective, build):
     name = build.__name__
-    at_once = collective not in REDUCING or name.startswith(("direct", "exchange"))
+    at_once = collective not in REDUCING or name.startswith(("direct", "exchange", "star"))
     for n in (2, 3, 4, 5, 8, 13):
         proof = check(collective, build, n)
         # With three ranks a tree is (x0 op x1) op x2: in rank order, but in two rounds.

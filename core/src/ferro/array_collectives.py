@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ferro import objects
-from ferro.arrays import Array, Entry, Input, dtype_named, name_of
+from ferro.arrays import Entry, Input, dtype_named, name_of
 from ferro.backend import Backend
 from ferro.calls import Call
 from ferro.dispatch import Dispatcher
@@ -20,12 +20,12 @@ from ferro.errors import CollectiveMismatch, UnsupportedError, UsageError
 from ferro.members import Members
 from ferro.reduction import ReduceFunction, Reduction, reduction_for
 from ferro.shapes import Outlet, checked_sizes, concatenated, cut_rows, flat, gathered_rows
-from ferro.types import Device, ReduceOp
+from ferro.types import Array, Device, ReduceOp
 
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
 # because two overloads for each of fifteen methods would bury the contract.
 Outcome: TypeAlias = Any
-Op: TypeAlias = ReduceOp | str | ReduceFunction
+Op: TypeAlias = "ReduceOp | str | ReduceFunction"
 
 
 class ArrayCollectives:

@@ -11,15 +11,15 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from ferro.errors import UnsupportedError, UsageError
-from ferro.types import Device
+from ferro.types import Array, Device
 
-Array: TypeAlias = npt.NDArray[np.generic]
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 @runtime_checkable

@@ -27,7 +27,8 @@ from ferro.calls import LABEL_BYTES, Call, collective_tag, in_context
 from ferro.collectives.choose import Choice, build
 from ferro.collectives.execute import Execution
 from ferro.errors import CollectiveMismatch, PeerLost, UnsupportedError
-from ferro.reduction import Array, Reduction
+from ferro.reduction import Reduction
+from ferro.types import Array
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,8 +39,12 @@ if TYPE_CHECKING:
 # its peer must not hold up those of another group.
 _SENDERS = 4096
 
-# Calls in which some ranks only send: these would not notice a rank that calls something else.
-_ROOTED = ("broadcast", "reduce", "gather", "scatter")
+# Calls in which some ranks only send, and so would not notice a rank that calls something else:
+# the root in those that give, the others in those that collect.
+_GIVING = ("broadcast", "scatter")
+_COLLECTING = ("reduce", "gather")
+_STAR_RANKS = 16  # up to so many, all of them can tell rank 0 at once
+_NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,14 +195,19 @@ class Backend(ABC):
         """Begin a collective: make sure that every rank makes this call, before data moves.
 
         The default passes labels round in log2(n) rounds (the dissemination barrier), so that a
-        rank returns only when all have come. A backend that labels its frames does this for
-        rooted calls only.
+        rank returns only when all have come. A backend that labels its frames needs this for
+        rooted calls of many ranks only: with few, all tell rank 0, which lets the root of a call
+        that gives go on, and at the end (`_release`) all ranks of one that collects.
 
         Raises:
             CollectiveMismatch: another rank makes another call; says which.
         """
         self.call = call
-        if not self.labels_frames or call.op in _ROOTED:
+        rooted = call.op in _GIVING or call.op in _COLLECTING
+        few = self.world_size <= _STAR_RANKS
+        if self.labels_frames and rooted and few:
+            self._report(call, deadline)
+        elif not self.labels_frames or (rooted and not few):
             mine = np.frombuffer(call.label(), np.uint8)
             theirs = np.empty(LABEL_BYTES, np.uint8)
             distance = 1
@@ -210,6 +220,26 @@ class Backend(ABC):
                 if theirs.tobytes() != call.label():
                     raise mismatch(self.rank, call, source, theirs.tobytes())
                 distance *= 2
+
+    def _report(self, call: Call, deadline: float) -> None:
+        """Show rank 0 an empty frame, and so the label, of every rank."""
+        answered = call.op in _GIVING and call.root != 0
+        if self.rank != 0:
+            awaited = [(0, _NOTHING)] if answered and self.rank == call.root else []
+            self.exchange([(0, _NOTHING)], awaited, tag=self.tag, deadline=deadline)
+            return
+        others = [(rank, _NOTHING) for rank in range(1, self.world_size)]
+        self.exchange([], others, tag=self.tag, deadline=deadline)
+        if answered:
+            self.exchange([(call.root, _NOTHING)], [], tag=self.tag, deadline=deadline)
+
+    def _release(self, deadline: float) -> None:
+        """End a call that collects: nobody leaves before rank 0 has seen that all agree."""
+        if not self.labels_frames or self.world_size > _STAR_RANKS:
+            return
+        others = [(rank, _NOTHING) for rank in range(1, self.world_size)]
+        sends, recvs = (others, []) if self.rank == 0 else ([], [(0, _NOTHING)])
+        self.exchange(sends, recvs, tag=self.tag, deadline=deadline)
 
     @property
     def tag(self) -> int:
@@ -230,6 +260,7 @@ class Backend(ABC):
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """Reduce `buffer` over all ranks, in place at `root`; elsewhere it is scratch."""
         self._run("reduce", buffer, buffer.nbytes, root, reduction=reduction, deadline=deadline)
+        self._release(deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """Fill `buffer` with the root's."""
@@ -247,6 +278,7 @@ class Backend(ABC):
             blocks(out, counts)[root][...] = block
         chunks = self._rooted_chunks(block, out, counts)
         self._run("gather", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
+        self._release(deadline)
 
     def scatter(
         self,

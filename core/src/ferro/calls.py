@@ -70,6 +70,10 @@ class Call:
             self.detail.encode()[:_DETAIL_BYTES],
         )
 
+    def numbered(self, seq: int) -> Call:
+        """Return this call as number `seq`; many times quicker than `dataclasses.replace`."""
+        return Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
+
     @classmethod
     def from_label(cls, label: bytes, seq: int = 0) -> Call:
         """Read a label back; unknown codes are shown as numbers, for they are in an error."""

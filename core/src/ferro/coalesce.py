@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ferro.arrays import Array, Entry, Input
+from ferro.arrays import Entry, Input
 from ferro.errors import UsageError
 from ferro.reduction import ReduceFunction, reduction_for
 from ferro.shapes import Outlet
-from ferro.types import ReduceOp
+from ferro.types import Array, ReduceOp
 
 if TYPE_CHECKING:
     from ferro.group import ProcessGroup

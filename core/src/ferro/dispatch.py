@@ -25,7 +25,7 @@ from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
 from ferro.members import Members
 from ferro.observers import Event
 from ferro.postmortem import Postmortem, Scene
-from ferro.reduction import Array
+from ferro.types import Array
 from ferro.work import Lane, LaneClosed
 
 _COLLECTIVES = "collectives"
@@ -99,7 +99,7 @@ class Dispatcher:
         self.check_open(call.op)
 
         def operation(seq: int) -> object:
-            numbered = replace(call, seq=seq)
+            numbered = call.numbered(seq)
 
             def move(deadline: float) -> None:
                 self.backend.agree(numbered, deadline=deadline)

@@ -11,14 +11,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ferro import objects
 from ferro.array_collectives import ArrayCollectives, Op, Outcome
-from ferro.arrays import Array, Input
+from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.calls import MAX_TAG
 from ferro.coalesce import Coalescing
@@ -28,6 +27,10 @@ from ferro.members import Members
 from ferro.reduction import reduction_for
 from ferro.shapes import Outlet, flat
 from ferro.subgroups import Subgroups
+from ferro.types import Array
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # How long a rank that others still need at the end (it hosts the store) waits for them, when all
 # went well and when not.

@@ -13,7 +13,7 @@ import numpy as np
 
 from ferro import codec as msgpack
 from ferro.errors import UsageError
-from ferro.reduction import Array
+from ferro.types import Array
 
 if TYPE_CHECKING:
     from ferro.array_collectives import ArrayCollectives

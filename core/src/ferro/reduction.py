@@ -11,14 +11,12 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ferro.errors import UnsupportedError, UsageError
-from ferro.types import ReduceOp
+from ferro.types import Array, ReduceOp
 
-Array: TypeAlias = npt.NDArray[np.generic]
 # (a, b, out), given one-dimensional pieces of the arrays: out is a or b, or apart from both.
-ReduceFunction: TypeAlias = Callable[[Array, Array, Array], object]
+ReduceFunction: TypeAlias = "Callable[[Array, Array, Array], object]"
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.SUM: np.add,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferro.arrays import Array, Entry, writable
+from ferro.arrays import Entry, writable
 from ferro.errors import UsageError
-from ferro.types import Device
+from ferro.types import Array, Device
 
 
 class Outlet:

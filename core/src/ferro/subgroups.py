@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -92,6 +91,8 @@ class Subgroups:
     def _context(self, ranks: tuple[int, ...], timeout_s: float) -> int:
         """Agree on the group's number: its first rank takes one and publishes it."""
         made = self._made.get(ranks, 0)
+        import hashlib  # here, for it costs milliseconds that `import ferro` should not
+
         digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:32]
         key = f"subgroup/{digest}/{made}"
         store = self._members.store

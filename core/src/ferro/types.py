@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# In quotes, for numpy.typing takes milliseconds to import that `import ferro` should not.
+Array: TypeAlias = "npt.NDArray[np.generic]"
 
 
 class ReduceOp(enum.StrEnum):

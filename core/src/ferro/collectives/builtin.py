@@ -21,6 +21,7 @@ def _info(
 
 BUILTIN: tuple[CollectiveInfo, ...] = (
     _info("all_reduce", "exchange", direct.exchange_all_reduce, "one round", combines_once=True),
+    _info("all_reduce", "star", direct.star_all_reduce, "to a root and back", combines_once=True),
     _info("all_reduce", "direct", direct.direct_all_reduce, "two rounds", combines_once=True),
     _info("all_reduce", "tree", tree.tree_all_reduce, "reduce to rank 0, then broadcast"),
     _info("all_reduce", "ring", ring.ring_all_reduce, "2(n-1) rounds between neighbours"),

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ferro.reduction import Array, Reduction
+from ferro.reduction import Reduction
+from ferro.types import Array
 
 if TYPE_CHECKING:
     from ferro.collectives.schedule import Round, Schedule
@@ -77,13 +78,13 @@ class Execution:
 
     def run(self, *, tag: int, deadline: float) -> None:
         """Carry out every round; the chunks then hold the schedule's result."""
-        rounds = len(self.rounds)
-        for step in range(self._segments() + rounds - 1):
-            diagonal = [(r, step - r) for r in range(rounds) if step >= r]
-            step_ = _Step(self, diagonal)
-            if step_.sends or step_.recvs:
-                self._backend.exchange(step_.sends, step_.recvs, tag=tag, deadline=deadline)
-                step_.land()
+        rounds, segments = len(self.rounds), self._segments()
+        for number in range(segments + rounds - 1):
+            first, last = max(0, number - segments + 1), min(number, rounds - 1)
+            step = _Step(self, [(r, number - r) for r in range(first, last + 1)])
+            if step.sends or step.recvs:
+                self._backend.exchange(step.sends, step.recvs, tag=tag, deadline=deadline)
+                step.land()
 
     def _segments(self) -> int:
         sizes = (c.nbytes for c in self._chunks if c is not None)
@@ -93,6 +94,8 @@ class Execution:
         """Return segment `index` of a chunk; segment 0 is always there, be it empty."""
         array = self._chunks[chunk]
         assert array is not None, f"the schedule moves chunk {chunk}, which this rank has not"
+        if index == 0 and array.nbytes <= self._segment_bytes:
+            return array
         length = max(1, self._segment_bytes // max(1, array.itemsize))
         start = index * length
         if index and start >= array.size:

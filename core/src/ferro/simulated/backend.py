@@ -13,8 +13,8 @@ from ferro.calls import in_context
 from ferro.collectives.choose import Choice
 from ferro.collectives.cost import Network
 from ferro.errors import CollectiveMismatch, PeerLost
-from ferro.reduction import Array
 from ferro.simulated.board import Board, Fault
+from ferro.types import Array
 
 
 class SimulatedBackend(Backend):

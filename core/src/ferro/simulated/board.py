@@ -16,7 +16,7 @@ from typing import Literal
 from ferro.calls import context_of
 from ferro.collectives.cost import Network
 from ferro.errors import GroupClosed, PeerLost, UsageError
-from ferro.reduction import Array
+from ferro.types import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

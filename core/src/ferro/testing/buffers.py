@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ferro.arrays import Array
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case
 from ferro.testing.samples import Findings, sample
+from ferro.types import Array
 
 _COUNTS = (3, 20_000)
 _DTYPE = "float64"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ferro.arrays import Array
+from ferro.types import Array
 
 
 def assert_same_parameters(

@@ -8,7 +8,6 @@ from itertools import cycle
 
 import numpy as np
 
-from ferro.arrays import Array
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case
 from ferro.testing.samples import (
@@ -22,6 +21,7 @@ from ferro.testing.samples import (
     reductions,
     sample,
 )
+from ferro.types import Array
 
 _OPS = ("all_reduce", "reduce", "reduce_scatter")
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ferro.arrays import Array
+from ferro.types import Array
 
 Shape: TypeAlias = tuple[int, ...]
 

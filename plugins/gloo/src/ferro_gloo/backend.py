@@ -16,7 +16,7 @@ from ferro.backend import Backend, BackendConfig, mismatch
 from ferro.calls import Call, in_context, is_collective, transfer_call
 from ferro.collectives import Choice
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
-from ferro.reduction import Array
+from ferro.types import Array
 from ferro_gloo.connection import AbortedError, DiffersError, LengthError, LostError
 from ferro_gloo.engine import Engine
 from ferro_gloo.frame import DATA, MAX_BODY, pack

@@ -25,6 +25,7 @@ from ferro_gloo.connection import (
 from ferro_gloo.frame import ABORT, pack
 
 _LONGEST_POLL_S = 1.0
+_EAGER_BYTES = 16 << 10
 # What may come before its receive is posted, from all peers together. Long transfers wait for
 # their receives (see `GlooBackend`), so this takes very many short ones.
 EARLY_LIMIT = 1 << 30
@@ -99,8 +100,11 @@ class Engine:
             for connection in touched:
                 connection.flush()
             if not self._driving:
-                for connection in touched:
-                    connection.read(inbox)
+                # Little that is to come has seldom come yet, and looking for it costs more than
+                # being woken; of much, something mostly has.
+                if sum(memory.nbytes for _, _, memory in recvs) > _EAGER_BYTES:
+                    for connection in touched:
+                        connection.read(inbox)
                 self._note(inbox)
             elif self._polling and any(connection.sending for connection in touched):
                 self._wake()

@@ -1,0 +1,70 @@
+"""What importing costs, each time in a fresh interpreter, the programs taking turns.
+
+Every program prints its own seconds, so the interpreter's start is not in them. The files are in
+the page cache and their bytecode is compiled: one round before the first is not counted.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+_PROGRAMS = {
+    "numpy": "import numpy",
+    "ferro": "import ferro",
+    "available": "ferro.backends.available()",
+}
+_BEFORE = {"available": "import ferro"}
+_MEASURE = """
+import time
+{before}
+start = time.perf_counter()
+{timed}
+print(time.perf_counter() - start)
+"""
+_DEADLINE_S = 60.0
+
+# What we promise, in seconds.
+LIMITS = {"import ferro minus import numpy": 0.030, "ferro.backends.available()": 0.050}
+
+
+def measure(rounds: int) -> list[dict[str, object]]:
+    """Return a record for each promise: its name, median, minimum and limit, in seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in _PROGRAMS}
+    with tempfile.TemporaryDirectory() as bytecode:
+        for turn in range(-1, rounds):
+            for name in _PROGRAMS if turn % 2 else reversed(_PROGRAMS):
+                taken = _run(name, bytecode)
+                if turn >= 0:
+                    seconds[name].append(taken)
+    return [
+        _record("import ferro minus import numpy", seconds["ferro"], seconds["numpy"]),
+        _record("ferro.backends.available()", seconds["available"], [0.0]),
+    ]
+
+
+def _record(name: str, seconds: list[float], less: list[float]) -> dict[str, object]:
+    return {
+        "name": name,
+        "median_s": statistics.median(seconds) - statistics.median(less),
+        "min_s": min(seconds) - min(less),
+        "limit_s": LIMITS[name],
+        "rounds": len(seconds),
+    }
+
+
+def _run(name: str, bytecode: str) -> float:
+    program = _MEASURE.format(before=_BEFORE.get(name, ""), timed=_PROGRAMS[name])
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_DEADLINE_S,
+        # Bytecode is kept, whatever this machine's habit, as it is on a user's.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode},
+    )
+    return float(ended.stdout)
