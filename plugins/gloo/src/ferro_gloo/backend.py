@@ -6,8 +6,7 @@ the call's label, so a mismatch is found where it happens and costs no message o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,9 +14,9 @@ from ferro.arrays import name_of
 from ferro.backend import Backend, BackendConfig, mismatch
 from ferro.calls import Call, in_context, is_collective, transfer_call
 from ferro.collectives import Choice
-from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
+from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
 from ferro.types import Array
-from ferro_gloo.connection import AbortedError, DiffersError, LengthError, LostError
+from ferro_gloo.connection import DiffersError, EngineError, LengthError, LostError
 from ferro_gloo.engine import Engine
 from ferro_gloo.frame import DATA, MAX_BODY, pack
 from ferro_gloo.mesh import connect_mesh
@@ -120,15 +119,19 @@ class GlooBackend(Backend):
         for number, (peer, buffer) in enumerate(recvs, len(sends)):
             label = labels[number] if several else labels[0]
             incoming += [(self._ranks[peer], label, body) for body in _pieces(buffer)]
-        with self._explained():
+        try:
             self._engine.exchange(outgoing, incoming, tag, deadline)
+        except EngineError as error:
+            raise self._explain(error) from error
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""
         self.call = call
         self._label = call.label()
-        with self._explained():
+        try:
             self._engine.activate(in_context(self.tag, self._context), self._label)
+        except EngineError as error:
+            raise self._explain(error) from error
         super().agree(call, deadline=deadline)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
@@ -151,22 +154,18 @@ class GlooBackend(Backend):
         if self._context == 0:
             self._engine.close()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the engine's errors into ferro's, with ranks of this group."""
-        try:
-            yield
-        except LostError as error:
-            raise PeerLost(str(error), peer=self._index[error.peer]) from error
-        except DiffersError as error:
+    def _explain(self, error: Exception) -> FerroError:
+        """Return ferro's error for one of the engine's, with ranks of this group."""
+        if isinstance(error, LostError):
+            return PeerLost(str(error), peer=self._index[error.peer])
+        if isinstance(error, DiffersError):
             mine = Call.from_label(error.expected)
-            raise mismatch(self.rank, mine, self._index[error.peer], error.got) from error
-        except LengthError as error:
+            return mismatch(self.rank, mine, self._index[error.peer], error.got)
+        if isinstance(error, LengthError):
             peer = self._index[error.peer]
             text = f"rank {self.rank} called {self.call}, rank {peer} too, but {error}"
-            raise CollectiveMismatch(text, peer=peer) from error
-        except AbortedError as error:
-            raise GroupClosed(str(error)) from error
+            return CollectiveMismatch(text, peer=peer)
+        return GroupClosed(str(error))
 
 
 def _labels(*several: Sequence[tuple[int, Array]]) -> list[bytes]:

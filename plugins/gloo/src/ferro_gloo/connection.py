@@ -21,7 +21,11 @@ _READ_AHEAD = 16 << 10  # read with a header: a small body comes with it in one 
 _FRAMES_PER_CALL = 8
 
 
-class LostError(Exception):
+class EngineError(Exception):
+    """What the engine raises, with ranks of the world; the backend translates it."""
+
+
+class LostError(EngineError):
     """The peer's connection is gone."""
 
     def __init__(self, peer: int, reason: str) -> None:
@@ -29,7 +33,7 @@ class LostError(Exception):
         self.peer = peer
 
 
-class DiffersError(Exception):
+class DiffersError(EngineError):
     """The peer's frame carries another label than this rank's call."""
 
     def __init__(self, peer: int, expected: bytes, got: bytes) -> None:
@@ -39,7 +43,7 @@ class DiffersError(Exception):
         self.got = got
 
 
-class LengthError(Exception):
+class LengthError(EngineError):
     """The peer's frame has the right label, but another size."""
 
     def __init__(self, peer: int, expected: int, got: int) -> None:
@@ -47,7 +51,7 @@ class LengthError(Exception):
         self.peer = peer
 
 
-class AbortedError(Exception):
+class AbortedError(EngineError):
     """The group was aborted, here or by the peer."""
 
 
@@ -229,18 +233,22 @@ class Connection:
         moved = False
         try:
             while self.readable:
-                if self._arrival is None:
-                    count = self.sock.recv_into(self._ahead[self._have :])
+                arrival = self._arrival
+                if arrival is None:
+                    room = self._ahead[self._have :]
+                    count = self.sock.recv_into(room)
                     self._have += count
                 else:
-                    arrival = self._arrival
-                    count = self.sock.recv_into(arrival.body[len(arrival.body) - arrival.left :])
+                    room = arrival.body[len(arrival.body) - arrival.left :]
+                    count = self.sock.recv_into(room)
                     arrival.left -= count
                 if count == 0:
                     self.lose("it closed the connection")
                     return True
                 moved = True
                 self._take_in(inbox)
+                if count < room.nbytes and self._arrival is None:
+                    return True  # that was all, and no body is half here
         except BlockingIOError:
             return moved
         except OSError as error:
