@@ -163,7 +163,8 @@ def test_an_error_in_a_users_reduction_kills_the_group_everywhere():
                 raise ZeroDivisionError("by the user")
             np.add(a, b, out=out)
 
-        return caught(lambda: [group.all_reduce(np.ones(5), divide) for _ in range(2)])
+        # Large enough that every rank reduces a part.
+        return caught(lambda: [group.all_reduce(np.ones(50_000), divide) for _ in range(2)])
 
     errors = simulate(work, 3, timeout_s=5)
     assert {type(error) for error in errors} == {GroupClosed}
