@@ -7,8 +7,9 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 
-from ferro.backend import Backend, blocks, near_equal
+from ferro.backend import Backend
 from ferro.collectives import Choice, get
+from ferro.collectives.chunks import blocks, near_equal
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
 from ferro.group import ProcessGroup
 from ferro.members import Members

@@ -15,18 +15,17 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ferro.calls import LABEL_BYTES, Call, collective_tag, in_context
+from ferro.calls import LABEL_BYTES, Call, collective_tag
 from ferro.collectives.choose import Choice, build
+from ferro.collectives.chunks import blocks, near_equal
 from ferro.collectives.execute import Execution
-from ferro.errors import CollectiveMismatch, PeerLost, UnsupportedError
+from ferro.errors import CollectiveMismatch, UnsupportedError
 from ferro.reduction import Reduction
 from ferro.types import Array
 
@@ -139,6 +138,8 @@ class Backend(ABC):
             ranks: the members' ranks in this group, in the order of their new ranks.
             context: the new group's number, unique in the job.
         """
+        from ferro.subgroup_backend import SubgroupBackend  # which inherits from this class
+
         return SubgroupBackend(self, ranks, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
@@ -376,87 +377,7 @@ class Backend(ABC):
         return empty
 
 
-class SubgroupBackend(Backend):
-    """A group inside a group: the parent's transfers, with ranks and tags translated.
-
-    The default for backends that have nothing better. Aborting it aborts the parent as well,
-    for the two share what blocks.
-    """
-
-    def __init__(self, parent: Backend, ranks: Sequence[int], context: int) -> None:
-        super().__init__(tuple(ranks).index(parent.rank), len(ranks), parent.choice)
-        self.labels_frames = False
-        self._parent = parent
-        self._ranks = tuple(ranks)
-        self._context = context
-
-    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """Send through the parent."""
-        tag = in_context(tag, self._context)
-        with self._own_ranks():
-            self._parent.send(buffer, self._ranks[peer], tag=tag, deadline=deadline)
-
-    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """Receive through the parent."""
-        tag = in_context(tag, self._context)
-        with self._own_ranks():
-            self._parent.recv(buffer, self._ranks[peer], tag=tag, deadline=deadline)
-
-    def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
-    ) -> None:
-        """Exchange through the parent."""
-        with self._own_ranks():
-            self._parent.exchange(
-                [(self._ranks[peer], buffer) for peer, buffer in sends],
-                [(self._ranks[peer], buffer) for peer, buffer in recvs],
-                tag=in_context(tag, self._context),
-                deadline=deadline,
-            )
-
-    def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return a group of some of these ranks, made from the outermost parent."""
-        return self._parent.subgroup([self._ranks[rank] for rank in ranks], context)
-
-    def allocate(self, nbytes: int) -> Array:
-        """Return the parent's memory."""
-        return self._parent.allocate(nbytes)
-
-    def abort(self) -> None:
-        """Abort the parent."""
-        self._parent.abort()
-
-    def close(self) -> None:
-        """Do nothing: what is open belongs to the parent."""
-
-    @contextmanager
-    def _own_ranks(self) -> Iterator[None]:
-        """Name the peer in a parent's error by its rank in this group."""
-        try:
-            yield
-        except PeerLost as error:
-            peer = self._ranks.index(error.peer) if error.peer in self._ranks else None
-            raise PeerLost(str(error), peer=peer, host=error.host) from error
-
-
 def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
     """Return the error for a label that differs from this rank's own call."""
     theirs = Call.from_label(label)
     return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {theirs}", peer=peer)
-
-
-def near_equal(buffer: Array, parts: int) -> list[Array]:
-    """Cut a buffer into `parts` views whose sizes differ by at most one element."""
-    bounds = [buffer.size * i // parts for i in range(parts + 1)]
-    return [buffer[bounds[i] : bounds[i + 1]] for i in range(parts)]
-
-
-def blocks(buffer: Array, counts: Sequence[int]) -> list[Array]:
-    """Cut a buffer into views of `counts` elements."""
-    ends = list(accumulate(counts))
-    return [buffer[end - count : end] for end, count in zip(ends, counts, strict=True)]
