@@ -7,6 +7,8 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import cast
 
 from importlib_metadata import version
 
@@ -68,23 +70,14 @@ class World:
         observers: Sequence[Observer],
     ) -> None:
         """Meet the other ranks, create the backend, make the group."""
-        problem: FerroError | None = None
-        chosen: BackendInfo | None = None
-        choice = Choice(deterministic=deterministic)
         try:
-            chosen = self._choose_backend(backend)
-            fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
-            choice = Choice(deterministic=deterministic, fixed=fixed)
-            choice.check()
-            offered = plugins.installed().offers("ferro_observers", object)
-            self._observers = (*observers, *(offer.item for offer in offered))  # type: ignore[arg-type]
+            chosen, choice = self._choose(backend, deterministic, algorithms, observers)
         except FerroError as error:
-            problem = error
-        name = chosen.name if chosen is not None else backend or "none"
+            with suppress(FerroError):  # the others are told why this rank does not come
+                self._call_roll(backend or "none", "", str(error))
+            raise
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
-        records = self._call_roll(name, settings, problem)
-        if problem is not None or chosen is None:
-            raise problem or BackendUnavailable(name, "no backend was chosen")
+        records = self._call_roll(chosen.name, settings)
         made = chosen.create(self._config(records, choice, backend_options))
         members = Members(
             name="world",
@@ -100,6 +93,22 @@ class World:
             observers=self._observers,
         )
         self.group = ProcessGroup(made, members, on_close=self.close)
+
+    def _choose(
+        self,
+        backend: str | None,
+        deterministic: bool,
+        algorithms: Mapping[str, str],
+        observers: Sequence[Observer],
+    ) -> tuple[BackendInfo, Choice]:
+        """Return the backend and the rules for algorithms; keep the observers."""
+        chosen = self._choose_backend(backend)
+        fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
+        choice = Choice(deterministic=deterministic, fixed=fixed)
+        choice.check()
+        offered = plugins.installed().offers("ferro_observers", object)
+        self._observers = (*observers, *(cast(Observer, offer.item) for offer in offered))
+        return chosen, choice
 
     def _choose_backend(self, name: str | None) -> BackendInfo:
         info = self._info
@@ -118,7 +127,7 @@ class World:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
 
-    def _call_roll(self, backend: str, settings: str, problem: FerroError | None) -> list[Record]:
+    def _call_roll(self, backend: str, settings: str, problem: str = "") -> list[Record]:
         mine = Record(
             rank=self._info.rank,
             world_size=self._info.world_size,
@@ -129,14 +138,9 @@ class World:
             backend=backend,
             plugins=plugins.installed().versions,
             settings=settings,
-            problem=str(problem or ""),
+            problem=problem,
         )
-        try:
-            return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
-        except RendezvousError:
-            if problem is not None:
-                raise problem from None
-            raise
+        return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
 
     def _config(
         self,
