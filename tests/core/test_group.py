@@ -239,12 +239,22 @@ BAD = {
         UsageError,
         "timeout_s must be a positive number of seconds",
     ),
+    "a time in words": (
+        lambda g: g.barrier(timeout_s="1"),
+        UsageError,
+        "timeout_s must be a positive number of seconds",
+    ),
+    "a color in words": (lambda g: g.split("a"), UsageError, "color must be None or a number"),
     "not a time": (
         lambda g: g.barrier(timeout_s=float("nan")),
         UsageError,
         "timeout_s must be a positive number of seconds",
     ),
-    "negative color": (lambda g: g.split(-2), UsageError, "color must be None or at least 0"),
+    "negative color": (
+        lambda g: g.split(-2),
+        UsageError,
+        "None or a number from 0",
+    ),
     "stranger in a subgroup": (
         lambda g: g.subgroup([0, 1, 2]),
         UsageError,

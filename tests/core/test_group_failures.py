@@ -86,11 +86,21 @@ def test_a_dead_group_says_so_and_why():
 
 
 def test_operations_that_were_outstanding_end_when_the_group_dies():
+    issued = threading.Barrier(4)
+
+    def hold(a, b, out):
+        """Let nothing go on before both ranks have issued everything."""
+        issued.wait(5)
+        np.add(a, b, out=out)
+
     def work(group):
         good = group.all_reduce(1, async_op=True)
+        waiting = group.all_reduce(1, hold, async_op=True)
         bad = group.all_reduce(np.ones(1 + group.rank), async_op=True)
         after = [group.all_reduce(1, async_op=True) for _ in range(3)]
+        issued.wait(5)
         assert good.wait() == 2
+        assert waiting.wait() == 2
         first = caught(bad.wait)
         assert caught(bad.wait) is first
         return [type(first), *(type(caught(work.wait)) for work in after)]

@@ -54,7 +54,7 @@ def test_a_reader_waits_for_the_post(board, monkeypatch):
 
 
 def test_a_note_never_posted_is_an_error_that_says_so(board):
-    with pytest.raises(RendezvousError, match=r"nobody posted the note 'x'.*Rank 0"):
+    with pytest.raises(RendezvousError, match=r"nobody posted 'x'.*rank 0"):
         bulletin.read("x", deadline=soon(0.02), directory=board)
 
 

@@ -143,6 +143,7 @@ def test_ranks_of_one_host_meet_without_being_told_where(ranks, tmp_path):
     """As under torchrun, which says where its own store is and gives no secret."""
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": str(tmp_path)}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     results = ranks(*(({**shared, "RANK": rank, "LOCAL_RANK": rank}, {}) for rank in range(2)))
     assert results == [["ok", 2.0, rank, "gloo"] for rank in range(2)]
 
@@ -238,6 +239,27 @@ def test_a_port_in_use(ranks):
     assert f"cannot listen on 127.0.0.1:{port}" in text
 
 
+def test_a_port_in_use_that_the_environment_names(ranks, store):
+    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    [(kind, text)] = ranks(({**place, "MASTER_PORT": store.address[1]}, {"timeout_s": 2}))
+    assert kind == "RendezvousError"
+    assert f"cannot listen on 127.0.0.1:{store.address[1]}" in text
+
+
+def test_rank_zero_of_this_host_never_comes(ranks, tmp_path):
+    place = {"PMI_RANK": 1, "PMI_SIZE": 2, "MPI_LOCALRANKID": 1, "MPI_LOCALNRANKS": 2}
+    place["PMI_JOBID"] = str(tmp_path)
+    [(kind, text)] = ranks((place, {"timeout_s": 0.5}))
+    assert kind == "RendezvousError"
+    assert "rank 1 of 2 (from PMI_RANK, PMI_SIZE)" in text
+    assert "for rank 0 to start its store" in text
+
+
+def test_an_observer_that_is_none_is_refused():
+    with pytest.raises(ferro.UsageError, match="3 is no observer: it has no started, finished"):
+        ferro.init(observers=[3])
+
+
 def test_several_hosts_need_to_be_told_where_to_meet(ranks):
     variables = {"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 4}
     variables |= {"OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
@@ -250,6 +272,7 @@ def test_several_hosts_need_to_be_told_where_to_meet(ranks):
 def test_meeting_again_and_again_where_rank_zero_hosts_the_store(ranks, tmp_path):
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": f"again {tmp_path}"}
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     places = [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(2)]
     assert ranks(*places, source=AGAIN, read=str.strip) == ["ok", "ok"]
 

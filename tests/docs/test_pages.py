@@ -86,6 +86,13 @@ def test_the_backend_of_the_backends_page_is_complete(tmp_path, monkeypatch):
         assert f"rank {rank}: 18.0" in ended.stdout
 
 
+def test_the_programs_of_the_testing_page_run():
+    page = (ROOT / "docs" / "testing.md").read_text()
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)
+
+
 def test_generated_parts_are_up_to_date():
     page = ROOT / "docs" / "generate.py"
     assert subprocess.run([sys.executable, page, "--check"], timeout=60).returncode == 0

@@ -171,7 +171,7 @@ while len(os.listdir({str(started)!r})) < 4: time.sleep(0.01)
     assert not any(map(alive, found))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signals_are_passed_on(
     script: Script, started: Path, start: Callable, signum: signal.Signals
 ) -> None:
@@ -194,6 +194,29 @@ sleep()
     assert sorted(out.decode().splitlines()) == [f"[{r}] got {signum.name}" for r in (0, 1)]
     assert f"ferro run: the launcher was stopped by {signum.name}" in err.decode()
     assert not any(map(alive, found))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_that_are_the_programs_own_reach_every_rank_and_end_nothing(
+    script: Script, started: Path, start: Callable, signum: signal.Signals
+) -> None:
+    program = script(
+        SLEEP
+        + f"""
+def note(number, frame):
+    print("got", signal.Signals(number).name)
+    sys.exit(0)
+signal.signal({int(signum)}, note)
+open(os.path.join({str(started)!r}, str(os.getpid())), "w")
+sleep()
+"""
+    )
+    process = start("run", "-n", 2, program)
+    pids(started, 2)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+    assert sorted(out.decode().splitlines()) == [f"[{r}] got {signum.name}" for r in (0, 1)]
 
 
 def test_a_second_signal_does_not_wait(script: Script, started: Path, start: Callable) -> None:

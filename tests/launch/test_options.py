@@ -42,7 +42,7 @@ def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "PROGRAM"),
+        ([], "name a program to run"),
         (["--frobnicate", __file__], "--frobnicate"),
         (["-n", "many", __file__], "'many'"),
         (["-n", "0", __file__], "-n 0"),

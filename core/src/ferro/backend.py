@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -380,4 +380,6 @@ class Backend(ABC):
 def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
     """Return the error for a label that differs from this rank's own call."""
     theirs = Call.from_label(label)
+    if mine.op == "send":  # one label stands for both ends of a transfer; it was this one's
+        mine = replace(mine, op="recv")
     return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {theirs}", peer=peer)

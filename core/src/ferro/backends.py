@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendInfo
-from ferro.plugins import Offer, Plugins, by_name, installed
+from ferro.plugins import Offer, Plugins, by_name, how_to_install, installed, own_extras
 from ferro.types import Availability
 
 
@@ -86,13 +86,7 @@ def _absent(name: str, others: list[str]) -> str:
 
 
 def _remedy(name: str) -> str:
-    """Say what to install, reading ferro's own extras."""
-    from importlib_metadata import PackageNotFoundError, metadata  # as in plugins.installed
-
-    try:
-        extras = metadata("ferro").get_all("Provides-Extra") or []
-    except PackageNotFoundError:
-        extras = []
-    if name in extras:
-        return f"Install it: pip install 'ferro[{name}]'."
+    """Say what to install, when it is one of ferro's own extras."""
+    if name in own_extras():
+        return f"Install it {how_to_install(name)}."
     return f"Check the spelling, or install the distribution that offers {name!r}."

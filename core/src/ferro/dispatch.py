@@ -63,7 +63,8 @@ class Dispatcher:
         """Return the time that an operation is given."""
         if timeout_s is None:
             return self._members.timeout_s
-        if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+        number = isinstance(timeout_s, int | float | np.number)
+        if not number or not 0 < timeout_s <= threading.TIMEOUT_MAX:
             raise UsageError(
                 f"timeout_s must be a positive number of seconds, at most "
                 f"{threading.TIMEOUT_MAX:.0f}, not {timeout_s!r}"

@@ -319,8 +319,9 @@ class ProcessGroup(ArrayCollectives):
             key: members are ordered by it, then by their rank here.
             timeout_s: deadline in seconds; the group's when None.
         """
-        if color is not None and color < 0:
-            raise UsageError(f"split: color must be None or at least 0, not {color}")
+        whole = isinstance(color, int | np.integer)
+        if color is not None and (not whole or color < 0):
+            raise UsageError(f"split: color must be None or a number from 0, not {color!r}")
         mine = np.array([[-1 if color is None else color, key]])
         left_s = self._dispatch.countdown(timeout_s)
         table = self.all_gather(mine, timeout_s=left_s())

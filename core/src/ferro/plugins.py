@@ -171,3 +171,21 @@ def _call(
 def _distribution(entry: EntryPoint) -> str:
     """Return "name version" of the distribution that an entry point came with."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def own_extras() -> list[str]:
+    """Return the names of ferro's extras: of the plugins that come with it."""
+    from importlib_metadata import PackageNotFoundError, metadata  # as in `installed`
+
+    try:
+        return metadata("ferro").get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        return []
+
+
+def how_to_install(extra: str) -> str:
+    """Say how one of ferro's own plugins is installed; the public index has another "ferro"."""
+    return (
+        f"from where ferro came from: a checkout (pip install ./plugins/{extra}) or wheels "
+        f"(pip install --find-links dist 'ferro[{extra}]')"
+    )

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
 _MOST_CHARACTERS = 8192
+_SAME_CALLS = (
+    "Make every rank issue the same calls in the same order, with the same dtype, size, "
+    "reduction and root"
+)
 _CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 
@@ -181,10 +185,12 @@ def _symptom(error: BaseException, scene: Scene) -> FerroError:
     """Return what this rank can say by itself."""
     op, group, rank, n = scene.call.op, scene.group, scene.rank, len(scene.hosts)
     if isinstance(error, CollectiveMismatch):
+        number, remedy = f" (#{scene.call.seq})", _SAME_CALLS
+        if scene.peers:
+            number, remedy = "", "Receive with the dtype and number of elements that are sent"
         return CollectiveMismatch(
-            f"ranks made different calls on group {scene.group!r} (#{scene.call.seq}): {error}. "
-            "The group can no longer be used. Make every rank issue the same calls in the same "
-            "order, with the same dtype, size, reduction and root.",
+            f"ranks made different calls on group {scene.group!r}{number}: {error}. "
+            f"The group can no longer be used. {remedy}.",
             op=op,
             group=group,
             rank=rank,

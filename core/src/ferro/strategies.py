@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import PluginError
 from ferro.hookspecs import Strategy, StrategyInfo
-from ferro.plugins import Offer, by_name, installed
+from ferro.plugins import Offer, by_name, how_to_install, installed
 
 
 def available() -> dict[str, str]:
@@ -28,11 +28,14 @@ def get(name: str) -> Strategy:
     if isinstance(offer, PluginError):
         raise offer
     if offer is None:
-        others = ", ".join(available()) or "none"
-        raise PluginError(
-            f"no installed plugin offers the strategy {name!r} (installed: {others}). "
-            "ferro's own come with: pip install 'ferro[strategies]'."
-        )
+        others = ", ".join(available())
+        if others:
+            remedy = (
+                f"there are: {others}; check the spelling, or install the plugin that offers it"
+            )
+        else:
+            remedy = f"none is installed; ferro's own are installed {how_to_install('strategies')}"
+        raise PluginError(f"no installed plugin offers the strategy {name!r}: {remedy}")
     return offer.item.load()
 
 

@@ -16,7 +16,7 @@ from ferro import backends, collectives, plugins
 from ferro.backend import BackendConfig
 from ferro.collectives.choose import Choice
 from ferro.environment import LaunchInfo, Options
-from ferro.errors import BackendUnavailable, FerroError, RendezvousError
+from ferro.errors import BackendUnavailable, FerroError, PluginError, RendezvousError, UsageError
 from ferro.group import ProcessGroup
 from ferro.hookspecs import BackendInfo
 from ferro.members import Members
@@ -107,7 +107,7 @@ class World:
         choice = Choice(deterministic=deterministic, fixed=fixed)
         choice.check()
         offered = plugins.installed().offers("ferro_observers", object)
-        self._observers = (*observers, *(cast(Observer, offer.item) for offer in offered))
+        self._observers = tuple(map(_observer, (*observers, *(o.item for o in offered))))
         return chosen, choice
 
     def _choose_backend(self, name: str | None) -> BackendInfo:
@@ -116,10 +116,11 @@ class World:
         if name is None and info.world_size == 1:
             name = "simulated"  # core's own, enough for one rank
         if name is None:
-            raise BackendUnavailable(
-                "default",
-                f"no installed backend offers to be it under launcher {info.launcher!r}",
-                "Install one (`pip install 'ferro[all]'` brings all), or name one in ferro.init().",
+            there = ", ".join(backends.available())
+            raise PluginError(
+                f"no backend between processes is installed (installed: {there}): install one of "
+                f"ferro's extras ({', '.join(plugins.own_extras())}), "
+                f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
             )
         chosen = backends.get(name)
         found = chosen.probe()
@@ -140,7 +141,16 @@ class World:
             settings=settings,
             problem=problem,
         )
-        return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
+        try:
+            return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
+        except RendezvousError as error:
+            server = None if self._meeting is None else self._meeting.server
+            if server is not None and server.refused:
+                error.add_note(
+                    f"The store turned away {server.refused} connections with another secret: "
+                    "is FERRO_SECRET the same on all ranks?"
+                )
+            raise
 
     def _config(
         self,
@@ -170,7 +180,7 @@ class World:
             try:
                 observer.close()
             except Exception as error:  # noqa: BLE001 - the store must be left all the same
-                _log.error("observer %s: %s", type(observer).__name__, error)
+                _log.error("ferro: observer %s: %s", type(observer).__name__, error)
         if self._meeting is not None:
             self._say_goodbye(self._meeting, patience_s)
             self._meeting.close()
@@ -184,3 +194,15 @@ class World:
                 self._store.get("all gone", deadline=time.monotonic() + patience_s)
         except (RendezvousError, TimeoutError) as error:
             _log.debug("goodbye: %s", error)
+
+
+def _observer(item: object) -> Observer:
+    """Return an observer that has what is called.
+
+    Raises:
+        UsageError: it has not.
+    """
+    lacking = [name for name in ("started", "finished", "close") if not hasattr(item, name)]
+    if lacking:
+        raise UsageError(f"{item!r} is no observer: it has no {', '.join(lacking)}")
+    return cast(Observer, item)

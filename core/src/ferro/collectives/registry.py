@@ -29,7 +29,10 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
     offers = installed().offers("ferro_collectives", CollectiveInfo)
     claims = _table(offers).get((collective, algorithm), [])
     if not claims:
-        others = ", ".join(available().get(collective, ())) or "none"
+        if collective not in available():
+            there = ", ".join(available())
+            raise UsageError(f"there is no collective {collective!r}; there are: {there}")
+        others = ", ".join(available()[collective])
         raise UsageError(f"no algorithm {algorithm!r} for {collective!r}; there are: {others}")
     if len(claims) > 1:
         distributions = " and by ".join(distribution for _, distribution in claims)

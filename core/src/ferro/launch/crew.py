@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from ferro.launch.guard import Guard
-from ferro.launch.signals import SignalPipe
+from ferro.launch.signals import PASSED_ON, STOPPING, SignalPipe
 from ferro.launch.worker import Worker
 
-END_GRACE_S = 3.0
+END_GRACE_S = 2.5
 """Between the signal that asks ranks to end and the one that makes them."""
 
 _TICK_S = 0.5
@@ -88,7 +88,15 @@ class Crew:
             now = time.monotonic()
             for worker in self.workers:
                 worker.output.release_due(now)
-        return self._signals.take()
+        return self._pass_on(self._signals.take())
+
+    def _pass_on(self, received: Sequence[signal.Signals]) -> list[signal.Signals]:
+        """Give the ranks what is theirs; return the signals that are to stop the launcher."""
+        for signum in received:
+            if signum in PASSED_ON:
+                for worker in self.running():
+                    worker.pass_on(signum)
+        return [signum for signum in received if signum in STOPPING]
 
     def end(self, signum: signal.Signals) -> None:
         """Signal all groups, wait, and kill what is left; a second signal to us cuts the wait."""

@@ -68,6 +68,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises UsageError where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
+        if "PROGRAM" in message:
+            message = "name a program to run, as in: ferro run -n 2 train.py"
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 

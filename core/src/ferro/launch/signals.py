@@ -8,7 +8,8 @@ import socket
 from types import FrameType, TracebackType
 from typing import Self
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # to ranks that handle them, as under Slurm
 
 
 class SignalPipe:
@@ -27,7 +28,7 @@ class SignalPipe:
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._previous = {
             signum: signal.signal(signum, _wake)
-            for signum in (*_STOPPING, signal.SIGCHLD)
+            for signum in (*STOPPING, *PASSED_ON, signal.SIGCHLD)
             if signum is signal.SIGCHLD or signal.getsignal(signum) is not signal.SIG_IGN
         }
         return self
@@ -49,12 +50,12 @@ class SignalPipe:
         return self._reader.fileno()
 
     def take(self) -> list[signal.Signals]:
-        """The stopping signals that arrived since the last call, in order."""
+        """The signals that arrived since the last call, in order, but for SIGCHLD."""
         received = b""
         with contextlib.suppress(BlockingIOError):
             while chunk := self._reader.recv(4096):
                 received += chunk
-        return [signal.Signals(number) for number in received if number in _STOPPING]
+        return [signal.Signals(n) for n in received if n in (*STOPPING, *PASSED_ON)]
 
 
 def _wake(_signum: int, _frame: FrameType | None) -> None:

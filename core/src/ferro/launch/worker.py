@@ -98,6 +98,12 @@ class Worker:
                 if not self.read(pipe):
                     break
 
+    def pass_on(self, signum: signal.Signals) -> None:
+        """Hand the rank itself a signal that is not to end it."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signum)
+
     def signal(self, signum: signal.Signals) -> None:
         """Send a signal to the rank and its descendants, as far as they share its group."""
         if self.gone:

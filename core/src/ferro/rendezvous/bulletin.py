@@ -13,6 +13,7 @@ import os
 import secrets
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ferro.errors import RendezvousError, UsageError
@@ -20,6 +21,7 @@ from ferro.rendezvous import private
 from ferro.rendezvous.addresses import remaining_s
 
 MAX_TEXT_BYTES = 4096
+_KEPT_S = 24 * 3600.0
 
 _FIRST_PAUSE_S = 0.002
 _LONGEST_PAUSE_S = 0.05
@@ -43,6 +45,7 @@ def post(name: str, text: str, *, directory: Path | None = None) -> None:
     note = _note(name, directory)
     draft = note.with_name(f"{note.name}.{secrets.token_hex(8)}")
     try:
+        _clear_old(note.parent)
         private.create(draft, content)
         os.replace(draft, note)
     except OSError as exc:
@@ -76,10 +79,10 @@ def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
         left = remaining_s(deadline)
         if not left:
             raise RendezvousError(
-                f"nobody posted the note {name!r} in {note.parent} within "
-                f"{time.monotonic() - started:.1f} s. Rank 0 of this host posts it when its store "
-                f"listens: read its log first. Ranks on several hosts need an address: use "
-                f"`ferro run`, or set MASTER_ADDR and MASTER_PORT."
+                f"nobody posted {name!r} in {note.parent} within "
+                f"{time.monotonic() - started:.1f} s. Read the log of rank 0 first; ranks on "
+                f"several hosts need an address: use `ferro run`, or set MASTER_ADDR and "
+                f"MASTER_PORT"
             )
         time.sleep(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -96,6 +99,14 @@ def remove(name: str, *, directory: Path | None = None) -> None:
         note.unlink(missing_ok=True)
     except OSError as exc:
         raise RendezvousError(f"cannot remove a note in {note.parent}: {exc}") from exc
+
+
+def _clear_old(board: Path) -> None:
+    """Take down notes of jobs that ended without doing so themselves."""
+    for old in board.iterdir():
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _KEPT_S:
+                old.unlink()
 
 
 def _note(name: str, directory: Path | None) -> Path:

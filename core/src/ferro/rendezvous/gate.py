@@ -111,6 +111,7 @@ class Gate:
         # In order of arrival, and so of deadlines.
         self._visitors: dict[_Visitor, None] = {}
         self._rests_until: float | None = None
+        self.refused = 0  # how many came with another secret
         listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
@@ -183,6 +184,7 @@ class Gate:
         except OSError:
             delivered = False
         except handshake.HandshakeError as exc:
+            self.refused += isinstance(exc, handshake.WrongSecretError)
             _log.info("the %r gate turned a connection away: %s", self._purpose, exc)
             with suppress(OSError):
                 sock.send(exc.reply)

@@ -3,15 +3,17 @@
 | launcher gives                      | the store                                               |
 |-------------------------------------|---------------------------------------------------------|
 | FERRO_STORE (`ferro run`)           | runs there already                                      |
-| ranks on one host                   | rank 0 hosts it on loopback, on a free port, and posts  |
+| MASTER_ADDR and MASTER_PORT         | rank 0 hosts it there                                   |
+| the same, by torchrun, whose agent  | on one host: as below; on several: rank 0 hosts it on   |
+| listens on that port itself         | the next port                                           |
+| nothing, ranks on one host          | rank 0 hosts it on loopback, on a free port, and posts  |
 |                                     | the address on the host's bulletin                      |
-| several hosts, MASTER_ADDR and _PORT| rank 0 hosts it there; on the next port where torchrun's|
-|                                     | agent listens on that one itself                        |
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import time
 from dataclasses import dataclass, field
@@ -71,7 +73,7 @@ def meet(info: LaunchInfo, number: int, *, explicit: bool, deadline: float) -> M
     secret = info.secret or derive(per_user_secret(), _job(info, here))
     if info.store is not None:
         return Meeting(store=StoreClient(info.store, secret, deadline=deadline), secret=secret)
-    if here and not explicit:
+    if here and not explicit and (info.master is None or info.master_port_taken):
         return _meet_here(info, number, secret, deadline)
     address = _agreed_address(info)
     if info.rank == 0:
@@ -84,7 +86,17 @@ def _meet_here(info: LaunchInfo, number: int, secret: bytes, deadline: float) ->
     """Meet on loopback, through the host's bulletin."""
     note = f"store {number} of {info.job}"
     if info.rank:
-        text = bulletin.read(note, deadline=deadline)
+        started = time.monotonic()
+        try:
+            text = bulletin.read(note, deadline=deadline)
+        except RendezvousError as error:
+            raise RendezvousError(
+                f"{info.describe()}: waited {time.monotonic() - started:.1f} s on "
+                f"{socket.gethostname()} (pid {os.getpid()}) for rank 0 to start its store; ranks "
+                f"of one host meet through notes there ({error})",
+                rank=info.rank,
+                peer=0,
+            ) from error
         return _visit(parse_address(text, source="bulletin"), number, secret, deadline)
     server = StoreServer(secret=secret)
     bulletin.post(note, format_address(server.address))

@@ -71,6 +71,11 @@ class StoreServer:
     ) -> None:
         self.close()
 
+    @property
+    def refused(self) -> int:
+        """How many connections came with another secret and were turned away."""
+        return self._gate.refused
+
     def close(self) -> None:
         """Disconnect everybody and end the thread; idempotent.
 
