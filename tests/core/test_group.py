@@ -403,3 +403,18 @@ def test_a_mean_by_an_algorithm_that_says_nothing_of_combining_once():
         patch.setattr(SimulatedBackend, "create_group", classmethod(create_group))
         results = simulate(lambda group: float(group.all_reduce(4.0, "mean")), 4, timeout_s=5)
     assert results == [4.0] * 4
+
+
+def test_a_tag_for_every_message_does_not_disturb_the_order_of_collectives():
+    """More lanes of transfers than are kept: only idle ones go, and never the collectives'."""
+
+    def work(group):
+        group.barrier()
+        for tag in range(600):
+            if group.rank == 0:
+                group.send(np.array(tag), 1, tag)
+            elif group.rank == 1:
+                assert group.recv(np.array(0), 0, tag) == tag
+        return float(group.all_reduce(1.0))
+
+    assert simulate(work, 3, timeout_s=5) == [3.0] * 3

@@ -171,11 +171,9 @@ while len(os.listdir({str(started)!r})) < 4: time.sleep(0.01)
     assert not any(map(alive, found))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signals_are_passed_on(
-    script: Script, started: Path, start: Callable, signum: signal.Signals
-) -> None:
-    program = script(
+def note_signal(signum: signal.Signals, started: Path) -> str:
+    """A program that says that it is there, and ends well when it gets the signal."""
+    return (
         SLEEP
         + f"""
 def note(number, frame):
@@ -186,6 +184,13 @@ open(os.path.join({str(started)!r}, str(os.getpid())), "w")
 sleep()
 """
     )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_signals_are_passed_on(
+    script: Script, started: Path, start: Callable, signum: signal.Signals
+) -> None:
+    program = script(note_signal(signum, started))
     process = start("run", "-n", 2, program)
     found = pids(started, 2)
     process.send_signal(signum)
@@ -200,17 +205,7 @@ sleep()
 def test_signals_that_are_the_programs_own_reach_every_rank_and_end_nothing(
     script: Script, started: Path, start: Callable, signum: signal.Signals
 ) -> None:
-    program = script(
-        SLEEP
-        + f"""
-def note(number, frame):
-    print("got", signal.Signals(number).name)
-    sys.exit(0)
-signal.signal({int(signum)}, note)
-open(os.path.join({str(started)!r}, str(os.getpid())), "w")
-sleep()
-"""
-    )
+    program = script(note_signal(signum, started))
     process = start("run", "-n", 2, program)
     pids(started, 2)
     process.send_signal(signum)

@@ -11,6 +11,9 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+from ferro.arrays import name_of
+from ferro.types import Array
+
 _LABEL = struct.Struct("<BB10siQI28s")  # 56 bytes, aligned
 LABEL_BYTES = _LABEL.size
 _DETAIL_BYTES = 28
@@ -41,9 +44,9 @@ class Call:
 
     Attributes:
         op: name of the operation, one of `OPS` ("send" stands for both ends of a transfer).
-        seq: number of the collective in its group, from 0; 0 for a transfer.
+        seq: number of the collective in its group, from 0.
         dtype: NumPy name of the element type, "" where there are no elements.
-        count: elements in the call's buffer (per rank, where ranks have different ones: 0).
+        count: elements in each rank's buffer; in all of them, where they have uneven sizes.
         reduction: name of the reduction, "callable" for a user's function, "" for none.
         root: the root, or -1.
         detail: what else must agree, in words: the shape, or uneven sizes. The label carries its
@@ -75,12 +78,11 @@ class Call:
         return Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
 
     @classmethod
-    def from_label(cls, label: bytes, seq: int = 0) -> Call:
+    def from_label(cls, label: bytes) -> Call:
         """Read a label back; unknown codes are shown as numbers, for they are in an error."""
         op, reduction, dtype, root, count, _, detail = _LABEL.unpack(label)
         return cls(
             op=OPS[op] if op < len(OPS) else f"operation {op}",
-            seq=seq,
             dtype=dtype.rstrip(b"\0").decode("ascii", "replace"),
             count=count,
             reduction=_REDUCTIONS[reduction] if reduction < len(_REDUCTIONS) else "?",
@@ -101,9 +103,9 @@ class Call:
         return f"{self.op}({', '.join(words)})"
 
 
-def transfer_call(dtype: str, count: int) -> Call:
-    """Return the call that both ends of a transfer make."""
-    return Call("send", dtype=dtype, count=count)
+def transfer_call(buffer: Array) -> Call:
+    """Return the call that both ends of a transfer of this buffer make."""
+    return Call("send", dtype=name_of(buffer.dtype), count=buffer.size)
 
 
 def collective_tag(seq: int) -> int:

@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ferro.arrays import name_of
 from ferro.backend import Backend, mismatch
 from ferro.calls import LABEL_BYTES, Call, transfer_call
 from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
@@ -28,7 +27,6 @@ from ferro.postmortem import Postmortem, Scene
 from ferro.types import Array
 from ferro.work import Lane, LaneClosed
 
-_COLLECTIVES = "collectives"
 _MOST_LANES = 256
 _LEAST_S = 1e-3  # what is left of a deadline that has passed: enough to fail properly
 
@@ -47,8 +45,9 @@ class Dispatcher:
     def __init__(self, backend: Backend, members: Members) -> None:
         self.backend = backend
         self._members = members
-        self._postmortem = Postmortem(members.store)
-        self._lanes: dict[object, Lane] = {}
+        self._postmortem = Postmortem(members, backend.rank)
+        self._collectives = Lane(f"ferro-{members.name}-collectives")
+        self._transfers: dict[Way, Lane] = {}
         self._lock = threading.Lock()
         self._dead: FerroError | None = None
         self._closed = False
@@ -109,7 +108,7 @@ class Dispatcher:
             self._carry_out(numbered, move, nbytes, allowed)
             return finish()
 
-        return self._in_lane(self._lane(_COLLECTIVES), call.op, operation, async_op)
+        return self._in_lane(self._collectives, call.op, operation, async_op)
 
     def transfer(
         self,
@@ -139,9 +138,7 @@ class Dispatcher:
     def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
         if not self.backend.labels_frames:
-            label = np.frombuffer(
-                transfer_call(name_of(buffer.dtype), buffer.size).label(), np.uint8
-            )
+            label = np.frombuffer(transfer_call(buffer).label(), np.uint8)
             self.backend.send(label, peer, tag=tag, deadline=deadline)
         self.backend.send(buffer, peer, tag=tag, deadline=deadline)
 
@@ -150,7 +147,7 @@ class Dispatcher:
         if not self.backend.labels_frames:
             label = np.empty(LABEL_BYTES, np.uint8)
             self.backend.recv(label, peer, tag=tag, deadline=deadline)
-            expected = transfer_call(name_of(buffer.dtype), buffer.size)
+            expected = transfer_call(buffer)
             if label.tobytes() != expected.label():
                 raise mismatch(self.backend.rank, expected, peer, label.tobytes())
         self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
@@ -160,8 +157,8 @@ class Dispatcher:
     ) -> None:
         """Send one message and receive another at the same time."""
         if not self.backend.labels_frames:
-            mine = transfer_call(name_of(source.dtype), source.size).label()
-            expected = transfer_call(name_of(target.dtype), target.size)
+            mine = transfer_call(source).label()
+            expected = transfer_call(target)
             label = np.empty(LABEL_BYTES, np.uint8)
             self.backend.exchange(
                 [(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline
@@ -199,7 +196,7 @@ class Dispatcher:
         if self._dead is None and not self._closed:
             name = self._members.name
             self._dead = GroupClosed(f"group {name!r} was aborted", group=name)
-            self._postmortem.aborted(self._scene(Call("barrier"), 0.0, 0.0))
+            self._postmortem.aborted()
         self.backend.abort()
 
     def close(self, patience_s: float) -> None:
@@ -208,14 +205,16 @@ class Dispatcher:
             if self._closed:
                 return
             self._closed = True
-            lanes = list(self._lanes.values())
+            # A sendrecv goes through its sending lane into its receiving one: close in this order.
+            ways = sorted(self._transfers, key=lambda way: way.direction, reverse=True)
+            lanes = [self._collectives, *(self._transfers[way] for way in ways)]
         if os.getpid() != self._pid:
             return  # the connections are the parent's
         deadline = time.monotonic() + (0.0 if self._dead else patience_s)
         drained = [lane.close(deadline) for lane in lanes]
         if not all(drained):
             if self._dead is None:
-                self._postmortem.left(self._scene(Call("barrier"), 0.0, 0.0))
+                self._postmortem.left()
             self.backend.abort()
         self.backend.close()
 
@@ -229,13 +228,15 @@ class Dispatcher:
                 rank=self.backend.rank,
             ) from self._dead
 
-    def _lane(self, key: object) -> Lane:
+    def _lane(self, way: Way) -> Lane:
         with self._lock:
-            lane = self._lanes.get(key)
+            lane = self._transfers.get(way)
             if lane is None:
-                if len(self._lanes) >= _MOST_LANES:  # a tag for every message makes as many
-                    self._lanes = {k: old for k, old in self._lanes.items() if not old.idle}
-                lane = self._lanes[key] = Lane(f"ferro-{self._members.name}-{key}")
+                if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
+                    busy = {w: old for w, old in self._transfers.items() if not old.idle}
+                    self._transfers = busy
+                name = f"{way.direction} {way.peer} tag {way.tag}"
+                lane = self._transfers[way] = Lane(f"ferro-{self._members.name}-{name}")
             return lane
 
     def _in_lane(
@@ -265,8 +266,7 @@ class Dispatcher:
         failure = ""
 
         def die(error: BaseException) -> FerroError:
-            elapsed = time.monotonic() - started
-            return self._die(error, self._scene(call, allowed, elapsed, peers))
+            return self._die(error, Scene(call, peers, allowed, time.monotonic() - started))
 
         try:
             action(started + allowed)
@@ -312,19 +312,6 @@ class Dispatcher:
         with self._lock:
             self._dead = self._dead or cause
         return cause
-
-    def _scene(
-        self, call: Call, allowed: float, elapsed: float, peers: tuple[int, ...] = ()
-    ) -> Scene:
-        return Scene(
-            group=self._members.name,
-            rank=self.backend.rank,
-            hosts=self._members.hosts,
-            call=call,
-            peers=peers,
-            timeout_s=allowed,
-            elapsed_s=elapsed,
-        )
 
     def _event(self, call: Call, nbytes: int) -> Event:
         return Event(

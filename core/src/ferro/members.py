@@ -43,6 +43,10 @@ class Members:
     host_copies: bool = False
     observers: tuple[Observer, ...] = ()
 
+    def who(self, rank: int) -> str:
+        """Return a rank with its host, for messages."""
+        return f"rank {rank} (host {self.hosts[rank]})"
+
     def some(self, ranks: Sequence[int], name: str, store: Store) -> Members:
         """Return the members of a group of some of these ranks."""
         return replace(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ferro import codec
 from ferro.calls import Call
@@ -26,9 +25,7 @@ from ferro.errors import (
     PeerLost,
     RendezvousError,
 )
-
-if TYPE_CHECKING:
-    from ferro.rendezvous.store import Store
+from ferro.members import Members
 
 _NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
 _MOST_CHARACTERS = 8192
@@ -39,23 +36,21 @@ _SAME_CALLS = (
 _CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Scene:
-    """Where it happened: one call on one rank."""
+    """Where it happened: one call on this rank.
 
-    group: str
-    rank: int
-    hosts: Sequence[str]
+    Attributes:
+        call: what was called.
+        peers: the other ranks of a transfer; () for a collective, in which all take part.
+        timeout_s: the seconds allowed.
+        elapsed_s: the seconds gone.
+    """
+
     call: Call
+    peers: tuple[int, ...]
     timeout_s: float
     elapsed_s: float
-    peers: tuple[int, ...] = ()  # of a transfer, in which the other ranks take no part
-
-    def head(self) -> str:
-        """Return the place in words."""
-        if self.peers:
-            return f"{self.call.op} with rank {self.peers[0]} on group {self.group!r}"
-        return f"{self.place()} on group {self.group!r}"
 
     def place(self) -> str:
         """Return the call and its number, as ranks note it for each other."""
@@ -67,16 +62,19 @@ class Scene:
             return note.startswith(("send", "recv"))
         return note == self.place()
 
-    def who(self, rank: int) -> str:
-        """Return a rank with its host."""
-        return f"rank {rank} (host {self.hosts[rank]})"
-
 
 class Postmortem:
-    """Agrees on the cause of a group's death through the group's store."""
+    """Agrees on the cause of a group's death through the group's store.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store.prefix("death")
+    Args:
+        members: the group.
+        rank: this rank in it.
+    """
+
+    def __init__(self, members: Members, rank: int) -> None:
+        self._store = members.store.prefix("death")
+        self._members = members
+        self._rank = rank
 
     def cause(self, error: BaseException, scene: Scene, wake: Callable[[], None]) -> FerroError:
         """Return the error that this rank raises for `error`; wake the others if it is first.
@@ -94,28 +92,27 @@ class Postmortem:
             return self._write(error, scene, wake)
         except Exception:  # noqa: BLE001 - the group dies, whatever its store answers
             wake()  # without a store every rank has only its own symptom to tell
-            return _symptom(error, scene)
+            return self._symptom(error, scene)
 
-    def aborted(self, scene: Scene) -> None:
+    def aborted(self) -> None:
         """Write the certificate of a group that its user aborts on this rank."""
-        self._certify("GroupClosed", f"group {scene.group!r} was aborted by", scene)
+        self._certify("GroupClosed", "was aborted")
 
-    def left(self, scene: Scene) -> None:
+    def left(self) -> None:
         """Write the certificate of a group that this rank leaves in the middle of operations."""
-        self._certify(
-            "PeerLost", f"group {scene.group!r} was left, with operations under way, by", scene
-        )
+        self._certify("PeerLost", "was left, with operations under way,")
 
-    def _certify(self, kind: str, what: str, scene: Scene) -> None:
-        record = {"kind": kind, "text": f"{what} {scene.who(scene.rank)}", "peer": scene.rank}
+    def _certify(self, kind: str, what: str) -> None:
+        text = f"group {self._members.name!r} {what} by {self._members.who(self._rank)}"
         try:
             if self._store.add("claims", 1) == 1:
+                record = {"kind": kind, "text": text, "peer": self._rank}
                 self._store.set("certificate", codec.encode(record))
         except (RendezvousError, OSError):
             return  # the others will see connections close
 
     def _note(self, scene: Scene) -> None:
-        self._store.set(f"note/{scene.rank}", scene.place().encode())
+        self._store.set(f"note/{self._rank}", scene.place().encode())
 
     def _note_of(self, rank: int, deadline: float) -> str:
         try:
@@ -127,7 +124,7 @@ class Postmortem:
         late = isinstance(error, TimeoutError)
         if late:
             wake()  # the others note that they were there
-        found = self._timeout(scene) if late else _symptom(error, scene)
+        found = self._timeout(scene) if late else self._symptom(error, scene)
         record = {
             "kind": type(found).__name__,
             "text": _writable(str(found)),
@@ -144,12 +141,13 @@ class Postmortem:
         raw = self._store.get("certificate", deadline=time.monotonic() + _CERTIFICATE_S)
         record = codec.decode(raw)
         assert isinstance(record, dict), "a certificate is a table"
-        return _rebuild(record, scene)
+        return self._rebuild(record, scene)
 
     def _timeout(self, scene: Scene) -> CollectiveTimeout:
         """Ask who was there; a rank that was in another call has not arrived, and says where."""
-        others = scene.peers or [r for r in range(len(scene.hosts)) if r != scene.rank]
-        arrived, missing, silent = [scene.rank], [], []
+        n = len(self._members.hosts)
+        others = scene.peers or [r for r in range(n) if r != self._rank]
+        arrived, missing, silent = [self._rank], [], []
         absent = []
         deadline = time.monotonic() + _NOTES_S
         for rank in others:
@@ -158,7 +156,7 @@ class Postmortem:
                 arrived.append(rank)
                 continue
             missing.append(rank)
-            absent.append(scene.who(rank) + (f", which was in {note}" if note else ""))
+            absent.append(self._members.who(rank) + (f", which was in {note}" if note else ""))
             if not note:
                 silent.append(rank)
         if missing:
@@ -168,11 +166,11 @@ class Postmortem:
             told = "all ranks were there"
             remedy = "Raise timeout_s, or look for a slow or broken link"
         return CollectiveTimeout(
-            f"{scene.head()} did not finish within {scene.timeout_s:g} s; {told}. "
+            f"{self._head(scene)} did not finish within {scene.timeout_s:g} s; {told}. "
             f"The group can no longer be used. {remedy}.",
             op=scene.call.op,
-            group=scene.group,
-            rank=scene.rank,
+            group=self._members.name,
+            rank=self._rank,
             seq=scene.call.seq,
             seconds=scene.timeout_s,
             peer=scene.peers[0] if scene.peers else None,
@@ -180,78 +178,84 @@ class Postmortem:
             missing=missing,
         )
 
-
-def _symptom(error: BaseException, scene: Scene) -> FerroError:
-    """Return what this rank can say by itself."""
-    op, group, rank, n = scene.call.op, scene.group, scene.rank, len(scene.hosts)
-    if isinstance(error, CollectiveMismatch):
-        number, remedy = f" (#{scene.call.seq})", _SAME_CALLS
-        if scene.peers:
-            number, remedy = "", "Receive with the dtype and number of elements that are sent"
-        return CollectiveMismatch(
-            f"ranks made different calls on group {scene.group!r}{number}: {error}. "
-            f"The group can no longer be used. {remedy}.",
-            op=op,
-            group=group,
-            rank=rank,
-            peer=error.peer,
-        )
-    if isinstance(error, PeerLost) and error.peer is not None:
-        return PeerLost(
-            f"{scene.head()} failed: {scene.who(error.peer)} of {n} is gone, noticed by "
-            f"rank {scene.rank} after {scene.elapsed_s:.1f} s of {scene.timeout_s:g} s "
-            f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
-            "then restart the job, or go on without it through shrink().",
-            op=op,
-            group=group,
-            rank=rank,
-            peer=error.peer,
-            host=scene.hosts[error.peer],
-        )
-    if isinstance(error, TimeoutError):
-        return CollectiveTimeout(
-            f"{scene.head()} did not finish within {scene.timeout_s:g} s on rank {scene.rank}, "
-            "and the store could not be reached to ask for the others. "
+    def _symptom(self, error: BaseException, scene: Scene) -> FerroError:
+        """Return what this rank can say by itself."""
+        members, op, rank = self._members, scene.call.op, self._rank
+        group, n = members.name, len(members.hosts)
+        if isinstance(error, CollectiveMismatch):
+            number, remedy = f" (#{scene.call.seq})", _SAME_CALLS
+            if scene.peers:
+                number, remedy = "", "Receive with the dtype and number of elements that are sent"
+            return CollectiveMismatch(
+                f"ranks made different calls on group {group!r}{number}: {error}. "
+                f"The group can no longer be used. {remedy}.",
+                op=op,
+                group=group,
+                rank=rank,
+                peer=error.peer,
+            )
+        if isinstance(error, PeerLost) and error.peer is not None:
+            return PeerLost(
+                f"{self._head(scene)} failed: {members.who(error.peer)} of {n} is gone, noticed by "
+                f"rank {rank} after {scene.elapsed_s:.1f} s of {scene.timeout_s:g} s "
+                f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
+                "then restart the job, or go on without it through shrink().",
+                op=op,
+                group=group,
+                rank=rank,
+                peer=error.peer,
+                host=members.hosts[error.peer],
+            )
+        if isinstance(error, TimeoutError):
+            return CollectiveTimeout(
+                f"{self._head(scene)} did not finish within {scene.timeout_s:g} s on rank {rank}, "
+                "and the store could not be reached to ask for the others. "
+                "The group can no longer be used.",
+                op=op,
+                group=group,
+                rank=rank,
+                seq=scene.call.seq,
+                seconds=scene.timeout_s,
+                arrived=(rank,),
+            )
+        return GroupClosed(
+            f"{self._head(scene)} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
             "The group can no longer be used.",
             op=op,
             group=group,
             rank=rank,
-            seq=scene.call.seq,
-            seconds=scene.timeout_s,
-            arrived=(scene.rank,),
         )
-    return GroupClosed(
-        f"{scene.head()} failed on rank {scene.rank} of {n}: {type(error).__name__}: {error}. "
-        "The group can no longer be used.",
-        op=op,
-        group=group,
-        rank=rank,
-    )
 
+    def _rebuild(self, record: Mapping[str, object], scene: Scene) -> FerroError:
+        """Return the certificate's error as this rank's own."""
+        text, kind = str(record["text"]), record["kind"]
+        op, group, rank = scene.call.op, self._members.name, self._rank
+        peer = record.get("peer")
+        peer = peer if isinstance(peer, int) else None
+        if kind == "CollectiveMismatch":
+            return CollectiveMismatch(text, op=op, group=group, rank=rank, peer=peer)
+        if kind == "PeerLost":
+            host = None if peer is None else self._members.hosts[peer]
+            return PeerLost(text, op=op, group=group, rank=rank, peer=peer, host=host)
+        if kind == "CollectiveTimeout":
+            return CollectiveTimeout(
+                text,
+                op=op,
+                group=group,
+                rank=rank,
+                seq=scene.call.seq,
+                seconds=scene.timeout_s,
+                arrived=_numbers(record.get("arrived")),
+                missing=_numbers(record.get("missing")),
+            )
+        return GroupClosed(text, op=op, group=group, rank=rank)
 
-def _rebuild(record: Mapping[str, object], scene: Scene) -> FerroError:
-    """Return the certificate's error as this rank's own."""
-    text, kind = str(record["text"]), record["kind"]
-    op, group, rank = scene.call.op, scene.group, scene.rank
-    peer = record.get("peer")
-    peer = peer if isinstance(peer, int) else None
-    if kind == "CollectiveMismatch":
-        return CollectiveMismatch(text, op=op, group=group, rank=rank, peer=peer)
-    if kind == "PeerLost":
-        host = None if peer is None else scene.hosts[peer]
-        return PeerLost(text, op=op, group=group, rank=rank, peer=peer, host=host)
-    if kind == "CollectiveTimeout":
-        return CollectiveTimeout(
-            text,
-            op=op,
-            group=group,
-            rank=rank,
-            seq=scene.call.seq,
-            seconds=scene.timeout_s,
-            arrived=_numbers(record.get("arrived")),
-            missing=_numbers(record.get("missing")),
-        )
-    return GroupClosed(text, op=op, group=group, rank=rank)
+    def _head(self, scene: Scene) -> str:
+        """Return the place in words."""
+        group = self._members.name
+        if scene.peers:
+            return f"{scene.call.op} with rank {scene.peers[0]} on group {group!r}"
+        return f"{scene.place()} on group {group!r}"
 
 
 def _numbers(value: object) -> list[int]:

@@ -1,7 +1,8 @@
 """Work, the handle of an asynchronous operation, and Lane, the thread that carries them out.
 
 A group's collectives run in the order issued, so they share one lane; transfers between two
-ranks have a lane for each peer and direction, so that a receive that waits holds up no send.
+ranks have a lane for each direction, peer and tag, so that a receive that waits holds up nothing
+but what must come after it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Work(Generic[Result]):
     Attributes:
         op: name of the operation, such as "all_reduce".
         seq: its number among the group's collectives, from 0; for a transfer, its number among
-            those in this direction with this peer.
+            those in this direction, with this peer and tag, that are outstanding together.
     """
 
     def __init__(self, op: str, seq: int, run: Callable[[], Result]) -> None:

@@ -1,7 +1,6 @@
 """The rendezvous: an authenticated key-value store over TCP, and how ranks find it."""
 
 from ferro.rendezvous import bulletin
-from ferro.rendezvous.bulletin import post, read, remove
 from ferro.rendezvous.client import StoreClient
 from ferro.rendezvous.dial import connect
 from ferro.rendezvous.gate import Gate, listen
@@ -22,7 +21,4 @@ __all__ = [
     "derive",
     "listen",
     "per_user_secret",
-    "post",
-    "read",
-    "remove",
 ]

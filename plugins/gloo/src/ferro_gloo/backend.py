@@ -6,11 +6,11 @@ the call's label, so a mismatch is found where it happens and costs no message o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import numpy as np
 
-from ferro.arrays import name_of
 from ferro.backend import Backend, BackendConfig, mismatch
 from ferro.calls import Call, in_context, is_collective, transfer_call
 from ferro.collectives import Choice
@@ -23,7 +23,7 @@ from ferro_gloo.mesh import connect_mesh
 
 _NOTHING = np.empty(0, np.uint8)
 _READY = 1 << 32  # above every user's tag: the receiver of a long transfer is ready for the rest
-_READY_LABEL = transfer_call("", 0).label()
+_READY_LABEL = transfer_call(_NOTHING).label()
 
 
 class GlooBackend(Backend):
@@ -82,42 +82,44 @@ class GlooBackend(Backend):
         then the receiver says that it is ready, and the rest follows.
         """
         if is_collective(tag):
-            self._move(sends, recvs, tag, deadline, self._label)
+            self._move(sends, recvs, repeat(self._label), tag, deadline)
             return
+        labels = [transfer_call(buffer).label() for _, buffer in (*sends, *recvs)]
         first = slice(None, MAX_BODY)
-        self._move(_cut(sends, first), _cut(recvs, first), tag, deadline, *_labels(sends, recvs))
+        self._move(_cut(sends, first), _cut(recvs, first), labels, tag, deadline)
         long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
         long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
         if long_sends or long_recvs:
             ready = [(peer, _NOTHING) for peer, _ in long_recvs]
             awaited = [(peer, _NOTHING) for peer, _ in long_sends]
-            self._move(ready, awaited, tag | _READY, deadline, _READY_LABEL)
+            label = repeat(_READY_LABEL)
+            self._move(ready, awaited, label, tag | _READY, deadline)
             rest = slice(MAX_BODY, None)
-            self._move(_cut(long_sends, rest), _cut(long_recvs, rest), tag, deadline, _READY_LABEL)
+            self._move(_cut(long_sends, rest), _cut(long_recvs, rest), label, tag, deadline)
 
     def _move(
         self,
         sends: Sequence[tuple[int, Array]],
         recvs: Sequence[tuple[int, Array]],
+        labels: Iterable[bytes],
         tag: int,
         deadline: float,
-        *labels: bytes,
     ) -> None:
-        """Exchange buffers as frames; `labels` has one for all, or one for each buffer."""
+        """Exchange buffers as frames; `labels` are those of the sends, then of the receives."""
         tag = in_context(tag, self._context)
         outgoing, incoming = [], []
         headers: dict[tuple[int, bytes], bytes] = {}
-        several = len(labels) > 1
-        for number, (peer, buffer) in enumerate(sends):
-            label = labels[number] if several else labels[0]
+        label_of_next = iter(labels)
+        for peer, buffer in sends:
+            label = next(label_of_next)
             for body in _pieces(buffer):
                 key = (body.nbytes, label)
                 header = headers.get(key)
                 if header is None:
                     header = headers[key] = pack(body.nbytes, DATA, tag, label)
                 outgoing.append((self._ranks[peer], header, body))
-        for number, (peer, buffer) in enumerate(recvs, len(sends)):
-            label = labels[number] if several else labels[0]
+        for peer, buffer in recvs:
+            label = next(label_of_next)
             incoming += [(self._ranks[peer], label, body) for body in _pieces(buffer)]
         try:
             self._engine.exchange(outgoing, incoming, tag, deadline)
@@ -166,15 +168,6 @@ class GlooBackend(Backend):
             text = f"rank {self.rank} called {self.call}, rank {peer} too, but {error}"
             return CollectiveMismatch(text, peer=peer)
         return GroupClosed(str(error))
-
-
-def _labels(*several: Sequence[tuple[int, Array]]) -> list[bytes]:
-    """Return the label of each buffer's transfer."""
-    return [
-        transfer_call(name_of(buffer.dtype), buffer.size).label()
-        for items in several
-        for _, buffer in items
-    ]
 
 
 def _cut(items: Sequence[tuple[int, Array]], part: slice) -> list[tuple[int, Array]]:

@@ -96,18 +96,18 @@ class Engine:
             for peer, header, body in sends:
                 self._connections[peer].queue(header, body, pending)
                 touched.add(self._connections[peer])
-            inbox = Inbox()
             for connection in touched:
                 connection.flush()
-            if not self._driving:
-                # Little that is to come has seldom come yet, and looking for it costs more than
-                # being woken; of much, something mostly has.
-                if sum(memory.nbytes for _, _, memory in recvs) > _EAGER_BYTES:
-                    for connection in touched:
-                        connection.read(inbox)
+            if self._driving:
+                if any(connection.sending for connection in touched):
+                    self._wake()
+            elif sum(memory.nbytes for _, _, memory in recvs) > _EAGER_BYTES:
+                # Of much that is to come something mostly has; to look for little costs more than
+                # being woken.
+                inbox = Inbox()
+                for connection in touched:
+                    connection.read(inbox)
                 self._note(inbox)
-            elif self._polling and any(connection.sending for connection in touched):
-                self._wake()
             self._wait(pending, deadline)
 
     def abort(self, context: int, peers: Iterable[int]) -> None:
