@@ -128,7 +128,11 @@ def test_survivors_go_on_after_shrink(on_ranks):
         with pytest.raises(ferro.PeerLost, match="rank 1") as caught:
             group.all_reduce(np.ones(1000))
         assert caught.value.peer == 1
-        rest = group.shrink()
+        rest, again = group.shrink(), group.shrink()
+        for number in range(3):  # two groups, each with messages of its own
+            pending = rest.all_reduce(np.full(5, float(number)), async_op=True)
+            assert float(again.all_reduce(10.0)) == 30.0
+            assert pending.wait().tolist() == [3.0 * number] * 5
         return rest.rank, rest.global_ranks, float(rest.all_reduce(1.0))
 
     results = on_ranks(4, survive)

@@ -23,6 +23,7 @@ class Subgroups:
         self._backend = backend
         self._members = members
         self._made: dict[tuple[int, ...], int] = {}
+        self._shrunk = 0
 
     def make(
         self, ranks: Sequence[int], name: str | None, timeout_s: float
@@ -47,11 +48,12 @@ class Subgroups:
         """
         n, me, members = self._backend.world_size, self._backend.rank, self._members
         deadline = time.monotonic() + timeout_s
-        store = members.store.prefix("shrink")
+        store = members.store.prefix(f"shrink/{self._shrunk}")
+        self._shrunk += 1
         store.set(f"here/{me}", b"1")
         if store.add("first", 1) == 1:
             here = [r for r in range(n) if r == me or (r != lost and _came(store, r, deadline))]
-            context = members.job.add("groups", 1)
+            context = self._new_context()
             store.set("who", codec.encode([context, here]))
         else:
             try:
@@ -88,18 +90,23 @@ class Subgroups:
             )
         return chosen
 
+    def _new_context(self) -> int:
+        """Take a number that no other group of the job has."""
+        context = self._members.job.add("groups", 1)
+        if context > MAX_CONTEXT:
+            raise UsageError(f"this job has made more than {MAX_CONTEXT} groups")
+        return context
+
     def _context(self, ranks: tuple[int, ...], timeout_s: float) -> int:
         """Agree on the group's number: its first rank takes one and publishes it."""
-        made = self._made.get(ranks, 0)
         import hashlib  # here, for it costs milliseconds that `import ferro` should not
 
+        made = self._made.get(ranks, 0)
         digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:32]
         key = f"subgroup/{digest}/{made}"
         store = self._members.store
         if self._backend.rank == ranks[0]:
-            context = self._members.job.add("groups", 1)
-            if context > MAX_CONTEXT:
-                raise UsageError(f"this job has made more than {MAX_CONTEXT} groups")
+            context = self._new_context()
             store.set(key, str(context).encode())
             self._made[ranks] = made + 1
             return context
