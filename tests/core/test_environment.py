@@ -278,6 +278,10 @@ class TestOptions:
     def test_nothing_set(self) -> None:
         found = options({})
         assert (found.trace, found.gpu_fallback, found.timeout_s) == (None, False, None)
+        assert found.host_id == ""
+
+    def test_host_id(self) -> None:
+        assert options({"FERRO_HOST_ID": "rack 7"}).host_id == "rack 7"
 
     def test_all_set(self) -> None:
         found = options(

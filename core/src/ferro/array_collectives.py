@@ -14,13 +14,21 @@ import numpy as np
 from ferro import objects
 from ferro.arrays import Entry, Input, dtype_named, name_of
 from ferro.backend import Backend
-from ferro.calls import Call
+from ferro.calls import Call, array_call, shape_in_words
 from ferro.dispatch import Dispatcher
 from ferro.errors import UnsupportedError, UsageError
 from ferro.members import Members
 from ferro.reduction import ReduceFunction, Reduction, reduction_for
 from ferro.row_exchange import RowExchange
-from ferro.shapes import Outlet, checked_sizes, concatenated, cut_rows, flat, gathered_rows
+from ferro.shapes import (
+    Outlet,
+    checked_sizes,
+    concatenated,
+    cut_rows,
+    flat,
+    gathered_rows,
+    reaches_beyond,
+)
 from ferro.types import Array, Device, ReduceOp
 
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
@@ -158,7 +166,7 @@ class ArrayCollectives:
         result = Outlet(entry, out, shape)
         start = sum(counts[: self.rank])
         own = result.flat[start : start + counts[self.rank]]
-        own[...] = entry.array.reshape(-1)
+        own.reshape(entry.array.shape)[...] = entry.array
         return self._collect(
             self._call("all_gather", entry.array, sizes=sizes),
             lambda deadline: self._backend.all_gather(result.flat, counts, deadline=deadline),
@@ -188,6 +196,8 @@ class ArrayCollectives:
         result = Outlet(entry, out, shape) if self.rank == root else None
         block = flat(entry.array, private=async_op)
         whole = None if result is None else result.flat
+        if whole is not None and reaches_beyond(block, whole, counts, root):
+            block = block.copy()
         return self._collect(
             self._call("gather", entry.array, sizes=sizes, root=root),
             lambda deadline: self._backend.gather(block, whole, counts, root, deadline=deadline),
@@ -235,6 +245,8 @@ class ArrayCollectives:
         entry = entry or Entry(np.empty(0, dtype_named(dtype)))
         _, counts = concatenated(np.empty((0, *shape[1:])), rows)
         result = Outlet(entry, out, (rows[self.rank], *shape[1:]))
+        if source is not None and reaches_beyond(result.flat, source, counts, root):
+            source = source.copy()
         return self._collect(
             Call("scatter", dtype=dtype, count=sum(counts), root=root),
             lambda deadline: self._backend.scatter(
@@ -273,8 +285,9 @@ class ArrayCollectives:
         rows = cut_rows(entry.array, sizes, self.world_size, "reduce_scatter")
         _, counts = concatenated(entry.array, rows)
         result = Outlet(entry, out, (rows[self.rank], *entry.array.shape[1:]))
-        private = async_op or (out is not None and np.may_share_memory(result.array, entry.array))
-        source = flat(entry.array, private=private)
+        source = flat(entry.array, private=async_op)
+        if out is not None and np.may_share_memory(source, result.flat):
+            source = source.copy()
         return self._collect(
             self._call("reduce_scatter", entry.array, reduction=reduction, sizes=sizes),
             lambda deadline: self._backend.reduce_scatter(
@@ -392,20 +405,18 @@ class ArrayCollectives:
         uneven: bool = False,
     ) -> Call:
         """Describe a call as all ranks must make it; rows are left out where they may differ."""
-        rows = sizes is not None or uneven
-        shape = array.shape[1:] if rows else array.shape
-        detail = f"shape {'x'.join(map(str, shape)) or 'scalar'}"
-        if uneven:
-            detail = f"uneven rows of {detail}"
-        if sizes is not None:
-            detail = f"sizes {','.join(map(str, sizes))} of {detail}"
+        reduced = reduction.name if reduction else ""
+        if sizes is None and not uneven:
+            return array_call(op, array.dtype, array.shape, reduced, root)
+        rows = "uneven rows" if sizes is None else f"sizes {','.join(map(str, sizes))}"
+        shape = array.shape[1:]
         return Call(
             op,
             dtype=name_of(array.dtype),
             count=array.size if sizes is None else sum(sizes) * math.prod(shape),
-            reduction=reduction.name if reduction else "",
+            reduction=reduced,
             root=root,
-            detail=detail,
+            detail=f"{rows} of {shape_in_words(shape)}",
         )
 
     def _collect(

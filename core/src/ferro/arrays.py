@@ -40,6 +40,12 @@ _KINDS = "biufc"
 _EXTENDED = ("bfloat16",)
 _CPU_DLPACK = 1
 
+# Looked up in each call; of an enumeration it takes several times as long.
+_CPU, _CUDA = Device.CPU, Device.CUDA
+
+# How a result leaves as the kind of array that came in; None for NumPy's and CuPy's own.
+_Leave: TypeAlias = "Callable[[Array], object] | None"
+
 
 class Entry:
     """A user's array on its way through a call.
@@ -49,6 +55,8 @@ class Entry:
         device: where that memory is.
         copied: `array` is a copy on the host of the user's array on a GPU.
     """
+
+    __slots__ = ("_leave", "array", "copied", "device")
 
     def __init__(self, value: Input, *, what: str = "input") -> None:
         """Take an array in.
@@ -61,25 +69,12 @@ class Entry:
             UsageError: it is not an array.
             UnsupportedError: its dtype or device cannot be carried.
         """
-        self._leave: Callable[[Array], object] | None = None
-        self.device = Device.CPU
+        self.array, self.device, self._leave = _opened(value, what)
         self.copied = False
-        kind = type(value).__module__.partition(".")[0]
-        if isinstance(value, (np.ndarray, np.generic)):
-            self.array: Array = np.asarray(value)
-        elif kind == "cupy":
-            self.array = value  # type: ignore[assignment]
-            self.device = Device.CUDA
-        elif isinstance(value, SupportsDLPack):
-            self.array = _import(value, kind, what)
-            self._leave = _exporter(kind)
-        else:
-            self.array = _convert(value, what)
-        _check_dtype(self.array.dtype, what)
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Return new memory of the same dtype, on the same device."""
-        if self.device is Device.CUDA:
+        if self.device is _CUDA:
             empty: Array = sys.modules["cupy"].empty(shape, self.array.dtype)
             return empty
         return np.empty(shape, self.array.dtype)
@@ -89,7 +84,7 @@ class Entry:
         cupy = sys.modules["cupy"]
         self.array = cupy.asnumpy(self.array)
         self._leave = cupy.asarray
-        self.device = Device.CPU
+        self.device = _CPU
         self.copied = True
 
     def leave(self, result: Array) -> object:
@@ -111,18 +106,18 @@ def writable(
     """
     if not isinstance(value, np.ndarray) and not isinstance(value, SupportsDLPack):
         raise UsageError(f"{what} must be an array, not {type(value).__name__}")
-    entry = Entry(value, what=what)
-    array = entry.array
-    if entry.device is not device:
-        raise UsageError(f"{what} is on device {entry.device}, the result on {device}")
+    array, found, _ = _opened(value, what)
+    if found is not device:
+        raise UsageError(f"{what} is on device {found}, the result on {device}")
     if array.shape != shape or array.dtype != dtype:
         raise UsageError(
             f"{what} has shape {array.shape} and dtype {array.dtype}; the result has "
             f"shape {shape} and dtype {dtype}"
         )
-    if not array.flags.c_contiguous:
+    flags = array.flags
+    if not flags.c_contiguous:
         raise UsageError(f"{what} is not contiguous: pass a contiguous array")
-    if not getattr(array.flags, "writeable", True):
+    if not getattr(flags, "writeable", True):  # CuPy's flags have no such attribute
         raise UsageError(f"{what} is read-only: pass a writable array")
     return array
 
@@ -138,6 +133,23 @@ def dtype_named(name: str) -> np.dtype:
     if name in _EXTENDED and name not in np.sctypeDict:
         importlib.import_module("ml_dtypes")  # where these dtypes come from
     return np.dtype(name)
+
+
+def _opened(value: Input, what: str) -> tuple[Array, Device, _Leave]:
+    """Return what is in a user's array: the memory, where it is, how a result leaves."""
+    device, leave = _CPU, None
+    if isinstance(value, (np.ndarray, np.generic)):
+        array: Array = np.asarray(value)
+    elif (kind := type(value).__module__.partition(".")[0]) == "cupy":
+        array, device = value, _CUDA  # type: ignore[assignment]
+    elif isinstance(value, SupportsDLPack):
+        array, leave = _import(value, kind, what), _exporter(kind)
+    else:
+        array = _convert(value, what)
+    objection = _objection(array.dtype)
+    if objection:
+        raise UnsupportedError(f"{what} has {objection}")
+    return array, device, leave
 
 
 def _import(value: SupportsDLPack, kind: str, what: str) -> Array:
@@ -175,12 +187,6 @@ def _convert(value: object, what: str) -> Array:
             "with the *_object methods"
         )
     return array
-
-
-def _check_dtype(dtype: np.dtype, what: str) -> None:
-    objection = _objection(dtype)
-    if objection:
-        raise UnsupportedError(f"{what} has {objection}")
 
 
 @lru_cache(maxsize=256)

@@ -61,6 +61,8 @@ class BackendConfig:
             it over loopback.
         timeout_s: seconds that connecting may take.
         choice: which algorithm serves which call.
+        host_id: what the user calls this rank's host, "" for nothing: ranks with different ones
+            share no memory.
         options: the backend's own options, by name.
     """
 
@@ -73,6 +75,7 @@ class BackendConfig:
     store_host: str = "127.0.0.1"
     timeout_s: float = 60.0
     choice: Choice = field(default_factory=Choice)
+    host_id: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -7,12 +7,18 @@ and compares, so that a difference is an error that names both calls and never a
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ferro.arrays import name_of
 from ferro.types import Array
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LABEL = struct.Struct("<BB10siQI28s")  # 56 bytes, aligned
 LABEL_BYTES = _LABEL.size
@@ -38,9 +44,9 @@ MAX_TAG = (1 << 31) - 1
 MAX_CONTEXT = (1 << 24) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # frozen, numbering one takes four times as long
 class Call:
-    """One call on a group, as every rank must make it.
+    """One call on a group, as every rank must make it. Never changed: calls are shared.
 
     Attributes:
         op: name of the operation, one of `OPS` ("send" stands for both ends of a transfer).
@@ -74,7 +80,7 @@ class Call:
         )
 
     def numbered(self, seq: int) -> Call:
-        """Return this call as number `seq`; many times quicker than `dataclasses.replace`."""
+        """Return this call as number `seq`; many times as quick as `dataclasses.replace`."""
         return Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
 
     @classmethod
@@ -101,6 +107,26 @@ class Call:
         if self.detail:
             words.append(self.detail[:_DETAIL_BYTES])
         return f"{self.op}({', '.join(words)})"
+
+
+@lru_cache(maxsize=1024)
+def array_call(
+    op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: str = "", root: int = -1
+) -> Call:
+    """Return the call of a collective on arrays of one shape, remembered: programs repeat them."""
+    return Call(
+        op,
+        dtype=dtype.name,
+        count=math.prod(shape),
+        reduction=reduction,
+        root=root,
+        detail=shape_in_words(shape),
+    )
+
+
+def shape_in_words(shape: tuple[int, ...]) -> str:
+    """Return a shape as the detail of a call tells it."""
+    return f"shape {'x'.join(map(str, shape)) or 'scalar'}"
 
 
 def transfer_call(buffer: Array) -> Call:

@@ -99,13 +99,7 @@ class Dispatcher:
         self.check_open(call.op)
 
         def operation(seq: int) -> object:
-            numbered = call.numbered(seq)
-
-            def move(deadline: float) -> None:
-                self.backend.agree(numbered, deadline=deadline)
-                action(deadline)
-
-            self._carry_out(numbered, move, nbytes, allowed)
+            self._carry_out(call.numbered(seq), action, nbytes, allowed)
             return finish()
 
         return self._in_lane(self._collectives, call.op, operation, async_op)
@@ -258,36 +252,48 @@ class Dispatcher:
         allowed: float,
         peers: tuple[int, ...] = (),
     ) -> None:
+        """Carry out an operation, telling observers; one without `peers` is a collective."""
         self._check_alive(call.op)
-        event = self._event(call, nbytes) if self._members.observers else None
-        if event is not None:
-            self._tell("started", event)
+        if not self._members.observers:
+            self._attempt(call, action, allowed, peers)
+            return
+        event = self._event(call, nbytes)
+        self._tell("started", event)
         started = time.monotonic()
         failure = ""
-
-        def die(error: BaseException) -> FerroError:
-            return self._die(error, Scene(call, peers, allowed, time.monotonic() - started))
-
         try:
-            action(started + allowed)
-        except UnsupportedError as error:  # by the backend, on all ranks alike
-            failure = type(error).__name__
-            raise
-        except Exception as error:
-            died = die(error)
-            failure = type(died).__name__
-            raise died from error
+            self._attempt(call, action, allowed, peers)
         except BaseException as error:
             failure = type(error).__name__
-            # The user's interrupt is told to the others; a simulated rank that is killed tells
-            # nobody, as a real one could not.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                die(error)
             raise
         finally:
-            if event is not None:
-                seconds = time.monotonic() - started
-                self._tell("finished", replace(event, seconds=seconds, error=failure))
+            seconds = time.monotonic() - started
+            self._tell("finished", replace(event, seconds=seconds, error=failure))
+
+    def _attempt(
+        self,
+        call: Call,
+        action: Callable[[float], None],
+        allowed: float,
+        peers: tuple[int, ...],
+    ) -> None:
+        """Do it by its deadline; a failure ends the group with the cause that all report."""
+        started = time.monotonic()
+        deadline = started + allowed
+        try:
+            if not peers:
+                self.backend.agree(call, deadline=deadline)
+            action(deadline)
+        except UnsupportedError:  # by the backend, on all ranks alike
+            raise
+        except Exception as error:
+            scene = Scene(call, peers, allowed, time.monotonic() - started)
+            raise self._die(error, scene) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            # The user's interrupt is told to the others; a simulated rank that is killed tells
+            # nobody, as a real one could not.
+            self._die(error, Scene(call, peers, allowed, time.monotonic() - started))
+            raise
 
     def _tell(self, what: Literal["started", "finished"], event: Event) -> None:
         """Tell all observers; one that raises must not change what the ranks do."""

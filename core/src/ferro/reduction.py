@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ferro.errors import UnsupportedError, UsageError
+from ferro.half import reduce_halves
 from ferro.types import Array, ReduceOp
 
 # (a, b, out), given one-dimensional pieces of the arrays: out is a or b, or apart from both.
@@ -70,19 +71,22 @@ class Reduction:
         self._function = _function(op if self.op is None else _UFUNCS[self.op])
         if self.op is not None:
             _check(self.op, dtype)
-        self._wide = dtype.name in _HALF and self.op in _WIDENED
-        self.needs_all = self._wide or self.op is None
+        self._divides = self.op is ReduceOp.MEAN
+        self._half: np.ufunc | None = None  # where it is done in float32, by which function
+        if self.op in _WIDENED and dtype.name in _HALF:
+            self._half = _UFUNCS[self.op]
+        self.needs_all = self._half is not None or self.op is None
 
     def combine(self, operands: Sequence[Array], own: int, *, at_once: bool) -> None:
         """Reduce `operands`, left to right, into `operands[own]`; the others are scratch.
 
         Args:
-            operands: of one shape, in order of rank.
+            operands: one-dimensional and of equal length, in order of rank.
             own: which of them takes the result.
             at_once: these are all contributions there are; a mean is completed.
         """
-        if self._wide:
-            self._combine_wide(operands, own)
+        if self._half is not None:
+            self._reduce_halves(self._half, operands, operands[own], at_once)
             return
         total = operands[0]
         for index in range(1, len(operands)):
@@ -92,18 +96,38 @@ class Reduction:
         if at_once:
             self.finish(total)
 
+    def into(self, out: Array, operands: Sequence[Array], *, at_once: bool) -> None:
+        """Reduce `operands`, left to right, into `out`: the bits that `combine` gives.
+
+        Args:
+            out: takes the result. It is apart from all operands, or one of the first two itself.
+            operands: at least one; one-dimensional, of equal length, in order of rank. None is
+                changed, but the one that is `out`.
+            at_once: these are all contributions there are; a mean is completed.
+        """
+        if self._half is not None:
+            self._reduce_halves(self._half, operands, out, at_once)
+            return
+        count = len(operands)
+        if count > 1:
+            self._function(operands[0], operands[1], out)
+            for index in range(2, count):
+                self._function(out, operands[index], out)
+        elif out is not operands[0]:
+            out[...] = operands[0]
+        if at_once and self._divides:
+            self.finish(out)
+
     def finish(self, result: Array) -> None:
         """Complete a mean of which `result` is the sum, in place."""
-        if self.op is ReduceOp.MEAN:
+        if self._divides:
             np.true_divide(result, self.ranks, out=result)
 
-    def _combine_wide(self, operands: Sequence[Array], own: int) -> None:
-        total = operands[0].astype(np.float32)
-        for operand in operands[1:]:
-            self._function(total, operand.astype(np.float32), total)
-        if self.op is ReduceOp.MEAN:
-            total /= self.ranks
-        operands[own][...] = total
+    def _reduce_halves(
+        self, function: np.ufunc, operands: Sequence[Array], out: Array, at_once: bool
+    ) -> None:
+        divisor = self.ranks if at_once and self._divides else 1
+        reduce_halves(function, operands, out, divisor)
 
 
 def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:

@@ -31,10 +31,9 @@ class RowExchange:
         self._expected = expected
         self._out = out
         self._result: Outlet | None = None
+        self._source = flat(entry.array, private=async_op)
         if expected is not None:
             self._allocate(expected)
-        # Where `out` may be the input itself, rows would arrive before others have left.
-        self._source = flat(entry.array, private=async_op or out is not None)
 
     def run(self, deadline: float) -> None:
         """Move the rows; as many come from each rank as go to it."""
@@ -67,6 +66,8 @@ class RowExchange:
     def _allocate(self, receiving: Sequence[int]) -> None:
         shape, _ = concatenated(self._entry.array, receiving)
         self._result = Outlet(self._entry, self._out, shape)
+        if self._out is not None and np.may_share_memory(self._source, self._result.flat):
+            self._source = self._source.copy()  # rows would arrive before others have left
 
     def _move(self, receiving: Sequence[int], deadline: float) -> None:
         assert self._result is not None, "allocated when the sizes were known"

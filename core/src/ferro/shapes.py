@@ -21,6 +21,8 @@ class Outlet:
         flat: the same memory in one dimension, as backends take it.
     """
 
+    __slots__ = ("_entry", "_far", "_out", "array", "flat")
+
     def __init__(
         self, entry: Entry, out: object, shape: tuple[int, ...], what: str = "out"
     ) -> None:
@@ -34,7 +36,7 @@ class Outlet:
             self.array = entry.empty(shape)
         else:
             self.array = writable(out, shape, entry.array.dtype, entry.device, what)
-        self.flat: Array = self.array.reshape(-1)
+        self.flat: Array = _in_one_dimension(self.array)
 
     def fill(self, array: Array) -> None:
         """Copy the operand in, unless it is there already: `out` is often the input itself."""
@@ -50,8 +52,24 @@ class Outlet:
 
 def flat(array: Array, *, private: bool) -> Array:
     """Return the elements in one contiguous dimension; a copy when `private`."""
-    contiguous = np.ascontiguousarray(array).reshape(-1)
-    return contiguous.copy() if private and np.may_share_memory(contiguous, array) else contiguous
+    if private or not array.flags.c_contiguous:
+        array = array.copy()
+    return _in_one_dimension(array)
+
+
+def reaches_beyond(block: Array, whole: Array, counts: Sequence[int], rank: int) -> bool:
+    """Say whether a rank's block may share memory with the other ranks' blocks of `whole`.
+
+    Its own place in the whole is no other's: a block may lie there, and need not be copied.
+    """
+    end = sum(counts[: rank + 1])
+    before, after = whole[: end - counts[rank]], whole[end:]
+    return np.may_share_memory(block, before) or np.may_share_memory(block, after)
+
+
+def _in_one_dimension(array: Array) -> Array:
+    """Return a contiguous array as one of one dimension; a reshape costs even where it is one."""
+    return array if array.ndim == 1 else array.reshape(-1)
 
 
 def concatenated(array: Array, rows: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:

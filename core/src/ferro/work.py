@@ -73,7 +73,8 @@ class Lane:
     def __init__(self, name: str) -> None:
         self._name = name
         self._next = 0
-        self._change = threading.Condition()
+        self._lock = threading.RLock()  # by itself it is taken more quickly than by the condition
+        self._change = threading.Condition(self._lock)
         self._pending: deque[Work[object]] = deque()
         self._busy = False
         self._closed = False
@@ -90,7 +91,7 @@ class Lane:
         Raises:
             LaneClosed: the lane takes no more operations.
         """
-        with self._change:
+        with self._lock:
             seq = self._number()
             at_once = self.idle
             if at_once:
@@ -102,9 +103,10 @@ class Lane:
         try:
             return operation(seq)
         finally:
-            with self._change:
+            with self._lock:
                 self._busy = False
-                self._change.notify_all()
+                if self._pending or self._closed:  # otherwise nobody waits for it
+                    self._change.notify_all()
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
         """Queue an operation, which is told its number, and return at once.

@@ -168,6 +168,7 @@ class World:
             store_host="127.0.0.1" if meeting is None else meeting.store.remote_host,
             timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
+            host_id=self._given.host_id,
             options=backend_options,
         )
 

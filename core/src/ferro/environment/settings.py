@@ -24,11 +24,13 @@ class Options:
         gpu_fallback: a CPU backend may copy GPU arrays through the host
             (FERRO_ENABLE_GPU_FALLBACK, exactly "1").
         timeout_s: seconds that a collective may take (FERRO_TIMEOUT_S), or None.
+        host_id: what the user calls this process's host (FERRO_HOST_ID), "" when not at all.
     """
 
     trace: str | None
     gpu_fallback: bool
     timeout_s: float | None
+    host_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,7 @@ def options(environ: Mapping[str, str] | None = None) -> Options:
         trace=env.get("FERRO_TRACE") or None,
         gpu_fallback=env.get("FERRO_ENABLE_GPU_FALLBACK") == "1",
         timeout_s=timeout_s,
+        host_id=env.get("FERRO_HOST_ID", ""),
     )
 
 
