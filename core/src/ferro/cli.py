@@ -1,4 +1,4 @@
-"""The `ferro` command: `run`, `backends`, `--version`."""
+"""The `ferro` command: `run`, `bench`, `backends`, `--version`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def _dispatch(arguments: list[str]) -> int:
         from ferro.launch import parse_options, run  # as late as possible: --help is quick
 
         return run(parse_options(arguments[1:]))
+    if arguments[:1] == ["bench"]:  # in its own room, with its own options
+        from ferro import bench
+
+        return bench.run(bench.parse_options(arguments[1:]))
     given = _parser().parse_args(arguments)
     if given.command == "backends":
         return _show_backends(as_json=given.json)
@@ -66,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ferro {metadata.version('ferro')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands.add_parser("run", help="run a program as several ranks; see `ferro run --help`")
+    commands.add_parser("bench", help="measure collectives; see `ferro bench --help`")
     backends = commands.add_parser("backends", help="what is installed, and whether it can be used")
     backends.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

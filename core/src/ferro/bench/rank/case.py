@@ -1,0 +1,56 @@
+"""A case: one collective at one size, as the driver tells it to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# By how many bytes each rank's whole array passes over the busiest link, relative to its size and
+# for n ranks: nccl-tests' factors from algorithm to bus bandwidth. For `copy`, which is no
+# collective, it is what all n ranks together read and write in memory.
+BUS_FACTORS: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "broadcast": lambda n: 1.0,
+    "all_to_all": lambda n: (n - 1) / n,
+    "reduce": lambda n: 1.0,
+    "gather": lambda n: (n - 1) / n,
+    "scatter": lambda n: (n - 1) / n,
+    "sendrecv": lambda n: 1.0,
+    "barrier": lambda n: 0.0,
+    "copy": lambda n: 2.0 * n,
+}
+COLLECTIVES = tuple(BUS_FACTORS)
+IN_BLOCKS = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"})
+REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+OPS = ("sum", "prod", "min", "max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One collective at one size.
+
+    Attributes:
+        collective: its name, one of `COLLECTIVES`.
+        count: elements of the whole buffer: the result of all_gather and gather, the input of
+            the others; a multiple of the number of ranks where it is cut into blocks.
+        dtype: name of the elements' dtype.
+        op: the reduction's name; not used where nothing is reduced.
+        calls: timed calls in a turn.
+        check: compare every result.
+        async_op: start each call asynchronously, then wait for it.
+    """
+
+    collective: str
+    count: int
+    dtype: str
+    op: str
+    calls: int
+    check: bool
+    async_op: bool
+
+    @property
+    def settles(self) -> int:
+        """Calls before those that are timed: none where a turn is a single long call."""
+        return 1 if self.calls > 1 else 0

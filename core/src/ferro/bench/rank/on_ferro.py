@@ -1,0 +1,76 @@
+"""ferro, over the backend that the driver names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+import ferro
+
+from .case import Case
+from .library import Operation
+from .pattern import Numbers, dtype_of
+
+
+def connect(task: Mapping[str, str], _rank: int, _world_size: int) -> Ferro:
+    """Join the world that `ferro run` started."""
+    return Ferro(ferro.init(task["backend"] or None))
+
+
+class Ferro:
+    """See `Library`."""
+
+    def __init__(self, group: ferro.ProcessGroup) -> None:
+        self.rank = group.rank
+        self.world_size = group.world_size
+        self.version = f"ferro {metadata.version('ferro')}, {group.backend_name}"
+        self._group = group
+
+    def empty(self, count: int, dtype: str, memory: str) -> Numbers:
+        """See `Library`."""
+        if memory == "group":
+            return self._group.empty(count, dtype_of(dtype))
+        return np.empty(count, dtype_of(dtype))
+
+    def barrier(self) -> None:
+        """See `Library`."""
+        self._group.barrier()
+
+    def operation(self, case: Case, source: Numbers, target: Numbers) -> Operation:
+        """See `Library`."""
+        call = self._issue(case, source, target)
+        return (lambda: call().wait()) if case.async_op else call
+
+    def _issue(self, case: Case, source: Numbers, target: Numbers) -> Callable[[], Any]:
+        group, op, later = self._group, case.op, case.async_op
+        root = self.rank == 0
+        issues: dict[str, Callable[[], Any]] = {
+            "all_reduce": partial(group.all_reduce, source, op, out=target, async_op=later),
+            "broadcast": partial(group.broadcast, source, out=target, async_op=later),
+            "all_gather": partial(group.all_gather, source, out=target, async_op=later),
+            "reduce_scatter": partial(group.reduce_scatter, source, op, out=target, async_op=later),
+            "all_to_all": partial(group.all_to_all, source, out=target, async_op=later),
+            "reduce": partial(
+                group.reduce, source, op=op, out=target if root else None, async_op=later
+            ),
+            "gather": partial(group.gather, source, out=target if root else None, async_op=later),
+            "scatter": partial(group.scatter, source if root else None, out=target, async_op=later),
+            "sendrecv": partial(
+                group.sendrecv,
+                source,
+                target,
+                (self.rank + 1) % self.world_size,
+                (self.rank - 1) % self.world_size,
+                async_op=later,
+            ),
+            "barrier": partial(group.barrier, async_op=later),
+        }
+        return issues[case.collective]
+
+    def close(self) -> None:
+        """See `Library`."""
+        self._group.close()

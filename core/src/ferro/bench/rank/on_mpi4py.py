@@ -1,0 +1,74 @@
+"""An MPI through mpi4py, by the methods that take buffers and copy nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .case import Case
+from .library import Operation
+from .pattern import Numbers, dtype_of
+
+
+def connect(_task: Mapping[str, str], _rank: int, _world_size: int) -> MPI:
+    """Join the world that mpiexec started."""
+    return MPI()
+
+
+class MPI:
+    """See `Library`."""
+
+    def __init__(self) -> None:
+        self._mpi = importlib.import_module("mpi4py.MPI")
+        self._world = self._mpi.COMM_WORLD
+        self.rank: int = self._world.Get_rank()
+        self.world_size: int = self._world.Get_size()
+        # Open MPI separates what follows its version by commas, MPICH by lines.
+        version = self._mpi.Get_library_version().splitlines()[0].partition(",")[0]
+        self.version = " ".join(version.replace("Version:", "").split())
+
+    def empty(self, count: int, dtype: str, memory: str) -> Numbers:
+        """See `Library`; MPI's own memory is not measured."""
+        assert memory == "private"
+        return np.empty(count, dtype_of(dtype))
+
+    def barrier(self) -> None:
+        """See `Library`."""
+        self._world.Barrier()
+
+    def operation(self, case: Case, source: Numbers, target: Numbers) -> Operation:
+        """See `Library`."""
+        name, arguments = self._method(case, source, target)
+        if not case.async_op:
+            return partial(getattr(self._world, name), *arguments)
+        issue: Callable[[], Any] = partial(getattr(self._world, f"I{name.lower()}"), *arguments)
+        return lambda: issue().Wait()
+
+    def _method(
+        self, case: Case, source: Numbers, target: Numbers
+    ) -> tuple[str, tuple[object, ...]]:
+        """Return the blocking method's name and its arguments."""
+        op = getattr(self._mpi, case.op.upper())
+        at_root = self.rank == 0
+        to, from_ = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+        methods: dict[str, tuple[str, tuple[object, ...]]] = {
+            "all_reduce": ("Allreduce", (self._mpi.IN_PLACE, target, op)),
+            "broadcast": ("Bcast", (target, 0)),
+            "all_gather": ("Allgather", (source, target)),
+            "reduce_scatter": ("Reduce_scatter_block", (source, target, op)),
+            "all_to_all": ("Alltoall", (source, target)),
+            "reduce": ("Reduce", (source, target if at_root else None, op, 0)),
+            "gather": ("Gather", (source, target if at_root else None, 0)),
+            "scatter": ("Scatter", (source if at_root else None, target, 0)),
+            "sendrecv": ("Sendrecv", (source, to, 0, target, from_, 0)),
+            "barrier": ("Barrier", ()),
+        }
+        return methods[case.collective]
+
+    def close(self) -> None:
+        """See `Library`."""
+        self._mpi.Finalize()

