@@ -1,4 +1,4 @@
-"""gloo ranks as threads of this process: real sockets, quick to start, easy to look into."""
+"""gloo ranks as threads of this process: real sockets and memory, quick to start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ferro import BackendConfig, ProcessGroup
+from ferro import Backend, BackendConfig, ProcessGroup
 from ferro.members import Members
 from ferro.rendezvous import MemoryStore
 from ferro_gloo.backend import GlooBackend
@@ -25,6 +25,7 @@ class Ranks:
     host: str = "127.0.0.1"
     timeout_s: float = 10.0
     secret: bytes = SECRET
+    connect: Callable[[BackendConfig], Backend] = GlooBackend.connect
     store: MemoryStore = field(default_factory=MemoryStore)
     results: dict[int, object] = field(default_factory=dict)
     errors: dict[int, BaseException] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class Ranks:
                 store=self.store.prefix("group/0"),
                 timeout_s=self.timeout_s,
             )
-            with ProcessGroup(GlooBackend.connect(config), members) as group:
+            with ProcessGroup(self.connect(config), members) as group:
                 self.results[rank] = function(group)
         except BaseException as error:  # noqa: BLE001 - looked at by the test
             self.errors[rank] = error

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_gloo import connection
-from ferro_gloo.frame import DATA, HEADER_BYTES, MAX_BODY, pack
+from ferro_gloo.tcp import connection
+from ferro_gloo.tcp.frame import DATA, HEADER_BYTES, MAX_BODY, pack
 
 
 def test_messages_that_come_before_their_receive_are_kept_by_tag(on_ranks):
@@ -222,7 +222,7 @@ def test_a_long_send_that_nobody_receives_yet_holds_nobody_up(on_ranks):
             sending.wait()
             return total
         total = float(group.all_reduce(1.0))
-        early = group._backend._engine._connections[0]._early_bytes
+        early = group._backend._flat._engine._connections[0]._early_bytes
         assert early <= MAX_BODY
         assert not group.recv(long, 0).any()
         return total

@@ -11,7 +11,7 @@ import pytest
 
 import ferro
 from ferro.rendezvous import connect
-from ferro_gloo import mesh
+from ferro_gloo.tcp import mesh
 
 
 def total(group):

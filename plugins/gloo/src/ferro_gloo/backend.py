@@ -1,72 +1,66 @@
-"""GlooBackend: collectives on NumPy arrays over a mesh of TCP connections.
-
-The collectives themselves are core's schedules; this moves their segments. Every frame carries
-the call's label, so a mismatch is found where it happens and costs no message of its own.
-"""
+"""GlooBackend: a group's transfers over TCP, its collectives the way its ranks lie on hosts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+import time
+from collections.abc import Sequence
 
-import numpy as np
-
-from ferro.backend import Backend, BackendConfig, mismatch
-from ferro.calls import Call, in_context, is_collective, transfer_call
-from ferro.collectives import Choice
-from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
+from ferro.backend import Backend, BackendConfig
+from ferro.calls import Call
+from ferro.errors import UsageError
+from ferro.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.connection import DiffersError, EngineError, LengthError, LostError
-from ferro_gloo.engine import Engine
-from ferro_gloo.frame import DATA, MAX_BODY, pack
-from ferro_gloo.mesh import connect_mesh
+from ferro_gloo.hierarchy import Hierarchy
+from ferro_gloo.shm.backend import ShmBackend
+from ferro_gloo.shm.host import Host
+from ferro_gloo.shm.talk import swap
+from ferro_gloo.tcp.backend import TcpBackend
 
-_NOTHING = np.empty(0, np.uint8)
-_READY = 1 << 32  # above every user's tag: the receiver of a long transfer is ready for the rest
-_READY_LABEL = transfer_call(_NOTHING).label()
+# What `backend_options` may hold, each True unless said otherwise: ranks of one host share memory,
+# and use the native helper for it where it is built.
+_OPTIONS = ("shared_memory", "native_helper")
 
 
 class GlooBackend(Backend):
-    """One rank of a group over the mesh.
+    """One rank of a group.
+
+    Ranks on one host move collectives through shared memory, several hosts through shared memory
+    inside and TCP between; where nobody shares a host, or shared memory cannot be had, all goes
+    over TCP. The members find out which it is together, when their first collective begins.
 
     Args:
-        engine: drives the connections of this rank to all others of the world.
-        ranks: the members' ranks in the world.
-        rank: this one's in the group.
-        choice: which algorithm serves which call.
-        context: the group's number; 0 for the world, which owns the engine.
+        flat: the group over TCP.
+        host: this rank's host and the memory that it shares there.
     """
 
     labels_frames = True
 
-    def __init__(
-        self,
-        engine: Engine,
-        ranks: Sequence[int],
-        rank: int,
-        choice: Choice | None = None,
-        context: int = 0,
-    ) -> None:
-        super().__init__(rank, len(ranks), choice)
-        self._engine = engine
-        self._ranks = tuple(ranks)
-        self._index = {world: index for index, world in enumerate(ranks)}
-        self._context = context
-        self._label = b""
+    def __init__(self, flat: TcpBackend, host: Host) -> None:
+        super().__init__(flat.rank, flat.world_size, flat.choice)
+        self._flat = flat
+        self._host = host
+        self._way: Backend | None = None
+        self._current: Backend = flat
 
     @classmethod
     def connect(cls, config: BackendConfig) -> GlooBackend:
-        """Connect to all other ranks; every rank does."""
-        engine = Engine(connect_mesh(config) if config.world_size > 1 else {})
-        return cls(engine, range(config.world_size), config.rank, config.choice)
+        """Connect to all other ranks; every rank does.
+
+        Raises:
+            UsageError: there is no such option.
+        """
+        _check_options(config)
+        deadline = time.monotonic() + config.timeout_s
+        flat = TcpBackend.connect(config)
+        return cls(flat, Host.find(flat, config, deadline))
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`."""
-        self.exchange([(peer, buffer)], [], tag=tag, deadline=deadline)
+        self._flat.send(buffer, peer, tag=tag, deadline=deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.recv`."""
-        self.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
+        self._flat.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def exchange(
         self,
@@ -76,110 +70,129 @@ class GlooBackend(Backend):
         tag: int,
         deadline: float,
     ) -> None:
-        """See `Backend.exchange`; one thread moves all of it, in both directions.
-
-        Of a transfer longer than a frame only the first one travels before its receive is posted;
-        then the receiver says that it is ready, and the rest follows.
-        """
-        if is_collective(tag):
-            self._move(sends, recvs, repeat(self._label), tag, deadline)
-            return
-        labels = [transfer_call(buffer).label() for _, buffer in (*sends, *recvs)]
-        first = slice(None, MAX_BODY)
-        self._move(_cut(sends, first), _cut(recvs, first), labels, tag, deadline)
-        long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
-        long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
-        if long_sends or long_recvs:
-            ready = [(peer, _NOTHING) for peer, _ in long_recvs]
-            awaited = [(peer, _NOTHING) for peer, _ in long_sends]
-            label = repeat(_READY_LABEL)
-            self._move(ready, awaited, label, tag | _READY, deadline)
-            rest = slice(MAX_BODY, None)
-            self._move(_cut(long_sends, rest), _cut(long_recvs, rest), label, tag, deadline)
-
-    def _move(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        labels: Iterable[bytes],
-        tag: int,
-        deadline: float,
-    ) -> None:
-        """Exchange buffers as frames; `labels` are those of the sends, then of the receives."""
-        tag = in_context(tag, self._context)
-        outgoing, incoming = [], []
-        headers: dict[tuple[int, bytes], bytes] = {}
-        label_of_next = iter(labels)
-        for peer, buffer in sends:
-            label = next(label_of_next)
-            for body in _pieces(buffer):
-                key = (body.nbytes, label)
-                header = headers.get(key)
-                if header is None:
-                    header = headers[key] = pack(body.nbytes, DATA, tag, label)
-                outgoing.append((self._ranks[peer], header, body))
-        for peer, buffer in recvs:
-            label = next(label_of_next)
-            incoming += [(self._ranks[peer], label, body) for body in _pieces(buffer)]
-        try:
-            self._engine.exchange(outgoing, incoming, tag, deadline)
-        except EngineError as error:
-            raise self._explain(error) from error
+        """See `Backend.exchange`."""
+        self._flat.exchange(sends, recvs, tag=tag, deadline=deadline)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""
         self.call = call
-        self._label = call.label()
-        try:
-            self._engine.activate(in_context(self.tag, self._context), self._label)
-        except EngineError as error:
-            raise self._explain(error) from error
-        super().agree(call, deadline=deadline)
+        if self._way is None:
+            self._way = self._find_way(deadline)
+        self._current = self._flat if call.op in self.choice.fixed else self._way
+        self._current.agree(call, deadline=deadline)
+
+    def barrier(self, *, deadline: float) -> None:
+        """See `Backend.barrier`."""
+        self._current.barrier(deadline=deadline)
+
+    def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
+        """See `Backend.all_reduce`."""
+        self._current.all_reduce(buffer, reduction, deadline=deadline)
+
+    def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
+        """See `Backend.reduce`."""
+        self._current.reduce(buffer, reduction, root, deadline=deadline)
+
+    def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
+        """See `Backend.broadcast`."""
+        self._current.broadcast(buffer, root, deadline=deadline)
+
+    def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
+        """See `Backend.all_gather`."""
+        self._current.all_gather(buffer, counts, deadline=deadline)
+
+    def gather(
+        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
+    ) -> None:
+        """See `Backend.gather`."""
+        self._current.gather(block, out, counts, root, deadline=deadline)
+
+    def scatter(
+        self,
+        block: Array,
+        source: Array | None,
+        counts: Sequence[int],
+        root: int,
+        *,
+        deadline: float,
+    ) -> None:
+        """See `Backend.scatter`."""
+        self._current.scatter(block, source, counts, root, deadline=deadline)
+
+    def reduce_scatter(
+        self,
+        source: Array,
+        out: Array,
+        counts: Sequence[int],
+        reduction: Reduction,
+        *,
+        deadline: float,
+    ) -> None:
+        """See `Backend.reduce_scatter`."""
+        self._current.reduce_scatter(source, out, counts, reduction, deadline=deadline)
+
+    def all_to_all(
+        self,
+        source: Array,
+        out: Array,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        *,
+        deadline: float,
+    ) -> None:
+        """See `Backend.all_to_all`."""
+        self._current.all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
+
+    def allocate(self, nbytes: int) -> Array:
+        """Return memory that other ranks on this host can reduce and read in place."""
+        return self._host.allocate(nbytes)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return a group over the same connections; its frames carry its own number."""
-        members = [self._ranks[rank] for rank in ranks]
-        index = tuple(ranks).index(self.rank)
-        return GlooBackend(self._engine, members, index, self.choice, context)
+        """Return a group over the same connections and the same hosts."""
+        return GlooBackend(self._flat.subgroup(ranks, context), self._host)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the survivors' group: connections between the living outlast a group."""
+        """Return the survivors' group: what connects the living outlasts a group."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
-        """End this group's transfers on all its ranks; other groups go on."""
-        others = [rank for index, rank in enumerate(self._ranks) if index != self.rank]
-        self._engine.abort(self._context, others)
+        """End this group's operations on all its ranks; other groups go on."""
+        self._flat.abort()
 
     def close(self) -> None:
-        """Close the connections; of a subgroup, which owns none, nothing."""
-        if self._context == 0:
-            self._engine.close()
+        """Close the connections; of a subgroup, which owns none, only what is its own."""
+        if self._way is not None:
+            self._way.close()
+        self._flat.close()
 
-    def _explain(self, error: Exception) -> FerroError:
-        """Return ferro's error for one of the engine's, with ranks of this group."""
-        if isinstance(error, LostError):
-            return PeerLost(str(error), peer=self._index[error.peer])
-        if isinstance(error, DiffersError):
-            mine = Call.from_label(error.expected)
-            return mismatch(self.rank, mine, self._index[error.peer], error.got)
-        if isinstance(error, LengthError):
-            peer = self._index[error.peer]
-            text = f"rank {self.rank} called {self.call}, rank {peer} too, but {error}"
-            return CollectiveMismatch(text, peer=peer)
-        return GroupClosed(str(error))
+    def _find_way(self, deadline: float) -> Backend:
+        """Find out, together with all members, how this group's collectives move."""
+        hosts = self._host.members_by_host(self._flat.ranks)
+        mine = next(members for members in hosts if self.rank in members)
+        part = self._flat.part(mine)
+        region = self._host.open_region(part, deadline) if len(mine) > 1 else None
+        if len(hosts) > 1:
+            hosts = self._that_share(hosts, region is not None, deadline)
+        if len(hosts) == self.world_size or (region is None and len(hosts) == 1):
+            return self._flat
+        if region is None:
+            return Hierarchy(self._flat, hosts, self._flat.part([self.rank]))
+        local = ShmBackend(region, part, self._host.arenas)
+        return local if len(hosts) == 1 else Hierarchy(self._flat, hosts, local)
+
+    def _that_share(self, hosts: list[list[int]], shares: bool, deadline: float) -> list[list[int]]:
+        """Tell all whether this rank's host shares memory; where it does not, ranks are alone."""
+        told = swap(self._flat, bytes([shares]), deadline)
+        found: list[list[int]] = []
+        for members in hosts:
+            found += [members] if told[members[0]] == b"\1" else [[rank] for rank in members]
+        return sorted(found)
 
 
-def _cut(items: Sequence[tuple[int, Array]], part: slice) -> list[tuple[int, Array]]:
-    """Return part of every buffer's bytes."""
-    return [(peer, buffer.view(np.uint8)[part]) for peer, buffer in items]
-
-
-def _pieces(buffer: Array) -> list[memoryview]:
-    """Return the bytes of a buffer in pieces that fit a frame; one piece even when empty."""
-    if buffer.nbytes == 0:
-        return [memoryview(bytearray())]
-    whole = buffer.view(np.uint8).data
-    if whole.nbytes <= MAX_BODY:
-        return [whole]
-    return [whole[start : start + MAX_BODY] for start in range(0, whole.nbytes, MAX_BODY)]
+def _check_options(config: BackendConfig) -> None:
+    unknown = sorted(set(config.options) - set(_OPTIONS))
+    if unknown:
+        raise UsageError(
+            f"gloo has no option {', '.join(unknown)}: backend_options may hold "
+            f"{', '.join(_OPTIONS)}"
+        )

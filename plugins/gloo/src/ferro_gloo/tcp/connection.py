@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ferro.calls import collective_tag, context_of, in_context
-from ferro_gloo.frame import ABORT, DATA, HEADER_BYTES, MAX_BODY, unpack
+from ferro_gloo.tcp.frame import ABORT, DATA, HEADER_BYTES, MAX_BODY, unpack
 
 _READ_AHEAD = 16 << 10  # read with a header: a small body comes with it in one system call
 _FRAMES_PER_CALL = 8

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from ferro.calls import LABEL_BYTES, context_of, in_context
-from ferro_gloo.connection import (
+from ferro_gloo.tcp.connection import (
     AbortedError,
     Connection,
     DiffersError,
@@ -22,7 +22,7 @@ from ferro_gloo.connection import (
     Pending,
     Receive,
 )
-from ferro_gloo.frame import ABORT, pack
+from ferro_gloo.tcp.frame import ABORT, pack
 
 _LONGEST_POLL_S = 1.0
 _EAGER_BYTES = 16 << 10
@@ -109,6 +109,26 @@ class Engine:
                     connection.read(inbox)
                 self._note(inbox)
             self._wait(pending, deadline)
+
+    def look(self, context: int, peers: Iterable[int]) -> None:
+        """Take in what has come, without waiting; raise what ended the group or lost a peer.
+
+        Raises:
+            AbortedError, LostError.
+        """
+        with self._turn:
+            if not self._driving and not self._closed:
+                inbox = Inbox()
+                for connection in self._connections.values():
+                    connection.read(inbox)
+                self._note(inbox)
+            failure = self._failures.get(context)
+            if failure is not None:
+                raise failure
+            for peer in peers:
+                lost = self._connections[peer].lost
+                if lost is not None:
+                    raise lost
 
     def abort(self, context: int, peers: Iterable[int]) -> None:
         """End a group's transfers: wake its waiting threads here, and tell its other ranks."""

@@ -1,0 +1,1 @@
+"""Groups of ranks on one host, through memory that they share."""

@@ -1,0 +1,197 @@
+/* The native helper of ferro-gloo: counters in shared memory, and waiting for them.
+
+   Why this is right on weak memory models, ARM64 as well as x86-64: a rank writes its data with
+   plain stores, then its counter with release; another rank loads the counter with acquire, and
+   once it sees the value, it sees all that was written before it. Sleeping needs one order more:
+   a publisher stores the counter, then loads the number of sleepers; a sleeper adds itself to that
+   number, then loads the counter. All four are sequentially consistent, so at least one of the two
+   sees the other: the sleeper stays awake, or the publisher wakes it. The kernel compares the
+   counter once more, under its lock, before it lets anybody sleep.
+
+   One counter on the board, aligned to 8 bytes:
+
+       byte  0..7    int64   value, only grows; its low half is the futex word
+       byte  8..11   uint32  how many sleep on it; one who died asleep stays counted, which costs
+                             its publisher a system call a time, and harms nothing
+*/
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#if !defined(__linux__) || __SIZEOF_POINTER__ != 8
+#error "the native helper of ferro-gloo is for 64-bit Linux; elsewhere ferro-gloo is pure Python"
+#endif
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define COUNTER_BYTES 16
+#define SLEEPERS 8
+#define LOW_HALF (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0)
+#define MOST_TRIES 1000000
+#define MOST_SECONDS 86400
+
+PyObject *sum_half(PyObject *module, PyObject *args); /* in _half.c */
+
+typedef struct {
+    char *first;
+    Py_ssize_t stride, count;
+    int64_t value;
+} Awaited;
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield" ::: "memory");
+#endif
+}
+
+/* Return the index of the first counter that is behind, from `index` on, or -1. */
+static Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
+{
+    for (; index < awaited->count; index++) {
+        int64_t *counter = (int64_t *)(awaited->first + index * awaited->stride);
+        if (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < awaited->value)
+            return index;
+    }
+    return -1;
+}
+
+/* Sleep until the counter has the value, or `until`, or a signal; say whether it has it. */
+static int sleep_on(char *counter, int64_t value, const struct timespec *until)
+{
+    uint32_t *sleepers = (uint32_t *)(counter + SLEEPERS);
+    int64_t seen;
+    int ended = 0;
+    __atomic_fetch_add(sleepers, 1, __ATOMIC_SEQ_CST);
+    while ((seen = __atomic_load_n((int64_t *)counter, __ATOMIC_SEQ_CST)) < value && !ended) {
+        long failed = syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAIT_BITSET, (uint32_t)seen,
+                              until, NULL, FUTEX_BITSET_MATCH_ANY);
+        ended = failed && errno != EAGAIN;
+    }
+    __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST);
+    return seen >= value;
+}
+
+/* Spin, then yield, then sleep, from counter `index` on; return the first behind, or -1. */
+static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
+                                   long yields, double seconds)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    long nanoseconds = until.tv_nsec + (long)((seconds - (double)(time_t)seconds) * 1e9);
+    until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
+    until.tv_nsec = nanoseconds % 1000000000;
+    for (; index >= 0; index = first_behind(awaited, index)) {
+        if (spins > 0) {
+            spins--;
+            relax();
+        } else if (yields > 0) {
+            yields--;
+            sched_yield();
+        } else if (!sleep_on(awaited->first + index * awaited->stride, awaited->value, &until)) {
+            break;
+        }
+    }
+    return index;
+}
+
+/* Say whether the counters lie on the board, aligned; set an error if not. */
+static int lie_on(const Py_buffer *board, Py_ssize_t first, Py_ssize_t stride, Py_ssize_t count)
+{
+    if (first < 0 || first > board->len - COUNTER_BYTES || count < 1 || stride < COUNTER_BYTES ||
+        count - 1 > (board->len - COUNTER_BYTES - first) / stride || stride % 8 ||
+        ((uintptr_t)board->buf + (uintptr_t)first) % 8) {
+        PyErr_Format(PyExc_ValueError,
+                     "%zd counters (16 bytes each, %zd bytes apart, the first at byte %zd) do not "
+                     "lie, aligned to 8 bytes, on a board of %zd bytes",
+                     count, stride, first, board->len);
+        return 0;
+    }
+    return 1;
+}
+
+static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+{
+    if (given != 3)
+        return PyErr_Format(PyExc_TypeError, "publish() takes 3 arguments, not %zd", given);
+    Py_ssize_t offset = PyLong_AsSsize_t(args[1]);
+    int64_t value = PyLong_AsLongLong(args[2]);
+    Py_buffer board;
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &board, PyBUF_WRITABLE))
+        return NULL;
+    int right = lie_on(&board, offset, COUNTER_BYTES, 1);
+    if (right) {
+        char *counter = (char *)board.buf + offset;
+        __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+    PyBuffer_Release(&board);
+    return right ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+{
+    if (given != 8)
+        return PyErr_Format(PyExc_TypeError, "wait() takes 8 arguments, not %zd", given);
+    Py_ssize_t offset = PyLong_AsSsize_t(args[1]);
+    Awaited awaited = {NULL, PyLong_AsSsize_t(args[2]), PyLong_AsSsize_t(args[3]),
+                       PyLong_AsLongLong(args[4])};
+    long spins = PyLong_AsLong(args[5]), yields = PyLong_AsLong(args[6]);
+    double seconds = PyFloat_AsDouble(args[7]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (spins > MOST_TRIES || yields > MOST_TRIES)
+        return PyErr_Format(PyExc_ValueError, "wait() takes at most %d spins and as many yields",
+                            MOST_TRIES);
+    if (!(seconds > 0))
+        seconds = 0;
+    else if (seconds > MOST_SECONDS)
+        seconds = MOST_SECONDS;
+    Py_buffer board;
+    if (PyObject_GetBuffer(args[0], &board, PyBUF_WRITABLE))
+        return NULL;
+    int right = lie_on(&board, offset, awaited.stride, awaited.count);
+    Py_ssize_t behind = -1;
+    if (right) {
+        awaited.first = (char *)board.buf + offset;
+        behind = first_behind(&awaited, 0);
+    }
+    if (behind >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        behind = wait_without_gil(&awaited, behind, spins, yields, seconds);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&board);
+    if (!right)
+        return NULL;
+    return behind < 0 ? Py_NewRef(Py_None) : PyLong_FromSsize_t(behind);
+}
+
+static PyMethodDef functions[] = { /* described in _native.pyi */
+    {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
+    {"wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
+    {"sum_half", sum_half, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,1 @@
+"""Groups over a mesh of authenticated TCP connections."""
