@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ferro.calls import LABEL_BYTES, Call, array_call
+from ferro.calls import LABEL_BYTES, Call, array_call, uneven_call
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,17 @@ from ferro.calls import LABEL_BYTES, Call, array_call
 def test_a_call_tells_the_shape(shape, detail, count):
     call = array_call("all_reduce", np.dtype("f4"), shape, "mean", 2)
     assert call == Call("all_reduce", 0, "float32", count, "mean", 2, detail)
+
+
+def test_a_call_with_sizes_leaves_this_ranks_rows_out():
+    calls = [array_call("all_gather", np.dtype("f4"), (n, 3), sizes=(2, 5)) for n in (2, 5)]
+    assert calls[0] == calls[1]
+    assert calls[0] == Call("all_gather", dtype="float32", count=21, detail="sizes 2,5 of shape 3")
+
+
+def test_an_uneven_call_tells_the_shape_of_rows():
+    call = uneven_call("all_to_all", np.dtype("f4"), (3,))
+    assert call == Call("all_to_all", dtype="float32", detail="uneven rows of shape 3")
 
 
 def test_numbering_leaves_a_shared_call_alone():

@@ -96,6 +96,13 @@ def test_results_come_back_by_rank_as_they_were():
         }
 
 
+def test_variables_may_differ_by_rank():
+    results = run_ranks(
+        describe, 2, backend="postbox", args=(1.0, {}), env=lambda rank: {"MINE": f"rank {rank}"}
+    )
+    assert [result["variables"][3] for result in results] == ["rank 0", "rank 1"]
+
+
 @pytest.mark.parametrize("check", [check_objects, check_groups])
 def test_the_checks_run_on_processes(check):
     check(Case(backend="postbox", world_sizes=(2,)))

@@ -1,11 +1,12 @@
 """Work and Lane: operations run one at a time in the order issued, and end."""
 
+import sys
 import threading
 import time
 
 import pytest
 
-from ferro.work import Lane, LaneClosed, Work
+from ferro.work import Lane, LaneClosed, Work, in_lane
 
 S = 5.0
 
@@ -104,3 +105,33 @@ def test_a_lane_forgets_results_that_nobody_holds(lane):
     del work
     lane.run("op", lambda seq: None)
     assert held() is None
+
+
+def test_only_a_lanes_thread_is_one(lane):
+    assert not lane.run("op", lambda seq: in_lane())
+    assert lane.start("op", lambda seq: in_lane()).wait()
+    assert not in_lane()
+
+
+def test_threads_take_short_turns_while_a_lanes_thread_works(lane):
+    before = sys.getswitchinterval()
+    other = Lane("another test lane")
+    gate = threading.Event()
+    short = lane.start("op", lambda seq: sys.getswitchinterval())
+    works = [some.start("op", lambda seq: gate.wait(S)) for some in (lane, other)]
+    assert short.wait() < before
+    gate.set()
+    assert all(work.wait() for work in works)
+    assert lane.close(time.monotonic() + S)
+    assert other.close(time.monotonic() + S)
+    assert sys.getswitchinterval() == before
+
+
+def test_a_turn_that_the_user_sets_meanwhile_stays(lane):
+    before = sys.getswitchinterval()
+    try:
+        lane.start("op", lambda seq: sys.setswitchinterval(0.002)).wait()
+        assert lane.close(time.monotonic() + S)
+        assert sys.getswitchinterval() == pytest.approx(0.002)
+    finally:
+        sys.setswitchinterval(before)

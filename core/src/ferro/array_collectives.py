@@ -5,36 +5,31 @@ Argument checks, shapes, `out`, views and copies; the dispatcher carries the ope
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ferro import objects
-from ferro.arrays import Entry, Input, dtype_named, name_of
+from ferro import scatter_head
+from ferro.arrays import Entry, Input
 from ferro.backend import Backend
-from ferro.calls import Call, array_call, shape_in_words
+from ferro.calls import Call, array_call, uneven_call
 from ferro.dispatch import Dispatcher
-from ferro.errors import UnsupportedError, UsageError
+from ferro.errors import UsageError
+from ferro.layout import checked_sizes, cut, gathered
 from ferro.members import Members
-from ferro.reduction import ReduceFunction, Reduction, reduction_for
+from ferro.operands import Operands
+from ferro.reduction import ReduceFunction, reduction_for
 from ferro.row_exchange import RowExchange
-from ferro.shapes import (
-    Outlet,
-    checked_sizes,
-    concatenated,
-    cut_rows,
-    flat,
-    gathered_rows,
-    reaches_beyond,
-)
-from ferro.types import Array, Device, ReduceOp
+from ferro.shapes import Outlet, copy, flat, reaches_beyond
+from ferro.types import ReduceOp
 
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
 # because two overloads for each of fifteen methods would bury the contract.
 Outcome: TypeAlias = Any
 Op: TypeAlias = "ReduceOp | str | ReduceFunction"
+
+_BARRIER = Call("barrier")
 
 
 class ArrayCollectives:
@@ -53,10 +48,12 @@ class ArrayCollectives:
         self.rank = backend.rank
         self.world_size = backend.world_size
         self.backend_name = members.backend_name
-        self._members = members
         self._backend = backend
         self._dispatch = Dispatcher(backend, members)
-        self._told_host_copy = False
+        operands = Operands(backend, members)
+        self._enter = operands.enter
+        self._check_rank = operands.check_rank
+        self._check_peer = operands.check_peer
 
     def all_reduce(
         self,
@@ -80,13 +77,15 @@ class ArrayCollectives:
             An array of the shape and dtype of `x`.
         """
         entry = self._enter(x)
-        reduction = reduction_for(op, entry.array.dtype, self.world_size)
-        result = Outlet(entry, out, entry.array.shape)
-        result.fill(entry.array)
-        return self._collect(
-            self._call("all_reduce", entry.array, reduction=reduction),
+        array = entry.array
+        reduction = reduction_for(op, array.dtype, self.world_size)
+        result = Outlet(entry, out, array.shape)
+        result.fill(array)
+        return self._dispatch.collective(
+            array_call("all_reduce", array.dtype, array.shape, reduction.name),
             lambda deadline: self._backend.all_reduce(result.flat, reduction, deadline=deadline),
             result,
+            array.nbytes,
             async_op,
             timeout_s,
         )
@@ -104,17 +103,18 @@ class ArrayCollectives:
         """Reduce `x` over all ranks; `root` gets the result, the others None."""
         self._check_rank(root, "root")
         entry = self._enter(x)
-        reduction = reduction_for(op, entry.array.dtype, self.world_size)
+        array = entry.array
+        reduction = reduction_for(op, array.dtype, self.world_size)
         at_root = self.rank == root
-        result = Outlet(entry, out if at_root else None, entry.array.shape)
-        result.fill(entry.array)
-        return self._collect(
-            self._call("reduce", entry.array, reduction=reduction, root=root),
+        result = Outlet(entry, out if at_root else None, array.shape)
+        result.fill(array)
+        return self._dispatch.collective(
+            array_call("reduce", array.dtype, array.shape, reduction.name, root),
             lambda deadline: self._backend.reduce(result.flat, reduction, root, deadline=deadline),
-            result if at_root else None,
+            result if at_root else no_result,
+            array.nbytes,
             async_op,
             timeout_s,
-            nbytes=result.flat.nbytes,
         )
 
     def broadcast(
@@ -129,13 +129,15 @@ class ArrayCollectives:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
         entry = self._enter(x)
-        result = Outlet(entry, out, entry.array.shape)
+        array = entry.array
+        result = Outlet(entry, out, array.shape)
         if self.rank == root:
-            result.fill(entry.array)
-        return self._collect(
-            self._call("broadcast", entry.array, root=root),
+            result.fill(array)
+        return self._dispatch.collective(
+            array_call("broadcast", array.dtype, array.shape, root=root),
             lambda deadline: self._backend.broadcast(result.flat, root, deadline=deadline),
             result,
+            array.nbytes,
             async_op,
             timeout_s,
         )
@@ -161,16 +163,18 @@ class ArrayCollectives:
             An array of shape (sum of rows, …).
         """
         entry = self._enter(x)
-        rows = gathered_rows(entry.array, sizes, self.rank, self.world_size)
-        shape, counts = concatenated(entry.array, rows)
-        result = Outlet(entry, out, shape)
-        start = sum(counts[: self.rank])
-        own = result.flat[start : start + counts[self.rank]]
-        own.reshape(entry.array.shape)[...] = entry.array
-        return self._collect(
-            self._call("all_gather", entry.array, sizes=sizes),
-            lambda deadline: self._backend.all_gather(result.flat, counts, deadline=deadline),
+        array = entry.array
+        rows = checked_sizes(sizes, self.world_size)
+        layout = gathered(array.shape, rows, self.rank, self.world_size)
+        result = Outlet(entry, out, layout.shape)
+        copy(result.array[layout.place(self.rank)], array)
+        return self._dispatch.collective(
+            array_call("all_gather", array.dtype, array.shape, sizes=rows),
+            lambda deadline: self._backend.all_gather(
+                result.flat, layout.counts, deadline=deadline
+            ),
             result,
+            result.flat.nbytes,
             async_op,
             timeout_s,
         )
@@ -191,20 +195,23 @@ class ArrayCollectives:
         """
         self._check_rank(root, "root")
         entry = self._enter(x)
-        rows = gathered_rows(entry.array, sizes, self.rank, self.world_size)
-        shape, counts = concatenated(entry.array, rows)
-        result = Outlet(entry, out, shape) if self.rank == root else None
-        block = flat(entry.array, private=async_op)
+        array = entry.array
+        rows = checked_sizes(sizes, self.world_size)
+        layout = gathered(array.shape, rows, self.rank, self.world_size)
+        result = Outlet(entry, out, layout.shape) if self.rank == root else None
+        block = flat(array, private=async_op)
         whole = None if result is None else result.flat
-        if whole is not None and reaches_beyond(block, whole, counts, root):
+        if whole is not None and reaches_beyond(block, whole, layout, root):
             block = block.copy()
-        return self._collect(
-            self._call("gather", entry.array, sizes=sizes, root=root),
-            lambda deadline: self._backend.gather(block, whole, counts, root, deadline=deadline),
-            result,
+        return self._dispatch.collective(
+            array_call("gather", array.dtype, array.shape, root=root, sizes=rows),
+            lambda deadline: self._backend.gather(
+                block, whole, layout.counts, root, deadline=deadline
+            ),
+            result or no_result,
+            array.nbytes,
             async_op,
             timeout_s,
-            nbytes=block.nbytes,
         )
 
     def scatter(
@@ -232,27 +239,29 @@ class ArrayCollectives:
             An array of shape (this rank's rows, …), a NumPy one away from the root.
         """
         self._check_rank(root, "root")
-        entry, head = None, None
+        left_s = self._dispatch.countdown(timeout_s)
+        entry, source, head = None, None, scatter_head.blank(self.world_size)
         if self.rank == root:
             if x is None:
                 raise UsageError("scatter: the root must give an array", op="scatter")
             entry = self._enter(x)
-            rows = cut_rows(entry.array, sizes, self.world_size, "scatter")
-            head = [entry.array.dtype.name, list(entry.array.shape), rows]
-        left_s = self._dispatch.countdown(timeout_s)
-        dtype, shape, rows = objects.broadcast(self, head, root, "msgpack", left_s)
-        source = None if entry is None else flat(entry.array, private=async_op)
-        entry = entry or Entry(np.empty(0, dtype_named(dtype)))
-        _, counts = concatenated(np.empty((0, *shape[1:])), rows)
-        result = Outlet(entry, out, (rows[self.rank], *shape[1:]))
-        if source is not None and reaches_beyond(result.flat, source, counts, root):
+            rows = checked_sizes(sizes, self.world_size)
+            layout = cut(entry.array.shape, rows, self.world_size, "scatter")
+            scatter_head.write(head, entry.array.dtype, layout)
+            source = flat(entry.array, private=async_op)
+        self.broadcast(head, root, out=head, timeout_s=left_s())
+        dtype, layout = scatter_head.read(head, self.world_size)
+        entry = entry or Entry(np.empty(0, dtype))
+        result = Outlet(entry, out, layout.block_shape(self.rank))
+        if source is not None and reaches_beyond(result.flat, source, layout, root):
             source = source.copy()
-        return self._collect(
-            Call("scatter", dtype=dtype, count=sum(counts), root=root),
+        return self._dispatch.collective(
+            array_call("scatter", dtype, layout.shape, root=root),
             lambda deadline: self._backend.scatter(
-                result.flat, source, counts, root, deadline=deadline
+                result.flat, source, layout.counts, root, deadline=deadline
             ),
             result,
+            result.flat.nbytes,
             async_op,
             left_s(),
         )
@@ -281,22 +290,21 @@ class ArrayCollectives:
             An array of shape (this rank's rows, …).
         """
         entry = self._enter(x)
-        reduction = reduction_for(op, entry.array.dtype, self.world_size)
-        rows = cut_rows(entry.array, sizes, self.world_size, "reduce_scatter")
-        _, counts = concatenated(entry.array, rows)
-        result = Outlet(entry, out, (rows[self.rank], *entry.array.shape[1:]))
-        source = flat(entry.array, private=async_op)
-        if out is not None and np.may_share_memory(source, result.flat):
-            source = source.copy()
-        return self._collect(
-            self._call("reduce_scatter", entry.array, reduction=reduction, sizes=sizes),
+        array = entry.array
+        reduction = reduction_for(op, array.dtype, self.world_size)
+        rows = checked_sizes(sizes, self.world_size)
+        layout = cut(array.shape, rows, self.world_size, "reduce_scatter")
+        result = Outlet(entry, out, layout.block_shape(self.rank))
+        source = result.apart(flat(array, private=async_op))
+        return self._dispatch.collective(
+            array_call("reduce_scatter", array.dtype, array.shape, reduction.name, sizes=rows),
             lambda deadline: self._backend.reduce_scatter(
-                source, result.flat, counts, reduction, deadline=deadline
+                source, result.flat, layout.counts, reduction, deadline=deadline
             ),
             result,
+            array.nbytes,
             async_op,
             timeout_s,
-            nbytes=source.nbytes,
         )
 
     def all_to_all(
@@ -321,125 +329,44 @@ class ArrayCollectives:
         Returns:
             An array of shape (sum of received rows, …).
         """
-        entry = self._enter(x)
         n = self.world_size
-        sending = cut_rows(entry.array, send_sizes, n, "all_to_all", "send_sizes")
-        uneven = send_sizes is not None
-        if recv_sizes is not None and not uneven:
-            raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
-        expected = sending if not uneven else None
-        if recv_sizes is not None:
-            expected = checked_sizes(recv_sizes, n, "recv_sizes")
-            if expected[self.rank] != sending[self.rank]:
-                raise UsageError(
-                    f"all_to_all: rank {self.rank} sends itself {sending[self.rank]} rows but "
-                    f"receives {expected[self.rank]}",
-                    op="all_to_all",
-                )
-        exchange = RowExchange(self._backend, entry, sending, expected, out, async_op=async_op)
+        entry = self._enter(x)
         array = entry.array
-        if uneven:  # rows differ between ranks
-            array = array[:0]
-        return self._collect(
-            self._call("all_to_all", array, uneven=uneven),
-            exchange.run_uneven if uneven else exchange.run,
-            exchange,
+        rows = checked_sizes(send_sizes, n, "send_sizes")
+        sending = cut(array.shape, rows, n, "all_to_all", "send_sizes")
+        if rows is not None:
+            expected = checked_sizes(recv_sizes, n, "recv_sizes")
+            exchange = RowExchange(self._backend, entry, sending, expected, out, async_op=async_op)
+            call = uneven_call("all_to_all", array.dtype, array.shape[1:])
+            return self._dispatch.collective(
+                call, exchange.run, exchange, array.nbytes, async_op, timeout_s
+            )
+        if recv_sizes is not None:
+            raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
+        result = Outlet(entry, out, array.shape)
+        source, counts = result.apart(flat(array, private=async_op)), sending.counts
+        return self._dispatch.collective(
+            array_call("all_to_all", array.dtype, array.shape),
+            lambda deadline: self._backend.all_to_all(
+                source, result.flat, counts, counts, deadline=deadline
+            ),
+            result,
+            array.nbytes,
             async_op,
             timeout_s,
-            nbytes=entry.array.nbytes,
         )
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Outcome:
         """Return (None) when every rank has called it."""
-        return self._collect(
-            Call("barrier"),
+        return self._dispatch.collective(
+            _BARRIER,
             lambda deadline: self._backend.barrier(deadline=deadline),
-            None,
+            no_result,
+            0,
             async_op,
             timeout_s,
-            nbytes=0,
-        )
-
-    # -- checks ----------------------------------------------------------------------------------
-
-    def _enter(self, value: Input) -> Entry:
-        entry = Entry(value)
-        if entry.device in self._members.devices:
-            return entry
-        if entry.device is Device.CUDA and self._members.host_copies:
-            self._tell_host_copy()
-            entry.through_host()
-            return entry
-        raise UnsupportedError(
-            f"backend {self.backend_name!r} takes arrays on {', '.join(self._members.devices)}, "
-            f"and this one is on {entry.device}: use a backend for {entry.device}, or set "
-            "FERRO_ENABLE_GPU_FALLBACK=1 to copy through the host"
-        )
-
-    def _tell_host_copy(self) -> None:
-        """Log, once, that arrays take the slow way that the user allowed."""
-        if not self._told_host_copy:
-            self._told_host_copy = True
-            import logging  # here, for it is slow to import and seldom needed
-
-            logging.getLogger("ferro").warning(
-                "group %r (%s) copies GPU arrays through the host", self.name, self.backend_name
-            )
-
-    def _check_rank(self, rank: int, what: str) -> None:
-        if not isinstance(rank, int | np.integer) or not 0 <= rank < self.world_size:
-            raise UsageError(
-                f"{what} is {rank!r}; group {self.name!r} has ranks 0 to {self.world_size - 1}",
-                group=self.name,
-                rank=self.rank,
-            )
-
-    def _call(
-        self,
-        op: str,
-        array: Array,
-        *,
-        reduction: Reduction | None = None,
-        sizes: Sequence[int] | None = None,
-        root: int = -1,
-        uneven: bool = False,
-    ) -> Call:
-        """Describe a call as all ranks must make it; rows are left out where they may differ."""
-        reduced = reduction.name if reduction else ""
-        if sizes is None and not uneven:
-            return array_call(op, array.dtype, array.shape, reduced, root)
-        rows = "uneven rows" if sizes is None else f"sizes {','.join(map(str, sizes))}"
-        shape = array.shape[1:]
-        return Call(
-            op,
-            dtype=name_of(array.dtype),
-            count=array.size if sizes is None else sum(sizes) * math.prod(shape),
-            reduction=reduced,
-            root=root,
-            detail=f"{rows} of {shape_in_words(shape)}",
-        )
-
-    def _collect(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        result: Outlet | RowExchange | None,
-        async_op: bool,
-        timeout_s: float | None,
-        *,
-        nbytes: int | None = None,
-    ) -> Outcome:
-        if nbytes is None:
-            nbytes = result.flat.nbytes if isinstance(result, Outlet) else 0
-        return self._dispatch.collective(
-            call,
-            action,
-            _no_result if result is None else result,
-            nbytes=nbytes,
-            async_op=async_op,
-            timeout_s=timeout_s,
         )
 
 
-def _no_result() -> None:
+def no_result() -> None:
     """Return what ranks get that have no result."""

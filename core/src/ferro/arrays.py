@@ -138,8 +138,11 @@ def dtype_named(name: str) -> np.dtype:
 def _opened(value: Input, what: str) -> tuple[Array, Device, _Leave]:
     """Return what is in a user's array: the memory, where it is, how a result leaves."""
     device, leave = _CPU, None
-    if isinstance(value, (np.ndarray, np.generic)):
-        array: Array = np.asarray(value)
+    array: Array
+    if type(value) is np.ndarray:  # nearly always: it need not go through what follows
+        array = value
+    elif isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
     elif (kind := type(value).__module__.partition(".")[0]) == "cupy":
         array, device = value, _CUDA  # type: ignore[assignment]
     elif isinstance(value, SupportsDLPack):

@@ -109,23 +109,39 @@ class Call:
         return f"{self.op}({', '.join(words)})"
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def array_call(
-    op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: str = "", root: int = -1
+    op: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    reduction: str = "",
+    root: int = -1,
+    sizes: tuple[int, ...] | None = None,
 ) -> Call:
-    """Return the call of a collective on arrays of one shape, remembered: programs repeat them."""
-    return Call(
-        op,
-        dtype=dtype.name,
-        count=math.prod(shape),
-        reduction=reduction,
-        root=root,
-        detail=shape_in_words(shape),
-    )
+    """Return the call of a collective on arrays, remembered: programs repeat them.
+
+    Args:
+        op: name of the operation.
+        dtype: the element type.
+        shape: the same on every rank, but for rows where they have `sizes`.
+        reduction: name of the reduction, "" for none.
+        root: the root, or -1.
+        sizes: the rows of every rank's block, which all ranks know.
+    """
+    detail, count = _in_words(shape), math.prod(shape)
+    if sizes is not None:
+        detail = f"sizes {','.join(map(str, sizes))} of {_in_words(shape[1:])}"
+        count = sum(sizes) * math.prod(shape[1:])
+    return Call(op, 0, dtype.name, count, reduction, root, detail)
 
 
-def shape_in_words(shape: tuple[int, ...]) -> str:
-    """Return a shape as the detail of a call tells it."""
+@lru_cache(maxsize=128)
+def uneven_call(op: str, dtype: np.dtype, row_shape: tuple[int, ...]) -> Call:
+    """Return the call of a collective on arrays whose rows only their own ranks know."""
+    return Call(op, dtype=dtype.name, detail=f"uneven rows of {_in_words(row_shape)}")
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
     return f"shape {'x'.join(map(str, shape)) or 'scalar'}"
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -80,7 +80,6 @@ class Dispatcher:
         call: Call,
         action: Callable[[float], None],
         finish: Callable[[], object],
-        *,
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
@@ -118,7 +117,7 @@ class Dispatcher:
         """Carry out a transfer after those issued before it on the same ways."""
         allowed = self.seconds(timeout_s)
         self.check_open(op)
-        peers = tuple(dict.fromkeys(way.peer for way in ways))
+        peers = tuple(dict.fromkeys([way.peer for way in ways]))
 
         def move(seq: int) -> object:
             self._carry_out(Call(op, seq=seq), action, nbytes, allowed, peers)
@@ -162,19 +161,14 @@ class Dispatcher:
         self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
 
     def check_open(self, op: str) -> None:
-        """Raise GroupClosed when no operation can be issued any more."""
-        name = self._members.name
-        if self._closed:
-            raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
-        if os.getpid() != self._pid:
-            raise UsageError(
-                f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
-                "connections it must not use: start ranks with `ferro run`, and workers with "
-                "multiprocessing's 'spawn'",
-                op=op,
-                group=name,
-            )
-        self._check_alive(op)
+        """Raise an error when no operation can be issued any more.
+
+        Raises:
+            GroupClosed: the group was closed, or died.
+            UsageError: this process was forked from the one that made the group.
+        """
+        if self._closed or self._dead is not None or os.getpid() != self._pid:
+            self._refuse(op)
 
     def cause_of_death(self, op: str) -> FerroError:
         """Return the error that ended the group, for a call that makes sense only afterwards."""
@@ -212,26 +206,39 @@ class Dispatcher:
             self.backend.abort()
         self.backend.close()
 
-    def _check_alive(self, op: str) -> None:
-        if self._dead is not None:
-            name = self._members.name
-            raise GroupClosed(
-                f"{op} on group {name!r}: the group died earlier: {self._dead}",
+    def _refuse(self, op: str) -> NoReturn:
+        """Say why no operation can be issued any more."""
+        name = self._members.name
+        if self._closed:
+            raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
+                "connections it must not use: start ranks with `ferro run`, and workers with "
+                "multiprocessing's 'spawn'",
                 op=op,
                 group=name,
-                rank=self.backend.rank,
-            ) from self._dead
+            )
+        self._refuse_dead(op)
+
+    def _refuse_dead(self, op: str) -> NoReturn:
+        name = self._members.name
+        raise GroupClosed(
+            f"{op} on group {name!r}: the group died earlier: {self._dead}",
+            op=op,
+            group=name,
+            rank=self.backend.rank,
+        ) from self._dead
 
     def _lane(self, way: Way) -> Lane:
+        return self._transfers.get(way) or self._new_lane(way)
+
+    def _new_lane(self, way: Way) -> Lane:
         with self._lock:
-            lane = self._transfers.get(way)
-            if lane is None:
-                if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
-                    busy = {w: old for w, old in self._transfers.items() if not old.idle}
-                    self._transfers = busy
-                name = f"{way.direction} {way.peer} tag {way.tag}"
-                lane = self._transfers[way] = Lane(f"ferro-{self._members.name}-{name}")
-            return lane
+            if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
+                self._transfers = {w: old for w, old in self._transfers.items() if not old.idle}
+            name = f"{way.direction} {way.peer} tag {way.tag}"
+            return self._transfers.setdefault(way, Lane(f"ferro-{self._members.name}-{name}"))
 
     def _in_lane(
         self, lane: Lane, op: str, operation: Callable[[int], object], async_op: bool
@@ -253,7 +260,8 @@ class Dispatcher:
         peers: tuple[int, ...] = (),
     ) -> None:
         """Carry out an operation, telling observers; one without `peers` is a collective."""
-        self._check_alive(call.op)
+        if self._dead is not None:  # while this waited for its turn
+            self._refuse_dead(call.op)
         if not self._members.observers:
             self._attempt(call, action, allowed, peers)
             return

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ferro import objects
-from ferro.array_collectives import ArrayCollectives, Op, Outcome
+from ferro.array_collectives import ArrayCollectives, Op, Outcome, no_result
 from ferro.arrays import Input
 from ferro.backend import Backend
-from ferro.calls import MAX_TAG
+from ferro.calls import array_call
 from ferro.coalesce import Coalescing
 from ferro.dispatch import Way
 from ferro.errors import PeerLost, UsageError
@@ -114,19 +114,19 @@ class ProcessGroup(ArrayCollectives):
         """Make one call of a coalesced many, in place; `parts` says what it is made of."""
         if op == "all_reduce":
             reduction = reduction_for(how, together.dtype, self.world_size)  # type: ignore[arg-type]
-            call = self._call(op, together, reduction=reduction)
+            call = array_call(op, together.dtype, together.shape, reduction.name)
 
             def action(deadline: float) -> None:
                 self._backend.all_reduce(together, reduction, deadline=deadline)
         else:
             assert isinstance(how, int), "a broadcast has a root"
-            call = self._call(op, together, root=how)
+            call = array_call(op, together.dtype, together.shape, root=how)
 
             def action(deadline: float) -> None:
                 self._backend.broadcast(together, how, deadline=deadline)
 
         call = replace(call, detail=f"shapes {parts}")
-        self._collect(call, action, None, False, None, nbytes=together.nbytes)
+        self._dispatch.collective(call, action, no_result, together.nbytes, False, None)
 
     # -- transfers between two ranks -------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class ProcessGroup(ArrayCollectives):
             "send",
             (Way("send", dst, tag),),
             lambda deadline: self._dispatch.send(buffer, dst, tag, deadline),
-            lambda: None,
+            no_result,
             nbytes=buffer.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
@@ -394,20 +394,6 @@ class ProcessGroup(ArrayCollectives):
         if on_close is not None:
             on_close(patience_s)
 
-    # -- checks ----------------------------------------------------------------------------------
-
     def _target(self, buffer: Input) -> Outlet:
         entry = self._enter(buffer)
         return Outlet(entry, buffer, entry.array.shape, what="buffer")
-
-    def _check_peer(self, peer: int, what: str, tag: int) -> None:
-        self._check_rank(peer, "peer")
-        if peer == self.rank:
-            raise UsageError(
-                f"rank {self.rank} cannot {what} itself: copy the array instead",
-                group=self.name,
-                rank=self.rank,
-                peer=peer,
-            )
-        if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
-            raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")

@@ -13,8 +13,27 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ferro.turns import SHORT_TURNS
+
 Result = TypeVar("Result")
 _IDLE_S = 5.0  # how long a lane's thread waits for more work
+
+
+class _Here(threading.local):
+    """What is known of the running thread."""
+
+    in_lane = False
+
+
+_here = _Here()
+
+
+def in_lane() -> bool:
+    """Say whether this is a lane's thread: the caller's may be computing, and needs its core.
+
+    A backend that waits here does better to sleep than to look again and again.
+    """
+    return _here.in_lane
 
 
 class Work(Generic[Result]):
@@ -148,8 +167,10 @@ class Lane:
         return work
 
     def _loop(self) -> None:
+        _here.in_lane = True
         while (work := self._take()) is not None:
-            work._carry_out()
+            with SHORT_TURNS:
+                work._carry_out()
             del work  # its result belongs to whoever holds the handle
             with self._change:
                 self._busy = False

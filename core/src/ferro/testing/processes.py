@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,10 +28,16 @@ _READ_BYTES = 64 * 1024
 
 
 class Job:
-    """The ranks of one run, and the store at which they meet."""
+    """The ranks of one run, and the store at which they meet.
+
+    Args:
+        task: what each does.
+        variables: for every rank what is set in its environment besides this process's own.
+        timeout_s: deadline of all of it in seconds.
+    """
 
     def __init__(
-        self, task: Mapping[str, object], world_size: int, timeout_s: float, env: Mapping[str, str]
+        self, task: Mapping[str, object], variables: Sequence[Mapping[str, str]], timeout_s: float
     ) -> None:
         encoded = codec.encode(dict(task))
         self._timeout_s = timeout_s
@@ -43,18 +49,18 @@ class Job:
         secret = secrets.token_bytes(32)
         self._server = StoreServer(secret=secret)
         try:
-            for rank in range(world_size):
+            for rank, extra in enumerate(variables):
                 info = LaunchInfo(
                     rank=rank,
-                    world_size=world_size,
+                    world_size=len(variables),
                     local_rank=rank,
-                    local_world_size=world_size,
+                    local_world_size=len(variables),
                     launcher="ferro",
                     store=self._server.address,
                     secret=secret,
                 )
-                variables = {**child_environment(info, timeout_s=timeout_s), **env}
-                self._ranks.append(_Rank(rank, folder, variables))
+                env = {**child_environment(info, timeout_s=timeout_s), **extra}
+                self._ranks.append(_Rank(rank, folder, env))
         except BaseException:
             self._end()
             raise

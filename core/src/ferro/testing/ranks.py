@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ferro.errors import UsageError
 from ferro.testing.outcome import Outcome, RanksFailed
+
+# Variables to set for the processes; given by rank where they differ.
+Variables: TypeAlias = "Mapping[str, str] | Callable[[int], Mapping[str, str]]"
 
 
 def run_ranks(
@@ -17,7 +20,7 @@ def run_ranks(
     args: Sequence[object] = (),
     timeout_s: float = 60.0,
     init_options: Mapping[str, object] | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Variables | None = None,
 ) -> list[Any]:
     """Run `function(group, *args)` on `world_size` processes; return the results by rank.
 
@@ -32,7 +35,8 @@ def run_ranks(
         args: given to every rank.
         timeout_s: deadline of the whole run, and of each collective that gives none, in seconds.
         init_options: more arguments of `ferro.init`.
-        env: variables to set for the processes, besides this process's own.
+        env: variables to set for the processes, besides this process's own: the same for all, or
+            what a function returns for each rank.
 
     Raises:
         RanksFailed: a rank failed or the deadline passed; all processes have ended.
@@ -52,7 +56,7 @@ def run_ranks_outcomes(
     args: Sequence[object] = (),
     timeout_s: float = 60.0,
     init_options: Mapping[str, object] | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Variables | None = None,
 ) -> list[Outcome]:
     """Return what became of each rank, for tests in which some are meant to fail or be killed.
 
@@ -68,7 +72,7 @@ def _run(
     args: Sequence[object],
     timeout_s: float,
     init_options: Mapping[str, object] | None,
-    env: Mapping[str, str] | None,
+    env: Variables | None,
     *,
     strict: bool,
 ) -> list[Outcome]:
@@ -86,5 +90,6 @@ def _run(
         "args": list(args),
         "init_options": dict(init_options or {}),
     }
-    with Job(task, world_size, timeout_s, env or {}) as job:
+    variables = [dict((env(rank) if callable(env) else env) or {}) for rank in range(world_size)]
+    with Job(task, variables, timeout_s) as job:
         return job.outcomes(stop_on_failure=strict)

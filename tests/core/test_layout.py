@@ -1,0 +1,75 @@
+"""Layout: where each rank's block lies, and which sizes are refused."""
+
+import numpy as np
+import pytest
+
+from ferro.errors import UsageError
+from ferro.layout import Layout, checked_sizes, cut, gathered
+
+
+def test_blocks_follow_each_other():
+    layout = Layout.of([2, 0, 3], (4, 5))
+    assert layout.shape == (5, 4, 5)
+    assert layout.counts == (40, 0, 60)
+    assert [layout.place(rank) for rank in range(3)] == [slice(0, 2), slice(2, 2), slice(2, 5)]
+    assert [layout.block_shape(rank) for rank in range(3)] == [(2, 4, 5), (0, 4, 5), (3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "expected"),
+    [
+        ((3, 2), None, ((9, 2), (3, 3, 3), (6, 6, 6))),
+        ((3, 2), (1, 3, 0), ((4, 2), (1, 3, 0), (2, 6, 0))),
+        ((), None, ((3,), (1, 1, 1), (1, 1, 1))),
+        ((2, 0), None, ((6, 0), (2, 2, 2), (0, 0, 0))),
+    ],
+)
+def test_blocks_are_gathered(shape, sizes, expected):
+    layout = gathered(shape, sizes, 1, 3)
+    assert (layout.shape, layout.rows, layout.counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "expected"),
+    [
+        ((6, 2), None, ((6, 2), (2, 2, 2), (4, 4, 4))),
+        ((6, 2), (5, 0, 1), ((6, 2), (5, 0, 1), (10, 0, 2))),
+        ((0, 2), None, ((0, 2), (0, 0, 0), (0, 0, 0))),
+    ],
+)
+def test_an_array_is_cut(shape, sizes, expected):
+    layout = cut(shape, sizes, 3, "scatter")
+    assert (layout.shape, layout.rows, layout.counts) == expected
+
+
+def test_a_wrong_size_of_this_rank_is_refused_each_time():
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"sizes\[1\] is 2, but x has 4 rows on this rank"):
+            gathered((4,), (4, 2), 1, 2)
+    assert gathered((4,), (4, 2), 0, 2).shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "match"),
+    [
+        ((), None, "scatter cuts its input along axis 0, and a 0-d array has none"),
+        ((5,), None, "into 2 equal blocks, but it has 5 rows: give parts= for uneven ones"),
+        ((5,), (2, 2), "parts sum up to 4, but axis 0 has 5 rows"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(shape, sizes, match):
+    with pytest.raises(UsageError, match=match):
+        cut(shape, sizes, 2, "scatter", "parts")
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], (1, 2), np.array([1, 2]), (n for n in (1, 2))], ids=type)
+def test_sizes_may_be_any_whole_numbers(sizes):
+    rows = checked_sizes(sizes, 2)
+    assert rows == (1, 2)
+    assert [type(size) for size in rows] == [int, int]
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 2, 3], [1, -1], [1, 2.0], 3, ["1", "2"]], ids=str)
+def test_other_sizes_are_refused(sizes):
+    with pytest.raises(UsageError, match="parts must be 2"):
+        checked_sizes(sizes, 2, "parts")
