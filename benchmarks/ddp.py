@@ -12,7 +12,7 @@ The rest is working memory: temporaries of the arithmetic, segments being receiv
 Time. The same multilayer perceptron, batch, loss and optimizer in both libraries, one thread for
 arithmetic each; blocks of steps take turns in the same processes. A step takes as long as on the
 slowest rank. NumPy's and torch's matrix products come from different libraries, so this compares
-whole training steps, not communication.
+whole training steps; "alone" are ferro's without DDP, so the difference is what DDP costs.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Batch:
 
 
 class FerroTraining:
-    """A perceptron of the given widths under ferro's DDP."""
+    """A perceptron of the given widths, under ferro's DDP or, without a group, each rank alone."""
 
-    def __init__(self, widths: list[int], batch: Batch, group: ferro.ProcessGroup) -> None:
+    def __init__(self, widths: list[int], batch: Batch, group: ferro.ProcessGroup | None) -> None:
         layers = []
         for wide, narrow in pairwise(widths):
             layers += [Linear(wide, narrow), ReLU()]
-        self.model = DDP(Sequential(*layers[:-1]), group)
+        perceptron = Sequential(*layers[:-1])
+        self.model = perceptron if group is None else DDP(perceptron, group)
         self.optimizer = SGD(self.model.parameters(), lr=_LR, momentum=_MOMENTUM)
         self.activation_bytes = 0
         self._batch = batch
@@ -155,9 +156,12 @@ def memory(widths: list[int], group: ferro.ProcessGroup, steps: int) -> dict[str
 def times(
     widths: list[int], group: ferro.ProcessGroup, rounds: int, *, with_torch: bool
 ) -> dict[str, object]:
-    """Return the seconds of a step, blocks of steps taking turns where there are two libraries."""
+    """Return the seconds of a step in each library and without DDP; blocks of steps take turns."""
     batch = Batch.make(group.rank, widths[0])
-    steps: dict[str, Step] = {"ferro": FerroTraining(widths, batch, group).step}
+    steps: dict[str, Step] = {
+        "ferro": FerroTraining(widths, batch, group).step,
+        "alone": FerroTraining(widths, batch, None).step,
+    }
     if with_torch:
         _open_torch()
         steps["torch"] = torch_step(widths, batch)

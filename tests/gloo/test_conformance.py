@@ -1,13 +1,77 @@
-"""gloo passes the kit that every backend has to pass, between real processes."""
+"""gloo passes the kit that every backend has to pass, whichever way its ranks reach each other.
+
+Over shared memory the ranks are processes. The other ways, which share all but what moves the
+bytes, are checked by ranks that are threads: that is quicker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
+from ferro import Backend, BackendConfig
+from ferro.collectives import Choice
 from ferro.testing import conformance
-from ferro.testing.case import Case
+from ferro.testing.case import Case, attempt
+from ferro.testing.outcome import Outcome
+from ferro_gloo.backend import GlooBackend
 
-CASE = Case(backend="gloo", world_sizes=(1, 2, 3))
+from .conftest import Ranks
+
+Change = Callable[[BackendConfig], BackendConfig]
 
 
+def with_option(name: str) -> Change:
+    return lambda config: replace(config, options={name: False})
+
+
+def two_to_a_host(config: BackendConfig) -> BackendConfig:
+    return replace(config, host_id=f"host {config.rank // 2}")
+
+
+def in_threads(change: Change, *world_sizes: int) -> Case:
+    """Return a case whose ranks are threads that connect with a changed configuration."""
+
+    def runner(
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+
+        def connect(config: BackendConfig) -> Backend:
+            choice = Choice(deterministic=deterministic)
+            return GlooBackend.connect(change(replace(config, choice=choice)))
+
+        def on_rank(group):
+            outcomes[group.rank], error = attempt(function, group, args)
+            if error is not None:
+                raise error
+
+        ranks = Ranks(world_size, timeout_s=timeout_s, connect=connect)
+        ranks.start(on_rank)
+        ranks.join()
+        for rank, error in ranks.errors.items():
+            outcomes.setdefault(rank, Outcome(rank=rank, error_text=repr(error)))
+        return [outcomes[rank] for rank in range(world_size)]
+
+    return Case(backend="gloo", world_sizes=world_sizes, timeout_s=20, runner=runner)
+
+
+CASES = {
+    "shared memory": Case(backend="gloo", world_sizes=(1, 2, 3)),
+    "shared memory in pure Python": in_threads(with_option("native_helper"), 2, 3),
+    "TCP": in_threads(with_option("shared_memory"), 2, 3),
+    "two hosts": in_threads(two_to_a_host, 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
-def test_gloo_conforms(check):
-    check(CASE)
+def test_gloo_conforms(check, case):
+    check(case)

@@ -27,7 +27,6 @@ LAYOUTS = {
     "uneven": [[0], [1, 2, 3]],
     "interleaved": [[0, 2], [1, 3, 4]],
     "three hosts": [[0, 3], [1], [2, 4, 5]],
-    "three equal hosts": [[0, 1], [2, 3], [4, 5]],
 }
 DATA = (
     conformance.check_reductions,

@@ -41,6 +41,21 @@ with ferro.init("gloo", timeout_s=40) as group:
     print(f"rank {me}: {type(group._backend._way).__name__}, all right")
 """
 
+KILLED = """
+import os, signal, sys, threading
+import numpy as np, ferro
+
+try:
+    with ferro.init("gloo", timeout_s=40) as group:
+        group.barrier()
+        if group.rank == 3:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        while True:
+            group.all_reduce(np.ones(300_000))
+except ferro.PeerLost as error:
+    print(f"rank {error.rank} lost {error.peer}")
+"""
+
 
 def run(hosts: Hosts, folder):
     """Run the program on two ranks of each host; return what is printed."""
@@ -66,3 +81,21 @@ def test_all_collectives_between_two_hosts_over_a_shaped_link(hosts, tmp_path):
     output = run(hosts, tmp_path)
     for rank in range(4):
         assert f"rank {rank}: Hierarchy, all right" in output
+
+
+def test_a_killed_process_is_named_on_both_hosts(hosts):
+    shared = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "FERRO_SECRET": secrets.token_hex(32)}
+    shared |= {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29500"}
+    started = []
+    for rank in range(4):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+        own |= {"FERRO_HOST_ID": hosts.names[rank // 2]}
+        started.append(hosts.start(rank // 2, [sys.executable, "-c", KILLED], shared | own))
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert outputs[:3] == [f"rank {rank} lost 3\n" for rank in range(3)], outputs
+    assert started[3].returncode != 0

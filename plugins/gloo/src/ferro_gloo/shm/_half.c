@@ -13,9 +13,6 @@
 #endif
 
 #define BLOCK 512
-#define WORTH_RELEASING 4096 /* numbers; fewer take about as long as releasing the GIL */
-
-PyObject *sum_half(PyObject *module, PyObject *args);
 
 typedef struct {
     uint16_t *out;
@@ -32,19 +29,14 @@ static inline const uint16_t *source(const Sum *sum, Py_ssize_t s)
     return sum->sources[s].buf;
 }
 
-typedef union {
-    float value;
-    uint32_t bits;
-} Float;
-
 static inline float as_float(uint32_t bits)
 {
-    return (Float){.bits = bits}.value;
+    return (union { uint32_t bits; float value; }){bits}.value;
 }
 
 static inline uint32_t as_bits(float value)
 {
-    return (Float){.value = value}.bits;
+    return (union { float value; uint32_t bits; }){value}.bits;
 }
 
 static inline float widen_brain(uint16_t brain)
@@ -60,22 +52,6 @@ static inline uint16_t narrow_brain(float value)
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
 }
 
-#ifdef __aarch64__
-typedef union {
-    uint16_t bits;
-    __fp16 value;
-} Half;
-
-static inline float widen_half(uint16_t half)
-{
-    return (Half){.bits = half}.value;
-}
-
-static inline uint16_t narrow_half(float value)
-{
-    return (Half){.value = (__fp16)value}.bits;
-}
-#else
 static inline float widen_half(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, bits = (uint32_t)(half & 0x7FFF) << 13;
@@ -101,7 +77,6 @@ static inline uint16_t narrow_half(float value)
         bits = (bits - (112u << 23) + 0xFFF + (bits >> 13 & 1)) >> 13;
     return (uint16_t)(sign | bits);
 }
-#endif
 
 /* Sum from `start` on, in blocks that stay in the first cache; inlined in each use. */
 static inline __attribute__((always_inline)) void
@@ -152,7 +127,6 @@ __attribute__((target("avx2,f16c"))) static void sum_with_avx2(const Sum *sum)
     }
     sum_blocks(sum, i, widen_half, narrow_half);
 }
-
 #endif
 
 static Kernel fastest(void)
@@ -199,9 +173,7 @@ static int sum_operands(PyObject *operands, const Py_buffer *out, Sum *sum)
         else
             right = fits(&sum->sources[held++], out);
     }
-    if (right && sum->length * sum->count < WORTH_RELEASING) {
-        kernel(sum);
-    } else if (right) {
+    if (right) {
         Py_BEGIN_ALLOW_THREADS
         kernel(sum);
         Py_END_ALLOW_THREADS
@@ -210,6 +182,8 @@ static int sum_operands(PyObject *operands, const Py_buffer *out, Sum *sum)
         PyBuffer_Release(&sum->sources[held]);
     return right;
 }
+
+PyObject *sum_half(PyObject *module, PyObject *args); /* called from _native.c */
 
 PyObject *sum_half(PyObject *Py_UNUSED(module), PyObject *args)
 {

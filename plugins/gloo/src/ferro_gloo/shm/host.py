@@ -6,23 +6,27 @@ import hashlib
 import struct
 import sys
 from collections.abc import Sequence
-
-import numpy as np
+from contextlib import suppress
+from typing import NamedTuple
 
 from ferro.backend import BackendConfig
 from ferro.calls import MAX_CONTEXT
 from ferro.environment import usable_cores
 from ferro.types import Array
-from ferro_gloo.shm.arena import Arenas
+from ferro_gloo.shm.arena import Arenas, arena_bytes
 from ferro_gloo.shm.region import Region, open_region
 from ferro_gloo.shm.segment import NAME_BYTES, Segment, sweep
 from ferro_gloo.shm.talk import swap, warn
 from ferro_gloo.tcp.backend import TcpBackend
 
-# Whether this rank can share memory, a digest of its FERRO_HOST_ID, the name of its probe.
-_OFFER = struct.Struct(f"<?16s{NAME_BYTES}s")
-_ANSWER = struct.Struct("<I")
-_PROBE_BYTES = 4096
+# Size and name of a rank's arena, zeros where it has none, and a digest of its FERRO_HOST_ID.
+_OFFER = struct.Struct(f"<Q{NAME_BYTES}s16s")
+
+
+class _Offer(NamedTuple):
+    nbytes: int
+    name: bytes
+    identity: bytes
 
 
 class Host:
@@ -31,57 +35,51 @@ class Host:
     Args:
         rank: this rank in the world.
         leaders: for every rank of the world the lowest rank on its host.
+        arenas: the memory that `ProcessGroup.empty` gives out, shared with the host's ranks.
         native: use the native helper where all have it.
 
     Attributes:
-        arenas: the memory that `ProcessGroup.empty` gives out, shared with the host's ranks.
+        arenas: see above.
     """
 
-    def __init__(self, rank: int, leaders: Sequence[int], *, native: bool) -> None:
+    def __init__(self, rank: int, leaders: Sequence[int], arenas: Arenas, *, native: bool) -> None:
         self._native = native
         self._leaders = tuple(leaders)
-        neighbours = self._leaders.count(self._leaders[rank])
-        self._alone = neighbours == 1
-        self._spin = neighbours <= usable_cores()
-        self.arenas = Arenas(rank)
+        self._spin = self._leaders.count(self._leaders[rank]) <= usable_cores()
+        self.arenas = arenas
 
     @classmethod
     def find(cls, flat: TcpBackend, config: BackendConfig, deadline: float) -> Host:
         """Find out which ranks can open each other's memory; every rank of the world calls it.
 
-        Host names prove nothing: two containers may share one and no memory. Every rank offers a
-        probe and tries the others' until one opens. Ranks whose FERRO_HOST_ID differs do not try.
+        Host names prove nothing: two containers may share one and no memory. Every rank offers
+        its arena and tries to open the others'. Those that could open the same ones, each other's
+        among them, are on one host. Ranks whose FERRO_HOST_ID differs do not try.
         """
         n, me = flat.world_size, flat.rank
         native = bool(config.options.get("native_helper", True))
         if n == 1:
-            return cls(0, [0], native=native)
+            return cls(0, [0], Arenas(0, None, {}), native=native)
         # A group of its own: an early failure of the world is told by the world's first operation.
         flat = flat.subgroup(range(n), MAX_CONTEXT)
-        probe, name, reason = None, bytes(NAME_BYTES), ""
+        own, name, reason = None, bytes(NAME_BYTES), ""
         if bool(config.options.get("shared_memory", True)):
-            probe, name, reason = _make_probe()
+            own, name, reason = _make_arena(n)
         identity = hashlib.sha256(config.host_id.encode()).digest()[:16]
         try:
-            mine = _OFFER.pack(probe is not None, identity, name)
-            offers = [_OFFER.unpack(raw) for raw in swap(flat, mine, deadline)]
-            leader = me
-            for rank in range(me if probe is not None else 0):
-                can, theirs, probed = offers[rank]
-                if can and theirs == identity and _opens(probed):
-                    leader = rank
-                    break
-            answers = swap(flat, _ANSWER.pack(leader), deadline)
+            mine = _OFFER.pack(0 if own is None else own.nbytes, name, identity)
+            offers = [_Offer(*_OFFER.unpack(raw)) for raw in swap(flat, mine, deadline)]
+            opened = {} if own is None else _open(offers, me)
+            masks = swap(flat, _mask(n, [me, *opened]), deadline)
         finally:
-            if probe is not None:
-                probe.withdraw()
-        unable = [rank for rank, (can, _, _) in enumerate(offers) if not can]
+            if own is not None:
+                own.withdraw()
+        unable = [rank for rank, offer in enumerate(offers) if offer.nbytes == 0]
         if reason and _speaks(me, unable, config.addresses):
             warn(reason)
-        leaders = [_ANSWER.unpack(raw)[0] for raw in answers]
-        # Who follows a rank that follows another is alone: sharing must be mutual.
-        leaders = [lead if leaders[lead] == lead else r for r, lead in enumerate(leaders)]
-        return cls(me, leaders, native=native)
+        leaders = [masks.index(mask) for mask in masks]
+        others = {rank: segment for rank, segment in opened.items() if leaders[rank] == leaders[me]}
+        return cls(me, leaders, Arenas(me, own if others else None, others), native=native)
 
     def members_by_host(self, ranks: Sequence[int]) -> list[list[int]]:
         """Sort a group's members by host, given their ranks in the world; each list ascends."""
@@ -96,23 +94,36 @@ class Host:
 
     def allocate(self, nbytes: int) -> Array:
         """Return memory that the host's ranks can read and write in place; ordinary, if alone."""
-        if self._alone:
-            return np.empty(nbytes, np.uint8)
         return self.arenas.allocate(nbytes)
 
 
-def _make_probe() -> tuple[Segment | None, bytes, str]:
-    """Return a probe and the name that is offered; or none, with zeros and the reason."""
+def _make_arena(ranks: int) -> tuple[Segment | None, bytes, str]:
+    """Return an arena and the name that is offered; or none, with zeros and the reason."""
     nothing = bytes(NAME_BYTES)
     if not sys.platform.startswith("linux"):
         return None, nothing, f"gloo uses shared memory on Linux only, not on {sys.platform}"
     try:
         sweep()
-        probe = Segment.create(_PROBE_BYTES)
-        return probe, probe.offer(), ""
+        segment = Segment.create(arena_bytes(ranks))
+        return segment, segment.offer(), ""
     except OSError as error:
         remedy = "give it a tmpfs with room at /dev/shm (in a container: --shm-size)"
         return None, nothing, f"gloo: this process can share no memory ({error}): {remedy}"
+
+
+def _open(offers: Sequence[_Offer], me: int) -> dict[int, Segment]:
+    """Open the other ranks' arenas, those that can be."""
+    opened = {}
+    for rank, offer in enumerate(offers):
+        if rank != me and offer.nbytes and offer.identity == offers[me].identity:
+            with suppress(OSError):
+                opened[rank] = Segment.open(offer.name, offer.nbytes)
+    return opened
+
+
+def _mask(ranks: int, chosen: Sequence[int]) -> bytes:
+    """Return one bit for each rank, set for the chosen ones."""
+    return sum(1 << rank for rank in chosen).to_bytes(-(-ranks // 8), "little")
 
 
 def _speaks(me: int, unable: Sequence[int], addresses: Sequence[str]) -> bool:
@@ -122,11 +133,3 @@ def _speaks(me: int, unable: Sequence[int], addresses: Sequence[str]) -> bool:
     """
     neighbours = [rank for rank, address in enumerate(addresses) if address == addresses[me]]
     return len(neighbours) > 1 and me == next(rank for rank in neighbours if rank in unable)
-
-
-def _opens(name: bytes) -> bool:
-    try:
-        Segment.open(name, _PROBE_BYTES)
-    except OSError:
-        return False
-    return True

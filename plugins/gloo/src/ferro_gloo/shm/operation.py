@@ -6,20 +6,25 @@ in an arena (`ProcessGroup.empty`), they say in their headers where, and the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from ferro.errors import BackendError, PeerLost
 from ferro.types import Array
-from ferro_gloo.shm.arena import Arenas, Place, forget
+from ferro_gloo.shm.arena import PLACE, Arenas, Place
 from ferro_gloo.shm.region import SLOTS, Region
-from ferro_gloo.shm.stream import Stream
+from ferro_gloo.shm.stream import NOWHERE, Stream
 from ferro_gloo.tcp.backend import TcpBackend
 
 # From this size on it pays to use arrays in place, though that takes a round more.
 IN_PLACE_BYTES = 128 << 10
+_MOST_REMEMBERED = 256  # combinations of the ranks' arrays
+
+
+# Makes of chunk k, in all ranks' slots, what this rank shows next, in the last argument.
+Answer: TypeAlias = Callable[[int, Sequence[Array], Array], object]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,8 +39,9 @@ class Operation:
         shared: the array (uint8) that is shown, which may be used in place; None when that
             cannot be.
         showing: the ranks that show anything; all when None.
-        in_place: called with the arrays of those ranks, by rank, when all can be used in place,
-            instead of all the above. They stay as they are until all ranks have returned from it.
+        in_place: called with the arrays of those ranks, by rank, when all can be used where they
+            are, instead of all the above. They stay as they are until all ranks have returned
+            from it.
         uneven: ranks may disagree on `rounds`; the most of any counts, and a rank that knows of
             none has tried it in one round.
     """
@@ -46,7 +52,7 @@ class Operation:
     dtype: np.dtype = np.dtype(np.uint8)  # noqa: RUF009 - immutable
     shared: Array | None = None
     showing: Sequence[int] | None = None
-    in_place: Callable[[dict[int, Array]], object] | None = None
+    in_place: Callable[[Mapping[int, Array]], object] | None = None
     uneven: bool = False
 
 
@@ -60,11 +66,19 @@ class Runner:
         arenas: where arrays are that can be used in place.
     """
 
-    def __init__(self, region: Region, stream: Stream, part: TcpBackend, arenas: Arenas) -> None:
+    def __init__(
+        self,
+        region: Region,
+        stream: Stream,
+        part: TcpBackend,
+        arenas: Arenas,
+    ) -> None:
         self._part = part
         self._arenas = arenas
         self._stream = stream
         self._region = region
+        self._ranks = range(part.world_size)
+        self._known: dict[tuple[bytes, ...], dict[int, Array]] = {}
 
     def run(self, operation: Operation, deadline: float) -> None:
         """Carry out an operation in which a chunk that was taken is done with."""
@@ -89,14 +103,14 @@ class Runner:
     def run_in_turns(
         self,
         operation: Operation,
-        answer: Callable[[int, Sequence[Array], Array], object],
+        answer: Answer,
         deadline: float,
     ) -> None:
         """Carry out an operation with an answer to each chunk: shown, answered, taken.
 
         Args:
             operation: `rounds` counts chunks with their answers; `take` is given the answers.
-            answer: makes of chunk k in all slots what this rank shows next, in the last argument.
+            answer: makes the answer.
             deadline: absolute `time.monotonic()` second.
         """
         number = self.open(operation, deadline)
@@ -106,7 +120,6 @@ class Runner:
         stream.next = number + 2 * rounds
         show, take, slots = operation.show, operation.take, self._region.slots(operation.dtype)
         assert show is not None, "every rank shows"
-        assert take is not None, "every rank takes"
         for k in range(rounds):
             shown = number + 2 * k
             if k:
@@ -117,7 +130,8 @@ class Runner:
                 show(k + 1, slots[(shown + 2) % SLOTS][me])
                 stream.show(shown + 2)
             stream.wait(shown + 1, deadline)
-            take(k, slots[(shown + 1) % SLOTS])
+            if take is not None:
+                take(k, slots[(shown + 1) % SLOTS])
 
     def open(self, operation: Operation, deadline: float) -> int | None:
         """Show the first chunk and compare what all call.
@@ -125,32 +139,29 @@ class Runner:
         Returns:
             The first chunk's number; or None when the operation has been carried out in place.
         """
-        place, mapped = self._offer(operation.shared), False
+        place = self._place(operation.shared)
         try:
             number = self._meet(operation, place, deadline)
             if operation.in_place is None:
                 return number
-            places = self._places(operation, number)
-            if places and None not in places.values():
-                self._run_in_place(operation, places, number, deadline)
-                mapped = True
+            places = self._stream.places(number)
+            showing = self._ranks if operation.showing is None else operation.showing
+            if all(places[rank] != NOWHERE for rank in showing):
+                self._run_in_place(operation.in_place, places, number, deadline)
                 return None
         except BaseException:
             if place is not None:  # another rank may still come, and write where the array was
                 self._arenas.retire(place)
             raise
-        finally:
-            if place is not None:
-                self._arenas.withdraw(place, self._part.ranks if mapped else ())
-        others_wait = any(places.values())  # those that have a place have not shown a chunk
+        others_wait = any(map(any, places))  # those that have a place have not shown a chunk
         if operation.uneven:
             others_wait |= 0 in self._stream.rounds(number)  # and those that tried it in one round
         return self._meet(operation, None, deadline) if others_wait else number
 
-    def _offer(self, shared: Array | None) -> Place | None:
+    def _place(self, shared: Array | None) -> Place | None:
         if shared is None or shared.nbytes < IN_PLACE_BYTES:
             return None
-        return self._arenas.offer(shared, self._part.ranks)
+        return self._arenas.place(shared)
 
     def _meet(self, operation: Operation, place: Place | None, deadline: float) -> int:
         stream = self._stream
@@ -161,36 +172,28 @@ class Runner:
         stream.meet(number, deadline)
         return number
 
-    def _places(self, operation: Operation, number: int) -> dict[int, Place | None]:
-        """Return where the arrays are of all ranks that show anything."""
-        showing = range(self._part.world_size) if operation.showing is None else operation.showing
-        return {rank: self._stream.place(rank, number) for rank in showing}
-
     def _run_in_place(
         self,
-        operation: Operation,
-        places: dict[int, Place | None],
+        action: Callable[[Mapping[int, Array]], object],
+        places: tuple[bytes, ...],
         number: int,
         deadline: float,
     ) -> None:
-        assert operation.in_place is not None, "the operation can be carried out in place"
-        try:
-            operation.in_place({rank: self._view(rank, place) for rank, place in places.items()})
-            self._stream.show(number + 1)
-            self._stream.wait(number + 1, deadline)
-        except PeerLost as error:
-            for rank, place in places.items():
-                if self._part.names[rank] == error.peer:  # it cannot remove its name any more
-                    forget(place)
-            raise
         self._stream.next = number + 2
+        action(self._arrays(places))
+        self._stream.show(number + 1)
+        self._stream.wait(number + 1, deadline)
 
-    def _view(self, rank: int, place: Place | None) -> Array:
-        assert place is not None, "all that show have a place"
-        try:
-            return self._arenas.view(self._part.ranks[rank], place)
-        except OSError as error:
-            raise BackendError(
-                f"rank {self._part.names[self._part.rank]} cannot map the memory of rank "
-                f"{self._part.names[rank]}: {error}"
-            ) from error
+    def _arrays(self, places: tuple[bytes, ...]) -> Mapping[int, Array]:
+        """Return the arrays that are at these places, by rank."""
+        arrays = self._known.get(places)
+        if arrays is None:
+            arrays = {
+                rank: self._arenas.view(self._part.ranks[rank], Place(*PLACE.unpack(place)))
+                for rank, place in enumerate(places)
+                if place != NOWHERE
+            }
+            if len(self._known) >= _MOST_REMEMBERED:
+                self._known.clear()
+            self._known[places] = arrays
+        return arrays

@@ -23,8 +23,9 @@ from ferro_gloo.tcp.backend import TcpBackend
 
 SLOTS = 4
 HEADER_BYTES = 128
+# Measured with caches of 1 MiB a core: 128 KiB costs up to 1.7 times as much with 4 ranks, 1 MiB
+# gains nothing.
 _SLOT_BYTES = 512 << 10
-_SLOT_BYTES_OF_TWO = 256 << 10  # measured: what two ranks stage then stays in their caches
 _MOST_BYTES = 64 << 20
 _LEAST_PIECE_BYTES = 64  # what is for one rank in a slot: a cache line, whatever it costs
 _PAGE = 4096
@@ -146,16 +147,16 @@ def open_region(part: TcpBackend, *, native: bool, spin: bool, deadline: float) 
 
 
 def _layout(ranks: int) -> Layout:
-    wanted = _SLOT_BYTES_OF_TWO if ranks == 2 else _SLOT_BYTES
     bounded = _MOST_BYTES // (ranks * SLOTS) // _PAGE * _PAGE
     least = -(-ranks * _LEAST_PIECE_BYTES // _PAGE) * _PAGE
-    return Layout(ranks, max(least, min(wanted, bounded)))
+    return Layout(ranks, max(least, min(_SLOT_BYTES, bounded)))
 
 
 def _made(layout: Layout) -> tuple[Segment | None, bytes, str]:
     """Return a new region with the name that is offered; or none, with zeros and the reason."""
     try:
         segment = Segment.create(layout.nbytes)
+        segment.reserve(0, layout.nbytes)
         return segment, segment.offer(), ""
     except OSError as error:
         return None, bytes(NAME_BYTES), str(error)
@@ -165,6 +166,8 @@ def _opened(name: bytes, nbytes: int, layout: Layout) -> tuple[Segment | None, s
     if nbytes != layout.nbytes:
         return None, "the offered region has an unexpected size"
     try:
-        return Segment.open(name, nbytes), ""
+        segment = Segment.open(name, nbytes)
     except OSError as error:
         return None, str(error)
+    segment.prepare(0, nbytes)
+    return segment, ""

@@ -1,6 +1,7 @@
 """Small: the collectives of what fits a slot. All ranks show all they have, in one round.
 
-Blocks are even here; what is not goes the way of `large`. Methods take what those of `Backend`
+Blocks are even here; what is not goes the way of `movements` and
+`reductions`. Methods take what those of `Backend`
 take; buffers hold as many bytes as a slot at most.
 """
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ferro.reduction import Reduction
 from ferro.types import Array
+from ferro_gloo.shm.combine import reduce_into
 from ferro_gloo.shm.region import SLOTS, Region
 from ferro_gloo.shm.stream import Stream
 
@@ -80,7 +82,7 @@ class Small:
     def all_to_all(self, source: Array, out: Array, deadline: float) -> bool:
         """See `Backend.all_to_all`; return False where another rank's blocks are uneven.
 
-        Nothing has been done then, but that they have met; all go on as `large` does.
+        Nothing has been done then, but that they have met; all go on as `movements` does.
         """
         number = self._stream.next
         slot = self._show(source, deadline)
@@ -108,7 +110,7 @@ class Small:
         parts = [shown[start:end] for shown in self._region.slots(out.dtype)[slot]]
         if own is not out or self._rank < 2:  # the first two are read before `out` is written
             parts[self._rank] = own
-        reduction.into(out, parts, at_once=True)
+        reduce_into(reduction, out, parts)
 
 
 def _bytes(array: Array) -> Array:

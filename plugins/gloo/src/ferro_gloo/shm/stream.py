@@ -32,8 +32,8 @@ from ferro_gloo.tcp.backend import TcpBackend
 
 _PLACE_END = LABEL_BYTES + PLACE.size
 _ROUNDS_END = _PLACE_END + 8
-_NOWHERE = bytes(PLACE.size)
-_NOTHING = _NOWHERE + bytes(8)
+NOWHERE = bytes(PLACE.size)
+_NOTHING = NOWHERE + bytes(8)
 # How long a rank waits before it looks whether those it waits for are still there.
 _LOOK_S = 0.01
 
@@ -81,7 +81,7 @@ class Stream:
         self.next = number + 1
         header = self._plain
         if place is not None or rounds:
-            where = _NOWHERE if place is None else PLACE.pack(*place)
+            where = NOWHERE if place is None else PLACE.pack(*place)
             header = self._label + where + rounds.to_bytes(8, "little")
         slot = number % SLOTS
         if header != self._written[slot]:
@@ -102,10 +102,10 @@ class Stream:
                 names = self._part.names
                 raise mismatch(names[self._rank], self.call, names[rank], bytes(label))
 
-    def place(self, rank: int, number: int) -> Place | None:
-        """Return where a rank's array is, as its header says."""
-        raw = bytes(self._headers[rank][number % SLOTS][LABEL_BYTES:_PLACE_END])
-        return None if raw == _NOWHERE else Place(*PLACE.unpack(raw))
+    def places(self, number: int) -> tuple[bytes, ...]:
+        """Return where each rank's array is, packed, as its header says; zeros: in no arena."""
+        slot = number % SLOTS
+        return tuple([bytes(row[slot][LABEL_BYTES:_PLACE_END]) for row in self._headers])
 
     def rounds(self, number: int) -> list[int]:
         """Return how many chunks each rank knows of, as its header says."""

@@ -1,0 +1,216 @@
+"""Nothing stays behind: however and whenever ranks end, the names of shared memory go.
+
+Each test has a folder of its own for shared memory, since any other job sweeps what all use. Ranks
+can be told to kill themselves in the moments in which memory is handed over.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ferro.testing import run_ranks_outcomes
+from ferro_gloo.shm import segment
+from ferro_gloo.shm.segment import Segment
+
+FOLDER, MOMENT = "TEST_SHM_FOLDER", "TEST_SHM_MOMENT"
+
+
+def killed_after(function, count):
+    """Return a function after whose call number `count` the process is killed."""
+    calls = 0
+
+    def call(*args):
+        nonlocal calls
+        calls += 1
+        result = function(*args)
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return call
+
+
+def set_up(name, moment):
+    """Prepare this process, a rank: it has loaded this file and is about to join the others."""
+    segment.FOLDER = Path(name)
+    if moment:
+        method, count = moment.split()
+        if method == "open":
+            Segment.open = killed_after(Segment.open, int(count))
+        else:
+            setattr(Segment, method, killed_after(getattr(Segment, method), int(count)))
+
+
+if FOLDER in os.environ:
+    set_up(os.environ[FOLDER], os.environ.get(MOMENT))
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def job(folder, function, *, moments=None, ranks=3, options=None):
+    """Run ranks that use this folder, some of which are killed at a moment."""
+    moments = moments or {}
+
+    def variables(rank):
+        return {FOLDER: str(folder), MOMENT: moments.get(rank, "")}
+
+    return run_ranks_outcomes(
+        function,
+        ranks,
+        backend="gloo",
+        timeout_s=20,
+        env=variables,
+        init_options={"timeout_s": 5.0, "backend_options": options or {}},
+    )
+
+
+def work(group):
+    """Use all kinds of shared memory; return the names that are there in the midst of it."""
+    x = group.empty(100_000)
+    x[...] = group.rank
+    group.all_reduce(x, out=x)
+    if group.rank < 2:
+        group.subgroup(range(2)).all_reduce(x, out=x)
+    group.barrier()
+    found = names_in(segment.FOLDER)
+    group.barrier()
+    return found
+
+
+def work_and_fail(group):
+    work(group)
+    raise ValueError("a bug of the program")
+
+
+def work_and_be_killed(group, victims=(1,)):
+    found = work(group)
+    if group.rank in victims:
+        os.kill(os.getpid(), signal.SIGKILL)
+    x = group.empty(1_000_000)
+    for _ in range(1000):
+        group.all_reduce(x, out=x)
+    return found
+
+
+def work_and_all_be_killed(group):
+    work_and_be_killed(group, range(group.world_size))
+
+
+def work_and_be_killed_at_work(group):
+    """Each is killed when it has done some more work, wherever it then is."""
+    signal.setitimer(signal.ITIMER_REAL, 0.05 + 0.01 * group.rank)  # SIGALRM ends the process
+    x = group.empty(1_000_000)
+    while True:
+        group.all_reduce(x, out=x)
+        group.all_reduce(np.ones(100))
+
+
+def assert_usable(folder):
+    """The next job works, and leaves nothing, whatever the last one left."""
+    outcomes = job(folder, work, ranks=2)
+    assert [outcome.result for outcome in outcomes] == [[], []], [o.describe() for o in outcomes]
+    assert names_in(folder) == []
+
+
+def test_nothing_is_there_at_work_or_afterwards(folder):
+    outcomes = job(folder, work)
+    assert [outcome.result for outcome in outcomes] == [[]] * 3, [o.describe() for o in outcomes]
+    assert names_in(folder) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [work_and_fail, work_and_be_killed, work_and_all_be_killed, work_and_be_killed_at_work],
+)
+def test_nothing_is_left_by_ranks_that_fail_or_are_killed(folder, function):
+    outcomes = job(folder, function)
+    assert not all(outcome.ok for outcome in outcomes)
+    assert names_in(folder) == []
+
+
+# The first offer of a rank is its arena, when the world is made; the second, of rank 0, the
+# group's region, when its first collective begins. Each rank opens two arenas, then that.
+@pytest.mark.parametrize(
+    ("victim", "moment"), [(2, "open 1"), (2, "withdraw 1"), (1, "open 3"), (0, "reserve 1")]
+)
+def test_a_rank_killed_as_memory_is_handed_over_leaves_nothing(folder, victim, moment):
+    """The name of its own arena excepted: only the owner takes that away, or the next job."""
+    outcomes = job(folder, work, moments={victim: moment})
+    assert outcomes[victim].signal == "SIGKILL", outcomes[victim].describe()
+    assert not any(outcome.ok for outcome in outcomes)
+    assert len(names_in(folder)) == (moment == "open 1")
+    assert_usable(folder)
+
+
+@pytest.mark.parametrize(
+    ("victims", "moment"), [((1,), "offer 1"), ((0, 1, 2), "offer 1"), ((0,), "offer 2")]
+)
+def test_what_a_killed_rank_had_just_offered_goes_with_the_next_job(folder, victims, moment):
+    outcomes = job(folder, work, moments=dict.fromkeys(victims, moment))
+    assert [outcomes[rank].signal for rank in victims] == ["SIGKILL"] * len(victims)
+    assert names_in(folder) != [], "else this test is about nothing"
+    assert_usable(folder)
+
+
+def test_a_job_sweeps_no_name_of_another_that_is_handing_over(folder):
+    """A name is held as long as its owner lives, however long that takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "FOLDER", folder)
+        offered = Segment.create(4096)
+        name = f"ferro-{offered.offer().hex()}"
+        outcomes = job(folder, work)
+        assert [outcome.result for outcome in outcomes] == [[name]] * 3
+        offered.withdraw()
+
+
+def stay_away(group):
+    """Rank 2 does not come to the first collective, in which the region is handed over."""
+    if group.rank == 2:
+        return None
+    try:
+        group.all_reduce(np.ones(3), timeout_s=0.3)
+    except Exception as error:  # noqa: BLE001
+        return type(error).__name__, names_in(segment.FOLDER)
+    return "nothing", []
+
+
+def test_a_region_that_nobody_came_for_goes_at_once(folder):
+    outcomes = job(folder, stay_away)
+    for outcome in outcomes[:2]:
+        assert outcome.ok, outcome.describe()
+        assert outcome.result[0] in ("CollectiveTimeout", "PeerLost")
+    assert names_in(folder) == []
+
+
+def make_and_close_groups(group):
+    """Return how many segments are mapped after few and after many groups."""
+    mapped = []
+    for number in range(12):
+        part = group.subgroup(range(group.world_size), name=f"part {number}")
+        part.all_reduce(np.ones(100_000))
+        part.close()
+        del part
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        mapped.append(sum(str(segment.FOLDER) in line for line in maps))
+    return mapped
+
+
+def test_the_memory_of_closed_groups_is_given_back(folder):
+    for outcome in job(folder, make_and_close_groups):
+        assert outcome.ok, outcome.describe()
+        assert outcome.result[-1] <= outcome.result[2]
+        assert outcome.result[-1] > 0, "nothing was shared"
