@@ -60,3 +60,4 @@ wheels: $(filter .tools/bin/uv,$(UV))
 
 clean:
 	rm -rf .venv .bench-venv .bench-openmpi .bench-mpich .tools dist build demo.png
+	rm -rf plugins/gloo/build plugins/gloo/src/*.egg-info plugins/gloo/src/ferro_gloo/shm/*.so

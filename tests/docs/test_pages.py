@@ -24,9 +24,12 @@ def code(page, first_words):
 
 
 @pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
-def test_the_ten_lines_of_the_readme_run(tmp_path, launch):
-    program = tmp_path / "train.py"
-    program.write_text(code("README.md", "# train.py"))
+@pytest.mark.parametrize(
+    ("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py")]
+)
+def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
+    program = tmp_path / name
+    program.write_text(code(page, f"# {name}"))
     ended = subprocess.run([*launch, program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 

@@ -156,9 +156,7 @@ def test_a_rank_killed_as_memory_is_handed_over_leaves_nothing(folder, victim, m
     assert_usable(folder)
 
 
-@pytest.mark.parametrize(
-    ("victims", "moment"), [((1,), "offer 1"), ((0, 1, 2), "offer 1"), ((0,), "offer 2")]
-)
+@pytest.mark.parametrize(("victims", "moment"), [((0, 1, 2), "offer 1"), ((0,), "offer 2")])
 def test_what_a_killed_rank_had_just_offered_goes_with_the_next_job(folder, victims, moment):
     outcomes = job(folder, work, moments=dict.fromkeys(victims, moment))
     assert [outcomes[rank].signal for rank in victims] == ["SIGKILL"] * len(victims)

@@ -269,7 +269,7 @@ def run_two_at_once(group, seed, calls):
 
 # The last two are many more ranks than this machine has cores.
 @pytest.mark.parametrize(
-    ("ranks", "calls"), [(2, 300), (3, 200), (4, 150), (5, 120), (8, 40), (16, 12)]
+    ("ranks", "calls"), [(2, 300), (3, 200), (4, 150), (5, 120), (8, 20), (16, 6)]
 )
 def test_one_group(ranks, calls):
     run_ranks(run_program, ranks, backend="gloo", args=(ranks, calls), timeout_s=60)

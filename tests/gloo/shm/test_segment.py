@@ -37,7 +37,7 @@ def folder(monkeypatch):
 
 
 def path_of(name):
-    return module.FOLDER / f"ferro-{name.hex()}"
+    return module.FOLDER / f"ferro-gloo-{name.hex()}"
 
 
 def random_name():
@@ -118,7 +118,7 @@ def test_a_name_is_there_from_offer_to_withdraw_only(folder):
     segment = Segment.create(NBYTES)
     assert list(folder.iterdir()) == []
     name = segment.offer()
-    assert [path.name for path in folder.iterdir()] == [f"ferro-{name.hex()}"]
+    assert [path.name for path in folder.iterdir()] == [f"ferro-gloo-{name.hex()}"]
     assert len(name) == NAME_BYTES == 16
     segment.withdraw()
     segment.withdraw()
@@ -238,27 +238,33 @@ def test_what_a_killed_process_offered_is_swept_by_the_next(offered_by_another):
     assert not path_of(name).exists()
 
 
+def left(folder, digit, mode=0o600):
+    """Return a path that looks like a segment's, left behind."""
+    path = folder / f"ferro-gloo-{digit * 32}"
+    path.touch(mode)
+    return path
+
+
 def test_sweeping_leaves_alone_what_is_no_segment(folder):
     (folder / "others").write_bytes(b"x")
-    (folder / "ferro-folder").mkdir()
-    (folder / "ferro-link").symlink_to(folder / "others")
-    os.mkfifo(folder / "ferro-pipe")  # opening it would wait for a writer
-    (folder / "ferro-left").write_bytes(b"x")
+    (folder / "ferro-gloo-notes").write_bytes(b"x")
+    (folder / f"ferro-gloo-{'a' * 32}").mkdir()
+    (folder / f"ferro-gloo-{'b' * 32}").symlink_to(folder / "others")
+    os.mkfifo(folder / f"ferro-gloo-{'c' * 32}", 0o600)  # opening it would wait for a writer
+    left(folder, "d", mode=0o644)
+    before = sorted(path.name for path in folder.iterdir())
+    swept = left(folder, "e")
     sweep()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "ferro-folder",
-        "ferro-link",
-        "ferro-pipe",
-        "others",
-    ]
+    assert not swept.exists()
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
 def test_sweeping_leaves_alone_what_is_another_users(folder):
-    (folder / "ferro-theirs").write_bytes(b"x")
-    os.chown(folder / "ferro-theirs", 1234, 1234)
+    theirs = left(folder, "f")
+    os.chown(theirs, 1234, 1234)
     sweep()
-    assert (folder / "ferro-theirs").exists()
+    assert theirs.exists()
 
 
 def test_a_segment_that_is_being_swept_is_refused_not_waited_for(offered_by_another):

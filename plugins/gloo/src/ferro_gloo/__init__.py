@@ -1,4 +1,5 @@
-"""ferro-gloo: the gloo backend of ferro, collectives on NumPy arrays over authenticated TCP.
+"""ferro-gloo: the gloo backend of ferro, collectives on NumPy arrays.
 
-Installed, it is found by itself: `ferro.init("gloo")`.
+Through shared memory on a host, over authenticated TCP between hosts. Installed, it is found by
+itself: `ferro.init("gloo")`.
 """

@@ -78,7 +78,10 @@ class GlooBackend(Backend):
         self.call = call
         if self._way is None:
             self._way = self._find_way(deadline)
-        self._current = self._flat if call.op in self.choice.fixed else self._way
+        self._current = self._way
+        if self.choice.fixed:  # an algorithm that the user asked for runs over TCP
+            self._flat.begin(call)  # where a rank that calls something else waits for this one
+            self._current = self._flat if call.op in self.choice.fixed else self._way
         self._current.agree(call, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:

@@ -6,7 +6,7 @@ from ferro import Availability, Backend, BackendConfig, BackendInfo, hookimpl
 
 
 def _probe() -> Availability:
-    return Availability(ok=True, reason="TCP sockets; needs no library")
+    return Availability(ok=True, reason="TCP, shared memory on Linux; needs no library")
 
 
 def _create(config: BackendConfig) -> Backend:
@@ -21,7 +21,7 @@ def ferro_backends() -> Sequence[BackendInfo]:
     return (
         BackendInfo(
             name="gloo",
-            summary="collectives on NumPy arrays over authenticated TCP",
+            summary="collectives on NumPy arrays through shared memory and authenticated TCP",
             probe=_probe,
             create=_create,
             default_under=("*",),

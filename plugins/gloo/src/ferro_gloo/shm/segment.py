@@ -20,7 +20,8 @@ from pathlib import Path
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - memory shared by design; names are random, modes 0600
 NAME_BYTES = 16
-_PREFIX = "ferro-"
+_PREFIX = "ferro-gloo-"
+_MODE = 0o600
 _HUGE_BYTES = 2 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
 
@@ -61,7 +62,7 @@ class Segment:
         Raises:
             OSError: there is no shared memory.
         """
-        descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
         try:
             os.ftruncate(descriptor, nbytes)
         except OSError:
@@ -151,7 +152,7 @@ def remove(name: bytes) -> None:
 
 def sweep() -> None:
     """Remove names that killed jobs of this user left."""
-    for path in FOLDER.glob(f"{_PREFIX}*"):
+    for path in FOLDER.glob(_PREFIX + "[0-9a-f]" * 2 * NAME_BYTES):
         # It may go meanwhile, or be held; opening what another user has put there could block.
         with suppress(OSError):
             if _is_ours(path.lstat()):
@@ -172,4 +173,5 @@ def _path(name: bytes) -> Path:
 
 
 def _is_ours(found: os.stat_result) -> bool:
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+    mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+    return mine and stat.S_IMODE(found.st_mode) == _MODE
