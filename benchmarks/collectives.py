@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ferro import bench
+from ferro.environment import usable_cores
 
 SIZES = "4B:256MiB"
 QUICK_SIZES = "4B,64KiB,4MiB"
 OTHER_SIZES = "4KiB,64KiB,256KiB,1MiB,16MiB,64MiB"
 OTHER_QUICK_SIZES = "64KiB"
+MANY_SIZES = "4B,64KiB,1MiB"
+MANY_RANKS = (2, 4, 8, 16)
 OTHERS = ("all_gather", "reduce_scatter", "broadcast", "all_to_all")
 
 _OURS = (bench.Contestant("ferro", "private"), bench.Contestant("ferro", "group"))
@@ -46,11 +49,13 @@ def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
         ArithmeticError: a result was wrong.
     """
     plans = [bench.WorldPlan(name="ferro", world_size=ranks, backend="gloo")]
+    cores = min(ranks, usable_cores())
+    plans.append(bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
     for name, python in wanted.peers.items():
         plans.append(bench.WorldPlan(name=name, world_size=ranks, peer=bench.find(name, python)))
     contestants = [*_OURS, *(bench.Contestant(name) for name in wanted.peers)]
     with bench.open_worlds(plans) as worlds:
-        copies = [_copy_seconds(worlds, ranks)]
+        copies = [_copy_seconds(worlds, cores)]
         records = []
         for collective, nbytes in _cases(wanted):
             case = bench.make_case(collective, nbytes, ranks)
@@ -61,11 +66,11 @@ def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
             for name, it in measured.items():
                 if it.wrong:
                     raise ArithmeticError(f"{name}: {it.wrong} wrong elements in {case}")
-        copies.append(_copy_seconds(worlds, ranks))
-        versions = {name: world.version for name, world in worlds.items()}
-    moved = 2 * ranks * _COPIED_BYTES  # each rank reads and writes
+        copies.append(_copy_seconds(worlds, cores))
+        versions = {name: world.version for name, world in worlds.items() if name != "memory"}
+    moved = 2 * cores * _COPIED_BYTES  # each reads and writes
     bandwidth = moved / float(np.median(np.concatenate(copies)))
-    print(f"memory, {ranks} ranks copying: {bandwidth / 1e9:.1f} GB/s", flush=True)
+    print(f"memory, {cores} cores copying: {bandwidth / 1e9:.1f} GB/s", flush=True)
     return {"bandwidth_b_s": bandwidth, "versions": versions, "records": records}
 
 
@@ -74,11 +79,11 @@ def _cases(wanted: Wanted) -> Iterator[tuple[str, int]]:
     yield from ((other, size) for other in OTHERS for size in wanted.other_sizes)
 
 
-def _copy_seconds(worlds: Mapping[str, bench.World], ranks: int) -> np.ndarray:
-    """Return how long all ranks take, all at once, to copy an array of their own each."""
-    case = bench.make_case("copy", _COPIED_BYTES, ranks, calls=1)
-    private = _OURS[0]
-    return bench.measure(worlds, case, [private], _COPY_ROUNDS)[private.name].seconds.reshape(-1)
+def _copy_seconds(worlds: Mapping[str, bench.World], cores: int) -> np.ndarray:
+    """Return how long a process for each core takes to copy an array of its own, all at once."""
+    case = bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
+    memory = bench.Contestant("memory")
+    return bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
 
 
 def _line(record: bench.Record) -> str:

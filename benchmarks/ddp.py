@@ -204,7 +204,9 @@ def main() -> None:
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     widths = [int(text) for text in options.widths.split(",")]
-    with ferro.init("gloo") as group:
+    # tracemalloc sees no shared memory: what is traced must be ordinary.
+    backend_options = {"shared_memory": options.what != "memory"}
+    with ferro.init("gloo", backend_options=backend_options) as group:
         if options.what == "memory":
             record = memory(widths, group, options.rounds)
         else:

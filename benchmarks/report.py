@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -34,12 +35,26 @@ all_gather, the input of the others). As calls are back to back, the root of a s
 be ahead of those that receive it: such times are those of a stream of broadcasts.
 
 Bound: what must be read and written at least (all_reduce and all_to_all 2 n times the size,
-all_gather and reduce_scatter n + 1 times, broadcast n times), over the bandwidth of all ranks
+all_gather and reduce_scatter n + 1 times, broadcast n times), over the bandwidth of all cores
 copying arrays of their own at once, measured before and after in the same run. Its share is the
 bound over the time: of the median and, after the stroke, of the minimum. In caches it may pass
 100 %.
 
 ![Median times](collectives.png)""",
+    "many": """\
+all_reduce with more ranks than cores, measured as above with few rounds; medians. Each rank has
+less of a core the more there are.""",
+    "layers": """\
+What an all_reduce of 4 bytes is made of. "Layer" is the same call of a group whose backend does
+nothing: checks, the result's memory, number, lane and deadline. "Meeting" is a barrier less its own
+layer: showing a chunk, waiting for all, comparing what they call. The rest is the copy into shared
+memory, the reduction out of it, and Python around them. MPI's whole call takes about as long as
+meeting does.""",
+    "hosts": """\
+Network namespaces as hosts, joined by a link whose rate `tc` limits; written by `sudo python
+benchmarks/hosts.py`. "Plain sockets" send the same bytes both ways with nothing around them: what
+frames and headers leave of the rate. "Hierarchical" is what ferro does, "flat" the same with
+`shared_memory` off.""",
     "imports": """\
 Each measured in fresh interpreters taking turns, without the interpreter's own start. The first
 row is a difference of medians, and of minima.""",
@@ -50,6 +65,8 @@ there; parameters, gradients (once, in the buckets) and momentum have one size. 
 those of the slowest rank, ferro and torch taking turns in the same processes, one thread each;
 they include the arithmetic, which is not ferro's.""",
 }
+
+NAMES = tuple(_HOW)
 
 
 def page(results: Mapping[str, Record]) -> str:
@@ -87,7 +104,7 @@ def _collectives(result: Record) -> list[str]:
 def _libraries(ranks: int, run: Record) -> str:
     versions = ", ".join(run["versions"].values())
     bandwidth = run["bandwidth_b_s"] / 1e9
-    return f"{ranks} ranks: {versions}; memory, all ranks copying: {bandwidth:.1f} GB/s."
+    return f"{ranks} ranks: {versions}; memory, all cores copying: {bandwidth:.1f} GB/s."
 
 
 def _heads(names: Sequence[str]) -> list[str]:
@@ -140,7 +157,54 @@ def _ddp(result: Record) -> list[str]:
     return tables
 
 
-_TABLES = {"collectives": _collectives, "imports": _imports, "ddp": _ddp}
+def _many(result: Record) -> list[str]:
+    runs: Mapping[str, Record] = result["by_ranks"]
+    names = list(next(iter(runs.values()))["records"][0]["results"])
+    rows = [
+        [
+            f"{ranks} ranks",
+            size_text(record["nbytes"]),
+            *(time_text(record["results"][name]["median_s"]) for name in names),
+        ]
+        for ranks, run in runs.items()
+        for record in run["records"]
+    ]
+    return [_table(["", "size", *(_TITLES[name] for name in names)], rows)]
+
+
+def _layers(result: Record) -> list[str]:
+    rows = []
+    for record in result["records"]:
+        found = record["median_s"]
+        meeting = found["barrier"] - found["barrier_layer"]
+        rest = found["whole"] - found["layer"] - meeting
+        parts = (found["whole"], found["layer"], meeting, rest)
+        rows.append([f"{record['ranks']} ranks", *(time_text(max(0.0, part)) for part in parts)])
+    return [_table(("", "whole", "layer", "meeting", "rest"), rows)]
+
+
+def _hosts(result: Record) -> list[str]:
+    must_cross = 2 * (result["hosts"] - 1) / result["hosts"] * result["nbytes"]
+    rows = []
+    for name, seconds in result["seconds"].items():
+        middle, best = statistics.median(seconds), min(seconds)
+        share = must_cross * 8 / middle / (result["mbit"] * 1e6)
+        rows.append([name, time_text(middle), time_text(best), f"{share:.1%}"])
+    setting = (
+        f"{result['hosts']} hosts, {result['ranks_per_host']} ranks each, "
+        f"{result['mbit']:g} Mbit/s each way, MTU {result['mtu']}, {size_text(result['nbytes'])}."
+    )
+    return [setting, _table(("all_reduce", "median", "min", "share of the link's rate"), rows)]
+
+
+_TABLES = {
+    "collectives": _collectives,
+    "many": _many,
+    "layers": _layers,
+    "hosts": _hosts,
+    "imports": _imports,
+    "ddp": _ddp,
+}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -47,7 +47,7 @@ def main() -> None:
         (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     written = {
         name: json.loads((options.out / f"{name}.json").read_text())
-        for name in _MEASURES
+        for name in report.NAMES
         if (options.out / f"{name}.json").exists()
     }
     (options.out / "README.md").write_text(report.page(written))
@@ -112,8 +112,30 @@ def _ddp(options: argparse.Namespace) -> dict[str, object]:
     return {"records": [memory, times]}
 
 
+def _many(options: argparse.Namespace) -> dict[str, object]:
+    """More ranks than cores: whether times stay in proportion."""
+    wanted = collectives.Wanted(
+        sizes=bench.parse_sizes(collectives.MANY_SIZES),
+        other_sizes=(),
+        peers=options.compare,
+        quick=True,
+    )
+    return {"by_ranks": {str(n): collectives.measure(wanted, n) for n in collectives.MANY_RANKS}}
+
+
+def _layers(options: argparse.Namespace) -> dict[str, object]:
+    given = [f"--rounds={4 if options.quick else 20}"]
+    records = [_started("layers.py", ranks, given) for ranks in options.ranks]
+    for record in records:
+        parts = ", ".join(f"{k} {bench.time_text(v)}" for k, v in record["median_s"].items())
+        print(f"{record['ranks']} ranks: {parts}", flush=True)
+    return {"records": records}
+
+
 _MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "collectives": _collectives,
+    "many": _many,
+    "layers": _layers,
     "imports": _imports,
     "ddp": _ddp,
 }

@@ -131,7 +131,7 @@ def board():
 
 @pytest.mark.parametrize("offset", [-8, -(2**63), 4, 2, 4088, 4096, 2**62, 2**63 - 1])
 def test_publishes_only_on_the_board(board, offset):
-    with pytest.raises(ValueError, match="do not lie, aligned to 8 bytes, on a board of 4096"):
+    with pytest.raises(ValueError, match="a board of 4096 bytes holds no"):
         NATIVE.publish(board, offset, 1)
     assert bytes(board) == bytes(4096)
 
@@ -154,7 +154,7 @@ def test_publishes_only_on_the_board(board, offset):
     ],
 )
 def test_waits_only_on_the_board(board, first, stride, count):
-    with pytest.raises(ValueError, match="do not lie, aligned to 8 bytes, on a board of 4096"):
+    with pytest.raises(ValueError, match="a board of 4096 bytes holds no"):
         NATIVE.wait(board, first, stride, count, 1, 0, 0, 0.0)
 
 

@@ -301,7 +301,11 @@ class ProcessGroup(ArrayCollectives):
     # -- memory and groups -----------------------------------------------------------------------
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
-        """Return an uninitialised array in the memory that this backend moves fastest."""
+        """Return an uninitialised array in the memory that this backend moves fastest.
+
+        Other ranks may read and write it while a collective with it is under way; if that fails,
+        one that is late may do so afterwards: take a new array then.
+        """
         sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
         if any(size < 0 for size in sizes):
             raise UsageError(f"empty: no size may be negative, but the shape is {sizes}")

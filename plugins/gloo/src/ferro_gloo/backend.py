@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend, BackendConfig
-from ferro.calls import Call
+from ferro.calls import MAX_CONTEXT, Call
 from ferro.errors import UsageError
 from ferro.reduction import Reduction
 from ferro.types import Array
@@ -26,7 +26,8 @@ class GlooBackend(Backend):
 
     Ranks on one host move collectives through shared memory, several hosts through shared memory
     inside and TCP between; where nobody shares a host, or shared memory cannot be had, all goes
-    over TCP. The members find out which it is together, when their first collective begins.
+    over TCP. The members find out which it is together: the world's when they connect, those of
+    other groups when their first collective begins.
 
     Args:
         flat: the group over TCP.
@@ -52,7 +53,11 @@ class GlooBackend(Backend):
         _check_options(config)
         deadline = time.monotonic() + config.timeout_s
         flat = TcpBackend.connect(config)
-        return cls(flat, Host.find(flat, config, deadline))
+        # A group of its own: an early failure of the world is told by the world's first operation.
+        talk = flat.subgroup(range(config.world_size), MAX_CONTEXT)
+        world = cls(flat, Host.find(talk, config, deadline))
+        world._way = world._find_way(talk, deadline)
+        return world
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`."""
@@ -77,7 +82,7 @@ class GlooBackend(Backend):
         """See `Backend.agree`."""
         self.call = call
         if self._way is None:
-            self._way = self._find_way(deadline)
+            self._way = self._find_way(self._flat, deadline)
         self._current = self._way
         if self.choice.fixed:  # an algorithm that the user asked for runs over TCP
             self._flat.begin(call)  # where a rank that calls something else waits for this one
@@ -163,29 +168,40 @@ class GlooBackend(Backend):
         self._flat.abort()
 
     def close(self) -> None:
-        """Close the connections; of a subgroup, which owns none, only what is its own."""
+        """Close the connections; of a subgroup, which owns none, only what is its own.
+
+        Nothing refers to shared memory any more afterwards but the user's arrays.
+        """
         if self._way is not None:
             self._way.close()
+        self._way = self._current = self._flat
+        self._host = Host.alone()
         self._flat.close()
 
-    def _find_way(self, deadline: float) -> Backend:
-        """Find out, together with all members, how this group's collectives move."""
+    def _find_way(self, talk: TcpBackend, deadline: float) -> Backend:
+        """Find out, together with all members, how this group's collectives move.
+
+        Args:
+            talk: a group of the same members, to do so.
+            deadline: absolute `time.monotonic()` second.
+        """
         hosts = self._host.members_by_host(self._flat.ranks)
         mine = next(members for members in hosts if self.rank in members)
-        part = self._flat.part(mine)
-        region = self._host.open_region(part, deadline) if len(mine) > 1 else None
+        region = self._host.open_region(talk.part(mine), deadline) if len(mine) > 1 else None
         if len(hosts) > 1:
-            hosts = self._that_share(hosts, region is not None, deadline)
+            hosts = self._that_share(hosts, region is not None, talk, deadline)
         if len(hosts) == self.world_size or (region is None and len(hosts) == 1):
             return self._flat
         if region is None:
             return Hierarchy(self._flat, hosts, self._flat.part([self.rank]))
-        local = ShmBackend(region, part, self._host.arenas)
+        local = ShmBackend(region, self._flat.part(mine), self._host.arenas)
         return local if len(hosts) == 1 else Hierarchy(self._flat, hosts, local)
 
-    def _that_share(self, hosts: list[list[int]], shares: bool, deadline: float) -> list[list[int]]:
+    def _that_share(
+        self, hosts: list[list[int]], shares: bool, talk: TcpBackend, deadline: float
+    ) -> list[list[int]]:
         """Tell all whether this rank's host shares memory; where it does not, ranks are alone."""
-        told = swap(self._flat, bytes([shares]), deadline)
+        told = swap(talk, bytes([shares]), deadline)
         found: list[list[int]] = []
         for members in hosts:
             found += [members] if told[members[0]] == b"\1" else [[rank] for rank in members]

@@ -100,10 +100,8 @@ sum_blocks(const Sum *sum, Py_ssize_t start, float (*widen)(uint16_t), uint16_t 
 
 static void sum_portably(const Sum *sum)
 {
-    if (sum->brain)
-        sum_blocks(sum, 0, widen_brain, narrow_brain);
-    else
-        sum_blocks(sum, 0, widen_half, narrow_half);
+    sum->brain ? sum_blocks(sum, 0, widen_brain, narrow_brain)
+               : sum_blocks(sum, 0, widen_half, narrow_half);
 }
 
 #ifdef __x86_64__
@@ -145,10 +143,8 @@ static int fits(const Py_buffer *source, const Py_buffer *out)
 {
     const char *from = source->buf, *to = out->buf;
     if (source->len != out->len || source->len % 2 || (uintptr_t)from % 2 || source->itemsize > 2) {
-        PyErr_Format(PyExc_ValueError,
-                     "sum_half() takes 16-bit floats, aligned, as many as `out` has (%zd bytes), "
-                     "not %zd bytes in items of %zd",
-                     out->len, source->len, source->itemsize);
+        PyErr_Format(PyExc_ValueError, "sum_half() takes aligned 16-bit floats, %zd bytes, not %zd",
+                     out->len, source->len);
         return 0;
     }
     if (from != to && from < to + out->len && to < from + source->len) {
@@ -183,8 +179,7 @@ static int sum_operands(PyObject *operands, const Py_buffer *out, Sum *sum)
     return right;
 }
 
-PyObject *sum_half(PyObject *module, PyObject *args); /* called from _native.c */
-
+extern PyObject *sum_half(PyObject *, PyObject *); /* called from _native.c */
 PyObject *sum_half(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer out;

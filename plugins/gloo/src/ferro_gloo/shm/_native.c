@@ -112,9 +112,8 @@ static int lie_on(const Py_buffer *board, Py_ssize_t first, Py_ssize_t stride, P
         count - 1 > (board->len - COUNTER_BYTES - first) / stride || stride % 8 ||
         ((uintptr_t)board->buf + (uintptr_t)first) % 8) {
         PyErr_Format(PyExc_ValueError,
-                     "%zd counters (16 bytes each, %zd bytes apart, the first at byte %zd) do not "
-                     "lie, aligned to 8 bytes, on a board of %zd bytes",
-                     count, stride, first, board->len);
+                     "a board of %zd bytes holds no %zd counters, aligned, %zd bytes apart from %zd on",
+                     board->len, count, stride, first);
         return 0;
     }
     return 1;

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ferro.backend import BackendConfig
-from ferro.calls import MAX_CONTEXT
 from ferro.environment import usable_cores
 from ferro.types import Array
 from ferro_gloo.shm.arena import Arenas, arena_bytes
@@ -49,6 +48,11 @@ class Host:
         self.arenas = arenas
 
     @classmethod
+    def alone(cls) -> Host:
+        """Return the host of a rank that shares no memory."""
+        return cls(0, [0], Arenas(0, None, {}), native=False)
+
+    @classmethod
     def find(cls, flat: TcpBackend, config: BackendConfig, deadline: float) -> Host:
         """Find out which ranks can open each other's memory; every rank of the world calls it.
 
@@ -59,9 +63,7 @@ class Host:
         n, me = flat.world_size, flat.rank
         native = bool(config.options.get("native_helper", True))
         if n == 1:
-            return cls(0, [0], Arenas(0, None, {}), native=native)
-        # A group of its own: an early failure of the world is told by the world's first operation.
-        flat = flat.subgroup(range(n), MAX_CONTEXT)
+            return cls.alone()
         own, name, reason = None, bytes(NAME_BYTES), ""
         if bool(config.options.get("shared_memory", True)):
             own, name, reason = _make_arena(n)

@@ -6,6 +6,7 @@ in an arena (`ProcessGroup.empty`), they say in their headers where, and the oth
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,7 +16,7 @@ import numpy as np
 from ferro.types import Array
 from ferro_gloo.shm.arena import PLACE, Arenas, Place
 from ferro_gloo.shm.region import SLOTS, Region
-from ferro_gloo.shm.stream import NOWHERE, Stream
+from ferro_gloo.shm.stream import LOOK_S, NOWHERE, Stream
 from ferro_gloo.tcp.backend import TcpBackend
 
 # From this size on it pays to use arrays in place, though that takes a round more.
@@ -180,9 +181,13 @@ class Runner:
         deadline: float,
     ) -> None:
         self._stream.next = number + 2
+        began = time.monotonic()
         action(self._arrays(places))
         self._stream.show(number + 1)
         self._stream.wait(number + 1, deadline)
+        if time.monotonic() - began > LOOK_S:
+            # The others may have given up meanwhile, and used their arrays for something else.
+            self._part.look(())
 
     def _arrays(self, places: tuple[bytes, ...]) -> Mapping[int, Array]:
         """Return the arrays that are at these places, by rank."""

@@ -134,7 +134,7 @@ def open_region(part: TcpBackend, *, native: bool, spin: bool, deadline: float) 
     if reason:
         warn(
             f"gloo, rank {part.names[part.rank]}: {reason}. Give /dev/shm at least "
-            f"{layout.nbytes >> 20} MiB for each group (in a container: --shm-size)"
+            f"{-(-layout.nbytes >> 20)} MiB for each group (in a container: --shm-size)"
         )
     if all_mapped and not (native or safe) and part.rank == 0:
         warn(

@@ -35,7 +35,7 @@ _ROUNDS_END = _PLACE_END + 8
 NOWHERE = bytes(PLACE.size)
 _NOTHING = NOWHERE + bytes(8)
 # How long a rank waits before it looks whether those it waits for are still there.
-_LOOK_S = 0.01
+LOOK_S = 0.01
 
 
 class Stream:
@@ -124,7 +124,7 @@ class Stream:
         Raises:
             TimeoutError, PeerLost, GroupClosed.
         """
-        seconds = _LOOK_S
+        seconds = LOOK_S
         while self._signals.wait(number + 1, seconds) is not None:
             behind = self._signals.behind(number + 1)
             try:
@@ -133,6 +133,6 @@ class Stream:
                 # It may have shown the chunk, the last that it had to, and left.
                 if self._signals.behind(number + 1):
                     raise
-            seconds = min(_LOOK_S, deadline - time.monotonic())
+            seconds = min(LOOK_S, deadline - time.monotonic())
             if seconds <= 0:
                 raise TimeoutError("the deadline passed")
