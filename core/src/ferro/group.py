@@ -46,9 +46,7 @@ class ProcessGroup(ArrayCollectives):
     reused as soon as a call returns, even an asynchronous one; what is given as `out` may not be
     touched before the operation has ended. Arrays are NumPy's, CuPy's, or any library's that
     speaks DLPack; the result is of the same kind, or `out` itself where that is given.
-
-    The collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
-
+    Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
     Errors that all may raise
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group
             is still good.
@@ -303,8 +301,7 @@ class ProcessGroup(ArrayCollectives):
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array in the memory that this backend moves fastest.
 
-        Other ranks may read and write it while a collective with it is under way; if that fails,
-        one that is late may do so afterwards: take a new array then.
+        A late rank may write to it when a collective with it has failed: then take a new one.
         """
         sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
         if any(size < 0 for size in sizes):
