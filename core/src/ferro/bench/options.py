@@ -11,10 +11,11 @@ from typing import NoReturn
 from ferro.bench.contestants import Memory
 from ferro.bench.peers import PEERS
 from ferro.bench.rank.case import COLLECTIVES, OPS, REDUCING
-from ferro.bench.sizes import parse_sizes
+from ferro.bench.sizes import parse_sizes, size_text
 from ferro.errors import UsageError
 
 _MAX_RANKS = 128  # of one host; sums over more would not be exact in half precision
+_MAX_TURN_BYTES = 4 << 30
 _MEMORIES: tuple[Memory, ...] = ("private", "group")
 _DTYPES = (
     "float32",
@@ -196,8 +197,14 @@ def _check(options: BenchOptions) -> None:
     for name, number in (("--rounds", options.rounds), ("--calls", options.calls)):
         if number is not None and not 1 <= number <= 10_000:
             raise UsageError(f"{name} {number}: give 1 to 10000")
-    if options.plot is not None and not options.plot.absolute().parent.is_dir():
-        raise UsageError(f"--plot {options.plot}: its directory does not exist; make it first")
+    if options.calls is not None and options.calls * max(options.sizes) > _MAX_TURN_BYTES:
+        raise UsageError(
+            f"--calls {options.calls}: every call has memory of its own, which would be more than "
+            f"{size_text(_MAX_TURN_BYTES)} on each rank; give fewer calls, and more --rounds"
+        )
+    for name, file in (("--plot", options.plot), ("--json", options.json)):
+        if file not in (None, "-") and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{name} {file}: its directory does not exist; make it first")
     for name in options.peers:
         if options.dtype not in PEERS[name].dtypes and not REDUCING.isdisjoint(options.collectives):
             raise UsageError(

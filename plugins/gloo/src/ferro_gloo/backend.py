@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ferro.backend import Backend, BackendConfig
 from ferro.calls import MAX_CONTEXT, Call
-from ferro.errors import UsageError
+from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.hierarchy import Hierarchy
@@ -49,14 +49,21 @@ class GlooBackend(Backend):
 
         Raises:
             UsageError: there is no such option.
+            RendezvousError: a rank could not be reached, did not come, or died meanwhile.
         """
         _check_options(config)
         deadline = time.monotonic() + config.timeout_s
         flat = TcpBackend.connect(config)
         # A group of its own: an early failure of the world is told by the world's first operation.
         talk = flat.subgroup(range(config.world_size), MAX_CONTEXT)
-        world = cls(flat, Host.find(talk, config, deadline))
-        world._way = world._find_way(talk, deadline)
+        try:
+            world = cls(flat, Host.find(talk, config, deadline))
+            world._way = world._find_way(talk, deadline)
+        except BaseException as error:
+            flat.close()
+            if isinstance(error, TimeoutError | PeerLost):
+                raise _not_found(error, config) from error
+            raise
         return world
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
@@ -206,6 +213,17 @@ class GlooBackend(Backend):
         for members in hosts:
             found += [members] if told[members[0]] == b"\1" else [[rank] for rank in members]
         return sorted(found)
+
+
+def _not_found(error: TimeoutError | PeerLost, config: BackendConfig) -> RendezvousError:
+    peer = error.peer if isinstance(error, PeerLost) else None
+    who = "the others" if peer is None else f"rank {peer}"
+    return RendezvousError(
+        f"rank {config.rank} of {config.world_size} was connected, but could not find out who "
+        f"shares its memory within {config.timeout_s:.3g} s: {error}. Read the log of {who} first",
+        rank=config.rank,
+        peer=peer,
+    )
 
 
 def _check_options(config: BackendConfig) -> None:
