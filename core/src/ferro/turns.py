@@ -2,11 +2,11 @@
 
 CPython lets a thread that computes keep the lock for `sys.getswitchinterval()`, 5 ms, when
 another asks for it, and a thread that carries out a collective asks again and again. Measured
-with 2 ranks on 2 cores that others used too, interleaved, and together with gloo's shorter spins
-in a lane's thread: 16 all_reduces of 1 MiB beside NumPy on small arrays ended after 160 to 300 ms
-with turns of 5 ms, after 17 ms with turns of 0.1 ms; beside pure Python after 10 to 130 ms, and
-15 to 18 ms. Two threads of pure Python took as long in all with both lengths, within 7 %. The
-length matters only while a thread asks.
+with 2 ranks on 2 cores that others used too, interleaved, and together with shorter spins of the
+backend in a lane's thread: 16 all_reduces of 1 MiB beside NumPy on small arrays ended after 160
+to 300 ms with turns of 5 ms, after 17 ms with turns of 0.1 ms; beside pure Python after 10 to 130
+ms, and 15 to 18 ms. Two threads of pure Python took as long in all with both lengths, within 7 %.
+The length matters only while a thread asks.
 """
 
 from __future__ import annotations

@@ -110,22 +110,23 @@ class Lane:
         Raises:
             LaneClosed: the lane takes no more operations.
         """
-        with self._lock:
-            seq = self._number()
-            at_once = self.idle
-            if at_once:
-                self._busy = True
-            else:
-                work = self._put(Work(op, seq, lambda: operation(seq)))
-        if not at_once:
-            return work.wait()
-        try:
-            return operation(seq)
-        finally:
+        ours = False
+        try:  # around all, for an interrupt may come at any moment and the lane must go on
             with self._lock:
-                self._busy = False
-                if self._pending or self._closed:  # otherwise nobody waits for it
-                    self._change.notify_all()
+                seq = self._number()
+                work = None if self.idle else self._put(Work(op, seq, lambda: operation(seq)))
+                if work is None:
+                    ours = self._busy = True
+            return operation(seq) if work is None else work.wait()
+        finally:
+            if ours:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._busy = False
+            if self._pending or self._closed:  # otherwise nobody waits for it
+                self._change.notify_all()
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
         """Queue an operation, which is told its number, and return at once.

@@ -21,6 +21,8 @@ from ferro.bench.table import Table
 from ferro.bench.world import World
 from ferro.errors import UsageError
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 
 def run(options: BenchOptions) -> int:
     """Measure; return the exit status: 0, or 1 when a result was wrong.
@@ -29,11 +31,12 @@ def run(options: BenchOptions) -> int:
         UsageError: a peer or matplotlib is not installed, or a file cannot be written.
         BackendError: a library's ranks died or hung; the message has their last words.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {signum: signal.signal(signum, _terminate) for signum in _ENDING}
     try:
         return _run(options)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _run(options: BenchOptions) -> int:

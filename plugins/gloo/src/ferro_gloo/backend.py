@@ -172,6 +172,8 @@ class GlooBackend(Backend):
 
     def abort(self) -> None:
         """End this group's operations on all its ranks; other groups go on."""
+        if self._way is not None:
+            self._way.abort()
         self._flat.abort()
 
     def close(self) -> None:
@@ -233,3 +235,6 @@ def _check_options(config: BackendConfig) -> None:
             f"gloo has no option {', '.join(unknown)}: backend_options may hold "
             f"{', '.join(_OPTIONS)}"
         )
+    for name, value in config.options.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"gloo's option {name} is True or False, not {value!r}")

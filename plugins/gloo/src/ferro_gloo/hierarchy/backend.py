@@ -153,6 +153,7 @@ class Hierarchy(Backend):
 
     def abort(self) -> None:
         """End this group's operations on all its ranks; waits on both levels are woken."""
+        self._levels.local.abort()
         self._flat.abort()
 
     def close(self) -> None:

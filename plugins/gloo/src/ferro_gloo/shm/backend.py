@@ -146,6 +146,11 @@ class ShmBackend(Backend):
         """See `Backend.recv`; over TCP."""
         self._part.recv(buffer, peer, tag=tag, deadline=deadline)
 
+    def abort(self) -> None:
+        """See `Backend.abort`."""
+        self._stream.give_up()
+        self._part.abort()
+
     def close(self) -> None:
         """Do nothing: the memory is released when nobody uses it any more."""
 

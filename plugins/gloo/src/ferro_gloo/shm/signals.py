@@ -30,7 +30,10 @@ AVAILABLE = NATIVE is not None
 _WORDS = STRIDE // 8
 # Measured on two cores. Being woken from sleep costs 15 to 20 us, a pause 20 ns, a yield 0.35 us.
 # With 4 ranks on 2 cores a round of publishing and waiting takes 19 us with sleep alone, 29 us
-# with spinning and sleep, 2 us with yields and sleep; more yields than 20 change nothing.
+# with spinning and sleep, 2 us with yields and sleep; more yields than 20 change nothing there.
+# But a core that has gone idle takes 50 to 100 us to wake up. Whoever sleeps sooner than that while
+# the other wakes up makes the other sleep in its turn: bursts of all_reduces of 4 bytes, 2 ranks
+# with a core each, took 10 to 60 us on average with 100 yields before sleep, 8 us with 1000.
 # A lane's thread competes with its caller's computation. Beside matrix products, 2 ranks on 2 cores
 # that others used too, 2 all_reduces of 25 MiB of private arrays ended after 47 ms with the spins
 # and yields of a caller's thread, after 31 ms with those of a lane's (medians of one run); 16 of
@@ -38,9 +41,9 @@ _WORDS = STRIDE // 8
 # turns (`ferro.turns`), agree on 25 MiB of private arrays, and show no difference on the others.
 _NATIVE_SPINS = 2000
 _NATIVE_SPINS_IN_LANE = 200
-_NATIVE_YIELDS = 100
+_NATIVE_YIELDS = 1000
 _READS = 300
-_YIELDS = 50
+_YIELDS = 500
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
 

@@ -118,6 +118,13 @@ class Stream:
         """Say that this rank's chunk is there, and that it is done with the one two before."""
         self._signals.publish(number + 1)
 
+    def give_up(self) -> None:
+        """Take back what this rank has shown: whoever comes later is not to go on with it.
+
+        They find this rank behind, and so look why.
+        """
+        self._signals.publish(-1)
+
     def wait(self, number: int, deadline: float) -> None:
         """Wait until every rank has shown this chunk.
 

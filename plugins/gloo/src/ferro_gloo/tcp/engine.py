@@ -27,7 +27,7 @@ from ferro_gloo.tcp.frame import ABORT, pack
 _LONGEST_POLL_S = 1.0
 _EAGER_BYTES = 16 << 10
 # What may come before its receive is posted, from all peers together. Long transfers wait for
-# their receives (see `GlooBackend`), so this takes very many short ones.
+# their receives (see `TcpBackend`), so this takes very many short ones.
 EARLY_LIMIT = 1 << 30
 
 
