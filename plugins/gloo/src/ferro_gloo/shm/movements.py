@@ -13,7 +13,17 @@ import numpy as np
 
 from ferro.types import Array
 from ferro_gloo.shm.operation import Operation, Runner
-from ferro_gloo.shm.pieces import chunk, copy, cut, get, piece, piece_bytes, put, rounds_of, starts
+from ferro_gloo.shm.pieces import (
+    chunk,
+    cut,
+    get_in_blocks,
+    landing,
+    piece,
+    piece_bytes,
+    put,
+    rounds_of,
+    starts,
+)
 
 
 class Movements:
@@ -29,6 +39,7 @@ class Movements:
     def __init__(self, runner: Runner, rank: int, ranks: int, slot_bytes: int) -> None:
         self._runner = runner
         self._rank = rank
+        self._ranks = ranks
         self._others = [other for other in range(ranks) if other != rank]
         self._slot_bytes = slot_bytes
         self._piece_bytes = piece_bytes(slot_bytes, ranks)
@@ -36,7 +47,8 @@ class Movements:
     def broadcast(self, buffer: Array, root: int, deadline: float) -> None:
         """See `Backend.broadcast`."""
         data, length = buffer.view(np.uint8), self._slot_bytes
-        at_root = self._rank == root
+        at_root, nbytes = self._rank == root, data.size * self._ranks
+        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
 
         def show(k: int, slot: Array) -> None:
             put(slot, chunk(data, k, length))
@@ -62,6 +74,8 @@ class Movements:
         """See `Backend.all_gather`."""
         data, length, size = buffer.view(np.uint8), self._slot_bytes, buffer.itemsize
         blocks, begins = cut(data, counts, size), starts(counts, size)
+        nbytes = data.size * self._ranks
+        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
 
         def show(k: int, slot: Array) -> None:
             put(slot, chunk(blocks[self._rank], k, length))
@@ -88,6 +102,8 @@ class Movements:
     ) -> None:
         """See `Backend.gather`."""
         data, length, size = block.view(np.uint8), self._slot_bytes, block.itemsize
+        nbytes = sum(counts) * size
+        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
         others: dict[int, Array] = {}  # their places in the result, at the root
         if out is not None:
             others = dict(enumerate(cut(out.view(np.uint8), counts, size)))
@@ -124,6 +140,8 @@ class Movements:
     ) -> None:
         """See `Backend.scatter`."""
         me, data, length = self._rank, block.view(np.uint8), self._piece_bytes
+        nbytes = sum(counts) * block.itemsize
+        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
         others: dict[int, Array] = {}  # what is for them, at the root
         whole = None if source is None else source.view(np.uint8)
         if whole is not None:
@@ -167,7 +185,9 @@ class Movements:
         data = source.view(np.uint8)
         blocks, begin = cut(data, send_counts, size), starts(send_counts, size)[me]
         targets = cut(out.view(np.uint8), recv_counts, size)
-        targets[me][...] = blocks[me]
+        nbytes = out.nbytes * self._ranks
+        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
+        copy(targets[me], blocks[me])
 
         def show(k: int, slot: Array) -> None:
             for rank in self._others:

@@ -54,6 +54,9 @@ class Native(Protocol):
             None; or, after `seconds` or a signal, the index of the first counter behind.
         """
 
+    def copy(self, target: NDArray[np.generic], source: NDArray[np.generic], /) -> None:
+        """Copy as many bytes past the caches, on x86-64; both are contiguous and apart."""
+
     def sum_half(
         self,
         out: NDArray[np.generic],

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 from ferro.types import Array
+from ferro_gloo.shm.native import NATIVE
 
 _LINE_BYTES = 64
 _COPY_BYTES = 256 << 10
+_CACHED_BYTES = 16 << 20
+
+Get: TypeAlias = Callable[[Array, Array], None]
 
 
 def rounds_of(size: int, length: int) -> int:
@@ -48,16 +53,32 @@ def put(slot: Array, part: Array) -> None:
     slot[: part.size] = part
 
 
-def get(target: Array, slot: Array) -> None:
-    """Fill `target` from the beginning of a slot."""
-    target[...] = slot[: target.size]
+def get(target: Array, source: Array) -> None:
+    """Fill `target` from the beginning of `source`, through the caches."""
+    target[...] = source[: target.size]
 
 
-def copy(target: Array, source: Array) -> None:
-    """Fill `target` (uint8) from the beginning of `source`, block by block.
+def get_in_blocks(target: Array, source: Array) -> None:
+    """Fill `target` from the beginning of `source`, block by block.
 
     Copied all at once, much would be written past the caches, from where it is to be used next.
     """
     for start in range(0, target.size, _COPY_BYTES):
         block = target[start : start + _COPY_BYTES]
         block[...] = source[start : start + block.size]
+
+
+def get_past(target: Array, source: Array) -> None:
+    """Fill `target` from the beginning of `source`, past the caches."""
+    assert NATIVE is not None, "only the native helper can"
+    NATIVE.copy(target, source[: target.size])
+
+
+def landing(nbytes: int, default: Get = get) -> Get:
+    """Return how results land that have so many bytes on all ranks together.
+
+    What caches hardly hold is better written past them: then lines need not be read before they
+    are written over. Measured with 2 ranks: a broadcast of 16 MiB takes 1.0 ms through the caches,
+    0.56 past them, an all_gather 1.25 and 0.99.
+    """
+    return get_past if NATIVE is not None and nbytes >= _CACHED_BYTES else default
