@@ -12,6 +12,7 @@ from ferro.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.hierarchy import Hierarchy
 from ferro_gloo.shm.backend import ShmBackend
+from ferro_gloo.shm.handover import Handover
 from ferro_gloo.shm.host import Host
 from ferro_gloo.shm.talk import swap
 from ferro_gloo.tcp.backend import TcpBackend
@@ -40,6 +41,7 @@ class GlooBackend(Backend):
         super().__init__(flat.rank, flat.world_size, flat.choice)
         self._flat = flat
         self._host = host
+        self._transfers = Handover(flat, host)
         self._way: Backend | None = None
         self._current: Backend = flat
 
@@ -68,11 +70,11 @@ class GlooBackend(Backend):
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`."""
-        self._flat.send(buffer, peer, tag=tag, deadline=deadline)
+        self._transfers.exchange([(peer, buffer)], [], tag=tag, deadline=deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.recv`."""
-        self._flat.recv(buffer, peer, tag=tag, deadline=deadline)
+        self._transfers.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
 
     def exchange(
         self,
@@ -83,7 +85,7 @@ class GlooBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.exchange`."""
-        self._flat.exchange(sends, recvs, tag=tag, deadline=deadline)
+        self._transfers.exchange(sends, recvs, tag=tag, deadline=deadline)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""
@@ -185,6 +187,7 @@ class GlooBackend(Backend):
             self._way.close()
         self._way = self._current = self._flat
         self._host = Host.alone()
+        self._transfers = Handover(self._flat, self._host)
         self._flat.close()
 
     def _find_way(self, talk: TcpBackend, deadline: float) -> Backend:

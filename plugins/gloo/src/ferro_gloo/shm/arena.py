@@ -179,6 +179,10 @@ class Arenas:
             self._warn(error)
             return np.empty(nbytes, np.uint8)
 
+    def has(self, rank: int) -> bool:
+        """Say whether a rank is a neighbour."""
+        return rank in self._others
+
     def place(self, buffer: Array) -> Place | None:
         """Return where a buffer is, None if it is not in this rank's arena.
 

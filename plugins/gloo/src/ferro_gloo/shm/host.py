@@ -83,6 +83,10 @@ class Host:
         others = {rank: segment for rank, segment in opened.items() if leaders[rank] == leaders[me]}
         return cls(me, leaders, Arenas(me, own if others else None, others), native=native)
 
+    def is_neighbour(self, rank: int) -> bool:
+        """Say whether a rank of the world, not this one, shares its arena with this rank."""
+        return self.arenas.has(rank)
+
     def members_by_host(self, ranks: Sequence[int]) -> list[list[int]]:
         """Sort a group's members by host, given their ranks in the world; each list ascends."""
         hosts: dict[int, list[int]] = {}

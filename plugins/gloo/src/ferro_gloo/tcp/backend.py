@@ -115,22 +115,22 @@ class TcpBackend(Backend):
         then the receiver says that it is ready, and the rest follows.
         """
         if is_collective(tag):
-            self._move(sends, recvs, repeat(self._label), tag, deadline)
+            self.move(sends, recvs, repeat(self._label), tag, deadline)
             return
         labels = [transfer_call(buffer).label() for _, buffer in (*sends, *recvs)]
         first = slice(None, MAX_BODY)
-        self._move(_cut(sends, first), _cut(recvs, first), labels, tag, deadline)
+        self.move(_cut(sends, first), _cut(recvs, first), labels, tag, deadline)
         long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
         long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
         if long_sends or long_recvs:
             ready = [(peer, _NOTHING) for peer, _ in long_recvs]
             awaited = [(peer, _NOTHING) for peer, _ in long_sends]
             label = repeat(_READY_LABEL)
-            self._move(ready, awaited, label, tag | _READY, deadline)
+            self.move(ready, awaited, label, tag | _READY, deadline)
             rest = slice(MAX_BODY, None)
-            self._move(_cut(long_sends, rest), _cut(long_recvs, rest), label, tag, deadline)
+            self.move(_cut(long_sends, rest), _cut(long_recvs, rest), label, tag, deadline)
 
-    def _move(
+    def move(
         self,
         sends: Sequence[tuple[int, Array]],
         recvs: Sequence[tuple[int, Array]],
@@ -138,7 +138,15 @@ class TcpBackend(Backend):
         tag: int,
         deadline: float,
     ) -> None:
-        """Exchange buffers as frames; `labels` are those of the sends, then of the receives."""
+        """Exchange buffers as frames, all at once.
+
+        Args:
+            sends: (peer, buffer) of each that goes out.
+            recvs: (peer, buffer) of each that comes in, of the size that is sent.
+            labels: those of the sends, then those of the receives.
+            tag: the tag of all of them.
+            deadline: absolute `time.monotonic()` second.
+        """
         tag = in_context(tag, self._context)
         outgoing, incoming = [], []
         headers: dict[tuple[int, bytes], bytes] = {}
