@@ -19,7 +19,8 @@ MANY_RANKS = (2, 4, 8, 16)
 OTHERS = ("all_gather", "reduce_scatter", "broadcast", "all_to_all")
 
 _OURS = (bench.Contestant("ferro", "private"), bench.Contestant("ferro", "group"))
-_QUICK_ROUNDS = 2
+QUICK_ROUNDS = 2
+MANY_ROUNDS = 10
 # Twice this on every rank is more than caches hold.
 _COPIED_BYTES = 64 << 20
 _COPY_ROUNDS = 8
@@ -33,13 +34,13 @@ class Wanted:
         sizes: of all_reduce, in bytes.
         other_sizes: of the other collectives.
         peers: the peers' interpreters, None for our own.
-        quick: few rounds.
+        rounds: turns that count, None for a number by size.
     """
 
     sizes: Sequence[int]
     other_sizes: Sequence[int]
     peers: Mapping[str, str | None]
-    quick: bool
+    rounds: int | None
 
 
 def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
@@ -59,7 +60,7 @@ def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
         records = []
         for collective, nbytes in _cases(wanted):
             case = bench.make_case(collective, nbytes, ranks)
-            rounds = _QUICK_ROUNDS if wanted.quick else bench.default_rounds(nbytes)
+            rounds = wanted.rounds or bench.default_rounds(nbytes)
             measured = bench.measure(worlds, case, contestants, rounds)
             records.append(bench.summarize(case, ranks, measured))
             print(_line(records[-1]), flush=True)

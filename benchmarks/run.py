@@ -82,7 +82,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, object]:
         sizes=options.sizes,
         other_sizes=bench.parse_sizes(others),
         peers=options.compare,
-        quick=quick,
+        rounds=collectives.QUICK_ROUNDS if quick else None,
     )
     runs = {str(ranks): collectives.measure(wanted, ranks) for ranks in options.ranks}
     if importlib.util.find_spec("matplotlib") is not None:
@@ -118,7 +118,7 @@ def _many(options: argparse.Namespace) -> dict[str, object]:
         sizes=bench.parse_sizes(collectives.MANY_SIZES),
         other_sizes=(),
         peers=options.compare,
-        quick=True,
+        rounds=collectives.QUICK_ROUNDS if options.quick else collectives.MANY_ROUNDS,
     )
     return {"by_ranks": {str(n): collectives.measure(wanted, n) for n in collectives.MANY_RANKS}}
 
