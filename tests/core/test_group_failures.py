@@ -12,6 +12,7 @@ from ferro.errors import (
     GroupClosed,
     PeerLost,
     RendezvousError,
+    UnsupportedError,
 )
 from ferro.simulated import Fault, simulate
 
@@ -231,3 +232,18 @@ def test_leaving_the_block_by_an_error_releases_the_others_at_once():
 
     with pytest.raises(RuntimeError, match="the cause"):
         simulate(work, 3, timeout_s=30, run_timeout_s=10)
+
+
+def test_a_reduction_that_refuses_in_the_middle_ends_the_group_and_not_only_the_call():
+    def refuse(a, b, out):
+        raise UnsupportedError("not these numbers")
+
+    def work(group):
+        reduction = refuse if group.rank == 0 else np.add  # which reduces for all
+        first = caught(lambda: group.all_reduce(np.ones(5), reduction))
+        return first, caught(group.barrier)
+
+    for first, then in simulate(work, 3, timeout_s=5):
+        assert isinstance(first, GroupClosed)
+        assert "the function given as op raised UnsupportedError('not these numbers')" in str(first)
+        assert isinstance(then, GroupClosed)

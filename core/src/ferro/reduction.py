@@ -150,7 +150,15 @@ def _function(op: object) -> ReduceFunction:
     if isinstance(op, np.ufunc):
         return lambda a, b, out: op(a, b, out=out)
     assert callable(op)
-    return op
+    return lambda a, b, out: _called(op, a, b, out)
+
+
+def _called(op: ReduceFunction, a: Array, b: Array, out: Array) -> None:
+    """Call a user's function; what it raises must not look like a backend's refusal."""
+    try:
+        op(a, b, out)
+    except UnsupportedError as error:
+        raise RuntimeError(f"the function given as op raised {error!r}") from error
 
 
 def _check(op: ReduceOp, dtype: np.dtype) -> None:
