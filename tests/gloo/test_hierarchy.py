@@ -327,3 +327,34 @@ def test_the_thread_beside_ends_with_the_group():
     for each in levels_of(thread):
         each.join(3)  # less than the time after which it would end unasked
         assert not each.is_alive()
+
+
+def test_subgroups_that_span_hosts_unevenly(on_ranks):
+    """Hosts of 2 and 3 ranks, and groups in them: 1 + 3, 2 + 1, 1 + 1, one host, out of order."""
+    host_ids = ["a", "a", "b", "b", "b"]
+
+    def connect(config):
+        return GlooBackend.connect(replace(config, host_id=host_ids[config.rank]))
+
+    def work(group):
+        ways = []
+        for ranks in ([0, 2, 3, 4], [4, 1, 0], [1, 3], [4, 2, 3]):
+            if group.rank not in ranks:
+                continue
+            part = group.subgroup(ranks)
+            for size in (3, 200_000):  # through leaders, and in slices
+                total = part.all_reduce(np.full(size, float(group.rank)))
+                assert (total == sum(ranks)).all()
+                gathered = part.all_gather(np.full(size, float(group.rank)))
+                assert (gathered.reshape(len(ranks), size) == np.array(ranks)[:, None]).all()
+            ways.append((ranks, type(part._backend._way).__name__))
+        return ways
+
+    results = on_ranks(5, work, connect=connect)
+    found = {str(ranks): way for ways in results.values() for ranks, way in ways}
+    assert found == {
+        "[0, 2, 3, 4]": "Hierarchy",
+        "[4, 1, 0]": "Hierarchy",
+        "[1, 3]": "TcpBackend",
+        "[4, 2, 3]": "ShmBackend",
+    }

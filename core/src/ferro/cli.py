@@ -11,21 +11,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import NoReturn
 
 from ferro.errors import FerroError, UsageError
+from ferro.parser import Parser
 from ferro.types import Availability
 
 _CELL_CHARACTERS = 44
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="ferro", description="Distributed training for NumPy and CuPy.")
+    parser = Parser(prog="ferro", description="Distributed training for NumPy and CuPy.")
     parser.add_argument("--version", action="version", version=f"ferro {metadata.version('ferro')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands.add_parser("run", help="run a program as several ranks; see `ferro run --help`")

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from ferro.bench.contestants import Memory
 from ferro.bench.peers import PEERS
 from ferro.bench.rank.case import COLLECTIVES, OPS, REDUCING
 from ferro.bench.sizes import parse_sizes, size_text
 from ferro.errors import UsageError
+from ferro.parser import Parser
 
 _MAX_RANKS = 128  # of one host; sums over more would not be exact in half precision
 _MAX_TURN_BYTES = 4 << 30
@@ -78,13 +78,6 @@ class BenchOptions:
     peers: dict[str, str | None]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `{self.prog} --help`")
-
-
 def parse_options(arguments: Sequence[str]) -> BenchOptions:
     """Read the command line after `ferro bench`.
 
@@ -113,7 +106,7 @@ def parse_options(arguments: Sequence[str]) -> BenchOptions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="ferro bench",
         usage="ferro bench COLLECTIVE [COLLECTIVE ...] [options]",
         description="Measure collectives by size, and other libraries beside them.",

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ferro.environment import Address, node_defaults, parse_address
 from ferro.errors import UsageError
+from ferro.parser import Parser
 
 _MAX_RANKS = 1_000_000
 
@@ -64,13 +65,13 @@ class LaunchOptions:
         return [*(["-m"] if self.module else []), self.program, *self.arguments]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print its usage and exit."""
+class _RunParser(Parser):
+    """Says what to do where the program is missing."""
 
     def error(self, message: str) -> NoReturn:
         if "PROGRAM" in message:
             message = "name a program to run, as in: ferro run -n 2 train.py"
-        raise UsageError(f"{message}; see `{self.prog} --help`")
+        super().error(message)
 
 
 def parse_options(
@@ -109,7 +110,7 @@ def parse_options(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _RunParser(
         prog="ferro run",
         usage="ferro run [options] [-m] PROGRAM [ARGUMENT ...]",
         description="Run a Python program as several ranks.",

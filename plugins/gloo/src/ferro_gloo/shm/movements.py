@@ -11,19 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ferro.collectives.chunks import blocks
 from ferro.types import Array
 from ferro_gloo.shm.operation import Operation, Runner
-from ferro_gloo.shm.pieces import (
-    chunk,
-    cut,
-    get_in_blocks,
-    landing,
-    piece,
-    piece_bytes,
-    put,
-    rounds_of,
-    starts,
-)
+from ferro_gloo.shm.pieces import chunk, landing, piece, piece_bytes, put, rounds_of
 
 
 class Movements:
@@ -47,8 +38,8 @@ class Movements:
     def broadcast(self, buffer: Array, root: int, deadline: float) -> None:
         """See `Backend.broadcast`."""
         data, length = buffer.view(np.uint8), self._slot_bytes
-        at_root, nbytes = self._rank == root, data.size * self._ranks
-        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
+        at_root = self._rank == root
+        get, copy = landing(data.size * self._ranks)
 
         def show(k: int, slot: Array) -> None:
             put(slot, chunk(data, k, length))
@@ -72,24 +63,24 @@ class Movements:
 
     def all_gather(self, buffer: Array, counts: Sequence[int], deadline: float) -> None:
         """See `Backend.all_gather`."""
-        data, length, size = buffer.view(np.uint8), self._slot_bytes, buffer.itemsize
-        blocks, begins = cut(data, counts, size), starts(counts, size)
-        nbytes = data.size * self._ranks
-        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
+        data, length = buffer.view(np.uint8), self._slot_bytes
+        sizes = _bytes(counts, buffer)
+        parts = blocks(data, sizes)
+        get, copy = landing(data.size * self._ranks)
 
         def show(k: int, slot: Array) -> None:
-            put(slot, chunk(blocks[self._rank], k, length))
+            put(slot, chunk(parts[self._rank], k, length))
 
         def take(k: int, slots: Sequence[Array]) -> None:
             for rank in self._others:
-                get(chunk(blocks[rank], k, length), slots[rank])
+                get(chunk(parts[rank], k, length), slots[rank])
 
         def in_place(arrays: Mapping[int, Array]) -> None:
             for rank in self._others:
-                copy(blocks[rank], arrays[rank][begins[rank] :])
+                copy(parts[rank], blocks(arrays[rank], sizes)[rank])
 
         operation = Operation(
-            rounds=rounds_of(max(counts) * size, length),
+            rounds=rounds_of(max(sizes), length),
             show=show,
             take=take,
             shared=data,
@@ -101,12 +92,12 @@ class Movements:
         self, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
     ) -> None:
         """See `Backend.gather`."""
-        data, length, size = block.view(np.uint8), self._slot_bytes, block.itemsize
-        nbytes = sum(counts) * size
-        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
+        data, length = block.view(np.uint8), self._slot_bytes
+        sizes = _bytes(counts, block)
+        get, copy = landing(sum(sizes))
         others: dict[int, Array] = {}  # their places in the result, at the root
         if out is not None:
-            others = dict(enumerate(cut(out.view(np.uint8), counts, size)))
+            others = dict(enumerate(blocks(out.view(np.uint8), sizes)))
             others.pop(root)[...] = data
 
         def show(k: int, slot: Array) -> None:
@@ -121,7 +112,7 @@ class Movements:
                 copy(target, arrays[rank])
 
         operation = Operation(
-            rounds=rounds_of(max(counts) * size, length),
+            rounds=rounds_of(max(sizes), length),
             show=show if out is None else None,
             take=take,
             shared=data if out is None else None,
@@ -140,14 +131,13 @@ class Movements:
     ) -> None:
         """See `Backend.scatter`."""
         me, data, length = self._rank, block.view(np.uint8), self._piece_bytes
-        nbytes = sum(counts) * block.itemsize
-        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
+        sizes = _bytes(counts, block)
+        get, copy = landing(sum(sizes))
         others: dict[int, Array] = {}  # what is for them, at the root
         whole = None if source is None else source.view(np.uint8)
         if whole is not None:
-            others = dict(enumerate(cut(whole, counts, block.itemsize)))
+            others = dict(enumerate(blocks(whole, sizes)))
             data[...] = others.pop(root)
-        begin = starts(counts, block.itemsize)[me]
 
         def show(k: int, slot: Array) -> None:
             for rank, part in others.items():
@@ -158,10 +148,10 @@ class Movements:
 
         def in_place(arrays: Mapping[int, Array]) -> None:
             if whole is None:
-                copy(data, arrays[root][begin:])
+                copy(data, blocks(arrays[root], sizes)[me])
 
         operation = Operation(
-            rounds=rounds_of(max(counts) * block.itemsize, length),
+            rounds=rounds_of(max(sizes), length),
             show=None if whole is None else show,
             take=take if whole is None else None,
             shared=whole,
@@ -181,17 +171,16 @@ class Movements:
         met: bool,
     ) -> None:
         """See `Backend.all_to_all`; `met`: this rank has met the others already, in `small`."""
-        me, length, size = self._rank, self._piece_bytes, source.itemsize
-        data = source.view(np.uint8)
-        blocks, begin = cut(data, send_counts, size), starts(send_counts, size)[me]
-        targets = cut(out.view(np.uint8), recv_counts, size)
-        nbytes = out.nbytes * self._ranks
-        get, copy = landing(nbytes), landing(nbytes, get_in_blocks)
-        copy(targets[me], blocks[me])
+        me, length, data = self._rank, self._piece_bytes, source.view(np.uint8)
+        sizes = _bytes(send_counts, source)
+        parts = blocks(data, sizes)
+        targets = blocks(out.view(np.uint8), _bytes(recv_counts, out))
+        get, copy = landing(out.nbytes * self._ranks)
+        copy(targets[me], parts[me])
 
         def show(k: int, slot: Array) -> None:
             for rank in self._others:
-                put(piece(slot, me, rank, length), chunk(blocks[rank], k, length))
+                put(piece(slot, me, rank, length), chunk(parts[rank], k, length))
 
         def take(k: int, slots: Sequence[Array]) -> None:
             for rank in self._others:
@@ -199,13 +188,13 @@ class Movements:
 
         def in_place(arrays: Mapping[int, Array]) -> None:
             for rank in self._others:
-                copy(targets[rank], arrays[rank][begin:])
+                copy(targets[rank], blocks(arrays[rank], sizes)[me])
 
         # Where all blocks are of one size, a rank knows where its own are in the others' arrays;
         # and where it has met them, others have uneven ones.
         even = not met and len({*send_counts, *recv_counts}) == 1
         operation = Operation(
-            rounds=rounds_of(max(send_counts) * size, length),
+            rounds=rounds_of(max(sizes), length),
             show=show,
             take=take,
             shared=data if even else None,
@@ -213,3 +202,7 @@ class Movements:
             uneven=True,
         )
         self._runner.run(operation, deadline)
+
+
+def _bytes(counts: Sequence[int], like: Array) -> list[int]:
+    return [count * like.itemsize for count in counts]

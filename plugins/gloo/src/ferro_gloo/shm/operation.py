@@ -40,9 +40,9 @@ class Operation:
         shared: the array (uint8) that is shown, which may be used in place; None when that
             cannot be.
         showing: the ranks that show anything; all when None.
-        in_place: called with the arrays of those ranks, by rank, when all can be used where they
-            are, instead of all the above. They stay as they are until all ranks have returned
-            from it.
+        in_place: called with the arrays of those ranks, by rank and in order of rank, when all
+            can be used where they are, instead of all the above. They stay as they are until all
+            ranks have returned from it.
         uneven: ranks may disagree on `rounds`; the most of any counts, and a rank that knows of
             none has tried it in one round.
     """

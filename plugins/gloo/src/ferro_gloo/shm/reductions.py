@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ferro.collectives.chunks import blocks
 from ferro.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.combine import reduce_into
 from ferro_gloo.shm.operation import Answer, Operation, Runner
-from ferro_gloo.shm.pieces import chunk, cut, get, piece, piece_bytes, put, rounds_of, starts
+from ferro_gloo.shm.pieces import chunk, get, piece, piece_bytes, put, rounds_of
 
 _BLOCK_BYTES = 256 << 10  # what is reduced at once, where it is: it stays in a core's cache
 
@@ -42,7 +43,7 @@ class Reductions:
         """See `Backend.all_reduce`."""
 
         def in_place(arrays: Mapping[int, Array]) -> None:
-            self._reduce_everywhere([arrays[rank] for rank in sorted(arrays)], buffer, reduction)
+            self._reduce_everywhere(list(arrays.values()), buffer, reduction)
 
         if self._ranks == 2:  # each may as well reduce it all: that takes one round a chunk
             operation = self._by_all(buffer, reduction, takes=True)
@@ -72,26 +73,23 @@ class Reductions:
     ) -> None:
         """See `Backend.reduce_scatter`."""
         me, length = self._rank, self._piece_bytes // source.itemsize
-        blocks, begin = cut(source, counts), starts(counts, source.itemsize)[me]
+        parts = blocks(source, counts)
 
         def show(k: int, slot: Array) -> None:
             for rank in self._others:
-                put(piece(slot, me, rank, length), chunk(blocks[rank], k, length))
+                put(piece(slot, me, rank, length), chunk(parts[rank], k, length))
 
         def take(k: int, slots: Sequence[Array]) -> None:
             target = chunk(out, k, length)
-            parts = [piece(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)]
-            parts[me] = chunk(blocks[me], k, length)
-            reduce_into(reduction, target, parts)
+            shown = [piece(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)]
+            shown[me] = chunk(parts[me], k, length)
+            reduce_into(reduction, target, shown)
 
         def in_place(arrays: Mapping[int, Array]) -> None:
-            parts = [
-                arrays[rank][begin : begin + blocks[me].nbytes].view(source.dtype)
-                for rank in sorted(arrays)
-            ]
+            mine = [blocks(array.view(source.dtype), counts)[me] for array in arrays.values()]
             step = _BLOCK_BYTES // source.itemsize
             for k in range(rounds_of(out.size, step)):
-                operands = [chunk(part, k, step) for part in parts]
+                operands = [chunk(part, k, step) for part in mine]
                 reduce_into(reduction, chunk(out, k, step), operands)
 
         operation = Operation(
