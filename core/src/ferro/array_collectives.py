@@ -88,6 +88,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def reduce(
@@ -115,6 +116,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def broadcast(
@@ -140,6 +142,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def all_gather(
@@ -177,6 +180,7 @@ class ArrayCollectives:
             result.flat.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def gather(
@@ -212,6 +216,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def scatter(
@@ -264,6 +269,7 @@ class ArrayCollectives:
             result.flat.nbytes,
             async_op,
             left_s(),
+            entry.device,
         )
 
     def reduce_scatter(
@@ -305,6 +311,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def all_to_all(
@@ -339,7 +346,7 @@ class ArrayCollectives:
             exchange = RowExchange(self._backend, entry, sending, expected, out, async_op=async_op)
             call = uneven_call("all_to_all", array.dtype, array.shape[1:])
             return self._dispatch.collective(
-                call, exchange.run, exchange, array.nbytes, async_op, timeout_s
+                call, exchange.run, exchange, array.nbytes, async_op, timeout_s, entry.device
             )
         if recv_sizes is not None:
             raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
@@ -354,6 +361,7 @@ class ArrayCollectives:
             array.nbytes,
             async_op,
             timeout_s,
+            entry.device,
         )
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Outcome:

@@ -122,6 +122,11 @@ def writable(
     return array
 
 
+def device_of(array: Array) -> Device:
+    """Return where a NumPy or CuPy array is."""
+    return _CPU if isinstance(array, np.ndarray) else _CUDA
+
+
 @lru_cache(maxsize=256)
 def name_of(dtype: np.dtype) -> str:
     """Return a dtype's name, remembered: NumPy takes microseconds to compose it."""

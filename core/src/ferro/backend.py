@@ -17,7 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from ferro.collectives.chunks import blocks, near_equal
 from ferro.collectives.execute import Execution
 from ferro.errors import CollectiveMismatch, UnsupportedError
 from ferro.reduction import Reduction
-from ferro.types import Array
+from ferro.types import Array, Device
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,6 +63,9 @@ class BackendConfig:
         choice: which algorithm serves which call.
         host_id: what the user calls this rank's host, "" for nothing: ranks with different ones
             share no memory.
+        local_rank: number of this process on its host.
+        launcher: what started it; see `BackendInfo.default_under`.
+        requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
         options: the backend's own options, by name.
     """
 
@@ -76,7 +79,23 @@ class BackendConfig:
     timeout_s: float = 60.0
     choice: Choice = field(default_factory=Choice)
     host_id: str = ""
+    local_rank: int = 0
+    launcher: str = "single"
+    requested: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
+
+
+class Completion(Protocol):
+    """The end of operations that were launched on a device's queue."""
+
+    def done(self) -> bool:
+        """Say whether they have ended. Never blocks."""
+
+    def wait(self) -> None:
+        """Let what this thread does next on the device come after them; raise their failure.
+
+        It need not wait itself: the device's queue does.
+        """
 
 
 class Backend(ABC):
@@ -89,11 +108,16 @@ class Backend(ABC):
     Attributes:
         rank: this process's rank in the group.
         world_size: number of ranks in the group.
+        devices: where this one takes buffers; None for all that its `BackendInfo` says.
+        streams: devices on which an operation is only launched when its method returns, and ends
+            later, in the order of the device's own queue; see `launched`.
         labels_frames: True when the backend carries the label of the call under way (`self.call`)
             in its own frames and compares it; the default agreement is then left out where the
             frames of the collective itself reach every rank, and transfers need no label message.
     """
 
+    devices: tuple[Device, ...] | None = None
+    streams: tuple[Device, ...] = ()
     labels_frames = False
 
     def __init__(self, rank: int, world_size: int, choice: Choice | None = None) -> None:
@@ -144,6 +168,21 @@ class Backend(ABC):
         from ferro.subgroup_backend import SubgroupBackend  # which inherits from this class
 
         return SubgroupBackend(self, ranks, context)
+
+    def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
+        """Return the backend of one of the groups into which all ranks here part at once.
+
+        As `subgroup`, for a library that makes groups only so: every rank of this group calls it,
+        as a collective, those that are in no group with None for `ranks` (and get None).
+        """
+        return None if ranks is None else self.subgroup(ranks, context)
+
+    def launched(self) -> Completion:
+        """Return what tells the end of the operations that this thread launched last.
+
+        Asked for after operations on one of the `streams`, in the thread that launched them.
+        """
+        raise UnsupportedError(f"{type(self).__name__} launches nothing")
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
         """Return the backend of those ranks that are left after this group died.

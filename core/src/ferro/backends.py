@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendInfo
 from ferro.plugins import Offer, Plugins, by_name, how_to_install, installed, own_extras
-from ferro.types import Availability
+from ferro.types import Availability, Device
 
 
 def available() -> dict[str, Availability]:
@@ -31,18 +33,32 @@ def available() -> dict[str, Availability]:
 def get(name: str) -> BackendInfo:
     """Return the description of a backend.
 
+    Args:
+        name: a backend's, or a map from devices to backends, such as "cpu:gloo,cuda:nccl": that
+            is of the installed backend that is made of others.
+
     Raises:
         BackendUnavailable: it is not installed; says what to install.
         PluginError: two plugins claim the name, or a plugin could not be loaded.
     """
     plugins = installed()
     plugins.require_all()
-    offer = _table(plugins).get(name)
+    table = _table(plugins)
+    if ":" in name:
+        return _composer(table, name)
+    offer = table.get(name)
     if isinstance(offer, PluginError):
         raise offer
     if offer is None:
-        raise BackendUnavailable(name, _absent(name, sorted(_table(plugins))), _remedy(name))
+        raise BackendUnavailable(name, _absent(name, sorted(table)), _remedy(name))
     return offer.item
+
+
+def taking(device: Device) -> list[str]:
+    """Return the names of installed backends, usable or not, that take arrays on a device."""
+    offers = _table(installed()).values()
+    infos = [offer.item for offer in offers if not isinstance(offer, PluginError)]
+    return sorted(info.name for info in infos if device in info.devices)
 
 
 def default(launcher: str) -> str | None:
@@ -64,6 +80,21 @@ def default(launcher: str) -> str | None:
         if names:
             return names[0]
     return None
+
+
+def _composer(table: Mapping[str, Offer[BackendInfo] | PluginError], name: str) -> BackendInfo:
+    """Return the one backend that is made of others."""
+    infos = [o.item for o in table.values() if not isinstance(o, PluginError) and o.item.composes]
+    if len(infos) > 1:
+        both = " and ".join(sorted(info.name for info in infos))
+        raise PluginError(f"backends {both} both take a map such as {name!r}: uninstall one")
+    if not infos:
+        raise BackendUnavailable(
+            name,
+            "it maps devices to backends, and no installed backend is made of others",
+            f"Install a distribution that offers one; ferro's own extras: {', '.join(own_extras())}",
+        )
+    return infos[0]
 
 
 def _table(plugins: Plugins) -> dict[str, Offer[BackendInfo] | PluginError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from ferro.arrays import Entry, Input
 from ferro.errors import UsageError
 from ferro.reduction import ReduceFunction, reduction_for
 from ferro.shapes import Outlet
-from ferro.types import Array, ReduceOp
+from ferro.types import Array, Device, ReduceOp
 
 if TYPE_CHECKING:
     from ferro.group import ProcessGroup
@@ -29,7 +30,7 @@ class Coalescing:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._kinds: dict[tuple[str, np.dtype, object], list[Pending]] = {}
+        self._kinds: dict[tuple[str, np.dtype, Device, object], list[Pending]] = {}
         self._ended = False
 
     def all_reduce(
@@ -48,8 +49,9 @@ class Coalescing:
     def _add(self, op: str, how: object, entry: Entry, out: object) -> Pending:
         if self._ended:
             raise UsageError("this coalesce() block has ended: open a new one")
-        pending = Pending(entry.array, Outlet(entry, out, entry.array.shape))
-        self._kinds.setdefault((op, entry.array.dtype, how), []).append(pending)
+        pending = Pending(entry, Outlet(entry, out, entry.array.shape))
+        kind = (op, entry.array.dtype, entry.device, how)
+        self._kinds.setdefault(kind, []).append(pending)
         return pending
 
     def __enter__(self) -> Coalescing:
@@ -64,9 +66,9 @@ class Coalescing:
         self._ended = True
         if error is not None:
             return
-        for (op, dtype, how), several in self._kinds.items():
+        for (op, _, _, how), several in self._kinds.items():
             ends = np.cumsum([0, *(pending.source.size for pending in several)])
-            together = self._group.empty(int(ends[-1]), dtype)
+            together = self._memory(several, int(ends[-1]))
             views = [together[start:end] for start, end in pairwise(ends)]
             for view, pending in zip(views, several, strict=True):
                 view[...] = pending.source.reshape(-1)
@@ -75,12 +77,20 @@ class Coalescing:
             for view, pending in zip(views, several, strict=True):
                 pending.land(view)
 
+    def _memory(self, several: Sequence[Pending], count: int) -> Array:
+        """Return memory for them together, where they are."""
+        entry = several[0].entry
+        if entry.device is Device.CPU:
+            return self._group.empty(count, entry.array.dtype)
+        return entry.empty((count,))
+
 
 class Pending:
     """The result of a coalesced call, once its block has ended."""
 
-    def __init__(self, source: Array, outlet: Outlet) -> None:
-        self.source = source
+    def __init__(self, entry: Entry, outlet: Outlet) -> None:
+        self.entry = entry
+        self.source = entry.array
         self._outlet = outlet
         self._landed = False
 

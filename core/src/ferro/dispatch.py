@@ -24,9 +24,10 @@ from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
 from ferro.members import Members
 from ferro.observers import Event
 from ferro.postmortem import Postmortem, Scene
-from ferro.types import Array
-from ferro.work import Lane, LaneClosed
+from ferro.types import Array, Device
+from ferro.work import Lane, LaneClosed, LaunchedWork
 
+_CPU = Device.CPU  # looked up in each call
 _MOST_LANES = 256
 _LEAST_S = 1e-3  # what is left of a deadline that has passed: enough to fail properly
 
@@ -45,6 +46,7 @@ class Dispatcher:
     def __init__(self, backend: Backend, members: Members) -> None:
         self.backend = backend
         self._members = members
+        self._streams = backend.streams
         self._postmortem = Postmortem(members, backend.rank)
         self._collectives = Lane(f"ferro-{members.name}-collectives")
         self._transfers: dict[Way, Lane] = {}
@@ -83,6 +85,7 @@ class Dispatcher:
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
+        device: Device = _CPU,
     ) -> Any:
         """Carry out a collective after all that were issued before it.
 
@@ -93,9 +96,17 @@ class Dispatcher:
             nbytes: size of this rank's data, for observers.
             async_op: return a Work at once.
             timeout_s: deadline in seconds from when it begins, None for the group's.
+            device: where the data is.
         """
         allowed = self.seconds(timeout_s)
         self.check_open(call.op)
+        if device in self._streams:
+
+            def launch(seq: int) -> LaunchedWork[object]:
+                return self._launch(call.numbered(seq), action, finish, nbytes, allowed)
+
+            work: LaunchedWork[object] = self._in_lane(self._collectives, call.op, launch, False)
+            return work if async_op else work.wait()
 
         def operation(seq: int) -> object:
             self._carry_out(call.numbered(seq), action, nbytes, allowed)
@@ -113,20 +124,29 @@ class Dispatcher:
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
+        device: Device = _CPU,
     ) -> Any:
         """Carry out a transfer after those issued before it on the same ways."""
         allowed = self.seconds(timeout_s)
         self.check_open(op)
         peers = tuple(dict.fromkeys([way.peer for way in ways]))
+        launched = device in self._streams
 
         def move(seq: int) -> object:
-            self._carry_out(Call(op, seq=seq), action, nbytes, allowed, peers)
+            call = Call(op, seq=seq)
+            if launched:
+                return self._launch(call, action, finish, nbytes, allowed, peers)
+            self._carry_out(call, action, nbytes, allowed, peers)
             return finish()
 
         operation: Callable[[int], object] = move
         for way in ways[1:]:
             operation = partial(_run_in, self._lane(way), op, operation)
-        return self._in_lane(self._lane(ways[0]), op, operation, async_op)
+        lane = self._lane(ways[0])
+        if launched:
+            work: LaunchedWork[object] = self._in_lane(lane, op, operation, False)
+            return work if async_op else work.wait()
+        return self._in_lane(lane, op, operation, async_op)
 
     def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
@@ -242,7 +262,7 @@ class Dispatcher:
 
     def _in_lane(
         self, lane: Lane, op: str, operation: Callable[[int], object], async_op: bool
-    ) -> object:
+    ) -> Any:
         try:
             return lane.start(op, operation) if async_op else lane.run(op, operation)
         except LaneClosed:
@@ -250,6 +270,23 @@ class Dispatcher:
             raise GroupClosed(
                 f"{op} on group {name!r}: the group was closed", op=op, group=name
             ) from None
+
+    def _launch(
+        self,
+        call: Call,
+        action: Callable[[float], None],
+        finish: Callable[[], object],
+        nbytes: int,
+        allowed: float,
+        peers: tuple[int, ...] = (),
+    ) -> LaunchedWork[object]:
+        """Launch an operation on a device's queue, in this thread, whose queue it is."""
+        self._carry_out(call, action, nbytes, allowed, peers)
+        scene = Scene(call, peers, allowed, allowed)
+        completion = self.backend.launched()
+        return LaunchedWork(
+            call.op, call.seq, finish(), completion, lambda error: self._die(error, scene)
+        )
 
     def _carry_out(
         self,

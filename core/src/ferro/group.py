@@ -17,9 +17,9 @@ import numpy as np
 
 from ferro import objects
 from ferro.array_collectives import ArrayCollectives, Op, Outcome, no_result
-from ferro.arrays import Input
+from ferro.arrays import Input, device_of
 from ferro.backend import Backend
-from ferro.calls import array_call
+from ferro.calls import Call, array_call
 from ferro.coalesce import Coalescing
 from ferro.dispatch import Way
 from ferro.errors import PeerLost, UsageError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # went well and when not.
 _PATIENCE_S = 10.0
 _HASTE_S = 2.0
+_SPLIT = Call("barrier", detail="split")
 
 
 class ProcessGroup(ArrayCollectives):
@@ -99,6 +100,11 @@ class ProcessGroup(ArrayCollectives):
         else:
             self.abandon()
 
+    @property
+    def backend(self) -> Backend:
+        """The backend below, for what it alone offers; a group's calls go through the group."""
+        return self._backend
+
     def coalesce(self) -> Coalescing:
         """Collect all_reduce and broadcast calls in a `with` block; send them as few.
 
@@ -124,7 +130,8 @@ class ProcessGroup(ArrayCollectives):
                 self._backend.broadcast(together, how, deadline=deadline)
 
         call = replace(call, detail=f"shapes {parts}")
-        self._dispatch.collective(call, action, no_result, together.nbytes, False, None)
+        device = device_of(together)
+        self._dispatch.collective(call, action, no_result, together.nbytes, False, None, device)
 
     # -- transfers between two ranks -------------------------------------------------------------
 
@@ -153,6 +160,7 @@ class ProcessGroup(ArrayCollectives):
             nbytes=buffer.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
+            device=entry.device,
         )
 
     def recv(
@@ -182,6 +190,7 @@ class ProcessGroup(ArrayCollectives):
             nbytes=target.flat.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
+            device=target.device,
         )
 
     def sendrecv(
@@ -202,7 +211,8 @@ class ProcessGroup(ArrayCollectives):
         src = dst if src is None else src
         self._check_peer(dst, "send to", tag)
         self._check_peer(src, "receive from", tag)
-        source = flat(self._enter(x).array, private=async_op)
+        entry = self._enter(x)
+        source = flat(entry.array, private=async_op)
         target = self._target(buffer)
         if np.may_share_memory(source, target.flat):
             source = source.copy()
@@ -214,6 +224,7 @@ class ProcessGroup(ArrayCollectives):
             nbytes=source.nbytes + target.flat.nbytes,
             async_op=async_op,
             timeout_s=timeout_s,
+            device=entry.device,
         )
 
     # -- small Python values ---------------------------------------------------------------------
@@ -326,11 +337,11 @@ class ProcessGroup(ArrayCollectives):
         mine = np.array([[-1 if color is None else color, key]])
         left_s = self._dispatch.countdown(timeout_s)
         table = self.all_gather(mine, timeout_s=left_s())
-        if color is None:
-            return None
-        members = [r for r in range(self.world_size) if table[r, 0] == color]
+        members = [r for r in range(self.world_size) if color is not None and table[r, 0] == color]
         members.sort(key=lambda r: (table[r, 1], r))
-        return self.subgroup(members, name=f"{self.name}.{color}", timeout_s=left_s())
+        parting = self._subgroups.part(members, f"{self.name}.{color}", left_s())
+        made = self._dispatch.collective(_SPLIT, parting.run, parting, 0, False, left_s())
+        return None if made is None else self._child(ProcessGroup(*made))
 
     def subgroup(
         self, ranks: Sequence[int], *, name: str | None = None, timeout_s: float | None = None

@@ -50,6 +50,11 @@ class BackendInfo:
         default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …)
             under which it is what `ferro.init()` takes; "*" for every launcher that no other
             backend claims.
+        composes: it is made of other backends, and is what a map such as "cpu:gloo,cuda:nccl"
+            stands for (`BackendConfig.requested`).
+        launcher: given a number of ranks, the command that starts so many processes for it, such
+            as ("mpiexec", "-n", "4"); None when it needs nothing but processes. For tools that
+            start ranks themselves: `ferro.testing`, `ferro conformance`, `ferro bench`.
     """
 
     name: str
@@ -58,6 +63,8 @@ class BackendInfo:
     create: Callable[[BackendConfig], Backend]
     devices: tuple[Device, ...] = (Device.CPU,)
     default_under: tuple[str, ...] = ()
+    composes: bool = False
+    launcher: Callable[[int], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ class Operands:
             return entry
         raise UnsupportedError(
             f"backend {self._members.backend_name!r} takes arrays on {', '.join(self._devices)}, "
-            f"and this one is on {entry.device}: use a backend for {entry.device}, or set "
+            f"and this one is on {entry.device}: use {_backends_for(entry.device)}, or set "
             "FERRO_ENABLE_GPU_FALLBACK=1 to copy through the host"
         )
 
@@ -76,3 +76,11 @@ class Operands:
                 self._members.name,
                 self._members.backend_name,
             )
+
+
+def _backends_for(device: Device) -> str:
+    """Name what is installed for arrays on a device."""
+    from ferro import backends  # here, for it looks at all that is installed
+
+    names = backends.taking(device)
+    return f"a backend for {device}" + (f" ({' or '.join(names)})" if names else "")

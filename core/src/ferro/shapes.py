@@ -17,15 +17,17 @@ class Outlet:
     Attributes:
         array: the memory, in the result's shape.
         flat: the same memory in one dimension, as backends take it.
+        device: where that memory is.
     """
 
-    __slots__ = ("_entry", "_far", "_out", "array", "flat")
+    __slots__ = ("_entry", "_far", "_out", "array", "device", "flat")
 
     def __init__(
         self, entry: Entry, out: object, shape: tuple[int, ...], what: str = "out"
     ) -> None:
         self._entry = entry
         self._out = out
+        self.device = entry.device
         self._far: Array | None = None  # `out` on a GPU, of which `array` is the host's copy
         if out is None:
             array = entry.empty(shape)

@@ -33,8 +33,15 @@ class Subgroups:
         context = self._context(chosen, timeout_s)
         backend = self._backend.subgroup(chosen, context)
         name = name or f"{self._members.name}[{','.join(map(str, chosen))}]"
-        store = self._members.job.prefix(f"group/{context}")
-        return backend, self._members.some(chosen, name, store)
+        return backend, self._some(chosen, name, context)
+
+    def part(self, ranks: Sequence[int], name: str, timeout_s: float) -> Parting:
+        """Return this rank's side of a split of the whole group; no `ranks` when it is in none."""
+        if not ranks:
+            return Parting(self._backend, None, 0, None)
+        chosen = self._checked(ranks)
+        context = self._context(chosen, timeout_s)
+        return Parting(self._backend, chosen, context, self._some(chosen, name, context))
 
     def survivors(self, lost: int | None, timeout_s: float) -> tuple[Backend, Members]:
         """Return backend and members of the group of all ranks that call this in time.
@@ -76,6 +83,9 @@ class Subgroups:
         backend = self._backend.shrink(here, context)
         part = members.job.prefix(f"group/{context}")
         return backend, members.some(here, f"{members.name}-{n - len(here)}", part)
+
+    def _some(self, ranks: Sequence[int], name: str, context: int) -> Members:
+        return self._members.some(ranks, name, self._members.job.prefix(f"group/{context}"))
 
     def _checked(self, ranks: Sequence[int]) -> tuple[int, ...]:
         chosen = tuple(int(rank) for rank in ranks)
@@ -122,6 +132,33 @@ class Subgroups:
                 rank=self._backend.rank,
                 peer=ranks[0],
             ) from error
+
+
+class Parting:
+    """A split of a group under way, on one rank; called at its end for what it made."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        ranks: tuple[int, ...] | None,
+        context: int,
+        members: Members | None,
+    ) -> None:
+        self._backend = backend
+        self._ranks = ranks
+        self._context = context
+        self._members = members
+        self._made: Backend | None = None
+
+    def run(self, _deadline: float) -> None:
+        """Make the groups, on all ranks at once."""
+        self._made = self._backend.split(self._ranks, self._context)
+
+    def __call__(self) -> tuple[Backend, Members] | None:
+        """Return backend and members of this rank's group; None when it is in none."""
+        if self._made is None or self._members is None:
+            return None
+        return self._made, self._members
 
 
 def _came(store: Store, rank: int, deadline: float) -> bool:

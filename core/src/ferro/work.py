@@ -11,9 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ferro.turns import SHORT_TURNS
+
+if TYPE_CHECKING:
+    from ferro.backend import Completion
 
 Result = TypeVar("Result")
 _IDLE_S = 5.0  # how long a lane's thread waits for more work
@@ -80,6 +83,39 @@ class Work(Generic[Result]):
             self._error = error
         finally:
             self._ended.set()
+
+
+class LaunchedWork(Work[Result]):
+    """An operation that was launched on a device's queue and ends there, after `wait()` or not.
+
+    `wait()` lets what the caller does next on the device come after it.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        seq: int,
+        result: Result,
+        completion: Completion,
+        failed: Callable[[Exception], BaseException],
+    ) -> None:
+        super().__init__(op, seq, lambda: result)
+        self._result = result
+        self._completion = completion
+        self._failed = failed
+
+    def done(self) -> bool:
+        """Say whether it has ended, well or badly. Never blocks."""
+        return self._completion.done()
+
+    def wait(self) -> Result:
+        """Order what comes next after it; return its result, or raise its error."""
+        try:
+            self._completion.wait()
+        except Exception as error:
+            self._error = self._failed(error)
+            raise self._error from error
+        return self._result  # type: ignore[return-value]
 
 
 class Lane:

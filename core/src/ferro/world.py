@@ -77,8 +77,10 @@ class World:
                 self._call_roll(backend or "none", "", str(error))
             raise
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
-        records = self._call_roll(chosen.name, settings)
-        made = chosen.create(self._config(records, choice, backend_options))
+        requested = backend or chosen.name
+        records = self._call_roll(requested, settings)
+        config = self._config(records, choice, backend_options, requested)
+        made = chosen.create(config)
         members = Members(
             name="world",
             backend_name=chosen.name,
@@ -88,7 +90,7 @@ class World:
             store=self._store.prefix("group/0"),
             local_rank=self._info.local_rank,
             timeout_s=self._timeout_s,
-            devices=chosen.devices,
+            devices=chosen.devices if made.devices is None else made.devices,
             host_copies=self._given.gpu_fallback,
             observers=self._observers,
         )
@@ -157,6 +159,7 @@ class World:
         records: Sequence[Record],
         choice: Choice,
         backend_options: Mapping[str, object],
+        requested: str,
     ) -> BackendConfig:
         meeting = self._meeting
         return BackendConfig(
@@ -169,6 +172,9 @@ class World:
             timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
             host_id=self._given.host_id,
+            local_rank=self._info.local_rank,
+            launcher=self._info.launcher,
+            requested=requested,
             options=backend_options,
         )
 

@@ -4,7 +4,14 @@ from ferro.environment.address import Address, format_address, parse_address
 from ferro.environment.child import child_environment, usable_cores
 from ferro.environment.info import LaunchInfo
 from ferro.environment.resolver import resolve
-from ferro.environment.settings import NodeDefaults, Options, node_defaults, options, read_secret
+from ferro.environment.settings import (
+    NodeDefaults,
+    Options,
+    node_defaults,
+    options,
+    read_secret,
+    variable,
+)
 
 __all__ = [
     "Address",
@@ -19,4 +26,5 @@ __all__ = [
     "read_secret",
     "resolve",
     "usable_cores",
+    "variable",
 ]

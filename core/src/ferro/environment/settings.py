@@ -69,6 +69,14 @@ def options(environ: Mapping[str, str] | None = None) -> Options:
     )
 
 
+def variable(name: str) -> str | None:
+    """Return a variable that a plugin's library or the plugin itself is set by; None if not set.
+
+    For authors of plugins: an argument or a backend's option should beat it.
+    """
+    return os.environ.get(name)
+
+
 def read_secret(environ: Mapping[str, str] | None = None) -> bytes | None:
     """The job's secret from FERRO_SECRET, or None where it is not set.
 

@@ -1,0 +1,1 @@
+"""The NCCL backend of ferro: collectives on CuPy arrays between GPUs."""

@@ -1,0 +1,1 @@
+"""The UCC backend of ferro: collectives of libucc through ctypes."""
