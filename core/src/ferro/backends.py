@@ -92,7 +92,7 @@ def _composer(table: Mapping[str, Offer[BackendInfo] | PluginError], name: str) 
         raise BackendUnavailable(
             name,
             "it maps devices to backends, and no installed backend is made of others",
-            f"Install a distribution that offers one; ferro's own extras: {', '.join(own_extras())}",
+            f"Install a distribution that offers one; ferro's own: {', '.join(own_extras())}.",
         )
     return infos[0]
 
