@@ -21,8 +21,8 @@ from ferro.members import Members
 from ferro.operands import Operands
 from ferro.reduction import ReduceFunction, reduction_for
 from ferro.row_exchange import RowExchange
-from ferro.shapes import Outlet, copy, flat, reaches_beyond
-from ferro.types import ReduceOp
+from ferro.shapes import InPlace, Outlet, copy, flat, reaches_beyond, takes_in_place
+from ferro.types import Device, ReduceOp
 
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
 # because two overloads for each of fifteen methods would bury the contract.
@@ -52,6 +52,7 @@ class ArrayCollectives:
         self._dispatch = Dispatcher(backend, members)
         operands = Operands(backend, members)
         self._enter = operands.enter
+        self._on_cpu = Device.CPU in members.devices
         self._check_rank = operands.check_rank
         self._check_peer = operands.check_peer
 
@@ -76,19 +77,18 @@ class ArrayCollectives:
         Returns:
             An array of the shape and dtype of `x`.
         """
-        entry = self._enter(x)
-        array = entry.array
-        reduction = reduction_for(op, array.dtype, self.world_size)
-        result = Outlet(entry, out, array.shape)
-        result.fill(array)
+        result = self._result(x, out, filled=True)
+        flat = result.flat
+        dtype = flat.dtype
+        reduction = reduction_for(op, dtype, self.world_size)
         return self._dispatch.collective(
-            array_call("all_reduce", array.dtype, array.shape, reduction.name),
-            lambda deadline: self._backend.all_reduce(result.flat, reduction, deadline=deadline),
+            array_call("all_reduce", dtype, result.array.shape, reduction.name),
+            lambda deadline: self._backend.all_reduce(flat, reduction, deadline=deadline),
             result,
-            array.nbytes,
+            flat.nbytes,
             async_op,
             timeout_s,
-            entry.device,
+            result.device,
         )
 
     def reduce(
@@ -130,19 +130,16 @@ class ArrayCollectives:
     ) -> Outcome:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
-        entry = self._enter(x)
-        array = entry.array
-        result = Outlet(entry, out, array.shape)
-        if self.rank == root:
-            result.fill(array)
+        result = self._result(x, out, filled=self.rank == root)
+        flat = result.flat
         return self._dispatch.collective(
-            array_call("broadcast", array.dtype, array.shape, root=root),
-            lambda deadline: self._backend.broadcast(result.flat, root, deadline=deadline),
+            array_call("broadcast", flat.dtype, result.array.shape, root=root),
+            lambda deadline: self._backend.broadcast(flat, root, deadline=deadline),
             result,
-            array.nbytes,
+            flat.nbytes,
             async_op,
             timeout_s,
-            entry.device,
+            result.device,
         )
 
     def all_gather(
@@ -374,6 +371,16 @@ class ArrayCollectives:
             async_op,
             timeout_s,
         )
+
+    def _result(self, x: Input, out: object, *, filled: bool) -> InPlace | Outlet:
+        """Return where a result of the operand's shape goes; with the operand in it if `filled`."""
+        if out is x and self._on_cpu and takes_in_place(x):
+            return InPlace(x)
+        entry = self._enter(x)
+        result = Outlet(entry, out, entry.array.shape)
+        if filled:
+            result.fill(entry.array)
+        return result
 
 
 def no_result() -> None:

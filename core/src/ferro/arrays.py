@@ -41,6 +41,7 @@ _EXTENDED = ("bfloat16",)
 _CPU_DLPACK = 1
 
 # Looked up in each call; of an enumeration it takes several times as long.
+_ndarray = np.ndarray
 _CPU, _CUDA = Device.CPU, Device.CUDA
 
 # How a result leaves as the kind of array that came in; None for NumPy's and CuPy's own.
@@ -69,7 +70,10 @@ class Entry:
             UsageError: it is not an array.
             UnsupportedError: its dtype or device cannot be carried.
         """
-        self.array, self.device, self._leave = _opened(value, what)
+        if type(value) is _ndarray and not objection(value.dtype):
+            self.array, self.device, self._leave = value, _CPU, None
+        else:
+            self.array, self.device, self._leave = _opened(value, what)
         self.copied = False
 
     def empty(self, shape: tuple[int, ...]) -> Array:
@@ -104,9 +108,13 @@ def writable(
     Raises:
         UsageError: it is read-only, not contiguous, or not of this shape, dtype and device.
     """
-    if not isinstance(value, np.ndarray) and not isinstance(value, SupportsDLPack):
+    array: Array
+    if type(value) is _ndarray:  # whose dtype is compared below
+        array, found = value, _CPU
+    elif isinstance(value, np.ndarray | SupportsDLPack):
+        array, found, _ = _opened(value, what)
+    else:
         raise UsageError(f"{what} must be an array, not {type(value).__name__}")
-    array, found, _ = _opened(value, what)
     if found is not device:
         raise UsageError(f"{what} is on device {found}, the result on {device}")
     if array.shape != shape or array.dtype != dtype:
@@ -154,9 +162,9 @@ def _opened(value: Input, what: str) -> tuple[Array, Device, _Leave]:
         array, leave = _import(value, kind, what), _exporter(kind)
     else:
         array = _convert(value, what)
-    objection = _objection(array.dtype)
-    if objection:
-        raise UnsupportedError(f"{what} has {objection}")
+    wrong = objection(array.dtype)
+    if wrong:
+        raise UnsupportedError(f"{what} has {wrong}")
     return array, device, leave
 
 
@@ -198,7 +206,7 @@ def _convert(value: object, what: str) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _objection(dtype: np.dtype) -> str:
+def objection(dtype: np.dtype) -> str:
     """Say what is wrong with a dtype; "" when collectives carry it."""
     if dtype.kind not in _KINDS and dtype.name not in _EXTENDED:
         return (

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
+from ferro import forks
 from ferro.backend import Backend, mismatch
 from ferro.calls import LABEL_BYTES, Call, transfer_call
 from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
@@ -46,6 +47,7 @@ class Dispatcher:
     def __init__(self, backend: Backend, members: Members) -> None:
         self.backend = backend
         self._members = members
+        self._observed = bool(members.observers)
         self._streams = backend.streams
         self._postmortem = Postmortem(members, backend.rank)
         self._collectives = Lane(f"ferro-{members.name}-collectives")
@@ -54,6 +56,8 @@ class Dispatcher:
         self._dead: FerroError | None = None
         self._closed = False
         self._pid = os.getpid()
+        self._forks = forks.count
+        self._timeout_s = members.timeout_s
 
     @property
     def state(self) -> str:
@@ -98,8 +102,9 @@ class Dispatcher:
             timeout_s: deadline in seconds from when it begins, None for the group's.
             device: where the data is.
         """
-        allowed = self.seconds(timeout_s)
-        self.check_open(call.op)
+        allowed = self._timeout_s if timeout_s is None else self.seconds(timeout_s)
+        if self._closed or self._dead is not None or self._forks is not forks.count:
+            self._refuse(call.op)
         if device in self._streams:
 
             def launch(seq: int) -> LaunchedWork[object]:
@@ -109,10 +114,18 @@ class Dispatcher:
             return work if async_op else work.wait()
 
         def operation(seq: int) -> object:
-            self._carry_out(call.numbered(seq), action, nbytes, allowed)
+            if self._observed:
+                self._carry_out(call.numbered(seq), action, nbytes, allowed)
+            else:
+                self._attempt(call.numbered(seq), action, allowed)
             return finish()
 
-        return self._in_lane(self._collectives, call.op, operation, async_op)
+        if async_op:
+            return self._in_lane(self._collectives, call.op, operation, async_op)
+        try:
+            return self._collectives.run(call.op, operation)
+        except LaneClosed:
+            self._refuse(call.op)
 
     def transfer(
         self,
@@ -187,7 +200,7 @@ class Dispatcher:
             GroupClosed: the group was closed, or died.
             UsageError: this process was forked from the one that made the group.
         """
-        if self._closed or self._dead is not None or os.getpid() != self._pid:
+        if self._closed or self._dead is not None or self._forks is not forks.count:
             self._refuse(op)
 
     def cause_of_death(self, op: str) -> FerroError:
@@ -216,7 +229,7 @@ class Dispatcher:
             # A sendrecv goes through its sending lane into its receiving one: close in this order.
             ways = sorted(self._transfers, key=lambda way: way.direction, reverse=True)
             lanes = [self._collectives, *(self._transfers[way] for way in ways)]
-        if os.getpid() != self._pid:
+        if self._forks is not forks.count:
             return  # the connections are the parent's
         deadline = time.monotonic() + (0.0 if self._dead else patience_s)
         drained = [lane.close(deadline) for lane in lanes]
@@ -231,7 +244,7 @@ class Dispatcher:
         name = self._members.name
         if self._closed:
             raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
-        if os.getpid() != self._pid:
+        if self._forks is not forks.count:
             raise UsageError(
                 f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
                 "connections it must not use: start ranks with `ferro run`, and workers with "
@@ -297,9 +310,7 @@ class Dispatcher:
         peers: tuple[int, ...] = (),
     ) -> None:
         """Carry out an operation, telling observers; one without `peers` is a collective."""
-        if self._dead is not None:  # while this waited for its turn
-            self._refuse_dead(call.op)
-        if not self._members.observers:
+        if not self._observed:
             self._attempt(call, action, allowed, peers)
             return
         event = self._event(call, nbytes)
@@ -320,9 +331,11 @@ class Dispatcher:
         call: Call,
         action: Callable[[float], None],
         allowed: float,
-        peers: tuple[int, ...],
+        peers: tuple[int, ...] = (),
     ) -> None:
         """Do it by its deadline; a failure ends the group with the cause that all report."""
+        if self._dead is not None:  # while this waited for its turn
+            self._refuse_dead(call.op)
         started = time.monotonic()
         deadline = started + allowed
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 
-from ferro.arrays import Entry, writable
+from ferro.arrays import Entry, objection, writable
 from ferro.layout import Layout
 from ferro.types import Array, Device
 
@@ -37,7 +39,7 @@ class Outlet:
         else:
             array = writable(out, shape, entry.array.dtype, entry.device, what)
         self.array: Array = array
-        self.flat: Array = _in_one_dimension(array)
+        self.flat: Array = array if array.ndim == 1 else array.reshape(-1)
 
     def fill(self, array: Array) -> None:
         """Copy the operand in, unless it is there already: `out` is often the input itself."""
@@ -55,6 +57,30 @@ class Outlet:
         if self._far is not None:
             self._far[...] = self._entry.leave(self.array)  # type: ignore[assignment]
         return self._entry.leave(self.array) if self._out is None else self._out
+
+
+class InPlace:
+    """An `Outlet` that is the operand itself: a NumPy array that is ready as it is."""
+
+    __slots__ = ("array", "flat")
+
+    device = Device.CPU
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.flat = array if array.ndim == 1 else array.reshape(-1)
+
+    def __call__(self) -> Array:
+        """Return the result as the caller expects it."""
+        return self.array
+
+
+def takes_in_place(x: object) -> TypeGuard[Array]:
+    """Say whether a result can be written to the operand without any preparation."""
+    if type(x) is not np.ndarray or objection(x.dtype):
+        return False
+    flags = x.flags
+    return flags.c_contiguous and flags.writeable
 
 
 def copy(target: Array, source: Array) -> None:

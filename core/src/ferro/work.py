@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ferro.turns import SHORT_TURNS
@@ -149,20 +150,24 @@ class Lane:
         ours = False
         try:  # around all, for an interrupt may come at any moment and the lane must go on
             with self._lock:
-                seq = self._number()
-                work = None if self.idle else self._put(Work(op, seq, lambda: operation(seq)))
-                if work is None:
+                if self._closed:
+                    raise LaneClosed
+                seq = self._next
+                self._next = seq + 1
+                work = None
+                if self._pending or self._busy:
+                    work = self._put(Work(op, seq, partial(operation, seq)))
+                else:
                     ours = self._busy = True
             return operation(seq) if work is None else work.wait()
         finally:
             if ours:
-                self._give_back()
-
-    def _give_back(self) -> None:
-        with self._lock:
-            self._busy = False
-            if self._pending or self._closed:  # otherwise nobody waits for it
-                self._change.notify_all()
+                # In this order and without the lock: whoever comes to wait for the turn looks at
+                # `_busy` after it has put what is looked at next.
+                self._busy = False
+                if self._pending or self._closed:
+                    with self._change:
+                        self._change.notify_all()
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
         """Queue an operation, which is told its number, and return at once.
@@ -171,8 +176,11 @@ class Lane:
             LaneClosed: the lane takes no more operations.
         """
         with self._change:
-            seq = self._number()
-            return self._put(Work(op, seq, lambda: operation(seq)))
+            if self._closed:
+                raise LaneClosed
+            seq = self._next
+            self._next = seq + 1
+            return self._put(Work(op, seq, partial(operation, seq)))
 
     def close(self, deadline: float) -> bool:
         """Take no more operations; let those there are end, until the deadline.
@@ -187,12 +195,6 @@ class Lane:
             )
             self._change.notify_all()
         return drained
-
-    def _number(self) -> int:
-        if self._closed:
-            raise LaneClosed
-        self._next += 1
-        return self._next - 1
 
     def _put(self, work: Work[Result]) -> Work[Result]:
         """Queue work for the thread. The condition is held."""
