@@ -48,6 +48,7 @@ $(BENCH)/torchrun:
 	$(MAKE) setup
 	$(UV) venv --quiet --seed --clear .bench-$*
 	.bench-$*/bin/pip install --quiet numpy mpi4py $*
+	.bench-$*/bin/pip install --quiet -e core -e plugins/mpi
 
 bench: $(BENCH)/torchrun $(MPIS:%=.bench-%/bin/mpiexec)
 	$(BENCH)/python benchmarks/run.py \

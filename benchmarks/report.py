@@ -44,6 +44,12 @@ bound over the time: of the median and, after the stroke, of the minimum. In cac
     "many": """\
 all_reduce with more ranks than cores, measured as above with few rounds; medians. Each rank has
 less of a core the more there are.""",
+    "mpi": """\
+ferro over MPI and bare mpi4py in the same processes under one mpiexec, on communicators of their
+own, taking turns; float32. all_reduce and broadcast work in place; size is the whole buffer. The
+cost is what ferro adds to a call: its checks and labels, deadlines, and the order of operations.
+It is meant to be within 10 % or 2 us, whichever is more. A broadcast of mpi4py's returns at the
+root before the others have it; ferro's waits until all ranks are known to make the same call.""",
     "layers": """\
 What an all_reduce of 4 bytes is made of. "Layer" is the same call of a group whose backend does
 nothing: checks, the result's memory, number, lane and deadline. "Meeting" is a barrier less its own
@@ -172,6 +178,44 @@ def _many(result: Record) -> list[str]:
     return [_table(["", "size", *(_TITLES[name] for name in names)], rows)]
 
 
+def mpi_summary(record: Record) -> str:
+    """Return in one line what ferro costs over one MPI with so many ranks."""
+    rows = record["records"]
+    within = sum(_within(row) for row in rows)
+    return f"{record['library']}, {record['ranks']} ranks: {within} of {len(rows)} within"
+
+
+def _within(row: Record) -> bool:
+    ours, bare = row["ferro"]["median_s"], row["mpi4py"]["median_s"]
+    return ours <= max(1.1 * bare, bare + 2e-6)
+
+
+def _mpi(result: Record) -> list[str]:
+    parts = []
+    for record in result["records"]:
+        parts.append(f"### {mpi_summary(record)}")
+        rows = []
+        for row in record["records"]:
+            ours, bare = row["ferro"], row["mpi4py"]
+            more_s = ours["median_s"] - bare["median_s"]
+            rows.append(
+                [
+                    row["collective"],
+                    size_text(row["nbytes"]),
+                    *(
+                        f"{time_text(r['median_s'])} / {time_text(r['min_s'])}"
+                        for r in (ours, bare)
+                    ),
+                    f"{more_s * 1e6:+.2f} us",
+                    f"{more_s / bare['median_s']:+.0%}",
+                    "yes" if _within(row) else "no",
+                ]
+            )
+        head = ("", "size", "ferro", "mpi4py", "cost", "share", "within")
+        parts.append(_table(head, rows))
+    return parts
+
+
 def _layers(result: Record) -> list[str]:
     rows = []
     for record in result["records"]:
@@ -200,6 +244,7 @@ def _hosts(result: Record) -> list[str]:
 _TABLES = {
     "collectives": _collectives,
     "many": _many,
+    "mpi": _mpi,
     "layers": _layers,
     "hosts": _hosts,
     "imports": _imports,

@@ -29,12 +29,14 @@ from ferro import bench
 _HERE = Path(__file__).resolve().parent
 _DDP_RANKS = 2
 _DEADLINE_S = 600.0
-# Both libraries compute in one thread, and both stay on loopback.
+# All libraries compute in one thread and stay on loopback; Open MPI may be run by root.
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
 
 
@@ -103,8 +105,8 @@ def _ddp(options: argparse.Namespace) -> dict[str, object]:
     rounds = 2 if options.quick else 8
     given = [f"--rounds={rounds}"]
     given += [] if "torch-gloo" in options.compare else ["--without-torch"]
-    memory = _started("ddp.py", _DDP_RANKS, ["memory", *given])
-    times = _started("ddp.py", _DDP_RANKS, ["times", *given])
+    memory = _started(_ferro_run(_DDP_RANKS), "ddp.py", ["memory", *given])
+    times = _started(_ferro_run(_DDP_RANKS), "ddp.py", ["times", *given])
     print(f"peak memory of a step: {memory['ratio']:.3f} x what must be there", flush=True)
     for peer in ("ferro", "torch"):
         if peer in times:
@@ -123,9 +125,25 @@ def _many(options: argparse.Namespace) -> dict[str, object]:
     return {"by_ranks": {str(n): collectives.measure(wanted, n) for n in collectives.MANY_RANKS}}
 
 
+def _mpi(options: argparse.Namespace) -> dict[str, object]:
+    """Measure ferro over MPI and bare mpi4py, in the same processes."""
+    given = [f"--rounds={4 if options.quick else 20}"]
+    given.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
+    records = []
+    for name in sorted({"openmpi", "mpich"} & set(options.compare)):
+        found = bench.find(name, options.compare[name])
+        assert found.mpiexec is not None, "an MPI has a launcher"
+        more = [] if name == "mpich" else ["--oversubscribe"]
+        for ranks in options.ranks:
+            launch = [found.mpiexec, *more, "-n", str(ranks), found.python]
+            records.append(_started(launch, "mpi_rank.py", given))
+            print(report.mpi_summary(records[-1]), flush=True)
+    return {"records": records}
+
+
 def _layers(options: argparse.Namespace) -> dict[str, object]:
     given = [f"--rounds={4 if options.quick else 20}"]
-    records = [_started("layers.py", ranks, given) for ranks in options.ranks]
+    records = [_started(_ferro_run(ranks), "layers.py", given) for ranks in options.ranks]
     for record in records:
         parts = ", ".join(f"{k} {bench.time_text(v)}" for k, v in record["median_s"].items())
         print(f"{record['ranks']} ranks: {parts}", flush=True)
@@ -135,17 +153,21 @@ def _layers(options: argparse.Namespace) -> dict[str, object]:
 _MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "collectives": _collectives,
     "many": _many,
+    "mpi": _mpi,
     "layers": _layers,
     "imports": _imports,
     "ddp": _ddp,
 }
 
 
-def _started(script: str, ranks: int, arguments: list[str]) -> dict[str, object]:
+def _ferro_run(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "ferro", "run", "-n", str(ranks)]
+
+
+def _started(launch: list[str], script: str, arguments: list[str]) -> dict[str, object]:
     """Run a script as ranks, its output shown; return what rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "result.json"
-        launch = [sys.executable, "-m", "ferro", "run", "-n", str(ranks)]
         subprocess.run(
             [*launch, str(_HERE / script), *arguments, f"--out={written}"],
             env=os.environ | _SETTINGS,

@@ -167,7 +167,7 @@ class ArrayCollectives:
         rows = checked_sizes(sizes, self.world_size)
         layout = gathered(array.shape, rows, self.rank, self.world_size)
         result = Outlet(entry, out, layout.shape)
-        copy(result.array[layout.place(self.rank)], array)
+        copy(result.array[layout.places[self.rank]], array)
         return self._dispatch.collective(
             array_call("all_gather", array.dtype, array.shape, sizes=rows),
             lambda deadline: self._backend.all_gather(

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ferro.errors import UsageError
 
@@ -25,33 +25,29 @@ class Layout:
         shape: the whole's shape.
         rows: each block's size along axis 0.
         counts: each block's number of elements.
-        starts: the row at which each block begins.
+        places: where each block lies, in rows of the whole.
     """
 
     shape: tuple[int, ...]
     rows: tuple[int, ...]
     counts: tuple[int, ...]
-    starts: tuple[int, ...]
+    places: tuple[slice, ...]
 
     @classmethod
     def of(cls, rows: Sequence[int], row_shape: tuple[int, ...]) -> Layout:
         """Return the layout of blocks of so many rows, each row of one shape."""
         row = math.prod(row_shape)
+        ends = [0, *accumulate(rows)]
         return cls(
             shape=(sum(rows), *row_shape),
             rows=tuple(rows),
             counts=tuple(count * row for count in rows),
-            starts=tuple(accumulate(rows[:-1], initial=0)),
+            places=tuple(slice(start, end) for start, end in pairwise(ends)),
         )
 
     def block_shape(self, rank: int) -> tuple[int, ...]:
         """Return the shape of a rank's block."""
         return (self.rows[rank], *self.shape[1:])
-
-    def place(self, rank: int) -> slice:
-        """Return where a rank's block lies, in rows of the whole."""
-        start = self.starts[rank]
-        return slice(start, start + self.rows[rank])
 
 
 @lru_cache(maxsize=_REMEMBERED)

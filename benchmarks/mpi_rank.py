@@ -1,0 +1,131 @@
+"""One rank of the comparison with bare mpi4py, under mpiexec: both in the same processes.
+
+ferro over MPI and mpi4py itself make the same calls on communicators of their own, taking turns,
+each going first as often as last. Every result is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import ferro
+from ferro import bench
+
+_CALL_S = 2e-9  # a rough guess of seconds per byte, to choose how many calls a turn has
+_TURN_S = 0.02
+_MOST_CALLS = 400
+
+
+class Case:
+    """One collective at one size: the same operands and results for both libraries."""
+
+    def __init__(self, collective: str, nbytes: int, group: ferro.ProcessGroup, comm) -> None:
+        from mpi4py import MPI  # which ferro.init has started
+
+        n, me = group.world_size, group.rank
+        whole = max(1, nbytes // 4 // n) * n if collective in _CUT else max(1, nbytes // 4)
+        part = whole // n
+        self.whole = np.empty(whole, np.float32)
+        self.part = np.empty(part, np.float32)
+        self.calls: dict[str, Callable[[], object]] = {}
+        self._fill: Callable[[], None]
+        self._right: Callable[[], bool]
+        total = n * (n + 1) // 2
+        w, p = self.whole, self.part
+        if collective == "all_reduce":
+            self.calls["ferro"] = lambda: group.all_reduce(w, out=w)
+            self.calls["mpi4py"] = lambda: comm.Allreduce(MPI.IN_PLACE, w)
+            self._fill = lambda: w.fill(me + 1)
+            self._right = lambda: bool((w == total).all())
+        elif collective == "all_gather":
+            self.calls["ferro"] = lambda: group.all_gather(p, out=w)
+            self.calls["mpi4py"] = lambda: comm.Allgather(p, w)
+            self._fill = lambda: (p.fill(me + 1), w.fill(0))
+            self._right = lambda: bool((w.reshape(n, -1) == np.arange(1, n + 1)[:, None]).all())
+        elif collective == "reduce_scatter":
+            self.calls["ferro"] = lambda: group.reduce_scatter(w, out=p)
+            self.calls["mpi4py"] = lambda: comm.Reduce_scatter_block(w, p)
+            self._fill = lambda: (w.fill(me + 1), p.fill(0))
+            self._right = lambda: bool((p == total).all())
+        else:
+            self.calls["ferro"] = lambda: group.broadcast(w, out=w)
+            self.calls["mpi4py"] = lambda: comm.Bcast(w)
+            self._fill = lambda: w.fill(me + 1)
+            self._right = lambda: bool((w == 1).all())
+
+    def check(self, library: str) -> None:
+        """Make one call on fresh numbers and compare what comes of it."""
+        self._fill()
+        self.calls[library]()
+        if not self._right():
+            raise ArithmeticError(f"{library} has a wrong result")
+        self._fill()
+
+
+_CUT = ("all_gather", "reduce_scatter")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+
+
+def _turn(call: Callable[[], object], calls: int) -> list[float]:
+    clock = time.perf_counter
+    seconds = []
+    for _ in range(calls):
+        began = clock()
+        call()
+        seconds.append(clock() - began)
+    return seconds
+
+
+def _measure(case: Case, comm, nbytes: int, rounds: int) -> dict[str, dict[str, float]]:
+    from mpi4py import MPI
+
+    calls = max(3, min(_MOST_CALLS, int(_TURN_S / (1e-5 + nbytes * _CALL_S))))
+    times: dict[str, list[np.ndarray]] = {name: [] for name in case.calls}
+    for turn in range(rounds):
+        names = list(case.calls) if turn % 2 else list(case.calls)[::-1]
+        for name in names:
+            case.check(name)
+            comm.Barrier()
+            mine = np.array(_turn(case.calls[name], calls))
+            comm.Allreduce(MPI.IN_PLACE, mine, MPI.MAX)  # a call takes as long as on its slowest
+            times[name].append(mine)
+    return {
+        name: {
+            "median_s": statistics.median(np.concatenate(found).tolist()),
+            "min_s": float(min(part.min() for part in found)),
+        }
+        for name, found in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
+    parser.add_argument("--sizes", type=bench.parse_sizes, required=True)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    with ferro.init("mpi") as group:
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD.Dup()
+        records = []
+        for collective in COLLECTIVES:
+            for nbytes in options.sizes:
+                case = Case(collective, nbytes, group, comm)
+                found = _measure(case, comm, nbytes, options.rounds)
+                records.append({"collective": collective, "nbytes": nbytes, **found})
+        version = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
+        if group.rank == 0:
+            result = {"ranks": group.world_size, "library": version, "records": records}
+            options.out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
