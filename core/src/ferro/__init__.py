@@ -6,7 +6,7 @@ total = group.all_reduce(x)
 """
 
 from ferro import arrays, backends, collectives, strategies, testing
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend, BackendConfig, Completion
 from ferro.collectives.choose import CollectiveInfo
 from ferro.errors import (
     AuthenticationError,
@@ -42,6 +42,7 @@ __all__ = [
     "CollectiveInfo",
     "CollectiveMismatch",
     "CollectiveTimeout",
+    "Completion",
     "Device",
     "Event",
     "FerroError",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
@@ -29,6 +29,9 @@ from ferro.backend import Backend, BackendConfig
 from ferro.collectives.choose import CollectiveInfo
 from ferro.observers import Observer
 from ferro.types import Availability, Device
+
+if TYPE_CHECKING:
+    from ferro.rendezvous.introduction import Introduce
 
 hookspec = pluggy.HookspecMarker("ferro")
 hookimpl = pluggy.HookimplMarker("ferro")
@@ -55,6 +58,9 @@ class BackendInfo:
         launcher: given a number of ranks, the command that starts so many processes for it, such
             as ("mpiexec", "-n", "4"); None when it needs nothing but processes. For tools that
             start ranks themselves: `ferro.testing`, `ferro conformance`, `ferro bench`.
+        introduce: for a library whose ranks are connected from the start: given rank, world size,
+            rank 0's message (None elsewhere) and a deadline, returns rank 0's message on all
+            ranks. So ranks on several hosts meet whose launcher tells them no address.
     """
 
     name: str
@@ -65,6 +71,7 @@ class BackendInfo:
     default_under: tuple[str, ...] = ()
     composes: bool = False
     launcher: Callable[[int], Sequence[str]] | None = None
+    introduce: Introduce | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,10 +79,10 @@ def init(
         seconds = timeout_s if timeout_s is not None else given.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        world = World(info, given, seconds, _made, explicit=rendezvous is not None)
+        world = World(info, given, backend, seconds, _made, explicit=rendezvous is not None)
         _made += 1
         try:
-            world.join(backend, deterministic, algorithms or {}, backend_options or {}, observers)
+            world.join(deterministic, algorithms or {}, backend_options or {}, observers)
         except BaseException:
             world.close(_HASTE_S)
             raise

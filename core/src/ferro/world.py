@@ -21,6 +21,7 @@ from ferro.group import ProcessGroup
 from ferro.hookspecs import BackendInfo
 from ferro.members import Members
 from ferro.observers import Observer
+from ferro.rendezvous.introduction import meet_introduced
 from ferro.rendezvous.meeting import Meeting, meet
 from ferro.rendezvous.memory import MemoryStore
 from ferro.rendezvous.rollcall import Record, call_roll
@@ -35,6 +36,7 @@ class World:
     Args:
         info: this process's place.
         given: what the user set through variables.
+        backend: the backend that the user names, or None.
         timeout_s: seconds that joining, and then each operation, may take.
         number: how many worlds this process made before; all ranks count alike.
         explicit: the program itself says where to meet.
@@ -47,23 +49,39 @@ class World:
     group: ProcessGroup
 
     def __init__(
-        self, info: LaunchInfo, given: Options, timeout_s: float, number: int, *, explicit: bool
+        self,
+        info: LaunchInfo,
+        given: Options,
+        backend: str | None,
+        timeout_s: float,
+        number: int,
+        *,
+        explicit: bool,
     ) -> None:
         self.closed = False
         self._info = info
         self._given = given
+        self._backend = backend
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._meeting: Meeting | None = None
         if info.world_size > 1:
-            self._meeting = meet(info, number, explicit=explicit, deadline=self._deadline)
+            self._meeting = self._meet(number, explicit=explicit)
         root: Store = MemoryStore() if self._meeting is None else self._meeting.store
         self._store = root.prefix(f"world{number}")
         self._observers: tuple[Observer, ...] = ()
 
+    def _meet(self, number: int, *, explicit: bool) -> Meeting:
+        info, deadline = self._info, self._deadline
+        if info.nothing_to_meet_at:
+            name = self._backend or backends.default(info.launcher)
+            introduce = backends.get(name).introduce if name else None
+            if introduce is not None:
+                return meet_introduced(info, number, introduce, deadline=deadline)
+        return meet(info, number, explicit=explicit, deadline=deadline)
+
     def join(
         self,
-        backend: str | None,
         deterministic: bool,
         algorithms: Mapping[str, str],
         backend_options: Mapping[str, object],
@@ -71,13 +89,13 @@ class World:
     ) -> None:
         """Meet the other ranks, create the backend, make the group."""
         try:
-            chosen, choice = self._choose(backend, deterministic, algorithms, observers)
+            chosen, choice = self._choose(deterministic, algorithms, observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
-                self._call_roll(backend or "none", "", str(error))
+                self._call_roll(self._backend or "none", "", str(error))
             raise
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
-        requested = backend or chosen.name
+        requested = self._backend or chosen.name
         records = self._call_roll(requested, settings)
         config = self._config(records, choice, backend_options, requested)
         made = chosen.create(config)
@@ -98,13 +116,12 @@ class World:
 
     def _choose(
         self,
-        backend: str | None,
         deterministic: bool,
         algorithms: Mapping[str, str],
         observers: Sequence[Observer],
     ) -> tuple[BackendInfo, Choice]:
         """Return the backend and the rules for algorithms; keep the observers."""
-        chosen = self._choose_backend(backend)
+        chosen = self._choose_backend()
         fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
         choice = Choice(deterministic=deterministic, fixed=fixed)
         choice.check()
@@ -112,9 +129,9 @@ class World:
         self._observers = tuple(map(_observer, (*observers, *(o.item for o in offered))))
         return chosen, choice
 
-    def _choose_backend(self, name: str | None) -> BackendInfo:
+    def _choose_backend(self) -> BackendInfo:
         info = self._info
-        name = name or backends.default(info.launcher)
+        name = self._backend or backends.default(info.launcher)
         if name is None and info.world_size == 1:
             name = "simulated"  # core's own, enough for one rank
         if name is None:

@@ -40,6 +40,12 @@ class LaunchInfo:
     secret: bytes | None = field(default=None, repr=False)
     provenance: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def nothing_to_meet_at(self) -> bool:
+        """Whether the ranks are on several hosts, and nothing says where to meet."""
+        here = self.local_world_size == self.world_size
+        return not here and self.store is None and self.master is None
+
     def describe(self) -> str:
         """Rank, world size and the local pair, each with its source, for messages."""
         return (

@@ -8,6 +8,8 @@
 | listens on that port itself         | the next port                                           |
 | nothing, ranks on one host          | rank 0 hosts it on loopback, on a free port, and posts  |
 |                                     | the address on the host's bulletin                      |
+| nothing, ranks on several hosts     | rank 0 hosts it on a free port, and the backend's own   |
+|                                     | library tells the others, where it can: `introduction`  |
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ def meet(info: LaunchInfo, number: int, *, explicit: bool, deadline: float) -> M
     address = _agreed_address(info)
     if info.rank == 0:
         server = StoreServer(_listening_host(address[0]), address[1], secret=secret)
-        return _host(server, address, number, secret, deadline)
-    return _visit(address, number, secret, deadline)
+        return host(server, address, number, secret, deadline)
+    return visit(address, number, secret, deadline)
 
 
 def _meet_here(info: LaunchInfo, number: int, secret: bytes, deadline: float) -> Meeting:
@@ -97,13 +99,13 @@ def _meet_here(info: LaunchInfo, number: int, secret: bytes, deadline: float) ->
                 rank=info.rank,
                 peer=0,
             ) from error
-        return _visit(parse_address(text, source="bulletin"), number, secret, deadline)
+        return visit(parse_address(text, source="bulletin"), number, secret, deadline)
     server = StoreServer(secret=secret)
     bulletin.post(note, format_address(server.address))
-    return _host(server, server.address, number, secret, deadline, note)
+    return host(server, server.address, number, secret, deadline, note)
 
 
-def _host(
+def host(
     server: StoreServer,
     address: Address,
     number: int,
@@ -121,7 +123,7 @@ def _host(
     return Meeting(store=store, secret=secret, server=server, note=note)
 
 
-def _visit(address: Address, number: int, secret: bytes, deadline: float) -> Meeting:
+def visit(address: Address, number: int, secret: bytes, deadline: float) -> Meeting:
     """Enter the store that rank 0 hosts, once it is this meeting's."""
     while True:
         store = StoreClient(address, secret, deadline=deadline)

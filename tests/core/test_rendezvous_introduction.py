@@ -1,0 +1,107 @@
+"""Meeting through a library that carries rank 0's message: who hosts, who visits, what fails."""
+
+import ipaddress
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from ferro.environment import LaunchInfo
+from ferro.errors import RendezvousError
+from ferro.rendezvous.interfaces import own_addresses
+from ferro.rendezvous.introduction import meet_introduced
+
+WAIT_S = 20.0
+
+
+class Carrier:
+    """Carries rank 0's message to the other ranks, as MPI would."""
+
+    def __init__(self, world_size):
+        self._boxes = [queue.Queue() for _ in range(world_size)]
+        self.alter = lambda message: message
+
+    def __call__(self, rank, world_size, message, deadline):
+        if rank == 0:
+            for box in self._boxes[1:]:
+                box.put(self.alter(message))
+            return message
+        return self._boxes[rank].get(timeout=deadline - time.monotonic())
+
+
+def info(rank, world_size=3):
+    return LaunchInfo(
+        rank=rank, world_size=world_size, local_rank=0, local_world_size=1, launcher="openmpi"
+    )
+
+
+def meet_all(carrier, infos, seconds=WAIT_S):
+    deadline = time.monotonic() + seconds
+    with ThreadPoolExecutor(len(infos)) as pool:
+        return [pool.submit(meet_introduced, who, 0, carrier, deadline=deadline) for who in infos]
+
+
+def test_all_ranks_enter_the_store_that_rank_0_hosts():
+    meetings = [f.result() for f in meet_all(Carrier(3), [info(rank) for rank in range(3)])]
+    try:
+        meetings[2].store.set("greeting", b"from 2")
+        deadline = time.monotonic() + WAIT_S
+        assert [m.store.get("greeting", deadline=deadline) for m in meetings] == [b"from 2"] * 3
+        assert [m.server is not None for m in meetings] == [True, False, False]
+        assert len({m.secret for m in meetings}) == 1
+    finally:
+        for meeting in meetings[::-1]:
+            meeting.close()
+
+
+def test_the_users_secret_is_kept():
+    secret = bytes(range(32))
+    infos = [replace(info(rank, 2), secret=secret if rank == 0 else None) for rank in range(2)]
+    meetings = [f.result() for f in meet_all(Carrier(2), infos)]
+    for meeting in meetings[::-1]:
+        assert meeting.secret == secret
+        meeting.close()
+
+
+def test_addresses_that_do_not_answer_are_passed_over():
+    from ferro import codec
+
+    def alter(message):
+        told = codec.decode(message)
+        return codec.encode({**told, "addresses": ["127.255.255.254", *told["addresses"]]})
+
+    carrier = Carrier(2)
+    carrier.alter = alter
+    meetings = [f.result() for f in meet_all(carrier, [info(0, 2), info(1, 2)])]
+    for meeting in meetings[::-1]:
+        meeting.close()
+
+
+def test_a_rank_that_reaches_no_address_says_which_it_tried():
+    from ferro import codec
+
+    def carrier(rank, world_size, message, deadline):
+        return codec.encode({"addresses": ["127.0.0.1"], "port": 9, "secret": b"x" * 32})
+
+    with pytest.raises(RendezvousError, match=r"port 9 of 127\.0\.0\.1.*MASTER_ADDR"):
+        meet_introduced(info(1, 2), 0, carrier, deadline=time.monotonic() + 0.3)
+
+
+def test_a_library_that_fails_leaves_no_store_behind():
+    def carrier(rank, world_size, message, deadline):
+        raise RendezvousError("the library says no")
+
+    before = threading.active_count()
+    with pytest.raises(RendezvousError, match="says no"):
+        meet_introduced(info(0), 0, carrier, deadline=time.monotonic() + WAIT_S)
+    assert threading.active_count() == before
+
+
+def test_own_addresses_are_this_hosts_and_not_loopback_where_there_are_others():
+    found = [ipaddress.ip_address(address) for address in own_addresses()]
+    assert found
+    assert not any(a.is_loopback for a in found) or len(found) == 1
+    assert len(set(found)) == len(found)
