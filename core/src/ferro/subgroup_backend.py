@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ferro.backend import Backend
+from ferro.backend import Backend, Completion
 from ferro.calls import in_context
 from ferro.errors import PeerLost
 from ferro.types import Array
@@ -21,6 +21,7 @@ class SubgroupBackend(Backend):
     def __init__(self, parent: Backend, ranks: Sequence[int], context: int) -> None:
         super().__init__(tuple(ranks).index(parent.rank), len(ranks), parent.choice)
         self.labels_frames = False
+        self.devices, self.streams = parent.devices, parent.streams
         self._parent = parent
         self._ranks = tuple(ranks)
         self._context = context
@@ -57,6 +58,10 @@ class SubgroupBackend(Backend):
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Return a group of some of these ranks, made from the outermost parent."""
         return self._parent.subgroup([self._ranks[rank] for rank in ranks], context)
+
+    def launched(self) -> Completion:
+        """Return the parent's: its queue is this group's."""
+        return self._parent.launched()
 
     def allocate(self, nbytes: int) -> Array:
         """Return the parent's memory."""

@@ -2,6 +2,7 @@
 
 from . import hooks, nn, optim
 from .ddp import DDP
+from .hybrid import HybridBackend
 from .sampler import ShardedSampler
 
-__all__ = ["DDP", "ShardedSampler", "hooks", "nn", "optim"]
+__all__ = ["DDP", "HybridBackend", "ShardedSampler", "hooks", "nn", "optim"]
