@@ -1,11 +1,35 @@
-"""What this distribution offers: the UCC backend. Importing it starts nothing."""
+"""What this distribution offers: the ucc backend. Importing it loads no library."""
 
 from collections.abc import Sequence
 
-from ferro import BackendInfo, hookimpl
+from ferro import Availability, Backend, BackendConfig, BackendInfo, hookimpl
+
+
+def _probe() -> Availability:
+    from ferro_ucc.library import Absent, dotted, find
+
+    found = find()
+    if isinstance(found, Absent):
+        return Availability(ok=False, reason=found.reason, hint=found.hint)
+    version = dotted(found.version)
+    return Availability(ok=True, reason=f"UCC {version} in {found.path}", version=version)
+
+
+def _create(config: BackendConfig) -> Backend:
+    from ferro_ucc.connect import connect
+    from ferro_ucc.library import Library
+
+    return connect(config, Library.load())
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer ucc."""
-    return ()
+    """Offer ucc, which must be asked for by name."""
+    return (
+        BackendInfo(
+            name="ucc",
+            summary="collectives of the machine's UCC on NumPy arrays; no send and recv",
+            probe=_probe,
+            create=_create,
+        ),
+    )

@@ -1,0 +1,191 @@
+"""The backend over a stand-in for libucc: what it asks of UCC is right, on any machine.
+
+Ranks are threads. With a real libucc, `test_real.py` says the same of the whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from ferro import BackendConfig, CollectiveTimeout, GroupClosed, ProcessGroup, UnsupportedError
+from ferro.collectives import Choice
+from ferro.errors import RendezvousError
+from ferro.members import Members
+from ferro.rendezvous import MemoryStore
+from ferro.testing import conformance
+from ferro.testing.case import Case, attempt
+from ferro.testing.outcome import Outcome
+from ferro_ucc.connect import connect
+
+from .standin import Network, StandIn
+from .test_real import UNSUPPORTED
+
+
+class Ranks:
+    """Ranks of one world as threads."""
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        deterministic: bool = False,
+        gathers: bool = True,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self.store = MemoryStore()
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.choice = Choice(deterministic=deterministic)
+        network = Network()
+        self.libraries = [StandIn(network, gathers=gathers) for _ in range(world_size)]
+        self.results: dict[int, object] = {}
+        self.errors: dict[int, BaseException] = {}
+
+    def run(self, function: Callable[[ProcessGroup], object]) -> dict[int, object]:
+        """Run a function on all ranks; return results by rank, raise the first error."""
+        threads = [
+            threading.Thread(target=self._on_rank, args=(rank, function), daemon=True)
+            for rank in range(self.world_size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive(), "a rank did not end"
+        for error in self.errors.values():
+            raise error
+        return self.results
+
+    def config(self, rank: int) -> BackendConfig:
+        return BackendConfig(
+            rank=rank,
+            world_size=self.world_size,
+            store=self.store.prefix("group/0"),
+            timeout_s=self.timeout_s,
+            choice=self.choice,
+        )
+
+    def _on_rank(self, rank: int, function: Callable[[ProcessGroup], object]) -> None:
+        members = Members(
+            name="world",
+            backend_name="ucc",
+            global_ranks=tuple(range(self.world_size)),
+            hosts=("here",) * self.world_size,
+            job=self.store,
+            store=self.store.prefix("group/0"),
+            timeout_s=self.timeout_s,
+        )
+        try:
+            backend = connect(self.config(rank), self.libraries[rank])
+            with ProcessGroup(backend, members) as group:
+                self.results[rank] = function(group)
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            self.errors[rank] = error
+
+
+def case(*world_sizes: int, gathers: bool) -> Case:
+    def runner(
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+
+        def on_rank(group: ProcessGroup) -> None:
+            outcomes[group.rank], error = attempt(function, group, args)
+            if error is not None:
+                raise error
+
+        ranks = Ranks(world_size, deterministic=deterministic, gathers=gathers, timeout_s=timeout_s)
+        try:
+            ranks.run(on_rank)
+        except Exception as error:  # noqa: BLE001 - told rank by rank
+            for rank in range(world_size):
+                outcomes.setdefault(rank, Outcome(rank=rank, error_text=repr(error)))
+        return [outcomes[rank] for rank in range(world_size)]
+
+    return Case(
+        backend="ucc",
+        world_sizes=world_sizes,
+        unsupported=UNSUPPORTED,
+        timeout_s=20,
+        runner=runner,
+    )
+
+
+CASES = {"as in 1.8": case(1, 2, 3, gathers=True), "as in 1.1": case(3, gathers=False)}
+
+
+@pytest.mark.parametrize("which", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+def test_it_conforms(check, which):
+    check(which)
+
+
+def test_all_is_released_at_the_end():
+    """Teams of groups that nobody closed, too: the stand-in notes what is closed too early."""
+    ranks = Ranks(3)
+
+    def forget_a_group(group: ProcessGroup) -> None:
+        group.subgroup([2, 1, 0]).all_reduce(np.ones(2))
+        kept = group.subgroup([0, 1, 2])
+        kept.all_reduce(np.ones(2))
+        kept.backend.close()
+        kept.backend.close()
+
+    ranks.run(forget_a_group)
+    assert [library.closed for library in ranks.libraries] == [True] * 3
+    assert [library.misuse for library in ranks.libraries] == [[]] * 3
+
+
+def test_nothing_is_released_that_ucc_may_still_use():
+    """A rank stays away from a group's operation: it is named, and the world goes on."""
+    ranks = Ranks(2)
+
+    def stay_away(group: ProcessGroup) -> object:
+        pair = group.subgroup([1, 0])
+        pair.barrier()
+        if group.rank == 1:
+            return int(group.all_reduce(np.array(1)))
+        with pytest.raises(CollectiveTimeout) as caught:
+            pair.all_reduce(np.ones(3), timeout_s=0.05)
+        with pytest.raises(GroupClosed):
+            pair.all_reduce(np.ones(3))
+        return caught.value.missing, int(group.all_reduce(np.array(1)))
+
+    assert ranks.run(stay_away) == {0: ((0,), 2), 1: 2}
+    assert not ranks.libraries[0].closed
+    assert [library.misuse for library in ranks.libraries] == [[]] * 2
+
+
+def test_too_many_groups_are_refused_before_ucc_confuses_them():
+    ranks = Ranks(2)
+    ranks.store.add("groups", 32_766)
+
+    def make_group(group: ProcessGroup) -> None:
+        with pytest.raises(UnsupportedError, match="32767"):
+            group.subgroup([0, 1])
+        assert group.all_reduce(np.array(1)) == 2
+
+    ranks.run(make_group)
+
+
+def test_ranks_with_different_versions_are_told_so():
+    ranks = Ranks(2)
+    ranks.libraries[1].version = (1, 2, 0)
+    with pytest.raises(RendezvousError, match=r"1\.8\.0.*1\.2\.0|1\.2\.0.*1\.8\.0"):
+        ranks.run(lambda group: None)
+    assert len(ranks.errors) == 2
+
+
+def test_a_rank_that_does_not_connect_is_waited_for_no_longer_than_allowed():
+    ranks = Ranks(2, timeout_s=0.1)
+    with pytest.raises(RendezvousError, match="rank 1"):
+        connect(ranks.config(0), ranks.libraries[0])
