@@ -1,20 +1,26 @@
-"""Write the generated parts of docs/collectives.md again, from the algorithms themselves.
+"""Write the generated parts of the pages again.
+
+In collectives.md they come from the algorithms themselves, in backends.md from what
+`ferro conformance` wrote into docs/conformance/.
 
 python docs/generate.py          rewrite
-python docs/generate.py --check  fail when the page is not what would be written
+python docs/generate.py --check  fail when a page is not what would be written
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import matrix
 
 from ferro.collectives.builtin import BUILTIN
 from ferro.collectives.check import check
 from ferro.collectives.cost import Network, cost_s
 from ferro.collectives.picture import table
 
-PAGE = Path(__file__).parent / "collectives.md"
+DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"
 PICTURES = (("all_reduce", "ring", 3), ("all_reduce", "direct", 3), ("broadcast", "tree", 4))
 NETWORK = Network(latency_s=20e-6, bandwidth_bytes_per_s=2.5e9)
@@ -57,9 +63,20 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
-def written(page: str) -> str:
-    """Return the page with its generated parts as they should be."""
-    for name, make in (("pictures", pictures), ("algorithms", algorithms)):
+def backends() -> str:
+    """Return what each backend does and does not, as it was measured."""
+    return matrix.table(matrix.surveys(DOCS / "conformance"))
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "collectives.md": {"pictures": pictures, "algorithms": algorithms},
+    "backends.md": {"backends": backends},
+}
+
+
+def written(page: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """Return a page with its generated parts as they should be."""
+    for name, make in parts.items():
         begin = BEGIN.format(name)
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(END)
@@ -68,13 +85,15 @@ def written(page: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the page, or check it."""
-    page = PAGE.read_text()
-    new = written(page)
-    if "--check" in sys.argv:
-        return int(page != new)
-    PAGE.write_text(new)
-    return 0
+    """Rewrite the pages, or check them."""
+    stale = 0
+    for name, parts in PARTS.items():
+        page = (DOCS / name).read_text("utf-8")
+        new = written(page, parts)
+        stale += page != new
+        if "--check" not in sys.argv:
+            (DOCS / name).write_text(new, "utf-8")
+    return int("--check" in sys.argv and stale > 0)
 
 
 if __name__ == "__main__":

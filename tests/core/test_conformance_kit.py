@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 
-from ferro.errors import UnsupportedError
-from ferro.testing import RanksFailed, assert_same_parameters
+import ferro.testing.case
+from ferro import Backend
+from ferro.errors import UnsupportedError, UsageError
+from ferro.testing import RanksFailed, assert_same_parameters, failures, refusals
 from ferro.testing.buffers import check_buffers
 from ferro.testing.case import Case, run_simulated
-from ferro.testing.failures import check_lost_peer, check_mismatch, check_timeout
-from ferro.testing.movements import check_movements
+from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
+from ferro.testing.killing import JobEnded
+from ferro.testing.movements import check_movements, check_uneven
 from ferro.testing.outcome import Outcome
 from ferro.testing.reductions import check_deterministic, check_equal_bits, check_reductions
 from ferro.testing.refusals import check_unsupported
+from ferro.testing.shrinking import check_shrink
+from ferro.testing.transfers import check_tags, check_transfers
 
 
 def sabotaged(spoil, **options):
@@ -119,12 +124,197 @@ def test_what_is_declared_unsupported_is_proven_and_left_out():
     case = sabotaged(refuse_all_to_all, unsupported=declared, dtypes=("float32",))
     check_unsupported(case)
     check_movements(case)
-    with pytest.raises(RanksFailed, match="no native all_to_all"):
+    with pytest.raises(RanksFailed, match=r"(?s)declare it with the reason.*no native all_to_all"):
         check_movements(sabotaged(refuse_all_to_all, dtypes=("float32",)))
-    with pytest.raises(AssertionError, match="all_to_all is declared unsupported, but works"):
-        check_unsupported(Case(backend="simulated", unsupported=declared))
-    with pytest.raises(AssertionError, match="unsupported names 'all_to_some'; there are"):
-        check_unsupported(Case(backend="simulated", unsupported={"all_to_some": ""}))
+
+
+def refuse_to_reduce(dtype="", name=""):
+    def spoil(backend):
+        right = backend.all_reduce
+
+        def all_reduce(buffer, reduction, *, deadline):
+            if dtype in ("", buffer.dtype.name) and name in ("", reduction.name):
+                raise UnsupportedError(f"no {dtype} {name} here")
+            right(buffer, reduction, deadline=deadline)
+
+        backend.all_reduce = all_reduce
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil"),
+    [
+        ("all_reduce:float16", refuse_to_reduce(dtype="float16")),
+        ("all_reduce:bxor", refuse_to_reduce(name="bxor")),
+        ("all_reduce:int8:prod", refuse_to_reduce("int8", "prod")),
+    ],
+)
+def test_a_difference_may_be_one_of_dtype_and_reduction(key, spoil):
+    dtypes = ("int8", "float16", "float32")
+    declared = sabotaged(spoil, unsupported={key: "no such kernel"}, dtypes=dtypes)
+    check_reductions(declared)
+    check_unsupported(declared)
+    with pytest.raises(RanksFailed, match="UnsupportedError from what is not declared"):
+        check_reductions(sabotaged(spoil, dtypes=dtypes))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("all_to_all", "barrier", "send", "recv", "sendrecv", "split", "subgroup"),
+        *("all_reduce:float16", "reduce:bxor", "functions", "uneven", "shrink", "deterministic"),
+    ],
+)
+def test_what_is_declared_and_works_is_a_failure(key, monkeypatch):
+    monkeypatch.setattr(refusals, "_SHORT_S", 0.3)
+    case = Case(backend="simulated", world_sizes=(2,), unsupported={key: "says who?"})
+    name = key if key != "recv" else "recv is declared unsupported, but raised CollectiveTimeout"
+    with pytest.raises(AssertionError, match=f"{name}.* is declared unsupported, but|{name}"):
+        check_unsupported(case)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("all_to_some", "names 'all_to_some'; there are: all_reduce, "),
+        ("lost_peer:float32", "names 'lost_peer:float32'; there are"),
+        ("all_reduce:float", "all_reduce has: bool"),
+        ("broadcast:sum", "broadcast has: bool"),
+    ],
+)
+def test_a_key_that_names_nothing_is_an_error(key, words):
+    with pytest.raises(UsageError, match=words):
+        Case(backend="simulated", unsupported={key: "a reason"})
+    with pytest.raises(UsageError, match="give the reason for 'abort'"):
+        Case(backend="simulated", unsupported={"abort": " "})
+
+
+def ignore_tags(backend):
+    """Let messages of users pass for one another, whatever their tags."""
+    send, recv = backend.send, backend.recv
+
+    def one_for_all(tag):
+        return 0 if tag <= 7 else tag  # collectives have greater ones
+
+    backend.send = lambda buffer, peer, *, tag, deadline: send(
+        buffer, peer, tag=one_for_all(tag), deadline=deadline
+    )
+    backend.recv = lambda buffer, peer, *, tag, deadline: recv(
+        buffer, peer, tag=one_for_all(tag), deadline=deadline
+    )
+
+
+def test_messages_that_overtake_each_other_are_found_out():
+    check_transfers(sabotaged(ignore_tags, dtypes=("float32",)))
+    with pytest.raises(AssertionError, match=r"recv of \[5, 3\] from rank 2, tag 7"):
+        check_tags(sabotaged(ignore_tags))
+    check_tags(sabotaged(ignore_tags, unsupported={"tags": "messages come as they are sent"}))
+
+
+def lose_data_after_shrink(backend):
+    shrink = backend.shrink
+
+    def shrunk(ranks, context):
+        made = shrink(ranks, context)
+        right = made.all_reduce
+
+        def all_reduce(buffer, reduction, *, deadline):
+            right(buffer, reduction, deadline=deadline)
+            buffer[-1:] = 0
+
+        made.all_reduce = all_reduce
+        return made
+
+    backend.shrink = shrunk
+
+
+def cannot_shrink(backend):
+    backend.shrink = lambda ranks, context: Backend.shrink(backend, ranks, context)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_ranks_that_are_left_must_compute_right(ranks):
+    check_shrink(Case(backend="simulated", world_sizes=(ranks,)))
+    with pytest.raises(AssertionError, match=r"rank 0: all_reduce of \[7\] among \d left"):
+        check_shrink(sabotaged(lose_data_after_shrink, world_sizes=(ranks,)))
+
+
+def test_who_cannot_shrink_declares_it():
+    with pytest.raises(RanksFailed, match=r"declare it.*\n(.*\n)*.*SimulatedBackend cannot go on"):
+        check_shrink(sabotaged(cannot_shrink))
+    declared = sabotaged(cannot_shrink, unsupported={"shrink": "connections end with the group"})
+    check_shrink(declared)
+    check_unsupported(declared)
+
+
+def test_a_launcher_that_ends_the_job_with_a_rank_is_told_from_a_wrong_backend():
+    def runner(function, world_size, args, *, timeout_s, deterministic):
+        return [Outcome(rank=rank, error_type="Killed") for rank in range(world_size)]
+
+    case = Case(backend="launched", world_sizes=(3,), runner=runner)
+    for check in (check_lost_peer, check_shrink):
+        with pytest.raises(JobEnded, match=r"ranks \[0, 2\] ended with them"):
+            check(case)
+
+
+def deaf_to_abort(backend):
+    backend.abort = lambda: None
+
+
+def forget_a_row(backend):
+    right = backend.all_gather
+
+    def all_gather(buffer, counts, *, deadline):
+        right(buffer, counts, deadline=deadline)
+        if len(set(counts)) > 1:
+            buffer[-1:] = 9
+
+    backend.all_gather = all_gather
+
+
+@pytest.mark.parametrize(
+    ("check", "spoil", "words"),
+    [
+        (check_uneven, forget_a_row, "all_gather sizes growing"),
+    ],
+)
+def test_more_that_can_go_wrong_is_found_out(check, spoil, words):
+    with pytest.raises(AssertionError, match=words):
+        check(sabotaged(spoil))
+
+
+def test_a_backend_that_is_deaf_to_abort_is_found_out(monkeypatch):
+    monkeypatch.setattr(failures, "_DEAF_S", 0.3)
+    with pytest.raises(AssertionError, match=r"rank 1 was not woken: it waited 0\.\d s"):
+        check_abort(sabotaged(deaf_to_abort))
+
+
+def test_a_case_passes_its_options_on(monkeypatch):
+    given = {}
+
+    def run(function, world_size, **options):
+        given.update(options)
+        return [Outcome(rank=rank, result=[]) for rank in range(world_size)]
+
+    monkeypatch.setattr(ferro.testing.case, "run_ranks_outcomes", run)
+    case = Case(
+        backend="pipes",
+        world_sizes=(3,),
+        init_options={"algorithms": {"all_reduce": "ring"}},
+        backend_options={"depth": 2},
+        launcher=lambda ranks: ("mpiexec", "-n", str(ranks)),
+        python="python3",
+        timeout_s=7,
+    )
+    check_movements(case)
+    assert given["init_options"] == {
+        "deterministic": False,
+        "algorithms": {"all_reduce": "ring"},
+        "backend_options": {"depth": 2},
+    }
+    assert given["launcher"] == ("mpiexec", "-n", "3")
+    assert (given["backend"], given["python"], given["timeout_s"]) == ("pipes", "python3", 7)
 
 
 def test_ranks_failed_puts_causes_before_consequences():

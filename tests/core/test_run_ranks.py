@@ -5,6 +5,7 @@ import signal
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +224,67 @@ def test_a_closure_is_refused():
 def test_wrong_arguments_are_refused_before_a_process_starts(options, words):
     with pytest.raises(UsageError, match=words):
         run_ranks(return_something_odd, **{"world_size": 1, "backend": "postbox", **options})
+
+
+def launcher(count):
+    return (sys.executable, str(Path(__file__).with_name("launcher.py")), str(count))
+
+
+def test_a_launcher_starts_the_ranks_which_find_each_other_as_under_it():
+    results = run_ranks(
+        describe,
+        2,
+        backend="postbox",
+        args=(2.5, {}),
+        env={"MINE": "yes"},
+        launcher=launcher(2),
+    )
+    for result in results:
+        np.testing.assert_array_equal(result["total"], np.full(3, 5.0))
+        assert result["variables"] == [None, None, None, "yes"]
+        assert result["timeout_s"] == 60.0
+
+
+def test_under_a_launcher_each_ranks_end_and_words_are_told():
+    outcomes = run_ranks_outcomes(
+        fail_on_rank_1, 2, backend="postbox", launcher=launcher(2), timeout_s=20
+    )
+    assert [outcome.error_type for outcome in outcomes] == ["CollectiveTimeout", "LookupError"]
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    for rank in range(2):
+        assert outcomes[rank].output.startswith(f"this is rank {rank}\n")
+
+
+def kill_rank_1(group):
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "well"
+
+
+def test_under_a_launcher_a_rank_without_a_report_was_killed():
+    well, killed = run_ranks_outcomes(kill_rank_1, 2, backend="postbox", launcher=launcher(2))
+    assert (well.ok, well.result, well.exit_code) == (True, "well", 0)
+    assert (killed.error_type, killed.signal, killed.exit_code) == ("Killed", "SIGKILL", None)
+
+
+def test_under_a_launcher_a_late_rank_shows_its_stack_and_is_ended():
+    late, well = run_ranks_outcomes(
+        hang_on_rank_0, 2, backend="postbox", launcher=launcher(2), timeout_s=3.0
+    )
+    assert (well.ok, late.error_type) == (True, "Late")
+    assert "hang_on_rank_0" in late.output.partition("most recent call first")[2]
+    for outcome in (late, well):
+        pid = int(outcome.output.partition("pid=")[2].split()[0])
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_launcher_that_cannot_start_ranks_is_told_with_its_words():
+    command = (sys.executable, "-c", "raise SystemExit('no such host')")
+    with pytest.raises(RanksFailed, match=r"(?s)exit status 1.*no such host"):
+        run_ranks(kill_rank_1, 1, backend="postbox", launcher=command)
+
+
+def test_variables_cannot_differ_by_rank_under_a_launcher():
+    with pytest.raises(UsageError, match="gives all ranks the same variables"):
+        run_ranks(kill_rank_1, 1, backend="postbox", launcher=launcher(1), env=lambda _: {})

@@ -1,4 +1,4 @@
-"""The `ferro` command: `run`, `bench`, `backends`, `--version`."""
+"""The `ferro` command: `run`, `bench`, `conformance`, `backends`, `--version`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def _dispatch(arguments: list[str]) -> int:
         from ferro import bench
 
         return bench.run(bench.parse_options(arguments[1:]))
+    if arguments[:1] == ["conformance"]:
+        from ferro import conformance
+
+        return conformance.run(conformance.parse_options(arguments[1:]))
     given = _parser().parse_args(arguments)
     if given.command == "backends":
         return _show_backends(as_json=given.json)
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands.add_parser("run", help="run a program as several ranks; see `ferro run --help`")
     commands.add_parser("bench", help="measure collectives; see `ferro bench --help`")
+    commands.add_parser("conformance", help="try a backend; see `ferro conformance --help`")
     backends = commands.add_parser("backends", help="what is installed, and whether it can be used")
     backends.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ferro.errors import UnsupportedError
 from ferro.group import ProcessGroup
 from ferro.simulation import simulate
+from ferro.testing.differences import check_keys, supported
 from ferro.testing.outcome import Outcome, RanksFailed
 from ferro.testing.ranks import run_ranks_outcomes
 from ferro.testing.samples import DTYPES
@@ -41,11 +43,20 @@ class Case:
         backend: its name.
         world_sizes: numbers of ranks to check it with.
         dtypes: names of the element types it carries.
-        unsupported: operation -> reason; a check proves that it raises UnsupportedError, and the
-            others leave it out.
+        unsupported: what it does not do -> reason; see `ferro.testing.differences` for the keys.
+            A check proves it where that can be; the others leave it out. Whatever else raises
+            UnsupportedError is a failure.
         timeout_s: deadline of each run.
+        init_options: more arguments of `ferro.init`, for ranks that are processes.
+        backend_options: the backend's own options, for ranks that are processes.
+        launcher: the command that starts the ranks, such as ("mpiexec", "-n", "3"), or what gives
+            it for a number of ranks; None for the backend's own, if it has one.
+        python: interpreter for the ranks; None for this one.
         runner: how to run its ranks; None for threads with the backend "simulated", else for
             processes in which the backend is installed.
+
+    Raises:
+        UsageError: `unsupported` names nothing that there is.
     """
 
     backend: str
@@ -53,16 +64,36 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     unsupported: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = RUN_S
+    init_options: Mapping[str, object] = field(default_factory=dict)
+    backend_options: Mapping[str, object] = field(default_factory=dict)
+    launcher: Sequence[str] | Callable[[int], Sequence[str]] | None = None
+    python: str | None = None
     runner: Runner | None = None
+
+    def __post_init__(self) -> None:
+        check_keys(self.unsupported)
 
     @property
     def largest(self) -> int:
         """The largest world size: failures, of which each needs a run, are checked there."""
         return max(self.world_sizes)
 
-    def supports(self, *ops: str) -> bool:
-        """Whether none of these operations is declared unsupported."""
-        return not any(op in self.unsupported for op in ops)
+    @property
+    def exceptions(self) -> list[str]:
+        """What is declared of an operation with some dtype or reduction only."""
+        return sorted(key for key in self.unsupported if ":" in key)
+
+    def supports(self, *names: str) -> bool:
+        """Whether none of these operations and features is declared unsupported."""
+        return all(supported(self.unsupported, name) for name in names)
+
+    def carried(self, *ops: str) -> list[str]:
+        """Return the dtypes with which none of these operations is declared unsupported."""
+        return [
+            dtype
+            for dtype in self.dtypes
+            if all(supported(self.unsupported, op, dtype) for op in ops)
+        ]
 
     def outcomes(
         self,
@@ -94,8 +125,7 @@ class Case:
         """
         outcomes = self.outcomes(function, world_size, *args, deterministic=deterministic)
         what = f"{function.__name__} on {world_size} ranks of {self.backend}"
-        if not all(outcome.ok for outcome in outcomes):
-            raise RanksFailed(what, outcomes)
+        require(what, outcomes)
         found: list[str] = []
         for outcome in outcomes:
             assert isinstance(outcome.result, list), "a check returns a list of findings"
@@ -119,14 +149,35 @@ class Case:
         timeout_s: float,
         deterministic: bool,
     ) -> list[Outcome]:
+        options: dict[str, object] = {"deterministic": deterministic, **self.init_options}
+        if self.backend_options:
+            options["backend_options"] = dict(self.backend_options)
         return run_ranks_outcomes(
             function,
             world_size,
             backend=self.backend,
             args=args,
             timeout_s=timeout_s,
-            init_options={"deterministic": deterministic},
+            init_options=options,
+            launcher=self.launcher(world_size) if callable(self.launcher) else self.launcher,
+            python=self.python,
         )
+
+
+def require(what: str, outcomes: Sequence[Outcome], lost: Sequence[int] = ()) -> None:
+    """Raise when a rank failed, but for those that were to be lost.
+
+    Raises:
+        RanksFailed: with every rank's traceback, and a word on differences to be declared.
+    """
+    failed = [it for it in outcomes if not it.ok and it.rank not in lost]
+    if any(it.error_type == UnsupportedError.__name__ for it in failed):
+        what += (
+            ": UnsupportedError from what is not declared unsupported. Support it, or declare it "
+            "with the reason in Case(unsupported={...})"
+        )
+    if failed:
+        raise RanksFailed(what, outcomes)
 
 
 def run_simulated(

@@ -6,18 +6,16 @@ CASE = Case(backend="pipes", world_sizes=(1, 2, 3))
 def test_pipes_conforms(check):
     check(CASE)
 
+`Case.unsupported` declares differences, `check_collective` is for authors of algorithms.
 A check runs many calls in one run of the ranks and raises an AssertionError (or RanksFailed) that
 names op, dtype, shape, root and rank of what is wrong.
 """
 
+from ferro.testing.algorithms import check_collective
 from ferro.testing.buffers import check_allocate, check_buffers
 from ferro.testing.case import Case, Runner, attempt, run_simulated
-from ferro.testing.concurrency import (
-    check_async,
-    check_groups,
-    check_overlapping_groups,
-    check_transfers,
-)
+from ferro.testing.concurrency import check_async, check_groups, check_overlapping_groups
+from ferro.testing.differences import FEATURES, OPERATIONS
 from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro.testing.movements import check_movements, check_uneven
 from ferro.testing.reductions import (
@@ -28,6 +26,8 @@ from ferro.testing.reductions import (
 )
 from ferro.testing.refusals import check_unsupported, check_usage_errors
 from ferro.testing.samples import DTYPES
+from ferro.testing.shrinking import check_shrink
+from ferro.testing.transfers import check_tags, check_transfers
 from ferro.testing.values import check_objects
 
 CHECKS = (
@@ -43,6 +43,7 @@ CHECKS = (
     check_groups,
     check_overlapping_groups,
     check_transfers,
+    check_tags,
     check_objects,
     check_usage_errors,
     check_unsupported,
@@ -50,6 +51,38 @@ CHECKS = (
     check_timeout,
     check_lost_peer,
     check_abort,
+    check_shrink,
 )
 
-__all__ = ["CHECKS", "DTYPES", "Case", "Runner", "attempt", "run_simulated"]
+__all__ = [
+    "CHECKS",
+    "DTYPES",
+    "FEATURES",
+    "OPERATIONS",
+    "Case",
+    "Runner",
+    "attempt",
+    "check_abort",
+    "check_allocate",
+    "check_async",
+    "check_buffers",
+    "check_collective",
+    "check_deterministic",
+    "check_equal_bits",
+    "check_groups",
+    "check_lost_peer",
+    "check_mismatch",
+    "check_movements",
+    "check_objects",
+    "check_overlapping_groups",
+    "check_reduction_functions",
+    "check_reductions",
+    "check_shrink",
+    "check_tags",
+    "check_timeout",
+    "check_transfers",
+    "check_uneven",
+    "check_unsupported",
+    "check_usage_errors",
+    "run_simulated",
+]

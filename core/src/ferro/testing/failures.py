@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +17,24 @@ from ferro.errors import (
     PeerLost,
 )
 from ferro.group import ProcessGroup
-from ferro.simulated.board import RankKilled
-from ferro.testing.case import Case
-from ferro.testing.outcome import Outcome
+from ferro.testing.case import Case, require
+from ferro.testing.killing import end_this_rank, require_survivors
 
 _SHORT_S = 0.5
+_DEAF_S = 3.0  # after which a rank that should have been woken gives up
 
 
-def check_mismatch(case: Case) -> None:
-    """Ranks that make different calls raise CollectiveMismatch, all with the same text."""
+def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
+    """Ranks that make different calls raise CollectiveMismatch, all with the same text.
+
+    Args:
+        case: the backend.
+        kinds: in what the calls differ, such as "op" or "dtype"; each needs a run; all when empty.
+    """
     if case.largest < 2:
         return
     for kind, (needed, words) in _MISMATCHES.items():
-        if case.supports(*needed):
+        if kind in (kinds or _MISMATCHES) and case.supports("mismatch", *needed):
             told = _told(case, _differ, kind)
             wanted = range(case.largest)
             _compare(told, wanted, CollectiveMismatch, f"mismatch of {kind}", words)
@@ -39,7 +42,7 @@ def check_mismatch(case: Case) -> None:
 
 def check_timeout(case: Case) -> None:
     """When a rank stays away, the others raise CollectiveTimeout, which names it."""
-    if case.largest < 2 or not case.supports("all_reduce", "subgroup", "recv"):
+    if case.largest < 2 or not case.supports("timeout", "all_reduce", "subgroup", "recv"):
         return
     absent = case.largest - 1
     told = _told(case, _stay_away)
@@ -52,7 +55,7 @@ def check_timeout(case: Case) -> None:
 
 def check_lost_peer(case: Case) -> None:
     """When a rank dies, the others raise PeerLost, which names it; its group is dead."""
-    if case.largest < 2 or not case.supports("all_reduce"):
+    if case.largest < 2 or not case.supports("lost_peer", "all_reduce"):
         return
     victim = 1
     survivors = [rank for rank in range(case.largest) if rank != victim]
@@ -66,10 +69,14 @@ def check_lost_peer(case: Case) -> None:
 
 def check_abort(case: Case) -> None:
     """abort() on one rank ends what the others wait for."""
-    if case.largest < 2 or not case.supports("all_reduce"):
+    if case.largest < 2 or not case.supports("abort", "all_reduce"):
         return
-    told = _told(case, _abort)
-    _compare(told, range(1, case.largest), GroupClosed, "abort()", ("aborted", "rank 0"))
+    told = _told(case, _abort, case.supports("subgroup", "barrier"))
+    woken = range(1, case.largest)
+    _compare(told, woken, GroupClosed, "abort()", ("aborted", "rank 0"))
+    for rank in woken:
+        waited_s = told[rank]["waited_s"]
+        assert waited_s < _DEAF_S, f"abort(): rank {rank} was not woken: it waited {waited_s:.1f} s"
 
 
 _MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -129,24 +136,26 @@ def _die(group: ProcessGroup) -> dict[str, Any]:
     """Let rank 1 die between two operations."""
     if group.rank == 1:
         group.all_reduce(np.ones(3))
-        _end_this_rank()
+        end_this_rank()
     return _failed(group, lambda: group.all_reduce(np.ones(3)))
 
 
-def _end_this_rank() -> NoReturn:
-    """End a rank as a crash would: a process by SIGKILL, a simulated one by its own exception."""
-    if threading.current_thread() is threading.main_thread():
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise RankKilled("it was to die")
+def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
+    """Abort on rank 0 while the others wait for it.
 
-
-def _abort(group: ProcessGroup) -> dict[str, Any]:
-    """Abort on rank 0 while the others wait for it."""
+    With `stay` rank 0 does not leave before they have been woken: its end would wake them as well.
+    """
+    side = group.subgroup(range(group.world_size)) if stay else None
+    told: dict[str, Any] = {}
     if group.rank == 0:
         group.all_reduce(np.ones(3))
         group.abort()
-        return {}
-    return _failed(group, lambda: group.all_reduce(np.ones(3)))
+    else:
+        told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_DEAF_S))
+    if side is not None:
+        with contextlib.suppress(FerroError):  # it may have died along with the group
+            side.barrier(timeout_s=2 * _DEAF_S)
+    return told
 
 
 def _failed(group: ProcessGroup, call: Callable[[], object]) -> dict[str, Any]:
@@ -154,10 +163,13 @@ def _failed(group: ProcessGroup, call: Callable[[], object]) -> dict[str, Any]:
 
     A rank may still be in the good one when another has failed in the next: that counts, too.
     """
+    started = time.monotonic()
     try:
         group.all_reduce(np.ones(3))
+        started = time.monotonic()
         call()
     except FerroError as error:
+        waited_s = time.monotonic() - started
         later = ""
         try:
             group.all_reduce(np.ones(1))
@@ -170,6 +182,7 @@ def _failed(group: ProcessGroup, call: Callable[[], object]) -> dict[str, Any]:
             "missing": list(getattr(error, "missing", ())),
             "seconds": getattr(error, "seconds", None),
             "later": later,
+            "waited_s": waited_s,
         }
     return {"error": "nothing", "text": ""}
 
@@ -179,12 +192,16 @@ def _told(
 ) -> list[dict[str, Any]]:
     """Run a function on the largest world; return what each rank tells, {} for a lost one."""
     outcomes = case.outcomes(function, case.largest, *args)
-    return [{} if outcome.rank in lost else _result(outcome) for outcome in outcomes]
-
-
-def _result(outcome: Outcome) -> dict[str, Any]:
-    assert isinstance(outcome.result, dict), outcome.describe()
-    return outcome.result
+    what = f"{function.__name__} on {case.largest} ranks of {case.backend}"
+    if lost:
+        require_survivors(what, outcomes, lost)
+    require(what, outcomes, lost)
+    told: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        result = {} if outcome.rank in lost else outcome.result
+        assert isinstance(result, dict), f"{what}: rank {outcome.rank} tells {result!r}"
+        told.append(result)
+    return told
 
 
 def _compare(

@@ -9,34 +9,46 @@ import numpy as np
 
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case
-from ferro.testing.samples import LARGE, SHAPES, Findings, Shape, in_blocks, rows, sample
-
-_OPS = ("broadcast", "all_gather", "gather", "scatter", "all_to_all", "barrier")
+from ferro.testing.differences import MOVING, without
+from ferro.testing.samples import (
+    LARGE,
+    SHAPES,
+    Findings,
+    Shape,
+    in_blocks,
+    preferred,
+    rows,
+    sample,
+)
 
 
 def check_movements(case: Case) -> None:
     """Every dtype with every shape, every root, large arrays."""
-    ops = [op for op in _OPS if case.supports(op)]
+    ops = [op for op in (*MOVING, "barrier") if case.supports(op)]
     if ops:
-        case.verify_all(_move_everything, case.dtypes, ops)
+        case.verify_all(_move_everything, case.dtypes, ops, case.exceptions)
 
 
 def check_uneven(case: Case) -> None:
     """Sizes that differ from rank to rank, zero among them."""
-    ops = [op for op in (*_OPS, "reduce_scatter") if case.supports(op)]
-    if ops:
+    ops = [op for op in (*MOVING, "reduce_scatter") if case.supports(op)]
+    if ops and case.supports("uneven"):
         case.verify_all(_move_unevenly, ops)
 
 
-def _move_everything(group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str]) -> list[str]:
+def _move_everything(
+    group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str], exceptions: Sequence[str]
+) -> list[str]:
     found = Findings(group.rank)
     roots = cycle(range(group.world_size))
+    some = {dtype: without(ops, exceptions, dtype) for dtype in dtypes}
     for dtype in dtypes:
         for shape in SHAPES:
-            _move_once(group, ops, shape, dtype, next(roots), found)
+            _move_once(group, some[dtype], shape, dtype, next(roots), found)
+    whole, real = preferred("int32", dtypes), preferred("float32", dtypes)
     for root in range(group.world_size):
-        _move_once(group, ops, (2, 3, 5), "int32", root, found)
-    _move_once(group, ops, (LARGE,), "float32", group.world_size - 1, found)
+        _move_once(group, some[whole], (2, 3, 5), whole, root, found)
+    _move_once(group, some[real], (LARGE,), real, group.world_size - 1, found)
     if "barrier" in ops:
         found.true(group.barrier() is None, "barrier returned something")
     return found.report()

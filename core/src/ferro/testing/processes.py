@@ -8,7 +8,6 @@ import secrets
 import selectors
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from ferro.environment import LaunchInfo, child_environment
 from ferro.rendezvous import StoreServer
 from ferro.testing.outcome import Outcome
 
-_GRACE_S = 5.0  # for the others to end by themselves when one has failed
-_REAP_S = 5.0  # for a process to end after its pipe has closed, or after a signal
+GRACE_S = 5.0  # for the others to end by themselves when one has failed
+REAP_S = 5.0  # for a process to end after its pipe has closed, or after a signal
 _OUTPUT_BYTES = 8 * 1024
 _READ_BYTES = 64 * 1024
 
@@ -34,10 +33,15 @@ class Job:
         task: what each does.
         variables: for every rank what is set in its environment besides this process's own.
         timeout_s: deadline of all of it in seconds.
+        python: the ranks' interpreter.
     """
 
     def __init__(
-        self, task: Mapping[str, object], variables: Sequence[Mapping[str, str]], timeout_s: float
+        self,
+        task: Mapping[str, object],
+        variables: Sequence[Mapping[str, str]],
+        timeout_s: float,
+        python: str,
     ) -> None:
         encoded = codec.encode(dict(task))
         self._timeout_s = timeout_s
@@ -60,7 +64,7 @@ class Job:
                     secret=secret,
                 )
                 env = {**child_environment(info, timeout_s=timeout_s), **extra}
-                self._ranks.append(_Rank(rank, folder, env))
+                self._ranks.append(_Rank(rank, folder, env, python))
         except BaseException:
             self._end()
             raise
@@ -96,7 +100,7 @@ class Job:
                     rank.reap()
                     if stop_on_failure and not failed and rank.failed():
                         failed = True
-                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+                        deadline = min(deadline, time.monotonic() + GRACE_S)
             late = [key.data for key in selector.get_map().values()]
         for rank in late:
             rank.late = True
@@ -104,7 +108,7 @@ class Job:
         for rank in late:
             rank.reap()
         why = (
-            f"was ended {_GRACE_S:g} s after another rank had failed"
+            f"was ended {GRACE_S:g} s after another rank had failed"
             if failed
             else f"did not end within {self._timeout_s:g} s"
         )
@@ -120,7 +124,7 @@ class Job:
 class _Rank:
     """One process, with its report's pipe and its output's file."""
 
-    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, number: int, folder: Path, env: Mapping[str, str], python: str) -> None:
         self.late = False
         self._ended_s = 0.0
         self._number = number
@@ -130,7 +134,7 @@ class _Rank:
         try:
             with self._output.open("wb") as output:
                 self._process = subprocess.Popen(  # noqa: S603 - our own entry point
-                    [sys.executable, "-m", "ferro.testing.rank", str(folder / "task"), str(theirs)],
+                    [python, "-m", "ferro.testing.rank", str(folder / "task"), str(theirs)],
                     env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -158,11 +162,11 @@ class _Rank:
     def reap(self) -> None:
         """Wait a moment for the process to end; then make it."""
         try:
-            self._process.wait(_REAP_S)
+            self._process.wait(REAP_S)
         except subprocess.TimeoutExpired:
             self.late = True
             self.signal(signal.SIGKILL)
-            self._process.wait(_REAP_S)
+            self._process.wait(REAP_S)
         self.signal(signal.SIGKILL)  # what it may have started and left behind
         self._ended_s = time.monotonic()
 
@@ -190,14 +194,14 @@ class _Rank:
             exit_code=code if code is not None and code >= 0 else None,
             signal=ended_by,
             ended_s=float(report.get("ended_s", self._ended_s)),
-            output=self._tail(),
+            output=tail(self._output),
         )
 
     def close(self) -> None:
         """End what is left of it."""
         if self._process.poll() is None:
             self.signal(signal.SIGKILL)
-            self._process.wait(_REAP_S)
+            self._process.wait(REAP_S)
         os.close(self.pipe)
 
     def _report(self) -> dict[str, Any]:
@@ -209,7 +213,9 @@ class _Rank:
             data = data[8 + size :]
         return found if isinstance(found, dict) else {}
 
-    def _tail(self) -> str:
-        data = self._output.read_bytes()
-        text = data[-_OUTPUT_BYTES:].decode(errors="replace")
-        return f"… {text}" if len(data) > _OUTPUT_BYTES else text
+
+def tail(output: Path) -> str:
+    """Return the end of what was printed into a file, "" where there is none."""
+    data = output.read_bytes() if output.exists() else b""
+    text = data[-_OUTPUT_BYTES:].decode(errors="replace")
+    return f"… {text}" if len(data) > _OUTPUT_BYTES else text

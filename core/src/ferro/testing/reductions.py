@@ -10,6 +10,7 @@ import numpy as np
 
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case
+from ferro.testing.differences import REDUCING, without
 from ferro.testing.samples import (
     LARGE,
     SHAPES,
@@ -17,59 +18,66 @@ from ferro.testing.samples import (
     Shape,
     in_blocks,
     noise,
+    preferred,
     reduced,
     reductions,
     sample,
 )
 from ferro.types import Array
 
-_OPS = ("all_reduce", "reduce", "reduce_scatter")
-
 
 def check_reductions(case: Case) -> None:
     """Every dtype with every reduction, every dtype with every shape, every root, large arrays."""
-    ops = [op for op in _OPS if case.supports(op)]
+    ops = [op for op in REDUCING if case.supports(op)]
     if ops:
-        case.verify_all(_reduce_everything, case.dtypes, ops)
+        case.verify_all(_reduce_everything, case.dtypes, ops, case.exceptions)
 
 
 def check_reduction_functions(case: Case) -> None:
     """A user's function (a, b, out) serves as reduction, and sees the ranks in order."""
-    if case.supports("all_reduce"):
+    if case.supports("all_reduce", "functions"):
         case.verify_all(_reduce_by_function)
 
 
 def check_equal_bits(case: Case) -> None:
     """A floating-point sum has the same bits on every rank, whatever the size."""
-    if case.supports("all_reduce", "all_gather"):
-        case.verify_all(_compare_bits, _inexact(case))
+    if case.supports("all_reduce", "all_gather", "equal_bits"):
+        case.verify_all(_compare_bits, _inexact(case, "all_reduce"))
 
 
 def check_deterministic(case: Case) -> None:
     """With deterministic=True a result is that of NumPy in order of rank, bit for bit."""
-    ops = [op for op in _OPS if case.supports(op)]
-    if ops:
-        case.verify_all(_reduce_in_order, _inexact(case), ops, deterministic=True)
+    ops = [op for op in REDUCING if case.supports(op)]
+    if ops and case.supports("deterministic"):
+        inexact = _inexact(case)
+        case.verify_all(_reduce_in_order, inexact, ops, case.exceptions, deterministic=True)
 
 
-def _inexact(case: Case) -> list[str]:
+def _inexact(case: Case, *ops: str) -> list[str]:
     names = ("float16", "bfloat16", "float32", "float64")
-    return [name for name in names if name in case.dtypes]
+    return [name for name in names if name in case.carried(*ops)]
 
 
-def _reduce_everything(group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str]) -> list[str]:
+def _reduce_everything(
+    group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str], exceptions: Sequence[str]
+) -> list[str]:
     found = Findings(group.rank)
     roots = cycle(range(group.world_size))
+
+    def reduce(shape: Shape, dtype: str, name: str, root: int) -> None:
+        some = without(ops, exceptions, dtype, name)
+        _reduce_once(group, some, shape, dtype, name, root, found)
+
     for dtype in dtypes:
         names = cycle(reductions(dtype))
         for name in reductions(dtype):
-            _reduce_once(group, ops, (7,), dtype, name, next(roots), found)
+            reduce((7,), dtype, name, next(roots))
         for shape in SHAPES:
-            _reduce_once(group, ops, shape, dtype, next(names), next(roots), found)
+            reduce(shape, dtype, next(names), next(roots))
     for root in range(group.world_size):
-        _reduce_once(group, ops, (3, 5), "float32", "sum", root, found)
+        reduce((3, 5), preferred("float32", dtypes), "sum", root)
     for dtype in [name for name in ("float32", "float16", "int8") if name in dtypes]:
-        _reduce_once(group, ops, (LARGE,), dtype, reductions(dtype)[1], next(roots), found)
+        reduce((LARGE,), dtype, reductions(dtype)[1], next(roots))
     return found.report()
 
 
@@ -132,7 +140,9 @@ def _compare_bits(group: ProcessGroup, dtypes: Sequence[str]) -> list[str]:
     return found.report()
 
 
-def _reduce_in_order(group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str]) -> list[str]:
+def _reduce_in_order(
+    group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[str], exceptions: Sequence[str]
+) -> list[str]:
     found = Findings(group.rank)
     n, me = group.world_size, group.rank
     calls: dict[str, Callable[[Array, str], object]] = {
@@ -145,7 +155,7 @@ def _reduce_in_order(group: ProcessGroup, dtypes: Sequence[str], ops: Sequence[s
             everyones = [noise(rank, count, dtype) for rank in range(n)]
             for name in ("sum", "mean"):
                 wanted = reduced(everyones, name)
-                for op in ops:
+                for op in without(ops, exceptions, dtype, name):
                     result = calls[op](everyones[me], name)
                     if op == "reduce" and me != n - 1:
                         continue

@@ -9,7 +9,15 @@ import numpy as np
 from ferro.errors import FerroError, UnsupportedError, UsageError
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case
-from ferro.testing.samples import Findings
+from ferro.testing.differences import FEATURES
+from ferro.testing.once import call_once
+from ferro.testing.samples import DTYPES, Findings, preferred, reductions
+from ferro.types import Array
+
+# Features that a backend does not offer and so refuses; of the others nothing can be asked.
+_PROVABLE = ("functions", "uneven", "shrink")
+_FOR_TWO = ("send", "recv", "sendrecv", "shrink")
+_SHORT_S = 5.0  # for what is to be refused, and may hang
 
 
 def check_usage_errors(case: Case) -> None:
@@ -19,9 +27,30 @@ def check_usage_errors(case: Case) -> None:
 
 
 def check_unsupported(case: Case) -> None:
-    """Every operation that is declared unsupported raises UnsupportedError on every rank."""
-    if case.unsupported:
-        case.verify(_call_unsupported, case.largest, sorted(case.unsupported))
+    """What is declared unsupported raises UnsupportedError on every rank, where it can be asked."""
+    declared = [key for key in case.unsupported if key.partition(":")[0] not in FEATURES]
+    declared += [key for key in _PROVABLE if key in case.unsupported]
+    if case.largest == 1:  # there is nobody to send to, and nobody to be lost
+        declared = [key for key in declared if key.partition(":")[0] not in _FOR_TWO]
+    if declared:
+        case.verify(_call_unsupported, case.largest, declared, list(case.dtypes))
+    if "deterministic" in case.unsupported and case.supports("all_reduce"):
+        _require_refusal(case)
+
+
+def _require_refusal(case: Case) -> None:
+    """Prove that with deterministic=True ranks are refused, at the start or at the call."""
+    outcomes = case.outcomes(_add, case.largest, deterministic=True)
+    for outcome in outcomes:
+        refused = ("UnsupportedError", "BackendUnavailable", "UsageError")
+        assert outcome.error_type in refused, (
+            f"deterministic is declared unsupported, but is not refused on {case.backend}: "
+            f"{outcome.describe()}"
+        )
+
+
+def _add(group: ProcessGroup) -> None:
+    group.all_reduce(np.ones(3))
 
 
 def _misuse(group: ProcessGroup) -> list[str]:
@@ -68,37 +97,63 @@ def _misuse(group: ProcessGroup) -> list[str]:
     return found.report()
 
 
-def _call_unsupported(group: ProcessGroup, ops: Sequence[str]) -> list[str]:
-    """Call the operations `ops`, which are to be refused."""
+def _call_unsupported(group: ProcessGroup, keys: Sequence[str], dtypes: Sequence[str]) -> list[str]:
+    """Do what `keys` declare, which is to be refused; shrink last, for it needs a dead group."""
     found = Findings(group.rank)
-    n, x = group.world_size, np.ones(group.world_size)
-    peer = (group.rank + 1) % n
-    calls: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: group.all_reduce(x),
-        "reduce": lambda: group.reduce(x),
-        "broadcast": lambda: group.broadcast(x),
-        "all_gather": lambda: group.all_gather(x),
-        "gather": lambda: group.gather(x),
-        "scatter": lambda: group.scatter(x),
-        "reduce_scatter": lambda: group.reduce_scatter(x),
-        "all_to_all": lambda: group.all_to_all(x),
-        "barrier": lambda: group.barrier(),
-        "send": lambda: group.send(x, peer),
-        "recv": lambda: group.recv(x, peer),
-        "sendrecv": lambda: group.sendrecv(x, x.copy(), peer),
-        "split": lambda: group.split(0),
-        "subgroup": lambda: group.subgroup(range(n)),
-    }
-    for op in ops:
-        if op not in calls:
-            found.note(f"unsupported names {op!r}; there are: {', '.join(calls)}")
-            continue
+    for key in sorted(keys, key=lambda key: key == "shrink"):
         try:
-            calls[op]()
+            _refused(group, key, dtypes)()
         except UnsupportedError:
             continue
         except FerroError as error:
-            found.note(f"{op} is declared unsupported, but raised {type(error).__name__}: {error}")
+            kind = type(error).__name__
+            found.note(f"{key} is declared unsupported, but raised {kind}: {error}")
         else:
-            found.note(f"{op} is declared unsupported, but works")
+            found.note(f"{key} is declared unsupported, but works")
     return found.report()
+
+
+def _refused(group: ProcessGroup, key: str, dtypes: Sequence[str]) -> Callable[[], object]:
+    """Return the call that a key says is refused."""
+    op, *details = key.split(":")
+    others: dict[str, Callable[[], object]] = {
+        "functions": lambda: group.all_reduce(np.ones(3), _second),
+        "uneven": lambda: _use_sizes(group),
+        "shrink": lambda: _shrink(group),
+        "barrier": lambda: group.barrier(),
+        "split": lambda: group.split(0),
+        "subgroup": lambda: group.subgroup(range(group.world_size)),
+    }
+    if op in others:
+        return others[op]
+    dtype, reduction = _operands(details, dtypes)
+    return lambda: call_once(group, op, dtype, reduction, timeout_s=_SHORT_S)
+
+
+def _operands(details: Sequence[str], dtypes: Sequence[str]) -> tuple[str, str]:
+    """Return the dtype and the reduction that a key names, or such as go with what it names."""
+    named = [name for name in details if name in DTYPES]
+    reduction = next((name for name in details if name not in DTYPES), "sum")
+    fitting = [dtype for dtype in dtypes if reduction in reductions(dtype)]
+    return (named or [preferred("float32", fitting)])[0], reduction
+
+
+def _second(a: Array, b: Array, out: Array) -> None:
+    np.copyto(out, b)
+
+
+def _use_sizes(group: ProcessGroup) -> None:
+    """Give sizes to all that take them; one that refuses them is enough."""
+    n, me = group.world_size, group.rank
+    sizes = [rank + 1 for rank in range(n)]
+    mine, whole = np.ones(sizes[me]), np.ones(sum(sizes))
+    group.all_gather(mine, sizes=sizes)
+    group.gather(mine, sizes=sizes)
+    group.scatter(whole, sizes=sizes)
+    group.reduce_scatter(whole, sizes=sizes)
+    group.all_to_all(whole, send_sizes=sizes)
+
+
+def _shrink(group: ProcessGroup) -> object:
+    group.abort()
+    return group.shrink(timeout_s=_SHORT_S)

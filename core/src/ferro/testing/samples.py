@@ -67,6 +67,11 @@ def reductions(dtype: str) -> tuple[str, ...]:
     return ("sum", "mean", "prod") if kind == "c" else ("sum", "mean", "prod", "min", "max")
 
 
+def preferred(dtype: str, dtypes: Sequence[str]) -> str:
+    """Return `dtype` where it is among `dtypes`, else the first of them."""
+    return dtype if dtype in dtypes else dtypes[0]
+
+
 @functools.lru_cache(maxsize=256)
 def sample(rank: int, shape: Shape, dtype: str, salt: int = 0) -> Array:
     """Return the array that `rank` gives: 1, 2, 3 in an order that depends on rank and salt.

@@ -53,9 +53,9 @@ def _send_values(group: ProcessGroup, found: Findings) -> None:
     n, me = group.world_size, group.rank
     after, before = (me + 1) % n, (me - 1) % n
     if me == 0:
-        group.send_object(_value(me), after, 9)
-        received = group.recv_object(before, 9)
+        group.send_object(_value(me), after)
+        received = group.recv_object(before)
     else:
-        received = group.recv_object(before, 9)
-        group.send_object(_value(me), after, 9)
+        received = group.recv_object(before)
+        group.send_object(_value(me), after)
     found.true(received == _value(before), "recv_object")

@@ -1,11 +1,38 @@
-"""What this distribution offers: the NCCL backend. Importing it starts nothing."""
+"""What this distribution offers: the NCCL backend. Importing it touches no device."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro import BackendInfo, hookimpl
+from ferro import Availability, Backend, BackendConfig, BackendInfo, BackendUnavailable, hookimpl
+from ferro.types import Device
+
+
+def _probe() -> Availability:
+    from ferro_nccl.probe import probe  # here, for it imports what looks for distributions
+
+    return probe()
+
+
+def _create(config: BackendConfig) -> Backend:
+    found = _probe()
+    if not found.ok:
+        raise BackendUnavailable("nccl", found.reason, found.hint)
+    from ferro_nccl.backend import NcclBackend
+    from ferro_nccl.cupy_library import CupyLibrary
+
+    return NcclBackend.connect(config, CupyLibrary())
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer nccl."""
-    return ()
+    """Offer nccl; it is the default under no launcher."""
+    return (
+        BackendInfo(
+            name="nccl",
+            summary="collectives on CuPy arrays between NVIDIA GPUs",
+            probe=_probe,
+            create=_create,
+            devices=(Device.CUDA, Device.CPU),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""ferro-pipes: a ferro backend over named pipes, for ranks of one host."""

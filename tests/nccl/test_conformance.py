@@ -1,0 +1,73 @@
+"""nccl passes the kit that every backend has to pass, but for what NCCL does not offer.
+
+The kit's arrays are NumPy's, which go through the GPU; `test_collectives.py` has those that are
+there. `check_transfers` is left out: it lets ranks send to each other before they receive, which
+on NCCL's one queue is a deadlock (`test_transfers.py` has what works). Means are compared where
+1/n is exact, for NCCL divides each rank's numbers before it adds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ferro.testing import conformance
+from ferro.testing.case import Case, attempt
+from ferro.testing.outcome import Outcome
+
+from .conftest import Ranks
+from .standin import Machine
+
+DIFFERENCES = {
+    "tags": "NCCL has none",
+    "mismatch": "comparing calls would make the host wait for the GPU in each; it is an option",
+    "lost_peer": "NCCL waits for a rank that died as for one that is late: CollectiveTimeout",
+    "shrink": "CuPy has no ncclCommShrink",
+}
+CHECKS = [check for check in conformance.CHECKS if check is not conformance.check_transfers]
+
+
+def case(monkeypatch, *world_sizes, **options):
+    """Return a case whose ranks are threads with a GPU each."""
+
+    def run(function, world_size, args, *, timeout_s, deterministic):
+        machine = Machine(gpus=world_size)
+        machine.install(monkeypatch)
+        outcomes = {}
+
+        def on_rank(group):
+            outcomes[group.rank], error = attempt(function, group, args)
+            if error is not None:
+                raise error
+
+        ranks = Ranks(
+            machine, world_size, timeout_s=timeout_s, deterministic=deterministic, options=options
+        )
+        ranks.start(on_rank)
+        ranks.join()
+        machine.close()
+        assert machine.faults == []
+        for rank, error in ranks.errors.items():
+            outcomes.setdefault(rank, Outcome(rank=rank, error_type="x", error_text=repr(error)))
+        return [outcomes[rank] for rank in range(world_size)]
+
+    return Case(
+        backend="nccl",
+        world_sizes=world_sizes,
+        unsupported=DIFFERENCES,
+        timeout_s=20,
+        runner=run,
+    )
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_nccl_conforms(check, monkeypatch):
+    sizes = (1, 2, 4) if check is conformance.check_reductions else (1, 2, 3)
+    check(case(monkeypatch, *sizes))
+
+
+def test_ranks_that_make_different_calls_are_told_where_calls_are_compared(monkeypatch):
+    reason = "what a receive does not fit is never found: transfers have no labels"
+    comparing = case(monkeypatch, 3, check_calls=True)
+    conformance.check_mismatch(replace(comparing, unsupported={"send": reason}))

@@ -1,0 +1,246 @@
+"""Failing: by a deadline, by NCCL's own word, by a user's: all ranks end, and say why."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ferro import CollectiveTimeout, FerroError, GroupClosed
+from ferro.errors import BackendError
+from ferro_nccl.bounded import bounded
+
+from .conftest import Ranks
+
+SHORT_S = 0.3
+
+
+def failure_of(group, machine, call):
+    """Return what a call raises, at once or when another call finds out."""
+    deadline = time.monotonic() + 10
+    try:
+        call()
+        while time.monotonic() < deadline:
+            group.all_reduce(machine.array([1.0]), timeout_s=5)
+            machine.current_stream().synchronize()
+    except FerroError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("where", ["gpu", "host"])
+def test_a_rank_that_stays_away_is_named_and_all_end(machine, on_ranks, where):
+    ended = threading.Event()
+
+    def work(group):
+        if group.rank == 2:
+            assert ended.wait(10)
+            return None
+        values = np.ones(3)
+        given = machine.array(values) if where == "gpu" else values
+
+        def call():
+            handle = group.all_reduce(given, timeout_s=SHORT_S, async_op=True)
+            if where == "gpu":  # the host may be anywhere; here it waits for the GPU
+                machine.current_stream().wait_event(handle._completion.event)
+                machine.current_stream().synchronize()
+            handle.wait()
+
+        error = failure_of(group, machine, call)
+        with pytest.raises(GroupClosed, match="the group died earlier"):
+            group.all_reduce(given)
+        if group.rank == 0:
+            ended.set()
+        return type(error), error.missing, str(error)
+
+    results = on_ranks(3, work)
+    for rank in (0, 1):
+        kind, missing, text = results[rank]
+        assert kind is CollectiveTimeout
+        assert missing == (2,)
+        assert f"did not finish within {SHORT_S} s; arrived: rank 0, 1" in text
+    over = [communicator.over for communicator in machine.nccl.communicators]
+    assert over.count("aborted") >= 2  # the third may have left before it heard of it
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 6, 8])
+def test_what_befalls_an_operation_ends_it_on_all_ranks(machine, on_ranks, code):
+    """Codes 7 and 8 are not in CuPy's table of messages: it raises KeyError."""
+
+    def work(group):
+        gate = machine.block(group.backend._queue.stream)
+        handle = group.all_reduce(machine.array([1.0]), async_op=True)
+        if group.rank == 1:
+            group.backend._queue.communicator._native.error = code
+        error = failure_of(group, machine, lambda: wait_until_done(handle))
+        gate.set()
+        return type(error), str(error)
+
+    results = on_ranks(2, work)
+    assert {kind for kind, _ in results.values()} == {GroupClosed}
+    assert any(f"NCCL reports error {code}" in text for _, text in results.values())
+    assert {c.over for c in machine.nccl.communicators} == {"aborted"}
+
+
+def wait_until_done(handle):
+    deadline = time.monotonic() + 10
+    while not handle.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    handle.wait()
+
+
+def test_an_operation_in_progress_is_no_error(machine, on_ranks):
+    def work(group):
+        gate = machine.block(group.backend._queue.stream)
+        group.backend._queue.communicator._native.error = 7
+        handle = group.all_reduce(machine.array([1.0]), async_op=True)
+        checked = [group.backend._queue.check() for _ in range(3)]
+        gate.set()
+        return checked, machine.host(handle.wait()).tolist()
+
+    assert on_ranks(2, work) == dict.fromkeys(range(2), ([True] * 3, [2.0]))
+
+
+def test_an_argument_that_nccl_refuses_ends_the_group_with_its_code(machine, on_ranks, monkeypatch):
+    def work(group):
+        native = group.backend._queue.communicator
+        monkeypatch.setattr(native, "all_reduce", lambda *_: native.send(0, 1, 99, 0, 0))
+        with pytest.raises(GroupClosed, match="BackendError: NCCL refused: NCCL_ERROR 4") as caught:
+            group.all_reduce(machine.array([1.0]))
+        return caught.value.__cause__.code
+
+    assert on_ranks(1, work) == {0: 4}
+
+
+def test_work_that_failed_on_the_gpu_is_told(machine, on_ranks):
+    def work(group):
+        handle = group.all_reduce(machine.array([1.0]), async_op=True)
+        machine.copies_failed = 700
+        try:
+            assert handle.done()
+            with pytest.raises(GroupClosed, match="work on GPU 0 failed: cudaError 700"):
+                handle.wait()
+        finally:
+            machine.copies_failed = None
+
+    on_ranks(1, work)
+
+
+def test_abort_on_one_rank_ends_the_others(machine, on_ranks):
+    def work(group):
+        if group.rank == 0:
+            group.abort()
+            return None
+        with pytest.raises(GroupClosed) as caught:
+            group.barrier()
+        return str(caught.value)
+
+    results = on_ranks(3, work)
+    assert "was aborted by rank 0" in results[1]
+    assert results[1] == results[2]
+
+
+def test_close_lets_what_was_launched_end(machine, on_ranks):
+    def work(group):
+        x = machine.array(np.ones(3))
+        gate = machine.block(group.backend._queue.stream)
+        total = group.all_reduce(x)
+        threading.Timer(0.05, gate.set).start()
+        group.close()
+        return machine.host(total).tolist()
+
+    assert on_ranks(2, work) == dict.fromkeys(range(2), [2.0] * 3)
+    assert {c.over for c in machine.nccl.communicators} == {"destroyed"}
+
+
+def test_close_aborts_what_does_not_end(machine, on_ranks, monkeypatch):
+    monkeypatch.setattr("ferro_nccl.backend._PATIENCE_S", 0.05)
+
+    def work(group):
+        if group.rank == 0:
+            group.all_reduce(machine.array([1.0]))
+        group.close()
+        group.close()
+
+    on_ranks(2, work)
+    assert sorted(c.over for c in machine.nccl.communicators) == ["aborted", "destroyed"]
+
+
+def test_abort_that_gets_stuck_is_left_behind(machine, on_ranks, monkeypatch):
+    monkeypatch.setattr("ferro_nccl.queue._NATIVE_S", 0.05)
+    stuck = threading.Event()
+
+    def work(group):
+        native = group.backend._queue.communicator
+        monkeypatch.setattr(native, "abort", lambda: stuck.wait(10))
+        group.abort()
+
+    on_ranks(1, work)
+    stuck.set()
+
+
+def test_a_launch_that_is_stuck_in_nccl_is_got_back_by_its_deadline(machine, on_ranks):
+    """As the first transfer with a rank that does not come: it blocks the host inside NCCL."""
+
+    def work(group):
+        native = group.backend._queue.communicator
+        aborted = threading.Event()
+        end = native.abort
+
+        def send(*_):
+            assert aborted.wait(10)
+
+        def abort():
+            aborted.set()
+            end()
+
+        native.send, native.abort = send, abort
+        if group.rank == 0:
+            with pytest.raises(CollectiveTimeout):
+                group.send(machine.array([1.0]), 1, timeout_s=SHORT_S)
+
+    on_ranks(2, work)
+
+
+def test_bounded():
+    gate = threading.Event()
+    assert bounded(lambda: 3, time.monotonic() + 5, "counting") == 3
+    with pytest.raises(ZeroDivisionError):
+        bounded(lambda: 1 // 0, time.monotonic() + 5, "dividing")
+    with pytest.raises(TimeoutError, match="waiting did not end"):
+        bounded(lambda: gate.wait(10), time.monotonic() + 0.02, "waiting")
+    gate.set()
+
+
+def test_a_group_whose_rank_failed_to_come_says_who(machine):
+    ranks = Ranks(machine, 3, timeout_s=0.2)
+    ranks.start(lambda group: None, ranks=(0, 2))
+    ranks.join()
+    for rank in (0, 2):
+        assert f"rank {rank} " in str(ranks.errors[rank])
+        assert "rank 1 did not come by the deadline" in str(ranks.errors[rank])
+
+
+def test_a_connection_that_nccl_does_not_make_is_an_error(machine, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(
+        machine.cupy["cupy.cuda"].nccl, "NcclCommunicator", lambda *_: gate.wait(10)
+    )
+    ranks = Ranks(machine, 2, timeout_s=0.1)
+    ranks.start(lambda group: None)
+    ranks.join()
+    gate.set()
+    assert "all 2 ranks had come, but NCCL did not connect them" in str(ranks.errors[1])
+
+
+def test_codes_of_cupys_exceptions(machine):
+    communicator = machine.library().connect(1, b"x" * 128, 0)
+    for code in range(9):
+        communicator._native.error = code
+        assert communicator.async_error() == code
+    with pytest.raises(BackendError) as caught:
+        communicator.send(0, 1, 1, 0, 0)
+    assert caught.value.code == 4
