@@ -135,3 +135,37 @@ def test_a_turn_that_the_user_sets_meanwhile_stays(lane):
         assert sys.getswitchinterval() == pytest.approx(0.002)
     finally:
         sys.setswitchinterval(before)
+
+
+def test_what_belongs_to_a_thread_waits_its_turn_and_runs_there():
+    lane, hold, order = Lane("test"), threading.Event(), []
+
+    def first(seq):
+        hold.wait(S)
+        order.append((seq, threading.current_thread().name))
+
+    work = lane.start("first", first)
+    threading.Timer(0.05, hold.set).start()
+
+    def second(seq):
+        order.append((seq, threading.current_thread().name))
+        return "done"
+
+    assert lane.run("second", second, here=True) == "done"
+    assert order == [(0, "test"), (1, threading.current_thread().name)]
+    assert lane.run("third", lambda seq: seq) == 2  # the lane goes on
+    work.wait()
+
+
+def test_what_belongs_to_a_thread_leaves_the_lane_usable_when_it_fails():
+    lane, hold = Lane("test"), threading.Event()
+    work = lane.start("first", lambda seq: hold.wait(S))
+
+    def fail(seq):
+        raise ValueError("no")
+
+    threading.Timer(0.05, hold.set).start()
+    with pytest.raises(ValueError, match="no"):
+        lane.run("second", fail, here=True)
+    assert lane.run("third", lambda seq: seq) == 2
+    assert work.wait()

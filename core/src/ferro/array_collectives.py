@@ -6,7 +6,7 @@ Argument checks, shapes, `out`, views and copies; the dispatcher carries the ope
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -253,7 +253,7 @@ class ArrayCollectives:
             source = flat(entry.array, private=async_op)
         self.broadcast(head, root, out=head, timeout_s=left_s())
         dtype, layout = scatter_head.read(head, self.world_size)
-        entry = entry or Entry(np.empty(0, dtype))
+        entry = entry or self._elsewhere(out, dtype)
         result = Outlet(entry, out, layout.block_shape(self.rank))
         if source is not None and reaches_beyond(result.flat, source, layout, root):
             source = source.copy()
@@ -268,6 +268,15 @@ class ArrayCollectives:
             left_s(),
             entry.device,
         )
+
+    def _elsewhere(self, out: object, dtype: np.dtype) -> Entry:
+        """Return what stands for the operand where a rank gives none: `out` says of which kind."""
+        entry = (
+            Entry(np.empty(0, dtype)) if out is None else self._enter(cast(Input, out), what="out")
+        )
+        if entry.array.dtype != dtype:
+            raise UsageError(f"out has dtype {entry.array.dtype}; the result has dtype {dtype}")
+        return entry
 
     def reduce_scatter(
         self,

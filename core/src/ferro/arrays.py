@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 
@@ -111,8 +111,12 @@ def writable(
     array: Array
     if type(value) is _ndarray:  # whose dtype is compared below
         array, found = value, _CPU
-    elif isinstance(value, np.ndarray | SupportsDLPack):
-        array, found, _ = _opened(value, what)
+    elif (
+        isinstance(value, np.ndarray)
+        or type(value).__module__.startswith("cupy")  # asking a protocol takes microseconds
+        or isinstance(value, SupportsDLPack)
+    ):
+        array, found, _ = _opened(cast("Input", value), what)
     else:
         raise UsageError(f"{what} must be an array, not {type(value).__name__}")
     if found is not device:

@@ -26,7 +26,7 @@ from ferro.members import Members
 from ferro.observers import Event
 from ferro.postmortem import Postmortem, Scene
 from ferro.types import Array, Device
-from ferro.work import Lane, LaneClosed, LaunchedWork
+from ferro.work import Lane, LaneClosed, LaunchedWork, Work
 
 _CPU = Device.CPU  # looked up in each call
 _MOST_LANES = 256
@@ -110,7 +110,7 @@ class Dispatcher:
             def launch(seq: int) -> LaunchedWork[object]:
                 return self._launch(call.numbered(seq), action, finish, nbytes, allowed)
 
-            work: LaunchedWork[object] = self._in_lane(self._collectives, call.op, launch, False)
+            work: LaunchedWork[object] = self._in_turn(self._collectives, call.op, launch, True)
             return work if async_op else work.wait()
 
         def operation(seq: int) -> object:
@@ -121,11 +121,8 @@ class Dispatcher:
             return finish()
 
         if async_op:
-            return self._in_lane(self._collectives, call.op, operation, async_op)
-        try:
-            return self._collectives.run(call.op, operation)
-        except LaneClosed:
-            self._refuse(call.op)
+            return self._start(self._collectives, call.op, operation)
+        return self._in_turn(self._collectives, call.op, operation)
 
     def transfer(
         self,
@@ -154,12 +151,13 @@ class Dispatcher:
 
         operation: Callable[[int], object] = move
         for way in ways[1:]:
-            operation = partial(_run_in, self._lane(way), op, operation)
+            operation = partial(_run_in, self._lane(way), op, operation, launched)
         lane = self._lane(ways[0])
         if launched:
-            work: LaunchedWork[object] = self._in_lane(lane, op, operation, False)
+            work: LaunchedWork[object] = self._in_turn(lane, op, operation, launched)
             return work if async_op else work.wait()
-        return self._in_lane(lane, op, operation, async_op)
+        start = self._start if async_op else self._in_turn
+        return start(lane, op, operation)
 
     def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
@@ -273,16 +271,19 @@ class Dispatcher:
             name = f"{way.direction} {way.peer} tag {way.tag}"
             return self._transfers.setdefault(way, Lane(f"ferro-{self._members.name}-{name}"))
 
-    def _in_lane(
-        self, lane: Lane, op: str, operation: Callable[[int], object], async_op: bool
+    def _in_turn(
+        self, lane: Lane, op: str, operation: Callable[[int], object], here: bool = False
     ) -> Any:
         try:
-            return lane.start(op, operation) if async_op else lane.run(op, operation)
+            return lane.run(op, operation, here=here)
         except LaneClosed:
-            name = self._members.name
-            raise GroupClosed(
-                f"{op} on group {name!r}: the group was closed", op=op, group=name
-            ) from None
+            self._refuse(op)
+
+    def _start(self, lane: Lane, op: str, operation: Callable[[int], object]) -> Work[object]:
+        try:
+            return lane.start(op, operation)
+        except LaneClosed:
+            self._refuse(op)
 
     def _launch(
         self,
@@ -390,6 +391,6 @@ class Dispatcher:
         )
 
 
-def _run_in(lane: Lane, op: str, operation: Callable[[int], object], _: int) -> object:
+def _run_in(lane: Lane, op: str, operation: Callable[[int], object], here: bool, _: int) -> object:
     """Run an operation of one lane within another's turn, by its number there."""
-    return lane.run(op, operation)
+    return lane.run(op, operation, here=here)

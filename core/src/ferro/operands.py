@@ -22,14 +22,14 @@ class Operands:
         self._world_size = backend.world_size
         self._told_host_copy = False
 
-    def enter(self, value: Input) -> Entry:
+    def enter(self, value: Input, *, what: str = "input") -> Entry:
         """Take an array in, on a device from which the backend moves it.
 
         Raises:
             UsageError: it is not an array.
             UnsupportedError: the backend takes no such array.
         """
-        entry = Entry(value)
+        entry = Entry(value, what=what)
         if entry.device in self._devices:
             return entry
         if entry.device is Device.CUDA and self._members.host_copies:

@@ -141,8 +141,13 @@ class Lane:
         """Whether nothing is pending or under way."""
         return not self._pending and not self._busy
 
-    def run(self, op: str, operation: Callable[[int], Result]) -> Result:
+    def run(self, op: str, operation: Callable[[int], Result], *, here: bool = False) -> Result:
         """Run an operation, which is told its number, after all that are pending.
+
+        Args:
+            op: its name.
+            operation: the operation.
+            here: it belongs to the caller's thread, and runs there even when it must wait.
 
         Raises:
             LaneClosed: the lane takes no more operations.
@@ -154,11 +159,16 @@ class Lane:
                     raise LaneClosed
                 seq = self._next
                 self._next = seq + 1
-                work = None
-                if self._pending or self._busy:
-                    work = self._put(Work(op, seq, partial(operation, seq)))
-                else:
+                work = turn = None
+                if not self._pending and not self._busy:
                     ours = self._busy = True
+                elif here:
+                    turn = _Turn()
+                    self._put(Work(op, seq, turn.hold))
+                else:
+                    work = self._put(Work(op, seq, partial(operation, seq)))
+            if turn is not None:
+                return turn.take(partial(operation, seq))
             return operation(seq) if work is None else work.wait()
         finally:
             if ours:
@@ -231,3 +241,24 @@ class Lane:
 
 class LaneClosed(Exception):
     """An operation came after the lane was closed."""
+
+
+class _Turn:
+    """A place in a lane, held by its thread while the caller's uses it."""
+
+    def __init__(self) -> None:
+        self._come = threading.Event()
+        self._over = threading.Event()
+
+    def hold(self) -> None:
+        """Let the caller go, and wait until it is done; called by the lane's thread."""
+        self._come.set()
+        self._over.wait()
+
+    def take(self, operation: Callable[[], Result]) -> Result:
+        """Wait for the turn and run the operation in this thread."""
+        try:
+            self._come.wait()
+            return operation()
+        finally:
+            self._over.set()
