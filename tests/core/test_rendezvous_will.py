@@ -1,0 +1,263 @@
+"""Last wills: carried out when a process dies, not when it leaves; and who is lost by them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ferro import BackendConfig
+from ferro.errors import RendezvousError, UsageError
+from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, connect, wire
+from ferro.rendezvous import table as table_module
+from ferro.rendezvous.lost import Lost
+
+SECRET = b"a job's secret"
+NOW = 0.0  # a deadline long past: ask once
+CLIENT = """
+import os, sys, time
+from ferro.rendezvous import StoreClient
+host, port, key, how = sys.argv[1:]
+store = StoreClient((host, int(port)), b"a job's secret", deadline=time.monotonic() + 20)
+store.prefix("world").will(key, b"gone ")
+if how == "fork":
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.close(writing)
+        print("ready", os.getpid(), flush=True)
+        os.read(reading, 1)  # until the parent is gone
+        sys.stdin.read()
+        os._exit(0)
+else:
+    print("ready", flush=True)
+sys.stdin.read(1)
+if how == "close":
+    store.close()
+os._exit(0)
+"""
+
+
+def soon(seconds: float = 20.0) -> float:
+    return time.monotonic() + seconds
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks():
+    yield
+    gc.collect()  # a socket left open is a ResourceWarning here, and so an error
+    assert [t.name for t in threading.enumerate() if t.name.startswith("ferro-store")] == []
+
+
+@pytest.fixture
+def server():
+    with StoreServer(secret=SECRET) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with StoreClient(server.address, SECRET, deadline=soon()) as client:
+        yield client
+
+
+@pytest.fixture
+def start(server):
+    """Start a process that has a will for `key`; return it once that is registered."""
+    started: list[subprocess.Popen[str]] = []
+
+    def one(key: str = "key", how: str = "wait") -> subprocess.Popen[str]:
+        host, port = server.address
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, host, str(port), key, how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready")
+        return process
+
+    yield one
+    for process in started:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+def eventually(so) -> None:
+    """Wait for the server's thread to have noticed."""
+    tick = threading.Event()
+    for _ in range(2000):
+        if so():
+            return
+        tick.wait(0.005)
+    pytest.fail("the server never came to it")
+
+
+def test_it_is_carried_out_when_the_process_is_killed_and_wakes_who_waits(start, client):
+    start().send_signal(signal.SIGKILL)
+    assert client.get("world/key", deadline=soon()) == b"gone "
+
+
+def test_also_when_the_process_ends_without_a_word(start, client):
+    process = start()
+    process.communicate("x", timeout=20)
+    assert client.get("world/key", deadline=soon()) == b"gone "
+
+
+def test_it_is_not_when_the_process_says_farewell(server, start, client):
+    first = len(server._members)
+    start(how="close").communicate("x", timeout=20)
+    eventually(lambda: len(server._members) == first)
+    with pytest.raises(StoreTimeout):
+        client.get("world/key", deadline=NOW)
+
+
+def test_children_do_not_keep_a_dead_process_alive(start, client):
+    process = start(how="fork")
+    os.kill(process.pid, signal.SIGKILL)
+    assert client.get("world/key", deadline=soon()) == b"gone "
+
+
+def test_wills_for_one_key_follow_each_other(start, client):
+    for _ in range(2):
+        start().kill()
+    eventually(lambda: client.get("world/key", deadline=soon()) == b"gone gone ")
+
+
+def test_closing_the_client_closes_all_its_connections(server):
+    with StoreClient(server.address, SECRET, deadline=soon()) as client:
+        client.will("key", b"gone")
+        client.close()
+        with pytest.raises(RendezvousError, match="was closed"):
+            client.will("key", b"gone")
+    eventually(lambda: not server._members)
+    assert server._table.get(b"key") is None
+
+
+def test_there_is_one_will_for_a_store_and_its_views(client):
+    client.prefix("a").will("key", b"1")
+    for store in (client, client.prefix("b")):
+        with pytest.raises(UsageError, match="has a will already"):
+            store.will("other", b"2")
+
+
+@pytest.mark.parametrize("store", ["memory", "tcp"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("", b""), ("k" * 1025, b""), ("k", bytes(1025)), ("k", "text")]
+)
+def test_what_is_out_of_bounds_is_a_usage_error(client, store, key, value):
+    chosen = client if store == "tcp" else MemoryStore()
+    with pytest.raises(UsageError):
+        chosen.will(key, value)
+    chosen.will("k", bytes(1024))
+    if store == "memory":
+        chosen.close()
+        with pytest.raises(RendezvousError):
+            chosen.will("k", b"")
+
+
+def test_a_store_that_ended_is_not_looked_for_again(monkeypatch):
+    with StoreServer(secret=SECRET) as server:
+        client = StoreClient(server.address, SECRET, deadline=soon())
+        client.will("key", b"gone")
+        assert client.add("n", 1) == 1
+    monkeypatch.setattr(client, "_connect", lambda **_: pytest.fail("it was looked for"))
+    with client:
+        for _ in range(2):
+            with pytest.raises(RendezvousError, match="is gone"):
+                client.add("n", 1)
+
+
+def raw(server):
+    sock = connect(server.address, SECRET, purpose=wire.PURPOSE, deadline=soon())
+    sock.settimeout(20)
+    return sock
+
+
+def ask(sock, op, key=b"key", value=b"") -> wire.Status:
+    sock.sendall(wire.encode_request(wire.Request(op, key, value=value)))
+    header = b""
+    while len(header) < wire.REPLY_HEADER_BYTES:
+        more = sock.recv(wire.REPLY_HEADER_BYTES - len(header))
+        assert more, "closed"
+        header += more
+    status, number, size = wire.decode_reply_header(header)
+    while size:
+        size -= len(sock.recv(size))
+    return status, number
+
+
+def test_the_server_keeps_one_for_a_connection_and_takes_it_back(server, client):
+    with raw(server) as sock:
+        assert ask(sock, wire.Op.WITHDRAW) == (wire.Status.OK, 0)
+        assert ask(sock, wire.Op.WILL, value=b"1") == (wire.Status.OK, 0)
+        assert ask(sock, wire.Op.WILL, value=b"2")[0] == wire.Status.MISUSED
+        assert ask(sock, wire.Op.WITHDRAW, b"other") == (wire.Status.OK, 0)
+        assert ask(sock, wire.Op.WITHDRAW) == (wire.Status.OK, 1)
+        assert ask(sock, wire.Op.WILL, value=b"3") == (wire.Status.OK, 0)
+    assert client.get("key", deadline=soon()) == b"3"
+
+
+def test_who_breaks_the_protocol_is_gone_as_well(server, client):
+    with raw(server) as sock:
+        ask(sock, wire.Op.WILL, value=b"1")
+        sock.sendall(b"\xff" * 100)
+        assert client.get("key", deadline=soon()) == b"1"
+
+
+def test_one_too_large_is_refused_by_its_header(server, client):
+    with raw(server) as sock:
+        request = wire.Request(wire.Op.WILL, b"key", value=bytes(1025))
+        sock.sendall(wire.encode_request(request)[:20])
+        assert sock.recv(1) == b""
+    assert client.add("key", 1) == 1
+
+
+def test_a_will_for_which_there_is_no_room_harms_nobody(server, client, monkeypatch, caplog):
+    client.set("key", bytes(90))
+    monkeypatch.setattr(table_module, "MAX_VALUE_BYTES", 100)
+    with raw(server) as sock:
+        ask(sock, wire.Op.WILL, value=bytes(11))
+    eventually(lambda: "was not carried out" in caplog.text)
+    assert client.get("key", deadline=NOW) == bytes(90)
+
+
+def lost_on(server, rank: int, host: int | None = None) -> tuple[StoreClient, Lost]:
+    store = StoreClient(server.address, SECRET, deadline=soon())
+    return store, Lost(store.prefix("world0"), rank, host)
+
+
+def test_lost_are_those_that_died_and_nobody_else(server):
+    (zero, lost), (one, _), (_two, _) = (lost_on(server, rank) for rank in (0, 1, 12))
+    assert lost() == frozenset()
+    one.close()  # in good order
+    for member in tuple(server._members):
+        if member.will == (b"world0/lost", b"12 "):
+            member._sock.shutdown(2)  # as if its process had died
+    eventually(lambda: lost() == {12})
+    zero.close()
+    _two.close()
+    assert server._table.get(b"world0/lost") == b"12 "
+
+
+@pytest.mark.parametrize(("host", "told"), [(0, {0}), (None, set())])
+def test_a_store_that_is_gone_is_the_end_of_the_rank_that_hosts_it(host, told):
+    with StoreServer(secret=SECRET) as server:
+        store, lost = lost_on(server, 1, host)
+        own, mine = lost_on(server, 0, host)
+    with store, own:
+        assert lost() == told
+        assert lost() == told
+        assert mine() == frozenset()
+
+
+def test_alone_or_without_a_store_nobody_is_lost():
+    assert Lost(MemoryStore(), 0, 0)() == frozenset()
+    assert BackendConfig(rank=0, world_size=1, store=MemoryStore()).lost() == frozenset()

