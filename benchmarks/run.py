@@ -127,7 +127,7 @@ def _many(options: argparse.Namespace) -> dict[str, object]:
 
 def _mpi(options: argparse.Namespace) -> dict[str, object]:
     """Measure ferro over MPI and bare mpi4py, in the same processes."""
-    given = [f"--rounds={4 if options.quick else 20}"]
+    given = [f"--rounds={8 if options.quick else 60}"]
     given.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
     records = []
     for name in sorted({"openmpi", "mpich"} & set(options.compare)):

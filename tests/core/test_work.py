@@ -137,35 +137,20 @@ def test_a_turn_that_the_user_sets_meanwhile_stays(lane):
         sys.setswitchinterval(before)
 
 
-def test_what_belongs_to_a_thread_waits_its_turn_and_runs_there():
-    lane, hold, order = Lane("test"), threading.Event(), []
+def test_what_the_caller_waits_for_runs_in_its_thread_after_what_is_pending(lane):
+    hold, order = threading.Event(), []
+
+    def note(seq):
+        order.append((seq, in_lane()))
+        return "done"
 
     def first(seq):
         hold.wait(S)
-        order.append((seq, threading.current_thread().name))
+        note(seq)
 
-    work = lane.start("first", first)
+    works = [lane.start("first", first), lane.start("second", note)]
     threading.Timer(0.05, hold.set).start()
-
-    def second(seq):
-        order.append((seq, threading.current_thread().name))
-        return "done"
-
-    assert lane.run("second", second, here=True) == "done"
-    assert order == [(0, "test"), (1, threading.current_thread().name)]
-    assert lane.run("third", lambda seq: seq) == 2  # the lane goes on
-    work.wait()
-
-
-def test_what_belongs_to_a_thread_leaves_the_lane_usable_when_it_fails():
-    lane, hold = Lane("test"), threading.Event()
-    work = lane.start("first", lambda seq: hold.wait(S))
-
-    def fail(seq):
-        raise ValueError("no")
-
-    threading.Timer(0.05, hold.set).start()
-    with pytest.raises(ValueError, match="no"):
-        lane.run("second", fail, here=True)
-    assert lane.run("third", lambda seq: seq) == 2
-    assert work.wait()
+    assert lane.run("third", note) == "done"
+    assert order == [(0, True), (1, True), (2, False)]
+    for work in works:
+        work.wait()

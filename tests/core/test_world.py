@@ -261,12 +261,11 @@ def test_an_observer_that_is_none_is_refused():
 
 
 def test_several_hosts_need_to_be_told_where_to_meet(ranks):
-    variables = {"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 4}
-    variables |= {"OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
+    variables = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
     [(kind, text)] = ranks((variables, {}))
     assert kind == "UsageError"
     assert "Set MASTER_ADDR and MASTER_PORT" in text
-    assert "from OMPI_COMM_WORLD_RANK" in text
+    assert "from RANK" in text
 
 
 def test_meeting_again_and_again_where_rank_zero_hosts_the_store(ranks, tmp_path):

@@ -215,6 +215,29 @@ def test_bounded():
     gate.set()
 
 
+def test_bounded_where_no_thread_can_be_started(monkeypatch):
+    """As in an exit handler from Python 3.12 on; an abort that is left out there is a hang."""
+
+    def start(_):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert bounded(lambda: 3, time.monotonic() + 5, "counting") == 3
+
+
+def test_a_split_after_a_failure_is_not_begun(machine, on_ranks, monkeypatch):
+    """What fails while the split waits for it leaves no communicator to split."""
+
+    def work(group):
+        queue = group.backend._queue
+        monkeypatch.setattr(queue, "drain", lambda deadline: group.backend.abort() or True)
+        monkeypatch.setattr(queue.communicator, "split", lambda *_: pytest.fail("was split"))
+        with pytest.raises(GroupClosed, match="was aborted"):
+            group.backend.split([0], 7)
+
+    on_ranks(1, work)
+
+
 def test_a_group_whose_rank_failed_to_come_says_who(machine):
     ranks = Ranks(machine, 3, timeout_s=0.2)
     ranks.start(lambda group: None, ranks=(0, 2))

@@ -107,9 +107,10 @@ def test_buffers_are_let_go_when_it_has_ended(machine, on_ranks):
         for _ in range(3):
             group.all_reduce(machine.array(np.ones(1000)))
         group.barrier()
-        return group.backend._queue.drain(0.0), len(group.backend._queue._outstanding)
+        queue = group.backend._queue
+        return queue.drain(0.0), len(queue._outstanding), queue.last._holds
 
-    assert on_ranks(N, work) == dict.fromkeys(range(N), (True, 0))
+    assert on_ranks(N, work) == dict.fromkeys(range(N), (True, 0, []))
 
 
 def test_a_barrier_waits_for_all_ranks(machine, on_ranks):

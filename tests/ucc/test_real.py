@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
 
-from ferro import CollectiveTimeout, GroupClosed, ProcessGroup, UnsupportedError
+from ferro import CollectiveTimeout, GroupClosed, PeerLost, ProcessGroup, UnsupportedError
 from ferro.errors import FerroError
 from ferro.testing import conformance, run_ranks, run_ranks_outcomes
 from ferro.testing.case import Case
 from ferro.testing.samples import reductions
+from ferro_ucc.abi import CollType
+from ferro_ucc.operations import Operation
 
 pytestmark = pytest.mark.ucc
 
@@ -20,11 +23,11 @@ UNSUPPORTED = {
     "send": "UCC has no messages between two ranks",
     "recv": "UCC has no messages between two ranks",
     "sendrecv": "UCC has no messages between two ranks",
-    "lost_peer": "UCC does not notice that a rank died: the others' deadline passes",
     "shrink": "UCC cannot connect again without a rank",
 }
 CASE = Case(backend="ucc", world_sizes=(1, 2, 3), unsupported=UNSUPPORTED, timeout_s=30)
 SHORT_S = 0.5
+LATE_S = 3.5  # longer than closing takes, and many looks at the store
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
@@ -112,22 +115,71 @@ def test_a_rank_that_stalls_is_named_and_other_groups_go_on():
     assert results == [[[0, 1], [2], SHORT_S]] * 2 + [None]
 
 
+def use_thrice(group: ProcessGroup) -> None:
+    """What a dead rank sent last may still arrive."""
+    for _ in range(3):
+        group.all_reduce(np.ones(300_000))
+
+
 def die(group: ProcessGroup) -> object:
     group.all_reduce(np.ones(3))
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        for _ in range(3):  # what the dead one sent last may still arrive
-            group.all_reduce(np.ones(300_000), timeout_s=SHORT_S)
+        use_thrice(group)
     except FerroError as error:
-        return [type(error).__name__, list(getattr(error, "missing", ()))]
+        return [type(error).__name__, error.peer]
     return None
 
 
-def test_a_rank_that_died_is_named_by_the_deadline_and_nobody_hangs_at_the_end():
+def test_a_rank_that_died_is_named_and_nobody_hangs_at_the_end():
     outcomes = run_ranks_outcomes(die, 3, backend="ucc", timeout_s=20)
     told = [outcome.result for outcome in outcomes if outcome.rank != 1]
-    assert told == [["CollectiveTimeout", [1]]] * 2, [o.describe() for o in outcomes]
+    assert told == [["PeerLost", 1]] * 2, [o.describe() for o in outcomes]
+
+
+def die_in_a_group(group: ProcessGroup) -> object:
+    """Of the world 0, 1, 2 the group [2, 1] loses rank 2; the pair [1, 0] goes on."""
+    pair = group.subgroup([1, 0]) if group.rank != 2 else None
+    odd = group.subgroup([2, 1]) if group.rank != 0 else None
+    group.all_reduce(np.ones(3))
+    told: object = None
+    if odd is not None:
+        odd.all_reduce(np.ones(3))
+        if group.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(PeerLost) as caught:
+            use_thrice(odd)
+        told = caught.value.peer
+    assert pair is not None
+    assert pair.all_reduce(np.array(1.0)) == 2
+    return told
+
+
+def test_a_rank_that_died_is_named_by_its_rank_in_the_group_and_others_go_on():
+    outcomes = run_ranks_outcomes(die_in_a_group, 3, backend="ucc", timeout_s=20)
+    assert [outcome.result for outcome in outcomes] == [None, 0, None]
+    assert [outcome.ok for outcome in outcomes] == [True, True, False]
+
+
+def leave_early(group: ProcessGroup) -> object:
+    """Rank 2 gives its part of a sum, closes and exits; rank 1 comes seconds after that."""
+    team = group.backend._team
+    run = team.run
+
+    def late(operation: Operation, deadline: float) -> None:
+        if operation.args.coll_type == CollType.REDUCE:
+            threading.Event().wait(LATE_S)
+        run(operation, deadline)
+
+    if group.rank == 1:
+        team.run = late
+    result = group.reduce(np.array(group.rank + 1), 0)
+    return None if result is None else int(result)
+
+
+def test_a_rank_that_left_in_good_order_is_not_lost():
+    assert run_ranks(leave_early, 3, backend="ucc", timeout_s=20) == [6, None, None]
 
 
 def make_groups_in_another_order(group: ProcessGroup) -> None:

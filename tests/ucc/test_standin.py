@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from ferro import BackendConfig, CollectiveTimeout, GroupClosed, ProcessGroup, UnsupportedError
+from ferro import (
+    BackendConfig,
+    CollectiveTimeout,
+    GroupClosed,
+    PeerLost,
+    ProcessGroup,
+    UnsupportedError,
+)
 from ferro.collectives import Choice
 from ferro.errors import RendezvousError
 from ferro.members import Members
@@ -23,6 +30,9 @@ from ferro_ucc.connect import connect
 
 from .standin import Network, StandIn
 from .test_real import UNSUPPORTED
+
+# Threads die without any store that would notice; `test_real.py` kills processes.
+NO_DEATHS = {**UNSUPPORTED, "lost_peer": "the stand-in's ranks are threads"}
 
 
 class Ranks:
@@ -42,6 +52,7 @@ class Ranks:
         self.choice = Choice(deterministic=deterministic)
         network = Network()
         self.libraries = [StandIn(network, gathers=gathers) for _ in range(world_size)]
+        self.lost: frozenset[int] = frozenset()  # as the store would tell
         self.results: dict[int, object] = {}
         self.errors: dict[int, BaseException] = {}
 
@@ -67,6 +78,7 @@ class Ranks:
             store=self.store.prefix("group/0"),
             timeout_s=self.timeout_s,
             choice=self.choice,
+            lost=lambda: self.lost,
         )
 
     def _on_rank(self, rank: int, function: Callable[[ProcessGroup], object]) -> None:
@@ -114,7 +126,7 @@ def case(*world_sizes: int, gathers: bool) -> Case:
     return Case(
         backend="ucc",
         world_sizes=world_sizes,
-        unsupported=UNSUPPORTED,
+        unsupported=NO_DEATHS,
         timeout_s=20,
         runner=runner,
     )
@@ -163,6 +175,33 @@ def test_nothing_is_released_that_ucc_may_still_use():
     assert ranks.run(stay_away) == {0: ((0,), 2), 1: 2}
     assert not ranks.libraries[0].closed
     assert [library.misuse for library in ranks.libraries] == [[]] * 2
+
+
+def test_a_rank_that_the_store_lost_is_named_by_its_rank_in_the_group():
+    """Rank 2 dies; a group without it waits as long, and is not told."""
+    ranks = Ranks(4)
+    told = threading.Event()
+
+    def lose_one(group: ProcessGroup) -> object:
+        three = group.subgroup([3, 2, 1]) if group.rank else None
+        pair = group.subgroup([0, 3]) if group.rank in (0, 3) else None
+        group.barrier()
+        if group.rank == 2:
+            ranks.lost = frozenset({2})
+            assert told.wait(10)
+            return None
+        if three is not None:
+            with pytest.raises(PeerLost, match=r"rank 1 \(host here\) of 3 is gone") as caught:
+                three.all_reduce(np.ones(3))
+            assert caught.value.peer == 1
+        if pair is None:
+            return None
+        total = int(pair.all_reduce(np.array(1)))  # of which rank 3 comes as late as it is told
+        told.set()
+        return total
+
+    assert ranks.run(lose_one) == {0: 2, 1: None, 2: None, 3: 2}
+    assert [library.misuse for library in ranks.libraries] == [[]] * 4
 
 
 def test_too_many_groups_are_refused_before_ucc_confuses_them():

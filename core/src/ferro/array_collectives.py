@@ -77,7 +77,10 @@ class ArrayCollectives:
         Returns:
             An array of the shape and dtype of `x`.
         """
-        result = self._result(x, out, filled=True)
+        if out is x and self._on_cpu and takes_in_place(x):
+            result: InPlace | Outlet = InPlace(x)
+        else:
+            result = self._result(x, out, filled=True)
         flat = result.flat
         dtype = flat.dtype
         reduction = reduction_for(op, dtype, self.world_size)
@@ -130,7 +133,10 @@ class ArrayCollectives:
     ) -> Outcome:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
-        result = self._result(x, out, filled=self.rank == root)
+        if out is x and self._on_cpu and takes_in_place(x):
+            result: InPlace | Outlet = InPlace(x)
+        else:
+            result = self._result(x, out, filled=self.rank == root)
         flat = result.flat
         return self._dispatch.collective(
             array_call("broadcast", flat.dtype, result.array.shape, root=root),
@@ -381,10 +387,8 @@ class ArrayCollectives:
             timeout_s,
         )
 
-    def _result(self, x: Input, out: object, *, filled: bool) -> InPlace | Outlet:
+    def _result(self, x: Input, out: object, *, filled: bool) -> Outlet:
         """Return where a result of the operand's shape goes; with the operand in it if `filled`."""
-        if out is x and self._on_cpu and takes_in_place(x):
-            return InPlace(x)
         entry = self._enter(x)
         result = Outlet(entry, out, entry.array.shape)
         if filled:

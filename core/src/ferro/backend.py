@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,6 +66,9 @@ class BackendConfig:
         local_rank: number of this process on its host.
         launcher: what started it; see `BackendInfo.default_under`.
         requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
+        lost: returns the world ranks whose process ended without a farewell, as the job's store
+            has noticed: for backends whose library never does. A round trip, for slow paths;
+            never raises.
         options: the backend's own options, by name.
     """
 
@@ -82,6 +85,7 @@ class BackendConfig:
     local_rank: int = 0
     launcher: str = "single"
     requested: str = ""
+    lost: Callable[[], frozenset[int]] = frozenset
     options: Mapping[str, object] = field(default_factory=dict)
 
 

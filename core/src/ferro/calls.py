@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ class Call:
         root: the root, or -1.
         detail: what else must agree, in words: the shape, or uneven sizes. The label carries its
             beginning, to be shown, and a checksum of all of it.
+        packed: the label, once it is known; calls that differ by their number only share it.
     """
 
     op: str
@@ -66,22 +67,27 @@ class Call:
     reduction: str = ""
     root: int = -1
     detail: str = ""
+    packed: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def label(self) -> bytes:
         """Return the `LABEL_BYTES` bytes that must be equal on all ranks."""
-        return _LABEL.pack(
-            OPS.index(self.op),
-            _REDUCTIONS.index(self.reduction),
-            self.dtype.encode(),
-            self.root,
-            self.count,
-            zlib.crc32(self.detail.encode()),
-            self.detail.encode()[:_DETAIL_BYTES],
-        )
+        if not self.packed:
+            self.packed = _LABEL.pack(
+                OPS.index(self.op),
+                _REDUCTIONS.index(self.reduction),
+                self.dtype.encode(),
+                self.root,
+                self.count,
+                zlib.crc32(self.detail.encode()),
+                self.detail.encode()[:_DETAIL_BYTES],
+            )
+        return self.packed
 
     def numbered(self, seq: int) -> Call:
         """Return this call as number `seq`; many times as quick as `dataclasses.replace`."""
-        return Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
+        made = Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
+        made.packed = self.packed or self.label()
+        return made
 
     @classmethod
     def from_label(cls, label: bytes) -> Call:

@@ -105,24 +105,40 @@ class Dispatcher:
         allowed = self._timeout_s if timeout_s is None else self.seconds(timeout_s)
         if self._closed or self._dead is not None or self._forks is not forks.count:
             self._refuse(call.op)
-        if device in self._streams:
+        launched = device in self._streams
+        lane = self._collectives
+        if async_op and not launched:
+            return self._start(
+                lane, call.op, partial(self._collective, call, action, finish, nbytes, allowed)
+            )
+        # What `lane.run` does, written out: it is on the path of every collective.
+        if lane.pending:
+            lane.let_pending_begin()
+        with lane.turn:
+            if lane.closed:
+                self._refuse(call.op)
+            numbered = call.numbered(lane.number())
+            if not launched:
+                if self._observed:
+                    self._carry_out(numbered, action, nbytes, allowed)
+                else:
+                    self._attempt(numbered, action, allowed)
+                return finish()
+            work = self._launch(numbered, action, finish, nbytes, allowed)
+        return work if async_op else work.wait()
 
-            def launch(seq: int) -> LaunchedWork[object]:
-                return self._launch(call.numbered(seq), action, finish, nbytes, allowed)
-
-            work: LaunchedWork[object] = self._in_turn(self._collectives, call.op, launch, True)
-            return work if async_op else work.wait()
-
-        def operation(seq: int) -> object:
-            if self._observed:
-                self._carry_out(call.numbered(seq), action, nbytes, allowed)
-            else:
-                self._attempt(call.numbered(seq), action, allowed)
-            return finish()
-
-        if async_op:
-            return self._start(self._collectives, call.op, operation)
-        return self._in_turn(self._collectives, call.op, operation)
+    def _collective(
+        self,
+        call: Call,
+        action: Callable[[float], None],
+        finish: Callable[[], object],
+        nbytes: int,
+        allowed: float,
+        seq: int,
+    ) -> object:
+        """Carry out an asynchronous collective when its turn has come."""
+        self._carry_out(call.numbered(seq), action, nbytes, allowed)
+        return finish()
 
     def transfer(
         self,
@@ -151,10 +167,10 @@ class Dispatcher:
 
         operation: Callable[[int], object] = move
         for way in ways[1:]:
-            operation = partial(_run_in, self._lane(way), op, operation, launched)
+            operation = partial(_run_in, self._lane(way), op, operation)
         lane = self._lane(ways[0])
         if launched:
-            work: LaunchedWork[object] = self._in_turn(lane, op, operation, launched)
+            work: LaunchedWork[object] = self._in_turn(lane, op, operation)
             return work if async_op else work.wait()
         start = self._start if async_op else self._in_turn
         return start(lane, op, operation)
@@ -271,11 +287,9 @@ class Dispatcher:
             name = f"{way.direction} {way.peer} tag {way.tag}"
             return self._transfers.setdefault(way, Lane(f"ferro-{self._members.name}-{name}"))
 
-    def _in_turn(
-        self, lane: Lane, op: str, operation: Callable[[int], object], here: bool = False
-    ) -> Any:
+    def _in_turn(self, lane: Lane, op: str, operation: Callable[[int], object]) -> Any:
         try:
-            return lane.run(op, operation, here=here)
+            return lane.run(op, operation)
         except LaneClosed:
             self._refuse(op)
 
@@ -391,6 +405,6 @@ class Dispatcher:
         )
 
 
-def _run_in(lane: Lane, op: str, operation: Callable[[int], object], here: bool, _: int) -> object:
+def _run_in(lane: Lane, op: str, operation: Callable[[int], object], _: int) -> object:
     """Run an operation of one lane within another's turn, by its number there."""
-    return lane.run(op, operation, here=here)
+    return lane.run(op, operation)

@@ -78,7 +78,8 @@ class ProcessGroup(ArrayCollectives):
         self.timeout_s = members.timeout_s
         self._subgroups = Subgroups(backend, members)
         self._on_close = on_close
-        self._children: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+        # In the order made: on all ranks the same, as some libraries need when groups are closed.
+        self._children: list[weakref.ref[ProcessGroup]] = []
 
     def __repr__(self) -> str:
         return (
@@ -214,7 +215,7 @@ class ProcessGroup(ArrayCollectives):
         entry = self._enter(x)
         source = flat(entry.array, private=async_op)
         target = self._target(buffer)
-        if np.may_share_memory(source, target.flat):
+        if entry.device is target.device and np.may_share_memory(source, target.flat):
             source = source.copy()
         return self._dispatch.transfer(
             "sendrecv",
@@ -381,14 +382,14 @@ class ProcessGroup(ArrayCollectives):
 
         Subgroups share their parent's connections, and are closed with it.
         """
-        for child in tuple(self._children):
+        for child in self._living_children():
             child.close()
         self._dispatch.close(self.timeout_s)
         self._leave(_PATIENCE_S)
 
     def abandon(self) -> None:
         """Release the connections at once; peers that still wait for this rank lose it."""
-        for child in tuple(self._children):
+        for child in self._living_children():
             child.abandon()
         self._dispatch.close(0.0)
         self._leave(_HASTE_S)
@@ -398,8 +399,12 @@ class ProcessGroup(ArrayCollectives):
         self._dispatch.abort()
 
     def _child(self, group: ProcessGroup) -> ProcessGroup:
-        self._children.add(group)
+        self._children = [ref for ref in self._children if ref() is not None]
+        self._children.append(weakref.ref(group))
         return group
+
+    def _living_children(self) -> list[ProcessGroup]:
+        return [child for ref in self._children if (child := ref()) is not None]
 
     def _leave(self, patience_s: float) -> None:
         on_close, self._on_close = self._on_close, None

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ferro.turns import SHORT_TURNS
@@ -120,64 +121,48 @@ class LaunchedWork(Work[Result]):
 
 
 class Lane:
-    """Runs and numbers operations one after the other, in the caller's thread when it can.
+    """A queue of operations that run one after the other, each in its turn.
 
-    An operation that must wait its turn, or that the caller does not wait for, is carried out by
-    a thread, which ends when it has had nothing to do for a while.
+    An operation that the caller waits for runs in the caller's thread; the others in the lane's,
+    which ends when it has had nothing to do for a while.
+
+    Attributes:
+        turn: held by whoever carries out an operation.
+        pending: operations that wait for the lane's thread.
+        closed: whether the lane takes no more operations.
     """
 
     def __init__(self, name: str) -> None:
+        self.turn = threading.Lock()
+        self.pending: deque[Work[object]] = deque()
+        self.closed = False
+        self.number = count().__next__  # the next operation's, to be asked for once
         self._name = name
-        self._next = 0
-        self._lock = threading.RLock()  # by itself it is taken more quickly than by the condition
-        self._change = threading.Condition(self._lock)
-        self._pending: deque[Work[object]] = deque()
-        self._busy = False
-        self._closed = False
+        self._change = threading.Condition()
         self._thread: threading.Thread | None = None
 
     @property
     def idle(self) -> bool:
         """Whether nothing is pending or under way."""
-        return not self._pending and not self._busy
+        return not self.pending and not self.turn.locked()
 
-    def run(self, op: str, operation: Callable[[int], Result], *, here: bool = False) -> Result:
+    def run(self, op: str, operation: Callable[[int], Result]) -> Result:
         """Run an operation, which is told its number, after all that are pending.
-
-        Args:
-            op: its name.
-            operation: the operation.
-            here: it belongs to the caller's thread, and runs there even when it must wait.
 
         Raises:
             LaneClosed: the lane takes no more operations.
         """
-        ours = False
-        try:  # around all, for an interrupt may come at any moment and the lane must go on
-            with self._lock:
-                if self._closed:
-                    raise LaneClosed
-                seq = self._next
-                self._next = seq + 1
-                work = turn = None
-                if not self._pending and not self._busy:
-                    ours = self._busy = True
-                elif here:
-                    turn = _Turn()
-                    self._put(Work(op, seq, turn.hold))
-                else:
-                    work = self._put(Work(op, seq, partial(operation, seq)))
-            if turn is not None:
-                return turn.take(partial(operation, seq))
-            return operation(seq) if work is None else work.wait()
-        finally:
-            if ours:
-                # In this order and without the lock: whoever comes to wait for the turn looks at
-                # `_busy` after it has put what is looked at next.
-                self._busy = False
-                if self._pending or self._closed:
-                    with self._change:
-                        self._change.notify_all()
+        if self.pending:
+            self.let_pending_begin()
+        with self.turn:
+            if self.closed:
+                raise LaneClosed(op)
+            return operation(self.number())
+
+    def let_pending_begin(self) -> None:
+        """Wait until the last pending operation has its turn: who waits for the next comes then."""
+        with self._change:
+            self._change.wait_for(lambda: not self.pending)
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
         """Queue an operation, which is told its number, and return at once.
@@ -186,11 +171,16 @@ class Lane:
             LaneClosed: the lane takes no more operations.
         """
         with self._change:
-            if self._closed:
-                raise LaneClosed
-            seq = self._next
-            self._next = seq + 1
-            return self._put(Work(op, seq, partial(operation, seq)))
+            if self.closed:
+                raise LaneClosed(op)
+            seq = self.number()
+            work = Work(op, seq, partial(operation, seq))
+            self.pending.append(work)  # type: ignore[arg-type]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                self._thread.start()
+            self._change.notify_all()
+            return work
 
     def close(self, deadline: float) -> bool:
         """Take no more operations; let those there are end, until the deadline.
@@ -199,66 +189,41 @@ class Lane:
             Whether they have.
         """
         with self._change:
-            self._closed = True
-            drained = self._change.wait_for(
-                lambda: self.idle, max(0.0, deadline - time.monotonic())
-            )
+            self.closed = True
             self._change.notify_all()
-        return drained
-
-    def _put(self, work: Work[Result]) -> Work[Result]:
-        """Queue work for the thread. The condition is held."""
-        self._pending.append(work)  # type: ignore[arg-type]
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-            self._thread.start()
-        self._change.notify_all()
-        return work
+            begun = self._change.wait_for(lambda: not self.pending, _left_s(deadline))
+        if not begun or not self.turn.acquire(timeout=_left_s(deadline)):
+            return False
+        self.turn.release()
+        return True
 
     def _loop(self) -> None:
         _here.in_lane = True
-        while (work := self._take()) is not None:
-            with SHORT_TURNS:
-                work._carry_out()
+        while self._wait():
+            with self.turn:
+                with self._change:  # not before it has the turn: who comes now must see it waits
+                    work = self.pending.popleft()
+                    self._change.notify_all()
+                with SHORT_TURNS:
+                    work._carry_out()
             del work  # its result belongs to whoever holds the handle
-            with self._change:
-                self._busy = False
-                self._change.notify_all()
 
-    def _take(self) -> Work[object] | None:
-        """Wait for work and its turn; None when the thread is to end."""
+    def _wait(self) -> bool:
+        """Wait for work; say whether there is any, or else the thread is to end."""
         with self._change:
-            while self._busy or not self._pending:
-                if self._closed and self.idle:
+            while not self.pending:
+                if self.closed or not self._change.wait(_IDLE_S):
+                    if self.pending:
+                        break
                     self._thread = None
-                    return None
-                if not self._change.wait(_IDLE_S) and self.idle:
-                    self._thread = None
-                    return None
-            self._busy = True
-            return self._pending.popleft()
+                    return False
+            return True
+
+
+def _left_s(deadline: float) -> float:
+    """Return the time until a deadline, as locks take it."""
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 class LaneClosed(Exception):
     """An operation came after the lane was closed."""
-
-
-class _Turn:
-    """A place in a lane, held by its thread while the caller's uses it."""
-
-    def __init__(self) -> None:
-        self._come = threading.Event()
-        self._over = threading.Event()
-
-    def hold(self) -> None:
-        """Let the caller go, and wait until it is done; called by the lane's thread."""
-        self._come.set()
-        self._over.wait()
-
-    def take(self, operation: Callable[[], Result]) -> Result:
-        """Wait for the turn and run the operation in this thread."""
-        try:
-            self._come.wait()
-            return operation()
-        finally:
-            self._over.set()

@@ -22,6 +22,7 @@ from ferro.hookspecs import BackendInfo
 from ferro.members import Members
 from ferro.observers import Observer
 from ferro.rendezvous.introduction import meet_introduced
+from ferro.rendezvous.lost import Lost
 from ferro.rendezvous.meeting import Meeting, meet
 from ferro.rendezvous.memory import MemoryStore
 from ferro.rendezvous.rollcall import Record, call_roll
@@ -97,7 +98,9 @@ class World:
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
         requested = self._backend or chosen.name
         records = self._call_roll(requested, settings)
-        config = self._config(records, choice, backend_options, requested)
+        # With the process that hosts the store all of it ends: a rank's, but for a launcher's.
+        lost = Lost(self._store, self._info.rank, 0 if self._info.store is None else None)
+        config = self._config(records, lost, choice, backend_options, requested)
         made = chosen.create(config)
         members = Members(
             name="world",
@@ -174,6 +177,7 @@ class World:
     def _config(
         self,
         records: Sequence[Record],
+        lost: Lost,
         choice: Choice,
         backend_options: Mapping[str, object],
         requested: str,
@@ -192,6 +196,7 @@ class World:
             local_rank=self._info.local_rank,
             launcher=self._info.launcher,
             requested=requested,
+            lost=lost,
             options=backend_options,
         )
 

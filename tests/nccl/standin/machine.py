@@ -17,6 +17,7 @@ from .nccl import Nccl
 
 class _Here(threading.local):
     device = 0
+    context = 0  # CUDA's current one: none until the thread uses a GPU
 
     def __init__(self):
         self.stacks = {}
@@ -28,6 +29,7 @@ class Machine:
     Attributes:
         faults: what went wrong on a stream, where nobody could be told.
         uuids: of its GPUs.
+        contexts: GPUs on which a thread has made a context.
     """
 
     def __init__(self, gpus=4, version=23203):
@@ -36,6 +38,7 @@ class Machine:
         self.uuids = [f"{index:016d}".encode() for index in range(gpus)]
         self.memory = Memory()
         self.faults = []
+        self.contexts = set()
         self.streams = {}
         self.events = weakref.WeakValueDictionary()
         self.copies_failed = None
@@ -122,6 +125,7 @@ class Machine:
         self.streams[stream].put(copy)
 
     def _query(self, ptr):
+        self._bind()
         event = self.events[ptr]
         assert event._happened is not None, "an event that was never recorded"
         if self.copies_failed is not None:
@@ -136,6 +140,12 @@ class Machine:
     def _set_device(self, index):
         assert 0 <= index < self.gpus
         self.here.device = index
+        self._bind()
+
+    def _bind(self):
+        """Make a context on this thread's GPU, as all calls do but questions about devices."""
+        self.here.context = 1
+        self.contexts.add(self.here.device)
 
     def _modules(self):
         runtime = ModuleType("cupy.cuda.runtime")
@@ -148,8 +158,10 @@ class Machine:
         runtime.getDeviceCount = self._device_count
         runtime.getDeviceProperties = lambda index: {"uuid": self.uuids[index]}
         runtime.deviceGetPCIBusId = lambda index: f"bus {self.uuids[index].decode()}"
+        driver = ModuleType("cupy.cuda.driver")
+        driver.ctxGetCurrent = lambda: self.here.context
         gpu = ModuleType("cupy.cuda")
-        gpu.runtime, gpu.nccl = runtime, self.nccl.module()
+        gpu.runtime, gpu.driver, gpu.nccl = runtime, driver, self.nccl.module()
         gpu.Stream = lambda non_blocking: cuda.Stream(self, self.here.device)
         gpu.Event = lambda disable_timing: cuda.Event(self)
         gpu.get_current_stream = self.current_stream
@@ -159,6 +171,7 @@ class Machine:
         return {
             "cupy": top,
             "cupy.cuda": gpu,
+            "cupy.cuda.driver": driver,
             "cupy.cuda.runtime": runtime,
             "cupy.cuda.nccl": gpu.nccl,
         }

@@ -12,7 +12,8 @@ from ferro.conformance.bundle import Check, bundled
 from ferro.errors import FerroError
 from ferro.testing import conformance as kit
 from ferro.testing.case import Case
-from ferro.testing.killing import JobEnded
+from ferro.testing.differences import TRANSFERS
+from ferro.testing.killing import JobEnded, ToldLate
 from ferro.testing.outcome import Outcome, RanksFailed
 
 # What the tables show -> the check that says so.
@@ -44,6 +45,7 @@ _ALONE = (
     kit.check_shrink,
 )
 _ENDED_BY_LAUNCHER = "the launcher ends the whole job when a rank dies"
+_TOLD_LATE = "a dead rank is told only by the deadline"
 _KILLED = ("Killed", "RankKilled")
 
 
@@ -53,8 +55,8 @@ class Verdict:
 
     Attributes:
         name: the check's.
-        status: "ok"; "refused" by UnsupportedError on every rank; "wrong"; "skipped" when what it
-            needs is refused.
+        status: "ok"; "refused" by UnsupportedError on every rank, or for what a backend may leave
+            out without a word; "wrong"; "skipped" when what it needs is refused.
         text: why it is not ok.
         seconds: how long it took; 0.0 where several checks ran at once.
     """
@@ -76,6 +78,7 @@ def judge(
         quick: run only what the tables need, and most of it at once.
         told: called with each verdict as it is known.
     """
+    case = _without_transfers(case)
     checks = list(dict.fromkeys(FEATURES.values())) if quick else list(kit.CHECKS)
     together = [check for check in checks if check not in _ALONE] if quick else []
     cases = bundled(together, case, case.largest)
@@ -91,6 +94,14 @@ def judge(
         verdicts[verdict.name] = verdict
         told(verdict)
     return verdicts
+
+
+def _without_transfers(case: Case) -> Case:
+    """Declare `send` and `recv` where `sendrecv` is, which was tried for all three."""
+    reason = case.unsupported.get("sendrecv")
+    if reason is None:
+        return case
+    return replace(case, unsupported={**dict.fromkeys(TRANSFERS, reason), **case.unsupported})
 
 
 def _judge(name: str, check: Check, case: Case, launched: bool) -> Verdict:
@@ -119,6 +130,8 @@ def _judge(name: str, check: Check, case: Case, launched: bool) -> Verdict:
     except RanksFailed as error:
         text = refusal(error.outcomes)
         status, text = ("refused", text) if text else ("wrong", str(error))
+    except ToldLate:
+        status, text = "refused", _TOLD_LATE
     except (AssertionError, FerroError) as error:
         text = str(error)
     return Verdict(name=name, status=status, text=text, seconds=time.monotonic() - started)

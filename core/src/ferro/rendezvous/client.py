@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import wire
-from ferro.rendezvous.addresses import remaining_s, set_deadline, show_address
+from ferro.rendezvous.addresses import remaining_s, show_address
 from ferro.rendezvous.dial import connect
+from ferro.rendezvous.exchange import exchange
 from ferro.rendezvous.pool import ConnectionPool
 from ferro.rendezvous.prefix import PrefixStore
 from ferro.rendezvous.store import Store, StoreTimeout
-from ferro.rendezvous.table import check_amount, check_value, encode_key
+from ferro.rendezvous.table import check_amount, check_value, check_will, encode_key
+from ferro.rendezvous.will import Will
 
 # How much later than a get's deadline the store's word that nobody set the key may come.
 _GRACE_S = 2.0
@@ -54,14 +60,14 @@ class StoreClient:
         self._where = f"the store at {show_address(*address)}"
         self._request_timeout_s = request_timeout_s
 
-        def open_one(deadline: float) -> socket.socket:
-            return connect(address, secret, purpose=wire.PURPOSE, deadline=deadline)
-
-        first = open_one(deadline)
+        self._connect = partial(connect, address, secret, purpose=wire.PURPOSE)
+        first = self._connect(deadline=deadline)
         self.local_host: str = first.getsockname()[0]
         self.remote_host: str = first.getpeername()[0]
-        self._pool = ConnectionPool(open_one)
+        self._will: Will | None = None
+        self._pool = ConnectionPool(self._open)
         self._pool.put(first)
+        self._will_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -105,31 +111,65 @@ class StoreClient:
         """See `Store.delete`."""
         return bool(self._ask(wire.Request(wire.Op.DELETE, encode_key(key))).number)
 
+    def will(self, key: str, value: bytes) -> None:
+        """See `Store.will`; it has a connection to itself, which ends with this process."""
+        encoded = encode_key(key)
+        check_will(key, value)
+        deadline = time.monotonic() + self._request_timeout_s
+        with self._will_lock:
+            if self._pool.closed:
+                raise RendezvousError("this store client was closed")
+            if self._will is not None:
+                raise UsageError(f"will({key!r}): this store has a will already, and takes one")
+            self._will = Will(self._connect(deadline=deadline), encoded)
+            try:
+                with self._telling():
+                    reply = self._will.register(value, deadline)
+            except TimeoutError as exc:
+                raise self._slow("will", exc) from exc
+        self._check(reply)
+
     def prefix(self, name: str) -> Store:
         """See `Store.prefix`; the view shares this client's connections."""
         return PrefixStore(self, name)
 
     def close(self) -> None:
-        """Close all connections, waking threads that wait on one; idempotent."""
+        """Say farewell, close all connections, wake threads that wait on one; idempotent."""
         self._pool.close()
+        with self._will_lock:
+            if self._will is not None:
+                self._will.withdraw()
+
+    def _open(self, deadline: float) -> socket.socket:
+        """Make a further connection, unless it is known that nobody is there any more."""
+        if self._will is not None and self._will.broken():
+            raise ConnectionResetError("it closed the connection")
+        return self._connect(deadline=deadline)
 
     def _ask(self, request: wire.Request) -> wire.Reply:
         """A request that the store answers at once."""
         try:
             return self._exchange(request, time.monotonic() + self._request_timeout_s)
         except TimeoutError as exc:
-            raise RendezvousError(
-                f"{self._where} did not answer {request.op.name.lower()} within "
-                f"{self._request_timeout_s} s ({exc}). The process that hosts it is stopped or "
-                f"overloaded, or the network between is down."
-            ) from exc
+            raise self._slow(request.op.name.lower(), exc) from exc
+
+    def _slow(self, what: str, cause: TimeoutError) -> RendezvousError:
+        return RendezvousError(
+            f"{self._where} did not answer {what} within {self._request_timeout_s} s ({cause}). "
+            f"The process that hosts it is stopped or overloaded, or the network between is down."
+        )
 
     def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
+        with self._telling(), self._pool.lend(deadline) as sock:
+            reply = exchange(sock, request, deadline)
+        self._check(reply)
+        return reply
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell a connection's failures as the store's."""
         try:
-            with self._pool.lend(deadline) as sock:
-                set_deadline(sock, deadline)
-                sock.sendall(wire.encode_request(request))
-                reply = _receive_reply(sock, deadline)
+            yield
         except TimeoutError:
             raise
         except (OSError, wire.WireError) as exc:
@@ -139,26 +179,10 @@ class StoreClient:
                 f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or "
                 f"`ferro run`, has ended: read its log first."
             ) from exc
+
+    def _check(self, reply: wire.Reply) -> None:
+        """Raise what the store says in place of an answer."""
         if reply.status is wire.Status.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
         if reply.status is wire.Status.REFUSED:
             raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
-        return reply
-
-
-def _receive_reply(sock: socket.socket, deadline: float) -> wire.Reply:
-    header = _receive(sock, wire.REPLY_HEADER_BYTES, deadline)
-    status, number, value_bytes = wire.decode_reply_header(header)
-    return wire.Reply(status, number, _receive(sock, value_bytes, deadline))
-
-
-def _receive(sock: socket.socket, size: int, deadline: float) -> bytes:
-    received = bytearray(size)
-    view = memoryview(received)
-    while view:
-        set_deadline(sock, deadline)
-        count = sock.recv_into(view)
-        if not count:
-            raise ConnectionResetError("it closed the connection")
-        view = view[count:]
-    return bytes(received)

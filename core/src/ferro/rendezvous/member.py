@@ -16,7 +16,11 @@ _READ_BYTES = 256 << 10
 
 
 class Member:
-    """Reads a request, hands it to `answer`, writes the reply given to `reply`, and again."""
+    """Reads a request, hands it to `answer`, writes the reply given to `reply`, and again.
+
+    Attributes:
+        will: key, and what the server appends to it when this connection ends; None for nothing.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Member:
             answer: called with each request; calls `reply` at once or later.
             forget: called once, just before the connection is closed.
         """
+        self.will: tuple[bytes, bytes] | None = None
         self._sock = sock
         self._selector = selector
         self._answer = answer

@@ -9,7 +9,7 @@ from ferro.errors import RendezvousError
 from ferro.rendezvous.addresses import remaining_s
 from ferro.rendezvous.prefix import PrefixStore
 from ferro.rendezvous.store import Store, StoreTimeout
-from ferro.rendezvous.table import Table, check_amount, check_value, encode_key
+from ferro.rendezvous.table import Table, check_amount, check_value, check_will, encode_key
 
 
 class MemoryStore:
@@ -60,6 +60,13 @@ class MemoryStore:
         with self._changed:
             self._check_open()
             return self._table.delete(encoded)
+
+    def will(self, key: str, value: bytes) -> None:
+        """See `Store.will`; there is nothing to do, for this store ends with the process."""
+        encode_key(key)
+        check_will(key, value)
+        with self._changed:
+            self._check_open()
 
     def prefix(self, name: str) -> Store:
         """See `Store.prefix`."""

@@ -28,6 +28,10 @@ class PrefixStore:
         """See `Store.delete`."""
         return self._store.delete(self._full(key))
 
+    def will(self, key: str, value: bytes) -> None:
+        """See `Store.will`; it is the store's one will."""
+        self._store.will(self._full(key), value)
+
     def prefix(self, name: str) -> Store:
         """See `Store.prefix`."""
         return PrefixStore(self._store, self._full(name))

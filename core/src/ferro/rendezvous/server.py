@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import selectors
 import socket
 import threading
@@ -19,6 +20,8 @@ from ferro.rendezvous.parking import Parking
 from ferro.rendezvous.table import Table
 
 _JOIN_S = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class StoreServer:
@@ -121,11 +124,24 @@ class StoreServer:
     def _forget(self, member: Member) -> None:
         self._members.discard(member)
         self._parking.forget(member)
+        if member.will is not None and not self._closing:
+            self._carry_out(*member.will)
+
+    def _carry_out(self, key: bytes, value: bytes) -> None:
+        """Do what a member wanted done when it leaves without a farewell."""
+        try:
+            self._table.append(key, value)
+        except RendezvousError as exc:
+            _log.warning("a client's last will was not carried out: %s", exc)
+        self._wake(key)
 
     def _answer(self, member: Member, request: wire.Request) -> None:
         if request.op is wire.Op.GET and self._table.get(request.key) is None:
             wait_s = max(request.number, 0) / 1e6
             self._parking.park(member, request.key, time.monotonic() + wait_s)
+            return
+        if request.op in (wire.Op.WILL, wire.Op.WITHDRAW):
+            member.reply(_keep_will(member, request))
             return
         member.reply(self._perform(request))
         if request.op in (wire.Op.SET, wire.Op.ADD):
@@ -156,3 +172,16 @@ class StoreServer:
         if value is not None:
             for member in self._parking.release(key):
                 member.reply(wire.Reply(wire.Status.OK, value=value))
+
+
+def _keep_will(member: Member, request: wire.Request) -> wire.Reply:
+    """Note a member's will, or its farewell."""
+    if request.op is wire.Op.WITHDRAW:
+        withdrawn = member.will is not None and member.will[0] == request.key
+        if withdrawn:
+            member.will = None
+        return wire.Reply(wire.Status.OK, int(withdrawn))
+    if member.will is not None:
+        return wire.Reply(wire.Status.MISUSED, value=b"this connection has a will already")
+    member.will = (request.key, request.value)
+    return wire.Reply(wire.Status.OK)

@@ -65,6 +65,22 @@ class Store(Protocol):
         """Remove `key`; return whether it was there."""
         ...
 
+    def will(self, key: str, value: bytes) -> None:
+        """Have `value` appended to what `key` holds, should this process end without `close`.
+
+        Not even SIGKILL prevents it, and whoever waits for `key` is woken. Only a host that
+        vanishes from the network is noticed no sooner than TCP itself notices. `close` is the
+        farewell: nothing is appended then. There is one will for a store and all its views.
+
+        Args:
+            key: what to append to; missing, it counts as empty.
+            value: up to 1 KiB.
+
+        Raises:
+            UsageError: this store has a will already.
+        """
+        ...
+
     def prefix(self, name: str) -> Store:
         """A view of this store whose keys all begin with `name/`; views nest."""
         ...

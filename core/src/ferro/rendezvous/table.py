@@ -8,6 +8,7 @@ from ferro.errors import RendezvousError, UsageError
 
 MAX_KEY_BYTES = 1024
 MAX_VALUE_BYTES = 16 << 20
+MAX_WILL_BYTES = 1024
 MAX_TOTAL_BYTES = 256 << 20
 MAX_KEYS = 100_000
 
@@ -45,6 +46,20 @@ def check_value(key: str, value: bytes) -> None:
         raise UsageError(
             f"set({key!r}) was given {len(value)} bytes; a store's value takes at most "
             f"{MAX_VALUE_BYTES}. Send large data with a collective, not through the store."
+        )
+
+
+def check_will(key: str, value: bytes) -> None:
+    """Check what a will is to append.
+
+    Raises:
+        UsageError: it is not bytes, or larger than 1 KiB.
+    """
+    if not isinstance(value, bytes) or len(value) > MAX_WILL_BYTES:
+        raise UsageError(
+            f"will({key!r}) takes up to {MAX_WILL_BYTES} bytes, not "
+            f"{f'{len(value)}' if isinstance(value, bytes) else type(value).__name__}: a word that "
+            "tells who is gone is enough"
         )
 
 
@@ -102,6 +117,17 @@ class Table:
             raise UsageError(f"add({_text(key)!r}) failed: the sum {total} does not fit 64 bits")
         self.set(key, str(total).encode())
         return total
+
+    def append(self, key: bytes, more: bytes) -> None:
+        """Lengthen the value of `key`; a missing key counts as empty.
+
+        Raises:
+            RendezvousError: the value would be too large, or the store is full; nothing changed.
+        """
+        value = self._values.get(key, b"") + more
+        if len(value) > MAX_VALUE_BYTES:
+            raise RendezvousError(f"{_text(key)!r} holds as much as a value may: nothing was added")
+        self.set(key, value)
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`; return whether it was there."""

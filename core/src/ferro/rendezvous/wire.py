@@ -7,11 +7,16 @@ Numbers are big-endian. A connection carries one request at a time, then its rep
 end ever holds more than one message of the other's. Sizes are checked as soon as the header is
 there, before anything of the body is kept.
 
-    op       number                      value        reply: number   value
-    SET      0                           the value           0        nothing
-    GET      microseconds to wait        nothing             0        the value
-    ADD      what to add                 nothing             the sum  nothing
-    DELETE   0                           nothing             1 or 0   nothing
+    op        number                     value           reply: number   value
+    SET       0                          the value              0        nothing
+    GET       microseconds to wait       nothing                0        the value
+    ADD       what to add                nothing                the sum  nothing
+    DELETE    0                          nothing                1 or 0   nothing
+    WILL      0                          up to 1 KiB            0        nothing
+    WITHDRAW  0                          nothing                1 or 0   nothing
+
+A connection has at most one WILL: when it ends, however that happens, the store appends the
+value to what `key` holds. WITHDRAW (of the same key) is the farewell after which it does not.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import enum
 import struct
 from dataclasses import dataclass
 
-from ferro.rendezvous.table import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from ferro.rendezvous.table import MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_WILL_BYTES
 
 PURPOSE = b"store"  # what a handshake on the way to the store is for
 
@@ -41,6 +46,8 @@ class Op(enum.IntEnum):
     GET = 2
     ADD = 3
     DELETE = 4
+    WILL = 5
+    WITHDRAW = 6
 
 
 class Status(enum.IntEnum):
@@ -85,8 +92,9 @@ def request_bytes(received: bytearray) -> int | None:
     """
     if len(received) < _REQUEST.size:
         return None
-    _, _, key_bytes, value_bytes = _REQUEST.unpack_from(received)
-    if not 0 < key_bytes <= MAX_KEY_BYTES or value_bytes > MAX_VALUE_BYTES:
+    op, _, key_bytes, value_bytes = _REQUEST.unpack_from(received)
+    most = MAX_WILL_BYTES if op == Op.WILL else MAX_VALUE_BYTES
+    if not 0 < key_bytes <= MAX_KEY_BYTES or value_bytes > most:
         raise WireError(f"a request with a key of {key_bytes} and a value of {value_bytes} bytes")
     return int(_REQUEST.size + key_bytes + value_bytes)
 

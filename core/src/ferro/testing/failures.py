@@ -18,7 +18,7 @@ from ferro.errors import (
 )
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case, require
-from ferro.testing.killing import end_this_rank, require_survivors
+from ferro.testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
 
 _SHORT_S = 0.5
 _DEAF_S = 3.0  # after which a rank that should have been woken gives up
@@ -42,7 +42,7 @@ def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
 
 def check_timeout(case: Case) -> None:
     """When a rank stays away, the others raise CollectiveTimeout, which names it."""
-    if case.largest < 2 or not case.supports("timeout", "all_reduce", "subgroup", "recv"):
+    if case.largest < 2 or not case.supports("timeout", "all_reduce", "subgroup", "barrier"):
         return
     absent = case.largest - 1
     told = _told(case, _stay_away)
@@ -54,13 +54,21 @@ def check_timeout(case: Case) -> None:
 
 
 def check_lost_peer(case: Case) -> None:
-    """When a rank dies, the others raise PeerLost, which names it; its group is dead."""
+    """When a rank dies, the others raise PeerLost, which names it; its group is dead.
+
+    Raises:
+        ToldLate: they all named it rightly, but only when their deadline had passed.
+    """
     if case.largest < 2 or not case.supports("lost_peer", "all_reduce"):
         return
     victim = 1
     survivors = [rank for rank in range(case.largest) if rank != victim]
-    told = _told(case, _die, lost=(victim,))
-    _compare(told, survivors, PeerLost, "a rank that dies", (f"rank {victim} ",))
+    told = _told(case, _die, patience_s(case.timeout_s), lost=(victim,))
+    late = [told[rank].get("missing") == [victim] for rank in survivors]
+    kind = CollectiveTimeout if all(late) else PeerLost
+    _compare(told, survivors, kind, "a rank that dies", (f"rank {victim} ",))
+    if kind is CollectiveTimeout:
+        raise ToldLate(f"a rank that dies, of {case.largest} of {case.backend}", victim)
     for rank in survivors:
         peer, later = told[rank]["peer"], told[rank]["later"]
         assert peer == victim, f"rank {rank}: peer is {peer}, not {victim}"
@@ -123,21 +131,21 @@ def _stay_away(group: ProcessGroup) -> dict[str, Any]:
         assert side is not None
         group.all_reduce(np.ones(3))
         with contextlib.suppress(FerroError):  # rank 0's word, or the end of rank 0
-            side.recv(np.empty(1), 0)
+            side.barrier()
         return {}
     told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_SHORT_S))
     if side is not None:
         with contextlib.suppress(FerroError):  # it may have died along with the group
-            side.send(np.ones(1), 1)
+            side.barrier()
     return told
 
 
-def _die(group: ProcessGroup) -> dict[str, Any]:
+def _die(group: ProcessGroup, allowed_s: float) -> dict[str, Any]:
     """Let rank 1 die between two operations."""
     if group.rank == 1:
         group.all_reduce(np.ones(3))
         end_this_rank()
-    return _failed(group, lambda: group.all_reduce(np.ones(3)))
+    return _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=allowed_s), allowed_s)
 
 
 def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
@@ -158,14 +166,17 @@ def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
     return told
 
 
-def _failed(group: ProcessGroup, call: Callable[[], object]) -> dict[str, Any]:
+def _failed(
+    group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None
+) -> dict[str, Any]:
     """Make a good call, then one that is to fail; return what is raised, in values that travel.
 
-    A rank may still be in the good one when another has failed in the next: that counts, too.
+    A rank may still be in the good one, by `timeout_s`, when another has failed in the next: that
+    counts, too.
     """
     started = time.monotonic()
     try:
-        group.all_reduce(np.ones(3))
+        group.all_reduce(np.ones(3), timeout_s=timeout_s)
         started = time.monotonic()
         call()
     except FerroError as error:

@@ -1,4 +1,4 @@
-"""Killing a rank on purpose, and telling a launcher that ends the whole job for it."""
+"""Killing a rank on purpose, and what is no fault of a backend when the others fail then."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NoReturn
 from ferro.simulated.board import RankKilled
 from ferro.testing.outcome import Outcome, RanksFailed
 
+_PATIENCE_S = 10.0  # plenty to notice a death on a busy machine
 _ENDED = ("Killed", "Exited")
 
 
@@ -19,6 +20,27 @@ class JobEnded(RanksFailed):
 
     So does a launcher (a plain mpiexec) that ends a job with its first rank.
     """
+
+
+class ToldLate(AssertionError):
+    """Ranks were told that another one died by nothing but their own deadline.
+
+    So it is where the library below never notices.
+    """
+
+    def __init__(self, what: str, lost: int) -> None:
+        super().__init__(
+            f"{what}: nobody noticed that rank {lost} died, it was named only when the deadline "
+            'had passed. Ask `BackendConfig.lost` while waiting, or declare "lost_peer"'
+        )
+
+
+def patience_s(run_s: float) -> float:
+    """Return the seconds that operations are given in which a death is to be noticed.
+
+    Well within the deadline of the run, `run_s`, after which nobody is left to tell of it.
+    """
+    return min(_PATIENCE_S, run_s / 3)
 
 
 def end_this_rank() -> NoReturn:

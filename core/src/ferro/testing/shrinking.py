@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from ferro.errors import PeerLost
+from ferro.errors import CollectiveTimeout, PeerLost
 from ferro.group import ProcessGroup
 from ferro.testing.case import Case, require
-from ferro.testing.killing import end_this_rank, require_survivors
+from ferro.testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
 from ferro.testing.samples import Findings, reduced, sample
 
-_PATIENCE_S = 10.0
+_SHRINK_S = 10.0
+_LATE = "only the deadline told that a rank had died"
 
 
 def check_shrink(case: Case) -> None:
-    """After a rank was killed the others go on in shrink()'s group; twice where four begin."""
+    """After a rank was killed the others go on in shrink()'s group; twice where four begin.
+
+    Raises:
+        ToldLate: they were told by their deadline only, and so did not come to that.
+    """
     if case.largest < 2 or not case.supports("shrink", "lost_peer", "all_reduce", "all_gather"):
         return
     lost = (1, case.largest - 1) if case.largest >= 4 else (1,)
-    outcomes = case.outcomes(_go_on, case.largest, lost)
+    outcomes = case.outcomes(_go_on, case.largest, lost, patience_s(case.timeout_s))
     what = f"shrink after ranks {list(lost)} of {case.largest} of {case.backend} were killed"
     require_survivors(what, outcomes, lost)
     require(what, outcomes, lost)
+    if all(outcome.result == [_LATE] for outcome in outcomes if outcome.rank not in lost):
+        raise ToldLate(what, lost[0])
     found: list[str] = []
     for outcome in outcomes:
         if outcome.rank not in lost:
@@ -30,26 +37,31 @@ def check_shrink(case: Case) -> None:
     assert not found, "\n".join([f"{what}:", *found])
 
 
-def _go_on(group: ProcessGroup, lost: list[int]) -> list[str]:
+def _go_on(group: ProcessGroup, lost: list[int], allowed_s: float) -> list[str]:
     """Lose the ranks `lost` of the world, one after the other; compute with the rest each time."""
     found = Findings(group.rank)
     me, left = group.rank, list(range(group.world_size))
     for victim in lost:
         lost_as = left.index(victim)
-        if not _outlives(group, lost_as, found):
-            return found.report()
+        try:
+            if not _outlives(group, lost_as, allowed_s, found):
+                return found.report()
+        except CollectiveTimeout as error:
+            if victim == lost[0] and error.missing == (lost_as,):
+                return [_LATE]
+            raise
         left.remove(victim)
-        group = group.shrink(timeout_s=_PATIENCE_S)
+        group = group.shrink(timeout_s=_SHRINK_S)
         found.true(group.global_ranks == tuple(left), f"shrink: has {group.global_ranks}")
         _compute(group, left, me, found)
     return found.report()
 
 
-def _outlives(group: ProcessGroup, victim: int, found: Findings) -> bool:
+def _outlives(group: ProcessGroup, victim: int, allowed_s: float, found: Findings) -> bool:
     """Die as rank `victim`; as another, use the group until that is noticed."""
     try:
         for _ in range(3):  # the last message of the victim may come, or go with it
-            group.all_reduce(np.ones(3))
+            group.all_reduce(np.ones(3), timeout_s=allowed_s)
             if group.rank == victim:
                 end_this_rank()
     except PeerLost as error:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
 
@@ -32,8 +31,6 @@ from ferro.calls import Call
 from ferro.types import Array
 from ferro_mpi.board import Board
 from ferro_mpi.waiting import Lookout, Pause
-
-Key: TypeAlias = tuple[str, str, int, str, int, str]
 
 _TURN_BITS = 16
 _TURNS = (1 << _TURN_BITS) - 1
@@ -60,7 +57,7 @@ class BoardAgreement:
         self._world_size = world_size
         self._turn = 0
         self._views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
-        self._known: dict[Key, tuple[int, bytes]] = {}
+        self._known: dict[bytes, int] = {}
         self._shown = [b"", b""]
         self._own = [board.word(rank, turn) for turn in (0, 1)]
         others = [other for other in range(world_size) if other != rank]
@@ -84,8 +81,8 @@ class BoardAgreement:
 
     def __call__(self, call: Call, deadline: float) -> None:
         """See `Backend.agree`."""
-        key = (call.op, call.dtype, call.count, call.reduction, call.root, call.detail)
-        digest, label = self._known.get(key) or self._learn(key, call)
+        label = call.packed or call.label()
+        digest = self._known.get(label) or self._learn(label)
         self._turn = number = self._turn + 1
         turn = number & 1
         if self._shown[turn] is not label:
@@ -101,11 +98,12 @@ class BoardAgreement:
 
     def _wait(self, call: Call, word: int, turn: int, deadline: float) -> None:
         """Wait for those that have not come, and look at what they call."""
-        looks = self._lookout.looks
+        words, looks, let_run = self._words, self._lookout.looks, self._lookout.let_run
         for cell, rank in self._others[turn]:
             for _ in range(looks):
-                if self._words[cell] == word:
+                if words[cell] == word:
                     break
+                let_run()
             else:
                 self._wait_for(call, word, turn, cell, rank, deadline)
 
@@ -137,10 +135,9 @@ class BoardAgreement:
         self._views[turn][operand.dtype, operand.size] = views
         return views
 
-    def _learn(self, key: Key, call: Call) -> tuple[int, bytes]:
-        label = call.label()
+    def _learn(self, label: bytes) -> int:
         digest = hashlib.blake2b(label, digest_size=_DIGEST_BYTES).digest()
         if len(self._known) >= _MOST_REMEMBERED:
             self._known.clear()
-        found = self._known[key] = int.from_bytes(digest, "big") << _TURN_BITS, label
+        found = self._known[label] = int.from_bytes(digest, "big") << _TURN_BITS
         return found

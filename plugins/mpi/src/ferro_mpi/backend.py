@@ -22,7 +22,7 @@ from ferro_mpi.mpi import MPI
 
 _LARGEST = (1 << 31) - 1
 _MOST_REMEMBERED = 1024
-_SHARING = ("all_reduce", "reduce_scatter")  # where every rank needs all ranks' operands
+_SHARING = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 
 
 class MpiBackend(Backend):
@@ -30,8 +30,8 @@ class MpiBackend(Backend):
 
     A collective begins when all ranks agree on it; then MPI's own carries it out. Algorithms that
     the user fixed, and blocks beyond MPI's counts, are schedules over messages instead. Where ranks
-    are more than cores, small operands of reductions come along with the agreement, and NumPy
-    reduces them: that is quicker than to agree and then reduce.
+    are more than cores, small operands come along with the agreement, and NumPy reduces or copies
+    them: that is quicker than to agree and then to meet again in MPI.
 
     Args:
         endpoint: the group's communicators.
@@ -70,15 +70,17 @@ class MpiBackend(Backend):
         elif not (self._shares and call.op in _SHARING):
             self._agreement(call, deadline)
 
-    def _shared(self, operand: Array, deadline: float) -> Sequence[Array] | None:
+    def _shared(self, operand: Array | None, deadline: float) -> Sequence[Array] | None:
         """Return all ranks' operands if they are small enough to come along with the agreement.
 
-        Otherwise None, and the ranks have agreed without them.
+        Otherwise, or where ranks have operands of different sizes (None), the result is None, and
+        the ranks have agreed without them.
         """
         if not self._shares:
             return None
         assert self._agreement is not None, "ranks share memory on a board"
-        if self.call.op not in self._fixed and operand.nbytes <= self._share_bytes:
+        small = operand is not None and operand.nbytes <= self._share_bytes
+        if operand is not None and small and self.call.op not in self._fixed:
             return self._agreement.share(self.call, operand, deadline)
         self._agreement(self.call, deadline)
         return None
@@ -163,8 +165,9 @@ class MpiBackend(Backend):
         """See `Backend.reduce_scatter`."""
         shared = self._shared(source, deadline)
         if shared is not None:
-            parts = [blocks(operand, counts)[self.rank] for operand in shared]
-            reduction.into(out, parts, at_once=True)
+            start = sum(counts[: self.rank])
+            end = start + counts[self.rank]
+            reduction.into(out, [operand[start:end] for operand in shared], at_once=True)
             return
         op, comm = self._native(reduction), self._comm
         if "reduce_scatter" in self._fixed or source.size > self.largest:
@@ -187,20 +190,30 @@ class MpiBackend(Backend):
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
-        if "broadcast" in self._fixed:
+        shared = self._shared(buffer, deadline)
+        if shared is not None:
+            buffer[...] = shared[root]
+        elif "broadcast" in self._fixed:
             super().broadcast(buffer, root, deadline=deadline)
-            return
-        comm = self._comm
-        for piece in self._pieces(movable(buffer)):
-            self._run_native(comm.Bcast, comm.Ibcast, (piece, root), deadline)
+        else:
+            comm = self._comm
+            for piece in self._pieces(movable(buffer)):
+                self._run_native(comm.Bcast, comm.Ibcast, (piece, root), deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
+        even = _even(counts)
+        parts = blocks(buffer, counts) if self._shares else []
+        shared = self._shared(parts[self.rank] if parts and even else None, deadline)
+        if shared is not None:
+            for part, theirs in zip(parts, shared, strict=True):
+                part[...] = theirs
+            return
         if "all_gather" in self._fixed or buffer.size > self.largest:
             super().all_gather(buffer, counts, deadline=deadline)
             return
         comm = self._comm
-        if _even(counts):
+        if even:
             arguments: tuple[object, ...] = (MPI.IN_PLACE, movable(buffer))
             self._run_native(comm.Allgather, comm.Iallgather, arguments, deadline)
         else:

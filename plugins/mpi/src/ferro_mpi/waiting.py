@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ferro import GroupClosed, PeerLost
 from ferro.work import in_lane
@@ -19,6 +19,7 @@ from ferro_mpi.failures import converted
 from ferro_mpi.mpi import MPI
 
 LOOKS = 200
+LOOKS_IN_LANE = 1
 _YIELDS = 1000
 _YIELDS_IN_LANE = 20
 _NAP_S = 20e-6
@@ -63,11 +64,13 @@ class Lookout:
         self._told: list[MPI.Request] = []
         self._next = 0.0
         self.crowded = crowded
+        # What is done between two looks: where ranks have cores of their own, nothing.
+        self.let_run: Callable[[], object] = os.sched_yield if crowded else int
 
     @property
     def looks(self) -> int:
-        """How often to look again before others are let run."""
-        return 1 if self.crowded or in_lane() else LOOKS
+        """How often to look again before anything else is looked at."""
+        return LOOKS_IN_LANE if in_lane() else LOOKS
 
     @property
     def aborted(self) -> bool:

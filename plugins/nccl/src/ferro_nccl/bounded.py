@@ -31,8 +31,12 @@ def bounded(function: Callable[[], Result], deadline: float, what: str) -> Resul
             errors.append(error)
 
     thread = threading.Thread(target=run, name=f"ferro-nccl-{what}", daemon=True)
-    thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
+    try:
+        thread.start()
+    except RuntimeError:  # from Python 3.12 on none may start in an exit handler
+        run()
+    else:
+        thread.join(max(0.0, deadline - time.monotonic()))
     if errors:
         raise errors[0]
     if not results:

@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda import nccl, runtime
+from cupy.cuda import driver, nccl, runtime
 
 from ferro.errors import BackendError, BackendUnavailable, UsageError
 from ferro.types import Array
@@ -22,8 +22,8 @@ class CupyGpu:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        # The bus as well: CuPy's bytes may end early, at a zero within the UUID.
-        uuid = bytes(runtime.getDeviceProperties(index)["uuid"]).hex()
+        # The bus as well: CuPy reads it as a C string, which ends at the first zero, wherever.
+        uuid = bytes(runtime.getDeviceProperties(index)["uuid"])[:16].hex()
         self.uuid = f"{uuid} at {runtime.deviceGetPCIBusId(index)}"
 
     @contextmanager
@@ -33,11 +33,13 @@ class CupyGpu:
         if before == self.index:
             yield
             return
+        used = bool(driver.ctxGetCurrent())
         runtime.setDevice(self.index)
         try:
             yield
         finally:
-            runtime.setDevice(before)
+            if used:  # else `before` is only CUDA's default: to set it makes a context there
+                runtime.setDevice(before)
 
     def use(self) -> None:
         """See `Gpu.use`."""
@@ -61,7 +63,8 @@ class CupyGpu:
 
     def ended(self, event: Event) -> bool:
         """See `Gpu.ended`; `Event.done` cannot tell a failure from work under way."""
-        status: int = runtime.eventQuery(event.ptr)  # type: ignore[attr-defined]
+        with self.current():  # the query itself makes a context on the thread's GPU
+            status: int = runtime.eventQuery(event.ptr)  # type: ignore[attr-defined]
         if status not in (0, _NOT_READY):
             error = runtime.CUDARuntimeError(status)
             raise BackendError(f"work on GPU {self.index} failed: {error}", code=status)

@@ -56,7 +56,11 @@ class Gpu(Protocol):
     uuid: str
 
     def current(self) -> AbstractContextManager[object]:
-        """Make it this thread's for a while: CUDA remembers one for each thread."""
+        """Make it this thread's for a while: CUDA remembers one for each thread.
+
+        A thread that has not used CUDA before keeps it, so that no other GPU is touched: a context
+        takes hundreds of MB there.
+        """
 
     def use(self) -> None:
         """Make it this thread's."""

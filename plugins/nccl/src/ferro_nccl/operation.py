@@ -62,6 +62,10 @@ class Operation:
         """Keep what the operation needs until it has ended."""
         self._holds.append(item)
 
+    def release(self) -> None:
+        """Let go of what it held: a `Work` may be kept for long after the end."""
+        self._holds.clear()
+
     def done(self) -> bool:
         """See `Completion.done`."""
         if self.error is not None:

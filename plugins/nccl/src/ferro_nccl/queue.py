@@ -143,9 +143,9 @@ class Queue:
             TimeoutError: not all ranks came by the deadline; the communicator is aborted.
         """
         with self._launching:
-            self._check()
             if not self.drain(deadline):
                 raise TimeoutError("what was launched before a split did not end by its deadline")
+            self._check()  # now: what was launched may have ended badly
 
             def split() -> Communicator | None:
                 with self.gpu.current():
@@ -158,10 +158,11 @@ class Queue:
 
         The watch's thread calls it again and again.
         """
-        if not self._any_outstanding():
-            return False
         with self._state:
+            self._forget_ended()
             operations = tuple(self._outstanding)
+        if not operations:
+            return False
         now = time.monotonic()
         if any(now > operation.deadline for operation in operations):
             self._time_out()
@@ -230,7 +231,9 @@ class Queue:
         """Forget operations that have ended, and with them their buffers."""
         while self._outstanding and self._outstanding[0].done():
             operation = self._outstanding.popleft()
-            if operation.error is not None:
+            if operation.error is None:
+                operation.release()
+            else:
                 self._wrecks.append(operation)
 
     def _time_out(self) -> None:

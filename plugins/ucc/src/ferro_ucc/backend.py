@@ -61,7 +61,7 @@ class UccBackend(NoTransfers):
         self._owns = number == 0
         self._closed = False
         part = store.prefix(f"team/{number}")
-        self._team = Team(context, part, rank, len(ranks), number + 1)
+        self._team = Team(context, part, rank, self._ranks, number + 1)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """Show every rank all labels; returns when all have come."""

@@ -30,7 +30,7 @@ def connect(config: BackendConfig, library: Library) -> Backend:
     ranks = OutOfBand(store, config.rank, config.world_size, deadline)
     try:
         _compare_versions(library, ranks)
-        context = Context.create(library, ranks)
+        context = Context.create(library, ranks, config.lost)
     except TimeoutError as error:
         raise RendezvousError(
             f"rank {config.rank} of {config.world_size} could not connect through UCC within "

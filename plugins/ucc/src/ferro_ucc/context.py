@@ -29,15 +29,20 @@ class Context:
     Args:
         library: libucc.
         ranks: the world's all-gathers out of band.
+        lost: see `BackendConfig.lost`.
 
     Attributes:
         library: libucc.
+        lost: as given.
         lock: held in every call of the library.
         handle: the context.
     """
 
-    def __init__(self, library: Library, ranks: OutOfBand) -> None:
+    def __init__(
+        self, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]
+    ) -> None:
         self.library = library
+        self.lost = lost
         self.lock = threading.Lock()
         self.handle = c_void_p()
         self._ranks = ranks
@@ -47,7 +52,9 @@ class Context:
         self._broken = False
 
     @classmethod
-    def create(cls, library: Library, ranks: OutOfBand) -> Context:
+    def create(
+        cls, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]
+    ) -> Context:
         """Connect to the other ranks; every rank does.
 
         Raises:
@@ -55,7 +62,7 @@ class Context:
             RendezvousError: the store is gone.
             TimeoutError: a rank did not come by the deadline of `ranks`.
         """
-        context = cls(library, ranks)
+        context = cls(library, ranks, lost)
         ended = _bounded(context._open, ranks.deadline - time.monotonic())
         if ended is None:
             context.abandon(context)

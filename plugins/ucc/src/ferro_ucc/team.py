@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref, c_void_p
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from ferro_ucc.context import Context
 from ferro_ucc.library import is_running, request_status
 from ferro_ucc.oob import Callbacks, OutOfBand
 from ferro_ucc.operations import Operation
-from ferro_ucc.waiting import Abort, Patience
+from ferro_ucc.waiting import Abort, Lost, Patience
 
 if TYPE_CHECKING:
     from ferro.rendezvous import Store
@@ -26,7 +27,7 @@ class Team:
         context: the connections.
         store: the group's own part of the store.
         rank: this rank in the group.
-        world_size: number of ranks, at least 2.
+        members: the ranks in the world of its ranks, which are at least 2.
         number: the group's number, unique in the job.
 
     Attributes:
@@ -34,15 +35,16 @@ class Team:
     """
 
     def __init__(
-        self, context: Context, store: Store, rank: int, world_size: int, number: int
+        self, context: Context, store: Store, rank: int, members: Sequence[int], number: int
     ) -> None:
         self.abort = Abort(store)
+        self._lost = Lost(context.lost, members)
         self._context = context
         self._library = context.library
         self._handle = c_void_p()
         self._number = number
         self._broken = False
-        self._ranks = OutOfBand(store, rank, world_size, 0.0)
+        self._ranks = OutOfBand(store, rank, len(members), 0.0)
         self._callbacks = Callbacks(self._ranks, 0.0)  # the lock is held: no time for waiting
 
     def create(self, deadline: float) -> None:
@@ -51,6 +53,7 @@ class Team:
         Raises:
             TimeoutError: they did not come.
             GroupClosed: the group was aborted, or did not come about earlier.
+            PeerLost: one of them died.
             BackendError: the library could not.
         """
         if self._broken:
@@ -69,7 +72,7 @@ class Team:
             oob=self._callbacks.table,
             id=self._number,
         )
-        handle, patience = c_void_p(), Patience(deadline, self.abort)
+        handle, patience = c_void_p(), Patience(deadline, self.abort, self._lost)
         try:
             with self._context.lock:
                 status = library.status(
@@ -86,6 +89,7 @@ class Team:
         except BaseException as error:
             self._break(handle, params)
             if self._callbacks.error is not None:
+                self._lost.check()  # a store that is gone is but the symptom
                 raise self._callbacks.error from error
             raise
         self._handle = handle
@@ -97,6 +101,7 @@ class Team:
         Raises:
             TimeoutError: it did not end; UCC may still write to its buffers, which are kept.
             GroupClosed: the group was aborted meanwhile.
+            PeerLost: one of its ranks died.
             BackendError: the library failed.
         """
         library, context = self._library, self._context
@@ -108,11 +113,12 @@ class Team:
                 library.status("ucc_collective_post", request)
             assert request.value is not None
             status = request_status(request.value)
-            patience = Patience(deadline, self.abort)
+            patience = Patience(deadline, self.abort, self._lost)
             while is_running(status.value):
                 context.progress()
                 patience.pause()
             if status.value < 0:
+                self._lost.check()  # a broken connection is but the symptom
                 raise library.error(status.value, abi.CollType(args.coll_type).name.lower())
             ended = True
         finally:
