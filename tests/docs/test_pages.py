@@ -61,34 +61,6 @@ def test_the_algorithm_of_the_collectives_page_is_one():
     assert info.algorithm == "star"
 
 
-def test_the_backend_of_the_backends_page_is_complete(tmp_path, monkeypatch):
-    """Installed as a distribution of its own, it moves data between processes."""
-    package = tmp_path / "ferro_slow"
-    info = tmp_path / "ferro_slow-1.0.dist-info"
-    package.mkdir()
-    info.mkdir()
-    (package / "__init__.py").touch()
-    (package / "backend.py").write_text(code("docs/backends.md", "class StoreBackend"))
-    (package / "plugin.py").write_text(code("docs/backends.md", "def ferro_backends"))
-    (info / "METADATA").write_text("Name: ferro-slow\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[ferro]\nslow = ferro_slow.plugin\n")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import ferro, numpy as np\n"
-        "with ferro.init('slow') as group:\n"
-        "    halves = group.split(group.rank % 2)\n"
-        "    total = group.all_reduce(np.arange(5.0))[4] + float(halves.all_reduce(1.0))\n"
-        "    print(f'rank {group.rank}: {total}')\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    ended = subprocess.run(
-        [FERRO, "run", "-n", "4", program], capture_output=True, text=True, timeout=60
-    )
-    assert ended.returncode == 0, ended.stderr
-    for rank in range(4):
-        assert f"rank {rank}: 18.0" in ended.stdout
-
-
 def test_the_programs_of_the_testing_page_run():
     page = (ROOT / "docs" / "testing.md").read_text()
     scope = {}
