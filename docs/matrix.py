@@ -116,7 +116,8 @@ def _feature(survey: Survey | None, key: str, notes: _Notes) -> str:
     if survey is None:
         return _ABSENT
     status = survey["features"].get(key, "unknown")
-    words = {"ok": "yes", "refused": f"–{notes.mark(survey, key)}", "unknown": "not asked"}
+    keys = (key, "sendrecv") if key in ("transfers", "tags") else (key,)
+    words = {"ok": "yes", "refused": f"–{notes.mark(survey, *keys)}", "unknown": "not asked"}
     return words.get(status, status)
 
 

@@ -8,6 +8,9 @@ import sys
 import pytest
 
 from ferro.conformance import parse_options
+from ferro.conformance.cells import Cell
+from ferro.conformance.report import report
+from ferro.conformance.survey import Survey
 from ferro.errors import UsageError
 from ferro.types import Device
 
@@ -60,6 +63,26 @@ def test_what_cannot_be_used_here_is_told_with_its_reason():
     assert "Check the spelling" in ended.stderr
     assert conformance("simulated", "-n", 1).returncode == 2
     assert "-n 1: give 2 to 64 ranks" in conformance("simulated", "-n", 1).stderr
+
+
+def test_one_finding_is_one_and_a_refusal_is_no_number():
+    cells = [
+        Cell(op="broadcast", dtype="int8", status="refused", text="no kernel"),
+        Cell(op="gather", dtype="int8", status="wrong", text="it is wrong"),
+    ]
+    given = {"backend": "pipes", "versions": {}, "ranks": 2, "device": "cpu", "verdicts": {}}
+    lines = report(Survey(dtypes=("int8",), cells=tuple(cells), **given)).splitlines()
+    assert "1 finding" in lines
+    assert "1  broadcast: no kernel" in lines
+    assert any("– ¹" in line for line in lines)
+
+
+def test_without_ml_dtypes_bfloat16_is_not_asked_for(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ml_dtypes'] = None\n")
+    ended = conformance("simulated", "-n", 2, "--quick", PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "bfloat16 was not asked for: ml_dtypes is not installed\n" in ended.stderr
+    assert "bfloat16" not in ended.stdout
 
 
 def installed(folder, name, backend, probe="Availability(ok=True)"):
@@ -143,12 +166,27 @@ def test_an_unavailable_backend_says_what_to_do(tmp_path):
     )
 
 
+def test_a_probe_that_raises_and_a_plugin_that_cannot_be_loaded(tmp_path):
+    path = installed(tmp_path, "strange", "", "1 / 0")
+    ended = conformance("strange", PYTHONPATH=path)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "ferro: backend 'strange' cannot be used here: its probe raised ZeroDivisionError: "
+        "division by zero. Report this to the authors of ferro-strange 1.0.\n"
+    )
+    (tmp_path / "ferro_strange" / "plugin.py").write_text("1 / 0")
+    ended = conformance("strange", PYTHONPATH=path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("ferro: plugin 'strange' of ferro-strange 1.0 failed to import")
+
+
 LATE = """
 from ferro import BackendUnavailable
 
 def create(config):
     raise BackendUnavailable("strange", "the device is busy", "Wait.")
 """
+LATE_ON_ONE = LATE.replace("    raise", "    if config.rank == 0: return 0\n    raise")
 DEAD = """
 def create(config):
     raise ZeroDivisionError("no ranks")
@@ -159,6 +197,7 @@ def create(config):
     ("backend", "status", "words"),
     [
         (LATE, 2, "cannot be used here: on its ranks: the device is busy. Wait.\n"),
+        (LATE_ON_ONE, 2, "cannot be used here: on its ranks: the device is busy. Wait.\n"),
         (DEAD, 1, "the calls could not be tried: 2 of 2 ranks failed; rank"),
     ],
 )

@@ -238,21 +238,29 @@ def test_a_report_has_every_table():
     lines = report(SURVEY).splitlines()
     assert lines[0] == "pipes: 2 ranks, arrays on cpu; ferro 1.0, pipes 2.0"
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
-    assert rows["abort"][0] == "–3"
-    assert rows["subgroup"] == ["–1"]
+    assert rows["abort"][:2] == ["–", "³"]
+    assert rows["subgroup"] == ["–", "¹"]
     assert rows["split"] == ["ok"]
     assert rows["async"] == ["WRONG"]
     assert rows["tags"][0] == "?"
     assert rows["all_reduce"] == ["12", "us", "500", "us"]
     first = next(line for line in lines if line.startswith("float16"))
-    assert first.split()[1:] == ["ok"] * 8 + ["–2"]
+    assert first.split()[1:] == ["ok"] * 8 + ["–", "²"]
     at = lines.index("refused")
     assert lines[at + 1 : at + 4] == [
         "1  subgroup: no groups",
         "2  sendrecv:float16: no halves",
         "3  abort: no way",
     ]
-    assert lines[-4:] == ["1 findings", "", "  check_async: a", "  b"]
+    assert lines[-4:] == ["1 finding", "", "  check_async: a", "  b"]
+
+
+def test_without_transfers_all_that_they_do_is_refused():
+    refused = tuple(cell("sendrecv", dtype, status="refused") for dtype in ("int8", "float16"))
+    features = replace(SURVEY, cells=refused).features()
+    assert features["transfers"] == features["tags"] == "refused"
+    partly = (cell("sendrecv", "int8"), *refused[1:])
+    assert replace(SURVEY, cells=partly).features()["tags"] == "unknown"
 
 
 def test_findings_name_each_mistake_once():

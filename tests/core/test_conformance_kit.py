@@ -1,20 +1,33 @@
 """The kit itself: checks fail on wrong backends and say where; parity names parameters."""
 
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 
 import ferro.testing.case
 from ferro import Backend
-from ferro.errors import UnsupportedError, UsageError
-from ferro.testing import RanksFailed, assert_same_parameters, failures, refusals
+from ferro.errors import PeerLost, UnsupportedError, UsageError
+from ferro.testing import (
+    RanksFailed,
+    assert_same_parameters,
+    deadlines,
+    failures,
+    killing,
+    refusals,
+)
 from ferro.testing.buffers import check_buffers
 from ferro.testing.case import Case, run_simulated
+from ferro.testing.deadlines import check_send_deadline
 from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro.testing.killing import JobEnded
 from ferro.testing.movements import check_movements, check_uneven
 from ferro.testing.outcome import Outcome
 from ferro.testing.reductions import check_deterministic, check_equal_bits, check_reductions
 from ferro.testing.refusals import check_unsupported
+from ferro.testing.samples import DTYPES
 from ferro.testing.shrinking import check_shrink
 from ferro.testing.transfers import check_tags, check_transfers
 
@@ -288,6 +301,63 @@ def test_a_backend_that_is_deaf_to_abort_is_found_out(monkeypatch):
     monkeypatch.setattr(failures, "_DEAF_S", 0.3)
     with pytest.raises(AssertionError, match=r"rank 1 was not woken: it waited 0\.\d s"):
         check_abort(sabotaged(deaf_to_abort))
+
+
+def deaf_to_its_deadline(backend):
+    def send(_buffer, _peer, *, tag, deadline):
+        assert tag == 0
+        threading.Event().wait(deadline + 0.5 - time.monotonic())
+
+    backend.send = send
+
+
+def fail_to_send(backend):
+    def send(_buffer, peer, *, tag, deadline):
+        raise PeerLost("the wire broke", peer=peer)
+
+    backend.send = send
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (deaf_to_its_deadline, r"it took \d\.\d s, with timeout_s=0\.1: does `send` wait by its"),
+        (fail_to_send, "a send that nobody receives, on 3 ranks of spoilt: rank 0 raised PeerLost"),
+    ],
+)
+def test_a_send_that_does_not_end_by_its_deadline_is_found_out(monkeypatch, spoil, words):
+    monkeypatch.setattr(deadlines, "_SHORT_S", 0.1)
+    check_send_deadline(Case(backend="simulated", world_sizes=(2,)))
+    monkeypatch.setattr(killing, "_PATIENCE_S", 0.5)
+    with pytest.raises(AssertionError, match=words):
+        check_send_deadline(sabotaged(spoil))
+    check_send_deadline(sabotaged(spoil, unsupported={"send": "no transfers"}))
+
+
+def test_bfloat16_is_left_out_where_ml_dtypes_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    case = Case(backend="simulated", world_sizes=(2,))
+    assert case.dtypes == tuple(name for name in DTYPES if name != "bfloat16")
+    check_reductions(case)
+    check_equal_bits(case)
+    given = sabotaged(
+        refuse_all_to_all,
+        unsupported={"all_to_all:bfloat16": "no such kernel", "all_to_all": "no native op"},
+    )
+    check_unsupported(given)
+
+
+def refuse_on_one_rank(backend):
+    if backend.rank == 1:
+        refuse_all_to_all(backend)
+
+
+def test_what_one_rank_refuses_is_not_to_be_declared():
+    with pytest.raises(RanksFailed) as caught:
+        check_movements(sabotaged(refuse_on_one_rank, dtypes=("float32",)))
+    words = "UnsupportedError on ranks [1] only, ranks [0, 2] did not refuse"
+    assert words in str(caught.value)
+    assert "declare it" not in str(caught.value)
 
 
 def test_a_case_passes_its_options_on(monkeypatch):

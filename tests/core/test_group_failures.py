@@ -73,6 +73,35 @@ def test_every_kind_of_difference_is_a_mismatch(mine, theirs):
     assert len({str(error) for error in errors}) == 1
 
 
+def test_only_a_group_that_is_well_is_left_with_patience():
+    def work(group):
+        left = []
+        group._on_close = lambda *how: left.append(how)
+        if group.name == "world":
+            group.all_reduce(1)
+        return left, group
+
+    def well(group):
+        left, group = work(group)
+        group.close()
+        return left
+
+    def dead(group):
+        left, group = work(group)
+        caught(lambda: group.all_reduce(np.ones(2 + group.rank)))
+        group.close()
+        return left
+
+    def abandoned(group):
+        left, group = work(group)
+        group.abandon()
+        return left
+
+    assert simulate(well, 2, timeout_s=5) == [[(10.0, True)]] * 2
+    assert simulate(dead, 2, timeout_s=5) == [[(2.0, True)]] * 2
+    assert simulate(abandoned, 1, timeout_s=5) == [[(2.0, False)]]
+
+
 def test_a_dead_group_says_so_and_why():
     def work(group):
         first = caught(lambda: group.all_reduce(np.ones(2 + group.rank)))

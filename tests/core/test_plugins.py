@@ -6,6 +6,7 @@ import textwrap
 import importlib_metadata
 import pytest
 
+import ferro
 from ferro import backends, collectives, plugins, strategies
 from ferro.errors import BackendUnavailable, PluginError, UsageError
 
@@ -84,7 +85,8 @@ BROKEN = {
     "error on import": ("1 / 0", "failed to import .*: ZeroDivisionError"),
     "unknown hook": (
         "@hookimpl\ndef ferro_colours():\n    return []",
-        "implements a hook that ferro does not specify.*ferro_colours",
+        "implements a hook that ferro does not specify.*ferro_colours.*"
+        r"The hooks are ferro_backends, ferro_collectives, ferro_observers, ferro_strategies\.",
     ),
     "hook with other arguments": (
         "@hookimpl\ndef ferro_backends(colour):\n    return []",
@@ -166,7 +168,21 @@ def test_a_probe_that_raises_is_told_as_its_fault(site):
     found = backends.available()["pipes"]
     assert not found.ok
     assert found.reason == "its probe raised OSError: no pipes here"
-    assert found.hint == "report this to the authors of ferro-pipes 1.5"
+    assert found.hint == "Report this to the authors of ferro-pipes 1.5."
+    assert backends.probe(backends.get("pipes")) == found
+    with pytest.raises(BackendUnavailable, match="its probe raised OSError: no pipes here"):
+        ferro.init("pipes")
+
+
+def test_a_plugin_whose_hook_is_not_marked_is_named(site):
+    site.install("ferro-wires", "wires", GOOD.replace("@hookimpl", ""))
+    site.install("ferro-pipes", "pack", GOOD)
+    with pytest.raises(BackendUnavailable) as caught:
+        backends.get("wires")
+    assert "plugin 'wires' of ferro-wires 1.5 is loaded, but offers no" in str(caught.value)
+    assert caught.value.hint == "Is its ferro_backends decorated with @ferro.hookimpl?"
+    with pytest.raises(BackendUnavailable, match="no plugin that offers it is installed"):
+        backends.get("pack")
 
 
 def test_a_backend_that_is_not_installed_says_what_to_install(site):

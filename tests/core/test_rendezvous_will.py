@@ -112,6 +112,7 @@ def test_also_when_the_process_ends_without_a_word(start, client):
 
 
 def test_it_is_not_when_the_process_says_farewell(server, start, client):
+    client.add("n", 1)  # so the server's thread has taken it in
     first = len(server._members)
     start(how="close").communicate("x", timeout=20)
     eventually(lambda: len(server._members) == first)
@@ -245,6 +246,18 @@ def test_lost_are_those_that_died_and_nobody_else(server):
     zero.close()
     _two.close()
     assert server._table.get(b"world0/lost") == b"12 "
+
+
+def test_who_fails_is_lost_before_it_leaves_the_store(server):
+    (zero, lost), (one, _) = (lost_on(server, rank) for rank in (0, 1))
+    with zero, one:
+        one.carry_out_will()
+        eventually(lambda: lost() == {1})
+        one.carry_out_will()
+        assert one.add("n", 1) == 1
+        one.close()
+        one.carry_out_will()
+    assert server._table.get(b"world0/lost") == b"1 "
 
 
 @pytest.mark.parametrize(("host", "told"), [(0, {0}), (None, set())])

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -51,6 +52,18 @@ try:
 except ferro.FerroError as error:
     result = [type(error).__name__, str(error)]
 print(json.dumps(result))
+"""
+LEAVING = """
+import json, sys
+import ferro
+how = json.loads(sys.argv[1])["how"]
+group = ferro.init(timeout_s=20)
+print(float(group.all_reduce(1.0)), flush=True)
+if how == "uncaught":
+    raise ValueError(how)
+with group:
+    if how == "with":
+        raise ValueError(how)
 """
 LAUNCHERS = (
     "RANK",
@@ -303,6 +316,18 @@ def test_a_rank_of_another_version_with_other_fields_is_named():
 def test_determinism_refuses_an_algorithm_that_reduces_in_another_order():
     with pytest.raises(ferro.UsageError, match="in order of rank, which the algorithm 'ring'"):
         ferro.init(deterministic=True, algorithms={"all_reduce": "ring"})
+
+
+@pytest.mark.parametrize(("how", "lost"), [("well", None), ("with", b"1 "), ("uncaught", b"1 ")])
+def test_who_leaves_by_an_exception_is_lost(ranks, store, how, lost):
+    """To the others it is as one that died: a library that never notices asks for these."""
+    places = [(place(store, 0, 2), {"how": "well"}), (place(store, 1, 2), {"how": how})]
+    assert ranks(*places, source=LEAVING) == [2.0, 2.0]
+    deadline = time.monotonic() + 20
+    while len(store._members):  # until the server's thread has seen all connections end
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert store._table.get(b"world0/lost") == lost
 
 
 def test_init_again_after_shutdown(ranks, tmp_path):

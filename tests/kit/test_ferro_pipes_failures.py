@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ferro import BackendConfig, FerroError, GroupClosed, PeerLost
+from ferro import BackendConfig, GroupClosed, PeerLost
 from ferro.rendezvous.memory import MemoryStore
 
 SOURCES = Path(__file__).parents[2] / "examples" / "ferro-pipes" / "src"
@@ -63,8 +63,21 @@ def test_abort_wakes_a_blocked_send_and_a_blocked_receive(pair):
         pair[0].abort()
         with pytest.raises(GroupClosed):
             receiving.result(5)
-        with pytest.raises(FerroError):
+        with pytest.raises(GroupClosed):
             sending.result(5)
+
+
+def test_creating_that_fails_closes_what_it_opened(monkeypatch):
+    monkeypatch.syspath_prepend(SOURCES)
+    from ferro_pipes import backend
+
+    opened = []
+    real = backend.socket
+    monkeypatch.setattr(backend, "socket", lambda family: opened.append(real(family)) or opened[-1])
+    config = BackendConfig(rank=0, world_size=3, store=MemoryStore(), timeout_s=0.1)
+    with pytest.raises(TimeoutError):
+        backend.PipesBackend(config)
+    assert [pipe.fileno() for pipe in opened] == [-1, -1]
 
 
 def test_what_was_sent_before_the_end_still_arrives(pair):

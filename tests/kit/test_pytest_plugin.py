@@ -11,6 +11,9 @@ import textwrap
 
 import pytest
 
+import ferro
+from ferro_pytest.ranks import check_backends
+
 HEADER = "import time\nimport numpy as np\nimport pytest\n"
 
 
@@ -176,9 +179,17 @@ def test_a_backend_that_cannot_be_used_is_one_usage_error(tmp_path, backend, wor
     assert words in text
 
 
-def _usable(name):
-    import ferro
+def test_a_probe_that_raises_is_told_as_any_other_reason(monkeypatch):
+    def probe():
+        raise RuntimeError("no wires here")
 
+    info = ferro.BackendInfo(name="wires", summary="", probe=probe, create=print)
+    monkeypatch.setattr(ferro.backends, "get", lambda name: info)
+    with pytest.raises(pytest.UsageError, match="its probe raised RuntimeError: no wires here"):
+        check_backends(["wires"])
+
+
+def _usable(name):
     return ferro.backends.available()[name].ok
 
 

@@ -12,6 +12,7 @@ from ferro import BackendConfig, ProcessGroup
 from ferro.collectives import Choice
 from ferro.members import Members
 from ferro.rendezvous import MemoryStore
+from ferro.simulated.board import RankKilled
 from ferro.types import Device
 from ferro_nccl.backend import NcclBackend
 
@@ -29,6 +30,7 @@ class Ranks:
     timeout_s: float = 10.0
     deterministic: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)  # that died, as a job's store would tell
     store: MemoryStore = field(default_factory=MemoryStore)
     results: dict[int, object] = field(default_factory=dict)
     errors: dict[int, BaseException] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Ranks:
             timeout_s=self.timeout_s,
             choice=Choice(deterministic=self.deterministic),
             local_rank=rank,
+            lost=lambda: frozenset(self.lost),
             options=self.options,
         )
 
@@ -78,6 +81,8 @@ class Ranks:
                 self.results[rank] = function(group)
         except BaseException as error:  # noqa: BLE001 - looked at by the test
             self.errors[rank] = error
+            if isinstance(error, RankKilled):
+                self.lost.add(rank)
 
 
 @pytest.fixture

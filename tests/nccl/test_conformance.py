@@ -22,7 +22,6 @@ from .standin import Machine
 DIFFERENCES = {
     "tags": "NCCL has none",
     "mismatch": "comparing calls would make the host wait for the GPU in each; it is an option",
-    "lost_peer": "NCCL waits for a rank that died as for one that is late: CollectiveTimeout",
     "shrink": "CuPy has no ncclCommShrink",
 }
 CHECKS = [check for check in conformance.CHECKS if check is not conformance.check_transfers]

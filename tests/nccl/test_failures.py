@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ferro import CollectiveTimeout, FerroError, GroupClosed
+from ferro import CollectiveTimeout, FerroError, GroupClosed, PeerLost
 from ferro.errors import BackendError
 from ferro_nccl.bounded import bounded
 
@@ -141,6 +141,50 @@ def test_abort_on_one_rank_ends_the_others(machine, on_ranks):
     results = on_ranks(3, work)
     assert "was aborted by rank 0" in results[1]
     assert results[1] == results[2]
+
+
+@pytest.mark.parametrize("symptom", [0, 6])
+def test_a_rank_that_died_is_named_by_its_rank_in_the_group(machine, symptom):
+    """Also where NCCL notices first that a connection broke."""
+    died = threading.Event()
+
+    def work(group):
+        groups = [group, group.split(0, key=-group.rank)]
+        if group.rank:
+            groups.append(group.subgroup([3, 1, 2]))
+        if group.rank == 2:
+            ranks.lost.add(2)
+            died.set()
+            return None
+        assert died.wait(10)
+        peers = []
+        for one in groups:
+            one.backend._queue.communicator._native.error = symptom
+            with pytest.raises(PeerLost, match="job's store noticed") as caught:
+                one.barrier()
+            peers.append(caught.value.peer)
+        return peers
+
+    ranks = Ranks(machine, 4)
+    ranks.start(work)
+    assert ranks.join() == {0: [2, 1], 1: [2, 1, 2], 2: None, 3: [2, 1, 2]}
+    assert ranks.errors == {}
+
+
+def test_a_stranger_that_died_harms_no_group(machine):
+    def work(group):
+        part = group.split(group.rank // 2)
+        if group.rank == 3:
+            ranks.lost.add(3)
+        if group.rank >= 2:
+            return None
+        part.backend._queue._look_for_others()
+        return machine.host(part.all_reduce(machine.array([1.0]))).tolist()
+
+    ranks = Ranks(machine, 4)
+    ranks.start(work)
+    assert ranks.join() == {0: [2.0], 1: [2.0], 2: None, 3: None}
+    assert ranks.errors == {}
 
 
 def test_close_lets_what_was_launched_end(machine, on_ranks):

@@ -22,7 +22,6 @@ RUN_S = 120.0
 DIFFERENCES = {
     "tags": "NCCL has none",
     "mismatch": "an option",
-    "lost_peer": "NCCL does not notice it: CollectiveTimeout",
     "shrink": "CuPy has no ncclCommShrink",
 }
 CHECKS = [check for check in conformance.CHECKS if check is not conformance.check_transfers]

@@ -14,10 +14,11 @@ from ferro.errors import GroupClosed
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer
 from ferro_ucc.abi import Status
 from ferro_ucc.oob import Callbacks, OutOfBand
-from ferro_ucc.waiting import Abort, Patience
+from ferro_ucc.waiting import Abort, Lost, Patience
 
 SECRET = b"a secret of thirty-two characters"
 PATIENT_S = 20.0
+NOBODY_LOST = Lost(frozenset, ())
 
 
 def on_ranks(count: int, function: Callable[[int], object]) -> list[object]:
@@ -144,7 +145,7 @@ def wait_out(patience: Patience) -> None:
 
 def test_a_wait_ends_at_its_deadline():
     with pytest.raises(TimeoutError, match="deadline"):
-        wait_out(Patience(time.monotonic() + 0.03, Abort(MemoryStore())))
+        wait_out(Patience(time.monotonic() + 0.03, Abort(MemoryStore()), NOBODY_LOST))
 
 
 def test_a_wait_ends_by_an_abort_here_or_elsewhere():
@@ -154,11 +155,11 @@ def test_a_wait_ends_by_an_abort_here_or_elsewhere():
     here.tell()
     for abort in (here, elsewhere):  # the other rank finds it in the store
         with pytest.raises(GroupClosed, match="aborted"):
-            wait_out(Patience(time.monotonic() + PATIENT_S, abort))
+            wait_out(Patience(time.monotonic() + PATIENT_S, abort, NOBODY_LOST))
 
 
 def test_an_abort_wakes_a_wait_that_began():
     abort = Abort(MemoryStore())
     threading.Thread(target=abort.tell).start()
     with pytest.raises(GroupClosed):
-        wait_out(Patience(time.monotonic() + PATIENT_S, abort))
+        wait_out(Patience(time.monotonic() + PATIENT_S, abort, NOBODY_LOST))

@@ -66,9 +66,9 @@ class BackendConfig:
         local_rank: number of this process on its host.
         launcher: what started it; see `BackendInfo.default_under`.
         requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
-        lost: returns the world ranks whose process ended without a farewell, as the job's store
-            has noticed: for backends whose library never does. A round trip, for slow paths;
-            never raises.
+        lost: returns the world ranks whose process ended without a farewell, or that left by an
+            exception, as the job's store has noticed: for backends whose library never does. A
+            round trip, for slow paths; never raises.
         options: the backend's own options, by name.
     """
 

@@ -26,7 +26,7 @@ def available() -> dict[str, Availability]:
         if isinstance(offer, PluginError):
             found[name] = Availability(ok=False, reason=str(offer), hint="uninstall one of them")
         else:
-            found[name] = _probe(offer)
+            found[name] = probe(offer.item)
     return found
 
 
@@ -50,8 +50,22 @@ def get(name: str) -> BackendInfo:
     if isinstance(offer, PluginError):
         raise offer
     if offer is None:
-        raise BackendUnavailable(name, _absent(name, sorted(table)), _remedy(name))
+        raise _absent(name, plugins, table)
     return offer.item
+
+
+def probe(info: BackendInfo) -> Availability:
+    """Ask a backend whether it can be used here; never raises, whatever its probe does."""
+    try:
+        return info.probe()
+    except Exception as error:  # noqa: BLE001 - a stranger's probe raises what it likes
+        offers, _ = installed().survey("ferro_backends", BackendInfo)
+        authors = [it.distribution for it in offers if it.item.name == info.name]
+        return Availability(
+            ok=False,
+            reason=f"its probe raised {type(error).__name__}: {error}",
+            hint=f"Report this to the authors of {' and '.join(authors) or info.name}.",
+        )
 
 
 def taking(device: Device) -> list[str]:
@@ -101,19 +115,21 @@ def _table(plugins: Plugins) -> dict[str, Offer[BackendInfo] | PluginError]:
     return by_name(plugins.offers("ferro_backends", BackendInfo), "backend")
 
 
-def _probe(offer: Offer[BackendInfo]) -> Availability:
-    try:
-        return offer.item.probe()
-    except Exception as error:  # noqa: BLE001 - a probe must not raise, whatever it meets
-        return Availability(
-            ok=False,
-            reason=f"its probe raised {type(error).__name__}: {error}",
-            hint=f"report this to the authors of {offer.distribution}",
+def _absent(
+    name: str, plugins: Plugins, table: Mapping[str, Offer[BackendInfo] | PluginError]
+) -> BackendUnavailable:
+    """Return the error that says why nobody offers a backend of this name, and what to do."""
+    loaded = plugins.versions.get(name)
+    offering = {it.distribution for it in plugins.offers("ferro_backends", BackendInfo)}
+    if loaded is not None and loaded not in offering:
+        return BackendUnavailable(
+            name,
+            f"plugin {name!r} of {loaded} is loaded, but offers no backend",
+            "Is its ferro_backends decorated with @ferro.hookimpl?",
         )
-
-
-def _absent(name: str, others: list[str]) -> str:
-    return f"no plugin that offers it is installed (installed: {', '.join(others)})"
+    there = ", ".join(sorted(table))
+    reason = f"no plugin that offers it is installed (installed: {there})"
+    return BackendUnavailable(name, reason, _remedy(name))
 
 
 def _remedy(name: str) -> str:

@@ -70,7 +70,7 @@ class ProcessGroup(ArrayCollectives):
         backend: Backend,
         members: Members,
         *,
-        on_close: Callable[[float], None] | None = None,
+        on_close: Callable[[float, bool], None] | None = None,
     ) -> None:
         super().__init__(backend, members)
         self.local_rank = members.local_rank
@@ -384,15 +384,16 @@ class ProcessGroup(ArrayCollectives):
         """
         for child in self._living_children():
             child.close()
+        patience_s = _HASTE_S if self._dispatch.state == "dead" else _PATIENCE_S
         self._dispatch.close(self.timeout_s)
-        self._leave(_PATIENCE_S)
+        self._leave(patience_s, farewell=True)
 
     def abandon(self) -> None:
         """Release the connections at once; peers that still wait for this rank lose it."""
         for child in self._living_children():
             child.abandon()
         self._dispatch.close(0.0)
-        self._leave(_HASTE_S)
+        self._leave(_HASTE_S, farewell=False)
 
     def abort(self) -> None:
         """End all operations at once, on every rank; the group is dead afterwards."""
@@ -406,10 +407,10 @@ class ProcessGroup(ArrayCollectives):
     def _living_children(self) -> list[ProcessGroup]:
         return [child for ref in self._children if (child := ref()) is not None]
 
-    def _leave(self, patience_s: float) -> None:
+    def _leave(self, patience_s: float, *, farewell: bool) -> None:
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
-            on_close(patience_s)
+            on_close(patience_s, farewell)
 
     def _target(self, buffer: Input) -> Outlet:
         entry = self._enter(buffer)

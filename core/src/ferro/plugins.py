@@ -116,9 +116,10 @@ class Plugins:
             manager.register(module, name)
             manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
+            hooks = sorted(hook for hook in vars(hookspecs) if hook.startswith("ferro_"))
             raise PluginError(
                 f"plugin {name!r} of {distribution} implements a hook that ferro does not "
-                f"specify, or with other arguments: {error}"
+                f"specify, or with other arguments: {error}. The hooks are {', '.join(hooks)}."
             ) from error
         self.versions[name] = distribution
         self._managers[name] = manager

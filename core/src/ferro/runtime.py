@@ -84,7 +84,7 @@ def init(
         try:
             world.join(deterministic, algorithms or {}, backend_options or {}, observers)
         except BaseException:
-            world.close(_HASTE_S)
+            world.close(_HASTE_S, farewell=False)
             raise
         _world = world
     atexit.unregister(_at_exit)

@@ -145,7 +145,7 @@ class World:
                 f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
             )
         chosen = backends.get(name)
-        found = chosen.probe()
+        found = backends.probe(chosen)
         if not found.ok:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
@@ -200,8 +200,14 @@ class World:
             options=backend_options,
         )
 
-    def close(self, patience_s: float) -> None:
-        """Say goodbye and release the store; whoever hosts it waits `patience_s` for the others."""
+    def close(self, patience_s: float, farewell: bool = True) -> None:
+        """Say goodbye and release the store.
+
+        Args:
+            patience_s: how long whoever hosts the store waits for the others, in seconds.
+            farewell: this rank leaves in good order; else it is lost, as if it had died: see
+                `BackendConfig.lost`.
+        """
         if self.closed:
             return
         self.closed = True
@@ -211,6 +217,8 @@ class World:
             except Exception as error:  # noqa: BLE001 - the store must be left all the same
                 _log.error("ferro: observer %s: %s", type(observer).__name__, error)
         if self._meeting is not None:
+            if not farewell:  # first, for the others may wait for this rank
+                self._meeting.store.carry_out_will()
             self._say_goodbye(self._meeting, patience_s)
             self._meeting.close()
 

@@ -39,7 +39,7 @@ def check_backends(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            found = backends.get(name).probe()
+            found = backends.probe(backends.get(name))
         except FerroError as error:
             raise pytest.UsageError(f"--ferro-backend {name}: {error}") from None
         if not found.ok:

@@ -6,7 +6,7 @@ from ferro.testing.conformance import CHECKS, Case
 
 CASE = Case(
     backend="pipes",
-    world_sizes=(1, 3),
+    world_sizes=(1, 5),
     unsupported={"shrink": "pipes that a failure has closed are not opened again"},
 )
 

@@ -29,7 +29,7 @@ def cpu_backend(launcher: str) -> str:
             "no installed backend is the default for CPU arrays",
             "Install one, or name it.",
         )
-    found = _probed(name)
+    found = backends.probe(backends.get(name))
     if not found.ok:
         raise BackendUnavailable(name, found.reason, found.hint)
     return name
@@ -41,7 +41,7 @@ def gpu_backend() -> str:
     Raises:
         BackendUnavailable: there is none, or there are several.
     """
-    found = {info.name: _probed(info.name) for info in _parts(Device.CUDA)}
+    found = {info.name: backends.probe(info) for info in _parts(Device.CUDA)}
     usable = [name for name, availability in found.items() if availability.ok]
     if len(usable) == 1:
         return usable[0]
@@ -63,7 +63,7 @@ def _probe_hybrid() -> Availability:
     """Say what "hybrid" is made of here; it can be used where any backend between processes can."""
     try:
         infos = [info for info in _parts(Device.CPU) if info.default_under]
-        usable = [info.name for info in infos if _probed(info.name).ok]
+        usable = [info.name for info in infos if backends.probe(info).ok]
         cpu, cuda = _told(lambda: cpu_backend(_launcher())), _told(gpu_backend)
     except FerroError as error:  # of a broken plugin
         return Availability(ok=False, reason=str(error), hint="repair or uninstall it")
@@ -82,15 +82,6 @@ def _parts(device: Device) -> list[BackendInfo]:
     """Return the installed backends for arrays on a device that are made of no others."""
     infos = [backends.get(name) for name in backends.taking(device)]
     return [info for info in infos if not info.composes]
-
-
-def _probed(name: str) -> Availability:
-    try:
-        return backends.get(name).probe()
-    except FerroError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a stranger's probe, which should not raise
-        return Availability(ok=False, reason=f"its probe raised {type(error).__name__}: {error}")
 
 
 def _told(choose: Callable[[], str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,14 @@ from ferro.conformance.rank import probe
 from ferro.conformance.report import report
 from ferro.conformance.survey import Survey, Timing
 from ferro.conformance.verdicts import Verdict, judge
-from ferro.errors import BackendUnavailable, UsageError
+from ferro.errors import BackendUnavailable, PluginError, UnsupportedError, UsageError
 from ferro.testing.case import Case
 from ferro.testing.outcome import Outcome, RanksFailed
-from ferro.testing.samples import DTYPES
+from ferro.testing.samples import BRAIN
 from ferro.types import Device
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _UNAVAILABLE_STATUS = 2
-_KINDS_OF_ABSENCE = ("BackendUnavailable", "UnsupportedError")
 
 
 def run(options: ConformanceOptions) -> int:
@@ -40,7 +38,7 @@ def run(options: ConformanceOptions) -> int:
     before = {signum: signal.signal(signum, _terminate) for signum in _ENDING}
     try:
         survey = _survey(options)
-    except BackendUnavailable as error:
+    except (BackendUnavailable, PluginError) as error:
         _say(sys.stderr, f"ferro: {error}")
         return _UNAVAILABLE_STATUS
     finally:
@@ -56,21 +54,22 @@ def _survey(options: ConformanceOptions) -> Survey:
 
     Raises:
         BackendUnavailable: nothing can be tried.
+        PluginError: a plugin could not be loaded.
     """
     info = backends.get(options.backend)
-    available = info.probe()
+    available = backends.probe(info)
     if not available.ok:
         raise BackendUnavailable(options.backend, available.reason, available.hint)
     versions = {"ferro": version("ferro")}
     if available.version:
         versions[options.backend] = available.version
-    dtypes = tuple(name for name in DTYPES if name != "bfloat16" or _has_bfloat16())
     case = Case(
         backend=options.backend,
         world_sizes=(options.ranks,),
-        dtypes=dtypes,
         timeout_s=options.timeout_s,
     )
+    if BRAIN not in case.dtypes:
+        _say(sys.stderr, f"{BRAIN} was not asked for: ml_dtypes is not installed")
     device = options.device or info.devices[0]
     cells, timings, failure = _probe(case, options.ranks, device)
     verdicts: Mapping[str, Verdict] = {}
@@ -86,7 +85,7 @@ def _survey(options: ConformanceOptions) -> Survey:
         versions=versions,
         ranks=options.ranks,
         device=device,
-        dtypes=dtypes,
+        dtypes=case.dtypes,
         cells=tuple(cells),
         verdicts=verdicts,
         timings=tuple(timings),
@@ -111,15 +110,18 @@ def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Tim
 
 
 def _require_available(name: str, outcomes: Sequence[Outcome]) -> None:
-    """Raise when no rank could be given the backend: that is no fault of its own.
+    """Raise when ranks could not be given the backend: that is no fault of its own.
+
+    One that cannot have it is enough: what the others raise then is a consequence.
 
     Raises:
         BackendUnavailable: with the reason that the ranks had.
     """
-    for outcome in outcomes:
-        if outcome.error_type not in _KINDS_OF_ABSENCE:
-            return
-    words = outcomes[0].error_text.strip().splitlines()[-1].partition(": ")[2]
+    absent = [it for it in outcomes if it.error_type == BackendUnavailable.__name__]
+    if not absent and any(it.error_type != UnsupportedError.__name__ for it in outcomes):
+        return
+    first = (absent or outcomes)[0]
+    words = first.error_text.rpartition(f"{first.error_type}: ")[2].strip().partition("\n")[0]
     words = words.removeprefix(str(BackendUnavailable(name, "")).removesuffix("."))
     raise BackendUnavailable(name, f"on its ranks: {words.rstrip('.')}")
 
@@ -133,10 +135,6 @@ def _with_gaps(case: Case, cells: Sequence[Cell]) -> Case:
 def _tell(verdict: Verdict) -> None:
     reason = f": {verdict.text.splitlines()[0]}" if verdict.text else ""
     _say(sys.stderr, f"{verdict.name:<28} {verdict.status:<8} {verdict.seconds:5.1f} s{reason}")
-
-
-def _has_bfloat16() -> bool:
-    return importlib.util.find_spec("ml_dtypes") is not None
 
 
 def _keep(options: ConformanceOptions, survey: Survey) -> None:

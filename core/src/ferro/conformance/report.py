@@ -14,6 +14,7 @@ from ferro.testing.differences import FEATURES, supported
 _MARKS: Mapping[Status, str] = {"ok": "ok", "refused": "–", "wrong": "WRONG", "unknown": "?"}
 _LEGEND = "ok: right, bit for bit · –: refused (UnsupportedError) · WRONG: see below · ?: not asked"
 _WIDTH = 100
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")  # for "–1" reads as minus one
 
 
 def report(survey: Survey) -> str:
@@ -46,7 +47,7 @@ def _collectives(survey: Survey, reasons: Mapping[str, str]) -> str:
         for op in COLUMNS:
             status = table[op][dtype]
             note = next((n for key, n in numbers.items() if not supported([key], op, dtype)), "")
-            row.append(_MARKS[status] + (note if status == "refused" else ""))
+            row.append(_mark(status, note))
         rows.append(row)
     return _LEGEND + "\n\n" + _aligned(rows)
 
@@ -58,16 +59,20 @@ def _reductions(survey: Survey) -> str:
     return _aligned(rows)
 
 
-def _mark(status: Status | None) -> str:
-    return "" if status is None else _MARKS[status]
+def _mark(status: Status | None, note: str = "") -> str:
+    """Return the mark of a status; of a refusal with the number of its reason, "– ¹"."""
+    if status is None:
+        return ""
+    if status == "refused" and note:
+        return f"{_MARKS[status]} {note.translate(_RAISED)}"
+    return _MARKS[status]
 
 
 def _features(survey: Survey, reasons: Mapping[str, str]) -> str:
     numbers = {key: str(index) for index, key in enumerate(reasons, 1)}
     rows = []
     for name, status in survey.features().items():
-        note = numbers.get(name, "") if status == "refused" else ""
-        rows.append([name, _MARKS[status] + note, FEATURES.get(name, "")])
+        rows.append([name, _mark(status, numbers.get(name, "")), FEATURES.get(name, "")])
     return _aligned(rows)
 
 
@@ -91,7 +96,7 @@ def _reasons(reasons: Mapping[str, str]) -> str:
 def _findings(findings: Sequence[str]) -> str:
     if not findings:
         return "nothing is wrong"
-    lines = [f"{len(findings)} findings"]
+    lines = ["1 finding" if len(findings) == 1 else f"{len(findings)} findings"]
     for text in findings:
         lines += ["", *textwrap.indent(text, "  ").splitlines()]
     return "\n".join(lines)

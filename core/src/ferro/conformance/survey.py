@@ -17,6 +17,7 @@ _STATUS: Mapping[str, Status] = {
     "wrong": "wrong",
     "skipped": "unknown",
 }
+_OF_TRANSFERS = ("transfers", "tags")  # features that are gone with them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,8 @@ class Survey:
             found[name] = "unknown" if verdict is None else _STATUS[verdict.status]
             if plain.get(name, "ok") != "ok":
                 found[name] = plain[name]
+        if "sendrecv" in gaps(self.cells):  # none of their checks ran
+            found |= dict.fromkeys(_OF_TRANSFERS, "refused")
         return found
 
     def reasons(self) -> dict[str, str]:

@@ -40,6 +40,7 @@ _ALONE = (
     kit.check_deterministic,
     kit.check_mismatch,
     kit.check_timeout,
+    kit.check_send_deadline,
     kit.check_abort,
     kit.check_lost_peer,
     kit.check_shrink,

@@ -129,6 +129,16 @@ class StoreClient:
                 raise self._slow("will", exc) from exc
         self._check(reply)
 
+    def carry_out_will(self) -> None:
+        """Have the will carried out now, if there is one; the store may be used, and left, as ever.
+
+        For a process that fails and yet does not die at once.
+        """
+        with self._will_lock:
+            will, self._will = self._will, None
+        if will is not None:
+            will.carry_out()
+
     def prefix(self, name: str) -> Store:
         """See `Store.prefix`; the view shares this client's connections."""
         return PrefixStore(self, name)

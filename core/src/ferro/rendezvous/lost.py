@@ -1,4 +1,7 @@
-"""Who of a world is lost: ranks whose process ended without a farewell, as the store noticed."""
+"""Who of a world is lost: ranks that ended without a farewell, as the store noticed.
+
+So ends a process that is killed, and so leaves one that fails: see `ProcessGroup.abandon`.
+"""
 
 from __future__ import annotations
 

@@ -52,6 +52,12 @@ class Will:
             self._sock.sendall(wire.encode_request(wire.Request(wire.Op.WITHDRAW, self._key)))
         self._sock.close()
 
+    def carry_out(self) -> None:
+        """Close the connection without a farewell, as this process's death would. Idempotent."""
+        with suppress(OSError):  # the store went first, or this was closed before
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
     def disown(self) -> None:
         """Close this process's copy of the connection, which is another one's."""
         self._sock.close()

@@ -15,7 +15,7 @@ from ferro.simulation import simulate
 from ferro.testing.differences import check_keys, supported
 from ferro.testing.outcome import Outcome, RanksFailed
 from ferro.testing.ranks import run_ranks_outcomes
-from ferro.testing.samples import DTYPES
+from ferro.testing.samples import DTYPES, known
 
 RUN_S = 60.0
 
@@ -42,7 +42,7 @@ class Case:
     Attributes:
         backend: its name.
         world_sizes: numbers of ranks to check it with.
-        dtypes: names of the element types it carries.
+        dtypes: names of the element types it carries; without ml_dtypes bfloat16 is left out.
         unsupported: what it does not do -> reason; see `ferro.testing.differences` for the keys.
             A check proves it where that can be; the others leave it out. Whatever else raises
             UnsupportedError is a failure.
@@ -72,6 +72,7 @@ class Case:
 
     def __post_init__(self) -> None:
         check_keys(self.unsupported)
+        object.__setattr__(self, "dtypes", known(self.dtypes))
 
     @property
     def largest(self) -> int:
@@ -168,13 +169,21 @@ def require(what: str, outcomes: Sequence[Outcome], lost: Sequence[int] = ()) ->
     """Raise when a rank failed, but for those that were to be lost.
 
     Raises:
-        RanksFailed: with every rank's traceback, and a word on differences to be declared.
+        RanksFailed: with every rank's traceback, and a word on refusals.
     """
-    failed = [it for it in outcomes if not it.ok and it.rank not in lost]
-    if any(it.error_type == UnsupportedError.__name__ for it in failed):
+    left = [it for it in outcomes if it.rank not in lost]
+    failed = [it for it in left if not it.ok]
+    refused = [it.rank for it in failed if it.error_type == UnsupportedError.__name__]
+    if refused and len(refused) == len(left):
         what += (
             ": UnsupportedError from what is not declared unsupported. Support it, or declare it "
             "with the reason in Case(unsupported={...})"
+        )
+    elif refused:
+        others = [it.rank for it in left if it.rank not in refused]
+        what += (
+            f": UnsupportedError on ranks {refused} only, ranks {others} did not refuse. Refuse it "
+            "on all ranks alike, or on none: what only some refuse cannot be declared"
         )
     if failed:
         raise RanksFailed(what, outcomes)

@@ -15,6 +15,7 @@ from ferro.testing.algorithms import check_collective
 from ferro.testing.buffers import check_allocate, check_buffers
 from ferro.testing.case import Case, Runner, attempt, run_simulated
 from ferro.testing.concurrency import check_async, check_groups, check_overlapping_groups
+from ferro.testing.deadlines import check_send_deadline
 from ferro.testing.differences import FEATURES, OPERATIONS
 from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro.testing.movements import check_movements, check_uneven
@@ -49,6 +50,7 @@ CHECKS = (
     check_unsupported,
     check_mismatch,
     check_timeout,
+    check_send_deadline,
     check_lost_peer,
     check_abort,
     check_shrink,
@@ -77,6 +79,7 @@ __all__ = [
     "check_overlapping_groups",
     "check_reduction_functions",
     "check_reductions",
+    "check_send_deadline",
     "check_shrink",
     "check_tags",
     "check_timeout",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -18,6 +19,7 @@ from ferro.types import Array
 
 Shape: TypeAlias = tuple[int, ...]
 
+BRAIN = "bfloat16"  # which NumPy knows by the package ml_dtypes only
 DTYPES = (
     "bool",
     "int8",
@@ -29,7 +31,7 @@ DTYPES = (
     "uint32",
     "uint64",
     "float16",
-    "bfloat16",
+    BRAIN,
     "float32",
     "float64",
     "complex64",
@@ -49,14 +51,20 @@ _UFUNCS: dict[str, np.ufunc] = {
     "bor": np.bitwise_or,
     "bxor": np.bitwise_xor,
 }
-_HALF = ("float16", "bfloat16")
+_HALF = ("float16", BRAIN)
 
 
 def dtype_of(name: str) -> np.dtype:
     """Return a dtype by name; bfloat16 needs the package ml_dtypes."""
-    if name == "bfloat16":
+    if name == BRAIN:
         name = importlib.import_module("ml_dtypes").bfloat16
     return np.dtype(name)
+
+
+def known(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names without those of dtypes that are not here: bfloat16 needs ml_dtypes."""
+    has_brain = importlib.util.find_spec("ml_dtypes") is not None
+    return tuple(name for name in names if name != BRAIN or has_brain)
 
 
 def reductions(dtype: str) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""ferro-pipes: a ferro backend over named pipes, for ranks of one host."""
+"""ferro-pipes: a ferro backend over Unix sockets, for ranks of one host."""

@@ -6,7 +6,8 @@ from ferro import Availability, Backend, BackendConfig, BackendInfo, hookimpl
 
 
 def _probe() -> Availability:
-    return Availability(ok=os.name == "posix", reason="Unix sockets", hint="Use Linux or macOS.")
+    hint = "" if os.name == "posix" else "Use Linux or macOS."
+    return Availability(ok=not hint, reason="Unix sockets", hint=hint)
 
 
 def _create(config: BackendConfig) -> Backend:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class NcclBackend(Backend):
         place: what this process's groups share.
         communicator: this rank's end.
         rank: this rank.
-        world_size: number of ranks.
+        members: the ranks in the world of all, by rank in this group.
         context: the group's number.
     """
 
@@ -52,12 +53,20 @@ class NcclBackend(Backend):
     labels_frames = True
 
     def __init__(
-        self, place: Place, communicator: Communicator, rank: int, world_size: int, context: int
+        self,
+        place: Place,
+        communicator: Communicator,
+        rank: int,
+        members: Sequence[int],
+        context: int,
     ) -> None:
+        world_size = len(members)
         super().__init__(rank, world_size, place.choice)
         self._place = place
+        self._members = tuple(members)
         self._gpu = place.gpu
-        self._queue = Queue(place.gpu, communicator, place.part(context), f"rank {rank}")
+        lost = partial(place.lost_of, self._members)
+        self._queue = Queue(place.gpu, communicator, place.part(context), lost, f"rank {rank}")
         self._moves = Moves(
             place.library, place.gpu, communicator, self._queue.stream, rank, world_size
         )
@@ -86,9 +95,10 @@ class NcclBackend(Backend):
             choice=config.choice,
             settings=settings,
             timeout_s=config.timeout_s,
+            lost=config.lost,
         )
         communicator = place.connect(config.rank, config.world_size, _WORLD)
-        return cls(place, communicator, config.rank, config.world_size, _WORLD)
+        return cls(place, communicator, config.rank, range(config.world_size), _WORLD)
 
     # -- calls and groups ------------------------------------------------------------------------
 
@@ -113,7 +123,7 @@ class NcclBackend(Backend):
         """Return a group with a communicator of its own; its members alone call it."""
         rank, size = ranks.index(self.rank), len(ranks)
         communicator = self._place.connect(rank, size, context)
-        return NcclBackend(self._place, communicator, rank, size, context)
+        return self._part(communicator, ranks, context)
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
         """Return one of the groups into which all ranks part; see `ncclCommSplit`."""
@@ -121,10 +131,9 @@ class NcclBackend(Backend):
         if ranks is None:
             self._queue.split(-1, 0, deadline)
             return None
-        rank, size = ranks.index(self.rank), len(ranks)
-        communicator = self._queue.split(ranks[0], rank, deadline)
+        communicator = self._queue.split(ranks[0], ranks.index(self.rank), deadline)
         assert communicator is not None, "a rank with a color is in a group"
-        return NcclBackend(self._place, communicator, rank, size, context)
+        return self._part(communicator, ranks, context)
 
     def abort(self) -> None:
         """End all that is under way, here at once and on the other ranks within about a second."""
@@ -274,6 +283,11 @@ class NcclBackend(Backend):
             self._moves.all_to_all(outgoing, incoming)
 
     # -- shared ----------------------------------------------------------------------------------
+
+    def _part(self, communicator: Communicator, ranks: Sequence[int], context: int) -> NcclBackend:
+        """Return a group of some of these ranks."""
+        members = [self._members[rank] for rank in ranks]
+        return NcclBackend(self._place, communicator, ranks.index(self.rank), members, context)
 
     def _native(self, reduction: Reduction) -> Native | None:
         deterministic = self.choice.deterministic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ferro.collectives import Choice
@@ -25,6 +26,7 @@ class Place:
         choice: what the user chose of algorithms.
         settings: what the user chose besides.
         timeout_s: how long making a group may take.
+        lost: see `BackendConfig.lost`.
     """
 
     library: Library
@@ -33,10 +35,16 @@ class Place:
     choice: Choice
     settings: Settings
     timeout_s: float
+    lost: Callable[[], frozenset[int]]
 
     def part(self, context: int) -> Store:
         """Return the part of the store that belongs to a group."""
         return self.store.prefix(f"nccl/{context}")
+
+    def lost_of(self, members: Sequence[int]) -> list[int]:
+        """Return who of a group died, by rank in it, of ranks in the world. A round trip."""
+        gone = self.lost()
+        return [rank for rank, member in enumerate(members) if member in gone]
 
     def connect(self, rank: int, world_size: int, context: int) -> Communicator:
         """Make the communicator of a new group; every rank of it does."""

@@ -14,10 +14,10 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from ferro.errors import BackendError, FerroError, GroupClosed
+from ferro.errors import BackendError, FerroError, GroupClosed, PeerLost
 from ferro.rendezvous import Store
 from ferro.types import Array
 from ferro.work import in_lane
@@ -27,8 +27,10 @@ from ferro_nccl.operation import Operation
 from ferro_nccl.watch import Watch
 
 _IN_PROGRESS = 7  # NCCL's code for "not an error"
-_LOOK_S = 0.5  # how often to ask the store for other ranks' failures, and after how long first
+_LOOK_S = 0.5  # how often to ask the store for others' deaths and failures, and when first
 _LAUNCH_S = 0.2  # a launch takes microseconds; one that takes longer is stuck inside NCCL
+_NOTICE_S = 0.3  # how much later than NCCL the store may notice that a rank died
+_ASK_S = 0.05  # how often to ask it meanwhile
 _NATIVE_S = 5.0  # how long aborting or destroying a communicator may take
 _LOOKS = 100  # at an event, before going to sleep between looks
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
@@ -44,6 +46,7 @@ class Queue:
         gpu: where it all happens.
         communicator: aborted or destroyed here.
         store: where the ranks tell each other that they have failed.
+        lost: says who died, by rank in this group: NCCL never does.
         name: of this rank, for the others' messages.
 
     Attributes:
@@ -51,11 +54,19 @@ class Queue:
         stream: where operations are launched.
     """
 
-    def __init__(self, gpu: Gpu, communicator: Communicator, store: Store, name: str) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        communicator: Communicator,
+        store: Store,
+        lost: Callable[[], Sequence[int]],
+        name: str,
+    ) -> None:
         self.gpu = gpu
         self.communicator = communicator
         self.stream = gpu.new_stream()
         self._store = store
+        self._lost = lost
         self._name = name
         self._launching = threading.Lock()
         self._native = threading.Lock()  # communicator.async_error, .abort and .destroy
@@ -167,7 +178,7 @@ class Queue:
         if any(now > operation.deadline for operation in operations):
             self._time_out()
         elif code := self._async_error():
-            self.fail(BackendError(f"NCCL reports error {code} ({_meaning(code)})", code=code))
+            self._fail_by_code(code)
         elif now - max(operations[0].started_s, self._looked_s) > _LOOK_S:
             self._looked_s = now
             self._look_for_others()
@@ -248,8 +259,30 @@ class Queue:
             self._native.release()
         return 0 if code == _IN_PROGRESS else code
 
+    def _fail_by_code(self, code: int) -> None:
+        """End because NCCL says so: a connection that broke is but the symptom of a death."""
+        until = time.monotonic() + _NOTICE_S
+        while not self._fail_by_death():
+            if time.monotonic() > until:
+                error = BackendError(f"NCCL reports error {code} ({_meaning(code)})", code=code)
+                self.fail(error)
+                return
+            time.sleep(_ASK_S)
+
+    def _fail_by_death(self) -> bool:
+        """End if a rank of this group died; say whether one has."""
+        gone = self._lost()
+        if gone:
+            error = PeerLost(
+                "it ended without a farewell, as the job's store noticed", peer=gone[0]
+            )
+            self.fail(error, tell=False)  # the others ask as well
+        return bool(gone)
+
     def _look_for_others(self) -> None:
-        """End as another rank did, if one has."""
+        """End if another rank died, or as another one ended."""
+        if self._fail_by_death():
+            return
         try:
             kind, text = json.loads(self._store.get("failed", deadline=0.0))
         except (TimeoutError, FerroError, OSError, ValueError):

@@ -81,7 +81,7 @@ class Lost:
         gone = self._ask()
         for peer, rank in enumerate(self._ranks):
             if rank in gone:
-                raise PeerLost("its process ended, as the job's store noticed", peer=peer)
+                raise PeerLost("it ended without a farewell, as the job's store noticed", peer=peer)
 
 
 class Patience:

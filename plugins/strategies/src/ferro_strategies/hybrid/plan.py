@@ -136,7 +136,7 @@ def _usable(name: str) -> BackendInfo:
     info = backends.get(name)
     if info.composes:
         raise UsageError(f"hybrid cannot be made of {name!r}, which is made of others itself")
-    found = info.probe()
+    found = backends.probe(info)
     if not found.ok:
         raise BackendUnavailable(name, found.reason, found.hint)
     return info
