@@ -10,9 +10,9 @@ import pytest
 
 import ferro
 from ferro_strategies import DDP
-from ferro_strategies.ddp.replicas import broadcast_arrays
 from ferro_strategies.nn import Linear, Sequential
 from ferro_strategies.optim import SGD
+from ferro_strategies.replicas import broadcast_arrays
 
 BUCKET = 1 << 18
 

@@ -1,4 +1,4 @@
-"""Flights: the pullbacks of a DDP module that are out, and whether a reduction is due.
+"""Flights: the pullbacks of a replicated module that are out, and whether a reduction is due.
 
 Several microbatches may be in flight. Gradients are reduced once, while the last of them goes
 backward: a parameter's gradient is complete when none in flight can add to it any more, and the
@@ -11,8 +11,8 @@ import weakref
 
 from ferro import UsageError
 
-from ..nn.arrays import Array
-from ..nn.module import Pullback
+from .nn.arrays import Array
+from .nn.module import Pullback
 
 
 class Flight:
@@ -38,13 +38,17 @@ class Flight:
 class Flights:
     """All pullbacks in flight.
 
+    Args:
+        strategy: whose they are, for messages.
+
     Attributes:
         due: whether the gradients are to be reduced: a forward pass was made outside `no_sync`
             since the last reduction.
         begun: whether a pullback has run since they are due.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strategy: str) -> None:
+        self._strategy = strategy
         self.due = False
         self.begun = False
         self._failed = False
@@ -58,15 +62,15 @@ class Flights:
         """
         if self._failed:
             raise UsageError(
-                "DDP: an earlier backward pass failed on this rank, while other ranks may have "
-                "gone on: their gradients no longer belong together. Find its error, and "
-                "restart from a checkpoint."
+                f"{self._strategy}: an earlier backward pass failed on this rank, while other "
+                "ranks may have gone on: their gradients no longer belong together. Find its "
+                "error, and restart from a checkpoint."
             )
         if self.begun:
             raise UsageError(
-                f"DDP: gradients were not reduced, for {len(self._out)} pullback(s) made earlier "
-                "have not been run. Run every pullback or drop it (`del pullback`) before the "
-                "last one goes backward; evaluate with model(x), which keeps none."
+                f"{self._strategy}: gradients were not reduced, for {len(self._out)} pullback(s) "
+                "made earlier have not been run. Run every pullback or drop it (`del pullback`) "
+                "before the last one goes backward; evaluate with model(x), which keeps none."
             )
         if not self._out:
             self.due = False  # what made it due was dropped without being run

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array
-from ..nn.module import Module
+from .nn.arrays import Array
+from .nn.module import Module
 
 
-def check_same(module: Module, group: ProcessGroup, options: Mapping[str, object]) -> None:
+def check_same(
+    strategy: str, module: Module, group: ProcessGroup, options: Mapping[str, object]
+) -> None:
     """Compare names, shapes and dtypes of the model, and the options, over all ranks.
 
     Raises:
@@ -33,9 +35,9 @@ def check_same(module: Module, group: ProcessGroup, options: Mapping[str, object
         for rank, line in enumerate(said):
             if line != said[0]:
                 raise UsageError(
-                    f"DDP on group {group.name!r}: the models differ: where rank 0 has {said[0]}, "
-                    f"rank {rank} has {line}. Build the same model, with the same options, on "
-                    "every rank. Nothing was changed.",
+                    f"{strategy} on group {group.name!r}: the models differ: where rank 0 has "
+                    f"{said[0]}, rank {rank} has {line}. Build the same model, with the same "
+                    "options, on every rank. Nothing was changed.",
                     group=group.name,
                     rank=group.rank,
                     peer=rank if group.rank == 0 else 0,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ferro import ProcessGroup, UsageError
 
+from ..flights import Flight, Flights
 from ..nn.arrays import Array
-from ..nn.buffer import Buffer
 from ..nn.module import Module, Pullback
-from ..nn.parameter import Parameter
+from ..replicas import broadcast_arrays, check_same
+from ..rollcall import RollCall, Step
 from .bucket import Hook
-from .flights import Flight, Flights
 from .reducer import Reducer
-from .replicas import broadcast_arrays, check_same
-from .rollcall import RollCall, Step
 
 
 class DDP(Module):
@@ -39,7 +37,8 @@ class DDP(Module):
     All ranks make the same passes in the same order. `model(x)` computes the output alone and
     communicates nothing, so one rank may call it by itself.
 
-    Names in `named_parameters`, `state_dict` and so on are those of the wrapped module.
+    Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a
+    state fits the module with and without DDP.
 
     Args:
         module: the model; parameters and buffers get rank 0's values.
@@ -61,6 +60,8 @@ class DDP(Module):
         UsageError: ranks gave different models or options (on every rank, with the first
             difference), or no parameter requires a gradient. Nothing was changed.
     """
+
+    transparent = True
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class DDP(Module):
             "broadcast_buffers": broadcast_buffers,
             "find_unused": find_unused,
         }
-        check_same(module, group, options)
+        check_same("DDP", module, group, options)
         trained = {name: item for name, item in module.named_parameters() if item.requires_grad}
         if not trained:
             raise UsageError(
@@ -100,7 +101,7 @@ class DDP(Module):
         self._sync = True
         self._roll: RollCall | None = None
         self._divide_by_all = False
-        self._flights = Flights()
+        self._flights = Flights("DDP")
         for name, parameter in module.named_parameters():
             parameter.name = name
         self._replicate(0)
@@ -180,21 +181,18 @@ class DDP(Module):
         finally:
             self._roll = None
 
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Yield the wrapped module's parameters, by their names there."""
-        return self.module.named_parameters()
+    def sync_gradients(self) -> None:
+        """Average what has been accumulated under `no_sync`, now.
 
-    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
-        """Yield the wrapped module's buffers, by their names there."""
-        return self.module.named_buffers()
+        For whoever runs all passes under `no_sync`, as a pipeline does. All ranks call it.
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copy the wrapped module's state: it fits the module with and without DDP."""
-        return self.module.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Load the wrapped module's state; every rank must load the same."""
-        self.module.load_state_dict(state)
+        Raises:
+            UsageError: as from a pullback.
+        """
+        self._flights.check_start()
+        self._announce(Step.BACKWARD)
+        self._reducer.expect()
+        self._reducer.finish(self._divisor())
 
     def __repr__(self) -> str:
         return f"DDP({self.module!r}, {self._group!r})"

@@ -6,6 +6,7 @@ from .batchnorm import BatchNorm
 from .buffer import Buffer
 from .containers import Residual, Sequential
 from .convolution import Conv2d
+from .deferral import deferring
 from .dropout import Dropout
 from .embedding import Embedding
 from .flatten import Flatten
@@ -13,9 +14,11 @@ from .gradcheck import check_gradients
 from .layernorm import LayerNorm
 from .linear import Linear
 from .losses import cross_entropy, mse_loss
-from .module import Module, Pullback
-from .parameter import Parameter, Use
+from .module import Module, Pullback, replace_modules
+from .parameter import Parameter
 from .pooling import MaxPool2d
+from .split import Split
+from .use import Use
 
 __all__ = [
     "GELU",
@@ -35,9 +38,12 @@ __all__ = [
     "ReLU",
     "Residual",
     "Sequential",
+    "Split",
     "Use",
     "check_gradients",
     "cross_entropy",
+    "deferring",
     "mse_loss",
     "namespace_of",
+    "replace_modules",
 ]

@@ -13,7 +13,8 @@ from .arrays import Array, namespace_of
 from .buffer import Buffer
 from .checks import check_dtype, check_input, check_positive
 from .module import Module, Pullback
-from .parameter import Parameter, Use
+from .parameter import Parameter
+from .use import Use
 
 
 class BatchNorm(Module):

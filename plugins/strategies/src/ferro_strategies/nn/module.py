@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 from ferro.errors import UsageError
 
@@ -29,9 +30,12 @@ class Module(ABC):
 
     Attributes:
         training: whether layers behave as in training (True at first); see `train`, `eval`.
+        transparent: whether this is a wrapper that leaves no trace in names: what the module
+            inside calls "0.weight" is called so from outside, too.
     """
 
     training: bool = True
+    transparent: ClassVar[bool] = False
 
     @abstractmethod
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
@@ -121,6 +125,42 @@ class Module(ABC):
             holder.data[...] = namespace_of(holder.data).asarray(state[name])
 
 
+def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:
+    """Put other modules in the place of some, wherever the tree holds them; return the root.
+
+    Args:
+        root: changed in place: attributes, and elements of its lists, tuples and dicts.
+        replacement: given qualified name and module, returns the module to stand there: the same
+            one to keep it. Asked once for each module, children before parents, the root last;
+            what stands in several places is replaced in all.
+    """
+    names = {id(module): name for name, module in root.named_modules()}
+    decided: dict[int, Module] = {}
+
+    def visit(value: object) -> object:
+        if isinstance(value, Module):
+            if id(value) not in decided:
+                decided[id(value)] = value  # a module inside itself finds itself
+                for key, child in list(vars(value).items()):
+                    new = visit(child)
+                    if new is not child:
+                        setattr(value, key, new)
+                decided[id(value)] = replacement(names[id(value)], value)
+            return decided[id(value)]
+        if isinstance(value, dict):
+            value.update({key: visit(child) for key, child in value.items()})
+        elif isinstance(value, list):
+            value[:] = map(visit, value)
+        elif type(value) is tuple:
+            items = tuple(map(visit, value))
+            return value if all(map(operator.is_, items, value)) else items
+        return value
+
+    new_root = visit(root)
+    assert isinstance(new_root, Module)
+    return new_root
+
+
 def _state(root: Module) -> Iterator[tuple[str, Parameter | Buffer]]:
     return ((name, item) for name, item in _walk(root) if not isinstance(item, Module))
 
@@ -136,7 +176,10 @@ def _walk(root: Module) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
             seen.add(id(value))
             yield name, value
         for key, child in _children(value):
-            yield from visit(f"{name}.{key}" if name else key, child)
+            if isinstance(value, Module) and value.transparent and isinstance(child, Module):
+                yield from visit(name, child)
+            else:
+                yield from visit(f"{name}.{key}" if name else key, child)
 
     return visit("", root)
 

@@ -23,6 +23,10 @@ What follows from the rule:
 - a module that drops its pullback to run `vjp` again later holds a `use()` of each of its
   parameters meanwhile, and lets go of it once the second `vjp` has announced its own;
 - `zero_grad()` forgets no use, so it may stand between the forward and the backward half.
+
+A strategy that keeps a parameter in pieces lets it `hold` the whole during a pass, and this
+rank's piece otherwise: the object, which optimizers know, stays. So a pullback reads `data`
+through its use when it needs it, and keeps no reference to the array.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from collections.abc import Callable
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
+from .split import Split
+from .use import Use
 
 
 class Parameter:
@@ -50,12 +56,17 @@ class Parameter:
     Attributes:
         name: as given.
         requires_grad: as given; may be changed between steps.
+        splits: of what this rank holds a piece: each strategy that splits the parameter over
+            ranks adds one. () when every rank holds the whole.
+        deferred: while a list, products for the gradient are queued there: see `deferring`.
     """
 
     def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
         self.name = name
         self.data = data
         self.requires_grad = requires_grad
+        self.splits: tuple[Split, ...] = ()
+        self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
@@ -192,6 +203,20 @@ class Parameter:
                 self._grad = memory
         self._memory = memory
 
+    def hold(self, data: Array, *, grad: Array | None, grad_memory: Array | None) -> None:
+        """Hold other arrays from now on, of another shape perhaps; uses and listeners stay.
+
+        Args:
+            data: the value.
+            grad: the gradient so far, of the shape and dtype of `data`; None when there is none.
+            grad_memory: where the gradient goes (see `set_grad_memory`), `grad` itself if there
+                is one; None: memory of the parameter's own.
+        """
+        self.data = data
+        self._grad = None
+        self.set_grad_memory(grad_memory)
+        self._grad = grad
+
     def on_complete(self, listener: Callable[[Parameter], None]) -> Callable[[], None]:
         """Call `listener(parameter)` whenever the gradient is complete, inside that addition.
 
@@ -206,6 +231,7 @@ class Parameter:
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; memory, uses and listeners belong to the original."""
         twin = Parameter(self.data.copy(), name=self.name, requires_grad=self.requires_grad)
+        twin.splits = self.splits
         twin.grad = self._grad
         return twin
 
@@ -231,49 +257,3 @@ class Parameter:
                 f"gradient of parameter {self.name!r} has shape {shape}, "
                 f"but the parameter has {self.data.shape}. Correct the pullback that added it."
             )
-
-
-class Use:
-    """One use of a parameter in a forward pass: its value, and where its gradient goes.
-
-    Held by the pullback, and good for one addition.
-    """
-
-    __slots__ = ("__weakref__", "_parameter")
-
-    def __init__(self, parameter: Parameter) -> None:
-        self._parameter = parameter
-
-    @property
-    def data(self) -> Array:
-        """The parameter's value as it is now."""
-        return self._parameter.data
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether a gradient is wanted; when not, a pullback need not compute one."""
-        return self._parameter.requires_grad
-
-    def add_grad(self, grad: Array) -> None:
-        """Add this use's gradient: see `Parameter.add_grad`."""
-        self._spend()
-        self._parameter.add_grad(grad)
-
-    def add_grad_product(self, a: Array, b: Array) -> None:
-        """Add this use's gradient `a @ b`: see `Parameter.add_grad_product`."""
-        self._spend()
-        self._parameter.add_grad_product(a, b)
-
-    def add_grad_rows(self, rows: Array, grads: Array) -> None:
-        """Add this use's gradient, rows only: see `Parameter.add_grad_rows`."""
-        self._spend()
-        self._parameter.add_grad_rows(rows, grads)
-
-    def _spend(self) -> None:
-        uses = self._parameter._uses
-        if self not in uses:
-            raise UsageError(
-                f"a second gradient for one use of parameter {self._parameter.name!r}: "
-                "a pullback can be run only once. Call vjp again for another."
-            )
-        uses.discard(self)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ferro.errors import UsageError
+from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import namespace_of
+from ..nn.arrays import Array, namespace_of
 from ..nn.parameter import Parameter
 from .optimizer import blocks
 
@@ -17,32 +17,67 @@ from .optimizer import blocks
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients, in place, so that together they are no longer than `max_norm`.
 
-    Call it between the pullback and the step. Gradients that are alike on all ranks, as DDP's
-    are, stay alike: nothing is communicated.
+    Call it between the pullback and the step, on every rank. A parameter that is split over
+    ranks (`Parameter.splits`) counts with all its pieces, and every parameter once: the norm is
+    that of one process. Nothing is communicated where nothing is split.
 
     Args:
-        parameters: those without gradient are left out.
+        parameters: those without gradient count as zero; the same ones on all ranks.
         max_norm: longest Euclidean norm allowed.
 
     Returns:
-        The norm before, computed in float64. Where it is not finite nothing is scaled: skip
-        that step.
+        The norm before, computed in float64, the same on all ranks. Where it is not finite
+        nothing is scaled: skip that step.
+
+    Raises:
+        UsageError: `max_norm` is not positive.
+    """
+    check_max_norm(max_norm)
+    held = list(parameters)
+    norm = math.sqrt(squared_norm(held))
+    scale_grads(held, max_norm, norm)
+    return norm
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Refuse a norm that nothing but zeros could have.
 
     Raises:
         UsageError: `max_norm` is not positive.
     """
     if not max_norm > 0:
         raise UsageError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}.")
-    grads = [item.grad for item in parameters if item.grad is not None]
-    total = 0.0
-    for grad in grads:
-        xp = namespace_of(grad)
-        wide = np.complex128 if grad.dtype.kind == "c" else np.float64
-        for _, block in blocks(grad):
-            values = block.astype(wide)
-            total += float(xp.vdot(values, values).real)
-    norm = math.sqrt(total)
+
+
+def squared_norm(parameters: Iterable[Parameter]) -> float:
+    """Return the sum of the squares of all gradients, with the pieces that other ranks hold.
+
+    Ranks that hold pieces call it together, with parameters split over the same groups.
+    """
+    totals: dict[tuple[ProcessGroup, ...], float] = {}
+    for parameter in parameters:
+        groups = tuple(split.group for split in parameter.splits)
+        own = 0.0 if parameter.grad is None else _squared(parameter.grad)
+        totals[groups] = totals.get(groups, 0.0) + own
+    for groups in totals:
+        for group in groups:
+            totals[groups] = float(group.all_reduce(np.float64(totals[groups])))
+    return math.fsum(totals.values())
+
+
+def scale_grads(parameters: Iterable[Parameter], max_norm: float, norm: float) -> None:
+    """Bring gradients whose norm is `norm` down to `max_norm`, in place, if it is finite."""
     if max_norm < norm < math.inf:
-        for grad in grads:
-            grad *= max_norm / norm
-    return norm
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= max_norm / norm
+
+
+def _squared(grad: Array) -> float:
+    xp = namespace_of(grad)
+    wide = np.complex128 if grad.dtype.kind == "c" else np.float64
+    total = 0.0
+    for _, block in blocks(grad):
+        values = block.astype(wide)
+        total += float(xp.vdot(values, values).real)
+    return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -48,9 +48,17 @@ class Optimizer(ABC):
         check_at_least_zero(name, lr=lr)
         self.lr = lr
         self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
+        self._listeners: list[Callable[[], None]] = []
+
+    def before_step(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener()` at the start of every step; returns a function that removes it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def step(self) -> None:
         """Update every parameter that has a gradient; the others and their state stay."""
+        for listener in tuple(self._listeners):
+            listener()
         for parameter, state in zip(self.parameters, self.state, strict=True):
             if parameter.grad is not None:
                 if not state:
