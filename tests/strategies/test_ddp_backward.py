@@ -186,6 +186,28 @@ def test_no_sync_accumulates_and_the_next_step_reduces_the_sum():
     assert simulate(run, 2) == [[112.5]] * 2
 
 
+def test_sync_gradients_reduces_what_no_sync_has_accumulated():
+    def run(group):
+        counter = Counter()
+        model = DDP(Scale(), group, hook=counter)
+        with model.no_sync():
+            backward(model, 1.0 + group.rank)
+            backward(model, 10.0 + group.rank)
+        model.sync_gradients()
+        assert counter.calls == 1
+        return grads(model)
+
+    assert simulate(run, 2) == [[12.0]] * 2
+
+
+def test_sync_gradients_names_what_has_no_gradient():
+    def run(group):
+        with pytest.raises(ferro.UsageError, match="rank 0: factor; rank 1: factor"):
+            DDP(Scale(), group).sync_gradients()
+
+    simulate(run, 2)
+
+
 def test_no_sync_ends_with_its_block_also_by_an_error():
     def run(group):
         model = DDP(Scale(), group)

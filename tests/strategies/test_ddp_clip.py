@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import Parameter
+from ferro_strategies.nn import Parameter, Split
 from ferro_strategies.optim import clip_grad_norm
 
 
@@ -56,3 +56,26 @@ def test_a_norm_that_is_not_finite_changes_nothing(value):
 def test_a_norm_must_be_positive(max_norm):
     with pytest.raises(ferro.UsageError, match="max_norm must be above 0"):
         clip_grad_norm([], max_norm)
+
+
+def test_pieces_on_other_ranks_count_and_what_all_have_counts_once():
+    """The whole: a row of 8 split over pairs, one of 3 over pairs and halves, one nowhere."""
+    row, block, shared = np.arange(8.0), np.arange(4.0), np.array([5.0])
+    norm = math.sqrt(sum(float(np.vdot(each, each)) for each in (row, block, shared)))
+
+    def run(group):
+        pair = group.split(group.rank // 2)
+        half = group.split(group.rank % 2)
+        made = parameters(
+            row[pair.rank :: 2], block[2 * half.rank + pair.rank :][:1].copy(), shared.copy()
+        )
+        made[0].splits = (Split(group=pair, dim=0),)
+        made[1].splits = (Split(group=pair, dim=0), Split(group=half, dim=0))
+        if group.rank == 3:
+            made[1].grad = None  # counts as zero, and the others do not wait for it
+        assert clip_grad_norm(made, 1.0) == pytest.approx(expected, rel=1e-15)
+        np.testing.assert_allclose(made[0].grad, row[pair.rank :: 2] / expected)
+        np.testing.assert_allclose(made[2].grad, shared / expected)
+
+    expected = math.sqrt(norm**2 - block[3] ** 2)
+    ferro.simulate(run, 4, timeout_s=10, run_timeout_s=30)

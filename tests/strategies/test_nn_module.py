@@ -20,6 +20,7 @@ from ferro_strategies.nn import (
     ReLU,
     Residual,
     Sequential,
+    replace_modules,
 )
 
 
@@ -233,3 +234,60 @@ def test_a_wrong_input_is_refused_with_the_layer_and_both_shapes(module, x, mess
 def test_impossible_layers_are_refused(build):
     with pytest.raises(UsageError):
         build()
+
+
+class Wrapper(Module):
+    """Another module's parameters, under their names there."""
+
+    transparent = True
+
+    def __init__(self, module):
+        self.module = module
+
+    def vjp(self, x):
+        return self.module.vjp(x)
+
+
+def test_a_transparent_wrapper_leaves_no_trace_in_names():
+    tree, wrapped = Tree(), Tree()
+    wrapped.first = Wrapper(wrapped.first)
+    wrapped.blocks[0] = Wrapper(Wrapper(wrapped.blocks[0]))
+    whole = Wrapper(wrapped)
+    assert list(whole.state_dict()) == list(tree.state_dict())
+    assert [name for name, _ in whole.named_modules()][:4] == ["", "", "first", "first"]
+    whole.load_state_dict(tree.state_dict())
+
+
+def test_modules_are_replaced_wherever_they_stand():
+    tree = Tree()
+    before = dict(tree.named_parameters())
+    asked = []
+
+    def wrap(name, module):
+        asked.append(name)
+        return Wrapper(module) if isinstance(module, Linear | ReLU) else module
+
+    assert replace_modules(tree, wrap) is tree
+    assert asked == ["first", "blocks.0", "blocks.1.0", "blocks.1.1", "heads.a", ""]
+    assert isinstance(tree.first, Wrapper)
+    assert tree.heads["b"] is tree.first, "what stands in two places is replaced in both"
+    assert isinstance(tree.blocks[0], Wrapper)
+    assert isinstance(tree.blocks[1], tuple)
+    assert isinstance(tree.blocks[1][1], Wrapper)
+    assert isinstance(tree.heads["a"], Wrapper)
+    assert dict(tree.named_parameters()) == before
+
+
+def test_the_root_can_be_replaced():
+    layer = Linear(2, 2)
+    root = replace_modules(layer, lambda name, module: Wrapper(module))
+    assert isinstance(root, Wrapper)
+    assert root.module is layer
+
+
+def test_nothing_is_rebuilt_where_nothing_is_replaced():
+    tree = Tree()
+    blocks, pair = tree.blocks, tree.blocks[1]
+    replace_modules(tree, lambda name, module: module)
+    assert tree.blocks is blocks
+    assert tree.blocks[1] is pair

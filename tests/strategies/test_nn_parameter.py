@@ -337,3 +337,33 @@ def test_the_namespace_is_that_of_the_array(monkeypatch):
     assert namespace_of(array) is cupy
     with pytest.raises(UsageError, match=r"builtins\.list"):
         namespace_of([1.0])
+
+
+# --- pieces ---
+
+
+def test_a_parameter_can_hold_its_piece_and_the_whole_in_turn():
+    whole, piece = np.arange(6.0).reshape(2, 3), np.arange(2.0)
+    shard_grad = np.zeros(2)
+    kept = Parameter(whole)
+    listener = []
+    kept.on_complete(lambda each: listener.append(each.data.shape))
+    use = kept.use()
+    kept.hold(piece, grad=shard_grad, grad_memory=shard_grad)
+    assert kept.data is piece
+    assert kept.grad is shard_grad
+    assert kept.outstanding_uses == 1
+    kept.grad += 1
+    np.testing.assert_array_equal(shard_grad, 1)
+    memory = np.full((2, 3), np.nan)
+    kept.hold(whole, grad=None, grad_memory=memory)
+    assert kept.grad is None
+    use.add_grad(np.ones((2, 3)))
+    assert kept.grad is memory
+    np.testing.assert_array_equal(memory, 1)
+    assert listener == [(2, 3)]
+
+
+def test_memory_of_another_shape_than_the_value_is_refused():
+    with pytest.raises(UsageError, match="has shape"):
+        parameter(3).hold(np.zeros(2), grad=None, grad_memory=np.zeros(3))

@@ -204,3 +204,16 @@ def test_wrong_parameters_are_refused(optimizer_class):
 def test_impossible_settings_are_refused(build):
     with pytest.raises(UsageError):
         build([Parameter(np.zeros(1))])
+
+
+def test_listeners_are_told_before_each_step_until_they_leave():
+    parameter = Parameter(np.ones(1))
+    optimizer = SGD([parameter], lr=0.5)
+    seen = []
+    remove = optimizer.before_step(lambda: seen.append(parameter.data.item()))
+    for _ in range(2):
+        parameter.grad = np.ones(1)
+        optimizer.step()
+    remove()
+    optimizer.step()
+    assert seen == [1.0, 0.5]

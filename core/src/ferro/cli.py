@@ -1,4 +1,4 @@
-"""The `ferro` command: `run`, `bench`, `conformance`, `backends`, `--version`."""
+"""The `ferro` command: `run`, `bench`, `conformance`, `show`, `backends`, `--version`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ def _dispatch(arguments: list[str]) -> int:
         from ferro import conformance
 
         return conformance.run(conformance.parse_options(arguments[1:]))
+    if arguments[:1] == ["show"]:
+        from ferro import show
+
+        return show.run(arguments[1:])
     given = _parser().parse_args(arguments)
     if given.command == "backends":
         return _show_backends(as_json=given.json)
@@ -69,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="run a program as several ranks; see `ferro run --help`")
     commands.add_parser("bench", help="measure collectives; see `ferro bench --help`")
     commands.add_parser("conformance", help="try a backend; see `ferro conformance --help`")
+    commands.add_parser("show", help="draw what a strategy would do, such as a pipeline's schedule")
     backends = commands.add_parser("backends", help="what is installed, and whether it can be used")
     backends.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -82,11 +82,15 @@ class StrategyInfo:
         name: what users call it, unique among all plugins.
         summary: one line for people.
         load: imports and returns it, a callable (module, group, **options) -> module.
+        show: what `ferro show NAME ...` runs: given the arguments after the name, prints a
+            picture of what the strategy would do, and returns the exit status; may raise
+            UsageError. None when there is nothing to see.
     """
 
     name: str
     summary: str
     load: Callable[[], Strategy]
+    show: Callable[[Sequence[str]], int] | None = None
 
 
 @hookspec

@@ -23,6 +23,11 @@ def get(name: str) -> Strategy:
     Raises:
         PluginError: it is not installed, two plugins claim the name, or a plugin is broken.
     """
+    return info(name).load()
+
+
+def info(name: str) -> StrategyInfo:
+    """Return the description of a strategy; raises as `get` does."""
     installed().require_all()
     offer = _table().get(name)
     if isinstance(offer, PluginError):
@@ -36,7 +41,7 @@ def get(name: str) -> Strategy:
         else:
             remedy = f"none is installed; ferro's own are installed {how_to_install('strategies')}"
         raise PluginError(f"no installed plugin offers the strategy {name!r}: {remedy}")
-    return offer.item.load()
+    return offer.item
 
 
 def _table() -> dict[str, Offer[StrategyInfo] | PluginError]:
