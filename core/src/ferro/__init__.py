@@ -6,7 +6,8 @@ total = group.all_reduce(x)
 """
 
 from ferro import arrays, backends, collectives, strategies, testing
-from ferro.backend import Backend, BackendConfig, Completion
+from ferro.backend import Backend, Completion
+from ferro.backend_config import BackendConfig
 from ferro.collectives.choose import CollectiveInfo
 from ferro.errors import (
     AuthenticationError,

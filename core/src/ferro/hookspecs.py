@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend
+from ferro.backend_config import BackendConfig
 from ferro.collectives.choose import CollectiveInfo
 from ferro.observers import Observer
 from ferro.types import Availability, Device

@@ -6,7 +6,8 @@ it is asked for.
 
 from collections.abc import Sequence
 
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend
+from ferro.backend_config import BackendConfig
 from ferro.collectives.choose import CollectiveInfo
 from ferro.errors import BackendUnavailable
 from ferro.hookspecs import BackendInfo, hookimpl

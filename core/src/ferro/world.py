@@ -13,7 +13,7 @@ from typing import cast
 from importlib_metadata import version
 
 from ferro import backends, collectives, plugins
-from ferro.backend import BackendConfig
+from ferro.backend_config import BackendConfig
 from ferro.collectives.choose import Choice
 from ferro.environment import LaunchInfo, Options
 from ferro.errors import BackendUnavailable, FerroError, PluginError, RendezvousError, UsageError

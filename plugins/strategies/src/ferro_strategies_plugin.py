@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ferro import backends
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend
+from ferro.backend_config import BackendConfig
 from ferro.environment import resolve
 from ferro.errors import BackendUnavailable, FerroError
 from ferro.hookspecs import BackendInfo, Strategy, StrategyInfo, hookimpl

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ferro.backend import Backend, BackendConfig
+from ferro.backend import Backend
+from ferro.backend_config import BackendConfig
 from ferro.calls import MAX_CONTEXT, Call
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.reduction import Reduction

@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 
 from ferro.arrays import name_of
-from ferro.backend import Backend, BackendConfig, Completion, mismatch
+from ferro.backend import Backend, Completion, mismatch
+from ferro.backend_config import BackendConfig
 from ferro.calls import LABEL_BYTES, Call, is_collective
 from ferro.errors import UnsupportedError, UsageError
 from ferro.reduction import Reduction

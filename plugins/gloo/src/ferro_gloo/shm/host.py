@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ferro.backend import BackendConfig
+from ferro.backend_config import BackendConfig
 from ferro.environment import usable_cores
 from ferro.types import Array
 from ferro_gloo.shm.arena import Arenas, arena_bytes

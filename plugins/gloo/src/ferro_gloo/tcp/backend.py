@@ -11,7 +11,8 @@ from itertools import repeat
 
 import numpy as np
 
-from ferro.backend import Backend, BackendConfig, mismatch
+from ferro.backend import Backend, mismatch
+from ferro.backend_config import BackendConfig
 from ferro.calls import Call, in_context, is_collective, transfer_call
 from ferro.collectives import Choice
 from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 
-from ferro.backend import BackendConfig
+from ferro.backend_config import BackendConfig
 from ferro.errors import RendezvousError
 from ferro.rendezvous import Gate, connect, listen
 
