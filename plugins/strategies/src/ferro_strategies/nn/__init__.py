@@ -2,8 +2,10 @@
 
 from .activations import GELU, ReLU
 from .arrays import Array, namespace_of
+from .attention import Attention
 from .batchnorm import BatchNorm
 from .buffer import Buffer
+from .checkpoint import Checkpoint
 from .containers import Residual, Sequential
 from .convolution import Conv2d
 from .deferral import deferring
@@ -23,8 +25,10 @@ from .use import Use
 __all__ = [
     "GELU",
     "Array",
+    "Attention",
     "BatchNorm",
     "Buffer",
+    "Checkpoint",
     "Conv2d",
     "Dropout",
     "Embedding",

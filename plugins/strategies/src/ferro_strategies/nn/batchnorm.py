@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ from .arrays import Array, namespace_of
 from .buffer import Buffer
 from .checks import check_dtype, check_input, check_positive
 from .module import Module, Pullback
+from .moments import Moments
 from .parameter import Parameter
-from .use import Use
 
 
 class BatchNorm(Module):
@@ -23,6 +23,7 @@ class BatchNorm(Module):
     In training mean and (biased) variance are those of the batch, over all dimensions but the
     channels, and the running statistics move towards them: running = (1 - momentum) * running +
     momentum * batch, with the unbiased variance. In evaluation the running ones are used.
+    Half precision is computed in float32.
 
     Args:
         num_features: channels, C.
@@ -50,7 +51,7 @@ class BatchNorm(Module):
         *,
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
-        check_positive("BatchNorm", num_features=num_features)
+        check_positive(type(self).__name__, num_features=num_features)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -67,61 +68,71 @@ class BatchNorm(Module):
             UsageError: wrong shape or dtype, or a training batch of one value per channel.
         """
         self._check(x)
+        whole_shape, dtype = x.shape, x.dtype
         # All below works on (N, C, L): L is 1 for (N, C), the number of pixels for images.
-        values = x.reshape(*x.shape[:2], x[0, 0].size if x.size else 0)
-        normalise = self._by_batch if self.training else self._by_running
-        xhat, pull_xhat = normalise(values)
+        shape = (*x.shape[:2], x[0, 0].size if x.size else 0)
+        wide = np.promote_types(dtype, np.float32)
+        values = x.reshape(shape).astype(wide, copy=False)
+        normal = self._by_batch(values) if self.training else self._by_running(values)
         weight = self.weight.use() if self.weight is not None else None
         bias = self.bias.use() if self.bias is not None else None
-        y = xhat
+        y = normal.xhat
         if weight is not None and bias is not None:
-            y = xhat * weight.data[:, None]
+            y = y * weight.data[:, None]
             y += bias.data[:, None]
 
         def pullback(grad_y: Array) -> Array:
-            grad = grad_y.reshape(values.shape)
+            grad = grad_y.reshape(shape).astype(wide, copy=False)
+            # Of grad and grad * xhat: the gradients of bias and weight, and what every value of
+            # a channel owes to the mean and the variance of all.
+            sums = namespace_of(grad).stack((_channel_sum(grad), _channel_dot(grad, normal.xhat)))
+            whole = self._sum_over_batch(sums) if normal.count else sums
+            scale = normal.inverse
             if weight is not None and bias is not None:
-                grad = _pull_affine(weight, bias, xhat, grad)
-            return pull_xhat(grad).reshape(x.shape)
+                scale = scale * weight.data
+                bias.add_grad(sums[0].astype(dtype, copy=False))
+                weight.add_grad(sums[1].astype(dtype, copy=False))
+            grad_x = _pull(normal, grad, whole, scale)
+            return grad_x.reshape(whole_shape).astype(dtype, copy=False)
 
-        return y.reshape(x.shape), pullback
+        return y.reshape(whole_shape).astype(dtype, copy=False), pullback
 
-    def _by_batch(self, values: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """Normalise (N, C, L) by its own statistics, and remember them."""
+    def _merge(self, own: Moments) -> Moments:
+        """Return the moments of the batch of which `own` are those at hand."""
+        return own
+
+    def _sum_over_batch(self, sums: Array) -> Array:
+        """Return sums over the batch, of which `sums`, (2, C), are those at hand."""
+        return sums
+
+    def _by_batch(self, values: Array) -> _Normal:
+        """Normalise (N, C, L) by the batch's statistics, and remember them."""
         count = values.shape[0] * values.shape[2]
-        if count < 2:
+        mean = _channel_sum(values) / max(count, 1)
+        xhat = values - mean[:, None]
+        own = Moments(count=count, mean=mean, m2=_channel_dot(xhat, xhat))
+        batch = self._merge(own)
+        if batch.count < 2:
             raise UsageError(
                 f"{self!r}: training needs more than one value per channel, got input of shape "
-                f"{values.shape[:2]} with {count}. Use a larger batch, or call eval()."
+                f"{values.shape[:2]} with {batch.count}. Use a larger batch, or call eval()."
             )
-        mean = values.sum(axis=2).sum(axis=0) / count
-        xhat = values - mean[:, None]
-        var = _channel_dot(xhat, xhat) / count
+        if batch is not own:
+            xhat -= (batch.mean - mean).astype(values.dtype)[:, None]
+        var = batch.m2 / batch.count
         inverse = 1 / namespace_of(values).sqrt(var + self.eps)
+        inverse = inverse.astype(values.dtype, copy=False)
         xhat *= inverse[:, None]
-        self._track(mean, var * (count / (count - 1)))
+        self._track(batch.mean, var * (batch.count / (batch.count - 1)))
+        return _Normal(xhat=xhat, inverse=inverse, count=batch.count)
 
-        def pull_xhat(grad: Array) -> Array:
-            # grad - mean(grad) - xhat * mean(grad * xhat), times the inverse deviation
-            grad_x: Array = xhat * (_channel_dot(grad, xhat) / -count)[:, None]
-            grad_x += grad
-            grad_x -= (grad.sum(axis=2).sum(axis=0) / count)[:, None]
-            grad_x *= inverse[:, None]
-            return grad_x
-
-        return xhat, pull_xhat
-
-    def _by_running(self, values: Array) -> tuple[Array, Callable[[Array], Array]]:
+    def _by_running(self, values: Array) -> _Normal:
         """Normalise (N, C, L) by the running statistics, which are constants to the gradient."""
-        inverse: Array = 1 / namespace_of(values).sqrt(self.running_var.data + self.eps)
-        xhat: Array = values - self.running_mean.data[:, None]
+        var = self.running_var.data.astype(values.dtype, copy=False)
+        inverse = 1 / namespace_of(values).sqrt(var + self.eps)
+        xhat = values - self.running_mean.data[:, None]
         xhat *= inverse[:, None]
-
-        def pull_xhat(grad: Array) -> Array:
-            grad_x: Array = grad * inverse[:, None]
-            return grad_x
-
-        return xhat, pull_xhat
+        return _Normal(xhat=xhat, inverse=inverse, count=0)
 
     def _track(self, mean: Array, unbiased_var: Array) -> None:
         tracked = self.num_batches_tracked.data
@@ -130,7 +141,7 @@ class BatchNorm(Module):
         running = ((self.running_mean.data, mean), (self.running_var.data, unbiased_var))
         for kept, new in running:
             kept *= 1 - factor
-            kept += factor * new
+            kept += (factor * new).astype(kept.dtype, copy=False)
 
     def _check(self, x: Array) -> None:
         c = self.num_features
@@ -139,17 +150,46 @@ class BatchNorm(Module):
 
     def __repr__(self) -> str:
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.weight is not None})"
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
+            f"momentum={self.momentum}, affine={self.weight is not None})"
         )
 
 
-def _pull_affine(weight: Use, bias: Use, xhat: Array, grad: Array) -> Array:
-    """Add the gradients of weight and bias; return that of `xhat`."""
-    bias.add_grad(grad.sum(axis=2).sum(axis=0))
-    weight.add_grad(_channel_dot(grad, xhat))
-    grad_xhat: Array = grad * weight.data[:, None]
-    return grad_xhat
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Normal:
+    """What normalising came to.
+
+    Attributes:
+        xhat: (N, C, L).
+        inverse: (C,), of the standard deviation.
+        count: how many values per channel the statistics depend on; 0 when they are constants.
+    """
+
+    xhat: Array
+    inverse: Array
+    count: int
+
+
+def _pull(normal: _Normal, grad: Array, sums: Array, scale: Array) -> Array:
+    """Return the gradient of (N, C, L) values from that of the output.
+
+    scale * (grad - mean(grad) - xhat * mean(grad * xhat)), or scale * grad for constants.
+    """
+    if not normal.count:
+        scaled: Array = grad * scale[:, None]
+        return scaled
+    by_mean, by_var = (sums / normal.count).astype(grad.dtype, copy=False)
+    grad_x: Array = normal.xhat * -by_var[:, None]
+    grad_x += grad
+    grad_x -= by_mean[:, None]
+    grad_x *= scale[:, None]
+    return grad_x
+
+
+def _channel_sum(a: Array) -> Array:
+    """Sum over all but the channels: (N, C, L) -> (C,)."""
+    total: Array = a.sum(axis=2).sum(axis=0)
+    return total
 
 
 def _channel_dot(a: Array, b: Array) -> Array:

@@ -3,6 +3,7 @@
 from .adamw import AdamW
 from .clip import clip_grad_norm
 from .optimizer import Optimizer
+from .scaler import LossScaler
 from .sgd import SGD
 
-__all__ = ["SGD", "AdamW", "Optimizer", "clip_grad_norm"]
+__all__ = ["SGD", "AdamW", "LossScaler", "Optimizer", "clip_grad_norm"]
