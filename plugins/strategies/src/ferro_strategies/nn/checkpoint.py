@@ -69,7 +69,7 @@ class Checkpoint(Module):
     def _again(self, x: Array, conditions: _Conditions, uses: list[Use]) -> Pullback:
         with conditions.restored():
             _, pull = self.module.vjp(x)
-        uses.clear()
+        uses.clear()  # before the pullback: what it adds last is to be complete
         return pull
 
 

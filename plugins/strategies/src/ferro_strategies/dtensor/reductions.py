@@ -1,0 +1,173 @@
+"""Reductions over dims: each rank reduces what it has; over a cut dim the result is Partial.
+
+    over a dim that an axis cuts      sum, mean      prod      max, any      min, all
+    the result on that axis is        Partial(sum)   (prod)    (max)         (min)
+
+A mean divides by the global count, so uneven parts weigh what they should. A Partial operand
+stays Partial when its reduction is the same operation (for a mean, a sum); otherwise it is
+reduced first.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ferro import UnsupportedError, UsageError
+
+from ..nn.arrays import Array, namespace_of
+from .layout import Shape
+from .piece import Piece
+from .placement import Partial, Placement, Replicate, Shard
+from .transfer import redistributed
+
+Axis: TypeAlias = int | Sequence[int] | None
+Name: TypeAlias = Literal["sum", "mean", "prod", "max", "min", "any", "all"]
+
+_COMBINED_BY = {
+    "sum": "sum", "mean": "sum", "prod": "prod", "max": "max", "min": "min", "any": "max",
+    "all": "min",
+}  # fmt: skip
+_HALVES = ("float16", "bfloat16")
+
+
+def reduce(
+    x: Piece,
+    name: Name,
+    axis: Axis = None,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    keepdims: bool = False,
+) -> Piece:
+    """Reduce dims as NumPy's function `name` does.
+
+    Args:
+        x: the operand.
+        name: which reduction.
+        axis: one or several dims, all when None.
+        dtype: of the result and of the arithmetic, for sum, mean and prod.
+        keepdims: keep reduced dims, with size 1.
+
+    Raises:
+        UsageError: there is no such dim, or a largest or smallest of nothing is asked for.
+        UnsupportedError: complex numbers over a cut dim have no largest.
+    """
+    dims = checked_dims(axis, len(x.shape), name)
+    if name in ("max", "min"):
+        _check_ordered(x, dims, name)
+    combined_by = Partial(_COMBINED_BY[name])
+    settled = tuple(_settled(placement, name, combined_by, x) for placement in x.placements)
+    x = redistributed(x, settled, copy=False)
+    placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
+    shape = _reduced_shape(x.shape, dims, keepdims)
+    local = _reduce_local(x, name, dims, dtype, keepdims)
+    return x.with_local(local, shape=shape, placements=placements)
+
+
+def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
+    """Return dims counted from the front, each once.
+
+    Raises:
+        UsageError: one is not there, or named twice.
+    """
+    if axis is None:
+        return tuple(range(ndim))
+    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    dims = tuple(operator.index(dim) for dim in given)
+    if not all(-ndim <= dim < ndim for dim in dims):
+        raise UsageError(f"{name}: axis {axis} of an array of {ndim} dims", op=name)
+    found = tuple(dim % ndim for dim in dims)
+    if len(set(found)) != len(found):
+        raise UsageError(f"{name}: axis {axis} names a dim twice", op=name)
+    return found
+
+
+def _settled(placement: Placement, name: Name, combined_by: Partial, x: Piece) -> Placement:
+    """Return the placement on an axis in which the reduction may go over it."""
+    if not isinstance(placement, Partial):
+        return placement
+    closed = placement == combined_by and name not in ("any", "all")
+    if placement.op in ("sum", "prod") and x.local.dtype.kind == "b":
+        closed = False  # they count, where the ranks' combine to a boolean
+    return placement if closed else Replicate()
+
+
+def _reduced(
+    placement: Placement, dims: Sequence[int], combined_by: Partial, keepdims: bool
+) -> Placement:
+    if not isinstance(placement, Shard):
+        return placement
+    if placement.dim in dims:
+        return combined_by
+    before = 0 if keepdims else sum(dim < placement.dim for dim in dims)
+    return Shard(placement.dim - before)
+
+
+def _reduced_shape(shape: Shape, dims: Sequence[int], keepdims: bool) -> Shape:
+    return tuple(
+        1 if dim in dims else size for dim, size in enumerate(shape) if keepdims or dim not in dims
+    )
+
+
+def _reduce_local(
+    x: Piece, name: Name, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
+) -> Array:
+    xp = namespace_of(x.local)
+    if name == "mean":
+        return _mean(x, dims, dtype, keepdims)
+    if name in ("sum", "prod"):
+        value = getattr(xp, name)(x.local, axis=dims, dtype=dtype, keepdims=keepdims)
+    elif name in ("max", "min") and not all(x.local.shape[dim] for dim in dims):
+        shape = _reduced_shape(x.local.shape, dims, keepdims)
+        value = xp.full(shape, _neutral(name, x.local.dtype), dtype=x.local.dtype)
+    else:
+        value = getattr(xp, name)(x.local, axis=dims, keepdims=keepdims)
+    result: Array = xp.asarray(value)
+    return result
+
+
+def _mean(x: Piece, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool) -> Array:
+    """Return this rank's share of a mean: its sum, divided by the number of all elements."""
+    kind = x.local.dtype
+    exact = kind.kind in "iub"
+    result_dtype = np.dtype(dtype) if dtype is not None else np.dtype(float) if exact else kind
+    wide = np.dtype(np.float32) if result_dtype.name in _HALVES else result_dtype
+    xp = namespace_of(x.local)
+    total = xp.asarray(xp.sum(x.local, axis=dims, dtype=wide, keepdims=keepdims))
+    count = math.prod(x.shape[dim] for dim in dims)
+    if count == 0:
+        # NumPy warns of a division by zero here, which for parts would depend on the rank.
+        share: Array = xp.full(total.shape, np.nan, dtype=result_dtype)
+        return share
+    share = total / count
+    return share.astype(result_dtype)
+
+
+def _neutral(name: str, dtype: np.dtype) -> float | int | bool:
+    """Return what is no larger (smaller) than anything: for ranks without elements."""
+    if dtype.kind == "b":
+        return name == "min"
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        return int(limits.min if name == "max" else limits.max)
+    return -math.inf if name == "max" else math.inf
+
+
+def _check_ordered(x: Piece, dims: Sequence[int], name: str) -> None:
+    if any(x.shape[dim] == 0 for dim in dims):
+        raise UsageError(
+            f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {dims}",
+            op=name,
+        )
+    cut = any(isinstance(one, Shard) and one.dim in dims for one in x.placements)
+    if cut and x.local.dtype.kind == "c":
+        raise UnsupportedError(
+            f"{name}: complex numbers over a dim that is cut. Redistribute the dim to "
+            "Replicate() first.",
+            op=name,
+        )

@@ -1,0 +1,30 @@
+"""Tensor and sequence parallel layers: each matrix, and each sequence, in pieces."""
+
+from .attention import ParallelAttention
+from .column import ColumnParallelLinear
+from .embedding import ParallelEmbedding
+from .layernorm import SequenceParallelLayerNorm
+from .loss import vocab_parallel_cross_entropy
+from .parallelize import parallelize
+from .regions import CopyIn, GatherIn, GatherOut, ReduceOut, ScatterOut, SplitIn
+from .row import RowParallelLinear
+from .state import full_state_dict, load_full_state_dict, local_state_dict
+
+__all__ = [
+    "ColumnParallelLinear",
+    "CopyIn",
+    "GatherIn",
+    "GatherOut",
+    "ParallelAttention",
+    "ParallelEmbedding",
+    "ReduceOut",
+    "RowParallelLinear",
+    "ScatterOut",
+    "SequenceParallelLayerNorm",
+    "SplitIn",
+    "full_state_dict",
+    "load_full_state_dict",
+    "local_state_dict",
+    "parallelize",
+    "vocab_parallel_cross_entropy",
+]

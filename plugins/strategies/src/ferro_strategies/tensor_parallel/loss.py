@@ -1,0 +1,81 @@
+"""vocab_parallel_cross_entropy: the loss of logits of which each rank has some columns."""
+
+from __future__ import annotations
+
+from ferro import ProcessGroup, UsageError
+
+from ..nn.arrays import Array, namespace_of
+from .cuts import everyones_sizes, own_piece
+
+
+def vocab_parallel_cross_entropy(
+    logits: Array, labels: Array, group: ProcessGroup
+) -> tuple[float, Array]:
+    """Compute -log softmax(all ranks' logits)[label], averaged over the rows, and its gradient.
+
+    The same numbers as `nn.cross_entropy` of the logits put together, which never are: ranks
+    exchange two numbers for each row, and the sum.
+
+    Args:
+        logits: (..., this rank's classes), floating point; ranks' classes follow each other, as
+            a ColumnParallelLinear makes them. All ranks call it.
+        labels: (...), integers from 0 to all classes - 1; the same on all ranks.
+        group: the ranks.
+
+    Returns:
+        The loss, the same on all ranks, and its gradient with respect to this rank's `logits`,
+        of the same shape and dtype. Without rows: 0.0 and an empty gradient.
+
+    Raises:
+        UsageError: shapes disagree, or a label is no integer or out of range.
+
+    Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
+    """
+    xp = namespace_of(logits)
+    _check_shapes(logits, labels)
+    sizes = everyones_sizes(logits.shape[-1], group, logits)
+    _check_labels(labels, sizes, group)
+    if labels.size == 0:
+        return 0.0, xp.zeros_like(logits)
+    count, own = labels.size, own_piece(sizes, group.rank)
+    rows, flat = logits.reshape(count, logits.shape[-1]), labels.reshape(count)
+    # One array for all: logits less their maximum, their exponentials, softmax, gradient.
+    grad = rows - group.all_reduce(rows.max(axis=1), "max")[:, None]
+    mine = xp.flatnonzero((flat >= own.start) & (flat < own.stop))
+    chosen = (mine, flat[mine] - own.start)
+    sums = xp.zeros((2, count), grad.dtype)
+    sums[1, mine] = grad[chosen]
+    xp.exp(grad, out=grad)
+    sums[0] = grad.sum(axis=1)
+    total, at_labels = group.all_reduce(sums, out=sums)
+    loss = float((xp.log(total) - at_labels).mean())
+    grad /= total[:, None]
+    grad[chosen] -= 1
+    grad /= count
+    return loss, grad.reshape(logits.shape)
+
+
+def _check_shapes(logits: Array, labels: Array) -> None:
+    if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
+        raise UsageError(
+            f"vocab_parallel_cross_entropy: logits of shape {logits.shape} need labels of shape "
+            f"{logits.shape[:-1]}, got {labels.shape}."
+        )
+    if labels.dtype.kind not in "iu":
+        raise UsageError(
+            f"vocab_parallel_cross_entropy: labels must be integers, got {labels.dtype}."
+        )
+
+
+def _check_labels(labels: Array, sizes: tuple[int, ...], group: ProcessGroup) -> None:
+    classes = sum(sizes)
+    if min(sizes) < 1:
+        raise UsageError(
+            f"vocab_parallel_cross_entropy: the ranks of group {group.name!r} have {sizes} "
+            "classes; each needs at least one."
+        )
+    if labels.size and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise UsageError(
+            f"vocab_parallel_cross_entropy: labels must be from 0 to {classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}."
+        )

@@ -1,0 +1,106 @@
+"""State: from the ranks' pieces to whole arrays, as serial modules have them, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ferro import UsageError
+
+from ..nn.arrays import Array
+from ..nn.module import Module
+from ..nn.parameter import Parameter
+from ..nn.split import Split
+from .cuts import everyones_sizes, gather_along, take_piece
+
+
+def full_state_dict(module: Module, local: Mapping[str, Array] | None = None) -> dict[str, Array]:
+    """Put the pieces of all parameters together: the state of the serial module, on every rank.
+
+    All ranks call it. Parameters and buffers that are whole are taken from this rank.
+
+    Args:
+        module: with tensor-parallel layers.
+        local: this rank's state, where the module is wrapped in what shards it further, and
+            gives it by a method of its own; None: `module.state_dict()`.
+
+    Raises:
+        UsageError: `local` is needed, or lacks a parameter.
+    """
+    given = _local_state(module, local)
+    state = dict(given)
+    for name, parameter in module.named_parameters():
+        for split, dim in reversed(_cuts(parameter)):
+            piece = state[name]
+            sizes = everyones_sizes(piece.shape[dim], split.group, piece)
+            state[name] = gather_along(piece, split.group, dim, sizes)
+    return state
+
+
+def local_state_dict(
+    module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+    """Cut the state of the serial module: what this rank's `module.load_state_dict` takes.
+
+    All ranks call it, with the same state.
+
+    Args:
+        module: with tensor-parallel layers.
+        state: as from `full_state_dict`, or from the serial module; not modified.
+        local: see `full_state_dict`; its shapes say how much each rank has.
+
+    Returns:
+        Views of the arrays given; what has no counterpart in the module is passed on.
+
+    Raises:
+        UsageError: `local` is needed, or a shape does not fit; nothing was changed.
+    """
+    given = _local_state(module, local)
+    pieces = dict(state)
+    faults = []
+    for name, parameter in module.named_parameters():
+        shape = list(given[name].shape)
+        cuts = []
+        for split, dim in reversed(_cuts(parameter)):
+            sizes = everyones_sizes(shape[dim], split.group, given[name])
+            shape[dim] = sum(sizes)
+            cuts.append((split, dim, sizes))
+        if name in state and list(state[name].shape) != shape:
+            faults.append(f"{name!r} is {tuple(shape)} whole, given {state[name].shape}")
+        elif name in state:
+            for split, dim, sizes in reversed(cuts):
+                pieces[name] = take_piece(pieces[name], split.group, dim, sizes)
+    if faults:
+        raise UsageError(
+            f"local_state_dict: the state does not fit {type(module).__name__}: "
+            f"{'; '.join(faults)}. Nothing was loaded."
+        )
+    return pieces
+
+
+def load_full_state_dict(module: Module, state: Mapping[str, Array]) -> None:
+    """Copy this rank's pieces of the serial module's state into the parameters, in place.
+
+    All ranks call it, with the same state.
+
+    Raises:
+        UsageError: a name is missing or unexpected, or a shape or dtype differs; nothing was
+            changed.
+    """
+    module.load_state_dict(local_state_dict(module, state))
+
+
+def _cuts(parameter: Parameter) -> list[tuple[Split, int]]:
+    return [(split, split.dim) for split in parameter.splits if split.dim is not None]
+
+
+def _local_state(module: Module, local: Mapping[str, Array] | None) -> Mapping[str, Array]:
+    for name, parameter in module.named_parameters():
+        if local is None and any(split.dim is None for split in parameter.splits):
+            raise UsageError(
+                f"parameter {name!r} is also cut as one flat row, so module.state_dict() has no "
+                "array of its shape. Pass local=, the state that its strategy puts together: "
+                "for FSDP, module.full_state_dict()."
+            )
+        if local is not None and name not in local:
+            raise UsageError(f"the local state lacks parameter {name!r}.")
+    return module.state_dict() if local is None else local
