@@ -1,0 +1,93 @@
+"""Mail: what a rank's stages get from each other and from other ranks in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from ferro import FerroError, ProcessGroup
+
+from ..nn.arrays import Array
+from .routes import Plan, RouteKey, routes, taker
+from .schedule import Action, PipelineSchedule
+from .transfers import Receiver, Sender, surroundings
+
+
+def route_groups(schedule: PipelineSchedule, group: ProcessGroup) -> dict[RouteKey, ProcessGroup]:
+    """Make the group of each route that begins or ends here; every rank calls it."""
+    return {
+        route.key: group.subgroup(
+            [route.source, route.target], name=f"{group.name}: {route} from rank {route.source}"
+        )
+        for route in routes(schedule)
+        if group.rank in (route.source, route.target)
+    }
+
+
+class Mail:
+    """Hands arrays over: directly between stages of this rank, else along routes.
+
+    Args:
+        plan: what this rank does.
+        groups: those of its routes.
+        like: an array of this rank's stages, that says on which device to receive.
+    """
+
+    def __init__(
+        self, plan: Plan, groups: Mapping[RouteKey, ProcessGroup], like: Array | None
+    ) -> None:
+        self._plan = plan
+        around = surroundings(like)
+        self._senders = {route.key: Sender(route, groups[route.key]) for route in plan.outgoing}
+        self._receivers = {
+            route.key: Receiver(route, groups[route.key], around) for route in plan.incoming
+        }
+        self._here: dict[Action, Array] = {}
+
+    def look_ahead(self, position: int) -> None:
+        """Start the receives that are due before the action at this position."""
+        for action in self._plan.asks[position]:
+            self._receivers[action.kind, action.stage].ask(action.microbatch)
+
+    def take(self, action: Action) -> Array:
+        """Return what an action takes, once; wait for it if it comes from another rank.
+
+        Raises:
+            Stopped: the rank that was to send it has stopped.
+            FerroError: of the transfer.
+        """
+        if action in self._here:
+            return self._here.pop(action)
+        return self._receivers[action.kind, action.stage].take(action.microbatch)
+
+    def give(self, action: Action, array: Array) -> None:
+        """Hand what an action has computed to the one that takes it, if one does."""
+        receiver = taker(action, self._plan.stages)
+        if receiver is None:
+            return
+        sender = self._senders.get((receiver.kind, receiver.stage))
+        if sender is None:
+            self._here[receiver] = array
+        else:
+            sender.send(receiver.microbatch, array)
+
+    def finish(self) -> None:
+        """Wait until all has been sent; raise what went wrong."""
+        for sender in self._senders.values():
+            sender.finish()
+
+    def stop(self) -> None:
+        """End a pass that failed: tell the others, and take what they have sent meanwhile."""
+        for sender in self._senders.values():
+            with suppress(FerroError):
+                sender.stop()
+        for receiver in self._receivers.values():
+            receiver.drain()
+        for sender in self._senders.values():
+            with suppress(FerroError):
+                sender.finish()
+
+    def close(self) -> None:
+        """Let the receiving threads end."""
+        for receiver in self._receivers.values():
+            receiver.close()

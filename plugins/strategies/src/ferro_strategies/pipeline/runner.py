@@ -1,0 +1,100 @@
+"""Runner: carries out passes; when one fails on one rank, it ends on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ferro import ProcessGroup, UsageError
+
+from ..nn.arrays import Array
+from .agreement import agree
+from .mail import Mail
+from .passes import Pass
+from .routes import Plan, RouteKey
+from .walk import in_words
+
+
+class Runner:
+    """Carries out passes of one pipeline on one rank.
+
+    A rank whose part fails sends word along the routes on which more is expected, instead of an
+    array, and takes what others still send. Whoever gets the word does the same. So all come to
+    the end of the pass, soon and with nothing left on the way, and there learn what happened.
+
+    Args:
+        group: the pipeline's ranks.
+        groups: of the routes that begin or end here.
+    """
+
+    def __init__(self, group: ProcessGroup, groups: Mapping[RouteKey, ProcessGroup]) -> None:
+        self._group = group
+        self._groups = groups
+        self._unfinished = ""
+        self._place = ""
+
+    def run(self, op: str, plan: Plan, work: Pass, like: Array | None) -> float:
+        """Carry out a pass; return the sum of all ranks' losses.
+
+        Args:
+            op: what the user called, for messages.
+            plan: what this rank does.
+            work: how it does it.
+            like: an array of this rank's stages, or None if they have none.
+
+        Raises:
+            UsageError: an earlier pass failed. And see `agree`.
+        """
+        self._enter(op)
+        mail = Mail(plan, self._groups, like)
+        try:
+            total = agree(self._group, op, lambda: self._carry_out(plan, work, mail), self._told)
+        finally:
+            mail.close()
+        self._unfinished = ""
+        return total
+
+    def settle(self, op: str, action: Callable[[], None]) -> None:
+        """Do what follows a pass, on all ranks, and learn whether it ended well on all.
+
+        Raises:
+            Exception: see `agree`.
+        """
+        self._enter(op)
+        self._place = "the reduction of gradients"
+
+        def attempt() -> float:
+            action()
+            return 0.0
+
+        agree(self._group, op, attempt, self._told)
+        self._unfinished = ""
+
+    def _enter(self, op: str) -> None:
+        if self._unfinished:
+            raise UsageError(
+                f"{op} on group {self._group.name!r}: an earlier {self._unfinished} failed, so "
+                "the ranks' gradients no longer belong together. Find its error; then make the "
+                "pipeline anew, on a group that is still good, from a checkpoint.",
+                op=op,
+                group=self._group.name,
+                rank=self._group.rank,
+            )
+        self._unfinished = op
+
+    def _carry_out(self, plan: Plan, work: Pass, mail: Mail) -> float:
+        try:
+            self._place = "preparing the batch"
+            work.begin()
+            for position, action in enumerate(plan.actions):
+                self._place = in_words(action)
+                mail.look_ahead(position)
+                work.perform(action, mail)
+            self._place = "the last transfers"
+            mail.finish()
+        except Exception:
+            mail.stop()
+            raise
+        return work.loss
+
+    def _told(self) -> str:
+        return self._place

@@ -1,0 +1,261 @@
+"""When one rank fails, all learn where and why, soon, and none goes on with half a step."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro.simulated import Fault
+from ferro_strategies.nn import Linear, Module, cross_entropy, mse_loss
+from ferro_strategies.pipeline import Action, Kind, Pipeline, PipelineSchedule
+
+from .pipeline_models import batch, make_stages, share, simulate
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]
+
+
+class Trap(Module):
+    """A stage that raises at one microbatch, forward or backward."""
+
+    def __init__(self, stage, half, microbatch):
+        self.stage = stage
+        self._half = half
+        self._microbatch = microbatch
+        self._seen = 0
+
+    def vjp(self, x):
+        number, self._seen = self._seen, self._seen + 1
+        if (self._half, self._microbatch) == ("forward", number):
+            raise KeyError("trap")
+        y, pull = self.stage.vjp(x)
+
+        def pullback(grad):
+            if (self._half, self._microbatch) == ("backward", number):
+                raise KeyError("trap")
+            return pull(grad)
+
+        return y, pullback
+
+
+def failing(action):
+    """What an action raises on this rank."""
+    with pytest.raises(Exception) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("half", ["forward", "backward"])
+@pytest.mark.parametrize("microbatch", [0, 3])
+def test_every_rank_learns_what_failed_where(schedule, rank, half, microbatch):
+    inputs, targets = batch(rows=8)
+    leftover = threading.active_count()
+
+    def run(group):
+        stages = share(make_stages(6), group)
+        if group.rank == rank:
+            stages[1] = Trap(stages[1], half, microbatch)
+        pipeline = Pipeline(stages, group, schedule=schedule, microbatches=4)
+        first = failing(lambda: pipeline.step(inputs, targets, cross_entropy))
+        again = failing(lambda: pipeline.step(inputs, targets, cross_entropy))
+        total = int(group.all_reduce(np.array(1)))  # the group is as good as before
+        return first, again, total
+
+    place = f"the {half} pass of stage {rank + 3}, microbatch {microbatch}"
+    for own, (first, again, total) in enumerate(simulate(run, 3)):
+        if own == rank:
+            assert type(first) is KeyError
+            assert first.__notes__ == [f"(Pipeline.step: on rank {rank}, in {place})"]
+        else:
+            assert type(first) is ferro.FerroError
+            assert f"failed on rank {rank}, in {place}: KeyError: 'trap'" in str(first)
+            assert (first.rank, first.peer, first.group) == (own, rank, "world")
+        assert isinstance(again, ferro.UsageError)
+        assert "an earlier Pipeline.step failed" in str(again)
+        assert total == 3
+    receivers = [t for t in threading.enumerate() if t.name.startswith("ferro-pipeline-")]
+    assert receivers == [], leftover
+
+
+def test_two_failures_are_both_told():
+    def run(group):
+        stage = Trap(Linear(2, 2), "forward", 0) if group.rank != 1 else Linear(2, 2)
+        pipeline = Pipeline([stage], group, microbatches=1)
+        x = np.ones((1, 2), np.float32)
+        return failing(lambda: pipeline.step(x, x, mse_loss))
+
+    first, second, third = simulate(run, 3)
+    assert isinstance(first, KeyError)
+    assert second.peer == third.peer == 0  # rank 2 only stopped: nothing came to its stage
+
+
+BATCHES = {
+    "got None. Pass them": (None, np.zeros((4, 1))),
+    "sequence of 3 arrays, and the pipeline takes 2": ([np.zeros((1, 1))] * 3, np.zeros((4, 1))),
+    "single number": (np.zeros(()), np.zeros((4, 1))),
+    "expected a NumPy or CuPy array, got builtins.str": ("text", np.zeros((4, 1))),
+}
+
+
+@pytest.mark.parametrize("message", BATCHES)
+def test_a_batch_that_cannot_be_cut_is_told_to_all(message):
+    inputs, targets = BATCHES[message]
+
+    def run(group):
+        pipeline = Pipeline([Linear(1, 1, dtype=np.float64)], group, microbatches=2)
+        return failing(lambda: pipeline.step(inputs, targets, mse_loss))
+
+    for rank, error in enumerate(simulate(run, 2)):
+        assert message in str(error)
+        assert isinstance(error, ferro.UsageError) == (rank == 0)
+
+
+def test_a_loss_that_raises_names_the_microbatch():
+    def run(group):
+        pipeline = Pipeline([Linear(1, 1, dtype=np.float64)], group, microbatches=2)
+        x = np.zeros((4, 1))
+        return failing(lambda: pipeline.step(x, np.zeros((4, 2)), mse_loss))
+
+    first, second = simulate(run, 2)
+    assert "forward pass of stage 1, microbatch 0: UsageError: mse_loss" in str(first)
+    assert isinstance(second, ferro.UsageError)
+
+
+def test_a_stage_in_the_middle_must_have_an_input_gradient():
+    class Deaf(Module):
+        def vjp(self, x):
+            return x, lambda grad: None
+
+    def run(group):
+        stage = Deaf() if group.rank else Linear(1, 1, dtype=np.float64)
+        pipeline = Pipeline([stage], group, microbatches=1)
+        x = np.zeros((2, 1))
+        return failing(lambda: pipeline.step(x, x, mse_loss))
+
+    for error in simulate(run, 2):
+        assert "stage 1 has no gradient for its input" in str(error)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("after", [12, 30])
+def test_a_rank_that_dies_leaves_nobody_waiting(victim, after):
+    inputs, targets = batch(rows=8)
+
+    def run(group):
+        pipeline = Pipeline(share(make_stages(3), group), group, microbatches=4)
+
+        def train():
+            for _ in range(20):
+                pipeline.step(inputs, targets, cross_entropy)
+
+        error = failing(train)
+        assert "an earlier Pipeline.step failed" in str(failing(train))
+        return error
+
+    errors = ferro.simulate(
+        run, 3, timeout_s=5, run_timeout_s=20, faults=[Fault(rank=victim, after=after, kind="kill")]
+    )
+    for rank, error in enumerate(errors):
+        assert isinstance(error, ferro.FerroError) == (rank != victim)
+
+
+def test_forward_fails_like_a_step():
+    inputs, _ = batch(rows=4)
+
+    def run(group):
+        stages = share(make_stages(3), group)
+        if group.rank == 1:
+            stages[0] = Trap(stages[0], "forward", 1)
+        pipeline = Pipeline(stages, group, microbatches=4)
+        return failing(lambda: pipeline.forward(inputs, microbatches=2))
+
+    for rank, error in enumerate(simulate(run, 3)):
+        assert isinstance(error, KeyError) == (rank == 1)
+        if rank != 1:
+            assert "Pipeline.forward on group 'world' failed on rank 1" in str(error)
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1)])
+def test_ranks_that_disagree_on_a_forward_pass_are_told(counts):
+    inputs, _ = batch(rows=4)
+
+    def run(group):
+        pipeline = Pipeline(share(make_stages(2), group), group, microbatches=2)
+        for _ in range(2):
+            pipeline.forward(inputs, microbatches=counts[group.rank])
+
+    with pytest.raises(ferro.FerroError) as caught:
+        ferro.simulate(run, 2, timeout_s=0.3, run_timeout_s=20)
+    if counts == (2, 1):
+        assert "sent microbatch 1 where the inputs of stage 1" in str(caught.value)
+
+
+# -- construction ---------------------------------------------------------------------------------
+
+
+def swapped():
+    """A schedule whose only rank would go backward first."""
+    actions = (Action(Kind.BACKWARD, 0, 0), Action(Kind.FORWARD, 0, 0))
+    return PipelineSchedule(name="swapped", microbatches=1, rank_of=(0, 1), actions=(actions, ()))
+
+
+ARGUMENTS = {
+    "ranks differ in the microbatches: rank 0 has 1, rank 1 has 2": lambda r: {
+        "microbatches": 1 + r
+    },
+    "ranks differ in the schedule: rank 0 has 1f1b, rank 1 has gpipe": lambda r: {
+        "microbatches": 2,
+        "schedule": ["1f1b", "gpipe"][r],
+    },
+    "ranks differ in the ties": lambda r: {
+        "microbatches": 2,
+        "ties": [{0: "weight", 1: "weight"}] * r,
+    },
+    "no pipeline schedule 'best'": lambda r: {"microbatches": 2, "schedule": "best"},
+    "swapped": lambda r: {"microbatches": 1, "schedule": swapped()},
+    "is for 2 ranks and 1 microbatches, not for 2 and 3": lambda r: {
+        "microbatches": 3,
+        "schedule": swapped(),
+    },
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_ranks_that_do_not_fit_are_refused_together(message):
+    def run(group):
+        with pytest.raises(ferro.UsageError, match=message):
+            Pipeline([Linear(2, 2)], group, **ARGUMENTS[message](group.rank))
+        return int(group.all_reduce(np.array(1)))
+
+    assert simulate(run, 2) == [2, 2]
+
+
+STAGES = {
+    "ranks differ in the ranks of the stages": lambda r: [Linear(2, 2) for _ in range(1 + r)],
+    "stages_per_rank must be 1 or more": lambda r: [],
+    "a stage is a float, not a Module": lambda r: [1.5],
+    "one module is given for two stages": lambda r: [Linear(2, 2)] * 2,
+}
+
+
+@pytest.mark.parametrize("message", STAGES)
+def test_stages_that_do_not_fit_are_refused_together(message):
+    def run(group):
+        with pytest.raises(ferro.UsageError, match=message):
+            Pipeline(STAGES[message](group.rank), group, microbatches=2)
+
+    simulate(run, 2)
+
+
+def test_one_ranks_fault_is_told_to_the_others():
+    def run(group):
+        stages = [Linear(2, 2)] if group.rank else ["no module"]
+        with pytest.raises(ferro.UsageError, match=r"not a Module") as caught:
+            Pipeline(stages, group, microbatches=2)
+        return str(caught.value)
+
+    own, other = simulate(run, 2)
+    assert own.startswith("Pipeline: a stage is a str")
+    assert "rank 0 cannot take part: Pipeline: a stage is a str" in other

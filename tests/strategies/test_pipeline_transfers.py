@@ -1,0 +1,269 @@
+"""What a pipeline's messages are made of, and how they are taken."""
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import ferro
+from ferro_strategies.nn import Linear, Module
+from ferro_strategies.pipeline import Kind, Pipeline, build
+from ferro_strategies.pipeline.header import HEADER_BYTES, Header, decode, encode
+from ferro_strategies.pipeline.routes import Route, plan_of, routes
+from ferro_strategies.pipeline.transfers import Receiver, Sender, Stopped, surroundings
+
+from .pipeline_models import simulate
+
+ROUTE = Route(kind=Kind.FORWARD, stage=1, source=0, target=1, order=(2, 0, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "bool", "complex64", "bfloat16", "uint64"])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5, 1), (1,) * 32])
+def test_headers_tell_what_comes(dtype, shape):
+    array = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    raw = encode(Header.of(array, 12))
+    assert (raw.size, raw.dtype) == (HEADER_BYTES, np.uint8)
+    header = decode(raw)
+    assert header == Header(microbatch=12, dtype=array.dtype, shape=shape, on_gpu=False)
+    assert (header.empty().shape, header.empty().dtype) == (shape, array.dtype)
+
+
+def test_the_word_that_nothing_comes_is_a_header_too():
+    raw = encode(None)
+    assert raw.size == HEADER_BYTES
+    assert decode(raw) is None
+
+
+def spoilt(position, value):
+    raw = encode(Header.of(np.zeros((2, 3)), 0)).copy()
+    raw[position : position + len(value)] = np.frombuffer(value, np.uint8)
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, b"\x07", "begins with 7"),
+        (1, b"\x09", "begins with 1, 9"),
+        (2, b"\x28", "begins with 1, 0, 40"),
+        (8, b"nonsense", "dtype is b'nonsense"),
+        (8, b"object\0\0", "dtype object"),
+        (8, b"\xff\xfe", "dtype is"),
+        (24, b"\xff" * 8, r"shape is \(-1, 3\)"),
+        (24, b"\xff" * 7 + b"\x7f", r"shape is \(9223372036854775807, 3\)"),
+    ],
+)
+def test_what_is_no_header_is_refused(position, value, message):
+    with pytest.raises(ferro.CollectiveMismatch, match=message):
+        decode(spoilt(position, value))
+
+
+def exchange(sending, receiving):
+    """Run one function with a Sender on rank 0, one with a Receiver on rank 1."""
+
+    def run(group):
+        if group.rank == 0:
+            sender = Sender(ROUTE, group)
+            sending(sender)
+            sender.finish()
+            return None
+        receiver = Receiver(ROUTE, group, ())
+        try:
+            return receiving(receiver)
+        finally:
+            receiver.close()
+
+    return simulate(run, 2)[1]
+
+
+def test_arrays_are_taken_in_any_order_and_may_be_reused_once_sent():
+    arrays = {0: np.arange(3), 1: np.zeros((0, 2), np.float32), 2: np.full((2, 2), 2.0)}
+
+    def send(sender):
+        for microbatch in ROUTE.order:
+            sender.send(microbatch, arrays[microbatch].copy())
+
+    taken = exchange(send, lambda receiver: [receiver.take(m) for m in (0, 1, 2)])
+    for microbatch, array in enumerate(taken):
+        np.testing.assert_array_equal(array, arrays[microbatch])
+        assert array.dtype == arrays[microbatch].dtype
+
+
+def test_a_sender_that_stops_is_noticed_and_leaves_nothing_behind():
+    def send(sender):
+        sender.send(2, np.ones(4))
+        sender.stop()
+        sender.stop()  # once is enough
+
+    def receive(receiver):
+        first = receiver.take(2)
+        with pytest.raises(Stopped, match="rank 0 has stopped"):
+            receiver.take(0)
+        receiver.drain()
+        return first
+
+    np.testing.assert_array_equal(exchange(send, receive), np.ones(4))
+
+
+def test_a_receiver_that_drains_takes_what_nobody_asked_for():
+    def send(sender):
+        for microbatch in ROUTE.order:
+            sender.send(microbatch, np.ones(100_000))
+        sender.stop()  # nothing was left to send, so nothing is said
+
+    assert exchange(send, lambda receiver: receiver.drain()) is None
+
+
+def test_another_microbatch_than_expected_is_refused():
+    def receive(receiver):
+        with pytest.raises(ferro.CollectiveMismatch, match="sent microbatch 1 where the inputs of"):
+            receiver.take(2)
+        return True
+
+    assert exchange(lambda sender: sender.send(1, np.zeros(0)), receive)
+
+
+class Entered:
+    """A context that knows which threads have been in it."""
+
+    def __init__(self):
+        self.threads = []
+
+    def __enter__(self):
+        self.threads.append(threading.current_thread().name)
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_receiving_thread_works_where_it_is_told():
+    place = Entered()
+
+    def run(group):
+        if group.rank == 0:
+            sender = Sender(ROUTE, group)
+            sender.send(2, np.ones(1))
+            sender.finish()
+            return
+        receiver = Receiver(ROUTE, group, (place,))
+        receiver.take(2)
+        receiver.close()
+
+    simulate(run, 2)
+    assert place.threads == ["ferro-pipeline-inputs of stage 1"]
+
+
+def test_arrays_of_a_gpu_are_received_on_it(monkeypatch):
+    gpu, stream = Entered(), Entered()
+    made = []
+
+    def empty(shape, dtype):
+        made.append((shape, dtype))
+        return np.empty(shape, dtype)
+
+    cuda = SimpleNamespace(get_current_stream=lambda: stream)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(empty=empty, cuda=cuda))
+    array = type("ndarray", (), {"__module__": "cupy", "device": gpu})()
+    array.dtype, array.shape = np.dtype("float32"), (2, 3)
+    assert surroundings(array) == (gpu, stream)
+    assert surroundings(np.zeros(1)) == surroundings(None) == ()
+    header = decode(encode(Header.of(array, 0)))
+    assert header.on_gpu
+    header.empty()
+    assert made == [((2, 3), np.dtype("float32"))]
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1"])
+def test_receives_start_before_they_are_needed_and_not_long_before(name):
+    schedule = build(name, ranks=3, stages_per_rank=2, microbatches=5)
+    for rank in range(3):
+        plan = plan_of(schedule, rank)
+        remote = {route.key for route in plan.incoming}
+        due = {a: p for p, a in enumerate(plan.actions) if (a.kind, a.stage) in remote}
+        asked = {a: p for p, actions in enumerate(plan.asks) for a in actions}
+        assert asked.keys() == due.keys()
+        assert all(due[action] - 2 <= asked[action] <= due[action] for action in due)
+        assert sum(asked[action] < due[action] for action in due) >= len(due) - 1
+
+
+def test_there_is_a_route_for_each_boundary_between_ranks_and_direction():
+    schedule = build("1f1b", ranks=2, stages_per_rank=2, microbatches=2)
+    found = {(str(route), route.source, route.target, route.order) for route in routes(schedule)}
+    assert {item[:3] for item in found} == {
+        ("inputs of stage 1", 0, 1),
+        ("inputs of stage 2", 1, 0),
+        ("inputs of stage 3", 0, 1),
+        ("output gradients of stage 0", 1, 0),
+        ("output gradients of stage 1", 0, 1),
+        ("output gradients of stage 2", 1, 0),
+    }
+    assert {item[3] for item in found} == {(0, 1)}
+    alone = build("1f1b", ranks=1, stages_per_rank=4, microbatches=2)
+    assert routes(alone) == ()
+
+
+class Watch:
+    """An observer that waits for its moment: so many receives begun on rank 1."""
+
+    def __init__(self, receives):
+        self._left = receives
+        self.come = threading.Event()
+
+    def started(self, event):
+        if (event.op, event.global_rank) == ("recv", 1):
+            self._left -= 1
+            if self._left == 0:
+                self.come.set()
+
+    def finished(self, event):
+        pass
+
+
+class Waiting(Module):
+    """Computes, the first time, until something has come to pass elsewhere."""
+
+    def __init__(self, event):
+        self._event = event
+
+    def vjp(self, x):
+        assert self._event.wait(5.0)
+        return x, lambda grad: grad
+
+
+class Telling(Module):
+    """Tells when it has been run so many times."""
+
+    def __init__(self, times, event):
+        self._left = times
+        self._event = event
+
+    def vjp(self, x):
+        self._left -= 1
+        if self._left == 0:
+            self._event.set()
+        return x, lambda grad: grad
+
+
+def gpipe(stages, observers=()):
+    """Three microbatches through two stages on two ranks."""
+
+    def run(group):
+        pipeline = Pipeline([stages[group.rank]], group, schedule="gpipe", microbatches=3)
+        x = np.zeros((3, 2))
+        return pipeline.step(x, x, lambda y, t: (0.0, np.zeros_like(y)))
+
+    results = ferro.simulate(run, 2, timeout_s=10, run_timeout_s=30, observers=observers)
+    assert results == [0.0, 0.0]
+
+
+def test_the_next_receive_is_under_way_while_a_stage_computes():
+    watch = Watch(receives=3)  # header and array of the first input, header of the second
+    gpipe([Linear(2, 2, dtype=np.float64), Waiting(watch.come)], [watch])
+
+
+def test_a_rank_goes_on_before_what_it_sent_is_used():
+    done = threading.Event()
+    gpipe([Telling(3, done), Waiting(done)])
