@@ -122,6 +122,36 @@ def _load_ddp() -> Strategy:
     return DDP
 
 
+def _load_fsdp() -> Strategy:
+    from ferro_strategies.fsdp import FSDP
+
+    return FSDP
+
+
+def _load_pipeline() -> Strategy:
+    from ferro_strategies.pipeline import Pipeline
+
+    return Pipeline
+
+
+def _show_pipeline(arguments: Sequence[str]) -> int:
+    from ferro_strategies.pipeline.show import show
+
+    return show(arguments)
+
+
+def _load_tensor_parallel() -> Strategy:
+    from ferro_strategies.tensor_parallel import parallelize
+
+    return parallelize
+
+
+def _load_sync_batchnorm() -> Strategy:
+    from ferro_strategies.sync_batchnorm import convert_sync_batchnorm
+
+    return convert_sync_batchnorm
+
+
 @hookimpl
 def ferro_strategies() -> Sequence[StrategyInfo]:
     """Offer the strategies of this distribution."""
@@ -130,5 +160,26 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
             name="ddp",
             summary="every rank has the whole model; gradients are averaged in buckets",
             load=_load_ddp,
+        ),
+        StrategyInfo(
+            name="fsdp",
+            summary="every rank has a piece of the model, whole only where it is computed",
+            load=_load_fsdp,
+        ),
+        StrategyInfo(
+            name="pipeline",
+            summary="every rank has some of the layers; batches pass through in microbatches",
+            load=_load_pipeline,
+            show=_show_pipeline,
+        ),
+        StrategyInfo(
+            name="tensor_parallel",
+            summary="every rank has a piece of each matrix (plan=: which layers, and how)",
+            load=_load_tensor_parallel,
+        ),
+        StrategyInfo(
+            name="sync_batchnorm",
+            summary="BatchNorm layers take their statistics over the batches of all ranks",
+            load=_load_sync_batchnorm,
         ),
     )

@@ -1,8 +1,44 @@
 """Parallel strategies, with the module contract, layers and optimizers that they work on."""
 
-from . import hooks, nn, optim
+from . import hooks, nn, optim, pipeline, tensor_parallel
 from .ddp import DDP
+from .dtensor import DTensor, Partial, Replicate, Shard, distribute
+from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .hybrid import HybridBackend
+from .mesh import DeviceMesh
+from .pipeline import Pipeline
 from .sampler import ShardedSampler
+from .sync_batchnorm import (
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    convert_sync_batchnorm,
+)
 
-__all__ = ["DDP", "HybridBackend", "ShardedSampler", "hooks", "nn", "optim"]
+__all__ = [
+    "DDP",
+    "FSDP",
+    "DTensor",
+    "DeviceMesh",
+    "FlatShard",
+    "HybridBackend",
+    "MixedPrecision",
+    "Partial",
+    "Pipeline",
+    "Replicate",
+    "Shard",
+    "ShardedSampler",
+    "ShardingStrategy",
+    "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
+    "convert_sync_batchnorm",
+    "distribute",
+    "hooks",
+    "nn",
+    "optim",
+    "pipeline",
+    "tensor_parallel",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +12,16 @@ from ..flights import Flight, Flights
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
 from ..replicas import broadcast_arrays, check_same
-from ..rollcall import RollCall, Step
+from ..rollcall import JOINED, RollCall
 from .bucket import Hook
 from .reducer import Reducer
+
+
+class _Step(enum.IntEnum):
+    """What a rank is about to do, in terms of the roll call."""
+
+    BUFFERS = 1
+    BACKWARD = 2
 
 
 class DDP(Module):
@@ -172,7 +180,7 @@ class DDP(Module):
         """
         if self._roll is not None:
             raise UsageError("DDP.join: this model is inside join() already.")
-        self._roll = RollCall(self._group)
+        self._roll = RollCall("DDP", (self._group,), lambda step: _Step(step).name)
         self._divide_by_all = divide_by_initial_world_size
         try:
             yield
@@ -190,7 +198,7 @@ class DDP(Module):
             UsageError: as from a pullback.
         """
         self._flights.check_start()
-        self._announce(Step.BACKWARD)
+        self._announce(_Step.BACKWARD)
         self._reducer.expect()
         self._reducer.finish(self._divisor())
 
@@ -203,7 +211,7 @@ class DDP(Module):
         if not self._flights.due:
             return self._flights.run(flight, grad_y)
         if not self._flights.begun:
-            self._announce(Step.BACKWARD)
+            self._announce(_Step.BACKWARD)
         with self._reducer.listening():
             grad_x = self._flights.run(flight, grad_y)
         if self._flights.all_landed:
@@ -213,14 +221,14 @@ class DDP(Module):
 
     def _shadow(self, roll: RollCall) -> None:
         """Take part in the others' steps until nobody has a batch."""
-        while (step := roll.announce(Step.JOINED)) is not Step.JOINED:
-            if step is Step.BUFFERS:
+        while (step := roll.announce(JOINED)[0]) != JOINED:
+            if step == _Step.BUFFERS:
                 self._replicate_buffers(roll.active[0])
             else:
                 self._reducer.shadow(self._divisor())
         self._replicate(roll.active[0])
 
-    def _announce(self, step: Step) -> None:
+    def _announce(self, step: _Step) -> None:
         if self._roll is not None:
             self._roll.announce(step)
 
@@ -231,7 +239,7 @@ class DDP(Module):
 
     def _share_buffers(self) -> None:
         if next(self.buffers(), None) is not None:
-            self._announce(Step.BUFFERS)
+            self._announce(_Step.BUFFERS)
             self._replicate_buffers(self._roll.active[0] if self._roll is not None else 0)
 
     def _replicate_buffers(self, root: int) -> None:

@@ -124,8 +124,8 @@ def arrange(
         _check_sizes(shape.shape, names)
         ranks = _checked_ranks(shape, world_size)
     else:
-        sizes = tuple(shape)
-        if not all(isinstance(size, int | np.integer) for size in sizes):
+        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+        if not sizes or not all(isinstance(size, int | np.integer) for size in sizes):
             raise UsageError(
                 f"DeviceMesh: shape must be a tuple of integers, not {shape!r}. To say which rank "
                 "stands where, give a NumPy array of ranks."

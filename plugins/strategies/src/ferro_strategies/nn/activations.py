@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .arrays import Array, namespace_of
+from .arrays import Array, namespace_of, wide_dtype
 from .module import Module, Pullback
 
 
@@ -36,15 +36,16 @@ class GELU(Module):
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Weigh each element by how likely a normal variable is below it."""
         scale, cubic = math.sqrt(2 / math.pi), 0.044715
-        square = x * x
-        tanh: Array = namespace_of(x).tanh(scale * x * (1 + cubic * square))
+        wide = x.astype(wide_dtype(x.dtype), copy=False)
+        tanh: Array = namespace_of(x).tanh(scale * wide * (1 + cubic * (wide * wide)))
+        y = 0.5 * wide * (1 + tanh)
 
         def pullback(grad_y: Array) -> Array:
-            slope = scale * (1 + 3 * cubic * (x * x))
-            grad_x: Array = grad_y * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope)
-            return grad_x
+            slope = scale * (1 + 3 * cubic * (wide * wide))
+            grad_x: Array = grad_y * (0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * slope)
+            return grad_x.astype(x.dtype, copy=False)
 
-        return 0.5 * x * (1 + tanh), pullback
+        return y.astype(x.dtype, copy=False), pullback
 
     def __repr__(self) -> str:
         return "GELU()"

@@ -33,3 +33,31 @@ def namespace_of(array: Array) -> ModuleType:
         f"expected a NumPy or CuPy array, got {kind.__module__}.{kind.__qualname__}. "
         "Convert it first, for instance with numpy.asarray."
     )
+
+
+def wide_dtype(dtype: npt.DTypeLike) -> np.dtype:
+    """Return the dtype to compute in: float32 for half precision, otherwise the same."""
+    return np.promote_types(dtype, np.float32)
+
+
+def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
+    """Multiply two matrices of one dtype; the product has it, too.
+
+    NumPy multiplies half precision element by element, 40 times slower than by way of float32,
+    and bfloat16 not at all.
+
+    Args:
+        a: (..., n, k).
+        b: (..., k, m).
+        out: (..., n, m), where to put the product; None: a new array.
+    """
+    xp = namespace_of(a)
+    wide = wide_dtype(a.dtype)
+    if xp is not np or wide == a.dtype:
+        product: Array = xp.matmul(a, b, out=out)
+        return product
+    product = np.matmul(a.astype(wide), b.astype(wide))
+    if out is None:
+        return product.astype(a.dtype)
+    out[...] = product
+    return out

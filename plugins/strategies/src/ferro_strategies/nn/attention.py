@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, matmul, namespace_of, wide_dtype
 from .checks import check_dtype, check_input, check_positive
 from .initial import Rng
 from .linear import Linear
@@ -101,7 +101,7 @@ def attend(
     """Let each position take the values of those whose keys match its query, head by head.
 
     In memory of size (B, num_heads, T, T): one array, which the pullback keeps, and in the
-    pullback one more.
+    pullback one more. The softmax of half precision is computed in float32.
 
     Args:
         query: (B, T, columns), T at least 1; num_heads divides columns.
@@ -122,21 +122,23 @@ def attend(
     k, v = _heads(key, num_heads), _heads(value, num_heads)
     weights = _softmax_weights(xp, q, k, causal=causal)
     mixed = xp.empty_like(query)
-    xp.matmul(weights, v, out=_heads(mixed, num_heads))
+    matmul(weights, v, out=_heads(mixed, num_heads))
 
     def pull(grad_mixed: Array) -> tuple[Array, Array, Array]:
         grad = _heads(grad_mixed, num_heads)
         grads = xp.empty_like(query), xp.empty_like(key), xp.empty_like(value)
         grad_q, grad_k, grad_v = (_heads(whole, num_heads) for whole in grads)
-        xp.matmul(weights.swapaxes(2, 3), grad, out=grad_v)
+        matmul(weights.swapaxes(2, 3), grad, out=grad_v)
         # Through softmax: weights * (d - sum(weights * d)) with d the gradient of the weights.
         # The sum over keys is that of grad * mixed over columns, which needs no further array.
-        grad_scores = grad @ v.swapaxes(2, 3)
-        grad_scores -= xp.einsum("bhtc,bhtc->bht", grad, _heads(mixed, num_heads))[..., None]
+        grad_scores = matmul(grad, v.swapaxes(2, 3))
+        wide = wide_dtype(grad.dtype)
+        sums = xp.einsum("bhtc,bhtc->bht", grad, _heads(mixed, num_heads), dtype=wide)
+        grad_scores -= sums.astype(grad.dtype, copy=False)[..., None]
         grad_scores *= weights
-        xp.matmul(grad_scores, k, out=grad_q)
+        matmul(grad_scores, k, out=grad_q)
         grad_q *= scale
-        xp.matmul(grad_scores.swapaxes(2, 3), q, out=grad_k)
+        matmul(grad_scores.swapaxes(2, 3), q, out=grad_k)
         return grads
 
     return mixed, pull
@@ -150,14 +152,15 @@ def _heads(x: Array, num_heads: int) -> Array:
 
 def _softmax_weights(xp: ModuleType, q: Array, k: Array, *, causal: bool) -> Array:
     """Return softmax of q @ k.T over the keys that a position may see."""
-    weights: Array = q @ k.swapaxes(2, 3)
+    scores = matmul(q, k.swapaxes(2, 3))
+    weights = scores.astype(wide_dtype(scores.dtype), copy=False)
     if causal:
         length = weights.shape[-1]
         weights += xp.triu(xp.full((length, length), -math.inf, weights.dtype), 1)
     weights -= weights.max(axis=-1, keepdims=True)
     xp.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
-    return weights
+    return weights.astype(scores.dtype, copy=False)
 
 
 def _array(grad: Array | None) -> Array:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, namespace_of, wide_dtype
 from .buffer import Buffer
 from .checks import check_dtype, check_input, check_positive
 from .module import Module, Pullback
@@ -71,7 +71,7 @@ class BatchNorm(Module):
         whole_shape, dtype = x.shape, x.dtype
         # All below works on (N, C, L): L is 1 for (N, C), the number of pixels for images.
         shape = (*x.shape[:2], x[0, 0].size if x.size else 0)
-        wide = np.promote_types(dtype, np.float32)
+        wide = wide_dtype(dtype)
         values = x.reshape(shape).astype(wide, copy=False)
         normal = self._by_batch(values) if self.training else self._by_running(values)
         weight = self.weight.use() if self.weight is not None else None

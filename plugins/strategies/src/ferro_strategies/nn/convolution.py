@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, namespace_of
+from .arrays import Array, matmul, namespace_of
 from .checks import check_dtype, check_input, check_positive
 from .initial import Rng, he_uniform
 from .module import Module, Pullback
@@ -59,7 +59,7 @@ class Conv2d(Module):
         outer = weight.data.shape[0]
         n, _, height, width = x.shape
         down, across = self.windows.output_size(height, width)
-        y = weight.data.reshape(outer, -1) @ self._columns(x)
+        y = matmul(weight.data.reshape(outer, -1), self._columns(x))
         if bias is not None:
             y += bias.data[:, None]
 
@@ -69,7 +69,7 @@ class Conv2d(Module):
                 bias.add_grad(grad_rows.sum(axis=1))
             if weight.requires_grad:
                 weight.add_grad_product(grad_rows, self._columns(x).T)
-            columns = weight.data.reshape(outer, -1).T @ grad_rows
+            columns = matmul(weight.data.reshape(outer, -1).T, grad_rows)
             return self._scatter(columns, x)
 
         y = y.reshape(outer, n, down, across).transpose(1, 0, 2, 3)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, namespace_of
+from .arrays import Array, namespace_of, wide_dtype
 from .checks import check_dtype, check_input, check_positive
 from .module import Module, Pullback
 from .parameter import Parameter
@@ -15,6 +16,8 @@ from .parameter import Parameter
 
 class LayerNorm(Module):
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the trailing dimensions.
+
+    Half precision is computed in float32.
 
     Args:
         normalized_shape: the trailing dimensions, or the size of the last one.
@@ -43,13 +46,14 @@ class LayerNorm(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Normalise (..., *normalized_shape)."""
-        shape = self.weight.data.shape
+        shape, dtype = self.weight.data.shape, x.dtype
         check_dtype(self, x, self.weight.data.dtype)
         expected = f"(..., {', '.join(map(str, shape))})"
         check_input(self, x, expected, fits=x.shape[-len(shape) :] == shape)
         weight, bias = self.weight.use(), self.bias.use()
         size = math.prod(shape)
-        rows = x.reshape(x.size // size, size)
+        x_shape = x.shape
+        rows = x.reshape(x.size // size, size).astype(wide_dtype(dtype), copy=False)
         xhat = rows - rows.mean(axis=1, keepdims=True)
         var = _row_mean(xhat, xhat)
         inverse = 1 / namespace_of(x).sqrt(var + self.eps)
@@ -58,17 +62,28 @@ class LayerNorm(Module):
         y += bias.data.reshape(size)
 
         def pullback(grad_y: Array) -> Array:
-            grad = grad_y.reshape(rows.shape)
-            bias.add_grad(grad.sum(axis=0).reshape(shape))
-            weight.add_grad(namespace_of(x).einsum("nd,nd->d", grad, xhat).reshape(shape))
+            grad = grad_y.reshape(xhat.shape).astype(xhat.dtype, copy=False)
+            xp = namespace_of(grad)
+            sums = xp.stack((grad.sum(axis=0), xp.einsum("nd,nd->d", grad, xhat)))
+            summed = self._sum_over_positions(sums)
             grad = grad * weight.data.reshape(size)
             grad_x: Array = xhat * -_row_mean(grad, xhat)
             grad_x += grad
             grad_x -= grad.mean(axis=1, keepdims=True)
             grad_x *= inverse
-            return grad_x.reshape(x.shape)
+            for use, total in zip((bias, weight), summed(), strict=True):
+                use.add_grad(total.reshape(shape).astype(dtype, copy=False))
+            return grad_x.reshape(x_shape).astype(dtype, copy=False)
 
-        return y.reshape(x.shape), pullback
+        return y.reshape(x_shape).astype(dtype, copy=False), pullback
+
+    def _sum_over_positions(self, sums: Array) -> Callable[[], Array]:
+        """Begin to sum over all positions; `sums`, (2, D), are over those at hand.
+
+        Returns:
+            A function that waits for the sums.
+        """
+        return lambda: sums
 
     def __repr__(self) -> str:
         return f"LayerNorm({self.weight.data.shape}, eps={self.eps})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array
+from .arrays import Array, matmul
 from .checks import check_dtype, check_input, check_positive
 from .initial import Rng, he_uniform
 from .module import Module, Pullback
@@ -47,7 +47,7 @@ class Linear(Module):
         weight = self.weight.use()
         bias = self.bias.use() if self.bias is not None else None
         rows = x.reshape(x.size // inner, inner)
-        y = rows @ weight.data
+        y = matmul(rows, weight.data)
         if bias is not None:
             y += bias.data
 
@@ -57,7 +57,7 @@ class Linear(Module):
                 bias.add_grad(grad_rows.sum(axis=0))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad_rows)
-            return (grad_rows @ weight.data.T).reshape(x.shape)
+            return matmul(grad_rows, weight.data.T).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], outer), pullback
 

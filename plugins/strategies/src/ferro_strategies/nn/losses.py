@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, namespace_of, wide_dtype
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
@@ -29,7 +29,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     rows = logits.reshape(count, logits.shape[-1])
     chosen = (xp.arange(count), labels.reshape(count))
     # One array for all: logits less their maximum, their exponentials, softmax, gradient.
-    grad = rows - rows.max(axis=1, keepdims=True)
+    grad = rows.astype(wide_dtype(rows.dtype), copy=False) - rows.max(axis=1, keepdims=True)
     at_labels = grad[chosen]
     xp.exp(grad, out=grad)
     total = grad.sum(axis=1, keepdims=True)
@@ -37,7 +37,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     grad /= total
     grad[chosen] -= 1
     grad /= count
-    return loss, grad.reshape(logits.shape)
+    return loss, grad.reshape(logits.shape).astype(logits.dtype, copy=False)
 
 
 def mse_loss(prediction: Array, target: Array) -> tuple[float, Array]:
@@ -62,10 +62,11 @@ def mse_loss(prediction: Array, target: Array) -> tuple[float, Array]:
         )
     if prediction.size == 0:
         return 0.0, xp.zeros_like(prediction)
-    grad: Array = xp.subtract(prediction, target, dtype=prediction.dtype)
+    wide = wide_dtype(prediction.dtype)
+    grad = prediction.astype(wide, copy=False) - target.astype(wide, copy=False)
     loss = float(xp.vdot(grad, grad)) / grad.size
     grad *= 2 / grad.size
-    return loss, grad
+    return loss, grad.astype(prediction.dtype, copy=False)
 
 
 def _check_labels(logits: Array, labels: Array) -> None:

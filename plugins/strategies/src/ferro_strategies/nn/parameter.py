@@ -36,7 +36,7 @@ from collections.abc import Callable
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, matmul, namespace_of
 from .split import Split
 from .use import Use
 
@@ -153,9 +153,9 @@ class Parameter:
         if self._grad is None:
             self._grad = self._reserve()
             flat = self._grad.reshape(a.shape[0], b.shape[1])
-            namespace_of(a).matmul(a, b, out=flat)
+            matmul(a, b, out=flat)
         else:
-            self._grad += (a @ b).reshape(self._grad.shape)
+            self._grad += matmul(a, b).reshape(self._grad.shape)
         self._notify()
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
 from .optimizer import Optimizer, blocks
 
@@ -80,7 +80,7 @@ class LossScaler:
     def scale(self, grad: Array) -> Array:
         """Return the loss's gradient times the scale, for the pullback, in its own dtype."""
         with np.errstate(over="ignore"):  # what overflows makes `step` skip
-            scaled: Array = grad.astype(_wide(grad), copy=False) * self.current_scale
+            scaled: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * self.current_scale
             return scaled.astype(grad.dtype, copy=False)
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -198,7 +198,7 @@ def _unscale(grads: list[Array], inverse: float) -> bool:
     # On each device one flag, read at the end: reading a GPU's waits for it.
     flags: dict[ModuleType, Array] = {}
     for grad in grads:
-        xp, wide = namespace_of(grad), _wide(grad)
+        xp, wide = namespace_of(grad), wide_dtype(grad.dtype)
         flag = flags.setdefault(xp, xp.ones((), bool))
         for _, block in blocks(grad):
             # Half precision goes through float32, where neither factor can become zero.
@@ -211,7 +211,3 @@ def _unscale(grads: list[Array], inverse: float) -> bool:
 def _check_range(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
         raise UsageError(f"LossScaler: {name} must be from {least} to {most}, got {value}.")
-
-
-def _wide(array: Array) -> np.dtype:
-    return np.promote_types(array.dtype, np.float32)

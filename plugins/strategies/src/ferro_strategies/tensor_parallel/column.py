@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError, Work
 
-from ..nn.arrays import Array
+from ..nn.arrays import Array, matmul
 from ..nn.checks import check_dtype, check_input
 from ..nn.initial import Rng
 from ..nn.linear import Linear
@@ -150,7 +150,7 @@ def column_products(
     first = layers[0]
     group, weight_data = first.group, first.weight.data
     _check(owner, x, weight_data.shape[0], weight_data.dtype, sequences=first.sequence_parallel)
-    uses = [(part.weight.use(), part.bias.use() if part.bias else None) for part in layers]
+    uses = [(part.weight.use(), part.bias.use() if part.bias is not None else None) for part in layers]
     cut = SequenceCut.of_piece(x, group) if first.sequence_parallel else None
     own = rows_of(x, cut)
     lead = x.shape[:-1]
@@ -158,7 +158,7 @@ def column_products(
     whole = own if cut is None else group.all_gather(own, sizes=cut.rows)
     outputs = []
     for weight, bias in uses:
-        y = whole @ weight.data
+        y = matmul(whole, weight.data)
         if bias is not None:
             y += bias.data
         outputs.append(from_rows(y, whole_lead, cut))
@@ -168,9 +168,9 @@ def column_products(
         regathered: Work[Array] | None = None
         if cut is not None and any(weight.requires_grad for weight, _ in uses):
             regathered = group.all_gather(own, sizes=cut.rows, async_op=True)
-        partial: Array = grad_rows[0] @ uses[0][0].data.T
+        partial = matmul(grad_rows[0], uses[0][0].data.T)
         for grad, (weight, _) in zip(grad_rows[1:], uses[1:], strict=True):
-            partial += grad @ weight.data.T
+            partial += matmul(grad, weight.data.T)
         summed: Work[Array] = (
             group.all_reduce(partial, out=partial, async_op=True)
             if cut is None

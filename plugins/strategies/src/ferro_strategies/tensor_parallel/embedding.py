@@ -85,7 +85,8 @@ class ParallelEmbedding(Embedding):
         self._check(x)
         xp, group = namespace_of(x), self.group
         cut = SequenceCut.of_whole(x, group) if self.sequence_parallel else None
-        indices = (x if cut is None else x.T).reshape(x.size)
+        # Wide enough for any row's number: this rank's may be beyond those that x can name.
+        indices = (x if cut is None else x.T).reshape(x.size).astype(np.int64, copy=False)
         own = own_piece(self._sizes, group.rank)
         places = xp.flatnonzero((indices >= own.start) & (indices < own.stop))
         found, pull = super().vjp(indices[places] - own.start)

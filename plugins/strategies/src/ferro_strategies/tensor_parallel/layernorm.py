@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, Work
 
-from ..nn.arrays import Array, namespace_of
-from ..nn.checks import check_dtype, check_input
+from ..nn.arrays import Array
 from ..nn.layernorm import LayerNorm
-from ..nn.module import Module, Pullback
+from ..nn.module import Module
 from .pieces import check_layer, replica_of
 
 
@@ -39,7 +38,6 @@ class SequenceParallelLayerNorm(LayerNorm):
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         super().__init__(normalized_shape, eps, dtype=dtype)
-        self._shape = self.weight.data.shape
         self.group = group
 
     @classmethod
@@ -55,38 +53,10 @@ class SequenceParallelLayerNorm(LayerNorm):
         made.training = whole.training
         return made
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Normalise (..., *normalized_shape)."""
-        shape = self._shape
-        check_dtype(self, x, self.weight.data.dtype)
-        expected = f"(..., {', '.join(map(str, shape))})"
-        check_input(self, x, expected, fits=x.shape[-len(shape) :] == shape)
-        xp, group = namespace_of(x), self.group
-        weight, bias = self.weight.use(), self.bias.use()
-        size = math.prod(shape)
-        x_shape, rows = x.shape, x.reshape(x.size // size, size)
-        xhat = rows - rows.mean(axis=1, keepdims=True)
-        var = xp.einsum("nd,nd->n", xhat, xhat) / size
-        inverse = (1 / xp.sqrt(var + self.eps))[:, None]
-        xhat *= inverse
-        y = xhat * weight.data.reshape(size)
-        y += bias.data.reshape(size)
-
-        def pullback(grad_y: Array) -> Array:
-            grad = grad_y.reshape(xhat.shape)
-            sums = xp.stack((xp.einsum("nd,nd->d", grad, xhat), grad.sum(axis=0)))
-            summed: Work[Array] = group.all_reduce(sums, out=sums, async_op=True)
-            grad = grad * weight.data.reshape(size)
-            grad_x: Array = xhat * (xp.einsum("nd,nd->n", grad, xhat) / -size)[:, None]
-            grad_x += grad
-            grad_x -= grad.mean(axis=1, keepdims=True)
-            grad_x *= inverse
-            grad_weight, grad_bias = summed.wait()
-            bias.add_grad(grad_bias.reshape(shape))
-            weight.add_grad(grad_weight.reshape(shape))
-            return grad_x.reshape(x_shape)
-
-        return y.reshape(x_shape), pullback
+    def _sum_over_positions(self, sums: Array) -> Callable[[], Array]:
+        summed: Work[Array] = self.group.all_reduce(sums, out=sums, async_op=True)
+        return summed.wait
 
     def __repr__(self) -> str:
-        return f"SequenceParallelLayerNorm({self._shape}, {self.group!r}, eps={self.eps})"
+        shape = self.weight.data.shape
+        return f"SequenceParallelLayerNorm({shape}, {self.group!r}, eps={self.eps})"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, wide_dtype
 from .cuts import everyones_sizes, own_piece
 
 
@@ -37,22 +39,28 @@ def vocab_parallel_cross_entropy(
     _check_labels(labels, sizes, group)
     if labels.size == 0:
         return 0.0, xp.zeros_like(logits)
-    count, own = labels.size, own_piece(sizes, group.rank)
-    rows, flat = logits.reshape(count, logits.shape[-1]), labels.reshape(count)
-    # One array for all: logits less their maximum, their exponentials, softmax, gradient.
-    grad = rows - group.all_reduce(rows.max(axis=1), "max")[:, None]
-    mine = xp.flatnonzero((flat >= own.start) & (flat < own.stop))
-    chosen = (mine, flat[mine] - own.start)
-    sums = xp.zeros((2, count), grad.dtype)
-    sums[1, mine] = grad[chosen]
+    if labels.ndim == 0:
+        loss, grad = vocab_parallel_cross_entropy(logits[None], labels[None], group)
+        return loss, grad[0]
+    own = own_piece(sizes, group.rank)
+    greatest = group.all_reduce(logits.max(axis=-1), "max")
+    # One array for all: logits less their maximum, their exponentials, softmax, gradient. It lies
+    # in memory as the logits do: time first, where their layer gathered sequences.
+    grad = logits.astype(wide_dtype(logits.dtype))
+    grad -= greatest[..., None]
+    mine = xp.nonzero((labels >= own.start) & (labels < own.stop))
+    # Wide enough for any class: this rank's may be beyond those that the labels' dtype can name.
+    chosen = (*mine, labels[mine].astype(np.int64) - own.start)
+    sums = xp.zeros((2, *labels.shape), grad.dtype)
+    sums[1][mine] = grad[chosen]
     xp.exp(grad, out=grad)
-    sums[0] = grad.sum(axis=1)
+    sums[0] = grad.sum(axis=-1)
     total, at_labels = group.all_reduce(sums, out=sums)
     loss = float((xp.log(total) - at_labels).mean())
-    grad /= total[:, None]
+    grad /= total[..., None]
     grad[chosen] -= 1
-    grad /= count
-    return loss, grad.reshape(logits.shape)
+    grad /= labels.size
+    return loss, grad.astype(logits.dtype, copy=False)
 
 
 def _check_shapes(logits: Array, labels: Array) -> None:

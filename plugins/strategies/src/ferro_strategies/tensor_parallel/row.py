@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array
+from ..nn.arrays import Array, matmul
 from ..nn.checks import check_dtype, check_input
 from ..nn.initial import Rng
 from ..nn.linear import Linear
@@ -126,7 +126,7 @@ class RowParallelLinear(Module):
         x_lead = y_lead = x.shape[:-1]
         inputs = x if self.input_is_parallel else take_piece(x, group, -1, self._sizes)
         rows = rows_of(inputs, cut)
-        y: Array = rows @ weight.data
+        y = matmul(rows, weight.data)
         if cut is None:
             y = group.all_reduce(y, out=y)
         else:
@@ -144,7 +144,7 @@ class RowParallelLinear(Module):
                 bias.add_grad(grad_rows.sum(axis=0))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad_rows)
-            grad_x = from_rows(grad_rows @ weight.data.T, x_lead, cut)
+            grad_x = from_rows(matmul(grad_rows, weight.data.T), x_lead, cut)
             if self.input_is_parallel:
                 return grad_x
             return gather_along(grad_x, group, -1, self._sizes)

@@ -1,0 +1,250 @@
+"""Flat: parameters of one unit in one array, of which every rank owns a piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ferro import Work
+
+from ..nn.arrays import Array, namespace_of
+from ..nn.parameter import Parameter
+from ..nn.split import Split
+from .layout import Layout, lay_out
+from .memory import Loan, moved, own, put
+from .plan import Plan
+from .share_out import share_out
+
+
+class Flat:
+    """Parameters of one type, all learnt or all frozen, one after the other.
+
+    Outside a pass, `parameter.data` and `grad` are this rank's pieces: views of the shard. While
+    it is open they are whole: views of memory lent for that time.
+
+    Args:
+        named: at least one parameter, with qualified names. Values are those of the plan's
+            first rank afterwards; every rank calls it.
+        plan: see there.
+
+    Attributes:
+        members: the parameters.
+        layout: where they lie.
+        trained: whether gradients are wanted.
+        shard: (layout.shard_size,), what this rank owns, in the type the parameters had.
+        pieces: this rank's piece of each parameter, views of the shard.
+        namespace: of the whole parameters.
+        landing: whether a reduction is under way towards `grad_memory()`.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Parameter]], plan: Plan) -> None:
+        first = named[0][1]
+        self.members = tuple(parameter for _, parameter in named)
+        self.trained = first.requires_grad
+        self.layout: Layout = lay_out(((n, p.data.shape) for n, p in named), plan.ranks)
+        self.landing = False
+        self._plan = plan
+        self._dtype = first.data.dtype
+        self.namespace = namespace_of(first.data)
+        self._home = np if plan.offload else self.namespace
+        self._kept = self._keep()
+        self.shard: Array = self._own_part()
+        share_out(self.members, self.layout, self.shard, plan)
+        self.pieces = self._cut(self.shard)
+        self._grad: Array | None = None
+        self._whole_grad: Loan | None = None
+        self._added = [False] * len(self.members)
+        self._closed: _Closed | None = None
+        for parameter, piece in zip(self.members, self.pieces, strict=True):
+            parameter.hold(piece, grad=None, grad_memory=None)
+            if plan.shards is not None:
+                parameter.splits += (Split(group=plan.shards, dim=None),)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the parameters are whole at the moment."""
+        return self._closed is not None
+
+    @property
+    def reduce_dtype(self) -> np.dtype:
+        """In which type gradients are reduced."""
+        return self._plan.precision.reduced(self._dtype)
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def lend(self) -> Loan:
+        """Return memory for the whole."""
+        if self._kept is not None:
+            return own(self._kept.array)
+        dtype = self._plan.precision.computed(self._dtype)
+        return self._plan.pool.take(self.namespace, self.layout.size, dtype)
+
+    def gather(self, whole: Array) -> Work[object] | None:
+        """Start to fill `whole` with all ranks' pieces; None if it is filled."""
+        mine = whole[self.layout.shard(self._plan.rank)]
+        if mine.dtype != self.shard.dtype or namespace_of(self.shard) is not self.namespace:
+            put(mine, self.shard)
+            source = mine
+        else:
+            source = self.shard
+        if self._plan.shards is None:
+            return None
+        work: Work[object] = self._plan.shards.all_gather(source, out=whole, async_op=True)
+        return work
+
+    def open(self, whole: Array, *, backward: bool) -> None:
+        """Let the parameters be whole.
+
+        Args:
+            whole: gathered.
+            backward: whether gradients are going to be added, in memory for all of them.
+        """
+        assert self._closed is None, "a unit is open already"
+        self._closed = _Closed(self.members)
+        views = self._cut_whole(whole)
+        if not (backward and self.trained):
+            for parameter, view in zip(self.members, views, strict=True):
+                parameter.hold(view, grad=None, grad_memory=None)
+            return
+        if self._whole_grad is None:
+            self._whole_grad = self._plan.pool.take(self.namespace, whole.size, whole.dtype)
+        grads = self._cut_whole(self._whole_grad.array)
+        for index, parameter in enumerate(self.members):
+            grad = grads[index]
+            added = grad if self._added[index] else None
+            parameter.hold(views[index], grad=added, grad_memory=grad)
+            # A product put off until after the pass would find nothing to be added to.
+            parameter.deferred = None
+
+    def close(self) -> None:
+        """Let the parameters be pieces again; what was added to whole gradients is kept."""
+        closed, self._closed = self._closed, None
+        assert closed is not None
+        if self._whole_grad is not None:
+            self._added = [
+                parameter.grad is not None or before
+                for parameter, before in zip(self.members, self._added, strict=True)
+            ]
+        for index, parameter in enumerate(self.members):
+            parameter.hold(
+                self.pieces[index], grad=closed.grads[index], grad_memory=closed.grads[index]
+            )
+            parameter.deferred = closed.deferred[index]
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    @property
+    def has_added(self) -> bool:
+        """Whether whole gradients are waiting to be reduced."""
+        return self._whole_grad is not None and any(self._added)
+
+    @property
+    def has_grad(self) -> list[bool]:
+        """Of which parameters there is a piece of a reduced gradient."""
+        return [grad is not None for grad in self._grads()]
+
+    def forget_grads(self, keep: Sequence[bool]) -> None:
+        """Mark pieces of gradients absent, but for those told to keep."""
+        for parameter, kept in zip(self.members, keep, strict=True):
+            if not kept:
+                parameter.zero_grad()
+
+    def take_whole_grad(self) -> Loan:
+        """Return whole gradients, in the type of the computation; where none is, zeros."""
+        dtype = self._plan.precision.computed(self._dtype)
+        taken = self._whole_grad or self._plan.pool.take(self.namespace, self.layout.size, dtype)
+        flat, added = taken.array, self._added
+        flat[self.layout.used :] = 0
+        for place, there in zip(self.layout.places, added, strict=True):
+            if not there:
+                flat[place.start : place.stop] = 0
+        self._added = [False] * len(self.members)
+        # Where it stays, it is copied when it is sent; an all_reduce works in its memory.
+        stays = self._plan.keeps_whole and self._plan.shards is not None
+        self._whole_grad = taken if stays else None
+        return taken
+
+    def drop_whole_grad(self) -> None:
+        """Forget what was added to whole gradients."""
+        self._whole_grad = None
+        self._added = [False] * len(self.members)
+
+    def landing_place(self) -> Loan:
+        """Return memory for the shard of a reduced gradient: where it stays, if that can be."""
+        fits = self._dtype == self.reduce_dtype and self._home is self.namespace
+        if fits and not self.landing and not any(self.has_grad):
+            self.landing = True
+            return own(self._grad_memory())
+        return self._plan.pool.take(self.namespace, self.layout.shard_size, self.reduce_dtype)
+
+    def land(self, reduced: Array) -> None:
+        """Add the shard of a reduced gradient to what there is of each parameter."""
+        memory = self._grad_memory()
+        reduced = moved(reduced, self._home)
+        slots, news = self._cut(memory), self._cut(reduced)
+        grads = self._grads()
+        for index, parameter in enumerate(self.members):
+            grad, new, slot = grads[index], news[index], slots[index]
+            if not parameter.requires_grad:
+                continue
+            if grad is not None:
+                grad += new.astype(grad.dtype, copy=False)
+                continue
+            if reduced is not memory:
+                slot[...] = new
+            if self._closed is not None:
+                self._closed.grads[index] = slot
+            else:
+                parameter.hold(parameter.data, grad=slot, grad_memory=slot)
+        if reduced is memory:
+            self.landing = False
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _grads(self) -> list[Array | None]:
+        if self._closed is not None:
+            return self._closed.grads
+        return [parameter.grad for parameter in self.members]
+
+    def _grad_memory(self) -> Array:
+        if self._grad is None:
+            memory: Array = self._home.empty(self.layout.shard_size, self._dtype)
+            self._grad = memory
+        return self._grad
+
+    def _keep(self) -> Loan | None:
+        """Return memory for the whole that stays, if there is to be one."""
+        plan = self._plan
+        if not plan.keeps_whole:
+            return None
+        dtype = plan.precision.computed(self._dtype)
+        return plan.pool.take(self.namespace, self.layout.size, dtype)
+
+    def _own_part(self) -> Array:
+        """Return memory for the shard: a part of the whole that stays, if it can be."""
+        kept = None if self._kept is None else self._kept.array
+        if kept is not None and kept.dtype == self._dtype and self._home is self.namespace:
+            return kept[self.layout.shard(self._plan.rank)]
+        shard: Array = self._home.empty(self.layout.shard_size, self._dtype)
+        return shard
+
+    def _cut(self, shard: Array) -> list[Array]:
+        """Return views of a shard, one for each parameter: whole ones where nothing is cut."""
+        if self._plan.shards is None:
+            return self._cut_whole(shard)
+        rank = self._plan.rank
+        return [shard[self.layout.within(place, rank)] for place in self.layout.places]
+
+    def _cut_whole(self, whole: Array) -> list[Array]:
+        return [whole[p.start : p.stop].reshape(p.shape) for p in self.layout.places]
+
+
+class _Closed:
+    """What to go back to when whole parameters become pieces again."""
+
+    def __init__(self, members: Sequence[Parameter]) -> None:
+        self.grads = [parameter.grad for parameter in members]
+        self.deferred: list[list[Callable[[], None]] | None] = [
+            parameter.deferred for parameter in members
+        ]

@@ -1,0 +1,80 @@
+"""Reduction: the way of a unit's gradient from whole ones on all ranks to the mean in pieces.
+
+    whole --reduce_scatter over shards--> piece --all_reduce over replicas--> added to `grad`
+
+Either step is left out where there is no such group. Both run in the background; `advance` is
+called in the same places on every rank, and so the steps of several reductions come in one order.
+"""
+
+from __future__ import annotations
+
+from ferro import Work
+
+from .flat import Flat
+from .memory import Loan
+from .plan import Plan
+
+
+class Reduction:
+    """One under way, from when this is made.
+
+    Args:
+        flat: whose gradient it is.
+        plan: see there.
+        scale: by what the mean over all ranks is multiplied.
+    """
+
+    def __init__(self, flat: Flat, plan: Plan, scale: float) -> None:
+        self._flat = flat
+        self._plan = plan
+        self._scale = scale
+        whole = _converted(flat.take_whole_grad(), flat, plan)
+        self._piece = whole
+        self._scattered = plan.shards is None
+        self._work: Work[object] | None = None
+        if plan.shards is not None:
+            self._piece = flat.landing_place()
+            # What it is given may be used again at once: an operation under way has its own copy.
+            self._work = plan.shards.reduce_scatter(
+                whole.array, "mean", out=self._piece.array, async_op=True
+            )
+        else:
+            self._over_replicas()
+
+    def advance(self) -> bool:
+        """Wait for the step under way and start the next; say whether this was the last."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except BaseException:
+                self._piece.forfeit()
+                raise
+            self._work = None
+        if not self._scattered and self._plan.replicas is not None:
+            self._scattered = True
+            self._over_replicas()
+            return False
+        if self._scale != 1:
+            array = self._piece.array
+            array *= array.dtype.type(self._scale)
+        self._flat.land(self._piece.array)
+        return True
+
+    def _over_replicas(self) -> None:
+        assert self._plan.replicas is not None, "there are shards, or replicas, or both"
+        array = self._piece.array
+        self._work = self._plan.replicas.all_reduce(array, "mean", out=array, async_op=True)
+
+    def __del__(self) -> None:
+        if self._work is not None:
+            self._piece.forfeit()
+
+
+def _converted(whole: Loan, flat: Flat, plan: Plan) -> Loan:
+    """Return the whole gradient in the type in which it is reduced."""
+    if whole.array.dtype == flat.reduce_dtype:
+        return whole
+    source = whole.array
+    wide = plan.pool.take(flat.namespace, source.size, flat.reduce_dtype)
+    wide.array[...] = source
+    return wide

@@ -1,0 +1,131 @@
+"""Memory of FSDP: pieces, and what a few units need; counted in bytes allocated.
+
+NumPy reports its allocations to tracemalloc, so these are exact counts of bytes, not timings.
+"""
+
+import gc
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro_strategies.fsdp import FSDP, ShardingStrategy
+from ferro_strategies.nn import Linear, Sequential
+from ferro_strategies.optim import SGD
+
+DEPTH, WIDTH = 12, 512
+UNIT = WIDTH * WIDTH * 4
+MESSAGES = 1.5  # units on each rank, in what simulated ranks send each other
+SLACK = 0.1  # units on each rank, for objects that are small
+
+
+def build():
+    return Sequential(*(Linear(WIDTH, WIDTH, bias=False, rng=0) for _ in range(DEPTH)))
+
+
+def step(model, optimizer):
+    y, pullback = model.vjp(np.ones((1, WIDTH), np.float32))
+    pullback(y)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def warm_up(group):
+    """Make the passes once, so that what is imported and remembered then is not counted."""
+    model = FSDP(Sequential(Linear(WIDTH, 1, rng=0)), group)
+    step(model, SGD(model.parameters(), lr=0.0))
+
+
+@pytest.fixture
+def traced():
+    gc.collect()
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+class Peak:
+    """By how much memory rose above the start, and by how much it has risen at the end.
+
+    Of all ranks together, for they are threads: rank 0 measures, between barriers.
+    """
+
+    def __init__(self, group):
+        self._group = group
+
+    def __enter__(self):
+        self._group.barrier()
+        if self._group.rank == 0:
+            self._before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+        self._group.barrier()
+        return self
+
+    def __exit__(self, *_):
+        self._group.barrier()
+        if self._group.rank == 0:
+            now, peak = tracemalloc.get_traced_memory()
+            self.rise, self.kept = (peak - self._before) / UNIT, (now - self._before) / UNIT
+        self._group.barrier()
+
+
+def measure(ranks, **options):
+    """In units, of all ranks: (making: rise, kept), (training: rise, kept), (evaluating: rise)."""
+
+    def run(group):
+        warm_up(group)
+        model = build()
+        with Peak(group) as making:
+            model = FSDP(model, group, **options)
+        optimizer = SGD(model.parameters(), lr=0.0)
+        with Peak(group) as training:
+            for _ in range(2):
+                step(model, optimizer)
+        with Peak(group) as evaluating:
+            model(np.ones((1, WIDTH), np.float32))
+        return making, training, evaluating
+
+    return ferro.simulate(run, ranks, timeout_s=10)[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.usefixtures("traced")
+def test_full_shard_holds_pieces_and_a_few_units(ranks):
+    making, training, evaluating = measure(ranks)
+    # Whole models become pieces, through the memory of one unit on rank 0.
+    assert making.kept == pytest.approx((1 - ranks) * DEPTH + 1, abs=SLACK * ranks)
+    assert making.rise <= 1 + ranks * MESSAGES
+    # Gradients in pieces stay, and the memory of four units: two of parameters, one that
+    # gradients are computed in, and its copy that is being reduced.
+    held = DEPTH + ranks * 3
+    assert training.kept <= held + SLACK * ranks
+    assert training.rise <= DEPTH + ranks * (4 + MESSAGES)
+    assert evaluating.rise <= ranks * MESSAGES
+
+
+@pytest.mark.usefixtures("traced")
+def test_without_prefetching_there_is_one_unit_less():
+    _, ahead, _ = measure(2)
+    _, not_ahead, _ = measure(2, prefetch=False)
+    assert not_ahead.kept <= ahead.kept - 2 + 2 * SLACK
+
+
+@pytest.mark.usefixtures("traced")
+def test_dropped_pullbacks_hold_nothing():
+    def run(group):
+        warm_up(group)
+        model = FSDP(build(), group, sharding=ShardingStrategy.SHARD_GRAD_OP)
+        x = np.ones((1, WIDTH), np.float32)
+        with Peak(group) as held:
+            kept = [model.vjp(x) for _ in range(3)]
+        assert len(kept) == 3
+        del kept
+        with Peak(group) as again:
+            model.vjp(x)
+        return held, again
+
+    held, again = ferro.simulate(run, 2, timeout_s=10)[0]
+    # However many microbatches are in flight, there is one whole model on each rank.
+    assert 2 * DEPTH - 1 <= held.kept <= 2 * DEPTH + 1
+    assert again.rise <= 2 * MESSAGES

@@ -1,0 +1,66 @@
+"""Layers in half precision: their results are of its dtype, and near those in float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ferro_strategies.nn import (
+    GELU,
+    Attention,
+    BatchNorm,
+    Conv2d,
+    Flatten,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Residual,
+    Sequential,
+    cross_entropy,
+    mse_loss,
+)
+
+LAYERS = {
+    "linear": (lambda t: Linear(6, 4, dtype=t, rng=1), (5, 6)),
+    "conv": (lambda t: Conv2d(2, 3, 3, padding=1, dtype=t, rng=1), (2, 2, 5, 4)),
+    "batchnorm": (lambda t: BatchNorm(3, dtype=t), (8, 3, 4)),
+    "layernorm": (lambda t: LayerNorm(6, dtype=t), (4, 6)),
+    "attention": (lambda t: Attention(8, 2, dtype=t, rng=1), (2, 5, 8)),
+    "activations": (lambda t: Sequential(ReLU(), GELU()), (4, 6)),
+    "pooling": (lambda t: Sequential(MaxPool2d(2), Flatten()), (2, 3, 4, 4)),
+    "residual": (lambda t: Residual(Linear(6, 6, dtype=t, rng=1)), (5, 6)),
+}
+
+
+def passes(make, shape, dtype):
+    """Return output, gradient of the input, and those of the parameters."""
+    layer = make(dtype)
+    rng = np.random.default_rng(0)
+    y, pullback = layer.vjp(rng.standard_normal(shape).astype(dtype))
+    grad_x = pullback(rng.standard_normal(y.shape).astype(dtype))
+    return [y, grad_x, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_work_in_half_precision(case, dtype):
+    make, shape = LAYERS[case]
+    halves, exacts = passes(make, shape, dtype), passes(make, shape, np.float64)
+    # Against the largest of all, for some gradients are zero but for rounding.
+    error = 16 * float(ml_dtypes.finfo(dtype).eps) * max(np.abs(exact).max() for exact in exacts)
+    for half, exact in zip(halves, exacts, strict=True):
+        assert half.dtype == dtype
+        assert np.abs(half.astype(np.float64) - exact).max() <= error
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_losses_work_in_half_precision(dtype):
+    logits = np.random.default_rng(0).standard_normal((6, 4))
+    labels = np.array([0, 3, 2, 1, 1, 0])
+    for loss_of, target in ((cross_entropy, labels), (mse_loss, logits[::-1])):
+        loss, grad = loss_of(logits.astype(dtype), target)
+        exact, exact_grad = loss_of(logits, target)
+        error = 8 * float(ml_dtypes.finfo(dtype).eps)
+        assert grad.dtype == dtype
+        assert loss == pytest.approx(exact, rel=error)
+        assert np.abs(grad.astype(np.float64) - exact_grad).max() <= error
