@@ -21,7 +21,7 @@ from ferro.members import Members
 from ferro.operands import Operands
 from ferro.reduction import ReduceFunction, reduction_for
 from ferro.row_exchange import RowExchange
-from ferro.shapes import InPlace, Outlet, copy, flat, reaches_beyond, takes_in_place
+from ferro.shapes import InPlace, Outlet, fill, flat, reaches_beyond, takes_in_place
 from ferro.types import Device, ReduceOp
 
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
@@ -40,6 +40,8 @@ class ArrayCollectives:
             be the input itself.
         async_op: return a `Work` at once; its `wait()` returns the result. Any number may be
             outstanding; they run in the order issued.
+        copy: False: an asynchronous operation uses the input where it is, instead of a copy of its
+            own; nothing of the input may be touched until it has ended.
         timeout_s: deadline of the whole operation in seconds; the group's when None.
     """
 
@@ -173,7 +175,7 @@ class ArrayCollectives:
         rows = checked_sizes(sizes, self.world_size)
         layout = gathered(array.shape, rows, self.rank, self.world_size)
         result = Outlet(entry, out, layout.shape)
-        copy(result.array[layout.places[self.rank]], array)
+        fill(result.array[layout.places[self.rank]], array)
         return self._dispatch.collective(
             array_call("all_gather", array.dtype, array.shape, sizes=rows),
             lambda deadline: self._backend.all_gather(
@@ -194,6 +196,7 @@ class ArrayCollectives:
         sizes: Sequence[int] | None = None,
         out: object = None,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Concatenate every rank's `x` along axis 0 at `root`; the others get None.
@@ -206,7 +209,7 @@ class ArrayCollectives:
         rows = checked_sizes(sizes, self.world_size)
         layout = gathered(array.shape, rows, self.rank, self.world_size)
         result = Outlet(entry, out, layout.shape) if self.rank == root else None
-        block = flat(array, private=async_op)
+        block = flat(array, private=async_op and copy)
         whole = None if result is None else result.flat
         if whole is not None and reaches_beyond(block, whole, layout, root):
             block = block.copy()
@@ -230,6 +233,7 @@ class ArrayCollectives:
         sizes: Sequence[int] | None = None,
         out: object = None,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Cut the root's `x` along axis 0 and give each rank its block.
@@ -241,7 +245,7 @@ class ArrayCollectives:
             x: the root's array, shape (rows, …); ignored elsewhere, where None will do.
             root: the rank that has it.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
-            out: see the class; so `async_op` and `timeout_s`.
+            out: see the class; so `async_op`, `copy` and `timeout_s`.
 
         Returns:
             An array of shape (this rank's rows, …), a NumPy one away from the root.
@@ -256,7 +260,7 @@ class ArrayCollectives:
             rows = checked_sizes(sizes, self.world_size)
             layout = cut(entry.array.shape, rows, self.world_size, "scatter")
             scatter_head.write(head, entry.array.dtype, layout)
-            source = flat(entry.array, private=async_op)
+            source = flat(entry.array, private=async_op and copy)
         self.broadcast(head, root, out=head, timeout_s=left_s())
         dtype, layout = scatter_head.read(head, self.world_size)
         entry = entry or self._elsewhere(out, dtype)
@@ -292,6 +296,7 @@ class ArrayCollectives:
         sizes: Sequence[int] | None = None,
         out: object = None,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Reduce `x` over all ranks and keep this rank's block of axis 0.
@@ -302,7 +307,7 @@ class ArrayCollectives:
             x: shape (rows, …), the same on every rank.
             op: see `all_reduce`.
             sizes: rows of every rank's block, the same list on every rank; equal when None.
-            out: see the class; so `async_op` and `timeout_s`.
+            out: see the class; so `async_op`, `copy` and `timeout_s`.
 
         Returns:
             An array of shape (this rank's rows, …).
@@ -313,7 +318,7 @@ class ArrayCollectives:
         rows = checked_sizes(sizes, self.world_size)
         layout = cut(array.shape, rows, self.world_size, "reduce_scatter")
         result = Outlet(entry, out, layout.block_shape(self.rank))
-        source = result.apart(flat(array, private=async_op))
+        source = result.apart(flat(array, private=async_op and copy))
         return self._dispatch.collective(
             array_call("reduce_scatter", array.dtype, array.shape, reduction.name, sizes=rows),
             lambda deadline: self._backend.reduce_scatter(
@@ -334,6 +339,7 @@ class ArrayCollectives:
         recv_sizes: Sequence[int] | None = None,
         out: object = None,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Cut `x` along axis 0, send block j to rank j, concatenate what comes, in order of rank.
@@ -343,7 +349,7 @@ class ArrayCollectives:
             send_sizes: rows for every rank. Given on one rank, it must be given on all.
             recv_sizes: rows from every rank, if known, to be held against what is sent; the ranks
                 tell each other in any case.
-            out: see the class; so `async_op` and `timeout_s`.
+            out: see the class; so `async_op`, `copy` and `timeout_s`.
 
         Returns:
             An array of shape (sum of received rows, …).
@@ -355,7 +361,9 @@ class ArrayCollectives:
         sending = cut(array.shape, rows, n, "all_to_all", "send_sizes")
         if rows is not None:
             expected = checked_sizes(recv_sizes, n, "recv_sizes")
-            exchange = RowExchange(self._backend, entry, sending, expected, out, async_op=async_op)
+            exchange = RowExchange(
+                self._backend, entry, sending, expected, out, private=async_op and copy
+            )
             call = uneven_call("all_to_all", array.dtype, array.shape[1:])
             return self._dispatch.collective(
                 call, exchange.run, exchange, array.nbytes, async_op, timeout_s, entry.device
@@ -363,7 +371,7 @@ class ArrayCollectives:
         if recv_sizes is not None:
             raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
         result = Outlet(entry, out, array.shape)
-        source, counts = result.apart(flat(array, private=async_op)), sending.counts
+        source, counts = result.apart(flat(array, private=async_op and copy)), sending.counts
         return self._dispatch.collective(
             array_call("all_to_all", array.dtype, array.shape),
             lambda deadline: self._backend.all_to_all(

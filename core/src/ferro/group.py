@@ -44,10 +44,11 @@ class ProcessGroup(ArrayCollectives):
 
     All ranks make the same collective calls in the same order, with the same shapes (but for
     sizes declared uneven), dtypes, reductions and roots. Inputs are never modified and may be
-    reused as soon as a call returns, even an asynchronous one; what is given as `out` may not be
-    touched before the operation has ended. Arrays are NumPy's, CuPy's, or any library's that
-    speaks DLPack; the result is of the same kind, or `out` itself where that is given.
-    Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
+    reused as soon as a call returns, even an asynchronous one (but with `copy=False`); what is
+    given as `out` may not be touched before the operation has ended. Arrays are NumPy's, CuPy's,
+    or any library's that speaks DLPack; the result is of the same kind, or `out` itself where
+    that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all
+    take.
     Errors that all may raise
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group
             is still good.
@@ -143,6 +144,7 @@ class ProcessGroup(ArrayCollectives):
         tag: int = 0,
         *,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Send `x` to rank `dst`, which must call `recv` with the same tag, dtype and size.
@@ -152,7 +154,7 @@ class ProcessGroup(ArrayCollectives):
         """
         self._check_peer(dst, "send to", tag)
         entry = self._enter(x)
-        buffer = flat(entry.array, private=async_op)
+        buffer = flat(entry.array, private=async_op and copy)
         return self._dispatch.transfer(
             "send",
             (Way("send", dst, tag),),
@@ -203,6 +205,7 @@ class ProcessGroup(ArrayCollectives):
         tag: int = 0,
         *,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Send `x` to `dst` and fill `buffer` from `src` (or `dst`) at the same time.
@@ -213,7 +216,7 @@ class ProcessGroup(ArrayCollectives):
         self._check_peer(dst, "send to", tag)
         self._check_peer(src, "receive from", tag)
         entry = self._enter(x)
-        source = flat(entry.array, private=async_op)
+        source = flat(entry.array, private=async_op and copy)
         target = self._target(buffer)
         if entry.device is target.device and np.may_share_memory(source, target.flat):
             source = source.copy()

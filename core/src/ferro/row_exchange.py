@@ -24,9 +24,9 @@ class RowExchange:
         expected: tuple[int, ...] | None,
         out: object,
         *,
-        async_op: bool,
+        private: bool,
     ) -> None:
-        """Prepare to send the blocks of `entry` as `sending` says.
+        """Prepare to send the blocks of `entry` as `sending` says, or, if `private`, of a copy.
 
         Raises:
             UsageError: the rows that are expected contradict those that are sent, or `out`.
@@ -35,7 +35,7 @@ class RowExchange:
         self._entry = entry
         self._sending = sending
         self._out = out
-        self._source = flat(entry.array, private=async_op)
+        self._source = flat(entry.array, private=private)
         self._arrival: tuple[Outlet, Layout] | None = None  # where what rows go, once known
         if expected is not None:
             own = sending.rows[backend.rank]

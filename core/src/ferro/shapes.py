@@ -44,7 +44,7 @@ class Outlet:
     def fill(self, array: Array) -> None:
         """Copy the operand in, unless it is there already: `out` is often the input itself."""
         if self.array is not array:
-            copy(self.array, array)
+            fill(self.array, array)
 
     def apart(self, source: Array) -> Array:
         """Return a flat operand, or a copy where the result may come to lie in its memory."""
@@ -83,7 +83,7 @@ def takes_in_place(x: object) -> TypeGuard[Array]:
     return flags.c_contiguous and flags.writeable
 
 
-def copy(target: Array, source: Array) -> None:
+def fill(target: Array, source: Array) -> None:
     """Copy elements, a large array block by block: it stays in the caches for what comes next.
 
     Copied all at once it would be written past them: of 4 MiB, an all_gather that reads them

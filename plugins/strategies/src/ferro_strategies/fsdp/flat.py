@@ -160,7 +160,7 @@ class Flat:
             if not there:
                 flat[place.start : place.stop] = 0
         self._added = [False] * len(self.members)
-        # Where it stays, it is copied when it is sent; an all_reduce works in its memory.
+        # An all_reduce works in its memory, so after that it does not stay.
         stays = self._plan.keeps_whole and self._plan.shards is not None
         self._whole_grad = taken if stays else None
         return taken
@@ -169,6 +169,10 @@ class Flat:
         """Forget what was added to whole gradients."""
         self._whole_grad = None
         self._added = [False] * len(self.members)
+
+    def keeps(self, whole: Loan) -> bool:
+        """Say whether gradients that were taken may still be added to."""
+        return whole is self._whole_grad
 
     def landing_place(self) -> Loan:
         """Return memory for the shard of a reduced gradient: where it stays, if that can be."""

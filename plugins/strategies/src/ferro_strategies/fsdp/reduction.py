@@ -32,11 +32,13 @@ class Reduction:
         self._piece = whole
         self._scattered = plan.shards is None
         self._work: Work[object] | None = None
+        self._whole: Loan | None = None  # while it is being sent
         if plan.shards is not None:
             self._piece = flat.landing_place()
-            # What it is given may be used again at once: an operation under way has its own copy.
+            self._whole = whole
+            # A whole gradient that stays may be added to before it has been sent.
             self._work = plan.shards.reduce_scatter(
-                whole.array, "mean", out=self._piece.array, async_op=True
+                whole.array, "mean", out=self._piece.array, async_op=True, copy=flat.keeps(whole)
             )
         else:
             self._over_replicas()
@@ -47,9 +49,9 @@ class Reduction:
             try:
                 self._work.wait()
             except BaseException:
-                self._piece.forfeit()
+                self._forfeit()
                 raise
-            self._work = None
+            self._work = self._whole = None
         if not self._scattered and self._plan.replicas is not None:
             self._scattered = True
             self._over_replicas()
@@ -65,9 +67,15 @@ class Reduction:
         array = self._piece.array
         self._work = self._plan.replicas.all_reduce(array, "mean", out=array, async_op=True)
 
+    def _forfeit(self) -> None:
+        """Let nobody have the memory again: other ranks may still reach it."""
+        self._piece.forfeit()
+        if self._whole is not None:
+            self._whole.forfeit()
+
     def __del__(self) -> None:
         if self._work is not None:
-            self._piece.forfeit()
+            self._forfeit()
 
 
 def _converted(whole: Loan, flat: Flat, plan: Plan) -> Loan:
