@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import report_strategies
 from bound import bound_s
+from markdown import table
 
 from ferro.bench import size_text, time_text
 
@@ -64,12 +66,7 @@ frames and headers leave of the rate. "Hierarchical" is what ferro does, "flat" 
     "imports": """\
 Each measured in fresh interpreters taking turns, without the interpreter's own start. The first
 row is a difference of medians, and of minima.""",
-    "ddp": """\
-A multilayer perceptron under DDP with SGD and momentum. Memory is the peak of what Python and
-NumPy allocated (tracemalloc) on rank 0 over whole steps after the first, beside what must be
-there; parameters, gradients (once, in the buckets) and momentum have one size. Step times are
-those of the slowest rank, ferro and torch taking turns in the same processes, one thread each;
-they include the arithmetic, which is not ferro's.""",
+    **report_strategies.HOW,
 }
 
 NAMES = tuple(_HOW)
@@ -103,7 +100,7 @@ def _collectives(result: Record) -> list[str]:
             names = list(chosen[0]["results"])
             parts.append(f"### {collective}, {chosen[0]['ranks']} ranks")
             rows = [_collective_row(record, run["bandwidth_b_s"]) for record in chosen]
-            parts.append(_table(["size", *(_TITLES[name] for name in names), *_heads(names)], rows))
+            parts.append(table(["size", *(_TITLES[name] for name in names), *_heads(names)], rows))
     return parts
 
 
@@ -144,23 +141,7 @@ def _imports(result: Record) -> list[str]:
         [f"`{r['name']}`", *(time_text(r[key]) for key in ("median_s", "min_s", "limit_s"))]
         for r in result["records"]
     ]
-    return [_table(head, rows)]
-
-
-def _ddp(result: Record) -> list[str]:
-    memory, times = result["records"]
-    setting = f"Layers {memory['widths']}, batch {memory['batch']}, {memory['ranks']} ranks."
-    rows = [[name.replace("_", " "), size_text(n)] for name, n in memory["parts"].items()]
-    rows.append(["all of these", size_text(memory["expected_bytes"])])
-    rows.append(["measured peak", f"{size_text(memory['peak_bytes'])} ({memory['ratio']:.3f} x)"])
-    tables = [setting, _table(("memory", "size"), rows)]
-    if "torch" in times:
-        steps = [
-            [peer, *(time_text(times[peer][key]) for key in ("median_s", "min_s"))]
-            for peer in ("ferro", "torch")
-        ]
-        tables.append(_table(("step", "median", "min"), steps))
-    return tables
+    return [table(head, rows)]
 
 
 def _many(result: Record) -> list[str]:
@@ -175,7 +156,7 @@ def _many(result: Record) -> list[str]:
         for ranks, run in runs.items()
         for record in run["records"]
     ]
-    return [_table(["", "size", *(_TITLES[name] for name in names)], rows)]
+    return [table(["", "size", *(_TITLES[name] for name in names)], rows)]
 
 
 def mpi_summary(record: Record) -> str:
@@ -212,7 +193,7 @@ def _mpi(result: Record) -> list[str]:
                 ]
             )
         head = ("", "size", "ferro", "mpi4py", "cost", "share", "within")
-        parts.append(_table(head, rows))
+        parts.append(table(head, rows))
     return parts
 
 
@@ -224,7 +205,7 @@ def _layers(result: Record) -> list[str]:
         rest = found["whole"] - found["layer"] - meeting
         parts = (found["whole"], found["layer"], meeting, rest)
         rows.append([f"{record['ranks']} ranks", *(time_text(max(0.0, part)) for part in parts)])
-    return [_table(("", "whole", "layer", "meeting", "rest"), rows)]
+    return [table(("", "whole", "layer", "meeting", "rest"), rows)]
 
 
 def _hosts(result: Record) -> list[str]:
@@ -238,7 +219,7 @@ def _hosts(result: Record) -> list[str]:
         f"{result['hosts']} hosts, {result['ranks_per_host']} ranks each, "
         f"{result['mbit']:g} Mbit/s each way, MTU {result['mtu']}, {size_text(result['nbytes'])}."
     )
-    return [setting, _table(("all_reduce", "median", "min", "share of the link's rate"), rows)]
+    return [setting, table(("all_reduce", "median", "min", "share of the link's rate"), rows)]
 
 
 _TABLES = {
@@ -248,10 +229,5 @@ _TABLES = {
     "layers": _layers,
     "hosts": _hosts,
     "imports": _imports,
-    "ddp": _ddp,
+    **report_strategies.TABLES,
 }
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---:" if index else "---" for index in range(len(head))], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -27,7 +27,17 @@ import report
 from ferro import bench
 
 _HERE = Path(__file__).resolve().parent
-_DDP_RANKS = 2
+_TRAINING_RANKS = 2
+# Strategy, ranks, optimizer, widths of the layers: 10 and 100 million parameters.
+_MEMORY = (
+    ("ddp", 2, "sgd", "784,2048*3,10"),
+    ("ddp", 4, "adamw", "784,1024*95,10"),
+    ("fsdp", 4, "adamw", "784,1024*95,10"),
+    ("fsdp", 4, "adamw", "784,2048*24,10"),
+)
+_QUICK_MEMORY = (("ddp", 2, "sgd", "784,256*3,10"), ("fsdp", 2, "adamw", "784,256*3,10"))
+# Widths of the layers, and rounds.
+_TIMED = (("784,2048*3,10", 8), ("784,2048*24,10", 4))
 _DEADLINE_S = 600.0
 # All libraries compute in one thread and stay on loopback; Open MPI may be run by root.
 _SETTINGS = {
@@ -101,17 +111,38 @@ def _imports(options: argparse.Namespace) -> dict[str, object]:
     return {"records": records}
 
 
-def _ddp(options: argparse.Namespace) -> dict[str, object]:
-    rounds = 2 if options.quick else 8
-    given = [f"--rounds={rounds}"]
-    given += [] if "torch-gloo" in options.compare else ["--without-torch"]
-    memory = _started(_ferro_run(_DDP_RANKS), "ddp.py", ["memory", *given])
-    times = _started(_ferro_run(_DDP_RANKS), "ddp.py", ["times", *given])
-    print(f"peak memory of a step: {memory['ratio']:.3f} x what must be there", flush=True)
-    for peer in ("ferro", "torch"):
-        if peer in times:
-            print(f"step, {peer}: {bench.time_text(times[peer]['median_s'])}", flush=True)
-    return {"records": [memory, times]}
+def _training(options: argparse.Namespace) -> dict[str, object]:
+    """Measure memory and time of training steps under DDP and FSDP, and under torch's."""
+    quick = options.quick
+    memory = []
+    for strategy, ranks, optimizer, widths in _QUICK_MEMORY if quick else _MEMORY:
+        given = [f"--strategy={strategy}", f"--optimizer={optimizer}", f"--widths={widths}"]
+        given += ["--rounds=2", "--batch=16"]
+        memory.append(_started(_ferro_run(ranks), "training.py", ["memory", *given]))
+        ratio = memory[-1]["ratio"]
+        print(f"{strategy}, {ranks} ranks: peak {ratio:.3f} x what must be there", flush=True)
+    times = []
+    for widths, rounds in (("784,256*3,10", 2),) if quick else _TIMED:
+        given = [f"--widths={widths}", f"--rounds={rounds}"]
+        given += [] if "torch-gloo" in options.compare else ["--without-torch"]
+        times.append(_started(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *given]))
+        for name, step in times[-1]["steps"].items():
+            print(f"step, {name}: {bench.time_text(step['median_s'])}", flush=True)
+    return {"memory": memory, "times": times}
+
+
+def _pipeline(options: argparse.Namespace) -> dict[str, object]:
+    """Measure the bubble of pipelines: two ranks that compute, four that wait."""
+    records = []
+    for ranks, kind in ((2, "arithmetic"), (4, "device")):
+        given = [f"--kind={kind}", f"--microbatches={'2' if options.quick else '4,8'}"]
+        given += ["--rows=8"] if options.quick else []
+        records += _started(_ferro_run(ranks), "pipeline.py", given)["records"]
+    for record in records:
+        told, found = (record[key]["bubble"] for key in ("simulated", "measured"))
+        name = f"{record['schedule']}, {record['ranks']} ranks, m={record['microbatches']}"
+        print(f"{name}: bubble {found:.1%}, by the schedule {told:.1%}", flush=True)
+    return {"records": records}
 
 
 def _many(options: argparse.Namespace) -> dict[str, object]:
@@ -156,7 +187,8 @@ _MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "mpi": _mpi,
     "layers": _layers,
     "imports": _imports,
-    "ddp": _ddp,
+    "training": _training,
+    "pipeline": _pipeline,
 }
 
 

@@ -45,6 +45,25 @@ def test_collectives_are_measured_and_reported(tmp_path):
     assert "GB/s" in page
 
 
+def test_strategies_are_measured_and_reported(tmp_path):
+    ended = run_benchmarks(tmp_path, "--only=training", "--only=pipeline")
+    assert ended.returncode == 0, ended.stderr
+    training = json.loads((tmp_path / "training.json").read_text())
+    ddp, fsdp = training["memory"]
+    assert fsdp["parts"]["parameters"] == -(-ddp["parts"]["parameters"] // 2)
+    [times] = training["times"]
+    assert set(times["steps"]) == {"alone", "ddp", "fsdp"}
+    assert times["steps"]["alone"]["collectives_s"] == 0 < times["steps"]["fsdp"]["collectives_s"]
+    records = json.loads((tmp_path / "pipeline.json").read_text())["records"]
+    gpipe = [record for record in records if record["schedule"] == "gpipe"]
+    # m = 2: (p - 1) / (m + p - 1)
+    assert [r["simulated"]["bubble"] for r in gpipe] == [pytest.approx(1 / 3), pytest.approx(3 / 5)]
+    assert all(0 < record["measured"]["bubble"] < 1 for record in records)
+    page = (tmp_path / "README.md").read_text()
+    assert "| two gathered units |" in page
+    assert "| zb_h1 | arithmetic | 2 | 1 | 2 |" in page
+
+
 def test_the_page_has_a_column_for_every_peer_and_ratio(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import report

@@ -1,0 +1,227 @@
+"""Train a small GPT on characters, cut along up to three axes of a mesh, and let it write.
+
+    python examples/gpt.py                                        a world of one
+    ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2           data x tensor x pipeline
+    ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2 --fsdp    and the data axis shards the rest
+    ferro run -n 4 examples/gpt.py --dp 4 --fsdp --compare        and train again in one process
+
+The text is Python's language reference, as it ships inside Python (`pydoc_data.topics`). Needs
+tqdm besides ferro[gloo,strategies].
+"""
+
+from __future__ import annotations
+
+import argparse
+from pydoc_data.topics import topics
+
+import numpy as np
+from tqdm import tqdm
+
+import ferro
+from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn
+from ferro_strategies import tensor_parallel as tp
+from ferro_strategies.optim import AdamW, clip_grad_norm
+
+TEXT = "\n".join(topics[name] for name in sorted(topics))
+ALPHABET = sorted(set(TEXT))
+IDS = np.searchsorted(ALPHABET, list(TEXT))
+CLIP_NORM = 1.0
+
+
+class Tokens(nn.Module):
+    """Characters and their places as vectors: (B, T) integers -> (B, T, dim)."""
+
+    def __init__(self, context: int, dim: int, dtype: str, rng: np.random.Generator) -> None:
+        self.table = nn.Embedding(len(ALPHABET), dim, dtype=dtype, rng=rng)
+        self.places = nn.Parameter(0.1 * rng.standard_normal((context, dim)).astype(dtype))
+
+    def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
+        """Look up; indices have no gradient."""
+        y, pull_table = self.table.vjp(x)
+        places, length = self.places.use(), x.shape[1]
+
+        def pullback(grad_y: nn.Array) -> None:
+            places.add_grad_rows(np.arange(length), grad_y.sum(axis=0))
+            pull_table(grad_y)
+
+        return y + places.data[:length], pullback
+
+
+class Block(nn.Module):
+    """x = x + attention(norm(x)), then x + down(gelu(up(norm(x))))."""
+
+    def __init__(self, dim: int, heads: int, dtype: str, rng: np.random.Generator) -> None:
+        self.attention = nn.Attention(dim, heads, dtype=dtype, rng=rng)
+        self.up = nn.Linear(dim, 4 * dim, dtype=dtype, rng=rng)
+        self.down = nn.Linear(4 * dim, dim, dtype=dtype, rng=rng)
+        norms = nn.LayerNorm(dim, dtype=dtype), nn.LayerNorm(dim, dtype=dtype)
+        self.path = nn.Sequential(
+            nn.Residual(nn.Sequential(norms[0], self.attention)),
+            nn.Residual(nn.Sequential(norms[1], self.up, nn.GELU(), self.down)),
+        )
+
+    def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
+        """Follow the path."""
+        return self.path.vjp(x)
+
+
+class Head(nn.Module):
+    """Scores for the next character: (B, T, dim) -> (B, T, characters)."""
+
+    def __init__(self, dim: int, dtype: str, rng: np.random.Generator) -> None:
+        self.scores = nn.Linear(dim, len(ALPHABET), dtype=dtype, rng=rng)
+        self.path = nn.Sequential(nn.LayerNorm(dim, dtype=dtype), self.scores)
+
+    def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
+        """Follow the path."""
+        return self.path.vjp(x)
+
+
+PARALLEL = {
+    "*.table": tp.ParallelEmbedding.from_serial,
+    "*.attention": tp.ParallelAttention.from_serial,
+    "*.up": tp.ColumnParallelLinear.from_serial,
+    "*.down": tp.RowParallelLinear.from_serial,
+    "*.scores": tp.ColumnParallelLinear.from_serial,
+}
+
+
+def make_model(args: argparse.Namespace) -> nn.Sequential:
+    """Return the whole model; one seed gives the same values on every rank and run."""
+    rng = np.random.default_rng(args.seed)
+    blocks = [Block(args.dim, args.heads, args.dtype, rng) for _ in range(args.blocks)]
+    tokens = Tokens(args.context, args.dim, args.dtype, rng)
+    return nn.Sequential(tokens, *blocks, Head(args.dim, args.dtype, rng))
+
+
+def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
+    """Return this rank's part: a piece of each of some layers, replicated or sharded."""
+    model = make_model(args)
+    tp.parallelize(model, mesh["tp"], PARALLEL)
+    pipe = mesh["pp"]
+    mine = np.array_split(np.arange(len(model.layers)), pipe.world_size)[pipe.rank]
+    stage: nn.Module = nn.Sequential(*(model.layers[index] for index in mine))
+    if args.fsdp:
+        stage = FSDP(stage, mesh["dp"], units=lambda _, module: isinstance(module, Block))
+    else:
+        stage = DDP(stage, mesh["dp"])
+    return Pipeline([stage], pipe, schedule=args.schedule, microbatches=args.microbatches)
+
+
+def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a step's whole batch, the same everywhere: characters, and those that follow."""
+    starts = np.random.default_rng((args.seed, step)).integers(
+        0, len(IDS) - args.context, args.batch
+    )
+    rows = IDS[starts[:, None] + np.arange(args.context + 1)]
+    return rows[:, :-1], rows[:, 1:]
+
+
+def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> list[float]:
+    """Train; return every step's loss over the whole batch."""
+
+    def loss_of(scores: nn.Array, targets: nn.Array) -> tuple[float, nn.Array]:
+        return tp.vocab_parallel_cross_entropy(scores, targets, mesh["tp"])
+
+    optimizer = AdamW(pipeline.parameters(), lr=args.lr)
+    losses = []
+    replicas = mesh["dp"]
+    steps = tqdm(range(args.steps), disable=mesh.parent.rank > 0, unit="step")
+    for step in steps:
+        x, targets = (
+            np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step)
+        )
+        loss = pipeline.step(x, targets, loss_of)
+        pipeline.clip_grad_norm(CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(replicas.all_reduce(loss, "mean")))
+        steps.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+def train_alone(args: argparse.Namespace) -> list[float]:
+    """Train the same model on the same batches in this one process; return the losses."""
+    model = make_model(args)
+    optimizer = AdamW(model.parameters(), lr=args.lr)
+    losses = []
+    for step in tqdm(range(args.steps), unit="step", desc="alone"):
+        x, targets = batch_of(args, step)
+        scores, pullback = model.vjp(x)
+        loss, grad = nn.cross_entropy(scores, targets)
+        pullback(grad)
+        clip_grad_norm(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+    return losses
+
+
+def write(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> str:
+    """Let the model go on from a prompt, character by character; all ranks take part."""
+    ids = np.searchsorted(ALPHABET, list("The "))
+    columns = [len(part) for part in np.array_split(ALPHABET, args.tp)]
+    last = mesh.rank_of([0 if name != "pp" else args.pp - 1 for name in mesh.names])
+    rng = np.random.default_rng(args.seed)
+    pipeline.eval()
+    for _ in range(args.write):
+        scores = pipeline.forward(ids[None, -args.context :])
+        drawn = np.zeros((), np.int64)
+        if scores is not None:
+            row = mesh["tp"].all_gather(scores[0, -1], sizes=columns).astype(np.float64)
+            chances = np.exp((row - row.max()) / args.temperature)
+            drawn[...] = rng.choice(len(ALPHABET), p=chances / chances.sum())
+        ids = np.append(ids, mesh.parent.broadcast(drawn, last))
+    pipeline.train()
+    return "".join(ALPHABET[index] for index in ids)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dp", type=int, default=1, help="replicas, or shards with --fsdp")
+    add("--tp", type=int, default=1, help="ranks that share every matrix; divides the heads")
+    add("--pp", type=int, default=1, help="stages of layers")
+    add("--fsdp", action="store_true", help="shard parameters over the --dp ranks")
+    add("--schedule", default="1f1b", help="see `ferro show pipeline --help`")
+    add("--microbatches", type=int, default=2)
+    add("--steps", type=int, default=300)
+    add("--batch", type=int, default=16, help="rows of a whole batch; a multiple of --dp")
+    add("--context", type=int, default=64, help="characters seen at once")
+    add("--dim", type=int, default=96)
+    add("--heads", type=int, default=4)
+    add("--blocks", type=int, default=4)
+    add("--lr", type=float, default=3e-3)
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--seed", type=int, default=0)
+    add("--write", type=int, default=200, metavar="CHARACTERS", help="how many at the end")
+    add("--temperature", type=float, default=0.7)
+    add("--compare", action="store_true", help="train again in one process, and compare losses")
+    add("--backend", help="the launcher's default when left out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    with ferro.init(args.backend) as group:
+        mesh = DeviceMesh((args.dp, args.pp, args.tp), ("dp", "pp", "tp"), group)
+        pipeline = make_pipeline(args, mesh)
+        losses = train(args, pipeline, mesh)
+        written = write(args, pipeline, mesh)
+        if group.rank == 0:
+            kind = "shards" if args.fsdp else "replicas"
+            print(
+                f"{args.dp} {kind} x {args.pp} stages x {args.tp} pieces over "
+                f"{group.backend_name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
+            )
+            print(written)
+            if args.compare:
+                pairs = zip(losses, train_alone(args), strict=True)
+                worst = max(abs(a - b) / b for a, b in pairs)
+                print(f"largest relative difference of a loss from one process: {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()
