@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ferro import simulate
 from ferro_strategies.dtensor import DTensor, Partial, Replicate, Shard
-from ferro_strategies.dtensor.layout import local_slices
+from ferro_strategies.dtensor.layout import local_shape, local_slices
 from ferro_strategies.mesh import DeviceMesh
 
 REDUCE = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
@@ -53,6 +54,27 @@ def held(mesh, placements, whole):
     """Return what this rank must have of an array so placed, if no axis is Partial."""
     cut = local_slices(whole.shape, mesh.shape, placements, mesh.coordinates)
     return whole[(*cut, ...)]
+
+
+def buffers(way, coordinate, itemsize):
+    """Return each collective of a plan, with the bytes of a rank's buffer: what is gathered,
+    reduced or sent, as an observer is told."""
+    return [
+        (
+            str(step.how),
+            itemsize
+            * math.prod(
+                local_shape(
+                    way.shape,
+                    way.mesh_shape,
+                    step.after if step.how == "all_gather" else step.before,
+                    coordinate,
+                )
+            ),
+        )
+        for step in way.steps
+        if step.how.is_collective
+    ]
 
 
 def placement_tuples(mesh_shape, ndim, *, op="sum", partial=True):

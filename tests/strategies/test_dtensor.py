@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from ferro import UnsupportedError, UsageError
 from ferro_strategies.dtensor import DTensor, Partial, Replicate, Shard, distribute, plan
 from ferro_strategies.mesh import DeviceMesh
 
-from .dtensor_ranks import MESHES, Watch, held, on_mesh, placement_tuples, spread
+from .dtensor_ranks import MESHES, Watch, buffers, held, on_mesh, placement_tuples, spread
 
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 
@@ -106,9 +108,7 @@ def test_an_observer_sees_the_collectives_and_bytes_of_the_plan(case):
         watch.looking.add(mesh.parent.rank)
         x.redistribute(target)
         watch.looking.discard(mesh.parent.rank)
-        way = plan(source, target, shape, mesh_shape)
-        ops = [str(step.how) for step in way.steps if step.how.is_collective]
-        return list(zip(ops, way.buffer_bytes(mesh.coordinates, 8), strict=True))
+        return buffers(plan(source, target, shape, mesh_shape), mesh.coordinates, itemsize=8)
 
     for rank, expected in enumerate(on_mesh(mesh_shape, check, observers=[watch])):
         assert watch.seen[rank] == expected
@@ -176,6 +176,18 @@ def test_the_source_is_a_rank_of_the_group_whatever_its_place():
     assert on_mesh((4,), check) == [[3, 4], [8, 9], [5, 6, 7], [0, 1, 2]]
 
 
+def test_what_stays_at_the_source_is_a_sum_of_one_dtype():
+    whole = np.arange(4, dtype=np.int16)
+
+    def check(mesh):
+        x = distribute(whole if mesh.parent.rank == 1 else None, mesh, [P], source=1)
+        assert x.dtype == np.int16
+        assert not np.may_share_memory(x.local, whole)
+        np.testing.assert_array_equal(x.full_tensor(), whole)
+
+    on_mesh((2,), check)
+
+
 def test_from_a_source_only_parts_are_sent():
     watch = Watch()
 
@@ -224,6 +236,7 @@ def refused(mesh_shape, function, error=UsageError):
         (lambda rank: np.zeros((2, 3 + (rank == 1))), [R], 1),
         (lambda rank: np.zeros((2, 3), np.float32 if rank == 2 else np.float64), [S0], 2),
         (lambda rank: np.zeros((2, 3, 1)[: 3 - (rank == 1)]), [S0], 1),
+        (lambda rank: np.zeros((2, 3)[: 2 - (rank == 1)]), [S1], 1),  # which rank 1 has not
     ],
 )
 def test_parts_that_make_up_no_array_are_refused_on_every_rank(part, placements, rank):
@@ -263,19 +276,50 @@ def test_wrong_calls_are_refused_before_anything_is_sent(call, message):
     assert all(message in text for text in refused((2, 2), call))
 
 
-def test_a_source_that_gives_nothing_and_a_wrong_shape_are_refused():
-    def wrong_dim(mesh):
-        distribute(np.zeros(4), mesh, [S1], source=0)
+@pytest.mark.parametrize(
+    ("given", "placement", "message"),
+    [
+        (np.zeros(4), S1, "Dims go from"),
+        (None, S0, "rank 1 is the source and must give the array: it gave None"),
+        ([1, 2], S0, r"rank 1 is the source .* got builtins.list"),
+        (np.zeros(4, ">f8"), S0, "rank 1 is the source .* foreign byte order"),
+        (np.array([object()]), S0, "rank 1 is the source .* no collective carries"),
+    ],
+)
+def test_a_source_that_gives_what_cannot_be_spread_is_refused_on_every_rank(
+    given, placement, message
+):
+    def call(mesh):
+        distribute(given if mesh.parent.rank == 1 else None, mesh, [placement], source=1)
 
-    assert all("Dims go from" in text for text in refused((2,), wrong_dim))
+    for text in refused((2,), call):
+        assert re.search(message, text)
+
+
+def test_a_source_sends_without_a_copy_of_the_whole():
+    def check(mesh):
+        whole = np.zeros((8, 1 << 17)) if mesh.parent.rank == 0 else None
+        mesh.parent.barrier()
+        before, _ = tracemalloc.get_traced_memory()
+        distribute(whole, mesh, [S0], source=0)
+        mesh.parent.barrier()
+        return (tracemalloc.get_traced_memory()[1] - before) / (8 << 20)
+
+    tracemalloc.start()
+    try:
+        # Both ranks' halves, and what the simulation copies on the way.
+        assert max(on_mesh((2,), check)) < 2.5
+    finally:
+        tracemalloc.stop()
 
 
 def test_ranks_outside_the_mesh_are_told_so():
     def check(mesh):
         part = DeviceMesh(np.array([0, 2]), ("a",), mesh.parent)
         if mesh.parent.rank == 1:
-            with pytest.raises(UsageError, match="not in"):
-                distribute(np.zeros(4), part, [S0])
+            for placement in (S0, R):
+                with pytest.raises(UsageError, match="not in"):
+                    distribute(np.zeros(4), part, [placement])
             return None
         return distribute(np.arange(4), part, [S0]).local.tolist()
 

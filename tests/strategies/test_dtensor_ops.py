@@ -237,6 +237,17 @@ def test_a_sum_of_booleans_is_reduced_before_it_counts():
     on_mesh((3,), check)
 
 
+def test_unsigned_parts_of_a_sum_are_reduced_before_they_wrap_around():
+    def check(mesh):
+        local = np.array([3 if mesh.parent.rank else 1], np.uint8)
+        z = DTensor.from_local(local, mesh, [P])  # 4
+        two = DTensor.from_local(np.array([2], np.uint8), mesh, [P])  # 4
+        equal((z - two).astype(np.int64), np.array([0]))
+        equal((z - two).sum(), np.array([0], np.uint8).sum())
+
+    on_mesh((2,), check)
+
+
 def test_several_results():
     def check(mesh):
         x, whole = spread(mesh, [S0], (7,), low=-9, high=9)
@@ -423,9 +434,35 @@ def test_reductions_through_ufuncs_and_with_a_dtype():
         x, whole = spread(mesh, [S0], (5, 2), dtype=np.int32)
         equal(np.add.reduce(x), whole.sum(0))
         equal(np.maximum.reduce(x, axis=1), whole.max(1))
+        equal(np.amax(x, axis=1), whole.max(1))
+        equal(np.amin(x), whole.min())
         equal(np.add.reduce(x, axis=None, dtype=None, keepdims=True), whole.sum(keepdims=True))
         equal(np.sum(x, dtype=np.float32), whole.sum(dtype=np.float32))
         equal(np.mean(x, dtype=np.float32), whole.mean(dtype=np.float32))
+
+    on_mesh((2,), check)
+
+
+def test_the_result_of_a_reduction_can_be_worked_with():
+    def check(mesh):
+        for placement in (R, S0):
+            x, whole = spread(mesh, [placement], (5, 2))
+            for name in REDUCTIONS:
+                result = getattr(x, name)()
+                assert isinstance(result.local, np.ndarray)
+                assert result.local.shape == ()
+            equal(np.exp(x.mean()), np.exp(whole.mean()))
+
+    on_mesh((2,), check)
+
+
+def test_a_sum_is_reduced_before_its_parts_lose_their_fractions():
+    def check(mesh):
+        x = DTensor.from_local(np.full(4, 0.5), mesh, [P])  # of ones
+        equal(np.sum(x, dtype=np.int64), 4)
+        assert np.sum(x, dtype=np.float64).placements == (P,)
+        with pytest.raises(UsageError, match="int64 has no fractions"):
+            np.mean(x, dtype=np.int64)
 
     on_mesh((2,), check)
 
@@ -555,6 +592,18 @@ def test_dims_in_another_order(case, random):
             equal(np.swapaxes(x, 0, -1), np.swapaxes(whole, 0, -1))
 
     on_mesh(mesh_shape, check)
+
+
+def test_shapes_and_orders_as_several_arguments():
+    def check(mesh):
+        x, whole = spread(mesh, [S0], (4, 3, 2))
+        equal(x.reshape(4, -1), whole.reshape(4, -1))
+        equal(x.reshape([24]), whole.reshape(24))
+        equal(x.transpose(1, 0, 2), whole.transpose(1, 0, 2))
+        equal(x.transpose([2, 0, 1]), whole.transpose(2, 0, 1))
+        equal(x.sum().reshape(), whole.sum())
+
+    on_mesh((2,), check)
 
 
 RESHAPES = [

@@ -105,8 +105,8 @@ def align(
             "distribute().",
             op=op,
         )
-    if any(_is_boolean_sum(operand.piece) for operand in operands):
-        linear = never  # a sum of booleans is "or", which arithmetic does not commute with
+    if any(_is_delicate_sum(operand.piece) for operand in operands):
+        linear = never
     columns = [
         _align_axis(op, mesh.names[axis], operands, axis, result_ndim, linear)
         for axis in range(mesh.ndim)
@@ -190,5 +190,9 @@ def _check_still(op: str, index: int, piece: Piece, target: Placements) -> None:
             )
 
 
-def _is_boolean_sum(piece: Piece) -> bool:
-    return piece.local.dtype.kind == "b" and SUM in piece.placements
+def _is_delicate_sum(piece: Piece) -> bool:
+    """Say whether arithmetic on the parts of a sum may not be arithmetic on the sum.
+
+    Booleans add up to "or", and unsigned parts wrap around where their sum does not.
+    """
+    return piece.local.dtype.kind in "bu" and SUM in piece.placements

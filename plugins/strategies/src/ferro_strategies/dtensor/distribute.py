@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ferro import UsageError
 
 from ..mesh import DeviceMesh
@@ -33,7 +31,8 @@ def distribute(
             every rank gives the same array and keeps its part; nothing is sent or compared.
 
     Raises:
-        UsageError: placements do not fit the mesh or the array; nothing but its shape was sent.
+        UsageError: placements do not fit the mesh or the array, or the source gives none; raised
+            on every rank, and nothing but the shape was sent.
     """
     if source is None:
         if array is None:
@@ -44,12 +43,4 @@ def distribute(
         namespace_of(array)
         found = checked_placements(placements, mesh.ndim, array.ndim, "distribute")
         return DTensor(cut_copy(array, mesh, found))
-    if array is None and mesh.parent.rank == source:
-        raise UsageError(
-            f"distribute: rank {source} is the source and must give the array",
-            op="distribute",
-            rank=source,
-        )
-    given = np.empty(0) if array is None else array
-    namespace_of(given)
-    return DTensor(send_out(given, mesh, placements, source))
+    return DTensor(send_out(array, mesh, placements, source))

@@ -80,6 +80,18 @@ def apply(
     return _result(function(*_locals(arguments, alignment)), arguments, shape, alignment)
 
 
+def assign(target: Piece, value: Piece | Array | Scalar) -> None:
+    """Write over an array; the value is broadcast to it.
+
+    Raises:
+        UsageError: shapes or placements do not fit; nothing was sent or written.
+    """
+    inputs = [target, value]
+    arguments, shape, alignment = _prepared("assignment", inputs, together)
+    _check_out("assignment", target, arguments, shape, alignment)
+    target.local[...] = _locals(arguments, alignment)[1]
+
+
 def _prepared(
     name: str, inputs: Sequence[Piece | Array | Scalar], linear: Linear
 ) -> tuple[list[Piece | Scalar], Shape, Alignment]:
@@ -149,9 +161,9 @@ def _check_out(
     agree = out.shape == shape and out.placements == alignment.result
     if not agree or not same_mesh(out.mesh, like.mesh):
         raise UsageError(
-            f"{name}: out has shape {out.shape} and placements {out.placements}, the result has "
-            f"shape {shape} and placements {alignment.result}. Redistribute what is written to "
-            "first, or do without out= (x = x + y for x += y).",
+            f"{name}: what is written to has shape {out.shape} and placements {out.placements}, "
+            f"the result has shape {shape} and placements {alignment.result}. Redistribute what is "
+            "written to first, or do without out= (x = x + y for x += y).",
             op=name,
         )
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..nn.arrays import Array, namespace_of
 from . import products, shaping
-from .alignment import together
+from .alignment import never, together
 from .elementwise import Scalar, apply, apply_ufunc
 from .piece import Piece, replicated
 from .placement import Partial, Placements, Replicate
@@ -24,14 +24,9 @@ Bound = Piece | Array | Scalar | None
 def cast_to(x: Piece, dtype: npt.DTypeLike) -> Piece:
     """Return a copy of another dtype; a sum stays Partial where no rounding comes first."""
     target = np.dtype(dtype)
-    # Widening commutes with a sum; truncating and "or", which a sum of booleans is, do not.
-    exact = target == x.local.dtype or np.can_cast(x.local.dtype, target, "safe")
-    return apply(
-        "astype",
-        lambda local: local.astype(target),
-        [x],
-        *((together,) if exact else ()),
-    )
+    # Widening commutes with a sum, truncating does not.
+    linear = together if np.can_cast(x.local.dtype, target, "safe") else never
+    return apply("astype", lambda local: local.astype(target), [x], linear)
 
 
 def clip(x: Piece, a_min: Bound = None, a_max: Bound = None) -> Piece:
@@ -131,6 +126,8 @@ FUNCTIONS: dict[Callable[..., object], Callable[..., object]] = {
     np.prod: _summing("prod"),
     np.max: _choosing("max"),
     np.min: _choosing("min"),
+    np.amax: _choosing("max"),
+    np.amin: _choosing("min"),
     np.any: _choosing("any"),
     np.all: _choosing("all"),
     np.transpose: shaping.transpose,

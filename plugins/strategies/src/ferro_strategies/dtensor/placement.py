@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -82,6 +82,16 @@ def everywhere(mesh_ndim: int) -> Placements:
     return (Replicate(),) * mesh_ndim
 
 
+def listed(placements: Placement | Sequence[Placement]) -> Sequence[Placement]:
+    """Return placements as a sequence, where one alone is given for the only axis as well."""
+    return (placements,) if isinstance(placements, Replicate | Shard | Partial) else placements
+
+
+def renamed(placements: Placements, new_dim: Callable[[int], int]) -> Placements:
+    """Return placements whose shards are of the dims that theirs become."""
+    return tuple(Shard(new_dim(one.dim)) if isinstance(one, Shard) else one for one in placements)
+
+
 def checked_placements(
     placements: Sequence[Placement], mesh_ndim: int, ndim: int, op: str
 ) -> Placements:
@@ -97,8 +107,7 @@ def checked_placements(
         UsageError: too few or many, of another kind, a dim that is not there, or different
             reductions, for a sum of maxima is not a maximum of sums.
     """
-    if isinstance(placements, Replicate | Shard | Partial):
-        placements = (placements,)
+    placements = listed(placements)
     if len(placements) != mesh_ndim:
         raise UsageError(
             f"{op}: {len(placements)} placements for a mesh of {mesh_ndim} axes. Give one for "

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from .layout import Shape
 from .placement import Placement, Placements, Replicate, Shard
-from .steps import Step, elements_held, elements_moved, steps_from
+from .steps import Step, elements_moved, steps_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +31,6 @@ class Plan:
         """Return the bytes that the busiest rank sends (or receives, where that is more)."""
         return itemsize * sum(
             elements_moved(step, self.shape, self.mesh_shape) for step in self.steps
-        )
-
-    def buffer_bytes(self, coordinate: Sequence[int], itemsize: int) -> tuple[int, ...]:
-        """Return the size of a rank's buffer in each collective, as an `Observer` is told."""
-        return tuple(
-            itemsize * elements_held(step, self.shape, self.mesh_shape, tuple(coordinate))
-            for step in self.steps
-            if step.how.is_collective
         )
 
     def describe(self, names: Sequence[str], itemsize: int) -> str:

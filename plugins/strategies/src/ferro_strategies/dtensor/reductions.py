@@ -54,14 +54,21 @@ def reduce(
         keepdims: keep reduced dims, with size 1.
 
     Raises:
-        UsageError: there is no such dim, or a largest or smallest of nothing is asked for.
+        UsageError: there is no such dim, a largest or smallest of nothing is asked for, or a mean
+            in integers, which would cut off the fraction of each rank's share.
         UnsupportedError: complex numbers over a cut dim have no largest.
     """
     dims = checked_dims(axis, len(x.shape), name)
     if name in ("max", "min"):
         _check_ordered(x, dims, name)
+    if name == "mean" and dtype is not None and np.dtype(dtype).kind in "iub":
+        raise UsageError(f"mean: dtype {np.dtype(dtype)} has no fractions", op="mean")
     combined_by = Partial(_COMBINED_BY[name])
-    settled = tuple(_settled(placement, name, combined_by, x) for placement in x.placements)
+    closed = _is_closed(name, x.local.dtype, dtype)
+    settled = tuple(
+        Replicate() if isinstance(one, Partial) and not (closed and one == combined_by) else one
+        for one in x.placements
+    )
     x = redistributed(x, settled, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
     shape = _reduced_shape(x.shape, dims, keepdims)
@@ -87,14 +94,15 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
     return found
 
 
-def _settled(placement: Placement, name: Name, combined_by: Partial, x: Piece) -> Placement:
-    """Return the placement on an axis in which the reduction may go over it."""
-    if not isinstance(placement, Partial):
-        return placement
-    closed = placement == combined_by and name not in ("any", "all")
-    if placement.op in ("sum", "prod") and x.local.dtype.kind == "b":
-        closed = False  # they count, where the ranks' combine to a boolean
-    return placement if closed else Replicate()
+def _is_closed(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> bool:
+    """Say whether a Partial stays one under its own reduction: ranks' parts are reduced alone."""
+    if name in ("any", "all"):
+        return False  # of which the parts are numbers, not truths
+    if name in ("max", "min"):
+        return True
+    # Parts of a sum may have fractions that the sum has not, and the unsigned ones wrap around.
+    # Those of booleans count, where their sum is "or".
+    return kind.kind not in "bu" and (dtype is None or np.can_cast(kind, dtype, "safe"))
 
 
 def _reduced(
@@ -142,10 +150,9 @@ def _mean(x: Piece, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims
     count = math.prod(x.shape[dim] for dim in dims)
     if count == 0:
         # NumPy warns of a division by zero here, which for parts would depend on the rank.
-        share: Array = xp.full(total.shape, np.nan, dtype=result_dtype)
-        return share
-    share = total / count
-    return share.astype(result_dtype)
+        return xp.full(total.shape, np.nan, dtype=result_dtype)  # type: ignore[no-any-return]
+    total /= count
+    return total.astype(result_dtype, copy=False)  # type: ignore[no-any-return]
 
 
 def _neutral(name: str, dtype: np.dtype) -> float | int | bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ferro import UsageError
 
@@ -12,7 +12,7 @@ from ..nn.arrays import Array, namespace_of
 from .alignment import Operand, align, together
 from .layout import Shape, part_sizes
 from .piece import Piece
-from .placement import Placements, Shard
+from .placement import Shard, renamed
 from .reductions import checked_dims
 
 
@@ -24,7 +24,7 @@ def transpose(x: Piece, axes: Sequence[int] | None = None) -> Piece:
         raise UsageError(f"transpose: axes {axes} for an array of {ndim} dims", op="transpose")
     local = namespace_of(x.local).transpose(x.local, order)
     shape = tuple(x.shape[dim] for dim in order)
-    return x.with_local(local, shape=shape, placements=_renamed(x.placements, order.index))
+    return x.with_local(local, shape=shape, placements=renamed(x.placements, order.index))
 
 
 def expand_dims(x: Piece, axis: int | Sequence[int]) -> Piece:
@@ -36,7 +36,7 @@ def expand_dims(x: Piece, axis: int | Sequence[int]) -> Piece:
     sizes = iter(x.shape)
     shape = tuple(1 if dim in new else next(sizes) for dim in range(ndim))
     local = namespace_of(x.local).expand_dims(x.local, new)
-    return x.with_local(local, shape=shape, placements=_renamed(x.placements, old.__getitem__))
+    return x.with_local(local, shape=shape, placements=renamed(x.placements, old.__getitem__))
 
 
 def squeeze(x: Piece, axis: int | Sequence[int] | None = None) -> Piece:
@@ -58,7 +58,7 @@ def squeeze(x: Piece, axis: int | Sequence[int] | None = None) -> Piece:
     kept = [dim for dim in range(len(x.shape)) if dim not in gone]
     local = namespace_of(x.local).squeeze(x.local, tuple(gone))
     shape = tuple(x.shape[dim] for dim in kept)
-    return x.with_local(local, shape=shape, placements=_renamed(x.placements, kept.index))
+    return x.with_local(local, shape=shape, placements=renamed(x.placements, kept.index))
 
 
 def concatenate(arrays: Sequence[Piece], axis: int = 0) -> Piece:
@@ -122,14 +122,9 @@ def reshape(x: Piece, shape: int | Sequence[int]) -> Piece:
                 op="reshape",
             )
         becomes[dim] = found
-    placements = _renamed(x.placements, becomes.__getitem__)
+    placements = renamed(x.placements, becomes.__getitem__)
     local: Array = x.local.reshape(x.local_shape(placements, new))
     return x.with_local(local, shape=new, placements=placements)
-
-
-def _renamed(placements: Placements, new_dim: Callable[[int], int]) -> Placements:
-    """Return placements whose shards are of the dims that theirs become."""
-    return tuple(Shard(new_dim(one.dim)) if isinstance(one, Shard) else one for one in placements)
 
 
 def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
@@ -141,7 +136,9 @@ def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
     if new.count(-1) == 1 and known and size % known == 0:
         new[new.index(-1)] = size // known
     if min(new, default=0) < 0 or math.prod(new) != size:
-        raise UsageError(f"reshape: {old} has {size} elements, which do not fill {shape}")
+        raise UsageError(
+            f"reshape: {old} has {size} elements, which do not fill {shape}", op="reshape"
+        )
     return tuple(new)
 
 

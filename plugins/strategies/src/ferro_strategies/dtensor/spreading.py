@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 
 from ferro import UsageError
-from ferro.arrays import dtype_named
+from ferro.arrays import dtype_named, objection
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
 from .layout import Shape, local_shape, part_sizes
 from .piece import Piece, coordinate_in, replicated
-from .placement import Partial, Placement, Placements, Shard, checked_placements
+from .placement import Partial, Placement, Placements, Shard, checked_placements, listed
 from .transfer import filled, redistributed
 
 
 def cut_copy(array: Array, mesh: DeviceMesh, placements: Placements) -> Piece:
     """Return this rank's piece of an array of which all ranks have the same. Sends nothing."""
+    coordinate_in(mesh)  # refuses ranks that are not in it
     whole = replicated(array, mesh)
     piece = redistributed(whole, placements)
     return piece.with_local(array.copy()) if piece is whole else piece
 
 
-def send_out(array: Array, mesh: DeviceMesh, placements: Sequence[Placement], source: int) -> Piece:
+def send_out(
+    array: Array | None, mesh: DeviceMesh, placements: Sequence[Placement], source: int
+) -> Piece:
     """Return this rank's piece of an array that only rank `source` of the mesh's parent has.
 
     Axis by axis, from the ranks that have something to those along the axis: a scatter where
@@ -34,16 +37,23 @@ def send_out(array: Array, mesh: DeviceMesh, placements: Sequence[Placement], so
     rank 0: first 0 gives half to 2, then 0 and 2 give halves of those to 1 and 3.
 
     Args:
-        array: at the source, the whole; elsewhere any, which says of which kind the result is.
+        array: at the source, the whole; elsewhere any, which says of which kind the result is,
+            NumPy's when None.
         mesh: the ranks.
         placements: not checked yet, for only the source knows how many dims there are.
         source: the rank that has it.
+
+    Raises:
+        UsageError: the source has no array, or placements do not fit; raised on every rank.
     """
     here, there = coordinate_in(mesh), mesh.coordinates_of(source)
+    given = np.empty(0) if array is None else array
+    if here != there:
+        namespace_of(given)  # refuses what is no array before anything is sent
     whole, dtype = _told(array, mesh, source)
     wanted = checked_placements(placements, mesh.ndim, len(whole), "distribute")
-    xp = namespace_of(array)
-    local = array.copy() if here == there else xp.empty(0, dtype)
+    xp = namespace_of(given)
+    local = given if here == there else xp.empty(0, dtype)
     for axis, placement in enumerate(wanted):
         if here[axis + 1 :] != there[axis + 1 :]:
             continue  # this rank gets its part along a later axis
@@ -60,19 +70,39 @@ def send_out(array: Array, mesh: DeviceMesh, placements: Sequence[Placement], so
         elif isinstance(placement, Partial) and placement.op in ("sum", "prod"):
             local = local if has_it else filled(local, shape, placement.op)
         else:
-            local = group.broadcast(local if has_it else xp.empty(shape, dtype), root)
-    return Piece(local=local, mesh=mesh, shape=whole, placements=wanted)
+            into = xp.empty(shape, dtype)
+            local = group.broadcast(local if has_it else into, root, out=into)
+    own = local.copy() if local is given else local
+    return Piece(local=own, mesh=mesh, shape=whole, placements=wanted)
 
 
-def _told(array: Array, mesh: DeviceMesh, source: int) -> tuple[Shape, np.dtype]:
+def _told(array: Array | None, mesh: DeviceMesh, source: int) -> tuple[Shape, np.dtype]:
     """Return the shape and dtype of the source's array, told along one axis after the other."""
     here, there = coordinate_in(mesh), mesh.coordinates_of(source)
-    said: Any = [list(array.shape), array.dtype.name] if here == there else None
+    said: Any = _described(array) if here == there else None
     for axis in range(mesh.ndim):
         if here[axis + 1 :] == there[axis + 1 :]:
             said = mesh.group(axis).broadcast_object(said, there[axis])
+    if isinstance(said, str):
+        raise UsageError(
+            f"distribute: rank {source} is the source and must give the array: {said}",
+            op="distribute",
+            peer=source,
+        )
     shape, dtype = said
     return tuple(shape), dtype_named(dtype)
+
+
+def _described(array: Array | None) -> list[object] | str:
+    """Return an array's shape and dtype, or what is wrong with it, for all ranks to hear of."""
+    if array is None:
+        return "it gave None"
+    try:
+        namespace_of(array)
+    except UsageError as error:
+        return str(error)
+    wrong = objection(array.dtype)
+    return f"it has {wrong}" if wrong else [list(array.shape), array.dtype.name]
 
 
 def checked_part(local: Array, mesh: DeviceMesh, placements: Placements, shape: Shape) -> Piece:
@@ -94,16 +124,18 @@ def checked_part(local: Array, mesh: DeviceMesh, placements: Placements, shape: 
     return Piece(local=local, mesh=mesh, shape=shape, placements=placements)
 
 
-def part_of_unknown(local: Array, mesh: DeviceMesh, placements: Placements) -> Piece:
+def part_of_unknown(local: Array, mesh: DeviceMesh, placements: Sequence[Placement]) -> Piece:
     """Return this rank's part as a piece of the array that all ranks' parts make up.
 
-    All ranks of the mesh call it, and tell each other their parts' shapes and dtypes.
+    All ranks of the mesh call it, and tell each other their parts' shapes and dtypes, and the
+    placements, which are not checked before: a rank that stops alone keeps the others waiting.
 
     Raises:
-        UsageError: the parts make up no array; raised on every rank, naming one at fault.
+        UsageError: the parts make up no array, or placements do not fit; raised on every rank,
+            naming one at fault.
     """
     parts = _everyones(
-        [list(local.shape), local.dtype.name, [str(one) for one in placements]], mesh
+        [list(local.shape), local.dtype.name, [str(one) for one in listed(placements)]], mesh
     )
     first_shape, dtype, asked = parts[(0,) * mesh.ndim]
     for place, (found, kind, wanted) in parts.items():
@@ -112,16 +144,17 @@ def part_of_unknown(local: Array, mesh: DeviceMesh, placements: Placements) -> P
                 mesh, place, f"{kind} with {len(found)} dims, placed {', '.join(wanted)}",
                 f"{dtype} with {len(first_shape)} dims, placed {', '.join(asked)}",
             )  # fmt: skip
-    shape = _added_up([parts[place][0] for place in parts], list(parts), placements)
+    checked = checked_placements(placements, mesh.ndim, local.ndim, "from_local")
+    shape = _added_up([parts[place][0] for place in parts], list(parts), checked)
     for place, (found, _, _) in parts.items():
-        expected = local_shape(shape, mesh.shape, placements, place)
+        expected = local_shape(shape, mesh.shape, checked, place)
         if tuple(found) != expected:
             raise _odd_one(
                 mesh, place, f"a part of shape {tuple(found)}",
                 f"an array of shape {shape} in all, so that it must be {expected} (the dims that "
                 "no axis cuts are the same on all ranks, the others cut as by numpy.array_split)",
             )  # fmt: skip
-    return Piece(local=local, mesh=mesh, shape=shape, placements=placements)
+    return Piece(local=local, mesh=mesh, shape=shape, placements=checked)
 
 
 def _everyones(mine: list[object], mesh: DeviceMesh) -> dict[tuple[int, ...], Any]:

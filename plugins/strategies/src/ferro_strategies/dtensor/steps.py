@@ -86,17 +86,6 @@ def steps_from(before: Placements, mesh_shape: Shape, choices: list[list[Placeme
     ]
 
 
-def elements_held(step: Step, shape: Shape, mesh_shape: Shape, coordinate: Shape) -> int:
-    """Return the size of the buffer with which a rank takes part in a collective; else 0.
-
-    It is what an `Observer` is told, in elements: what is gathered, reduced, or sent.
-    """
-    if not step.how.is_collective:
-        return 0
-    state = step.after if step.how is How.ALL_GATHER else step.before
-    return math.prod(local_shape(shape, mesh_shape, state, coordinate))
-
-
 def elements_moved(step: Step, shape: Shape, mesh_shape: Shape) -> int:
     """Return how many elements the busiest rank must send, or receive where that is more.
 

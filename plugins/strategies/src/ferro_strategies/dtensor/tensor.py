@@ -14,16 +14,18 @@ What communicates, and what is refused; a collective must be called by all ranks
                                             A Partial operand is reduced first, unless by the same
                                             operation
     transpose, reshape, concatenate, …      send nothing; an error where parts would have to move
-    x += y, out=                            as the operation; the result must lie as the target
+    indexing                                integers and slices, along dims that are not cut; a
+                                            view. None for a new dim
+    x += y, out=, x[...] = y                as the operation; the result must lie as the target
     float(x), int(x), bool(x), item()       of one element; a collective unless replicated
-    numpy.asarray(x), indexing, the rest    an error that names .local and full_tensor()
+    numpy.asarray(x), the rest              an error that names .local and full_tensor()
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,8 @@ from ferro import UnsupportedError, UsageError
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
 from . import functions, shaping, spreading
+from .elementwise import Scalar, assign
+from .indexing import index
 from .layout import Shape
 from .piece import Piece
 from .placement import Placement, Placements, checked_placements, everywhere
@@ -54,8 +58,12 @@ class DTensor(NDArrayOperatorsMixin):
 
     Made by `distribute` or `DTensor.from_local`. It works with numpy's functions and operators,
     as the table at the head of this module says; arrays and numbers among the operands count as
-    replicated and must be the same on every rank. As long as integers do not overflow, results
-    are those of numpy on the whole array, but for the order in which sums are added.
+    replicated and must be the same on every rank; a CuPy array is written to the right of the
+    operator, for CuPy's own do not ask the other side.
+
+    Results are those of numpy on the whole array, but for the order in which sums are added; as
+    long as signed integers do not overflow, ranks' parts of a Partial among them, and such parts
+    are not multiplied by infinity or divided by zero.
     """
 
     __array_priority__ = 1000.0
@@ -86,10 +94,9 @@ class DTensor(NDArrayOperatorsMixin):
             UsageError: placements do not fit the mesh, or parts do not make up an array.
         """
         namespace_of(local)  # refuses what is no array
-        ndim = local.ndim if shape is None else len(shape)
-        found = checked_placements(placements, mesh.ndim, ndim, "from_local")
         if shape is None:
-            return cls(spreading.part_of_unknown(local, mesh, found))
+            return cls(spreading.part_of_unknown(local, mesh, placements))
+        found = checked_placements(placements, mesh.ndim, len(shape), "from_local")
         return cls(spreading.checked_part(local, mesh, found, tuple(shape)))
 
     @property
@@ -137,6 +144,21 @@ class DTensor(NDArrayOperatorsMixin):
         if not self.shape:
             raise TypeError("len() of a DTensor without dims")
         return self.shape[0]
+
+    # -- elements --------------------------------------------------------------------------------
+
+    def __getitem__(self, key: object) -> DTensor:
+        """Return part of the array, a view; dims that are cut must stay whole."""
+        return DTensor(index(self._piece, key))
+
+    def __setitem__(self, key: object, value: DTensor | Array | Scalar) -> None:
+        """Write over part of the array; `value`, broadcast to it, must lie as the part does."""
+        target = index(self._piece, key)
+        assign(target, value._piece if isinstance(value, DTensor) else value)
+
+    def __iter__(self) -> Iterator[DTensor]:
+        """Go through the first dim, as `self[0]` and so on."""
+        return (self[at] for at in range(len(self)))
 
     # -- placements ------------------------------------------------------------------------------
 
@@ -256,17 +278,22 @@ class DTensor(NDArrayOperatorsMixin):
         """The dims in reverse order; a view."""
         return self.transpose()
 
-    def transpose(self, axes: Sequence[int] | None = None) -> DTensor:
-        """Return the dims in another order, reversed when None; a view."""
-        return DTensor(shaping.transpose(self._piece, axes))
+    def transpose(self, *axes: int | Sequence[int]) -> DTensor:
+        """Return the dims in another order, as one argument or several; a view.
 
-    def reshape(self, shape: int | Sequence[int]) -> DTensor:
+        They are reversed when none is given.
+        """
+        return DTensor(shaping.transpose(self._piece, _numbers(axes) if axes else None))
+
+    def reshape(self, *shape: int | Sequence[int]) -> DTensor:
         """Return the elements in another shape, where parts stay where they are; a view if can be.
+
+        The shape may be one argument, or one for each dim.
 
         Raises:
             UsageError: sizes do not fit, or parts would have to move.
         """
-        return DTensor(shaping.reshape(self._piece, shape))
+        return DTensor(shaping.reshape(self._piece, _numbers(shape)))
 
     def astype(self, dtype: npt.DTypeLike) -> DTensor:
         """Return a copy of another dtype."""
@@ -299,6 +326,12 @@ class DTensor(NDArrayOperatorsMixin):
 
     def _number(self, kind: Callable[..., _Value]) -> _Value:
         return kind(self.item())
+
+
+def _numbers(given: Sequence[int | Sequence[int]]) -> Sequence[int]:
+    """Return numbers that were given as one sequence, or each as an argument."""
+    one = given[0] if len(given) == 1 else given
+    return cast("Sequence[int]", one if isinstance(one, Sequence) else given)
 
 
 def _unwrapped(value: object) -> object:
