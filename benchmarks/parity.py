@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import machine
+import markdown
 import numpy as np
 from parity_models import STEPS, Found
 from parity_rank import TOGETHER_RANKS, strategies, train_all
@@ -27,6 +28,12 @@ from ferro.testing import run_ranks
 Record: TypeAlias = Mapping[str, object]
 
 RANKS = (1, 2, 3, 4, TOGETHER_RANKS)
+HOW = """\
+Small models, trained for a few steps under every strategy and in one process. The largest
+difference of any element of any parameter (and running statistic) on any rank, relative to the
+largest element of the model, and after the stroke that of the last loss. "fsdp x sp x pp" is 2
+shards x 2 pieces of matrices and sequences x 2 stages. bfloat16 is that of the computation, over
+float32 master shards; the one process computes in it, too (FSDP on one rank)."""
 _HERE = Path(__file__).resolve().parent
 _DEADLINE_S = 120.0
 
@@ -61,10 +68,13 @@ def table(record: Record) -> str:
         of_ranks[row["ranks"]] = f"{row['parameters']:.1e} / {row['loss']:.1e}"
     ranks = sorted({row["ranks"] for row in record["records"]})
     heads = ["strategy", "dtype", *(f"{count} rank{'s' * (count > 1)}" for count in ranks)]
-    lines = [heads, ["---", "---", *["---:"] * len(ranks)]]
-    for (strategy, dtype), by_ranks in cells.items():
-        lines.append([strategy, dtype, *(by_ranks.get(count, "") for count in ranks)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(
+        heads,
+        [
+            [*which, *(by_ranks.get(count, "") for count in ranks)]
+            for which, by_ranks in cells.items()
+        ],
+    )
 
 
 def _results(ranks: int, *, simulate: bool) -> list[dict[str, dict[str, Found]]]:
@@ -81,14 +91,14 @@ def _difference(what: str, results: Sequence[Found], alone: Found) -> dict[str, 
     if names != expected.keys():
         raise ValueError(f"{what}: arrays {sorted(names ^ expected.keys())} are on one side only")
     scale = max(float(np.abs(array).max()) for array in expected.values())
-    apart = max(
-        float(np.abs(array - expected[name]).max())
-        for _, state in results
-        for name, array in state.items()
-    )
-    losses = max(abs(other - loss) for other, _ in results)
-    found = {"parameters": apart / scale, "loss": losses / abs(loss)}
-    if not all(map(np.isfinite, [*found.values(), *(other for other, _ in results)])):
+    apart = [np.abs(state[name] - expected[name]).max() for _, state in results for name in state]
+    losses = [abs(other - loss) for other, _ in results]
+    # Not Python's max, which may pass over what is not a number.
+    found = {
+        "parameters": float(np.max(apart)) / scale,
+        "loss": float(np.max(losses)) / abs(loss),
+    }
+    if not all(map(np.isfinite, found.values())):
         raise ValueError(f"{what}: differences {found} are not finite")
     return found
 

@@ -48,7 +48,12 @@ def _perceptron(dtype: str) -> list[nn.Module]:
     wide = {"dtype": dtype, "rng": np.random.default_rng(0)}
     middle = [
         nn.Residual(
-            nn.Sequential(nn.Linear(_WIDTH, 23, **wide), nn.GELU(), nn.Linear(23, _WIDTH, **wide))
+            nn.Sequential(
+                nn.LayerNorm(_WIDTH, dtype=dtype),
+                nn.Linear(_WIDTH, 23, **wide),
+                nn.GELU(),
+                nn.Linear(23, _WIDTH, **wide),
+            )
         )
         for _ in range(6)
     ]

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 from parity_models import (
     IMAGES,
     LR,
     MAX_NORM,
     MOMENTUM,
     PERCEPTRON,
-    ROWS,
     STEPS,
     TRANSFORMER,
     Found,
@@ -32,20 +29,17 @@ from parity_models import (
     floating,
     train,
 )
+from parity_products import dtensor, products_alone
 
 import ferro
 from ferro_strategies import (
     DDP,
     FSDP,
     DeviceMesh,
-    DTensor,
     MixedPrecision,
     Pipeline,
-    Replicate,
-    Shard,
     ShardingStrategy,
     convert_sync_batchnorm,
-    distribute,
     nn,
 )
 from ferro_strategies import tensor_parallel as tp
@@ -53,8 +47,6 @@ from ferro_strategies.optim import SGD
 
 TOGETHER_RANKS = 8
 _MICROBATCHES = 5
-
-T = TypeVar("T", npt.NDArray[np.floating], DTensor)
 
 
 def ddp(group: ferro.ProcessGroup, dtype: str) -> Found:
@@ -170,55 +162,6 @@ def _renumbered(state: State, first: int) -> State:
         layers, number, rest = name.split(".", 2)
         found[f"{layers}.{int(number) + first}.{rest}"] = array
     return found
-
-
-# -- arrays ----------------------------------------------------------------------------------------
-
-
-def products_alone(dtype: str) -> Found:
-    """Fit two matrices in one process."""
-    x, target, first, second = _matrices(dtype)
-    loss = _fit(x, target, first, second)
-    return loss, {"first": first, "second": second}
-
-
-def dtensor(group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Fit two matrices that are spread over a mesh, by the same arithmetic."""
-    ranks = group.world_size
-    rows = 2 if ranks % 2 == 0 else 1
-    mesh = DeviceMesh((rows, ranks // rows), ("dp", "tp"), group)
-    whole, by_row, by_column = Replicate(), Shard(0), Shard(1)
-    places = ((by_row, whole), (by_row, whole), (whole, by_column), (whole, by_row))
-    x, target, first, second = (
-        distribute(array, mesh, place)
-        for array, place in zip(_matrices(dtype), places, strict=True)
-    )
-    loss = _fit(x, target, first, second)
-    return loss, {"first": first.full_tensor(), "second": second.full_tensor()}
-
-
-def _matrices(dtype: str) -> list[nn.Array]:
-    rng = np.random.default_rng(5)
-    shapes = ((ROWS, 7), (ROWS, 5), (7, 9), (9, 5))
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def _fit(x: T, target: T, first: T, second: T) -> float:
-    """Step downhill on the mean of (tanh(x @ first) @ second - target)^2; return it."""
-    loss = 0.0
-    for _ in range(STEPS):
-        inner = np.tanh(x @ first)
-        error = inner @ second - target
-        loss = float((error * error).mean())
-        grad = error * (2 / target.size)
-        grad_inner = (grad @ second.T) * (1 - inner * inner)
-        second -= LR * _placed_as(second, inner.T @ grad)
-        first -= LR * _placed_as(first, x.T @ grad_inner)
-    return loss
-
-
-def _placed_as(target: T, value: T) -> T:
-    return value.redistribute(target.placements) if isinstance(target, DTensor) else value
 
 
 # -- what is compared ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,41 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     program.write_text(code(page, f"# {name}"))
     ended = subprocess.run([*launch, program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "ranks"),
+    [
+        ("docs/fsdp.md", 4),
+        ("docs/pipeline.md", 4),
+        ("docs/tensor-parallel.md", 4),
+        ("docs/mesh.md", 8),
+        ("docs/sync-batchnorm.md", 2),
+        ("plugins/strategies/README.md", 3),
+    ],
+)
+def test_all_blocks_of_a_page_are_one_program(tmp_path, page, ranks):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(blocks))
+    launch = [FERRO, "run", "-n", str(ranks), program]
+    env = os.environ | {"PYTHONWARNINGS": "error"}
+    ended = subprocess.run(launch, capture_output=True, text=True, timeout=60, env=env)
+    assert ended.returncode == 0, ended.stderr
+    assert len(blocks) > 1
+
+
+def test_the_page_of_meshes_shows_the_picture_that_its_program_prints():
+    page = (ROOT / "docs" / "mesh.md").read_text()
+    [shown] = re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)
+    lines = code("docs/mesh.md", "# mesh.py").replace("group = ferro.init()", "")
+
+    def on_rank(group):
+        scope = {"group": group, "print": lambda _: None}
+        exec(lines, scope)
+        return scope["mesh"].picture()
+
+    assert ferro.simulate(on_rank, 8)[2] == shown
 
 
 def test_the_readmes_collectives_run():
@@ -73,7 +109,14 @@ def test_generated_parts_are_up_to_date():
     assert subprocess.run([sys.executable, page, "--check"], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        ROOT / "README.md",
+        ROOT / "plugins" / "strategies" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ],
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -181,6 +181,7 @@ WRONG = {
         r"\(2, 2\) has room for 4 ranks, but the group has 2",
     ),
     "too few places": ((1,), ("dp",), "has room for 1 ranks, but the group has 2"),
+    "a number": (2, ("dp",), "must be a tuple of integers, not 2"),
     "fractions": ((2.0,), ("dp",), "must be a tuple of integers"),
     "rows of ranks": (([0, 1],), ("dp",), "must be a tuple of integers.* give a NumPy array"),
     "an array of fractions": (np.array([0.0, 1.0]), ("dp",), "holds integers, not float64"),

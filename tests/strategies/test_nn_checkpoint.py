@@ -132,6 +132,29 @@ def test_a_gradient_is_complete_once_and_only_what_was_used_is_outstanding():
     assert [p.outstanding_uses for p in model.parameters()] == [0, 0, 0, 0]
 
 
+class Collected(Module):
+    """Collects garbage in the middle of its forward pass, as may happen in any."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def vjp(self, x):
+        passed = self.module.vjp(x)
+        gc.collect()
+        return passed
+
+
+def test_a_use_collected_during_the_forward_pass_hides_none_of_its_own():
+    layer, x = Linear(2, 2, dtype=float, rng=0), floats(3, 2)
+    circle = [layer.vjp(x)[1]]
+    circle.append(circle)
+    del circle
+    y, pullback = Checkpoint(Collected(layer)).vjp(x)
+    assert layer.weight.outstanding_uses == 1
+    pullback(y)
+    assert layer.weight.outstanding_uses == 0
+
+
 def test_a_dropped_pullback_leaves_no_use_behind():
     model = Checkpoint(block(np.random.default_rng(0)))
     _, pullback = model.vjp(floats(1, 2, 4))

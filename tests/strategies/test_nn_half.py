@@ -64,3 +64,11 @@ def test_losses_work_in_half_precision(dtype):
         assert grad.dtype == dtype
         assert loss == pytest.approx(exact, rel=error)
         assert np.abs(grad.astype(np.float64) - exact_grad).max() <= error
+
+
+def test_products_that_overflow_are_infinite_without_a_warning():
+    layer = Linear(2, 1, bias=False, dtype=np.float16, rng=0)
+    layer.weight.data[...] = 60000
+    y, pullback = layer.vjp(np.full((1, 2), 2, np.float16))
+    assert np.isinf(y).all()
+    assert np.isinf(pullback(np.full((1, 1), 2, np.float16))).all()

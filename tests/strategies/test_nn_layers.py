@@ -177,6 +177,13 @@ def test_layernorm_normalises_each_example():
     np.testing.assert_allclose(y, (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True))
 
 
+def test_layernorm_does_not_overflow_half_precision():
+    x = np.tile(np.array([-300, 300], np.float16), (2, 128))
+    y, pullback = LayerNorm(256, dtype=np.float16).vjp(x)
+    np.testing.assert_array_equal(y, np.sign(x))
+    assert y.dtype == pullback(x).dtype == np.float16
+
+
 def test_dropout_silences_and_scales_by_its_seed():
     x = np.ones((100, 100), np.float32)
     layer = Dropout(0.25, rng=7)

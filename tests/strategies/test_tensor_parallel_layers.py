@@ -1,9 +1,11 @@
 """Tensor-parallel layers one by one: values, traffic, overlap, and what they refuse."""
 
 import threading
+import tracemalloc
 from collections import Counter
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -293,6 +295,79 @@ def test_the_loss_is_that_of_all_logits(ranks, dtype, size, rtol, shape):
     np.testing.assert_array_equal(logits, kept)
 
 
+def test_small_integers_may_name_words_of_any_rank():
+    # Rank 1's words begin at 500, beyond what these dtypes can hold.
+    words = np.array([1, 120, 2], np.int8)
+    table = nn.Embedding(1000, 2, dtype=F64, rng=0)
+    logits = floats(3, 1000)
+
+    def run(group):
+        found = tp.ParallelEmbedding.from_serial(table, group)(words.astype(np.uint8))
+        own = np.split(logits, 2, axis=1)[group.rank]
+        return found, tp.vocab_parallel_cross_entropy(own, words, group)[0]
+
+    for found, loss in simulate(run, 2):
+        np.testing.assert_array_equal(found, table(words))
+        assert loss == pytest.approx(nn.cross_entropy(logits, words)[0], rel=1e-12)
+
+
+def test_the_loss_of_gathered_sequences_makes_one_array_laid_out_as_they_are():
+    def run(group):
+        # Time first, as a layer with sequence_parallel makes them.
+        logits = np.zeros((64, 4, 2000), np.float32).swapaxes(0, 1)
+        labels = np.zeros((4, 64), np.int64)
+        tracemalloc.start()
+        _, grad = tp.vocab_parallel_cross_entropy(logits, labels, group)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert grad.strides == logits.strides
+        return peak / logits.nbytes
+
+    assert simulate(run, 1)[0] < 1.2
+
+
+PRECISIONS = pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_half_precision_is_near_the_exact_result(dtype, sequence_parallel):
+    """Column, row and norm within attention and a loss, as in a model."""
+    norm, attention = nn.LayerNorm(8, dtype=F64), nn.Attention(8, 2, dtype=F64, rng=1)
+    x, labels = floats(2, 4, 8), np.arange(8).reshape(2, 4)
+
+    def train_pass(model, x, loss_of):
+        y, pullback = model.vjp(x)
+        loss, grad = loss_of(y)
+        return y, loss, pullback(grad)
+
+    def run(group):
+        parts = nn.LayerNorm(8, dtype=dtype), nn.Attention(8, 2, dtype=dtype, rng=1)
+        attention = tp.ParallelAttention.from_serial(
+            parts[1], group, sequence_parallel=sequence_parallel
+        )
+        columns = tp.ColumnParallelLinear(
+            8, 8, group, dtype=dtype, rng=2, sequence_parallel=sequence_parallel
+        )
+        if sequence_parallel:
+            ends = (tp.SplitIn(group), tp.SequenceParallelLayerNorm.from_serial(parts[0], group))
+        else:
+            ends = (parts[0],)
+        loss_of = partial(tp.vocab_parallel_cross_entropy, labels=labels, group=group)
+        y, loss, grad = train_pass(
+            nn.Sequential(*ends, attention, columns), x.astype(dtype), loss_of
+        )
+        assert y.dtype == grad.dtype == dtype
+        return loss, grad
+
+    serial = nn.Sequential(norm, attention, nn.Linear(8, 8, dtype=F64, rng=2))
+    _, expected, expected_grad = train_pass(serial, x, partial(nn.cross_entropy, labels=labels))
+    error = 16 * float(ml_dtypes.finfo(dtype).eps)
+    for loss, grad in simulate(run, 2):
+        assert loss == pytest.approx(expected, rel=error)
+        assert np.abs(grad - expected_grad).max() < error * np.abs(expected_grad).max()
+
+
 def test_the_loss_gathers_no_logits():
     traffic, rows, classes = Traffic(), 8, 1000
 
@@ -302,6 +377,67 @@ def test_the_loss_gathers_no_logits():
 
     simulate(run, 2, observers=[traffic])
     assert traffic.largest <= 2 * rows * 8
+
+
+class TiedHead(nn.Module):
+    """Scores by the rows of a table, in one process."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def vjp(self, x):
+        weight = self.weight.use()
+        rows = x.reshape(-1, x.shape[-1])
+
+        def pullback(grad_y):
+            grad = grad_y.reshape(len(rows), -1)
+            weight.add_grad_product(grad.T, rows)
+            return (grad @ weight.data).reshape(x.shape)
+
+        return (rows @ weight.data.T).reshape(*x.shape[:-1], -1), pullback
+
+
+@RANKS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_embedding_and_unembedding_share_one_table(ranks, sequence_parallel, deferred):
+    indices = np.random.default_rng(1).integers(0, 7, (2, 5))
+    labels = indices[:, ::-1]
+
+    def step(model, loss_of):
+        scores, pullback = model.vjp(indices)
+        loss, grad = loss_of(scores, labels)
+        if not deferred:
+            pullback(grad)
+            return loss
+        with nn.deferring(model.parameters()) as products:
+            pullback(grad)
+        for product in products:
+            product()
+        return loss
+
+    def run(group):
+        option = {"sequence_parallel": sequence_parallel}
+        table = tp.ParallelEmbedding(7, 4, group, dtype=F64, rng=0, **option)
+        model = nn.Sequential(table, tp.ParallelUnembedding(table, **option))
+        loss = step(model, partial(tp.vocab_parallel_cross_entropy, group=group))
+        assert list(model.state_dict()) == ["layers.0.weight"]
+        return loss, tp.full_state_dict(table, {"weight": table.weight.grad})["weight"]
+
+    table = nn.Embedding(7, 4, dtype=F64, rng=0)
+    expected = step(nn.Sequential(table, TiedHead(table.weight)), nn.cross_entropy)
+    for loss, grad in simulate(run, ranks):
+        assert loss == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(grad, table.weight.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_layer_within_a_checkpoint_is_replaced_by_its_name():
+    def run(group):
+        model = nn.Sequential(nn.Checkpoint(nn.Linear(4, 4, rng=0)))
+        tp.parallelize(model, group, {"layers.0": tp.ColumnParallelLinear.from_serial})
+        return type(model.layers[0]), type(model.layers[0].module)
+
+    assert simulate(run, 2) == [(nn.Checkpoint, tp.ColumnParallelLinear)] * 2
 
 
 def test_pieces_of_a_sharded_model_come_from_its_own_state():
@@ -443,6 +579,12 @@ REFUSED = {
         lambda group: tp.SequenceParallelLayerNorm(4, group)(np.ones((2, 3), "f")),
         r"expected input of shape \(..., 4\), got \(2, 3\)",
     ),
+    "unembedding shape": (
+        lambda group: tp.ParallelUnembedding(tp.ParallelEmbedding(5, 4, group, rng=0))(
+            np.ones((2, 3), "f")
+        ),
+        r"ParallelUnembedding.* expected input of shape \(\.\.\., 4\), got \(2, 3\)",
+    ),
     "region shape": (
         lambda group: tp.SplitIn(group)(np.ones(3)),
         r"expected input of shape of at least 2 dimensions, got \(3,\)",
@@ -481,7 +623,7 @@ REFUSED = {
     ),
     "tied": (
         lambda group: tp.parallelize(tied_model(), group, {"layers.1": COLUMN.from_serial}),
-        "'layers.1' and 'layers.0' share parameter 'weight'",
+        "'layers.1' and 'layers.0' share parameter 'weight'.*ParallelUnembedding",
     ),
 }
 

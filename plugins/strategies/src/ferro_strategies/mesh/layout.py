@@ -124,12 +124,13 @@ def arrange(
         _check_sizes(shape.shape, names)
         ranks = _checked_ranks(shape, world_size)
     else:
-        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-        if not sizes or not all(isinstance(size, int | np.integer) for size in sizes):
+        integers = (int, np.integer)
+        if not isinstance(shape, Sequence) or not all(isinstance(n, integers) for n in shape):
             raise UsageError(
                 f"DeviceMesh: shape must be a tuple of integers, not {shape!r}. To say which rank "
                 "stands where, give a NumPy array of ranks."
             )
+        sizes = tuple(shape)
         check_names(names, len(sizes))
         _check_sizes(sizes, names)
         if math.prod(sizes) != world_size:

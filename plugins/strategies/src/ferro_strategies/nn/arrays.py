@@ -56,8 +56,10 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
     if xp is not np or wide == a.dtype:
         product: Array = xp.matmul(a, b, out=out)
         return product
-    product = np.matmul(a.astype(wide), b.astype(wide))
-    if out is None:
-        return product.astype(a.dtype)
-    out[...] = product
-    return out
+    # Overflow is what a LossScaler looks for in the gradients afterwards: no news.
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.matmul(a.astype(wide), b.astype(wide))
+        if out is None:
+            return product.astype(a.dtype)
+        out[...] = product
+        return out

@@ -42,11 +42,12 @@ class Checkpoint(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Compute the wrapped module's output; `x` may not be changed before the pullback."""
-        before = [(item, item.outstanding_uses) for item in self.module.parameters()]
+        # Held: an old use that the garbage collector takes meanwhile would hide a new one.
+        before = [(item, frozenset(item._uses)) for item in self.module.parameters()]
         conditions = _Conditions(self.module)
         y, dropped = self.module.vjp(x)
         # One use of each parameter that took part, until the second pass announces its own.
-        uses = [item.use() for item, count in before if item.outstanding_uses > count]
+        uses = [item.use() for item, old in before if item.outstanding_uses > len(old)]
         del dropped
         kept = [(x, conditions, uses)]
 

@@ -9,6 +9,7 @@ from .parallelize import parallelize
 from .regions import CopyIn, GatherIn, GatherOut, ReduceOut, ScatterOut, SplitIn
 from .row import RowParallelLinear
 from .state import full_state_dict, load_full_state_dict, local_state_dict
+from .unembedding import ParallelUnembedding
 
 __all__ = [
     "ColumnParallelLinear",
@@ -17,6 +18,7 @@ __all__ = [
     "GatherOut",
     "ParallelAttention",
     "ParallelEmbedding",
+    "ParallelUnembedding",
     "ReduceOut",
     "RowParallelLinear",
     "ScatterOut",

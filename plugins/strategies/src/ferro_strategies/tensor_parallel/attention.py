@@ -103,7 +103,12 @@ class ParallelAttention(Module):
         check_dtype(self, x, self.query.weight.data.dtype)
         expected = f"(B, T >= 1 over all ranks, {self._dim})"
         check_input(self, x, expected, fits=x.ndim == 3 and x.shape[2] == self._dim)
-        parts, pull_parts = column_products(self, x, (self.query, self.key, self.value))
+        parts, pull_parts = column_products(
+            x,
+            [part.uses() for part in (self.query, self.key, self.value)],
+            self.group,
+            sequence_parallel=self.sequence_parallel,
+        )
         query, key, value = parts
         check_input(self, x, expected, fits=query.shape[1] > 0)
         mixed, pull_heads = attend(query, key, value, self._own_heads, causal=self.causal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from ..nn.checks import check_dtype, check_input
 from ..nn.initial import Rng
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
+from ..nn.use import Use
 from .cuts import even_sizes, gather_along, take_piece
 from .pieces import check_layer, check_sizes, piece_of
 from .sequence import SequenceCut, from_rows, rows_of
@@ -117,7 +119,11 @@ class ColumnParallelLinear(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map (..., in_features) to this rank's (..., columns), or to all with gather_output."""
-        (y,), pull = column_products(self, x, (self,))
+        features, dtype = self.weight.data.shape[0], self.weight.data.dtype
+        check_positions(self, x, features, dtype, sequences=self.sequence_parallel)
+        (y,), pull = column_products(
+            x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel
+        )
         if not self.gather_output:
             return y, lambda grad_y: pull((grad_y,))
 
@@ -125,6 +131,10 @@ class ColumnParallelLinear(Module):
             return pull((take_piece(grad_y, self.group, -1, self._sizes),))
 
         return gather_along(y, self.group, -1, self._sizes), pullback
+
+    def uses(self) -> tuple[Use, Use | None]:
+        """Announce one use of weight and bias, for `column_products`."""
+        return self.weight.use(), self.bias.use() if self.bias is not None else None
 
     def __repr__(self) -> str:
         return (
@@ -134,24 +144,40 @@ class ColumnParallelLinear(Module):
         )
 
 
+class MatrixUse(Protocol):
+    """One use of a parameter as a matrix: see `Use`."""
+
+    @property
+    def data(self) -> Array:
+        """The matrix."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted."""
+
+    def add_grad_product(self, a: Array, b: Array) -> None:
+        """Add the gradient of the matrix, `a @ b`."""
+
+
 def column_products(
-    owner: Module, x: Array, layers: Sequence[ColumnParallelLinear]
+    x: Array,
+    uses: Sequence[tuple[MatrixUse, Use | None]],
+    group: ProcessGroup,
+    *,
+    sequence_parallel: bool,
 ) -> tuple[list[Array], Callable[[Sequence[Array]], Array]]:
-    """Give one x to several layers of one kind: x is gathered, and its gradient summed, once.
+    """Give one x to several maps: x is gathered, and its gradient summed, once.
 
     Args:
-        owner: what messages name.
-        x: as the layers take it.
-        layers: at least one, with the same group, in_features and sequence_parallel.
+        x: (..., features); this rank's part (B, t, features) of sequences with sequence_parallel.
+        uses: of each map, at least one, its weight (features, this rank's columns) and bias.
+        group: the ranks that have the other columns.
+        sequence_parallel: see ColumnParallelLinear.
 
     Returns:
-        The layers' outputs, not gathered, and the function from their gradients to that of x.
+        The outputs, not gathered, and the function from their gradients to that of x.
     """
-    first = layers[0]
-    group, weight_data = first.group, first.weight.data
-    _check(owner, x, weight_data.shape[0], weight_data.dtype, sequences=first.sequence_parallel)
-    uses = [(part.weight.use(), part.bias.use() if part.bias is not None else None) for part in layers]
-    cut = SequenceCut.of_piece(x, group) if first.sequence_parallel else None
+    cut = SequenceCut.of_piece(x, group) if sequence_parallel else None
     own = rows_of(x, cut)
     lead = x.shape[:-1]
     whole_lead = lead if cut is None else cut.whole
@@ -174,7 +200,7 @@ def column_products(
         summed: Work[Array] = (
             group.all_reduce(partial, out=partial, async_op=True)
             if cut is None
-            else group.reduce_scatter(partial, sizes=cut.rows, async_op=True)
+            else group.reduce_scatter(partial, sizes=cut.rows, async_op=True, copy=False)
         )
         # While the sum is on its way:
         rows = own if regathered is None else regathered.wait()
@@ -188,9 +214,14 @@ def column_products(
     return outputs, pullback
 
 
-def _check(
+def check_positions(
     owner: Module, x: Array, features: int, dtype: npt.DTypeLike, *, sequences: bool
 ) -> None:
+    """Refuse an input that `column_products` does not take.
+
+    Raises:
+        UsageError: the message names `owner`.
+    """
     check_dtype(owner, x, dtype)
     fits = x.ndim > 0 and x.shape[-1] == features
     if sequences:

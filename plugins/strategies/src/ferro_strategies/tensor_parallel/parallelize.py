@@ -40,6 +40,8 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     chosen: dict[int, Convert] = {}
     unused = set(plan)
     for name, layer in module.named_modules():
+        if layer.transparent:
+            continue  # the module inside goes by the same name, and is what is meant
         matching = [pattern for pattern in plan if fnmatchcase(name, pattern)]
         if matching:
             unused.difference_update(matching)
@@ -69,5 +71,6 @@ def _check_own(root: Module, name: str, layer: Module) -> None:
             if isinstance(held, Parameter) and id(held) in own:
                 raise UsageError(
                     f"parallelize: {name!r} and {other_name!r} share parameter {held.name!r}; in "
-                    "pieces of its own it would no longer be shared. Leave both out of the plan."
+                    "pieces of its own it would no longer be shared. Leave both out of the plan, "
+                    "and put ParallelEmbedding and ParallelUnembedding there, which share theirs."
                 )
