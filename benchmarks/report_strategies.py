@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import parity
 from markdown import table
 
 from ferro.bench import size_text, time_text
@@ -25,6 +26,7 @@ The idle share of a step ("bubble"): as the schedule has it, simulated with the 
 actions had when each rank computed by itself (all ranks at once), messages taking no time; and
 measured: what is left of the step beside that computation. "Arithmetic" computes perceptrons in
 one thread; "device" waits instead of computing, for more ranks than this machine has cores.""",
+    "parity": parity.HOW,
 }
 
 
@@ -97,4 +99,8 @@ def _pipeline(result: Record) -> list[str]:
     return [table(head, rows)]
 
 
-TABLES = {"training": _training, "pipeline": _pipeline}
+def _parity(result: Record) -> list[str]:
+    return [parity.table(result)]
+
+
+TABLES = {"training": _training, "pipeline": _pipeline, "parity": _parity}

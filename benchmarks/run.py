@@ -22,6 +22,7 @@ from pathlib import Path
 import collectives
 import imports
 import machine
+import parity
 import report
 
 from ferro import bench
@@ -145,6 +146,12 @@ def _pipeline(options: argparse.Namespace) -> dict[str, object]:
     return {"records": records}
 
 
+def _parity(options: argparse.Namespace) -> dict[str, object]:
+    """Hold what every strategy trains against one process; in real processes, unless quick."""
+    ranks = (1, 2) if options.quick else parity.RANKS
+    return parity.measure(ranks, simulate=options.quick)
+
+
 def _many(options: argparse.Namespace) -> dict[str, object]:
     """More ranks than cores: whether times stay in proportion."""
     wanted = collectives.Wanted(
@@ -189,6 +196,7 @@ _MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "imports": _imports,
     "training": _training,
     "pipeline": _pipeline,
+    "parity": _parity,
 }
 
 

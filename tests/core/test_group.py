@@ -1,5 +1,6 @@
 """ProcessGroup: wrong calls get a clear error before anything moves, and the group stays good."""
 
+import copy
 import logging
 
 import numpy as np
@@ -418,3 +419,10 @@ def test_a_tag_for_every_message_does_not_disturb_the_order_of_collectives():
         return float(group.all_reduce(1.0))
 
     assert simulate(work, 3, timeout_s=5) == [3.0] * 3
+
+
+def test_a_copied_model_has_the_same_group():
+    def run(group):
+        return copy.deepcopy({"group": group})["group"] is group
+
+    assert simulate(run, 2) == [True, True]

@@ -17,6 +17,7 @@ from ferro_strategies.nn import (
     ReLU,
     Residual,
     Sequential,
+    Unembedding,
     check_gradients,
 )
 
@@ -42,6 +43,8 @@ CASES = {
     "linear sequence": (lambda t: Linear(3, 2, dtype=t, rng=1), (2, 4, 3)),
     "linear without bias": (lambda t: Linear(3, 2, bias=False, dtype=t, rng=1), (2, 3)),
     "linear empty": (lambda t: Linear(3, 2, dtype=t, rng=1), (0, 3)),
+    "unembedding": (lambda t: Unembedding(Embedding(4, 3, dtype=t, rng=1)), (5, 3)),
+    "unembedding sequence": (lambda t: Unembedding(Embedding(4, 3, dtype=t, rng=1)), (2, 4, 3)),
     "conv": (lambda t: Conv2d(2, 3, 3, dtype=t, rng=1), (2, 2, 5, 4)),
     "conv batch 1, one window": (lambda t: Conv2d(1, 2, 3, dtype=t, rng=1), (1, 1, 3, 3)),
     "conv stride, padding": (
@@ -266,3 +269,10 @@ def test_a_training_batch_is_normalised_even_far_from_zero():
     y = BatchNorm(3, eps=0.0)(x)
     np.testing.assert_allclose(y.mean((0, 2, 3)), 0, atol=1e-3)
     np.testing.assert_allclose(y.std((0, 2, 3)), 1, atol=1e-3)
+
+
+def test_an_unembedding_shares_the_table_and_its_gradient():
+    table = Embedding(4, 3, dtype=F64, rng=0)
+    model = Sequential(table, Unembedding(table))
+    assert list(model.state_dict()) == ["layers.0.weight"]
+    check_gradients(model, np.array([[0, 2], [2, 3]]))

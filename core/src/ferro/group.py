@@ -88,6 +88,10 @@ class ProcessGroup(ArrayCollectives):
             f"{self.backend_name}, {self._dispatch.state}>"
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ProcessGroup:
+        """Return the group itself: a copied model works with the same ranks."""
+        return self
+
     def __enter__(self) -> ProcessGroup:
         return self
 

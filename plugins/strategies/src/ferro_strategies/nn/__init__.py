@@ -20,6 +20,7 @@ from .module import Module, Pullback, replace_modules
 from .parameter import Parameter
 from .pooling import MaxPool2d
 from .split import Split
+from .unembedding import Unembedding
 from .use import Use
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Residual",
     "Sequential",
     "Split",
+    "Unembedding",
     "Use",
     "check_gradients",
     "cross_entropy",

@@ -1,0 +1,48 @@
+"""Unembedding: scores by an embedding's own table, which both layers share."""
+
+from __future__ import annotations
+
+from .arrays import Array, matmul
+from .checks import check_dtype, check_input
+from .embedding import Embedding
+from .module import Module, Pullback
+
+
+class Unembedding(Module):
+    """y = x @ table.weight.T, for x of shape (..., dim): tied weights.
+
+    table = Embedding(words, dim)
+    model = Sequential(table, *blocks, Unembedding(table))
+
+    Args:
+        table: the embedding; its parameter is shared, and has the sum of both gradients.
+
+    Attributes:
+        weight: that of the table, (num_embeddings, dim).
+
+    Source: Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017.
+    """
+
+    def __init__(self, table: Embedding) -> None:
+        self.weight = table.weight
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Map (..., dim) to (..., num_embeddings), as one matrix product."""
+        words, dim = self.weight.data.shape
+        check_dtype(self, x, self.weight.data.dtype)
+        check_input(self, x, f"(..., {dim})", fits=x.ndim > 0 and x.shape[-1] == dim)
+        weight = self.weight.use()
+        rows = x.reshape(x.size // dim, dim)
+        y = matmul(rows, weight.data.T)
+
+        def pullback(grad_y: Array) -> Array:
+            grad_rows = grad_y.reshape(rows.shape[0], words)
+            if weight.requires_grad:
+                weight.add_grad_product(grad_rows.T, rows)
+            return matmul(grad_rows, weight.data).reshape(x.shape)
+
+        return y.reshape(*x.shape[:-1], words), pullback
+
+    def __repr__(self) -> str:
+        words, dim = self.weight.data.shape
+        return f"Unembedding({words}, {dim})"
