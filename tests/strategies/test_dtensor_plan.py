@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ferro import UsageError
 from ferro_strategies.dtensor import Partial, Replicate, Shard, plan
-from ferro_strategies.dtensor.layout import local_slices, part, part_sizes
+from ferro_strategies.dtensor.layout import local_slices, part
 from ferro_strategies.dtensor.placement import checked_placements
+from ferro_strategies.parts import even_sizes
 
 R, S0, S1, S2, P = Replicate(), Shard(0), Shard(1), Shard(2), Partial()
 
@@ -39,7 +40,7 @@ def names(found):
 def test_parts_are_those_of_array_split(size, parts):
     expected = [piece.tolist() for piece in np.array_split(np.arange(size), parts)]
     assert [list(range(size))[part(size, parts, index)] for index in range(parts)] == expected
-    assert list(part_sizes(size, parts)) == [len(piece) for piece in expected]
+    assert list(even_sizes(size, parts)) == [len(piece) for piece in expected]
 
 
 @given(cases())

@@ -20,12 +20,6 @@ def part(size: int, parts: int, index: int) -> slice:
     return slice(start, start + least + (index < longer))
 
 
-def part_sizes(size: int, parts: int) -> tuple[int, ...]:
-    """Return the number of rows in each part."""
-    least, longer = divmod(size, parts)
-    return (least + 1,) * longer + (least,) * (parts - longer)
-
-
 def local_slices(
     shape: Shape, mesh_shape: Shape, placements: Placements, coordinate: Sequence[int]
 ) -> tuple[slice, ...]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from ferro import UsageError
 
 from ..nn.arrays import Array, namespace_of
+from ..parts import even_sizes
 from .alignment import Operand, align, together
-from .layout import Shape, part_sizes
+from .layout import Shape
 from .piece import Piece
 from .placement import Shard, renamed
 from .reductions import checked_dims
@@ -191,5 +192,5 @@ def _ends(size: int, cuts: Sequence[int]) -> list[int]:
     """Return where parts end when `size` rows are cut by one axis after the other."""
     sizes = [size]
     for ranks in cuts:
-        sizes = [piece for one in sizes for piece in part_sizes(one, ranks)]
+        sizes = [piece for one in sizes for piece in even_sizes(one, ranks)]
     return [sum(sizes[: index + 1]) for index in range(len(sizes))]

@@ -13,7 +13,8 @@ from ferro.arrays import dtype_named, objection
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
-from .layout import Shape, local_shape, part_sizes
+from ..parts import even_sizes
+from .layout import Shape, local_shape
 from .piece import Piece, coordinate_in, replicated
 from .placement import Partial, Placement, Placements, Shard, checked_placements, listed
 from .transfer import filled, redistributed
@@ -64,7 +65,7 @@ def send_out(
             dim = placement.dim
             front = (shape[dim], *shape[:dim], *shape[dim + 1 :])
             rows = xp.moveaxis(local, dim, 0) if has_it else None
-            sizes = part_sizes(local.shape[dim], mesh.shape[axis]) if has_it else None
+            sizes = even_sizes(local.shape[dim], mesh.shape[axis]) if has_it else None
             into = xp.empty(front, dtype)
             local = xp.moveaxis(group.scatter(rows, root, sizes=sizes, out=into), 0, dim)
         elif isinstance(placement, Partial) and placement.op in ("sum", "prod"):

@@ -21,7 +21,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .layout import Shape, local_shape, part_sizes
+from ..parts import even_sizes
+from .layout import Shape, local_shape
 from .placement import Partial, Placement, Placements, Replicate, Shard
 
 
@@ -119,7 +120,7 @@ def _exchanged(step: Step, shape: Shape, mesh_shape: Shape) -> int:
     there = local_shape(shape, mesh_shape, step.after, first)
     length, width = there[source.dim], here[target.dim]
     others = math.prod(size for dim, size in enumerate(here) if dim not in (source.dim, target.dim))
-    rows, columns = part_sizes(length, ranks), part_sizes(width, ranks)
+    rows, columns = even_sizes(length, ranks), even_sizes(width, ranks)
     busiest = 0
     # Sizes of parts change in two places only: the ranks there, and the first, stand for all.
     for rank in {0, length % ranks, width % ranks}:

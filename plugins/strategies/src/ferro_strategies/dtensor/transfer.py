@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 from ..nn.arrays import Array, namespace_of
-from .layout import along, part, part_sizes
+from ..parts import even_sizes
+from .layout import along, part
 from .piece import Piece
 from .placement import Partial, Placements, Shard
 from .planner import plan
@@ -48,7 +49,7 @@ def _all_gather(piece: Piece, step: Step, local: Array) -> Array:
     dim = step.source.dim
     rows = piece.local_shape(step.after)[dim]
     xp = namespace_of(local)
-    sizes = part_sizes(rows, piece.mesh.shape[step.axis])
+    sizes = even_sizes(rows, piece.mesh.shape[step.axis])
     whole = piece.mesh.group(step.axis).all_gather(xp.moveaxis(local, dim, 0), sizes=sizes)
     gathered: Array = xp.moveaxis(whole, 0, dim)
     return gathered
@@ -65,7 +66,7 @@ def _reduce_scatter(piece: Piece, step: Step, local: Array) -> Array:
     assert isinstance(step.target, Shard), "what is scattered becomes cut"
     dim = step.target.dim
     xp = namespace_of(local)
-    sizes = part_sizes(local.shape[dim], piece.mesh.shape[step.axis])
+    sizes = even_sizes(local.shape[dim], piece.mesh.shape[step.axis])
     group = piece.mesh.group(step.axis)
     rows = group.reduce_scatter(xp.moveaxis(local, dim, 0), step.source.op, sizes=sizes)
     own: Array = xp.moveaxis(rows, 0, dim)
@@ -90,7 +91,7 @@ def _all_to_all(piece: Piece, step: Step, local: Array) -> Array:
     after = piece.local_shape(step.after)
     length, width = after[cut], local.shape[to_cut]
     others = math.prod(size for dim, size in enumerate(after) if dim not in (cut, to_cut))
-    mine, columns = local.shape[cut], part_sizes(width, ranks)
+    mine, columns = local.shape[cut], even_sizes(width, ranks)
 
     rows_first = xp.moveaxis(local, cut, 0)
     column_dim = to_cut + (to_cut < cut)  # where the other dim is now
@@ -105,7 +106,7 @@ def _all_to_all(piece: Piece, step: Step, local: Array) -> Array:
     if length % ranks == 0 and width % ranks == 0:  # the same on all: no sizes need be told
         arrived = group.all_to_all(packed)
     else:
-        receives = [count * columns[rank] * others for count in part_sizes(length, ranks)]
+        receives = [count * columns[rank] * others for count in even_sizes(length, ranks)]
         arrived = group.all_to_all(packed, send_sizes=sends, recv_sizes=receives)
     front = (length, *(size for dim, size in enumerate(after) if dim != cut))
     exchanged: Array = xp.moveaxis(arrived.reshape(front), 0, cut)

@@ -12,8 +12,8 @@ from ..nn.attention import Attention, attend
 from ..nn.checks import check_dtype, check_input
 from ..nn.initial import Rng
 from ..nn.module import Module, Pullback
+from ..parts import even_sizes
 from .column import ColumnParallelLinear, column_products
-from .cuts import even_sizes
 from .pieces import check_layer, check_sizes
 from .row import RowParallelLinear
 

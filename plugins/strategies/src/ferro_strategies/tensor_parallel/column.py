@@ -16,7 +16,8 @@ from ..nn.initial import Rng
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.use import Use
-from .cuts import even_sizes, gather_along, take_piece
+from ..parts import even_sizes
+from .cuts import gather_along, take_piece
 from .pieces import check_layer, check_sizes, piece_of
 from .sequence import SequenceCut, from_rows, rows_of
 

@@ -14,15 +14,6 @@ from ferro import ProcessGroup
 from ..nn.arrays import Array, namespace_of
 
 
-def even_sizes(total: int, parts: int) -> tuple[int, ...]:
-    """Cut `total` as numpy.array_split does: the first parts have one more.
-
-    even_sizes(7, 3) == (3, 2, 2)
-    """
-    least, rest = divmod(total, parts)
-    return tuple(least + (part < rest) for part in range(parts))
-
-
 def own_piece(sizes: tuple[int, ...], rank: int) -> slice:
     """Return where a rank's piece lies."""
     ends = (0, *accumulate(sizes))

@@ -12,7 +12,8 @@ from ..nn.checks import check_input
 from ..nn.embedding import Embedding
 from ..nn.initial import Rng
 from ..nn.module import Module, Pullback
-from .cuts import even_sizes, own_piece
+from ..parts import even_sizes
+from .cuts import own_piece
 from .pieces import check_layer, check_sizes, piece_of
 from .sequence import SequenceCut, from_rows, rows_of
 

@@ -27,7 +27,8 @@ from ferro import ProcessGroup
 from ..nn.arrays import Array
 from ..nn.checks import check_input
 from ..nn.module import Module, Pullback
-from .cuts import even_sizes, everyones_sizes, gather_along, reduce_scatter_along, take_piece
+from ..parts import even_sizes
+from .cuts import everyones_sizes, gather_along, reduce_scatter_along, take_piece
 
 
 class _Region(Module):

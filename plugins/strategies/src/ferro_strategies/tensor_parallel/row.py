@@ -14,7 +14,8 @@ from ..nn.checks import check_dtype, check_input
 from ..nn.initial import Rng
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
-from .cuts import even_sizes, gather_along, take_piece
+from ..parts import even_sizes
+from .cuts import gather_along, take_piece
 from .pieces import check_layer, check_sizes, piece_of, replica_of
 from .sequence import SequenceCut, from_rows, rows_of
 

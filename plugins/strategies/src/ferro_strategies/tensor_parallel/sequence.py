@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ferro import ProcessGroup
 
 from ..nn.arrays import Array
-from .cuts import even_sizes, everyones_sizes
+from ..parts import even_sizes
+from .cuts import everyones_sizes
 
 
 @dataclass(frozen=True, slots=True)
