@@ -26,6 +26,7 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))
 ALPHABET = sorted(set(TEXT))
 IDS = np.searchsorted(ALPHABET, list(TEXT))
 CLIP_NORM = 1.0
+WARM_UP = 20  # steps
 
 
 class Tokens(nn.Module):
@@ -33,7 +34,7 @@ class Tokens(nn.Module):
 
     def __init__(self, context: int, dim: int, dtype: str, rng: np.random.Generator) -> None:
         self.table = nn.Embedding(len(ALPHABET), dim, dtype=dtype, rng=rng)
-        self.places = nn.Parameter(0.1 * rng.standard_normal((context, dim)).astype(dtype))
+        self.places = nn.Parameter(rng.standard_normal((context, dim)).astype(dtype))
 
     def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
         """Look up; indices have no gradient."""
@@ -91,7 +92,11 @@ def make_model(args: argparse.Namespace) -> nn.Sequential:
     rng = np.random.default_rng(args.seed)
     blocks = [Block(args.dim, args.heads, args.dtype, rng) for _ in range(args.blocks)]
     tokens = Tokens(args.context, args.dim, args.dtype, rng)
-    return nn.Sequential(tokens, *blocks, Head(args.dim, args.dtype, rng))
+    model = nn.Sequential(tokens, *blocks, Head(args.dim, args.dtype, rng))
+    for parameter in model.parameters():
+        if parameter.data.ndim == 2:  # small, so that the sum over all blocks is not large
+            parameter.data[...] = 0.05 * rng.standard_normal(parameter.data.shape)
+    return model
 
 
 def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
@@ -117,6 +122,11 @@ def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarra
     return rows[:, :-1], rows[:, 1:]
 
 
+def rate_of(args: argparse.Namespace, step: int) -> float:
+    """Return a step's learning rate: it rises at first."""
+    return args.lr * min(1.0, (step + 1) / WARM_UP)
+
+
 def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> list[float]:
     """Train; return every step's loss over the whole batch."""
 
@@ -131,6 +141,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> lis
         x, targets = (
             np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step)
         )
+        optimizer.lr = rate_of(args, step)
         loss = pipeline.step(x, targets, loss_of)
         pipeline.clip_grad_norm(CLIP_NORM)
         optimizer.step()
@@ -146,6 +157,7 @@ def train_alone(args: argparse.Namespace) -> list[float]:
     optimizer = AdamW(model.parameters(), lr=args.lr)
     losses = []
     for step in tqdm(range(args.steps), unit="step", desc="alone"):
+        optimizer.lr = rate_of(args, step)
         x, targets = batch_of(args, step)
         scores, pullback = model.vjp(x)
         loss, grad = nn.cross_entropy(scores, targets)
@@ -188,7 +200,7 @@ def parse() -> argparse.Namespace:
     add("--schedule", default="1f1b", help="see `ferro show pipeline --help`")
     add("--microbatches", type=int, default=2)
     add("--steps", type=int, default=300)
-    add("--batch", type=int, default=16, help="rows of a whole batch; a multiple of --dp")
+    add("--batch", type=int, default=32, help="rows of a whole batch; a multiple of --dp")
     add("--context", type=int, default=64, help="characters seen at once")
     add("--dim", type=int, default=96)
     add("--heads", type=int, default=4)
