@@ -2,12 +2,14 @@
 
 `run.py` starts it with `ferro run`. Each rank first computes its stages' actions by themselves,
 all ranks at once, so that they share the machine as they do in a step: that gives the durations
-of the forward pass, of the backward pass and of its put-off part. From these `simulate` says how
-long a step takes and which part of it a rank waits, if messages took no time. The measured share
-is what is left of the measured step beside the same computation.
+of the forward pass (and the loss, behind the last stage), of the backward pass and of its put-off
+part. From these `simulate` says how long a step takes and which part of it a rank waits, if
+messages took no time and all stages as long. Measured are how long a step takes, and in which
+share of it the ranks do not compute (`Pipeline.busy_s`).
 
-The stages are perceptrons in one thread ("arithmetic"); or, for more ranks than this machine has
-cores, they wait instead of computing, as a process does whose device computes ("device").
+The stages are perceptrons in one thread ("arithmetic"), with as many multiplications for each
+number sent on as a transformer's block has; or, for more ranks than this machine has cores, they
+wait instead of computing, as a process does whose device computes ("device").
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import ferro
 from ferro_strategies import Pipeline, nn
 from ferro_strategies.pipeline.timeline import simulate
 
-_WIDTH, _DEPTH = 768, 4
+_WIDTH, _DEPTH = 768, 12
 _DEVICE_S = 0.02
 _TURNS = 3
+_SAMPLES = 2  # of each action by itself, in each turn
 
 
 class Device(nn.Module):
@@ -66,18 +69,19 @@ def measure(
     stages = [make_stage(kind) for _ in range(stages_per_rank)]
     pipeline = Pipeline(stages, group, schedule=name, microbatches=microbatches)
     schedule = pipeline.schedule
+    scores = group.rank == group.world_size - 1
     x = np.random.default_rng(0).standard_normal((rows * microbatches, _WIDTH), np.float32)
-    steps: list[float] = []
+    steps: list[tuple[float, float]] = []
     durations: list[tuple[float, float, float]] = []
     for turn in range(-1, _TURNS):
         group.barrier()
-        own = _durations(stages, x[:rows], microbatches, split=schedule.splits_backward)
+        own = _durations(stages, x[:rows], split=schedule.splits_backward, scores=scores)
         group.barrier()
         start = time.perf_counter()
         pipeline.step(x, x, nn.mse_loss)
         group.barrier()
         if turn >= 0:
-            steps.append(time.perf_counter() - start)
+            steps.append((time.perf_counter() - start, pipeline.busy_s))
             durations.append(own)
         pipeline.zero_grad()
     everyones = group.all_gather(np.median(durations, axis=0)[None])
@@ -88,8 +92,7 @@ def measure(
         backward=backward + weight,
         weight=weight if schedule.splits_backward else None,
     )
-    step = float(np.median(steps))
-    busy = stages_per_rank * microbatches * (forward + backward + weight)
+    step, busy = group.all_reduce(np.median(steps, axis=0), "mean").tolist()
     return {
         "schedule": name,
         "kind": kind,
@@ -104,14 +107,16 @@ def measure(
 
 
 def _durations(
-    stages: list[nn.Module], x: nn.Array, microbatches: int, *, split: bool
+    stages: list[nn.Module], x: nn.Array, *, split: bool, scores: bool
 ) -> tuple[float, float, float]:
     """Return the mean seconds of a forward action, a backward one, and of its put-off part."""
     totals = np.zeros(3)
-    for _ in range(microbatches):
+    for _ in range(_SAMPLES):
         for stage in stages:
             start = time.perf_counter()
             y, pullback = stage.vjp(x)
+            if scores and stage is stages[-1]:
+                nn.mse_loss(y, x)
             forward = time.perf_counter()
             products: list[Callable[[], None]] = []
             if split:
@@ -123,7 +128,7 @@ def _durations(
             for product in products:
                 product()
             totals += np.diff([start, forward, backward, time.perf_counter()])
-    totals /= microbatches * len(stages)
+    totals /= _SAMPLES * len(stages)
     for stage in stages:
         stage.zero_grad()
     return tuple(totals.tolist())

@@ -24,7 +24,7 @@ without strategy. "Collectives" is how long some collective was under way in a s
     "pipeline": """\
 The idle share of a step ("bubble"): as the schedule has it, simulated with the durations that its
 actions had when each rank computed by itself (all ranks at once), messages taking no time; and
-measured: what is left of the step beside that computation. "Arithmetic" computes perceptrons in
+measured: the share of the step in which ranks do not compute. "Arithmetic" computes perceptrons in
 one thread; "device" waits instead of computing, for more ranks than this machine has cores.""",
     "parity": parity.HOW,
 }

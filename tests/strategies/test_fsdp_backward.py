@@ -16,7 +16,6 @@ from ferro_strategies.nn import (
     ReLU,
     Residual,
     Sequential,
-    deferring,
     mse_loss,
 )
 from ferro_strategies.optim import SGD, clip_grad_norm
@@ -314,23 +313,6 @@ def test_a_model_with_a_tied_table(sharding):
 
     for result in simulate(run, 4):
         assert_same(result, step(Head()))
-
-
-def test_products_put_off_are_added_at_once():
-    def run(group):
-        model = shard(group)
-        x, target = (array[group.rank :: 2] for array in batch(0))
-        y, pullback = model.vjp(x)
-        with deferring(model.parameters()) as products:
-            pullback(mse_loss(y, target)[1])
-            assert all(item.deferred is products for item in model.parameters())
-        assert products == []
-        return whole_grads(model)
-
-    model = build()
-    backward(model, *batch(0))
-    for result in simulate(run, 2):
-        assert_same(result, own_grads(model))
 
 
 @pytest.mark.parametrize("sharding", EVERY)

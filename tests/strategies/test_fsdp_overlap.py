@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ferro_strategies.fsdp import ShardingStrategy
-from ferro_strategies.nn import Linear, Module, Sequential
+from ferro_strategies.nn import Checkpoint, Linear, Module, Sequential
 
 from .fsdp_models import shard, simulate
 
@@ -33,29 +33,33 @@ class Calls:
 
     def wait_for(self, op, count):
         with self._change:
-            return self._change.wait_for(lambda: self._ended.count(op) >= count, timeout=5)
+            return self._change.wait_for(lambda: self.count(op) >= count, timeout=5)
+
+    def count(self, op):
+        return self._ended.count(op)
 
 
 class Waits(Module):
-    """A layer in whose halves something else must end."""
+    """A layer in whose halves so many operations must end: `forward` and `backward`, by name."""
 
-    def __init__(self, calls, forward, backward):
+    def __init__(self, calls):
         self.inner = Linear(2, 2, dtype=np.float64, rng=0)
-        self._await = [(calls, *forward), (calls, *backward)]
+        self.calls = calls
+        self.forward, self.backward = {}, {}
 
     def vjp(self, x):
-        def wait(half):
-            calls, op, count = self._await[half]
-            assert calls.wait_for(op, count), f"no {op} while a unit computed"
-
-        wait(0)
+        self.wait(self.forward)
         y, pull = self.inner.vjp(x)
 
         def pullback(grad):
-            wait(1)
+            self.wait(self.backward)
             return pull(grad)
 
         return y, pullback
+
+    def wait(self, awaited):
+        for op, count in awaited.items():
+            assert self.calls.wait_for(op, count), f"no {op} while a unit computed"
 
 
 @pytest.mark.parametrize("sharding", ["full_shard", "hybrid_shard"])
@@ -63,54 +67,72 @@ def test_the_next_unit_is_gathered_and_the_last_reduced_while_one_computes(shard
     calls, ranks = Calls(), 2
 
     def run(group):
-        gathers = "all_gather"
-        before = [0]
-
-        def unit(forward, backward):
-            return Waits(calls, forward, backward)
-
-        # Gathers are counted over both ranks. First A, B and C go forward, then backward.
-        model = Sequential(
-            unit((gathers, 0), ("reduce_scatter", 2 * ranks)),
-            unit((gathers, 0), ("reduce_scatter", ranks)),
-            unit((gathers, 0), (gathers, 0)),
-        )
-        model = shard(group, model, sharding=ShardingStrategy(sharding))
+        layers = [Waits(calls) for _ in range(3)]
+        model = shard(group, Sequential(*layers), sharding=ShardingStrategy(sharding))
         group.barrier()
-        if group.rank == 0:
-            before[0] = calls._ended.count(gathers)
-        started = group.broadcast_object(before[0])
-        for index, layer in enumerate(model.module.layers):
-            (calls_, *_), backward = layer.module._await
-            # In the forward half of unit i, unit i + 1 must come; backward, unit i - 1.
-            count = started + ranks * min(index + 2, 3)
-            if index == 2:
-                backward = calls_, gathers, started + ranks * 5
-            layer.module._await[:] = [(calls_, gathers, count), backward]
+        before = group.broadcast_object(calls.count("all_gather") if group.rank == 0 else 0)
+        # Counted over both ranks. In the forward half of one unit the next must come.
+        a, b, _ = layers
+        a.forward = {"all_gather": before + 2 * ranks}
+        b.forward = {"all_gather": before + 3 * ranks}
+        # B and C stay, so A is the next that is gathered, behind the reduction of C.
+        b.backward = {"reduce_scatter": ranks, "all_gather": before + 4 * ranks}
+        a.backward = {"reduce_scatter": 2 * ranks}
         y, pullback = model.vjp(np.ones((1, 2)))
         pullback(y)
 
     simulate(run, ranks, observers=[calls])
 
 
-def test_the_order_of_operations():
+def operations(group, calls, model, *, steps=2):
+    """What a model's passes do, step by step; on one rank."""
+    group.barrier()
+    found = []
+    for _ in range(steps):
+        begin = len(calls.started_ops)
+        y, pullback = model.vjp(np.ones((1, 1)))
+        pullback(y)
+        found.append(
+            [{"all_gather": "g", "reduce_scatter": "r"}[op] for op in calls.started_ops[begin:]]
+        )
+    return ["".join(ops) for ops in found]
+
+
+def layers(count):
+    return [Linear(1, 1, dtype=np.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("options", "backward"),
+    [
+        ({}, "rgrgrr"),
+        ({"prefetch": False}, "rgrgrgr"),
+        ({"sharding": ShardingStrategy.SHARD_GRAD_OP}, "rrrr"),
+    ],
+)
+def test_the_order_of_operations(options, backward):
     """What the table in `passes` says, and the first pass as the later ones."""
     calls = Calls()
 
     def run(group):
-        model = shard(group, Sequential(*(Linear(1, 1, dtype=np.float64) for _ in range(3))))
-        group.barrier()
-        begin = len(calls.started_ops)
-        for _ in range(2):
-            y, pullback = model.vjp(np.ones((1, 1)))
-            pullback(y)
-        return calls.started_ops[begin:]
+        model = shard(group, Sequential(*layers(4)), **options)
+        return operations(group, calls, model)
 
-    (operations,) = simulate(run, 1, observers=[calls])
-    gather, reduce = "all_gather", "reduce_scatter"
-    forward = [gather] * 3
-    backward = [gather, gather, reduce, gather, reduce, reduce]
-    assert operations == 2 * (forward + backward)
+    (found,) = simulate(run, 1, observers=[calls])
+    assert found == ["gggg" + backward] * 2
+
+
+def test_units_inside_checkpoint_are_gathered_again_and_ahead():
+    """Nothing stays of them: the first pullback shows that, and the second expects it."""
+    calls = Calls()
+
+    def run(group):
+        inner = layers(4)
+        model = Sequential(*map(Checkpoint, inner))
+        return operations(group, calls, shard(group, model, units=inner))
+
+    (found,) = simulate(run, 1, observers=[calls])
+    assert found == ["gggg" + "grggrgrr", "gggg" + "ggrgrgrr"]
 
 
 def test_units_that_come_in_another_order_are_gathered_all_the_same():

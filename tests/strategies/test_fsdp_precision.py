@@ -1,5 +1,7 @@
 """Mixed precision in FSDP: what is computed and sent in few bits, and kept in many."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -165,7 +167,7 @@ def test_pieces_keep_what_half_precision_would_lose():
 
 @pytest.mark.parametrize("sharding", list(ShardingStrategy))
 def test_training_with_a_loss_scaler(sharding):
-    """An overflow on one rank makes all skip the step; then training goes on."""
+    """An overflow in one rank's piece makes all skip the step; then training goes on."""
 
     def run(group):
         precision = MixedPrecision(param_dtype=np.float16, output_dtype=np.float32)
@@ -180,9 +182,15 @@ def test_training_with_a_loss_scaler(sharding):
             losses.append(float(loss))
             grad = scaler.scale(grad)
             if step == 3 and group.rank == 1:
-                grad[0] = np.inf
+                grad[0, 0] = np.inf
             with np.errstate(invalid="ignore"):
                 pullback(grad)
+            scaler.unscale(optimizer)
+            norm = model.clip_grad_norm(10.0)
+            assert math.isfinite(norm) == (step != 3)
+            if step == 3 and sharding is ShardingStrategy.FULL_SHARD:
+                bad = [not np.isfinite(item.grad).all() for item in model.parameters()]
+                assert 0 < sum(map(any, group.all_gather_object(bad))) < group.world_size
             made.append(scaler.step(optimizer))
             optimizer.zero_grad()
         return losses, made, scaler.current_scale

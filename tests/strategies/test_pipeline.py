@@ -63,6 +63,20 @@ def test_fewer_rows_than_microbatches_leave_empty_parts(schedule, rows):
     assert_equal(results, alone(make_stages(4), inputs, targets))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_loss_is_not_asked_for_the_mean_of_nothing(schedule):
+    def mean_square(y, targets):
+        return float(((y - targets) ** 2).mean()), 2 * (y - targets) / y.size  # nan of no rows
+
+    x, targets = np.random.default_rng(5).standard_normal((2, 3, 2))
+
+    def stages():
+        return [Linear(2, 2, dtype=np.float64, rng=number) for number in range(2)]
+
+    results = stepped(2, stages, x, targets, mean_square, schedule=schedule, microbatches=5)
+    assert_equal(results, alone(stages(), x, targets, mean_square))
+
+
 def test_microbatches_may_be_given_with_shapes_of_their_own():
     rng = np.random.default_rng(3)
     shapes = [(2, 3), (1, 5), (4,), (0, 2), (1, 1, 6)]

@@ -64,6 +64,34 @@ def test_two_pipelines_of_two_ranks_are_one_process(schedule, per_rank):
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+@pytest.mark.parametrize("wrap", [DDP, FSDP])
+def test_a_part_of_a_stage_may_have_replicas(schedule, wrap):
+    inputs, targets = batch(rows=12)
+    value, expected = alone(make_stages(2), inputs, targets)
+
+    def run(world):
+        pipe = world.split(world.rank // 2)
+        replicas = world.split(world.rank % 2)
+        stage = make_stages(2)[pipe.rank]
+        if pipe.rank == 0:  # which has several microbatches in flight
+            embedding, linear, relu = stage.layers
+            stage = Sequential(embedding, wrap(Sequential(linear, relu), replicas))
+            embedding.weight.requires_grad = False
+        pipeline = Pipeline([stage], pipe, schedule=schedule, microbatches=3)
+        part = slice(world.rank // 2, None, 2)
+        loss = pipeline.step(inputs[part], targets[part], cross_entropy)
+        assert len([*pipeline.named_parameters()]) == [3, 6][pipe.rank]  # each once
+        trained = [item for item in stage.parameters() if item.requires_grad]
+        return loss, sum(float((item.grad**2).sum()) for item in trained)
+
+    results = simulate(run, 4)
+    assert (results[0][0] + results[2][0]) / 2 == pytest.approx(value, rel=1e-12)
+    squares = sum(float((expected[f"0.layers.1.{name}"] ** 2).sum()) for name in ("weight", "bias"))
+    found = results[0][1] if wrap is DDP else results[0][1] + results[2][1]
+    assert found == pytest.approx(squares, rel=1e-11)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 @pytest.mark.parametrize("sharding", list(ShardingStrategy)[:4])
 def test_stages_may_be_sharded(schedule, sharding):
     batches = [batch(rows=8, seed=seed) for seed in range(2)]

@@ -1,64 +1,22 @@
-"""What a pipeline's messages are made of, and how they are taken."""
+"""How a pipeline's messages are sent and taken, and when."""
 
-import sys
 import threading
-from types import SimpleNamespace
+import time
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import Linear, Module
+from ferro_strategies.nn import Linear, Module, mse_loss
 from ferro_strategies.pipeline import Kind, Pipeline, build
-from ferro_strategies.pipeline.header import HEADER_BYTES, Header, decode, encode
+from ferro_strategies.pipeline.header import HEADER_BYTES
+from ferro_strategies.pipeline.line import Line
 from ferro_strategies.pipeline.routes import Route, plan_of, routes
-from ferro_strategies.pipeline.transfers import Receiver, Sender, Stopped, surroundings
+from ferro_strategies.pipeline.transfers import Receiver, Sender, Stopped
 
 from .pipeline_models import simulate
 
 ROUTE = Route(kind=Kind.FORWARD, stage=1, source=0, target=1, order=(2, 0, 1))
-
-
-@pytest.mark.parametrize("dtype", ["float64", "int8", "bool", "complex64", "bfloat16", "uint64"])
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5, 1), (1,) * 32])
-def test_headers_tell_what_comes(dtype, shape):
-    array = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    raw = encode(Header.of(array, 12))
-    assert (raw.size, raw.dtype) == (HEADER_BYTES, np.uint8)
-    header = decode(raw)
-    assert header == Header(microbatch=12, dtype=array.dtype, shape=shape, on_gpu=False)
-    assert (header.empty().shape, header.empty().dtype) == (shape, array.dtype)
-
-
-def test_the_word_that_nothing_comes_is_a_header_too():
-    raw = encode(None)
-    assert raw.size == HEADER_BYTES
-    assert decode(raw) is None
-
-
-def spoilt(position, value):
-    raw = encode(Header.of(np.zeros((2, 3)), 0)).copy()
-    raw[position : position + len(value)] = np.frombuffer(value, np.uint8)
-    return raw
-
-
-@pytest.mark.parametrize(
-    ("position", "value", "message"),
-    [
-        (0, b"\x07", "begins with 7"),
-        (1, b"\x09", "begins with 1, 9"),
-        (2, b"\x28", "begins with 1, 0, 40"),
-        (8, b"nonsense", "dtype is b'nonsense"),
-        (8, b"object\0\0", "dtype object"),
-        (8, b"\xff\xfe", "dtype is"),
-        (24, b"\xff" * 8, r"shape is \(-1, 3\)"),
-        (24, b"\xff" * 7 + b"\x7f", r"shape is \(9223372036854775807, 3\)"),
-    ],
-)
-def test_what_is_no_header_is_refused(position, value, message):
-    with pytest.raises(ferro.CollectiveMismatch, match=message):
-        decode(spoilt(position, value))
 
 
 def exchange(sending, receiving):
@@ -66,15 +24,11 @@ def exchange(sending, receiving):
 
     def run(group):
         if group.rank == 0:
-            sender = Sender(ROUTE, group)
+            sender = Sender(ROUTE, Line(group))
             sending(sender)
             sender.finish()
             return None
-        receiver = Receiver(ROUTE, group, ())
-        try:
-            return receiving(receiver)
-        finally:
-            receiver.close()
+        return receiving(Receiver(ROUTE, Line(group)))
 
     return simulate(run, 2)[1]
 
@@ -126,54 +80,32 @@ def test_another_microbatch_than_expected_is_refused():
     assert exchange(lambda sender: sender.send(1, np.zeros(0)), receive)
 
 
-class Entered:
-    """A context that knows which threads have been in it."""
+class Sizes:
+    """An observer that notes the size of each message sent on rank 0."""
 
     def __init__(self):
-        self.threads = []
+        self.sent = []
 
-    def __enter__(self):
-        self.threads.append(threading.current_thread().name)
+    def started(self, event):
+        if (event.op, event.global_rank) == ("send", 0):
+            self.sent.append(event.nbytes)
 
-    def __exit__(self, *_):
+    def finished(self, event):
         pass
 
 
-def test_the_receiving_thread_works_where_it_is_told():
-    place = Entered()
+def test_once_its_size_is_known_an_array_is_one_message():
+    watch = Sizes()
 
     def run(group):
-        if group.rank == 0:
-            sender = Sender(ROUTE, group)
-            sender.send(2, np.ones(1))
-            sender.finish()
-            return
-        receiver = Receiver(ROUTE, group, (place,))
-        receiver.take(2)
-        receiver.close()
+        stage = Linear(2, 2, dtype=np.float64, rng=group.rank)
+        pipeline = Pipeline([stage], group, microbatches=3)
+        for rows in (7, 7, 9):  # cut into 3 2 2, 3 2 2, 3 3 3
+            x = np.ones((rows, 2))
+            pipeline.step(x, x, mse_loss)
 
-    simulate(run, 2)
-    assert place.threads == ["ferro-pipeline-inputs of stage 1"]
-
-
-def test_arrays_of_a_gpu_are_received_on_it(monkeypatch):
-    gpu, stream = Entered(), Entered()
-    made = []
-
-    def empty(shape, dtype):
-        made.append((shape, dtype))
-        return np.empty(shape, dtype)
-
-    cuda = SimpleNamespace(get_current_stream=lambda: stream)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(empty=empty, cuda=cuda))
-    array = type("ndarray", (), {"__module__": "cupy", "device": gpu})()
-    array.dtype, array.shape = np.dtype("float32"), (2, 3)
-    assert surroundings(array) == (gpu, stream)
-    assert surroundings(np.zeros(1)) == surroundings(None) == ()
-    header = decode(encode(Header.of(array, 0)))
-    assert header.on_gpu
-    header.empty()
-    assert made == [((2, 3), np.dtype("float32"))]
+    ferro.simulate(run, 2, timeout_s=10, run_timeout_s=30, observers=[watch])
+    assert watch.sent == [HEADER_BYTES, 48, *[HEADER_BYTES + 48] * 8]
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1"])
@@ -267,3 +199,44 @@ def test_the_next_receive_is_under_way_while_a_stage_computes():
 def test_a_rank_goes_on_before_what_it_sent_is_used():
     done = threading.Event()
     gpipe([Telling(3, done), Waiting(done)])
+
+
+def test_a_rank_is_busy_while_it_computes_and_not_while_it_waits(monkeypatch):
+    """Time that only passes where it is told to: in stages, in the loss, and on the way."""
+    clocks = threading.local()
+    monkeypatch.setattr(time, "perf_counter", lambda: getattr(clocks, "now", 0.0))
+
+    def pass_time(seconds):
+        clocks.now = time.perf_counter() + seconds
+
+    class Slow(Module):
+        def vjp(self, x):
+            pass_time(1.0)
+
+            def pullback(grad):
+                pass_time(2.0)
+                return grad
+
+            return x, pullback
+
+    def loss(y, targets):
+        pass_time(0.5)
+        return mse_loss(y, targets)
+
+    def late(function):
+        def called(*args, **kwargs):
+            pass_time(100.0)
+            return function(*args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(Receiver, "take", late(Receiver.take))
+    monkeypatch.setattr(Sender, "send", late(Sender.send))
+
+    def run(group):
+        pipeline = Pipeline([Slow()], group, microbatches=4)
+        for _ in range(2):
+            pipeline.step(np.ones((4, 1)), np.zeros((4, 1)), loss)
+        return pipeline.busy_s
+
+    assert simulate(run, 2) == [12.0, 14.0]

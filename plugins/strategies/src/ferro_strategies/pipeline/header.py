@@ -1,4 +1,4 @@
-"""Header: what goes ahead of each array, of a fixed size, so that shapes may vary."""
+"""Header: what each array's message tells of it, in a fixed size, so that shapes may vary."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HEADER_BYTES = _LAYOUT.size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What comes next.
+    """What a message brings.
 
     Attributes:
-        microbatch: to which it belongs.
+        microbatch: to which the array belongs.
         dtype: of the array.
         shape: of the array.
         on_gpu: whether the sender has it as a CuPy array, and the receiver is to.
@@ -46,6 +46,11 @@ class Header:
             shape=array.shape,
             on_gpu=not isinstance(array, np.ndarray),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> Array:
         """Return memory for the array."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 
 from ferro import FerroError, ProcessGroup
 
 from ..nn.arrays import Array
+from .line import Line
 from .routes import Plan, RouteKey, routes, taker
 from .schedule import Action, PipelineSchedule
-from .transfers import Receiver, Sender, surroundings
+from .transfers import Receiver, Sender
 
 
-def route_groups(schedule: PipelineSchedule, group: ProcessGroup) -> dict[RouteKey, ProcessGroup]:
-    """Make the group of each route that begins or ends here; every rank calls it."""
+def lines(schedule: PipelineSchedule, group: ProcessGroup) -> dict[RouteKey, Line]:
+    """Make the line of each route that begins or ends here; every rank calls it."""
     return {
-        route.key: group.subgroup(
-            [route.source, route.target], name=f"{group.name}: {route} from rank {route.source}"
+        route.key: Line(
+            group.subgroup(
+                [route.source, route.target], name=f"{group.name}: {route} from rank {route.source}"
+            )
         )
         for route in routes(schedule)
         if group.rank in (route.source, route.target)
@@ -29,19 +33,17 @@ class Mail:
 
     Args:
         plan: what this rank does.
-        groups: those of its routes.
-        like: an array of this rank's stages, that says on which device to receive.
+        lines: those of its routes.
+
+    Attributes:
+        spent_s: how long `take` and `give` have taken together, in seconds.
     """
 
-    def __init__(
-        self, plan: Plan, groups: Mapping[RouteKey, ProcessGroup], like: Array | None
-    ) -> None:
+    def __init__(self, plan: Plan, lines: Mapping[RouteKey, Line]) -> None:
+        self.spent_s = 0.0
         self._plan = plan
-        around = surroundings(like)
-        self._senders = {route.key: Sender(route, groups[route.key]) for route in plan.outgoing}
-        self._receivers = {
-            route.key: Receiver(route, groups[route.key], around) for route in plan.incoming
-        }
+        self._senders = {route.key: Sender(route, lines[route.key]) for route in plan.outgoing}
+        self._receivers = {route.key: Receiver(route, lines[route.key]) for route in plan.incoming}
         self._here: dict[Action, Array] = {}
 
     def look_ahead(self, position: int) -> None:
@@ -58,7 +60,10 @@ class Mail:
         """
         if action in self._here:
             return self._here.pop(action)
-        return self._receivers[action.kind, action.stage].take(action.microbatch)
+        start = time.perf_counter()
+        array = self._receivers[action.kind, action.stage].take(action.microbatch)
+        self.spent_s += time.perf_counter() - start
+        return array
 
     def give(self, action: Action, array: Array) -> None:
         """Hand what an action has computed to the one that takes it, if one does."""
@@ -69,7 +74,9 @@ class Mail:
         if sender is None:
             self._here[receiver] = array
         else:
+            start = time.perf_counter()
             sender.send(receiver.microbatch, array)
+            self.spent_s += time.perf_counter() - start
 
     def finish(self) -> None:
         """Wait until all has been sent; raise what went wrong."""
@@ -86,8 +93,3 @@ class Mail:
         for sender in self._senders.values():
             with suppress(FerroError):
                 sender.finish()
-
-    def close(self) -> None:
-        """Let the receiving threads end."""
-        for receiver in self._receivers.values():
-            receiver.close()

@@ -14,7 +14,7 @@ from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module, Pullback
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
 from .joint import joint_schedule, named
-from .mail import route_groups
+from .mail import lines
 from .microbatches import Batch
 from .passes import Evaluation, Loss, Training
 from .routes import forward_only, plan_of
@@ -40,8 +40,8 @@ class Pipeline(Module):
     the stage's number in the whole model, "3.layers.0.weight", so the ranks' states put together
     are the whole model's.
 
-    A stage may be wrapped in DDP or FSDP over ranks that hold the same stage: its gradients are
-    reduced once a step. Wrap stages, not the pipeline.
+    A stage, or a part of it, may be wrapped in DDP or FSDP over ranks that hold the same stage:
+    its gradients are reduced once a step. Wrap stages, not the pipeline.
 
     Args:
         stages: this rank's, first to last. Stage s is on rank s % ranks, unless a
@@ -57,6 +57,9 @@ class Pipeline(Module):
         schedule: by which a step goes.
         peak_activations: how many microbatches this rank's stages held at most in the last
             step, summed over its stages.
+        busy_s: how long this rank's stages, and the loss, computed in the last step, in seconds;
+            arrays on a GPU are computed later than that. What is left of the time that the step
+            took is the rank's bubble.
 
     Raises:
         UsageError: stages, schedule or ties do not fit, or ranks differ; on every rank, and
@@ -74,6 +77,7 @@ class Pipeline(Module):
     ) -> None:
         self.schedule = joint_schedule(stages, group, schedule, microbatches, ties)
         self.peak_activations = 0
+        self.busy_s = 0.0
         self._group = group
         self._plan = plan_of(self.schedule, group.rank)
         self._numbers = self.schedule.stages_of(group.rank)
@@ -81,13 +85,19 @@ class Pipeline(Module):
             setattr(self, str(number), stage)  # so that names begin with the number
         for name, parameter in self.named_parameters():
             parameter.name = name
-        self._runner = Runner(group, route_groups(self.schedule, group))
+        self._runner = Runner(group, lines(self.schedule, group))
         tied = {number: named(stage) for number, stage in self._stages().items()}
         self._ties = Ties(group, self.schedule.rank_of, tied, ties)
         self._ties.share_values()
+        self._wrapped = tuple(
+            module
+            for stage in stages
+            for module in stage.modules()
+            if isinstance(module, Synchronised)
+        )
         # Whether any rank does something after the backward pass, so that all ask how it went.
-        wrapped = any(isinstance(stage, Synchronised) for stage in stages)
-        self._settles = bool(group.all_reduce(np.array(wrapped or len(ties) > 0, np.uint8), "max"))
+        settles = np.array(bool(self._wrapped or ties), np.uint8)
+        self._settles = bool(group.all_reduce(settles, "max"))
 
     def step(self, inputs: Batch | None, targets: Batch | None, loss: Loss) -> float:
         """Take a batch forward and backward; add to the parameters' gradients. All ranks call it.
@@ -110,10 +120,11 @@ class Pipeline(Module):
         self._ties.begin()
         work = Training(self._plan, self._stages(), inputs, targets, loss)
         with ExitStack() as stack:
-            for stage in self._synchronised():
-                stack.enter_context(stage.no_sync())
-            total = self._runner.run("Pipeline.step", self._plan, work, self._example())
+            for wrapped in self._wrapped:
+                stack.enter_context(wrapped.no_sync())
+            total = self._runner.run("Pipeline.step", self._plan, work)
         self.peak_activations = work.peak_held
+        self.busy_s = self._runner.busy_s
         if self._settles:
             self._runner.settle("Pipeline.step", self._settle)
         return total
@@ -137,7 +148,7 @@ class Pipeline(Module):
         schedule = forward_only(self.schedule, microbatches)
         plan = plan_of(schedule, self._group.rank)
         work = Evaluation(plan, self._stages(), inputs)
-        self._runner.run("Pipeline.forward", plan, work, self._example())
+        self._runner.run("Pipeline.forward", plan, work)
         parts = [work.outputs[number] for number in sorted(work.outputs)]
         if len(parts) < 2:
             return parts[0] if parts else None
@@ -212,14 +223,7 @@ class Pipeline(Module):
     def _stages(self) -> dict[int, Module]:
         return {number: getattr(self, str(number)) for number in self._numbers}
 
-    def _synchronised(self) -> list[Synchronised]:
-        return [stage for stage in self._stages().values() if isinstance(stage, Synchronised)]
-
-    def _example(self) -> Array | None:
-        """Return an array of this rank's stages, which tells where they are."""
-        return next((parameter.data for parameter in self.parameters()), None)
-
     def _settle(self) -> None:
-        for stage in self._synchronised():
-            stage.sync_gradients()
+        for wrapped in self._wrapped:
+            wrapped.sync_gradients()
         self._ties.sum_gradients()

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 from ferro import UsageError
 
-from ..nn.arrays import Array
+from ..nn.arrays import Array, namespace_of
 from ..nn.deferral import deferring
 from ..nn.module import Module, Pullback
 from .mail import Mail
@@ -113,6 +113,9 @@ class Training:
 
     def _weigh(self, y: Array, microbatch: int) -> Array:
         weight = self._weights[microbatch]
+        if weight == 0.0:  # nothing to score: many a mean of nothing is not a number
+            nothing: Array = namespace_of(y).zeros_like(y)
+            return nothing
         loss, grad = self._score(y, self._targets[microbatch])
         self.loss += weight * loss
         return grad if weight == 1.0 else (grad * weight).astype(grad.dtype, copy=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array
 from .agreement import agree
+from .line import Line
 from .mail import Mail
 from .passes import Pass
 from .routes import Plan, RouteKey
@@ -23,33 +24,33 @@ class Runner:
 
     Args:
         group: the pipeline's ranks.
-        groups: of the routes that begin or end here.
+        lines: of the routes that begin or end here.
+
+    Attributes:
+        busy_s: how long this rank's actions took in the last pass, but for their mail.
     """
 
-    def __init__(self, group: ProcessGroup, groups: Mapping[RouteKey, ProcessGroup]) -> None:
+    def __init__(self, group: ProcessGroup, lines: Mapping[RouteKey, Line]) -> None:
         self._group = group
-        self._groups = groups
+        self._lines = lines
+        self.busy_s = 0.0
         self._unfinished = ""
         self._place = ""
 
-    def run(self, op: str, plan: Plan, work: Pass, like: Array | None) -> float:
+    def run(self, op: str, plan: Plan, work: Pass) -> float:
         """Carry out a pass; return the sum of all ranks' losses.
 
         Args:
             op: what the user called, for messages.
             plan: what this rank does.
             work: how it does it.
-            like: an array of this rank's stages, or None if they have none.
 
         Raises:
             UsageError: an earlier pass failed. And see `agree`.
         """
         self._enter(op)
-        mail = Mail(plan, self._groups, like)
-        try:
-            total = agree(self._group, op, lambda: self._carry_out(plan, work, mail), self._told)
-        finally:
-            mail.close()
+        mail = Mail(plan, self._lines)
+        total = agree(self._group, op, lambda: self._carry_out(plan, work, mail), self._told)
         self._unfinished = ""
         return total
 
@@ -85,10 +86,13 @@ class Runner:
         try:
             self._place = "preparing the batch"
             work.begin()
+            self.busy_s = 0.0
             for position, action in enumerate(plan.actions):
                 self._place = in_words(action)
                 mail.look_ahead(position)
+                start, mailing = time.perf_counter(), mail.spent_s
                 work.perform(action, mail)
+                self.busy_s += time.perf_counter() - start - (mail.spent_s - mailing)
             self._place = "the last transfers"
             mail.finish()
         except Exception:

@@ -1,4 +1,4 @@
-"""Synchronised: a stage that is wrapped in a data parallel strategy."""
+"""Synchronised: a module that is wrapped in a data parallel strategy."""
 
 from __future__ import annotations
 
