@@ -309,3 +309,20 @@ def test_offloading_changes_nothing_for_numpy():
 
     for result in simulate(run, 2):
         assert_same(result, train(build()))
+
+
+@pytest.mark.parametrize("turned", ["row", "column"])
+def test_rows_and_columns_in_different_orders_are_told(turned):
+    """Ranks of one column would have different pieces, or those of one row share out alone."""
+
+    def run(group):
+        row, column = divmod(group.rank, 2)
+        keys = {"row": group.rank, "column": group.rank}
+        if (row, column)[turned == "column"] == 1:
+            keys[turned] *= -1
+        shards = group.split(row, key=keys["row"])
+        replicas = group.split(column, key=keys["column"])
+        with pytest.raises(ferro.UsageError, match="rank along the mesh's other axis"):
+            FSDP(build(), shards, sharding=ShardingStrategy.HYBRID_SHARD, replicas=replicas)
+
+    simulate(run, 4)

@@ -55,12 +55,16 @@ def check_replicas(module: Module, plan: Plan, units: Sequence[str]) -> None:
     }
     fault = ""
     for group in plan.groups:
+        # Along a row of a mesh all have the same place in their columns, and the other way round.
+        places = [other.rank for other in plan.groups if other is not group]
         # What one row of a mesh has found, its other rows learn from the columns.
         faults: list[str] = group.all_gather_object(fault)
         fault = fault or next((text for text in faults if text), "")
         if not fault:
             try:
-                check_same("FSDP", module, group, options)
+                check_same(
+                    "FSDP", module, group, options | {"rank along the mesh's other axis": places}
+                )
             except UsageError as error:
                 fault = str(error)
     if fault:

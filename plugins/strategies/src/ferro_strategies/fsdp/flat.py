@@ -15,6 +15,7 @@ from .layout import Layout, lay_out
 from .memory import Loan, moved, own, put
 from .plan import Plan
 from .share_out import share_out
+from .whole_grad import WholeGrad
 
 
 class Flat:
@@ -35,7 +36,8 @@ class Flat:
         shard: (layout.shard_size,), what this rank owns, in the type the parameters had.
         pieces: this rank's piece of each parameter, views of the shard.
         namespace: of the whole parameters.
-        landing: whether a reduction is under way towards `grad_memory()`.
+        whole_grad: what this rank has added to gradients, whole, until it is reduced.
+        landing: whether a reduction is under way to where the shard of gradients stays.
     """
 
     def __init__(self, named: Sequence[tuple[str, Parameter]], plan: Plan) -> None:
@@ -48,13 +50,15 @@ class Flat:
         self._dtype = first.data.dtype
         self.namespace = namespace_of(first.data)
         self._home = np if plan.offload else self.namespace
-        self._kept = self._keep()
+        # Memory for the whole that stays, if there is to be one.
+        self._kept = self._take() if plan.keeps_whole else None
         self.shard: Array = self._own_part()
         share_out(self.members, self.layout, self.shard, plan)
         self.pieces = self._cut(self.shard)
         self._grad: Array | None = None
-        self._whole_grad: Loan | None = None
-        self._added = [False] * len(self.members)
+        # An all_reduce works in its memory, so after that it does not stay.
+        stays = plan.keeps_whole and plan.shards is not None
+        self.whole_grad = WholeGrad(self.members, self.layout, self._take, stays=stays)
         self._closed: _Closed | None = None
         for parameter, piece in zip(self.members, self.pieces, strict=True):
             parameter.hold(piece, grad=None, grad_memory=None)
@@ -75,10 +79,7 @@ class Flat:
 
     def lend(self) -> Loan:
         """Return memory for the whole."""
-        if self._kept is not None:
-            return own(self._kept.array)
-        dtype = self._plan.precision.computed(self._dtype)
-        return self._plan.pool.take(self.namespace, self.layout.size, dtype)
+        return self._take() if self._kept is None else own(self._kept.array)
 
     def gather(self, whole: Array) -> Work[object] | None:
         """Start to fill `whole` with all ranks' pieces; None if it is filled."""
@@ -93,51 +94,40 @@ class Flat:
         work: Work[object] = self._plan.shards.all_gather(source, out=whole, async_op=True)
         return work
 
-    def open(self, whole: Array, *, backward: bool) -> None:
+    def open(self, whole: Array, *, backward: bool, defers: bool = False) -> None:
         """Let the parameters be whole.
 
         Args:
             whole: gathered.
             backward: whether gradients are going to be added, in memory for all of them.
+            defers: whether products for them may be put off until after the pass (`deferring`).
         """
         assert self._closed is None, "a unit is open already"
-        self._closed = _Closed(self.members)
-        views = self._cut_whole(whole)
-        if not (backward and self.trained):
-            for parameter, view in zip(self.members, views, strict=True):
-                parameter.hold(view, grad=None, grad_memory=None)
-            return
-        if self._whole_grad is None:
-            self._whole_grad = self._plan.pool.take(self.namespace, whole.size, whole.dtype)
-        grads = self._cut_whole(self._whole_grad.array)
-        for index, parameter in enumerate(self.members):
-            grad = grads[index]
-            added = grad if self._added[index] else None
-            parameter.hold(views[index], grad=added, grad_memory=grad)
-            # A product put off until after the pass would find nothing to be added to.
-            parameter.deferred = None
+        self._closed = _Closed(self.members, backward=backward and self.trained)
+        places: list[tuple[Array | None, Array | None]] = [(None, None)] * len(self.members)
+        if self._closed.backward:
+            places = [*self.whole_grad.places()]
+        for parameter, view, (memory, grad) in zip(
+            self.members, self.layout.cut(whole), places, strict=True
+        ):
+            parameter.hold(view, grad=grad, grad_memory=memory)
+            if self._closed.backward and parameter.deferred is not None:
+                parameter.deferred = [] if defers else None
 
     def close(self) -> None:
         """Let the parameters be pieces again; what was added to whole gradients is kept."""
         closed, self._closed = self._closed, None
         assert closed is not None
-        if self._whole_grad is not None:
-            self._added = [
-                parameter.grad is not None or before
-                for parameter, before in zip(self.members, self._added, strict=True)
-            ]
         for index, parameter in enumerate(self.members):
-            parameter.hold(
-                self.pieces[index], grad=closed.grads[index], grad_memory=closed.grads[index]
-            )
-            parameter.deferred = closed.deferred[index]
+            if closed.backward:
+                self.whole_grad.note(index)
+            grad, queue = closed.grads[index], closed.deferred[index]
+            parameter.hold(self.pieces[index], grad=grad, grad_memory=grad)
+            if closed.backward and queue is not None:
+                queue += self.whole_grad.put_off(index, parameter.deferred or ())
+                parameter.deferred = queue
 
     # -- gradients -------------------------------------------------------------------------------
-
-    @property
-    def has_added(self) -> bool:
-        """Whether whole gradients are waiting to be reduced."""
-        return self._whole_grad is not None and any(self._added)
 
     @property
     def has_grad(self) -> list[bool]:
@@ -149,30 +139,6 @@ class Flat:
         for parameter, kept in zip(self.members, keep, strict=True):
             if not kept:
                 parameter.zero_grad()
-
-    def take_whole_grad(self) -> Loan:
-        """Return whole gradients, in the type of the computation; where none is, zeros."""
-        dtype = self._plan.precision.computed(self._dtype)
-        taken = self._whole_grad or self._plan.pool.take(self.namespace, self.layout.size, dtype)
-        flat, added = taken.array, self._added
-        flat[self.layout.used :] = 0
-        for place, there in zip(self.layout.places, added, strict=True):
-            if not there:
-                flat[place.start : place.stop] = 0
-        self._added = [False] * len(self.members)
-        # An all_reduce works in its memory, so after that it does not stay.
-        stays = self._plan.keeps_whole and self._plan.shards is not None
-        self._whole_grad = taken if stays else None
-        return taken
-
-    def drop_whole_grad(self) -> None:
-        """Forget what was added to whole gradients."""
-        self._whole_grad = None
-        self._added = [False] * len(self.members)
-
-    def keeps(self, whole: Loan) -> bool:
-        """Say whether gradients that were taken may still be added to."""
-        return whole is self._whole_grad
 
     def landing_place(self) -> Loan:
         """Return memory for the shard of a reduced gradient: where it stays, if that can be."""
@@ -217,13 +183,10 @@ class Flat:
             self._grad = memory
         return self._grad
 
-    def _keep(self) -> Loan | None:
-        """Return memory for the whole that stays, if there is to be one."""
-        plan = self._plan
-        if not plan.keeps_whole:
-            return None
-        dtype = plan.precision.computed(self._dtype)
-        return plan.pool.take(self.namespace, self.layout.size, dtype)
+    def _take(self) -> Loan:
+        """Return memory for the whole, or for whole gradients, in the type of the computation."""
+        dtype = self._plan.precision.computed(self._dtype)
+        return self._plan.pool.take(self.namespace, self.layout.size, dtype)
 
     def _own_part(self) -> Array:
         """Return memory for the shard: a part of the whole that stays, if it can be."""
@@ -236,18 +199,16 @@ class Flat:
     def _cut(self, shard: Array) -> list[Array]:
         """Return views of a shard, one for each parameter: whole ones where nothing is cut."""
         if self._plan.shards is None:
-            return self._cut_whole(shard)
+            return self.layout.cut(shard)
         rank = self._plan.rank
         return [shard[self.layout.within(place, rank)] for place in self.layout.places]
-
-    def _cut_whole(self, whole: Array) -> list[Array]:
-        return [whole[p.start : p.stop].reshape(p.shape) for p in self.layout.places]
 
 
 class _Closed:
     """What to go back to when whole parameters become pieces again."""
 
-    def __init__(self, members: Sequence[Parameter]) -> None:
+    def __init__(self, members: Sequence[Parameter], *, backward: bool) -> None:
+        self.backward = backward
         self.grads = [parameter.grad for parameter in members]
         self.deferred: list[list[Callable[[], None]] | None] = [
             parameter.deferred for parameter in members

@@ -14,9 +14,9 @@ class Gathered:
     """The parameters of a unit, whole; dropping it frees the memory."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
-        self._loans = [flat.lend() for flat in flats]
-        self._flats = flats
         self._works: list[Work[object]] = []
+        self._flats = flats
+        self._loans = [flat.lend() for flat in flats]
 
     def launch(self) -> None:
         """Start to gather."""
@@ -31,10 +31,10 @@ class Gathered:
             work.wait()
         self._works = []
 
-    def open(self, *, backward: bool) -> None:
-        """Let the parameters be whole."""
+    def open(self, *, backward: bool, defers: bool = False) -> None:
+        """Let the parameters be whole: see `Flat.open`."""
         for flat, loan in zip(self._flats, self._loans, strict=True):
-            flat.open(loan.array, backward=backward)
+            flat.open(loan.array, backward=backward, defers=defers)
 
     def close(self) -> None:
         """Let the parameters be pieces again."""
@@ -81,4 +81,4 @@ class Shards:
     @property
     def has_added(self) -> bool:
         """Whether whole gradients are waiting to be reduced."""
-        return any(flat.has_added for flat in self.trained)
+        return any(flat.whole_grad.has_added for flat in self.trained)

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..nn.arrays import Array
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -69,6 +71,10 @@ class Layout:
         part = self.part(place, rank)
         start = min(max(place.start - rank * self.shard_size, 0), self.shard_size)
         return slice(start, start + part.stop - part.start)
+
+    def cut(self, whole: Array) -> list[Array]:
+        """Return views of a flat array, one for each parameter, in its shape."""
+        return [whole[p.start : p.stop].reshape(p.shape) for p in self.places]
 
     def sizes(self, place: Place) -> list[int]:
         """Return how many elements of a parameter each rank has."""

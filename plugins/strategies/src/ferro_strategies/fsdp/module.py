@@ -31,10 +31,11 @@ class FSDP(ShardedState):
     """A module of which every rank has a piece, trained on each rank's part of every batch.
 
     Parameters are cut into one piece per rank, and so are gradients and the optimizer's state
-    (see `ShardingStrategy` for what exactly). For each half of a pass the parameters of one unit
-    are gathered, while the unit before computes, and freed again; gradients are reduced while
-    the next unit computes. When a pullback returns, every `parameter.grad` is this rank's piece
-    of the mean over the ranks, and `optimizer.step()` changes this rank's piece.
+    (see `ShardingStrategy` for what exactly, and how much memory it takes). For each half of a
+    pass the parameters of one unit are gathered, while the unit before computes, and freed again;
+    gradients are reduced while the next unit computes. When a pullback returns, every
+    `parameter.grad` is this rank's piece of the mean over the ranks, and `optimizer.step()`
+    changes this rank's piece.
 
     The parameters are the objects that they were, so an optimizer may be made before or after.
     Outside a pass, `data` and `grad` are flat pieces, perhaps empty. Layers that are units are
@@ -151,7 +152,7 @@ class FSDP(ShardedState):
         ...                                             # the last one reduces the sum of all
 
         Until they are reduced, `grad` does not show them; only the model's own `zero_grad`
-        forgets them.
+        forgets them. Their products may be put off (`nn.deferring`), which others' may not.
         """
         before, self._passes.sync = self._passes.sync, False
         try:
@@ -171,7 +172,7 @@ class FSDP(ShardedState):
         """Mark every parameter's gradient absent, also what `no_sync` has accumulated."""
         super().zero_grad()
         for entry in self._entries.values():
-            entry.flat.drop_whole_grad()
+            entry.flat.whole_grad.drop()
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """Scale all gradients so that together they are no longer than `max_norm`.

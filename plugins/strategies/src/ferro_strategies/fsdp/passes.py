@@ -1,15 +1,17 @@
 """Passes: what is gathered, what is gathered ahead, and which reductions are under way.
 
-A pass over units A, B and C, gathered (g) and reduced (r) in the background. In each column,
-what is in a row at once is under way at once:
+A pass over units A, B, C and D, gathered (g) and reduced (r) in the background. What stands in
+one column is under way at once:
 
-    forward              backward
-    compute    A  B  C   compute    C  B  A
-    gather  gA gB gC     gather  gC gB gA
-                         reduce        rC rB rA
+    forward                     backward
+    compute     A  B  C  D      compute  D  C  B  A
+    gather  gA gB gC gD         gather      gB gA
+                                reduce      rD rC rB rA
 
-The group carries out what it is given in one order. So the next unit is asked for when one is
-entered, and the one before is reduced when it is left: `gC gB rC gA rB rA`.
+In each column there are two units of parameters at most. So there are at the end of the forward
+half, and those two, D and C, come first in the backward half: they stay. The group carries out
+what it is given in one order. So the next unit is asked for when one is entered, and the one
+before is reduced when it is left: `rD gB rC gA rB rA`.
 
 What comes next is known from the last pass. If something else comes, what was gathered for
 nothing is dropped. All ranks make the same passes, and so the same mistakes.
@@ -59,10 +61,11 @@ class Passes:
 
     def forget_routes(self) -> None:
         """Expect units in definition order, as at first."""
-        self._forward_route: Sequence[Shards] = self.units
-        self._backward_route: Sequence[Shards] = self.units[::-1]
         self._entered: list[Shards] = []
         self._left: list[Shards] = []
+        # Those whose forward half is made again in the backward half (Checkpoint).
+        self._repeated: set[Shards] = set()
+        self._expect(self.units, self.units[::-1])
 
     @property
     def syncs(self) -> bool:
@@ -82,12 +85,13 @@ class Passes:
             What was gathered, where the backward half is to use it.
         """
         with self._pass(self._forward_route, backward=False):
-            if not self._in_backward:
+            if self._in_backward:
+                self._repeated.add(unit)
+            else:
                 self._entered.append(unit)
             gathered = self._take(unit)
             with _opened(gathered, backward=False):
-                # Inside a backward pass the unit's pullback follows at once (Checkpoint).
-                yield gathered if self._plan.gathers_once or self._in_backward else None
+                yield gathered if self._stays(unit) else None
             if not self._in_backward:
                 self._left.append(unit)
 
@@ -96,9 +100,12 @@ class Passes:
         """Let a unit's parameters be whole for a backward half; reduce gradients after it."""
         with self._pass(self._backward_route, backward=True):
             self._backward_syncs = sync
+            self._let_go(unit)
             if gathered is None:
                 gathered = self._take(unit)
-            with _opened(gathered, backward=True):
+            elif self._ahead is None:
+                self._fetch_next(unit)
+            with _opened(gathered, backward=True, defers=not sync):
                 yield
             del gathered
             if sync:
@@ -162,7 +169,7 @@ class Passes:
             if backward:
                 self.drain()
             else:
-                self._forward_route, self._backward_route = self._entered, self._left[::-1]
+                self._expect(self._entered, self._left[::-1])
             self._drop_ahead()
         except BaseException:
             self._failed = self._failed or backward
@@ -186,6 +193,17 @@ class Passes:
         gathered.wait()
         return gathered
 
+    def _stays(self, unit: Shards) -> bool:
+        """Say whether what is gathered for a forward half serves the backward half."""
+        # Inside a backward pass the unit's pullback follows at once.
+        return self._plan.gathers_once or self._in_backward or unit in self._staying
+
+    def _expect(self, forward: Sequence[Shards], backward: Sequence[Shards]) -> None:
+        """Set what is to come in the halves, and what stays between them."""
+        self._forward_route, self._backward_route = forward, backward
+        first = list(dict.fromkeys(unit for unit in backward if unit.flats))
+        self._staying = {*first[: 1 + self._plan.prefetch]} - self._repeated
+
     def _fetch_next(self, unit: Shards) -> None:
         pointless = self._plan.gathers_once and self._in_backward
         if not self._plan.prefetch or self._plan.shards is None or pointless:
@@ -196,13 +214,20 @@ class Passes:
             return
         if self._at < len(self._route):
             following = self._route[self._at]
-            if following is not unit and not following.is_open:
+            there = following.is_open or (self._in_backward and following in self._staying)
+            if following is not unit and not there:
                 self._ahead = following, self.launch_gather(following)
 
     def _drop_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead[1].wait()
             self._ahead = None
+
+    def _let_go(self, unit: Shards) -> None:
+        """See that a unit's gradients are not being sent from memory that they are added to."""
+        if self._plan.keeps_whole:
+            while any(reduction.flat in unit.trained for reduction in self._reductions):
+                self._advance()
 
     def _reduce(self, unit: Shards) -> None:
         if unit.trained:
@@ -216,8 +241,8 @@ class Passes:
 
 
 @contextmanager
-def _opened(gathered: Gathered, *, backward: bool) -> Iterator[None]:
-    gathered.open(backward=backward)
+def _opened(gathered: Gathered, *, backward: bool, defers: bool = False) -> Iterator[None]:
+    gathered.open(backward=backward, defers=defers)
     try:
         yield
     finally:

@@ -19,26 +19,28 @@ class Reduction:
     """One under way, from when this is made.
 
     Args:
-        flat: whose gradient it is.
+        flat: whose gradient it is. Nothing may be added to it until the first step has ended.
         plan: see there.
         scale: by what the mean over all ranks is multiplied.
+
+    Attributes:
+        flat: as given.
     """
 
     def __init__(self, flat: Flat, plan: Plan, scale: float) -> None:
-        self._flat = flat
+        self.flat = flat
         self._plan = plan
         self._scale = scale
-        whole = _converted(flat.take_whole_grad(), flat, plan)
+        self._work: Work[object] | None = None
+        whole = _converted(flat.whole_grad.take(), flat, plan)
         self._piece = whole
         self._scattered = plan.shards is None
-        self._work: Work[object] | None = None
         self._whole: Loan | None = None  # while it is being sent
         if plan.shards is not None:
             self._piece = flat.landing_place()
             self._whole = whole
-            # A whole gradient that stays may be added to before it has been sent.
             self._work = plan.shards.reduce_scatter(
-                whole.array, "mean", out=self._piece.array, async_op=True, copy=flat.keeps(whole)
+                whole.array, "mean", out=self._piece.array, async_op=True, copy=False
             )
         else:
             self._over_replicas()
@@ -59,7 +61,7 @@ class Reduction:
         if self._scale != 1:
             array = self._piece.array
             array *= array.dtype.type(self._scale)
-        self._flat.land(self._piece.array)
+        self.flat.land(self._piece.array)
         return True
 
     def _over_replicas(self) -> None:

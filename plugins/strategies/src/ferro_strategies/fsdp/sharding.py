@@ -17,9 +17,18 @@ class ShardingStrategy(StrEnum):
     | HYBRID_SHARD    | whole in each half     | whole in a half | pieces          | 2 g + r + a/n |
 
     g: all_gather, r: reduce_scatter, a: all_reduce of the whole model. The first three are also
-    known as ZeRO-3, ZeRO-2 and ZeRO-1. SHARD_GRAD_OP holds all units between forward and
-    backward. HYBRID_SHARD is FULL_SHARD over `group`, with a copy of everything on each rank of
-    `replicas`; its gradients are reduced over `group`, then the pieces over `replicas`.
+    known as ZeRO-3, ZeRO-2 and ZeRO-1. HYBRID_SHARD is FULL_SHARD over `group`, with a copy of
+    everything on each rank of `replicas`; its gradients are reduced over `group`, then the pieces
+    over `replicas`.
+
+    Memory. Beside pieces, FULL_SHARD needs that of four units at most, the largest ones, and keeps
+    it for the next pass. In the forward half two are in use: the unit that computes and the next
+    one. The last two stay between the halves, for the backward half begins with them; so they are
+    gathered once. In the backward half four are in use: two for parameters as before, one for the
+    gradient of the unit that computes, and one for that of the unit before, which is being
+    reduced. `prefetch=False` saves one. While other pullbacks are in flight, two more stay.
+    What is reduced on top of an earlier gradient takes a piece more.
+    SHARD_GRAD_OP holds all units between the halves.
 
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020; Zhao et al., "PyTorch FSDP", 2023.
