@@ -96,9 +96,9 @@ def test_full_shard_holds_pieces_and_a_few_units(ranks):
     # Whole models become pieces, through the memory of one unit on rank 0.
     assert making.kept == pytest.approx((1 - ranks) * DEPTH + 1, abs=SLACK * ranks)
     assert making.rise <= 1 + ranks * MESSAGES
-    # Gradients in pieces stay, and the memory of four units: two of parameters, one that
-    # gradients are computed in, and one whose gradients are being reduced.
-    held = DEPTH + ranks * 4
+    # Gradients in pieces stay, and the memory of three units: two of parameters, and one that
+    # gradients are computed in. The next unit comes to where gradients have been sent from.
+    held = DEPTH + ranks * 3
     assert training.kept <= held + SLACK * ranks
     assert training.rise <= held + ranks * MESSAGES
     assert evaluating.rise <= ranks * MESSAGES

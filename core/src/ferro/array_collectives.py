@@ -157,6 +157,7 @@ class ArrayCollectives:
         sizes: Sequence[int] | None = None,
         out: object = None,
         async_op: bool = False,
+        copy: bool = True,
         timeout_s: float | None = None,
     ) -> Outcome:
         """Concatenate every rank's `x` along axis 0, in order of rank.
@@ -165,7 +166,8 @@ class ArrayCollectives:
             x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d
                 array counts as one row: n of them give shape (n,).
             sizes: rows of every rank, the same list on every rank.
-            out: see the class; so `async_op` and `timeout_s`.
+            out: see the class; so `async_op`, `copy` and `timeout_s`. On a CPU, with copy=False,
+                `out` is not written to before operations issued earlier have ended.
 
         Returns:
             An array of shape (sum of rows, …).
@@ -175,12 +177,18 @@ class ArrayCollectives:
         rows = checked_sizes(sizes, self.world_size)
         layout = gathered(array.shape, rows, self.rank, self.world_size)
         result = Outlet(entry, out, layout.shape)
-        fill(result.array[layout.places[self.rank]], array)
+        own, in_turn = result.array[layout.places[self.rank]], async_op and not copy
+        if not in_turn:
+            fill(own, array)
+
+        def action(deadline: float) -> None:
+            if in_turn:
+                fill(own, array)
+            self._backend.all_gather(result.flat, layout.counts, deadline=deadline)
+
         return self._dispatch.collective(
             array_call("all_gather", array.dtype, array.shape, sizes=rows),
-            lambda deadline: self._backend.all_gather(
-                result.flat, layout.counts, deadline=deadline
-            ),
+            action,
             result,
             result.flat.nbytes,
             async_op,

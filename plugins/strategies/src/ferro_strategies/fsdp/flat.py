@@ -78,21 +78,28 @@ class Flat:
     # -- values ----------------------------------------------------------------------------------
 
     def lend(self) -> Loan:
-        """Return memory for the whole."""
-        return self._take() if self._kept is None else own(self._kept.array)
+        """Return memory for the whole, until `gather` has filled it for what is queued alone."""
+        return self._take(behind=True) if self._kept is None else own(self._kept.array)
 
-    def gather(self, whole: Array) -> Work[object] | None:
-        """Start to fill `whole` with all ranks' pieces; None if it is filled."""
+    def gather(self, whole: Array) -> tuple[Work[object], Loan] | None:
+        """Start to fill `whole` with all ranks' pieces; None if it is filled.
+
+        Returns:
+            What is under way, and the memory that it sends, to be held until it has ended.
+        """
         mine = whole[self.layout.shard(self._plan.rank)]
+        sent = own(self.shard)
         if mine.dtype != self.shard.dtype or namespace_of(self.shard) is not self.namespace:
-            put(mine, self.shard)
-            source = mine
-        else:
-            source = self.shard
+            # Memory that does not stay may still be in use by what is queued before.
+            stays = self._kept is not None
+            sent = own(mine) if stays else self._take_piece(mine.dtype)
+            put(sent.array, self.shard)
         if self._plan.shards is None:
             return None
-        work: Work[object] = self._plan.shards.all_gather(source, out=whole, async_op=True)
-        return work
+        work: Work[object] = self._plan.shards.all_gather(
+            sent.array, out=whole, async_op=True, copy=False
+        )
+        return work, sent
 
     def open(self, whole: Array, *, backward: bool, defers: bool = False) -> None:
         """Let the parameters be whole.
@@ -146,7 +153,7 @@ class Flat:
         if fits and not self.landing and not any(self.has_grad):
             self.landing = True
             return own(self._grad_memory())
-        return self._plan.pool.take(self.namespace, self.layout.shard_size, self.reduce_dtype)
+        return self._take_piece(self.reduce_dtype)
 
     def land(self, reduced: Array) -> None:
         """Add the shard of a reduced gradient to what there is of each parameter."""
@@ -183,10 +190,13 @@ class Flat:
             self._grad = memory
         return self._grad
 
-    def _take(self) -> Loan:
+    def _take(self, *, behind: bool = False) -> Loan:
         """Return memory for the whole, or for whole gradients, in the type of the computation."""
-        dtype = self._plan.precision.computed(self._dtype)
-        return self._plan.pool.take(self.namespace, self.layout.size, dtype)
+        take = self._plan.pool.take_behind if behind else self._plan.pool.take
+        return take(self.namespace, self.layout.size, self._plan.precision.computed(self._dtype))
+
+    def _take_piece(self, dtype: np.dtype) -> Loan:
+        return self._plan.pool.take(self.namespace, self.layout.shard_size, dtype)
 
     def _own_part(self) -> Array:
         """Return memory for the shard: a part of the whole that stays, if it can be."""

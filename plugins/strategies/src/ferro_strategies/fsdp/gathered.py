@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from ferro import Work
 
 from .flat import Flat
+from .memory import Loan
 
 
 class Gathered:
     """The parameters of a unit, whole; dropping it frees the memory."""
 
     def __init__(self, flats: Sequence[Flat]) -> None:
-        self._works: list[Work[object]] = []
+        # What is under way, and what is sent by it.
+        self._works: list[tuple[Work[object], Loan]] = []
+        self._is_filled = True
         self._flats = flats
         self._loans = [flat.lend() for flat in flats]
 
@@ -27,9 +30,10 @@ class Gathered:
 
     def wait(self) -> None:
         """Return when everything is there."""
-        for work in self._works:
+        for work, _ in self._works:
             work.wait()
         self._works = []
+        self._is_filled = True
 
     def open(self, *, backward: bool, defers: bool = False) -> None:
         """Let the parameters be whole: see `Flat.open`."""
@@ -43,8 +47,8 @@ class Gathered:
                 flat.close()
 
     def __del__(self) -> None:
-        if self._works:  # failed, or nobody waited: it may still come in
-            for loan in self._loans:
+        if not self._is_filled:  # failed, or nobody waited: it may still come in
+            for loan in (*self._loans, *(sent for _, sent in self._works)):
                 loan.forfeit()
 
 

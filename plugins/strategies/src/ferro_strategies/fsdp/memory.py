@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import ModuleType
 
 import numpy as np
@@ -18,19 +19,31 @@ class Loan:
         array: the memory, one-dimensional.
     """
 
-    __slots__ = ("_free", "_memory", "array")
+    __slots__ = ("__weakref__", "_free", "_memory", "array")
 
     def __init__(self, array: Array, memory: Array, free: list[Array]) -> None:
         self.array = array
-        self._memory = memory
+        self._memory: Array | None = memory
         self._free = free
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory there is to be passed on."""
+        return 0 if self._memory is None else int(self._memory.size)
+
+    def pass_on(self) -> Array:
+        """Give the memory away, in time for whoever comes next in its queue."""
+        memory, self._memory = self._memory, None
+        assert memory is not None, "memory is passed on once"
+        return memory
 
     def forfeit(self) -> None:
         """See that the memory is not used again: something may still write to it."""
         self._free = []
 
     def __del__(self) -> None:
-        self._free.append(self._memory)
+        if self._memory is not None:
+            self._free.append(self._memory)
 
 
 def own(array: Array) -> Loan:
@@ -51,6 +64,25 @@ class Pool:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self._free: dict[ModuleType, list[Array]] = {}
+        self._sent: weakref.WeakSet[Loan] = weakref.WeakSet()
+
+    def send(self, loan: Loan) -> None:
+        """Note that nobody needs this memory but the operation that has been queued last."""
+        # Launched on a device, an operation begins with a copy that is in no queue with others.
+        if namespace_of(loan.array) is np:
+            self._sent.add(loan)
+
+    def take_behind(self, xp: ModuleType, size: int, dtype: np.dtype) -> Loan:
+        """As `take`, but only for an operation that is queued behind those under way.
+
+        It may get memory that these are going to use, for by its turn they have ended.
+        """
+        sent = [loan for loan in self._sent if loan.nbytes >= size * dtype.itemsize > 0]
+        if xp is not np or not sent:
+            return self.take(xp, size, dtype)
+        memory = min(sent, key=lambda loan: loan.nbytes).pass_on()
+        array = memory[: size * dtype.itemsize].view(dtype)
+        return Loan(array, memory, self._free.setdefault(xp, []))
 
     def take(self, xp: ModuleType, size: int, dtype: np.dtype) -> Loan:
         """Return an uninitialised array of the namespace `xp`."""

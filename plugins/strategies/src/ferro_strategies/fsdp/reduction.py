@@ -42,6 +42,8 @@ class Reduction:
             self._work = plan.shards.reduce_scatter(
                 whole.array, "mean", out=self._piece.array, async_op=True, copy=False
             )
+            if not flat.whole_grad.keeps(whole):
+                plan.pool.send(whole)
         else:
             self._over_replicas()
 

@@ -21,13 +21,14 @@ class ShardingStrategy(StrEnum):
     everything on each rank of `replicas`; its gradients are reduced over `group`, then the pieces
     over `replicas`.
 
-    Memory. Beside pieces, FULL_SHARD needs that of four units at most, the largest ones, and keeps
-    it for the next pass. In the forward half two are in use: the unit that computes and the next
-    one. The last two stay between the halves, for the backward half begins with them; so they are
-    gathered once. In the backward half four are in use: two for parameters as before, one for the
-    gradient of the unit that computes, and one for that of the unit before, which is being
-    reduced. `prefetch=False` saves one. While other pullbacks are in flight, two more stay.
-    What is reduced on top of an earlier gradient takes a piece more.
+    Memory. Beside pieces, FULL_SHARD needs that of three units at most, the largest ones, and
+    keeps it for the next pass. In the forward half two are in use: the unit that computes and the
+    next one. The last two stay between the halves, for the backward half begins with them; so they
+    are gathered once. In the backward half the third is for the gradient of the unit that
+    computes: the next unit is gathered where the gradient of the one before is, for it comes after
+    its reduction. (So with NumPy; CuPy's arrays, which are in no queue, and a unit larger than the
+    one before take a fourth.) `prefetch=False` saves one. While other pullbacks are in flight, two
+    more stay. What is reduced on top of an earlier gradient takes a piece more.
     SHARD_GRAD_OP holds all units between the halves.
 
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter

@@ -73,6 +73,10 @@ class WholeGrad:
             self._loan = None
         return taken
 
+    def keeps(self, taken: Loan) -> bool:
+        """Say whether gradients that were taken lie where others are going to be added."""
+        return taken is self._loan
+
     def drop(self) -> None:
         """Forget what was added."""
         self._loan = None
