@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies import DDP
+from ferro_strategies import DDP, FSDP
 from ferro_strategies.nn import (
     BatchNorm,
     Conv2d,
@@ -18,6 +18,7 @@ from ferro_strategies.nn import (
     cross_entropy,
 )
 from ferro_strategies.optim import SGD, AdamW
+from ferro_strategies.tensor_parallel import ColumnParallelLinear
 
 SMALL = {"bucket_bytes": 256, "first_bucket_bytes": 64}
 
@@ -339,3 +340,18 @@ def test_a_second_wrapping_takes_the_gradients_from_the_first():
             pullback(y)
 
     simulate(run, 2)
+
+
+@pytest.mark.parametrize("wrap", [DDP, FSDP])
+def test_parameters_in_pieces_over_the_same_ranks_are_refused(wrap):
+    def run(group):
+        pair, column = group.split(group.rank // 2), group.split(group.rank % 2)
+        model = Sequential(ColumnParallelLinear(4, 6, pair, rng=0))
+        before = model.layers[0].weight.data.copy()
+        for wrong in (pair, group):
+            with pytest.raises(ferro.UsageError, match=r"'layers.0.weight' is in pieces over"):
+                wrap(model, wrong)
+        np.testing.assert_array_equal(model.layers[0].weight.data, before)
+        wrap(model, column)
+
+    simulate(run, 4)

@@ -8,13 +8,19 @@ import pytest
 import ferro
 from ferro_strategies.fsdp import FSDP, ShardingStrategy
 from ferro_strategies.nn import (
+    Attention,
     BatchNorm,
+    Conv2d,
+    Embedding,
+    LayerNorm,
     Linear,
     Module,
     Parameter,
     ReLU,
+    Residual,
     Sequential,
     Split,
+    Unembedding,
 )
 from ferro_strategies.optim import SGD, AdamW
 
@@ -326,3 +332,29 @@ def test_rows_and_columns_in_different_orders_are_told(turned):
             FSDP(build(), shards, sharding=ShardingStrategy.HYBRID_SHARD, replicas=replicas)
 
     simulate(run, 4)
+
+
+def test_a_model_in_pieces_prints_as_the_whole_does():
+    def make():
+        return Sequential(
+            *(Embedding(5, 4), Attention(4, 2), LayerNorm(4), Residual(Linear(4, 4))),
+            *(Unembedding(Embedding(5, 4)), Conv2d(1, 2, 3)),
+        )
+
+    def run(group):
+        return repr(shard(group, make(), units=[]))
+
+    assert repr(make()) in simulate(run, 2)[0]
+
+
+def test_every_linear_may_be_a_unit_also_inside_attention():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    expected = Attention(4, 2, rng=0)(x)
+
+    def run(group):
+        model = shard(
+            group, Attention(4, 2, rng=0), units=lambda _, module: isinstance(module, Linear)
+        )
+        np.testing.assert_array_equal(model(x), expected)
+
+    simulate(run, 2)

@@ -148,7 +148,7 @@ def test_gradients_that_stay_are_added_to():
 
     def run(group):
         model = shard(group)
-        with model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 backward(model, *batch(group.rank, step))
         return whole_grads(model)
@@ -163,7 +163,7 @@ def test_gradients_that_stay_are_added_to():
 def test_gradients_are_absent_afterwards_where_they_are_on_the_last_rank():
     def run(group):
         model = shard(group)
-        with model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
             backward(model, *batch(group.rank, 0))
             if group.rank == 1:
                 model.zero_grad()
@@ -196,7 +196,7 @@ def test_accumulation_and_flights_inside_join(sharding):
 
     def run(group):
         model = shard(group, sharding=sharding)
-        with model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 parts = [batch(group.rank, 3 * step + part) for part in range(3)]
                 with model.no_sync():
@@ -227,7 +227,7 @@ def test_evaluation_and_checkpointing_inside_join():
 
     def run(group):
         model = shard(group, checkpointed(), units=lambda _, module: isinstance(module, Linear))
-        with model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 model(batch(group.rank, step)[0])
                 backward(model, *batch(group.rank, step))
@@ -247,7 +247,7 @@ def test_buffers_are_those_of_a_rank_that_was_last():
         model = shard(
             group, Sequential(Linear(3, 2, dtype=np.float64), BatchNorm(2, dtype=np.float64))
         )
-        with model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 model.vjp(batch(group.rank, step)[0])[1](np.ones((4, 2)))
             mean = next(model.buffers()).data.copy()
@@ -280,22 +280,36 @@ def test_ranks_at_different_steps_are_told():
 def test_what_does_not_belong_inside_join_is_refused():
     def run(group):
         model = shard(group)
-        with model.join():
-            with pytest.raises(ferro.UsageError, match="inside join"), model.join():
+        with model.join(SGD(model.parameters(), lr=1.0)):
+            with (
+                pytest.raises(ferro.UsageError, match="inside join"),
+                model.join(SGD(model.parameters(), lr=1.0)),
+            ):
                 pass
             with pytest.raises(ferro.UsageError, match="not inside join"):
                 model.state_dict()
 
         def leaves_early():
-            with model.join(), model.no_sync():
+            with model.join(SGD(model.parameters(), lr=1.0)), model.no_sync():
                 backward(model, *batch(0, 0))
 
         with pytest.raises(ferro.UsageError, match="no_sync"):
             leaves_early()
         model.zero_grad()
-        with pytest.raises(KeyError), model.join():
+        with pytest.raises(KeyError), model.join(SGD(model.parameters(), lr=1.0)):
             raise KeyError
         return train(model, group.rank, 2)
 
     for result in simulate(run, 2):
         assert_same(result, train(build()))
+
+
+def test_training_without_the_optimizer_is_refused():
+    def run(group):
+        model = shard(group, Linear(4, 3))
+        with pytest.raises(ferro.UsageError, match=r"no optimizer is given"), model.join():
+            pass
+        with model.eval().join():
+            return model(np.ones((1, 4), np.float32)).shape
+
+    assert simulate(run, 2) == [(1, 3)] * 2

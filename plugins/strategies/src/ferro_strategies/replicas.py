@@ -16,7 +16,8 @@ def check_same(
     """Compare names, shapes and dtypes of the model, and the options, over all ranks.
 
     Raises:
-        UsageError: they differ; raised on every rank, with the first difference.
+        UsageError: they differ, or a parameter is in pieces over some of these ranks, which then
+            have different ones; raised on every rank, with the first fault.
     """
     mine = [f"the option {name}={value}" for name, value in options.items()]
     mine += [
@@ -28,7 +29,17 @@ def check_same(
         f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}"
         for name, buffer in module.named_buffers()
     ]
-    everyones: list[list[str]] = group.all_gather_object(mine)
+    told: list[tuple[list[str], list[str]]] = group.all_gather_object((_torn(module, group), mine))
+    for torn, _ in told:
+        if torn:
+            raise UsageError(
+                f"{strategy} on group {group.name!r}: parameter {torn[0]!r} is in pieces over "
+                "ranks of this group, so each has another piece, not a replica. Take another axis "
+                'of the mesh: DDP(model, mesh["dp"]). Nothing was changed.',
+                group=group.name,
+                rank=group.rank,
+            )
+    everyones = [lines for _, lines in told]
     longest = max(len(lines) for lines in everyones)
     for position in range(longest):
         said = [lines[position] if position < len(lines) else "nothing more" for lines in everyones]
@@ -70,3 +81,13 @@ def _broadcast_together(group: ProcessGroup, arrays: list[Array], root: int) -> 
     with group.coalesce() as calls:
         for array in arrays:
             calls.broadcast(array, root, out=array)
+
+
+def _torn(module: Module, group: ProcessGroup) -> list[str]:
+    """Name the parameters of which another rank of the group has another piece."""
+    others = {*group.global_ranks} - {group.global_ranks[group.rank]}
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if any(others & {*split.group.global_ranks} for split in parameter.splits)
+    ]

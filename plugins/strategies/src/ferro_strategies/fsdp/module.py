@@ -205,7 +205,8 @@ class FSDP(ShardedState):
         A rank that leaves the block goes on giving its pieces, and updates them as the others
         do, until all have left. Gradients are means over the ranks that contributed. Afterwards
         buffers are those of a rank that was last. Inside, clip by `model.clip_grad_norm`; other
-        collectives, also state dicts, and changes to gradients do not belong there.
+        collectives, also state dicts and the steps of a `LossScaler` with a group, and changes to
+        gradients do not belong there: ranks that have left would not take part.
 
         Args:
             optimizers: that step inside the block; of their settings, `lr` may change there.
@@ -213,11 +214,17 @@ class FSDP(ShardedState):
                 throughout, so that every batch has the same weight.
 
         Raises:
-            UsageError: ranks are at different steps (raised on every rank); or this rank leaves
-                with gradients that `no_sync` has accumulated.
+            UsageError: no optimizer is given in training; ranks are at different steps (raised
+                on every rank); or this rank leaves with gradients that `no_sync` has accumulated.
         """
         if self._passes.joining is not None:
             raise UsageError("FSDP.join: this model is inside join() already.")
+        if self.training and not optimizers:
+            raise UsageError(
+                "FSDP.join: no optimizer is given. A rank that has no more batches must go on "
+                "updating its pieces of the parameters: model.join(optimizer). (To evaluate "
+                "only, call model.eval() before.)"
+            )
         joining = Joining(
             self._passes,
             list(self.parameters()),

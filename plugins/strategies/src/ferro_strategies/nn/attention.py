@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arrays import Array, matmul, namespace_of, wide_dtype
-from .checks import check_dtype, check_input, check_positive
+from .checks import check_input, check_positive
 from .initial import Rng
 from .linear import Linear
 from .module import Module, Pullback
@@ -36,6 +36,7 @@ class Attention(Module):
         rng: generator or seed for the weights, drawn in the order of the attributes.
 
     Attributes:
+        dim: as given; so are num_heads, causal and bias.
         query: Linear, dim -> dim; so are the next.
         key: likewise.
         value: likewise.
@@ -59,8 +60,10 @@ class Attention(Module):
             raise UsageError(
                 f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}."
             )
+        self.dim = dim
         self.num_heads = num_heads
         self.causal = causal
+        self.bias = bias
         draws = np.random.default_rng(rng)
         self.query = Linear(dim, dim, bias, dtype=dtype, rng=draws)
         self.key = Linear(dim, dim, bias, dtype=dtype, rng=draws)
@@ -69,10 +72,8 @@ class Attention(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map (B, T, dim) to (B, T, dim), T at least 1."""
-        dim = self.query.weight.data.shape[0]
-        check_dtype(self, x, self.query.weight.data.dtype)
-        fits = x.ndim == 3 and x.shape[1] > 0 and x.shape[2] == dim
-        check_input(self, x, f"(B, T >= 1, {dim})", fits=fits)
+        fits = x.ndim == 3 and x.shape[1] > 0 and x.shape[2] == self.dim
+        check_input(self, x, f"(B, T >= 1, {self.dim})", fits=fits)
         (query, pull_query), (key, pull_key), (value, pull_value) = (
             part.vjp(x) for part in (self.query, self.key, self.value)
         )
@@ -90,9 +91,7 @@ class Attention(Module):
         return y, pullback
 
     def __repr__(self) -> str:
-        dim = self.query.weight.data.shape[0]
-        bias = self.query.bias is not None
-        return f"Attention({dim}, {self.num_heads}, causal={self.causal}, bias={bias})"
+        return f"Attention({self.dim}, {self.num_heads}, causal={self.causal}, bias={self.bias})"
 
 
 def attend(

@@ -27,6 +27,8 @@ class Conv2d(Module):
         rng: generator or seed for the weight.
 
     Attributes:
+        in_channels: as given.
+        out_channels: as given.
         weight: (out_channels, in_channels, kh, kw), He-uniform at first.
         bias: (out_channels,), zeros at first; None without.
     """
@@ -44,6 +46,8 @@ class Conv2d(Module):
         rng: Rng = None,
     ) -> None:
         check_positive("Conv2d", in_channels=in_channels, out_channels=out_channels)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
         self.windows = Windows(pair(kernel_size), pair(stride), pair(padding))
         self.windows.check("Conv2d")
         kh, kw = self.windows.kernel
@@ -108,7 +112,7 @@ class Conv2d(Module):
 
     def _check(self, x: Array) -> None:
         check_dtype(self, x, self.weight.data.dtype)
-        channels = self.weight.data.shape[1]
+        channels = self.in_channels
         (kh, kw), (ph, pw) = self.windows.kernel, self.windows.padding
         check_input(
             self,
@@ -118,9 +122,8 @@ class Conv2d(Module):
         )
 
     def __repr__(self) -> str:
-        outer, inner = self.weight.data.shape[:2]
         kernel, stride, padding = self.windows.kernel, self.windows.stride, self.windows.padding
         return (
-            f"Conv2d({inner}, {outer}, kernel_size={kernel}, stride={stride}, "
-            f"padding={padding}, bias={self.bias is not None})"
+            f"Conv2d({self.in_channels}, {self.out_channels}, kernel_size={kernel}, "
+            f"stride={stride}, padding={padding}, bias={self.bias is not None})"
         )

@@ -24,6 +24,8 @@ class Embedding(Module):
         rng: generator or seed for the table.
 
     Attributes:
+        num_embeddings: as given.
+        dim: as given.
         weight: (num_embeddings, dim), standard normal at first.
     """
 
@@ -36,6 +38,8 @@ class Embedding(Module):
         rng: Rng = None,
     ) -> None:
         check_positive("Embedding", num_embeddings=num_embeddings, dim=dim)
+        self.num_embeddings = num_embeddings
+        self.dim = dim
         table = np.random.default_rng(rng).standard_normal((num_embeddings, dim)).astype(dtype)
         self.weight = Parameter(table, name="weight")
 
@@ -69,5 +73,4 @@ class Embedding(Module):
         return weight.data[x], pullback
 
     def __repr__(self) -> str:
-        rows, dim = self.weight.data.shape
-        return f"Embedding({rows}, {dim})"
+        return f"Embedding({self.num_embeddings}, {self.dim})"

@@ -25,6 +25,7 @@ class LayerNorm(Module):
         dtype: of the parameters and of input and output.
 
     Attributes:
+        normalized_shape: as given, a tuple.
         weight: of `normalized_shape`, ones at first.
         bias: of `normalized_shape`, zeros at first.
 
@@ -40,6 +41,7 @@ class LayerNorm(Module):
     ) -> None:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         check_positive("LayerNorm", normalized_shape=min(shape, default=0))
+        self.normalized_shape = shape
         self.eps = eps
         self.weight = Parameter(np.ones(shape, dtype), name="weight")
         self.bias = Parameter(np.zeros(shape, dtype), name="bias")
@@ -86,7 +88,7 @@ class LayerNorm(Module):
         return lambda: sums
 
     def __repr__(self) -> str:
-        return f"LayerNorm({self.weight.data.shape}, eps={self.eps})"
+        return f"LayerNorm({self.normalized_shape}, eps={self.eps})"
 
 
 def _row_mean(a: Array, b: Array) -> Array:

@@ -21,6 +21,8 @@ class Linear(Module):
         rng: generator or seed for the weight.
 
     Attributes:
+        in_features: as given.
+        out_features: as given.
         weight: (in_features, out_features), He-uniform at first.
         bias: (out_features,), zeros at first; None without.
     """
@@ -35,6 +37,8 @@ class Linear(Module):
         rng: Rng = None,
     ) -> None:
         check_positive("Linear", in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
         weight = he_uniform((in_features, out_features), in_features, dtype, rng)
         self.weight = Parameter(weight, name="weight")
         self.bias = Parameter(np.zeros(out_features, dtype), name="bias") if bias else None
@@ -62,5 +66,5 @@ class Linear(Module):
         return y.reshape(*x.shape[:-1], outer), pullback
 
     def __repr__(self) -> str:
-        inner, outer = self.weight.data.shape
-        return f"Linear({inner}, {outer}, bias={self.bias is not None})"
+        bias = self.bias is not None
+        return f"Linear({self.in_features}, {self.out_features}, bias={bias})"

@@ -18,12 +18,16 @@ class Unembedding(Module):
         table: the embedding; its parameter is shared, and has the sum of both gradients.
 
     Attributes:
+        num_embeddings: the table's.
+        dim: the table's.
         weight: that of the table, (num_embeddings, dim).
 
     Source: Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017.
     """
 
     def __init__(self, table: Embedding) -> None:
+        self.num_embeddings = table.num_embeddings
+        self.dim = table.dim
         self.weight = table.weight
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
@@ -44,5 +48,4 @@ class Unembedding(Module):
         return y.reshape(*x.shape[:-1], words), pullback
 
     def __repr__(self) -> str:
-        words, dim = self.weight.data.shape
-        return f"Unembedding({words}, {dim})"
+        return f"Unembedding({self.num_embeddings}, {self.dim})"

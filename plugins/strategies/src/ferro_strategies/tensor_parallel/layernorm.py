@@ -58,5 +58,5 @@ class SequenceParallelLayerNorm(LayerNorm):
         return summed.wait
 
     def __repr__(self) -> str:
-        shape = self.weight.data.shape
+        shape = self.normalized_shape
         return f"SequenceParallelLayerNorm({shape}, {self.group!r}, eps={self.eps})"
