@@ -104,13 +104,15 @@ def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
     model = make_model(args)
     tp.parallelize(model, mesh["tp"], PARALLEL)
     pipe = mesh["pp"]
-    mine = np.array_split(np.arange(len(model.layers)), pipe.world_size)[pipe.rank]
-    stage: nn.Module = nn.Sequential(*(model.layers[index] for index in mine))
-    if args.fsdp:
-        stage = FSDP(stage, mesh["dp"], units=lambda _, module: isinstance(module, Block))
-    else:
-        stage = DDP(stage, mesh["dp"])
-    return Pipeline([stage], pipe, schedule=args.schedule, microbatches=args.microbatches)
+    parts = np.array_split(np.arange(len(model.layers)), pipe.world_size * args.stages_per_rank)
+    stages: list[nn.Module] = []
+    for part in parts[pipe.rank :: pipe.world_size]:  # stage s is on rank s % pp
+        stage = nn.Sequential(*(model.layers[index] for index in part))
+        if args.fsdp:
+            stages.append(FSDP(stage, mesh["dp"], units=lambda _, part: isinstance(part, Block)))
+        else:
+            stages.append(DDP(stage, mesh["dp"]))
+    return Pipeline(stages, pipe, schedule=args.schedule, microbatches=args.microbatches)
 
 
 def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,10 +196,11 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--dp", type=int, default=1, help="replicas, or shards with --fsdp")
-    add("--tp", type=int, default=1, help="ranks that share every matrix; divides the heads")
-    add("--pp", type=int, default=1, help="stages of layers")
+    add("--tp", type=int, default=1, help="ranks that share every matrix; at most --heads")
+    add("--pp", type=int, default=1, help="ranks that have some of the layers each")
     add("--fsdp", action="store_true", help="shard parameters over the --dp ranks")
     add("--schedule", default="1f1b", help="see `ferro show pipeline --help`")
+    add("--stages-per-rank", type=int, default=1, help="more than 1 for interleaved_1f1b")
     add("--microbatches", type=int, default=2)
     add("--steps", type=int, default=300)
     add("--batch", type=int, default=32, help="rows of a whole batch; a multiple of --dp")
@@ -215,17 +218,42 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def fault_of(args: argparse.Namespace, world_size: int) -> str | None:
+    """Return the first thing that is wrong with the options; None if nothing is."""
+    counts = ("dp", "tp", "pp", "stages_per_rank", "microbatches", "batch", "steps")
+    sizes = ("context", "dim", "heads", "blocks")
+    for name in (*counts, *sizes):
+        if getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')} must be at least 1"
+    ranks = args.dp * args.pp * args.tp
+    stages, layers = args.pp * args.stages_per_rank, args.blocks + 2
+    rules = [
+        (world_size == ranks, f"--dp x --pp x --tp is {ranks} ranks, not {world_size}: -n {ranks}"),
+        (args.batch % args.dp == 0, "--batch must be a multiple of --dp"),
+        (args.dim % args.heads == 0, "--dim must be a multiple of --heads"),
+        (args.tp <= args.heads, "--tp must be at most --heads"),
+        (stages <= layers, f"--pp x --stages-per-rank must be at most {layers}, --blocks and 2"),
+        (args.temperature > 0, "--temperature must be above 0"),
+    ]
+    return next((fault for holds, fault in rules if not holds), None)
+
+
 def main() -> None:
     args = parse()
     with ferro.init(args.backend) as group:
+        if fault := fault_of(args, group.world_size):
+            if group.rank == 0:
+                raise SystemExit(f"gpt.py: {fault}")
+            return
         mesh = DeviceMesh((args.dp, args.pp, args.tp), ("dp", "pp", "tp"), group)
         pipeline = make_pipeline(args, mesh)
         losses = train(args, pipeline, mesh)
         written = write(args, pipeline, mesh)
         if group.rank == 0:
             kind = "shards" if args.fsdp else "replicas"
+            stages = args.pp * args.stages_per_rank
             print(
-                f"{args.dp} {kind} x {args.pp} stages x {args.tp} pieces over "
+                f"{args.dp} {kind} x {stages} stages x {args.tp} pieces over "
                 f"{group.backend_name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
             )
             print(written)

@@ -19,6 +19,7 @@ from ferro_strategies.nn import (
     cross_entropy,
     mse_loss,
 )
+from ferro_strategies.optim import SGD, LossScaler
 
 LAYERS = {
     "linear": (lambda t: Linear(6, 4, dtype=t, rng=1), (5, 6)),
@@ -72,3 +73,22 @@ def test_products_that_overflow_are_infinite_without_a_warning():
     y, pullback = layer.vjp(np.full((1, 2), 2, np.float16))
     assert np.isinf(y).all()
     assert np.isinf(pullback(np.full((1, 1), 2, np.float16))).all()
+
+
+def test_gradients_may_overflow_without_a_warning():
+    """A step that a LossScaler skips is nothing out of the ordinary; warnings are errors here."""
+    half = {"dtype": np.float16}
+    block = Residual(Sequential(LayerNorm(8, **half), Attention(8, 2, rng=1, **half), GELU()))
+    model = Sequential(block, Linear(8, 4, rng=2, **half), ReLU())
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), LossScaler(initial_scale=2.0**100)
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float16)
+    y, pullback = model.vjp(x)
+    pullback(scaler.scale(mse_loss(y, np.zeros_like(y))[1]))
+    assert not scaler.step(optimizer)
+
+
+def test_overflow_in_wider_types_is_told():
+    model = Sequential(Linear(4, 4, bias=True, rng=0))
+    y, pullback = model.vjp(np.ones((2, 4), np.float32))
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        pullback(np.full_like(y, 3e38))

@@ -146,6 +146,16 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
         np.testing.assert_array_equal(array, before[name])
 
 
+def test_of_many_misfits_the_first_few_are_told():
+    model = Sequential(*(Linear(1, 1, rng=0) for _ in range(50)))
+    state = {f"model.{name}": array for name, array in model.state_dict().items()}
+    with pytest.raises(UsageError) as refused:
+        model.load_state_dict(state)
+    told = str(refused.value)
+    assert "'layers.1.bias'; and 96 more; unexpected 'model.layers.0.weight'; " in told
+    assert "'model.layers.1.bias'; and 96 more. Nothing was loaded." in told
+
+
 def test_a_deep_copy_keeps_sharing_within_and_shares_nothing_with_the_original():
     tree = Tree()
     twin = copy.deepcopy(tree)

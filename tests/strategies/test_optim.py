@@ -144,6 +144,13 @@ def test_restoring_keeps_the_trajectory():
         np.testing.assert_allclose(parameter.data, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_of_many_misfits_the_first_few_are_told():
+    optimizer = AdamW([Parameter(np.ones(2))])
+    state = optimizer.state_dict() | {f"layers.{i}.m": np.ones(2) for i in range(50)}
+    with pytest.raises(UsageError, match=r"'layers\.3\.m'; and 46 more\. Nothing was loaded"):
+        optimizer.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,7 +21,7 @@ def test_a_pipeline_shows_its_schedule(capsys, tmp_path):
     ("arguments", "message"),
     [
         ([], "what is to be shown? There is: pipeline"),
-        (["--help"], "There is: pipeline"),
+        (["--svg"], "There is: pipeline"),
         (["ddp"], "ddp draws nothing"),
         (["pipeline", "zigzag", "--stages=2", "--microbatches=2"], "zigzag"),
         (["pipeline", "1f1b", "--stages=2"], "--microbatches"),
@@ -32,6 +32,15 @@ def test_mistakes_are_one_line_that_says_what_there_is(capsys, arguments, messag
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_says_what_there_is(capsys, option):
+    assert main(["show", option]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("usage: ferro show NAME")
+    assert "There is: pipeline." in told.out
+    assert not told.err
 
 
 def test_what_is_not_installed_is_named(capsys):

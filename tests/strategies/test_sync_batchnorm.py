@@ -6,7 +6,7 @@ import pytest
 
 import ferro
 from ferro.testing import run_ranks
-from ferro_strategies import DDP
+from ferro_strategies import DDP, FSDP
 from ferro_strategies.nn import (
     BatchNorm,
     Conv2d,
@@ -320,11 +320,19 @@ def train_alone():
     return train(model, SGD(model.parameters(), lr=0.2, momentum=0.9))
 
 
-def train_replica(group):
+def wrap_in_ddp(model, group):
+    return DDP(model, group, bucket_bytes=256, first_bucket_bytes=64, broadcast_buffers=False)
+
+
+def train_replica(group, wrap=wrap_in_ddp, *, convert_first=True):
     model = make_model()
     optimizer = SGD(model.parameters(), lr=0.2, momentum=0.9)  # made before, valid after
-    convert_sync_batchnorm(model, group)
-    wrapped = DDP(model, group, bucket_bytes=256, first_bucket_bytes=64, broadcast_buffers=False)
+    if convert_first:
+        wrapped = wrap(convert_sync_batchnorm(model, group), group)
+    else:
+        wrapped = wrap(model, group)
+        assert convert_sync_batchnorm(wrapped, group) is wrapped
+    assert [type(module) for module in wrapped.modules()].count(SyncBatchNorm) == 3
     return train(wrapped, optimizer, group.rank, group.world_size)
 
 
@@ -340,6 +348,11 @@ def check_replicas(states):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_replicas_train_like_one_process(world_size):
     check_replicas(simulate(train_replica, world_size))
+
+
+@pytest.mark.parametrize("wrap", [wrap_in_ddp, FSDP])
+def test_conversion_may_come_after_wrapping(wrap):
+    check_replicas(simulate(lambda group: train_replica(group, wrap, convert_first=False), 2))
 
 
 def test_replicas_train_like_one_process_between_processes():

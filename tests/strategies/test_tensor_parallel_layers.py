@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies import nn
+from ferro_strategies import FSDP, DeviceMesh, nn
 from ferro_strategies import tensor_parallel as tp
 
 F64 = np.float64
@@ -431,6 +431,60 @@ def test_embedding_and_unembedding_share_one_table(ranks, sequence_parallel, def
         np.testing.assert_allclose(grad, table.weight.grad, rtol=1e-12, atol=1e-15)
 
 
+@RANKS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_pair_that_shares_its_table_does_so_in_pieces(ranks, sequence_parallel):
+    indices = np.random.default_rng(1).integers(0, 7, (2, 5))
+
+    def serial():
+        table = nn.Embedding(7, 4, dtype=F64, rng=0)
+        return nn.Sequential(table, nn.Unembedding(table))
+
+    def run(group):
+        option = {"sequence_parallel": sequence_parallel}
+        plan = {
+            "layers.0": partial(tp.ParallelEmbedding.from_serial, **option),
+            "layers.1": partial(tp.ParallelUnembedding.from_serial, **option),
+        }
+        model = tp.parallelize(serial(), group, plan)
+        assert model.layers[1].weight is model.layers[0].weight
+        scores, pullback = model.vjp(indices)
+        loss, grad = tp.vocab_parallel_cross_entropy(scores, indices, group)
+        pullback(grad)
+        [(name, parameter)] = model.named_parameters()
+        return loss, tp.full_state_dict(model, {name: parameter.grad})[name]
+
+    expected = serial()
+    scores, pullback = expected.vjp(indices)
+    loss, grad = nn.cross_entropy(scores, indices)
+    pullback(grad)
+    for my_loss, my_grad in simulate(run, ranks):
+        assert my_loss == pytest.approx(loss, rel=1e-12)
+        np.testing.assert_allclose(my_grad, expected.layers[0].weight.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_model_in_pieces_of_pieces_loads_the_whole_state():
+    def model(group):
+        return tp.parallelize(
+            nn.Sequential(nn.Linear(4, 5, dtype=F64, rng=0), nn.LayerNorm(5, dtype=F64)),
+            group,
+            {"layers.0": partial(COLUMN.from_serial, gather_output=True)},
+        )
+
+    def run(group):
+        mesh = DeviceMesh((2, 2), ("dp", "tp"), group)
+        sharded = FSDP(model(mesh["tp"]), mesh["dp"])
+        whole = tp.full_state_dict(sharded, sharded.full_state_dict())
+        changed = {name: value + 1 for name, value in whole.items()}
+        tp.load_full_state_dict(sharded, changed, sharded.full_state_dict())
+        loaded = tp.full_state_dict(sharded, sharded.full_state_dict())
+        for name, value in changed.items():
+            np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+        return whole["layers.0.weight"].shape
+
+    assert simulate(run, 4) == [(4, 5)] * 4
+
+
 def test_a_layer_within_a_checkpoint_is_replaced_by_its_name():
     def run(group):
         model = nn.Sequential(nn.Checkpoint(nn.Linear(4, 4, rng=0)))
@@ -449,6 +503,8 @@ def test_pieces_of_a_sharded_model_come_from_its_own_state():
         layer.weight.splits += (nn.Split(group=group, dim=None),)
         with pytest.raises(ferro.UsageError, match=r"'weight' is also cut as one flat row.*local"):
             tp.full_state_dict(layer)
+        with pytest.raises(ferro.UsageError, match=r"Pass local=.*FSDP.*full_state_dict\(\)"):
+            tp.load_full_state_dict(layer, whole.state_dict())
         with pytest.raises(ferro.UsageError, match="local state lacks parameter 'bias'"):
             tp.full_state_dict(layer, {"weight": pieces["weight"]})
         full = tp.full_state_dict(layer, pieces)
@@ -501,6 +557,12 @@ def tied_model():
     model = nn.Sequential(nn.Linear(3, 3, rng=0), nn.Linear(3, 3, rng=0))
     model.layers[1].weight = model.layers[0].weight
     return model
+
+
+def tied_attention():
+    attention, linear = nn.Attention(4, 2, rng=0), nn.Linear(4, 4, rng=1)
+    linear.weight = attention.query.weight
+    return nn.Sequential(attention, linear)
 
 
 COLUMN = tp.ColumnParallelLinear
@@ -621,9 +683,31 @@ REFUSED = {
         ),
         r"no module is called like \['head'\]. There are: layers.0",
     ),
+    "plan among many": (
+        lambda group: tp.parallelize(
+            nn.Sequential(*[nn.ReLU() for _ in range(50)]), group, {"head": COLUMN.from_serial}
+        ),
+        r"There are: layers.0, layers.1, layers.2, layers.3, and 46 more\.",
+    ),
     "tied": (
         lambda group: tp.parallelize(tied_model(), group, {"layers.1": COLUMN.from_serial}),
         "'layers.1' and 'layers.0' share parameter 'weight'.*ParallelUnembedding",
+    ),
+    "tied and cut differently": (
+        lambda group: tp.parallelize(
+            tied_model(),
+            group,
+            {"layers.0": COLUMN.from_serial, "layers.1": tp.RowParallelLinear.from_serial},
+        ),
+        "'layers.1' shares parameter 'weight' with another layer.*do not cut it alike",
+    ),
+    "tied below": (
+        lambda group: tp.parallelize(
+            tied_attention(),
+            group,
+            {"layers.0": tp.ParallelAttention.from_serial, "layers.1": COLUMN.from_serial},
+        ),
+        "'layers.1' and 'layers.0.query' share parameter 'weight'",
     ),
 }
 

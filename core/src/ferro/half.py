@@ -55,9 +55,16 @@ def reduce_halves(function: np.ufunc, operands: Sequence[Array], out: Array, div
         out: takes the result; it may be one of the operands.
         divisor: what the result is divided by before it is rounded.
     """
-    if out.size <= _FEW or not isinstance(out, np.ndarray):
-        _reduce_whole(function, operands, out, divisor)
-        return
+    # Infinities, and what becomes of their differences, are results as others are.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if out.size <= _FEW or not isinstance(out, np.ndarray):
+            _reduce_whole(function, operands, out, divisor)
+        else:
+            _reduce_blocks(function, operands, out, divisor)
+
+
+def _reduce_blocks(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
+    """Reduce block by block, in memory that stays in the caches."""
     widen, narrow = (_widen, _narrow) if out.dtype == np.float16 else (_cast, _cast)
     for start in range(0, out.size, _BLOCK):
         block = slice(start, start + _BLOCK)

@@ -117,8 +117,8 @@ def convert_sync_batchnorm(module: Module, group: ProcessGroup) -> Module:
     what is returned is another one.
 
     Args:
-        module: the model, before it is wrapped in a strategy; classes derived from BatchNorm
-            are left as they are.
+        module: the model, before or after it is wrapped in a strategy; classes derived from
+            BatchNorm are left as they are.
         group: the ranks whose batches make one.
     """
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from ferro import ProcessGroup, UsageError
 
 from ..flights import Flight, Flights
-from ..nn.arrays import Array
+from ..nn.arrays import Array, quiet_overflow
 from ..nn.module import Module, Pullback
 from ..replicas import broadcast_arrays, check_same
 from ..rollcall import JOINED, RollCall
@@ -140,7 +140,8 @@ class DDP(Module):
             self._reducer.expect()
 
         def pullback(grad_y: Array) -> Array | None:
-            return self._run(flight, grad_y)
+            with quiet_overflow(grad_y.dtype):
+                return self._run(flight, grad_y)
 
         return y, pullback
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array
+from ..nn.arrays import Array, quiet_overflow
 from ..nn.module import Module, Pullback, replace_modules
 from ..optim import Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
@@ -133,7 +133,8 @@ class FSDP(ShardedState):
         inner, outer = y.dtype, x.dtype
 
         def pullback(grad_y: Array) -> Array | None:
-            grad_x = pull(grad_y.astype(inner, copy=False))
+            with quiet_overflow(inner):
+                grad_x = pull(grad_y.astype(inner, copy=False))
             return None if grad_x is None else grad_x.astype(outer, copy=False)
 
         return precision.cast_output(y), pullback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -40,6 +41,17 @@ def wide_dtype(dtype: npt.DTypeLike) -> np.dtype:
     return np.promote_types(dtype, np.float32)
 
 
+def quiet_overflow(dtype: npt.DTypeLike) -> AbstractContextManager[object]:
+    """Return a context in which NumPy does not warn of overflow, if `dtype` is half precision.
+
+    Gradients in half precision overflow in the normal course: a LossScaler finds it in those of
+    the parameters, and skips the step. In wider types it is news.
+    """
+    if wide_dtype(dtype) == dtype:
+        return nullcontext()
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
     """Multiply two matrices of one dtype; the product has it, too.
 
@@ -56,8 +68,7 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
     if xp is not np or wide == a.dtype:
         product: Array = xp.matmul(a, b, out=out)
         return product
-    # Overflow is what a LossScaler looks for in the gradients afterwards: no news.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with quiet_overflow(a.dtype):
         product = np.matmul(a.astype(wide), b.astype(wide))
         if out is None:
             return product.astype(a.dtype)

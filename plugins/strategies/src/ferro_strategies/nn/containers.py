@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import UsageError
 
-from .arrays import Array
+from .arrays import Array, quiet_overflow
 from .checks import check_input
 from .module import Module, Pullback
 
@@ -36,8 +36,9 @@ class Sequential(Module):
                     f"{self!r}: this pullback has been run. Call vjp again for another."
                 )
             grad: Array | None = grad_y
-            while pullbacks and grad is not None:
-                grad = pullbacks.pop()(grad)
+            with quiet_overflow(grad_y.dtype):
+                while pullbacks and grad is not None:
+                    grad = pullbacks.pop()(grad)
             return grad
 
         return x, pullback
@@ -64,9 +65,10 @@ class Residual(Module):
         self._check(x, inner)
 
         def pullback(grad_y: Array) -> Array:
-            grad = pull_inner(grad_y)
-            # A sum of its own: either term may be shared with others.
-            return grad_y if grad is None else grad_y + grad
+            with quiet_overflow(grad_y.dtype):
+                grad = pull_inner(grad_y)
+                # A sum of its own: either term may be shared with others.
+                return grad_y if grad is None else grad_y + grad
 
         return x + inner, pullback
 

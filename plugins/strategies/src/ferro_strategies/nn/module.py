@@ -11,6 +11,7 @@ from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
 from .buffer import Buffer
+from .listing import first_few
 from .parameter import Parameter
 
 # From the output's gradient to the input's; None where the input has none, such as indices.
@@ -103,19 +104,21 @@ class Module(ABC):
         """Copy the arrays of `state` into the parameters and buffers, in place.
 
         Raises:
-            UsageError: a name is missing or unexpected, or a shape or dtype differs; all of
-                these are listed, and nothing was changed.
+            UsageError: a name is missing or unexpected, or a shape or dtype differs; the first
+                few of each are listed, and nothing was changed.
         """
         own = dict(_state(self))
-        faults = [f"missing {name!r}" for name in own if name not in state]
-        faults += [f"unexpected {name!r}" for name in state if name not in own]
+        missing = [f"missing {name!r}" for name in own if name not in state]
+        unexpected = [f"unexpected {name!r}" for name in state if name not in own]
+        unlike = []
         for name, holder in own.items():
             if name in state:
                 here, there = holder.data, state[name]
                 if (here.shape, here.dtype) != (there.shape, there.dtype):
-                    faults.append(
+                    unlike.append(
                         f"{name!r} is {here.dtype} {here.shape}, given {there.dtype} {there.shape}"
                     )
+        faults = [*first_few(missing), *first_few(unexpected), *first_few(unlike)]
         if faults:
             raise UsageError(
                 f"load_state_dict: the state does not fit {type(self).__name__}: "

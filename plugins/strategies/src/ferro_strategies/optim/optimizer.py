@@ -10,6 +10,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of
+from ..nn.listing import first_few
 from ..nn.parameter import Parameter
 
 # Elements updated at a time. On a CPU the handful of arrays stays in cache from one operation to
@@ -84,8 +85,8 @@ class Optimizer(ABC):
         """Restore what `state_dict` gave, into an optimizer of as many like parameters.
 
         Raises:
-            UsageError: a name is missing or unexpected, or a shape or dtype differs; all of
-                these are listed, and nothing was changed.
+            UsageError: a name is missing or unexpected, or a shape or dtype differs; the first
+                few of these are listed, and nothing was changed.
         """
         rest, faults = dict(state), []
         lr = rest.pop("lr", None)
@@ -110,7 +111,8 @@ class Optimizer(ABC):
                 else:
                     here[...] = namespace_of(here).asarray(there)
                     loaded[index][name] = here
-        faults += [f"unexpected {name!r}" for name in rest]
+        unexpected = [f"unexpected {name!r}" for name in rest]
+        faults = [*first_few(faults), *first_few(unexpected)]
         if faults or lr is None:
             raise UsageError(
                 f"load_state_dict: the state does not fit this {type(self).__name__} of "

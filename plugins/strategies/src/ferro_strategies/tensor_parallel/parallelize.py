@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from ferro import ProcessGroup, UsageError
 
+from ..nn.listing import first_few
 from ..nn.module import Module, replace_modules
 from ..nn.parameter import Parameter
 
@@ -26,6 +27,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         })
 
     All ranks call it, with equal models. Make the optimizer afterwards: the parameters are new.
+    What an Embedding and its Unembedding share they share afterwards, where both are replaced.
 
     Args:
         module: a serial model.
@@ -35,7 +37,8 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
 
     Raises:
         UsageError: a pattern matches nothing, or a layer to be replaced shares a parameter with
-            one that is not (nothing was changed); or a layer cannot be converted.
+            one that is not (nothing was changed); or a layer cannot be converted, or layers that
+            share a parameter would cut it differently.
     """
     chosen: dict[int, Convert] = {}
     unused = set(plan)
@@ -46,31 +49,69 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         if matching:
             unused.difference_update(matching)
             chosen[id(layer)] = plan[matching[0]]
-            _check_own(module, name, layer)
     if unused:
-        names = ", ".join(name for name, _ in module.named_modules() if name)
+        names = ", ".join(first_few([name for name, _ in module.named_modules() if name]))
         raise UsageError(
             f"parallelize: no module is called like {sorted(unused)}. There are: {names}."
         )
+    for name, layer in module.named_modules():
+        if id(layer) in chosen:
+            _check_own(module, name, layer, chosen)
+    pieces: dict[int, Parameter | None] = {}
 
-    def replacement(_: str, layer: Module) -> Module:
+    def replacement(name: str, layer: Module) -> Module:
         convert = chosen.get(id(layer))
-        return layer if convert is None else convert(layer, group)
+        if convert is None:
+            return layer
+        made = convert(layer, group)
+        _share_again(name, layer, made, pieces)
+        return made
 
     return replace_modules(module, replacement)
 
 
-def _check_own(root: Module, name: str, layer: Module) -> None:
-    """See that nothing outside `layer` has its parameters, which would be torn apart."""
+def _check_own(root: Module, name: str, layer: Module, chosen: Container[int]) -> None:
+    """See that nobody outside `layer` has its parameters, but layers that are replaced, too."""
     inside = {id(item) for item in layer.modules()}
-    own = {id(parameter): parameter for parameter in layer.parameters()}
+    own = {id(parameter) for parameter in layer.parameters()}
     for other_name, other in root.named_modules():
-        if id(other) in inside:
+        if id(other) in inside or id(other) in chosen:
             continue
-        for held in vars(other).values():
-            if isinstance(held, Parameter) and id(held) in own:
+        for held in _held(other).values():
+            if id(held) in own:
                 raise UsageError(
                     f"parallelize: {name!r} and {other_name!r} share parameter {held.name!r}; in "
-                    "pieces of its own it would no longer be shared. Leave both out of the plan, "
-                    "and put ParallelEmbedding and ParallelUnembedding there, which share theirs."
+                    "pieces of its own it would no longer be shared. Put both into the plan, or "
+                    "neither: for an Embedding and its Unembedding, ParallelEmbedding.from_serial "
+                    "and ParallelUnembedding.from_serial."
                 )
+
+
+def _share_again(
+    name: str, layer: Module, made: Module, pieces: dict[int, Parameter | None]
+) -> None:
+    """Let what was made hold the pieces that an earlier layer with the same parameter has.
+
+    Args:
+        name: the qualified name.
+        layer: the serial layer.
+        made: the parallel one.
+        pieces: by the identity of a serial parameter, the piece made first; completed here.
+    """
+    for key, whole in _held(layer).items():
+        piece = _held(made).get(key)
+        if id(whole) not in pieces:
+            pieces[id(whole)] = piece
+            continue
+        first = pieces[id(whole)]
+        if first is None or piece is None or first.splits != piece.splits:
+            raise UsageError(
+                f"parallelize: {name!r} shares parameter {whole.name!r} with another layer, and "
+                "the parallel layers do not cut it alike. Leave both out of the plan."
+            )
+        setattr(made, key, first)
+
+
+def _held(layer: Module) -> dict[str, Parameter]:
+    """Return the parameters that are a layer's own attributes."""
+    return {key: value for key, value in vars(layer).items() if isinstance(value, Parameter)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ferro import UsageError
 
 from ..nn.arrays import Array
+from ..nn.listing import first_few
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from ..nn.split import Split
@@ -72,21 +73,28 @@ def local_state_dict(
     if faults:
         raise UsageError(
             f"local_state_dict: the state does not fit {type(module).__name__}: "
-            f"{'; '.join(faults)}. Nothing was loaded."
+            f"{'; '.join(first_few(faults))}. Nothing was loaded."
         )
     return pieces
 
 
-def load_full_state_dict(module: Module, state: Mapping[str, Array]) -> None:
+def load_full_state_dict(
+    module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None
+) -> None:
     """Copy this rank's pieces of the serial module's state into the parameters, in place.
 
     All ranks call it, with the same state.
 
+    Args:
+        module: with tensor-parallel layers; its `load_state_dict` takes arrays like `local`.
+        state: as from `full_state_dict`, or from the serial module.
+        local: see `full_state_dict`; its shapes say how much each rank has.
+
     Raises:
-        UsageError: a name is missing or unexpected, or a shape or dtype differs; nothing was
-            changed.
+        UsageError: `local` is needed; or a name is missing or unexpected, or a shape or dtype
+            differs; nothing was changed.
     """
-    module.load_state_dict(local_state_dict(module, state))
+    module.load_state_dict(local_state_dict(module, state, local))
 
 
 def _cuts(parameter: Parameter) -> list[tuple[Split, int]]:
@@ -97,9 +105,9 @@ def _local_state(module: Module, local: Mapping[str, Array] | None) -> Mapping[s
     for name, parameter in module.named_parameters():
         if local is None and any(split.dim is None for split in parameter.splits):
             raise UsageError(
-                f"parameter {name!r} is also cut as one flat row, so module.state_dict() has no "
-                "array of its shape. Pass local=, the state that its strategy puts together: "
-                "for FSDP, module.full_state_dict()."
+                f"parameter {name!r} is also cut as one flat row, so module.state_dict() may have "
+                "no array of its shape. Pass local=, the state that the strategy which cut it "
+                "puts together: for an FSDP model, local=model.full_state_dict()."
             )
         if local is not None and name not in local:
             raise UsageError(f"the local state lacks parameter {name!r}.")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from ferro import ProcessGroup
+
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
+from ..nn.unembedding import Unembedding
 from ..nn.use import Use
+from ..parts import even_sizes
 from .column import check_positions, column_products
 from .embedding import ParallelEmbedding
+from .pieces import check_layer, check_sizes, piece_of
 
 
 class ParallelUnembedding(Module):
@@ -15,6 +20,7 @@ class ParallelUnembedding(Module):
         table = ParallelEmbedding(words, dim, group, rng=seed)
         model = Sequential(table, *blocks, ParallelUnembedding(table))
 
+    `parallelize` makes the pair of an Embedding and an Unembedding, both in the plan.
     Both layers have one parameter, in pieces along the words; its gradient is the sum of theirs.
     The scores are those of a ColumnParallelLinear, so for `vocab_parallel_cross_entropy`.
 
@@ -33,6 +39,29 @@ class ParallelUnembedding(Module):
         self.weight = table.weight
         self.group = table.group
         self.sequence_parallel = sequence_parallel
+
+    @classmethod
+    def from_serial(
+        cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
+    ) -> ParallelUnembedding:
+        """Take this rank's words of an Unembedding that all ranks have; all call it.
+
+        By itself it has a piece of its own; `parallelize` lets it share that of the table.
+
+        Raises:
+            UsageError: it is no Unembedding, differs between ranks, or has too few words.
+        """
+        options = {"sequence_parallel": sequence_parallel}
+        whole = check_layer(cls, layer, Unembedding, group, options)
+        words = whole.weight.data.shape[0]
+        sizes = even_sizes(words, group.world_size)
+        check_sizes(cls, "words", words, sizes, group)
+        made = cls.__new__(cls)
+        made.training = whole.training
+        made.weight = piece_of(whole.weight, group, 0, sizes)
+        made.group = group
+        made.sequence_parallel = sequence_parallel
+        return made
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map (..., dim) to this rank's (..., words)."""
