@@ -1,11 +1,13 @@
 """When one rank fails, all learn where and why, soon, and none goes on with half a step."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import ferro
 from ferro.simulated import Fault
-from ferro_strategies.nn import Linear, Module, cross_entropy, mse_loss
+from ferro_strategies.nn import Linear, Module, Sequential, cross_entropy, mse_loss
 from ferro_strategies.pipeline import Action, Kind, Pipeline, PipelineSchedule
 
 from .pipeline_models import batch, make_stages, share, simulate
@@ -88,7 +90,8 @@ def test_two_failures_are_both_told():
 
 BATCHES = {
     "got None. Pass them": (None, np.zeros((4, 1))),
-    "sequence of 3 arrays, and the pipeline takes 2": ([np.zeros((1, 1))] * 3, np.zeros((4, 1))),
+    "sequence of 3 arrays, where microbatches=2. Pass one array for each, or one to be cut; or, "
+    "on every rank, microbatches=3": ([np.zeros((1, 1))] * 3, np.zeros((4, 1))),
     "single number": (np.zeros(()), np.zeros((4, 1))),
     "expected a NumPy or CuPy array, got builtins.str": ("text", np.zeros((4, 1))),
 }
@@ -154,6 +157,9 @@ def test_a_rank_that_dies_leaves_nobody_waiting(victim, after):
     )
     for rank, error in enumerate(errors):
         assert isinstance(error, ferro.FerroError) == (rank != victim)
+        if isinstance(error, ferro.PeerLost):
+            assert (error.group, error.rank, error.peer) == ("world", rank, victim)
+            assert f"ead rank {victim}'s log first" in str(error)
 
 
 def test_forward_fails_like_a_step():
@@ -172,19 +178,31 @@ def test_forward_fails_like_a_step():
             assert "Pipeline.forward on group 'world' failed on rank 1" in str(error)
 
 
-@pytest.mark.parametrize("counts", [(1, 2), (2, 1)])
-def test_ranks_that_disagree_on_a_forward_pass_are_told(counts):
-    inputs, _ = batch(rows=4)
+CALLS = {
+    "step": lambda pipeline: pipeline.step(*batch(rows=8), cross_entropy),
+    "forward 1": lambda pipeline: pipeline.forward(batch(rows=8)[0]),
+    "forward 2": lambda pipeline: pipeline.forward(batch(rows=8)[0], microbatches=2),
+}
 
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("usual", "odd"), [*itertools.permutations(CALLS, 2)])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_in_different_calls_learn_so_at_once(schedule, usual, odd, rank):
     def run(group):
-        pipeline = Pipeline(share(make_stages(2), group), group, microbatches=2)
-        for _ in range(2):
-            pipeline.forward(inputs, microbatches=counts[group.rank])
+        pipeline = Pipeline(share(make_stages(6), group), group, schedule=schedule, microbatches=4)
+        return failing(lambda: CALLS[odd if group.rank == rank else usual](pipeline))
 
-    with pytest.raises(ferro.FerroError) as caught:
-        ferro.simulate(run, 2, timeout_s=0.3, run_timeout_s=20)
-    if counts == (2, 1):
-        assert "sent microbatch 1 where the inputs of stage 1" in str(caught.value)
+    words = {
+        "step": "Pipeline.step with microbatches=4",
+        "forward 1": "Pipeline.forward with microbatches=1",
+        "forward 2": "Pipeline.forward with microbatches=2",
+    }
+    for error in simulate(run, 3):  # none of them waits for its deadline
+        assert not isinstance(error, TimeoutError)
+        assert words[usual] in str(error)
+        assert words[odd] in str(error)
+        assert "in the same order, with the same number of microbatches" in str(error)
 
 
 # -- construction ---------------------------------------------------------------------------------
@@ -228,8 +246,17 @@ def test_ranks_that_do_not_fit_are_refused_together(message):
 
 
 STAGES = {
-    "ranks differ in the ranks of the stages": lambda r: [Linear(2, 2) for _ in range(1 + r)],
-    "stages_per_rank must be 1 or more": lambda r: [],
+    r"number of stages: rank 0 has 1, rank 1 has 2\. Give .* rank\. Nothing was changed\.": (
+        lambda r: [Linear(2, 2) for _ in range(1 + r)]
+    ),
+    r"the list of stages is empty\. Give every rank one or more\.": lambda r: [],
+    r"the list of stages is empty\. Give every rank one or more\.( Nothing was changed\.)?$": (
+        lambda r: [Linear(2, 2)] * r
+    ),
+    r"the stages are a Linear, not a list\. Pass \[stage\]": lambda r: Linear(2, 2),
+    r"the stages are a Sequential, not a list": (
+        lambda r: Sequential(Linear(2, 2)) if r else [Linear(2, 2)]
+    ),
     "a stage is a float, not a Module": lambda r: [1.5],
     "one module is given for two stages": lambda r: [Linear(2, 2)] * 2,
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import Linear, Module, Parameter, Sequential, cross_entropy
+from ferro_strategies.nn import Linear, Module, Parameter, Sequential, cross_entropy, mse_loss
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Pipeline
 
@@ -128,6 +128,24 @@ def test_copies_without_gradient_count_as_zero():
     for rank, grads in enumerate(simulate(run, 2)):
         np.testing.assert_array_equal(grads[f"{rank}.a"], [1.0, 1.0])
         np.testing.assert_array_equal(grads[f"{rank}.b"], [1.0, 1.0])
+
+
+def test_in_one_stage_there_is_nothing_to_tie():
+    """{0: …, stages - 1: …} is then a dict of one."""
+
+    def run(group):
+        stage = Linear(2, 2, dtype=np.float64, rng=0)
+        x = np.ones((2, 2))
+        y, pullback = stage.vjp(x)
+        pullback(mse_loss(y, x)[1])
+        expected = stage.weight.grad.copy()
+        stage.zero_grad()
+        pipeline = Pipeline([stage], group, microbatches=1, ties=[{0: "weight"}])
+        pipeline.step(x, x, mse_loss)
+        np.testing.assert_array_equal(stage.weight.grad, expected)
+        return True
+
+    assert simulate(run, 1) == [True]
 
 
 FAULTS = {

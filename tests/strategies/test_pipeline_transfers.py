@@ -9,6 +9,7 @@ import pytest
 import ferro
 from ferro_strategies.nn import Linear, Module, mse_loss
 from ferro_strategies.pipeline import Kind, Pipeline, build
+from ferro_strategies.pipeline.call import FORWARD, STEP, Call
 from ferro_strategies.pipeline.header import HEADER_BYTES
 from ferro_strategies.pipeline.line import Line
 from ferro_strategies.pipeline.routes import Route, plan_of, routes
@@ -17,6 +18,7 @@ from ferro_strategies.pipeline.transfers import Receiver, Sender, Stopped
 from .pipeline_models import simulate
 
 ROUTE = Route(kind=Kind.FORWARD, stage=1, source=0, target=1, order=(2, 0, 1))
+CALL = Call(STEP, 3)
 
 
 def exchange(sending, receiving):
@@ -24,11 +26,11 @@ def exchange(sending, receiving):
 
     def run(group):
         if group.rank == 0:
-            sender = Sender(ROUTE, Line(group))
+            sender = Sender(ROUTE, Line(group, "world"), CALL)
             sending(sender)
             sender.finish()
             return None
-        return receiving(Receiver(ROUTE, Line(group)))
+        return receiving(Receiver(ROUTE, Line(group, "world"), CALL))
 
     return simulate(run, 2)[1]
 
@@ -80,6 +82,28 @@ def test_another_microbatch_than_expected_is_refused():
     assert exchange(lambda sender: sender.send(1, np.zeros(0)), receive)
 
 
+def test_a_sender_in_another_call_is_known_by_its_first_message():
+    """And what it sends is taken all the same, however much that is."""
+
+    def run(group):
+        line = Line(group, "pp")
+        if group.rank == 0:
+            longer = Route(kind=Kind.FORWARD, stage=1, source=0, target=1, order=tuple(range(5)))
+            sender = Sender(longer, line, Call(FORWARD, 5))
+            for microbatch in longer.order:
+                sender.send(microbatch, np.ones(1000))
+            sender.finish()
+            return True
+        receiver = Receiver(ROUTE, line, CALL)
+        with pytest.raises(ferro.CollectiveMismatch) as caught:
+            receiver.take(2)
+        receiver.drain()
+        told = "rank 0 called Pipeline.forward with microbatches=5, rank 1 Pipeline.step with "
+        return f"{told}microbatches=3" in str(caught.value), receiver.other_call
+
+    assert simulate(run, 2) == [True, (True, Call(FORWARD, 5))]
+
+
 class Sizes:
     """An observer that notes the size of each message sent on rank 0."""
 
@@ -112,7 +136,7 @@ def test_once_its_size_is_known_an_array_is_one_message():
 def test_receives_start_before_they_are_needed_and_not_long_before(name):
     schedule = build(name, ranks=3, stages_per_rank=2, microbatches=5)
     for rank in range(3):
-        plan = plan_of(schedule, rank)
+        plan = plan_of(schedule, rank, STEP)
         remote = {route.key for route in plan.incoming}
         due = {a: p for p, a in enumerate(plan.actions) if (a.kind, a.stage) in remote}
         asked = {a: p for p, actions in enumerate(plan.asks) for a in actions}

@@ -19,7 +19,8 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
     Call it between the pullback and the step, on every rank. A parameter that is split over
     ranks (`Parameter.splits`) counts with all its pieces, and every parameter once: the norm is
-    that of one process. Nothing is communicated where nothing is split.
+    that of one process. Nothing is communicated where nothing is split. Of a pipeline's parameters
+    it sees only those of this rank's stages: call `Pipeline.clip_grad_norm` there.
 
     Args:
         parameters: those without gradient count as zero; the same ones on all ranks.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ferro import FerroError, ProcessGroup
+from ferro import CollectiveTimeout, FerroError, ProcessGroup
 
 from .transfers import Stopped
 
@@ -47,6 +47,7 @@ def agree(
 
     Raises:
         Exception: as this rank's attempt raised it, with a note where.
+        CollectiveTimeout: a rank did not come to the end; names it.
         FerroError: the attempt failed on other ranks; it names the first of them, and where.
     """
     failure: Failure | None = None
@@ -60,7 +61,9 @@ def agree(
         if not failed:
             return float(total)
         stories: list[str] = group.all_gather_object("" if failure is None else failure.story)
-    except FerroError:
+    except FerroError as end:
+        if isinstance(end, CollectiveTimeout) and end.missing and _waited(group, failure):
+            raise _absence(group, op, place(), end) from (failure.error if failure else end)
         if failure is None or not failure.story:
             raise
         stories = []  # the group is dead; what this rank met says more
@@ -75,4 +78,31 @@ def agree(
         group=group.name,
         rank=group.rank,
         peer=culprit,
+    )
+
+
+def _waited(group: ProcessGroup, failure: Failure | None) -> bool:
+    """Say whether this rank did nothing worse than to wait for others."""
+    if failure is None or not failure.story:
+        return True
+    # A stage's own collective, on another group, tells more by its own error.
+    return isinstance(failure.error, CollectiveTimeout) and failure.error.group == group.name
+
+
+def _absence(group: ProcessGroup, op: str, place: str, end: CollectiveTimeout) -> CollectiveTimeout:
+    """Name the ranks that never came: who is waited for on the way may itself wait for them."""
+    missing = ", ".join(map(str, end.missing))
+    within = "in time" if end.seconds is None else f"within {end.seconds:g} s"
+    return CollectiveTimeout(
+        f"{op} on group {group.name!r}: rank {group.rank} came as far as {place}, and then waited "
+        f"for all to stop; did not arrive {within}: rank {missing}. The pipeline can no longer be "
+        f"used. Read the log of rank {end.missing[0]} first.",
+        op=op,
+        group=group.name,
+        rank=group.rank,
+        peer=end.missing[0],
+        seq=end.seq,
+        seconds=end.seconds,
+        arrived=end.arrived,
+        missing=end.missing,
     )

@@ -76,7 +76,9 @@ def build(
     counts = {"ranks": ranks, "stages_per_rank": stages_per_rank, "microbatches": microbatches}
     for what, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise UsageError(f"pipeline schedule {name!r}: {what} must be 1 or more, not {count!r}")
+            raise UsageError(
+                f"pipeline schedule {name!r}: {what} must be 1 or more, not {count!r}."
+            )
     if 3 * ranks * stages_per_rank * microbatches > _MOST_ACTIONS:
         raise UsageError(
             f"pipeline schedule {name!r}: {microbatches} microbatches in {ranks} x "

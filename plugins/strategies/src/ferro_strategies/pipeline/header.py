@@ -1,4 +1,4 @@
-"""Header: what each array's message tells of it, in a fixed size, so that shapes may vary."""
+"""Header: what each message tells of its array and its pass, in a fixed size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ferro import CollectiveMismatch
 from ferro.arrays import dtype_named, name_of, objection
 
 from ..nn.arrays import Array
+from .call import OPS, Call
 
 _MOST_DIMS = 32
 _MOST_BYTES = 1 << 40
 _ARRAY, _STOPPED = 1, 2
-_LAYOUT = struct.Struct(f"<BBBxi16s{_MOST_DIMS}q")
+_LAYOUT = struct.Struct(f"<BBBBii16s{_MOST_DIMS}q")
 
 HEADER_BYTES = _LAYOUT.size
 
@@ -62,26 +63,35 @@ class Header:
         return np.empty(self.shape, self.dtype)
 
 
-def encode(header: Header | None) -> Array:
-    """Return a header's bytes, (HEADER_BYTES,) uint8; None says that the sender has stopped."""
+def encode(call: Call, header: Header | None) -> Array:
+    """Return a message's head, (HEADER_BYTES,) uint8.
+
+    Args:
+        call: in which the sender is.
+        header: of the array; None says that the sender has stopped.
+    """
+    told = OPS.index(call.op), call.microbatches
     if header is None:
-        raw = _LAYOUT.pack(_STOPPED, 0, 0, 0, b"", *[0] * _MOST_DIMS)
+        raw = _LAYOUT.pack(_STOPPED, 0, 0, *told, 0, b"", *[0] * _MOST_DIMS)
     else:
-        dims = header.shape + (0,) * (_MOST_DIMS - len(header.shape))
-        name = name_of(header.dtype).encode()
-        raw = _LAYOUT.pack(_ARRAY, header.on_gpu, len(header.shape), header.microbatch, name, *dims)
+        ndim, name = len(header.shape), name_of(header.dtype).encode()
+        dims = header.shape + (0,) * (_MOST_DIMS - ndim)
+        raw = _LAYOUT.pack(_ARRAY, header.on_gpu, ndim, *told, header.microbatch, name, *dims)
     return np.frombuffer(raw, np.uint8)
 
 
-def decode(raw: Array) -> Header | None:
+def decode(raw: Array) -> tuple[Call, Header | None]:
     """Return what `encode` was given.
 
     Raises:
         CollectiveMismatch: no header reads so; the sender runs something else.
     """
-    kind, on_gpu, ndim, microbatch, name, *dims = _LAYOUT.unpack(raw.tobytes())
+    kind, on_gpu, ndim, op, microbatches, microbatch, name, *dims = _LAYOUT.unpack(raw.tobytes())
+    if op >= len(OPS):
+        raise _unreadable(f"its call is {op}")
+    call = Call(OPS[op], microbatches)
     if kind == _STOPPED:
-        return None
+        return call, None
     shape = tuple(dims[:ndim])
     try:
         dtype = dtype_named(name.rstrip(b"\0").decode())
@@ -94,7 +104,7 @@ def decode(raw: Array) -> Header | None:
         fault = f"its shape is {shape}"
     if fault:
         raise _unreadable(fault)
-    return Header(microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu))
+    return call, Header(microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu))
 
 
 def _unreadable(fault: str) -> CollectiveMismatch:

@@ -32,11 +32,13 @@ def joint_schedule(
     own: FerroError | None = None
     said: dict[str, object] = {}
     try:
+        _check_list(modules)
         made = _schedule(schedule, group.world_size, len(modules), microbatches)
         numbers = made.stages_of(group.rank)
         _check_stages(modules, numbers)
         tied = _tied(ties, dict(zip(numbers, modules, strict=True)), made.stages)
-        said = {"facts": _facts(made, ties), "tied": tied}
+        each = str(len(modules)) if isinstance(schedule, str) else "that of the schedule"
+        said = {"facts": _facts(made, each, ties), "tied": tied}
     except FerroError as error:
         own = error
     said["fault"] = "" if own is None else str(own)
@@ -59,6 +61,8 @@ def _schedule(
     schedule: str | PipelineSchedule, ranks: int, stages: int, microbatches: int
 ) -> PipelineSchedule:
     if isinstance(schedule, str):
+        if not stages:
+            raise UsageError("Pipeline: the list of stages is empty. Give every rank one or more.")
         made = build(schedule, ranks=ranks, stages_per_rank=stages, microbatches=microbatches)
     else:
         made = schedule
@@ -69,6 +73,14 @@ def _schedule(
             )
     check(made)
     return made
+
+
+def _check_list(stages: object) -> None:
+    if isinstance(stages, Module) or not isinstance(stages, Sequence):
+        raise UsageError(
+            f"Pipeline: the stages are a {type(stages).__name__}, not a list. Pass [stage], or "
+            "several."
+        )
 
 
 def _check_stages(modules: Sequence[Module], numbers: Sequence[int]) -> None:
@@ -92,7 +104,8 @@ def _tied(ties: Sequence[Tie], modules: Mapping[int, Module], stages: int) -> li
     found: list[list[str]] = []
     seen: set[tuple[int, str]] = set()
     for tie in ties:
-        if len(tie) < 2 or not all(0 <= stage < stages for stage in tie):
+        # {0: …, stages - 1: …} names one stage where there is but one: then nothing is tied.
+        if len(tie) < min(2, stages) or not all(0 <= stage < stages for stage in tie):
             raise UsageError(
                 f"Pipeline: the tie {dict(tie)} must name two stages or more, of 0 to {stages - 1}."
             )
@@ -123,12 +136,19 @@ def _in_words(parameter: Parameter) -> str:
     return f"{data.dtype} {data.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
 
 
-def _facts(schedule: PipelineSchedule, ties: Sequence[Tie]) -> dict[str, str]:
-    """Return what must be the same on every rank, by what it is called."""
+def _facts(schedule: PipelineSchedule, each: str, ties: Sequence[Tie]) -> dict[str, str]:
+    """Return what must be the same on every rank, by what it is called.
+
+    Args:
+        schedule: by which the rank would go.
+        each: how many stages the rank has, where all must have as many.
+        ties: those the rank was given.
+    """
     orders = repr((schedule.actions, schedule.splits_backward)).encode()
     return {
         "schedule": schedule.name,
         "microbatches": str(schedule.microbatches),
+        "number of stages": each,
         "ranks of the stages": str(list(schedule.rank_of)),
         "ties": str([sorted(tie.items()) for tie in ties]),
         "actions (digest)": hashlib.sha256(orders).hexdigest()[:16],
@@ -138,7 +158,7 @@ def _facts(schedule: PipelineSchedule, ties: Sequence[Tie]) -> dict[str, str]:
 def _check_faults(group: ProcessGroup, faults: Sequence[str]) -> None:
     for rank, fault in enumerate(faults):
         if fault:
-            raise _refusal(group, rank, f"rank {rank} cannot take part: {fault}")
+            raise _refusal(group, rank, f"rank {rank} cannot take part: {fault.rstrip('.')}.")
 
 
 def _check_equal(group: ProcessGroup, everyones: Sequence[Mapping[str, str]]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from ferro import ProcessGroup
 
 from ..nn.arrays import Array
+from .call import Call
 from .header import HEADER_BYTES, Header, decode, encode
 
 
@@ -28,42 +29,44 @@ class Line:
 
     Attributes:
         group: the sender and the receiver.
+        pipeline: name of the group of all of the pipeline's ranks, for messages.
         room: how many bytes of array the next message has room for; the same at both ends.
     """
 
     group: ProcessGroup
+    pipeline: str
     room: int = 0
 
     def empty(self) -> Array:
         """Return memory for the next message, (room + HEADER_BYTES,) uint8."""
         return np.empty(self.room + HEADER_BYTES, np.uint8)
 
-    def packed(self, header: Header, array: Array) -> Array:
+    def packed(self, call: Call, header: Header, array: Array) -> Array:
         """Return the next message: a header, and its array if there is room."""
         message = self.empty()
-        message[self.room :] = encode(header)
+        message[self.room :] = encode(call, header)
         if self.fits(header):
             _inside(message, header)[...] = array
         return message
 
-    def last_word(self) -> Array:
+    def last_word(self, call: Call) -> Array:
         """Return the message that nothing more will come."""
         message = self.empty()
-        message[self.room :] = encode(None)
+        message[self.room :] = encode(call, None)
         return message
 
-    def unpacked(self, message: Array) -> tuple[Header | None, Array | None]:
-        """Return the header of a message, None in the last word, and the array if it is there.
+    def unpacked(self, message: Array) -> tuple[Call, Header | None, Array | None]:
+        """Return a message's call, its header, None in the last word, and the array if there.
 
         Raises:
             CollectiveMismatch: it is no message of ours.
         """
-        header = decode(message[self.room :])
+        call, header = decode(message[self.room :])
         if header is None or not self.fits(header):
-            return header, None
+            return call, header, None
         array = _inside(message, header)
         # A little array is not to keep a large message.
-        return header, array.copy() if 2 * header.nbytes < self.room else array
+        return call, header, array.copy() if 2 * header.nbytes < self.room else array
 
     def fits(self, header: Header) -> bool:
         """Say whether the next message has room for an array."""

@@ -21,7 +21,8 @@ def lines(schedule: PipelineSchedule, group: ProcessGroup) -> dict[RouteKey, Lin
         route.key: Line(
             group.subgroup(
                 [route.source, route.target], name=f"{group.name}: {route} from rank {route.source}"
-            )
+            ),
+            group.name,
         )
         for route in routes(schedule)
         if group.rank in (route.source, route.target)
@@ -42,8 +43,12 @@ class Mail:
     def __init__(self, plan: Plan, lines: Mapping[RouteKey, Line]) -> None:
         self.spent_s = 0.0
         self._plan = plan
-        self._senders = {route.key: Sender(route, lines[route.key]) for route in plan.outgoing}
-        self._receivers = {route.key: Receiver(route, lines[route.key]) for route in plan.incoming}
+        self._senders = {
+            route.key: Sender(route, lines[route.key], plan.call) for route in plan.outgoing
+        }
+        self._receivers = {
+            route.key: Receiver(route, lines[route.key], plan.call) for route in plan.incoming
+        }
         self._here: dict[Action, Array] = {}
 
     def look_ahead(self, position: int) -> None:
@@ -56,6 +61,7 @@ class Mail:
 
         Raises:
             Stopped: the rank that was to send it has stopped.
+            CollectiveMismatch: it makes another call than this one.
             FerroError: of the transfer.
         """
         if action in self._here:
@@ -85,11 +91,21 @@ class Mail:
 
     def stop(self) -> None:
         """End a pass that failed: tell the others, and take what they have sent meanwhile."""
-        for sender in self._senders.values():
-            with suppress(FerroError):
-                sender.stop()
+        self._say_last_words()
         for receiver in self._receivers.values():
             receiver.drain()
+            self._say_last_words()  # a rank in another call may have come to light
+        if self._astray():
+            return  # who is in another call may never take what was sent
         for sender in self._senders.values():
             with suppress(FerroError):
                 sender.finish()
+
+    def _astray(self) -> bool:
+        return any(receiver.other_call is not None for receiver in self._receivers.values())
+
+    def _say_last_words(self) -> None:
+        """Wake who waits for this rank; where calls differ, nobody knows who that is."""
+        for sender in self._senders.values():
+            with suppress(FerroError):
+                sender.stop(anyway=self._astray())

@@ -30,8 +30,9 @@ def cut(batch: Batch | None, microbatches: int, what: str) -> list[Array]:
     if isinstance(batch, list | tuple):
         if len(batch) != microbatches:
             raise UsageError(
-                f"the {what} are a sequence of {len(batch)} arrays, and the pipeline takes "
-                f"{microbatches} microbatches. Pass one array for each, or one to be cut."
+                f"the {what} are a sequence of {len(batch)} arrays, where microbatches="
+                f"{microbatches}. Pass one array for each, or one to be cut; or, on every rank, "
+                f"microbatches={len(batch)}: to forward, or to Pipeline for step."
             )
         parts: list[Array] = list(batch)
         for part in parts:

@@ -13,6 +13,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module, Pullback
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
+from .call import FORWARD, STEP
 from .joint import joint_schedule, named
 from .mail import lines
 from .microbatches import Batch
@@ -51,7 +52,8 @@ class Pipeline(Module):
         microbatches: how many parts a batch is cut into.
         ties: parameters that stages share. For each a dict from stage to the name there,
             [{0: "weight", 3: "0.weight"}]. Each stage keeps a copy; the first one's value is
-            given to the others now, and in each step their gradients are added up.
+            given to the others now, and in each step their gradients are added up. In a model of
+            one stage, where a tie can name no other, it does nothing.
 
     Attributes:
         schedule: by which a step goes.
@@ -79,7 +81,7 @@ class Pipeline(Module):
         self.peak_activations = 0
         self.busy_s = 0.0
         self._group = group
-        self._plan = plan_of(self.schedule, group.rank)
+        self._plan = plan_of(self.schedule, group.rank, STEP)
         self._numbers = self.schedule.stages_of(group.rank)
         for number, stage in zip(self._numbers, stages, strict=True):
             setattr(self, str(number), stage)  # so that names begin with the number
@@ -122,11 +124,11 @@ class Pipeline(Module):
         with ExitStack() as stack:
             for wrapped in self._wrapped:
                 stack.enter_context(wrapped.no_sync())
-            total = self._runner.run("Pipeline.step", self._plan, work)
+            total = self._runner.run(self._plan, work)
         self.peak_activations = work.peak_held
         self.busy_s = self._runner.busy_s
         if self._settles:
-            self._runner.settle("Pipeline.step", self._settle)
+            self._runner.settle(STEP, self._settle)
         return total
 
     def forward(self, inputs: Batch | None, *, microbatches: int = 1) -> Array | None:
@@ -134,8 +136,8 @@ class Pipeline(Module):
 
         Args:
             inputs: see `step`.
-            microbatches: into how many parts to cut them, the same on every rank: with one per
-                stage, all ranks have something to do.
+            microbatches: into how many parts to cut them, or how many they are, the same on every
+                rank: with one per stage, all ranks have something to do.
 
         Returns:
             The last stage's outputs, all rows together, where that stage is; None elsewhere.
@@ -146,9 +148,9 @@ class Pipeline(Module):
         if microbatches < 1:
             raise UsageError(f"Pipeline.forward: microbatches is {microbatches}; at least 1.")
         schedule = forward_only(self.schedule, microbatches)
-        plan = plan_of(schedule, self._group.rank)
+        plan = plan_of(schedule, self._group.rank, FORWARD)
         work = Evaluation(plan, self._stages(), inputs)
-        self._runner.run("Pipeline.forward", plan, work)
+        self._runner.run(plan, work)
         parts = [work.outputs[number] for number in sorted(work.outputs)]
         if len(parts) < 2:
             return parts[0] if parts else None
@@ -160,6 +162,8 @@ class Pipeline(Module):
 
         As `optim.clip_grad_norm`, for the whole model: tied copies count once, and parameters
         that a strategy has split count with all their pieces. All ranks call it after `step`.
+        Do not give this rank's parameters to `optim.clip_grad_norm` instead: it sees no other
+        rank's, so that each stage would be scaled by another norm.
 
         Returns:
             The norm before, the same on all ranks.

@@ -83,9 +83,9 @@ class Training:
     def begin(self) -> None:
         """Cut the batch, and weigh its parts."""
         if 0 in self._modules:
-            self._inputs = cut(self._batch, self._plan.microbatches, "inputs")
+            self._inputs = cut(self._batch, self._plan.call.microbatches, "inputs")
         if self._last in self._modules:
-            self._targets = cut(self._marks, self._plan.microbatches, "targets")
+            self._targets = cut(self._marks, self._plan.call.microbatches, "targets")
             self._weights = shares(self._targets)
 
     def perform(self, action: Action, mail: Mail) -> None:
@@ -164,7 +164,7 @@ class Evaluation:
     def begin(self) -> None:
         """Cut the batch."""
         if 0 in self._modules:
-            self._inputs = cut(self._batch, self._plan.microbatches, "inputs")
+            self._inputs = cut(self._batch, self._plan.call.microbatches, "inputs")
 
     def perform(self, action: Action, mail: Mail) -> None:
         """Compute a stage's output."""

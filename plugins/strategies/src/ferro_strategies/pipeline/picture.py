@@ -9,6 +9,8 @@ from .ruler import marks
 from .schedule import Action, Kind
 from .timeline import Timeline
 
+LEAST_COLUMNS = 40
+
 _FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "=", Kind.WEIGHT: "~"}
 _WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "parameters' gradients"}
 _IDLE = "."
@@ -34,12 +36,12 @@ def draw_text(timeline: Timeline, *, columns: int = 120) -> str:
 
     Args:
         timeline: what to draw.
-        columns: how wide lines may be; at least 40 are taken.
+        columns: how wide lines may be; at least LEAST_COLUMNS are taken.
 
     Returns:
         The lines, joined by newlines.
     """
-    room = max(columns, 40) - len(_name(timeline, timeline.schedule.ranks - 1))
+    room = max(columns, LEAST_COLUMNS) - len(_name(timeline, timeline.schedule.ranks - 1))
     cell = _cell(timeline)
     scale = cell / min(_durations(timeline), default=1.0)
     width = round(timeline.makespan * scale)

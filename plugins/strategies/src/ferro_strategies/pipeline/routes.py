@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .call import Call
 from .schedule import Action, Kind, PipelineSchedule
 
 # A receive starts at most so many actions before the one that takes the message: early enough
@@ -52,8 +53,8 @@ class Plan:
     """What one rank does in one pass.
 
     Attributes:
+        call: what all ranks do.
         stages: how many there are on all ranks.
-        microbatches: how many there are.
         actions: this rank's, in order.
         splits_backward: see `PipelineSchedule`.
         incoming: the routes that end here.
@@ -61,8 +62,8 @@ class Plan:
         asks: for each action, the messages whose receive is to start just before it.
     """
 
+    call: Call
     stages: int
-    microbatches: int
     actions: tuple[Action, ...]
     splits_backward: bool
     incoming: tuple[Route, ...]
@@ -70,14 +71,14 @@ class Plan:
     asks: tuple[tuple[Action, ...], ...]
 
 
-def plan_of(schedule: PipelineSchedule, rank: int) -> Plan:
-    """Return what a rank does."""
+def plan_of(schedule: PipelineSchedule, rank: int, op: str) -> Plan:
+    """Return what a rank does when the user calls `op`."""
     every = routes(schedule)
     actions = schedule.actions[rank]
     incoming = tuple(route for route in every if route.target == rank)
     return Plan(
+        call=Call(op, schedule.microbatches),
         stages=schedule.stages,
-        microbatches=schedule.microbatches,
         actions=actions,
         splits_backward=schedule.splits_backward,
         incoming=incoming,

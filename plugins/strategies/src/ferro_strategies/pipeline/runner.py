@@ -37,17 +37,17 @@ class Runner:
         self._unfinished = ""
         self._place = ""
 
-    def run(self, op: str, plan: Plan, work: Pass) -> float:
+    def run(self, plan: Plan, work: Pass) -> float:
         """Carry out a pass; return the sum of all ranks' losses.
 
         Args:
-            op: what the user called, for messages.
             plan: what this rank does.
             work: how it does it.
 
         Raises:
             UsageError: an earlier pass failed. And see `agree`.
         """
+        op = plan.call.op
         self._enter(op)
         mail = Mail(plan, self._lines)
         total = agree(self._group, op, lambda: self._carry_out(plan, work, mail), self._told)

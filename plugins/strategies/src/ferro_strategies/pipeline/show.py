@@ -10,7 +10,7 @@ from ferro import UsageError
 from ferro.parser import Parser
 
 from .build import build, expected_bubble, names, promised_activations
-from .picture import draw_text
+from .picture import LEAST_COLUMNS, draw_text
 from .schedule import PipelineSchedule
 from .svg import draw_svg
 from .timeline import Timeline, simulate
@@ -23,6 +23,8 @@ def show(arguments: Sequence[str]) -> int:
         UsageError: the command line makes no sense, or the file cannot be written.
     """
     given = _parser().parse_args(arguments)
+    if given.columns < LEAST_COLUMNS:
+        raise UsageError(f"--columns {given.columns}: must be {LEAST_COLUMNS} or more")
     schedule = _schedule(given)
     weight = given.backward / 2 if given.weight is None else given.weight
     timeline = simulate(
@@ -58,14 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     number("--backward", type=float, default=2.0, help="how long its backward pass takes (2)")
     number("--weight", type=float, help="the part of it for parameters' gradients (half)")
     number("--transfer", type=float, default=0.0, help="how long a message takes (0)")
-    number("--columns", type=int, default=120, help="how wide to draw (120)")
+    number(
+        "--columns", type=int, default=120, help=f"how wide to draw, {LEAST_COLUMNS} or more (120)"
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a drawing, too")
     return parser
 
 
 def _schedule(given: argparse.Namespace) -> PipelineSchedule:
     ranks = given.stages if given.ranks is None else given.ranks
-    if given.stages < 1 or ranks < 1 or given.stages % ranks:
+    for what, count in (("--stages", given.stages), ("--ranks", ranks)):
+        if count < 1:
+            raise UsageError(f"{what} {count}: must be 1 or more")
+    if given.stages % ranks:
         raise UsageError(
             f"--stages {given.stages} must be a multiple of the number of ranks, {ranks}: every "
             "rank has as many stages"
