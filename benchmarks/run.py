@@ -1,6 +1,6 @@
 """Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a picture.
 
-    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON     some ten minutes
+    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   a quarter hour
     python benchmarks/run.py --quick --only collectives --sizes 4B,64KiB --ranks 2
 
 PYTHON is the interpreter of an environment with mpi4py and that MPI; `make bench` prepares them.
