@@ -6,7 +6,7 @@ import pytest
 import ferro
 from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import BatchNorm, Checkpoint, Linear, Sequential
-from ferro_strategies.optim import SGD, AdamW, clip_grad_norm
+from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
 from .fsdp_models import (
     Switch,
@@ -140,6 +140,63 @@ def test_mixed_precision_inside_join(sharding):
         optimizer.zero_grad()
     for result in simulate(run, 4):
         assert_same(result, model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("sharding", [ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD])
+def test_steps_by_a_loss_scaler_inside_join(sharding, clips):
+    """Ranks that have left unscale, agree and step with the others; one step overflows."""
+    counts, overflows = (3, 0, 1, 4), 2
+
+    def run(group):
+        model = shard(group, sharding=sharding)
+        optimizer = AdamW(model.parameters(), lr=0.02)
+        scaler = LossScaler(initial_scale=8.0, growth_interval=2, group=group)
+        with model.join(optimizer, scaler=scaler):
+            for step in range(counts[group.rank]):
+                x, target = batch(group.rank, step)
+                y, pullback = model.vjp(x)
+                grad = scaler.scale(2 * (y - target) / y.size)
+                if (group.rank, step) == (3, overflows):
+                    grad[...] = np.inf
+                with np.errstate(invalid="ignore"):
+                    pullback(grad)
+                if clips:
+                    scaler.unscale(optimizer)
+                    model.clip_grad_norm(0.5)
+                assert scaler.step(optimizer) == (step != overflows)
+                optimizer.zero_grad()
+        return model.state_dict(), scaler.current_scale
+
+    model = build()
+    optimizer = AdamW(model.parameters(), lr=0.02)
+    for step in range(4):
+        backward(model, *union(counts, step)[:2])
+        if clips:
+            clip_grad_norm(model.parameters(), 0.5)
+        if step != overflows:
+            optimizer.step()
+        optimizer.zero_grad()
+    for state, scale in simulate(run, 4):
+        assert_same(state, model.state_dict())
+        assert scale == 8.0, "doubled after two steps, halved by the third"
+
+
+def test_a_scaler_that_only_others_gave_is_asked_for():
+    def run(group):
+        model = shard(group)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        if group.rank:
+            with pytest.raises(ferro.UsageError, match="scaler=scaler"), model.join(optimizer):
+                pass
+            raise KeyError  # so that rank 0 does not wait
+        scaler = LossScaler(group=group)
+        with model.join(optimizer, scaler=scaler):
+            backward(model, *batch(0, 0))
+            scaler.step(optimizer)
+
+    with pytest.raises(KeyError):
+        simulate(run, 2)
 
 
 def test_gradients_that_stay_are_added_to():

@@ -8,10 +8,12 @@ has been launched goes on in the background meanwhile. A rank that has left the 
     REDUCE  unit      it gives zeros, and gets its piece of the sum like everyone
     DRAIN             it waits for the reductions
     CLIP    norm      it takes part in the norm, and scales its pieces
+    UNSCALE           it unscales its pieces of the gradients
+    AGREE             it says whether these are finite
     STEP    lr        it updates its pieces
 
-`zero_grad` communicates nothing and so is not announced. Instead REDUCE and STEP tell which
-parameters had a gradient.
+`zero_grad` communicates nothing and so is not announced. Instead REDUCE, UNSCALE and STEP tell
+which parameters had a gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array
 from ..nn.parameter import Parameter
-from ..optim import Optimizer
+from ..optim import LossScaler, Optimizer
 from ..rollcall import JOINED, RollCall
 from .gathered import Gathered, Shards
 from .plan import Plan
@@ -45,6 +47,8 @@ class _Event(enum.IntEnum):
     DRAIN = 2
     CLIP = 3
     STEP = 4
+    UNSCALE = 5
+    AGREE = 6
 
 
 class Joining:
@@ -56,6 +60,7 @@ class Joining:
         groups: for the roll call; their product is all ranks.
         optimizers: which step inside the block.
         clip: scales this rank's pieces, together with the others.
+        scaler: by which they step, if any.
         divide_by_all: divide by the number of all ranks instead of those that contribute.
     """
 
@@ -67,15 +72,21 @@ class Joining:
         optimizers: Sequence[Optimizer],
         clip: Callable[[float], object],
         *,
+        scaler: LossScaler | None,
         divide_by_all: bool,
     ) -> None:
         self._passes = passes
         self._parameters = parameters
         self._optimizers = optimizers
         self._clip = clip
+        self._scaler = scaler
         self._divide_by_all = divide_by_all
         self._width = max(len(passes.units), len(optimizers), 1)
-        held = [len(parameters), *(len(optimizer.parameters) for optimizer in optimizers)]
+        held = [
+            len(parameters),
+            len(optimizers),
+            *(len(optimizer.parameters) for optimizer in optimizers),
+        ]
         self._note_bytes = _NUMBER_BYTES + max(held)
         self._roll = RollCall("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
@@ -111,6 +122,27 @@ class Joining:
         optimizer = self._optimizers[index]
         flags = [parameter.grad is not None for parameter in optimizer.parameters]
         self._tell(_Event.STEP, index, number=optimizer.lr, flags=flags)
+
+    def tell_unscale(self, optimizer: Optimizer) -> None:
+        """Announce that an optimizer's gradients are unscaled, and which there are."""
+        flags = [parameter.grad is not None for parameter in optimizer.parameters]
+        self._tell(_Event.UNSCALE, self._index_of(optimizer), flags=flags)
+
+    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
+        """Announce that ranks agree on whether optimizers step."""
+        flags = [False] * len(self._optimizers)
+        for optimizer in optimizers:
+            flags[self._index_of(optimizer)] = True
+        self._tell(_Event.AGREE, 0, flags=flags)
+
+    def _index_of(self, optimizer: Optimizer) -> int:
+        for index, known in enumerate(self._optimizers):
+            if known is optimizer:
+                return index
+        raise UsageError(
+            f"FSDP.join: the {type(optimizer).__name__} that is to step by the scaler was not "
+            "given to join(), so ranks that have left could not step with it."
+        )
 
     def _tell(
         self, event: _Event, index: int, *, number: float = 0.0, flags: Sequence[bool] = ()
@@ -177,14 +209,33 @@ class Joining:
                 self._clip(number)
             case _Event.STEP:
                 optimizer = self._optimizers[index]
-                for parameter, flag in zip(optimizer.parameters, flags, strict=False):
-                    if not flag:
-                        parameter.zero_grad()
+                _forget_grads(optimizer, flags)
                 optimizer.lr = number
                 optimizer.step()
+            case _Event.UNSCALE:
+                _forget_grads(self._optimizers[index], flags)
+                self._known_scaler().unscale(self._optimizers[index])
+            case _Event.AGREE:
+                chosen = zip(self._optimizers, flags, strict=False)
+                self._known_scaler().agree([optimizer for optimizer, flag in chosen if flag])
+
+    def _known_scaler(self) -> LossScaler:
+        if self._scaler is None:
+            raise UsageError(
+                "FSDP.join: other ranks step by a LossScaler, and this one was given none. Say "
+                "model.join(optimizer, scaler=scaler) on every rank."
+            )
+        return self._scaler
 
     def _describe(self, step: int) -> str:
         event, index = divmod(step - 1, self._width)
         if event in (_Event.GATHER, _Event.REDUCE):
             return f"{_Event(event).name} of {self._passes.units[index].name or 'the root unit'!r}"
         return _Event(event).name
+
+
+def _forget_grads(optimizer: Optimizer, flags: Sequence[bool]) -> None:
+    """Drop the gradients that other ranks' optimizers do not have."""
+    for parameter, flag in zip(optimizer.parameters, flags, strict=False):
+        if not flag:
+            parameter.zero_grad()

@@ -12,7 +12,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, quiet_overflow
 from ..nn.module import Module, Pullback, replace_modules
-from ..optim import Optimizer
+from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
 from .checks import check_replicas, check_trained, check_wrappable
 from .cutting import cut
@@ -196,7 +196,10 @@ class FSDP(ShardedState):
 
     @contextmanager
     def join(
-        self, *optimizers: Optimizer, divide_by_initial_world_size: bool = False
+        self,
+        *optimizers: Optimizer,
+        scaler: LossScaler | None = None,
+        divide_by_initial_world_size: bool = False,
     ) -> Iterator[None]:
         """Let ranks have different numbers of batches, also none.
 
@@ -206,11 +209,12 @@ class FSDP(ShardedState):
         A rank that leaves the block goes on giving its pieces, and updates them as the others
         do, until all have left. Gradients are means over the ranks that contributed. Afterwards
         buffers are those of a rank that was last. Inside, clip by `model.clip_grad_norm`; other
-        collectives, also state dicts and the steps of a `LossScaler` with a group, and changes to
-        gradients do not belong there: ranks that have left would not take part.
+        collectives, also state dicts, and changes to gradients do not belong there: ranks that
+        have left would not take part.
 
         Args:
             optimizers: that step inside the block; of their settings, `lr` may change there.
+            scaler: by which they step, if by one.
             divide_by_initial_world_size: divide sums of gradients by the number of all ranks
                 throughout, so that every batch has the same weight.
 
@@ -232,6 +236,7 @@ class FSDP(ShardedState):
             self._roll_groups,
             optimizers,
             self.clip_grad_norm,
+            scaler=scaler,
             divide_by_all=divide_by_initial_world_size,
         )
         self._passes.joining = joining
@@ -239,6 +244,8 @@ class FSDP(ShardedState):
             stack.callback(setattr, self._passes, "joining", None)
             for index, optimizer in enumerate(optimizers):
                 stack.callback(optimizer.before_step(partial(joining.tell_step, index)))
+            if scaler is not None:
+                stack.enter_context(scaler.watched(joining))
             yield
             self._passes.check()
             joining.finish(self._plan, (buffer.data for buffer in self.buffers()))

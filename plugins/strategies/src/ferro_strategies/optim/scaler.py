@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,6 +21,16 @@ from .optimizer import Optimizer, blocks
 # Beyond these a gradient in float32 could not be scaled, or unscaled.
 _GREATEST = 2.0**127
 _LEAST = 2.0**-126
+
+
+class ScalerWatcher(Protocol):
+    """Whoever has to know what a LossScaler does, before it does it."""
+
+    def tell_unscale(self, optimizer: Optimizer) -> None:
+        """Its gradients are going to be unscaled."""
+
+    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
+        """Ranks are going to agree on whether these step."""
 
 
 class LossScaler:
@@ -76,6 +88,16 @@ class LossScaler:
         self._steps_in_a_row = 0
         # Whose gradients are unscaled already, and whether these are finite on this rank.
         self._finite: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._watcher: ScalerWatcher | None = None
+
+    @contextmanager
+    def watched(self, watcher: ScalerWatcher) -> Iterator[None]:
+        """Tell `watcher` what is done inside, for ranks that have to do likewise."""
+        self._watcher = watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
 
     def scale(self, grad: Array) -> Array:
         """Return the loss's gradient times the scale, for the pullback, in its own dtype."""
@@ -100,6 +122,8 @@ class LossScaler:
             )
         for parameter in optimizer.parameters:
             self._check_pieces(parameter)
+        if self._watcher is not None:
+            self._watcher.tell_unscale(optimizer)
         grads = [item.grad for item in optimizer.parameters if item.grad is not None]
         self._finite[optimizer] = _unscale(grads, 1 / self.current_scale)
 
@@ -123,11 +147,21 @@ class LossScaler:
         for optimizer in optimizers:
             if optimizer not in self._finite:
                 self.unscale(optimizer)
-        flags = [self._finite.pop(optimizer) for optimizer in optimizers]
-        finite = self._everywhere(all(flags), optimizers[0])
+        finite = self.agree(optimizers)
         if finite:
             for optimizer in optimizers:
                 optimizer.step()
+        return finite
+
+    def agree(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Return whether unscaled gradients are finite on all ranks; change the scale by it.
+
+        The middle of `step`, for ranks whose optimizers then step by themselves.
+        """
+        if self._watcher is not None:
+            self._watcher.tell_agree(optimizers)
+        flags = [self._finite.pop(optimizer) for optimizer in optimizers]
+        finite = self._everywhere(all(flags), optimizers[0])
         self._adapt(finite)
         return finite
 
