@@ -20,6 +20,7 @@ import numpy as np
 
 from ferro import GroupClosed, ProcessGroup, UsageError
 
+from ..nn.listing import first_few
 from ..nn.parameter import Parameter
 from .bucket import Bucket, Hook, Pending, make_buckets
 
@@ -201,7 +202,9 @@ class Reducer:
     def _unused_error(self, missing: list[str]) -> UsageError:
         everyones: list[list[str]] = self._group.all_gather_object(missing)
         faults = "; ".join(
-            f"rank {rank}: {_shown(names)}" for rank, names in enumerate(everyones) if names
+            f"rank {rank}: {', '.join(first_few(names, _NAMES_SHOWN))}"
+            for rank, names in enumerate(everyones)
+            if names
         )
         return UsageError(
             "DDP: the backward pass ended, and parameters have no gradient: "
@@ -214,8 +217,3 @@ class Reducer:
     def _zero_grad(self) -> None:
         for parameter in self._parameters.values():
             parameter.zero_grad()
-
-
-def _shown(names: list[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
