@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ferro import bench
-from ferro.environment import usable_cores
+import ferro_bench
+from ferro.runtime.environment import usable_cores
 
 SIZES = "4B:256MiB"
 QUICK_SIZES = "4B,64KiB,4MiB"
@@ -18,7 +18,7 @@ MANY_SIZES = "4B,64KiB,1MiB"
 MANY_RANKS = (2, 4, 8, 16)
 OTHERS = ("all_gather", "reduce_scatter", "broadcast", "all_to_all")
 
-_OURS = (bench.Contestant("ferro", "private"), bench.Contestant("ferro", "group"))
+_OURS = (ferro_bench.Contestant("ferro", "private"), ferro_bench.Contestant("ferro", "group"))
 QUICK_ROUNDS = 2
 MANY_ROUNDS = 10
 # Twice this on every rank is more than caches hold.
@@ -49,20 +49,22 @@ def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
     Raises:
         ArithmeticError: a result was wrong.
     """
-    plans = [bench.WorldPlan(name="ferro", world_size=ranks, backend="gloo")]
+    plans = [ferro_bench.WorldPlan(name="ferro", world_size=ranks, backend="gloo")]
     cores = min(ranks, usable_cores())
-    plans.append(bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
+    plans.append(ferro_bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
     for name, python in wanted.peers.items():
-        plans.append(bench.WorldPlan(name=name, world_size=ranks, peer=bench.find(name, python)))
-    contestants = [*_OURS, *(bench.Contestant(name) for name in wanted.peers)]
-    with bench.open_worlds(plans) as worlds:
+        plans.append(
+            ferro_bench.WorldPlan(name=name, world_size=ranks, peer=ferro_bench.find(name, python))
+        )
+    contestants = [*_OURS, *(ferro_bench.Contestant(name) for name in wanted.peers)]
+    with ferro_bench.open_worlds(plans) as worlds:
         copies = [_copy_seconds(worlds, cores)]
         records = []
         for collective, nbytes in _cases(wanted):
-            case = bench.make_case(collective, nbytes, ranks)
-            rounds = wanted.rounds or bench.default_rounds(nbytes)
-            measured = bench.measure(worlds, case, contestants, rounds)
-            records.append(bench.summarize(case, ranks, measured))
+            case = ferro_bench.make_case(collective, nbytes, ranks)
+            rounds = wanted.rounds or ferro_bench.default_rounds(nbytes)
+            measured = ferro_bench.measure(worlds, case, contestants, rounds)
+            records.append(ferro_bench.summarize(case, ranks, measured))
             print(_line(records[-1]), flush=True)
             for name, it in measured.items():
                 if it.wrong:
@@ -80,16 +82,18 @@ def _cases(wanted: Wanted) -> Iterator[tuple[str, int]]:
     yield from ((other, size) for other in OTHERS for size in wanted.other_sizes)
 
 
-def _copy_seconds(worlds: Mapping[str, bench.World], cores: int) -> np.ndarray:
+def _copy_seconds(worlds: Mapping[str, ferro_bench.World], cores: int) -> np.ndarray:
     """Return how long a process for each core takes to copy an array of its own, all at once."""
-    case = bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
-    memory = bench.Contestant("memory")
-    return bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
+    case = ferro_bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
+    memory = ferro_bench.Contestant("memory")
+    return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(
+        -1
+    )
 
 
-def _line(record: bench.Record) -> str:
+def _line(record: ferro_bench.Record) -> str:
     words = [f"{record['collective']:<14} {record['ranks']} ranks"]
-    words.append(f"{bench.size_text(record['nbytes']):>8}")
+    words.append(f"{ferro_bench.size_text(record['nbytes']):>8}")
     for name, result in record["results"].items():
-        words.append(f"{name} {bench.time_text(result['median_s']):>8}")
+        words.append(f"{name} {ferro_bench.time_text(result['median_s']):>8}")
     return "   ".join(words)

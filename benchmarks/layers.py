@@ -23,7 +23,7 @@ import numpy as np
 
 import ferro
 from ferro.backend import Backend
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
 
 _CALLS = 500
@@ -53,7 +53,7 @@ class Nothing(Backend):
 
 def _idle_group(rank: int, world_size: int) -> ferro.ProcessGroup:
     store = MemoryStore()
-    members = Members(
+    members = GroupInfo(
         name="nothing",
         backend_name="nothing",
         global_ranks=tuple(range(world_size)),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import ferro
-from ferro import bench
+import ferro_bench
 
 _CALL_S = 2e-9  # a rough guess of seconds per byte, to choose how many calls a turn has
 _TURN_S = 0.005
@@ -103,7 +103,7 @@ def _measure(case: Case, comm, nbytes: int, rounds: int) -> dict[str, dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
-    parser.add_argument("--sizes", type=bench.parse_sizes, required=True)
+    parser.add_argument("--sizes", type=ferro_bench.parse_sizes, required=True)
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     with ferro.init("mpi") as group:

@@ -34,7 +34,7 @@ import numpy as np
 from machine import facts
 
 import ferro
-from ferro import bench
+import ferro_bench
 
 SIZES = "4B:256MiB"
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
@@ -234,12 +234,12 @@ def measure(
 
 def line(record: dict[str, Any]) -> str:
     """Return a case as one line of a table."""
-    words = [f"{record['collective']:<14} {bench.size_text(record['nbytes']):>8}"]
+    words = [f"{record['collective']:<14} {ferro_bench.size_text(record['nbytes']):>8}"]
     for name in ("ferro", "nccl", "torch"):
         if name in record:
             own = record[name]
-            launch = bench.time_text(own["launch_median_s"])
-            device = bench.time_text(own["device_median_s"])
+            launch = ferro_bench.time_text(own["launch_median_s"])
+            device = ferro_bench.time_text(own["device_median_s"])
             words.append(f"{name}: launch {launch:>8} device {device:>8}")
     words.append(f"ferro/nccl {record['ferro']['device_ratio_to_nccl']:.2f}")
     return "   ".join(words)
@@ -284,7 +284,7 @@ def main() -> None:
     if not found.ok:
         sys.exit(f"benchmarks/nccl.py needs CuPy, NCCL and a GPU: {found.reason}. {found.hint}")
     with ferro.init("nccl") as group:
-        record = compare(group, bench.parse_sizes(options.sizes), options.rounds)
+        record = compare(group, ferro_bench.parse_sizes(options.sizes), options.rounds)
         if group.rank == 0 and options.out:
             options.out.write_text(json.dumps(record, indent=1))
 

@@ -22,7 +22,7 @@ from parity_models import STEPS, Found
 from parity_rank import TOGETHER_RANKS, strategies, train_all
 
 import ferro
-from ferro.testing import run_ranks
+from ferro_testing import run_ranks
 
 # What was read from JSON: numbers, words, and records and lists of them.
 Record: TypeAlias = Mapping[str, object]

@@ -10,7 +10,7 @@ import report_strategies
 from bound import bound_s
 from markdown import table
 
-from ferro.bench import size_text, time_text
+from ferro_bench import size_text, time_text
 
 # What was read from JSON: numbers, words, and records and lists of them.
 Record: TypeAlias = Mapping[str, object]

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import parity
 from markdown import table
 
-from ferro.bench import size_text, time_text
+from ferro_bench import size_text, time_text
 
 Record: TypeAlias = Mapping[str, object]
 

@@ -3,8 +3,8 @@
     python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   a quarter hour
     python benchmarks/run.py --quick --only collectives --sizes 4B,64KiB --ranks 2
 
-PYTHON is the interpreter of an environment with mpi4py and that MPI; `make bench` prepares them.
-All is on one host. Nothing here passes or fails by a time; a wrong result fails.
+PYTHON is the interpreter of an environment with mpi4py and that MPI; `make ferro_bench` prepares
+them. All is on one host. Nothing here passes or fails by a time; a wrong result fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import machine
 import parity
 import report
 
-from ferro import bench
+import ferro_bench
 
 _HERE = Path(__file__).resolve().parent
 _TRAINING_RANKS = 2
@@ -73,14 +73,23 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", action="append", choices=_MEASURES, help="may be repeated")
     add("--quick", action="store_true", help="fewer rounds and sizes: under a minute")
-    add("--sizes", type=bench.parse_sizes, help=f"of all_reduce; {collectives.SIZES} by default")
+    add(
+        "--sizes",
+        type=ferro_bench.parse_sizes,
+        help=f"of all_reduce; {collectives.SIZES} by default",
+    )
     add("--ranks", type=_numbers, default=[2, 4], help="2,4 by default")
-    add("--compare", type=bench.parse_peers, default={}, help="as in `ferro bench --help`")
+    add(
+        "--compare",
+        type=ferro_bench.parse_peers,
+        default={},
+        help="as in `ferro bench --help`",
+    )
     add("--out", type=Path, default=_HERE / "results", help="folder to write to")
     options = parser.parse_args()
     if options.sizes is None:
         sizes = collectives.QUICK_SIZES if options.quick else collectives.SIZES
-        options.sizes = bench.parse_sizes(sizes)
+        options.sizes = ferro_bench.parse_sizes(sizes)
     return options
 
 
@@ -93,21 +102,24 @@ def _collectives(options: argparse.Namespace) -> dict[str, object]:
     others = collectives.OTHER_QUICK_SIZES if quick else collectives.OTHER_SIZES
     wanted = collectives.Wanted(
         sizes=options.sizes,
-        other_sizes=bench.parse_sizes(others),
+        other_sizes=ferro_bench.parse_sizes(others),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if quick else None,
     )
     runs = {str(ranks): collectives.measure(wanted, ranks) for ranks in options.ranks}
     if importlib.util.find_spec("matplotlib") is not None:
         records = [record for run in runs.values() for record in run["records"]]
-        bench.plot(records, options.out / "collectives.png")
+        ferro_bench.plot(records, options.out / "collectives.png")
     return {"by_ranks": runs}
 
 
 def _imports(options: argparse.Namespace) -> dict[str, object]:
     records = imports.measure(3 if options.quick else 21)
     for record in records:
-        median, limit = bench.time_text(record["median_s"]), bench.time_text(record["limit_s"])
+        median, limit = (
+            ferro_bench.time_text(record["median_s"]),
+            ferro_bench.time_text(record["limit_s"]),
+        )
         print(f"{record['name']}: {median}, limit {limit}", flush=True)
     return {"records": records}
 
@@ -128,7 +140,7 @@ def _training(options: argparse.Namespace) -> dict[str, object]:
         given += [] if "torch-gloo" in options.compare else ["--without-torch"]
         times.append(_started(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *given]))
         for name, step in times[-1]["steps"].items():
-            print(f"step, {name}: {bench.time_text(step['median_s'])}", flush=True)
+            print(f"step, {name}: {ferro_bench.time_text(step['median_s'])}", flush=True)
     return {"memory": memory, "times": times}
 
 
@@ -155,7 +167,7 @@ def _parity(options: argparse.Namespace) -> dict[str, object]:
 def _many(options: argparse.Namespace) -> dict[str, object]:
     """More ranks than cores: whether times stay in proportion."""
     wanted = collectives.Wanted(
-        sizes=bench.parse_sizes(collectives.MANY_SIZES),
+        sizes=ferro_bench.parse_sizes(collectives.MANY_SIZES),
         other_sizes=(),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if options.quick else collectives.MANY_ROUNDS,
@@ -169,7 +181,7 @@ def _mpi(options: argparse.Namespace) -> dict[str, object]:
     given.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
     records = []
     for name in sorted({"openmpi", "mpich"} & set(options.compare)):
-        found = bench.find(name, options.compare[name])
+        found = ferro_bench.find(name, options.compare[name])
         assert found.mpiexec is not None, "an MPI has a launcher"
         more = [] if name == "mpich" else ["--oversubscribe"]
         for ranks in options.ranks:
@@ -183,7 +195,7 @@ def _layers(options: argparse.Namespace) -> dict[str, object]:
     given = [f"--rounds={4 if options.quick else 20}"]
     records = [_started(_ferro_run(ranks), "layers.py", given) for ranks in options.ranks]
     for record in records:
-        parts = ", ".join(f"{k} {bench.time_text(v)}" for k, v in record["median_s"].items())
+        parts = ", ".join(f"{k} {ferro_bench.time_text(v)}" for k, v in record["median_s"].items())
         print(f"{record['ranks']} ranks: {parts}", flush=True)
     return {"records": records}
 

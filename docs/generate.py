@@ -18,7 +18,7 @@ from pathlib import Path
 import matrix
 
 from ferro.collectives.builtin import BUILTIN
-from ferro.collectives.check import check
+from ferro.collectives.checker import check
 from ferro.collectives.cost import Network, cost_s
 from ferro.collectives.picture import table
 from ferro_strategies.pipeline import build, names

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ferro.bench.rank.case import COLLECTIVES
-from ferro.cli import main
+from ferro.cli.main import main
+from ferro_bench.rank.case import COLLECTIVES
 
 DEADLINE_S = 60
 

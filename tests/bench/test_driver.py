@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 
-from ferro.bench.contestants import Contestant
-from ferro.bench.driver import open_worlds
-from ferro.bench.measure import make_case, measure
-from ferro.bench.peers import Installed
-from ferro.bench.rank.channel import Channel
 from ferro.errors import BackendError
+from ferro_bench.contestants import Contestant
+from ferro_bench.driver import open_worlds
+from ferro_bench.measure import make_case, measure
+from ferro_bench.peers import Installed
+from ferro_bench.rank.channel import Channel
 
 CHANNEL = """
 import json, os, sys, time
-from ferro.bench.rank.channel import Channel
+from ferro_bench.rank.channel import Channel
 task = json.load(open(sys.argv[1]))
 def report(rank=0, world_size=1, version="toy 1"):
     channel = Channel(task["host"], task["port"], bytes.fromhex(task["secret"]))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ferro.bench.rank import pattern
-from ferro.bench.rank.buffers import Buffers
-from ferro.bench.rank.case import COLLECTIVES, OPS, Case
+from ferro_bench.rank import pattern
+from ferro_bench.rank.buffers import Buffers
+from ferro_bench.rank.case import COLLECTIVES, OPS, Case
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int64")
 CHECKED = [name for name in COLLECTIVES if name != "barrier"]

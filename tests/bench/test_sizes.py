@@ -2,9 +2,9 @@
 
 import pytest
 
-from ferro.bench.measure import make_case
-from ferro.bench.sizes import parse_size, parse_sizes, size_text, time_text
 from ferro.errors import UsageError
+from ferro_bench.measure import make_case
+from ferro_bench.sizes import parse_size, parse_sizes, size_text, time_text
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from ferro.conformance import parse_options
-from ferro.conformance.cells import Cell
-from ferro.conformance.report import report
-from ferro.conformance.survey import Survey
 from ferro.errors import UsageError
 from ferro.types import Device
+from ferro_testing.command import parse_options
+from ferro_testing.command.cells import Cell
+from ferro_testing.command.report import report
+from ferro_testing.command.survey import Survey
 
 DEADLINE_S = 90
 
@@ -225,11 +225,11 @@ def test_options_are_read_or_refused(tmp_path):
 
 def test_help_imports_nothing_heavy():
     program = (
-        "import sys; from ferro.cli import main\n"
+        "import sys; from ferro.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print([name for name in sys.modules if name.startswith(('ferro.conformance', "
-        "'ferro.testing.c', 'ferro.launch'))])"
+        "print([name for name in sys.modules if name.startswith(('ferro_testing.command', "
+        "'ferro_testing.c', 'ferro.launch'))])"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.endswith("[]\n")

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.conformance import verdicts
-from ferro.conformance.bundle import bundled
-from ferro.conformance.cells import Cell, all_cells, gaps, merge
-from ferro.conformance.rank import probe
-from ferro.conformance.report import report
-from ferro.conformance.survey import Survey, Timing
-from ferro.conformance.verdicts import Verdict, judge
 from ferro.errors import UnsupportedError
-from ferro.testing.case import Case, run_simulated
-from ferro.testing.conformance import check_async, check_groups, check_movements
-from ferro.testing.outcome import Outcome
+from ferro_testing.case import Case, run_simulated
+from ferro_testing.command import verdicts
+from ferro_testing.command.bundle import bundled
+from ferro_testing.command.cells import Cell, all_cells, gaps, merge
+from ferro_testing.command.rank import probe
+from ferro_testing.command.report import report
+from ferro_testing.command.survey import Survey, Timing
+from ferro_testing.command.verdicts import Verdict, judge
+from ferro_testing.conformance import check_async, check_groups, check_movements
+from ferro_testing.outcome import Outcome
 
 
 def cell(op, dtype="", reduction="", status="ok", text=""):

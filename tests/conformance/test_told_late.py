@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from ferro.conformance.verdicts import judge
 from ferro.errors import PeerLost
-from ferro.testing import killing
-from ferro.testing.case import Case, run_simulated
-from ferro.testing.failures import check_lost_peer
-from ferro.testing.killing import ToldLate
-from ferro.testing.shrinking import check_shrink
+from ferro_testing import killing
+from ferro_testing.case import Case, run_simulated
+from ferro_testing.command.verdicts import judge
+from ferro_testing.failures import check_lost_peer
+from ferro_testing.killing import ToldLate
+from ferro_testing.shrinking import check_shrink
 
 LATE = "a dead rank is told only by the deadline"
 
@@ -64,7 +64,7 @@ def test_the_kit_says_what_to_declare(check, ranks):
 @pytest.mark.usefixtures("impatient")
 def test_the_command_shows_a_gap(monkeypatch):
     monkeypatch.setattr(
-        "ferro.conformance.verdicts.FEATURES",
+        "ferro_testing.command.verdicts.FEATURES",
         {"lost_peer": check_lost_peer, "shrink": check_shrink},
     )
     found = judge(case(sit_out), launched=False, quick=True, told=lambda verdict: None)

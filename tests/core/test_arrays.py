@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ferro.arrays import Entry, dtype_named, writable
+from ferro.arrays import InputArray, dtype_named, writable
+from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
-from ferro.reduction import Reduction
-from ferro.shapes import Outlet, flat
+from ferro.group.arguments import OutputBuffer, flat
 from ferro.types import Device
 
 
@@ -27,7 +27,7 @@ class Tensor:
 
 def test_numpy_arrays_come_in_as_they_are():
     array = np.arange(6).reshape(2, 3)
-    entry = Entry(array)
+    entry = InputArray(array)
     assert entry.array is array
     assert entry.device is Device.CPU
     assert entry.leave(array) is array
@@ -35,14 +35,14 @@ def test_numpy_arrays_come_in_as_they_are():
 
 @pytest.mark.parametrize("value", [1, 2.5, True, 1j, [1, 2], ((1.0,), (2.0,)), np.int8(3)])
 def test_numbers_and_lists_become_arrays(value):
-    entry = Entry(value)
+    entry = InputArray(value)
     np.testing.assert_array_equal(entry.array, np.asarray(value))
     assert entry.array.dtype == np.asarray(value).dtype
 
 
 def test_other_libraries_share_their_memory():
     array = np.arange(4.0)
-    entry = Entry(Tensor(array))
+    entry = InputArray(Tensor(array))
     assert np.shares_memory(entry.array, array)
     array[0] = 9
     assert entry.array[0] == 9
@@ -56,7 +56,7 @@ def test_a_result_leaves_as_the_callers_kind(monkeypatch):
     library.from_dlpack = Tensor
     monkeypatch.setitem(sys.modules, "otherlib", library)
     theirs = type("OtherTensor", (Tensor,), {"__module__": "otherlib.core"})
-    result = Entry(theirs(np.arange(3.0))).leave(np.ones(3))
+    result = InputArray(theirs(np.arange(3.0))).leave(np.ones(3))
     assert type(result) is Tensor
     assert result.array.tolist() == [1.0, 1.0, 1.0]
 
@@ -65,7 +65,7 @@ def test_an_array_of_another_device_is_refused():
     elsewhere = Tensor(np.ones(1))
     elsewhere.device = (2, 0)
     with pytest.raises(UnsupportedError, match="DLPack device 2; only CPU memory"):
-        Entry(elsewhere)
+        InputArray(elsewhere)
 
 
 def test_an_array_that_cannot_be_exchanged_is_refused():
@@ -76,7 +76,7 @@ def test_an_array_that_cannot_be_exchanged_is_refused():
             raise BufferError("it needs its gradient")
 
     with pytest.raises(UsageError, match="cannot be exchanged through DLPack: it needs"):
-        Entry(Stubborn(read_only))
+        InputArray(Stubborn(read_only))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_an_array_that_cannot_be_exchanged_is_refused():
     ["bool", "i1", "i8", "u2", "f2", "f4", "f8", "c8", "c16", "bfloat16"],
 )
 def test_dtypes_are_known_by_name_on_other_ranks(dtype):
-    from ferro.testing.samples import dtype_of
+    from ferro_testing.samples import dtype_of
 
     kind = dtype_of(dtype)
-    assert Entry(np.zeros(2, kind)).array.dtype == kind
+    assert InputArray(np.zeros(2, kind)).array.dtype == kind
     assert dtype_named(kind.name) == kind
 
 
@@ -106,14 +106,14 @@ def test_dtypes_are_known_by_name_on_other_ranks(dtype):
 )
 def test_dtypes_without_a_common_meaning_are_refused(array):
     with pytest.raises(UnsupportedError, match="input has"):
-        Entry(array)
+        InputArray(array)
 
 
 def test_float8_is_refused():
     import ml_dtypes
 
     with pytest.raises(UnsupportedError, match="float8_e4m3fn, which no collective carries"):
-        Entry(np.zeros(2, ml_dtypes.float8_e4m3fn))
+        InputArray(np.zeros(2, ml_dtypes.float8_e4m3fn))
 
 
 def test_out_is_taken_as_it_is():
@@ -129,16 +129,16 @@ def test_out_on_another_device_is_refused():
 
 
 def test_an_outlet_gives_out_itself_or_new_memory():
-    entry = Entry(np.ones((2, 2)))
+    entry = InputArray(np.ones((2, 2)))
     out = np.zeros((3, 2))
-    outlet = Outlet(entry, out, (3, 2))
+    outlet = OutputBuffer(entry, out, (3, 2))
     outlet.flat[...] = 7
     assert outlet() is out
     assert (out == 7).all()
-    fresh = Outlet(entry, None, (4,))
+    fresh = OutputBuffer(entry, None, (4,))
     assert fresh.array.shape == (4,)
     assert fresh.array.dtype == np.float64
-    scalar = Outlet(Entry(1.5), None, ())
+    scalar = OutputBuffer(InputArray(1.5), None, ())
     scalar.flat[...] = 2
     assert scalar().shape == ()
     assert scalar() == 2

@@ -9,13 +9,13 @@ import pytest
 
 from ferro.backend import Backend
 from ferro.collectives import Choice, get
-from ferro.collectives.chunks import blocks, near_equal
+from ferro.collectives.partition import blocks, near_equal
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
-from ferro.group import ProcessGroup
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
+from ferro.group.process_group import ProcessGroup
 from ferro.rendezvous import MemoryStore
-from ferro.testing.conformance import CHECKS, Case, attempt
-from ferro.testing.outcome import Outcome
+from ferro_testing.conformance import CHECKS, Case, attempt
+from ferro_testing.outcome import Outcome
 
 
 class Switchboard:
@@ -88,7 +88,7 @@ def run_threads(
 
     def on_rank(rank):
         rules = choice or Choice(deterministic=deterministic)
-        members = Members(
+        members = GroupInfo(
             name="world",
             backend_name="minimal",
             global_ranks=tuple(range(world_size)),

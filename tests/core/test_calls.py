@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ferro.calls import LABEL_BYTES, Call, array_call, uneven_call
+from ferro.collectives.label import LABEL_BYTES, Call, array_call, uneven_call
 
 
 @pytest.mark.parametrize(

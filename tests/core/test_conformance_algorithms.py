@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 
 from ferro.collectives.builtin import BUILTIN
-from ferro.collectives.choose import CollectiveInfo
-from ferro.collectives.schedule import Schedule
+from ferro.collectives.schedule import CollectiveInfo, Schedule
 from ferro.errors import PluginError, UsageError
-from ferro.testing.conformance import check_collective
+from ferro_testing.conformance import check_collective
 
 
 @pytest.mark.parametrize("info", BUILTIN, ids=lambda info: f"{info.collective}-{info.algorithm}")

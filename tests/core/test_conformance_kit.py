@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-import ferro.testing.case
+import ferro_testing.case
 from ferro import Backend
 from ferro.errors import PeerLost, UnsupportedError, UsageError
-from ferro.testing import (
+from ferro_testing import (
     RanksFailed,
     assert_same_parameters,
     deadlines,
@@ -18,18 +18,18 @@ from ferro.testing import (
     killing,
     refusals,
 )
-from ferro.testing.buffers import check_buffers
-from ferro.testing.case import Case, run_simulated
-from ferro.testing.deadlines import check_send_deadline
-from ferro.testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
-from ferro.testing.killing import JobEnded
-from ferro.testing.movements import check_movements, check_uneven
-from ferro.testing.outcome import Outcome
-from ferro.testing.reductions import check_deterministic, check_equal_bits, check_reductions
-from ferro.testing.refusals import check_unsupported
-from ferro.testing.samples import DTYPES
-from ferro.testing.shrinking import check_shrink
-from ferro.testing.transfers import check_tags, check_transfers
+from ferro_testing.buffers import check_buffers
+from ferro_testing.case import Case, run_simulated
+from ferro_testing.deadlines import check_send_deadline
+from ferro_testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
+from ferro_testing.killing import JobEnded
+from ferro_testing.movements import check_movements, check_uneven
+from ferro_testing.outcome import Outcome
+from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reductions
+from ferro_testing.refusals import check_unsupported
+from ferro_testing.samples import DTYPES
+from ferro_testing.shrinking import check_shrink
+from ferro_testing.transfers import check_tags, check_transfers
 
 
 def sabotaged(spoil, **options):
@@ -367,7 +367,7 @@ def test_a_case_passes_its_options_on(monkeypatch):
         given.update(options)
         return [Outcome(rank=rank, result=[]) for rank in range(world_size)]
 
-    monkeypatch.setattr(ferro.testing.case, "run_ranks_outcomes", run)
+    monkeypatch.setattr(ferro_testing.case, "run_ranks_outcomes", run)
     case = Case(
         backend="pipes",
         world_sizes=(3,),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ferro.environment import (
+from ferro.errors import UsageError
+from ferro.runtime.environment import (
     LaunchInfo,
     child_environment,
     format_address,
@@ -20,7 +21,6 @@ from ferro.environment import (
     resolve,
     usable_cores,
 )
-from ferro.errors import UsageError
 
 TORCHRUN = {
     "RANK": "5",
@@ -358,7 +358,7 @@ class TestChildEnvironment:
 
 
 REPORT = """
-import json, sys, ferro.environment as e
+import json, sys, ferro.runtime.environment as e
 i = e.resolve()
 place = [i.launcher, i.rank, i.world_size, i.local_rank, i.local_world_size, i.job]
 open(f"{sys.argv[1]}/{i.rank}", "w").write(json.dumps(place))

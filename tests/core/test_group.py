@@ -287,8 +287,8 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
     """A stand-in for CuPy, whose arrays know nothing but how to be copied."""
     from dataclasses import replace
 
-    from ferro.group import ProcessGroup
-    from ferro.members import Members
+    from ferro.group.group_info import GroupInfo
+    from ferro.group.process_group import ProcessGroup
     from ferro.rendezvous import MemoryStore
     from ferro.simulated import SimulatedBackend
 
@@ -305,7 +305,7 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", Cupy)
     store = MemoryStore()
-    members = Members(
+    members = GroupInfo(
         name="world",
         backend_name="simulated",
         global_ranks=(0,),
@@ -390,7 +390,7 @@ def test_a_mean_by_an_algorithm_that_says_nothing_of_combining_once():
     from dataclasses import replace
 
     from ferro.collectives.builtin import BUILTIN
-    from ferro.collectives.choose import Choice
+    from ferro.collectives.choice import Choice
     from ferro.simulated import SimulatedBackend
 
     [exchange] = [i for i in BUILTIN if (i.collective, i.algorithm) == ("all_reduce", "exchange")]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ferro.errors import UsageError
-from ferro.layout import Layout, checked_sizes, cut, gathered
+from ferro.group.uneven import Layout, checked_sizes, cut, gathered
 
 
 def test_blocks_follow_each_other():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import run_ranks
+from ferro_testing import run_ranks
 
 
 def all_of_them(g):

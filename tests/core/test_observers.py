@@ -8,9 +8,9 @@ import pytest
 
 import ferro
 from ferro.errors import CollectiveMismatch, UsageError
+from ferro.launch.trace import Trace
 from ferro.observers import Event
 from ferro.simulated import simulate
-from ferro.trace import Trace
 
 
 class Log:

@@ -7,8 +7,9 @@ import importlib_metadata
 import pytest
 
 import ferro
-from ferro import backends, collectives, plugins, strategies
+from ferro import backends, collectives, strategies
 from ferro.errors import BackendUnavailable, PluginError, UsageError
+from ferro.plugins import registry as plugins
 
 HEAD = """
 from ferro import Availability, BackendInfo, CollectiveInfo, StrategyInfo, hookimpl
@@ -85,8 +86,8 @@ BROKEN = {
     "error on import": ("1 / 0", "failed to import .*: ZeroDivisionError"),
     "unknown hook": (
         "@hookimpl\ndef ferro_colours():\n    return []",
-        "implements a hook that ferro does not specify.*ferro_colours.*"
-        r"The hooks are ferro_backends, ferro_collectives, ferro_observers, ferro_strategies\.",
+        "implements a hook that ferro does not specify.*ferro_colours.*The hooks are "
+        r"ferro_backends, ferro_collectives, ferro_commands, ferro_observers, ferro_strategies\.",
     ),
     "hook with other arguments": (
         "@hookimpl\ndef ferro_backends(colour):\n    return []",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 
 NAMED = [
     ("sum", "f4"),

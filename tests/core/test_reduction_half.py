@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from ferro import half
 from ferro.arrays import dtype_named
-from ferro.reduction import Reduction
+from ferro.collectives import half
+from ferro.collectives.reduction import Reduction
 
 HALVES = ["float16", "bfloat16"]
 LENGTHS = [1, 256, 257, half._BLOCK - 1, half._BLOCK, half._BLOCK + 1, 2 * half._BLOCK + 300]

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from ferro.errors import AuthenticationError, RendezvousError
-from ferro.rendezvous import StoreServer, connect, dial, handshake, listen
-from ferro.rendezvous import server as server_module
+from ferro.rendezvous import StoreServer, connect, listen
+from ferro.rendezvous.auth import connect as connect_module
+from ferro.rendezvous.auth import handshake
+from ferro.rendezvous.store import server as server_module
 
 SECRET = b"a job's secret"
 
@@ -77,7 +79,7 @@ def test_a_service_that_starts_later_is_found(monkeypatch):
                 servers.append(StoreServer(secret=SECRET))
 
         monkeypatch.setattr(server_module, "listen", start_listening)
-        monkeypatch.setattr(dial.time, "sleep", pause)
+        monkeypatch.setattr(connect_module.time, "sleep", pause)
         address = bound.getsockname()
         try:
             connect(address, SECRET, purpose=b"store", deadline=soon()).close()
@@ -208,7 +210,7 @@ def test_a_connection_for_another_purpose_does_not_get_in(purpose):
 
 
 def test_a_wrong_secret_is_told_at_once_and_not_retried(monkeypatch):
-    monkeypatch.setattr(dial.time, "sleep", lambda _: pytest.fail("it was retried"))
+    monkeypatch.setattr(connect_module.time, "sleep", lambda _: pytest.fail("it was retried"))
     with (
         StoreServer(secret=SECRET) as server,
         pytest.raises(AuthenticationError, match=r"refused our secret.*FERRO_SECRET"),

@@ -1,4 +1,4 @@
-"""The bulletin and the user's secret: private files, written whole, refused when others could."""
+"""The rendezvous file and the secret: private, written whole, refused when others could write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from threading import Barrier, Thread
 import pytest
 
 from ferro.errors import AuthenticationError, RendezvousError, UsageError
-from ferro.rendezvous import bulletin, derive, per_user_secret
+from ferro.rendezvous import derive, per_user_secret
+from ferro.rendezvous.meeting import rendezvous_file
 
 
 def soon(seconds: float = 20.0) -> float:
@@ -30,64 +31,64 @@ def board(tmp_path):
 
 
 def test_a_note_is_read_as_it_was_posted(board):
-    bulletin.post("job/../7 ü", "127.0.0.1:4000 ü", directory=board)
-    assert bulletin.read("job/../7 ü", deadline=NOW, directory=board) == "127.0.0.1:4000 ü"
+    rendezvous_file.post("job/../7 ü", "127.0.0.1:4000 ü", directory=board)
+    assert rendezvous_file.read("job/../7 ü", deadline=NOW, directory=board) == "127.0.0.1:4000 ü"
     (note,) = board.iterdir()
     assert stat.S_IMODE(note.stat().st_mode) == 0o600
     assert stat.S_IMODE(board.stat().st_mode) == 0o700
 
 
 def test_a_later_note_replaces_an_earlier_one(board):
-    bulletin.post("a", "old", directory=board)
-    bulletin.post("a", "new", directory=board)
-    bulletin.post("b", "other", directory=board)
-    assert bulletin.read("a", deadline=NOW, directory=board) == "new"
+    rendezvous_file.post("a", "old", directory=board)
+    rendezvous_file.post("a", "new", directory=board)
+    rendezvous_file.post("b", "other", directory=board)
+    assert rendezvous_file.read("a", deadline=NOW, directory=board) == "new"
     assert len(list(board.iterdir())) == 2
 
 
 def test_a_reader_waits_for_the_post(board, monkeypatch):
     def post_during_the_first_pause(_seconds: float) -> None:
-        bulletin.post("late", "here", directory=board)
+        rendezvous_file.post("late", "here", directory=board)
 
-    monkeypatch.setattr(bulletin.time, "sleep", post_during_the_first_pause)
-    assert bulletin.read("late", deadline=soon(), directory=board) == "here"
+    monkeypatch.setattr(rendezvous_file.time, "sleep", post_during_the_first_pause)
+    assert rendezvous_file.read("late", deadline=soon(), directory=board) == "here"
 
 
 def test_a_note_never_posted_is_an_error_that_says_so(board):
     with pytest.raises(RendezvousError, match=r"nobody posted 'x'.*rank 0"):
-        bulletin.read("x", deadline=soon(0.02), directory=board)
+        rendezvous_file.read("x", deadline=soon(0.02), directory=board)
 
 
 def test_a_removed_note_is_gone_and_removing_it_again_is_no_error(board):
-    bulletin.post("x", "text", directory=board)
-    bulletin.remove("x", directory=board)
-    bulletin.remove("x", directory=board)
+    rendezvous_file.post("x", "text", directory=board)
+    rendezvous_file.remove("x", directory=board)
+    rendezvous_file.remove("x", directory=board)
     assert list(board.iterdir()) == []
 
 
 def test_a_note_has_a_bounded_size(board):
-    bulletin.post("x", "t" * 4096, directory=board)
+    rendezvous_file.post("x", "t" * 4096, directory=board)
     with pytest.raises(UsageError, match="4096"):
-        bulletin.post("x", "t" * 4097, directory=board)
+        rendezvous_file.post("x", "t" * 4097, directory=board)
     (note,) = board.iterdir()
     note.write_bytes(b"t" * 4097)
     with pytest.raises(RendezvousError, match="longer than 4096"):
-        bulletin.read("x", deadline=soon(), directory=board)
+        rendezvous_file.read("x", deadline=soon(), directory=board)
 
 
 def test_readers_never_see_half_a_note(board):
     texts = ["a" * 4000, "b" * 4000]
-    bulletin.post("x", texts[0], directory=board)
+    rendezvous_file.post("x", texts[0], directory=board)
 
     def write() -> None:
         for i in range(50):
-            bulletin.post("x", texts[i % 2], directory=board)
+            rendezvous_file.post("x", texts[i % 2], directory=board)
 
     writer = Thread(target=write)
     writer.start()
     seen = set()
     while writer.is_alive():
-        seen.add(bulletin.read("x", deadline=NOW, directory=board))
+        seen.add(rendezvous_file.read("x", deadline=NOW, directory=board))
     writer.join()
     assert seen <= set(texts)
     assert seen
@@ -98,9 +99,9 @@ def test_a_board_open_to_others_is_refused(board, mode):
     board.mkdir()
     board.chmod(mode)
     for use in (
-        lambda: bulletin.post("x", "t", directory=board),
-        lambda: bulletin.read("x", deadline=NOW, directory=board),
-        lambda: bulletin.remove("x", directory=board),
+        lambda: rendezvous_file.post("x", "t", directory=board),
+        lambda: rendezvous_file.read("x", deadline=NOW, directory=board),
+        lambda: rendezvous_file.remove("x", directory=board),
     ):
         with pytest.raises(RendezvousError, match=r"open to other users.*0700"):
             use()
@@ -110,7 +111,7 @@ def test_a_board_of_another_user_is_refused(board, monkeypatch):
     board.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: board.stat().st_uid + 1)
     with pytest.raises(RendezvousError, match="belongs to user id"):
-        bulletin.post("x", "t", directory=board)
+        rendezvous_file.post("x", "t", directory=board)
 
 
 def test_a_board_or_note_that_is_a_link_is_refused(board, tmp_path):
@@ -118,34 +119,34 @@ def test_a_board_or_note_that_is_a_link_is_refused(board, tmp_path):
     real.mkdir(mode=0o700)
     board.symlink_to(real)
     with pytest.raises(RendezvousError, match="not a directory"):
-        bulletin.post("x", "t", directory=board)
-    bulletin.post("x", "t", directory=real)
+        rendezvous_file.post("x", "t", directory=board)
+    rendezvous_file.post("x", "t", directory=real)
     (note,) = real.iterdir()
     elsewhere = tmp_path / "elsewhere"
     note.rename(elsewhere)
     note.symlink_to(elsewhere)
     with pytest.raises(RendezvousError, match="symbolic link"):
-        bulletin.read("x", deadline=NOW, directory=real)
-    bulletin.post("x", "new", directory=real)  # replaces the link, not what it points to
+        rendezvous_file.read("x", deadline=NOW, directory=real)
+    rendezvous_file.post("x", "new", directory=real)  # replaces the link, not what it points to
     assert elsewhere.read_text() == "t"
-    assert bulletin.read("x", deadline=NOW, directory=real) == "new"
+    assert rendezvous_file.read("x", deadline=NOW, directory=real) == "new"
 
 
 def test_a_note_that_is_a_pipe_does_not_make_readers_wait(board):
-    bulletin.post("x", "t", directory=board)
+    rendezvous_file.post("x", "t", directory=board)
     (note,) = board.iterdir()
     note.unlink()
     os.mkfifo(note, 0o600)
     with pytest.raises(RendezvousError, match="not a plain file"):
-        bulletin.read("x", deadline=NOW, directory=board)
+        rendezvous_file.read("x", deadline=NOW, directory=board)
 
 
 def test_the_default_board_is_in_the_temporary_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(bulletin.tempfile, "gettempdir", lambda: str(tmp_path))
-    bulletin.post("x", "t")
+    monkeypatch.setattr(rendezvous_file.tempfile, "gettempdir", lambda: str(tmp_path))
+    rendezvous_file.post("x", "t")
     assert [entry.name for entry in tmp_path.iterdir()] == [f"ferro-{os.getuid()}"]
-    assert bulletin.read("x", deadline=NOW) == "t"
-    bulletin.remove("x")
+    assert rendezvous_file.read("x", deadline=NOW) == "t"
+    rendezvous_file.remove("x")
 
 
 def test_the_secret_is_made_once_and_kept_private(tmp_path):

@@ -1,4 +1,4 @@
-"""The gate, turned by hand: the test is the loop, so nothing depends on another thread."""
+"""The listener, turned by hand: the test is the loop, so nothing depends on another thread."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from collections.abc import Callable
 import pytest
 
 from ferro.errors import AuthenticationError, RendezvousError
-from ferro.rendezvous import Gate, gate, handshake, listen
+from ferro.rendezvous import Listener, listen
+from ferro.rendezvous.auth import handshake
+from ferro.rendezvous.auth import listener as listener_module
 
 SECRET = b"a job's secret"
 
 
 class House:
-    """A selector, a gate on it, and what the gate let in."""
+    """A selector, a listener on it, and what the listener let in."""
 
     def __init__(self, listener: socket.socket, timeout_s: float = 60.0, limit: int = 128) -> None:
         self.address = listener.getsockname()
         self.selector = selectors.DefaultSelector()
         self.admitted: list[socket.socket] = []
         self.strangers: list[socket.socket] = []
-        self.gate = Gate(
+        self.gate = Listener(
             listener,
             SECRET,
             purpose=b"store",
@@ -38,13 +40,13 @@ class House:
         """Turn the loop until something is so."""
         deadline = time.monotonic() + 10
         while not until():
-            assert time.monotonic() < deadline, "the gate never came to it"
+            assert time.monotonic() < deadline, "the listener never came to it"
             self.gate.expire()
             for key, events in self.selector.select(0.01):
                 key.data(events)
 
     def stranger(self) -> socket.socket:
-        """A new connection, accepted by the gate."""
+        """A new connection, accepted by the listener."""
         accepted = self.accepted
         sock = socket.create_connection(self.address[:2], timeout=10)
         self.strangers.append(sock)
@@ -110,9 +112,9 @@ def test_a_member_is_handed_on_blocking_and_off_the_selector(build):
     assert admitted.gettimeout() is None
     assert admitted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert house.accepted == 0
-    member.sendall(b"what follows is not the gate's")
+    member.sendall(b"what follows is not the listener's")
     admitted.settimeout(10)
-    assert admitted.recv(64) == b"what follows is not the gate's"
+    assert admitted.recv(64) == b"what follows is not the listener's"
 
 
 def test_bytes_sent_ahead_of_the_verdict_are_left_to_the_owner(build):
@@ -199,7 +201,7 @@ class Exhausted(socket.socket):
 
 
 def test_without_file_descriptors_the_gate_rests_and_comes_back(monkeypatch):
-    monkeypatch.setattr(gate, "_REST_S", 0.01)
+    monkeypatch.setattr(listener_module, "_REST_S", 0.01)
     listener = Exhausted(fileno=listen("127.0.0.1").detach())
     house = House(listener)
     try:
@@ -224,7 +226,7 @@ def test_close_leaves_nothing_and_may_be_repeated(build):
 def test_an_empty_secret_guards_nothing():
     with listen("127.0.0.1") as listener, selectors.DefaultSelector() as selector:
         with pytest.raises(AuthenticationError, match="empty"):
-            Gate(listener, b"", purpose=b"x", selector=selector, admit=print)
+            Listener(listener, b"", purpose=b"x", selector=selector, admit=print)
         assert len(selector.get_map()) == 0
 
 

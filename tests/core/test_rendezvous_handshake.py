@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferro.errors import AuthenticationError
-from ferro.rendezvous import handshake
-from ferro.rendezvous.handshake import Handshake, StrangerError, WrongSecretError
+from ferro.rendezvous.auth import handshake
+from ferro.rendezvous.auth.handshake import Handshake, StrangerError, WrongSecretError
 
 SECRET = b"a job's secret"
 

@@ -16,7 +16,9 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from ferro.errors import AuthenticationError
-from ferro.rendezvous import StoreClient, StoreServer, connect, handshake, wire
+from ferro.rendezvous import StoreClient, StoreServer, connect
+from ferro.rendezvous.auth import handshake
+from ferro.rendezvous.store import wire
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from ferro.environment import LaunchInfo
 from ferro.errors import RendezvousError
-from ferro.rendezvous.interfaces import own_addresses
-from ferro.rendezvous.introduction import meet_introduced
+from ferro.rendezvous.meeting.bootstrap import meet_introduced
+from ferro.rendezvous.meeting.interfaces import own_addresses
+from ferro.runtime.environment import LaunchInfo
 
 WAIT_S = 20.0
 
@@ -67,7 +67,7 @@ def test_the_users_secret_is_kept():
 
 
 def test_addresses_that_do_not_answer_are_passed_over():
-    from ferro import codec
+    from ferro.rendezvous import codec
 
     def alter(message):
         told = codec.decode(message)
@@ -81,7 +81,7 @@ def test_addresses_that_do_not_answer_are_passed_over():
 
 
 def test_a_rank_that_reaches_no_address_says_which_it_tried():
-    from ferro import codec
+    from ferro.rendezvous import codec
 
     def carrier(rank, world_size, message, deadline):
         return codec.encode({"addresses": ["127.0.0.1"], "port": 9, "secret": b"x" * 32})

@@ -12,9 +12,10 @@ from itertools import pairwise
 import pytest
 
 from ferro.errors import AuthenticationError, RendezvousError
-from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, connect, wire
-from ferro.rendezvous import client as client_module
-from ferro.rendezvous import pool as pool_module
+from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, connect
+from ferro.rendezvous.store import client as client_module
+from ferro.rendezvous.store import pool as pool_module
+from ferro.rendezvous.store import wire
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once

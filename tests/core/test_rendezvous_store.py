@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferro.errors import RendezvousError, UsageError
-from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, table
+from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout
+from ferro.rendezvous.store import table
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once

@@ -14,9 +14,10 @@ import pytest
 
 from ferro import BackendConfig
 from ferro.errors import RendezvousError, UsageError
-from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, connect, wire
-from ferro.rendezvous import table as table_module
-from ferro.rendezvous.lost import Lost
+from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, connect
+from ferro.rendezvous.store import table as table_module
+from ferro.rendezvous.store import wire
+from ferro.rendezvous.store.lost import Lost
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferro.rendezvous import wire
+from ferro.rendezvous.store import wire
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

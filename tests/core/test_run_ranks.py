@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ferro.errors import UsageError
-from ferro.testing import RanksFailed, run_ranks, run_ranks_outcomes
-from ferro.testing.concurrency import check_groups
-from ferro.testing.conformance import Case
-from ferro.testing.values import check_objects
+from ferro_testing import RanksFailed, run_ranks, run_ranks_outcomes
+from ferro_testing.concurrency import check_groups
+from ferro_testing.conformance import Case
+from ferro_testing.values import check_objects
 
 # A backend as a third party would write it, with the job's store for a network.
 POSTBOX = """

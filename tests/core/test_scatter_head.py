@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from ferro import scatter_head
-from ferro.layout import Layout
+from ferro.group.uneven import Layout, blank_header, read_header, write_header
 from ferro.simulated import simulate
-from ferro.testing.samples import dtype_of
+from ferro_testing.samples import dtype_of
 
 RANKS = 3
 
@@ -15,10 +14,10 @@ RANKS = 3
 @pytest.mark.parametrize("name", ["bool", "bfloat16", "c16"])
 def test_what_is_written_is_read(name, row_shape):
     dtype, layout = dtype_of(name), Layout.of([4, 0, 1 << 40], row_shape)
-    head = scatter_head.blank(RANKS)
-    scatter_head.write(head, dtype, layout)
-    assert scatter_head.read(head, RANKS) == (dtype, layout)
-    assert head.shape == scatter_head.blank(RANKS).shape
+    head = blank_header(RANKS)
+    write_header(head, dtype, layout)
+    assert read_header(head, RANKS) == (dtype, layout)
+    assert head.shape == blank_header(RANKS).shape
 
 
 @pytest.mark.parametrize("sizes", [None, [1, 0, 5]])

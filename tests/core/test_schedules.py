@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferro.collectives import direct, ring, tree
-from ferro.collectives.check import Proof, check
+from ferro.collectives.checker import Proof, check
 from ferro.collectives.picture import table
 from ferro.collectives.schedule import Round, Schedule
 from ferro.errors import PluginError

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ferro.collectives.check import check
+from ferro.collectives.checker import check
 from ferro.collectives.ring import ring_all_gather, ring_all_reduce
 from ferro.collectives.schedule import Recv, Round, Schedule, Send
 from ferro.errors import PluginError, UsageError

@@ -10,7 +10,7 @@ import ferro
 from ferro.collectives.cost import Network
 from ferro.errors import CollectiveTimeout, PeerLost, UsageError
 from ferro.simulated import Fault, SimulatedBackend, simulate
-from ferro.testing.conformance import CHECKS, Case
+from ferro_testing.conformance import CHECKS, Case
 
 CASE = Case(backend="simulated", world_sizes=(1, 2, 3, 4, 5, 8))
 

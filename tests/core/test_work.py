@@ -1,4 +1,4 @@
-"""Work and Lane: operations run one at a time in the order issued, and end."""
+"""Work and SerialExecutor: operations run one at a time in the order issued, and end."""
 
 import sys
 import threading
@@ -6,14 +6,15 @@ import time
 
 import pytest
 
-from ferro.work import Lane, LaneClosed, Work, in_lane
+from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, on_executor_thread
+from ferro.group.work import Work
 
 S = 5.0
 
 
 @pytest.fixture
 def lane():
-    lane = Lane("test lane")
+    lane = SerialExecutor("test lane")
     yield lane
     assert lane.close(time.monotonic() + S)
 
@@ -81,11 +82,11 @@ def test_several_threads_may_wait_for_one_work(lane):
 
 
 def test_close_gives_up_at_its_deadline_and_ends_the_thread_afterwards():
-    lane, gate = Lane("closing"), threading.Event()
+    lane, gate = SerialExecutor("closing"), threading.Event()
     work = lane.start("op", lambda seq: gate.wait(S))
     thread = lane._thread
     assert not lane.close(time.monotonic())
-    with pytest.raises(LaneClosed):
+    with pytest.raises(ExecutorClosed):
         lane.start("late", lambda seq: None)
     gate.set()
     work.wait()
@@ -108,14 +109,14 @@ def test_a_lane_forgets_results_that_nobody_holds(lane):
 
 
 def test_only_a_lanes_thread_is_one(lane):
-    assert not lane.run("op", lambda seq: in_lane())
-    assert lane.start("op", lambda seq: in_lane()).wait()
-    assert not in_lane()
+    assert not lane.run("op", lambda seq: on_executor_thread())
+    assert lane.start("op", lambda seq: on_executor_thread()).wait()
+    assert not on_executor_thread()
 
 
 def test_threads_take_short_turns_while_a_lanes_thread_works(lane):
     before = sys.getswitchinterval()
-    other = Lane("another test lane")
+    other = SerialExecutor("another test lane")
     gate = threading.Event()
     short = lane.start("op", lambda seq: sys.getswitchinterval())
     works = [some.start("op", lambda seq: gate.wait(S)) for some in (lane, other)]
@@ -141,7 +142,7 @@ def test_what_the_caller_waits_for_runs_in_its_thread_after_what_is_pending(lane
     hold, order = threading.Event(), []
 
     def note(seq):
-        order.append((seq, in_lane()))
+        order.append((seq, on_executor_thread()))
         return "done"
 
     def first(seq):

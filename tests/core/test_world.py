@@ -299,7 +299,7 @@ def test_a_forked_child_leaves_its_parents_world_alone(ranks, store):
 
 def test_a_rank_of_another_version_with_other_fields_is_named():
     from ferro.rendezvous import MemoryStore
-    from ferro.rendezvous.rollcall import Record, call_roll
+    from ferro.rendezvous.meeting.membership import Record, call_roll
 
     shared = MemoryStore()
     shared.add("joined", 1)

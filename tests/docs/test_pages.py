@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ferro
-from ferro.collectives.check import check
+from ferro.collectives.checker import check
 
 ROOT = Path(__file__).parents[2]
 FERRO = Path(sys.executable).parent / "ferro"

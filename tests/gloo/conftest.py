@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ferro import Backend, BackendConfig, ProcessGroup
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
 from ferro_gloo.backend import GlooBackend
 
@@ -67,7 +67,7 @@ class Ranks:
                 addresses=(self.host,) * self.world_size,
                 timeout_s=self.timeout_s,
             )
-            members = Members(
+            members = GroupInfo(
                 name="world",
                 backend_name="gloo",
                 global_ranks=tuple(range(self.world_size)),

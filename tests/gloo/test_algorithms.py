@@ -3,7 +3,7 @@
 import numpy as np
 
 import ferro
-from ferro.testing import run_ranks
+from ferro_testing import run_ranks
 
 RING = {"algorithms": {"all_reduce": "ring"}}
 

@@ -13,10 +13,10 @@ import pytest
 
 from ferro import Backend, BackendConfig
 from ferro.collectives import Choice
-from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
 from ferro_gloo.backend import GlooBackend
+from ferro_testing import conformance
+from ferro_testing.case import Case, attempt
+from ferro_testing.outcome import Outcome
 
 from .conftest import Ranks
 

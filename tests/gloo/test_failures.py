@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import run_ranks_outcomes
+from ferro_testing import run_ranks_outcomes
 
 WAYS = {"shared memory": True, "TCP": False}
 

@@ -10,15 +10,15 @@ import pytest
 
 import ferro
 from ferro.collectives import Choice
-from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
 from ferro_gloo.backend import GlooBackend
 from ferro_gloo.hierarchy import Hierarchy, movements, topology
 from ferro_gloo.hierarchy.levels import nothing
 from ferro_gloo.hierarchy.regions import Region
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.tcp.backend import TcpBackend
+from ferro_testing import conformance
+from ferro_testing.case import Case, attempt
+from ferro_testing.outcome import Outcome
 
 from .conftest import Ranks
 

@@ -125,7 +125,7 @@ def test_the_other_programs_of_the_page_run(installed):
     text = call(installed, "-m", "ferro", "run", "-n", "3", "first.py")
     assert all(f"{rank} 3" in text for rank in range(3))
     registered = {entry.value for entry in entry_points(group="pytest11")}
-    plugin = [] if "ferro_pytest.plugin" in registered else ["-p", "ferro_pytest.plugin"]
+    plugin = [] if "ferro_testing_pytest" in registered else ["-p", "ferro_testing_pytest"]
     options = ["-q", "-p", "no:cacheprovider", *plugin, "--ferro-backend=pipes"]
     assert "3 passed" in call(installed, "-m", "pytest", *options, "test_sum.py")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ferro import BackendConfig, GroupClosed, PeerLost
-from ferro.rendezvous.memory import MemoryStore
+from ferro.rendezvous.store.memory import MemoryStore
 
 SOURCES = Path(__file__).parents[2] / "examples" / "ferro-pipes" / "src"
 

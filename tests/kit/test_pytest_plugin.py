@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 import ferro
-from ferro_pytest.ranks import check_backends
+from ferro_testing.pytest_ranks import check_backends
 
 HEADER = "import time\nimport numpy as np\nimport pytest\n"
 
@@ -21,8 +21,8 @@ def run(tmp_path, text, *options):
     """Run pytest on a file as a user would; return what it prints, and its exit status."""
     (tmp_path / "test_user.py").write_text(HEADER + textwrap.dedent(text))
     plugins = ["-p", "no:cacheprovider"]
-    if "ferro_pytest.plugin" not in _registered():
-        plugins += ["-p", "ferro_pytest.plugin"]
+    if "ferro_testing_pytest" not in _registered():
+        plugins += ["-p", "ferro_testing_pytest"]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "test_user.py", *options, *plugins],
         cwd=tmp_path,
@@ -235,7 +235,9 @@ def test_an_argument_that_cannot_travel_is_named(tmp_path):
 
 
 def test_the_plugin_imports_nothing_of_ferro_before_a_test_is_marked():
-    program = "import sys, ferro_pytest.plugin; sys.exit(bool({'ferro', 'numpy'} & {*sys.modules}))"
+    program = (
+        "import sys, ferro_testing_pytest; sys.exit(bool({'ferro', 'numpy'} & {*sys.modules}))"
+    )
     path = os.pathsep.join([sysconfig.get_path("purelib"), *filter(None, sys.path)])
     env = {**os.environ, "PYTHONPATH": path}
     assert subprocess.run([sys.executable, "-c", program], env=env, timeout=60).returncode == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ferro import cli
+from ferro.cli.main import main as cli
 from ferro.errors import UsageError
 from ferro.launch import parse_options
 from ferro.types import Availability

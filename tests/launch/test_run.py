@@ -50,7 +50,7 @@ def test_a_job_has_a_secret_and_a_store_of_its_own(script: Script) -> None:
 def test_the_store_is_there(script: Script) -> None:
     program = script("""
         import time
-        from ferro.environment import resolve
+        from ferro.runtime.environment import resolve
         from ferro.rendezvous import StoreClient
         info = resolve()
         with StoreClient(info.store, info.secret, deadline=time.monotonic() + 20) as store:
@@ -65,7 +65,7 @@ def test_the_store_is_there(script: Script) -> None:
 
 @pytest.mark.parametrize("outer", ["PMI_RANK=0 PMI_SIZE=1", "SLURM_PROCID=3 SLURM_STEP_ID=0"])
 def test_within_another_launcher(script: Script, outer: str) -> None:
-    program = script("import ferro.environment as e; print(e.resolve().launcher)")
+    program = script("import ferro.runtime.environment as e; print(e.resolve().launcher)")
     result = ferro("run", "-n", 2, program, **dict(pair.split("=") for pair in outer.split()))
     assert sorted(result.stdout.splitlines()) == ["[0] ferro", "[1] ferro"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ferro.testing import run_ranks_outcomes
-from ferro.testing.outcome import Outcome
+from ferro_testing import run_ranks_outcomes
+from ferro_testing.outcome import Outcome
 
 _ROOT = Path(__file__).parents[2]
 # Without the search for networks, which takes Open MPI longer than a test.
@@ -87,7 +87,7 @@ class Launch:
         timeout_s: float,
         deterministic: bool,
     ) -> list[Outcome]:
-        """See `ferro.testing.conformance.Runner`."""
+        """See `ferro_testing.conformance.Runner`."""
         options = {"deterministic": deterministic}
         return self.outcomes(function, world_size, *args, timeout_s=timeout_s, init_options=options)
 

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 
 import ferro
-from ferro.testing.samples import dtype_of
+from ferro_testing.samples import dtype_of
 
 
 def native_and_met(group):

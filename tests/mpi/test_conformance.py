@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ferro.testing import conformance
-from ferro.testing.case import Case
+from ferro_testing import conformance
+from ferro_testing.case import Case
 
 from .conftest import MPICH, OPENMPI, there
 

@@ -10,7 +10,7 @@ import pytest
 
 from ferro import BackendConfig, ProcessGroup
 from ferro.collectives import Choice
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
 from ferro.simulated.board import RankKilled
 from ferro.types import Device
@@ -65,7 +65,7 @@ class Ranks:
 
     def _run(self, rank: int, function: Callable[[ProcessGroup], object]) -> None:
         try:
-            members = Members(
+            members = GroupInfo(
                 name="world",
                 backend_name="nccl",
                 global_ranks=tuple(range(self.world_size)),

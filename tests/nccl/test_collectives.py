@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ferro import GroupClosed
-from ferro.testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
 from ferro_nccl import meeting
+from ferro_testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
 
 N = 2
 
@@ -141,7 +141,7 @@ def test_a_large_meeting_takes_no_more_memory_than_a_segment(monkeypatch):
             for into in incoming:
                 into[...] = outgoing[1]
 
-    from ferro.reduction import reduction_for
+    from ferro.collectives.reduction import reduction_for
 
     monkeypatch.setattr(meeting, "SMALL_BYTES", 16)
     steps = Steps()

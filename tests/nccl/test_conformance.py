@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
+from ferro_testing import conformance
+from ferro_testing.case import Case, attempt
+from ferro_testing.outcome import Outcome
 
 from .conftest import Ranks
 from .standin import Machine

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ferro import CollectiveTimeout, FerroError, GroupClosed, backends
-from ferro.testing import conformance, run_ranks
-from ferro.testing.case import Case
-from ferro.testing.ranks import run_ranks_outcomes
-from ferro.testing.samples import DTYPES, noise, reduced, reductions, sample
+from ferro_testing import conformance, run_ranks
+from ferro_testing.case import Case
+from ferro_testing.ranks import run_ranks_outcomes
+from ferro_testing.samples import DTYPES, noise, reduced, reductions, sample
 
 pytestmark = pytest.mark.gpu
 

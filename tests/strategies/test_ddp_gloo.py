@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks
 from ferro_strategies import DDP, hooks, nn, optim
+from ferro_testing import run_ranks
 
 BATCH, STEPS = 12, 4
 

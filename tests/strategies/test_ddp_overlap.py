@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ferro.testing import run_ranks
 from ferro_strategies import DDP, nn
+from ferro_testing import run_ranks
 
 BATCH, WIDTH, OUTPUTS = 4, 256, 1024
 LONG_S = 20.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ferro.testing import run_ranks
 from ferro_strategies.dtensor import Partial, Replicate, Shard, distribute
 from ferro_strategies.mesh import DeviceMesh
+from ferro_testing import run_ranks
 
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 

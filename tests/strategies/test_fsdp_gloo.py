@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks
 from ferro_strategies import nn, optim
 from ferro_strategies.fsdp import FSDP, ShardingStrategy
+from ferro_testing import run_ranks
 
 BATCH, STEPS = 12, 4
 

@@ -14,12 +14,12 @@ import pytest
 
 import ferro
 from ferro import Device
-from ferro.calls import Call
-from ferro.reduction import reduction_for
+from ferro.collectives.label import Call
+from ferro.collectives.reduction import reduction_for
 from ferro.simulated import SimulatedBackend
-from ferro.testing import run_ranks_outcomes
 from ferro_gloo.backend import GlooBackend
 from ferro_strategies import HybridBackend
+from ferro_testing import run_ranks_outcomes
 
 from .hybrid_ranks import (
     COLLECTIVES,

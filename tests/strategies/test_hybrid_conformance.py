@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from ferro.collectives import Choice
-from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
+from ferro_testing import conformance
+from ferro_testing.case import Case, attempt
+from ferro_testing.outcome import Outcome
 
 from ..gloo.conftest import Ranks
 from .hybrid_ranks import connect_two

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ferro_strategies.hybrid.connect import connect
+from ferro_strategies.hybrid.plan import Plan, parse_map
 
 import ferro
 import ferro_strategies_plugin
 from ferro import Availability, BackendConfig, BackendInfo, Device, backends
 from ferro.rendezvous import MemoryStore
 from ferro.simulated import SimulatedBackend
-from ferro.testing import run_ranks
-from ferro_strategies.hybrid.connect import connect
-from ferro_strategies.hybrid.plan import Plan, parse_map
+from ferro_testing import run_ranks
 
 CPU, CUDA = Device.CPU, Device.CUDA
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import run_ranks
 from ferro_strategies.mesh import DeviceMesh
+from ferro_testing import run_ranks
 
 
 def simulate(function, world_size):

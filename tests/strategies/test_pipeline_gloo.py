@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks
 from ferro_strategies.nn import Sequential, cross_entropy
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Pipeline
+from ferro_testing import run_ranks
 
 from .pipeline_models import batch, make_stages, share
 

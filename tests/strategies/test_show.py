@@ -3,7 +3,7 @@
 import pytest
 
 from ferro import strategies
-from ferro.cli import main
+from ferro.cli.main import main
 from ferro.errors import PluginError
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import run_ranks
 from ferro_strategies import DDP, FSDP
 from ferro_strategies.nn import (
     BatchNorm,
@@ -27,6 +26,7 @@ from ferro_strategies.sync_batchnorm import (
     SyncBatchNorm3d,
     convert_sync_batchnorm,
 )
+from ferro_testing import run_ranks
 
 F64 = np.float64
 CHANNELS = 3

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import run_ranks
 from ferro_strategies import nn, optim
 from ferro_strategies import tensor_parallel as tp
+from ferro_testing import run_ranks
 
 VOCABULARY, DIM, HEADS, HIDDEN = 11, 12, 4, 22
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from ferro.reduction import reduction_for
+from ferro.collectives.reduction import reduction_for
 from ferro_ucc import abi, operations
 from ferro_ucc.natives import native_reduction
 from ferro_ucc.operations import Operation

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ferro.reduction import reduction_for
-from ferro.testing.samples import DTYPES, dtype_of, reductions
+from ferro.collectives.reduction import reduction_for
+from ferro_testing.samples import DTYPES, dtype_of, reductions
 from ferro_ucc.abi import Op
 from ferro_ucc.natives import native_reduction
 

@@ -11,9 +11,9 @@ import pytest
 
 from ferro import CollectiveTimeout, GroupClosed, PeerLost, ProcessGroup, UnsupportedError
 from ferro.errors import FerroError
-from ferro.testing import conformance, run_ranks, run_ranks_outcomes
-from ferro.testing.case import Case
-from ferro.testing.samples import reductions
+from ferro_testing import conformance, run_ranks, run_ranks_outcomes
+from ferro_testing.case import Case
+from ferro_testing.samples import reductions
 from ferro_ucc.abi import CollType
 from ferro_ucc.operations import Operation
 

@@ -21,11 +21,11 @@ from ferro import (
 )
 from ferro.collectives import Choice
 from ferro.errors import RendezvousError
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
-from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
+from ferro_testing import conformance
+from ferro_testing.case import Case, attempt
+from ferro_testing.outcome import Outcome
 from ferro_ucc.connect import connect
 
 from .standin import Network, StandIn
@@ -82,7 +82,7 @@ class Ranks:
         )
 
     def _on_rank(self, rank: int, function: Callable[[ProcessGroup], object]) -> None:
-        members = Members(
+        members = GroupInfo(
             name="world",
             backend_name="ucc",
             global_ranks=tuple(range(self.world_size)),

@@ -5,10 +5,9 @@ group = ferro.init()
 total = group.all_reduce(x)
 """
 
-from ferro import arrays, backends, collectives, strategies, testing
+from ferro import arrays, backends, collectives, strategies
 from ferro.backend import Backend, Completion
-from ferro.backend_config import BackendConfig
-from ferro.collectives.choose import CollectiveInfo
+from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import (
     AuthenticationError,
     BackendError,
@@ -23,14 +22,13 @@ from ferro.errors import (
     UnsupportedError,
     UsageError,
 )
-from ferro.group import ProcessGroup
-from ferro.hookspecs import BackendInfo, StrategyInfo, hookimpl
-from ferro.metrics import Metrics
-from ferro.observers import Event, Observer
-from ferro.runtime import init, shutdown
-from ferro.simulation import simulate
+from ferro.group.process_group import ProcessGroup
+from ferro.group.work import Work
+from ferro.hookspecs import BackendConfig, BackendInfo, CommandInfo, StrategyInfo, hookimpl
+from ferro.observers import Event, Metrics, Observer
+from ferro.runtime.lifecycle import init, shutdown
+from ferro.simulated.simulate import simulate
 from ferro.types import Availability, Device, ReduceOp
-from ferro.work import Work
 
 __all__ = [
     "AuthenticationError",
@@ -43,6 +41,7 @@ __all__ = [
     "CollectiveInfo",
     "CollectiveMismatch",
     "CollectiveTimeout",
+    "CommandInfo",
     "Completion",
     "Device",
     "Event",
@@ -67,5 +66,4 @@ __all__ = [
     "shutdown",
     "simulate",
     "strategies",
-    "testing",
 ]

@@ -48,7 +48,7 @@ _CPU, _CUDA = Device.CPU, Device.CUDA
 _Leave: TypeAlias = "Callable[[Array], object] | None"
 
 
-class Entry:
+class InputArray:
     """A user's array on its way through a call.
 
     Attributes:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendInfo
-from ferro.plugins import Offer, Plugins, by_name, how_to_install, installed, own_extras
+from ferro.plugins.registry import Offer, Plugins, by_name, how_to_install, installed, own_extras
 from ferro.types import Availability, Device
 
 

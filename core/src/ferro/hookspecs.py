@@ -19,26 +19,75 @@ stops with a PluginError that names the distribution (`available()` still lists 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
 from ferro.backend import Backend
-from ferro.backend_config import BackendConfig
-from ferro.collectives.choose import CollectiveInfo
+from ferro.collectives.choice import Choice
+from ferro.collectives.schedule import CollectiveInfo
 from ferro.observers import Observer
 from ferro.types import Availability, Device
 
 if TYPE_CHECKING:
-    from ferro.rendezvous.introduction import Introduce
+    from ferro.rendezvous.meeting.bootstrap import Introduce
+    from ferro.rendezvous.store.interface import Store
+
+# The version of what plugins and ferro expect of each other: the hooks, the descriptions, the
+# backend contract. A plugin's module may state the version it was written for as FERRO_API_VERSION;
+# ferro refuses to load one that states another.
+API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker("ferro")
 hookimpl = pluggy.HookimplMarker("ferro")
 
 # (module, group, **options) -> module; the options are each strategy's own.
 Strategy: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendConfig:
+    """What a backend is created with.
+
+    Attributes:
+        rank: this process's rank.
+        world_size: number of ranks.
+        store: all that the ranks share before they are connected; keys are this group's own.
+        group_name: name of the group, for messages.
+        secret: the job's secret, with which every connection is authenticated.
+        addresses: for every rank the address of its own by which it reached the store.
+        store_host: address of the store as this rank reached it: where ranks live that reached
+            it over loopback.
+        timeout_s: seconds that connecting may take.
+        choice: which algorithm serves which call.
+        host_id: what the user calls this rank's host, "" for nothing: ranks with different ones
+            share no memory.
+        local_rank: number of this process on its host.
+        launcher: what started it; see `BackendInfo.default_under`.
+        requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
+        lost: returns the world ranks whose process ended without a farewell, or that left by an
+            exception, as the job's store has noticed: for backends whose library never does. A
+            round trip, for slow paths; never raises.
+        options: the backend's own options, by name.
+    """
+
+    rank: int
+    world_size: int
+    store: Store
+    group_name: str = "world"
+    secret: bytes = field(default=b"", repr=False)
+    addresses: tuple[str, ...] = ()
+    store_host: str = "127.0.0.1"
+    timeout_s: float = 60.0
+    choice: Choice = field(default_factory=Choice)
+    host_id: str = ""
+    local_rank: int = 0
+    launcher: str = "single"
+    requested: str = ""
+    lost: Callable[[], frozenset[int]] = frozenset
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +107,7 @@ class BackendInfo:
             stands for (`BackendConfig.requested`).
         launcher: given a number of ranks, the command that starts so many processes for it, such
             as ("mpiexec", "-n", "4"); None when it needs nothing but processes. For tools that
-            start ranks themselves: `ferro.testing`, `ferro conformance`, `ferro bench`.
+            start ranks themselves: `ferro_testing`, `ferro conformance`, `ferro bench`.
         introduce: for a library whose ranks are connected from the start: given rank, world size,
             rank 0's message (None elsewhere) and a deadline, returns rank 0's message on all
             ranks. So ranks on several hosts meet whose launcher tells them no address.
@@ -92,6 +141,22 @@ class StrategyInfo:
     summary: str
     load: Callable[[], Strategy]
     show: Callable[[Sequence[str]], int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandInfo:
+    """A command on offer: `ferro NAME …`.
+
+    Attributes:
+        name: the word after `ferro`, unique among all plugins.
+        summary: one line for people, shown by `ferro --help`.
+        load: imports and returns the command. Called with the arguments after its name, the command
+            returns the exit status; it may raise UsageError, which ends it with status 2.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], Callable[[Sequence[str]], int]]
 
 
 @hookspec
@@ -129,5 +194,15 @@ def ferro_observers() -> Sequence[Observer]:
 
     Called once by `ferro.init`, on every rank. Return () when there is nothing to observe:
     without observers the path of a collective does not change.
+    """
+    return ()
+
+
+@hookspec
+def ferro_commands() -> Sequence[CommandInfo]:
+    """Offer commands of the `ferro` program.
+
+    Called by the program only, never on a rank. A name claimed twice is an error when that command
+    is asked for. If this raises, `ferro --help` and an unknown command name your distribution.
     """
     return ()

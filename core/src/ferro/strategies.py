@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import PluginError
 from ferro.hookspecs import Strategy, StrategyInfo
-from ferro.plugins import Offer, by_name, how_to_install, installed
+from ferro.plugins.registry import Offer, by_name, how_to_install, installed
 
 
 def available() -> dict[str, str]:

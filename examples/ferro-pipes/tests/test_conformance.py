@@ -2,7 +2,7 @@
 
 import pytest
 
-from ferro.testing.conformance import CHECKS, Case
+from ferro_testing.conformance import CHECKS, Case
 
 CASE = Case(
     backend="pipes",

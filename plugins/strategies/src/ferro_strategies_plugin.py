@@ -1,4 +1,4 @@
-"""What ferro-strategies offers to ferro: its strategies, and a backend made of others.
+"""What ferro-strategies offers to ferro: its strategies, and `ferro show`.
 
 A module beside the package, not in it: asking what is installed must not import the layers and
 optimizers that the package's own first line re-exports.
@@ -8,112 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ferro import backends
-from ferro.backend import Backend
-from ferro.backend_config import BackendConfig
-from ferro.environment import resolve
-from ferro.errors import BackendUnavailable, FerroError
-from ferro.hookspecs import BackendInfo, Strategy, StrategyInfo, hookimpl
-from ferro.types import Availability, Device
-
-
-def cpu_backend(launcher: str) -> str:
-    """Return the name of the backend that `ferro.init()` takes under a launcher.
-
-    Raises:
-        BackendUnavailable: there is none, or it cannot be used here.
-    """
-    name = backends.default(launcher)
-    if name is None:
-        raise BackendUnavailable(
-            "hybrid",
-            "no installed backend is the default for CPU arrays",
-            "Install one, or name it.",
-        )
-    found = backends.probe(backends.get(name))
-    if not found.ok:
-        raise BackendUnavailable(name, found.reason, found.hint)
-    return name
-
-
-def gpu_backend() -> str:
-    """Return the name of the one backend for arrays on a GPU that can be used here.
-
-    Raises:
-        BackendUnavailable: there is none, or there are several.
-    """
-    found = {info.name: backends.probe(info) for info in _parts(Device.CUDA)}
-    usable = [name for name, availability in found.items() if availability.ok]
-    if len(usable) == 1:
-        return usable[0]
-    if usable:
-        raise BackendUnavailable(
-            "hybrid",
-            f"several backends for arrays on {Device.CUDA} can be used ({', '.join(usable)})",
-            f"Name one: ferro.init('cpu:…,cuda:{usable[0]}').",
-        )
-    why = "; ".join(f"{name}: {availability.reason}" for name, availability in found.items())
-    raise BackendUnavailable(
-        "hybrid",
-        f"no backend for arrays on {Device.CUDA} can be used ({why or 'none is installed'})",
-        "Repair that; or say what to use without a GPU: ferro.init('cpu:…').",
-    )
-
-
-def _probe_hybrid() -> Availability:
-    """Say what "hybrid" is made of here; it can be used where any backend between processes can."""
-    try:
-        infos = [info for info in _parts(Device.CPU) if info.default_under]
-        usable = [info.name for info in infos if backends.probe(info).ok]
-        cpu, cuda = _told(lambda: cpu_backend(_launcher())), _told(gpu_backend)
-    except FerroError as error:  # of a broken plugin
-        return Availability(ok=False, reason=str(error), hint="repair or uninstall it")
-    if not usable:
-        return Availability(ok=False, reason=f"cpu: {cpu}", hint="install a backend that can")
-    return Availability(ok=True, reason=f"cpu: {cpu}; cuda: {cuda}")
-
-
-def _create_hybrid(config: BackendConfig) -> Backend:
-    from ferro_strategies.hybrid.connect import connect
-
-    return connect(config)
-
-
-def _parts(device: Device) -> list[BackendInfo]:
-    """Return the installed backends for arrays on a device that are made of no others."""
-    infos = [backends.get(name) for name in backends.taking(device)]
-    return [info for info in infos if not info.composes]
-
-
-def _told(choose: Callable[[], str]) -> str:
-    """Return what is chosen, or why nothing is."""
-    try:
-        return choose()
-    except BackendUnavailable as error:
-        return error.reason
-
-
-def _launcher() -> str:
-    """Return what started this process; nothing known where the environment contradicts itself."""
-    try:
-        return resolve().launcher
-    except FerroError:  # for `ferro.init` to tell
-        return "single"
-
-
-@hookimpl
-def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer hybrid, which stands for maps such as "cpu:gloo,cuda:nccl"."""
-    return (
-        BackendInfo(
-            name="hybrid",
-            summary="one backend for arrays on each device, one for transfers and barriers",
-            probe=_probe_hybrid,
-            create=_create_hybrid,
-            devices=(Device.CPU, Device.CUDA),
-            composes=True,
-        ),
-    )
+from ferro import strategies
+from ferro.errors import UsageError
+from ferro.hookspecs import CommandInfo, Strategy, StrategyInfo, hookimpl
 
 
 def _load_ddp() -> Strategy:
@@ -181,5 +78,48 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
             name="sync_batchnorm",
             summary="BatchNorm layers take their statistics over the batches of all ranks",
             load=_load_sync_batchnorm,
+        ),
+    )
+
+
+_SHOW_HELP = """\
+usage: ferro show NAME ...
+
+Draw what a strategy would do, before anything runs; `ferro show NAME --help` tells the rest."""
+
+
+def _show(arguments: Sequence[str]) -> int:
+    """Let the strategy that is named first draw itself, or print help; return the exit status.
+
+    Raises:
+        UsageError: no strategy is named, or the named one draws nothing.
+        PluginError: no such strategy is installed.
+    """
+    drawing = [name for name in strategies.available() if strategies.info(name).show is not None]
+    there_is = f"There is: {', '.join(drawing) or 'nothing'}"
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{_SHOW_HELP}\n{there_is}.")  # noqa: T201 - a command talks
+        return 0
+    question = f"what is to be shown? {there_is}"
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"{question}; say `ferro show NAME --help`")
+    show = strategies.info(arguments[0]).show
+    if show is None:
+        raise UsageError(f"{arguments[0]} draws nothing; {question}")
+    return show(arguments[1:])
+
+
+def _load_show() -> Callable[[Sequence[str]], int]:
+    return _show
+
+
+@hookimpl
+def ferro_commands() -> Sequence[CommandInfo]:
+    """Offer `ferro show`."""
+    return (
+        CommandInfo(
+            name="show",
+            summary="draw what a strategy would do, such as a pipeline's schedule",
+            load=_load_show,
         ),
     )

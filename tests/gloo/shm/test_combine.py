@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ferro.reduction import reduction_for
+from ferro.collectives.reduction import reduction_for
 from ferro_gloo.shm.combine import reduce_into
 
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from ferro.errors import FerroError
-from ferro.testing import run_ranks_outcomes
 from ferro_gloo.shm import segment
 from ferro_gloo.shm.segment import Segment
+from ferro_testing import run_ranks_outcomes
 
 FOLDER, MOMENT = "TEST_SHM_FOLDER", "TEST_SHM_MOMENT"
 

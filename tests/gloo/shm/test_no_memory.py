@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks_outcomes
+from ferro_testing import run_ranks_outcomes
 
 CANNOT = "mount namespaces need root and util-linux"
 MIB = 1 << 20

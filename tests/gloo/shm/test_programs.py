@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks
+from ferro_testing import run_ranks
 
 KIB = 1 << 10
 # Where something changes: one round, in place, reading, slots and their pieces.

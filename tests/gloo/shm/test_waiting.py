@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ferro.testing import run_ranks
+from ferro_testing import run_ranks
 
 WAIT_S = 0.8
 

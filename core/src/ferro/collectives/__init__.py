@@ -1,8 +1,8 @@
 """Collectives as data: what algorithms are on offer, and what can be done with one."""
 
-from ferro.collectives.choose import Choice, CollectiveInfo
+from ferro.collectives.choice import Choice
 from ferro.collectives.registry import available, get
-from ferro.collectives.schedule import Recv, Round, Schedule, Send
+from ferro.collectives.schedule import CollectiveInfo, Recv, Round, Schedule, Send
 
 __all__ = [
     "Choice",

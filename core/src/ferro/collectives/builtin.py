@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ferro.collectives import direct, ring, tree
-from ferro.collectives.choose import CollectiveInfo
-from ferro.collectives.schedule import Build
+from ferro.collectives.schedule import Build, CollectiveInfo
 
 
 def _info(

@@ -191,7 +191,7 @@ class _Clock:
             source, offset = min(self._waiting)
             target = (source + offset) % self._subject.world_size
             raise self._subject.error(
-                f"waits for ever for rank {source}. Run ferro.collectives.check on the algorithm.",
+                f"waits for ever for rank {source}. Run ferro.collectives.checker on it.",
                 rank=target,
                 peer=source,
             )

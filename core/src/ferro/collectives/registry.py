@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ferro.collectives.choose import CollectiveInfo
+from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError, UsageError
-from ferro.plugins import Offer, installed
+from ferro.plugins.registry import Offer, installed
 
 
 def available() -> dict[str, tuple[str, ...]]:

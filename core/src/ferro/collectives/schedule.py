@@ -70,3 +70,23 @@ class Schedule:
 
 Build: TypeAlias = Callable[[int, int, int], Schedule]
 """An algorithm: a pure function (rank, world_size, root) -> Schedule."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveInfo:
+    """An algorithm on offer.
+
+    Attributes:
+        collective: what it does: "all_reduce", "broadcast", … (see `collectives.schedule`).
+        algorithm: its name, unique for the collective.
+        build: pure function (rank, world_size, root) -> Schedule.
+        combines_once: True when every reduced chunk is made in one round from the contributions
+            of all ranks, and so in order of rank and with a single rounding.
+        summary: one line for people.
+    """
+
+    collective: str
+    algorithm: str
+    build: Build
+    combines_once: bool = False
+    summary: str = ""

@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-from ferro.environment import LaunchInfo, child_environment
 from ferro.errors import FerroError
 from ferro.launch.contact import Contact
 from ferro.launch.crew import Crew
@@ -23,6 +22,7 @@ from ferro.launch.report import (
 )
 from ferro.launch.signals import SignalPipe
 from ferro.launch.worker import Worker
+from ferro.runtime.environment import LaunchInfo, child_environment
 
 # A rank that lost a peer may end before that peer does: time for it to say what happened.
 _CULPRIT_S = 1.0

@@ -8,10 +8,10 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ferro.environment import Address, read_secret
 from ferro.launch.nodes import Meeting
 from ferro.launch.options import LaunchOptions
 from ferro.rendezvous import StoreServer, derive, per_user_secret
+from ferro.runtime.environment import Address, read_secret
 
 _LOOPBACK = "127.0.0.1"
 _SECRET_BYTES = 32

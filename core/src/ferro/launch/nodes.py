@@ -23,12 +23,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from ferro.environment import Address, format_address, parse_address
 from ferro.errors import RendezvousError, UsageError
 from ferro.launch.options import LaunchOptions
 from ferro.launch.report import Failure
 from ferro.launch.terms import describe_difference, write_terms
 from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout
+from ferro.runtime.environment import Address, format_address, parse_address
 
 JOIN_S = 300.0
 """How long nodes wait for one another to start."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ferro.environment import Address, node_defaults, parse_address
+from ferro.cli.parser import Parser
 from ferro.errors import UsageError
-from ferro.parser import Parser
+from ferro.runtime.environment import Address, node_defaults, parse_address
 
 _MAX_RANKS = 1_000_000
 

@@ -2,6 +2,6 @@
 
 from ferro.simulated.backend import SimulatedBackend
 from ferro.simulated.board import Fault
-from ferro.simulation import simulate
+from ferro.simulated.simulate import simulate
 
 __all__ = ["Fault", "SimulatedBackend", "simulate"]

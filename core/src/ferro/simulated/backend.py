@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.calls import in_context
-from ferro.collectives.choose import Choice
+from ferro.collectives.choice import Choice
 from ferro.collectives.cost import Network
+from ferro.collectives.label import in_context
 from ferro.errors import CollectiveMismatch, PeerLost
 from ferro.simulated.board import Board, Fault
 from ferro.types import Array

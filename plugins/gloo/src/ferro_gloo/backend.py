@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.backend_config import BackendConfig
-from ferro.calls import MAX_CONTEXT, Call
+from ferro.collectives.label import MAX_CONTEXT, Call
+from ferro.collectives.reduction import Reduction
 from ferro.errors import PeerLost, RendezvousError, UsageError
-from ferro.reduction import Reduction
+from ferro.hookspecs import BackendConfig
 from ferro.types import Array
 from ferro_gloo.hierarchy import Hierarchy
 from ferro_gloo.shm.backend import ShmBackend

@@ -26,8 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ferro import PeerLost
-from ferro.backend import mismatch
-from ferro.calls import Call
+from ferro.collectives.label import Call, mismatch
 from ferro.types import Array
 from ferro_mpi.board import Board
 from ferro_mpi.waiting import Lookout, Pause

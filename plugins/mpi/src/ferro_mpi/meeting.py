@@ -19,8 +19,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ferro.collectives.chunks import near_equal
-from ferro.reduction import Reduction
+from ferro.collectives.partition import near_equal
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.arithmetic import movable
 from ferro_mpi.mpi import MPI

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ferro import GroupClosed, PeerLost
-from ferro.work import in_lane
+from ferro.group.serial_executor import on_executor_thread
 from ferro_mpi.board import Board
 from ferro_mpi.failures import converted
 from ferro_mpi.mpi import MPI
@@ -36,7 +36,7 @@ class Pause:
     def __init__(self) -> None:
         self._count = 0
         self._nap_s = _NAP_S
-        self._yields = _YIELDS_IN_LANE if in_lane() else _YIELDS
+        self._yields = _YIELDS_IN_LANE if on_executor_thread() else _YIELDS
 
     def __call__(self) -> None:
         """Let others run."""
@@ -70,7 +70,7 @@ class Lookout:
     @property
     def looks(self) -> int:
         """How often to look again before anything else is looked at."""
-        return LOOKS_IN_LANE if in_lane() else LOOKS
+        return LOOKS_IN_LANE if on_executor_thread() else LOOKS
 
     @property
     def aborted(self) -> bool:

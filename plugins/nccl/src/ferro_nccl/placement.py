@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ferro.environment import variable
 from ferro.errors import BackendUnavailable
+from ferro.runtime.environment import variable
 
 SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
 SHARING_SINCE = 23003  # NCCL 2.30.3

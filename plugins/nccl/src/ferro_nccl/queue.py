@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ferro.errors import BackendError, FerroError, GroupClosed, PeerLost
+from ferro.group.serial_executor import on_executor_thread
 from ferro.rendezvous import Store
 from ferro.types import Array
-from ferro.work import in_lane
 from ferro_nccl.bounded import bounded
 from ferro_nccl.library import Communicator, Gpu
 from ferro_nccl.operation import Operation
@@ -129,7 +129,7 @@ class Queue:
             TimeoutError: its deadline passed; the communicator is aborted.
             FerroError: it failed.
         """
-        looks, pause = 0 if not in_lane() else _LOOKS, _FIRST_PAUSE_S
+        looks, pause = 0 if not on_executor_thread() else _LOOKS, _FIRST_PAUSE_S
         while not operation.done():
             if time.monotonic() > operation.deadline:
                 self._time_out()

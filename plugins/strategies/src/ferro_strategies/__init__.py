@@ -4,7 +4,6 @@ from . import hooks, nn, optim, pipeline, tensor_parallel
 from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
-from .hybrid import HybridBackend
 from .mesh import DeviceMesh
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
@@ -22,7 +21,6 @@ __all__ = [
     "DTensor",
     "DeviceMesh",
     "FlatShard",
-    "HybridBackend",
     "MixedPrecision",
     "Partial",
     "Pipeline",

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ferro.backend import Backend, mismatch
-from ferro.calls import LABEL_BYTES, Call
+from ferro.backend import Backend
 from ferro.collectives import Choice
-from ferro.collectives.chunks import blocks
+from ferro.collectives.label import LABEL_BYTES, Call, mismatch
+from ferro.collectives.partition import blocks
+from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError
-from ferro.reduction import Reduction
 from ferro.types import Array
 from ferro_ucc import operations
 from ferro_ucc.abi import MAX_TEAM_ID

@@ -9,8 +9,8 @@ from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_int32, c_uint, 
 from dataclasses import dataclass
 from typing import cast
 
-from ferro.environment import variable
 from ferro.errors import BackendError, BackendUnavailable
+from ferro.runtime.environment import variable
 from ferro_ucc.abi import CollArgs, ContextParams, LibParams, Status, TeamParams
 
 VARIABLE = "FERRO_LIBUCC"

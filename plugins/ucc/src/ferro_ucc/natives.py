@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 from ferro.types import ReduceOp
 from ferro_ucc.abi import Datatype, Op
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ferro.errors import FerroError, GroupClosed, PeerLost
-from ferro.work import in_lane
+from ferro.group.serial_executor import on_executor_thread
 
 if TYPE_CHECKING:
     from ferro.rendezvous import Store
@@ -97,7 +97,7 @@ class Patience:
         self._deadline = deadline
         self._abort = abort
         self._lost = lost
-        self._looks = _LOOKS + _YIELDS if in_lane() else 0
+        self._looks = _LOOKS + _YIELDS if on_executor_thread() else 0
         self._pause_s = _SHORTEST_S
         self._ask_at = 0.0
 

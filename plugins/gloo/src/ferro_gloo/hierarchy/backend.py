@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ferro.backend import Backend
-from ferro.calls import Call
-from ferro.reduction import Reduction
+from ferro.collectives.defaults import release
+from ferro.collectives.label import Call
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.hierarchy import gatherings, movements, reductions
 from ferro_gloo.hierarchy.levels import Levels
@@ -92,7 +93,7 @@ class Hierarchy(Backend):
             self._flat.reduce(buffer, reduction, root, deadline=deadline)
         else:
             reductions.reduce(self._levels, buffer, reduction, root, deadline)
-            self._release(deadline)
+            release(self, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""

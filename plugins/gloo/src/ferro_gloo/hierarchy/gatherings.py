@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks, near_equal
-from ferro.reduction import Reduction
+from ferro.collectives.partition import blocks, near_equal
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.hierarchy.levels import SLOTS, Levels, counts_of, nothing
 from ferro_gloo.hierarchy.reductions import partial_of

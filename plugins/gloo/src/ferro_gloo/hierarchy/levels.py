@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from ferro.collectives.chunks import near_equal
+from ferro.collectives.partition import near_equal
+from ferro.group.serial_executor import SerialExecutor
+from ferro.group.work import Work
 from ferro.types import Array
-from ferro.work import Lane, Work
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.tcp.backend import TcpBackend
 
 if TYPE_CHECKING:
-    from ferro.calls import Call
+    from ferro.collectives.label import Call
     from ferro_gloo.shm.backend import ShmBackend
 
     Local: TypeAlias = ShmBackend | TcpBackend
@@ -49,7 +50,7 @@ class Levels:
         place = self.topology.place
         if place < self.topology.rails:
             self.rail = flat.part([host[place] for host in self.topology.hosts])
-        self._lane = Lane("ferro-gloo-rail")
+        self._lane = SerialExecutor("ferro-gloo-rail")
 
     @property
     def alone(self) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ferro.collectives.chunks import near_equal
-from ferro.reduction import Reduction, reduction_for
+from ferro.collectives.partition import near_equal
+from ferro.collectives.reduction import Reduction, reduction_for
 from ferro.types import Array, ReduceOp
 from ferro_gloo.hierarchy.levels import SLOTS, Levels, counts_of, nothing
 from ferro_gloo.hierarchy.topology import by_leaders, number_of_blocks

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.calls import Call
-from ferro.reduction import Reduction
+from ferro.collectives.label import Call
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.arena import Arenas
 from ferro_gloo.shm.movements import Movements

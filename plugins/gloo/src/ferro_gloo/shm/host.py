@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ferro.backend_config import BackendConfig
-from ferro.environment import usable_cores
+from ferro.hookspecs import BackendConfig
+from ferro.runtime.environment import usable_cores
 from ferro.types import Array
 from ferro_gloo.shm.arena import Arenas, arena_bytes
 from ferro_gloo.shm.region import Region, open_region

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks
+from ferro.collectives.partition import blocks
 from ferro.types import Array
 from ferro_gloo.shm.operation import Operation, Runner
 from ferro_gloo.shm.pieces import chunk, landing, piece, piece_bytes, put, rounds_of

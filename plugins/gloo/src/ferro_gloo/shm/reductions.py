@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks
-from ferro.reduction import Reduction
+from ferro.collectives.partition import blocks
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.combine import reduce_into
 from ferro_gloo.shm.operation import Answer, Operation, Runner

@@ -20,7 +20,7 @@ import platform
 import time
 
 from ferro.errors import UsageError
-from ferro.work import in_lane
+from ferro.group.serial_executor import on_executor_thread
 from ferro_gloo.shm.native import ABSENT, NATIVE
 
 # Two cache lines are fetched at a time, on some processors; a counter has its own in any case.
@@ -29,16 +29,17 @@ AVAILABLE = NATIVE is not None
 
 _WORDS = STRIDE // 8
 # Measured on two cores. Being woken from sleep costs 15 to 20 us, a pause 20 ns, a yield 0.35 us.
-# With 4 ranks on 2 cores a round of publishing and waiting takes 19 us with sleep alone, 29 us
-# with spinning and sleep, 2 us with yields and sleep; more yields than 20 change nothing there.
-# But a core that has gone idle takes 50 to 100 us to wake up. Whoever sleeps sooner than that while
-# the other wakes up makes the other sleep in its turn: bursts of all_reduces of 4 bytes, 2 ranks
-# with a core each, took 10 to 60 us on average with 100 yields before sleep, 8 us with 1000.
-# A lane's thread competes with its caller's computation. Beside matrix products, 2 ranks on 2 cores
-# that others used too, 2 all_reduces of 25 MiB of private arrays ended after 47 ms with the spins
-# and yields of a caller's thread, after 31 ms with those of a lane's (medians of one run); 16 of
-# 1 MiB after 96 and 68 ms, from group.empty after 114 and 60 ms. Later runs, together with short
-# turns (`ferro.turns`), agree on 25 MiB of private arrays, and show no difference on the others.
+# With 4 ranks on 2 cores a round of publishing and waiting takes 19 us with sleep alone, 29 us with
+# spinning and sleep, 2 us with yields and sleep; more yields than 20 change nothing there. But a
+# core that has gone idle takes 50 to 100 us to wake up. Whoever sleeps sooner than that while the
+# other wakes up makes the other sleep in its turn: bursts of all_reduces of 4 bytes, 2 ranks with a
+# core each, took 10 to 60 us on average with 100 yields before sleep, 8 us with 1000. A lane's
+# thread competes with its caller's computation. Beside matrix products, 2 ranks on 2 cores that
+# others used too, 2 all_reduces of 25 MiB of private arrays ended after 47 ms with the spins and
+# yields of a caller's thread, after 31 ms with those of a lane's (medians of one run); 16 of 1 MiB
+# after 96 and 68 ms, from group.empty after 114 and 60 ms. Later runs, together with short turns
+# (`ferro.group.serial_executor`), agree on 25 MiB of private arrays, and show no difference on the
+# others.
 _NATIVE_SPINS = 2000
 _NATIVE_SPINS_IN_LANE = 200
 _NATIVE_YIELDS = 1000
@@ -109,7 +110,7 @@ class Signals:
         """
         if self._native is not None:
             spins, yields = self._spins, _NATIVE_YIELDS
-            if in_lane():
+            if on_executor_thread():
                 spins, yields = min(spins, _NATIVE_SPINS_IN_LANE), 0
             return self._native.wait(
                 self._board, 0, STRIDE, self._ranks, value, spins, yields, seconds
@@ -134,7 +135,7 @@ class Signals:
     def _reaches(self, cell: int, value: int, deadline: float) -> bool:
         """Wait for one counter; say whether it came in time."""
         counters = self._counters
-        reads, yields = (1, 0) if in_lane() else (self._reads, _YIELDS)
+        reads, yields = (1, 0) if on_executor_thread() else (self._reads, _YIELDS)
         for _ in range(reads):
             if counters[cell] >= value:
                 return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.combine import reduce_into
 from ferro_gloo.shm.region import SLOTS, Region

@@ -11,11 +11,11 @@ from itertools import repeat
 
 import numpy as np
 
-from ferro.backend import Backend, mismatch
-from ferro.backend_config import BackendConfig
-from ferro.calls import Call, in_context, is_collective, transfer_call
+from ferro.backend import Backend
 from ferro.collectives import Choice
+from ferro.collectives.label import Call, in_context, is_collective, mismatch, transfer_call
 from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
+from ferro.hookspecs import BackendConfig
 from ferro.types import Array
 from ferro_gloo.tcp.connection import DiffersError, EngineError, LengthError, LostError
 from ferro_gloo.tcp.engine import Engine

@@ -14,7 +14,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ferro.calls import collective_tag, context_of, in_context
+from ferro.collectives.label import collective_tag, context_of, in_context
 from ferro_gloo.tcp.frame import ABORT, DATA, HEADER_BYTES, MAX_BODY, unpack
 
 _READ_AHEAD = 16 << 10  # read with a header: a small body comes with it in one system call

@@ -14,9 +14,9 @@ import struct
 import threading
 import time
 
-from ferro.backend_config import BackendConfig
 from ferro.errors import RendezvousError
-from ferro.rendezvous import Gate, connect, listen
+from ferro.hookspecs import BackendConfig
+from ferro.rendezvous import Listener, connect, listen
 
 _PURPOSE = b"ferro-gloo mesh"
 _HELLO = struct.Struct("<II")  # who calls, whom
@@ -97,7 +97,7 @@ class _Doorman:
         self._expected = set(range(config.rank + 1, config.world_size))
         self._stopping = threading.Event()
         self._selector = selectors.DefaultSelector()
-        self._gate = Gate(
+        self._gate = Listener(
             listener,
             config.secret,
             purpose=_PURPOSE,

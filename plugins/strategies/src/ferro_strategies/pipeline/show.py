@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ferro import UsageError
-from ferro.parser import Parser
+from ferro.cli.parser import Parser
 
 from .build import build, expected_bubble, names, promised_activations
 from .picture import LEAST_COLUMNS, draw_text

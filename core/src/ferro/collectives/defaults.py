@@ -1,0 +1,289 @@
+"""The defaults of a backend: agreement, concurrent transfers, and each collective as a schedule.
+
+`ferro.Backend` calls these functions where a backend has nothing better. They need of a backend
+only what `Transport` names.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ferro.collectives.choice import Choice, build
+from ferro.collectives.executor import Exchanger, Execution
+from ferro.collectives.label import LABEL_BYTES, Call, mismatch
+from ferro.collectives.partition import blocks, near_equal
+from ferro.collectives.reduction import Reduction
+from ferro.types import Array
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+# The bound is never met: the pool makes a thread only when none is idle, and a sender that waits
+# for its peer must not hold up the senders of another group.
+_MAX_SENDERS = 4096
+
+# In these calls some ranks only send, and so would not notice a rank that calls something else: the
+# root where it sends to all, the other ranks where the root collects.
+_ROOT_SENDS = ("broadcast", "scatter")
+_ROOT_RECEIVES = ("reduce", "gather")
+_STAR_RANKS = 16  # up to this many ranks, all of them can report to rank 0 at once
+_EMPTY = np.empty(0, np.uint8)
+
+
+class Transport(Exchanger, Protocol):
+    """The part of a backend that the defaults use; see `ferro.Backend` for each attribute."""
+
+    world_size: int
+    choice: Choice
+    call: Call
+    labels_frames: bool
+
+    @property
+    def tag(self) -> int:
+        """The tag of the collective that is under way."""
+
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """See `ferro.Backend.send`."""
+
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        """See `ferro.Backend.recv`."""
+
+
+class Senders:
+    """Threads that send while the caller receives: an `exchange` out of `send` and `recv`."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def exchange(
+        self,
+        transport: Transport,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        *,
+        tag: int,
+        deadline: float,
+    ) -> None:
+        """Do all transfers at the same time: every destination has a sending thread of its own."""
+        by_peer: dict[int, list[Array]] = {}
+        for peer, buffer in sends:
+            by_peer.setdefault(peer, []).append(buffer)
+        # Imported here, for it imports logging, and most backends have an exchange of their own.
+        from concurrent.futures import ThreadPoolExecutor, wait
+
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_MAX_SENDERS, "ferro-send")
+
+        def send_all(peer: int, buffers: Sequence[Array]) -> None:
+            for buffer in buffers:
+                transport.send(buffer, peer, tag=tag, deadline=deadline)
+
+        sending: list[Future[None]] = [
+            self._pool.submit(send_all, peer, buffers) for peer, buffers in by_peer.items()
+        ]
+        try:
+            for peer, buffer in recvs:
+                transport.recv(buffer, peer, tag=tag, deadline=deadline)
+        finally:  # the buffers are the caller's again afterwards, even after a failure
+            wait(sending, max(0.0, deadline - time.monotonic()))
+        for future in sending:
+            future.result(max(0.0, deadline - time.monotonic()))
+
+
+def agree(transport: Transport, call: Call, deadline: float) -> None:
+    """Compare this rank's call with the other ranks' calls.
+
+    Labels pass round in log2(n) rounds (the dissemination barrier), so that a rank returns only
+    when all ranks have come. A backend that labels its frames needs this for rooted calls of many
+    ranks only: with few ranks, all report to rank 0, which then lets the root of a call that sends
+    go on, and at the end of a call that collects (`release`) lets all ranks go.
+
+    Raises:
+        CollectiveMismatch: another rank makes another call; the message names both calls.
+    """
+    rooted = call.op in _ROOT_SENDS or call.op in _ROOT_RECEIVES
+    few = transport.world_size <= _STAR_RANKS
+    if transport.labels_frames and rooted and few:
+        _report(transport, call, deadline)
+    elif not transport.labels_frames or (rooted and not few):
+        mine = np.frombuffer(call.label(), np.uint8)
+        theirs = np.empty(LABEL_BYTES, np.uint8)
+        distance = 1
+        while distance < transport.world_size:
+            to = (transport.rank + distance) % transport.world_size
+            source = (transport.rank - distance) % transport.world_size
+            transport.exchange(
+                [(to, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline
+            )
+            if theirs.tobytes() != call.label():
+                raise mismatch(transport.rank, call, source, theirs.tobytes())
+            distance *= 2
+
+
+def _report(transport: Transport, call: Call, deadline: float) -> None:
+    """Show rank 0 an empty frame, and with it the label, of every rank."""
+    answered = call.op in _ROOT_SENDS and call.root != 0
+    if transport.rank != 0:
+        awaited = [(0, _EMPTY)] if answered and transport.rank == call.root else []
+        transport.exchange([(0, _EMPTY)], awaited, tag=transport.tag, deadline=deadline)
+        return
+    others = [(rank, _EMPTY) for rank in range(1, transport.world_size)]
+    transport.exchange([], others, tag=transport.tag, deadline=deadline)
+    if answered:
+        transport.exchange([(call.root, _EMPTY)], [], tag=transport.tag, deadline=deadline)
+
+
+def release(transport: Transport, deadline: float) -> None:
+    """End a call that collects: no rank leaves before rank 0 has seen that all agree."""
+    if not transport.labels_frames or transport.world_size > _STAR_RANKS:
+        return
+    others = [(rank, _EMPTY) for rank in range(1, transport.world_size)]
+    sends, recvs = (others, []) if transport.rank == 0 else ([], [(0, _EMPTY)])
+    transport.exchange(sends, recvs, tag=transport.tag, deadline=deadline)
+
+
+def barrier(transport: Transport, deadline: float) -> None:
+    """See `ferro.Backend.barrier`."""
+    if transport.labels_frames:  # otherwise `agree` was a barrier already
+        _run(transport, "barrier", [], 0, deadline=deadline)
+
+
+def all_reduce(transport: Transport, buffer: Array, reduction: Reduction, deadline: float) -> None:
+    """See `ferro.Backend.all_reduce`."""
+    _run(transport, "all_reduce", buffer, buffer.nbytes, reduction=reduction, deadline=deadline)
+
+
+def reduce(
+    transport: Transport, buffer: Array, reduction: Reduction, root: int, deadline: float
+) -> None:
+    """See `ferro.Backend.reduce`."""
+    _run(transport, "reduce", buffer, buffer.nbytes, root, reduction=reduction, deadline=deadline)
+    release(transport, deadline)
+
+
+def broadcast(transport: Transport, buffer: Array, root: int, deadline: float) -> None:
+    """See `ferro.Backend.broadcast`."""
+    _run(transport, "broadcast", buffer, buffer.nbytes, root, deadline=deadline)
+
+
+def all_gather(transport: Transport, buffer: Array, counts: Sequence[int], deadline: float) -> None:
+    """See `ferro.Backend.all_gather`."""
+    _run(transport, "all_gather", blocks(buffer, counts), buffer.nbytes, deadline=deadline)
+
+
+def gather(
+    transport: Transport,
+    block: Array,
+    out: Array | None,
+    counts: Sequence[int],
+    root: int,
+    deadline: float,
+) -> None:
+    """See `ferro.Backend.gather`."""
+    if out is not None:
+        blocks(out, counts)[root][...] = block
+    chunks = _rooted_chunks(transport, block, out, counts)
+    _run(transport, "gather", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
+    release(transport, deadline)
+
+
+def scatter(
+    transport: Transport,
+    block: Array,
+    source: Array | None,
+    counts: Sequence[int],
+    root: int,
+    deadline: float,
+) -> None:
+    """See `ferro.Backend.scatter`."""
+    chunks = _rooted_chunks(transport, block, source, counts)
+    _run(transport, "scatter", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
+    if source is not None:
+        block[...] = blocks(source, counts)[root]
+
+
+def reduce_scatter(
+    transport: Transport,
+    source: Array,
+    out: Array,
+    counts: Sequence[int],
+    reduction: Reduction,
+    deadline: float,
+) -> None:
+    """See `ferro.Backend.reduce_scatter`."""
+    info = transport.choice.algorithm(
+        "reduce_scatter", transport.world_size, source.nbytes, at_once=reduction.needs_all
+    )
+    schedule = build(info, transport.rank, transport.world_size, 0)
+    written = {c for r in schedule.rounds for recv in r.recvs for c in recv.chunks}
+    chunks = blocks(source, counts)
+    for number in written - {transport.rank}:
+        chunks[number] = chunks[number].copy()
+    out[...] = chunks[transport.rank]
+    chunks[transport.rank] = out
+    once = info.combines_once
+    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=once)
+    execution.run(tag=transport.tag, deadline=deadline)
+    if not once:
+        reduction.finish(out)
+
+
+def all_to_all(
+    transport: Transport,
+    source: Array,
+    out: Array,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    deadline: float,
+) -> None:
+    """See `ferro.Backend.all_to_all`."""
+    n, me = transport.world_size, transport.rank
+    outgoing, incoming = blocks(source, send_counts), blocks(out, recv_counts)
+    incoming[me][...] = outgoing[me]
+    chunks: list[Array | None] = [None] * (n * n)
+    for other in range(n):
+        if other != me:
+            chunks[me * n + other] = outgoing[other]
+            chunks[other * n + me] = incoming[other]
+    # The ranks may have different sizes here, so no size may enter the choice of the algorithm.
+    _run(transport, "all_to_all", chunks, 0, deadline=deadline)
+
+
+def _run(
+    transport: Transport,
+    collective: str,
+    data: Array | Sequence[Array | None],
+    nbytes: int,
+    root: int = 0,
+    *,
+    reduction: Reduction | None = None,
+    deadline: float,
+) -> None:
+    """Run the chosen schedule over ready chunks, or over a buffer cut into equal ones."""
+    at_once = reduction is not None and reduction.needs_all
+    info = transport.choice.algorithm(collective, transport.world_size, nbytes, at_once=at_once)
+    schedule = build(info, transport.rank, transport.world_size, root)
+    chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
+    once = info.combines_once
+    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=once)
+    execution.run(tag=transport.tag, deadline=deadline)
+    if reduction is not None and not once and isinstance(data, np.ndarray):
+        reduction.finish(data)
+
+
+def _rooted_chunks(
+    transport: Transport, block: Array, whole: Array | None, counts: Sequence[int]
+) -> Sequence[Array]:
+    """List all ranks' blocks; away from the root, the others' are memory to relay them."""
+    if whole is not None:
+        return blocks(whole, counts)
+    empty = [np.empty(count, block.dtype) for count in counts]
+    empty[transport.rank] = block
+    return empty

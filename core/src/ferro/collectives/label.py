@@ -1,0 +1,187 @@
+"""Call: what one rank asks for, small enough to travel with every message.
+
+Ranks of a group must make the same calls in the same order. A `Call` packs into `LABEL_BYTES`
+bytes; a backend puts the label into its frames (or the default agreement sends it by itself)
+and compares, so that a difference is an error that names both calls and never a wrong sum.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ferro.arrays import name_of
+from ferro.errors import CollectiveMismatch
+from ferro.types import Array
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_LABEL = struct.Struct("<BB10siQI28s")  # 56 bytes, aligned
+LABEL_BYTES = _LABEL.size
+_DETAIL_BYTES = 28
+
+OPS = (
+    "barrier",
+    "all_reduce",
+    "broadcast",
+    "reduce",
+    "all_gather",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "all_to_all",
+    "send",
+)
+_REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "callable")
+
+# A message tag has 64 bits: the group's context, whether it belongs to a collective, a number.
+_NUMBER_BITS = 39
+MAX_TAG = (1 << 31) - 1
+MAX_CONTEXT = (1 << 24) - 1
+
+
+@dataclass(slots=True, unsafe_hash=True)  # frozen, numbering one takes four times as long
+class Call:
+    """One call on a group, as every rank must make it. Never changed: calls are shared.
+
+    Attributes:
+        op: name of the operation, one of `OPS` ("send" stands for both ends of a transfer).
+        seq: number of the collective in its group, from 0.
+        dtype: NumPy name of the element type, "" where there are no elements.
+        count: elements in each rank's buffer; in all of them, where they have uneven sizes.
+        reduction: name of the reduction, "callable" for a user's function, "" for none.
+        root: the root, or -1.
+        detail: what else must agree, in words: the shape, or uneven sizes. The label carries its
+            beginning, to be shown, and a checksum of all of it.
+        packed: the label, once it is known; calls that differ by their number only share it.
+    """
+
+    op: str
+    seq: int = 0
+    dtype: str = ""
+    count: int = 0
+    reduction: str = ""
+    root: int = -1
+    detail: str = ""
+    packed: bytes = field(default=b"", init=False, repr=False, compare=False)
+
+    def label(self) -> bytes:
+        """Return the `LABEL_BYTES` bytes that must be equal on all ranks."""
+        if not self.packed:
+            self.packed = _LABEL.pack(
+                OPS.index(self.op),
+                _REDUCTIONS.index(self.reduction),
+                self.dtype.encode(),
+                self.root,
+                self.count,
+                zlib.crc32(self.detail.encode()),
+                self.detail.encode()[:_DETAIL_BYTES],
+            )
+        return self.packed
+
+    def numbered(self, seq: int) -> Call:
+        """Return this call as number `seq`; many times as quick as `dataclasses.replace`."""
+        made = Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
+        made.packed = self.packed or self.label()
+        return made
+
+    @classmethod
+    def from_label(cls, label: bytes) -> Call:
+        """Read a label back; unknown codes are shown as numbers, for they are in an error."""
+        op, reduction, dtype, root, count, _, detail = _LABEL.unpack(label)
+        return cls(
+            op=OPS[op] if op < len(OPS) else f"operation {op}",
+            dtype=dtype.rstrip(b"\0").decode("ascii", "replace"),
+            count=count,
+            reduction=_REDUCTIONS[reduction] if reduction < len(_REDUCTIONS) else "?",
+            root=root,
+            detail=detail.rstrip(b"\0").decode("ascii", "replace"),
+        )
+
+    def __str__(self) -> str:
+        words = []
+        if self.dtype:
+            words.append(f"{self.count} x {self.dtype}")
+        if self.reduction:
+            words.append(f"op={self.reduction}")
+        if self.root >= 0:
+            words.append(f"root={self.root}")
+        if self.detail:
+            words.append(self.detail[:_DETAIL_BYTES])
+        return f"{self.op}({', '.join(words)})"
+
+
+@lru_cache(maxsize=512)
+def array_call(
+    op: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    reduction: str = "",
+    root: int = -1,
+    sizes: tuple[int, ...] | None = None,
+) -> Call:
+    """Return the call of a collective on arrays, remembered: programs repeat them.
+
+    Args:
+        op: name of the operation.
+        dtype: the element type.
+        shape: the same on every rank, but for rows where they have `sizes`.
+        reduction: name of the reduction, "" for none.
+        root: the root, or -1.
+        sizes: the rows of every rank's block, which all ranks know.
+    """
+    detail, count = _in_words(shape), math.prod(shape)
+    if sizes is not None:
+        detail = f"sizes {','.join(map(str, sizes))} of {_in_words(shape[1:])}"
+        count = sum(sizes) * math.prod(shape[1:])
+    return Call(op, 0, dtype.name, count, reduction, root, detail)
+
+
+@lru_cache(maxsize=128)
+def uneven_call(op: str, dtype: np.dtype, row_shape: tuple[int, ...]) -> Call:
+    """Return the call of a collective on arrays whose rows only their own ranks know."""
+    return Call(op, dtype=dtype.name, detail=f"uneven rows of {_in_words(row_shape)}")
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    return f"shape {'x'.join(map(str, shape)) or 'scalar'}"
+
+
+def transfer_call(buffer: Array) -> Call:
+    """Return the call that both ends of a transfer of this buffer make."""
+    return Call("send", dtype=name_of(buffer.dtype), count=buffer.size)
+
+
+def collective_tag(seq: int) -> int:
+    """Return the tag of all messages of collective number `seq` of a group."""
+    return 1 << _NUMBER_BITS | seq
+
+
+def in_context(tag: int, context: int) -> int:
+    """Return `tag` moved to the tag space of the group numbered `context`."""
+    return context << (_NUMBER_BITS + 1) | tag
+
+
+def is_collective(tag: int) -> bool:
+    """Say whether a tag is that of a collective, not of a transfer."""
+    return bool(tag >> _NUMBER_BITS & 1)
+
+
+def context_of(tag: int) -> int:
+    """Return the number of the group that a tag belongs to."""
+    return tag >> (_NUMBER_BITS + 1)
+
+
+def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
+    """Make the error for a label that differs from this rank's own call."""
+    theirs = Call.from_label(label)
+    if (
+        mine.op == "send"
+    ):  # one label stands for both ends of a transfer; this rank was the receiver
+        mine = replace(mine, op="recv")
+    return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {theirs}", peer=peer)

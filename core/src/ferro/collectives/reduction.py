@@ -1,0 +1,178 @@
+"""How operands are combined: the arithmetic of every reduction, in one place.
+
+Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the
+number of ranks, before that rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+
+from ferro.collectives.half import reduce_halves
+from ferro.errors import UnsupportedError, UsageError
+from ferro.types import Array, ReduceOp
+
+# (a, b, out), given one-dimensional pieces of the arrays: out is a or b, or apart from both.
+ReduceFunction: TypeAlias = "Callable[[Array, Array, Array], object]"
+
+_UFUNCS: dict[ReduceOp, np.ufunc] = {
+    ReduceOp.SUM: np.add,
+    ReduceOp.MEAN: np.add,
+    ReduceOp.PROD: np.multiply,
+    ReduceOp.MIN: np.minimum,
+    ReduceOp.MAX: np.maximum,
+    ReduceOp.BAND: np.bitwise_and,
+    ReduceOp.BOR: np.bitwise_or,
+    ReduceOp.BXOR: np.bitwise_xor,
+}
+_HALF = ("float16", "bfloat16")
+_WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
+_ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
+_BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
+    """Return the reduction `op` over `dtype` for `ranks` ranks; see `Reduction`."""
+    if isinstance(op, str):
+        return _named_reduction(op, dtype, ranks)
+    return Reduction(op, dtype, ranks)
+
+
+@lru_cache(maxsize=256)
+def _named_reduction(op: str, dtype: np.dtype, ranks: int) -> Reduction:
+    return Reduction(op, dtype, ranks)
+
+
+class Reduction:
+    """A reduction over one dtype, for a given number of ranks.
+
+    Attributes:
+        name: the operation's name, "callable" for a user's function.
+        needs_all: True when the result is right only if all contributions meet in one
+            `combine`, in order of rank: half precision, whose partial results must not be
+            rounded, and users' functions, which may not be commutative.
+    """
+
+    def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
+        """Make the reduction `op`.
+
+        Raises:
+            UsageError: no operation has that name.
+            UnsupportedError: the operation is not defined for `dtype`.
+        """
+        self.dtype = dtype
+        self.ranks = ranks
+        self.op = _named(op)
+        self.name = "callable" if self.op is None else self.op.value
+        self._function = _function(op if self.op is None else _UFUNCS[self.op])
+        if self.op is not None:
+            _check(self.op, dtype)
+        self._divides = self.op is ReduceOp.MEAN
+        self._half: np.ufunc | None = None  # where it is done in float32, by which function
+        if self.op in _WIDENED and dtype.name in _HALF:
+            self._half = _UFUNCS[self.op]
+        self.needs_all = self._half is not None or self.op is None
+
+    def combine(self, operands: Sequence[Array], own: int, *, at_once: bool) -> None:
+        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch.
+
+        Args:
+            operands: one-dimensional and of equal length, in order of rank.
+            own: which of them takes the result.
+            at_once: these are all contributions there are; a mean is completed.
+        """
+        if self._half is not None:
+            self._reduce_halves(self._half, operands, operands[own], at_once)
+            return
+        total = operands[0]
+        for index in range(1, len(operands)):
+            out = operands[own] if index >= own else total
+            self._function(total, operands[index], out)
+            total = out
+        if at_once:
+            self.finish(total)
+
+    def into(self, out: Array, operands: Sequence[Array], *, at_once: bool) -> None:
+        """Reduce `operands`, left to right, into `out`: the bits that `combine` gives.
+
+        Args:
+            out: takes the result. It is apart from all operands, or one of the first two itself.
+            operands: at least one; one-dimensional, of equal length, in order of rank. None is
+                changed, but the one that is `out`.
+            at_once: these are all contributions there are; a mean is completed.
+        """
+        if self._half is not None:
+            self._reduce_halves(self._half, operands, out, at_once)
+            return
+        count = len(operands)
+        if count > 1:
+            self._function(operands[0], operands[1], out)
+            for index in range(2, count):
+                self._function(out, operands[index], out)
+        elif out is not operands[0]:
+            out[...] = operands[0]
+        if at_once and self._divides:
+            self.finish(out)
+
+    def finish(self, result: Array) -> None:
+        """Complete a mean of which `result` is the sum, in place."""
+        if self._divides:
+            np.true_divide(result, self.ranks, out=result)
+
+    def _reduce_halves(
+        self, function: np.ufunc, operands: Sequence[Array], out: Array, at_once: bool
+    ) -> None:
+        divisor = self.ranks if at_once and self._divides else 1
+        reduce_halves(function, operands, out, divisor)
+
+
+def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
+    """Return the named operation, or None for a user's function."""
+    if isinstance(op, str):
+        try:
+            return ReduceOp(op)
+        except ValueError:
+            names = ", ".join(ReduceOp)
+            raise UsageError(
+                f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)"
+            ) from None
+    if callable(op):
+        return None
+    raise UsageError(f"a reduction is a name or a function (a, b, out), not {type(op).__name__}")
+
+
+def _function(op: object) -> ReduceFunction:
+    """Return what is called as (a, b, out); ufuncs take `out` by its name only."""
+    if isinstance(op, np.ufunc):
+        return lambda a, b, out: op(a, b, out=out)
+    assert callable(op)
+    return lambda a, b, out: _called(op, a, b, out)
+
+
+def _called(op: ReduceFunction, a: Array, b: Array, out: Array) -> None:
+    """Call a user's function; what it raises must not look like a backend's refusal."""
+    try:
+        op(a, b, out)
+    except UnsupportedError as error:
+        raise RuntimeError(f"the function given as op raised {error!r}") from error
+
+
+def _check(op: ReduceOp, dtype: np.dtype) -> None:
+    """Refuse a reduction that is not defined for a dtype."""
+    kind = dtype.kind
+    floating = kind in "fc" or dtype.name == "bfloat16"
+    if op is ReduceOp.MEAN and not floating:
+        remedy = "convert to a floating dtype first, or use op='sum'"
+    elif op in _BITWISE and kind not in "iub":
+        remedy = "bitwise reductions take integers and booleans"
+    elif op in _ORDERED and kind == "c":
+        remedy = "complex numbers have no order"
+    else:
+        return
+    raise UnsupportedError(
+        f"op={op.value!r} is not defined for {dtype.name}: {remedy}", op=op.value
+    )

@@ -1,0 +1,92 @@
+"""Work: the handle of an asynchronous operation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from ferro.backend import Completion
+
+Result = TypeVar("Result")
+_IDLE_S = 5.0  # how long a lane's thread waits for more work
+
+
+class Work(Generic[Result]):
+    """An operation under way. It ends by itself, by its deadline at the latest.
+
+    Attributes:
+        op: name of the operation, such as "all_reduce".
+        seq: its number among the group's collectives, from 0; for a transfer, its number among
+            those in this direction, with this peer and tag, that are outstanding together.
+    """
+
+    def __init__(self, op: str, seq: int, run: Callable[[], Result]) -> None:
+        self.op = op
+        self.seq = seq
+        self._run: Callable[[], Result] | None = run
+        self._ended = threading.Event()
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done() else "failed" if self._error else "done"
+        return f"<Work {self.op} #{self.seq}, {state}>"
+
+    def done(self) -> bool:
+        """Say whether it has ended, well or badly. Never blocks."""
+        return self._ended.is_set()
+
+    def wait(self) -> Result:
+        """Wait until it has ended; return its result, or raise its error.
+
+        May be called any number of times. It needs no timeout of its own: the operation has one.
+        """
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+    def _carry_out(self) -> None:
+        run, self._run = self._run, None
+        assert run is not None
+        try:
+            self._result = run()
+        except BaseException as error:  # noqa: BLE001 - kept for wait(), whatever it is
+            self._error = error
+        finally:
+            self._ended.set()
+
+
+class LaunchedWork(Work[Result]):
+    """An operation that was launched on a device's queue and ends there, after `wait()` or not.
+
+    `wait()` lets what the caller does next on the device come after it.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        seq: int,
+        result: Result,
+        completion: Completion,
+        failed: Callable[[Exception], BaseException],
+    ) -> None:
+        super().__init__(op, seq, lambda: result)
+        self._result = result
+        self._completion = completion
+        self._failed = failed
+
+    def done(self) -> bool:
+        """Say whether it has ended, well or badly. Never blocks."""
+        return self._completion.done()
+
+    def wait(self) -> Result:
+        """Order what comes next after it; return its result, or raise its error."""
+        try:
+            self._completion.wait()
+        except Exception as error:
+            self._error = self._failed(error)
+            raise self._error from error
+        return self._result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Discovery and loading of plugins, and what core itself offers."""

@@ -1,0 +1,97 @@
+"""Core's own plugin: the simulated backend, the built-in algorithms, the trace, the commands.
+
+Registered through the same hooks as everyone's, and as light: what is offered is imported when
+it is asked for.
+"""
+
+from collections.abc import Callable, Sequence
+
+from ferro.backend import Backend
+from ferro.collectives.schedule import CollectiveInfo
+from ferro.errors import BackendUnavailable
+from ferro.hookspecs import BackendConfig, BackendInfo, CommandInfo, hookimpl
+from ferro.observers import Observer
+from ferro.types import Availability
+
+
+def _probe_simulated() -> Availability:
+    return Availability(ok=True, reason="ranks are threads of one process")
+
+
+def _create_simulated(config: BackendConfig) -> Backend:
+    from ferro.simulated import SimulatedBackend
+
+    if config.world_size > 1:
+        raise BackendUnavailable(
+            "simulated",
+            f"its ranks are threads of one process, and this is one of {config.world_size}",
+            "Use ferro.simulate(fn, world_size), or a backend between processes.",
+        )
+    return SimulatedBackend.create_group(1, choice=config.choice)[0]
+
+
+@hookimpl
+def ferro_backends() -> Sequence[BackendInfo]:
+    """Offer ranks as threads of one process."""
+    return (
+        BackendInfo(
+            name="simulated",
+            summary="ranks are threads of one process; for tests, faults and scale",
+            probe=_probe_simulated,
+            create=_create_simulated,
+        ),
+    )
+
+
+@hookimpl
+def ferro_collectives() -> Sequence[CollectiveInfo]:
+    """Offer ring, tree and direct algorithms."""
+    from ferro.collectives.builtin import BUILTIN
+
+    return BUILTIN
+
+
+@hookimpl
+def ferro_observers() -> Sequence[Observer]:
+    """Offer a trace where `ferro run --trace` asked for one."""
+    from ferro.launch.trace import Trace
+    from ferro.runtime.environment import options
+
+    directory = options().trace
+    return () if directory is None else (Trace(directory),)
+
+
+def _load_run() -> Callable[[Sequence[str]], int]:
+    from ferro import launch
+
+    return lambda arguments: launch.run(launch.parse_options(arguments))
+
+
+def _load_backends() -> Callable[[Sequence[str]], int]:
+    from ferro.cli.listings import show_backends
+
+    return show_backends
+
+
+def _load_plugins() -> Callable[[Sequence[str]], int]:
+    from ferro.cli.listings import show_plugins
+
+    return show_plugins
+
+
+@hookimpl
+def ferro_commands() -> Sequence[CommandInfo]:
+    """Offer the commands that need no other distribution."""
+    return (
+        CommandInfo(name="run", summary="run a program as several ranks", load=_load_run),
+        CommandInfo(
+            name="backends",
+            summary="show which backends are installed, and whether they can be used",
+            load=_load_backends,
+        ),
+        CommandInfo(
+            name="plugins",
+            summary="show every installed plugin, with its hooks and versions",
+            load=_load_plugins,
+        ),
+    )

@@ -1,0 +1,251 @@
+"""Strict discovery and loading of plugins; every error names the distribution at fault."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import pluggy
+
+from ferro import hookspecs
+from ferro.errors import PluginError
+from ferro.runtime.environment import options
+
+if TYPE_CHECKING:
+    from importlib_metadata import EntryPoint
+
+GROUP = "ferro"
+Item = TypeVar("Item")
+Named = TypeVar("Named", bound="HasName")
+
+
+class HasName(Protocol):
+    """A description that is found by its name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer(Generic[Item]):
+    """Something a plugin offers, and the distribution that it came with."""
+
+    item: Item
+    distribution: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A plugin that was loaded.
+
+    Attributes:
+        distribution: "name version" of its distribution.
+        module: the module that its entry point names.
+        hooks: the hooks that it implements.
+        api_version: the contract version that it states; None where it states none.
+        import_s: seconds that importing the module took.
+    """
+
+    distribution: str
+    module: str
+    hooks: tuple[str, ...]
+    api_version: int | None
+    import_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A plugin that could not be loaded."""
+
+    name: str
+    error: PluginError
+
+
+class Plugins:
+    """All installed plugins, loaded, and those that failed to.
+
+    Attributes:
+        versions: entry-point name -> "distribution version", for ranks to compare.
+        loaded: what is known of each plugin that loaded, by entry-point name.
+        broken: the plugins that failed, with the error of each.
+    """
+
+    def __init__(self, entries: Iterable[EntryPoint]) -> None:
+        self.versions: dict[str, str] = {}
+        self.loaded: dict[str, Loaded] = {}
+        self.broken: list[Broken] = []
+        self._managers: dict[str, pluggy.PluginManager] = {}
+        self._answers: dict[str, tuple[list[Offer[Any]], list[Broken]]] = {}
+        by_name: dict[str, list[EntryPoint]] = {}
+        for entry in entries:
+            by_name.setdefault(entry.name, []).append(entry)
+        for name, claims in sorted(by_name.items()):
+            try:
+                self._load(name, claims)
+            except PluginError as error:
+                self.broken.append(Broken(name, error))
+
+    def require_all(self) -> None:
+        """Raise the error of the first plugin that failed to load, if any did."""
+        if self.broken:
+            raise self.broken[0].error
+
+    def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
+        """List what all plugins offer through a hook.
+
+        Raises:
+            PluginError: the hook raised, or returned something else.
+        """
+        found, broken = self.survey(hook, kind)
+        if broken:
+            raise broken[0].error
+        return found
+
+    def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
+        """List what plugins offer through a hook, and the plugins that failed to tell.
+
+        Each plugin is asked once per process; afterwards its answer is remembered.
+        """
+        if hook not in self._answers:
+            self._answers[hook] = self.ask(hook, kind)
+        return self._answers[hook]
+
+    def ask(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
+        """As `survey`, but ask every plugin anew."""
+        found: list[Offer[Item]] = []
+        broken: list[Broken] = []
+        for name, manager in self._managers.items():
+            distribution = self.versions[name]
+            try:
+                items = _call(manager, hook, kind, distribution)
+            except PluginError as error:
+                broken.append(Broken(name, error))
+            else:
+                found += [Offer(item, distribution) for item in items]
+        return found, broken
+
+    def _load(self, name: str, claims: Sequence[EntryPoint]) -> None:
+        distributions = sorted({_distribution(entry) for entry in claims})
+        if len(distributions) > 1:
+            raise PluginError(
+                f"the plugin name {name!r} is claimed by {' and by '.join(distributions)}: "
+                "uninstall one of them"
+            )
+        entry, distribution = claims[0], distributions[0]
+        started = time.perf_counter()
+        try:
+            module = entry.load()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {name!r} of {distribution} failed to import ({entry.value}): "
+                f"{type(error).__name__}: {error}. Repair or uninstall {distribution}."
+            ) from error
+        import_s = time.perf_counter() - started
+        stated = getattr(module, "FERRO_API_VERSION", None)
+        if stated not in (None, hookspecs.API_VERSION):
+            raise PluginError(
+                f"plugin {name!r} of {distribution} states FERRO_API_VERSION = {stated!r}; "
+                f"ferro {_own_version()} has plugin contract version {hookspecs.API_VERSION}. "
+                f"Install a {distribution.partition(' ')[0]} and a ferro that were made for each "
+                "other."
+            )
+        manager = pluggy.PluginManager("ferro")
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(module, name)
+            manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            hooks = sorted(hook for hook in vars(hookspecs) if hook.startswith("ferro_"))
+            raise PluginError(
+                f"plugin {name!r} of {distribution} implements a hook that ferro does not "
+                f"specify, or with other arguments: {error}. The hooks are {', '.join(hooks)}."
+            ) from error
+        self.versions[name] = distribution
+        self._managers[name] = manager
+        implemented = tuple(sorted(call.name for call in manager.get_hookcallers(module) or ()))
+        self.loaded[name] = Loaded(distribution, entry.value, implemented, stated, import_s)
+
+
+@lru_cache(maxsize=1)
+def installed() -> Plugins:
+    """Return the plugins of this environment, loaded once per process."""
+    # Here, so that `import ferro` does not pay for what only looking for plugins needs.
+    from importlib_metadata import entry_points
+
+    return Plugins(entry_points(group=GROUP))
+
+
+def by_name(offers: Iterable[Offer[Named]], what: str) -> dict[str, Offer[Named] | PluginError]:
+    """Return offers by name; for a name that is claimed twice, the error that says so."""
+    table: dict[str, Offer[Named] | PluginError] = {}
+    claimants: dict[str, list[str]] = {}
+    for offer in offers:
+        name = offer.item.name
+        claimants.setdefault(name, []).append(offer.distribution)
+        table[name] = offer
+    for name, distributions in claimants.items():
+        if len(distributions) > 1:
+            table[name] = PluginError(
+                f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: "
+                "uninstall one of them"
+            )
+    return table
+
+
+def _call(
+    manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str
+) -> list[Item]:
+    started = time.perf_counter()
+    try:
+        results = getattr(manager.hook, hook)()
+        items = [item for result in results for item in result]
+    except Exception as error:
+        raise PluginError(
+            f"{hook}() of {distribution} raised {type(error).__name__}: {error}"
+        ) from error
+    if results and options().trace_hooks:
+        names = ", ".join(str(getattr(item, "name", type(item).__name__)) for item in items)
+        took_ms = 1e3 * (time.perf_counter() - started)
+        line = f"ferro: {hook}() of {distribution}: {names or 'nothing'} ({took_ms:.1f} ms)"
+        print(line, file=sys.stderr)  # noqa: T201 - FERRO_TRACE_HOOKS=1 asks for it
+    for item in items:
+        if kind is not object and not isinstance(item, kind):
+            raise PluginError(
+                f"{hook}() of {distribution} returned a {type(item).__name__}, "
+                f"not a {kind.__name__}"
+            )
+    return items
+
+
+def _distribution(entry: EntryPoint) -> str:
+    """Return "name version" of the distribution that an entry point came with."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def _own_version() -> str:
+    from importlib_metadata import version  # as in `installed`
+
+    return version("ferro")
+
+
+def own_extras() -> list[str]:
+    """Return the names of ferro's extras: of the plugins that come with it."""
+    from importlib_metadata import PackageNotFoundError, metadata  # as in `installed`
+
+    try:
+        return metadata("ferro").get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        return []
+
+
+def how_to_install(extra: str) -> str:
+    """Say how one of ferro's own plugins is installed; the public index has another "ferro"."""
+    return (
+        f"from where ferro came from: a checkout (pip install ./plugins/{extra}) or wheels "
+        f"(pip install --find-links dist 'ferro[{extra}]')"
+    )

@@ -1,0 +1,1 @@
+"""Authentication: the secret of a job, and connections that both sides have proved."""

@@ -1,0 +1,83 @@
+"""Where a job's secret comes from when no launcher made one: a file of the user's, and the job.
+
+Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`.
+Each job derives its own from it, so that jobs cannot connect to one another by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from ferro.errors import AuthenticationError
+from ferro.rendezvous.auth import private_file
+
+SECRET_BYTES = 32
+
+
+def per_user_secret(home: Path | None = None) -> bytes:
+    """Read this user's secret, or make it; ranks that make it at once end with the same.
+
+    Args:
+        home: in place of the user's home directory.
+
+    Returns:
+        32 bytes. The file, `.ferro/secret` under `home`, holds them as 64 hexadecimal digits.
+
+    Raises:
+        AuthenticationError: others can read the file, another user owns it, or it is damaged or
+            cannot be written.
+    """
+    path = (home or _home()) / ".ferro" / "secret"
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            _make(path)
+        return _parse(private_file.read(path, 4 * SECRET_BYTES))
+    except (private_file.NotPrivateError, ValueError) as exc:
+        raise AuthenticationError(
+            f"the secret cannot be trusted: {exc}. If you made it yourself run "
+            f"`chmod 600 {path}`; else remove it, and the next job makes a new one."
+        ) from exc
+    except OSError as exc:
+        raise AuthenticationError(
+            f"the secret in {path} cannot be read or made: {exc}. Start the job with "
+            f"`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+        ) from exc
+
+
+def derive(secret: bytes, job: str) -> bytes:
+    """The secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
+    return hmac.new(secret, job.encode(), hashlib.sha256).digest()
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as exc:
+        raise AuthenticationError(
+            "this user has no home directory to keep a secret in. Start the job with "
+            "`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+        ) from exc
+
+
+def _make(path: Path) -> None:
+    """Write it aside, then link it: it appears whole, and the first of several writers wins."""
+    draft = path.with_name(f"secret.{secrets.token_hex(8)}")
+    try:
+        private_file.create(draft, secrets.token_hex(SECRET_BYTES).encode() + b"\n")
+        os.link(draft, path)
+    except FileExistsError:
+        pass  # another rank was first: its secret counts
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _parse(content: bytes) -> bytes:
+    secret = bytes.fromhex(content.decode("ascii"))
+    if len(secret) != SECRET_BYTES:
+        raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
+    return secret

@@ -1,0 +1,120 @@
+"""init and shutdown: from the launcher's environment to the world group, and back."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ferro.errors import UsageError
+from ferro.group.process_group import ProcessGroup
+from ferro.observers import Observer
+
+if TYPE_CHECKING:
+    from ferro.runtime.world import World
+
+TIMEOUT_S = 60.0
+_HASTE_S = 2.0  # how long the store is kept for the others after a failure
+
+_lock = threading.Lock()
+_world: World | None = None
+_made = 0
+
+
+def init(
+    backend: str | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    rendezvous: str | None = None,
+    timeout_s: float | None = None,
+    deterministic: bool = False,
+    algorithms: Mapping[str, str] | None = None,
+    observers: Sequence[Observer] = (),
+    backend_options: Mapping[str, object] | None = None,
+) -> ProcessGroup:
+    """Join the job; return the group of all its ranks. Every rank calls it.
+
+    Rank and world size come from the launcher's variables (`ferro run`, torchrun, mpiexec,
+    Slurm, Kubeflow); without a launcher this is a world of one. Arguments beat the environment.
+
+    Args:
+        backend: name of the backend; the launcher's default when None.
+        rank: this process's rank.
+        world_size: number of ranks.
+        rendezvous: "host:port" where rank 0 is to host the store.
+        timeout_s: deadline of joining, and of each operation that gives none, in seconds;
+            FERRO_TIMEOUT_S or 60 when None.
+        deterministic: reduce in order of rank, whatever the size or transport, so that results
+            are the same bits on any machine.
+        algorithms: collective -> name of the algorithm to use; the same on all ranks.
+        observers: told of each operation, besides those that plugins offer.
+        backend_options: the backend's own options.
+
+    Returns:
+        The world group. Closing it, leaving its `with` block or `ferro.shutdown()` ends it.
+
+    Raises:
+        UsageError: arguments or environment make no sense, or init was called before.
+        RendezvousError: the ranks did not find each other or do not fit together, with who.
+        BackendUnavailable: the backend cannot be used here; says what to do.
+        PluginError: a plugin is broken.
+    """
+    global _world, _made
+    # Here, for sockets and the search for plugins cost time that `import ferro` should not.
+    from ferro.runtime.environment import options, resolve
+    from ferro.runtime.world import World
+
+    with _lock:
+        if _world is not None and not _world.closed:
+            raise UsageError(
+                "ferro.init() was called before in this process: use the group it returned, or "
+                "call ferro.shutdown() first"
+            )
+        info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
+        given = options()
+        seconds = timeout_s if timeout_s is not None else given.timeout_s or TIMEOUT_S
+        if not 0 < seconds <= threading.TIMEOUT_MAX:
+            raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        world = World(info, given, backend, seconds, _made, explicit=rendezvous is not None)
+        _made += 1
+        try:
+            world.join(deterministic, algorithms or {}, backend_options or {}, observers)
+        except BaseException:
+            world.close(_HASTE_S, farewell=False)
+            raise
+        _world = world
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+    return world.group
+
+
+def shutdown() -> None:
+    """Close the world group, if there is one. Idempotent; every rank calls it at its end."""
+    world = _world
+    if world is not None and not world.closed:
+        world.group.close()
+
+
+def _forget() -> None:
+    """In a forked child: the world, with its connections, is the parent's."""
+    global _world
+    _world = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _at_exit() -> None:
+    """At the end of the interpreter: after an uncaught exception nobody is waited for."""
+    world = _world
+    if world is None or world.closed:
+        return
+    if hasattr(sys, "last_value"):
+        world.group.abandon()
+    else:
+        world.group.close()

@@ -1,0 +1,107 @@
+"""`ferro bench`: measure what was asked for, show it as it comes, keep it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from ferro.errors import UsageError
+from ferro_bench.contestants import Contestant, WorldPlan
+from ferro_bench.driver import open_worlds
+from ferro_bench.measure import default_rounds, make_case, measure
+from ferro_bench.options import BenchOptions
+from ferro_bench.peers import find
+from ferro_bench.plot import plot, require_matplotlib
+from ferro_bench.summary import Record, summarize
+from ferro_bench.table import Table
+from ferro_bench.world import World
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def run(options: BenchOptions) -> int:
+    """Measure; return the exit status: 0, or 1 when a result was wrong.
+
+    Raises:
+        UsageError: a peer or matplotlib is not installed, or a file cannot be written.
+        BackendError: a library's ranks died or hung; the message has their last words.
+    """
+    before = {signum: signal.signal(signum, _terminate) for signum in _ENDING}
+    try:
+        return _run(options)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _run(options: BenchOptions) -> int:
+    if options.plot is not None:
+        require_matplotlib()
+    plans = [WorldPlan(name="ferro", world_size=options.ranks, backend=options.backend or "")]
+    for name, python in options.peers.items():
+        plans.append(WorldPlan(name=name, world_size=options.ranks, peer=find(name, python)))
+    stream = sys.stderr if options.json == "-" else sys.stdout
+    with open_worlds(plans) as worlds:
+        versions = {name: world.version for name, world in worlds.items()}
+        _say(stream, f"# {options.ranks} ranks; " + "; ".join(versions.values()))
+        records = [r for name in options.collectives for r in _rows(options, name, worlds, stream)]
+    wrong = sum(result["wrong"] for record in records for result in record["results"].values())
+    if options.check:
+        _say(stream, f"# wrong elements: {wrong}")
+    _keep(options, versions, records)
+    return 1 if wrong else 0
+
+
+def _rows(
+    options: BenchOptions, collective: str, worlds: Mapping[str, World], stream: TextIO
+) -> list[Record]:
+    ours = [Contestant("ferro", memory) for memory in options.memories]
+    peers = list(options.peers) if collective != "copy" else []
+    contestants = [*ours, *(Contestant(name) for name in peers)]
+    _say(stream, f"# {collective}")
+    table = Table(stream, collective, ours, peers)
+    records = []
+    for nbytes in options.sizes if collective != "barrier" else options.sizes[:1]:
+        case = make_case(
+            collective,
+            nbytes,
+            options.ranks,
+            dtype=options.dtype,
+            op=options.op,
+            calls=options.calls,
+            check=options.check,
+            async_op=options.async_op,
+        )
+        rounds = options.rounds or default_rounds(nbytes)
+        measured = measure(worlds, case, contestants, rounds)
+        records.append(summarize(case, options.ranks, measured))
+        table.add(records[-1])
+    return records
+
+
+def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[Record]) -> None:
+    if options.json is not None:
+        text = json.dumps({"versions": versions, "records": records}, indent=1)
+        if options.json == "-":
+            _say(sys.stdout, text)
+        else:
+            try:
+                Path(options.json).write_text(text + "\n")
+            except OSError as exc:
+                raise UsageError(f"--json {options.json}: {exc.strerror}") from exc
+    if options.plot is not None:
+        plot(records, options.plot)
+
+
+def _say(stream: TextIO, line: str) -> None:
+    print(line, file=stream, flush=True)
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    """Leave through every `with`, so that no process stays behind."""
+    raise SystemExit(128 + signum)

@@ -1,0 +1,74 @@
+"""Who is measured: worlds to start, each with its command line, and the memories they use."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ferro_bench.peers import Installed
+
+Memory = Literal["private", "group"]
+
+# The rank's package is handed to peers' interpreters as a top-level one: they have no ferro.
+_START = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import rank; del sys.path[0]; "
+    "from rank.__main__ import main; main()"
+)
+_ROOM = str(Path(__file__).parent)
+_ONE_THREAD = ("OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+_LOOPBACK = "GLOO_SOCKET_IFNAME=" + ("lo" if sys.platform == "linux" else "lo0")
+# Open MPI refuses to run as root unless it is told twice, as containers do.
+_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """One column of the results: a world's library with arrays in one kind of memory.
+
+    Attributes:
+        world: the world's name.
+        memory: "private" for NumPy's memory, "group" for the library's own.
+    """
+
+    world: str
+    memory: Memory = "private"
+
+    @property
+    def name(self) -> str:
+        """As the results call it: ferro's two memories are told apart."""
+        return f"ferro-{self.memory}" if self.world == "ferro" else self.world
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldPlan:
+    """How to start the ranks of one library.
+
+    Attributes:
+        name: "ferro" or the peer's name.
+        world_size: number of ranks.
+        backend: ferro's backend, "" for the launcher's choice and for peers.
+        peer: what is installed of a peer, None for ferro itself.
+    """
+
+    name: str
+    world_size: int
+    backend: str = ""
+    peer: Installed | None = None
+
+    def commands(self, task: Path) -> list[list[str]]:
+        """Return the command line of every process that the driver is to start."""
+        n = str(self.world_size)
+        settings = ["env", *_ONE_THREAD, _LOOPBACK]
+        if self.peer is None:
+            launch = [sys.executable, "-m", "ferro", "run", "-n", n, "-m", "ferro_bench.rank"]
+            return [[*settings, *launch, str(task), "ferro"]]
+        rank = [self.peer.python, "-c", _START, _ROOM, str(task)]
+        if self.peer.mpiexec is None:
+            return [[*settings, *rank, "torch", str(r)] for r in range(self.world_size)]
+        launch = [self.peer.mpiexec, "-n", n]
+        if self.peer.name == "openmpi":
+            settings += _AS_ROOT
+            launch += ["--oversubscribe", "--bind-to", "none"]
+        return [[*settings, *launch, *rank, "mpi4py"]]

@@ -1,0 +1,70 @@
+"""One rank of one library: do what the driver says until it says "end" or is gone.
+
+    python -m ferro_bench.rank TASK LIBRARY [RANK]
+
+TASK is the file that the driver wrote for this world. While other libraries have their turn this
+process waits in `recv` and takes no core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from .case import Case
+from .channel import Channel
+from .library import Library, open_library
+from .turn import Turns
+
+_LEAVE_S = 3.0
+
+
+def main() -> None:
+    """Run the rank."""
+    task = json.loads(Path(sys.argv[1]).read_text())
+    rank = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    library = open_library(sys.argv[2], task, rank, task["world_size"])
+    channel = Channel(task["host"], task["port"], bytes.fromhex(task["secret"]))
+    channel.send(
+        {
+            "world": task["world"],
+            "rank": library.rank,
+            "world_size": library.world_size,
+            "version": library.version,
+        }
+    )
+    try:
+        _serve(channel, library)
+    except ConnectionError:
+        # The driver left or died. Some libraries clean up only where all ranks leave in order;
+        # but others may be dead or in the middle of a call, so this one does not wait for long.
+        hurry = threading.Timer(_LEAVE_S, os._exit, (1,))
+        hurry.daemon = True
+        hurry.start()
+    library.close()
+
+
+def _serve(channel: Channel, library: Library) -> None:
+    """Obey until the driver says "end".
+
+    Raises:
+        ConnectionError: the driver has left without a word.
+    """
+    prepared: dict[str, Turns] = {}
+    while (order := channel.receive())["do"] != "end":
+        reply: dict[str, Any] = {}
+        if order["do"] == "prepare":
+            prepared[order["slot"]] = Turns(library, Case(**order["case"]), order["memory"])
+        elif order["do"] == "turn":
+            reply = prepared[order["slot"]].run(order["turn"])
+        elif order["do"] == "release":
+            prepared.clear()
+        channel.send(reply)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Conformance of an algorithm that a plugin offers: proven by the checker, then run with data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ferro.collectives.checker import check
+from ferro.collectives.choice import Choice
+from ferro.collectives.schedule import CollectiveInfo
+from ferro.errors import PluginError
+from ferro.group.process_group import ProcessGroup
+from ferro.simulated.simulate import simulate
+from ferro_testing.once import call_once, wanted_of
+from ferro_testing.samples import Findings
+
+_ROOTED = ("broadcast", "reduce", "gather", "scatter")
+_COUNTS = (1, 7, 5000)
+_RUN_S = 30.0
+
+
+def check_collective(info: CollectiveInfo, world_sizes: Sequence[int] = (1, 2, 3, 4, 5, 8)) -> None:
+    """Check an algorithm on offer: as data with every root, then moving data on simulated ranks.
+
+    Raises:
+        PluginError: it is wrong, or claims what it does not do; names world size, rank and round.
+        AssertionError: a result of running it is wrong.
+        UsageError: there is no such collective.
+    """
+    what = f"algorithm {info.algorithm!r} for {info.collective!r}"
+    for n in world_sizes:
+        for root in range(n if info.collective in _ROOTED else 1):
+            proof = check(info.collective, info.build, n, root)
+            if info.combines_once and not proof.combines_once:
+                raise PluginError(
+                    f"{what} is offered with combines_once=True, but with {n} ranks some result "
+                    "is combined in more than one round: offer it with combines_once=False"
+                )
+            if info.collective == "all_reduce" and not proof.same_everywhere:
+                raise PluginError(
+                    f"{what} combines in another order on one rank than on another with {n} "
+                    "ranks: their results would differ in the last bits"
+                )
+    for n in world_sizes:
+        _run(info, n, what)
+
+
+def _run(info: CollectiveInfo, world_size: int, what: str) -> None:
+    """Run it on ranks that are threads, and compare the results bit for bit."""
+
+    def on_rank(group: ProcessGroup) -> list[str]:
+        group.backend.choice = Choice(fixed={info.collective: info})
+        found = Findings(group.rank)
+        if info.collective == "barrier":
+            group.barrier()
+            return []
+        for count in _COUNTS:
+            result = call_once(group, info.collective, "float64", count=count)
+            wanted = wanted_of(group, info.collective, "float64", count=count)
+            if wanted is not None:
+                found.same(result, wanted, f"{what} with {count} elements a block")
+        return found.report()
+
+    found = simulate(on_rank, world_size, run_timeout_s=_RUN_S)
+    wrong = [line for lines in found for line in lines or ()]
+    assert not wrong, "\n".join([f"{what} on {world_size} ranks:", *wrong])

@@ -1,0 +1,137 @@
+"""Survey: all that was found out about a backend, for tables and for JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ferro.types import ReduceOp
+from ferro_testing.command.cells import COLUMNS, Cell, Status, gaps
+from ferro_testing.command.verdicts import FEATURES, Verdict
+from ferro_testing.differences import REDUCING
+
+_STATUS: Mapping[str, Status] = {
+    "ok": "ok",
+    "refused": "refused",
+    "wrong": "wrong",
+    "skipped": "unknown",
+}
+_OF_TRANSFERS = ("transfers", "tags")  # features that are gone with them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Median seconds of a small and of a large call; None where there is no such thing."""
+
+    op: str
+    small_s: float
+    large_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """All that was found out about a backend.
+
+    Attributes:
+        backend: its name.
+        versions: of ferro, of the distribution that offers it and of the library below.
+        ranks: how many there were.
+        device: where the arrays of `cells` were.
+        dtypes: those that were tried.
+        cells: every kind of call.
+        verdicts: check -> what it says.
+        timings: of the collectives that work.
+        failure: why nothing could be asked, "" when it could.
+    """
+
+    backend: str
+    versions: Mapping[str, str]
+    ranks: int
+    device: str
+    dtypes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    verdicts: Mapping[str, Verdict]
+    timings: tuple[Timing, ...] = ()
+    failure: str = ""
+
+    def collectives(self) -> dict[str, dict[str, Status]]:
+        """Return operation -> dtype -> status, a reduction's being that of any that works."""
+        return {
+            op: {dtype: self._status(op=op, dtype=dtype) for dtype in self.dtypes} for op in COLUMNS
+        }
+
+    def reductions(self) -> dict[str, dict[str, Status]]:
+        """Return reduction -> dtype for which it is defined -> status, of all that reduce."""
+        found: dict[str, dict[str, Status]] = {}
+        for name in ReduceOp:
+            for cell in self.cells:
+                if cell.op in REDUCING and cell.reduction == name:
+                    statuses = {
+                        other.status
+                        for other in self.cells
+                        if (other.dtype, other.reduction) == (cell.dtype, cell.reduction)
+                    }
+                    found.setdefault(name.value, {})[cell.dtype] = _worst(statuses)
+        return found
+
+    def features(self) -> dict[str, Status]:
+        """Return feature -> status, of the barrier as well."""
+        plain = {cell.op: cell.status for cell in self.cells if not cell.dtype}
+        found: dict[str, Status] = {"barrier": plain.get("barrier", "unknown")}
+        for name, check in FEATURES.items():
+            verdict = self.verdicts.get(check.__name__)
+            found[name] = "unknown" if verdict is None else _STATUS[verdict.status]
+            if plain.get(name, "ok") != "ok":
+                found[name] = plain[name]
+        if "sendrecv" in gaps(self.cells):  # none of their checks ran
+            found |= dict.fromkeys(_OF_TRANSFERS, "refused")
+        return found
+
+    def reasons(self) -> dict[str, str]:
+        """Return why what is refused is, under the keys that `Case.unsupported` takes."""
+        found = gaps(self.cells)
+        for name, check in FEATURES.items():
+            verdict = self.verdicts.get(check.__name__)
+            if name not in found and verdict is not None and verdict.status == "refused":
+                found[name] = verdict.text
+        return found
+
+    def findings(self) -> list[str]:
+        """Return all that is wrong, in words."""
+        found = [self.failure] if self.failure else []
+        found += dict.fromkeys(cell.text for cell in self.cells if cell.status == "wrong")
+        found += [
+            f"{verdict.name}: {verdict.text}"
+            for verdict in self.verdicts.values()
+            if verdict.status == "wrong"
+        ]
+        return found
+
+    def as_json(self) -> str:
+        """Return what is true of the backend wherever it runs: no times, no places."""
+        return json.dumps(
+            {
+                "backend": self.backend,
+                "versions": dict(self.versions),
+                "ranks": self.ranks,
+                "device": self.device,
+                "collectives": self.collectives(),
+                "reductions": self.reductions(),
+                "features": self.features(),
+                "reasons": self.reasons(),
+                "findings": self.findings(),
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+
+    def _status(self, *, op: str, dtype: str) -> Status:
+        statuses = {cell.status for cell in self.cells if (cell.op, cell.dtype) == (op, dtype)}
+        usable = statuses - {"refused"}
+        return _worst(usable or statuses)
+
+
+def _worst(statuses: set[Status]) -> Status:
+    order: Sequence[Status] = ("wrong", "unknown", "refused", "ok")
+    return next((status for status in order if status in statuses), "unknown")

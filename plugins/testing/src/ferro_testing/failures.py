@@ -1,0 +1,232 @@
+"""Conformance of failing: every rank learns one cause, by its deadline, and nobody hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ferro.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FerroError,
+    GroupClosed,
+    PeerLost,
+)
+from ferro.group.process_group import ProcessGroup
+from ferro_testing.case import Case, require
+from ferro_testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
+
+_SHORT_S = 0.5
+_DEAF_S = 3.0  # after which a rank that should have been woken gives up
+
+
+def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
+    """Ranks that make different calls raise CollectiveMismatch, all with the same text.
+
+    Args:
+        case: the backend.
+        kinds: in what the calls differ, such as "op" or "dtype"; each needs a run; all when empty.
+    """
+    if case.largest < 2:
+        return
+    for kind, (needed, words) in _MISMATCHES.items():
+        if kind in (kinds or _MISMATCHES) and case.supports("mismatch", *needed):
+            told = _told(case, _differ, kind)
+            wanted = range(case.largest)
+            _compare(told, wanted, CollectiveMismatch, f"mismatch of {kind}", words)
+
+
+def check_timeout(case: Case) -> None:
+    """When a rank stays away, the others raise CollectiveTimeout, which names it."""
+    if case.largest < 2 or not case.supports("timeout", "all_reduce", "subgroup", "barrier"):
+        return
+    absent = case.largest - 1
+    told = _told(case, _stay_away)
+    _compare(told, range(absent), CollectiveTimeout, "a rank that stays away", (str(absent),))
+    for rank in range(absent):
+        missing, seconds = told[rank]["missing"], told[rank]["seconds"]
+        assert missing == [absent], f"rank {rank}: missing is {missing}, not [{absent}]"
+        assert seconds == _SHORT_S, f"rank {rank}: seconds is {seconds}, not {_SHORT_S}"
+
+
+def check_lost_peer(case: Case) -> None:
+    """When a rank dies, the others raise PeerLost, which names it; its group is dead.
+
+    Raises:
+        ToldLate: they all named it rightly, but only when their deadline had passed.
+    """
+    if case.largest < 2 or not case.supports("lost_peer", "all_reduce"):
+        return
+    victim = 1
+    survivors = [rank for rank in range(case.largest) if rank != victim]
+    told = _told(case, _die, patience_s(case.timeout_s), lost=(victim,))
+    late = [told[rank].get("missing") == [victim] for rank in survivors]
+    kind = CollectiveTimeout if all(late) else PeerLost
+    _compare(told, survivors, kind, "a rank that dies", (f"rank {victim} ",))
+    if kind is CollectiveTimeout:
+        raise ToldLate(f"a rank that dies, of {case.largest} of {case.backend}", victim)
+    for rank in survivors:
+        peer, later = told[rank]["peer"], told[rank]["later"]
+        assert peer == victim, f"rank {rank}: peer is {peer}, not {victim}"
+        assert later == GroupClosed.__name__, f"rank {rank}: the dead group raised {later}"
+
+
+def check_abort(case: Case) -> None:
+    """abort() on one rank ends what the others wait for."""
+    if case.largest < 2 or not case.supports("abort", "all_reduce"):
+        return
+    told = _told(case, _abort, case.supports("subgroup", "barrier"))
+    woken = range(1, case.largest)
+    _compare(told, woken, GroupClosed, "abort()", ("aborted", "rank 0"))
+    for rank in woken:
+        waited_s = told[rank]["waited_s"]
+        assert waited_s < _DEAF_S, f"abort(): rank {rank} was not woken: it waited {waited_s:.1f} s"
+
+
+_MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "op": (("all_reduce", "all_gather"), ("all_reduce", "all_gather")),
+    "dtype": (("all_reduce",), ("float32", "float64")),
+    "shape": (("all_reduce",), ("4x3", "3x4")),
+    "size": (("all_gather",), ("4 x float32", "5 x float32")),
+    "reduction": (("all_reduce",), ("op=sum", "op=max")),
+    "root": (("broadcast",), ("root=0", "root=1")),
+    "transfer": (("send", "recv", "all_reduce"), ("3 x float32", "4 x float32")),
+}
+
+
+def _differ(group: ProcessGroup, kind: str) -> dict[str, Any]:
+    """Make a call that the last rank makes in another way."""
+    odd = group.rank == group.world_size - 1
+    plain = np.ones(4, np.float32)
+    calls: dict[str, Callable[[], object]] = {
+        "op": lambda: group.all_gather(plain) if odd else group.all_reduce(plain),
+        "dtype": lambda: group.all_reduce(np.ones(4, np.float64) if odd else plain),
+        "shape": lambda: group.all_reduce(np.ones((3, 4) if odd else (4, 3))),
+        "size": lambda: group.all_gather(np.ones(5, np.float32) if odd else plain),
+        "reduction": lambda: group.all_reduce(plain, "max" if odd else "sum"),
+        "root": lambda: group.broadcast(plain, 1 if odd else 0),
+        "transfer": lambda: _differ_in_transfer(group, odd),
+    }
+    return _failed(group, calls[kind])
+
+
+def _differ_in_transfer(group: ProcessGroup, odd: bool) -> object:
+    """Send three elements to a rank that expects four; the others wait for both."""
+    if odd:
+        group.recv(np.empty(4, np.float32), 0)
+    elif group.rank == 0:
+        group.send(np.ones(3, np.float32), group.world_size - 1)
+    return group.all_reduce(np.ones(2))
+
+
+def _stay_away(group: ProcessGroup) -> dict[str, Any]:
+    """Leave the last rank out of an all_reduce, until the others have failed."""
+    last = group.world_size - 1
+    side = group.subgroup([0, last]) if group.rank in (0, last) else None
+    if group.rank == last:
+        assert side is not None
+        group.all_reduce(np.ones(3))
+        with contextlib.suppress(FerroError):  # rank 0's word, or the end of rank 0
+            side.barrier()
+        return {}
+    told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_SHORT_S))
+    if side is not None:
+        with contextlib.suppress(FerroError):  # it may have died along with the group
+            side.barrier()
+    return told
+
+
+def _die(group: ProcessGroup, allowed_s: float) -> dict[str, Any]:
+    """Let rank 1 die between two operations."""
+    if group.rank == 1:
+        group.all_reduce(np.ones(3))
+        end_this_rank()
+    return _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=allowed_s), allowed_s)
+
+
+def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
+    """Abort on rank 0 while the others wait for it.
+
+    With `stay` rank 0 does not leave before they have been woken: its end would wake them as well.
+    """
+    side = group.subgroup(range(group.world_size)) if stay else None
+    told: dict[str, Any] = {}
+    if group.rank == 0:
+        group.all_reduce(np.ones(3))
+        group.abort()
+    else:
+        told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_DEAF_S))
+    if side is not None:
+        with contextlib.suppress(FerroError):  # it may have died along with the group
+            side.barrier(timeout_s=2 * _DEAF_S)
+    return told
+
+
+def _failed(
+    group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Make a good call, then one that is to fail; return what is raised, in values that travel.
+
+    A rank may still be in the good one, by `timeout_s`, when another has failed in the next: that
+    counts, too.
+    """
+    started = time.monotonic()
+    try:
+        group.all_reduce(np.ones(3), timeout_s=timeout_s)
+        started = time.monotonic()
+        call()
+    except FerroError as error:
+        waited_s = time.monotonic() - started
+        later = ""
+        try:
+            group.all_reduce(np.ones(1))
+        except FerroError as next_error:
+            later = type(next_error).__name__
+        return {
+            "error": type(error).__name__,
+            "text": str(error),
+            "peer": error.peer,
+            "missing": list(getattr(error, "missing", ())),
+            "seconds": getattr(error, "seconds", None),
+            "later": later,
+            "waited_s": waited_s,
+        }
+    return {"error": "nothing", "text": ""}
+
+
+def _told(
+    case: Case, function: Callable[..., object], *args: object, lost: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """Run a function on the largest world; return what each rank tells, {} for a lost one."""
+    outcomes = case.outcomes(function, case.largest, *args)
+    what = f"{function.__name__} on {case.largest} ranks of {case.backend}"
+    if lost:
+        require_survivors(what, outcomes, lost)
+    require(what, outcomes, lost)
+    told: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        result = {} if outcome.rank in lost else outcome.result
+        assert isinstance(result, dict), f"{what}: rank {outcome.rank} tells {result!r}"
+        told.append(result)
+    return told
+
+
+def _compare(
+    told: Sequence[dict[str, Any]],
+    ranks: Sequence[int],
+    kind: type[FerroError],
+    what: str,
+    words: Sequence[str],
+) -> None:
+    """Check that these ranks raised one kind of error with one text, which has these words."""
+    for rank in ranks:
+        error, text = told[rank]["error"], told[rank]["text"]
+        assert error == kind.__name__, f"{what}: rank {rank} raised {error}: {text}"
+        for word in words:
+            assert word in text, f"{what}: rank {rank} does not name {word!r}: {text}"
+    texts = {told[rank]["text"] for rank in ranks}
+    assert len(texts) == 1, f"{what}: ranks tell different causes: {sorted(texts)}"
