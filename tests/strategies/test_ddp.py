@@ -328,6 +328,17 @@ def test_a_parameter_that_thaws_is_refused():
     simulate(run, 2)
 
 
+def test_a_parameter_added_after_wrapping_is_refused_when_training_is_chosen_again():
+    def run(group):
+        model = DDP(Sequential(Linear(2, 3)), group)
+        assert model.eval().train() is model
+        model.module.layers.append(Linear(3, 1))
+        with pytest.raises(ferro.UsageError, match="'weight' was frozen or absent"):
+            model.train()
+
+    simulate(run, 2)
+
+
 def test_a_second_wrapping_takes_the_gradients_from_the_first():
     def run(group):
         module = Linear(2, 3, rng=0)

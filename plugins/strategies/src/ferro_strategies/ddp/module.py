@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from ferro import ProcessGroup, UsageError
 
 from ..flights import Flight, Flights
 from ..nn.arrays import Array, quiet_overflow
 from ..nn.module import Module, Pullback
+from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
 from ..rollcall import JOINED, RollCall
 from .bucket import Hook
@@ -47,6 +49,9 @@ class DDP(Module):
 
     Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a
     state fits the module with and without DDP.
+
+    Parameters and buffers are looked up once, at the wrapping. Later their `data` may be replaced,
+    and modules that hold them; a parameter or buffer added later is neither averaged nor shared.
 
     Args:
         module: the model; parameters and buffers get rank 0's values.
@@ -95,7 +100,8 @@ class DDP(Module):
             "find_unused": find_unused,
         }
         check_same("DDP", module, group, options)
-        trained = {name: item for name, item in module.named_parameters() if item.requires_grad}
+        named = dict(module.named_parameters())
+        trained = {name: item for name, item in named.items() if item.requires_grad}
         if not trained:
             raise UsageError(
                 f"DDP: {type(module).__name__} has no parameter that requires a gradient, so "
@@ -110,7 +116,11 @@ class DDP(Module):
         self._roll: RollCall | None = None
         self._divide_by_all = False
         self._flights = Flights("DDP")
-        for name, parameter in module.named_parameters():
+        # A training step uses these tables, and so need not walk the tree of modules.
+        self._parameters = tuple(named.values())
+        self._frozen = tuple(item for item in named.values() if not item.requires_grad)
+        self._buffers = tuple(module.buffers())
+        for name, parameter in named.items():
             parameter.name = name
         self._replicate(0)
         self._reducer = Reducer(
@@ -121,7 +131,6 @@ class DDP(Module):
             hook=hook,
             find_unused=find_unused,
         )
-        self._trained = frozenset(trained)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Compute the wrapped module's output and pullback; see the class.
@@ -131,7 +140,7 @@ class DDP(Module):
                 rank lacks gradients (on every rank, with their names), see `find_unused`.
         """
         self._flights.check_start()
-        self._check_trained()
+        self._check_frozen(self._frozen)
         if self._sync and self.training and self._broadcast_buffers:
             self._share_buffers()
         y, pull = self.module.vjp(x)
@@ -144,6 +153,16 @@ class DDP(Module):
                 return self._run(flight, grad_y)
 
         return y, pullback
+
+    def train(self) -> Self:
+        """Set this module and all below it to training; returns the module.
+
+        Raises:
+            UsageError: a parameter that requires a gradient was added since the wrapping.
+        """
+        known = {id(item) for item in self._parameters}
+        self._check_frozen(item for item in self.parameters() if id(item) not in known)
+        return super().train()
 
     def __call__(self, x: Array) -> Array:
         """Compute the output alone. Communicates nothing."""
@@ -239,23 +258,25 @@ class DDP(Module):
         return len(self._roll.active)
 
     def _share_buffers(self) -> None:
-        if next(self.buffers(), None) is not None:
+        if self._buffers:
             self._announce(_Step.BUFFERS)
             self._replicate_buffers(self._roll.active[0] if self._roll is not None else 0)
 
     def _replicate_buffers(self, root: int) -> None:
-        arrays = (buffer.data for buffer in self.buffers())
+        arrays = (buffer.data for buffer in self._buffers)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
 
     def _replicate(self, root: int) -> None:
-        arrays = (parameter.data for parameter in self.parameters())
+        arrays = (parameter.data for parameter in self._parameters)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
         self._replicate_buffers(root)
 
-    def _check_trained(self) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and name not in self._trained:
+    def _check_frozen(self, parameters: Iterable[Parameter]) -> None:
+        """Refuse to train parameters that the reducer does not know."""
+        for parameter in parameters:
+            if parameter.requires_grad:
                 raise UsageError(
-                    f"DDP: parameter {name!r} was frozen when the module was wrapped, and now "
-                    "requires a gradient, which has no bucket. Wrap the module again."
+                    f"DDP: parameter {parameter.name!r} was frozen or absent when the module was "
+                    "wrapped, and now requires a gradient, which has no bucket. Wrap the module "
+                    "again."
                 )

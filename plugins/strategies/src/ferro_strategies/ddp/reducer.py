@@ -98,8 +98,8 @@ class Reducer:
             UsageError: a rank lacks gradients, without `find_unused`; raised on every rank. The
                 group is still good; gradients are undefined until `zero_grad()`.
         """
-        missing = [name for name, item in self._parameters.items() if item.grad is None]
         used = [item.grad is not None for item in self._parameters.values()]
+        missing = [name for name, found in zip(self._parameters, used, strict=True) if not found]
         self._exchange(missing, used, divisor)
 
     def shadow(self, divisor: int) -> None:
@@ -151,9 +151,10 @@ class Reducer:
     def _launch(self, *, flag: bool) -> None:
         bucket = self._buckets[len(self._launched)]
         for member, grad in zip(bucket.members, bucket.content.grads, strict=True):
-            if member.grad is None:
+            current = member.grad
+            if current is None:
                 grad[...] = 0
-            elif member.grad is not grad:
+            elif current is not grad:
                 raise UsageError(
                     f"DDP: the gradient of parameter {member.name!r} is no longer in its bucket; "
                     "another strategy has taken it. Wrap a module once."

@@ -61,10 +61,11 @@ class Optimizer(ABC):
         for listener in tuple(self._listeners):
             listener()
         for parameter, state in zip(self.parameters, self.state, strict=True):
-            if parameter.grad is not None:
+            grad = parameter.grad
+            if grad is not None:
                 if not state:
                     state.update(self._initial_state(parameter.data))
-                self._update(parameter.data, parameter.grad, state)
+                self._update(parameter.data, grad, state)
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
