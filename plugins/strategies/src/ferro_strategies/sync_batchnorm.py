@@ -10,10 +10,9 @@ import numpy.typing as npt
 from ferro import ProcessGroup
 
 from .nn.arrays import Array, namespace_of
-from .nn.batchnorm import BatchNorm
+from .nn.batchnorm import BatchNorm, Moments, merge_moments
 from .nn.checks import check_dtype, check_input
 from .nn.module import Module, replace_modules
-from .nn.moments import Moments, merge
 
 
 class SyncBatchNorm(BatchNorm):
@@ -75,7 +74,7 @@ class SyncBatchNorm(BatchNorm):
         row[0, 1 : 1 + c] = own.mean
         row[0, 1 + c :] = own.m2
         rows = self._group.all_gather(row)
-        return merge(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
+        return merge_moments(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
 
     def _sum_over_batch(self, sums: Array) -> Array:
         total: Array = self._group.all_reduce(sums.astype(np.float64))

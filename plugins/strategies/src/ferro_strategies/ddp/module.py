@@ -9,13 +9,13 @@ from typing import Self
 
 from ferro import ProcessGroup, UsageError
 
-from ..flights import Flight, Flights
 from ..nn.arrays import Array, quiet_overflow
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
-from ..rollcall import JOINED, RollCall
+from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
+from .pending_backwards import PendingBackward, PendingBackwards
 from .reducer import Reducer
 
 
@@ -113,9 +113,9 @@ class DDP(Module):
         self._chunk_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
         self._sync = True
-        self._roll: RollCall | None = None
+        self._roll: UnevenInputs | None = None
         self._divide_by_all = False
-        self._flights = Flights("DDP")
+        self._flights = PendingBackwards("DDP")
         # A training step uses these tables, and so need not walk the tree of modules.
         self._parameters = tuple(named.values())
         self._frozen = tuple(item for item in named.values() if not item.requires_grad)
@@ -200,7 +200,7 @@ class DDP(Module):
         """
         if self._roll is not None:
             raise UsageError("DDP.join: this model is inside join() already.")
-        self._roll = RollCall("DDP", (self._group,), lambda step: _Step(step).name)
+        self._roll = UnevenInputs("DDP", (self._group,), lambda step: _Step(step).name)
         self._divide_by_all = divide_by_initial_world_size
         try:
             yield
@@ -225,7 +225,7 @@ class DDP(Module):
     def __repr__(self) -> str:
         return f"DDP({self.module!r}, {self._group!r})"
 
-    def _run(self, flight: Flight, grad_y: Array) -> Array | None:
+    def _run(self, flight: PendingBackward, grad_y: Array) -> Array | None:
         if flight.has_run:
             raise UsageError("DDP: this pullback has been run. Call vjp again for another.")
         if not self._flights.due:
@@ -239,7 +239,7 @@ class DDP(Module):
             self._reducer.finish(self._divisor())
         return grad_x
 
-    def _shadow(self, roll: RollCall) -> None:
+    def _shadow(self, roll: UnevenInputs) -> None:
         """Take part in the others' steps until nobody has a batch."""
         while (step := roll.announce(JOINED)[0]) != JOINED:
             if step == _Step.BUFFERS:

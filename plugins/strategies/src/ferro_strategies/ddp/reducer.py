@@ -20,7 +20,7 @@ import numpy as np
 
 from ferro import GroupClosed, ProcessGroup, UsageError
 
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 from .bucket import Bucket, Hook, Pending, make_buckets
 

@@ -30,7 +30,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array
 from ..nn.parameter import Parameter
 from ..optim import LossScaler, Optimizer
-from ..rollcall import JOINED, RollCall
+from ..uneven_inputs import JOINED, UnevenInputs
 from .gathered import Gathered, Shards
 from .plan import Plan
 
@@ -88,7 +88,7 @@ class Joining:
             *(len(optimizer.parameters) for optimizer in optimizers),
         ]
         self._note_bytes = _NUMBER_BYTES + max(held)
-        self._roll = RollCall("FSDP", groups, self._describe, self._note_bytes)
+        self._roll = UnevenInputs("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
 
     @property

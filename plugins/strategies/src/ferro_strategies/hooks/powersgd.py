@@ -26,7 +26,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..ddp.bucket import GradBucket, Pending
 from ..nn.arrays import Array, namespace_of
-from .exact import mean
+from .averaging import mean
 
 
 class PowerSGD:

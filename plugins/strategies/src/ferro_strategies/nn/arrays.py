@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -14,6 +15,9 @@ from ferro.errors import UsageError
 # Element types are checked at run time. A CuPy array goes by the same name, for it has the same
 # methods, and CuPy need not be installed for this code to be type-checked.
 Array: TypeAlias = npt.NDArray[Any]
+
+# What layers accept as `rng`: a generator to draw from, a seed, or None for a new seed each time.
+Rng: TypeAlias = np.random.Generator | int | None
 
 
 def namespace_of(array: Array) -> ModuleType:
@@ -74,3 +78,13 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
             return product.astype(a.dtype)
         out[...] = product
         return out
+
+
+def he_uniform(shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike, rng: Rng) -> Array:
+    """Draw from U(-b, b) with b = sqrt(6 / fan_in): variance is kept through a ReLU layer.
+
+    The draw is made in float64, so one seed gives the same values in every dtype.
+    Source: He et al., "Delving Deep into Rectifiers", 2015, section 2.2.
+    """
+    bound = math.sqrt(6.0 / fan_in)
+    return np.random.default_rng(rng).uniform(-bound, bound, shape).astype(dtype)

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, matmul, namespace_of, wide_dtype
+from .arrays import Array, Rng, matmul, namespace_of, wide_dtype
 from .checks import check_input, check_positive
-from .initial import Rng
 from .linear import Linear
 from .module import Module, Pullback
 

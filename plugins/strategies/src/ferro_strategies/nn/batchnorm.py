@@ -10,10 +10,8 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of, wide_dtype
-from .buffer import Buffer
 from .checks import check_dtype, check_input, check_positive
-from .module import Module, Pullback
-from .moments import Moments
+from .module import Buffer, Module, Pullback
 from .parameter import Parameter
 
 
@@ -153,6 +151,43 @@ class BatchNorm(Module):
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.weight is not None})"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """Statistics of the values of each of C channels.
+
+    Attributes:
+        count: values per channel.
+        mean: (C,); zeros when there are no values.
+        m2: (C,), sums of squared deviations from `mean`; never negative.
+    """
+
+    count: int
+    mean: Array
+    m2: Array
+
+
+def merge_moments(counts: Array, means: Array, m2s: Array) -> Moments:
+    """Return the moments of all values from those of n parts, some of them empty perhaps.
+
+    Sums of squares are never subtracted: nothing cancels, however far the values are from zero.
+
+    Args:
+        counts: (n,), of the dtype of the others.
+        means: (n, C).
+        m2s: (n, C).
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", 1979, equations 2.1; for n parts at once instead of two.
+    """
+    total = counts.sum()
+    count = int(total)
+    shares = (counts / max(count, 1))[:, None]
+    mean = (shares * means).sum(axis=0)
+    apart = means - mean
+    m2 = m2s.sum(axis=0) + (counts[:, None] * apart * apart).sum(axis=0)
+    return Moments(count=count, mean=mean, m2=m2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

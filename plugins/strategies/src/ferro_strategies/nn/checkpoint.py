@@ -12,7 +12,7 @@ from ferro.errors import UsageError
 
 from .arrays import Array
 from .module import Module, Pullback
-from .use import Use
+from .parameter import Use
 
 
 class Checkpoint(Module):

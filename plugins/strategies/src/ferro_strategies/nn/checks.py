@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,3 +45,9 @@ def check_positive(layer: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise UsageError(f"{layer}: {name} must be at least 1, got {size}.")
+
+
+def first_few(items: Sequence[str], most: int = 4) -> list[str]:
+    """Return the first items, at most so many, and in a last entry how many more there are."""
+    rest = len(items) - most
+    return [*items[:most], f"and {rest} more"] if rest > 0 else list(items)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, matmul, namespace_of
+from .arrays import Array, Rng, he_uniform, matmul, namespace_of
 from .checks import check_dtype, check_input, check_positive
-from .initial import Rng, he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
 from .windows import Windows, pair

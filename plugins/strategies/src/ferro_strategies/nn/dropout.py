@@ -6,8 +6,7 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
-from .initial import Rng
+from .arrays import Array, Rng, namespace_of
 from .module import Module, Pullback
 
 

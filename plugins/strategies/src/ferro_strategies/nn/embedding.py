@@ -7,9 +7,8 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, Rng, namespace_of
 from .checks import check_positive
-from .initial import Rng
 from .module import Module, Pullback
 from .parameter import Parameter
 

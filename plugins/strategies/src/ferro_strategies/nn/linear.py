@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, matmul
+from .arrays import Array, Rng, he_uniform, matmul
 from .checks import check_dtype, check_input, check_positive
-from .initial import Rng, he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -68,3 +69,16 @@ class Linear(Module):
     def __repr__(self) -> str:
         bias = self.bias is not None
         return f"Linear({self.in_features}, {self.out_features}, bias={bias})"
+
+
+class Flatten(Module):
+    """Reshape (N, ...) to (N, features), for the layers that take rows."""
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Join all dimensions but the first."""
+        check_input(self, x, "(N, ...)", fits=x.ndim >= 1)
+        y = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        return y, lambda grad_y: grad_y.reshape(x.shape)
+
+    def __repr__(self) -> str:
+        return "Flatten()"

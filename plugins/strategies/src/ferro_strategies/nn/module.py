@@ -10,8 +10,7 @@ from typing import ClassVar, Self, TypeAlias
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
-from .buffer import Buffer
-from .listing import first_few
+from .checks import first_few
 from .parameter import Parameter
 
 # From the output's gradient to the input's; None where the input has none, such as indices.
@@ -126,6 +125,21 @@ class Module(ABC):
             )
         for name, holder in own.items():
             holder.data[...] = namespace_of(holder.data).asarray(state[name])
+
+
+class Buffer:
+    """An array that belongs to a module's state but is not learnt, such as running statistics.
+
+    Attributes:
+        data: NumPy or CuPy array of any dtype; change it in place.
+    """
+
+    def __init__(self, data: Array) -> None:
+        namespace_of(data)
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"Buffer(shape={self.data.shape}, dtype={self.data.dtype})"
 
 
 def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:

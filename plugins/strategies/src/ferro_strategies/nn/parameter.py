@@ -32,13 +32,13 @@ through its use when it needs it, and keeps no reference to the array.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from ferro.errors import UsageError
+from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
-from .split import Split
-from .use import Use
 
 
 class Parameter:
@@ -257,3 +257,95 @@ class Parameter:
                 f"gradient of parameter {self.name!r} has shape {shape}, "
                 f"but the parameter has {self.data.shape}. Correct the pullback that added it."
             )
+
+
+class Use:
+    """One use of a parameter in a forward pass: its value, and where its gradient goes.
+
+    Held by the pullback, and good for one addition.
+    """
+
+    __slots__ = ("__weakref__", "_parameter")
+
+    def __init__(self, parameter: Parameter) -> None:
+        self._parameter = parameter
+
+    @property
+    def data(self) -> Array:
+        """The parameter's value as it is now."""
+        return self._parameter.data
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted; when not, a pullback need not compute one."""
+        return self._parameter.requires_grad
+
+    def add_grad(self, grad: Array) -> None:
+        """Add this use's gradient: see `Parameter.add_grad`."""
+        self._spend()
+        self._parameter.add_grad(grad)
+
+    def add_grad_product(self, a: Array, b: Array) -> None:
+        """Add this use's gradient `a @ b`: see `Parameter.add_grad_product`.
+
+        Where products are deferred, the addition, and so the end of the use, comes later.
+        """
+        deferred = self._parameter.deferred
+        if deferred is None:
+            self._add_product(a, b)
+        else:
+            deferred.append(lambda: self._add_product(a, b))
+
+    def add_grad_rows(self, rows: Array, grads: Array) -> None:
+        """Add this use's gradient, rows only: see `Parameter.add_grad_rows`."""
+        self._spend()
+        self._parameter.add_grad_rows(rows, grads)
+
+    def _add_product(self, a: Array, b: Array) -> None:
+        self._spend()
+        self._parameter.add_grad_product(a, b)
+
+    def _spend(self) -> None:
+        uses = self._parameter._uses
+        if self not in uses:
+            raise UsageError(
+                f"a second gradient for one use of parameter {self._parameter.name!r}: "
+                "a pullback can be run only once. Call vjp again for another."
+            )
+        uses.discard(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a parameter's pieces lie.
+
+    Attributes:
+        group: the ranks that hold pieces, in their order.
+        dim: of the whole, along which it is cut; None when it is cut as one flat row.
+    """
+
+    group: ProcessGroup
+    dim: int | None
+
+
+@contextmanager
+def deferring(parameters: Iterable[Parameter]) -> Iterator[list[Callable[[], None]]]:
+    """Queue the products that pullbacks add to these parameters' gradients, instead of adding.
+
+    with deferring(module.parameters()) as products:
+        grad_x = pullback(grad_y)
+    ...                                     # hand grad_x on
+    for product in products: product()      # now the gradients are complete
+
+    A product that is queued keeps its two factors, and its use outstanding. What a layer adds in
+    another way than `Use.add_grad_product` is added at once.
+    """
+    products: list[Callable[[], None]] = []
+    held = list(parameters)
+    for parameter in held:
+        parameter.deferred = products
+    try:
+        yield products
+    finally:
+        for parameter in held:
+            parameter.deferred = None

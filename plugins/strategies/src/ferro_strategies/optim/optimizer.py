@@ -10,7 +10,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 
 # Elements updated at a time. On a CPU the handful of arrays stays in cache from one operation to

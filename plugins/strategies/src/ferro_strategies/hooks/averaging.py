@@ -12,7 +12,12 @@ from ferro.arrays import dtype_named
 
 from ..ddp.bucket import GradBucket, Pending
 from ..nn.arrays import Array
-from .exact import mean
+
+
+def mean(bucket: GradBucket, group: ProcessGroup) -> Pending:
+    """Average the gradients in their own dtype, in place."""
+    work: Pending = group.all_reduce(bucket.buffer, "mean", out=bucket.buffer, async_op=True)
+    return work
 
 
 def float16(bucket: GradBucket, group: ProcessGroup) -> Pending:

@@ -1,4 +1,4 @@
-"""RollCall: who still has batches, asked before each joint step when ranks may run out early.
+"""UnevenInputs: who still has batches, asked before each joint step when ranks may run out early.
 
 Before every step in which they communicate, ranks say which step that is; a rank without
 batches says that it has joined, and so learns in what to take part. One reduction of a few
@@ -26,7 +26,7 @@ JOINED = 0
 _STEP_BYTES = 4
 
 
-class RollCall:
+class UnevenInputs:
     """Knows which ranks are active.
 
     Args:

@@ -1,4 +1,4 @@
-"""Flights: the pullbacks of a replicated module that are out, and whether a reduction is due.
+"""The pullbacks of a DDP module that have not run yet, and whether a reduction is due.
 
 Several microbatches may be in flight. Gradients are reduced once, while the last of them goes
 backward: a parameter's gradient is complete when none in flight can add to it any more, and the
@@ -11,11 +11,11 @@ import weakref
 
 from ferro import UsageError
 
-from .nn.arrays import Array
-from .nn.module import Pullback
+from ..nn.arrays import Array
+from ..nn.module import Pullback
 
 
-class Flight:
+class PendingBackward:
     """One pullback from its forward pass until it has run, or nothing refers to it any more."""
 
     __slots__ = ("__weakref__", "_pull")
@@ -35,7 +35,7 @@ class Flight:
         return self._pull is None
 
 
-class Flights:
+class PendingBackwards:
     """All pullbacks in flight.
 
     Args:
@@ -52,7 +52,7 @@ class Flights:
         self.due = False
         self.begun = False
         self._failed = False
-        self._out: weakref.WeakSet[Flight] = weakref.WeakSet()
+        self._out: weakref.WeakSet[PendingBackward] = weakref.WeakSet()
 
     def check_start(self) -> None:
         """See that a forward pass may start now.
@@ -75,14 +75,14 @@ class Flights:
         if not self._out:
             self.due = False  # what made it due was dropped without being run
 
-    def start(self, pull: Pullback, *, sync: bool) -> Flight:
+    def start(self, pull: Pullback, *, sync: bool) -> PendingBackward:
         """Count a pullback in."""
-        flight = Flight(pull)
+        flight = PendingBackward(pull)
         self._out.add(flight)
         self.due = self.due or sync
         return flight
 
-    def run(self, flight: Flight, grad_y: Array) -> Array | None:
+    def run(self, flight: PendingBackward, grad_y: Array) -> Array | None:
         """Run a pullback and count it out."""
         self.begun = self.due
         try:
