@@ -1,13 +1,13 @@
-"""UnevenInputs: who still has batches, asked before each joint step when ranks may run out early.
+"""Uneven inputs: find out before each step which ranks still have batches (`join`).
 
-Before every step in which they communicate, ranks say which step that is; a rank without
-batches says that it has joined, and so learns in what to take part. One reduction of a few
-bytes per rank, here of DDP's:
+Before every step in which ranks communicate, each announces the number of that step. A rank without
+batches announces JOINED, and so learns in which step it has to take part. An announcement is one
+reduction of a few bytes per rank. With the steps of DDP:
 
     rank            0         1         2
-    says            BACKWARD  JOINED    BACKWARD      1 shadows the reduction of gradients
-    says            JOINED    JOINED    BACKWARD      0 and 1 do
-    says            JOINED    JOINED    JOINED        all are done; 2 was last
+    announces       BACKWARD  JOINED    BACKWARD      1 shadows the reduction of gradients
+    announces       JOINED    JOINED    BACKWARD      0 and 1 do
+    announces       JOINED    JOINED    JOINED        all are done; 2 was last
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ferro import ProcessGroup, UsageError
 
 from .nn.arrays import Array
 
-# What a rank without batches says; steps are numbers from 1 to 2**32 - 1.
+# A rank without batches announces this; steps have numbers from 1 to 2**32 - 1.
 JOINED = 0
 _STEP_BYTES = 4
 
 
 class UnevenInputs:
-    """Knows which ranks are active.
+    """The agreement of all ranks on their next step, and on which of them have batches left.
 
     Args:
-        strategy: whose steps they are, for messages.
-        groups: whose product is all ranks: those of the first are numbered 0, 1, …, then those
-            of its copies. On each, calls are made in one order with whatever else is on it.
-        describe: a step's name, for messages.
-        note_bytes: length of the notes that go with steps.
+        strategy: name for messages.
+        groups: groups whose product is all ranks: the ranks of the first are numbered 0, 1, …, then
+            those of its copies. Announcements are ordered with the other calls on each group.
+        describe: names a step, for messages.
+        note_bytes: length of the note that goes with a step.
 
     Attributes:
-        active: ranks that were active when last there were any.
+        active: the ranks that had a batch at the last announcement at which any rank had one.
     """
 
     def __init__(
@@ -59,29 +59,29 @@ class UnevenInputs:
         self.active = tuple(range(self.world_size))
 
     def announce(self, step: int, note: Array | None = None) -> tuple[int, Array]:
-        """Say what this rank is about to do; return what the active ranks do, or JOINED.
+        """Tell all ranks this rank's next step, and learn that of the active ranks.
 
         Args:
-            step: the step.
+            step: the number of the step, or JOINED.
             note: (note_bytes,) of uint8, the same on all active ranks; None for zeros.
 
         Returns:
-            The step and its note.
+            The step of the active ranks and its note; JOINED when no rank is active.
 
         Raises:
-            UsageError: active ranks are about to do different things; raised on every rank.
+            UsageError: active ranks announced different steps; raised on every rank.
         """
         heads = self.world_size * _STEP_BYTES
-        said = np.zeros(heads + self._note_bytes, np.uint8)
-        said[:heads].view(np.uint32)[self._rank] = step
+        message = np.zeros(heads + self._note_bytes, np.uint8)
+        message[:heads].view(np.uint32)[self._rank] = step
         if note is not None:
-            said[heads:] = note
+            message[heads:] = note
         for group in self._groups:
-            group.all_reduce(said, "max", out=said)  # a rank's bytes are zeros elsewhere
-        steps = said[:heads].view(np.uint32)
+            group.all_reduce(message, "max", out=message)  # other ranks have zeros in this place
+        steps = message[:heads].view(np.uint32)
         active = tuple(np.flatnonzero(steps).tolist())
         if not active:
-            return JOINED, said[heads:]
+            return JOINED, message[heads:]
         self.active = active
         if len(set(steps[list(active)].tolist())) > 1:
             words = ", ".join(f"rank {rank}: {self._describe(int(steps[rank]))}" for rank in active)
@@ -89,8 +89,8 @@ class UnevenInputs:
                 f"{self._strategy}.join: ranks are at different steps ({words}). Between entering "
                 "and leaving join(), every rank must make the same passes per batch."
             )
-        return int(steps[active[0]]), said[heads:]
+        return int(steps[active[0]]), message[heads:]
 
     def roots(self) -> list[int]:
-        """Return the rank, in each of the groups, of the first rank that was last active."""
+        """Give the first active rank's rank in each of the groups."""
         return [self.active[0] // stride % size for stride, size in self._axes]

@@ -1,8 +1,8 @@
 """The pullbacks of a DDP module that have not run yet, and whether a reduction is due.
 
-Several microbatches may be in flight. Gradients are reduced once, while the last of them goes
-backward: a parameter's gradient is complete when none in flight can add to it any more, and the
-pullback that leaves none in flight waits for the reduction.
+Several microbatches may be in flight. DDP reduces gradients once, while the last of them goes
+backward: a parameter's gradient is complete when no pullback in flight can add to it any more,
+and the pullback that leaves none in flight waits for the reduction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..nn.module import Pullback
 
 
 class PendingBackward:
-    """One pullback from its forward pass until it has run, or nothing refers to it any more."""
+    """One pullback of the wrapped module, which runs at most once."""
 
     __slots__ = ("__weakref__", "_pull")
 
@@ -24,81 +24,77 @@ class PendingBackward:
         self._pull: Pullback | None = pull
 
     def __call__(self, grad_y: Array) -> Array | None:
-        """Run the pullback, once; afterwards nothing keeps its activations."""
+        """Run the pullback, and let go of its activations."""
         pull, self._pull = self._pull, None
         assert pull is not None
         return pull(grad_y)
 
     @property
     def has_run(self) -> bool:
-        """Whether it has been run."""
+        """Whether the pullback has run."""
         return self._pull is None
 
 
 class PendingBackwards:
-    """All pullbacks in flight.
-
-    Args:
-        strategy: whose they are, for messages.
+    """All pullbacks that were made and neither run nor dropped.
 
     Attributes:
-        due: whether the gradients are to be reduced: a forward pass was made outside `no_sync`
-            since the last reduction.
-        begun: whether a pullback has run since they are due.
+        reduction_due: whether a forward pass was made outside `no_sync` since the last reduction,
+            so that the gradients have to be reduced.
+        reduction_begun: whether a pullback has run since the reduction is due.
     """
 
-    def __init__(self, strategy: str) -> None:
-        self._strategy = strategy
-        self.due = False
-        self.begun = False
+    def __init__(self) -> None:
+        self.reduction_due = False
+        self.reduction_begun = False
         self._failed = False
-        self._out: weakref.WeakSet[PendingBackward] = weakref.WeakSet()
+        self._pending: weakref.WeakSet[PendingBackward] = weakref.WeakSet()
 
-    def check_start(self) -> None:
-        """See that a forward pass may start now.
+    def check_forward_allowed(self) -> None:
+        """Refuse a forward pass while a reduction has begun and not ended.
 
         Raises:
-            UsageError: a reduction has begun and is not over.
+            UsageError: a reduction has begun, or an earlier backward pass failed.
         """
         if self._failed:
             raise UsageError(
-                f"{self._strategy}: an earlier backward pass failed on this rank, while other "
-                "ranks may have gone on: their gradients no longer belong together. Find its "
-                "error, and restart from a checkpoint."
+                "DDP: an earlier backward pass failed on this rank, while other ranks may have "
+                "gone on: their gradients no longer belong together. Find its error, and restart "
+                "from a checkpoint."
             )
-        if self.begun:
+        if self.reduction_begun:
             raise UsageError(
-                f"{self._strategy}: gradients were not reduced, for {len(self._out)} pullback(s) "
-                "made earlier have not been run. Run every pullback or drop it (`del pullback`) "
+                f"DDP: gradients were not reduced, for {len(self._pending)} pullback(s) made "
+                "earlier have not been run. Run every pullback or drop it (`del pullback`) "
                 "before the last one goes backward; evaluate with model(x), which keeps none."
             )
-        if not self._out:
-            self.due = False  # what made it due was dropped without being run
+        if not self._pending:
+            self.reduction_due = False  # the pullbacks that made it due were dropped
 
-    def start(self, pull: Pullback, *, sync: bool) -> PendingBackward:
-        """Count a pullback in."""
-        flight = PendingBackward(pull)
-        self._out.add(flight)
-        self.due = self.due or sync
-        return flight
+    def add(self, pull: Pullback, *, sync: bool) -> PendingBackward:
+        """Count a pullback as pending; with `sync`, a reduction is due from now on."""
+        backward = PendingBackward(pull)
+        self._pending.add(backward)
+        self.reduction_due = self.reduction_due or sync
+        return backward
 
-    def run(self, flight: PendingBackward, grad_y: Array) -> Array | None:
-        """Run a pullback and count it out."""
-        self.begun = self.due
+    def run(self, backward: PendingBackward, grad_y: Array) -> Array | None:
+        """Run a pullback, which is then no longer pending."""
+        self.reduction_begun = self.reduction_due
         try:
-            grad_x = flight(grad_y)
+            grad_x = backward(grad_y)
         except BaseException:
-            self._failed = self.due
+            self._failed = self.reduction_due
             raise
         finally:
-            self._out.discard(flight)
+            self._pending.discard(backward)
         return grad_x
 
     @property
-    def all_landed(self) -> bool:
-        """Whether gradients are due, and no pullback is left that could add to them."""
-        return self.due and not self._out
+    def gradients_complete(self) -> bool:
+        """Whether a reduction is due, and no pullback is left that could add to a gradient."""
+        return self.reduction_due and not self._pending
 
-    def settle(self) -> None:
-        """Note that the gradients are being reduced, and no longer due."""
-        self.due = self.begun = False
+    def end_reduction(self) -> None:
+        """Note that the gradients are being reduced, so that no reduction is due."""
+        self.reduction_due = self.reduction_begun = False
