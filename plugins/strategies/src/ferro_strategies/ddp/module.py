@@ -153,7 +153,7 @@ class DDP(Module):
         return y, pullback
 
     def train(self) -> Self:
-        """Set this module and all below it to training; returns the module.
+        """Set this module and all submodules to training; returns the module.
 
         Raises:
             UsageError: a parameter that requires a gradient was added since the wrapping.

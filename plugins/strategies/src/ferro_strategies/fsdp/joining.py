@@ -123,12 +123,12 @@ class Joining:
         flags = [parameter.grad is not None for parameter in optimizer.parameters]
         self._tell(_Event.STEP, index, number=optimizer.lr, flags=flags)
 
-    def tell_unscale(self, optimizer: Optimizer) -> None:
+    def before_unscale(self, optimizer: Optimizer) -> None:
         """Announce that an optimizer's gradients are unscaled, and which there are."""
         flags = [parameter.grad is not None for parameter in optimizer.parameters]
         self._tell(_Event.UNSCALE, self._index_of(optimizer), flags=flags)
 
-    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
+    def before_agree(self, optimizers: Sequence[Optimizer]) -> None:
         """Announce that ranks agree on whether optimizers step."""
         flags = [False] * len(self._optimizers)
         for optimizer in optimizers:

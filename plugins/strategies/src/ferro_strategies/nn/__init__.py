@@ -1,4 +1,4 @@
-"""Modules with pullbacks: the contract, reference layers for NumPy and CuPy, and losses."""
+"""Modules that can be differentiated: the contract, layers for NumPy and CuPy, and losses."""
 
 from .activations import GELU, ReLU
 from .arrays import Array, namespace_of

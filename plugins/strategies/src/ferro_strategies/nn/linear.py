@@ -1,4 +1,4 @@
-"""Linear: the affine map of the last dimension."""
+"""Linear, an affine map of the last dimension, and Flatten, which makes rows for it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Linear(Module):
 
     Args:
         bias: whether to add a bias.
-        dtype: of the parameters and of input and output.
-        rng: generator or seed for the weight.
+        dtype: dtype of the parameters, the input and the output.
+        rng: random generator or seed for the weight.
 
     Attributes:
         in_features: as given.
@@ -75,7 +75,7 @@ class Flatten(Module):
     """Reshape (N, ...) to (N, features), for the layers that take rows."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Join all dimensions but the first."""
+        """Merge all dimensions but the first."""
         check_input(self, x, "(N, ...)", fits=x.ndim >= 1)
         y = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         return y, lambda grad_y: grad_y.reshape(x.shape)

@@ -1,4 +1,4 @@
-"""LossScaler: keep the small gradients of half precision from becoming zero."""
+"""LossScaler: scale the loss, so that small gradients in half precision do not become zero."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
 from .optimizer import Optimizer, blocks
 
-# Beyond these a gradient in float32 could not be scaled, or unscaled.
+# With a scale outside this range, float32 gradients could not be scaled or unscaled.
 _GREATEST = 2.0**127
 _LEAST = 2.0**-126
 
 
-class ScalerWatcher(Protocol):
-    """Whoever has to know what a LossScaler does, before it does it."""
+class LossScalerListener(Protocol):
+    """An object that a LossScaler calls before it acts (see `LossScaler.notifying`)."""
 
-    def tell_unscale(self, optimizer: Optimizer) -> None:
-        """Its gradients are going to be unscaled."""
+    def before_unscale(self, optimizer: Optimizer) -> None:
+        """The scaler is about to unscale the gradients of this optimizer."""
 
-    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
-        """Ranks are going to agree on whether these step."""
+    def before_agree(self, optimizers: Sequence[Optimizer]) -> None:
+        """The ranks are about to agree on whether these optimizers step."""
 
 
 class LossScaler:
-    """Scales the loss's gradient up, and the parameters' gradients down again.
+    """A scale for the loss's gradient, by which the parameters' gradients are divided again.
 
-    In float16 what is below 6e-8 is zero, and gradients often are. So they are computed times a
-    scale, as large as can be: when a gradient overflows, the step is skipped and the scale made
-    smaller; after many steps without, it is made larger.
+    In float16 a number below 6e-8 is zero, and gradients are often that small. So they are
+    computed with a scale as large as possible: when a gradient overflows, the step is skipped and
+    the scale shrinks; after many steps without overflow it grows.
 
         loss, grad = cross_entropy(logits, labels)
         pullback(scaler.scale(grad))
@@ -47,15 +47,15 @@ class LossScaler:
         scaler.step(optimizer)
         optimizer.zero_grad()
 
-    All microbatches whose gradients are added have one scale: it changes in `step` alone.
+    Only `step` changes the scale, so all microbatches whose gradients are added have the same.
 
     Args:
         initial_scale: the first scale.
-        growth_factor: by which it grows, above 1.
-        backoff_factor: by which it shrinks, between 0 and 1.
-        growth_interval: after how many steps in a row without overflow it grows.
-        group: ranks that skip together: all that hold pieces of the parameters. None where each
-            rank has all gradients, the same on every rank, as with DDP: then all decide alike.
+        growth_factor: factor by which the scale grows, above 1.
+        backoff_factor: factor by which the scale shrinks, between 0 and 1.
+        growth_interval: number of steps in a row without overflow after which the scale grows.
+        group: the ranks that skip a step together: all ranks that hold pieces of the parameters.
+            None where every rank has the same gradients, as with DDP: then all decide alike.
 
     Attributes:
         current_scale: the scale.
@@ -63,8 +63,8 @@ class LossScaler:
     Raises:
         UsageError: a number is out of its range.
 
-    Source: Micikevicius et al., "Mixed Precision Training", 2018, section 3.2; grows and shrinks
-    as torch.amp.GradScaler does, but for that `step` includes what is `update` there.
+    Source: Micikevicius et al., "Mixed Precision Training", 2018, section 3.2. The scale changes as
+    that of torch.amp.GradScaler; `step` includes the `update` of that class.
     """
 
     def __init__(
@@ -86,34 +86,34 @@ class LossScaler:
         self._growth_interval = growth_interval
         self._group = group
         self._steps_in_a_row = 0
-        # Whose gradients are unscaled already, and whether these are finite on this rank.
+        # The optimizers whose gradients are unscaled, and whether these are finite on this rank.
         self._finite: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
-        self._watcher: ScalerWatcher | None = None
+        self._listener: LossScalerListener | None = None
 
     @contextmanager
-    def watched(self, watcher: ScalerWatcher) -> Iterator[None]:
-        """Tell `watcher` what is done inside, for ranks that have to do likewise."""
-        self._watcher = watcher
+    def notifying(self, listener: LossScalerListener) -> Iterator[None]:
+        """Call `listener` before each action inside, so that other ranks can do the same."""
+        self._listener = listener
         try:
             yield
         finally:
-            self._watcher = None
+            self._listener = None
 
     def scale(self, grad: Array) -> Array:
-        """Return the loss's gradient times the scale, for the pullback, in its own dtype."""
-        with np.errstate(over="ignore"):  # what overflows makes `step` skip
+        """Multiply the loss's gradient by the scale, in its own dtype, for the pullback."""
+        with np.errstate(over="ignore"):  # an overflow makes `step` skip
             scaled: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * self.current_scale
             return scaled.astype(grad.dtype, copy=False)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimizer by the scale, in place, before its step.
 
-        Only needed where somebody looks at them before: `step` does it otherwise. Communicates
-        nothing.
+        Call it to use the gradients before the step; otherwise `step` does it. It does not
+        communicate.
 
         Raises:
-            UsageError: they are unscaled already; nothing was changed. Or the parameters are in
-                pieces, on ranks that are not in `group`.
+            UsageError: the gradients are unscaled already, or ranks outside `group` hold pieces of
+                the parameters; nothing was changed.
         """
         if optimizer in self._finite:
             raise UsageError(
@@ -122,25 +122,25 @@ class LossScaler:
             )
         for parameter in optimizer.parameters:
             self._check_pieces(parameter)
-        if self._watcher is not None:
-            self._watcher.tell_unscale(optimizer)
+        if self._listener is not None:
+            self._listener.before_unscale(optimizer)
         grads = [item.grad for item in optimizer.parameters if item.grad is not None]
         self._finite[optimizer] = _unscale(grads, 1 / self.current_scale)
 
     def step(self, *optimizers: Optimizer) -> bool:
-        """Unscale the gradients if need be; step if all are finite, on all ranks of the group.
+        """Unscale the gradients where needed, step if all are finite, and adapt the scale.
 
-        Then the scale is changed. All ranks of the group call it; it takes one small reduction.
+        All ranks of the group call it; it takes one small reduction over them.
 
         Args:
-            optimizers: all that hold gradients of this loss, together: all step, or none does.
+            optimizers: all optimizers with gradients of this loss; all of them step, or none.
 
         Returns:
             Whether the step was made.
 
         Raises:
-            UsageError: no optimizer was given, or as from `unscale`. Or gradients overflow even
-                with the smallest scale there is; on all ranks of the group.
+            UsageError: no optimizer was given; ranks outside `group` hold pieces of parameters; or
+                gradients overflow with the smallest scale (raised on all ranks of the group).
         """
         if not optimizers:
             raise UsageError("LossScaler.step: give the optimizer that is to step.")
@@ -154,29 +154,29 @@ class LossScaler:
         return finite
 
     def agree(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Return whether unscaled gradients are finite on all ranks; change the scale by it.
+        """Find out whether the unscaled gradients are finite on all ranks; adapt the scale.
 
-        The middle of `step`, for ranks whose optimizers then step by themselves.
+        This is a part of `step`, for callers that then step their optimizers themselves.
         """
-        if self._watcher is not None:
-            self._watcher.tell_agree(optimizers)
+        if self._listener is not None:
+            self._listener.before_agree(optimizers)
         flags = [self._finite.pop(optimizer) for optimizer in optimizers]
-        finite = self._everywhere(all(flags), optimizers[0])
+        finite = self._finite_on_all_ranks(all(flags), optimizers[0])
         self._adapt(finite)
         return finite
 
     def state_dict(self) -> dict[str, Array]:
-        """Return what changes from step to step: "scale" and "steps_in_a_row"."""
+        """Copy the state that steps change: "scale" and "steps_in_a_row"."""
         return {
             "scale": np.array(self.current_scale, np.float64),
             "steps_in_a_row": np.array(self._steps_in_a_row, np.int64),
         }
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore a state from `state_dict`.
 
         Raises:
-            UsageError: it is not such a state; nothing was changed.
+            UsageError: `state` is no such state; nothing was changed.
         """
         fits = set(state) == {"scale", "steps_in_a_row"}
         fits = fits and all(value.shape == () for value in state.values())
@@ -189,7 +189,7 @@ class LossScaler:
         self._steps_in_a_row = int(state["steps_in_a_row"])
 
     def _check_pieces(self, parameter: Parameter) -> None:
-        """See that all ranks with pieces of the parameter skip together."""
+        """Refuse a parameter of which ranks outside `group` hold pieces."""
         together = set(self._group.global_ranks) if self._group is not None else set()
         for split in parameter.splits:
             alone = split.group.world_size == 1
@@ -203,7 +203,7 @@ class LossScaler:
                     rank=split.group.rank,
                 )
 
-    def _everywhere(self, finite: bool, optimizer: Optimizer) -> bool:
+    def _finite_on_all_ranks(self, finite: bool, optimizer: Optimizer) -> bool:
         if self._group is None:
             return finite
         xp = namespace_of(optimizer.parameters[0].data)
@@ -228,14 +228,14 @@ class LossScaler:
 
 
 def _unscale(grads: list[Array], inverse: float) -> bool:
-    """Multiply by `inverse`, in place; return whether all are finite."""
-    # On each device one flag, read at the end: reading a GPU's waits for it.
+    """Multiply by `inverse` in place; tell whether all results are finite."""
+    # There is one flag for each kind of array, read at the end, because reading it waits for a GPU.
     flags: dict[ModuleType, Array] = {}
     for grad in grads:
         xp, wide = namespace_of(grad), wide_dtype(grad.dtype)
         flag = flags.setdefault(xp, xp.ones((), bool))
         for _, block in blocks(grad):
-            # Half precision goes through float32, where neither factor can become zero.
+            # The product is computed in float32, where neither factor can become zero.
             with np.errstate(over="ignore"):
                 block[...] = block.astype(wide, copy=False) * inverse
             flag &= xp.isfinite(block).all()
