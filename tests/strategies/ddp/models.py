@@ -29,7 +29,7 @@ class Scale(Module):
 
 
 class Switch(Module):
-    """Runs those branches that `chosen` names, and adds their outputs."""
+    """Run the branches whose indices are in `chosen`, and add their outputs."""
 
     def __init__(self, count=3):
         self.branches = [Scale() for _ in range(count)]

@@ -15,7 +15,7 @@ from .models import TINY, Scale, Switch, backward, grads, simulate
 
 
 class Started:
-    """An observer that says when as many reductions have been carried out on all ranks."""
+    """An observer that sets `reached` when all ranks together have ended `target` reductions."""
 
     def __init__(self, target):
         self.reached = threading.Event()
@@ -39,7 +39,7 @@ def test_the_first_bucket_is_reduced_before_the_last_gradient_is_computed():
     observer = Started(target=2)
 
     class Waits(Module):
-        """Its pullback ends only when all ranks have reduced a bucket."""
+        """Wait in the pullback until all ranks have reduced a bucket."""
 
         def vjp(self, x):
             def pullback(grad):
@@ -113,7 +113,7 @@ def test_a_hook_sees_complete_gradients_and_one_buffer():
 
 
 class Counter:
-    """Counts reductions, through a hook."""
+    """A hook that counts reductions."""
 
     def __init__(self):
         self.calls = 0
@@ -284,7 +284,7 @@ def test_a_rank_that_fails_in_its_backward_pass_does_not_leave_the_others_waitin
         model = DDP(Sequential(Scale(), Breaks(), Scale()), group, **TINY)
         try:
             backward(model)
-        except (ferro.PeerLost, ferro.GroupClosed):  # by how far the reduction had come
+        except (ferro.PeerLost, ferro.GroupClosed):  # which one depends on timing
             ended.add(group.rank)
             raise
 
@@ -294,7 +294,7 @@ def test_a_rank_that_fails_in_its_backward_pass_does_not_leave_the_others_waitin
 
 
 def test_a_lost_rank_is_named_also_when_later_buckets_are_refused():
-    """The group dies of the first bucket; the second is not even begun."""
+    """The first bucket fails and closes the group; the second is not started."""
     died = threading.Event()
 
     class Sees:

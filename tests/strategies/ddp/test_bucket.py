@@ -1,4 +1,4 @@
-"""Buckets by arithmetic alone: which gradients share one."""
+"""plan_buckets: which gradients share a bucket."""
 
 import pytest
 from hypothesis import given
@@ -50,7 +50,7 @@ def test_every_gradient_has_one_place_within_the_cap(gradients, first, cap):
         seen.add(kind)
         assert sum(sizes[index] for index in bucket) <= limit or sizes[bucket[0]] > limit
         assert bucket == sorted(bucket, reverse=True)
-        # What comes behind a gradient beyond the cap is empty.
+        # After a gradient above the cap no room is left.
         if sizes[bucket[0]] > limit:
             assert not any(sizes[index] for index in bucket[1:])
     assert [bucket[-1] for bucket in buckets] == sorted((b[-1] for b in buckets), reverse=True)

@@ -19,7 +19,7 @@ def test_unused_parameters_are_named_on_every_rank(hook, left_out):
         y, pullback = model.vjp(np.ones(1))
         with pytest.raises(ferro.UsageError) as caught:
             pullback(y)
-        # The group is still good, and so is the model.
+        # Group and model stay usable.
         model.zero_grad()
         model.module.chosen = [0, 1, 2]
         backward(model, group.rank)

@@ -34,7 +34,7 @@ def step_on(model, optimizer, x, target, scale=1.0):
 
 
 def alone(counts, *, divide_by_all):
-    """Train in one process on what the ranks have at each step."""
+    """Train in one process on the batches that the ranks have at each step."""
     model = build()
     optimizer = SGD(model.parameters(), lr=0.1)
     for step in range(max(counts)):
@@ -179,7 +179,7 @@ def test_hooks_work_inside_join(hook):
 
 
 class Fork(Module):
-    """Leaves out its second parameter when told so."""
+    """Two parameters, of which a pass may leave out the second."""
 
     def __init__(self):
         self.used, self.unused = Parameter(np.ones(1)), Parameter(np.ones(1))

@@ -1,4 +1,4 @@
-"""Memory of DDP: parameters, gradients once, and nothing else of their size.
+"""Memory of DDP: parameters, gradients once, and no other array of their size.
 
 NumPy reports its allocations to tracemalloc, so these are exact counts of bytes, not timings.
 """
@@ -26,7 +26,7 @@ def size_of(model):
 
 
 class Peak:
-    """By how much memory rose above the start, and by how much it has risen at the end."""
+    """The rise of memory above the start, at its peak and at the end."""
 
     def __enter__(self):
         self._before, _ = tracemalloc.get_traced_memory()

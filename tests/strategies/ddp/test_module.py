@@ -1,4 +1,4 @@
-"""DDP: replicas that train like one process, and refuse to be unlike each other."""
+"""DDP: replicas train like one process, and models that differ are refused."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def simulate(function, world_size):
 
 
 class Everything(Module):
-    """Images (N, 1, 6, 6) to 3 classes, through one of each layer, one of them used twice."""
+    """A model from images (N, 1, 6, 6) to 3 classes with most kinds of layers, one used twice."""
 
     def __init__(self, dtype):
         self.trunk = Sequential(
@@ -240,6 +240,15 @@ def test_state_goes_round_with_and_without_ddp():
     simulate(run, 1)
 
 
+def test_a_layer_that_is_removed_after_wrapping_leaves_the_state():
+    def run(group):
+        model = normed(group)
+        del model.module.layers[1]
+        assert set(model.state_dict()) == {"layers.0.weight", "layers.0.bias"}
+
+    simulate(run, 1)
+
+
 def test_it_is_found_by_name():
     assert ferro.strategies.get("ddp") is DDP
     assert "gradients" in ferro.strategies.available()["ddp"]
@@ -249,7 +258,7 @@ def test_it_is_found_by_name():
 
 
 def refusals(build, world_size=3, **options):
-    """Return every rank's message; the group must be good afterwards, and nothing changed."""
+    """Collect every rank's message; check that the group is usable and no model was changed."""
 
     def run(group):
         model = build(group.rank)

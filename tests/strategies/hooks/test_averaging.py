@@ -1,4 +1,4 @@
-"""Half-precision hooks: close to exact, and the same on every rank."""
+"""Half-precision hooks: their means are close to exact, and the same on every rank."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""PowerSGD: what it sends, what it keeps for later, and that models learn with it."""
+"""PowerSGD: bytes sent, error feedback, and training with it."""
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ def simulate(function, world_size):
 
 
 def bucket_of(*grads):
-    """Return a bucket that holds copies of these gradients."""
+    """Make a bucket that holds copies of these gradients."""
     buffer = np.concatenate([grad.reshape(-1) for grad in grads])
     ends = np.cumsum([grad.size for grad in grads])
     views = tuple(
@@ -32,7 +32,7 @@ def draw(rank, *shape):
 
 
 def low_rank(rank, n, m, r):
-    """Return a matrix of rank r; all ranks' rows lie in one space, so the mean's rank is r too."""
+    """Make a matrix of rank r; all ranks' rows span one space, so the mean has rank r too."""
     return draw(rank, n, r) @ draw(99, r, m)
 
 
@@ -60,7 +60,7 @@ def test_a_mean_of_that_rank_is_exact(r, world_size):
 
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_error_feedback_sends_everything_in_time(warm_start):
-    """What was given in all steps is what was sent, and what is left: the mean of errors."""
+    """The sum of all gradients is the sum of all results and the mean of the last errors."""
 
     def run(group):
         hook = PowerSGD(rank=2, warm_start=warm_start)

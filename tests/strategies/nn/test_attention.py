@@ -1,4 +1,4 @@
-"""Attention: against the formula written out, central differences, and its promise of memory."""
+"""Attention: compared with its formula and with central differences; its memory."""
 
 import tracemalloc
 
@@ -15,7 +15,7 @@ def floats(*shape, dtype=np.float64, seed=0):
 
 
 def made(dim, heads, **options):
-    """Return attention in float64 whose biases are not zero."""
+    """Make attention in float64 whose biases are not zero."""
     layer = Attention(dim, heads, dtype=np.float64, rng=1, **options)
     rng = np.random.default_rng(2)
     for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""Checkpoint: bit for bit what the wrapped module gives, in less memory."""
+"""Checkpoint: the results of the wrapped module, bit for bit, in less memory."""
 
 import gc
 import tracemalloc
@@ -110,7 +110,7 @@ def test_indices_have_no_gradient():
 
 
 class Second(Module):
-    """Uses the second of its two layers."""
+    """Two layers, of which a pass uses the second."""
 
     def __init__(self):
         self.layers = [Linear(2, 2, dtype=float, rng=0), Linear(2, 2, dtype=float, rng=1)]
@@ -133,7 +133,7 @@ def test_a_gradient_is_complete_once_and_only_what_was_used_is_outstanding():
 
 
 class Collected(Module):
-    """Collects garbage in the middle of its forward pass, as may happen in any."""
+    """Collect garbage in the middle of the forward pass, as Python may at any time."""
 
     def __init__(self, module):
         self.module = module
@@ -189,7 +189,7 @@ def test_a_pullback_runs_once():
 
 
 class FailsAgain(Module):
-    """Works in the first forward pass only, after it has drawn and changed `training`."""
+    """Draw and change `training` in each forward pass; fail in all but the first."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)

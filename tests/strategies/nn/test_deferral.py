@@ -1,4 +1,4 @@
-"""deferring: the input's gradient now, the parameters' products later."""
+"""deferring: pullbacks compute the input's gradient, and queue the parameters' products."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Layers in half precision: their results are of its dtype, and near those in float64."""
+"""Layers in half precision: results have its dtype, and are close to those in float64."""
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +34,7 @@ LAYERS = {
 
 
 def passes(make, shape, dtype):
-    """Return output, gradient of the input, and those of the parameters."""
+    """Compute the output and the gradients of input and parameters."""
     layer = make(dtype)
     rng = np.random.default_rng(0)
     y, pullback = layer.vjp(rng.standard_normal(shape).astype(dtype))
@@ -76,7 +76,7 @@ def test_products_that_overflow_are_infinite_without_a_warning():
 
 
 def test_gradients_may_overflow_without_a_warning():
-    """A step that a LossScaler skips is nothing out of the ordinary; warnings are errors here."""
+    """A step that a LossScaler skips gives no warning; warnings are errors here."""
     half = {"dtype": np.float16}
     block = Residual(Sequential(LayerNorm(8, **half), Attention(8, 2, rng=1, **half), GELU()))
     model = Sequential(block, Linear(8, 4, rng=2, **half), ReLU())

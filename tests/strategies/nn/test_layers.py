@@ -1,4 +1,4 @@
-"""Layers: gradients against central differences, values against plain formulas."""
+"""Layers: gradients compared with central differences, values with plain formulas."""
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ def test_embedding_gradients(indices):
 
 
 class Wrong(Module):
-    """A pullback that is off by a factor."""
+    """A layer whose pullback is wrong by a factor."""
 
     def vjp(self, x):
         return x * x, lambda grad: grad * x

@@ -1,4 +1,4 @@
-"""Losses: values against plain formulas, gradients against central differences."""
+"""Losses: values compared with plain formulas, gradients with central differences."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Memory: nothing of a parameter's size beside value, gradient and optimizer state.
+"""Memory: no array of a parameter's size beside value, gradient and optimizer state.
 
 NumPy reports its allocations to tracemalloc, so these are exact counts of bytes, not timings.
 """
@@ -13,7 +13,7 @@ from ferro_strategies.optim import SGD, AdamW
 
 
 def peak_bytes(call):
-    """Return by how much memory rose above the start while `call` ran."""
+    """Measure the rise of memory above the start while `call` ran."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -58,7 +58,7 @@ def test_a_step_takes_one_small_scratch(build):
 
 
 class Widen(Module):
-    """Keeps an activation of one MiB for its pullback."""
+    """A layer whose pullback keeps an activation of one MiB."""
 
     def vjp(self, x):
         kept = np.ones(1 << 20, np.uint8)

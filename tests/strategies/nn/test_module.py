@@ -1,4 +1,4 @@
-"""Modules: what they find in their attributes, their state, and the containers."""
+"""Modules: parameters, buffers and submodules of their attributes, their state; containers."""
 
 import copy
 
@@ -25,7 +25,7 @@ from ferro_strategies.nn import (
 
 
 class Tree(Module):
-    """Holds its parts in every way a module may."""
+    """A module that holds its parts in every way that is allowed."""
 
     def __init__(self):
         self.scale = Parameter(np.ones(1))

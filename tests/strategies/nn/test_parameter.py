@@ -13,7 +13,7 @@ from ferro_strategies.nn import Linear, Module, Parameter, ReLU, Residual, Seque
 
 
 class Twice(Module):
-    """Apply one layer twice: its parameters are used twice a pass."""
+    """Apply one layer twice, so that its parameters are used twice in a pass."""
 
     def __init__(self, layer):
         self.layer = layer

@@ -1,4 +1,4 @@
-"""clip_grad_norm: the length of all gradients together."""
+"""clip_grad_norm: the common norm of all gradients."""
 
 import math
 

@@ -17,7 +17,7 @@ def simulate(function, world_size):
 
 
 def held(*grads, dtype=np.float32):
-    """Return an optimizer of parameters at 0 with these gradients, and the parameters."""
+    """Make an optimizer of parameters at 0 with these gradients; return it and the parameters."""
     parameters = [Parameter(np.zeros(np.shape(grad), dtype)) for grad in grads]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = np.array(grad, dtype)

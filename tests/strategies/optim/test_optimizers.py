@@ -1,4 +1,4 @@
-"""Optimizers: against their formulas written out, and against torch where it is installed."""
+"""Optimizers: compared with their formulas, and with torch where it is installed."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ EACH = pytest.mark.parametrize(("optimizer_class", "options"), CASES)
 
 
 def reference(optimizer_class, value, grads, *, lr, **options):
-    """Return `value` after one step per gradient, by the textbook, in float64."""
+    """Compute `value` after one step for each gradient by the formula, in float64."""
     p, m, v = value.astype(np.float64), 0.0, 0.0
     decay = options.get("weight_decay", 0.0 if optimizer_class is SGD else 0.01)
     for t, grad in enumerate(grads, start=1):

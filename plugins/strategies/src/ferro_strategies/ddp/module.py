@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, quiet_overflow
-from ..nn.module import Module, Pullback
+from ..nn.module import Buffer, Module, Pullback
 from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
 from ..uneven_inputs import JOINED, UnevenInputs
@@ -24,6 +25,18 @@ class _JoinStep(enum.IntEnum):
 
     BUFFERS = 1
     BACKWARD = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModuleState:
+    """Parameters and buffers of the wrapped module, so that a step need not walk its tree.
+
+    DDP has no attribute that is such a tuple, because the walk looks into tuples.
+    """
+
+    parameters: tuple[Parameter, ...]
+    frozen: tuple[Parameter, ...]
+    buffers: tuple[Buffer, ...]
 
 
 class DDP(Module):
@@ -114,10 +127,11 @@ class DDP(Module):
         self._joining: UnevenInputs | None = None
         self._divide_by_all = False
         self._pending = PendingBackwards()
-        # These tables spare a training step the walk through the tree of modules.
-        self._parameters = tuple(named.values())
-        self._frozen = tuple(item for item in named.values() if not item.requires_grad)
-        self._buffers = tuple(module.buffers())
+        self._state = _ModuleState(
+            parameters=tuple(named.values()),
+            frozen=tuple(item for item in named.values() if not item.requires_grad),
+            buffers=tuple(module.buffers()),
+        )
         for name, parameter in named.items():
             parameter.name = name
         self._copy_model_from(0)
@@ -138,7 +152,7 @@ class DDP(Module):
                 parameter has no gradient on some rank (raised on every rank, with the names).
         """
         self._pending.check_forward_allowed()
-        self._check_frozen(self._frozen)
+        self._check_frozen(self._state.frozen)
         if self._sync and self.training and self._broadcast_buffers:
             self._broadcast_buffers_of_root()
         y, pull = self.module.vjp(x)
@@ -158,7 +172,7 @@ class DDP(Module):
         Raises:
             UsageError: a parameter that requires a gradient was added since the wrapping.
         """
-        known = {id(item) for item in self._parameters}
+        known = {id(item) for item in self._state.parameters}
         self._check_frozen(item for item in self.parameters() if id(item) not in known)
         return super().train()
 
@@ -256,16 +270,16 @@ class DDP(Module):
         return len(self._joining.active)
 
     def _broadcast_buffers_of_root(self) -> None:
-        if self._buffers:
+        if self._state.buffers:
             self._announce(_JoinStep.BUFFERS)
             self._copy_buffers_from(self._joining.active[0] if self._joining is not None else 0)
 
     def _copy_buffers_from(self, root: int) -> None:
-        arrays = (buffer.data for buffer in self._buffers)
+        arrays = (buffer.data for buffer in self._state.buffers)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
 
     def _copy_model_from(self, root: int) -> None:
-        arrays = (parameter.data for parameter in self._parameters)
+        arrays = (parameter.data for parameter in self._state.parameters)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
         self._copy_buffers_from(root)
 

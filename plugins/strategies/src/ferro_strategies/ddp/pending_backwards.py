@@ -31,7 +31,7 @@ class PendingBackward:
 
     @property
     def has_run(self) -> bool:
-        """Whether the pullback has run."""
+        """True when the pullback has run."""
         return self._pull is None
 
 
@@ -92,7 +92,7 @@ class PendingBackwards:
 
     @property
     def gradients_complete(self) -> bool:
-        """Whether a reduction is due, and no pullback is left that could add to a gradient."""
+        """True when a reduction is due and no pullback is left that could add to a gradient."""
         return self.reduction_due and not self._pending
 
     def end_reduction(self) -> None:

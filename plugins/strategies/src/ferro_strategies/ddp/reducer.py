@@ -5,8 +5,8 @@ every rank launches in the same order, whatever order its gradients come in. At 
 backward pass the reducer launches the remaining buckets, and then waits for all of them.
 
 A rank that lacks a gradient must not leave the others waiting. It sends zeros in its place, and
-sets a flag: one element after the gradients of the last bucket, which such a rank launches at
-the end of its backward pass. So the agreement that no gradient is missing costs no message. (A
+sets a flag: one element after the gradients of the last bucket, which such a rank launches
+at the end of its backward pass. So the agreement that no gradient is missing costs no message. (A
 hook does not see the flag; with a hook, the agreement is a reduction of one byte.) Where the
 mean of the flags is not zero, all ranks see that, and gather the names for the error.
 """

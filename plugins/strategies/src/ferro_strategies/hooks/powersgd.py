@@ -194,7 +194,7 @@ class _CompressedAverage:
 
 
 def _worth_compressing(grad: Array, rank: int) -> bool:
-    """Whether a gradient is a real matrix that compression at least halves."""
+    """Tell whether compression at least halves a gradient, which must be a real matrix."""
     if grad.ndim < 2 or grad.size == 0 or grad.dtype.kind == "c":
         return False
     n, m = grad.shape[0], grad.size // grad.shape[0]

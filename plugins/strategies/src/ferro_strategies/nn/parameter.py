@@ -278,7 +278,7 @@ class Use:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the pullback has to compute a gradient."""
+        """True when the pullback has to compute a gradient."""
         return self._parameter.requires_grad
 
     def add_grad(self, grad: Array) -> None:
