@@ -138,7 +138,7 @@ class Reducer:
             )
         self._mark_ready(parameter)
         while (
-            len(self._launched) < len(self._buckets) and not (self._incomplete[len(self._launched)])
+            len(self._launched) < len(self._buckets) and not self._incomplete[len(self._launched)]
         ):
             self._launch(flag=False)
 
