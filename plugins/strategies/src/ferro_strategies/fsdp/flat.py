@@ -9,8 +9,7 @@ import numpy as np
 from ferro import Work
 
 from ..nn.arrays import Array, namespace_of
-from ..nn.parameter import Parameter
-from ..nn.split import Split
+from ..nn.parameter import Parameter, Split
 from .layout import Layout, lay_out
 from .memory import Loan, moved, own, put
 from .plan import Plan

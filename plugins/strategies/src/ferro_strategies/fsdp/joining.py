@@ -30,7 +30,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array
 from ..nn.parameter import Parameter
 from ..optim import LossScaler, Optimizer
-from ..rollcall import JOINED, RollCall
+from ..uneven_inputs import JOINED, UnevenInputs
 from .gathered import Gathered, Shards
 from .plan import Plan
 
@@ -88,7 +88,7 @@ class Joining:
             *(len(optimizer.parameters) for optimizer in optimizers),
         ]
         self._note_bytes = _NUMBER_BYTES + max(held)
-        self._roll = RollCall("FSDP", groups, self._describe, self._note_bytes)
+        self._roll = UnevenInputs("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
 
     @property
@@ -123,12 +123,12 @@ class Joining:
         flags = [parameter.grad is not None for parameter in optimizer.parameters]
         self._tell(_Event.STEP, index, number=optimizer.lr, flags=flags)
 
-    def tell_unscale(self, optimizer: Optimizer) -> None:
+    def before_unscale(self, optimizer: Optimizer) -> None:
         """Announce that an optimizer's gradients are unscaled, and which there are."""
         flags = [parameter.grad is not None for parameter in optimizer.parameters]
         self._tell(_Event.UNSCALE, self._index_of(optimizer), flags=flags)
 
-    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
+    def before_agree(self, optimizers: Sequence[Optimizer]) -> None:
         """Announce that ranks agree on whether optimizers step."""
         flags = [False] * len(self._optimizers)
         for optimizer in optimizers:

@@ -245,7 +245,7 @@ class FSDP(ShardedState):
             for index, optimizer in enumerate(optimizers):
                 stack.callback(optimizer.before_step(partial(joining.tell_step, index)))
             if scaler is not None:
-                stack.enter_context(scaler.watched(joining))
+                stack.enter_context(scaler.notifying(joining))
             yield
             self._passes.check()
             joining.finish(self._plan, (buffer.data for buffer in self.buffers()))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from ferro import UsageError
 
 from ..nn.arrays import Array, namespace_of
-from ..nn.buffer import Buffer
-from ..nn.module import Module
+from ..nn.module import Buffer, Module
 from ..nn.parameter import Parameter
 from .flat import Flat
 from .gathered import Shards

@@ -6,8 +6,8 @@ from ferro import ProcessGroup
 
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
+from ..nn.parameter import Use
 from ..nn.unembedding import Unembedding
-from ..nn.use import Use
 from ..parts import even_sizes
 from .column import check_positions, column_products
 from .embedding import ParallelEmbedding
