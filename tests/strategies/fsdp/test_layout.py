@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ferro
-from ferro_strategies.fsdp.layout import lay_out
-from ferro_strategies.fsdp.memory import Pool
-from ferro_strategies.fsdp.units import choose_units, owners
+from ferro_strategies.fsdp.buffer_pool import BufferPool
+from ferro_strategies.fsdp.layout import flat_layout
+from ferro_strategies.fsdp.unit_policy import choose_units, owners
 from ferro_strategies.nn import Linear, Module, Parameter, ReLU, Residual, Sequential
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=6)
@@ -16,42 +16,45 @@ SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1
 
 @given(SHAPES, st.integers(1, 9))
 def test_every_element_is_in_exactly_one_piece(shapes, ranks):
-    layout = lay_out(((str(index), shape) for index, shape in enumerate(shapes)), ranks)
-    assert layout.used <= layout.size < layout.used + ranks
+    layout = flat_layout(((str(index), shape) for index, shape in enumerate(shapes)), ranks)
+    assert layout.unpadded_size <= layout.size < layout.unpadded_size + ranks
     flat = np.arange(layout.size)
-    for place in layout.places:
-        parameter = flat[place.start : place.stop]
-        assert parameter.size == np.prod(place.shape, dtype=int)
-        pieces = [flat[layout.shard(rank)][layout.within(place, rank)] for rank in range(ranks)]
+    for span in layout.spans:
+        parameter = flat[span.start : span.stop]
+        assert parameter.size == np.prod(span.shape, dtype=int)
+        pieces = [
+            flat[layout.shard_slice(rank)][layout.slice_in_shard(span, rank)]
+            for rank in range(ranks)
+        ]
         np.testing.assert_array_equal(np.concatenate(pieces), parameter)
         for rank, piece in enumerate(pieces):
-            np.testing.assert_array_equal(parameter[layout.part(place, rank)], piece)
-        assert [piece.size for piece in pieces] == layout.sizes(place)
+            np.testing.assert_array_equal(parameter[layout.slice_in_parameter(span, rank)], piece)
+        assert [piece.size for piece in pieces] == layout.shard_sizes(span)
 
 
 def test_the_picture_of_the_layout():
-    layout = lay_out((("a", (3,)), ("b", (2, 2)), ("c", (3,))), 4)
-    row = "".join(place.name * (place.stop - place.start) for place in layout.places)
-    assert row + "." * (layout.size - layout.used) == "aaabbbbccc.."
-    assert [layout.shard(rank).start for rank in range(4)] == [0, 3, 6, 9]
-    assert layout.sizes(layout.places[1]) == [0, 3, 1, 0]
+    layout = flat_layout((("a", (3,)), ("b", (2, 2)), ("c", (3,))), 4)
+    row = "".join(span.name * (span.stop - span.start) for span in layout.spans)
+    assert row + "." * (layout.size - layout.unpadded_size) == "aaabbbbccc.."
+    assert [layout.shard_slice(rank).start for rank in range(4)] == [0, 3, 6, 9]
+    assert layout.shard_sizes(layout.spans[1]) == [0, 3, 1, 0]
 
 
 def test_the_pool_lends_one_memory_again_and_again():
-    pool = Pool(ferro.simulate(lambda group: group, 1)[0])
+    pool = BufferPool(ferro.simulate(lambda group: group, 1)[0])
     double = np.dtype(np.float64)
-    first = pool.take(np, 100, double)
-    second = pool.take(np, 10, double)
+    first = pool.allocate(np, 100, double)
+    second = pool.allocate(np, 10, double)
     assert not np.may_share_memory(first.array, second.array)
     address = first.array.ctypes.data
     del first
-    third = pool.take(np, 50, double)
+    third = pool.allocate(np, 50, double)
     assert third.array.ctypes.data == address
     assert third.array.size == 50
-    third.forfeit()
+    third.abandon()
     del third, second
-    small = pool.take(np, 1, double)
-    large = pool.take(np, 1000, double)
+    small = pool.allocate(np, 1, double)
+    large = pool.allocate(np, 1000, double)
     assert address not in (small.array.ctypes.data, large.array.ctypes.data)
     assert large.array.size == 1000
 
@@ -119,7 +122,7 @@ def test_a_parameter_belongs_to_the_innermost_unit_or_if_shared_to_the_root():
     }
 
 
-def test_a_module_in_two_places_is_one_unit():
+def test_a_module_in_two_spans_is_one_unit():
     shared = line()
     root = Sequential(shared, Residual(shared))
     chosen = choose_units(root, [shared])

@@ -24,7 +24,7 @@ from ferro_strategies.nn import (
 )
 from ferro_strategies.optim import SGD, AdamW
 
-from .fsdp_models import CUT, assert_same, backward, batch, build, shard, simulate, train
+from .models import CUT, assert_same, backward, batch, build, shard, simulate, train
 
 EVERY = [(item, ranks) for item in CUT for ranks in (1, 2, 3, 4)]
 EVERY += [(ShardingStrategy.HYBRID_SHARD, 2), (ShardingStrategy.HYBRID_SHARD, 4)]

@@ -20,7 +20,7 @@ from ferro_strategies.nn import (
 )
 from ferro_strategies.optim import SGD, clip_grad_norm
 
-from .fsdp_models import (
+from .models import (
     CUT,
     Scale,
     Switch,

@@ -8,7 +8,7 @@ from ferro_strategies.fsdp import FlatShard, ShardingStrategy
 from ferro_strategies.nn import BatchNorm, Linear, Sequential
 from ferro_strategies.optim import SGD, AdamW
 
-from .fsdp_models import Scale, assert_same, build, shard, simulate, train
+from .models import Scale, assert_same, build, shard, simulate, train
 
 EVERY = list(ShardingStrategy)
 

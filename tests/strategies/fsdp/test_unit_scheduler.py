@@ -8,7 +8,7 @@ import pytest
 from ferro_strategies.fsdp import ShardingStrategy
 from ferro_strategies.nn import Checkpoint, Linear, Module, Sequential
 
-from .fsdp_models import shard, simulate
+from .models import shard, simulate
 
 
 class Calls:
@@ -111,7 +111,7 @@ def layers(count):
     ],
 )
 def test_the_order_of_operations(options, backward):
-    """What the table in `passes` says, and the first pass as the later ones."""
+    """The order is that of the table in `unit_scheduler`, in the first pass as in later ones."""
     calls = Calls()
 
     def run(group):

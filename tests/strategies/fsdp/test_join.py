@@ -8,7 +8,7 @@ from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import BatchNorm, Checkpoint, Linear, Sequential
 from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
-from .fsdp_models import (
+from .models import (
     Switch,
     assert_same,
     backward,

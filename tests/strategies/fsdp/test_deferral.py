@@ -6,7 +6,7 @@ import pytest
 from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import Linear, deferring, mse_loss
 
-from .fsdp_models import (
+from .models import (
     assert_same,
     backward,
     batch,

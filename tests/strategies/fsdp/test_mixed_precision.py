@@ -10,7 +10,7 @@ from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import Module, Parameter, ReLU, Sequential, mse_loss
 from ferro_strategies.optim import SGD, LossScaler
 
-from .fsdp_models import assert_same, batch, own_grads, shard, simulate, whole_grads
+from .models import assert_same, batch, own_grads, shard, simulate, whole_grads
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -146,7 +146,9 @@ def test_inputs_are_left_alone_when_told_and_integers_always():
         indices = np.arange(3)
         assert MixedPrecision(param_dtype=np.float16).cast_input(indices) is indices
         complex_ = np.dtype(np.complex64)
-        assert precision.computed(complex_) == precision.reduced(complex_) == complex_
+        assert (
+            precision.compute_dtype_of(complex_) == precision.reduce_dtype_of(complex_) == complex_
+        )
 
     simulate(run, 1)
 
