@@ -1,4 +1,4 @@
-"""Pieces: what a rank keeps of a serial layer's parameters."""
+"""Conversion of a serial layer: checks, and this rank's copies of its parameters."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..nn.module import Module
 from ..nn.parameter import Parameter
 from ..nn.split import Split
 from ..replicas import check_same
-from .cuts import take_piece
+from .sharding import local_shard
 
 Layer = TypeVar("Layer", bound=Module)
 _SAMPLES = 16
 
 
-def check_layer(
+def check_serial_layer(
     maker: type[Module],
     layer: Module,
     kind: type[Layer],
     group: ProcessGroup,
     options: Mapping[str, object],
 ) -> Layer:
-    """See that `layer` is of this kind and in one piece, the same on all ranks; all call it.
+    """Check that `layer` is of this kind, unsharded and the same on all ranks; all call it.
 
-    Of the values a sample is compared: seeds that differ show in the first.
+    Only a sample of the values is compared, which is enough to find seeds that differ.
 
     Raises:
         UsageError: it is not; raised on every rank when ranks differ.
@@ -49,13 +49,13 @@ def check_layer(
     return layer
 
 
-def check_sizes(
+def check_shard_sizes(
     maker: type[Module], what: str, total: int, sizes: tuple[int, ...], group: ProcessGroup
 ) -> None:
-    """See that every rank gets something, and nothing is left.
+    """Check that the sizes are those of all ranks, at least 1 each, and add up to `total`.
 
     Raises:
-        UsageError: too few, or sizes that do not fit.
+        UsageError: they do not.
     """
     n = group.world_size
     if len(sizes) != n or sum(sizes) != total or min(sizes) < 1:
@@ -65,17 +65,17 @@ def check_sizes(
         )
 
 
-def piece_of(
+def sharded_copy(
     parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]
 ) -> Parameter:
-    """Return a parameter that holds a copy of this rank's piece."""
-    piece = _like(parameter, take_piece(parameter.data, group, dim, sizes).copy())
-    piece.splits = (Split(group=group, dim=dim),)
-    return piece
+    """Make a parameter that holds a copy of this rank's shard."""
+    shard = _like(parameter, local_shard(parameter.data, group, dim, sizes).copy())
+    shard.splits = (Split(group=group, dim=dim),)
+    return shard
 
 
-def replica_of(parameter: Parameter) -> Parameter:
-    """Return a parameter that holds a copy of the whole."""
+def replicated_copy(parameter: Parameter) -> Parameter:
+    """Make a parameter that holds a copy of the whole."""
     return _like(parameter, parameter.data.copy())
 
 
@@ -84,6 +84,6 @@ def _like(parameter: Parameter, data: Array) -> Parameter:
 
 
 def _sample(data: Array) -> str:
-    """Return a few elements, evenly spread, as text."""
+    """Write a few elements, evenly spread, as text."""
     flat = data.reshape(data.size)
     return str(flat[:: max(1, data.size // _SAMPLES)].tolist())
