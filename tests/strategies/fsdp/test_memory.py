@@ -11,6 +11,8 @@ import pytest
 
 import ferro
 from ferro_strategies.fsdp import FSDP, ShardingStrategy
+from ferro_strategies.fsdp.config import make_config
+from ferro_strategies.fsdp.flat_parameter_group import shard_module
 from ferro_strategies.nn import Linear, Sequential
 from ferro_strategies.optim import SGD
 
@@ -138,3 +140,29 @@ def test_pullbacks_hold_what_is_to_stay_and_dropped_ones_nothing(options, units)
     # that stay beside those that are computed in turn. Making the model has left memory for one.
     assert held.kept == pytest.approx(2 * units - 1, abs=4 * SLACK)
     assert again.rise <= 2 * MESSAGES
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_memory_of_a_gather_that_may_still_write_is_not_lent_again(waited):
+    def run(group):
+        config = make_config(
+            group,
+            sharding=ShardingStrategy.FULL_SHARD,
+            replicas=None,
+            precision=None,
+            prefetch=True,
+            offload=False,
+        )
+        model = Linear(4, 4, bias=False, rng=0)
+        (unit,) = shard_module(model, {}, config).values()
+        unsharded = unit.unshard()
+        if waited:
+            unsharded.wait()
+        unsharded.use_unsharded(backward=False)
+        memory = model.weight.data
+        unsharded.use_shards()
+        del unsharded
+        again = config.pool.allocate(np, 16, np.dtype(np.float32))
+        return np.may_share_memory(memory, again.array)
+
+    assert ferro.simulate(run, 2, timeout_s=10) == [waited] * 2

@@ -25,7 +25,6 @@ class UnshardedParameters:
     def __init__(self, flat_parameters: Sequence[FlatParameter]) -> None:
         # The operations under way, and the memory that they send.
         self._works: list[tuple[Work[object], PooledBuffer]] = []
-        self._is_filled = True
         self._flat_parameters = flat_parameters
         self._buffers = [flat.allocate_unsharded() for flat in flat_parameters]
 
@@ -41,7 +40,6 @@ class UnshardedParameters:
         for work, _ in self._works:
             work.wait()
         self._works = []
-        self._is_filled = True
 
     def use_unsharded(self, *, backward: bool, may_defer: bool = False) -> None:
         """Let the parameters be whole: see `FlatParameter.use_unsharded`."""
@@ -55,7 +53,7 @@ class UnshardedParameters:
                 flat.use_shards()
 
     def __del__(self) -> None:
-        if not self._is_filled:  # An operation that nobody waited for may still write.
+        if self._works:  # An operation that nobody waited for may still write.
             for buffer in (*self._buffers, *(sent for _, sent in self._works)):
                 buffer.abandon()
 
