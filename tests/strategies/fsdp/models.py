@@ -18,8 +18,9 @@ from ferro_strategies.nn import (
 )
 from ferro_strategies.optim import AdamW
 
-CUT = [item for item in ShardingStrategy if item is not ShardingStrategy.HYBRID_SHARD]
+WITHOUT_REPLICAS = [item for item in ShardingStrategy if item is not ShardingStrategy.HYBRID_SHARD]
 ROWS = 12
+MICROBATCHES = 3
 
 
 def simulate(function, world_size, **options):
@@ -63,8 +64,20 @@ def train(model, rank=0, ranks=1, *, steps=3, dtype=np.float64, optimizer=None):
     return model.state_dict()
 
 
+def microbatches(rank, ranks):
+    """Yield this rank's parts of the batches."""
+    for step in range(MICROBATCHES):
+        x, target = batch(step)
+        yield x[rank::ranks], target[rank::ranks]
+
+
+def one_by_one(model, rank, ranks):
+    for x, target in microbatches(rank, ranks):
+        backward(model, x, target)
+
+
 def shard(group, model=None, *, sharding=ShardingStrategy.FULL_SHARD, **options):
-    """The model in pieces; for HYBRID_SHARD on a mesh of two columns."""
+    """Wrap the model in FSDP; for HYBRID_SHARD on a mesh of two columns."""
     model = build() if model is None else model
     if sharding is ShardingStrategy.HYBRID_SHARD:
         row, column = divmod(group.rank, 2)
@@ -73,22 +86,22 @@ def shard(group, model=None, *, sharding=ShardingStrategy.FULL_SHARD, **options)
     return FSDP(model, group, sharding=sharding, **options)
 
 
-def whole_grads(model):
-    """Every parameter's gradient, put together from all ranks' pieces; None where there is none."""
+def gathered_grads(model):
+    """Gather every parameter's gradient from all ranks' shards; None where there is none."""
     found = {}
     for name, parameter in model.named_parameters():
-        piece = parameter.grad
-        if piece is None:
+        own_shard = parameter.grad
+        if own_shard is None:
             found[name] = None
             continue
         for split in parameter.splits:
-            sizes = split.group.all_gather(np.array([piece.size])).tolist()
-            piece = split.group.all_gather(piece, sizes=sizes)
-        found[name] = piece.reshape(-1).copy()
+            sizes = split.group.all_gather(np.array([own_shard.size])).tolist()
+            own_shard = split.group.all_gather(own_shard, sizes=sizes)
+        found[name] = own_shard.reshape(-1).copy()
     return found
 
 
-def own_grads(model):
+def grads_of(model):
     return {
         name: None if item.grad is None else item.grad.reshape(-1).copy()
         for name, item in model.named_parameters()
@@ -108,7 +121,7 @@ def assert_same(result, expected, **tolerance):
 
 
 class Scale(Module):
-    """y = factor * x, one number."""
+    """Computes y = factor * x with one trained number."""
 
     def __init__(self, factor=1.0):
         self.factor = Parameter(np.full(1, factor))
@@ -124,7 +137,7 @@ class Scale(Module):
 
 
 class Switch(Module):
-    """Runs those branches that `chosen` names, and adds their outputs."""
+    """Adds the outputs of the branches whose indices are in `chosen`."""
 
     def __init__(self, count=3):
         self.branches = [Scale(index + 1.0) for index in range(count)]

@@ -1,4 +1,4 @@
-"""The backward pass of FSDP: accumulation, several in flight, and parameters of all sorts."""
+"""The backward pass of FSDP: tied, frozen and unused parameters, nested units, checkpointing."""
 
 import gc
 
@@ -21,124 +21,22 @@ from ferro_strategies.nn import (
 from ferro_strategies.optim import SGD, clip_grad_norm
 
 from .models import (
-    CUT,
+    WITHOUT_REPLICAS,
     Scale,
     Switch,
     assert_same,
     backward,
     batch,
     build,
-    own_grads,
+    gathered_grads,
+    grads_of,
+    one_by_one,
     shard,
     simulate,
     train,
-    whole_grads,
 )
 
 EVERY = list(ShardingStrategy)
-COUNT = 3
-
-
-def parts(rank, ranks):
-    """This rank's microbatches."""
-    for step in range(COUNT):
-        x, target = batch(step)
-        yield x[rank::ranks], target[rank::ranks]
-
-
-def one_by_one(model, rank, ranks):
-    for x, target in parts(rank, ranks):
-        backward(model, x, target)
-
-
-def without_sync(model, rank, ranks):
-    *first, last = parts(rank, ranks)
-    with model.no_sync():
-        for x, target in first:
-            backward(model, x, target)
-    backward(model, *last)
-
-
-def synchronised_after(model, rank, ranks):
-    with model.no_sync():
-        one_by_one(model, rank, ranks)
-    model.sync_gradients()
-
-
-def in_flight(model, rank, ranks):
-    passes = [(model.vjp(x), target) for x, target in parts(rank, ranks)]
-    for (y, pullback), target in passes:
-        pullback(mse_loss(y, target)[1])
-
-
-def in_flight_without_sync(model, rank, ranks):
-    """As a pipeline does."""
-    with model.no_sync():
-        in_flight(model, rank, ranks)
-    model.sync_gradients()
-
-
-WAYS = [one_by_one, without_sync, synchronised_after, in_flight, in_flight_without_sync]
-
-
-@pytest.mark.parametrize("sharding", EVERY)
-@pytest.mark.parametrize("way", WAYS)
-def test_accumulated_gradients_equal_one_process(way, sharding):
-    def run(group):
-        model = shard(group, sharding=sharding)
-        for _ in range(2):  # the second time in memory that has been used
-            model.zero_grad()
-            way(model, group.rank, group.world_size)
-        return whole_grads(model)
-
-    model = build()
-    one_by_one(model, 0, 1)
-    for result in simulate(run, 4):
-        assert_same(result, own_grads(model))
-
-
-def test_no_sync_saves_reductions():
-    class Counts:
-        def __init__(self):
-            self.calls = []
-
-        def started(self, event):
-            pass
-
-        def finished(self, event):
-            self.calls.append(event.op)
-
-        def close(self):
-            pass
-
-    def reductions(way):
-        counts = Counts()
-        simulate(lambda group: way(shard(group), group.rank, 2), 2, observers=[counts])
-        return counts.calls.count("reduce_scatter") // 2
-
-    units = 5
-    assert reductions(one_by_one) == COUNT * units
-    assert reductions(in_flight) == COUNT * units
-    assert reductions(without_sync) == units
-    assert reductions(synchronised_after) == units
-
-
-def test_gradients_under_no_sync_are_forgotten_by_the_models_zero_grad():
-    def run(group):
-        model = shard(group)
-        with model.no_sync():
-            one_by_one(model, group.rank, 2)
-        assert all(item.grad is None for item in model.parameters())
-        model.zero_grad()
-        model.sync_gradients()
-        assert all(item.grad is None for item in model.parameters())
-        one_by_one(model, group.rank, 2)
-        return whole_grads(model)
-
-    model = build()
-    one_by_one(model, 0, 1)
-    for result in simulate(run, 2):
-        assert_same(result, own_grads(model))
 
 
 @pytest.mark.parametrize("sharding", EVERY)
@@ -171,13 +69,13 @@ def test_frozen_parameters_stay(sharding):
     def run(group):
         model = shard(group, frozen(), sharding=sharding)
         one_by_one(model, group.rank, 4)
-        grads = whole_grads(model)
+        grads = gathered_grads(model)
         model.zero_grad()
         return grads, train(model, group.rank, 4)
 
     model = frozen()
     one_by_one(model, 0, 1)
-    expected = own_grads(model)
+    expected = grads_of(model)
     assert expected["layers.2.weight"] is None
     trained = train(frozen())
     for grads, state in simulate(run, 4):
@@ -190,7 +88,7 @@ def test_a_parameter_frozen_later_gets_no_gradient():
         model = shard(group)
         model.module.layers[0].module.weight.requires_grad = False
         one_by_one(model, group.rank, 2)
-        return whole_grads(model)
+        return gathered_grads(model)
 
     for result in simulate(run, 2):
         assert [name for name, grad in result.items() if grad is None] == ["layers.0.weight"]
@@ -201,7 +99,7 @@ def chosen_grads(model, chosen):
     model.zero_grad()
     y, pullback = model.vjp(np.array([2.0]))
     pullback(np.ones_like(y))
-    return [None if grad is None else float(grad[0]) for grad in whole_grads(model).values()]
+    return [None if grad is None else float(grad[0]) for grad in gathered_grads(model).values()]
 
 
 @pytest.mark.parametrize("sharding", EVERY)
@@ -229,12 +127,12 @@ def test_dropped_pullbacks_leave_nothing(sharding):
         dropped = [model.vjp(batch(step)[0]) for step in range(3)]
         one_by_one(model, group.rank, 4)
         del dropped
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = build()
     one_by_one(model, 0, 1)
     for result in simulate(run, 4):
-        assert_same(result, own_grads(model))
+        assert_same(result, grads_of(model))
     gc.collect()
 
 
@@ -271,7 +169,7 @@ def test_nested_units(sharding, prefetch):
 
 
 class Head(Module):
-    """Embeds indices, and multiplies by the same table in the end: the root's own parameter."""
+    """Embeds indices, and at the end multiplies by the same table, a parameter of the root."""
 
     def __init__(self):
         self.embedding = Embedding(5, 3, dtype=np.float64, rng=0)
@@ -341,14 +239,14 @@ def test_checkpointing_composes_both_ways_round(sharding, inside):
             model.zero_grad()
             backward(model, x, target)
         assert all(item.outstanding_uses == 0 for item in model.parameters())
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = Sequential(*blocks(), Linear(3, 1, dtype=np.float64, rng=9))
     for _ in range(2):
         model.zero_grad()
         backward(model, *batch(0))
     for result in simulate(run, 4):
-        assert_same(result, own_grads(model))
+        assert_same(result, grads_of(model))
 
 
 @pytest.mark.parametrize("sharding", EVERY)
@@ -359,14 +257,14 @@ def test_the_norm_is_that_of_one_process(sharding):
         norms = [model.clip_grad_norm(1e-2), clip_grad_norm(model.parameters(), 1e9)]
         with pytest.raises(ferro.UsageError, match="max_norm"):
             model.clip_grad_norm(0)
-        return norms, whole_grads(model)
+        return norms, gathered_grads(model)
 
     model = build()
     one_by_one(model, 0, 1)
     norm = clip_grad_norm(model.parameters(), 1e-2)
     for (before, after), grads in simulate(run, 4):
         np.testing.assert_allclose([before, after], [norm, 1e-2], rtol=1e-12)
-        assert_same(grads, own_grads(model))
+        assert_same(grads, grads_of(model))
 
 
 def test_gradients_may_be_assigned():
@@ -375,39 +273,22 @@ def test_gradients_may_be_assigned():
         for parameter in model.parameters():
             parameter.grad = np.full(parameter.data.shape, 5.0)
         backward(model, np.ones(1), np.zeros(1))
-        return whole_grads(model)
+        return gathered_grads(model)
 
     for result in simulate(run, 2):
         assert [grad.tolist() for grad in result.values()] == [[7.0], [7.0]]
 
 
-@pytest.mark.parametrize("sharding", CUT)
+@pytest.mark.parametrize("sharding", WITHOUT_REPLICAS)
 def test_a_unit_may_be_used_by_itself(sharding):
     def run(group):
         model = shard(group, sharding=sharding)
         y, pullback = model.module.layers[0].vjp(batch(0)[0])
         pullback(np.ones_like(y))
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = build()
     y, pullback = model.layers[0].vjp(batch(0)[0])
     pullback(np.ones_like(y))
     for result in simulate(run, 2):
-        assert_same(result, own_grads(model))
-
-
-def test_what_is_recomputed_is_reduced_as_its_first_pass_said():
-    def run(group):
-        model = Sequential(Checkpoint(Scale(2.0)), Scale(3.0))
-        model = shard(group, model, units=lambda _, module: isinstance(module, Scale))
-        x = np.array([1.0 + group.rank])
-        with model.no_sync():
-            y, kept = model.vjp(x)
-        kept(np.ones_like(y))
-        assert all(item.grad is None for item in model.parameters())
-        y, pullback = model.vjp(x)
-        with model.no_sync():
-            pullback(np.ones_like(y))
-        return [float(grad[0]) for grad in whole_grads(model).values()]
-
-    assert simulate(run, 2) == [[9.0, 6.0]] * 2
+        assert_same(result, grads_of(model))

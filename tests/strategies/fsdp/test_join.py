@@ -13,11 +13,11 @@ from .models import (
     assert_same,
     backward,
     build,
-    own_grads,
+    gathered_grads,
+    grads_of,
     shard,
     simulate,
     train,
-    whole_grads,
 )
 
 EVERY = list(ShardingStrategy)
@@ -29,7 +29,7 @@ def batch(rank, step):
 
 
 def union(counts, step):
-    """What the ranks that have a batch at this step have together, and how many they are."""
+    """Concatenate the batches of the ranks that have one at this step; count these ranks."""
     active = [rank for rank, count in enumerate(counts) if step < count]
     batches = [batch(rank, step) for rank in active]
     return *(np.concatenate(arrays) for arrays in zip(*batches, strict=True)), len(active)
@@ -182,7 +182,7 @@ def test_steps_by_a_loss_scaler_inside_join(sharding, clips):
         assert scale == 8.0, "doubled after two steps, halved by the third"
 
 
-def test_a_scaler_that_only_others_gave_is_asked_for():
+def test_a_scaler_given_on_other_ranks_only_is_asked_for():
     def run(group):
         model = shard(group)
         optimizer = SGD(model.parameters(), lr=0.1)
@@ -200,7 +200,7 @@ def test_a_scaler_that_only_others_gave_is_asked_for():
 
 
 def test_gradients_that_stay_are_added_to():
-    """Without zero_grad, what a rank that has joined holds grows as the others' does."""
+    """Without zero_grad, gradients of a rank that has joined accumulate as on the others."""
     counts = (1, 3)
 
     def run(group):
@@ -208,13 +208,13 @@ def test_gradients_that_stay_are_added_to():
         with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 backward(model, *batch(group.rank, step))
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = build()
     for step in range(3):
         backward(model, *union(counts, step)[:2])
     for result in simulate(run, 2):
-        assert_same(result, own_grads(model))
+        assert_same(result, grads_of(model))
 
 
 def test_gradients_are_absent_afterwards_where_they_are_on_the_last_rank():
@@ -248,7 +248,7 @@ def test_units_left_out_by_the_others_are_not_updated():
 
 
 @pytest.mark.parametrize("sharding", EVERY)
-def test_accumulation_and_flights_inside_join(sharding):
+def test_accumulation_and_several_in_flight_inside_join(sharding):
     counts = (1, 2, 2, 0)
 
     def run(group):
@@ -258,10 +258,10 @@ def test_accumulation_and_flights_inside_join(sharding):
                 parts = [batch(group.rank, 3 * step + part) for part in range(3)]
                 with model.no_sync():
                     backward(model, *parts[0])
-                flights = [(model.vjp(x), target) for x, target in parts[1:]]
-                for (y, pullback), target in flights:
+                passes = [(model.vjp(x), target) for x, target in parts[1:]]
+                for (y, pullback), target in passes:
                     pullback(2 * (y - target) / y.size)
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = build()
     for step, ranks in ((0, (0, 1, 2)), (1, (1, 2))):
@@ -271,7 +271,7 @@ def test_accumulation_and_flights_inside_join(sharding):
                 y, pullback = model.vjp(x)
                 pullback(2 * (y - target) / y.size / len(ranks))
     for result in simulate(run, 4):
-        assert_same(result, own_grads(model))
+        assert_same(result, grads_of(model))
 
 
 def test_evaluation_and_checkpointing_inside_join():
@@ -288,13 +288,13 @@ def test_evaluation_and_checkpointing_inside_join():
             for step in range(counts[group.rank]):
                 model(batch(group.rank, step)[0])
                 backward(model, *batch(group.rank, step))
-        return whole_grads(model)
+        return gathered_grads(model)
 
     model = build()
     for step in range(2):
         backward(model, *union(counts, step)[:2])
     for result in simulate(run, 3):
-        assert_same(result, own_grads(model))
+        assert_same(result, grads_of(model))
 
 
 def test_buffers_are_those_of_a_rank_that_was_last():
@@ -334,7 +334,7 @@ def test_ranks_at_different_steps_are_told():
     simulate(run, 2)
 
 
-def test_what_does_not_belong_inside_join_is_refused():
+def test_calls_not_allowed_inside_join_are_refused():
     def run(group):
         model = shard(group)
         with model.join(SGD(model.parameters(), lr=1.0)):

@@ -1,4 +1,4 @@
-"""Where FSDP cuts, and which modules it gathers by themselves: arithmetic, no ranks."""
+"""The layout of flat parameters, the buffer pool, and the choice of units: no ranks."""
 
 import numpy as np
 import pytest
@@ -15,21 +15,23 @@ SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1
 
 
 @given(SHAPES, st.integers(1, 9))
-def test_every_element_is_in_exactly_one_piece(shapes, ranks):
+def test_every_element_is_in_exactly_one_shard(shapes, ranks):
     layout = flat_layout(((str(index), shape) for index, shape in enumerate(shapes)), ranks)
     assert layout.unpadded_size <= layout.size < layout.unpadded_size + ranks
     flat = np.arange(layout.size)
     for span in layout.spans:
         parameter = flat[span.start : span.stop]
         assert parameter.size == np.prod(span.shape, dtype=int)
-        pieces = [
+        shards = [
             flat[layout.shard_slice(rank)][layout.slice_in_shard(span, rank)]
             for rank in range(ranks)
         ]
-        np.testing.assert_array_equal(np.concatenate(pieces), parameter)
-        for rank, piece in enumerate(pieces):
-            np.testing.assert_array_equal(parameter[layout.slice_in_parameter(span, rank)], piece)
-        assert [piece.size for piece in pieces] == layout.shard_sizes(span)
+        np.testing.assert_array_equal(np.concatenate(shards), parameter)
+        for rank, own_shard in enumerate(shards):
+            np.testing.assert_array_equal(
+                parameter[layout.slice_in_parameter(span, rank)], own_shard
+            )
+        assert [own_shard.size for own_shard in shards] == layout.shard_sizes(span)
 
 
 def test_the_picture_of_the_layout():
@@ -60,7 +62,7 @@ def test_the_pool_lends_one_memory_again_and_again():
 
 
 class Held(Module):
-    """Has one parameter, and whatever else it is given."""
+    """Holds one parameter, and further attributes as given."""
 
     def __init__(self, **parts):
         self.own = Parameter(np.ones(1))

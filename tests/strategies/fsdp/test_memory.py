@@ -1,4 +1,4 @@
-"""Memory of FSDP: pieces, and what a few units need; counted in bytes allocated.
+"""Memory of FSDP, counted in bytes allocated: shards and a few units.
 
 NumPy reports its allocations to tracemalloc, so these are exact counts of bytes, not timings.
 """
@@ -34,7 +34,7 @@ def step(model, optimizer):
 
 
 def warm_up(group):
-    """Make the passes once, so that what is imported and remembered then is not counted."""
+    """Make the passes once, so that imports and caches are not counted."""
     model = FSDP(Sequential(Linear(WIDTH, 1, rng=0)), group)
     step(model, SGD(model.parameters(), lr=0.0))
 
@@ -93,12 +93,12 @@ def measure(ranks, **options):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.usefixtures("traced")
-def test_full_shard_holds_pieces_and_a_few_units(ranks):
+def test_full_shard_holds_shards_and_a_few_units(ranks):
     making, training, evaluating = measure(ranks)
-    # Whole models become pieces, through the memory of one unit on rank 0.
+    # Whole models become shards, through the memory of one unit on rank 0.
     assert making.kept == pytest.approx((1 - ranks) * DEPTH + 1, abs=SLACK * ranks)
     assert making.rise <= 1 + ranks * MESSAGES
-    # Gradients in pieces stay, and the memory of three units: two of parameters, and one that
+    # Shards of the gradients stay, and the memory of three units: two of parameters, and one that
     # gradients are computed in. The next unit comes to where gradients have been sent from.
     held = DEPTH + ranks * 3
     assert training.kept <= held + SLACK * ranks
@@ -136,8 +136,8 @@ def test_pullbacks_hold_what_is_to_stay_and_dropped_ones_nothing(options, units)
         return held, again
 
     held, again = ferro.simulate(run, 2, timeout_s=10)[0]
-    # However many microbatches are in flight, each unit is there once on each rank: all, or those
-    # that stay beside those that are computed in turn. Making the model has left memory for one.
+    # However many microbatches are in flight, each rank holds each unit once: all units, or those
+    # that stay and those that compute in turn. Making the model has left the memory of one.
     assert held.kept == pytest.approx(2 * units - 1, abs=4 * SLACK)
     assert again.rise <= 2 * MESSAGES
 

@@ -1,4 +1,4 @@
-"""Mixed precision in FSDP: what is computed and sent in few bits, and kept in many."""
+"""Mixed precision in FSDP: computation and messages in half precision, shards in float32."""
 
 import math
 
@@ -10,13 +10,13 @@ from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import Module, Parameter, ReLU, Sequential, mse_loss
 from ferro_strategies.optim import SGD, LossScaler
 
-from .models import assert_same, batch, own_grads, shard, simulate, whole_grads
+from .models import assert_same, batch, gathered_grads, grads_of, shard, simulate
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 
 class Weigh(Module):
-    """y = x * weight + bias, elementwise: the same in every floating type."""
+    """Computes y = x * weight + bias elementwise, which rounds alike in every floating type."""
 
     def __init__(self, size, dtype, rng):
         self.weight = Parameter(rng.standard_normal(size).astype(dtype))
@@ -46,7 +46,7 @@ def backward(model, x, target, scale=None):
 
 @pytest.mark.parametrize("sharding", list(ShardingStrategy))
 @pytest.mark.parametrize("half", HALVES, ids=str)
-def test_the_computation_is_in_half_and_the_pieces_are_not(sharding, half):
+def test_the_computation_is_in_half_and_the_shards_are_not(sharding, half):
     seen = set()
 
     class Look(Module):
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_a_model_in_half(sharding, half):
         x, target = batch(0, np.float32)
         for _ in range(2):
             backward(model, x, target)
-        return whole_grads(model)
+        return gathered_grads(model)
 
     plain = build(half)
     for (_, ours), (_, theirs) in zip(
@@ -108,12 +108,12 @@ def test_gradients_are_those_of_a_model_in_half(sharding, half):
     x, target = batch(0, np.float32)
     backward(plain, x.astype(half), target)
     # Every rank has the same batch, so the mean in float32 is exact, and so is twice as much.
-    expected = {name: 2 * grad.astype(np.float32) for name, grad in own_grads(plain).items()}
+    expected = {name: 2 * grad.astype(np.float32) for name, grad in grads_of(plain).items()}
     for result in simulate(run, 4):
         assert_same(result, expected, rtol=0, atol=0)
 
 
-def test_the_reduction_is_in_the_type_told():
+def test_the_reduction_is_in_reduce_dtype():
     """bfloat16 rounds away what float16 keeps."""
 
     class Large(Module):
@@ -129,7 +129,7 @@ def test_the_reduction_is_in_the_type_told():
         model = shard(group, Large(), mixed_precision=precision)
         _, pullback = model.vjp(np.ones(1))
         pullback(np.ones(1, np.float16))
-        return whole_grads(model)["own"]
+        return gathered_grads(model)["own"]
 
     fine = simulate(lambda group: run(group, None), 2)
     coarse = simulate(lambda group: run(group, ml_dtypes.bfloat16), 2)
@@ -138,7 +138,7 @@ def test_the_reduction_is_in_the_type_told():
         np.testing.assert_array_equal(rounded, np.ones(3, np.float32))
 
 
-def test_inputs_are_left_alone_when_told_and_integers_always():
+def test_inputs_are_cast_unless_told_otherwise_and_integers_never():
     def run(group):
         precision = MixedPrecision(param_dtype=np.float16, cast_inputs=False)
         model = shard(group, build(), mixed_precision=precision)
@@ -153,7 +153,7 @@ def test_inputs_are_left_alone_when_told_and_integers_always():
     simulate(run, 1)
 
 
-def test_pieces_keep_what_half_precision_would_lose():
+def test_shards_keep_what_half_precision_would_lose():
     def run(group):
         precision = MixedPrecision(param_dtype=np.float16)
         model = shard(group, build(), mixed_precision=precision)
@@ -169,7 +169,7 @@ def test_pieces_keep_what_half_precision_would_lose():
 
 @pytest.mark.parametrize("sharding", list(ShardingStrategy))
 def test_training_with_a_loss_scaler(sharding):
-    """An overflow in one rank's piece makes all skip the step; then training goes on."""
+    """An overflow in one rank's shard makes all skip the step; then training goes on."""
 
     def run(group):
         precision = MixedPrecision(param_dtype=np.float16, output_dtype=np.float32)

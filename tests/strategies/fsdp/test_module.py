@@ -1,4 +1,4 @@
-"""FSDP trains like one process, parameter by parameter, and its parameters are pieces."""
+"""FSDP trains like one process, parameter by parameter, and its parameters are sharded."""
 
 import copy
 
@@ -24,9 +24,9 @@ from ferro_strategies.nn import (
 )
 from ferro_strategies.optim import SGD, AdamW
 
-from .models import CUT, assert_same, backward, batch, build, shard, simulate, train
+from .models import WITHOUT_REPLICAS, assert_same, backward, batch, build, shard, simulate, train
 
-EVERY = [(item, ranks) for item in CUT for ranks in (1, 2, 3, 4)]
+EVERY = [(item, ranks) for item in WITHOUT_REPLICAS for ranks in (1, 2, 3, 4)]
 EVERY += [(ShardingStrategy.HYBRID_SHARD, 2), (ShardingStrategy.HYBRID_SHARD, 4)]
 
 
@@ -56,7 +56,7 @@ def test_units_and_prefetching_change_nothing(units, prefetch):
         assert_same(result, train(build()))
 
 
-@pytest.mark.parametrize("sharding", CUT)
+@pytest.mark.parametrize("sharding", WITHOUT_REPLICAS)
 def test_more_ranks_than_elements(sharding):
     def tiny():
         return Sequential(
@@ -88,11 +88,11 @@ def test_values_are_those_of_rank_0():
 
 
 @pytest.mark.parametrize("sharding", list(ShardingStrategy))
-def test_parameters_are_pieces_outside_passes_and_whole_inside(sharding):
+def test_parameters_are_sharded_outside_passes_and_whole_inside(sharding):
     seen = []
 
     class Look(Module):
-        """Writes down shapes when it computes."""
+        """Records the shapes of its parameters when it computes."""
 
         def __init__(self):
             self.inner = Linear(3, 3, dtype=np.float64, rng=1)
@@ -149,8 +149,8 @@ def test_an_optimizer_may_be_made_before():
         assert_same(result, train(build()))
 
 
-@pytest.mark.parametrize("sharding", CUT)
-def test_evaluation_gathers_and_leaves_pieces(sharding):
+@pytest.mark.parametrize("sharding", WITHOUT_REPLICAS)
+def test_evaluation_gathers_and_frees(sharding):
     def run(group):
         model = shard(group, sharding=sharding)
         x, _ = batch(0)
@@ -197,7 +197,7 @@ def test_models_that_differ_are_named_on_every_rank(ranks):
 
 def test_options_that_differ_are_named():
     def run(group):
-        sharding = CUT[group.rank]
+        sharding = WITHOUT_REPLICAS[group.rank]
         with pytest.raises(ferro.UsageError, match="rank 1 has the option sharding=shard_grad_op"):
             FSDP(build(), group, sharding=sharding)
 
@@ -285,7 +285,7 @@ def test_a_pullback_runs_once():
     simulate(run, 1)
 
 
-def test_splits_name_the_group_of_the_pieces():
+def test_splits_name_the_shard_group():
     def run(group):
         model = shard(group, sharding=ShardingStrategy.HYBRID_SHARD)
         (split,) = next(model.parameters()).splits
@@ -319,7 +319,7 @@ def test_offloading_changes_nothing_for_numpy():
 
 @pytest.mark.parametrize("turned", ["row", "column"])
 def test_rows_and_columns_in_different_orders_are_told(turned):
-    """Ranks of one column would have different pieces, or those of one row share out alone."""
+    """Ranks of one column would have different shards, or one row would scatter by itself."""
 
     def run(group):
         row, column = divmod(group.rank, 2)
@@ -334,7 +334,7 @@ def test_rows_and_columns_in_different_orders_are_told(turned):
     simulate(run, 4)
 
 
-def test_a_model_in_pieces_prints_as_the_whole_does():
+def test_a_sharded_model_prints_as_the_serial_one_does():
     def make():
         return Sequential(
             *(Embedding(5, 4), Attention(4, 2), LayerNorm(4), Residual(Linear(4, 4))),

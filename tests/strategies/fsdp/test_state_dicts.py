@@ -1,4 +1,4 @@
-"""State dicts of FSDP: whole and in pieces, of model and optimizer, to and from others."""
+"""State dicts of FSDP, full and sharded, of model and optimizer."""
 
 import numpy as np
 import pytest
@@ -48,30 +48,34 @@ def test_a_whole_state_fits_with_and_without_fsdp(sharding):
 
 
 @pytest.mark.parametrize("sharding", EVERY)
-def test_pieces_are_restored(sharding):
+def test_shards_are_restored(sharding):
     def run(group):
         model = shard(group, normed(), sharding=sharding)
-        pieces = model.sharded_state_dict()
+        shards = model.sharded_state_dict()
         whole = model.full_state_dict()
-        assert pieces.keys() == whole.keys()
-        for name, piece in pieces.items():
-            if isinstance(piece, FlatShard):
+        assert shards.keys() == whole.keys()
+        for name, own_shard in shards.items():
+            if isinstance(own_shard, FlatShard):
                 flat = whole[name].reshape(-1)
-                assert piece.shape == whole[name].shape
-                end = piece.start + piece.data.size
-                np.testing.assert_array_equal(piece.data, flat[piece.start : end])
+                assert own_shard.shape == whole[name].shape
+                end = own_shard.start + own_shard.data.size
+                np.testing.assert_array_equal(own_shard.data, flat[own_shard.start : end])
             else:
                 assert "running" in name or "tracked" in name
         other = shard(group, blank(), sharding=sharding)
-        other.load_sharded_state_dict(pieces)
+        other.load_sharded_state_dict(shards)
         assert_same(other.state_dict(), whole, rtol=0, atol=0)
-        return {name: piece for name, piece in pieces.items() if isinstance(piece, FlatShard)}
+        return {
+            name: own_shard
+            for name, own_shard in shards.items()
+            if isinstance(own_shard, FlatShard)
+        }
 
     results = simulate(run, 4)
     if sharding not in (ShardingStrategy.NO_SHARD, ShardingStrategy.HYBRID_SHARD):
         for name, value in build().state_dict().items():
-            pieces = [result[name].data for result in results]
-            np.testing.assert_array_equal(np.concatenate(pieces), value.reshape(-1))
+            shards = [result[name].data for result in results]
+            np.testing.assert_array_equal(np.concatenate(shards), value.reshape(-1))
 
 
 def trained(model, optimizer):
@@ -116,7 +120,7 @@ def test_training_goes_on_elsewhere_as_it_would_have_here(sharding, others):
 
 
 @pytest.mark.parametrize("sharding", EVERY)
-def test_pieces_of_the_optimizers_state_are_restored(sharding):
+def test_shards_of_the_optimizers_state_are_restored(sharding):
     def run(group):
         model = shard(group, sharding=sharding)
         optimizer = AdamW(model.parameters(), lr=0.05)
@@ -135,7 +139,7 @@ def test_pieces_of_the_optimizers_state_are_restored(sharding):
         assert int(result["layers.0.weight.t"]) == 3
 
 
-def test_what_has_no_state_yet_is_left_out():
+def test_parameters_without_state_are_left_out():
     def run(group):
         model = shard(group)
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -150,7 +154,7 @@ def test_what_has_no_state_yet_is_left_out():
 
 
 def test_parameters_and_state_of_one_element():
-    """A piece of one element is not taken for state that belongs to the whole parameter."""
+    """A shard of one element is not taken for state that belongs to the whole parameter."""
 
     def run(group):
         model = shard(group, Sequential(Scale(2.0)))
@@ -203,11 +207,11 @@ def test_nothing_is_loaded_when_a_whole_state_does_not_fit_on_one_rank():
     simulate(run, 3)
 
 
-def test_nothing_is_loaded_when_pieces_do_not_fit():
-    def pieces(group):
+def test_nothing_is_loaded_when_shards_do_not_fit():
+    def shards(group):
         return shard(group, normed()).sharded_state_dict()
 
-    of_two = simulate(pieces, 2)[0]
+    of_two = simulate(shards, 2)[0]
 
     def run(group):
         model = shard(group, normed())
@@ -229,7 +233,7 @@ def test_nothing_is_loaded_when_the_optimizers_state_does_not_fit_on_one_rank():
         train(model, group.rank, 2, optimizer=optimizer)
         kept = [array for arrays in optimizer.state for array in arrays.values()]
         whole = model.full_optimizer_state_dict(optimizer)
-        pieces = model.sharded_optimizer_state_dict(optimizer)
+        shards = model.sharded_optimizer_state_dict(optimizer)
 
         def load(change):
             state = whole if group.rank == 0 else change(dict(whole))
@@ -247,11 +251,11 @@ def test_nothing_is_loaded_when_the_optimizers_state_does_not_fit_on_one_rank():
         refused(load(lambda state: state | wrong), "expected a NumPy or CuPy", *kept)
         assert optimizer.state[0]["m"] is kept[0]
 
-        def load_pieces(change):
-            return lambda: model.load_sharded_optimizer_state_dict(optimizer, pieces | change)
+        def load_shards(change):
+            return lambda: model.load_sharded_optimizer_state_dict(optimizer, shards | change)
 
-        refused(load_pieces({"layers.0.bias.m": np.ones(7)}), "given a ndarray", *kept)
-        refused(load_pieces({"layers.0.bias.t": pieces["layers.0.bias.m"]}), "one piece", *kept)
+        refused(load_shards({"layers.0.bias.m": np.ones(7)}), "given a ndarray", *kept)
+        refused(load_shards({"layers.0.bias.t": shards["layers.0.bias.m"]}), "one piece", *kept)
         other = AdamW(Linear(1, 1).parameters())
         with pytest.raises(ferro.UsageError, match="none of this module"):
             model.full_optimizer_state_dict(other)

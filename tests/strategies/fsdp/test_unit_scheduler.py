@@ -1,4 +1,4 @@
-"""FSDP communicates while it computes: units wait, in their computation, for what comes next."""
+"""The unit scheduler communicates while units compute, in the order that its table shows."""
 
 import threading
 
@@ -85,7 +85,7 @@ def test_the_next_unit_is_gathered_and_the_last_reduced_while_one_computes(shard
 
 
 def operations(group, calls, model, *, steps=2):
-    """What a model's passes do, step by step; on one rank."""
+    """List the operations of a model's passes, step by step; on one rank."""
     group.barrier()
     found = []
     for _ in range(steps):
@@ -123,7 +123,7 @@ def test_the_order_of_operations(options, backward):
 
 
 def test_units_inside_checkpoint_are_gathered_again_and_ahead():
-    """Nothing stays of them: the first pullback shows that, and the second expects it."""
+    """They do not stay between the halves; the scheduler learns that from the first pullback."""
     calls = Calls()
 
     def run(group):

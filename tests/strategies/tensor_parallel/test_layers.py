@@ -62,7 +62,7 @@ def test_one_seed_gives_the_values_of_the_serial_layer(ranks, serial, direct, co
                 np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
-def test_pieces_say_how_they_are_cut_and_the_serial_layer_is_left_alone():
+def test_splits_tell_how_shards_were_made_and_the_serial_layer_is_not_changed():
     def run(group):
         whole = nn.Linear(4, 5, rng=0).eval()
         whole.bias.requires_grad = False

@@ -65,7 +65,7 @@ def test_embedding_and_unembedding_share_one_table(ranks, sequence_parallel, def
 
 @RANKS
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_a_pair_that_shares_its_table_does_so_in_pieces(ranks, sequence_parallel):
+def test_tied_layers_share_the_sharded_table(ranks, sequence_parallel):
     indices = np.random.default_rng(1).integers(0, 7, (2, 5))
 
     def serial():

@@ -62,11 +62,11 @@ REFUSED = {
         ),
         r"parameter 'query.weight' of Attention.* is in pieces already",
     ),
-    "gathered and cut": (
+    "gathered and sequence parallel": (
         lambda group: COLUMN(4, 4, group, gather_output=True, sequence_parallel=True),
         "gather_output makes whole sequences",
     ),
-    "whole and cut": (
+    "whole inputs and sequence parallel": (
         lambda group: tp.RowParallelLinear(
             4, 4, group, input_is_parallel=False, sequence_parallel=True
         ),
@@ -150,7 +150,7 @@ REFUSED = {
         lambda group: tp.parallelize(tied_model(), group, {"layers.1": COLUMN.from_serial}),
         "'layers.1' and 'layers.0' share parameter 'weight'.*ParallelUnembedding",
     ),
-    "tied and cut differently": (
+    "tied and sharded differently": (
         lambda group: tp.parallelize(
             tied_model(),
             group,

@@ -12,33 +12,33 @@ from .models import RANKS, floats, simulate
 REGIONS = {
     "CopyIn": (tp.CopyIn, "own", "sum"),
     "ReduceOut": (tp.ReduceOut, "sum", "own"),
-    "GatherIn": (tp.GatherIn, "gather", "sum and cut"),
-    "ScatterOut": (tp.ScatterOut, "sum and cut", "gather"),
-    "SplitIn": (tp.SplitIn, "cut", "gather"),
-    "GatherOut": (tp.GatherOut, "gather", "cut"),
+    "GatherIn": (tp.GatherIn, "gather", "sum and split"),
+    "ScatterOut": (tp.ScatterOut, "sum and split", "gather"),
+    "SplitIn": (tp.SplitIn, "split", "gather"),
+    "GatherOut": (tp.GatherOut, "gather", "split"),
 }
 
 
 def move(how, arrays, rank, dim):
-    """Return what a rank should get of all ranks' arrays."""
+    """Compute the array that a rank should get, from all ranks' arrays."""
     if how == "own":
         return arrays[rank]
     if how == "gather":
         return np.concatenate(arrays, axis=dim)
-    whole = arrays[rank] if how == "cut" else sum(arrays)
+    whole = arrays[rank] if how == "split" else sum(arrays)
     return whole if how == "sum" else np.array_split(whole, len(arrays), axis=dim)[rank]
 
 
 @RANKS
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize(("kind", "forward", "backward"), REGIONS.values(), ids=REGIONS)
-def test_regions_move_what_their_table_says(ranks, dim, kind, forward, backward):
+def test_regions_communicate_as_their_table_says(ranks, dim, kind, forward, backward):
     if kind in (tp.CopyIn, tp.ReduceOut):
         make, sizes = kind, [5] * ranks
     else:
         make = partial(kind, dim=dim)
-        pieces = [len(piece) for piece in np.array_split(np.empty(5), ranks)]
-        sizes = pieces if forward == "gather" else [5] * ranks
+        shards = [len(own_shard) for own_shard in np.array_split(np.empty(5), ranks)]
+        sizes = shards if forward == "gather" else [5] * ranks
 
     def shaped(sizes, seed):
         arrays = []

@@ -12,7 +12,7 @@ from ferro_strategies import tensor_parallel as tp
 from .models import F64, simulate
 
 
-def test_a_model_in_pieces_of_pieces_loads_the_whole_state():
+def test_a_model_sharded_twice_loads_the_whole_state():
     def model(group):
         return tp.parallelize(
             nn.Sequential(nn.Linear(4, 5, dtype=F64, rng=0), nn.LayerNorm(5, dtype=F64)),
@@ -34,38 +34,38 @@ def test_a_model_in_pieces_of_pieces_loads_the_whole_state():
     assert simulate(run, 4) == [(4, 5)] * 4
 
 
-def test_pieces_of_a_sharded_model_come_from_its_own_state():
+def test_a_model_sharded_by_fsdp_needs_its_local_state():
     whole = nn.Linear(4, 5, dtype=F64, rng=0)
 
     def run(group):
         layer = tp.ColumnParallelLinear.from_serial(whole, group)
-        pieces = layer.state_dict()
+        shards = layer.state_dict()
         layer.weight.splits += (nn.Split(group=group, dim=None),)
         with pytest.raises(ferro.UsageError, match=r"'weight' is also cut as one flat row.*local"):
             tp.full_state_dict(layer)
         with pytest.raises(ferro.UsageError, match=r"Pass local=.*FSDP.*full_state_dict\(\)"):
             tp.load_full_state_dict(layer, whole.state_dict())
         with pytest.raises(ferro.UsageError, match="local state lacks parameter 'bias'"):
-            tp.full_state_dict(layer, {"weight": pieces["weight"]})
-        full = tp.full_state_dict(layer, pieces)
-        local = tp.local_state_dict(layer, full, pieces)
-        for name, piece in pieces.items():
-            np.testing.assert_array_equal(local[name], piece)
+            tp.full_state_dict(layer, {"weight": shards["weight"]})
+        full = tp.full_state_dict(layer, shards)
+        local = tp.local_state_dict(layer, full, shards)
+        for name, own_shard in shards.items():
+            np.testing.assert_array_equal(local[name], own_shard)
         return full
 
     for full in simulate(run, 2):
         np.testing.assert_array_equal(full["weight"], whole.weight.data)
 
 
-def test_a_parameter_cut_by_two_groups_is_put_together():
+def test_a_parameter_sharded_over_two_groups_is_gathered():
     whole = nn.Linear(6, 5, dtype=F64, rng=0)
 
     def run(group):
         outer, inner = group.split(group.rank % 2), group.split(group.rank // 2)
         layer = tp.ColumnParallelLinear.from_serial(whole, outer)
         for parameter, dim in ((layer.weight, 0), (layer.bias, 0)):
-            piece = np.array_split(parameter.data, 2, axis=dim)[inner.rank]
-            parameter.hold(piece.copy(), grad=None, grad_memory=None)
+            own_shard = np.array_split(parameter.data, 2, axis=dim)[inner.rank]
+            parameter.hold(own_shard.copy(), grad=None, grad_memory=None)
             parameter.splits += (nn.Split(group=inner, dim=dim),)
         own, full = layer.state_dict(), tp.full_state_dict(layer)
         tp.load_full_state_dict(layer, full)

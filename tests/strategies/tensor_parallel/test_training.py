@@ -1,6 +1,6 @@
 """Tensor and sequence parallel: a transformer equal to the serial one, gradient by gradient.
 
-Vocabulary, hidden size, heads and sequences do not divide by 3 and 4 ranks: pieces are uneven.
+Vocabulary, hidden size, heads and sequences do not divide by 3 and 4 ranks: shards are uneven.
 The real-process tests run the same functions over gloo.
 """
 
@@ -86,7 +86,7 @@ def assert_close(mine, theirs):
 
 
 def pass_of(group, length, sequence_parallel, checkpoint, count):
-    """Run one pass; return all logits, loss, whole gradients, and those that all ranks have."""
+    """Run one pass; return all logits, loss, full gradients, and those of unsharded parameters."""
     model = parallel_model(group, sequence_parallel=sequence_parallel, checkpoint=checkpoint)
     indices, labels = batch(length, count=count)
     logits, pullback = model.vjp(indices)
