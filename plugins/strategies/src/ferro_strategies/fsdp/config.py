@@ -20,7 +20,7 @@ _BROADCAST_BYTES = 1 << 20
 
 
 class ShardingStrategy(StrEnum):
-    """What FSDP shards. "Unsharded" is one unit at a time, and only during passes.
+    """The extent of sharding. "Unsharded in a half" means one unit at a time, while it computes.
 
     | strategy        | parameters               | gradients           | optimizer | sent per step |
     |-----------------|--------------------------|---------------------|-----------|---------------|

@@ -248,7 +248,7 @@ class FlatParameter:
 
 
 class _ShardedState:
-    """What the parameters had before they became whole, to be restored afterwards."""
+    """The gradients and queues of sharded parameters, saved while the parameters are whole."""
 
     def __init__(self, parameters: Sequence[Parameter], *, backward: bool) -> None:
         self.backward = backward

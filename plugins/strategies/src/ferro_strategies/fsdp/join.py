@@ -152,7 +152,7 @@ class FSDPJoin:
         note[_NUMBER_BYTES : _NUMBER_BYTES + len(flags)] = flags
         self._roll.announce(1 + operation * self._num_indices + index, note)
 
-    # -- what ranks without batches do -----------------------------------------------------------
+    # -- operations of ranks without batches ------------------------------------------------------
 
     def finish(self, config: FSDPConfig, buffers: Iterable[Array]) -> None:
         """Shadow the active ranks; then copy the buffers of one that was last.
