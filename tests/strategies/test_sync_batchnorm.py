@@ -253,7 +253,7 @@ def test_each_kind_takes_its_shapes_only(kind, shape, takes):
 
 
 class Holder(Module):
-    """Norms in a list, a dict, and one of them twice."""
+    """A module with norms in a list and a dict, one of them twice."""
 
     def __init__(self):
         shared = BatchNorm(2)

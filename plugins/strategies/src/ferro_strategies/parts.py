@@ -1,10 +1,10 @@
-"""Parts: how many rows each rank gets of so many."""
+"""Divide a number of rows among ranks as evenly as possible."""
 
 from __future__ import annotations
 
 
 def even_sizes(total: int, parts: int) -> tuple[int, ...]:
-    """Cut `total` as numpy.array_split does: the first parts have one more.
+    """Divide `total` as numpy.array_split does: the first parts get one more than the others.
 
     even_sizes(7, 3) == (3, 2, 2)
     """

@@ -1,4 +1,4 @@
-"""Replicas: that all ranks have the same model, and the same values in it."""
+"""Replicas: check that all ranks built the same model, and give them the same values."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ def check_same(
     """Compare names, shapes and dtypes of the model, and the options, over all ranks.
 
     Raises:
-        UsageError: they differ, or a parameter is in pieces over some of these ranks, which then
-            have different ones; raised on every rank, with the first fault.
+        UsageError: models or options differ, or a parameter is split over ranks of the group,
+            which therefore hold different values; raised on every rank, with the first fault.
     """
-    mine = [f"the option {name}={value}" for name, value in options.items()]
-    mine += [
+    own_lines = [f"the option {name}={value}" for name, value in options.items()]
+    own_lines += [
         f"parameter {name!r}, {parameter.data.dtype} {parameter.data.shape}"
         + ("" if parameter.requires_grad else ", frozen")
         for name, parameter in module.named_parameters()
     ]
-    mine += [
+    own_lines += [
         f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}"
         for name, buffer in module.named_buffers()
     ]
-    told: list[tuple[list[str], list[str]]] = group.all_gather_object((_torn(module, group), mine))
-    for torn, _ in told:
-        if torn:
+    gathered: list[tuple[list[str], list[str]]] = group.all_gather_object(
+        (_split_over(module, group), own_lines)
+    )
+    for split, _ in gathered:
+        if split:
             raise UsageError(
-                f"{strategy} on group {group.name!r}: parameter {torn[0]!r} is in pieces over "
+                f"{strategy} on group {group.name!r}: parameter {split[0]!r} is in pieces over "
                 "ranks of this group, so each has another piece, not a replica. Take another axis "
                 'of the mesh: DDP(model, mesh["dp"]). Nothing was changed.',
                 group=group.name,
                 rank=group.rank,
             )
-    everyones = [lines for _, lines in told]
-    longest = max(len(lines) for lines in everyones)
+    by_rank = [lines for _, lines in gathered]
+    longest = max(len(lines) for lines in by_rank)
     for position in range(longest):
-        said = [lines[position] if position < len(lines) else "nothing more" for lines in everyones]
-        for rank, line in enumerate(said):
-            if line != said[0]:
+        found = [lines[position] if position < len(lines) else "nothing more" for lines in by_rank]
+        for rank, line in enumerate(found):
+            if line != found[0]:
                 raise UsageError(
                     f"{strategy} on group {group.name!r}: the models differ: where rank 0 has "
-                    f"{said[0]}, rank {rank} has {line}. Build the same model, with the same "
+                    f"{found[0]}, rank {rank} has {line}. Build the same model, with the same "
                     "options, on every rank. Nothing was changed.",
                     group=group.name,
                     rank=group.rank,
@@ -60,21 +62,21 @@ def broadcast_arrays(
 ) -> None:
     """Give every rank the root's values, in place.
 
-    Small arrays travel together, through memory of at most `chunk_bytes`; larger ones alone,
-    through none.
+    Small arrays are sent together through a buffer of at most `chunk_bytes`; a larger array is sent
+    alone, without a buffer.
     """
-    together: list[Array] = []
+    chunk: list[Array] = []
     filled = 0
     for array in arrays:
-        if together and filled + array.nbytes > chunk_bytes:
-            _broadcast_together(group, together, root)
-            together, filled = [], 0
-        together.append(array)
+        if chunk and filled + array.nbytes > chunk_bytes:
+            _broadcast_coalesced(group, chunk, root)
+            chunk, filled = [], 0
+        chunk.append(array)
         filled += array.nbytes
-    _broadcast_together(group, together, root)
+    _broadcast_coalesced(group, chunk, root)
 
 
-def _broadcast_together(group: ProcessGroup, arrays: list[Array], root: int) -> None:
+def _broadcast_coalesced(group: ProcessGroup, arrays: list[Array], root: int) -> None:
     if len(arrays) == 1:
         group.broadcast(arrays[0], root, out=arrays[0])
         return
@@ -83,8 +85,8 @@ def _broadcast_together(group: ProcessGroup, arrays: list[Array], root: int) -> 
             calls.broadcast(array, root, out=array)
 
 
-def _torn(module: Module, group: ProcessGroup) -> list[str]:
-    """Name the parameters of which another rank of the group has another piece."""
+def _split_over(module: Module, group: ProcessGroup) -> list[str]:
+    """List the parameters of which another rank of the group holds another piece."""
     others = {*group.global_ranks} - {group.global_ranks[group.rank]}
     return [
         name

@@ -1,4 +1,4 @@
-"""ShardedSampler: which items of a data set each rank trains on."""
+"""ShardedSampler: choose the items of a data set on which each rank trains."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ferro import ProcessGroup, UsageError
 
 
 class ShardedSampler:
-    """Deals the indices of a data set out to the ranks like cards: rank r gets r, r + n, and so on.
+    """Divide the indices of a data set among n ranks: rank r gets every n-th one, from the r-th on.
 
     All ranks shuffle alike, so the ranks' shares are disjoint and together complete. The first b
     items of all ranks are the first n * b of the shuffled data set, so that the ranks' batches of
     size b together are the batches of size n * b that one process would make.
 
-    Where `length` is no multiple of the number of ranks n, by default the first ranks get one
-    item more: nothing is lost or repeated, and the ranks' numbers of batches may differ by one
-    (see `DDP.join`). `drop_last` and `pad` give every rank as many.
+    Where `length` is no multiple of n, by default the first ranks get one item more: no item is
+    lost or repeated, and the ranks' numbers of batches may differ by one (see `DDP.join`). With
+    `drop_last` or `pad` every rank gets the same number of items.
 
     Args:
         length: items in the data set.
         group: the ranks, or (rank, world_size).
-        shuffle: deal in random order; else in order.
-        seed: of the shuffling, the same on every rank.
+        shuffle: whether the order is random.
+        seed: seed of the random order, the same on every rank.
         drop_last: leave the last `length % n` items out of the epoch.
         pad: repeat the first items at the end.
     """
@@ -59,30 +59,30 @@ class ShardedSampler:
         self.epoch = 0
         rest = length % self.world_size
         if drop_last:
-            self._dealt = length - rest
+            self._used = length - rest
         elif pad and rest:
-            self._dealt = length + self.world_size - rest
+            self._used = length + self.world_size - rest
         else:
-            self._dealt = length
+            self._used = length
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew; call it on every rank before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(range(self.rank, self._dealt, self.world_size))
+        return len(range(self.rank, self._used, self.world_size))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices().tolist())
 
     def indices(self) -> npt.NDArray[np.int64]:
-        """Return this rank's indices of this epoch, shape (len(self),)."""
+        """Compute this rank's indices of this epoch, of shape (len(self),)."""
         order = np.arange(self.length)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        # np.resize repeats from the start, and so pads; with nothing to repeat it is not called.
-        dealt = np.resize(order, self._dealt) if self._dealt else order[:0]
-        return dealt[self.rank :: self.world_size]
+        # np.resize pads by repeating from the start; an empty array has nothing to repeat.
+        used = np.resize(order, self._used) if self._used else order[:0]
+        return used[self.rank :: self.world_size]
 
     def batches(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
         """Yield this rank's indices in batches of `batch_size`; the last may be smaller.

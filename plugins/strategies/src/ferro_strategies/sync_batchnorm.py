@@ -1,4 +1,4 @@
-"""SyncBatchNorm: BatchNorm whose batch is that of all ranks together."""
+"""SyncBatchNorm: BatchNorm with the statistics of the batches of all ranks together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import numpy.typing as npt
 from ferro import ProcessGroup
 
 from .nn.arrays import Array, namespace_of
-from .nn.batchnorm import BatchNorm
+from .nn.batchnorm import BatchNorm, Moments, merge_moments
 from .nn.checks import check_dtype, check_input
 from .nn.module import Module, replace_modules
-from .nn.moments import Moments, merge
 
 
 class SyncBatchNorm(BatchNorm):
@@ -30,14 +29,14 @@ class SyncBatchNorm(BatchNorm):
     over its own batch, and batches are of one size. With others, weight each rank's loss by its
     share of rows times the number of ranks.
 
-    Together with DDP: the running statistics are the same on all ranks in any case, so
-    `broadcast_buffers=False` saves messages. Ranks that left `DDP.join` take no part in these
-    messages: let them pass empty batches instead. With `find_unused`, give a group of its own
-    (`group.split(0)`), for gradients then go out at other times on each rank.
+    Under DDP the running statistics are the same on all ranks, so `broadcast_buffers=False` saves
+    messages. Ranks that left `DDP.join` take no part in the messages of this layer: let them pass
+    empty batches instead. With `find_unused`, give the layer a group of its own
+    (`group.split(0)`), because ranks then send their gradients at different times.
 
     Args:
         num_features: channels, C.
-        group: the ranks whose batches make one.
+        group: the ranks whose batches are normalised together.
         eps: added to the variance.
         momentum: weight of a new batch; None: running statistics are the average of all batches.
         affine: whether there are weight and bias.
@@ -51,8 +50,8 @@ class SyncBatchNorm(BatchNorm):
         num_batches_tracked: buffer, 0-d int64.
     """
 
-    # Shapes that it takes, for people, and how many dimensions these have; any when ().
-    _takes: ClassVar[str] = "(N, {c}) or (N, {c}, ...)"
+    # The shapes of input that messages name, and their numbers of dimensions; () allows any.
+    _input_shapes: ClassVar[str] = "(N, {c}) or (N, {c}, ...)"
     _ndims: ClassVar[tuple[int, ...]] = ()
 
     def __init__(
@@ -75,7 +74,7 @@ class SyncBatchNorm(BatchNorm):
         row[0, 1 : 1 + c] = own.mean
         row[0, 1 + c :] = own.m2
         rows = self._group.all_gather(row)
-        return merge(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
+        return merge_moments(rows[:, 0], rows[:, 1 : 1 + c], rows[:, 1 + c :])
 
     def _sum_over_batch(self, sums: Array) -> Array:
         total: Array = self._group.all_reduce(sums.astype(np.float64))
@@ -85,27 +84,27 @@ class SyncBatchNorm(BatchNorm):
         check_dtype(self, x, self.running_mean.data.dtype)
         fits = x.ndim in self._ndims if self._ndims else x.ndim >= 2
         fits = fits and x.shape[1] == self.num_features
-        check_input(self, x, self._takes.format(c=self.num_features), fits=fits)
+        check_input(self, x, self._input_shapes.format(c=self.num_features), fits=fits)
 
 
 class SyncBatchNorm1d(SyncBatchNorm):
     """`SyncBatchNorm` of (N, C) or (N, C, L)."""
 
-    _takes = "(N, {c}) or (N, {c}, L)"
+    _input_shapes = "(N, {c}) or (N, {c}, L)"
     _ndims = (2, 3)
 
 
 class SyncBatchNorm2d(SyncBatchNorm):
     """`SyncBatchNorm` of (N, C, H, W)."""
 
-    _takes = "(N, {c}, H, W)"
+    _input_shapes = "(N, {c}, H, W)"
     _ndims = (4,)
 
 
 class SyncBatchNorm3d(SyncBatchNorm):
     """`SyncBatchNorm` of (N, C, D, H, W)."""
 
-    _takes = "(N, {c}, D, H, W)"
+    _input_shapes = "(N, {c}, D, H, W)"
     _ndims = (5,)
 
 
@@ -113,13 +112,13 @@ def convert_sync_batchnorm(module: Module, group: ProcessGroup) -> Module:
     """Put a SyncBatchNorm in the place of every `nn.BatchNorm`; return the root.
 
     Parameters and buffers are the same objects afterwards, with the same names, so optimizers
-    and saved states fit as before. `module` is changed in place; when it is a BatchNorm itself,
-    what is returned is another one.
+    and saved states fit as before. `module` is changed in place; a `module` that is a BatchNorm
+    itself stays as it is, and the SyncBatchNorm that replaces it is returned.
 
     Args:
         module: the model, before or after it is wrapped in a strategy; classes derived from
             BatchNorm are left as they are.
-        group: the ranks whose batches make one.
+        group: the ranks whose batches are normalised together.
     """
 
     def convert(_name: str, found: Module) -> Module:

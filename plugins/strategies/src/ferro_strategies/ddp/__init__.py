@@ -1,7 +1,6 @@
 """Distributed data parallel training: one model on every rank, gradients averaged."""
 
-from .bucket import GradBucket, Hook, Pending
+from .bucket import GradBucket, Hook, Pending, plan_buckets
 from .module import DDP
-from .plan import plan_buckets
 
 __all__ = ["DDP", "GradBucket", "Hook", "Pending", "plan_buckets"]

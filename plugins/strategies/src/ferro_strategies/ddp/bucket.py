@@ -1,9 +1,9 @@
-"""Buckets: the memory where gradients are kept and reduced, and what a hook sees of it."""
+"""Buckets: the memory that holds gradients while they are summed up, reduced and used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -11,17 +11,16 @@ from ferro import ProcessGroup
 
 from ..nn.arrays import Array, namespace_of
 from ..nn.parameter import Parameter
-from .plan import plan_buckets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradBucket:
-    """Gradients that are complete, as a communication hook gets them.
+    """Complete gradients, as a communication hook gets them.
 
     Attributes:
-        index: number of the bucket, the same on every rank; buckets are handed over in order.
-        buffer: (elements,), all gradients one after the other; reduce it in place.
-        grads: the same memory, in the shapes of the parameters.
+        index: number of the bucket, the same on every rank; hooks get the buckets in this order.
+        buffer: (elements,), all gradients one after the other; the hook reduces it in place.
+        grads: views of `buffer` in the shapes of the parameters.
         names: qualified names of the parameters.
     """
 
@@ -32,34 +31,35 @@ class GradBucket:
 
 
 class Pending(Protocol):
-    """Something under way, such as a `ferro.Work`."""
+    """An operation that is under way, such as a `ferro.Work`."""
 
     def wait(self) -> object:
-        """Return when it has ended, or raise its error."""
+        """Wait for the end of the operation; raises its error."""
 
 
-# Starts to average a bucket over the group. When `wait()` of what it returns has returned,
-# `bucket.buffer` must hold the mean, the same on every rank. Every rank calls it with the same
-# buckets in the same order, and waits in that order too, so both halves may use collectives.
+# A hook starts to average a bucket over the group, and returns an operation to wait for. When its
+# `wait()` returns, `bucket.buffer` must hold the mean, the same on every rank. Every rank calls
+# the hook with the same buckets in the same order, and also waits in that order, so both the
+# hook and `wait()` may use collectives.
 Hook: TypeAlias = Callable[[GradBucket, ProcessGroup], Pending]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """A bucket as its owner sees it.
+    """A bucket as the reducer uses it.
 
     Attributes:
-        members: the parameters.
-        content: their gradients.
-        memory: what travels. In the last bucket one element follows the gradients: the flag,
-            by which a rank tells the others that it lacks gradients (see `reducer`).
+        parameters: the parameters whose gradients are in the bucket.
+        gradients: the gradients, as a hook gets them.
+        memory: the array that is sent. In the last bucket one element follows the gradients: the
+            flag by which a rank tells the others that it lacks gradients (see `reducer`).
 
             | gradient | gradient | … | gradient | flag |
             |--------------- buffer -------------|
     """
 
-    members: tuple[Parameter, ...]
-    content: GradBucket
+    parameters: tuple[Parameter, ...]
+    gradients: GradBucket
     memory: Array
 
 
@@ -70,36 +70,36 @@ def make_buckets(
     first_bucket_bytes: int,
     bucket_bytes: int,
 ) -> list[Bucket]:
-    """Allocate buckets, and let the parameters keep their gradients in them."""
-    names, members = list(parameters), list(parameters.values())
+    """Allocate buckets, and place the gradients of the parameters in them."""
+    names, held = list(parameters), list(parameters.values())
     plan = plan_buckets(
-        [member.data.nbytes for member in members],
-        [member.data.dtype.name for member in members],
+        [item.data.nbytes for item in held],
+        [item.data.dtype.name for item in held],
         first_bucket_bytes=first_bucket_bytes,
         bucket_bytes=bucket_bytes,
     )
     buckets = []
     for index, chosen in enumerate(plan):
         flag = 1 if index == len(plan) - 1 else 0
-        inside = tuple(members[number] for number in chosen)
+        inside = tuple(held[number] for number in chosen)
         size = sum(member.data.size for member in inside)
         memory = _allocate(group, size + flag, inside[0].data)
         buffer = memory[:size]
         grads = _cut(buffer, [member.data.shape for member in inside])
         for member, grad in zip(inside, grads, strict=True):
             member.set_grad_memory(grad)
-        content = GradBucket(
+        gradients = GradBucket(
             index=index,
             buffer=buffer,
             grads=grads,
             names=tuple(names[number] for number in chosen),
         )
-        buckets.append(Bucket(members=inside, content=content, memory=memory))
+        buckets.append(Bucket(parameters=inside, gradients=gradients, memory=memory))
     return buckets
 
 
 def _allocate(group: ProcessGroup, size: int, like: Array) -> Array:
-    """Return the backend's fastest memory, unless that is on another device than `like`."""
+    """Allocate the memory that the backend sends fastest, on the device of `like`."""
     memory: Array = group.empty(size, like.dtype)
     xp = namespace_of(like)
     if namespace_of(memory) is not xp:
@@ -114,3 +114,40 @@ def _cut(buffer: Array, shapes: list[tuple[int, ...]]) -> tuple[Array, ...]:
         pieces.append(buffer[start:end].reshape(shape))
         start = end
     return tuple(pieces)
+
+
+def plan_buckets(
+    sizes: Sequence[int], kinds: Sequence[str], *, first_bucket_bytes: int, bucket_bytes: int
+) -> list[list[int]]:
+    """Put gradients into buckets, in the order in which a backward pass should complete them.
+
+    A backward pass completes gradients roughly in reverse order of definition, so buckets are
+    filled in that order. The first is small, so that communication starts early; the others are
+    large, so that it is efficient. For sizes 2 3 3 9 1 1, caps of 2 and 6:
+
+        parameter      0   1   2   3   4   5
+        bytes          2   3   3   9   1   1
+        bucket        (3) (2) (2) (1) (0) (0)      3 is larger than the cap, and so alone
+
+    Args:
+        sizes: bytes of each gradient, in order of definition.
+        kinds: dtype of each gradient; a bucket holds gradients of one dtype.
+        first_bucket_bytes: largest size of the first bucket of each dtype.
+        bucket_bytes: largest size of every other bucket.
+
+    Returns:
+        Indices for each bucket, in reverse order of definition. Buckets are ordered by the time
+        at which their last gradient should be complete.
+    """
+    buckets: list[list[int]] = []
+    current: dict[str, list[int]] = {}
+    room: dict[str, int] = {}
+    for index in reversed(range(len(sizes))):
+        kind, size = kinds[index], sizes[index]
+        if kind not in room or size > room[kind]:
+            room[kind] = bucket_bytes if kind in room else first_bucket_bytes
+            current[kind] = []
+            buckets.append(current[kind])
+        current[kind].append(index)
+        room[kind] -= size
+    return sorted(buckets, key=lambda bucket: -bucket[-1])

@@ -1,46 +1,59 @@
-"""DDP: the module that every rank has, with gradients averaged while the backward pass runs."""
+"""DDP: replicas of a module, whose gradients are averaged while the backward pass runs."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
 
 from ferro import ProcessGroup, UsageError
 
-from ..flights import Flight, Flights
 from ..nn.arrays import Array, quiet_overflow
-from ..nn.module import Module, Pullback
+from ..nn.module import Buffer, Module, Pullback
+from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
-from ..rollcall import JOINED, RollCall
+from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
+from .pending_backwards import PendingBackward, PendingBackwards
 from .reducer import Reducer
 
 
-class _Step(enum.IntEnum):
-    """What a rank is about to do, in terms of the roll call."""
+class _JoinStep(enum.IntEnum):
+    """The steps in which ranks communicate, as they announce them inside `join`."""
 
     BUFFERS = 1
     BACKWARD = 2
 
 
-class DDP(Module):
-    """A module of which every rank has a replica, trained on its own part of each batch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModuleState:
+    """Parameters and buffers of the wrapped module, so that a step need not walk its tree.
 
-    When a pullback returns, every parameter's `grad` is the mean over the ranks of their
-    gradients, the same bits on every rank; so are the parameters after an optimizer's step. It
-    is the gradient of the whole batch where all ranks' parts are of one size and the loss is a
-    mean.
+    DDP has no attribute that is such a tuple, because the walk looks into tuples.
+    """
+
+    parameters: tuple[Parameter, ...]
+    frozen: tuple[Parameter, ...]
+    buffers: tuple[Buffer, ...]
+
+
+class DDP(Module):
+    """A module of which every rank has a replica, which it trains on its own part of each batch.
+
+    When a pullback returns, every parameter's `grad` is the mean of the ranks' gradients. It has
+    the same bits on every rank, and so have the parameters after an optimizer's step. The mean is
+    the gradient of the whole batch where all parts have one size and the loss is a mean.
 
     Gradients live in buckets of memory from `group.empty`: a parameter's `grad` is a view, and
     there is no second copy. Each bucket is reduced as soon as its gradients are complete.
 
-    Accumulation. Each pullback outside `no_sync` reduces what has been accumulated since
-    `zero_grad()`. Without `zero_grad()` between two of them, the second adds to the mean of the
+    Accumulation. Each pullback outside `no_sync` averages the gradients accumulated since
+    `zero_grad()`. Without `zero_grad()` between two pullbacks, the second adds to the mean of the
     first, which is the same on all ranks and so its own mean: `grad` is then the sum of both
     means, as it should be. With `no_sync` for all but the last microbatch there is one reduction
-    instead of several. When several microbatches are in flight, there is one reduction in any
-    case: in the last pullback that runs.
+    instead of several. When several microbatches are in flight, only the last pullback reduces.
 
     All ranks make the same passes in the same order. `model(x)` computes the output alone and
     communicates nothing, so one rank may call it by itself.
@@ -48,18 +61,21 @@ class DDP(Module):
     Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a
     state fits the module with and without DDP.
 
+    Parameters and buffers are looked up once, at the wrapping. Later their `data` may be replaced,
+    and modules that hold them; a parameter or buffer added later is neither averaged nor shared.
+
     Args:
         module: the model; parameters and buffers get rank 0's values.
         group: the replicas.
-        bucket_bytes: most bytes in a bucket.
-        first_bucket_bytes: most bytes in the first one, which is the first to be sent.
-        hook: how a bucket is averaged, see `ferro_strategies.hooks`; None for an exact mean.
-        broadcast_buffers: give rank 0's buffers to all before each forward pass in training,
-            but for those under `no_sync`. Afterwards each rank's move on by its own batch, so
-            rank 0's are the ones to save.
-        find_unused: let forward passes leave parameters out. A parameter that some ranks used
-            gets the mean with zeros for the others; what no rank used keeps `grad` None. Costs
-            one more small reduction. Modules must announce their uses (`Parameter.use`).
+        bucket_bytes: largest size of a bucket.
+        first_bucket_bytes: largest size of the first bucket, which is sent first.
+        hook: averages a bucket, see `ferro_strategies.hooks`; None for an exact mean.
+        broadcast_buffers: give rank 0's buffers to all ranks before each forward pass in training
+            outside `no_sync`. Each rank's pass then updates its buffers from its own batch, so
+            save those of rank 0.
+        find_unused: let forward passes leave parameters out. Where some ranks used a parameter,
+            the others count as zero in the mean; where no rank did, `grad` stays None. Costs one
+            more small reduction. Modules must announce their uses (`Parameter.use`).
 
     Attributes:
         module: the wrapped module.
@@ -95,7 +111,8 @@ class DDP(Module):
             "find_unused": find_unused,
         }
         check_same("DDP", module, group, options)
-        trained = {name: item for name, item in module.named_parameters() if item.requires_grad}
+        named = dict(module.named_parameters())
+        trained = {name: item for name, item in named.items() if item.requires_grad}
         if not trained:
             raise UsageError(
                 f"DDP: {type(module).__name__} has no parameter that requires a gradient, so "
@@ -107,12 +124,17 @@ class DDP(Module):
         self._chunk_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
         self._sync = True
-        self._roll: RollCall | None = None
+        self._joining: UnevenInputs | None = None
         self._divide_by_all = False
-        self._flights = Flights("DDP")
-        for name, parameter in module.named_parameters():
+        self._pending = PendingBackwards()
+        self._state = _ModuleState(
+            parameters=tuple(named.values()),
+            frozen=tuple(item for item in named.values() if not item.requires_grad),
+            buffers=tuple(module.buffers()),
+        )
+        for name, parameter in named.items():
             parameter.name = name
-        self._replicate(0)
+        self._copy_model_from(0)
         self._reducer = Reducer(
             trained,
             group,
@@ -121,29 +143,38 @@ class DDP(Module):
             hook=hook,
             find_unused=find_unused,
         )
-        self._trained = frozenset(trained)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Compute the wrapped module's output and pullback; see the class.
+        """Compute the wrapped module's output, and a pullback that also averages the gradients.
 
         Raises:
-            UsageError: an earlier backward pass is not over, or failed. From the pullback: a
-                rank lacks gradients (on every rank, with their names), see `find_unused`.
+            UsageError: an earlier backward pass has not ended, or failed. From the pullback: a
+                parameter has no gradient on some rank (raised on every rank, with the names).
         """
-        self._flights.check_start()
-        self._check_trained()
+        self._pending.check_forward_allowed()
+        self._check_frozen(self._state.frozen)
         if self._sync and self.training and self._broadcast_buffers:
-            self._share_buffers()
+            self._broadcast_buffers_of_root()
         y, pull = self.module.vjp(x)
-        flight = self._flights.start(pull, sync=self._sync)
-        if self._flights.due:
-            self._reducer.expect()
+        backward = self._pending.add(pull, sync=self._sync)
+        if self._pending.reduction_due:
+            self._reducer.begin_step()
 
         def pullback(grad_y: Array) -> Array | None:
             with quiet_overflow(grad_y.dtype):
-                return self._run(flight, grad_y)
+                return self._run(backward, grad_y)
 
         return y, pullback
+
+    def train(self) -> Self:
+        """Set this module and all submodules to training; returns the module.
+
+        Raises:
+            UsageError: a parameter that requires a gradient was added since the wrapping.
+        """
+        known = {id(item) for item in self._state.parameters}
+        self._check_frozen(item for item in self.parameters() if id(item) not in known)
+        return super().train()
 
     def __call__(self, x: Array) -> Array:
         """Compute the output alone. Communicates nothing."""
@@ -151,7 +182,7 @@ class DDP(Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients here: forward passes made inside do not ask for a reduction.
+        """Accumulate gradients: the forward passes inside do not lead to a reduction.
 
         with model.no_sync():
             for x, labels in microbatches[:-1]: ...     # vjp and pullback
@@ -165,97 +196,99 @@ class DDP(Module):
 
     @contextmanager
     def join(self, *, divide_by_initial_world_size: bool = False) -> Iterator[None]:
-        """Let ranks have different numbers of batches, also none.
+        """Let ranks have different numbers of batches, or none at all.
 
         with model.join():
             for x, labels in my_batches: ...            # vjp, pullback, step, zero_grad
 
-        A rank that leaves the block shadows the others' reductions until all have left; then
-        all get the parameters and buffers of the ranks that were last. (State of the optimizer
-        stays where it stopped.) Collectives of your own do not belong inside.
+        A rank that leaves the block takes part in the others' reductions, with zeros, until all
+        have left; then all get the parameters and buffers of a rank that was among the last. The
+        optimizer's state stays as it was when the rank left. Do not call other collectives inside.
 
         Args:
-            divide_by_initial_world_size: divide sums of gradients by `group.world_size`
-                throughout, so that every batch has the same weight, instead of by the number of
-                ranks that contributed.
+            divide_by_initial_world_size: always divide sums of gradients by `group.world_size`,
+                so that every batch has the same weight, and not by the number of ranks that
+                still have batches.
         """
-        if self._roll is not None:
+        if self._joining is not None:
             raise UsageError("DDP.join: this model is inside join() already.")
-        self._roll = RollCall("DDP", (self._group,), lambda step: _Step(step).name)
+        self._joining = UnevenInputs("DDP", (self._group,), lambda step: _JoinStep(step).name)
         self._divide_by_all = divide_by_initial_world_size
         try:
             yield
-            self._flights.check_start()
-            self._shadow(self._roll)
+            self._pending.check_forward_allowed()
+            self._shadow(self._joining)
         finally:
-            self._roll = None
+            self._joining = None
 
     def sync_gradients(self) -> None:
-        """Average what has been accumulated under `no_sync`, now.
+        """Average the gradients that were accumulated under `no_sync`.
 
-        For whoever runs all passes under `no_sync`, as a pipeline does. All ranks call it.
+        A caller that runs all passes under `no_sync`, such as a pipeline, calls this on all ranks.
 
         Raises:
             UsageError: as from a pullback.
         """
-        self._flights.check_start()
-        self._announce(_Step.BACKWARD)
-        self._reducer.expect()
+        self._pending.check_forward_allowed()
+        self._announce(_JoinStep.BACKWARD)
+        self._reducer.begin_step()
         self._reducer.finish(self._divisor())
 
     def __repr__(self) -> str:
         return f"DDP({self.module!r}, {self._group!r})"
 
-    def _run(self, flight: Flight, grad_y: Array) -> Array | None:
-        if flight.has_run:
+    def _run(self, backward: PendingBackward, grad_y: Array) -> Array | None:
+        if backward.has_run:
             raise UsageError("DDP: this pullback has been run. Call vjp again for another.")
-        if not self._flights.due:
-            return self._flights.run(flight, grad_y)
-        if not self._flights.begun:
-            self._announce(_Step.BACKWARD)
-        with self._reducer.listening():
-            grad_x = self._flights.run(flight, grad_y)
-        if self._flights.all_landed:
-            self._flights.settle()
+        if not self._pending.reduction_due:
+            return self._pending.run(backward, grad_y)
+        if not self._pending.reduction_begun:
+            self._announce(_JoinStep.BACKWARD)
+        with self._reducer.backward_pass():
+            grad_x = self._pending.run(backward, grad_y)
+        if self._pending.gradients_complete:
+            self._pending.end_reduction()
             self._reducer.finish(self._divisor())
         return grad_x
 
-    def _shadow(self, roll: RollCall) -> None:
-        """Take part in the others' steps until nobody has a batch."""
-        while (step := roll.announce(JOINED)[0]) != JOINED:
-            if step == _Step.BUFFERS:
-                self._replicate_buffers(roll.active[0])
+    def _shadow(self, inputs: UnevenInputs) -> None:
+        """Take part in the steps of the other ranks until none has a batch."""
+        while (step := inputs.announce(JOINED)[0]) != JOINED:
+            if step == _JoinStep.BUFFERS:
+                self._copy_buffers_from(inputs.active[0])
             else:
                 self._reducer.shadow(self._divisor())
-        self._replicate(roll.active[0])
+        self._copy_model_from(inputs.active[0])
 
-    def _announce(self, step: _Step) -> None:
-        if self._roll is not None:
-            self._roll.announce(step)
+    def _announce(self, step: _JoinStep) -> None:
+        if self._joining is not None:
+            self._joining.announce(step)
 
     def _divisor(self) -> int:
-        if self._roll is None or self._divide_by_all:
+        if self._joining is None or self._divide_by_all:
             return self._group.world_size
-        return len(self._roll.active)
+        return len(self._joining.active)
 
-    def _share_buffers(self) -> None:
-        if next(self.buffers(), None) is not None:
-            self._announce(_Step.BUFFERS)
-            self._replicate_buffers(self._roll.active[0] if self._roll is not None else 0)
+    def _broadcast_buffers_of_root(self) -> None:
+        if self._state.buffers:
+            self._announce(_JoinStep.BUFFERS)
+            self._copy_buffers_from(self._joining.active[0] if self._joining is not None else 0)
 
-    def _replicate_buffers(self, root: int) -> None:
-        arrays = (buffer.data for buffer in self.buffers())
+    def _copy_buffers_from(self, root: int) -> None:
+        arrays = (buffer.data for buffer in self._state.buffers)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
 
-    def _replicate(self, root: int) -> None:
-        arrays = (parameter.data for parameter in self.parameters())
+    def _copy_model_from(self, root: int) -> None:
+        arrays = (parameter.data for parameter in self._state.parameters)
         broadcast_arrays(self._group, arrays, root, self._chunk_bytes)
-        self._replicate_buffers(root)
+        self._copy_buffers_from(root)
 
-    def _check_trained(self) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and name not in self._trained:
+    def _check_frozen(self, parameters: Iterable[Parameter]) -> None:
+        """Refuse parameters that require a gradient and are in no bucket."""
+        for parameter in parameters:
+            if parameter.requires_grad:
                 raise UsageError(
-                    f"DDP: parameter {name!r} was frozen when the module was wrapped, and now "
-                    "requires a gradient, which has no bucket. Wrap the module again."
+                    f"DDP: parameter {parameter.name!r} was frozen or absent when the module was "
+                    "wrapped, and now requires a gradient, which has no bucket. Wrap the module "
+                    "again."
                 )

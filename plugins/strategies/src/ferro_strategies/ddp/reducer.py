@@ -1,14 +1,14 @@
-"""Reducer: averages gradients bucket by bucket while the backward pass goes on.
+"""Reducer: average gradients bucket by bucket while the backward pass goes on.
 
 A bucket is launched when all its gradients are complete and all buckets before it are launched:
-in one order on every rank, whatever order the gradients come in. What is left at the end of the
-backward pass is launched then; only then is it waited for.
+every rank launches in the same order, whatever order its gradients come in. At the end of the
+backward pass the reducer launches the remaining buckets, and then waits for all of them.
 
 A rank that lacks a gradient must not leave the others waiting. It sends zeros in its place, and
-says so in a flag: one element behind the last bucket's gradients, which this rank launches only
-when it knows. So the agreement that nobody lacks anything costs no message. (A hook does not
-see the flag; with one, it is a reduction of one byte.) Where the flag comes back raised, all
-ranks have seen it, and tell each other the names for the error.
+sets a flag: one element after the gradients of the last bucket, which such a rank launches
+at the end of its backward pass. So the agreement that no gradient is missing costs no message. (A
+hook does not see the flag; with a hook, the agreement is a reduction of one byte.) Where the
+mean of the flags is not zero, all ranks see that, and gather the names for the error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ferro import GroupClosed, ProcessGroup, UsageError
 
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 from .bucket import Bucket, Hook, Pending, make_buckets
 
@@ -28,13 +28,13 @@ _NAMES_SHOWN = 8
 
 
 class Reducer:
-    """Owns the buckets of some parameters.
+    """The buckets of some parameters, and the reductions that average them.
 
     Args:
         parameters: by qualified name, in order of definition, the same on every rank.
-        group: over which gradients are averaged.
-        hook: how a bucket is averaged; None for an exact mean.
-        find_unused: whether a parameter may be without gradient.
+        group: the ranks whose gradients are averaged.
+        hook: averages a bucket; None for an exact mean.
+        find_unused: whether a parameter may stay without gradient.
     """
 
     def __init__(
@@ -55,80 +55,80 @@ class Reducer:
             parameters, group, first_bucket_bytes=first_bucket_bytes, bucket_bytes=bucket_bytes
         )
         self._bucket_of = {
-            id(member): bucket.content.index
+            id(member): bucket.gradients.index
             for bucket in self._buckets
-            for member in bucket.members
+            for member in bucket.parameters
         }
         self._ready: set[int] = set()
-        self._waiting_for: list[int] = []  # by bucket, how many gradients are not complete
+        self._incomplete: list[int] = []  # for each bucket, its number of incomplete gradients
         self._launched: list[Pending] = []
-        self._listening = False
+        self._backward_running = False
         for parameter in parameters.values():
-            parameter.on_complete(self._completed)
+            parameter.on_complete(self._on_complete)
 
-    def expect(self) -> None:
-        """Get ready for a backward pass, right after the forward pass.
+    def begin_step(self) -> None:
+        """Count the gradients to come; called right after the forward pass.
 
-        With `find_unused`, a parameter without outstanding use took no part: nothing is waited
-        for, so that the buckets behind it need not wait for the end either.
+        With `find_unused`, a parameter without outstanding use took no part in the forward pass.
+        Its gradient counts as complete, so that its bucket and the later ones are sent early.
         """
         self._ready.clear()
-        self._waiting_for = [len(bucket.members) for bucket in self._buckets]
+        self._incomplete = [len(bucket.parameters) for bucket in self._buckets]
         if self._find_unused:
             for parameter in self._parameters.values():
                 if parameter.outstanding_uses == 0:
-                    self._mark(parameter)
+                    self._mark_ready(parameter)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def backward_pass(self) -> Iterator[None]:
         """Launch buckets as their gradients become complete."""
-        self._listening = True
+        self._backward_running = True
         try:
             yield
         finally:
-            self._listening = False
+            self._backward_running = False
 
     def finish(self, divisor: int) -> None:
-        """Launch what is left, and wait until every `grad` holds the mean.
+        """Launch the remaining buckets, and wait until every `grad` holds the mean.
 
         Args:
-            divisor: by how many the sum over all ranks is divided.
+            divisor: the number by which the sum over all ranks is divided.
 
         Raises:
             UsageError: a rank lacks gradients, without `find_unused`; raised on every rank. The
-                group is still good; gradients are undefined until `zero_grad()`.
+                group stays usable; gradients are undefined until `zero_grad()`.
         """
-        missing = [name for name, item in self._parameters.items() if item.grad is None]
         used = [item.grad is not None for item in self._parameters.values()]
-        self._exchange(missing, used, divisor)
+        missing = [name for name, found in zip(self._parameters, used, strict=True) if not found]
+        self._reduce_all(missing, used, divisor)
 
     def shadow(self, divisor: int) -> None:
-        """Take part in the other ranks' reduction, with nothing to give: all `grad` are None."""
+        """Take part in the other ranks' reduction with zeros for all gradients."""
         self._zero_grad()
-        self.expect()
-        self._exchange([], [False] * len(self._parameters), divisor)
+        self.begin_step()
+        self._reduce_all([], [False] * len(self._parameters), divisor)
         self._zero_grad()
 
-    def _exchange(self, missing: list[str], used: list[bool], divisor: int) -> None:
+    def _reduce_all(self, missing: list[str], used: list[bool], divisor: int) -> None:
         while len(self._launched) < len(self._buckets):
             self._launch(flag=bool(missing))
-        anywhere = self._start_union(used) if self._find_unused else None
+        used_anywhere = self._start_union(used) if self._find_unused else None
         works, self._launched = self._launched, []
         for work in works:
             work.wait()
         if divisor != self._group.world_size:
             for bucket in self._buckets:
-                buffer = bucket.content.buffer
+                buffer = bucket.gradients.buffer
                 buffer *= self._group.world_size / divisor
-        if anywhere is not None:
-            self._adopt(anywhere)
-        elif self._anyone_lacks(missing):
+        if used_anywhere is not None:
+            self._keep_gradients_of(used_anywhere)
+        elif self._any_rank_misses(missing):
             raise self._unused_error(missing)
 
     # -- launching -------------------------------------------------------------------------------
 
-    def _completed(self, parameter: Parameter) -> None:
-        if not self._listening:
+    def _on_complete(self, parameter: Parameter) -> None:
+        if not self._backward_running:
             return
         if self._bucket_of[id(parameter)] < len(self._launched):
             raise UsageError(
@@ -136,39 +136,39 @@ class Reducer:
                 "the other ranks. Announce each use in the forward pass by Parameter.use(), and "
                 "add through that."
             )
-        self._mark(parameter)
+        self._mark_ready(parameter)
         while (
-            len(self._launched) < len(self._buckets)
-            and not (self._waiting_for[len(self._launched)])
+            len(self._launched) < len(self._buckets) and not self._incomplete[len(self._launched)]
         ):
             self._launch(flag=False)
 
-    def _mark(self, parameter: Parameter) -> None:
+    def _mark_ready(self, parameter: Parameter) -> None:
         if id(parameter) not in self._ready:
             self._ready.add(id(parameter))
-            self._waiting_for[self._bucket_of[id(parameter)]] -= 1
+            self._incomplete[self._bucket_of[id(parameter)]] -= 1
 
     def _launch(self, *, flag: bool) -> None:
         bucket = self._buckets[len(self._launched)]
-        for member, grad in zip(bucket.members, bucket.content.grads, strict=True):
-            if member.grad is None:
+        for member, grad in zip(bucket.parameters, bucket.gradients.grads, strict=True):
+            current = member.grad
+            if current is None:
                 grad[...] = 0
-            elif member.grad is not grad:
+            elif current is not grad:
                 raise UsageError(
                     f"DDP: the gradient of parameter {member.name!r} is no longer in its bucket; "
                     "another strategy has taken it. Wrap a module once."
                 )
-        bucket.memory[bucket.content.buffer.size :] = flag
+        bucket.memory[bucket.gradients.buffer.size :] = flag
         try:
             self._launched.append(self._start(bucket))
         except GroupClosed:
             for work in self._launched:
-                work.wait()  # raises what the group died of
+                work.wait()  # raises the error that closed the group
             raise
 
     def _start(self, bucket: Bucket) -> Pending:
         if self._hook is not None:
-            return self._hook(bucket.content, self._group)
+            return self._hook(bucket.gradients, self._group)
         work: Pending = self._group.all_reduce(
             bucket.memory, "mean", out=bucket.memory, async_op=True
         )
@@ -181,29 +181,29 @@ class Reducer:
         union: Pending = self._group.all_reduce(flags, "max", out=flags, async_op=True)
         return union
 
-    def _adopt(self, anywhere: Pending) -> None:
-        """Give `grad` to the parameters that another rank has used."""
-        flags = anywhere.wait()
+    def _keep_gradients_of(self, used_anywhere: Pending) -> None:
+        """Set `grad` of the parameters that only other ranks used."""
+        flags = used_anywhere.wait()
         assert isinstance(flags, np.ndarray)
         grads = {
             id(member): grad
             for bucket in self._buckets
-            for member, grad in zip(bucket.members, bucket.content.grads, strict=True)
+            for member, grad in zip(bucket.parameters, bucket.gradients.grads, strict=True)
         }
         for flag, parameter in zip(flags, self._parameters.values(), strict=True):
             if flag and parameter.grad is None:
                 parameter.grad = grads[id(parameter)]
 
-    def _anyone_lacks(self, missing: list[str]) -> bool:
+    def _any_rank_misses(self, missing: list[str]) -> bool:
         if self._hook is None:
             return bool(self._buckets[-1].memory[-1] != 0)
         return bool(self._group.all_reduce(np.array(len(missing) > 0, np.uint8), "max"))
 
     def _unused_error(self, missing: list[str]) -> UsageError:
-        everyones: list[list[str]] = self._group.all_gather_object(missing)
+        by_rank: list[list[str]] = self._group.all_gather_object(missing)
         faults = "; ".join(
             f"rank {rank}: {', '.join(first_few(names, _NAMES_SHOWN))}"
-            for rank, names in enumerate(everyones)
+            for rank, names in enumerate(by_rank)
             if names
         )
         return UsageError(

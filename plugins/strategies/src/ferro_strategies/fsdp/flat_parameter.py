@@ -9,8 +9,7 @@ import numpy as np
 from ferro import Work
 
 from ..nn.arrays import Array, namespace_of
-from ..nn.parameter import Parameter
-from ..nn.split import Split
+from ..nn.parameter import Parameter, Split
 from .buffer_pool import PooledBuffer, copy_into, to_namespace, unpooled
 from .config import FSDPConfig
 from .layout import FlatLayout, flat_layout

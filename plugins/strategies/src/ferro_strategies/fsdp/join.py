@@ -30,7 +30,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array
 from ..nn.parameter import Parameter
 from ..optim import LossScaler, Optimizer
-from ..rollcall import JOINED, RollCall
+from ..uneven_inputs import JOINED, UnevenInputs
 from .config import FSDPConfig
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .unit_scheduler import UnitScheduler
@@ -86,7 +86,7 @@ class FSDPJoin:
             *(len(optimizer.parameters) for optimizer in optimizers),
         ]
         self._note_bytes = _NUMBER_BYTES + max(flag_counts)
-        self._roll = RollCall("FSDP", groups, self._describe, self._note_bytes)
+        self._inputs = UnevenInputs("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
 
     @property
@@ -94,7 +94,7 @@ class FSDPJoin:
         """The factor from a mean over all ranks to the mean over those that contribute."""
         if self._divide_by_all:
             return 1.0
-        return self._roll.world_size / len(self._roll.active)
+        return self._inputs.world_size / len(self._inputs.active)
 
     # -- announcements of active ranks -----------------------------------------------------------
 
@@ -121,12 +121,12 @@ class FSDPJoin:
         flags = _grad_flags(optimizer.parameters)
         self._announce(_Operation.STEP, index, number=optimizer.lr, flags=flags)
 
-    def tell_unscale(self, optimizer: Optimizer) -> None:
+    def before_unscale(self, optimizer: Optimizer) -> None:
         """Announce that an optimizer's gradients are unscaled, and which there are."""
         flags = _grad_flags(optimizer.parameters)
         self._announce(_Operation.UNSCALE, self._index_of(optimizer), flags=flags)
 
-    def tell_agree(self, optimizers: Sequence[Optimizer]) -> None:
+    def before_agree(self, optimizers: Sequence[Optimizer]) -> None:
         """Announce that ranks agree on whether optimizers step."""
         flags = [False] * len(self._optimizers)
         for optimizer in optimizers:
@@ -150,7 +150,7 @@ class FSDPJoin:
         note = np.zeros(self._note_bytes, np.uint8)
         note[:_NUMBER_BYTES].view(np.float64)[0] = number
         note[_NUMBER_BYTES : _NUMBER_BYTES + len(flags)] = flags
-        self._roll.announce(1 + operation * self._num_indices + index, note)
+        self._inputs.announce(1 + operation * self._num_indices + index, note)
 
     # -- operations of ranks without batches ------------------------------------------------------
 
@@ -168,7 +168,7 @@ class FSDPJoin:
                 "nobody has reduced. Make the last pass of a step outside no_sync()."
             )
         self._shadow()
-        roots = self._roll.roots()
+        roots = self._inputs.roots()
         flags = np.array(_grad_flags(self._parameters), np.uint8)
         config.broadcast([flags], roots)
         config.broadcast(buffers, roots)
@@ -180,7 +180,7 @@ class FSDPJoin:
         self._shadowing = True
         gathers: deque[UnshardedParameters] = deque()
         while True:
-            step, note = self._roll.announce(JOINED)
+            step, note = self._inputs.announce(JOINED)
             if step == JOINED:
                 break
             self._take_part(*divmod(step - 1, self._num_indices), note, gathers)

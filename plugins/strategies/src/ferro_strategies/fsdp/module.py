@@ -246,7 +246,7 @@ class FSDP(StateDictMixin):
             for index, optimizer in enumerate(optimizers):
                 stack.callback(optimizer.before_step(partial(join.announce_step, index)))
             if scaler is not None:
-                stack.enter_context(scaler.watched(join))
+                stack.enter_context(scaler.notifying(join))
             yield
             self._scheduler.check()
             join.finish(self._config, (buffer.data for buffer in self.buffers()))

@@ -6,8 +6,7 @@ same one on every rank.
 """
 
 from ..ddp.bucket import GradBucket, Hook, Pending
-from .exact import mean
-from .half import bfloat16, float16
+from .averaging import bfloat16, float16, mean
 from .powersgd import PowerSGD
 
 __all__ = ["GradBucket", "Hook", "Pending", "PowerSGD", "bfloat16", "float16", "mean"]

@@ -1,27 +1,22 @@
-"""Modules with pullbacks: the contract, reference layers for NumPy and CuPy, and losses."""
+"""Modules that can be differentiated: the contract, layers for NumPy and CuPy, and losses."""
 
 from .activations import GELU, ReLU
 from .arrays import Array, namespace_of
 from .attention import Attention
 from .batchnorm import BatchNorm
-from .buffer import Buffer
 from .checkpoint import Checkpoint
 from .containers import Residual, Sequential
 from .convolution import Conv2d
-from .deferral import deferring
 from .dropout import Dropout
 from .embedding import Embedding
-from .flatten import Flatten
 from .gradcheck import check_gradients
 from .layernorm import LayerNorm
-from .linear import Linear
+from .linear import Flatten, Linear
 from .losses import cross_entropy, mse_loss
-from .module import Module, Pullback, replace_modules
-from .parameter import Parameter
+from .module import Buffer, Module, Pullback, replace_modules
+from .parameter import Parameter, Split, Use, deferring
 from .pooling import MaxPool2d
-from .split import Split
 from .unembedding import Unembedding
-from .use import Use
 
 __all__ = [
     "GELU",

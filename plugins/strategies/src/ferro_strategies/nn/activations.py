@@ -1,4 +1,4 @@
-"""Activations: ReLU and GELU."""
+"""The activation functions ReLU and GELU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ReLU(Module):
     """y = max(x, 0), for x of any shape; the gradient at 0 is 0."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Clip from below at zero."""
+        """Replace negative elements by zero."""
         y: Array = namespace_of(x).maximum(x, 0)
 
         def pullback(grad_y: Array) -> Array:
@@ -28,13 +28,13 @@ class ReLU(Module):
 class GELU(Module):
     """y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), for x of any shape.
 
-    The tanh approximation (torch's `approximate="tanh"`), for NumPy has no error function; it
-    differs from x * Phi(x) by less than 5e-4.
+    This is the tanh approximation (torch's `approximate="tanh"`), because NumPy has no error
+    function; it differs from x * Phi(x) by less than 5e-4.
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
     """
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Weigh each element by how likely a normal variable is below it."""
+        """Multiply each element by the probability that a normal variable is below it."""
         scale, cubic = math.sqrt(2 / math.pi), 0.044715
         wide = x.astype(wide_dtype(x.dtype), copy=False)
         tanh: Array = namespace_of(x).tanh(scale * wide * (1 + cubic * (wide * wide)))

@@ -1,7 +1,8 @@
-"""The arrays that layers work on, and the namespace (NumPy or CuPy) that computes on them."""
+"""Arrays of NumPy or CuPy: their type and namespace, half precision, and random initial values."""
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -11,22 +12,25 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-# Element types are checked at run time. A CuPy array goes by the same name, for it has the same
-# methods, and CuPy need not be installed for this code to be type-checked.
+# The type stands for CuPy arrays too: they have the same methods, and type-checking this code must
+# not need CuPy. Dtypes are checked at run time.
 Array: TypeAlias = npt.NDArray[Any]
+
+# Layers accept as `rng` a random generator, a seed, or None for a new seed each time.
+Rng: TypeAlias = np.random.Generator | int | None
 
 
 def namespace_of(array: Array) -> ModuleType:
-    """Return the module whose functions work on `array`: numpy, or cupy for a CuPy array.
+    """Give the module whose functions work on `array`: numpy, or cupy for a CuPy array.
 
     Raises:
-        UsageError: it is neither a NumPy nor a CuPy array.
+        UsageError: `array` is neither a NumPy nor a CuPy array.
     """
     if isinstance(array, np.ndarray):
         return np
     kind = type(array)
     if kind.__module__.partition(".")[0] == "cupy":
-        import cupy  # present, since the array is its own
+        import cupy  # the array proves that it is installed
 
         namespace: ModuleType = cupy
         return namespace
@@ -37,15 +41,15 @@ def namespace_of(array: Array) -> ModuleType:
 
 
 def wide_dtype(dtype: npt.DTypeLike) -> np.dtype:
-    """Return the dtype to compute in: float32 for half precision, otherwise the same."""
+    """Choose the dtype to compute in: float32 for half precision, otherwise the same."""
     return np.promote_types(dtype, np.float32)
 
 
 def quiet_overflow(dtype: npt.DTypeLike) -> AbstractContextManager[object]:
-    """Return a context in which NumPy does not warn of overflow, if `dtype` is half precision.
+    """Make a context in which NumPy does not warn of overflow, if `dtype` is half precision.
 
-    Gradients in half precision overflow in the normal course: a LossScaler finds it in those of
-    the parameters, and skips the step. In wider types it is news.
+    Gradients in half precision may overflow: a LossScaler then finds infinities in the parameters'
+    gradients, and skips the step. In wider dtypes an overflow is unexpected.
     """
     if wide_dtype(dtype) == dtype:
         return nullcontext()
@@ -53,15 +57,15 @@ def quiet_overflow(dtype: npt.DTypeLike) -> AbstractContextManager[object]:
 
 
 def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
-    """Multiply two matrices of one dtype; the product has it, too.
+    """Multiply two matrices of one dtype; the product has the same dtype.
 
-    NumPy multiplies half precision element by element, 40 times slower than by way of float32,
-    and bfloat16 not at all.
+    Half precision is multiplied in float32: NumPy itself takes 40 times as long for float16, and
+    cannot multiply bfloat16 matrices.
 
     Args:
         a: (..., n, k).
         b: (..., k, m).
-        out: (..., n, m), where to put the product; None: a new array.
+        out: (..., n, m), array for the product; None: a new array.
     """
     xp = namespace_of(a)
     wide = wide_dtype(a.dtype)
@@ -74,3 +78,13 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
             return product.astype(a.dtype)
         out[...] = product
         return out
+
+
+def he_uniform(shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike, rng: Rng) -> Array:
+    """Draw from U(-b, b) with b = sqrt(6 / fan_in): a ReLU layer then keeps the variance.
+
+    Values are drawn in float64, so one seed gives the same values in every dtype.
+    Source: He et al., "Delving Deep into Rectifiers", 2015, section 2.2.
+    """
+    bound = math.sqrt(6.0 / fan_in)
+    return np.random.default_rng(rng).uniform(-bound, bound, shape).astype(dtype)

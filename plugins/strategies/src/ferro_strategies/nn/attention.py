@@ -1,4 +1,4 @@
-"""Attention: each position of a sequence takes from the others what it asks for."""
+"""Multi-head self-attention."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, matmul, namespace_of, wide_dtype
+from .arrays import Array, Rng, matmul, namespace_of, wide_dtype
 from .checks import check_input, check_positive
-from .initial import Rng
 from .linear import Linear
 from .module import Module, Pullback
 
@@ -25,22 +24,19 @@ class Attention(Module):
 
         output(concatenate over heads of softmax(q @ k.T / sqrt(dim / num_heads)) @ v)
 
-    Kept for the pullback: q, k, v, the heads' output, and the (B, num_heads, T, T) weights.
+    The pullback keeps q, k, v, the heads' output, and the (B, num_heads, T, T) weights.
 
     Args:
         dim: size of the last dimension.
-        num_heads: heads; a divisor of `dim`.
-        causal: whether a position sees only itself and those before it.
-        bias: whether the four maps have biases.
-        dtype: of the parameters and of input and output.
-        rng: generator or seed for the weights, drawn in the order of the attributes.
+        num_heads: number of heads; a divisor of `dim`.
+        causal: whether a position attends only to itself and the positions before it.
+        bias: whether the four linear layers have biases.
+        dtype: dtype of the parameters, the input and the output.
+        rng: random generator or seed for the weights, drawn in the order of the attributes.
 
     Attributes:
-        dim: as given; so are num_heads, causal and bias.
-        query: Linear, dim -> dim; so are the next.
-        key: likewise.
-        value: likewise.
-        output: likewise.
+        dim, num_heads, causal, bias: as given.
+        query, key, value, output: each a Linear, dim -> dim.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.
     """
@@ -82,11 +78,11 @@ class Attention(Module):
 
         def pullback(grad_y: Array) -> Array:
             grad_x: Array | None = None
-            grads = pull_heads(_array(pull_output(grad_y)))
+            grads = pull_heads(_gradient(pull_output(grad_y)))
             for pull, grad in zip((pull_query, pull_key, pull_value), grads, strict=True):
-                part = _array(pull(grad))
+                part = _gradient(pull(grad))
                 grad_x = part if grad_x is None else grad_x + part
-            return _array(grad_x)
+            return _gradient(grad_x)
 
         return y, pullback
 
@@ -97,23 +93,23 @@ class Attention(Module):
 def attend(
     query: Array, key: Array, value: Array, num_heads: int, *, causal: bool
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-    """Let each position take the values of those whose keys match its query, head by head.
+    """Compute for each position and head the mean of values, weighted by how keys match the query.
 
-    In memory of size (B, num_heads, T, T): one array, which the pullback keeps, and in the
-    pullback one more. The softmax of half precision is computed in float32.
+    This takes one array of size (B, num_heads, T, T), which the pullback keeps, and another one
+    while the pullback runs. The softmax of half precision is computed in float32.
 
     Args:
         query: (B, T, columns), T at least 1; num_heads divides columns.
-        key: of the same shape; so is `value`.
-        value: see `key`.
-        num_heads: heads, side by side in the columns.
-        causal: whether a position sees only itself and those before it.
+        key: of the same shape.
+        value: of the same shape.
+        num_heads: number of heads, which lie side by side in the columns.
+        causal: whether a position attends only to itself and the positions before it.
 
     Returns:
-        The heads' outputs side by side, (B, T, columns), laid out in memory as `query`; and the
-        function from their gradient to those of query, key and value.
+        The heads' outputs side by side, (B, T, columns), in the memory layout of `query`; and a
+        function from their gradient to the gradients of query, key and value.
 
-    Source: for the pullback's sums, Dao et al., "FlashAttention", 2022, appendix B.2.
+    Source: the pullback's sums are from Dao et al., "FlashAttention", 2022, appendix B.2.
     """
     xp = namespace_of(query)
     scale = 1 / math.sqrt(query.shape[2] // num_heads)
@@ -128,8 +124,9 @@ def attend(
         grads = xp.empty_like(query), xp.empty_like(key), xp.empty_like(value)
         grad_q, grad_k, grad_v = (_heads(whole, num_heads) for whole in grads)
         matmul(weights.swapaxes(2, 3), grad, out=grad_v)
-        # Through softmax: weights * (d - sum(weights * d)) with d the gradient of the weights.
-        # The sum over keys is that of grad * mixed over columns, which needs no further array.
+        # The gradient through softmax is weights * (d - sum(weights * d)), d being that of the
+        # weights. The sum over keys equals the sum of grad * mixed over columns, which needs no
+        # further array.
         grad_scores = matmul(grad, v.swapaxes(2, 3))
         wide = wide_dtype(grad.dtype)
         sums = xp.einsum("bhtc,bhtc->bht", grad, _heads(mixed, num_heads), dtype=wide)
@@ -150,7 +147,7 @@ def _heads(x: Array, num_heads: int) -> Array:
 
 
 def _softmax_weights(xp: ModuleType, q: Array, k: Array, *, causal: bool) -> Array:
-    """Return softmax of q @ k.T over the keys that a position may see."""
+    """Compute the softmax of q @ k.T over the keys to which a position may attend."""
     scores = matmul(q, k.swapaxes(2, 3))
     weights = scores.astype(wide_dtype(scores.dtype), copy=False)
     if causal:
@@ -162,6 +159,6 @@ def _softmax_weights(xp: ModuleType, q: Array, k: Array, *, causal: bool) -> Arr
     return weights.astype(scores.dtype, copy=False)
 
 
-def _array(grad: Array | None) -> Array:
+def _gradient(grad: Array | None) -> Array:
     assert grad is not None, "linear maps have gradients"
     return grad

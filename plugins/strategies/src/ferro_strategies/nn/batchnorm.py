@@ -1,4 +1,4 @@
-"""BatchNorm: normalise each channel by its statistics over the batch."""
+"""BatchNorm: normalise each channel by its mean and variance over the batch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of, wide_dtype
-from .buffer import Buffer
 from .checks import check_dtype, check_input, check_positive
-from .module import Module, Pullback
-from .moments import Moments
+from .module import Buffer, Module, Pullback
 from .parameter import Parameter
 
 
 class BatchNorm(Module):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, per channel of (N, C) or (N, C, ...).
 
-    In training mean and (biased) variance are those of the batch, over all dimensions but the
-    channels, and the running statistics move towards them: running = (1 - momentum) * running +
-    momentum * batch, with the unbiased variance. In evaluation the running ones are used.
-    Half precision is computed in float32.
+    In training, mean and (biased) variance are those of the batch, over all dimensions but the
+    channels, and update the running statistics: running = (1 - momentum) * running + momentum *
+    batch, with the unbiased variance. Evaluation uses the running statistics. Half precision is
+    computed in float32.
 
     Args:
-        num_features: channels, C.
+        num_features: number of channels, C.
         eps: added to the variance.
         momentum: weight of a new batch; None: running statistics are the average of all batches.
         affine: whether there are weight and bias.
-        dtype: of parameters, statistics, input and output.
+        dtype: dtype of parameters, statistics, input and output.
 
     Attributes:
         weight: (C,), ones at first; None without affine.
@@ -62,14 +60,14 @@ class BatchNorm(Module):
         self.num_batches_tracked = Buffer(np.zeros((), np.int64))
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Normalise (N, C) or (N, C, ...); in training, move the running statistics as well.
+        """Normalise (N, C) or (N, C, ...); in training, update the running statistics as well.
 
         Raises:
-            UsageError: wrong shape or dtype, or a training batch of one value per channel.
+            UsageError: shape or dtype is wrong, or a training batch has one value per channel.
         """
         self._check(x)
         whole_shape, dtype = x.shape, x.dtype
-        # All below works on (N, C, L): L is 1 for (N, C), the number of pixels for images.
+        # The code below works on (N, C, L); L is 1 for (N, C), and the number of pixels for images.
         shape = (*x.shape[:2], x[0, 0].size if x.size else 0)
         wide = wide_dtype(dtype)
         values = x.reshape(shape).astype(wide, copy=False)
@@ -83,8 +81,8 @@ class BatchNorm(Module):
 
         def pullback(grad_y: Array) -> Array:
             grad = grad_y.reshape(shape).astype(wide, copy=False)
-            # Of grad and grad * xhat: the gradients of bias and weight, and what every value of
-            # a channel owes to the mean and the variance of all.
+            # The sums of grad and grad * xhat are the gradients of bias and weight; the input's
+            # gradient needs them too, for the batch's mean and variance depend on every value.
             sums = namespace_of(grad).stack((_channel_sum(grad), _channel_dot(grad, normal.xhat)))
             whole = self._sum_over_batch(sums) if normal.count else sums
             scale = normal.inverse
@@ -92,21 +90,21 @@ class BatchNorm(Module):
                 scale = scale * weight.data
                 bias.add_grad(sums[0].astype(dtype, copy=False))
                 weight.add_grad(sums[1].astype(dtype, copy=False))
-            grad_x = _pull(normal, grad, whole, scale)
+            grad_x = _input_gradient(normal, grad, whole, scale)
             return grad_x.reshape(whole_shape).astype(dtype, copy=False)
 
         return y.reshape(whole_shape).astype(dtype, copy=False), pullback
 
     def _merge(self, own: Moments) -> Moments:
-        """Return the moments of the batch of which `own` are those at hand."""
+        """Compute the moments of the whole batch from those of this rank's part of it."""
         return own
 
     def _sum_over_batch(self, sums: Array) -> Array:
-        """Return sums over the batch, of which `sums`, (2, C), are those at hand."""
+        """Compute sums over the whole batch from those of this rank's part of it, (2, C)."""
         return sums
 
-    def _by_batch(self, values: Array) -> _Normal:
-        """Normalise (N, C, L) by the batch's statistics, and remember them."""
+    def _by_batch(self, values: Array) -> _Normalised:
+        """Normalise (N, C, L) by the batch's statistics, and update the running ones."""
         count = values.shape[0] * values.shape[2]
         mean = _channel_sum(values) / max(count, 1)
         xhat = values - mean[:, None]
@@ -123,18 +121,18 @@ class BatchNorm(Module):
         inverse = 1 / namespace_of(values).sqrt(var + self.eps)
         inverse = inverse.astype(values.dtype, copy=False)
         xhat *= inverse[:, None]
-        self._track(batch.mean, var * (batch.count / (batch.count - 1)))
-        return _Normal(xhat=xhat, inverse=inverse, count=batch.count)
+        self._update_running(batch.mean, var * (batch.count / (batch.count - 1)))
+        return _Normalised(xhat=xhat, inverse=inverse, count=batch.count)
 
-    def _by_running(self, values: Array) -> _Normal:
-        """Normalise (N, C, L) by the running statistics, which are constants to the gradient."""
+    def _by_running(self, values: Array) -> _Normalised:
+        """Normalise (N, C, L) by the running statistics, which do not depend on the input."""
         var = self.running_var.data.astype(values.dtype, copy=False)
         inverse = 1 / namespace_of(values).sqrt(var + self.eps)
         xhat = values - self.running_mean.data[:, None]
         xhat *= inverse[:, None]
-        return _Normal(xhat=xhat, inverse=inverse, count=0)
+        return _Normalised(xhat=xhat, inverse=inverse, count=0)
 
-    def _track(self, mean: Array, unbiased_var: Array) -> None:
+    def _update_running(self, mean: Array, unbiased_var: Array) -> None:
         tracked = self.num_batches_tracked.data
         tracked += 1
         factor = 1 / int(tracked) if self.momentum is None else self.momentum
@@ -156,13 +154,51 @@ class BatchNorm(Module):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Normal:
-    """What normalising came to.
+class Moments:
+    """Count, mean and squared deviations of the values of each of C channels.
 
     Attributes:
-        xhat: (N, C, L).
-        inverse: (C,), of the standard deviation.
-        count: how many values per channel the statistics depend on; 0 when they are constants.
+        count: number of values per channel.
+        mean: (C,); zeros when there are no values.
+        m2: (C,), sums of squared deviations from `mean`; never negative.
+    """
+
+    count: int
+    mean: Array
+    m2: Array
+
+
+def merge_moments(counts: Array, means: Array, m2s: Array) -> Moments:
+    """Compute the moments of all values from those of n parts, of which some may be empty.
+
+    No sums of squares are subtracted, so no digits cancel, however far the values are from zero.
+
+    Args:
+        counts: (n,), of the dtype of `means` and `m2s`.
+        means: (n, C).
+        m2s: (n, C).
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", 1979, equations 2.1, extended from two parts to n.
+    """
+    total = counts.sum()
+    count = int(total)
+    shares = (counts / max(count, 1))[:, None]
+    mean = (shares * means).sum(axis=0)
+    deviations = means - mean
+    m2 = m2s.sum(axis=0) + (counts[:, None] * deviations * deviations).sum(axis=0)
+    return Moments(count=count, mean=mean, m2=m2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Normalised:
+    """Normalised values, and what their gradient depends on.
+
+    Attributes:
+        xhat: the values, (N, C, L).
+        inverse: 1 / standard deviation, (C,).
+        count: number of values per channel from which the statistics were computed; 0 when the
+            statistics do not depend on the input.
     """
 
     xhat: Array
@@ -170,10 +206,11 @@ class _Normal:
     count: int
 
 
-def _pull(normal: _Normal, grad: Array, sums: Array, scale: Array) -> Array:
-    """Return the gradient of (N, C, L) values from that of the output.
+def _input_gradient(normal: _Normalised, grad: Array, sums: Array, scale: Array) -> Array:
+    """Compute the gradient of the input, (N, C, L), from that of the output.
 
-    scale * (grad - mean(grad) - xhat * mean(grad * xhat)), or scale * grad for constants.
+    It is scale * (grad - mean(grad) - xhat * mean(grad * xhat)), or scale * grad when the
+    statistics do not depend on the input.
     """
     if not normal.count:
         scaled: Array = grad * scale[:, None]
@@ -193,7 +230,7 @@ def _channel_sum(a: Array) -> Array:
 
 
 def _channel_dot(a: Array, b: Array) -> Array:
-    """Sum a * b over all but the channels, without an array of products: (N, C, L) -> (C,)."""
+    """Sum a * b over all but the channels, without making that product: (N, C, L) -> (C,)."""
     by_row = namespace_of(a).einsum("ncl,ncl->nc", a, b)
     total: Array = by_row.sum(axis=0)
     return total

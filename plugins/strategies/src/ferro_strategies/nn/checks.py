@@ -1,6 +1,8 @@
-"""Checks that layers make of their input and arguments, with messages that name the layer."""
+"""Checks of layers' inputs and arguments, with messages that name the layer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +16,17 @@ def check_input(layer: object, x: Array, expected: str, *, fits: bool) -> None:
     """Refuse an input whose shape does not fit.
 
     Raises:
-        UsageError: `fits` is False; the message names layer, `expected` and the shape of `x`.
+        UsageError: `fits` is False; the message names the layer, `expected` and the shape of `x`.
     """
     if not fits:
         raise UsageError(f"{layer!r}: expected input of shape {expected}, got {x.shape}.")
 
 
 def check_dtype(layer: object, x: Array, dtype: npt.DTypeLike) -> None:
-    """Refuse an input of another dtype, which would make everything after it of that dtype.
+    """Refuse an input of another dtype, because all later layers would compute in that dtype.
 
     Raises:
-        UsageError: `x` is no array, or not of `dtype`.
+        UsageError: `x` is no array, or has another dtype than `dtype`.
     """
     namespace_of(x)
     if x.dtype != dtype:
@@ -38,8 +40,14 @@ def check_positive(layer: str, **sizes: int) -> None:
     """Refuse sizes that are not at least 1.
 
     Raises:
-        UsageError: names the layer and the argument.
+        UsageError: a size is less than 1; the message names the layer and the argument.
     """
     for name, size in sizes.items():
         if size < 1:
             raise UsageError(f"{layer}: {name} must be at least 1, got {size}.")
+
+
+def first_few(items: Sequence[str], most: int = 4) -> list[str]:
+    """Shorten a list in a message to its first `most` items and the number of the others."""
+    rest = len(items) - most
+    return [*items[:most], f"and {rest} more"] if rest > 0 else list(items)

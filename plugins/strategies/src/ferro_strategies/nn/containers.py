@@ -1,4 +1,4 @@
-"""Containers: modules made of modules."""
+"""Modules made of modules: Sequential and Residual."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .module import Module, Pullback
 
 
 class Sequential(Module):
-    """Modules one after the other.
+    """A chain of modules: each gets the output of the one before.
 
     Attributes:
         layers: the modules, first to last; a parameter's name is like "layers.0.weight".
@@ -20,9 +20,9 @@ class Sequential(Module):
         self.layers = list(modules)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Chain the modules; the pullback frees each one's activations as soon as it is through.
+        """Chain the modules; the pullback frees the activations of each module when it has run.
 
-        Where a module's input has no gradient (indices), the pullback ends, and returns None.
+        The pullback ends at a module whose input has no gradient (indices), and returns None.
         """
         pullbacks: list[Pullback] = []
         for layer in self.layers:
@@ -44,7 +44,7 @@ class Sequential(Module):
         return x, pullback
 
     def __call__(self, x: Array) -> Array:
-        """Compute the output alone; no activation outlives the next layer."""
+        """Compute the output alone; an activation lives only until the next layer has run."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -67,7 +67,7 @@ class Residual(Module):
         def pullback(grad_y: Array) -> Array:
             with quiet_overflow(grad_y.dtype):
                 grad = pull_inner(grad_y)
-                # A sum of its own: either term may be shared with others.
+                # The sum is a new array, because other layers may use either term.
                 return grad_y if grad is None else grad_y + grad
 
         return x + inner, pullback

@@ -1,13 +1,12 @@
-"""Conv2d: two-dimensional convolution as one matrix product over gathered windows."""
+"""Conv2d: two-dimensional convolution as one matrix product (im2col)."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, matmul, namespace_of
+from .arrays import Array, Rng, he_uniform, matmul, namespace_of
 from .checks import check_dtype, check_input, check_positive
-from .initial import Rng, he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
 from .windows import Windows, pair
@@ -17,14 +16,17 @@ class Conv2d(Module):
     """Cross-correlate images (N, in_channels, H, W) with a kernel per output channel.
 
     The output is (N, out_channels, H', W'), H' = (H + 2 * padding - kernel) // stride + 1.
-    The windows are gathered into a matrix of one column per output pixel. It is kernel-area
-    times as large as the input, so it is not saved for the pullback, but gathered once more.
+    The windows are gathered into a matrix of one column per output pixel. The matrix is as many
+    times larger than the input as the kernel has pixels, so the pullback does not keep it, but
+    gathers it again.
 
     Args:
-        kernel_size: pixels, one number or (vertical, horizontal); `stride`, `padding` likewise.
+        kernel_size: size in pixels, one number or (vertical, horizontal), as are the next two.
+        stride: distance between windows.
+        padding: width of the zeros around the image.
         bias: whether to add a bias per output channel.
-        dtype: of the parameters and of input and output.
-        rng: generator or seed for the weight.
+        dtype: dtype of the parameters, the input and the output.
+        rng: random generator or seed for the weight.
 
     Attributes:
         in_channels: as given.
@@ -96,13 +98,13 @@ class Conv2d(Module):
         return columns
 
     def _scatter(self, columns: Array, x: Array) -> Array:
-        """Add columns back to where `_columns` took them: the gradient of `x`."""
+        """Compute the gradient of `x`: add each column to the pixels that it was taken from."""
         (kh, kw), (ph, pw) = self.windows.kernel, self.windows.padding
         n, c, height, width = x.shape
         down, across = self.windows.output_size(height, width)
         by_tap = columns.reshape(c, kh * kw, n, down, across)
         xp = namespace_of(x)
-        # Channels first, as the columns are: the transposition waits for the smaller result.
+        # Channels come first, as in the columns, so that only the smaller result is transposed.
         image = xp.zeros((c, n, height + 2 * ph, width + 2 * pw), x.dtype)
         for index, tap in enumerate(self.windows.taps(image)):
             tap += by_tap[:, index]

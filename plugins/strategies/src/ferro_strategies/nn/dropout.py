@@ -1,4 +1,4 @@
-"""Dropout: silence a random part of the input while training."""
+"""Dropout: set a random part of the input to zero during training."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
-from .initial import Rng
+from .arrays import Array, Rng, namespace_of
 from .module import Module, Pullback
 
 
 class Dropout(Module):
     """Set each element to zero with probability p, and scale the others by 1 / (1 - p).
 
-    The identity in evaluation. Each `vjp` draws anew; ranks that must draw alike share a seed,
-    others take different ones.
+    In evaluation it is the identity. Each `vjp` draws new random numbers; give ranks the same seed
+    where they must draw the same numbers, and different seeds elsewhere.
 
     Args:
-        p: probability of silence, 0 to 1.
-        rng: generator or seed.
+        p: probability that an element becomes zero, from 0 to 1.
+        rng: random generator or seed.
 
     Source: Srivastava et al., "Dropout", 2014, section 10 (the inverted form).
     """
@@ -31,7 +30,7 @@ class Dropout(Module):
         self.rng = np.random.default_rng(rng)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Silence elements of `x`, of any shape."""
+        """Set random elements of `x`, of any shape, to zero."""
         if not self.training or self.p == 0:
             return x, lambda grad_y: grad_y
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0

@@ -7,9 +7,8 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of
+from .arrays import Array, Rng, namespace_of
 from .checks import check_positive
-from .initial import Rng
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -18,10 +17,10 @@ class Embedding(Module):
     """Replace each index by its row of the table: (...) integers -> (..., dim).
 
     Args:
-        num_embeddings: rows; indices are 0 to num_embeddings - 1.
+        num_embeddings: number of rows; indices are 0 to num_embeddings - 1.
         dim: length of a row.
-        dtype: of the table and of the output.
-        rng: generator or seed for the table.
+        dtype: dtype of the table and the output.
+        rng: random generator or seed for the table.
 
     Attributes:
         num_embeddings: as given.
@@ -44,7 +43,7 @@ class Embedding(Module):
         self.weight = Parameter(table, name="weight")
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Look up; the pullback returns None, for indices have no gradient.
+        """Look up rows; the pullback returns None, because indices have no gradient.
 
         Raises:
             UsageError: `x` is not of integers, or an index is out of range.
@@ -61,7 +60,8 @@ class Embedding(Module):
         weight = self.weight.use()
 
         def pullback(grad_y: Array) -> None:
-            # Sorting brings equal indices together, so that each row is added to only once.
+            # Equal indices are sorted together and their gradients summed: `add_grad_rows` must get
+            # each row once.
             indices = x.reshape(x.size)
             order = xp.argsort(indices, kind="stable")
             unique, starts = xp.unique(indices[order], return_index=True)

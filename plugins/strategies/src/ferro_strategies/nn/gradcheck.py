@@ -1,4 +1,4 @@
-"""Gradient check: a module's pullback against central differences."""
+"""check_gradients: compare a module's pullback with central differences."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def check_gradients(
 ) -> None:
     """Check the gradients of the input and of every parameter of `module`, element by element.
 
-    Differentiates the sum of the output, weighted at random (by a fixed seed). For modules in
-    float64 on NumPy that give the same output each time; kinks, as that of ReLU at 0, must be
-    farther from `x` than `step`. Gradients of the parameters are zeroed first.
+    The check differentiates a sum of the output with random weights (of a fixed seed). It works for
+    modules in float64 on NumPy that give the same output each time. Points without derivative,
+    such as 0 for ReLU, must be farther from `x` than `step`. It zeroes parameters' gradients first.
 
     Args:
-        module: what to check, float64.
-        x: an input; integers are taken for indices, whose gradient must be None.
+        module: the module to check, in float64.
+        x: an input; integers are indices, whose gradient must be None.
         step: half the distance between the two points of a difference.
         rtol: relative tolerance.
         atol: absolute tolerance.
 
     Raises:
-        AssertionError: a gradient is wrong; names the input or parameter and the worst element.
+        AssertionError: a gradient is wrong; the message names the array and its worst element.
         UsageError: the output is not float64.
     """
     module.zero_grad()
@@ -52,7 +52,7 @@ def check_gradients(
 
 
 def _differences(loss: Callable[[], float], array: Array, step: float) -> Array:
-    """Return d loss / d array by central differences, changing one element at a time."""
+    """Compute d loss / d array by central differences, changing one element at a time."""
     result = np.zeros(array.shape)
     for index in np.ndindex(array.shape):
         value = array[index]

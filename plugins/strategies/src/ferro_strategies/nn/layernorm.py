@@ -1,4 +1,4 @@
-"""LayerNorm: normalise each example by its own statistics."""
+"""LayerNorm: normalise each position by its own mean and variance."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LayerNorm(Module):
     Half precision is computed in float32.
 
     Args:
-        normalized_shape: the trailing dimensions, or the size of the last one.
+        normalized_shape: sizes of the trailing dimensions, or the size of the last one.
         eps: added to the (biased) variance.
-        dtype: of the parameters and of input and output.
+        dtype: dtype of the parameters, the input and the output.
 
     Attributes:
         normalized_shape: as given, a tuple.
@@ -80,7 +80,7 @@ class LayerNorm(Module):
         return y.reshape(x_shape).astype(dtype, copy=False), pullback
 
     def _sum_over_positions(self, sums: Array) -> Callable[[], Array]:
-        """Begin to sum over all positions; `sums`, (2, D), are over those at hand.
+        """Start to sum over the positions of all ranks; `sums`, (2, D), are this rank's.
 
         Returns:
             A function that waits for the sums.
@@ -92,7 +92,7 @@ class LayerNorm(Module):
 
 
 def _row_mean(a: Array, b: Array) -> Array:
-    """Average a * b over each row, without an array of products: (N, D) -> (N, 1)."""
+    """Average a * b over each row, without making that product: (N, D) -> (N, 1)."""
     total: Array = namespace_of(a).einsum("nd,nd->n", a, b)
     total /= a.shape[1]
     return total[:, None]

@@ -1,13 +1,14 @@
-"""Linear: the affine map of the last dimension."""
+"""Linear, an affine map of the last dimension, and Flatten, which makes rows for it."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, matmul
+from .arrays import Array, Rng, he_uniform, matmul
 from .checks import check_dtype, check_input, check_positive
-from .initial import Rng, he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -17,8 +18,8 @@ class Linear(Module):
 
     Args:
         bias: whether to add a bias.
-        dtype: of the parameters and of input and output.
-        rng: generator or seed for the weight.
+        dtype: dtype of the parameters, the input and the output.
+        rng: random generator or seed for the weight.
 
     Attributes:
         in_features: as given.
@@ -68,3 +69,16 @@ class Linear(Module):
     def __repr__(self) -> str:
         bias = self.bias is not None
         return f"Linear({self.in_features}, {self.out_features}, bias={bias})"
+
+
+class Flatten(Module):
+    """Reshape (N, ...) to (N, features), for the layers that take rows."""
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Merge all dimensions but the first."""
+        check_input(self, x, "(N, ...)", fits=x.ndim >= 1)
+        y = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        return y, lambda grad_y: grad_y.reshape(x.shape)
+
+    def __repr__(self) -> str:
+        return "Flatten()"

@@ -1,4 +1,4 @@
-"""Losses: a number to make small, and its gradient."""
+"""Loss functions, each with its gradient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
     Returns:
         The loss, and its gradient with respect to `logits`, of the same shape and dtype.
-        Without rows: 0.0 and an empty gradient.
+        Without rows these are 0.0 and an empty gradient.
 
     Raises:
-        UsageError: shapes disagree, or a label is no integer or out of range.
+        UsageError: shapes disagree, labels are no integers, or a label is out of range.
     """
     xp = namespace_of(logits)
     _check_labels(logits, labels)
@@ -28,7 +28,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
     count = labels.size
     rows = logits.reshape(count, logits.shape[-1])
     chosen = (xp.arange(count), labels.reshape(count))
-    # One array for all: logits less their maximum, their exponentials, softmax, gradient.
+    # One array holds in turn the logits minus their maximum, exponentials, softmax and gradient.
     grad = rows.astype(wide_dtype(rows.dtype), copy=False) - rows.max(axis=1, keepdims=True)
     at_labels = grad[chosen]
     xp.exp(grad, out=grad)
@@ -45,11 +45,11 @@ def mse_loss(prediction: Array, target: Array) -> tuple[float, Array]:
 
     Args:
         prediction: any shape, floating point.
-        target: the same shape; brought to the prediction's dtype.
+        target: array of the same shape; any dtype.
 
     Returns:
         The loss, and its gradient with respect to `prediction`, of the same shape and dtype.
-        Without elements: 0.0 and an empty gradient.
+        Without elements these are 0.0 and an empty gradient.
 
     Raises:
         UsageError: the shapes disagree.

@@ -1,4 +1,4 @@
-"""Module: the one contract that every layer, model, strategy and framework adapter fulfils."""
+"""Module, the base class of layers, models, strategies and adapters; and Buffer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import ClassVar, Self, TypeAlias
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
-from .buffer import Buffer
-from .listing import first_few
+from .checks import first_few
 from .parameter import Parameter
 
-# From the output's gradient to the input's; None where the input has none, such as indices.
+# A function from the output's gradient to the input's, or to None for an input such as indices.
 Pullback: TypeAlias = Callable[[Array], Array | None]
 
 
 class Module(ABC):
     """A function with parameters that can be differentiated backwards.
 
-    A subclass writes `vjp`. Its parameters, buffers and submodules are whatever `Parameter`,
-    `Buffer` and `Module` objects its attributes hold, also inside lists, tuples and dicts; an
-    attribute is known by its name, an element by its index or key: "layers.0.weight". Order is
-    that of definition, depth first, and what is shared appears once, under its first name.
+    A subclass implements `vjp`. Its parameters, buffers and submodules are the `Parameter`,
+    `Buffer` and `Module` objects that its attributes hold, also inside lists, tuples and dicts. A
+    qualified name consists of attribute names, indices and keys: "layers.0.weight". The order is
+    that of definition, depth first; a shared object appears once, under its first name.
 
     To move a model to a GPU, assign each parameter's and buffer's `data`:
     `parameter.data = cupy.asarray(parameter.data)`.
 
     Attributes:
         training: whether layers behave as in training (True at first); see `train`, `eval`.
-        transparent: whether this is a wrapper that leaves no trace in names: what the module
-            inside calls "0.weight" is called so from outside, too.
+        transparent: whether this is a wrapper that does not appear in qualified names: "0.weight"
+            of the module inside has the same name in the wrapper.
     """
 
     training: bool = True
@@ -40,12 +39,13 @@ class Module(ABC):
 
     @abstractmethod
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Compute the output, and the function that takes its gradient back to the input's.
+        """Compute the output, and the pullback: the function from its gradient to the input's.
 
         The pullback adds to the gradients of the parameters (announced by `Parameter.use()`),
-        and returns the gradient with respect to `x`. What it needs it keeps in its closure, so
-        several may be in flight, and dropping one frees its activations. It is run at most once.
-        Neither half modifies the array it is given; `y` may be `x` itself or a view of it.
+        and returns the gradient with respect to `x`. It keeps activations in its closure, so
+        several pullbacks may be in flight, and dropping one frees its activations. It is run at
+        most once. `vjp` and the pullback do not modify their arguments; the output may be `x`
+        itself or a view of it.
 
         Raises:
             UsageError: `x` does not have the shape or dtype that the module takes.
@@ -72,32 +72,32 @@ class Module(ABC):
         return ((name, item) for name, item in _walk(self) if isinstance(item, Buffer))
 
     def modules(self) -> Iterator[Module]:
-        """Yield this module and all below it, each once, parents first."""
+        """Yield this module and all submodules, each once, parents first."""
         return (module for _, module in self.named_modules())
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
-        """Yield (qualified name, module), beginning with ("", self), parents first."""
+        """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
         return ((name, item) for name, item in _walk(self) if isinstance(item, Module))
 
     def train(self) -> Self:
-        """Set this module and all below it to training; returns the module."""
+        """Set this module and all submodules to training; returns the module."""
         for module in self.modules():
             module.training = True
         return self
 
     def eval(self) -> Self:
-        """Set this module and all below it to evaluation; returns the module."""
+        """Set this module and all submodules to evaluation; returns the module."""
         for module in self.modules():
             module.training = False
         return self
 
     def zero_grad(self) -> None:
-        """Mark every parameter's gradient absent."""
+        """Set every parameter's gradient to None."""
         for parameter in self.parameters():
             parameter.zero_grad()
 
     def state_dict(self) -> dict[str, Array]:
-        """Copy all parameters and buffers into a dict from qualified name to array."""
+        """Copy all parameters and buffers into a dict, by qualified name."""
         return {name: holder.data.copy() for name, holder in _state(self)}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
@@ -128,28 +128,43 @@ class Module(ABC):
             holder.data[...] = namespace_of(holder.data).asarray(state[name])
 
 
+class Buffer:
+    """An array of a module's state that is not trained, such as running statistics.
+
+    Attributes:
+        data: NumPy or CuPy array of any dtype; layers change it in place.
+    """
+
+    def __init__(self, data: Array) -> None:
+        namespace_of(data)
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"Buffer(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
 def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:
-    """Put other modules in the place of some, wherever the tree holds them; return the root.
+    """Replace modules by others, wherever the tree holds them; return the root.
 
     Args:
-        root: changed in place: attributes, and elements of its lists, tuples and dicts.
-        replacement: given qualified name and module, returns the module to stand there: the same
-            one to keep it. Asked once for each module, children before parents, the root last;
-            what stands in several places is replaced in all.
+        root: the tree, which is changed in place.
+        replacement: a function from qualified name and module to the module that replaces it, or
+            to the same module to keep it. It is called once for each module, children before
+            parents, the root last; a shared module is replaced everywhere.
     """
     names = {id(module): name for name, module in root.named_modules()}
-    decided: dict[int, Module] = {}
+    new_modules: dict[int, Module] = {}
 
     def visit(value: object) -> object:
         if isinstance(value, Module):
-            if id(value) not in decided:
-                decided[id(value)] = value  # a module inside itself finds itself
+            if id(value) not in new_modules:
+                new_modules[id(value)] = value  # ends the recursion where a module holds itself
                 for key, child in list(vars(value).items()):
                     new = visit(child)
                     if new is not child:
                         setattr(value, key, new)
-                decided[id(value)] = replacement(names[id(value)], value)
-            return decided[id(value)]
+                new_modules[id(value)] = replacement(names[id(value)], value)
+            return new_modules[id(value)]
         if isinstance(value, dict):
             value.update({key: visit(child) for key, child in value.items()})
         elif isinstance(value, list):

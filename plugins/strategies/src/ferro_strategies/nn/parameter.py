@@ -1,64 +1,64 @@
-"""Parameter: an array that is learnt, its gradient, and when that gradient is complete.
+"""Parameter: a trained array and its gradient, with notice when that gradient is complete.
 
-A pullback adds its share to each parameter's gradient. Whoever reduces gradients between ranks
-while the backward pass still runs has to know which share was the last. So a layer announces
-each use in its forward half, and adds through what it was handed:
+Each pullback adds a term to a parameter's gradient. A strategy that reduces gradients between ranks
+while the backward pass runs has to know which term was the last. So a layer announces each use of
+a parameter in its forward pass, and adds the gradient through that `Use`:
 
     weight = self.weight.use()              # in vjp: one use is outstanding
     def pullback(grad_y):
-        weight.add_grad(...)                # in the pullback: it no longer is
+        weight.add_grad(...)                # in the pullback: the use is no longer outstanding
 
 The rule: **a gradient is complete when an addition leaves no use of the parameter outstanding.**
 A use is outstanding from `use()` until its addition, or until nothing refers to it any more.
-What follows from the rule:
+The rule has these consequences:
 
-- a parameter used k times (tied weights, a layer called twice) is complete after the k-th
-  addition;
-- uses are counted over all pullbacks in flight: with several microbatches forward before the
-  first goes backward, the gradient is complete after the last of them;
-- a pullback that is dropped without being run takes its uses along, so evaluation through `vjp`
-  and abandoned microbatches leave nothing behind; `module(x)` keeps no pullback and so no use;
-- a pullback that is kept, but never run, keeps its parameters incomplete: drop it;
-- right after a forward pass, a parameter with `outstanding_uses == 0` took no part in it;
-- a module that drops its pullback to run `vjp` again later holds a `use()` of each of its
-  parameters meanwhile, and lets go of it once the second `vjp` has announced its own;
-- `zero_grad()` forgets no use, so it may stand between the forward and the backward half.
+- The gradient of a parameter used k times (tied weights, a layer called twice) is complete after
+  the k-th addition.
+- Uses are counted over all pullbacks in flight: when several microbatches go forward before the
+  first goes backward, the gradient is complete after the last of them.
+- Dropping a pullback that was not run drops its uses, so evaluation through `vjp` and abandoned
+  microbatches have no effect; `module(x)` keeps no pullback and so no use.
+- A pullback that is kept but never run keeps its parameters' gradients incomplete: drop it.
+- Right after a forward pass, a parameter with `outstanding_uses == 0` took no part in it.
+- A module that drops its pullback to run `vjp` again later holds a `use()` of each parameter in
+  between, and drops it when the second `vjp` has announced its own.
+- `zero_grad()` keeps uses, so it may be called between the forward and the backward pass.
 
-A strategy that keeps a parameter in pieces lets it `hold` the whole during a pass, and this
-rank's piece otherwise: the object, which optimizers know, stays. So a pullback reads `data`
-through its use when it needs it, and keeps no reference to the array.
+A strategy that splits a parameter lets it `hold` the whole array during a pass, and this rank's
+piece otherwise; the object, which optimizers know, stays. So a pullback reads `data` through its
+use when it needs the value, and keeps no reference to the array.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from ferro.errors import UsageError
+from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
-from .split import Split
-from .use import Use
 
 
 class Parameter:
-    """An array that is learnt, and its gradient.
+    """A trained array and its gradient.
 
-    The gradient lives in one piece of memory for as long as the parameter does: the parameter's
-    own, or memory preset by a parallel strategy (see `set_grad_memory`). The first addition
-    after `zero_grad()` writes there, later ones add.
+    The gradient always lives in the same memory: the parameter's own, or memory given by a
+    strategy (see `set_grad_memory`). The first addition after `zero_grad()` overwrites that
+    memory, later ones add to it.
 
     Args:
-        data: floating-point NumPy or CuPy array, C-contiguous; kept, not copied.
-        name: what messages call it; a strategy sets the qualified name here.
-        requires_grad: when False, nothing is accumulated and nobody is told.
+        data: floating-point NumPy or CuPy array, C-contiguous; it is not copied.
+        name: name for messages; a strategy sets the qualified name.
+        requires_grad: whether gradients are accumulated and listeners called.
 
     Attributes:
         name: as given.
         requires_grad: as given; may be changed between steps.
-        splits: of what this rank holds a piece: each strategy that splits the parameter over
-            ranks adds one. () when every rank holds the whole.
-        deferred: while a list, products for the gradient are queued there: see `deferring`.
+        splits: one entry for each strategy that split the parameter over ranks; () when every
+            rank holds the whole parameter.
+        deferred: a list while `deferring` queues products for the gradient there, otherwise None.
     """
 
     def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
@@ -76,8 +76,8 @@ class Parameter:
     def data(self) -> Array:
         """The value, which an optimizer changes in place.
 
-        Another array may be assigned, to move the parameter to a GPU or to gather a shard;
-        gradient memory that no longer fits is then replaced by `set_grad_memory`.
+        Another array may be assigned, to move the parameter to a GPU for example; replace gradient
+        memory that no longer fits by `set_grad_memory`.
         """
         return self._data
 
@@ -94,7 +94,7 @@ class Parameter:
 
     @property
     def grad(self) -> Array | None:
-        """The gradient, or None until something has been added since `zero_grad()`.
+        """The gradient, or None until the first addition after `zero_grad()`.
 
         Assigning an array copies it into the gradient's memory, so `parameter.grad *= scale`
         works in place; assigning None is `zero_grad()`.
@@ -112,7 +112,7 @@ class Parameter:
 
     @property
     def outstanding_uses(self) -> int:
-        """How many uses, over all pullbacks alive, have not added their gradient yet."""
+        """The number of uses, over all pullbacks alive, that have not added their gradient."""
         return len(self._uses)
 
     def use(self) -> Use:
@@ -122,10 +122,13 @@ class Parameter:
         return use
 
     def add_grad(self, grad: Array) -> None:
-        """Add `grad` (of the shape of `data`; never kept) and tell the listeners if it was last.
+        """Add `grad`, and call the listeners if the gradient is then complete.
 
-        A pullback of a layer adds through its `use()`. Adding here is for gradients that belong
-        to no announced use; with no use outstanding, each addition then counts as the last.
+        A layer's pullback adds through its `use()`. Call this directly for gradients that belong
+        to no announced use; with no use outstanding, each addition completes the gradient.
+
+        Args:
+            grad: an array of the shape of `data`; the parameter keeps no reference to it.
 
         Raises:
             UsageError: the shapes differ; nothing was added.
@@ -143,8 +146,8 @@ class Parameter:
     def add_grad_product(self, a: Array, b: Array) -> None:
         """Add the matrix product `a @ b`, reshaped to the shape of `data`.
 
-        The same as `add_grad`, but the first product of a step is computed in the gradient's
-        memory: no array of the parameter's size is made beside it.
+        This equals `add_grad`, but computes the first product of a step in the gradient's memory,
+        without another array of the parameter's size.
         """
         if not self.requires_grad:
             return
@@ -159,9 +162,9 @@ class Parameter:
         self._notify()
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:
-        """Add `grads[i]` to row `rows[i]` of the gradient; no row may be named twice.
+        """Add `grads[i]` to row `rows[i]` of the gradient; `rows` has no duplicates.
 
-        The same as `add_grad` of an array that is zero elsewhere, without making that array.
+        This equals `add_grad` of an array that is zero elsewhere, without making that array.
         """
         if not self.requires_grad:
             return
@@ -173,16 +176,16 @@ class Parameter:
         self._notify()
 
     def zero_grad(self) -> None:
-        """Mark the gradient absent; its memory is kept for the next one."""
+        """Set the gradient to None, and keep its memory for the next one."""
         self._grad = None
 
     def set_grad_memory(self, memory: Array | None) -> None:
-        """Keep the gradient in `memory` from now on; a gradient already there is copied over.
+        """Keep the gradient in `memory` from now on, and copy the present gradient there.
 
         Args:
-            memory: shape and dtype of `data`, C-contiguous, writeable: a slice of a bucket, say.
-                Its owner may read and reduce it in place once the gradient is complete. None:
-                the next gradient after `zero_grad()` gets memory of the parameter's own again.
+            memory: a C-contiguous, writeable array of the shape and dtype of `data`, such as a part
+                of a bucket. Its owner may reduce it in place once the gradient is complete. None:
+                the next gradient after `zero_grad()` gets memory of the parameter's own.
 
         Raises:
             UsageError: `memory` does not fit; nothing was changed.
@@ -204,13 +207,13 @@ class Parameter:
         self._memory = memory
 
     def hold(self, data: Array, *, grad: Array | None, grad_memory: Array | None) -> None:
-        """Hold other arrays from now on, of another shape perhaps; uses and listeners stay.
+        """Replace value and gradient by arrays of any other shape; uses and listeners stay.
 
         Args:
             data: the value.
-            grad: the gradient so far, of the shape and dtype of `data`; None when there is none.
-            grad_memory: where the gradient goes (see `set_grad_memory`), `grad` itself if there
-                is one; None: memory of the parameter's own.
+            grad: the present gradient, of the shape and dtype of `data`, or None.
+            grad_memory: memory for the gradient (see `set_grad_memory`), which is `grad` itself
+                unless that is None; None: memory of the parameter's own.
         """
         self.data = data
         self._grad = None
@@ -220,7 +223,8 @@ class Parameter:
     def on_complete(self, listener: Callable[[Parameter], None]) -> Callable[[], None]:
         """Call `listener(parameter)` whenever the gradient is complete, inside that addition.
 
-        Listeners are called in the order they came; what one raises ends the backward pass.
+        Listeners are called in the order in which they were added; an exception of a listener ends
+        the backward pass.
 
         Returns:
             A function that removes the listener again; call it once.
@@ -229,7 +233,7 @@ class Parameter:
         return lambda: self._listeners.remove(listener)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
-        """Copy value and gradient; memory, uses and listeners belong to the original."""
+        """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
         twin = Parameter(self.data.copy(), name=self.name, requires_grad=self.requires_grad)
         twin.splits = self.splits
         twin.grad = self._grad
@@ -239,7 +243,7 @@ class Parameter:
         return f"Parameter({self.name!r}, shape={self.data.shape}, dtype={self.data.dtype})"
 
     def _reserve(self) -> Array:
-        """Return the memory where the gradient goes, whatever it holds now."""
+        """Allocate the gradient's memory if there is none; its content is arbitrary."""
         if self._memory is None:
             data = self.data
             memory: Array = namespace_of(data).empty(data.shape, data.dtype)
@@ -257,3 +261,97 @@ class Parameter:
                 f"gradient of parameter {self.name!r} has shape {shape}, "
                 f"but the parameter has {self.data.shape}. Correct the pullback that added it."
             )
+
+
+class Use:
+    """One use of a parameter in a forward pass; the pullback adds one gradient through it."""
+
+    __slots__ = ("__weakref__", "_parameter")
+
+    def __init__(self, parameter: Parameter) -> None:
+        self._parameter = parameter
+
+    @property
+    def data(self) -> Array:
+        """The parameter's present value."""
+        return self._parameter.data
+
+    @property
+    def requires_grad(self) -> bool:
+        """True when the pullback has to compute a gradient."""
+        return self._parameter.requires_grad
+
+    def add_grad(self, grad: Array) -> None:
+        """Add this use's gradient: see `Parameter.add_grad`."""
+        self._end()
+        self._parameter.add_grad(grad)
+
+    def add_grad_product(self, a: Array, b: Array) -> None:
+        """Add this use's gradient `a @ b`: see `Parameter.add_grad_product`.
+
+        Where products are deferred, the use is outstanding until the product is added.
+        """
+        deferred = self._parameter.deferred
+        if deferred is None:
+            self._add_product(a, b)
+        else:
+            deferred.append(lambda: self._add_product(a, b))
+
+    def add_grad_rows(self, rows: Array, grads: Array) -> None:
+        """Add this use's gradient, rows only: see `Parameter.add_grad_rows`."""
+        self._end()
+        self._parameter.add_grad_rows(rows, grads)
+
+    def _add_product(self, a: Array, b: Array) -> None:
+        self._end()
+        self._parameter.add_grad_product(a, b)
+
+    def _end(self) -> None:
+        uses = self._parameter._uses
+        if self not in uses:
+            raise UsageError(
+                f"a second gradient for one use of parameter {self._parameter.name!r}: "
+                "a pullback can be run only once. Call vjp again for another."
+            )
+        uses.discard(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """A division of a parameter over ranks, each of which holds a piece.
+
+    Attributes:
+        group: the ranks that hold the pieces, in the order of the pieces.
+        dim: dimension of the whole array along which it is cut; None when it is cut as a flat row.
+    """
+
+    group: ProcessGroup
+    dim: int | None
+
+
+@contextmanager
+def deferring(parameters: Iterable[Parameter]) -> Iterator[list[Callable[[], None]]]:
+    """Queue the products that pullbacks add to these parameters' gradients, to add them later.
+
+    A pullback computes the gradient of its input, for which earlier layers wait, and those of its
+    parameters, which only the optimizer needs; most of the latter are matrix products. A pipeline
+    that defers these products sends the former sooner, and computes them while it would otherwise
+    wait (Qi et al., "Zero Bubble Pipeline Parallelism", 2023).
+
+    with deferring(module.parameters()) as products:
+        grad_x = pullback(grad_y)
+    ...                                     # send grad_x
+    for product in products: product()      # now the gradients are complete
+
+    A queued product keeps its two factors, and its use stays outstanding. Gradients that a layer
+    adds in another way than by `Use.add_grad_product` are added at once.
+    """
+    products: list[Callable[[], None]] = []
+    held = list(parameters)
+    for parameter in held:
+        parameter.deferred = products
+    try:
+        yield products
+    finally:
+        for parameter in held:
+            parameter.deferred = None

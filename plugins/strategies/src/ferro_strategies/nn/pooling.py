@@ -1,4 +1,4 @@
-"""MaxPool2d: the largest value of each window."""
+"""MaxPool2d: the largest value of each window of an image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .windows import Windows, pair
 class MaxPool2d(Module):
     """Take the maximum over windows of images (N, C, H, W); pixels left over are not used.
 
-    Of equal maxima the first, row by row, gets the gradient. A NaN is the maximum of its window,
-    which then passes no gradient on.
+    Where maxima are equal, the first one, row by row, gets the gradient. A NaN is the maximum of
+    its window, and such a window has no gradient.
 
     Args:
-        kernel_size: pixels, one number or (vertical, horizontal).
-        stride: pixels from window to window; None: the kernel's size.
+        kernel_size: size in pixels, one number or (vertical, horizontal).
+        stride: distance between windows in pixels; None: the kernel's size.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class MaxPool2d(Module):
             xp.maximum(y, tap, out=y)
 
         def pullback(grad_y: Array) -> Array:
-            # Found again rather than remembered: x and y are mostly kept by the neighbours.
+            # Searching the maxima again needs only x and y, which neighbouring layers mostly keep.
             grad_x: Array = xp.zeros(x.shape, grad_y.dtype)
-            given = xp.zeros(y.shape, bool)
+            taken = xp.zeros(y.shape, bool)
             taps = zip(self.windows.taps(x), self.windows.taps(grad_x), strict=True)
             for tap, grad_tap in taps:
-                winner = (tap == y) & ~given
-                given |= winner
-                grad_tap += grad_y * winner
+                is_maximum = (tap == y) & ~taken
+                taken |= is_maximum
+                grad_tap += grad_y * is_maximum
             return grad_x
 
         return y, pullback

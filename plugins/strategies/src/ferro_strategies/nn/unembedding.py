@@ -1,4 +1,4 @@
-"""Unembedding: scores by an embedding's own table, which both layers share."""
+"""Unembedding: an output layer that shares the table of an embedding (weight tying)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from .module import Module, Pullback
 
 
 class Unembedding(Module):
-    """y = x @ table.weight.T, for x of shape (..., dim): tied weights.
+    """y = x @ table.weight.T, for x of shape (..., dim).
 
     table = Embedding(words, dim)
     model = Sequential(table, *blocks, Unembedding(table))
 
     Args:
-        table: the embedding; its parameter is shared, and has the sum of both gradients.
+        table: the embedding whose parameter is shared; its gradient is the sum of both layers'.
 
     Attributes:
-        num_embeddings: the table's.
-        dim: the table's.
-        weight: that of the table, (num_embeddings, dim).
+        num_embeddings, dim: as those of `table`.
+        weight: the parameter of `table`, (num_embeddings, dim).
 
     Source: Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017.
     """

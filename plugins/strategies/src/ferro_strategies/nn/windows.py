@@ -1,4 +1,4 @@
-"""Sliding windows over images: what convolution and pooling have in common."""
+"""Sliding windows over images, for convolution and pooling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .arrays import Array, namespace_of
 class Windows:
     """Windows of `kernel` pixels, `stride` apart, over an image with `padding` zeros around it.
 
-    Each is (vertical, horizontal), in pixels.
+    Each of the three is (vertical, horizontal), in pixels.
     """
 
     kernel: tuple[int, int]
@@ -21,10 +21,10 @@ class Windows:
     padding: tuple[int, int] = (0, 0)
 
     def check(self, layer: str) -> None:
-        """Refuse windows without pixels, standing still, or wider padding than an image can use.
+        """Refuse a kernel without pixels, a stride below 1, or negative padding.
 
         Raises:
-            UsageError: names the layer and the value.
+            UsageError: names the layer and the values.
         """
         if min(self.kernel) < 1 or min(self.stride) < 1 or min(self.padding) < 0:
             raise UsageError(
@@ -37,12 +37,12 @@ class Windows:
         return min(self.output_size(height, width)) >= 1
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Count the windows in an image, (down, across); pixels left over are not used."""
+        """Count the windows in an image, (down, across); they do not cover leftover pixels."""
         (kh, kw), (sh, sw), (ph, pw) = self.kernel, self.stride, self.padding
         return (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
 
     def padded(self, images: Array) -> Array:
-        """Return `images` (N, C, H, W) with zeros around each, or as they are without padding."""
+        """Surround `images` (N, C, H, W) with zeros, as wide as `padding`."""
         ph, pw = self.padding
         if not (ph or pw):
             return images
@@ -55,8 +55,8 @@ class Windows:
     def taps(self, images: Array) -> list[Array]:
         """Cut padded images (N, C, H, W) into one view per kernel pixel, row by row.
 
-        View i * kw + j is (N, C, down, across): pixel (i, j) of every window. Unlike the
-        overlapping windows themselves, each view names no element twice: it can be added to.
+        View i * kw + j is (N, C, down, across): pixel (i, j) of every window. Unlike the windows
+        themselves, which overlap, a view has each element once, so gradients can be added to it.
         """
         (kh, kw), (sh, sw) = self.kernel, self.stride
         down = (images.shape[2] - kh) // sh + 1
@@ -69,5 +69,5 @@ class Windows:
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (vertical, horizontal) from one number for both, or from two."""
+    """Make (vertical, horizontal) from one number for both, or from two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])

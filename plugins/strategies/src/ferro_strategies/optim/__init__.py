@@ -2,8 +2,8 @@
 
 from .adamw import AdamW
 from .clip import clip_grad_norm
+from .loss_scaler import LossScaler
 from .optimizer import Optimizer
-from .scaler import LossScaler
 from .sgd import SGD
 
 __all__ = ["SGD", "AdamW", "LossScaler", "Optimizer", "clip_grad_norm"]

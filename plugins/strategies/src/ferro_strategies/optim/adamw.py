@@ -21,7 +21,7 @@ class AdamW(Optimizer):
         m = beta1 * m + (1 - beta1) * grad         v = beta2 * v + (1 - beta2) * grad**2
         p = p - lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
 
-    State per parameter: "m" and "v", of its shape and dtype, and "t", its own number of steps,
+    State per parameter: "m" and "v", of its shape and dtype, and "t", its number of steps,
     0-d int64 in host memory.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2.

@@ -1,4 +1,4 @@
-"""clip_grad_norm: keep a step's gradient from being too long."""
+"""clip_grad_norm: scale the gradients down when their common norm is too large."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .optimizer import blocks
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scale all gradients, in place, so that together they are no longer than `max_norm`.
+    """Scale all gradients in place, so that their common norm is at most `max_norm`.
 
     Call it between the pullback and the step, on every rank. A parameter that is split over
-    ranks (`Parameter.splits`) counts with all its pieces, and every parameter once: the norm is
-    that of one process. Nothing is communicated where nothing is split. Of a pipeline's parameters
-    it sees only those of this rank's stages: call `Pipeline.clip_grad_norm` there.
+    ranks (`Parameter.splits`) counts with all its pieces, and every parameter counts once, so the
+    norm is that of one process. Ranks communicate only where parameters are split. In a pipeline
+    a rank knows the parameters of its own stages only: call `Pipeline.clip_grad_norm` there.
 
     Args:
-        parameters: those without gradient count as zero; the same ones on all ranks.
-        max_norm: longest Euclidean norm allowed.
+        parameters: the same ones on all ranks; a parameter without gradient counts as zero.
+        max_norm: largest Euclidean norm allowed.
 
     Returns:
-        The norm before, computed in float64, the same on all ranks. Where it is not finite
-        nothing is scaled: skip that step.
+        The norm before scaling, computed in float64, the same on all ranks. A norm that is not
+        finite scales no gradient: skip that step.
 
     Raises:
         UsageError: `max_norm` is not positive.
@@ -41,7 +41,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
 
 def check_max_norm(max_norm: float) -> None:
-    """Refuse a norm that nothing but zeros could have.
+    """Refuse a largest norm that only zeros could have.
 
     Raises:
         UsageError: `max_norm` is not positive.
@@ -51,9 +51,9 @@ def check_max_norm(max_norm: float) -> None:
 
 
 def squared_norm(parameters: Iterable[Parameter]) -> float:
-    """Return the sum of the squares of all gradients, with the pieces that other ranks hold.
+    """Sum the squares of all gradients, including the pieces that other ranks hold.
 
-    Ranks that hold pieces call it together, with parameters split over the same groups.
+    Ranks that hold pieces call this together, with parameters that are split over the same groups.
     """
     totals: dict[tuple[ProcessGroup, ...], float] = {}
     for parameter in parameters:
@@ -67,7 +67,7 @@ def squared_norm(parameters: Iterable[Parameter]) -> float:
 
 
 def scale_grads(parameters: Iterable[Parameter], max_norm: float, norm: float) -> None:
-    """Bring gradients whose norm is `norm` down to `max_norm`, in place, if it is finite."""
+    """Scale gradients of norm `norm` down to `max_norm` in place, if `norm` is finite."""
     if max_norm < norm < math.inf:
         for parameter in parameters:
             if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Optimizer: what SGD and AdamW have in common: parameters, state, and steps in place."""
+"""Optimizer: the base of SGD and AdamW, with parameters, state, and updates in place."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 
-# Elements updated at a time. On a CPU the handful of arrays stays in cache from one operation to
-# the next, and the scratch is small; a GPU wants few, large operations.
+# An update works on blocks of so many elements. On a CPU a block of each array stays in the cache
+# from one operation to the next, and the scratch memory is small; a GPU needs large operations.
 _CPU_BLOCK = 1 << 15
 _GPU_BLOCK = 1 << 24
 
 
 class Optimizer(ABC):
-    """Changes parameters in place by their gradients.
+    """The base of optimizers, which change parameters in place by their gradients.
 
     Attributes:
-        parameters: those given, in their order.
+        parameters: the parameters, in the order given.
         lr: learning rate; assign to it to follow a schedule.
-        state: per parameter, what the optimizer remembers: arrays by name, empty before the
+        state: for each parameter, the arrays that the optimizer keeps, by name; empty before the
             parameter's first step.
 
     Raises:
-        UsageError: no parameters, one given twice, something else than a Parameter, or a
-            negative `lr`.
+        UsageError: `parameters` is empty, repeats a parameter, or holds another object, or `lr` is
+            negative.
     """
 
     def __init__(self, parameters: Iterable[Parameter], lr: float) -> None:
@@ -57,14 +57,15 @@ class Optimizer(ABC):
         return lambda: self._listeners.remove(listener)
 
     def step(self) -> None:
-        """Update every parameter that has a gradient; the others and their state stay."""
+        """Update every parameter that has a gradient; other parameters and their state stay."""
         for listener in tuple(self._listeners):
             listener()
         for parameter, state in zip(self.parameters, self.state, strict=True):
-            if parameter.grad is not None:
+            grad = parameter.grad
+            if grad is not None:
                 if not state:
                     state.update(self._initial_state(parameter.data))
-                self._update(parameter.data, parameter.grad, state)
+                self._update(parameter.data, grad, state)
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
@@ -72,9 +73,9 @@ class Optimizer(ABC):
             parameter.zero_grad()
 
     def state_dict(self) -> dict[str, Array]:
-        """Copy what changes from step to step: "lr", and per parameter "<index>.<name>".
+        """Copy the state that steps change: "lr", and "<index>.<name>" for each parameter.
 
-        Indices are those of `parameters`. Settings made at construction are not included.
+        An index is the position in `parameters`. Settings made at construction are not included.
         """
         state = {"lr": np.array(self.lr, np.float64)}
         for index, arrays in enumerate(self.state):
@@ -82,11 +83,11 @@ class Optimizer(ABC):
         return state
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Restore what `state_dict` gave, into an optimizer of as many like parameters.
+        """Restore a state from `state_dict`, into an optimizer of parameters of the same shapes.
 
         Raises:
             UsageError: a name is missing or unexpected, or a shape or dtype differs; the first
-                few of these are listed, and nothing was changed.
+                few of each are listed, and nothing was changed.
         """
         rest, faults = dict(state), []
         lr = rest.pop("lr", None)
@@ -122,19 +123,19 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _initial_state(self, data: Array) -> dict[str, Array]:
-        """Return the state before the first step of a parameter with this value."""
+        """Make the state of a parameter with this value before its first step."""
 
     @abstractmethod
     def _update(self, data: Array, grad: Array, state: dict[str, Array]) -> None:
-        """Make one step: change `data` and `state` in place, leave `grad` as it is."""
+        """Make one step: change `data` and `state` in place, and leave `grad` as it is."""
 
 
 def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
-    """Cut C-contiguous arrays of one size into matching blocks, with a scratch block.
+    """Cut C-contiguous arrays of one size into matching blocks, and add a scratch block.
 
     Yields:
-        (scratch, block of data, block of each other array), one-dimensional; the scratch has
-        the dtype of `data`, arbitrary content, and is the same memory each time.
+        (scratch, block of data, block of each other array), one-dimensional. The scratch block is
+        the same memory each time, of the dtype of `data`, with arbitrary content.
     """
     xp = namespace_of(data)
     size = min(data.size, _CPU_BLOCK if xp is np else _GPU_BLOCK)
@@ -149,7 +150,7 @@ def check_at_least_zero(optimizer: str, **settings: float) -> None:
     """Refuse settings below zero or NaN.
 
     Raises:
-        UsageError: names the optimizer and the setting.
+        UsageError: a setting is; the message names the optimizer and the setting.
     """
     for name, value in settings.items():
         if not value >= 0:

@@ -7,10 +7,9 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup
 
-from ..nn.arrays import Array
+from ..nn.arrays import Array, Rng
 from ..nn.attention import Attention, attend
 from ..nn.checks import check_dtype, check_input
-from ..nn.initial import Rng
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
 from .column import ColumnParallelLinear, column_parallel_matmul

@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError, Work
 
-from ..nn.arrays import Array, matmul
+from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_input
-from ..nn.initial import Rng
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
-from ..nn.use import Use
+from ..nn.parameter import Use
 from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows

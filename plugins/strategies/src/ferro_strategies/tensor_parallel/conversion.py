@@ -9,8 +9,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module
-from ..nn.parameter import Parameter
-from ..nn.split import Split
+from ..nn.parameter import Parameter, Split
 from ..replicas import check_same
 from .sharding import local_shard
 

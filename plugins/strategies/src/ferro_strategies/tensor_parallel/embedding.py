@@ -7,10 +7,9 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, Rng, namespace_of
 from ..nn.checks import check_input
 from ..nn.embedding import Embedding
-from ..nn.initial import Rng
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.module import Module, replace_modules
 from ..nn.parameter import Parameter
 

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, matmul
+from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_input
-from ..nn.initial import Rng
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from ferro import UsageError
 
 from ..nn.arrays import Array
-from ..nn.listing import first_few
+from ..nn.checks import first_few
 from ..nn.module import Module
-from ..nn.parameter import Parameter
-from ..nn.split import Split
+from ..nn.parameter import Parameter, Split
 from .sharding import all_gather_along, all_gather_sizes, local_shard
 
 

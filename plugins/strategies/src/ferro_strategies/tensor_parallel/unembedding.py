@@ -6,8 +6,8 @@ from ferro import ProcessGroup
 
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
+from ..nn.parameter import Use
 from ..nn.unembedding import Unembedding
-from ..nn.use import Use
 from ..parts import even_sizes
 from .column import check_column_input, column_parallel_matmul
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy

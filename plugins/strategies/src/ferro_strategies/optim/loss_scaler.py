@@ -1,0 +1,247 @@
+"""LossScaler: scale the loss, so that small gradients in half precision do not become zero."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ferro import ProcessGroup, UsageError
+
+from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.parameter import Parameter
+from .optimizer import Optimizer, blocks
+
+# With a scale outside this range, float32 gradients could not be scaled or unscaled.
+_GREATEST = 2.0**127
+_LEAST = 2.0**-126
+
+
+class LossScalerListener(Protocol):
+    """An object that a LossScaler calls before it acts (see `LossScaler.notifying`)."""
+
+    def before_unscale(self, optimizer: Optimizer) -> None:
+        """The scaler is about to unscale the gradients of this optimizer."""
+
+    def before_agree(self, optimizers: Sequence[Optimizer]) -> None:
+        """The ranks are about to agree on whether these optimizers step."""
+
+
+class LossScaler:
+    """A scale for the loss's gradient, by which the parameters' gradients are divided again.
+
+    In float16 a number below 6e-8 is zero, and gradients are often that small. So they are
+    computed with a scale as large as possible: when a gradient overflows, the step is skipped and
+    the scale shrinks; after many steps without overflow it grows.
+
+        loss, grad = cross_entropy(logits, labels)
+        pullback(scaler.scale(grad))
+        scaler.unscale(optimizer)                       # only to clip or look at gradients
+        clip_grad_norm(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+
+    Only `step` changes the scale, so all microbatches whose gradients are added have the same.
+
+    Args:
+        initial_scale: the first scale.
+        growth_factor: factor by which the scale grows, above 1.
+        backoff_factor: factor by which the scale shrinks, between 0 and 1.
+        growth_interval: number of steps in a row without overflow after which the scale grows.
+        group: the ranks that skip a step together: all ranks that hold pieces of the parameters.
+            None where every rank has the same gradients, as with DDP: then all decide alike.
+
+    Attributes:
+        current_scale: the scale.
+
+    Raises:
+        UsageError: a number is out of its range.
+
+    Source: Micikevicius et al., "Mixed Precision Training", 2018, section 3.2. The scale changes as
+    that of torch.amp.GradScaler; `step` includes the `update` of that class.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        _check_range("initial_scale", initial_scale, _LEAST, _GREATEST)
+        _check_range("growth_factor", growth_factor, math.nextafter(1, 2), sys.float_info.max)
+        _check_range("backoff_factor", backoff_factor, sys.float_info.min, math.nextafter(1, 0))
+        _check_range("growth_interval", growth_interval, 1, sys.maxsize)
+        self.current_scale = float(initial_scale)
+        self._growth_factor = growth_factor
+        self._backoff_factor = backoff_factor
+        self._growth_interval = growth_interval
+        self._group = group
+        self._steps_in_a_row = 0
+        # The optimizers whose gradients are unscaled, and whether these are finite on this rank.
+        self._finite: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._listener: LossScalerListener | None = None
+
+    @contextmanager
+    def notifying(self, listener: LossScalerListener) -> Iterator[None]:
+        """Call `listener` before each action inside, so that other ranks can do the same."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
+
+    def scale(self, grad: Array) -> Array:
+        """Multiply the loss's gradient by the scale, in its own dtype, for the pullback."""
+        with np.errstate(over="ignore"):  # an overflow makes `step` skip
+            scaled: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * self.current_scale
+            return scaled.astype(grad.dtype, copy=False)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide the gradients of an optimizer by the scale, in place, before its step.
+
+        Call it to use the gradients before the step; otherwise `step` does it. It does not
+        communicate.
+
+        Raises:
+            UsageError: the gradients are unscaled already, or ranks outside `group` hold pieces of
+                the parameters; nothing was changed.
+        """
+        if optimizer in self._finite:
+            raise UsageError(
+                f"LossScaler: the gradients of this {type(optimizer).__name__} are unscaled "
+                "already. Call unscale once before each step, after the last pullback."
+            )
+        for parameter in optimizer.parameters:
+            self._check_pieces(parameter)
+        if self._listener is not None:
+            self._listener.before_unscale(optimizer)
+        grads = [item.grad for item in optimizer.parameters if item.grad is not None]
+        self._finite[optimizer] = _unscale(grads, 1 / self.current_scale)
+
+    def step(self, *optimizers: Optimizer) -> bool:
+        """Unscale the gradients where needed, step if all are finite, and adapt the scale.
+
+        All ranks of the group call it; it takes one small reduction over them.
+
+        Args:
+            optimizers: all optimizers with gradients of this loss; all of them step, or none.
+
+        Returns:
+            Whether the step was made.
+
+        Raises:
+            UsageError: no optimizer was given; ranks outside `group` hold pieces of parameters; or
+                gradients overflow with the smallest scale (raised on all ranks of the group).
+        """
+        if not optimizers:
+            raise UsageError("LossScaler.step: give the optimizer that is to step.")
+        for optimizer in optimizers:
+            if optimizer not in self._finite:
+                self.unscale(optimizer)
+        finite = self.agree(optimizers)
+        if finite:
+            for optimizer in optimizers:
+                optimizer.step()
+        return finite
+
+    def agree(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Find out whether the unscaled gradients are finite on all ranks; adapt the scale.
+
+        This is a part of `step`, for callers that then step their optimizers themselves.
+        """
+        if self._listener is not None:
+            self._listener.before_agree(optimizers)
+        flags = [self._finite.pop(optimizer) for optimizer in optimizers]
+        finite = self._finite_on_all_ranks(all(flags), optimizers[0])
+        self._adapt(finite)
+        return finite
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copy the state that steps change: "scale" and "steps_in_a_row"."""
+        return {
+            "scale": np.array(self.current_scale, np.float64),
+            "steps_in_a_row": np.array(self._steps_in_a_row, np.int64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Restore a state from `state_dict`.
+
+        Raises:
+            UsageError: `state` is no such state; nothing was changed.
+        """
+        fits = set(state) == {"scale", "steps_in_a_row"}
+        fits = fits and all(value.shape == () for value in state.values())
+        if not fits or not _LEAST <= state["scale"] <= _GREATEST or state["steps_in_a_row"] < 0:
+            raise UsageError(
+                "LossScaler.load_state_dict: expected a positive 'scale' and the count "
+                f"'steps_in_a_row', got {dict(state)}. Nothing was loaded."
+            )
+        self.current_scale = float(state["scale"])
+        self._steps_in_a_row = int(state["steps_in_a_row"])
+
+    def _check_pieces(self, parameter: Parameter) -> None:
+        """Refuse a parameter of which ranks outside `group` hold pieces."""
+        together = set(self._group.global_ranks) if self._group is not None else set()
+        for split in parameter.splits:
+            alone = split.group.world_size == 1
+            if not alone and (others := set(split.group.global_ranks) - together):
+                raise UsageError(
+                    f"LossScaler: parameter {parameter.name!r} is split over group "
+                    f"{split.group.name!r}, of which world ranks {sorted(others)} would not skip "
+                    "a step together with this rank. Give LossScaler(group=...) a group of all "
+                    "ranks that hold pieces of the model.",
+                    group=split.group.name,
+                    rank=split.group.rank,
+                )
+
+    def _finite_on_all_ranks(self, finite: bool, optimizer: Optimizer) -> bool:
+        if self._group is None:
+            return finite
+        xp = namespace_of(optimizer.parameters[0].data)
+        return bool(self._group.all_reduce(xp.array(finite, np.uint8), "min"))
+
+    def _adapt(self, finite: bool) -> None:
+        if not finite:
+            self._steps_in_a_row = 0
+            self.current_scale *= self._backoff_factor
+            if self.current_scale < _LEAST:
+                self.current_scale = _LEAST
+                raise UsageError(
+                    f"LossScaler: gradients are not finite even when scaled by {_LEAST:g}: the "
+                    "scale is not the cause. Look for the first NaN or infinity in the model, "
+                    "the data or the learning rate."
+                )
+            return
+        self._steps_in_a_row += 1
+        if self._steps_in_a_row >= self._growth_interval:
+            self._steps_in_a_row = 0
+            self.current_scale = min(self.current_scale * self._growth_factor, _GREATEST)
+
+
+def _unscale(grads: list[Array], inverse: float) -> bool:
+    """Multiply by `inverse` in place; tell whether all results are finite."""
+    # There is one flag for each kind of array, read at the end, because reading it waits for a GPU.
+    flags: dict[ModuleType, Array] = {}
+    for grad in grads:
+        xp, wide = namespace_of(grad), wide_dtype(grad.dtype)
+        flag = flags.setdefault(xp, xp.ones((), bool))
+        for _, block in blocks(grad):
+            # The product is computed in float32, where neither factor can become zero.
+            with np.errstate(over="ignore"):
+                block[...] = block.astype(wide, copy=False) * inverse
+            flag &= xp.isfinite(block).all()
+    return all(map(bool, flags.values()))
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"LossScaler: {name} must be from {least} to {most}, got {value}.")

@@ -1,0 +1,125 @@
+"""Attention: compared with its formula and with central differences; its memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro_strategies.nn import Attention, check_gradients
+from ferro_strategies.nn.attention import attend
+
+
+def floats(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def made(dim, heads, **options):
+    """Make attention in float64 whose biases are not zero."""
+    layer = Attention(dim, heads, dtype=np.float64, rng=1, **options)
+    rng = np.random.default_rng(2)
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * rng.standard_normal(parameter.data.shape)
+    return layer
+
+
+def by_loops(layer, x, *, causal):
+    """Compute attention one position and one head at a time."""
+    q, k, v = (part(x) for part in (layer.query, layer.key, layer.value))
+    batch, length, dim = x.shape
+    size = dim // layer.num_heads
+    mixed = np.zeros_like(x)
+    for b, t, head in np.ndindex(batch, length, layer.num_heads):
+        columns = slice(head * size, (head + 1) * size)
+        seen = t + 1 if causal else length
+        scores = k[b, :seen, columns] @ q[b, t, columns] / np.sqrt(size)
+        weights = np.exp(scores) / np.exp(scores).sum()
+        mixed[b, t, columns] = weights @ v[b, :seen, columns]
+    return layer.output(mixed)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "shape"), [(1, (2, 3, 4)), (3, (2, 5, 6)), (2, (1, 1, 4))])
+def test_values_are_those_of_the_formula(causal, heads, shape):
+    layer, x = made(shape[2], heads, causal=causal), floats(*shape)
+    np.testing.assert_allclose(layer(x), by_loops(layer, x, causal=causal), rtol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("heads", "shape"), [(2, (2, 3, 4)), (1, (1, 1, 2)), (2, (0, 3, 4))])
+def test_gradients_equal_central_differences(causal, bias, heads, shape):
+    check_gradients(made(shape[2], heads, causal=causal, bias=bias), floats(*shape))
+
+
+def test_a_causal_position_does_not_depend_on_later_ones():
+    layer, x = made(4, 2), floats(2, 5, 4)
+    changed = x.copy()
+    changed[:, 3:] += 1
+    np.testing.assert_array_equal(layer(changed)[:, :3], layer(x)[:, :3])
+    assert not np.allclose(made(4, 2, causal=False)(changed)[:, :3], layer(x)[:, :3])
+
+
+def test_large_scores_overflow_nowhere():
+    query, key, value, grad = (floats(1, 3, 4, seed=seed) for seed in range(4))
+    mixed, pull = attend(1e4 * query, 1e4 * key, value, 2, causal=False)
+    assert np.isfinite(mixed).all()
+    assert all(np.isfinite(result).all() for result in pull(grad))
+
+
+def test_float32_stays_float32_and_inputs_are_not_modified():
+    layer, x = Attention(4, 2, rng=0), floats(2, 3, 4, dtype=np.float32)
+    grad_y = floats(2, 3, 4, dtype=np.float32, seed=1)
+    kept = x.copy(), grad_y.copy()
+    y, pullback = layer.vjp(x)
+    assert y.dtype == pullback(grad_y).dtype == np.float32
+    assert all(p.grad.dtype == np.float32 for p in layer.parameters())
+    np.testing.assert_array_equal(x, kept[0])
+    np.testing.assert_array_equal(grad_y, kept[1])
+
+
+def test_heads_keep_the_layout_of_the_query():
+    time_first = [floats(4, 2, 6, seed=seed).swapaxes(0, 1) for seed in range(4)]
+    batch_first = [np.ascontiguousarray(array) for array in time_first]
+    mixed, pull = attend(*time_first[:3], 3, causal=True)
+    expected, pull_expected = attend(*batch_first[:3], 3, causal=True)
+    assert mixed.strides == time_first[0].strides
+    np.testing.assert_allclose(mixed, expected, rtol=1e-13)
+    for a, b in zip(pull(time_first[3]), pull_expected(batch_first[3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_one_array_of_weights_forward_and_one_more_backward():
+    heads, length = 4, 256
+    layer, x = Attention(32, heads, rng=0), floats(1, length, 32, dtype=np.float32)
+    weights = heads * length * length * 4
+    tracemalloc.start()
+    try:
+        y, pullback = layer.vjp(x)
+        forward = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        pullback(y)
+        backward = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The mask and its making take a quarter each here, for there are four heads; the rest is small.
+    assert forward < 1.9 * weights
+    assert backward < 2.6 * weights
+
+
+def test_one_seed_gives_the_same_values_in_every_dtype():
+    wide, narrow = Attention(4, 2, dtype=np.float64, rng=5), Attention(4, 2, rng=5)
+    for one, other in zip(wide.parameters(), narrow.parameters(), strict=True):
+        np.testing.assert_array_equal(one.data.astype(np.float32), other.data)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 0, 4), (2, 3, 5), (1, 2, 3, 4)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ferro.UsageError, match=r"expected input of shape \(B, T >= 1, 4\)"):
+        Attention(4, 2)(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("sizes", [(5, 2), (4, 0), (0, 1)])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ferro.UsageError, match=r"Attention: (dim|num_heads) must be"):
+        Attention(*sizes)
