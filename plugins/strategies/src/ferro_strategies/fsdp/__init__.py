@@ -1,8 +1,7 @@
-"""Fully sharded data parallel training: every rank has a piece of the model."""
+"""Fully sharded data parallel training: every rank stores one shard of the model."""
 
+from .config import MixedPrecision, ShardingStrategy
 from .module import FSDP
-from .precision import MixedPrecision
-from .sharding import ShardingStrategy
-from .state import FlatShard
+from .sharded_parameter import FlatShard
 
 __all__ = ["FSDP", "FlatShard", "MixedPrecision", "ShardingStrategy"]

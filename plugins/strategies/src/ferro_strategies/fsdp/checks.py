@@ -1,4 +1,4 @@
-"""What FSDP checks before it changes anything."""
+"""Checks that FSDP makes before it changes anything."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ferro import UsageError
 
 from ..nn.module import Module
 from ..replicas import check_same
-from .plan import Plan
-from .state import Entry
+from .config import FSDPConfig
+from .sharded_parameter import ShardedParameter
 
 
 def check_wrappable(module: Module) -> None:
-    """See that a module's parameters are not in pieces already.
+    """Check that a module has parameters, and that none is sharded already.
 
     Raises:
-        UsageError: they are.
+        UsageError: it has none, or one is.
     """
     names = list(module.named_parameters())
     if not names:
@@ -35,35 +35,38 @@ def check_wrappable(module: Module) -> None:
             )
 
 
-def check_replicas(module: Module, plan: Plan, units: Sequence[str]) -> None:
+def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> None:
     """Compare the model and the options over all ranks.
 
     Raises:
         UsageError: they differ; raised on every rank.
     """
-    precision = plan.precision
+    precision = config.precision
     options = {
-        "sharding": plan.sharding,
+        "sharding": config.sharding,
         "units": list(units),
-        "prefetch": plan.prefetch,
-        "offload": plan.offload,
-        "param_dtype": _named(precision.param_dtype),
-        "reduce_dtype": _named(precision.reduce_dtype),
-        "output_dtype": _named(precision.output_dtype),
+        "prefetch": config.prefetch,
+        "offload": config.offload,
+        "param_dtype": _dtype_name(precision.param_dtype),
+        "reduce_dtype": _dtype_name(precision.reduce_dtype),
+        "output_dtype": _dtype_name(precision.output_dtype),
         "cast_inputs": precision.cast_inputs,
-        "shards": plan.ranks,
+        "shards": config.num_shards,
     }
     fault = ""
-    for group in plan.groups:
-        # Along a row of a mesh all have the same place in their columns, and the other way round.
-        places = [other.rank for other in plan.groups if other is not group]
-        # What one row of a mesh has found, its other rows learn from the columns.
+    for group in config.groups:
+        # All ranks of a mesh's row have the same rank in their columns, and the other way round.
+        other_ranks = [other.rank for other in config.groups if other is not group]
+        # The columns pass a fault found in one row of the mesh on to the other rows.
         faults: list[str] = group.all_gather_object(fault)
         fault = fault or next((text for text in faults if text), "")
         if not fault:
             try:
                 check_same(
-                    "FSDP", module, group, options | {"rank along the mesh's other axis": places}
+                    "FSDP",
+                    module,
+                    group,
+                    options | {"rank along the mesh's other axis": other_ranks},
                 )
             except UsageError as error:
                 fault = str(error)
@@ -71,19 +74,19 @@ def check_replicas(module: Module, plan: Plan, units: Sequence[str]) -> None:
         raise UsageError(fault)
 
 
-def check_trained(entries: Mapping[str, Entry]) -> None:
-    """See that there is a place for every gradient.
+def check_trained(sharded: Mapping[str, ShardedParameter]) -> None:
+    """Check that there is memory for every gradient.
 
     Raises:
-        UsageError: a parameter that was frozen when the module was wrapped is not any more.
+        UsageError: a parameter requires a gradient that was frozen when the module was wrapped.
     """
-    for name, entry in entries.items():
-        if entry.parameter.requires_grad and not entry.flat.trained:
+    for name, item in sharded.items():
+        if item.parameter.requires_grad and not item.flat.trained:
             raise UsageError(
                 f"FSDP: parameter {name!r} was frozen when the module was wrapped, and now "
                 "requires a gradient, for which there is no place. Wrap the module again."
             )
 
 
-def _named(dtype: npt.DTypeLike | None) -> str:
+def _dtype_name(dtype: npt.DTypeLike | None) -> str:
     return "None" if dtype is None else np.dtype(dtype).name

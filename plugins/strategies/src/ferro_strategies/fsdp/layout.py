@@ -1,4 +1,4 @@
-"""Layout: where parameters lie in one flat array, and where ranks cut it.
+"""FlatLayout: the positions of parameters in one flat array, and its division into shards.
 
 Parameters a, b and c of 3, 4 and 3 elements on 4 ranks; "." is padding:
 
@@ -16,14 +16,14 @@ from ..nn.arrays import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a parameter lies in the flat array.
+class ParameterSpan:
+    """The position of one parameter in the flat array.
 
     Attributes:
         name: the parameter's qualified name.
-        shape: its shape, when whole.
-        start: of its first element.
-        stop: behind its last element.
+        shape: its unsharded shape.
+        start: the index of its first element.
+        stop: the index after its last element.
     """
 
     name: str
@@ -33,60 +33,60 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Parameters one after the other, padded, cut into equal shards.
+class FlatLayout:
+    """Parameters one after the other, padded, divided into equal shards.
 
     Attributes:
-        places: of the parameters.
-        ranks: number of shards.
-        shard_size: elements in each.
+        spans: the positions of the parameters.
+        num_shards: number of shards.
+        shard_size: elements in each shard.
     """
 
-    places: tuple[Place, ...]
-    ranks: int
+    spans: tuple[ParameterSpan, ...]
+    num_shards: int
     shard_size: int
 
     @property
-    def used(self) -> int:
-        """Elements in front of the padding."""
-        return self.places[-1].stop
+    def unpadded_size(self) -> int:
+        """Elements before the padding."""
+        return self.spans[-1].stop
 
     @property
     def size(self) -> int:
-        """Elements altogether."""
-        return self.ranks * self.shard_size
+        """Elements including the padding."""
+        return self.num_shards * self.shard_size
 
-    def shard(self, rank: int) -> slice:
-        """Return the part of the flat array that is a rank's shard."""
+    def shard_slice(self, rank: int) -> slice:
+        """Locate a rank's shard in the flat array."""
         return slice(rank * self.shard_size, (rank + 1) * self.shard_size)
 
-    def part(self, place: Place, rank: int) -> slice:
-        """Return the part of a flattened parameter that lies in a rank's shard; perhaps empty."""
-        shard, size = self.shard(rank), place.stop - place.start
-        start = min(max(shard.start - place.start, 0), size)
-        return slice(start, max(start, min(shard.stop - place.start, size)))
+    def slice_in_parameter(self, span: ParameterSpan, rank: int) -> slice:
+        """Locate a rank's shard in one flattened parameter; the slice may be empty."""
+        shard, size = self.shard_slice(rank), span.stop - span.start
+        start = min(max(shard.start - span.start, 0), size)
+        return slice(start, max(start, min(shard.stop - span.start, size)))
 
-    def within(self, place: Place, rank: int) -> slice:
-        """Return the part of a rank's shard that belongs to a parameter; perhaps empty."""
-        part = self.part(place, rank)
-        start = min(max(place.start - rank * self.shard_size, 0), self.shard_size)
+    def slice_in_shard(self, span: ParameterSpan, rank: int) -> slice:
+        """Locate a parameter in a rank's shard; the slice may be empty."""
+        part = self.slice_in_parameter(span, rank)
+        start = min(max(span.start - rank * self.shard_size, 0), self.shard_size)
         return slice(start, start + part.stop - part.start)
 
-    def cut(self, whole: Array) -> list[Array]:
-        """Return views of a flat array, one for each parameter, in its shape."""
-        return [whole[p.start : p.stop].reshape(p.shape) for p in self.places]
+    def views(self, flat: Array) -> list[Array]:
+        """View a flat array as one array per parameter, in the parameters' shapes."""
+        return [flat[s.start : s.stop].reshape(s.shape) for s in self.spans]
 
-    def sizes(self, place: Place) -> list[int]:
-        """Return how many elements of a parameter each rank has."""
-        parts = [self.part(place, rank) for rank in range(self.ranks)]
+    def shard_sizes(self, span: ParameterSpan) -> list[int]:
+        """Count the elements of a parameter on each rank."""
+        parts = [self.slice_in_parameter(span, rank) for rank in range(self.num_shards)]
         return [part.stop - part.start for part in parts]
 
 
-def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], ranks: int) -> Layout:
-    """Place parameters, given as (name, shape), at least one, for so many ranks."""
-    places, start = [], 0
+def flat_layout(shapes: Iterable[tuple[str, tuple[int, ...]]], num_shards: int) -> FlatLayout:
+    """Lay out at least one parameter, each given as (name, shape)."""
+    spans, start = [], 0
     for name, shape in shapes:
         stop = start + math.prod(shape)
-        places.append(Place(name=name, shape=shape, start=start, stop=stop))
+        spans.append(ParameterSpan(name=name, shape=shape, start=start, stop=stop))
         start = stop
-    return Layout(places=tuple(places), ranks=ranks, shard_size=-(-start // ranks))
+    return FlatLayout(spans=tuple(spans), num_shards=num_shards, shard_size=-(-start // num_shards))

@@ -1,4 +1,4 @@
-"""FSDP: a module of which every rank has a piece, whole only where it is being computed."""
+"""FSDP: a module whose parameters are sharded over the ranks and gathered unit by unit."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ from ..nn.module import Module, Pullback, replace_modules
 from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
 from .checks import check_replicas, check_trained, check_wrappable
-from .cutting import cut
-from .joining import Joining
-from .passes import Passes
-from .plan import make_plan
-from .precision import MixedPrecision
-from .sharded import ShardedState
-from .sharding import ShardingStrategy
-from .state import entries_of
-from .unit import Pacer, Unit, no_copy
-from .units import UnitPolicy, choose_units
+from .config import MixedPrecision, ShardingStrategy, make_config
+from .flat_parameter_group import shard_module
+from .join import FSDPJoin
+from .sharded_parameter import sharded_parameters
+from .state_dicts import StateDictMixin
+from .unit_hooks import Unit, UnitHooks, copy_error
+from .unit_policy import UnitPolicy, choose_units
+from .unit_scheduler import UnitScheduler
 
 
-class FSDP(ShardedState):
-    """A module of which every rank has a piece, trained on each rank's part of every batch.
+class FSDP(StateDictMixin):
+    """A sharded module, trained on each rank's part of every batch.
 
-    Parameters are cut into one piece per rank, and so are gradients and the optimizer's state
-    (see `ShardingStrategy` for what exactly, and how much memory it takes). For each half of a
+    Each rank owns one shard of the parameters, of the gradients and of the optimizer's state
+    (`ShardingStrategy` says of which, and how much memory that takes). For each half of a
     pass the parameters of one unit are gathered, while the unit before computes, and freed again;
     gradients are reduced while the next unit computes. When a pullback returns, every
-    `parameter.grad` is this rank's piece of the mean over the ranks, and `optimizer.step()`
-    changes this rank's piece.
+    `parameter.grad` is this rank's shard of the mean over the ranks, and `optimizer.step()`
+    updates this rank's shard.
 
-    The parameters are the objects that they were, so an optimizer may be made before or after.
-    Outside a pass, `data` and `grad` are flat pieces, perhaps empty. Layers that are units are
+    The parameters stay the same objects, so an optimizer may be made before or after wrapping.
+    Outside a pass, `data` and `grad` are flat shards, perhaps empty. Layers that are units are
     wrapped, in place, in the module given; names stay.
 
     All ranks make the same passes in the same order, also `model(x)`, which gathers. A parameter
@@ -46,36 +44,38 @@ class FSDP(ShardedState):
     all ranks, `grad` stays None.
 
     Accumulation. Each pullback whose forward half was outside `no_sync` reduces, and adds to the
-    piece in `grad`. With `no_sync` for all but the last microbatch there is one reduction instead
-    of several, and each unit's whole gradient stays until then. Several may be in flight.
+    shard in `grad`. With `no_sync` for all but the last microbatch there is one reduction instead
+    of several, and each unit's unsharded gradient stays until then. Several pullbacks may be in
+    flight.
 
-    Buffers are not cut: they are rank 0's at first, each rank's move on by its own batches, and
-    rank 0's are the ones to save.
+    Buffers are not sharded. All ranks start with rank 0's buffers, each rank updates its own from
+    its own batches, and rank 0's are saved.
 
     Args:
         module: the model; parameters and buffers get rank 0's values. Gradients in it are lost.
-        group: the ranks that share it.
-        sharding: what is cut, see `ShardingStrategy`.
+        group: the ranks over which it is sharded.
+        sharding: see `ShardingStrategy`.
         units: submodules that are gathered by themselves, which may nest: a function
             (name, module) -> bool, or the modules. None: elements of lists (layers of a
-            `Sequential`), see `choose_units`. What is in no unit is gathered for the whole pass.
-        mixed_precision: types of the computation and of what is sent.
-        replicas: for HYBRID_SHARD, the ranks that have the same piece: `group` and `replicas`
+            `Sequential`), see `choose_units`. Parameters in no unit stay gathered for the whole
+            pass.
+        mixed_precision: dtypes of the computation and of messages.
+        replicas: for HYBRID_SHARD, the ranks that have the same shard: `group` and `replicas`
             are rows and columns of a mesh.
         prefetch: gather a unit while the one before it computes.
-        offload: keep pieces in host memory, where the optimizer then works. It is for CuPy;
-            NumPy's arrays are there already, and nothing changes.
+        offload: keep shards in host memory, where the optimizer then works. The option is for
+            CuPy; NumPy's arrays are there already, and nothing changes.
 
     Attributes:
         module: the wrapped module.
 
     Raises:
         UsageError: ranks gave different models or options (on every rank, with the first
-            difference), the model is in pieces already, or arguments do not fit each other.
+            difference), the model is sharded already, or arguments do not fit each other.
             Nothing was changed.
 
     Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel",
-    2023; but pieces are held by the parameters themselves, and ranks may run out of batches.
+    2023; but the parameters themselves hold the shards, and ranks may run out of batches.
     """
 
     transparent = True
@@ -92,7 +92,7 @@ class FSDP(ShardedState):
         prefetch: bool = True,
         offload: bool = False,
     ) -> None:
-        plan = make_plan(
+        config = make_config(
             group,
             sharding=sharding,
             replicas=replicas,
@@ -103,33 +103,33 @@ class FSDP(ShardedState):
         check_wrappable(module)
         chosen = choose_units(module, units)
         check_replicas(
-            module, plan, [name for name, m in module.named_modules() if id(m) in chosen]
+            module, config, [name for name, m in module.named_modules() if id(m) in chosen]
         )
         self.module = module
         self.training = module.training
-        self._plan = plan
-        shards = cut(module, chosen, plan)
-        self._entries = entries_of(module, shards.values())
-        self._passes = Passes(list(shards.values()), plan)
-        self._pacer = Pacer(shards[id(module)], self._passes)
-        pacers = {key: Pacer(item, self._passes) for key, item in shards.items()}
-        del pacers[id(module)]
+        self._config = config
+        groups = shard_module(module, chosen, config)
+        self._sharded = sharded_parameters(module, groups.values())
+        self._scheduler = UnitScheduler(list(groups.values()), config)
+        self._join: FSDPJoin | None = None
+        hooks = {key: UnitHooks(unit, self._scheduler) for key, unit in groups.items()}
+        self._hooks = hooks.pop(id(module))
         replace_modules(
-            module, lambda _, item: Unit(item, pacers[id(item)]) if id(item) in pacers else item
+            module, lambda _, item: Unit(item, hooks[id(item)]) if id(item) in hooks else item
         )
-        plan.broadcast((buffer.data for buffer in self.buffers()), [0] * len(plan.groups))
-        self._roll_groups = [_twin(group) for group in plan.groups]
+        config.broadcast((buffer.data for buffer in self.buffers()), [0] * len(config.groups))
+        self._join_groups = [_duplicate(group) for group in config.groups]
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Compute the wrapped module's output and pullback; see the class.
+        """Compute the wrapped module's output and pullback.
 
         Raises:
             UsageError: an earlier backward pass failed, or a parameter that was frozen when the
                 module was wrapped requires a gradient.
         """
-        check_trained(self._entries)
-        precision = self._plan.precision
-        y, pull = self._pacer.vjp(self.module, precision.cast_input(x))
+        check_trained(self._sharded)
+        precision = self._config.precision
+        y, pull = self._hooks.vjp(self.module, precision.cast_input(x))
         inner, outer = y.dtype, x.dtype
 
         def pullback(grad_y: Array) -> Array | None:
@@ -140,45 +140,46 @@ class FSDP(ShardedState):
         return precision.cast_output(y), pullback
 
     def __call__(self, x: Array) -> Array:
-        """Compute the output alone. All ranks call it, for they gather."""
-        precision = self._plan.precision
-        return precision.cast_output(self._pacer.call(self.module, precision.cast_input(x)))
+        """Compute the output alone. All ranks call it, because it gathers."""
+        precision = self._config.precision
+        return precision.cast_output(self._hooks.call(self.module, precision.cast_input(x)))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate whole gradients here: passes that go forward inside do not reduce.
+        """Accumulate unsharded gradients: passes that go forward inside do not reduce.
 
         with model.no_sync():
             for x, labels in microbatches[:-1]: ...     # vjp and pullback
         ...                                             # the last one reduces the sum of all
 
         Until they are reduced, `grad` does not show them; only the model's own `zero_grad`
-        forgets them. Their products may be put off (`nn.deferring`), which others' may not.
+        forgets them. Only in such passes can products be deferred (`nn.deferring`).
         """
-        before, self._passes.sync = self._passes.sync, False
+        before, self._scheduler.sync = self._scheduler.sync, False
         try:
             yield
         finally:
-            self._passes.sync = before
+            self._scheduler.sync = before
 
     def sync_gradients(self) -> None:
-        """Reduce what has been accumulated under `no_sync`, now.
+        """Reduce the gradients accumulated under `no_sync`. All ranks call it.
 
-        For whoever runs all passes under `no_sync`, as a pipeline does. All ranks call it.
+        A pipeline, for example, runs all passes under `no_sync` and then calls this.
         """
-        self._passes.check()
-        self._passes.reduce_all()
+        self._scheduler.check()
+        self._scheduler.reduce_all()
 
     def zero_grad(self) -> None:
-        """Mark every parameter's gradient absent, also what `no_sync` has accumulated."""
+        """Mark every parameter's gradient absent, including gradients accumulated by `no_sync`."""
         super().zero_grad()
-        for entry in self._entries.values():
-            entry.flat.whole_grad.drop()
+        for sharded in self._sharded.values():
+            sharded.flat.unsharded_grad.clear()
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """Scale all gradients so that together they are no longer than `max_norm`.
 
-        As `optim.clip_grad_norm`, also inside `join`. All ranks call it, after the pullback.
+        It does the same as `optim.clip_grad_norm`, and also works inside `join`. All ranks call
+        it, after the pullback.
 
         Returns:
             The norm before, of the whole model's gradient, the same on all ranks.
@@ -187,8 +188,8 @@ class FSDP(ShardedState):
             UsageError: `max_norm` is not positive.
         """
         check_max_norm(max_norm)
-        if self._passes.joining is not None:
-            self._passes.joining.tell_clip(max_norm)
+        if self._join is not None:
+            self._join.announce_clip(max_norm)
         held = list(self.parameters())
         norm = math.sqrt(squared_norm(held))
         scale_grads(held, max_norm, norm)
@@ -206,15 +207,15 @@ class FSDP(ShardedState):
         with model.join(optimizer):
             for x, labels in my_batches: ...            # vjp, pullback, step, zero_grad
 
-        A rank that leaves the block goes on giving its pieces, and updates them as the others
+        A rank that leaves the block goes on sending its shards, and updates them as the others
         do, until all have left. Gradients are means over the ranks that contributed. Afterwards
-        buffers are those of a rank that was last. Inside, clip by `model.clip_grad_norm`; other
-        collectives, also state dicts, and changes to gradients do not belong there: ranks that
-        have left would not take part.
+        all ranks have the buffers of a rank that was last. Inside, clip by
+        `model.clip_grad_norm`; other collectives, also state dicts, and changes to gradients are
+        not allowed there, because ranks that have left would not take part.
 
         Args:
-            optimizers: that step inside the block; of their settings, `lr` may change there.
-            scaler: by which they step, if by one.
+            optimizers: all that step inside the block; of their settings, `lr` may change there.
+            scaler: the loss scaler by which they step, if any.
             divide_by_initial_world_size: divide sums of gradients by the number of all ranks
                 throughout, so that every batch has the same weight.
 
@@ -222,7 +223,7 @@ class FSDP(ShardedState):
             UsageError: no optimizer is given in training; ranks are at different steps (raised
                 on every rank); or this rank leaves with gradients that `no_sync` has accumulated.
         """
-        if self._passes.joining is not None:
+        if self._join is not None:
             raise UsageError("FSDP.join: this model is inside join() already.")
         if self.training and not optimizers:
             raise UsageError(
@@ -230,36 +231,39 @@ class FSDP(ShardedState):
                 "updating its pieces of the parameters: model.join(optimizer). (To evaluate "
                 "only, call model.eval() before.)"
             )
-        joining = Joining(
-            self._passes,
+        join = FSDPJoin(
+            self._scheduler,
             list(self.parameters()),
-            self._roll_groups,
+            self._join_groups,
             optimizers,
             self.clip_grad_norm,
             scaler=scaler,
             divide_by_all=divide_by_initial_world_size,
         )
-        self._passes.joining = joining
+        self._join = self._scheduler.announcer = join
         with ExitStack() as stack:
-            stack.callback(setattr, self._passes, "joining", None)
+            stack.callback(self._leave_join)
             for index, optimizer in enumerate(optimizers):
-                stack.callback(optimizer.before_step(partial(joining.tell_step, index)))
+                stack.callback(optimizer.before_step(partial(join.announce_step, index)))
             if scaler is not None:
-                stack.enter_context(scaler.notifying(joining))
+                stack.enter_context(scaler.notifying(join))
             yield
-            self._passes.check()
-            joining.finish(self._plan, (buffer.data for buffer in self.buffers()))
+            self._scheduler.check()
+            join.finish(self._config, (buffer.data for buffer in self.buffers()))
+
+    def _leave_join(self) -> None:
+        self._join = self._scheduler.announcer = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
-        """Refuse: see the message."""
-        raise no_copy()
+        """Refuse, because shards belong to a group of ranks."""
+        raise copy_error()
 
     def __repr__(self) -> str:
-        return f"FSDP({self.module!r}, {self._plan.sharding})"
+        return f"FSDP({self.module!r}, {self._config.sharding})"
 
 
-def _twin(group: ProcessGroup) -> ProcessGroup:
-    """Return a group of the same ranks, with an order of operations of its own."""
-    twin = group.split(0)
-    assert twin is not None
-    return twin
+def _duplicate(group: ProcessGroup) -> ProcessGroup:
+    """Make a group of the same ranks whose operations run in an order of their own."""
+    duplicate = group.split(0)
+    assert duplicate is not None
+    return duplicate

@@ -1,92 +1,93 @@
-"""Reduction: the way of a unit's gradient from whole ones on all ranks to the mean in pieces.
+"""GradientReduction: from the ranks' unsharded gradients to the mean, in shards.
 
-    whole --reduce_scatter over shards--> piece --all_reduce over replicas--> added to `grad`
+    unsharded --reduce_scatter over shards--> shard --all_reduce over replicas--> added to `grad`
 
-Either step is left out where there is no such group. Both run in the background; `advance` is
-called in the same places on every rank, and so the steps of several reductions come in one order.
+A step is left out where there is no such group. Both run in the background. All ranks call
+`advance` at the same places, so the steps of several reductions come in the same order everywhere.
 """
 
 from __future__ import annotations
 
 from ferro import Work
 
-from .flat import Flat
-from .memory import Loan
-from .plan import Plan
+from .buffer_pool import PooledBuffer
+from .config import FSDPConfig
+from .flat_parameter import FlatParameter
 
 
-class Reduction:
-    """One under way, from when this is made.
+class GradientReduction:
+    """One reduction under way; making it starts it.
 
     Args:
-        flat: whose gradient it is. Nothing may be added to it until the first step has ended.
-        plan: see there.
-        scale: by what the mean over all ranks is multiplied.
+        flat: the flat parameter. No gradient may be added to it until the first step has ended.
+        config: the settings of the FSDP module.
+        scale: a factor for the mean over all ranks.
 
     Attributes:
         flat: as given.
     """
 
-    def __init__(self, flat: Flat, plan: Plan, scale: float) -> None:
+    def __init__(self, flat: FlatParameter, config: FSDPConfig, scale: float) -> None:
         self.flat = flat
-        self._plan = plan
+        self._config = config
         self._scale = scale
         self._work: Work[object] | None = None
-        whole = _converted(flat.whole_grad.take(), flat, plan)
-        self._piece = whole
-        self._scattered = plan.shards is None
-        self._whole: Loan | None = None  # while it is being sent
-        if plan.shards is not None:
-            self._piece = flat.landing_place()
-            self._whole = whole
-            self._work = plan.shards.reduce_scatter(
-                whole.array, "mean", out=self._piece.array, async_op=True, copy=False
+        unsharded = _in_reduce_dtype(flat.unsharded_grad.take(), flat, config)
+        self._shard = unsharded
+        self._scattered = config.shard_group is None
+        self._sent: PooledBuffer | None = None
+        if config.shard_group is not None:
+            self._shard = flat.allocate_reduced()
+            self._sent = unsharded
+            self._work = config.shard_group.reduce_scatter(
+                unsharded.array, "mean", out=self._shard.array, async_op=True, copy=False
             )
-            if not flat.whole_grad.keeps(whole):
-                plan.pool.send(whole)
+            if not flat.unsharded_grad.still_uses(unsharded):
+                config.pool.mark_draining(unsharded)
         else:
-            self._over_replicas()
+            self._all_reduce()
 
     def advance(self) -> bool:
-        """Wait for the step under way and start the next; say whether this was the last."""
+        """Wait for the step under way and start the next; True if this was the last."""
         if self._work is not None:
             try:
                 self._work.wait()
             except BaseException:
-                self._forfeit()
+                self._abandon()
                 raise
-            self._work = self._whole = None
-        if not self._scattered and self._plan.replicas is not None:
+            self._work = self._sent = None
+        if not self._scattered and self._config.replica_group is not None:
             self._scattered = True
-            self._over_replicas()
+            self._all_reduce()
             return False
         if self._scale != 1:
-            array = self._piece.array
+            array = self._shard.array
             array *= array.dtype.type(self._scale)
-        self.flat.land(self._piece.array)
+        self.flat.accumulate_reduced(self._shard.array)
         return True
 
-    def _over_replicas(self) -> None:
-        assert self._plan.replicas is not None, "there are shards, or replicas, or both"
-        array = self._piece.array
-        self._work = self._plan.replicas.all_reduce(array, "mean", out=array, async_op=True)
+    def _all_reduce(self) -> None:
+        assert self._config.replica_group is not None, "there are shards, or replicas, or both"
+        array = self._shard.array
+        self._work = self._config.replica_group.all_reduce(array, "mean", out=array, async_op=True)
 
-    def _forfeit(self) -> None:
-        """Let nobody have the memory again: other ranks may still reach it."""
-        self._piece.forfeit()
-        if self._whole is not None:
-            self._whole.forfeit()
+    def _abandon(self) -> None:
+        """Keep the memory out of the pool, because other ranks may still reach it."""
+        self._shard.abandon()
+        if self._sent is not None:
+            self._sent.abandon()
 
     def __del__(self) -> None:
         if self._work is not None:
-            self._forfeit()
+            self._abandon()
 
 
-def _converted(whole: Loan, flat: Flat, plan: Plan) -> Loan:
-    """Return the whole gradient in the type in which it is reduced."""
-    if whole.array.dtype == flat.reduce_dtype:
-        return whole
-    source = whole.array
-    wide = plan.pool.take(flat.namespace, source.size, flat.reduce_dtype)
-    wide.array[...] = source
-    return wide
+def _in_reduce_dtype(
+    unsharded: PooledBuffer, flat: FlatParameter, config: FSDPConfig
+) -> PooledBuffer:
+    if unsharded.array.dtype == flat.reduce_dtype:
+        return unsharded
+    source = unsharded.array
+    converted = config.pool.allocate(flat.namespace, source.size, flat.reduce_dtype)
+    converted.array[...] = source
+    return converted

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallel layers: each matrix, and each sequence, in pieces."""
+"""Tensor and sequence parallel layers: each matrix, and each sequence, sharded over ranks."""
 
 from .attention import ParallelAttention
 from .column import ColumnParallelLinear

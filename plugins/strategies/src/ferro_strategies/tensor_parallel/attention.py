@@ -1,4 +1,4 @@
-"""ParallelAttention: self-attention of which each rank computes some of the heads."""
+"""ParallelAttention: self-attention with the heads divided over the ranks."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ..nn.attention import Attention, attend
 from ..nn.checks import check_dtype, check_input
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
-from .column import ColumnParallelLinear, column_products
-from .pieces import check_layer, check_sizes
+from .column import ColumnParallelLinear, column_parallel_matmul
+from .conversion import check_serial_layer, check_shard_sizes
 from .row import RowParallelLinear
 
 
 class ParallelAttention(Module):
-    """Multi-head self-attention: (B, T, dim) -> (B, T, dim), the heads shared out to the ranks.
+    """Multi-head self-attention: (B, T, dim) -> (B, T, dim), heads divided over the ranks.
 
     Query, key and value are column-parallel and share one sum of gradients; the output is
-    row-parallel. Names and values are those of Attention, in pieces.
+    row-parallel. The parameters have the names and values of Attention's, sharded.
 
     Args:
         dim: size of the last dimension.
-        num_heads: heads of all ranks together, at least one for each; cut as numpy.array_split
-            does, so the first ranks may have one more.
+        num_heads: heads of all ranks together, at least one for each; divided as by
+            numpy.array_split, so the first ranks may have one more.
         group: the ranks; all make the layer, and call it with the same x.
         causal: whether a position sees only itself and those before it.
         bias: whether the four maps have biases.
         sequence_parallel: x and the result are this rank's part (B, t, dim) of the sequences:
-            x of any length, the result cut as numpy.array_split does.
+            x of any length, the result divided as by numpy.array_split.
         dtype: of the parameters and of input and output.
-        rng: generator or seed for the weights, the same on all ranks, which then have the values
-            of an Attention made with it.
+        rng: generator or seed for the weights, the same on all ranks. The weights are those of
+            an Attention made with it.
 
     Attributes:
-        query: ColumnParallelLinear with the columns of this rank's heads; so are the next.
-        key: likewise.
-        value: likewise.
+        query: ColumnParallelLinear with the columns of this rank's heads.
+        key: as `query`.
+        value: as `query`.
         output: RowParallelLinear.
 
     Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
@@ -58,27 +58,27 @@ class ParallelAttention(Module):
         rng: Rng = None,
     ) -> None:
         whole = Attention(dim, num_heads, causal=causal, bias=bias, dtype=dtype, rng=rng)
-        self._take(whole, group, sequence_parallel)
+        self._init_from(whole, group, sequence_parallel)
 
     @classmethod
     def from_serial(
         cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
     ) -> ParallelAttention:
-        """Take this rank's heads of an Attention that all ranks have; all call it.
+        """Make this rank's layer from an Attention that all ranks have; all call it.
 
         Raises:
-            UsageError: it is no Attention, differs between ranks, or has too few heads.
+            UsageError: `layer` is no Attention, differs between ranks, or has too few heads.
         """
         made = cls.__new__(cls)
-        made._take(layer, group, sequence_parallel)
+        made._init_from(layer, group, sequence_parallel)
         return made
 
-    def _take(self, layer: Module, group: ProcessGroup, sequence_parallel: bool) -> None:
+    def _init_from(self, layer: Module, group: ProcessGroup, sequence_parallel: bool) -> None:
         kind = type(self)
         options = {"sequence_parallel": sequence_parallel}
-        whole = check_layer(kind, layer, Attention, group, options)
+        whole = check_serial_layer(kind, layer, Attention, group, options)
         heads = even_sizes(whole.num_heads, group.world_size)
-        check_sizes(kind, "num_heads", whole.num_heads, heads, group)
+        check_shard_sizes(kind, "num_heads", whole.num_heads, heads, group)
         self._dim = whole.query.weight.data.shape[0]
         sizes = [count * (self._dim // whole.num_heads) for count in heads]
         self.training = whole.training
@@ -86,7 +86,7 @@ class ParallelAttention(Module):
         self.num_heads = whole.num_heads
         self.causal = whole.causal
         self.sequence_parallel = sequence_parallel
-        self._own_heads = heads[group.rank]
+        self._local_heads = heads[group.rank]
         self.query, self.key, self.value = (
             ColumnParallelLinear.from_serial(
                 part, group, sizes=sizes, sequence_parallel=sequence_parallel
@@ -102,7 +102,7 @@ class ParallelAttention(Module):
         check_dtype(self, x, self.query.weight.data.dtype)
         expected = f"(B, T >= 1 over all ranks, {self._dim})"
         check_input(self, x, expected, fits=x.ndim == 3 and x.shape[2] == self._dim)
-        parts, pull_parts = column_products(
+        parts, pull_parts = column_parallel_matmul(
             x,
             [part.uses() for part in (self.query, self.key, self.value)],
             self.group,
@@ -110,7 +110,7 @@ class ParallelAttention(Module):
         )
         query, key, value = parts
         check_input(self, x, expected, fits=query.shape[1] > 0)
-        mixed, pull_heads = attend(query, key, value, self._own_heads, causal=self.causal)
+        mixed, pull_heads = attend(query, key, value, self._local_heads, causal=self.causal)
         y, pull_output = self.output.vjp(mixed)
 
         def pullback(grad_y: Array) -> Array:

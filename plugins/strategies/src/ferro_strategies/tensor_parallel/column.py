@@ -1,4 +1,4 @@
-"""ColumnParallelLinear: an affine map of which each rank computes some of the outputs."""
+"""ColumnParallelLinear: an affine map whose outputs are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
 from ..parts import even_sizes
-from .cuts import gather_along, take_piece
-from .pieces import check_layer, check_sizes, piece_of
-from .sequence import SequenceCut, from_rows, rows_of
+from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
+from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
 
 class ColumnParallelLinear(Module):
-    """y = x @ weight + bias, of which this rank computes its columns.
+    """Compute y = x @ weight + bias; each rank computes some of the columns.
 
         x, on every rank          weight            y
         [ . . . . ]        @      [ 0 0 1 1 ]   =   [ 0 0 1 1 ]      columns of ranks 0 and 1
 
-    The gradient of x, a sum over the ranks, is on its way while the weight's is computed.
+    The gradient of x is summed over the ranks while that of the weight is computed.
 
     Args:
         in_features: size of the last dimension of x.
-        out_features: that of all ranks' outputs together; cut as numpy.array_split does.
+        out_features: size of the outputs of all ranks together; divided as by numpy.array_split.
         group: the ranks; all make the layer, and call it with the same x.
-        bias: whether to add a bias, which is cut as the outputs are.
+        bias: whether to add a bias, which is divided as the outputs are.
         gather_output: return all columns, on every rank, for layers that are not parallel.
         sequence_parallel: x is this rank's part (B, t, in_features) of sequences, of any length.
-            The parts are gathered, and again in the backward pass, so that no rank keeps the
-            whole; the gradient of x is scattered instead of summed.
+            The parts are gathered, and gathered again in the backward pass, so that no rank
+            keeps the whole; the gradient of x is reduce-scattered instead of all-reduced.
         dtype: of the parameters and of input and output.
-        rng: generator or seed for the weight, the same on all ranks, which then have the values
-            of a Linear made with it.
+        rng: generator or seed for the weight, the same on all ranks. The weight is that of a
+            Linear made with it.
 
     Attributes:
         weight: (in_features, this rank's columns).
@@ -63,7 +62,7 @@ class ColumnParallelLinear(Module):
         rng: Rng = None,
     ) -> None:
         whole = Linear(in_features, out_features, bias, dtype=dtype, rng=rng)
-        self._take(whole, group, None, gather_output, sequence_parallel)
+        self._init_from(whole, group, None, gather_output, sequence_parallel)
 
     @classmethod
     def from_serial(
@@ -75,23 +74,23 @@ class ColumnParallelLinear(Module):
         gather_output: bool = False,
         sequence_parallel: bool = False,
     ) -> ColumnParallelLinear:
-        """Take this rank's columns of a Linear that all ranks have; all call it.
+        """Make this rank's layer from a Linear that all ranks have; all call it.
 
         Args:
-            layer: the Linear, which stays as it is.
+            layer: the Linear, which is not changed.
             group: see the class.
-            sizes: columns of each rank; None: as numpy.array_split cuts them.
+            sizes: columns of each rank; None: divided as by numpy.array_split.
             gather_output: see the class.
             sequence_parallel: see the class.
 
         Raises:
-            UsageError: it is no Linear, differs between ranks, or has too few columns.
+            UsageError: `layer` is no Linear, differs between ranks, or has too few columns.
         """
         made = cls.__new__(cls)
-        made._take(layer, group, sizes, gather_output, sequence_parallel)
+        made._init_from(layer, group, sizes, gather_output, sequence_parallel)
         return made
 
-    def _take(
+    def _init_from(
         self,
         layer: Module,
         group: ProcessGroup,
@@ -106,34 +105,34 @@ class ColumnParallelLinear(Module):
                 "sequence_parallel layers keep parts. Choose one."
             )
         options = {"gather_output": gather_output, "sequence_parallel": sequence_parallel}
-        whole = check_layer(kind, layer, Linear, group, options)
+        whole = check_serial_layer(kind, layer, Linear, group, options)
         self._in_features, out = whole.weight.data.shape
         self._sizes = even_sizes(out, group.world_size) if sizes is None else tuple(sizes)
-        check_sizes(kind, "out_features", out, self._sizes, group)
+        check_shard_sizes(kind, "out_features", out, self._sizes, group)
         self.training = whole.training
         self.group = group
         self.gather_output = gather_output
         self.sequence_parallel = sequence_parallel
-        self.weight = piece_of(whole.weight, group, 1, self._sizes)
-        self.bias = None if whole.bias is None else piece_of(whole.bias, group, 0, self._sizes)
+        self.weight = sharded_copy(whole.weight, group, 1, self._sizes)
+        self.bias = None if whole.bias is None else sharded_copy(whole.bias, group, 0, self._sizes)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map (..., in_features) to this rank's (..., columns), or to all with gather_output."""
         features, dtype = self.weight.data.shape[0], self.weight.data.dtype
-        check_positions(self, x, features, dtype, sequences=self.sequence_parallel)
-        (y,), pull = column_products(
+        check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
+        (y,), pull = column_parallel_matmul(
             x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel
         )
         if not self.gather_output:
             return y, lambda grad_y: pull((grad_y,))
 
         def pullback(grad_y: Array) -> Array:
-            return pull((take_piece(grad_y, self.group, -1, self._sizes),))
+            return pull((local_shard(grad_y, self.group, -1, self._sizes),))
 
-        return gather_along(y, self.group, -1, self._sizes), pullback
+        return all_gather_along(y, self.group, -1, self._sizes), pullback
 
     def uses(self) -> tuple[Use, Use | None]:
-        """Announce one use of weight and bias, for `column_products`."""
+        """Register one use of weight and bias, for `column_parallel_matmul`."""
         return self.weight.use(), self.bias.use() if self.bias is not None else None
 
     def __repr__(self) -> str:
@@ -145,7 +144,7 @@ class ColumnParallelLinear(Module):
 
 
 class MatrixUse(Protocol):
-    """One use of a parameter as a matrix: see `Use`."""
+    """One use of a parameter as a matrix, in the manner of `Use`."""
 
     @property
     def data(self) -> Array:
@@ -159,65 +158,65 @@ class MatrixUse(Protocol):
         """Add the gradient of the matrix, `a @ b`."""
 
 
-def column_products(
+def column_parallel_matmul(
     x: Array,
     uses: Sequence[tuple[MatrixUse, Use | None]],
     group: ProcessGroup,
     *,
     sequence_parallel: bool,
 ) -> tuple[list[Array], Callable[[Sequence[Array]], Array]]:
-    """Give one x to several maps: x is gathered, and its gradient summed, once.
+    """Apply several maps to one x: x is gathered, and its gradient summed, once.
 
     Args:
         x: (..., features); this rank's part (B, t, features) of sequences with sequence_parallel.
-        uses: of each map, at least one, its weight (features, this rank's columns) and bias.
+        uses: weight (features, this rank's columns) and bias of each map; at least one map.
         group: the ranks that have the other columns.
         sequence_parallel: see ColumnParallelLinear.
 
     Returns:
-        The outputs, not gathered, and the function from their gradients to that of x.
+        The outputs, not gathered, and the function from their gradients to the gradient of x.
     """
-    cut = SequenceCut.of_piece(x, group) if sequence_parallel else None
-    own = rows_of(x, cut)
+    sharding = SequenceSharding.of_shard(x, group) if sequence_parallel else None
+    own = to_rows(x, sharding)
     lead = x.shape[:-1]
-    whole_lead = lead if cut is None else cut.whole
-    whole = own if cut is None else group.all_gather(own, sizes=cut.rows)
+    whole_lead = lead if sharding is None else sharding.whole
+    whole = own if sharding is None else group.all_gather(own, sizes=sharding.rows)
     outputs = []
     for weight, bias in uses:
         y = matmul(whole, weight.data)
         if bias is not None:
             y += bias.data
-        outputs.append(from_rows(y, whole_lead, cut))
+        outputs.append(from_rows(y, whole_lead, sharding))
 
     def pullback(grads: Sequence[Array]) -> Array:
-        grad_rows = [rows_of(grad, cut) for grad in grads]
+        grad_rows = [to_rows(grad, sharding) for grad in grads]
         regathered: Work[Array] | None = None
-        if cut is not None and any(weight.requires_grad for weight, _ in uses):
-            regathered = group.all_gather(own, sizes=cut.rows, async_op=True)
+        if sharding is not None and any(weight.requires_grad for weight, _ in uses):
+            regathered = group.all_gather(own, sizes=sharding.rows, async_op=True)
         partial = matmul(grad_rows[0], uses[0][0].data.T)
         for grad, (weight, _) in zip(grad_rows[1:], uses[1:], strict=True):
             partial += matmul(grad, weight.data.T)
         summed: Work[Array] = (
             group.all_reduce(partial, out=partial, async_op=True)
-            if cut is None
-            else group.reduce_scatter(partial, sizes=cut.rows, async_op=True, copy=False)
+            if sharding is None
+            else group.reduce_scatter(partial, sizes=sharding.rows, async_op=True, copy=False)
         )
-        # While the sum is on its way:
+        # The gradients of weights and biases are computed while the sum is under way.
         rows = own if regathered is None else regathered.wait()
         for grad, (weight, bias) in zip(grad_rows, uses, strict=True):
             if bias is not None:
                 bias.add_grad(grad.sum(axis=0))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad)
-        return from_rows(summed.wait(), lead, cut)
+        return from_rows(summed.wait(), lead, sharding)
 
     return outputs, pullback
 
 
-def check_positions(
+def check_column_input(
     owner: Module, x: Array, features: int, dtype: npt.DTypeLike, *, sequences: bool
 ) -> None:
-    """Refuse an input that `column_products` does not take.
+    """Refuse an input that `column_parallel_matmul` cannot take.
 
     Raises:
         UsageError: the message names `owner`.

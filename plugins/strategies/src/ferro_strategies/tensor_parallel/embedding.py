@@ -1,4 +1,4 @@
-"""ParallelEmbedding: a table of which each rank has some of the rows."""
+"""ParallelEmbedding: a table whose rows are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from ..nn.checks import check_input
 from ..nn.embedding import Embedding
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
-from .cuts import own_piece
-from .pieces import check_layer, check_sizes, piece_of
-from .sequence import SequenceCut, from_rows, rows_of
+from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
+from .sharding import SequenceSharding, from_rows, shard_slice, to_rows
 
 
 class ParallelEmbedding(Embedding):
     """Replace each index by its row, which one of the ranks has: (...) integers -> (..., dim).
 
-    Each rank looks up its own rows, and the sum over the ranks is the result, exactly.
+    Each rank looks up its own rows and puts zeros elsewhere, so the sum over the ranks is exact.
 
     Args:
-        num_embeddings: rows of all ranks together; cut as numpy.array_split does.
+        num_embeddings: rows of all ranks together; divided as by numpy.array_split.
         dim: length of a row.
         group: the ranks; all make the layer, and call it with the same indices.
         sequence_parallel: indices are (B, T), all of them on every rank, and each rank keeps its
-            part (B, t, dim) of the result, cut as numpy.array_split does.
+            part (B, t, dim) of the result, divided as by numpy.array_split.
         dtype: of the table and of the output.
-        rng: generator or seed for the table, the same on all ranks, which then have the rows of
-            an Embedding made with it.
+        rng: generator or seed for the table, the same on all ranks. The rows are those of an
+            Embedding made with it.
 
     Attributes:
         weight: (this rank's rows, dim).
@@ -49,63 +48,63 @@ class ParallelEmbedding(Embedding):
         rng: Rng = None,
     ) -> None:
         whole = Embedding(num_embeddings, dim, dtype=dtype, rng=rng)
-        self._take(whole, group, sequence_parallel)
+        self._init_from(whole, group, sequence_parallel)
 
     @classmethod
     def from_serial(
         cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
     ) -> ParallelEmbedding:
-        """Take this rank's rows of an Embedding that all ranks have; all call it.
+        """Make this rank's layer from an Embedding that all ranks have; all call it.
 
         Raises:
-            UsageError: it is no Embedding, differs between ranks, or has too few rows.
+            UsageError: `layer` is no Embedding, differs between ranks, or has too few rows.
         """
         made = cls.__new__(cls)
-        made._take(layer, group, sequence_parallel)
+        made._init_from(layer, group, sequence_parallel)
         return made
 
-    def _take(self, layer: Module, group: ProcessGroup, sequence_parallel: bool) -> None:
+    def _init_from(self, layer: Module, group: ProcessGroup, sequence_parallel: bool) -> None:
         kind = type(self)
         options = {"sequence_parallel": sequence_parallel}
-        whole = check_layer(kind, layer, Embedding, group, options)
+        whole = check_serial_layer(kind, layer, Embedding, group, options)
         rows, self._dim = whole.weight.data.shape
         self._sizes = even_sizes(rows, group.world_size)
-        check_sizes(kind, "num_embeddings", rows, self._sizes, group)
+        check_shard_sizes(kind, "num_embeddings", rows, self._sizes, group)
         self.training = whole.training
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self.weight = piece_of(whole.weight, group, 0, self._sizes)
+        self.weight = sharded_copy(whole.weight, group, 0, self._sizes)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Look up; the pullback returns None, for indices have no gradient.
+        """Look up rows; the pullback returns None, because indices have no gradient.
 
         Raises:
             UsageError: `x` is not of integers, or an index is out of range.
         """
         self._check(x)
         xp, group = namespace_of(x), self.group
-        cut = SequenceCut.of_whole(x, group) if self.sequence_parallel else None
-        # Wide enough for any row's number: this rank's may be beyond those that x can name.
-        indices = (x if cut is None else x.T).reshape(x.size).astype(np.int64, copy=False)
-        own = own_piece(self._sizes, group.rank)
-        places = xp.flatnonzero((indices >= own.start) & (indices < own.stop))
-        found, pull = super().vjp(indices[places] - own.start)
+        sharding = SequenceSharding.of_whole(x, group) if self.sequence_parallel else None
+        # int64 holds any row's number; this rank's rows may lie beyond the range of x's dtype.
+        indices = (x if sharding is None else x.T).reshape(x.size).astype(np.int64, copy=False)
+        own = shard_slice(self._sizes, group.rank)
+        positions = xp.flatnonzero((indices >= own.start) & (indices < own.stop))
+        found, pull = super().vjp(indices[positions] - own.start)
         y = xp.zeros((x.size, self._dim), found.dtype)
-        y[places] = found
+        y[positions] = found
         lead = x.shape
-        if cut is None:
+        if sharding is None:
             y = group.all_reduce(y, out=y)
         else:
-            y = group.reduce_scatter(y, sizes=cut.rows)
-            lead = (cut.batch, cut.lengths[group.rank])
+            y = group.reduce_scatter(y, sizes=sharding.rows)
+            lead = (sharding.batch, sharding.lengths[group.rank])
 
         def pullback(grad_y: Array) -> None:
-            grad = rows_of(grad_y, cut)
-            if cut is not None:
-                grad = group.all_gather(grad, sizes=cut.rows)
-            pull(grad[places])
+            grad = to_rows(grad_y, sharding)
+            if sharding is not None:
+                grad = group.all_gather(grad, sizes=sharding.rows)
+            pull(grad[positions])
 
-        return from_rows(y, lead, cut), pullback
+        return from_rows(y, lead, sharding), pullback
 
     def _check(self, x: Array) -> None:
         namespace_of(x)

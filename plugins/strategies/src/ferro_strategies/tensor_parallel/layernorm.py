@@ -1,4 +1,4 @@
-"""SequenceParallelLayerNorm: LayerNorm where each rank has some positions of the sequences."""
+"""SequenceParallelLayerNorm: LayerNorm of sequences whose positions are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ferro import ProcessGroup, Work
 from ..nn.arrays import Array
 from ..nn.layernorm import LayerNorm
 from ..nn.module import Module
-from .pieces import check_layer, replica_of
+from .conversion import check_serial_layer, replicated_copy
 
 
 class SequenceParallelLayerNorm(LayerNorm):
-    """LayerNorm of this rank's positions; gradients of weight and bias are those of all.
+    """Normalise this rank's positions; gradients of weight and bias are those of all positions.
 
     Each position is normalised by itself, so the forward pass is that of LayerNorm. In the
-    backward pass the gradients of weight and bias are summed over the ranks, while that of the
-    input is computed: they are complete, and equal on all ranks, when the pullback returns.
+    backward pass the gradients of weight and bias are summed over the ranks, while the gradient
+    of the input is computed: they are complete, and equal on all ranks, when the pullback returns.
 
     Args:
         normalized_shape: see LayerNorm.
@@ -45,11 +45,11 @@ class SequenceParallelLayerNorm(LayerNorm):
         """Copy a LayerNorm that all ranks have; all call it.
 
         Raises:
-            UsageError: it is no LayerNorm, or differs between ranks.
+            UsageError: `layer` is no LayerNorm, or differs between ranks.
         """
-        whole = check_layer(cls, layer, LayerNorm, group, {})
+        whole = check_serial_layer(cls, layer, LayerNorm, group, {})
         made = cls(whole.weight.data.shape, group, whole.eps, dtype=whole.weight.data.dtype)
-        made.weight, made.bias = replica_of(whole.weight), replica_of(whole.bias)
+        made.weight, made.bias = replicated_copy(whole.weight), replicated_copy(whole.bias)
         made.training = whole.training
         return made
 

@@ -1,4 +1,4 @@
-"""vocab_parallel_cross_entropy: the loss of logits of which each rank has some columns."""
+"""vocab_parallel_cross_entropy: the loss of logits whose columns are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
-from .cuts import everyones_sizes, own_piece
+from .sharding import all_gather_sizes, shard_slice
 
 
 def vocab_parallel_cross_entropy(
@@ -15,12 +15,12 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[float, Array]:
     """Compute -log softmax(all ranks' logits)[label], averaged over the rows, and its gradient.
 
-    The same numbers as `nn.cross_entropy` of the logits put together, which never are: ranks
-    exchange two numbers for each row, and the sum.
+    The results are those of `nn.cross_entropy` of the gathered logits. The logits are not
+    gathered: ranks exchange three numbers for each row.
 
     Args:
-        logits: (..., this rank's classes), floating point; ranks' classes follow each other, as
-            a ColumnParallelLinear makes them. All ranks call it.
+        logits: (..., this rank's classes), floating point; the ranks' classes follow each other,
+            as a ColumnParallelLinear makes them. All ranks call it.
         labels: (...), integers from 0 to all classes - 1; the same on all ranks.
         group: the ranks.
 
@@ -35,24 +35,25 @@ def vocab_parallel_cross_entropy(
     """
     xp = namespace_of(logits)
     _check_shapes(logits, labels)
-    sizes = everyones_sizes(logits.shape[-1], group, logits)
+    sizes = all_gather_sizes(logits.shape[-1], group, logits)
     _check_labels(labels, sizes, group)
     if labels.size == 0:
         return 0.0, xp.zeros_like(logits)
     if labels.ndim == 0:
         loss, grad = vocab_parallel_cross_entropy(logits[None], labels[None], group)
         return loss, grad[0]
-    own = own_piece(sizes, group.rank)
+    own = shard_slice(sizes, group.rank)
     greatest = group.all_reduce(logits.max(axis=-1), "max")
-    # One array for all: logits less their maximum, their exponentials, softmax, gradient. It lies
-    # in memory as the logits do: time first, where their layer gathered sequences.
+    # One array holds, one after the other, the shifted logits, their exponentials, the softmax and
+    # the gradient. Its memory is laid out as the logits': time first if their layer gathered
+    # sequences.
     grad = logits.astype(wide_dtype(logits.dtype))
     grad -= greatest[..., None]
-    mine = xp.nonzero((labels >= own.start) & (labels < own.stop))
-    # Wide enough for any class: this rank's may be beyond those that the labels' dtype can name.
-    chosen = (*mine, labels[mine].astype(np.int64) - own.start)
+    local = xp.nonzero((labels >= own.start) & (labels < own.stop))
+    # int64 holds any class; this rank's classes may lie beyond the range of the labels' dtype.
+    chosen = (*local, labels[local].astype(np.int64) - own.start)
     sums = xp.zeros((2, *labels.shape), grad.dtype)
-    sums[1][mine] = grad[chosen]
+    sums[1][local] = grad[chosen]
     xp.exp(grad, out=grad)
     sums[0] = grad.sum(axis=-1)
     total, at_labels = group.all_reduce(sums, out=sums)

@@ -1,4 +1,4 @@
-"""parallelize: put parallel layers in the place of a serial model's."""
+"""parallelize: replace layers of a serial model by parallel ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..nn.checks import first_few
 from ..nn.module import Module, replace_modules
 from ..nn.parameter import Parameter
 
-# Makes a parallel layer of a serial one, such as `ColumnParallelLinear.from_serial`.
+# A function that makes a parallel layer from a serial one, as `ColumnParallelLinear.from_serial`.
 Convert: TypeAlias = Callable[[Module, ProcessGroup], Module]
 
 
@@ -27,24 +27,24 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         })
 
     All ranks call it, with equal models. Make the optimizer afterwards: the parameters are new.
-    What an Embedding and its Unembedding share they share afterwards, where both are replaced.
+    An Embedding and its Unembedding share their table afterwards, too, if both are replaced.
 
     Args:
         module: a serial model.
         group: the ranks that share each layer.
-        plan: from a pattern of qualified names (`*`, `?`, `[...]`) to what makes the parallel
-            layer; of several that match, the first counts.
+        plan: maps patterns of qualified names (`*`, `?`, `[...]`) to functions that make the
+            parallel layer; of several patterns that match, the first counts.
 
     Raises:
         UsageError: a pattern matches nothing, or a layer to be replaced shares a parameter with
             one that is not (nothing was changed); or a layer cannot be converted, or layers that
-            share a parameter would cut it differently.
+            share a parameter would shard it differently.
     """
     chosen: dict[int, Convert] = {}
     unused = set(plan)
     for name, layer in module.named_modules():
         if layer.transparent:
-            continue  # the module inside goes by the same name, and is what is meant
+            continue  # The name means the module inside, which has the same one.
         matching = [pattern for pattern in plan if fnmatchcase(name, pattern)]
         if matching:
             unused.difference_update(matching)
@@ -56,22 +56,22 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         )
     for name, layer in module.named_modules():
         if id(layer) in chosen:
-            _check_own(module, name, layer, chosen)
-    pieces: dict[int, Parameter | None] = {}
+            _check_unshared(module, name, layer, chosen)
+    made_first: dict[int, Parameter | None] = {}
 
     def replacement(name: str, layer: Module) -> Module:
         convert = chosen.get(id(layer))
         if convert is None:
             return layer
         made = convert(layer, group)
-        _share_again(name, layer, made, pieces)
+        _tie(name, layer, made, made_first)
         return made
 
     return replace_modules(module, replacement)
 
 
-def _check_own(root: Module, name: str, layer: Module, chosen: Container[int]) -> None:
-    """See that nobody outside `layer` has its parameters, but layers that are replaced, too."""
+def _check_unshared(root: Module, name: str, layer: Module, chosen: Container[int]) -> None:
+    """Check that a layer shares parameters only with layers that are replaced, too."""
     inside = {id(item) for item in layer.modules()}
     own = {id(parameter) for parameter in layer.parameters()}
     for other_name, other in root.named_modules():
@@ -87,24 +87,23 @@ def _check_own(root: Module, name: str, layer: Module, chosen: Container[int]) -
                 )
 
 
-def _share_again(
-    name: str, layer: Module, made: Module, pieces: dict[int, Parameter | None]
-) -> None:
-    """Let what was made hold the pieces that an earlier layer with the same parameter has.
+def _tie(name: str, layer: Module, made: Module, made_first: dict[int, Parameter | None]) -> None:
+    """Let a new layer share parameters with earlier ones as its serial layer did.
 
     Args:
         name: the qualified name.
         layer: the serial layer.
-        made: the parallel one.
-        pieces: by the identity of a serial parameter, the piece made first; completed here.
+        made: the parallel layer.
+        made_first: maps the identity of a serial parameter to the first parallel parameter made
+            from it; extended here.
     """
     for key, whole in _held(layer).items():
-        piece = _held(made).get(key)
-        if id(whole) not in pieces:
-            pieces[id(whole)] = piece
+        parameter = _held(made).get(key)
+        if id(whole) not in made_first:
+            made_first[id(whole)] = parameter
             continue
-        first = pieces[id(whole)]
-        if first is None or piece is None or first.splits != piece.splits:
+        first = made_first[id(whole)]
+        if first is None or parameter is None or first.splits != parameter.splits:
             raise UsageError(
                 f"parallelize: {name!r} shares parameter {whole.name!r} with another layer, and "
                 "the parallel layers do not cut it alike. Leave both out of the plan."
@@ -113,5 +112,5 @@ def _share_again(
 
 
 def _held(layer: Module) -> dict[str, Parameter]:
-    """Return the parameters that are a layer's own attributes."""
+    """List the parameters that are a layer's own attributes."""
     return {key: value for key, value in vars(layer).items() if isinstance(value, Parameter)}

@@ -1,6 +1,7 @@
-"""Regions: how activations enter a part of the model where ranks differ, and leave it.
+"""Modules at the two ends of a tensor-parallel or sequence-parallel region.
 
-Each is the adjoint of another, so that gradients of what is whole are whole, and equal, again.
+Each module is the adjoint of another, so the gradient of an activation that all ranks have is the
+same on all ranks, too.
 
 | module     | forward            | backward           | adjoint of | in the papers           |
 |------------|--------------------|--------------------|------------|-------------------------|
@@ -8,13 +9,13 @@ Each is the adjoint of another, so that gradients of what is whole are whole, an
 | ReduceOut  | all_reduce         | nothing            | CopyIn     | g (2019), f-bar (2022)  |
 | GatherIn   | all_gather         | reduce_scatter     | ScatterOut | g (2022)                |
 | ScatterOut | reduce_scatter     | all_gather         | GatherIn   | g-bar (2022)            |
-| SplitIn    | keep the own piece | all_gather         | GatherOut  |                         |
-| GatherOut  | all_gather         | keep the own piece | SplitIn    |                         |
+| SplitIn    | keep the own shard | all_gather         | GatherOut  |                         |
+| GatherOut  | all_gather         | keep the own shard | SplitIn    |                         |
 
-The names are those of a region's ends: after CopyIn and GatherIn every rank computes a part of
-what is made of the same input, and before ReduceOut and ScatterOut its part of a sum. SplitIn
-and GatherOut stand where each element is made by one rank alone. The layers of this package
-contain their own ends; these are for what stands between them, and for layers of your own.
+The names tell the end of the region. After CopyIn and GatherIn each rank computes its part of
+the results from the same input; before ReduceOut and ScatterOut it computes its part of a sum.
+SplitIn and GatherOut belong where one rank alone computes each element. The layers of this package
+need none of these modules; they are for code between the layers, and for layers of your own.
 
 Source: Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., "Reducing Activation
 Recomputation in Large Transformer Models", 2022, section 4.2.2.
@@ -28,11 +29,11 @@ from ..nn.arrays import Array
 from ..nn.checks import check_input
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
-from .cuts import everyones_sizes, gather_along, reduce_scatter_along, take_piece
+from .sharding import all_gather_along, all_gather_sizes, local_shard, reduce_scatter_along
 
 
-class _Region(Module):
-    """One end of a region; `dim` is that along which pieces are cut, dim 1 that of sequences."""
+class _ShardingRegion(Module):
+    """One end of a region; activations are sharded along `dim`, by default that of sequences."""
 
     def __init__(self, group: ProcessGroup, dim: int = 1) -> None:
         self.group = group
@@ -47,13 +48,13 @@ class _Region(Module):
 
 
 class CopyIn(Module):
-    """The same x on every rank; the gradient is the sum of the ranks' gradients."""
+    """Pass on an x that all ranks have; its gradient is the sum of the ranks' gradients."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Pass `x` on."""
+        """Give `x` unchanged."""
 
         def pullback(grad_y: Array) -> Array:
             grad_x: Array = self.group.all_reduce(grad_y)
@@ -66,7 +67,7 @@ class CopyIn(Module):
 
 
 class ReduceOut(Module):
-    """The sum of the ranks' x; every rank's gradient is that of the sum."""
+    """Sum the ranks' x; every rank's gradient is the gradient of the sum."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -79,49 +80,49 @@ class ReduceOut(Module):
         return f"ReduceOut({self.group!r})"
 
 
-class GatherIn(_Region):
-    """The ranks' pieces together; the gradient is summed, and each rank gets its piece."""
+class GatherIn(_ShardingRegion):
+    """Gather the ranks' shards; their gradients are summed and scattered."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Concatenate pieces of any size along `dim`."""
+        """Concatenate shards of any size along `dim`."""
         self._check(x)
         group, dim = self.group, self.dim
-        sizes = everyones_sizes(x.shape[dim], group, x)
-        y = gather_along(x, group, dim, sizes)
+        sizes = all_gather_sizes(x.shape[dim], group, x)
+        y = all_gather_along(x, group, dim, sizes)
         return y, lambda grad_y: reduce_scatter_along(grad_y, group, dim, sizes)
 
 
-class ScatterOut(_Region):
-    """This rank's piece of the sum of the ranks' x; gradients of the pieces are put together."""
+class ScatterOut(_ShardingRegion):
+    """Sum the ranks' x and scatter the sum; the gradients of the shards are gathered."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Sum `x`, of one shape on all ranks, and cut `dim` as numpy.array_split does."""
+        """Sum `x`, of one shape on all ranks, and divide `dim` as numpy.array_split does."""
         self._check(x)
         group, dim = self.group, self.dim
         sizes = even_sizes(x.shape[dim], group.world_size)
         y = reduce_scatter_along(x, group, dim, sizes)
-        return y, lambda grad_y: gather_along(grad_y, group, dim, sizes)
+        return y, lambda grad_y: all_gather_along(grad_y, group, dim, sizes)
 
 
-class SplitIn(_Region):
-    """This rank's piece of an x that all have; gradients of the pieces are put together."""
+class SplitIn(_ShardingRegion):
+    """Keep this rank's shard of an x that all have; the gradients of the shards are gathered."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Cut `dim` as numpy.array_split does."""
+        """Divide `dim` as numpy.array_split does."""
         self._check(x)
         group, dim = self.group, self.dim
         sizes = even_sizes(x.shape[dim], group.world_size)
-        y = take_piece(x, group, dim, sizes)
-        return y, lambda grad_y: gather_along(grad_y, group, dim, sizes)
+        y = local_shard(x, group, dim, sizes)
+        return y, lambda grad_y: all_gather_along(grad_y, group, dim, sizes)
 
 
-class GatherOut(_Region):
-    """The ranks' pieces together; of a gradient that all have, each rank gets its piece."""
+class GatherOut(_ShardingRegion):
+    """Gather the ranks' shards; each rank keeps its shard of a gradient that all have."""
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Concatenate pieces of any size along `dim`."""
+        """Concatenate shards of any size along `dim`."""
         self._check(x)
         group, dim = self.group, self.dim
-        sizes = everyones_sizes(x.shape[dim], group, x)
-        y = gather_along(x, group, dim, sizes)
-        return y, lambda grad_y: take_piece(grad_y, group, dim, sizes)
+        sizes = all_gather_sizes(x.shape[dim], group, x)
+        y = all_gather_along(x, group, dim, sizes)
+        return y, lambda grad_y: local_shard(grad_y, group, dim, sizes)

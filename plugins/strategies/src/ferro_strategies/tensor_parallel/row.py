@@ -1,4 +1,4 @@
-"""RowParallelLinear: an affine map of which each rank has some of the inputs."""
+"""RowParallelLinear: an affine map whose inputs are divided over the ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from ..nn.checks import check_dtype, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..parts import even_sizes
-from .cuts import gather_along, take_piece
-from .pieces import check_layer, check_sizes, piece_of, replica_of
-from .sequence import SequenceCut, from_rows, rows_of
+from .conversion import check_serial_layer, check_shard_sizes, replicated_copy, sharded_copy
+from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
 
 class RowParallelLinear(Module):
-    """y = x @ weight + bias, summed over the ranks, each with its rows of the weight.
+    """Compute y = x @ weight + bias as a sum over the ranks, which have some rows each.
 
         x                   weight            y, on every rank
         [ 0 0 1 1 ]    @    [ 0 0 0 ]    =    [ . . . ]      inputs of ranks 0 and 1
@@ -29,18 +28,18 @@ class RowParallelLinear(Module):
                             [ 1 1 1 ]
 
     Args:
-        in_features: size of the last dimension of all ranks' x together; cut as
-            numpy.array_split does.
-        out_features: that of y.
+        in_features: size of the last dimension of all ranks' x together; divided as
+            by numpy.array_split.
+        out_features: size of the last dimension of y.
         group: the ranks; all make the layer.
         bias: whether to add a bias, which every rank has, with the same gradient.
-        input_is_parallel: x is this rank's inputs, as a ColumnParallelLinear makes them;
-            otherwise all inputs, on every rank.
-        sequence_parallel: each rank keeps its part (B, t, out_features) of the sequences, cut as
-            numpy.array_split does.
+        input_is_parallel: x has this rank's inputs, as a ColumnParallelLinear makes them;
+            otherwise it has all inputs, on every rank.
+        sequence_parallel: each rank keeps its part (B, t, out_features) of the sequences, divided
+            as by numpy.array_split.
         dtype: of the parameters and of input and output.
-        rng: generator or seed for the weight, the same on all ranks, which then have the values
-            of a Linear made with it.
+        rng: generator or seed for the weight, the same on all ranks. The weight is that of a
+            Linear made with it.
 
     Attributes:
         weight: (this rank's inputs, out_features).
@@ -62,7 +61,7 @@ class RowParallelLinear(Module):
         rng: Rng = None,
     ) -> None:
         whole = Linear(in_features, out_features, bias, dtype=dtype, rng=rng)
-        self._take(whole, group, None, input_is_parallel, sequence_parallel)
+        self._init_from(whole, group, None, input_is_parallel, sequence_parallel)
 
     @classmethod
     def from_serial(
@@ -74,23 +73,23 @@ class RowParallelLinear(Module):
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
     ) -> RowParallelLinear:
-        """Take this rank's rows of a Linear that all ranks have; all call it.
+        """Make this rank's layer from a Linear that all ranks have; all call it.
 
         Args:
-            layer: the Linear, which stays as it is.
+            layer: the Linear, which is not changed.
             group: see the class.
-            sizes: inputs of each rank; None: as numpy.array_split cuts them.
+            sizes: inputs of each rank; None: divided as by numpy.array_split.
             input_is_parallel: see the class.
             sequence_parallel: see the class.
 
         Raises:
-            UsageError: it is no Linear, differs between ranks, or has too few rows.
+            UsageError: `layer` is no Linear, differs between ranks, or has too few rows.
         """
         made = cls.__new__(cls)
-        made._take(layer, group, sizes, input_is_parallel, sequence_parallel)
+        made._init_from(layer, group, sizes, input_is_parallel, sequence_parallel)
         return made
 
-    def _take(
+    def _init_from(
         self,
         layer: Module,
         group: ProcessGroup,
@@ -105,16 +104,16 @@ class RowParallelLinear(Module):
                 "every rank has come with parts of the sequences otherwise. Choose one."
             )
         options = {"input_is_parallel": input_is_parallel, "sequence_parallel": sequence_parallel}
-        whole = check_layer(kind, layer, Linear, group, options)
+        whole = check_serial_layer(kind, layer, Linear, group, options)
         inner, self._out_features = whole.weight.data.shape
         self._sizes = even_sizes(inner, group.world_size) if sizes is None else tuple(sizes)
-        check_sizes(kind, "in_features", inner, self._sizes, group)
+        check_shard_sizes(kind, "in_features", inner, self._sizes, group)
         self.training = whole.training
         self.group = group
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel
-        self.weight = piece_of(whole.weight, group, 0, self._sizes)
-        self.bias = None if whole.bias is None else replica_of(whole.bias)
+        self.weight = sharded_copy(whole.weight, group, 0, self._sizes)
+        self.bias = None if whole.bias is None else replicated_copy(whole.bias)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map this rank's (..., inputs), or all of them, to (..., out_features)."""
@@ -122,34 +121,34 @@ class RowParallelLinear(Module):
         group = self.group
         weight = self.weight.use()
         bias = self.bias.use() if self.bias is not None else None
-        cut = SequenceCut.of_whole(x, group) if self.sequence_parallel else None
+        sharding = SequenceSharding.of_whole(x, group) if self.sequence_parallel else None
         x_lead = y_lead = x.shape[:-1]
-        inputs = x if self.input_is_parallel else take_piece(x, group, -1, self._sizes)
-        rows = rows_of(inputs, cut)
+        inputs = x if self.input_is_parallel else local_shard(x, group, -1, self._sizes)
+        rows = to_rows(inputs, sharding)
         y = matmul(rows, weight.data)
-        if cut is None:
+        if sharding is None:
             y = group.all_reduce(y, out=y)
         else:
-            y = group.reduce_scatter(y, sizes=cut.rows)
-            y_lead = (cut.batch, cut.lengths[group.rank])
+            y = group.reduce_scatter(y, sizes=sharding.rows)
+            y_lead = (sharding.batch, sharding.lengths[group.rank])
         if bias is not None:
             y += bias.data
 
         def pullback(grad_y: Array) -> Array:
-            grad_rows = rows_of(grad_y, cut)
-            if cut is not None:
-                grad_rows = group.all_gather(grad_rows, sizes=cut.rows)
-            # Gathered, the gradient is that of all positions: so is the bias', on every rank.
+            grad_rows = to_rows(grad_y, sharding)
+            if sharding is not None:
+                grad_rows = group.all_gather(grad_rows, sizes=sharding.rows)
+            # The gathered gradient has all positions, so every rank gets the whole bias gradient.
             if bias is not None:
                 bias.add_grad(grad_rows.sum(axis=0))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad_rows)
-            grad_x = from_rows(matmul(grad_rows, weight.data.T), x_lead, cut)
+            grad_x = from_rows(matmul(grad_rows, weight.data.T), x_lead, sharding)
             if self.input_is_parallel:
                 return grad_x
-            return gather_along(grad_x, group, -1, self._sizes)
+            return all_gather_along(grad_x, group, -1, self._sizes)
 
-        return from_rows(y, y_lead, cut), pullback
+        return from_rows(y, y_lead, sharding), pullback
 
     def _check(self, x: Array) -> None:
         check_dtype(self, x, self.weight.data.dtype)

@@ -1,4 +1,4 @@
-"""State: from the ranks' pieces to whole arrays, as serial modules have them, and back."""
+"""State dicts of tensor-parallel modules, gathered to those of serial modules and sharded again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.module import Module
 from ..nn.parameter import Parameter, Split
-from .cuts import everyones_sizes, gather_along, take_piece
+from .sharding import all_gather_along, all_gather_sizes, local_shard
 
 
 def full_state_dict(module: Module, local: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """Put the pieces of all parameters together: the state of the serial module, on every rank.
+    """Gather all sharded parameters: the state of the serial module, on every rank.
 
-    All ranks call it. Parameters and buffers that are whole are taken from this rank.
+    All ranks call it. Parameters and buffers that are not sharded are taken from this rank.
 
     Args:
         module: with tensor-parallel layers.
-        local: this rank's state, where the module is wrapped in what shards it further, and
-            gives it by a method of its own; None: `module.state_dict()`.
+        local: this rank's state, needed if another strategy shards the module further and has a
+            method for it (`FSDP.full_state_dict`); None: `module.state_dict()`.
 
     Raises:
         UsageError: `local` is needed, or lacks a parameter.
@@ -29,65 +29,65 @@ def full_state_dict(module: Module, local: Mapping[str, Array] | None = None) ->
     given = _local_state(module, local)
     state = dict(given)
     for name, parameter in module.named_parameters():
-        for split, dim in reversed(_cuts(parameter)):
-            piece = state[name]
-            sizes = everyones_sizes(piece.shape[dim], split.group, piece)
-            state[name] = gather_along(piece, split.group, dim, sizes)
+        for split, dim in reversed(_sharded_dims(parameter)):
+            shard = state[name]
+            sizes = all_gather_sizes(shard.shape[dim], split.group, shard)
+            state[name] = all_gather_along(shard, split.group, dim, sizes)
     return state
 
 
 def local_state_dict(
     module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None
 ) -> dict[str, Array]:
-    """Cut the state of the serial module: what this rank's `module.load_state_dict` takes.
+    """Shard the state of the serial module, for this rank's `module.load_state_dict`.
 
     All ranks call it, with the same state.
 
     Args:
         module: with tensor-parallel layers.
         state: as from `full_state_dict`, or from the serial module; not modified.
-        local: see `full_state_dict`; its shapes say how much each rank has.
+        local: see `full_state_dict`; its shapes give the size of each shard.
 
     Returns:
-        Views of the arrays given; what has no counterpart in the module is passed on.
+        Views of the arrays given, including those that have no counterpart in the module.
 
     Raises:
         UsageError: `local` is needed, or a shape does not fit; nothing was changed.
     """
     given = _local_state(module, local)
-    pieces = dict(state)
+    shards = dict(state)
     faults = []
     for name, parameter in module.named_parameters():
         shape = list(given[name].shape)
-        cuts = []
-        for split, dim in reversed(_cuts(parameter)):
-            sizes = everyones_sizes(shape[dim], split.group, given[name])
+        divisions = []
+        for split, dim in reversed(_sharded_dims(parameter)):
+            sizes = all_gather_sizes(shape[dim], split.group, given[name])
             shape[dim] = sum(sizes)
-            cuts.append((split, dim, sizes))
+            divisions.append((split, dim, sizes))
         if name in state and list(state[name].shape) != shape:
             faults.append(f"{name!r} is {tuple(shape)} whole, given {state[name].shape}")
         elif name in state:
-            for split, dim, sizes in reversed(cuts):
-                pieces[name] = take_piece(pieces[name], split.group, dim, sizes)
+            for split, dim, sizes in reversed(divisions):
+                shards[name] = local_shard(shards[name], split.group, dim, sizes)
     if faults:
         raise UsageError(
             f"local_state_dict: the state does not fit {type(module).__name__}: "
             f"{'; '.join(first_few(faults))}. Nothing was loaded."
         )
-    return pieces
+    return shards
 
 
 def load_full_state_dict(
     module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None
 ) -> None:
-    """Copy this rank's pieces of the serial module's state into the parameters, in place.
+    """Copy this rank's shards of the serial module's state into the parameters, in place.
 
     All ranks call it, with the same state.
 
     Args:
         module: with tensor-parallel layers; its `load_state_dict` takes arrays like `local`.
         state: as from `full_state_dict`, or from the serial module.
-        local: see `full_state_dict`; its shapes say how much each rank has.
+        local: see `full_state_dict`; its shapes give the size of each shard.
 
     Raises:
         UsageError: `local` is needed; or a name is missing or unexpected, or a shape or dtype
@@ -96,7 +96,7 @@ def load_full_state_dict(
     module.load_state_dict(local_state_dict(module, state, local))
 
 
-def _cuts(parameter: Parameter) -> list[tuple[Split, int]]:
+def _sharded_dims(parameter: Parameter) -> list[tuple[Split, int]]:
     return [(split, split.dim) for split in parameter.splits if split.dim is not None]
 
 

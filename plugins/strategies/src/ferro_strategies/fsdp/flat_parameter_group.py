@@ -1,0 +1,130 @@
+"""FlatParameterGroup: the flat parameters of one unit, which are gathered and freed together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+
+from ferro import Work
+
+from ..nn.arrays import namespace_of
+from ..nn.module import Module
+from ..nn.parameter import Parameter
+from .buffer_pool import PooledBuffer
+from .config import FSDPConfig
+from .flat_parameter import FlatParameter
+from .unit_policy import owners
+
+
+class UnshardedParameters:
+    """The gathered parameters of a unit; the pool gets the memory back when this is dropped."""
+
+    def __init__(self, flat_parameters: Sequence[FlatParameter]) -> None:
+        # The operations under way, and the memory that they send.
+        self._works: list[tuple[Work[object], PooledBuffer]] = []
+        self._flat_parameters = flat_parameters
+        self._buffers = [flat.allocate_unsharded() for flat in flat_parameters]
+
+    def launch(self) -> None:
+        """Start to gather."""
+        for flat, buffer in zip(self._flat_parameters, self._buffers, strict=True):
+            work = flat.all_gather(buffer.array)
+            if work is not None:
+                self._works.append(work)
+
+    def wait(self) -> None:
+        """Wait until everything is gathered."""
+        for work, _ in self._works:
+            work.wait()
+        self._works = []
+
+    def use_unsharded(self, *, backward: bool, may_defer: bool = False) -> None:
+        """Let the parameters be whole: see `FlatParameter.use_unsharded`."""
+        for flat, buffer in zip(self._flat_parameters, self._buffers, strict=True):
+            flat.use_unsharded(buffer.array, backward=backward, may_defer=may_defer)
+
+    def use_shards(self) -> None:
+        """Let the parameters be shards again."""
+        for flat in self._flat_parameters:
+            if flat.is_unsharded:
+                flat.use_shards()
+
+    def __del__(self) -> None:
+        if self._works:  # An operation that nobody waited for may still write.
+            for buffer in (*self._buffers, *(sent for _, sent in self._works)):
+                buffer.abandon()
+
+
+class FlatParameterGroup:
+    """All parameters of one unit: a flat parameter for each namespace, dtype and `requires_grad`.
+
+    Attributes:
+        index: its number in definition order, the same on every rank.
+        name: the qualified name of the unit's module.
+        flat_parameters: the flat parameters.
+        trained: those that require gradients.
+    """
+
+    def __init__(self, index: int, name: str, flat_parameters: Sequence[FlatParameter]) -> None:
+        self.index = index
+        self.name = name
+        self.flat_parameters = tuple(flat_parameters)
+        self.trained = tuple(flat for flat in self.flat_parameters if flat.trained)
+        self._last: weakref.ref[UnshardedParameters] | None = None
+
+    def unshard(self) -> UnshardedParameters:
+        """Start to gather, into the memory that an earlier pass still holds, if one does."""
+        unsharded = None if self._last is None else self._last()
+        if unsharded is None:
+            unsharded = UnshardedParameters(self.flat_parameters)
+            self._last = weakref.ref(unsharded)
+        unsharded.launch()
+        return unsharded
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the parameters are whole at the moment."""
+        return any(flat.is_unsharded for flat in self.flat_parameters)
+
+    @property
+    def has_unsharded_grad(self) -> bool:
+        """Whether gradients are waiting to be reduced."""
+        return any(flat.unsharded_grad.has_any for flat in self.trained)
+
+
+def shard_module(
+    root: Module, unit_modules: Mapping[int, Module], config: FSDPConfig
+) -> dict[int, FlatParameterGroup]:
+    """Shard all parameters of a model; give the groups by the identity of their unit's module.
+
+    Args:
+        root: the model, whose group comes first, even if it has no parameters of its own.
+        unit_modules: the submodules that are units, by identity; one without parameters of its
+            own gets no group.
+        config: the settings of the FSDP module.
+    """
+    owner = owners(root, unit_modules)
+    names = {id(module): name for name, module in root.named_modules()}
+    parameters = dict(root.named_parameters())
+    members: dict[int, list[str]] = {key: [] for key in names if key in (id(root), *unit_modules)}
+    for name, parameter in parameters.items():
+        parameter.name = name
+        members[owner[id(parameter)]].append(name)
+    groups: dict[int, FlatParameterGroup] = {}
+    for key, inside in members.items():
+        if inside or key == id(root):
+            flat = _flatten([(name, parameters[name]) for name in inside], config)
+            groups[key] = FlatParameterGroup(len(groups), names[key], flat)
+    return groups
+
+
+def _flatten(named: Sequence[tuple[str, Parameter]], config: FSDPConfig) -> list[FlatParameter]:
+    """Make a flat parameter of those that agree in namespace, dtype and `requires_grad`."""
+    kinds: dict[tuple[ModuleType, np.dtype, bool], list[tuple[str, Parameter]]] = {}
+    for name, parameter in named:
+        kind = namespace_of(parameter.data), parameter.data.dtype, parameter.requires_grad
+        kinds.setdefault(kind, []).append((name, parameter))
+    return [FlatParameter(members, config) for members in kinds.values()]

@@ -1,0 +1,178 @@
+"""StateDictMixin: the state dicts of an FSDP module and of its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ferro import UsageError
+
+from ..nn.arrays import Array
+from ..nn.module import Module
+from ..optim import Optimizer
+from . import optimizer_state
+from .buffer_pool import copy_into
+from .config import FSDPConfig
+from .sharded_parameter import FlatShard, ShardedParameter, array_faults
+from .unit_scheduler import UnitScheduler
+
+
+class StateDictMixin(Module):
+    """The part of `FSDP` that saves and loads.
+
+    Full states fit any number of ranks, and programs without FSDP; sharded states fit as many
+    ranks. Parameters are gathered one at a time.
+    """
+
+    _sharded: Mapping[str, ShardedParameter]
+    _scheduler: UnitScheduler
+    _config: FSDPConfig
+
+    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Array]:
+        """Gather all parameters, one at a time, and rank 0's buffers; all ranks call it.
+
+        Args:
+            rank0_only: give the others an empty dict, and spare them the memory.
+
+        Returns:
+            The same as `state_dict()` of the module without FSDP.
+        """
+        self._check_between_passes("full_state_dict")
+        config = self._config
+        state: dict[str, Array] = {}
+        for name, sharded in self._sharded.items():
+            whole = sharded.gather(sharded.shard_view, config, rank0_only=rank0_only)
+            if whole is not None:
+                state[name] = whole
+        if rank0_only and not config.is_first:
+            return state
+        buffers = self._copied_buffers()
+        if not rank0_only:
+            config.broadcast(buffers.values(), [0] * len(config.groups))
+        return state | buffers
+
+    def load_full_state_dict(self, state_dict: Mapping[str, Array]) -> None:
+        """Load whole arrays; all ranks call it with the same ones, and keep their shards.
+
+        Raises:
+            UsageError: a name is missing or unexpected, or a shape or dtype differs, on any
+                rank; raised on every rank, and nothing was changed.
+        """
+        self._check_between_passes("load_full_state_dict")
+        buffers = dict(self.named_buffers())
+        faults = _name_faults({*self._sharded, *buffers}, state_dict)
+        loads: list[tuple[Array, Array]] = []
+        for name, array in state_dict.items():
+            if name in self._sharded:
+                sharded = self._sharded[name]
+                target = sharded.shard_view
+                found = array_faults(name, target.dtype, sharded.span.shape, array)
+                if not found:
+                    loads.append((target, sharded.local_part(array, self._config)))
+                faults += found
+            elif name in buffers:
+                data = buffers[name].data
+                faults += array_faults(name, data.dtype, data.shape, array)
+                loads.append((data, array))
+        self._load(loads, faults, "load_full_state_dict")
+
+    def sharded_state_dict(self) -> dict[str, FlatShard | Array]:
+        """Copy this rank's shards, and the buffers, which are not sharded. Nothing is sent."""
+        shards: dict[str, FlatShard | Array] = {
+            name: sharded.flat_shard(sharded.shard_view, self._config)
+            for name, sharded in self._sharded.items()
+        }
+        return shards | self._copied_buffers()
+
+    def load_sharded_state_dict(self, state_dict: Mapping[str, FlatShard | Array]) -> None:
+        """Load a `sharded_state_dict` that was made on as many ranks; all ranks call it.
+
+        Raises:
+            UsageError: as from `load_full_state_dict`.
+        """
+        self._check_between_passes("load_sharded_state_dict")
+        buffers = dict(self.named_buffers())
+        faults = _name_faults({*self._sharded, *buffers}, state_dict)
+        loads: list[tuple[Array, Array]] = []
+        for name, item in state_dict.items():
+            if name in self._sharded:
+                sharded = self._sharded[name]
+                target = sharded.shard_view
+                found = sharded.shard_faults(name, target, item, self._config)
+                faults += found
+                if isinstance(item, FlatShard) and not found:
+                    loads.append((target, item.data.reshape(target.shape)))
+            elif name in buffers:
+                data = buffers[name].data
+                if isinstance(item, FlatShard):
+                    faults.append(f"{name!r} is a buffer, given a FlatShard")
+                else:
+                    faults += array_faults(name, data.dtype, data.shape, item)
+                    loads.append((data, item))
+        self._load(loads, faults, "load_sharded_state_dict")
+
+    def state_dict(self) -> dict[str, Array]:
+        """Gather a `full_state_dict()`, which fits the module with and without FSDP."""
+        return self.full_state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Load a full state: see `load_full_state_dict`."""
+        self.load_full_state_dict(state)
+
+    def full_optimizer_state_dict(
+        self, optimizer: Optimizer, *, rank0_only: bool = False
+    ) -> dict[str, Array]:
+        """Gather the state of an optimizer of this module's parameters; all ranks call it.
+
+        Returns:
+            Arrays of the parameters' whole shapes by "<parameter name>.<name of state>", and
+            "lr". Parameters that have not been updated yet have none.
+        """
+        self._check_between_passes("full_optimizer_state_dict")
+        return optimizer_state.full(self._sharded, optimizer, self._config, rank0_only)
+
+    def load_full_optimizer_state_dict(
+        self, optimizer: Optimizer, state_dict: Mapping[str, Array]
+    ) -> None:
+        """Load a `full_optimizer_state_dict` made on any number of ranks; all ranks call it.
+
+        Raises:
+            UsageError: as from `load_full_state_dict`.
+        """
+        self._check_between_passes("load_full_optimizer_state_dict")
+        optimizer_state.load_full(self._sharded, optimizer, self._config, state_dict)
+
+    def sharded_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, FlatShard | Array]:
+        """Copy this rank's state of an optimizer. Nothing is sent."""
+        return optimizer_state.shards(self._sharded, optimizer, self._config)
+
+    def load_sharded_optimizer_state_dict(
+        self, optimizer: Optimizer, state_dict: Mapping[str, FlatShard | Array]
+    ) -> None:
+        """Load a `sharded_optimizer_state_dict` made on as many ranks; all ranks call it.
+
+        Raises:
+            UsageError: as from `load_full_state_dict`.
+        """
+        self._check_between_passes("load_sharded_optimizer_state_dict")
+        optimizer_state.load_shards(self._sharded, optimizer, self._config, state_dict)
+
+    def _copied_buffers(self) -> dict[str, Array]:
+        return {name: buffer.data.copy() for name, buffer in self.named_buffers()}
+
+    def _load(self, loads: list[tuple[Array, Array]], faults: list[str], what: str) -> None:
+        """Load on all ranks, or on none."""
+        self._config.raise_on_any_fault(faults, f"FSDP.{what}: the state does not fit")
+        for target, source in loads:
+            copy_into(target, source)
+
+    def _check_between_passes(self, what: str) -> None:
+        if self._scheduler.announcer is not None or self._scheduler.in_pass:
+            raise UsageError(
+                f"FSDP.{what}: not inside join() or a pass, where the other ranks would not take "
+                "part. Call it between steps, on every rank."
+            )
+
+
+def _name_faults(own: set[str], given: Mapping[str, object]) -> list[str]:
+    missing = [f"missing {name!r}" for name in sorted(own - given.keys())]
+    return missing + [f"unexpected {name!r}" for name in given if name not in own]

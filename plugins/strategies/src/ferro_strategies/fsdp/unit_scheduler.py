@@ -1,0 +1,273 @@
+"""UnitScheduler: when units are gathered and freed, and when their gradients are reduced.
+
+A pass over units A, B, C and D, gathered (g) and reduced (r) in the background. The operations in
+one column are under way at the same time:
+
+    forward                     backward
+    compute     A  B  C  D      compute  D  C  B  A
+    gather  gA gB gC gD         gather      gB gA
+                                reduce      rD rC rB rA
+
+Each column holds the parameters of two units at most. The last two units of the forward half, C
+and D, come first in the backward half, so they stay gathered. The group runs its operations in
+the order issued. Therefore the next unit is gathered when one is entered, and a unit is reduced
+when it is left: `rD gB rC gA rB rA`.
+
+The order of the units is predicted from the last pass. If another unit comes instead, the
+prefetched one is dropped. All ranks make the same passes, and so the same wrong predictions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from ferro import UsageError
+
+from .config import FSDPConfig
+from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
+from .reduction import GradientReduction
+
+
+class Announcer(Protocol):
+    """Tells ranks that have run out of batches which operations they must take part in."""
+
+    @property
+    def scale(self) -> float:
+        """The factor from a mean over all ranks to the mean over those that contribute."""
+
+    def announce_gather(self, unit: FlatParameterGroup) -> None:
+        """Announce that a unit is gathered."""
+
+    def announce_reduction(self, unit: FlatParameterGroup) -> None:
+        """Announce that a unit's gradients are reduced."""
+
+    def announce_drain(self) -> None:
+        """Announce that all reductions are waited for."""
+
+
+class UnitScheduler:
+    """The schedule of one FSDP module's passes.
+
+    Args:
+        units: the units, in definition order.
+        config: the settings of the FSDP module.
+
+    Attributes:
+        units: as given.
+        sync: whether backward passes reduce if their forward passes are made now.
+        announcer: inside `join`, the object that announces operations; None elsewhere.
+    """
+
+    def __init__(self, units: Sequence[FlatParameterGroup], config: FSDPConfig) -> None:
+        self.units = tuple(units)
+        self.sync = True
+        self.announcer: Announcer | None = None
+        self._config = config
+        self._running = False
+        self._in_backward = False
+        self._backward_syncs = False
+        self._failed = False
+        self._order: Sequence[FlatParameterGroup] = ()
+        self._position = 0
+        self._prefetched: tuple[FlatParameterGroup, UnshardedParameters] | None = None
+        self._reductions: deque[GradientReduction] = deque()
+        self.reset_order()
+
+    def reset_order(self) -> None:
+        """Predict that units come in definition order, as at first."""
+        self._entered: list[FlatParameterGroup] = []
+        self._left: list[FlatParameterGroup] = []
+        # Checkpoint makes the forward half of these units again in the backward half.
+        self._recomputed: set[FlatParameterGroup] = set()
+        self._predict(self.units, self.units[::-1])
+
+    @property
+    def syncs(self) -> bool:
+        """Whether a forward half made now is reduced; recomputing one keeps its first value."""
+        return self._backward_syncs if self._in_backward else self.sync
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass is under way."""
+        return self._running
+
+    @contextmanager
+    def forward(self, unit: FlatParameterGroup) -> Iterator[UnshardedParameters | None]:
+        """Let a unit's parameters be whole for a forward half.
+
+        Yields:
+            The gathered parameters, if they stay for the backward half.
+        """
+        with self._pass(self._forward_order, backward=False):
+            if self._in_backward:
+                self._recomputed.add(unit)
+            else:
+                self._entered.append(unit)
+            unsharded = self._unshard(unit)
+            with _whole(unsharded, backward=False):
+                yield unsharded if self._stays(unit) else None
+            if not self._in_backward:
+                self._left.append(unit)
+
+    @contextmanager
+    def backward(
+        self, unit: FlatParameterGroup, unsharded: UnshardedParameters | None, *, sync: bool
+    ) -> Iterator[None]:
+        """Let a unit's parameters be whole for a backward half, and then reduce its gradients."""
+        with self._pass(self._backward_order, backward=True):
+            self._backward_syncs = sync
+            self._finish_sending(unit)
+            if unsharded is None:
+                unsharded = self._unshard(unit)
+            elif self._prefetched is None:
+                self._prefetch_after(unit)
+            with _whole(unsharded, backward=True, may_defer=not sync):
+                yield
+            del unsharded
+            if sync:
+                self._reduce(unit)
+
+    def reduce_all(self) -> None:
+        """Reduce all accumulated gradients, and wait for that."""
+        with self._pass((), backward=True):
+            for unit in self.units:
+                if unit.has_unsharded_grad:
+                    self._reduce(unit)
+
+    def check(self) -> None:
+        """Check that a pass may be made.
+
+        Raises:
+            UsageError: an earlier backward pass failed.
+        """
+        if self._failed:
+            raise UsageError(
+                "FSDP: an earlier backward pass failed on this rank, while other ranks may have "
+                "gone on: their gradients no longer belong together. Find its error, and restart "
+                "from a checkpoint."
+            )
+
+    # -- operations that are announced, and that ranks without batches take part in --------------
+
+    def launch_gather(self, unit: FlatParameterGroup) -> UnshardedParameters:
+        """Start to gather a unit."""
+        shared = unit.flat_parameters and self._config.shard_group is not None
+        if self.announcer is not None and shared:
+            self.announcer.announce_gather(unit)
+        return unit.unshard()
+
+    def launch_reduction(self, unit: FlatParameterGroup) -> None:
+        """Start to reduce a unit's gradients, after older reductions have advanced by a step."""
+        if self.announcer is not None:
+            self.announcer.announce_reduction(unit)
+        self._advance()
+        scale = 1.0 if self.announcer is None else self.announcer.scale
+        for flat in unit.trained:
+            self._reductions.append(GradientReduction(flat, self._config, scale))
+
+    def drain(self) -> None:
+        """Wait until every reduction has ended."""
+        if self._reductions and self.announcer is not None:
+            self.announcer.announce_drain()
+        while self._reductions:
+            self._advance()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _pass(self, order: Sequence[FlatParameterGroup], *, backward: bool) -> Iterator[None]:
+        if self._running:
+            yield
+            return
+        self._running, self._in_backward = True, backward
+        self._order, self._position = order, 0
+        try:
+            yield
+            if backward:
+                self.drain()
+            else:
+                self._predict(self._entered, self._left[::-1])
+            self._drop_prefetched()
+        except BaseException:
+            self._failed = self._failed or backward
+            raise
+        finally:
+            # After an error nothing is waited for: the other ranks may be elsewhere.
+            self._prefetched = None
+            self._reductions.clear()
+            self._entered, self._left = [], []
+            self._running = self._in_backward = False
+
+    def _unshard(self, unit: FlatParameterGroup) -> UnshardedParameters:
+        """Use the prefetched unit, or gather; start to prefetch the next before waiting."""
+        if self._prefetched is not None and self._prefetched[0] is unit:
+            unsharded = self._prefetched[1]
+            self._prefetched = None
+        else:
+            self._drop_prefetched()
+            unsharded = self.launch_gather(unit)
+        self._prefetch_after(unit)
+        unsharded.wait()
+        return unsharded
+
+    def _stays(self, unit: FlatParameterGroup) -> bool:
+        """Whether parameters gathered for a forward half serve the backward half."""
+        # A unit recomputed in a backward pass goes backward immediately.
+        return self._config.keeps_until_backward or self._in_backward or unit in self._staying
+
+    def _predict(
+        self, forward: Sequence[FlatParameterGroup], backward: Sequence[FlatParameterGroup]
+    ) -> None:
+        """Set the expected order of each half, and the units that stay between the halves."""
+        self._forward_order, self._backward_order = forward, backward
+        first = list(dict.fromkeys(unit for unit in backward if unit.flat_parameters))
+        self._staying = {*first[: 1 + self._config.prefetch]} - self._recomputed
+
+    def _prefetch_after(self, unit: FlatParameterGroup) -> None:
+        pointless = self._config.keeps_until_backward and self._in_backward
+        if not self._config.prefetch or self._config.shard_group is None or pointless:
+            return
+        try:
+            self._position = self._order.index(unit, self._position) + 1
+        except ValueError:
+            return
+        if self._position < len(self._order):
+            following = self._order[self._position]
+            stayed = self._in_backward and following in self._staying
+            if following is not unit and not following.is_unsharded and not stayed:
+                self._prefetched = following, self.launch_gather(following)
+
+    def _drop_prefetched(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched[1].wait()
+            self._prefetched = None
+
+    def _finish_sending(self, unit: FlatParameterGroup) -> None:
+        """Wait for reductions that still send the memory in which gradients will be added."""
+        if self._config.keeps_unsharded:
+            while any(reduction.flat in unit.trained for reduction in self._reductions):
+                self._advance()
+
+    def _reduce(self, unit: FlatParameterGroup) -> None:
+        if unit.trained:
+            self.launch_reduction(unit)
+
+    def _advance(self) -> None:
+        for _ in range(len(self._reductions)):
+            reduction = self._reductions.popleft()
+            if not reduction.advance():
+                self._reductions.append(reduction)
+
+
+@contextmanager
+def _whole(
+    unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False
+) -> Iterator[None]:
+    unsharded.use_unsharded(backward=backward, may_defer=may_defer)
+    try:
+        yield
+    finally:
+        unsharded.use_shards()

@@ -1,0 +1,95 @@
+"""UnshardedGradient: the gradients of a flat parameter on this rank, before they are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ..nn.arrays import Array
+from ..nn.parameter import Parameter
+from .buffer_pool import PooledBuffer
+from .layout import FlatLayout
+
+
+class UnshardedGradient:
+    """One flat array of gradients, accumulated by this rank alone.
+
+    Args:
+        parameters: the parameters.
+        layout: their positions in the flat array.
+        allocate: returns memory for all of them.
+        keeps_memory: whether the memory stays when its content has been taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        layout: FlatLayout,
+        allocate: Callable[[], PooledBuffer],
+        *,
+        keeps_memory: bool,
+    ) -> None:
+        self._parameters = parameters
+        self._layout = layout
+        self._allocate = allocate
+        self._keeps_memory = keeps_memory
+        self._buffer: PooledBuffer | None = None
+        self._is_set = [False] * len(parameters)
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a gradient to be reduced."""
+        return any(self._is_set)
+
+    def views(self) -> list[tuple[Array, Array | None]]:
+        """Give for each parameter the memory of its gradient, and the gradient if there is one."""
+        if self._buffer is None:
+            self._buffer = self._allocate()
+        memory = self._layout.views(self._buffer.array)
+        return [
+            (view, view if is_set else None)
+            for view, is_set in zip(memory, self._is_set, strict=True)
+        ]
+
+    def mark_if_set(self, index: int) -> None:
+        """Record whether a parameter, which holds its view now, has a gradient there."""
+        self._is_set[index] |= self._parameters[index].grad is not None
+
+    def defer(self, index: int, products: Sequence[Callable[[], None]]) -> list[partial[None]]:
+        """Wrap deferred products so that they can be added outside passes."""
+        return [partial(self._add, index, product) for product in products]
+
+    def take(self) -> PooledBuffer:
+        """Take all gradients, with zeros where none is, and start again without any."""
+        if self._buffer is None:
+            self._buffer = self._allocate()
+        taken = self._buffer
+        taken.array[self._layout.unpadded_size :] = 0
+        for span, is_set in zip(self._layout.spans, self._is_set, strict=True):
+            if not is_set:
+                taken.array[span.start : span.stop] = 0
+        self._is_set = [False] * len(self._parameters)
+        if not self._keeps_memory:
+            self._buffer = None
+        return taken
+
+    def still_uses(self, taken: PooledBuffer) -> bool:
+        """Whether further gradients will be added in the memory that was taken."""
+        return taken is self._buffer
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._buffer = None
+        self._is_set = [False] * len(self._parameters)
+
+    def _add(self, index: int, product: Callable[[], None]) -> None:
+        parameter = self._parameters[index]
+        shard, shard_grad = parameter.data, parameter.grad
+        view, grad = self.views()[index]
+        # A product needs only the size and dtype of the value, which its gradient has as well.
+        parameter.hold(view, grad=grad, grad_memory=view)
+        try:
+            product()
+            self.mark_if_set(index)
+        finally:
+            parameter.hold(shard, grad=shard_grad, grad_memory=shard_grad)

@@ -1,0 +1,77 @@
+"""The loss of logits whose columns are divided over the ranks."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from ferro_strategies import nn
+from ferro_strategies import tensor_parallel as tp
+
+from .models import F64, RANKS, Traffic, floats, simulate
+
+
+@RANKS
+@pytest.mark.parametrize(
+    ("dtype", "size", "rtol"), [(F64, 1.0, 1e-12), (F64, 1e4, 1e-12), (np.float32, 3.0, 1e-5)]
+)
+@pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7), (7,)])
+def test_the_loss_is_that_of_all_logits(ranks, dtype, size, rtol, shape):
+    logits = (size * floats(*shape)).astype(dtype)
+    labels = np.random.default_rng(1).integers(0, 7, shape[:-1]).astype(np.uint8)
+    expected, expected_grad = nn.cross_entropy(logits, labels)
+    kept = logits.copy()
+
+    def run(group):
+        own = np.array_split(logits, group.world_size, axis=-1)[group.rank]
+        return tp.vocab_parallel_cross_entropy(own, labels, group)
+
+    results = simulate(run, ranks)
+    grads = np.concatenate([grad for _, grad in results], axis=-1)
+    assert grads.dtype == dtype
+    np.testing.assert_allclose(grads, expected_grad, rtol=rtol, atol=rtol * 1e-2)
+    assert {loss for loss, _ in results} == {results[0][0]}
+    assert results[0][0] == pytest.approx(expected, rel=rtol)
+    np.testing.assert_array_equal(logits, kept)
+
+
+def test_small_integers_may_name_words_of_any_rank():
+    # Rank 1's words begin at 500, beyond what these dtypes can hold.
+    words = np.array([1, 120, 2], np.int8)
+    table = nn.Embedding(1000, 2, dtype=F64, rng=0)
+    logits = floats(3, 1000)
+
+    def run(group):
+        found = tp.ParallelEmbedding.from_serial(table, group)(words.astype(np.uint8))
+        own = np.split(logits, 2, axis=1)[group.rank]
+        return found, tp.vocab_parallel_cross_entropy(own, words, group)[0]
+
+    for found, loss in simulate(run, 2):
+        np.testing.assert_array_equal(found, table(words))
+        assert loss == pytest.approx(nn.cross_entropy(logits, words)[0], rel=1e-12)
+
+
+def test_the_loss_of_gathered_sequences_makes_one_array_laid_out_as_they_are():
+    def run(group):
+        # Time first, as a layer with sequence_parallel makes them.
+        logits = np.zeros((64, 4, 2000), np.float32).swapaxes(0, 1)
+        labels = np.zeros((4, 64), np.int64)
+        tracemalloc.start()
+        _, grad = tp.vocab_parallel_cross_entropy(logits, labels, group)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert grad.strides == logits.strides
+        return peak / logits.nbytes
+
+    assert simulate(run, 1)[0] < 1.2
+
+
+def test_the_loss_gathers_no_logits():
+    traffic, rows, classes = Traffic(), 8, 1000
+
+    def run(group):
+        labels = np.zeros(rows, np.int64)
+        tp.vocab_parallel_cross_entropy(np.ones((rows, classes)), labels, group)
+
+    simulate(run, 2, observers=[traffic])
+    assert traffic.largest <= 2 * rows * 8
