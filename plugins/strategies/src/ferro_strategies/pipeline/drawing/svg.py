@@ -17,11 +17,8 @@ _MOST_WIDTH, _LEAST_WIDTH = 1600, 480
 _TICK_WIDTH = 70
 _MOST_DETAILED = 5000  # with more actions, only the boxes are drawn
 _MOST_SHADES = 8
-_HUES = {
-    Kind.FORWARD: 0.58,
-    Kind.BACKWARD: 0.08,
-    Kind.WEIGHT: 0.42,
-}  # most eyes can tell these apart
+# Most colour-blind readers can tell these hues apart.
+_HUES = {Kind.FORWARD: 0.58, Kind.BACKWARD: 0.08, Kind.WEIGHT: 0.42}
 _STYLE = """\
 text { font: 12px system-ui, sans-serif; fill: #1a1a1a }
 .head { font-size: 15px; font-weight: 600 }

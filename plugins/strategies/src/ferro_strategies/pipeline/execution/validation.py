@@ -28,28 +28,28 @@ def validated_schedule(
         UsageError: a rank's arguments do not fit, or ranks differ. It is raised on every rank, and
             nothing was changed.
     """
-    made: PipelineSchedule | None = None
+    built: PipelineSchedule | None = None
     own_error: FerroError | None = None
     report: dict[str, object] = {}
     try:
         _check_list(modules)
-        made = _schedule(schedule, group.world_size, len(modules), microbatches)
-        numbers = made.stages_of(group.rank)
+        built = _schedule(schedule, group.world_size, len(modules), microbatches)
+        numbers = built.stages_of(group.rank)
         _check_stages(modules, numbers)
-        tied = _describe_ties(ties, dict(zip(numbers, modules, strict=True)), made.stages)
+        tied = _describe_ties(ties, dict(zip(numbers, modules, strict=True)), built.stages)
         stage_count = str(len(modules)) if isinstance(schedule, str) else "that of the schedule"
-        report = {"facts": _facts(made, stage_count, ties), "tied": tied}
+        report = {"facts": _facts(built, stage_count, ties), "tied": tied}
     except FerroError as error:
         own_error = error
     report["fault"] = "" if own_error is None else str(own_error)
     reports: list[dict[str, object]] = group.all_gather_object(report)
     if own_error is not None:
         raise own_error
-    _check_faults(group, [str(report["fault"]) for report in reports])
-    _check_equal(group, [report["facts"] for report in reports])  # type: ignore[misc]
-    _check_tied(group, [report["tied"] for report in reports])  # type: ignore[misc]
-    assert made is not None
-    return made
+    _check_faults(group, [str(other["fault"]) for other in reports])
+    _check_equal(group, [other["facts"] for other in reports])  # type: ignore[misc]
+    _check_tied_copies(group, [other["tied"] for other in reports])  # type: ignore[misc]
+    assert built is not None
+    return built
 
 
 def parameters_by_name(module: Module) -> dict[str, Parameter]:
@@ -63,16 +63,16 @@ def _schedule(
     if isinstance(schedule, str):
         if not stages:
             raise UsageError("Pipeline: the list of stages is empty. Give every rank one or more.")
-        made = build(schedule, ranks=ranks, stages_per_rank=stages, microbatches=microbatches)
+        built = build(schedule, ranks=ranks, stages_per_rank=stages, microbatches=microbatches)
     else:
-        made = schedule
-        if made.microbatches != microbatches or made.ranks != ranks:
+        built = schedule
+        if built.microbatches != microbatches or built.ranks != ranks:
             raise UsageError(
-                f"Pipeline: the schedule {made.name!r} is for {made.ranks} ranks and "
-                f"{made.microbatches} microbatches, not for {ranks} and {microbatches}."
+                f"Pipeline: the schedule {built.name!r} is for {built.ranks} ranks and "
+                f"{built.microbatches} microbatches, not for {ranks} and {microbatches}."
             )
-    check(made)
-    return made
+    check(built)
+    return built
 
 
 def _check_list(stages: object) -> None:
@@ -146,14 +146,14 @@ def _facts(schedule: PipelineSchedule, stage_count: str, ties: Sequence[Tie]) ->
         stage_count: number of the rank's stages, where all ranks must have as many.
         ties: the ties that the rank was given.
     """
-    orders = repr((schedule.actions, schedule.splits_backward)).encode()
+    actions = repr((schedule.actions, schedule.splits_backward)).encode()
     return {
         "schedule": schedule.name,
         "microbatches": str(schedule.microbatches),
         "number of stages": stage_count,
         "ranks of the stages": str(list(schedule.rank_of)),
         "ties": str([sorted(tie.items()) for tie in ties]),
-        "actions (digest)": hashlib.sha256(orders).hexdigest()[:16],
+        "actions (digest)": hashlib.sha256(actions).hexdigest()[:16],
     }
 
 
@@ -175,7 +175,7 @@ def _check_equal(group: ProcessGroup, reports: Sequence[Mapping[str, str]]) -> N
                 )
 
 
-def _check_tied(group: ProcessGroup, reports: Sequence[Sequence[Sequence[str]]]) -> None:
+def _check_tied_copies(group: ProcessGroup, reports: Sequence[Sequence[Sequence[str]]]) -> None:
     first: dict[int, str] = {}
     for rank, tied in enumerate(reports):
         for index, copies in enumerate(tied):

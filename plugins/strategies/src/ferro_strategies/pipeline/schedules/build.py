@@ -77,10 +77,10 @@ def build(
     """
     named = _find(name)
     counts = {"ranks": ranks, "stages_per_rank": stages_per_rank, "microbatches": microbatches}
-    for what, count in counts.items():
+    for argument, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UsageError(
-                f"pipeline schedule {name!r}: {what} must be 1 or more, not {count!r}."
+                f"pipeline schedule {name!r}: {argument} must be 1 or more, not {count!r}."
             )
     if 3 * ranks * stages_per_rank * microbatches > _MOST_ACTIONS:
         raise UsageError(

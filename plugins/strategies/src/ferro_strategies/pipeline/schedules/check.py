@@ -158,9 +158,7 @@ def _check_complete(schedule: PipelineSchedule) -> None:
     kinds = [kind for kind in Kind if kind is not Kind.WEIGHT or schedule.splits_backward]
     for rank, actions in enumerate(schedule.actions):
         wanted = len(kinds) * len(schedule.stages_of(rank)) * schedule.microbatches
-        if (
-            len(actions) == wanted
-        ):  # none is there twice or belongs to another rank, so none is missing
+        if len(actions) == wanted:  # _check_rank found no duplicates, so none is missing
             continue
         present = set(actions)
         missing = next(item for item in _all_of(schedule, rank, kinds) if item not in present)
@@ -188,15 +186,15 @@ def _check_message_order(
             continue
         source, target, _ = channel
         pairs = zip_longest(sent.by_channel[channel], received.by_channel[channel])
-        position, (given, wanted) = next(
+        position, (message, needed) = next(
             (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
         )
-        assert given is not None, "a complete schedule sends all that is needed"
-        assert wanted is not None, "a complete schedule needs all that is sent"
+        assert message is not None, "a complete schedule sends all that is needed"
+        assert needed is not None, "a complete schedule needs all that is sent"
         raise UsageError(
             f"pipeline schedule {schedule.name!r}: message {position} from rank {source} to rank "
-            f"{target} is the result of {given}, but rank {target} needs that of "
-            f"{wanted} first. Give both ranks the same order.",
+            f"{target} is the result of {message}, but rank {target} needs that of "
+            f"{needed} first. Give both ranks the same order.",
             rank=target,
             peer=source,
         )

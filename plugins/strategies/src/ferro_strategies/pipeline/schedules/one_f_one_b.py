@@ -42,7 +42,7 @@ def rank_actions(sizes: ScheduleSizes, rank: int) -> list[Action]:
         )
     ]
     kinds = (Kind.BACKWARD, Kind.FORWARD)
-    return [Action(kinds[kind], -stage, m) for _, kind, stage, m in sorted(timed)]
+    return [Action(kinds[index], -stage, m) for _, index, stage, m in sorted(timed)]
 
 
 def peak_activations(sizes: ScheduleSizes, rank: int) -> int:

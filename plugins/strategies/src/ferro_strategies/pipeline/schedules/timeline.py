@@ -139,11 +139,10 @@ def simulate(
     )
 
 
-def _per_stage(what: str, durations: Durations, stages: int) -> list[float]:
-    """Return one duration for each stage."""
+def _per_stage(argument: str, durations: Durations, stages: int) -> list[float]:
     given = [durations] * stages if isinstance(durations, int | float) else list(durations)
     if len(given) != stages:
-        raise UsageError(f"simulate: {what} has {len(given)} durations, for {stages} stages")
+        raise UsageError(f"simulate: {argument} has {len(given)} durations, for {stages} stages")
     if not all(0 <= duration < float("inf") for duration in given):
-        raise UsageError(f"simulate: {what} must be 0 or more everywhere, not {durations!r}")
+        raise UsageError(f"simulate: {argument} must be 0 or more everywhere, not {durations!r}")
     return [float(duration) for duration in given]
