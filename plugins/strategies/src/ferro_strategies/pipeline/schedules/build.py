@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 from ferro import UsageError
 
 from . import gpipe, interleaved, one_f_one_b, zero_bubble
 from .schedule import Action, Kind, PipelineSchedule, ScheduleSizes
 
-_MOST_ACTIONS = 1 << 22  # about 500 MB; a larger number is a typing mistake
+_MOST_ACTIONS = 1 << 22  # they take about 500 MB; a larger number is a typing mistake
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NamedSchedule:
-    """The functions of one named schedule.
+class _ScheduleModule(Protocol):
+    """The functions of each module that defines a named schedule."""
 
-    Attributes:
-        rank_actions: returns the actions of a rank.
-        peak_activations: returns the most stage-microbatches that a rank holds.
-        idle_steps: returns how often F + B - W fits into the time that each rank is idle, or None.
-            F, B and W are the durations of the kinds of actions; W is 0 if it is not split off.
-        splits_backward: whether WEIGHT actions are apart from BACKWARD ones.
-    """
+    def rank_actions(self, sizes: ScheduleSizes, rank: int) -> list[Action]:
+        """Return the actions of a rank, in order."""
 
-    rank_actions: Callable[[ScheduleSizes, int], list[Action]]
-    peak_activations: Callable[[ScheduleSizes, int], int]
-    idle_steps: Callable[[ScheduleSizes], int | None]
-    splits_backward: bool = False
+    def peak_activations(self, sizes: ScheduleSizes, rank: int) -> int:
+        """Return the most stage-microbatches that a rank holds."""
+
+    def idle_steps(self, sizes: ScheduleSizes) -> int | None:
+        """Return each rank's idle time as a multiple of F + B - W, or None if it is not known.
+
+        F, B and W are the durations of the kinds of actions; W is 0 if it is not split off.
+        """
 
 
-_NAMED = {
-    "gpipe": _NamedSchedule(
-        rank_actions=gpipe.rank_actions,
-        peak_activations=gpipe.peak_activations,
-        idle_steps=gpipe.idle_steps,
-    ),
-    "1f1b": _NamedSchedule(
-        rank_actions=one_f_one_b.rank_actions,
-        peak_activations=one_f_one_b.peak_activations,
-        idle_steps=one_f_one_b.idle_steps,
-    ),
-    "interleaved_1f1b": _NamedSchedule(
-        rank_actions=interleaved.rank_actions,
-        peak_activations=interleaved.peak_activations,
-        idle_steps=interleaved.idle_steps,
-    ),
-    "zb_h1": _NamedSchedule(
-        rank_actions=zero_bubble.rank_actions,
-        peak_activations=zero_bubble.peak_activations,
-        idle_steps=zero_bubble.idle_steps,
-        splits_backward=True,
-    ),
+_MODULES: dict[str, _ScheduleModule] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved_1f1b": interleaved,
+    "zb_h1": zero_bubble,
 }
+_SPLITTING_BACKWARD = {"zb_h1"}
 
 
 def names() -> tuple[str, ...]:
     """Return the names of the schedules that can be built."""
-    return tuple(_NAMED)
+    return tuple(_MODULES)
 
 
 def build(
@@ -73,9 +54,9 @@ def build(
         microbatches: number of microbatches, at least 1; it may be less than `ranks`.
 
     Raises:
-        UsageError: there is no such schedule, or a number makes no sense.
+        UsageError: there is no such schedule, or a number is not positive or too large.
     """
-    named = _find(name)
+    module = _module(name)
     counts = {"ranks": ranks, "stages_per_rank": stages_per_rank, "microbatches": microbatches}
     for argument, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -92,8 +73,8 @@ def build(
         name=name,
         microbatches=microbatches,
         rank_of=tuple(stage % ranks for stage in range(sizes.stages)),
-        actions=tuple(tuple(named.rank_actions(sizes, rank)) for rank in range(ranks)),
-        splits_backward=named.splits_backward,
+        actions=tuple(tuple(module.rank_actions(sizes, rank)) for rank in range(ranks)),
+        splits_backward=name in _SPLITTING_BACKWARD,
     )
 
 
@@ -129,8 +110,8 @@ def expected_peak_activations(schedule: PipelineSchedule) -> tuple[int, ...]:
     Raises:
         UsageError: `build` does not make this schedule.
     """
-    named, sizes = _find(schedule.name), _sizes(schedule)
-    return tuple(named.peak_activations(sizes, rank) for rank in range(schedule.ranks))
+    module, sizes = _module(schedule.name), _sizes(schedule)
+    return tuple(module.peak_activations(sizes, rank) for rank in range(schedule.ranks))
 
 
 def expected_bubble(
@@ -156,7 +137,7 @@ def expected_bubble(
         UsageError: `build` does not make this schedule.
     """
     sizes = _sizes(schedule)
-    steps = _find(schedule.name).idle_steps(sizes)
+    steps = _module(schedule.name).idle_steps(sizes)
     if steps is None or weight > min(forward, backward):
         return None
     work = sizes.microbatches * sizes.stages_per_rank * (forward + backward + weight)
@@ -164,12 +145,12 @@ def expected_bubble(
     return idle / (idle + work) if idle else 0.0
 
 
-def _find(name: str) -> _NamedSchedule:
-    if name not in _NAMED:
+def _module(name: str) -> _ScheduleModule:
+    if name not in _MODULES:
         raise UsageError(
-            f"there is no pipeline schedule {name!r}; choose one of {', '.join(_NAMED)}."
+            f"there is no pipeline schedule {name!r}; choose one of {', '.join(_MODULES)}."
         )
-    return _NAMED[name]
+    return _MODULES[name]
 
 
 def _sizes(schedule: PipelineSchedule) -> ScheduleSizes:
