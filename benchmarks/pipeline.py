@@ -24,7 +24,7 @@ import numpy as np
 
 import ferro
 from ferro_strategies import Pipeline, nn
-from ferro_strategies.pipeline.timeline import simulate
+from ferro_strategies.pipeline.schedules.timeline import simulate
 
 _WIDTH, _DEPTH = 768, 12
 _DEVICE_S = 0.02

@@ -22,9 +22,9 @@ from ferro.collectives.checker import check
 from ferro.collectives.cost import Network, cost_s
 from ferro.collectives.picture import table
 from ferro_strategies.pipeline import build, names
-from ferro_strategies.pipeline.show import show
-from ferro_strategies.pipeline.svg import draw_svg
-from ferro_strategies.pipeline.timeline import simulate
+from ferro_strategies.pipeline.drawing.show import show
+from ferro_strategies.pipeline.drawing.svg import draw_svg
+from ferro_strategies.pipeline.schedules.timeline import simulate
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"

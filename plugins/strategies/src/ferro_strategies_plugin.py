@@ -32,7 +32,7 @@ def _load_pipeline() -> Strategy:
 
 
 def _show_pipeline(arguments: Sequence[str]) -> int:
-    from ferro_strategies.pipeline.show import show
+    from ferro_strategies.pipeline.drawing.show import show
 
     return show(arguments)
 

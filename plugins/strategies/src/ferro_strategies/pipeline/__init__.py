@@ -1,9 +1,9 @@
-"""Pipelines: models whose stages are on different ranks, and the schedules they go by."""
+"""Pipelines: models whose stages are on different ranks, and the schedules of their work."""
 
-from .build import build, names
-from .check import Verdict, check
-from .module import Pipeline
-from .schedule import Action, Kind, PipelineSchedule
+from .execution.module import Pipeline
+from .schedules.build import build, names
+from .schedules.check import Verdict, check
+from .schedules.schedule import Action, Kind, PipelineSchedule
 
 __all__ = [
     "Action",

@@ -1,0 +1,1 @@
+"""Drawings of pipeline schedules: text, SVG, and the command that prints them."""

@@ -1,0 +1,1 @@
+"""Pipeline execution: each rank computes its stages and exchanges arrays with other ranks."""

@@ -1,0 +1,117 @@
+"""ArrayHeader: the part of each message, of fixed size, that describes its array and its pass."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from ferro import CollectiveMismatch
+from ferro.arrays import dtype_named, name_of, objection
+
+from ...nn.arrays import Array
+from .plan import OPS, PipelineCall
+
+_MOST_DIMS = 32
+_MOST_BYTES = 1 << 40
+_ARRAY, _STOPPED = 1, 2
+_LAYOUT = struct.Struct(f"<BBBBii16s{_MOST_DIMS}q")
+
+HEADER_BYTES = _LAYOUT.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayHeader:
+    """Description of the array that a message brings.
+
+    Attributes:
+        microbatch: number of the microbatch to which the array belongs.
+        dtype: dtype of the array.
+        shape: shape of the array.
+        on_gpu: whether it is a CuPy array at the sender; then it becomes one at the receiver.
+    """
+
+    microbatch: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, array: Array, microbatch: int) -> ArrayHeader:
+        """Describe an array."""
+        return cls(
+            microbatch=microbatch,
+            dtype=array.dtype,
+            shape=array.shape,
+            on_gpu=not isinstance(array, np.ndarray),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self) -> Array:
+        """Return memory for the array."""
+        if self.on_gpu:
+            import cupy  # installed, for the sender and this rank's own stages use it
+
+            memory: Array = cupy.empty(self.shape, self.dtype)
+            return memory
+        return np.empty(self.shape, self.dtype)
+
+
+def encode(call: PipelineCall, header: ArrayHeader | None) -> Array:
+    """Encode a header as bytes, (HEADER_BYTES,) uint8.
+
+    Args:
+        call: the call that the sender executes.
+        header: describes the array; None says that the sender has stopped.
+    """
+    call_fields = OPS.index(call.op), call.microbatches
+    if header is None:
+        raw = _LAYOUT.pack(_STOPPED, 0, 0, *call_fields, 0, b"", *[0] * _MOST_DIMS)
+    else:
+        ndim, name = len(header.shape), name_of(header.dtype).encode()
+        dims = header.shape + (0,) * (_MOST_DIMS - ndim)
+        raw = _LAYOUT.pack(
+            _ARRAY, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims
+        )
+    return np.frombuffer(raw, np.uint8)
+
+
+def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None]:
+    """Return the call and the header that were encoded.
+
+    Raises:
+        CollectiveMismatch: these bytes are no header; the sender runs another program.
+    """
+    kind, on_gpu, ndim, op, microbatches, microbatch, name, *dims = _LAYOUT.unpack(raw.tobytes())
+    if op >= len(OPS):
+        raise _unreadable(f"its call is {op}")
+    call = PipelineCall(OPS[op], microbatches)
+    if kind == _STOPPED:
+        return call, None
+    shape = tuple(dims[:ndim])
+    try:
+        dtype = dtype_named(name.rstrip(b"\0").decode())
+        fault = objection(dtype)
+    except (TypeError, ValueError) as error:
+        raise _unreadable(f"its dtype is {name!r}") from error
+    if kind != _ARRAY or ndim > _MOST_DIMS or on_gpu > 1:
+        fault = f"it begins with {kind}, {on_gpu}, {ndim}"
+    elif any(dim < 0 for dim in shape) or math.prod(shape) * dtype.itemsize > _MOST_BYTES:
+        fault = f"its shape is {shape}"
+    if fault:
+        raise _unreadable(fault)
+    return call, ArrayHeader(microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu))
+
+
+def _unreadable(fault: str) -> CollectiveMismatch:
+    return CollectiveMismatch(
+        f"Pipeline: what came is no header of an array: {fault}. Run the same version of "
+        "ferro-strategies on every rank.",
+        op="recv",
+    )

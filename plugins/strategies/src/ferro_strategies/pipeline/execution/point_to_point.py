@@ -1,0 +1,112 @@
+"""Point to point: the arrays that a rank's stages exchange with each other and with other ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from ferro import FerroError, ProcessGroup
+
+from ...nn.arrays import Array
+from ..schedules.schedule import Action, PipelineSchedule
+from ..schedules.topological_order import consumer
+from .channel import StageChannel
+from .plan import EdgeKey, PassPlan, edges
+from .transfers import StageReceiver, StageSender
+
+
+def open_channels(schedule: PipelineSchedule, group: ProcessGroup) -> dict[EdgeKey, StageChannel]:
+    """Make the channel of each edge that begins or ends on this rank; every rank calls it."""
+    return {
+        edge.key: StageChannel(
+            group.subgroup(
+                [edge.source, edge.target], name=f"{group.name}: {edge} from rank {edge.source}"
+            ),
+            group.name,
+        )
+        for edge in edges(schedule)
+        if group.rank in (edge.source, edge.target)
+    }
+
+
+class PointToPoint:
+    """Passes arrays between stages in one pass: directly on this rank, else along edges.
+
+    Args:
+        plan: this rank's actions and edges.
+        channels: the channel of each of its edges.
+
+    Attributes:
+        spent_s: the time that `recv` and `send` have taken together, in seconds.
+    """
+
+    def __init__(self, plan: PassPlan, channels: Mapping[EdgeKey, StageChannel]) -> None:
+        self.spent_s = 0.0
+        self._plan = plan
+        self._senders = {
+            edge.key: StageSender(edge, channels[edge.key], plan.call) for edge in plan.outgoing
+        }
+        self._receivers = {
+            edge.key: StageReceiver(edge, channels[edge.key], plan.call) for edge in plan.incoming
+        }
+        self._local: dict[Action, Array] = {}
+
+    def start_receives(self, position: int) -> None:
+        """Start the receives that are due before the action at this position."""
+        for action in self._plan.receives[position]:
+            self._receivers[action.kind, action.stage].start(action.microbatch)
+
+    def recv(self, action: Action) -> Array:
+        """Return the input of an action, once; wait for it if it comes from another rank.
+
+        Raises:
+            PassStopped: the rank that was to send it has stopped.
+            CollectiveMismatch: the sender executes another call than this rank.
+            FerroError: the transfer failed.
+        """
+        if action in self._local:
+            return self._local.pop(action)
+        start = time.perf_counter()
+        array = self._receivers[action.kind, action.stage].recv(action.microbatch)
+        self.spent_s += time.perf_counter() - start
+        return array
+
+    def send(self, action: Action, array: Array) -> None:
+        """Pass the result of an action to the action that needs it, if one does."""
+        target = consumer(action, self._plan.stages)
+        if target is None:
+            return
+        sender = self._senders.get((target.kind, target.stage))
+        if sender is None:
+            self._local[target] = array
+        else:
+            start = time.perf_counter()
+            sender.send(target.microbatch, array)
+            self.spent_s += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Wait until all has been sent; raise the error of a send that failed."""
+        for sender in self._senders.values():
+            sender.finish()
+
+    def stop(self) -> None:
+        """End a pass that failed: tell the receivers, and receive all that is still sent."""
+        self._send_stops()
+        for receiver in self._receivers.values():
+            receiver.drain()
+            self._send_stops()  # the messages may have shown that a rank is in another call
+        if self._calls_differ():
+            return  # a rank in another call may never receive what this rank has sent
+        for sender in self._senders.values():
+            with suppress(FerroError):
+                sender.finish()
+
+    def _calls_differ(self) -> bool:
+        return any(receiver.other_call is not None for receiver in self._receivers.values())
+
+    def _send_stops(self) -> None:
+        """Wake the ranks that wait for this one; where calls differ, any of them may wait."""
+        for sender in self._senders.values():
+            with suppress(FerroError):
+                sender.stop(always=self._calls_differ())

@@ -1,0 +1,108 @@
+"""PassRunner: runs the passes of a pipeline; a pass that fails on one rank ends on all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from ferro import ProcessGroup, UsageError
+
+from .agreement import agree
+from .channel import StageChannel
+from .passes import PipelinePass
+from .plan import EdgeKey, PassPlan
+from .point_to_point import PointToPoint
+
+
+class PassRunner:
+    """Runs passes of one pipeline on one rank.
+
+    A rank that fails sends a stop message instead of an array along each edge on which more is
+    expected, and receives the messages that others still send. A rank that gets a stop message does
+    the same. So all ranks soon come to the end of the pass, with no message left on the way, and
+    there learn what happened.
+
+    Args:
+        group: the pipeline's ranks.
+        channels: the channels of the edges that begin or end on this rank.
+
+    Attributes:
+        busy_s: the time that this rank's actions took in the last pass, without their transfers.
+    """
+
+    def __init__(self, group: ProcessGroup, channels: Mapping[EdgeKey, StageChannel]) -> None:
+        self._group = group
+        self._channels = channels
+        self.busy_s = 0.0
+        self._unfinished_op = ""
+        self._activity = ""
+
+    def run(self, plan: PassPlan, work: PipelinePass) -> float:
+        """Run a pass; return the sum of all ranks' losses.
+
+        Args:
+            plan: this rank's actions and transfers.
+            work: computes the actions.
+
+        Raises:
+            UsageError: an earlier pass failed.
+            Exception: this pass failed, on this rank or another; see `agree`.
+        """
+        op = plan.call.op
+        self._enter(op)
+        transfers = PointToPoint(plan, self._channels)
+        total = agree(
+            self._group, op, lambda: self._execute(plan, work, transfers), self._get_activity
+        )
+        self._unfinished_op = ""
+        return total
+
+    def run_after(self, op: str, reduce: Callable[[], None]) -> None:
+        """Run the reduction of gradients that follows a pass, and agree on its success.
+
+        Raises:
+            Exception: the reduction failed, on this rank or another; see `agree`.
+        """
+        self._enter(op)
+        self._activity = "the reduction of gradients"
+
+        def attempt() -> float:
+            reduce()
+            return 0.0
+
+        agree(self._group, op, attempt, self._get_activity)
+        self._unfinished_op = ""
+
+    def _enter(self, op: str) -> None:
+        if self._unfinished_op:
+            raise UsageError(
+                f"{op} on group {self._group.name!r}: an earlier {self._unfinished_op} failed, so "
+                "the ranks' gradients no longer belong together. Find its error; then make the "
+                "pipeline anew, on a group that is still good, from a checkpoint.",
+                op=op,
+                group=self._group.name,
+                rank=self._group.rank,
+            )
+        self._unfinished_op = op
+
+    def _execute(self, plan: PassPlan, work: PipelinePass, transfers: PointToPoint) -> float:
+        try:
+            self._activity = "preparing the batch"
+            work.begin()
+            self.busy_s = 0.0
+            for position, action in enumerate(plan.actions):
+                self._activity = str(action)
+                transfers.start_receives(position)
+                start, transferring_s = time.perf_counter(), transfers.spent_s
+                work.perform(action, transfers)
+                elapsed_s = time.perf_counter() - start
+                self.busy_s += elapsed_s - (transfers.spent_s - transferring_s)
+            self._activity = "the last transfers"
+            transfers.finish()
+        except Exception:
+            transfers.stop()
+            raise
+        return work.loss
+
+    def _get_activity(self) -> str:
+        return self._activity

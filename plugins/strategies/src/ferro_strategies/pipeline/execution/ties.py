@@ -1,0 +1,105 @@
+"""Ties: parameters that several stages share, of which each stage has a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ferro import ProcessGroup
+
+from ...nn.arrays import namespace_of
+from ...nn.parameter import Parameter
+
+# Maps each stage that has a copy to the parameter's qualified name in it.
+Tie: TypeAlias = Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LocalTie:
+    """One tie, on a rank that has copies.
+
+    Attributes:
+        copies: the copies of this rank, each object once, first stage first.
+        group: the ranks with copies.
+        root: the rank in this group that has the first stage's copy.
+    """
+
+    copies: tuple[Parameter, ...]
+    group: ProcessGroup
+    root: int
+
+
+class ParameterTies:
+    """Keeps tied copies equal, by equal values at first and equal gradients ever after.
+
+    Args:
+        group: the pipeline's ranks; all make this object, with the same ties.
+        rank_of: the rank of each stage.
+        parameters: the parameters of this rank's stages, by stage and name.
+        ties: all ties of the pipeline.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        rank_of: Sequence[int],
+        parameters: Mapping[int, Mapping[str, Parameter]],
+        ties: Sequence[Tie],
+    ) -> None:
+        groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._local_ties: list[_LocalTie] = []
+        self._counted_elsewhere: set[int] = set()
+        # All ranks go through the ties in one order, here and below, so there is no deadlock.
+        for tie in ties:
+            ranks = tuple(sorted({rank_of[stage] for stage in tie}))
+            if group.rank not in ranks:
+                continue
+            if ranks not in groups:
+                groups[ranks] = group.subgroup(ranks)
+            own = [parameters[s][tie[s]] for s in sorted(tie) if rank_of[s] == group.rank]
+            copies = tuple({id(copy): copy for copy in own}.values())
+            first = rank_of[min(tie)]
+            self._local_ties.append(
+                _LocalTie(copies=copies, group=groups[ranks], root=ranks.index(first))
+            )
+            counted = 1 if first == group.rank else 0
+            self._counted_elsewhere.update(id(copy) for copy in copies[counted:])
+
+    def share_values(self) -> None:
+        """Give every copy the value of the first stage's copy."""
+        for tie in self._local_ties:
+            first = tie.copies[0].data
+            tie.group.broadcast(first, tie.root, out=first)
+            for copy in tie.copies[1:]:
+                copy.data[...] = first
+
+    def clear_duplicate_gradients(self) -> None:
+        """Keep the gradient that earlier steps have summed up in the first copy only.
+
+        Every copy has that sum; `sum_gradients` would count it once for each.
+        """
+        for tie in self._local_ties:
+            for copy in tie.copies:
+                if id(copy) in self._counted_elsewhere:
+                    copy.zero_grad()
+
+    def sum_gradients(self) -> None:
+        """Give every copy the sum of all copies' gradients; an absent gradient counts as zero."""
+        for tie in self._local_ties:
+            first, *others = tie.copies
+            if not first.requires_grad:  # then all copies are frozen, on every rank
+                continue
+            if first.grad is None:
+                first.grad = namespace_of(first.data).zeros_like(first.data)
+            assert first.grad is not None
+            for copy in others:
+                if copy.grad is not None:
+                    first.grad += copy.grad
+            tie.group.all_reduce(first.grad, out=first.grad)
+            for copy in others:
+                copy.grad = first.grad
+
+    def without_duplicates(self, parameters: Iterator[Parameter]) -> list[Parameter]:
+        """Leave out all copies of a tie but the first stage's, over all ranks."""
+        return [item for item in parameters if id(item) not in self._counted_elsewhere]

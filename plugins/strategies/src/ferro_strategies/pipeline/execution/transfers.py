@@ -1,0 +1,188 @@
+"""Transfers: one pass's messages along one edge, sent and received while the ranks compute.
+
+Each edge has a group of its own, of two ranks. So no message waits for one of another edge, also
+on a backend that launches a group's operations one after the other on a device's queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+
+from ferro import CollectiveMismatch, FerroError, Work
+
+from ...nn.arrays import Array
+from .channel import StageChannel
+from .error_translation import translated_errors
+from .header import ArrayHeader
+from .plan import Edge, PipelineCall
+
+_SOURCE, _TARGET = 0, 1  # ranks in an edge's group
+_NO_MICROBATCH = -1  # given for the stop message, which belongs to none
+
+
+class PassStopped(Exception):
+    """The rank at the other end has stopped this pass, because it or yet another one failed."""
+
+
+class StageSender:
+    """Sends a pass's arrays along one edge, in their order.
+
+    Args:
+        edge: the edge to send along.
+        channel: this rank's end of it.
+        call: the call that this rank executes.
+    """
+
+    def __init__(self, edge: Edge, channel: StageChannel, call: PipelineCall) -> None:
+        self._edge = edge
+        self._channel = channel
+        self._call = call
+        self._unsent = len(edge.order)
+        self._stopped = False
+        self._pending: deque[tuple[int, Work[None]]] = deque()
+
+    def send(self, microbatch: int, array: Array) -> None:
+        """Start to send an array, which must not be changed from now on."""
+        header = ArrayHeader.of(array, microbatch)
+        self._start(microbatch, self._channel.pack(self._call, header, array))
+        if not self._channel.fits(header):
+            self._start(microbatch, array)
+        self._channel.adapt_capacity(header)
+        self._unsent -= 1
+
+    def stop(self, *, always: bool = False) -> None:
+        """Tell the receiver, once, that no more will come, if it expects more or if `always`."""
+        if (self._unsent or always) and not self._stopped:
+            self._stopped = True
+            self._start(_NO_MICROBATCH, self._channel.pack_stop(self._call))
+
+    def finish(self) -> None:
+        """Wait until all has been sent; raise the error of a send that failed."""
+        while self._pending:
+            self._finish_first()
+
+    def _start(self, microbatch: int, array: Array) -> None:
+        while self._pending and self._pending[0][1].done():
+            self._finish_first()
+        with translated_errors(self._edge, self._channel, microbatch):
+            work = self._channel.group.send(array, _TARGET, async_op=True, copy=False)
+        self._pending.append((microbatch, work))
+
+    def _finish_first(self) -> None:
+        microbatch, work = self._pending.popleft()
+        with translated_errors(self._edge, self._channel, microbatch):
+            work.wait()
+
+
+class StageReceiver:
+    """Receives a pass's arrays along one edge, as far as they have been asked for.
+
+    The next message comes in while the rank computes. An array that follows its header as a
+    message of its own (see `channel`) is received when it is needed: its size is known only then.
+
+    Args:
+        edge: the edge to receive along.
+        channel: this rank's end of it.
+        call: the call that this rank executes.
+
+    Attributes:
+        other_call: the sender's call, once a message has shown that it differs; else None.
+    """
+
+    def __init__(self, edge: Edge, channel: StageChannel, call: PipelineCall) -> None:
+        self.other_call: PipelineCall | None = None
+        self._edge = edge
+        self._channel = channel
+        self._call = call
+        self._index = {microbatch: index for index, microbatch in enumerate(edge.order)}
+        self._total = len(edge.order)
+        self._wanted = 0
+        self._received = 0
+        self._pending: Work[Array] | None = None
+        self._arrived: dict[int, Array] = {}
+        self._ended = False
+
+    def start(self, microbatch: int) -> None:
+        """Start to receive this microbatch's array, after those sent before it."""
+        self._wanted = max(self._wanted, self._index[microbatch] + 1)
+        with translated_errors(self._edge, self._channel, microbatch):
+            self._start_next()
+
+    def recv(self, microbatch: int) -> Array:
+        """Wait for this microbatch's array and return it; each can be taken once.
+
+        Raises:
+            PassStopped: the sender has stopped.
+            CollectiveMismatch: the sender executes another call.
+            FerroError: the transfer failed.
+        """
+        self.start(microbatch)
+        while microbatch not in self._arrived:
+            with translated_errors(self._edge, self._channel, microbatch):
+                self._accept(self._finish_next())
+                self._start_next()
+        return self._arrived.pop(microbatch)
+
+    def drain(self) -> None:
+        """Receive all that is still sent, so that no message of this pass meets a later one."""
+        with suppress(FerroError):
+            while self._received < self._total and not self._ended:
+                self._wanted = self._total
+                self._start_next()
+                self._finish_next()
+
+    def _start_next(self) -> None:
+        """Start to receive the next message, if it is wanted and not pending."""
+        if self._pending is None and self._received < self._wanted:
+            # It is always asynchronous, which tells backends that the caller's thread computes.
+            self._pending = self._channel.group.recv(self._channel.empty(), _SOURCE, async_op=True)
+
+    def _finish_next(self) -> tuple[int, Array] | None:
+        """Wait for the pending message: its microbatch and array, or None if it says stop."""
+        assert self._pending is not None, "a receive is started before it is awaited"
+        try:
+            call, header, array = self._channel.unpack(self._pending.wait())
+            if call != self._call:
+                self.other_call, self._total = call, call.microbatches
+            if header is None:
+                self._ended = True
+                return None
+            if array is None:
+                work = self._channel.group.recv(header.empty(), _SOURCE, async_op=True)
+                array = work.wait()
+        except BaseException:
+            self._ended = True
+            raise
+        self._channel.adapt_capacity(header)
+        self._received += 1
+        self._pending = None
+        return header.microbatch, array
+
+    def _accept(self, message: tuple[int, Array] | None) -> None:
+        """Keep an array for `recv`, if it belongs to this pass."""
+        edge = self._edge
+        if self.other_call is not None:
+            raise self._mismatch(
+                f"rank {edge.source} called {self.other_call}, rank {edge.target} {self._call}"
+            )
+        if message is None:
+            raise PassStopped(f"rank {edge.source} has stopped")
+        microbatch, array = message
+        expected = edge.order[self._received - 1]
+        if microbatch != expected:
+            raise self._mismatch(
+                f"rank {edge.source} sent microbatch {microbatch} where the {edge} were to go "
+                f"on with {expected}"
+            )
+        self._arrived[microbatch] = array
+
+    def _mismatch(self, difference: str) -> CollectiveMismatch:
+        return CollectiveMismatch(
+            f"Pipeline on group {self._channel.pipeline!r}: {difference}. Call step and forward in "
+            "the same order, with the same number of microbatches, on every rank.",
+            op=self._call.op,
+            group=self._channel.pipeline,
+            rank=self._edge.target,
+            peer=self._edge.source,
+        )

@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: how they are built, checked and timed without any rank running."""
