@@ -1,4 +1,4 @@
-"""Arrays from local parts: check that the parts which the ranks already have make up one array."""
+"""Make an array of the ranks' local parts, and check that the parts fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic of shards: which slices of a global array a rank holds, from its mesh coordinates."""
+"""Compute which slices of a global array a rank holds, from its coordinates in the mesh."""
 
 from __future__ import annotations
 

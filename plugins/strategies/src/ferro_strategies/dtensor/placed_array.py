@@ -1,4 +1,4 @@
-"""PlacedArray: one rank's local array, with the mesh, placements and shape of the global array.
+"""PlacedArray holds a rank's local array, and the mesh, placements and shape of the global array.
 
 The functions of this package compute on PlacedArrays. DTensor wraps one for users and adds the
 operators.

@@ -1,4 +1,4 @@
-"""Redistribution: run the steps of a plan on a rank's local array, with collectives of each axis.
+"""Redistribute an array: run the steps of a plan with collectives along the axes of the mesh.
 
 Collectives split axis 0, so the dim of a step is moved there as a view. An array that must be
 contiguous is copied once, on its way into the collective or by the collective.
@@ -136,10 +136,6 @@ def _contribute(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
     return local.copy()
 
 
-def _relabel(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
-    return local
-
-
 _RUN = {
     StepKind.ALL_GATHER: _all_gather,
     StepKind.ALL_REDUCE: _all_reduce,
@@ -147,5 +143,5 @@ _RUN = {
     StepKind.ALL_TO_ALL: _all_to_all,
     StepKind.SLICE: _slice,
     StepKind.CONTRIBUTE: _contribute,
-    StepKind.RELABEL: _relabel,
+    StepKind.RELABEL: lambda x, step, local: local,
 }

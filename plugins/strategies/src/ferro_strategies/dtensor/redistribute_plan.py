@@ -1,4 +1,4 @@
-"""The cheapest sequence of steps between two placements, found by a shortest-path search."""
+"""Find the cheapest sequence of steps between two placements by a shortest-path search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Steps of a redistribution: how the placement on one axis of a mesh can change, and at what cost.
+"""Define the steps of a redistribution, and the number of elements that each step moves.
+
+A step changes the placement on one axis of the mesh:
 
     from         to           kind               each rank …
     Shard(a)     Replicate    all_gather
@@ -87,7 +89,7 @@ def steps_from(
 
 
 def elements_moved(step: RedistributeStep, shape: Shape, mesh_shape: Shape) -> int:
-    """Return how many elements the busiest rank must send, or receive where that is more.
+    """Return the number of elements that the busiest rank sends, or receives if that is more.
 
     The rank at coordinates 0 has the largest shards. An all_reduce counts as a reduce_scatter and
     an all_gather of flat chunks, which is the best algorithm for it.
@@ -110,7 +112,7 @@ def elements_moved(step: RedistributeStep, shape: Shape, mesh_shape: Shape) -> i
 
 
 def _elements_exchanged(step: RedistributeStep, shape: Shape, mesh_shape: Shape) -> int:
-    """Return how many elements the busiest rank sends or receives in an all_to_all."""
+    """Return the number of elements that the busiest rank exchanges in an all_to_all."""
     source, target = step.source, step.target
     assert isinstance(source, Shard), "an all_to_all starts from shards"
     assert isinstance(target, Shard), "an all_to_all ends in shards"

@@ -99,8 +99,8 @@ class DTensor(NDArrayOperatorsMixin):
         namespace_of(local)  # raises UsageError for an object that is no array
         if shape is None:
             return cls(from_local_parts(local, mesh, placements))
-        found = checked_placements(placements, mesh.ndim, len(shape), "from_local")
-        return cls(from_local_with_shape(local, mesh, found, tuple(shape)))
+        checked = checked_placements(placements, mesh.ndim, len(shape), "from_local")
+        return cls(from_local_with_shape(local, mesh, checked, tuple(shape)))
 
     @property
     def local(self) -> Array:
@@ -185,7 +185,7 @@ class DTensor(NDArrayOperatorsMixin):
         return redistribute(self._placed, all_replicated(self.mesh.ndim)).local
 
     def redistribute_cost(self, placements: Sequence[Placement]) -> int:
-        """Return how many bytes the busiest rank would send, or receive where that is more."""
+        """Return the bytes that the busiest rank would send, or receive where that is more."""
         return self._plan(placements).cost(self.dtype.itemsize)
 
     def explain_redistribute(self, placements: Sequence[Placement]) -> str:

@@ -1,4 +1,4 @@
-"""MeshLayout: the rank at each coordinate of a mesh. Pure arithmetic, without communication."""
+"""MeshLayout knows the rank at each coordinate of a mesh. It communicates nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elementwise operations with broadcasting: each rank computes on its parts of the operands."""
+"""Apply elementwise operations with broadcasting; each rank computes on its local arrays."""
 
 from __future__ import annotations
 
@@ -107,10 +107,7 @@ def assign(target: PlacedArray, value: Input) -> None:
 def _propagate(
     name: str, inputs: Sequence[Input], linear: Linearity
 ) -> tuple[list[Argument], Shape, OpSharding]:
-    """Return the operands, the shape of the result, and the placements.
-
-    A number has no placements, but it counts when the operation's linearity is found.
-    """
+    """Return the operands, the result's shape, and all placements; numbers have no placements."""
     first = next(one for one in inputs if isinstance(one, PlacedArray))
     arguments = [_as_argument(one, first) for one in inputs]
     arrays = [one for one in arguments if isinstance(one, PlacedArray)]

@@ -1,4 +1,4 @@
-"""The NumPy functions that DTensors support, each with its implementation on PlacedArrays.
+"""List the NumPy functions that DTensors support, with their implementations on PlacedArrays.
 
 An argument that the implementation does not take (out=, where=, …) is not supported.
 """

@@ -1,4 +1,4 @@
-"""Indexing with integers, slices and new dims: a view that sends nothing.
+"""Index arrays with integers, slices and new dims; the result is a view, and nothing is sent.
 
 A sharded dim must be taken whole. With x placed (Shard(0),):
 

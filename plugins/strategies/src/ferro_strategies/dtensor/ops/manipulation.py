@@ -1,4 +1,4 @@
-"""Array manipulation: transpose, reshape, squeeze, concatenate and the like. Nothing is sent."""
+"""Manipulate shapes by transpose, reshape, concatenate and the like; nothing is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products: each rank multiplies its parts; where the summed dim is sharded, results add up.
+"""Multiply matrices: each rank multiplies its local arrays; over a sharded dim results add up.
 
 left               right              result, on an axis of the mesh
 sharded by rows    Replicate          sharded by rows

@@ -1,4 +1,4 @@
-"""Reductions over dims: each rank reduces its part; over a sharded dim the result is Partial.
+"""Reduce over dims: each rank reduces its local array; over sharded dims the result is Partial.
 
     over a dim that an axis shards    sum, mean      prod      max, any      min, all
     the result on that axis is        Partial(sum)   (prod)    (max)         (min)
@@ -64,12 +64,9 @@ def reduce(
     if name == "mean" and dtype is not None and np.dtype(dtype).kind in "iub":
         raise UsageError(f"mean: dtype {np.dtype(dtype)} has no fractions", op="mean")
     combined_by = Partial(_COMBINED_BY[name])
-    stays_partial = _stays_partial(name, x.local.dtype, dtype)
+    kept = combined_by if _stays_partial(name, x.local.dtype, dtype) else None
     operand_placements = tuple(
-        Replicate()
-        if isinstance(one, Partial) and not (stays_partial and one == combined_by)
-        else one
-        for one in x.placements
+        Replicate() if isinstance(one, Partial) and one != kept else one for one in x.placements
     )
     x = redistribute(x, operand_placements, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)

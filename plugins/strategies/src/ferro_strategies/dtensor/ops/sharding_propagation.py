@@ -1,4 +1,4 @@
-"""Sharding propagation: the placements that an operation needs of its operands, and its result's.
+"""Sharding propagation finds the placements that an operation needs and that its result has.
 
 With these placements each rank computes its part of the result from its parts of the operands.
 
@@ -39,7 +39,7 @@ Linearity: TypeAlias = Callable[[Sequence[Placement]], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """An operand of an operation.
+    """An operand, with a label for each dim.
 
     Attributes:
         array: the array.
@@ -52,23 +52,23 @@ class Operand:
 
 
 def not_linear(on_axis: Sequence[Placement]) -> bool:
-    """Linearity of operations that are not linear."""
+    """Return False: the operation is not linear."""
     return False
 
 
 def jointly_linear(on_axis: Sequence[Placement]) -> bool:
-    """Linearity of addition and the like: linear in all operands together."""
+    """Tell if a sum, which is linear in all operands together, may be computed per rank."""
     return all(placement == PARTIAL_SUM for placement in on_axis)
 
 
 def multilinear(on_axis: Sequence[Placement]) -> bool:
-    """Linearity of multiplication and the like: linear in each operand, the others fixed."""
+    """Tell if a product, which is linear in each operand, may be computed per rank."""
     rest = [placement for placement in on_axis if placement != PARTIAL_SUM]
     return len(rest) == len(on_axis) - 1 and all(other == Replicate() for other in rest)
 
 
 def linear_in_first(on_axis: Sequence[Placement]) -> bool:
-    """Linearity of division: linear in the first operand."""
+    """Tell if a quotient, which is linear in the first operand, may be computed per rank."""
     return on_axis[0] == PARTIAL_SUM and multilinear(on_axis)
 
 
@@ -77,7 +77,7 @@ class OpSharding:
     """The placements that an operation needs, and those of its result.
 
     Attributes:
-        operands: as given.
+        operands: the operands, with their present placements.
         targets: for each operand, the placements that it must have.
         result: placements of the result.
     """
