@@ -136,6 +136,10 @@ def _contribute(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
     return local.copy()
 
 
+def _relabel(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
+    return local
+
+
 _RUN = {
     StepKind.ALL_GATHER: _all_gather,
     StepKind.ALL_REDUCE: _all_reduce,
@@ -143,5 +147,5 @@ _RUN = {
     StepKind.ALL_TO_ALL: _all_to_all,
     StepKind.SLICE: _slice,
     StepKind.CONTRIBUTE: _contribute,
-    StepKind.RELABEL: lambda x, step, local: local,
+    StepKind.RELABEL: _relabel,
 }

@@ -69,7 +69,7 @@ class DeviceMesh:
         self.parent = parent
         self._layout = layout
         self._groups: dict[str, ProcessGroup] = {}
-        self._own_groups: list[ProcessGroup] = []
+        self._created_groups: list[ProcessGroup] = []
         if self.coordinates is None:
             return
         # All ranks make the groups in the order of the axes, and the groups of one axis are
@@ -80,7 +80,7 @@ class DeviceMesh:
                 continue
             ranks = layout.ranks_along(axis, self.coordinates)
             self._groups[name] = parent.subgroup(ranks, name=f"{parent.name}.{name}")
-            self._own_groups.append(self._groups[name])
+            self._created_groups.append(self._groups[name])
 
     @overload
     def __getitem__(self, axes: str) -> ProcessGroup: ...
@@ -96,8 +96,8 @@ class DeviceMesh:
             UsageError: there are no such axes, or this rank is not in the mesh.
         """
         if isinstance(axes, tuple):
-            part = self._layout.submesh(axes, self._own_coordinates("slice the mesh"))
-            return self._derived(part, self._groups)
+            layout = self._layout.submesh(axes, self._own_coordinates("slice the mesh"))
+            return self._derived(layout, self._groups)
         return self.group(axes)
 
     def group(self, axis: str | int) -> ProcessGroup:
@@ -147,7 +147,7 @@ class DeviceMesh:
 
     def close(self) -> None:
         """Close the groups that were made for this mesh, but no shared ones. Idempotent."""
-        for group in self._own_groups:
+        for group in self._created_groups:
             group.close()
 
     def __repr__(self) -> str:
