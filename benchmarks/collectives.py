@@ -1,4 +1,4 @@
-"""The collectives benchmark: which cases, measured by `ferro bench`, with the memory's speed."""
+"""Time collectives by `ferro bench`, and measure the memory bandwidth in the same run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ OTHERS = ("all_gather", "reduce_scatter", "broadcast", "all_to_all")
 _OURS = (ferro_bench.Contestant("ferro", "private"), ferro_bench.Contestant("ferro", "group"))
 QUICK_ROUNDS = 2
 MANY_ROUNDS = 10
-# Twice this on every rank is more than caches hold.
+# Two arrays of this size on every rank do not fit into caches.
 _COPIED_BYTES = 64 << 20
 _COPY_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What to measure.
+class Selection:
+    """The cases to measure.
 
     Attributes:
-        sizes: of all_reduce, in bytes.
-        other_sizes: of the other collectives.
-        peers: the peers' interpreters, None for our own.
-        rounds: turns that count, None for a number by size.
+        sizes: sizes of all_reduce, in bytes.
+        other_sizes: sizes of the other collectives.
+        peers: each peer library's interpreter, None for this one.
+        rounds: number of timed turns, None for a number that depends on the size.
     """
 
     sizes: Sequence[int]
@@ -43,52 +43,48 @@ class Wanted:
     rounds: int | None
 
 
-def measure(wanted: Wanted, ranks: int) -> dict[str, object]:
-    """Measure all cases with this many ranks; return the results, ready for JSON.
+def measure(selection: Selection, ranks: int) -> dict[str, object]:
+    """Measure all cases with this many ranks, and return the results for JSON.
 
     Raises:
         ArithmeticError: a result was wrong.
     """
     plans = [ferro_bench.WorldPlan(name="ferro", world_size=ranks, backend="gloo")]
     cores = min(ranks, usable_cores())
-    plans.append(ferro_bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
-    for name, python in wanted.peers.items():
-        plans.append(
-            ferro_bench.WorldPlan(name=name, world_size=ranks, peer=ferro_bench.find(name, python))
-        )
-    contestants = [*_OURS, *(ferro_bench.Contestant(name) for name in wanted.peers)]
-    with ferro_bench.open_worlds(plans) as worlds:
+    plans.append(bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
+    for name, python in selection.peers.items():
+        plans.append(bench.WorldPlan(name=name, world_size=ranks, peer=bench.find(name, python)))
+    contestants = [*_OURS, *(bench.Contestant(name) for name in selection.peers)]
+    with bench.open_worlds(plans) as worlds:
         copies = [_copy_seconds(worlds, cores)]
         records = []
-        for collective, nbytes in _cases(wanted):
-            case = ferro_bench.make_case(collective, nbytes, ranks)
-            rounds = wanted.rounds or ferro_bench.default_rounds(nbytes)
-            measured = ferro_bench.measure(worlds, case, contestants, rounds)
-            records.append(ferro_bench.summarize(case, ranks, measured))
+        for collective, nbytes in _cases(selection):
+            case = bench.make_case(collective, nbytes, ranks)
+            rounds = selection.rounds or bench.default_rounds(nbytes)
+            measured = bench.measure(worlds, case, contestants, rounds)
+            records.append(bench.summarize(case, ranks, measured))
             print(_line(records[-1]), flush=True)
-            for name, it in measured.items():
-                if it.wrong:
-                    raise ArithmeticError(f"{name}: {it.wrong} wrong elements in {case}")
+            for name, result in measured.items():
+                if result.wrong:
+                    raise ArithmeticError(f"{name}: {result.wrong} wrong elements in {case}")
         copies.append(_copy_seconds(worlds, cores))
         versions = {name: world.version for name, world in worlds.items() if name != "memory"}
-    moved = 2 * cores * _COPIED_BYTES  # each reads and writes
+    moved = 2 * cores * _COPIED_BYTES  # each core reads and writes
     bandwidth = moved / float(np.median(np.concatenate(copies)))
     print(f"memory, {cores} cores copying: {bandwidth / 1e9:.1f} GB/s", flush=True)
     return {"bandwidth_b_s": bandwidth, "versions": versions, "records": records}
 
 
-def _cases(wanted: Wanted) -> Iterator[tuple[str, int]]:
-    yield from (("all_reduce", size) for size in wanted.sizes)
-    yield from ((other, size) for other in OTHERS for size in wanted.other_sizes)
+def _cases(selection: Selection) -> Iterator[tuple[str, int]]:
+    yield from (("all_reduce", size) for size in selection.sizes)
+    yield from ((other, size) for other in OTHERS for size in selection.other_sizes)
 
 
-def _copy_seconds(worlds: Mapping[str, ferro_bench.World], cores: int) -> np.ndarray:
-    """Return how long a process for each core takes to copy an array of its own, all at once."""
-    case = ferro_bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
-    memory = ferro_bench.Contestant("memory")
-    return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(
-        -1
-    )
+def _copy_seconds(worlds: Mapping[str, bench.World], cores: int) -> np.ndarray:
+    """Return the seconds in which all cores at once copy an array of their own."""
+    case = bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
+    memory = bench.Contestant("memory")
+    return bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
 
 
 def _line(record: ferro_bench.Record) -> str:

@@ -1,6 +1,6 @@
-"""What `hosts.py` runs on each host: one end of a plain socket, or a rank of an all_reduce.
+"""The programs that `hosts.py` runs on each host: a plain socket's end, or an all_reduce's rank.
 
-python host_roles.py stream ADDRESS PORT BYTES listen|dial
+python host_roles.py stream ADDRESS PORT BYTES listen|connect
 python host_roles.py all_reduce hierarchical|flat BYTES CALLS      (under `ferro run`)
 """
 
@@ -17,14 +17,14 @@ import numpy as np
 import ferro
 
 _CHUNK_BYTES = 1 << 20
-_BUFFER_BYTES = 4 << 20  # as gloo's
-_PATIENCE_S = 30.0
+_BUFFER_BYTES = 4 << 20  # the size that the gloo plugin sets
+_TIMEOUT_S = 30.0
 
 
 def stream(address: str, port: str, nbytes: str, end: str) -> None:
-    """Send and receive so many bytes at the same time; print the seconds."""
-    with _listen(address, int(port)) if end == "listen" else _dial(address, int(port)) as sock:
-        sock.settimeout(_PATIENCE_S)
+    """Send and receive `nbytes` at the same time, and print the seconds."""
+    with (_listen if end == "listen" else _connect)(address, int(port)) as sock:
+        sock.settimeout(_TIMEOUT_S)
         sock.sendall(b"!")
         sock.recv(1)
         began = time.perf_counter()
@@ -38,22 +38,22 @@ def stream(address: str, port: str, nbytes: str, end: str) -> None:
 
 def _listen(address: str, port: int) -> socket.socket:
     with socket.create_server((address, port)) as server:
-        server.settimeout(_PATIENCE_S)
-        return _tuned(server.accept()[0])
+        server.settimeout(_TIMEOUT_S)
+        return _set_buffer_sizes(server.accept()[0])
 
 
-def _dial(address: str, port: int) -> socket.socket:
-    deadline = time.monotonic() + _PATIENCE_S
+def _connect(address: str, port: int) -> socket.socket:
+    deadline = time.monotonic() + _TIMEOUT_S
     while True:
         try:
-            return _tuned(socket.create_connection((address, port), _PATIENCE_S))
+            return _set_buffer_sizes(socket.create_connection((address, port), _TIMEOUT_S))
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 
 
-def _tuned(sock: socket.socket) -> socket.socket:
+def _set_buffer_sizes(sock: socket.socket) -> socket.socket:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
     return sock
@@ -74,10 +74,10 @@ def _receive(sock: socket.socket, nbytes: int) -> None:
         nbytes -= count
 
 
-def all_reduce(way: str, nbytes: str, calls: str) -> None:
-    """Time calls in place, checking their results; rank 0 prints the slowest rank's seconds."""
-    shared = {"shared_memory": way == "hierarchical"}
-    with ferro.init("gloo", backend_options=shared) as group:
+def all_reduce(algorithm: str, nbytes: str, calls: str) -> None:
+    """Time calls in place and check their results; rank 0 prints the slowest rank's seconds."""
+    options = {"shared_memory": algorithm == "hierarchical"}
+    with ferro.init("gloo", backend_options=options) as group:
         array = np.empty(int(nbytes) // 4, np.float32)
         seconds = []
         for _ in range(int(calls) + 1):
@@ -88,7 +88,7 @@ def all_reduce(way: str, nbytes: str, calls: str) -> None:
             seconds.append(time.perf_counter() - began)
             if not (array == sum(range(1, group.world_size + 1))).all():
                 raise ArithmeticError(f"wrong result on rank {group.rank}")
-        slowest = group.all_reduce(np.array(seconds[1:]), "max")  # the first one touches memory
+        slowest = group.all_reduce(np.array(seconds[1:]), "max")  # the first call is a warm-up
         if group.rank == 0:
             print(f"seconds: {json.dumps(slowest.tolist())}")
 

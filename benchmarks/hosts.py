@@ -1,13 +1,13 @@
-"""Measure all_reduce between two hosts: which share of their link's rate it reaches.
+"""Measure the share of the link's rate that all_reduce between two hosts reaches.
 
     sudo python benchmarks/hosts.py                              64 MiB over 1 Gbit/s
     sudo python benchmarks/hosts.py --mbit 2500 --mtu 9000 --mib 256
 
-The hosts are network namespaces, joined by a cable that `tc` gives a rate. Every round measures,
-one after the other: a plain socket each way at once, which is what the link can carry beside its
-own headers (at MTU 1500 that is 95 % of the rate, at 9000 it is 99 %); all_reduce with shared
-memory in each host; the same with every rank by itself. A share is the bytes that must leave a
-host (2(H-1)/H times the array) over time and rate.
+The hosts are network namespaces, joined by a link whose rate `tc` limits. Every round measures, one
+after the other: a plain socket in both directions at once, which reaches the rate less the headers
+(95 % at MTU 1500, 99 % at 9000); all_reduce with shared memory on each host; and all_reduce without
+shared memory. A share is the bytes that must leave a host (2(H-1)/H times the array) over time and
+rate.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import machine
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from namespaces import CannotMakeHosts, Hosts  # the tests' hosts are these
+from namespaces import CannotMakeHosts, Hosts  # the tests use the same hosts
+from records import machine_facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _HERE = Path(__file__).resolve().parent
 _ROLES = _HERE / "host_roles.py"
-_PORT = 29500  # nobody else is in the namespaces
-_LIMIT_S = 120.0
-_WAYS = ("hierarchical", "flat")
+_PORT = 29500  # free, for the namespaces are new
+_TIMEOUT_S = 120.0
+_ALGORITHMS = ("hierarchical", "flat")
 
 
 def main() -> None:
@@ -51,13 +50,13 @@ def main() -> None:
     options = parser.parse_args()
     record = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine.facts()} | record, indent=1) + "\n")
+    options.out.write_text(json.dumps({"machine": machine_facts()} | record, indent=1) + "\n")
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Return the seconds of everything, and what they mean."""
+    """Measure all rounds, and return the seconds and shares for JSON."""
     nbytes = options.mib << 20
-    seconds: dict[str, list[float]] = {"plain sockets": []} | {way: [] for way in _WAYS}
+    seconds: dict[str, list[float]] = {"plain sockets": []} | {name: [] for name in _ALGORITHMS}
     with Hosts.made(mtu=options.mtu) as hosts:
         delay_ms = options.delay_ms
         try:
@@ -68,16 +67,16 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             hosts.shape(options.mbit)
         for _ in range(options.rounds):
             seconds["plain sockets"] += _stream(hosts, nbytes)
-            for way in _WAYS:
-                seconds[way] += _all_reduce(hosts, way, options)
+            for name in _ALGORITHMS:
+                seconds[name] += _all_reduce(hosts, name, options)
     shares = {
-        what: nbytes * 8 / statistics.median(times) / (options.mbit * 1e6)
-        for what, times in seconds.items()
+        name: nbytes * 8 / statistics.median(times) / (options.mbit * 1e6)
+        for name, times in seconds.items()
     }
-    for what, share in shares.items():
-        print(f"{what:<14} {statistics.median(seconds[what]):7.3f} s   {share:6.1%} of the rate")
+    for name, share in shares.items():
+        print(f"{name:<14} {statistics.median(seconds[name]):7.3f} s   {share:6.1%} of the rate")
     goodput = shares["hierarchical"] / shares["plain sockets"]
-    print(f"hierarchical, of what plain sockets carry: {goodput:.1%}")
+    print(f"hierarchical, relative to plain sockets: {goodput:.1%}")
     return {
         "mbit": options.mbit,
         "delay_ms": delay_ms,
@@ -92,24 +91,24 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _stream(hosts: Hosts, nbytes: int) -> list[float]:
-    """Return how long so many bytes take over a plain socket, each way at once."""
+    """Return the seconds of `nbytes` over a plain socket, in both directions at once."""
     program = [sys.executable, _ROLES, "stream", hosts.addresses[0], _PORT, nbytes]
-    output = hosts.run([[*program, "listen"], [*program, "dial"]], [{}, {}], _LIMIT_S)
+    output = hosts.run([[*program, "listen"], [*program, "connect"]], [{}, {}], _TIMEOUT_S)
     return [max(map(float, output.split()))]
 
 
-def _all_reduce(hosts: Hosts, way: str, options: argparse.Namespace) -> list[float]:
-    """Return how long the slowest rank took for each call."""
+def _all_reduce(hosts: Hosts, algorithm: str, options: argparse.Namespace) -> list[float]:
+    """Return the seconds of the slowest rank for each call."""
     run: Sequence[object] = [
         *(sys.executable, "-m", "ferro", "run", "--nnodes", 2, "-n", options.ranks),
         *("--rdzv-endpoint", f"{hosts.addresses[0]}:{_PORT}"),
     ]
-    role = [_ROLES, "all_reduce", way, options.mib << 20, options.calls]
+    role = [_ROLES, "all_reduce", algorithm, options.mib << 20, options.calls]
     secret = secrets.token_hex(32)
     output = hosts.run(
         [[*run, "--node-rank", node, *role] for node in range(2)],
         [{"FERRO_SECRET": secret, "FERRO_HOST_ID": name} for name in hosts.names],
-        _LIMIT_S,
+        _TIMEOUT_S,
     )
     marked = [line.partition("seconds: ")[2] for line in output.splitlines() if "seconds: " in line]
     assert len(marked) == 1, output

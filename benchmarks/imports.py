@@ -1,7 +1,7 @@
-"""What importing costs, each time in a fresh interpreter, the programs taking turns.
+"""Time imports, each in a fresh interpreter; the programs take turns.
 
-Every program prints its own seconds, so the interpreter's start is not in them. The files are in
-the page cache and their bytecode is compiled: one round before the first is not counted.
+Every program prints its own seconds, so they do not include the interpreter's start. A warm-up
+round first compiles bytecode and brings the files into the page cache.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ print(time.perf_counter() - start)
 """
 _DEADLINE_S = 60.0
 
-# What we promise, in seconds.
+# The promised limits, in seconds.
 LIMITS = {"import ferro minus import numpy": 0.030, "ferro.backends.available()": 0.050}
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
-    """Return a record for each promise: its name, median, minimum and limit, in seconds."""
+    """Return a record for each limit: its name, and median, minimum and limit in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in _PROGRAMS}
     with tempfile.TemporaryDirectory() as bytecode:
         for turn in range(-1, rounds):
             for name in _PROGRAMS if turn % 2 else reversed(_PROGRAMS):
-                taken = _run(name, bytecode)
+                elapsed_s = _run(name, bytecode)
                 if turn >= 0:
-                    seconds[name].append(taken)
+                    seconds[name].append(elapsed_s)
     return [
         _record("import ferro minus import numpy", seconds["ferro"], seconds["numpy"]),
         _record("ferro.backends.available()", seconds["available"], [0.0]),
     ]
 
 
-def _record(name: str, seconds: list[float], less: list[float]) -> dict[str, object]:
+def _record(name: str, seconds: list[float], baseline: list[float]) -> dict[str, object]:
     return {
         "name": name,
-        "median_s": statistics.median(seconds) - statistics.median(less),
-        "min_s": min(seconds) - min(less),
+        "median_s": statistics.median(seconds) - statistics.median(baseline),
+        "min_s": min(seconds) - min(baseline),
         "limit_s": LIMITS[name],
         "rounds": len(seconds),
     }
@@ -64,7 +64,7 @@ def _run(name: str, bytecode: str) -> float:
         text=True,
         check=True,
         timeout=_DEADLINE_S,
-        # Bytecode is kept, whatever this machine's habit, as it is on a user's.
+        # Python writes bytecode, as it does for users, whatever this environment says.
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode},
     )
     return float(ended.stdout)

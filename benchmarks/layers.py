@@ -1,13 +1,13 @@
-"""One rank of the breakdown: what the time of a small all_reduce is made of.
+"""One rank of the layers benchmark, which splits the time of a small all_reduce into parts.
 
 `run.py` starts it with `ferro run -n N`. Calls of four kinds take turns, all on 4 bytes:
 
-    all_reduce, gloo       the whole
-    all_reduce, nothing    the same call of a group whose backend does nothing: ferro's own layer
-    barrier, gloo          a call in which ranks only meet
-    barrier, nothing       its layer
+    all_reduce, gloo    the whole
+    all_reduce, idle    the same call of a group whose backend does nothing: ferro's own layer
+    barrier, gloo       a call in which ranks only wait for each other
+    barrier, idle       the layer of that call
 
-So meeting takes the third less the fourth, and what is left of the whole is the copy into shared
+The barrier itself takes the third less the fourth. The rest of the whole is the copy into shared
 memory, the reduction out of it, and the Python around them.
 """
 
@@ -29,8 +29,8 @@ from ferro.rendezvous import MemoryStore
 _CALLS = 500
 
 
-class Nothing(Backend):
-    """A backend that does nothing, at once."""
+class IdleBackend(Backend):
+    """A backend whose operations do nothing."""
 
     def send(self, buffer, peer, *, tag, deadline):
         """Send nothing."""
@@ -45,7 +45,7 @@ class Nothing(Backend):
         """Agree on nothing."""
 
     def barrier(self, *, deadline):
-        """Meet nobody."""
+        """Wait for no rank."""
 
     def all_reduce(self, buffer, reduction, *, deadline):
         """Reduce nothing."""
@@ -53,15 +53,15 @@ class Nothing(Backend):
 
 def _idle_group(rank: int, world_size: int) -> ferro.ProcessGroup:
     store = MemoryStore()
-    members = GroupInfo(
-        name="nothing",
-        backend_name="nothing",
+    members = Members(
+        name="idle",
+        backend_name="idle",
         global_ranks=tuple(range(world_size)),
-        hosts=("here",) * world_size,
+        hosts=("localhost",) * world_size,
         job=store,
         store=store,
     )
-    return ferro.ProcessGroup(Nothing(rank, world_size), members)
+    return ferro.ProcessGroup(IdleBackend(rank, world_size), members)
 
 
 def _times(call) -> list[float]:

@@ -1,8 +1,8 @@
-"""One rank of the comparison with bare mpi4py, under mpiexec: both in the same processes.
+"""One rank of the comparison of ferro over MPI with bare mpi4py, in the same processes.
 
-ferro over MPI and mpi4py itself make the same calls on communicators of their own, taking turns,
-each going first as often as last. A turn's calls follow each other at once, and it gives their
-mean; every turn begins with a call on fresh numbers, whose result is checked.
+mpiexec starts it. ferro and mpi4py make the same calls, each on a communicator of its own. They
+take turns, each first as often as last. A turn begins with a call on fresh numbers, whose result is
+checked. Then it makes calls back to back, and yields their mean time.
 """
 
 from __future__ import annotations
@@ -19,63 +19,63 @@ import numpy as np
 import ferro
 import ferro_bench
 
-_CALL_S = 2e-9  # a rough guess of seconds per byte, to choose how many calls a turn has
+_S_PER_BYTE = 2e-9  # a rough estimate, from which the number of calls in a turn follows
 _TURN_S = 0.005
-_MOST_CALLS = 50  # so many sums in place, of 4 ranks, are still numbers
+_MAX_CALLS = 50  # more sums in place could overflow float32 on 4 ranks
 
 
 class Case:
-    """One collective at one size: the same operands and results for both libraries."""
+    """One collective at one size, with the same buffers for both libraries."""
 
     def __init__(self, collective: str, nbytes: int, group: ferro.ProcessGroup, comm) -> None:
-        from mpi4py import MPI  # which ferro.init has started
+        from mpi4py import MPI  # ferro.init has initialized MPI
 
-        n, me = group.world_size, group.rank
-        whole = max(1, nbytes // 4 // n) * n if collective in _CUT else max(1, nbytes // 4)
+        n, rank = group.world_size, group.rank
+        whole = max(1, nbytes // 4 // n) * n if collective in _BLOCKWISE else max(1, nbytes // 4)
         part = whole // n
         self.whole = np.empty(whole, np.float32)
         self.part = np.empty(part, np.float32)
         self.calls: dict[str, Callable[[], object]] = {}
         self._fill: Callable[[], None]
-        self._right: Callable[[], bool]
+        self._correct: Callable[[], bool]
         total = n * (n + 1) // 2
         w, p = self.whole, self.part
         if collective == "all_reduce":
             self.calls["ferro"] = lambda: group.all_reduce(w, out=w)
             self.calls["mpi4py"] = lambda: comm.Allreduce(MPI.IN_PLACE, w)
-            self._fill = lambda: w.fill(me + 1)
-            self._right = lambda: bool((w == total).all())
+            self._fill = lambda: w.fill(rank + 1)
+            self._correct = lambda: bool((w == total).all())
         elif collective == "all_gather":
             self.calls["ferro"] = lambda: group.all_gather(p, out=w)
             self.calls["mpi4py"] = lambda: comm.Allgather(p, w)
-            self._fill = lambda: (p.fill(me + 1), w.fill(0))
-            self._right = lambda: bool((w.reshape(n, -1) == np.arange(1, n + 1)[:, None]).all())
+            self._fill = lambda: (p.fill(rank + 1), w.fill(0))
+            self._correct = lambda: bool((w.reshape(n, -1) == np.arange(1, n + 1)[:, None]).all())
         elif collective == "reduce_scatter":
             self.calls["ferro"] = lambda: group.reduce_scatter(w, out=p)
             self.calls["mpi4py"] = lambda: comm.Reduce_scatter_block(w, p)
-            self._fill = lambda: (w.fill(me + 1), p.fill(0))
-            self._right = lambda: bool((p == total).all())
+            self._fill = lambda: (w.fill(rank + 1), p.fill(0))
+            self._correct = lambda: bool((p == total).all())
         else:
             self.calls["ferro"] = lambda: group.broadcast(w, out=w)
             self.calls["mpi4py"] = lambda: comm.Bcast(w)
-            self._fill = lambda: w.fill(me + 1)
-            self._right = lambda: bool((w == 1).all())
+            self._fill = lambda: w.fill(rank + 1)
+            self._correct = lambda: bool((w == 1).all())
 
     def check(self, library: str) -> None:
-        """Make one call on fresh numbers and compare what comes of it."""
+        """Make one call on fresh numbers, and check its result."""
         self._fill()
         self.calls[library]()
-        if not self._right():
+        if not self._correct():
             raise ArithmeticError(f"{library} has a wrong result")
         self._fill()
 
 
-_CUT = ("all_gather", "reduce_scatter")
+_BLOCKWISE = ("all_gather", "reduce_scatter")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 
 
-def _turn(call: Callable[[], object], calls: int) -> float:
-    """Return the seconds of a call, of many back to back."""
+def _mean_s(call: Callable[[], object], calls: int) -> float:
+    """Return the mean seconds of calls that are made back to back."""
     began = time.perf_counter()
     for _ in range(calls):
         call()
@@ -85,15 +85,15 @@ def _turn(call: Callable[[], object], calls: int) -> float:
 def _measure(case: Case, comm, nbytes: int, rounds: int) -> dict[str, dict[str, float]]:
     from mpi4py import MPI
 
-    calls = max(3, min(_MOST_CALLS, int(_TURN_S / (1e-5 + nbytes * _CALL_S))))
+    calls = max(3, min(_MAX_CALLS, int(_TURN_S / (1e-5 + nbytes * _S_PER_BYTE))))
     times: dict[str, list[float]] = {name: [] for name in case.calls}
     for turn in range(rounds):
         names = list(case.calls) if turn % 2 else list(case.calls)[::-1]
         for name in names:
             case.check(name)
             comm.Barrier()
-            mine = _turn(case.calls[name], calls)
-            times[name].append(comm.allreduce(mine, MPI.MAX))  # as long as on the slowest rank
+            own_s = _mean_s(case.calls[name], calls)
+            times[name].append(comm.allreduce(own_s, MPI.MAX))  # the time of the slowest rank
     return {
         name: {"median_s": statistics.median(found), "min_s": min(found)}
         for name, found in times.items()

@@ -1,21 +1,21 @@
-"""ferro over NCCL beside bare `cupy.cuda.nccl` and torch.distributed's nccl, in one run.
+"""Compare ferro over NCCL with bare `cupy.cuda.nccl` and torch.distributed's nccl in one run.
 
     ferro run -n 2 benchmarks/nccl.py --out benchmarks/results/nccl.json
 
-It needs CuPy, NCCL and a GPU for each rank; torch with CUDA joins in where it can be imported.
-On one GPU two ranks can take turns where NCCL allows it: set NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL
-2.30.3 or later; before, another NCCL_HOSTID for each rank) and NCCL_MAX_CTAS=4. What is compared
-then is the libraries' layers, not the transport.
+It needs CuPy, NCCL and a GPU for each rank; torch with CUDA is measured if it can be imported.
+Two ranks can share one GPU if NCCL allows it: set NCCL_MULTI_RANK_GPU_ENABLE=1 (NCCL 2.30.3 or
+later; before, another NCCL_HOSTID for each rank) and NCCL_MAX_CTAS=4. Then the run compares the
+libraries' layers, not the transport.
 
-Contestants take turns, block by block, on the same ranks. A block is some calls one after the
-other on the default stream; of each block two times are kept, for one call:
+The libraries take turns on the same ranks, block by block. A block is a number of consecutive calls
+on the default stream. It yields two times of a call:
 
-    launch    how long the host is busy until the call has returned
-    device    from the first call's begin to the last one's end, by events on the stream
+    launch    how long the host is busy until the call returns
+    device    from the start of the first call to the end of the last, by events on the stream
 
-A block takes as long as on the slowest rank. all_reduce is in place, the others go from one array
-to another; the reduction is the mean, under which numbers stay of one size. Before a case counts,
-every contestant's result is compared with NumPy's.
+The time of a block is that of its slowest rank. all_reduce is in place, the others write to another
+array. The reduction is the mean, which keeps the magnitude of the numbers. Before a case is timed,
+the result of every library is compared with NumPy's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import facts
+from records import machine_facts
 
 import ferro
 import ferro_bench
@@ -39,8 +39,8 @@ import ferro_bench
 SIZES = "4B:256MiB"
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 _ROUNDS = 15
-_BLOCK_S = 0.02  # about how long a block may take
-_MOST_CALLS = 50
+_BLOCK_S = 0.02  # approximate duration of a block
+_MAX_CALLS = 50
 
 Call = Callable[[], object]
 
@@ -50,8 +50,8 @@ class Case:
     """One collective of one size.
 
     Attributes:
-        collective: its name.
-        count: float32 numbers in the whole: the larger of input and output, a multiple of n.
+        collective: name of the collective.
+        count: float32 numbers in the larger of input and output, a multiple of n.
         n: number of ranks.
     """
 
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Numbers in the input and in the output."""
+        """The number of elements of the input, and of the output."""
         part = self.count // self.n
         return {
             "all_reduce": (self.count, self.count),
@@ -69,38 +69,37 @@ class Case:
             "reduce_scatter": (self.count, part),
         }[self.collective]
 
-    def given(self, rank: int) -> np.ndarray:
-        """Return a rank's numbers: whole and small, so that sums of them are exact."""
+    def input_of(self, rank: int) -> np.ndarray:
+        """Return a rank's input: small integers, whose sums are exact."""
         return ((np.arange(self.counts[0]) * 7 + rank * 3) % 13 + 1).astype(np.float32)
 
-    def wanted(self, rank: int) -> np.ndarray:
+    def expected(self, rank: int) -> np.ndarray:
         """Return the result on a rank."""
-        everyones = [self.given(r) for r in range(self.n)]
+        inputs = [self.input_of(r) for r in range(self.n)]
         if self.collective == "all_gather":
-            return np.concatenate(everyones)
-        mean = np.mean(everyones, axis=0, dtype=np.float64).astype(np.float32)
+            return np.concatenate(inputs)
+        mean = np.mean(inputs, axis=0, dtype=np.float64).astype(np.float32)
         return mean if self.collective == "all_reduce" else np.split(mean, self.n)[rank]
 
 
-class Contestant:
-    """A library with an input and an output on the GPU; all_reduce works in the output."""
+class Library:
+    """A library with an input and an output on the GPU; all_reduce uses the output for both."""
 
     def __init__(self, fill: Callable[[np.ndarray], None], call: Call, read: Callable[[], Any]):
         self.fill, self.call, self.read = fill, call, read
 
 
-def on_cupy(case: Case, call: Callable[[Any, Any], object]) -> Contestant:
-    """Return a contestant that works on CuPy arrays; `call` is given input and output."""
+def cupy_library(case: Case, call: Callable[[Any, Any], object]) -> Library:
+    """Return a library that works on CuPy arrays; `call` takes input and output."""
     import cupy
 
     x, out = (cupy.empty(count, cupy.float32) for count in case.counts)
     given = out if case.collective == "all_reduce" else x
-    return Contestant(given.set, lambda: call(given, out), out.get)
+    return Library(given.set, lambda: call(given, out), out.get)
 
 
-def on_ferro(case: Case, group: ferro.ProcessGroup) -> Contestant:
-    """Return ferro."""
-    return on_cupy(
+def ferro_library(case: Case, group: ferro.ProcessGroup) -> Library:
+    return cupy_library(
         case,
         {
             "all_reduce": lambda x, out: group.all_reduce(x, "mean", out=out),
@@ -110,8 +109,8 @@ def on_ferro(case: Case, group: ferro.ProcessGroup) -> Contestant:
     )
 
 
-def on_nccl(case: Case, communicator: Any) -> Contestant:
-    """Return bare NCCL, on the stream that is current: the least that is possible."""
+def nccl_library(case: Case, communicator: Any) -> Library:
+    """Return bare NCCL on the current stream, which is the lower bound."""
     from cupy.cuda import get_current_stream, nccl
 
     kind, average = nccl.NCCL_FLOAT32, nccl.NCCL_AVG
@@ -127,11 +126,11 @@ def on_nccl(case: Case, communicator: Any) -> Contestant:
             x.data.ptr, out.data.ptr, out.size, kind, average, stream
         ),
     }
-    return on_cupy(case, calls[case.collective])
+    return cupy_library(case, calls[case.collective])
 
 
-def on_torch(case: Case) -> Contestant:
-    """Return torch.distributed, whose process group is open."""
+def torch_library(case: Case) -> Library:
+    """Return torch.distributed; its process group must be open."""
     import torch
     import torch.distributed as dist
 
@@ -143,13 +142,13 @@ def on_torch(case: Case) -> Contestant:
         "all_gather": lambda: dist.all_gather_into_tensor(out, x),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(out, x, average),
     }[case.collective]
-    return Contestant(
+    return Library(
         lambda values: given.copy_(torch.from_numpy(values)), call, lambda: out.cpu().numpy()
     )
 
 
 def open_torch(group: ferro.ProcessGroup) -> bool:
-    """Open torch's process group on the same ranks; say whether all of them could."""
+    """Open torch's process group on the same ranks; return False if some rank cannot."""
     try:
         import torch
         import torch.distributed as dist
@@ -173,7 +172,7 @@ def open_torch(group: ferro.ProcessGroup) -> bool:
 
 
 def block(group: ferro.ProcessGroup, call: Call, calls: int) -> tuple[float, float]:
-    """Return the seconds of one call for the host and for the device, over a block of calls."""
+    """Run a block of calls; return the seconds of one call on the host and on the device."""
     import cupy
 
     stream = cupy.cuda.get_current_stream()
@@ -191,27 +190,27 @@ def block(group: ferro.ProcessGroup, call: Call, calls: int) -> tuple[float, flo
 
 
 def measure(
-    group: ferro.ProcessGroup, case: Case, contestants: dict[str, Contestant], rounds: int
+    group: ferro.ProcessGroup, case: Case, libraries: dict[str, Library], rounds: int
 ) -> dict[str, object]:
-    """Return one case's times, with medians, minima and ratios to bare NCCL.
+    """Time one case; return medians, minima and ratios to bare NCCL.
 
     Raises:
         ArithmeticError: a result was wrong.
     """
-    for name, contestant in contestants.items():
-        contestant.fill(case.given(group.rank))
-        contestant.call()
-        if not np.allclose(contestant.read(), case.wanted(group.rank), rtol=1e-6):
+    for name, library in libraries.items():
+        library.fill(case.input_of(group.rank))
+        library.call()
+        if not np.allclose(library.read(), case.expected(group.rank), rtol=1e-6):
             raise ArithmeticError(f"{name}: wrong result of {case}")
-    _, once = block(group, contestants["nccl"].call, 3)
-    calls = max(1, min(_MOST_CALLS, int(_BLOCK_S / max(once, 1e-7))))
+    _, once_s = block(group, libraries["nccl"].call, 3)
+    calls = max(1, min(_MAX_CALLS, int(_BLOCK_S / max(once_s, 1e-7))))
     calls = int(group.all_reduce(np.array(calls), "min"))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in libraries}
     for turn in range(-1, rounds):
-        for name in contestants if turn % 2 else reversed(contestants):
-            found = block(group, contestants[name].call, calls)
+        for name in libraries if turn % 2 else reversed(libraries):
+            seconds = block(group, libraries[name].call, calls)
             if turn >= 0:
-                times[name].append(found)
+                times[name].append(seconds)
     record: dict[str, Any] = {
         "collective": case.collective,
         "nbytes": case.count * 4,
@@ -221,20 +220,20 @@ def measure(
     for name, own in times.items():
         slowest = group.all_reduce(np.array(own), "max")
         record[name] = {
-            f"{what}_{how}_s": float(function(slowest[:, column]))
-            for column, what in enumerate(("launch", "device"))
-            for how, function in (("median", np.median), ("min", np.min))
+            f"{kind}_{statistic}_s": float(function(slowest[:, column]))
+            for column, kind in enumerate(("launch", "device"))
+            for statistic, function in (("median", np.median), ("min", np.min))
         }
-    for name in contestants:
-        for what in ("launch", "device"):
-            key = f"{what}_median_s"
-            record[name][f"{what}_ratio_to_nccl"] = record[name][key] / record["nccl"][key]
+    for name in libraries:
+        for kind in ("launch", "device"):
+            key = f"{kind}_median_s"
+            record[name][f"{kind}_ratio_to_nccl"] = record[name][key] / record["nccl"][key]
     return record
 
 
 def line(record: dict[str, Any]) -> str:
-    """Return a case as one line of a table."""
-    words = [f"{record['collective']:<14} {ferro_bench.size_text(record['nbytes']):>8}"]
+    """Format a case as one line of a table."""
+    words = [f"{record['collective']:<14} {bench.size_text(record['nbytes']):>8}"]
     for name in ("ferro", "nccl", "torch"):
         if name in record:
             own = record[name]
@@ -246,7 +245,7 @@ def line(record: dict[str, Any]) -> str:
 
 
 def compare(group: ferro.ProcessGroup, sizes: list[int], rounds: int) -> dict[str, object]:
-    """Measure all cases; return the results, ready for JSON."""
+    """Measure all cases, and return the results for JSON."""
     from cupy.cuda import nccl
 
     n = group.world_size
@@ -257,10 +256,13 @@ def compare(group: ferro.ProcessGroup, sizes: list[int], rounds: int) -> dict[st
     for collective in COLLECTIVES:
         for size in sizes:
             case = Case(collective, max(1, size // 4 // n) * n, n)
-            contestants = {"ferro": on_ferro(case, group), "nccl": on_nccl(case, communicator)}
+            libraries = {
+                "ferro": ferro_library(case, group),
+                "nccl": nccl_library(case, communicator),
+            }
             if with_torch:
-                contestants["torch"] = on_torch(case)
-            records.append(measure(group, case, contestants, rounds))
+                libraries["torch"] = torch_library(case)
+            records.append(measure(group, case, libraries, rounds))
             if group.rank == 0:
                 print(line(records[-1]), flush=True)
     group.barrier()
@@ -269,7 +271,7 @@ def compare(group: ferro.ProcessGroup, sizes: list[int], rounds: int) -> dict[st
         import torch.distributed as dist
 
         dist.destroy_process_group()
-    return {"facts": facts(), "nccl": nccl.get_version(), "records": records}
+    return {"facts": machine_facts(), "nccl": nccl.get_version(), "records": records}
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""One rank of the parity table: small models, trained under every strategy.
+"""One rank of the parity table: trains small models under every strategy.
 
-`parity.py` starts it. Each way to train returns the last step's loss over the whole batch, and
-this rank's parameters (and running statistics), whole and by their names in the model that one
-process trains.
+`parity.py` starts it. Each strategy returns the last step's loss over the whole batch, and this
+rank's parameters (and running statistics): whole arrays, named as in the model of one process.
 """
 
 from __future__ import annotations
@@ -14,22 +13,23 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 from parity_models import (
-    IMAGES,
+    CONVOLUTIONAL,
     LR,
     MAX_NORM,
     MOMENTUM,
     PERCEPTRON,
     STEPS,
     TRANSFORMER,
-    Found,
-    Loss,
+    LossAndState,
+    LossFunction,
     Model,
     State,
-    alone,
     floating,
     train,
+    train_in_one_process,
+    train_matrices_as_dtensors,
+    train_matrices_in_one_process,
 )
-from parity_products import dtensor, products_alone
 
 import ferro
 from ferro_strategies import (
@@ -45,18 +45,17 @@ from ferro_strategies import (
 from ferro_strategies import tensor_parallel as tp
 from ferro_strategies.optim import SGD
 
-TOGETHER_RANKS = 8
+COMBINED_RANKS = 8
 _MICROBATCHES = 5
 
 
-def ddp(group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train replicas."""
+def ddp(group: ferro.ProcessGroup, dtype: str) -> LossAndState:
     module = DDP(PERCEPTRON.build(dtype), group)
     return train(module, PERCEPTRON, dtype, group), module.state_dict()
 
 
-def fsdp(sharding: str, group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train shards; bfloat16 is that of the computation, of float32 master shards."""
+def fsdp(sharding: str, group: ferro.ProcessGroup, dtype: str) -> LossAndState:
+    """Train shards; with bfloat16 only the computation is in it, and master shards in float32."""
     options: dict[str, object] = {}
     master, shards = dtype, group
     if sharding == ShardingStrategy.HYBRID_SHARD:
@@ -73,22 +72,22 @@ def fsdp(sharding: str, group: ferro.ProcessGroup, dtype: str) -> Found:
     return train(module, PERCEPTRON, master, group), module.full_state_dict()
 
 
-def sync_batchnorm(group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train replicas whose BatchNorm layers see the whole batch."""
-    converted = convert_sync_batchnorm(IMAGES.build(dtype), group)
+def sync_batchnorm(group: ferro.ProcessGroup, dtype: str) -> LossAndState:
+    converted = convert_sync_batchnorm(CONVOLUTIONAL.build(dtype), group)
     module = DDP(converted, group, broadcast_buffers=False)
-    return train(module, IMAGES, dtype, group), floating(module.state_dict())
+    return train(module, CONVOLUTIONAL, dtype, group), floating(module.state_dict())
 
 
-def tensor_parallel(sequence_parallel: bool, group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train pieces of matrices, and of sequences."""
-    module = _pieces(TRANSFORMER.build(dtype), group, sequence_parallel)
-    loss_of = partial(tp.vocab_parallel_cross_entropy, group=group)
-    loss = train(module, TRANSFORMER, dtype, loss_of=loss_of)
+def tensor_parallel(sequence_parallel: bool, group: ferro.ProcessGroup, dtype: str) -> LossAndState:
+    module = _parallelize(TRANSFORMER.build(dtype), group, sequence_parallel)
+    loss_function = partial(tp.vocab_parallel_cross_entropy, group=group)
+    loss = train(module, TRANSFORMER, dtype, loss_function=loss_function)
     return loss, tp.full_state_dict(module)
 
 
-def _pieces(module: nn.Module, group: ferro.ProcessGroup, sequence_parallel: bool) -> nn.Module:
+def _parallelize(
+    module: nn.Module, group: ferro.ProcessGroup, sequence_parallel: bool
+) -> nn.Module:
     kinds = {
         "layers.0": tp.ParallelEmbedding,
         "layers.[13].module.layers.1": tp.ParallelAttention,
@@ -106,41 +105,41 @@ def _pieces(module: nn.Module, group: ferro.ProcessGroup, sequence_parallel: boo
     return tp.parallelize(module, group, plan)
 
 
-def pipeline(schedule: str, group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train stages, two on each rank where the schedule is for several."""
+def pipeline(schedule: str, group: ferro.ProcessGroup, dtype: str) -> LossAndState:
+    """Train stages: two on each rank if the schedule is interleaved."""
     ranks = group.world_size
     stages = 2 * ranks if schedule == "interleaved_1f1b" else ranks
-    parts = PERCEPTRON.parts(dtype)
-    cuts = np.array_split(np.arange(len(parts)), stages)[group.rank :: ranks]
-    mine = [nn.Sequential(*(parts[index] for index in cut)) for cut in cuts]
-    piped = Pipeline(mine, group, schedule=schedule, microbatches=_MICROBATCHES)
+    layers = PERCEPTRON.layers(dtype)
+    parts = np.array_split(np.arange(len(layers)), stages)[group.rank :: ranks]
+    own_stages = [nn.Sequential(*(layers[index] for index in part)) for part in parts]
+    piped = Pipeline(own_stages, group, schedule=schedule, microbatches=_MICROBATCHES)
     loss = _train_pipeline(piped, PERCEPTRON, dtype, nn.cross_entropy)
     state: State = {}
-    for stage, cut in zip(mine, cuts, strict=True):
-        state |= _renumbered(stage.state_dict(), int(cut[0]))
+    for stage, part in zip(own_stages, parts, strict=True):
+        state |= _renumber(stage.state_dict(), int(part[0]))
     return loss, state
 
 
-def together(sharded: bool, group: ferro.ProcessGroup, dtype: str) -> Found:
-    """Train on a mesh of 2 x 2 x 2: stages, of pieces, of which there are replicas or shards."""
+def combined(sharded: bool, group: ferro.ProcessGroup, dtype: str) -> LossAndState:
+    """Train tensor-parallel stages, replicated or sharded, on a mesh of 2 x 2 x 2 ranks."""
     mesh = DeviceMesh((2, 2, 2), ("dp", "pp", "tp"), group)
-    module = _pieces(TRANSFORMER.build(dtype), mesh["tp"], sequence_parallel=sharded)
-    assert isinstance(module, nn.Sequential), "replaced inside"
-    cut = np.array_split(np.arange(len(module.layers)), 2)[mesh["pp"].rank]
-    part = nn.Sequential(*(module.layers[index] for index in cut))
-    stage = FSDP(part, mesh["dp"]) if sharded else DDP(part, mesh["dp"])
+    module = _parallelize(TRANSFORMER.build(dtype), mesh["tp"], sequence_parallel=sharded)
+    assert isinstance(module, nn.Sequential), "parallelize replaces layers inside the Sequential"
+    part = np.array_split(np.arange(len(module.layers)), 2)[mesh["pp"].rank]
+    layers = nn.Sequential(*(module.layers[index] for index in part))
+    stage = FSDP(layers, mesh["dp"]) if sharded else DDP(layers, mesh["dp"])
     piped = Pipeline([stage], mesh["pp"], microbatches=4)
-    loss_of = partial(tp.vocab_parallel_cross_entropy, group=mesh["tp"])
-    loss = _train_pipeline(piped, TRANSFORMER, dtype, loss_of, mesh["dp"])
+    loss_function = partial(tp.vocab_parallel_cross_entropy, group=mesh["tp"])
+    loss = _train_pipeline(piped, TRANSFORMER, dtype, loss_function, mesh["dp"])
     whole = tp.full_state_dict(stage, stage.state_dict())
-    return loss, _renumbered(whole, int(cut[0]))
+    return loss, _renumber(whole, int(part[0]))
 
 
 def _train_pipeline(
     piped: Pipeline,
     model: Model,
     dtype: str,
-    loss_of: Loss,
+    loss_function: LossFunction,
     replicas: ferro.ProcessGroup | None = None,
 ) -> float:
     rank, ranks = (replicas.rank, replicas.world_size) if replicas else (0, 1)
@@ -148,83 +147,88 @@ def _train_pipeline(
     loss = 0.0
     for step in range(STEPS):
         x, labels = model.batch(step, dtype)
-        loss = piped.step(x[rank::ranks], labels[rank::ranks], loss_of)
+        loss = piped.step(x[rank::ranks], labels[rank::ranks], loss_function)
         piped.clip_grad_norm(MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
     return loss if replicas is None else float(replicas.all_reduce(loss, "mean"))
 
 
-def _renumbered(state: State, first: int) -> State:
-    """Name a stage's arrays as in the whole model, of which its layers are those from `first`."""
-    found = {}
+def _renumber(state: State, first: int) -> State:
+    """Name a stage's arrays as in the whole model, where the stage begins at layer `first`."""
+    renumbered = {}
     for name, array in state.items():
         layers, number, rest = name.split(".", 2)
-        found[f"{layers}.{int(number) + first}.{rest}"] = array
-    return found
+        renumbered[f"{layers}.{int(number) + first}.{rest}"] = array
+    return renumbered
 
 
-# -- what is compared ------------------------------------------------------------------------------
+# -- the table of strategies -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
-    """A way to train, and what it must equal.
+    """A way to train, with the same training in one process.
 
     Attributes:
         run: trains on this rank, in a dtype.
-        alone: the same in one process.
-        dtypes: in which it is compared.
+        in_one_process: does the same training in one process.
+        dtypes: dtypes in which both are compared.
     """
 
-    run: Callable[[ferro.ProcessGroup, str], Found]
-    alone: Callable[[str], Found]
+    run: Callable[[ferro.ProcessGroup, str], LossAndState]
+    in_one_process: Callable[[str], LossAndState]
     dtypes: tuple[str, ...] = ("float32", "float64")
 
 
-_PERCEPTRON, _TRANSFORMER = partial(alone, PERCEPTRON), partial(alone, TRANSFORMER)
+_perceptron = partial(train_in_one_process, PERCEPTRON)
+_transformer = partial(train_in_one_process, TRANSFORMER)
 
 
-def _fsdp_alone(sharding: str, dtype: str) -> Found:
-    """Train in one process, in bfloat16 as FSDP computes in it."""
+def _fsdp_in_one_process(sharding: str, dtype: str) -> LossAndState:
+    """Train in one process; bfloat16 needs FSDP's mixed precision, on one simulated rank."""
     if dtype != "bfloat16":
-        return alone(PERCEPTRON, dtype)
-    [found] = ferro.simulate(lambda group: fsdp(sharding, group, dtype), 1)
-    return found
+        return train_in_one_process(PERCEPTRON, dtype)
+    [result] = ferro.simulate(lambda group: fsdp(sharding, group, dtype), 1)
+    return result
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "ddp": Strategy(run=ddp, alone=_PERCEPTRON),
+    "ddp": Strategy(run=ddp, in_one_process=_perceptron),
     **{
         f"fsdp {sharding}": Strategy(
             run=partial(fsdp, sharding),
-            alone=partial(_fsdp_alone, sharding),
+            in_one_process=partial(_fsdp_in_one_process, sharding),
             dtypes=("bfloat16", "float32", "float64"),
         )
         for sharding in ShardingStrategy
     },
     **{
-        f"pipeline {name}": Strategy(run=partial(pipeline, name), alone=_PERCEPTRON)
+        f"pipeline {name}": Strategy(run=partial(pipeline, name), in_one_process=_perceptron)
         for name in ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1")
     },
-    "tensor_parallel": Strategy(run=partial(tensor_parallel, False), alone=_TRANSFORMER),
-    "sequence_parallel": Strategy(run=partial(tensor_parallel, True), alone=_TRANSFORMER),
-    "sync_batchnorm": Strategy(run=sync_batchnorm, alone=partial(alone, IMAGES)),
-    "dtensor": Strategy(run=dtensor, alone=products_alone),
+    "tensor_parallel": Strategy(run=partial(tensor_parallel, False), in_one_process=_transformer),
+    "sequence_parallel": Strategy(run=partial(tensor_parallel, True), in_one_process=_transformer),
+    "sync_batchnorm": Strategy(
+        run=sync_batchnorm, in_one_process=partial(train_in_one_process, CONVOLUTIONAL)
+    ),
+    "dtensor": Strategy(
+        run=train_matrices_as_dtensors, in_one_process=train_matrices_in_one_process
+    ),
 }
-TOGETHER: dict[str, Strategy] = {
-    "ddp x tp x pp": Strategy(run=partial(together, False), alone=_TRANSFORMER),
-    "fsdp x sp x pp": Strategy(run=partial(together, True), alone=_TRANSFORMER),
+COMBINED: dict[str, Strategy] = {
+    "ddp x tp x pp": Strategy(run=partial(combined, False), in_one_process=_transformer),
+    "fsdp x sp x pp": Strategy(run=partial(combined, True), in_one_process=_transformer),
 }
 
 
 def strategies(ranks: int) -> dict[str, Strategy]:
-    """Return the ways to train on so many ranks, by name."""
-    return TOGETHER if ranks == TOGETHER_RANKS else STRATEGIES
+    """Return the strategies that are compared on this number of ranks, by name."""
+    return COMBINED if ranks == COMBINED_RANKS else STRATEGIES
 
 
 def train_all(group: ferro.ProcessGroup) -> dict[str, dict[str, list[object]]]:
-    """Train in every way for so many ranks; return loss and arrays by strategy and dtype."""
+    """Train under every strategy; return losses and arrays by strategy and dtype."""
     return {
         name: {dtype: list(strategy.run(group, dtype)) for dtype in strategy.dtypes}
         for name, strategy in strategies(group.world_size).items()

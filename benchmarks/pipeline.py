@@ -1,15 +1,15 @@
-"""One rank of the pipeline benchmark: the idle share of a step, beside what its schedule says.
+"""One rank of the pipeline benchmark: the idle share of a step, measured and simulated.
 
-`run.py` starts it with `ferro run`. Each rank first computes its stages' actions by themselves,
-all ranks at once, so that they share the machine as they do in a step: that gives the durations
-of the forward pass (and the loss, behind the last stage), of the backward pass and of its put-off
-part. From these `simulate` says how long a step takes and which part of it a rank waits, if
-messages took no time and all stages as long. Measured are how long a step takes, and in which
-share of it the ranks do not compute (`Pipeline.busy_s`).
+`run.py` starts it with `ferro run`. Each rank first runs its stages' actions outside a step, all
+ranks at once, so that they share the machine as they do in a step. This gives the durations of the
+forward pass (with the loss, on the last stage), of the backward pass and of its deferred part. From
+these `simulate` computes the duration of a step and its idle share, if messages take no time and
+all stages take equally long. The benchmark measures the duration of a step, and the share of it in
+which the ranks do not compute (`Pipeline.busy_s`).
 
 The stages are perceptrons in one thread ("arithmetic"), with as many multiplications for each
-number sent on as a transformer's block has; or, for more ranks than this machine has cores, they
-wait instead of computing, as a process does whose device computes ("device").
+number that is sent as a transformer's block has. For more ranks than this machine has cores, they
+wait instead, as a process does while its device computes ("device").
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ferro_strategies.pipeline.schedules.timeline import simulate
 _WIDTH, _DEPTH = 768, 12
 _DEVICE_S = 0.02
 _TURNS = 3
-_SAMPLES = 2  # of each action by itself, in each turn
+_SAMPLES = 2  # runs of each action outside a step, in each turn
 
 
 class Device(nn.Module):
-    """Takes its time, in both directions, and changes nothing."""
+    """A layer that waits in both directions, and changes nothing."""
 
     def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
-        """Wait; the pullback waits twice as long."""
+        """Wait, and return the input; the pullback waits twice as long."""
         time.sleep(_DEVICE_S)
 
         def pullback(grad_y: nn.Array) -> nn.Array:
@@ -47,7 +47,7 @@ class Device(nn.Module):
 
 
 def make_stage(kind: str) -> nn.Module:
-    """Return a stage; all are alike, so that no rank is slower than others."""
+    """Return a stage; all stages are alike, so that no rank is slower than others."""
     if kind == "device":
         return Device()
     layers: list[nn.Module] = []
@@ -65,17 +65,17 @@ def measure(
     microbatches: int,
     rows: int,
 ) -> dict[str, object]:
-    """Return durations of the actions, and bubble and step time as simulated and as measured."""
+    """Measure the durations of actions and steps; return them beside the simulated step."""
     stages = [make_stage(kind) for _ in range(stages_per_rank)]
     pipeline = Pipeline(stages, group, schedule=name, microbatches=microbatches)
     schedule = pipeline.schedule
-    scores = group.rank == group.world_size - 1
+    has_loss = group.rank == group.world_size - 1
     x = np.random.default_rng(0).standard_normal((rows * microbatches, _WIDTH), np.float32)
     steps: list[tuple[float, float]] = []
     durations: list[tuple[float, float, float]] = []
     for turn in range(-1, _TURNS):
         group.barrier()
-        own = _durations(stages, x[:rows], split=schedule.splits_backward, scores=scores)
+        own = _durations(stages, x[:rows], split=schedule.splits_backward, has_loss=has_loss)
         group.barrier()
         start = time.perf_counter()
         pipeline.step(x, x, nn.mse_loss)
@@ -84,8 +84,8 @@ def measure(
             steps.append((time.perf_counter() - start, pipeline.busy_s))
             durations.append(own)
         pipeline.zero_grad()
-    everyones = group.all_gather(np.median(durations, axis=0)[None])
-    forward, backward, weight = everyones.mean(axis=0).tolist()
+    medians = group.all_gather(np.median(durations, axis=0)[None])
+    forward, backward, weight = medians.mean(axis=0).tolist()
     timeline = simulate(
         schedule,
         forward=forward,
@@ -107,15 +107,15 @@ def measure(
 
 
 def _durations(
-    stages: list[nn.Module], x: nn.Array, *, split: bool, scores: bool
+    stages: list[nn.Module], x: nn.Array, *, split: bool, has_loss: bool
 ) -> tuple[float, float, float]:
-    """Return the mean seconds of a forward action, a backward one, and of its put-off part."""
+    """Return the mean seconds of a forward action, a backward action, and its deferred part."""
     totals = np.zeros(3)
     for _ in range(_SAMPLES):
         for stage in stages:
             start = time.perf_counter()
             y, pullback = stage.vjp(x)
-            if scores and stage is stages[-1]:
+            if has_loss and stage is stages[-1]:
                 nn.mse_loss(y, x)
             forward = time.perf_counter()
             products: list[Callable[[], None]] = []

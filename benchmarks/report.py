@@ -1,19 +1,14 @@
-"""The results as a page to read: what was measured, how, and the numbers."""
+"""Write the results page in Markdown: each benchmark's method, machine and tables."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import report_strategies
-from bound import bound_s
-from markdown import table
+from records import Record, markdown_table
 
 from ferro_bench import size_text, time_text
-
-# What was read from JSON: numbers, words, and records and lists of them.
-Record: TypeAlias = Mapping[str, object]
 
 _TITLES = {
     "ferro-private": "ferro private",
@@ -23,59 +18,69 @@ _TITLES = {
     "mpich": "MPICH",
 }
 _MPIS = {"openmpi", "mpich"}
-_HOW = {
+# Accesses of the whole buffer's size to memory that n ranks on one host cannot do without: every
+# input is read once and every output written once. All inputs of all_gather together, and all
+# outputs of reduce_scatter together, have that size.
+_MEMORY_PASSES = {
+    "all_reduce": lambda n: 2 * n,
+    "all_to_all": lambda n: 2 * n,
+    "all_gather": lambda n: 1 + n,
+    "reduce_scatter": lambda n: n + 1,
+    "broadcast": lambda n: n,
+}
+_METHODS = {
     "collectives": """\
 float32 on one host, by `ferro bench`. Each library has processes of its own, with one thread for
-arithmetic; they take turns within one run, each going first as often as last, while the others
-wait without using a core. In a turn fresh numbers are written, the ranks meet in their library's
-barrier and make one call to settle, then the timed calls, back to back; every result is compared
-to the bit. A call takes as long as on its slowest rank. Each cell has the median and, after the
-stroke, the minimum over all calls. "private" is NumPy's memory, "group" is `group.empty`'s.
-Ratios are of medians: more than 1, and ferro is faster; "MPI" is the better of Open MPI and MPICH
-at that size. all_reduce and broadcast work in place; size is the whole buffer (the result of
-all_gather, the input of the others). As calls are back to back, the root of a small broadcast may
-be ahead of those that receive it: such times are those of a stream of broadcasts.
+arithmetic. The libraries take turns within one run, each first as often as last, while the others
+wait without using a core. In a turn the ranks write fresh numbers, enter their library's barrier,
+make one warm-up call, and then the timed calls, back to back. Every result is compared to the bit.
+The time of a call is that of its slowest rank. Each cell has the median and, after the stroke, the
+minimum over all calls. "private" is NumPy's memory, "group" is `group.empty`'s. Ratios are of
+medians; above 1 ferro is faster. "MPI" is the better of Open MPI and MPICH at that size. all_reduce
+and broadcast work in place. Size is the whole buffer (the result of all_gather, the input of the
+others). As calls are back to back, the root of a small broadcast may be ahead of the receivers;
+such times are those of a stream of broadcasts.
 
-Bound: what must be read and written at least (all_reduce and all_to_all 2 n times the size,
-all_gather and reduce_scatter n + 1 times, broadcast n times), over the bandwidth of all cores
-copying arrays of their own at once, measured before and after in the same run. Its share is the
-bound over the time: of the median and, after the stroke, of the minimum. In caches it may pass
-100 %.
+Bound: the bytes that must be read and written at least (all_reduce and all_to_all 2 n times the
+size, all_gather and reduce_scatter n + 1 times, broadcast n times), over the memory bandwidth, read
+and write, of all cores copying arrays of their own at once, measured before and after in the same
+run. The share is the bound over the time: of the median and, after the stroke, of the minimum.
+Private arrays must be staged, which costs more than the bound. In caches the share may pass 100 %.
 
 ![Median times](collectives.png)""",
     "many": """\
-all_reduce with more ranks than cores, measured as above with few rounds; medians. Each rank has
-less of a core the more there are.""",
+Medians of all_reduce with more ranks than cores, measured as above with few rounds. The more ranks
+there are, the smaller is the share of a core that each rank has.""",
     "mpi": """\
 ferro over MPI and bare mpi4py in the same processes under one mpiexec, on communicators of their
 own, taking turns; float32. all_reduce and broadcast work in place; size is the whole buffer. The
-cost is what ferro adds to a call: its checks and labels, deadlines, and the order of operations.
-It is meant to be within 10 % or 2 us, whichever is more. A broadcast of mpi4py's returns at the
-root before the others have it; ferro's waits until all ranks are known to make the same call.""",
+cost is the time that ferro adds to a call: checks, labels, deadlines, and the order of operations.
+The aim is 10 % or 2 us, whichever is more. mpi4py's broadcast returns at the root before the other
+ranks have the data; ferro's waits until all ranks are known to make the same call.""",
     "layers": """\
-What an all_reduce of 4 bytes is made of. "Layer" is the same call of a group whose backend does
-nothing: checks, the result's memory, number, lane and deadline. "Meeting" is a barrier less its own
-layer: showing a chunk, waiting for all, comparing what they call. The rest is the copy into shared
-memory, the reduction out of it, and Python around them. MPI's whole call takes about as long as
-meeting does.""",
+The parts of an all_reduce of 4 bytes. "Layer" is the same call of a group whose backend does
+nothing: checks, the result's memory, sequence number, executor and deadline. "Barrier" is a barrier
+less its own layer: the ranks publish their labels, wait for each other, and compare. The rest is
+the copy into shared memory, the reduction out of it, and the Python around them. MPI's whole call
+takes about as long as the barrier.""",
     "hosts": """\
-Network namespaces as hosts, joined by a link whose rate `tc` limits; written by `sudo python
-benchmarks/hosts.py`. "Plain sockets" send the same bytes both ways with nothing around them: what
-frames and headers leave of the rate. "Hierarchical" is what ferro does, "flat" the same with
-`shared_memory` off.""",
+The hosts are network namespaces, joined by a link whose rate `tc` limits; `sudo python
+benchmarks/hosts.py` measures them. "Plain sockets" send the same bytes both ways without a
+protocol: the share of the rate that frames and headers leave. "Hierarchical" is ferro's default,
+"flat" is ferro with `shared_memory` off.""",
     "imports": """\
-Each measured in fresh interpreters taking turns, without the interpreter's own start. The first
-row is a difference of medians, and of minima.""",
-    **report_strategies.HOW,
+Each program runs in fresh interpreters, in turns with the others; the interpreter's own start is
+not included. The first row is a difference of medians, and of minima.""",
+    **report_strategies.METHODS,
 }
 
-NAMES = tuple(_HOW)
+NAMES = tuple(_METHODS)
 
 
 def page(results: Mapping[str, Record]) -> str:
-    """Return the page, in Markdown, for the results by name."""
+    """Return the page in Markdown for results by name."""
     parts = ["# Benchmark results", "Written by `make bench`; do not edit."]
-    for name, text in _HOW.items():
+    for name, text in _METHODS.items():
         if name not in results:
             continue
         parts += [f"## {name}", text, _machine(results[name]["machine"])]
@@ -100,7 +105,11 @@ def _collectives(result: Record) -> list[str]:
             names = list(chosen[0]["results"])
             parts.append(f"### {collective}, {chosen[0]['ranks']} ranks")
             rows = [_collective_row(record, run["bandwidth_b_s"]) for record in chosen]
-            parts.append(table(["size", *(_TITLES[name] for name in names), *_heads(names)], rows))
+            parts.append(
+                markdown_table(
+                    ["size", *(_TITLES[name] for name in names), *_ratio_heads(names)], rows
+                )
+            )
     return parts
 
 
@@ -110,8 +119,8 @@ def _libraries(ranks: int, run: Record) -> str:
     return f"{ranks} ranks: {versions}; memory, all cores copying: {bandwidth:.1f} GB/s."
 
 
-def _heads(names: Sequence[str]) -> list[str]:
-    """Return the heads of the columns that follow the times."""
+def _ratio_heads(names: Sequence[str]) -> list[str]:
+    """Return the heads of the columns after the times."""
     heads = ["torch / private"] if "torch-gloo" in names else []
     heads += ["MPI / private", "MPI / group"] if _MPIS & set(names) else []
     return [*heads, "bound / private", "bound / group"]
@@ -126,8 +135,9 @@ def _collective_row(record: Record, bandwidth_b_s: float) -> list[str]:
         row.append(_ratio(results["torch-gloo"]["median_s"], private))
     if mpis := [results[name]["median_s"] for name in _MPIS & set(results)]:
         row += [_ratio(min(mpis), private), _ratio(min(mpis), group)]
-    least_s = bound_s(record["collective"], record["nbytes"], record["ranks"], bandwidth_b_s)
-    shares = [[least_s / ours[key] for key in ("median_s", "min_s")] for ours in (private, group)]
+    passes = _MEMORY_PASSES[record["collective"]](record["ranks"])
+    bound_s = passes * record["nbytes"] / bandwidth_b_s
+    shares = [[bound_s / ours[key] for key in ("median_s", "min_s")] for ours in (private, group)]
     return [*row, *(f"{median:.0%} / {best:.0%}" for median, best in shares)]
 
 
@@ -141,7 +151,7 @@ def _imports(result: Record) -> list[str]:
         [f"`{r['name']}`", *(time_text(r[key]) for key in ("median_s", "min_s", "limit_s"))]
         for r in result["records"]
     ]
-    return [table(head, rows)]
+    return [markdown_table(head, rows)]
 
 
 def _many(result: Record) -> list[str]:
@@ -156,11 +166,11 @@ def _many(result: Record) -> list[str]:
         for ranks, run in runs.items()
         for record in run["records"]
     ]
-    return [table(["", "size", *(_TITLES[name] for name in names)], rows)]
+    return [markdown_table(["", "size", *(_TITLES[name] for name in names)], rows)]
 
 
 def mpi_summary(record: Record) -> str:
-    """Return in one line what ferro costs over one MPI with so many ranks."""
+    """Return in one line the number of cases in which ferro's cost over MPI is within the aim."""
     rows = record["records"]
     within = sum(_within(row) for row in rows)
     return f"{record['library']}, {record['ranks']} ranks: {within} of {len(rows)} within"
@@ -193,7 +203,7 @@ def _mpi(result: Record) -> list[str]:
                 ]
             )
         head = ("", "size", "ferro", "mpi4py", "cost", "share", "within")
-        parts.append(table(head, rows))
+        parts.append(markdown_table(head, rows))
     return parts
 
 
@@ -201,25 +211,28 @@ def _layers(result: Record) -> list[str]:
     rows = []
     for record in result["records"]:
         found = record["median_s"]
-        meeting = found["barrier"] - found["barrier_layer"]
-        rest = found["whole"] - found["layer"] - meeting
-        parts = (found["whole"], found["layer"], meeting, rest)
+        barrier = found["barrier"] - found["barrier_layer"]
+        rest = found["whole"] - found["layer"] - barrier
+        parts = (found["whole"], found["layer"], barrier, rest)
         rows.append([f"{record['ranks']} ranks", *(time_text(max(0.0, part)) for part in parts)])
-    return [table(("", "whole", "layer", "meeting", "rest"), rows)]
+    return [markdown_table(("", "whole", "layer", "barrier", "rest"), rows)]
 
 
 def _hosts(result: Record) -> list[str]:
-    must_cross = 2 * (result["hosts"] - 1) / result["hosts"] * result["nbytes"]
+    crossing_bytes = 2 * (result["hosts"] - 1) / result["hosts"] * result["nbytes"]
     rows = []
     for name, seconds in result["seconds"].items():
-        middle, best = statistics.median(seconds), min(seconds)
-        share = must_cross * 8 / middle / (result["mbit"] * 1e6)
-        rows.append([name, time_text(middle), time_text(best), f"{share:.1%}"])
+        median, best = statistics.median(seconds), min(seconds)
+        share = crossing_bytes * 8 / median / (result["mbit"] * 1e6)
+        rows.append([name, time_text(median), time_text(best), f"{share:.1%}"])
     setting = (
         f"{result['hosts']} hosts, {result['ranks_per_host']} ranks each, "
         f"{result['mbit']:g} Mbit/s each way, MTU {result['mtu']}, {size_text(result['nbytes'])}."
     )
-    return [setting, table(("all_reduce", "median", "min", "share of the link's rate"), rows)]
+    return [
+        setting,
+        markdown_table(("all_reduce", "median", "min", "share of the link's rate"), rows),
+    ]
 
 
 _TABLES = {

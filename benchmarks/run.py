@@ -1,10 +1,10 @@
-"""Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a picture.
+"""Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a plot.
 
     python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   a quarter hour
     python benchmarks/run.py --quick --only collectives --sizes 4B,64KiB --ranks 2
 
-PYTHON is the interpreter of an environment with mpi4py and that MPI; `make ferro_bench` prepares
-them. All is on one host. Nothing here passes or fails by a time; a wrong result fails.
+PYTHON is the interpreter of an environment with mpi4py and that MPI; `make bench` prepares them.
+All ranks are on one host. No time makes a benchmark fail; a wrong result does.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 import collectives
 import imports
-import machine
 import parity
 import report
+from records import integers, machine_facts
 
 import ferro_bench
 
 _HERE = Path(__file__).resolve().parent
 _TRAINING_RANKS = 2
-# Strategy, ranks, optimizer, widths of the layers: 10 and 100 million parameters.
+# Strategy, ranks, optimizer, and widths of the layers, of 10 and 100 million parameters.
 _MEMORY = (
     ("ddp", 2, "sgd", "784,2048*3,10"),
     ("ddp", 4, "adamw", "784,1024*95,10"),
@@ -37,11 +37,11 @@ _MEMORY = (
     ("fsdp", 4, "adamw", "784,2048*24,10"),
 )
 _QUICK_MEMORY = (("ddp", 2, "sgd", "784,256*3,10"), ("fsdp", 2, "adamw", "784,256*3,10"))
-# Widths of the layers, and rounds.
+# Widths of the layers, and number of rounds.
 _TIMED = (("784,2048*3,10", 8), ("784,2048*24,10", 4))
 _DEADLINE_S = 600.0
-# All libraries compute in one thread and stay on loopback; Open MPI may be run by root.
-_SETTINGS = {
+# All libraries compute in one thread and use the loopback interface; root may run Open MPI.
+_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -54,9 +54,9 @@ _SETTINGS = {
 def main() -> None:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.only or _MEASURES:
+    for name in options.only or _BENCHMARKS:
         print(f"-- {name}", flush=True)
-        result = {"machine": machine.facts(), **_MEASURES[name](options)}
+        result = {"machine": machine_facts(), **_BENCHMARKS[name](options)}
         (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     written = {
         name: json.loads((options.out / f"{name}.json").read_text())
@@ -71,20 +71,15 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", action="append", choices=_MEASURES, help="may be repeated")
+    add("--only", action="append", choices=_BENCHMARKS, help="may be repeated")
     add("--quick", action="store_true", help="fewer rounds and sizes: under a minute")
     add(
         "--sizes",
-        type=ferro_bench.parse_sizes,
+        type=bench.parse_sizes,
         help=f"of all_reduce; {collectives.SIZES} by default",
     )
-    add("--ranks", type=_numbers, default=[2, 4], help="2,4 by default")
-    add(
-        "--compare",
-        type=ferro_bench.parse_peers,
-        default={},
-        help="as in `ferro bench --help`",
-    )
+    add("--ranks", type=integers, default=[2, 4], help="2,4 by default")
+    add("--compare", type=bench.parse_peers, default={}, help="as in `ferro bench --help`")
     add("--out", type=Path, default=_HERE / "results", help="folder to write to")
     options = parser.parse_args()
     if options.sizes is None:
@@ -93,20 +88,16 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _collectives(options: argparse.Namespace) -> dict[str, object]:
     quick = options.quick
     others = collectives.OTHER_QUICK_SIZES if quick else collectives.OTHER_SIZES
-    wanted = collectives.Wanted(
+    selection = collectives.Selection(
         sizes=options.sizes,
         other_sizes=ferro_bench.parse_sizes(others),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if quick else None,
     )
-    runs = {str(ranks): collectives.measure(wanted, ranks) for ranks in options.ranks}
+    runs = {str(ranks): collectives.measure(selection, ranks) for ranks in options.ranks}
     if importlib.util.find_spec("matplotlib") is not None:
         records = [record for run in runs.values() for record in run["records"]]
         ferro_bench.plot(records, options.out / "collectives.png")
@@ -125,82 +116,82 @@ def _imports(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _training(options: argparse.Namespace) -> dict[str, object]:
-    """Measure memory and time of training steps under DDP and FSDP, and under torch's."""
+    """Measure memory and time of training steps under ferro's and torch's DDP and FSDP."""
     quick = options.quick
     memory = []
     for strategy, ranks, optimizer, widths in _QUICK_MEMORY if quick else _MEMORY:
-        given = [f"--strategy={strategy}", f"--optimizer={optimizer}", f"--widths={widths}"]
-        given += ["--rounds=2", "--batch=16"]
-        memory.append(_started(_ferro_run(ranks), "training.py", ["memory", *given]))
+        arguments = [f"--strategy={strategy}", f"--optimizer={optimizer}", f"--widths={widths}"]
+        arguments += ["--rounds=2", "--batch=16"]
+        memory.append(_run_ranks(_ferro_run(ranks), "training.py", ["memory", *arguments]))
         ratio = memory[-1]["ratio"]
-        print(f"{strategy}, {ranks} ranks: peak {ratio:.3f} x what must be there", flush=True)
+        print(f"{strategy}, {ranks} ranks: peak {ratio:.3f} x the expected bytes", flush=True)
     times = []
     for widths, rounds in (("784,256*3,10", 2),) if quick else _TIMED:
-        given = [f"--widths={widths}", f"--rounds={rounds}"]
-        given += [] if "torch-gloo" in options.compare else ["--without-torch"]
-        times.append(_started(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *given]))
+        arguments = [f"--widths={widths}", f"--rounds={rounds}"]
+        arguments += [] if "torch-gloo" in options.compare else ["--without-torch"]
+        times.append(_run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *arguments]))
         for name, step in times[-1]["steps"].items():
             print(f"step, {name}: {ferro_bench.time_text(step['median_s'])}", flush=True)
     return {"memory": memory, "times": times}
 
 
 def _pipeline(options: argparse.Namespace) -> dict[str, object]:
-    """Measure the bubble of pipelines: two ranks that compute, four that wait."""
+    """Measure the bubble of pipelines on two ranks that compute, and on four that wait."""
     records = []
     for ranks, kind in ((2, "arithmetic"), (4, "device")):
-        given = [f"--kind={kind}", f"--microbatches={'2' if options.quick else '4,8'}"]
-        given += ["--rows=8"] if options.quick else []
-        records += _started(_ferro_run(ranks), "pipeline.py", given)["records"]
+        arguments = [f"--kind={kind}", f"--microbatches={'2' if options.quick else '4,8'}"]
+        arguments += ["--rows=8"] if options.quick else []
+        records += _run_ranks(_ferro_run(ranks), "pipeline.py", arguments)["records"]
     for record in records:
-        told, found = (record[key]["bubble"] for key in ("simulated", "measured"))
+        simulated, measured = (record[key]["bubble"] for key in ("simulated", "measured"))
         name = f"{record['schedule']}, {record['ranks']} ranks, m={record['microbatches']}"
-        print(f"{name}: bubble {found:.1%}, by the schedule {told:.1%}", flush=True)
+        print(f"{name}: bubble {measured:.1%}, by the schedule {simulated:.1%}", flush=True)
     return {"records": records}
 
 
 def _parity(options: argparse.Namespace) -> dict[str, object]:
-    """Hold what every strategy trains against one process; in real processes, unless quick."""
+    """Compare every strategy with one process; ranks are processes, or threads if quick."""
     ranks = (1, 2) if options.quick else parity.RANKS
     return parity.measure(ranks, simulate=options.quick)
 
 
 def _many(options: argparse.Namespace) -> dict[str, object]:
-    """More ranks than cores: whether times stay in proportion."""
-    wanted = collectives.Wanted(
-        sizes=ferro_bench.parse_sizes(collectives.MANY_SIZES),
+    """Measure all_reduce with more ranks than cores."""
+    selection = collectives.Selection(
+        sizes=bench.parse_sizes(collectives.MANY_SIZES),
         other_sizes=(),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if options.quick else collectives.MANY_ROUNDS,
     )
-    return {"by_ranks": {str(n): collectives.measure(wanted, n) for n in collectives.MANY_RANKS}}
+    return {"by_ranks": {str(n): collectives.measure(selection, n) for n in collectives.MANY_RANKS}}
 
 
 def _mpi(options: argparse.Namespace) -> dict[str, object]:
-    """Measure ferro over MPI and bare mpi4py, in the same processes."""
-    given = [f"--rounds={8 if options.quick else 60}"]
-    given.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
+    """Measure ferro over MPI and bare mpi4py in the same processes."""
+    arguments = [f"--rounds={8 if options.quick else 60}"]
+    arguments.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
     records = []
     for name in sorted({"openmpi", "mpich"} & set(options.compare)):
-        found = ferro_bench.find(name, options.compare[name])
-        assert found.mpiexec is not None, "an MPI has a launcher"
-        more = [] if name == "mpich" else ["--oversubscribe"]
+        peer = bench.find(name, options.compare[name])
+        assert peer.mpiexec is not None, "an MPI has a launcher"
+        oversubscribe = [] if name == "mpich" else ["--oversubscribe"]
         for ranks in options.ranks:
-            launch = [found.mpiexec, *more, "-n", str(ranks), found.python]
-            records.append(_started(launch, "mpi_rank.py", given))
+            launch = [peer.mpiexec, *oversubscribe, "-n", str(ranks), peer.python]
+            records.append(_run_ranks(launch, "mpi_rank.py", arguments))
             print(report.mpi_summary(records[-1]), flush=True)
     return {"records": records}
 
 
 def _layers(options: argparse.Namespace) -> dict[str, object]:
-    given = [f"--rounds={4 if options.quick else 20}"]
-    records = [_started(_ferro_run(ranks), "layers.py", given) for ranks in options.ranks]
+    arguments = [f"--rounds={4 if options.quick else 20}"]
+    records = [_run_ranks(_ferro_run(ranks), "layers.py", arguments) for ranks in options.ranks]
     for record in records:
         parts = ", ".join(f"{k} {ferro_bench.time_text(v)}" for k, v in record["median_s"].items())
         print(f"{record['ranks']} ranks: {parts}", flush=True)
     return {"records": records}
 
 
-_MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
+_BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "collectives": _collectives,
     "many": _many,
     "mpi": _mpi,
@@ -216,13 +207,13 @@ def _ferro_run(ranks: int) -> list[str]:
     return [sys.executable, "-m", "ferro", "run", "-n", str(ranks)]
 
 
-def _started(launch: list[str], script: str, arguments: list[str]) -> dict[str, object]:
-    """Run a script as ranks, its output shown; return what rank 0 wrote."""
+def _run_ranks(launch: list[str], script: str, arguments: list[str]) -> dict[str, object]:
+    """Run a script as ranks and show its output; return the record that rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "result.json"
         subprocess.run(
             [*launch, str(_HERE / script), *arguments, f"--out={written}"],
-            env=os.environ | _SETTINGS,
+            env=os.environ | _ENVIRONMENT,
             check=True,
             timeout=_DEADLINE_S,
         )

@@ -1,21 +1,20 @@
 """One rank of the training benchmarks: memory of a step, and its time beside torch's strategies.
 
-`run.py` starts it with `ferro run`, once for memory and once for time, for tracing allocations
-slows everything down.
+`run.py` starts it with `ferro run`, once for memory and once for time, because tracing allocations
+slows down every step.
 
-Memory. NumPy reports its arrays to tracemalloc. Tracing starts before the model is made; the peak
-is taken over whole steps after the first, so it is what training needs, and compared with what
-must be there: parameters, gradients, the optimizer's state (for FSDP this rank's share of each,
-and two gathered units), and the activations that one pass keeps (counted: the bytes alive after
-`vjp` that were not before it). The rest is working memory: temporaries of the arithmetic,
-segments being received.
+Memory. NumPy reports its arrays to tracemalloc. Tracing starts before the model is made, and the
+peak is taken over whole steps after the first. It is compared with the bytes that training needs:
+parameters, gradients, the optimizer's state (for FSDP this rank's share of each, and two gathered
+units), and the activations that one pass keeps (the growth of allocated bytes during `vjp`). The
+rest is working memory: temporaries of the arithmetic, and segments being received.
 
-Time. The same multilayer perceptron, batch, loss and optimizer in both libraries, one thread for
-arithmetic each; blocks of steps take turns in the same processes. A step takes as long as on the
-slowest rank. NumPy's and torch's matrix products come from different libraries, so this compares
-whole training steps. "alone" are ferro's without strategy: what the arithmetic takes. What a
-strategy's collectives take is read from the trace; the part of it that a step is not longer by
-than "alone" was hidden behind the arithmetic.
+Time. Both libraries train the same multilayer perceptron with the same batch, loss and optimizer,
+and with one thread for arithmetic. Blocks of steps take turns in the same processes. The time of a
+step is that of its slowest rank. NumPy's and torch's matrix products come from different libraries,
+so the comparison is of whole training steps. "alone" is ferro without a strategy: the arithmetic.
+An observer records how long a strategy's collectives ran; the part of that by which a step is not
+longer than "alone" was hidden behind the arithmetic.
 """
 
 from __future__ import annotations
@@ -40,29 +39,35 @@ from ferro_strategies.optim import SGD, AdamW
 
 _CLASSES = 10
 _STEPS_IN_BLOCK = 2
-_LR = {"sgd": 1e-3, "adamw": 1e-5}  # small: many layers without normalisation
-_STATES = {"sgd": 1, "adamw": 2}  # arrays of a parameter's size that the optimizer keeps
+_LR = {"sgd": 1e-3, "adamw": 1e-5}  # small, for many layers without normalization
+_STATE_ARRAYS = {"sgd": 1, "adamw": 2}  # arrays of a parameter's size in the optimizer's state
 
 Step = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is trained: widths of the layers, rows in a rank's batch, "sgd" or "adamw"."""
+    """The training to measure.
+
+    Attributes:
+        widths: widths of the layers.
+        batch: rows in a rank's batch.
+        optimizer: "sgd" or "adamw".
+    """
 
     widths: list[int]
     batch: int
     optimizer: str
 
     def data(self, rank: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Return random inputs and labels, of its own for each rank, the same in every step."""
+        """Return a rank's random inputs and labels, the same in every step."""
         random = np.random.default_rng(rank)
         x = random.standard_normal((self.batch, self.widths[0]), np.float32)
         return x, random.integers(0, _CLASSES, self.batch)
 
 
 class Training:
-    """A perceptron under a strategy of ferro's, or ("alone") each rank by itself."""
+    """A perceptron under one of ferro's strategies, or without a strategy ("alone")."""
 
     def __init__(self, setting: Setting, strategy: str, group: ferro.ProcessGroup) -> None:
         self.model = _wrapped(_perceptron(setting.widths), strategy, group)
@@ -76,7 +81,7 @@ class Training:
         self._x, self._labels = setting.data(group.rank)
 
     def step(self) -> float:
-        """Train on the batch once; return the loss."""
+        """Train on the batch once, and return the loss."""
         before = _traced()
         logits, pullback = self.model.vjp(self._x)
         self.activation_bytes = _traced() - before
@@ -103,7 +108,7 @@ def _wrapped(model: Module, strategy: str, group: ferro.ProcessGroup) -> Module:
 
 
 def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
-    """Return the same training step under torch's DDP or FSDP2; its group must be open."""
+    """Return the same training step under torch's DDP or FSDP2; torch's group must be open."""
     import torch
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -137,24 +142,24 @@ def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
 
 
 class Spans:
-    """An observer that keeps when collectives ran."""
+    """An observer that records the times during which collectives ran."""
 
     def __init__(self) -> None:
         self.seconds: list[tuple[float, float]] = []
 
     def started(self, event: ferro.Event) -> None:
-        """Do nothing: the end knows when it began."""
+        """Do nothing; the event at the end has both times."""
 
     def finished(self, event: ferro.Event) -> None:
-        """Keep an operation, but for the barriers between blocks."""
+        """Record an operation, except the barriers between blocks."""
         if event.op != "barrier":
             self.seconds.append((event.start_s, event.start_s + event.seconds))
 
     def close(self) -> None:
-        """Keep everything: it is still read."""
+        """Do nothing; the recorded times are still read."""
 
     def take(self) -> float:
-        """Return the seconds during which some collective ran, since the last call."""
+        """Return the seconds since the last call during which a collective ran."""
         busy, end = 0.0, 0.0
         for start, stop in sorted(self.seconds):
             busy += max(0.0, stop - max(start, end))
@@ -166,7 +171,7 @@ class Spans:
 def memory(
     setting: Setting, strategy: str, group: ferro.ProcessGroup, steps: int
 ) -> dict[str, object]:
-    """Return what a step needs at its peak on this rank, and what must be there, in bytes."""
+    """Measure this rank's peak bytes in training steps; return them beside the expected bytes."""
     whole = 4 * sum(wide * narrow + narrow for wide, narrow in pairwise(setting.widths))
     units = sorted(4 * (wide * narrow + narrow) for wide, narrow in pairwise(setting.widths))
     share = -(-whole // group.world_size) if strategy == "fsdp" else whole
@@ -184,7 +189,7 @@ def memory(
     parts = {
         "parameters": share,
         "gradients": share,
-        "optimizer_state": _STATES[setting.optimizer] * share,
+        "optimizer_state": _STATE_ARRAYS[setting.optimizer] * share,
         "activations": training.activation_bytes,
     }
     if strategy == "fsdp":
@@ -202,7 +207,7 @@ def memory(
 def times(
     setting: Setting, group: ferro.ProcessGroup, rounds: int, spans: Spans, *, with_torch: bool
 ) -> dict[str, object]:
-    """Return the seconds of a step under each strategy; blocks of steps take turns."""
+    """Measure the seconds of a step under each strategy, in blocks that take turns."""
     steps: dict[str, Step] = {
         name: Training(setting, name, group).step for name in ("alone", "ddp", "fsdp")
     }
@@ -260,35 +265,35 @@ def _traced() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("memory", "times"))
+    parser.add_argument("quantity", choices=("memory", "times"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
-    parser.add_argument("--widths", required=True, help="of the layers: a size, or size*count")
+    parser.add_argument("--widths", required=True, help="of the layers: a size, or size*count, …")
     parser.add_argument("--batch", type=int, default=64, help="rows of a rank")
-    parser.add_argument("--optimizer", choices=_STATES, default="sgd")
+    parser.add_argument("--optimizer", choices=_STATE_ARRAYS, default="sgd")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), help="for memory")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     setting = Setting(_widths(options.widths), options.batch, options.optimizer)
-    # tracemalloc sees no shared memory: what is traced must be ordinary.
-    backend_options = {"shared_memory": options.what != "memory"}
+    # tracemalloc does not see shared memory, so memory is measured without it.
+    backend_options = {"shared_memory": options.quantity != "memory"}
     spans = Spans()
     with ferro.init("gloo", backend_options=backend_options, observers=[spans]) as group:
-        if options.what == "memory":
+        if options.quantity == "memory":
             record = memory(setting, options.strategy, group, options.rounds)
         else:
             with_torch = not options.without_torch
             record = times(setting, group, options.rounds, spans, with_torch=with_torch)
         if group.rank == 0:
             parameters = sum(a * b + b for a, b in pairwise(setting.widths))
-            about = {
+            settings = {
                 "widths": options.widths,
                 "parameters": parameters,
                 "batch": setting.batch,
                 "optimizer": setting.optimizer,
                 "ranks": group.world_size,
             }
-            options.out.write_text(json.dumps(about | record, indent=1))
+            options.out.write_text(json.dumps(settings | record, indent=1))
 
 
 def _widths(text: str) -> list[int]:

@@ -1,10 +1,10 @@
 """Train a small convolutional network on scikit-learn's handwritten digits, on any number of ranks.
 
-    python examples/digits.py                       a world of one
+    python examples/digits.py                       one rank
     ferro run -n 4 examples/digits.py               four ranks on this machine
     torchrun --nproc-per-node 4 examples/digits.py  or under mpiexec, srun, …
 
-Needs scikit-learn, tqdm and (for --plot) matplotlib besides ferro[gloo,strategies].
+It needs scikit-learn, tqdm and (for --plot) matplotlib besides ferro[gloo,strategies].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEED = 0
 
 
 def make_model() -> nn.Module:
-    """Return the network; the same seed gives the same parameters on every rank and run."""
+    """Return the network. The seed is fixed, so the parameters are the same on all ranks."""
     rng = np.random.default_rng(SEED)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, rng=rng),
@@ -39,7 +39,7 @@ def make_model() -> nn.Module:
 
 
 def load_data() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Return (images, labels) to train on and to test on: 1,797 real 8x8 digits, split 4 to 1."""
+    """Return (images, labels) of the training set and of the test set: 8x8 digits, split 4 to 1."""
     digits = load_digits()
     images = (digits.images[:, None] / 16).astype(np.float32)
     order = np.random.default_rng(SEED).permutation(len(images))
@@ -57,9 +57,9 @@ def global_batches(length: int, epoch: int, batch: int) -> Iterator[np.ndarray]:
 def train(
     model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None
 ) -> list[tuple[float, float]]:
-    """Train; return loss and held-out accuracy of every epoch.
+    """Train, and return the loss and the held-out accuracy of every epoch.
 
-    Without a group, one process works through the global batches by itself.
+    Without a group, one process trains on the whole global batches.
     """
     (images, labels), held_out = load_data()
     rank, ranks = (group.rank, group.world_size) if group else (0, 1)
@@ -71,9 +71,9 @@ def train(
         optimizer.lr = args.lr * 0.5 * (1 + np.cos(np.pi * epoch / args.epochs))
         total = 0.0
         for indices in global_batches(len(images), epoch, args.batch):
-            mine = indices[rank::ranks]
-            logits, pullback = model.vjp(images[mine])
-            loss, grad = nn.cross_entropy(logits, labels[mine])
+            local = indices[rank::ranks]
+            logits, pullback = model.vjp(images[local])
+            loss, grad = nn.cross_entropy(logits, labels[local])
             pullback(grad)
             optimizer.step()
             optimizer.zero_grad()
@@ -95,9 +95,9 @@ def evaluate(model: nn.Module, held_out: tuple[np.ndarray, np.ndarray]) -> float
     """Return the accuracy on held-out images."""
     images, labels = held_out
     model.eval()
-    right = (model(images).argmax(axis=1) == labels).mean()
+    accuracy = (model(images).argmax(axis=1) == labels).mean()
     model.train()
-    return float(right)
+    return float(accuracy)
 
 
 def plot(history: list[tuple[float, float]], ranks: int, path: str) -> None:
@@ -123,10 +123,10 @@ def plot(history: list[tuple[float, float]], ranks: int, path: str) -> None:
 
 
 def compare(model: nn.Module, args: argparse.Namespace) -> float:
-    """Train again in one process over the same global batches; return the largest difference."""
-    alone = make_model()
-    train(alone, args, None)
-    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    """Train again in one process on the same global batches; return the largest difference."""
+    reference = make_model()
+    train(reference, args, None)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
     return max(float(np.abs(a.data - b.data).max()) for a, b in pairs)
 
 

@@ -1,12 +1,12 @@
-"""Train a small GPT on characters, cut along up to three axes of a mesh, and let it write.
+"""Train a small character GPT with data, tensor and pipeline parallelism, then generate text.
 
-    python examples/gpt.py                                        a world of one
+    python examples/gpt.py                                        one rank
     ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2           data x tensor x pipeline
-    ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2 --fsdp    and the data axis shards the rest
-    ferro run -n 4 examples/gpt.py --dp 4 --fsdp --compare        and train again in one process
+    ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2 --fsdp    the data axis shards parameters
+    ferro run -n 4 examples/gpt.py --dp 4 --fsdp --compare        train again in one process
 
-The text is Python's language reference, as it ships inside Python (`pydoc_data.topics`). Needs
-tqdm besides ferro[gloo,strategies].
+The text is Python's language reference, which Python contains (`pydoc_data.topics`). The program
+needs tqdm besides ferro[gloo,strategies].
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ TEXT = "\n".join(topics[name] for name in sorted(topics))
 ALPHABET = sorted(set(TEXT))
 IDS = np.searchsorted(ALPHABET, list(TEXT))
 CLIP_NORM = 1.0
-WARM_UP = 20  # steps
+WARM_UP_STEPS = 20
 
 
-class Tokens(nn.Module):
-    """Characters and their places as vectors: (B, T) integers -> (B, T, dim)."""
+class Embeddings(nn.Module):
+    """Token and position embeddings, added: (B, T) integers -> (B, T, dim)."""
 
     def __init__(self, context: int, dim: int, dtype: str, rng: np.random.Generator) -> None:
         self.table = nn.Embedding(len(ALPHABET), dim, dtype=dtype, rng=rng)
-        self.places = nn.Parameter(rng.standard_normal((context, dim)).astype(dtype))
+        self.positions = nn.Parameter(rng.standard_normal((context, dim)).astype(dtype))
 
     def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
-        """Look up; indices have no gradient."""
+        """Look up the embeddings; indices have no gradient."""
         y, pull_table = self.table.vjp(x)
-        places, length = self.places.use(), x.shape[1]
+        positions, length = self.positions.use(), x.shape[1]
 
         def pullback(grad_y: nn.Array) -> None:
-            places.add_grad_rows(np.arange(length), grad_y.sum(axis=0))
+            positions.add_grad_rows(np.arange(length), grad_y.sum(axis=0))
             pull_table(grad_y)
 
-        return y + places.data[:length], pullback
+        return y + positions.data[:length], pullback
 
 
 class Block(nn.Module):
@@ -56,26 +56,26 @@ class Block(nn.Module):
         self.up = nn.Linear(dim, 4 * dim, dtype=dtype, rng=rng)
         self.down = nn.Linear(4 * dim, dim, dtype=dtype, rng=rng)
         norms = nn.LayerNorm(dim, dtype=dtype), nn.LayerNorm(dim, dtype=dtype)
-        self.path = nn.Sequential(
+        self.layers = nn.Sequential(
             nn.Residual(nn.Sequential(norms[0], self.attention)),
             nn.Residual(nn.Sequential(norms[1], self.up, nn.GELU(), self.down)),
         )
 
     def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
-        """Follow the path."""
-        return self.path.vjp(x)
+        """Apply the layers."""
+        return self.layers.vjp(x)
 
 
 class Head(nn.Module):
-    """Scores for the next character: (B, T, dim) -> (B, T, characters)."""
+    """Logits of the next character: (B, T, dim) -> (B, T, characters)."""
 
     def __init__(self, dim: int, dtype: str, rng: np.random.Generator) -> None:
-        self.scores = nn.Linear(dim, len(ALPHABET), dtype=dtype, rng=rng)
-        self.path = nn.Sequential(nn.LayerNorm(dim, dtype=dtype), self.scores)
+        self.logits = nn.Linear(dim, len(ALPHABET), dtype=dtype, rng=rng)
+        self.layers = nn.Sequential(nn.LayerNorm(dim, dtype=dtype), self.logits)
 
     def vjp(self, x: nn.Array) -> tuple[nn.Array, nn.Pullback]:
-        """Follow the path."""
-        return self.path.vjp(x)
+        """Apply the layers."""
+        return self.layers.vjp(x)
 
 
 PARALLEL = {
@@ -83,24 +83,24 @@ PARALLEL = {
     "*.attention": tp.ParallelAttention.from_serial,
     "*.up": tp.ColumnParallelLinear.from_serial,
     "*.down": tp.RowParallelLinear.from_serial,
-    "*.scores": tp.ColumnParallelLinear.from_serial,
+    "*.logits": tp.ColumnParallelLinear.from_serial,
 }
 
 
 def make_model(args: argparse.Namespace) -> nn.Sequential:
-    """Return the whole model; one seed gives the same values on every rank and run."""
+    """Return the whole model; the seed makes it the same on every rank."""
     rng = np.random.default_rng(args.seed)
     blocks = [Block(args.dim, args.heads, args.dtype, rng) for _ in range(args.blocks)]
-    tokens = Tokens(args.context, args.dim, args.dtype, rng)
-    model = nn.Sequential(tokens, *blocks, Head(args.dim, args.dtype, rng))
+    embeddings = Embeddings(args.context, args.dim, args.dtype, rng)
+    model = nn.Sequential(embeddings, *blocks, Head(args.dim, args.dtype, rng))
     for parameter in model.parameters():
-        if parameter.data.ndim == 2:  # small, so that the sum over all blocks is not large
+        if parameter.data.ndim == 2:  # small values keep the sum over all blocks small
             parameter.data[...] = 0.05 * rng.standard_normal(parameter.data.shape)
     return model
 
 
 def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
-    """Return this rank's part: a piece of each of some layers, replicated or sharded."""
+    """Return this rank's stages, tensor parallel, and replicated or sharded over "dp"."""
     model = make_model(args)
     tp.parallelize(model, mesh["tp"], PARALLEL)
     pipe = mesh["pp"]
@@ -116,7 +116,7 @@ def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
 
 
 def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a step's whole batch, the same everywhere: characters, and those that follow."""
+    """Return a step's inputs and targets, the next characters; they are the same on all ranks."""
     starts = np.random.default_rng((args.seed, step)).integers(
         0, len(IDS) - args.context, args.batch
     )
@@ -124,16 +124,16 @@ def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarra
     return rows[:, :-1], rows[:, 1:]
 
 
-def rate_of(args: argparse.Namespace, step: int) -> float:
-    """Return a step's learning rate: it rises at first."""
-    return args.lr * min(1.0, (step + 1) / WARM_UP)
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Return a step's learning rate, which rises during the warm-up."""
+    return args.lr * min(1.0, (step + 1) / WARM_UP_STEPS)
 
 
 def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> list[float]:
-    """Train; return every step's loss over the whole batch."""
+    """Train, and return every step's loss over the whole batch."""
 
-    def loss_of(scores: nn.Array, targets: nn.Array) -> tuple[float, nn.Array]:
-        return tp.vocab_parallel_cross_entropy(scores, targets, mesh["tp"])
+    def loss_function(logits: nn.Array, targets: nn.Array) -> tuple[float, nn.Array]:
+        return tp.vocab_parallel_cross_entropy(logits, targets, mesh["tp"])
 
     optimizer = AdamW(pipeline.parameters(), lr=args.lr)
     losses = []
@@ -143,8 +143,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> lis
         x, targets = (
             np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step)
         )
-        optimizer.lr = rate_of(args, step)
-        loss = pipeline.step(x, targets, loss_of)
+        optimizer.lr = learning_rate(args, step)
+        loss = pipeline.step(x, targets, loss_function)
         pipeline.clip_grad_norm(CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -153,16 +153,16 @@ def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> lis
     return losses
 
 
-def train_alone(args: argparse.Namespace) -> list[float]:
-    """Train the same model on the same batches in this one process; return the losses."""
+def train_in_one_process(args: argparse.Namespace) -> list[float]:
+    """Train the same model on the same batches in this process alone; return the losses."""
     model = make_model(args)
     optimizer = AdamW(model.parameters(), lr=args.lr)
     losses = []
-    for step in tqdm(range(args.steps), unit="step", desc="alone"):
-        optimizer.lr = rate_of(args, step)
+    for step in tqdm(range(args.steps), unit="step", desc="one process"):
+        optimizer.lr = learning_rate(args, step)
         x, targets = batch_of(args, step)
-        scores, pullback = model.vjp(x)
-        loss, grad = nn.cross_entropy(scores, targets)
+        logits, pullback = model.vjp(x)
+        loss, grad = nn.cross_entropy(logits, targets)
         pullback(grad)
         clip_grad_norm(model.parameters(), CLIP_NORM)
         optimizer.step()
@@ -171,21 +171,21 @@ def train_alone(args: argparse.Namespace) -> list[float]:
     return losses
 
 
-def write(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> str:
-    """Let the model go on from a prompt, character by character; all ranks take part."""
+def generate(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> str:
+    """Continue a prompt, character by character; all ranks take part."""
     ids = np.searchsorted(ALPHABET, list("The "))
     columns = [len(part) for part in np.array_split(ALPHABET, args.tp)]
-    last = mesh.rank_of([0 if name != "pp" else args.pp - 1 for name in mesh.names])
+    last_stage = mesh.rank_of([0 if name != "pp" else args.pp - 1 for name in mesh.names])
     rng = np.random.default_rng(args.seed)
     pipeline.eval()
     for _ in range(args.write):
-        scores = pipeline.forward(ids[None, -args.context :])
+        logits = pipeline.forward(ids[None, -args.context :])
         drawn = np.zeros((), np.int64)
-        if scores is not None:
-            row = mesh["tp"].all_gather(scores[0, -1], sizes=columns).astype(np.float64)
-            chances = np.exp((row - row.max()) / args.temperature)
-            drawn[...] = rng.choice(len(ALPHABET), p=chances / chances.sum())
-        ids = np.append(ids, mesh.parent.broadcast(drawn, last))
+        if logits is not None:
+            row = mesh["tp"].all_gather(logits[0, -1], sizes=columns).astype(np.float64)
+            weights = np.exp((row - row.max()) / args.temperature)
+            drawn[...] = rng.choice(len(ALPHABET), p=weights / weights.sum())
+        ids = np.append(ids, mesh.parent.broadcast(drawn, last_stage))
     pipeline.train()
     return "".join(ALPHABET[index] for index in ids)
 
@@ -219,7 +219,7 @@ def parse() -> argparse.Namespace:
 
 
 def fault_of(args: argparse.Namespace, world_size: int) -> str | None:
-    """Return the first thing that is wrong with the options; None if nothing is."""
+    """Return the first error in the options, or None."""
     counts = ("dp", "tp", "pp", "stages_per_rank", "microbatches", "batch", "steps")
     sizes = ("context", "dim", "heads", "blocks")
     for name in (*counts, *sizes):
@@ -248,7 +248,7 @@ def main() -> None:
         mesh = DeviceMesh((args.dp, args.pp, args.tp), ("dp", "pp", "tp"), group)
         pipeline = make_pipeline(args, mesh)
         losses = train(args, pipeline, mesh)
-        written = write(args, pipeline, mesh)
+        text = generate(args, pipeline, mesh)
         if group.rank == 0:
             kind = "shards" if args.fsdp else "replicas"
             stages = args.pp * args.stages_per_rank
@@ -256,9 +256,9 @@ def main() -> None:
                 f"{args.dp} {kind} x {stages} stages x {args.tp} pieces over "
                 f"{group.backend_name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
             )
-            print(written)
+            print(text)
             if args.compare:
-                pairs = zip(losses, train_alone(args), strict=True)
+                pairs = zip(losses, train_in_one_process(args), strict=True)
                 worst = max(abs(a - b) / b for a, b in pairs)
                 print(f"largest relative difference of a loss from one process: {worst:.1e}")
 

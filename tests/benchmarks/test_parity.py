@@ -1,4 +1,4 @@
-"""The parity table: every strategy equals one process; and one that does not would be seen."""
+"""The parity table: every strategy equals one process, and a strategy that differs is noticed."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_strategies_equal_one_process(tmp_path, arguments):
     assert result["by"] == ("simulated ranks" if "--simulate" in arguments else "gloo")
 
 
-def test_all_together_equals_one_process(parity):
+def test_combined_strategies_equal_one_process(parity):
     result = parity.measure([8], simulate=True)
     check(result["records"])
     assert {record["strategy"] for record in result["records"]} == {
@@ -71,7 +71,7 @@ def measured(parity, monkeypatch, run):
     import parity_rank
 
     expected = (2.0, {"a": np.array([1.0, -4.0]), "b": np.array([3.0])})
-    fake = parity_rank.Strategy(run=run, alone=lambda _: expected, dtypes=("float64",))
+    fake = parity_rank.Strategy(run=run, in_one_process=lambda _: expected, dtypes=("float64",))
     monkeypatch.setattr(parity_rank, "STRATEGIES", {"fake": fake})
     [record] = parity.measure([2], simulate=True)["records"]
     return record
@@ -87,7 +87,7 @@ def test_differences_are_of_the_rank_and_element_that_is_farthest_off(parity, mo
 
 
 @pytest.mark.parametrize(
-    ("run", "told"),
+    ("run", "message"),
     [
         (lambda *_: (2.0, {"a": np.zeros(2)}), r"\['b'\] are on one side"),
         (lambda *_: (2.0, {"a": np.zeros(2), "b": np.full(1, np.nan)}), "not finite"),
@@ -98,16 +98,20 @@ def test_differences_are_of_the_rank_and_element_that_is_farthest_off(parity, mo
     ],
     ids=["missing", "not a number", "loss"],
 )
-def test_other_arrays_and_no_numbers_are_errors(parity, monkeypatch, run, told):
-    with pytest.raises(ValueError, match=told):
+def test_other_arrays_and_no_numbers_are_errors(parity, monkeypatch, run, message):
+    with pytest.raises(ValueError, match=message):
         measured(parity, monkeypatch, run)
 
 
 def test_training_moves_parameters_far_more_than_any_limit(parity):
     import parity_models
 
-    for model in (parity_models.PERCEPTRON, parity_models.IMAGES, parity_models.TRANSFORMER):
-        _, trained = parity_models.alone(model, "float64")
+    for model in (
+        parity_models.PERCEPTRON,
+        parity_models.CONVOLUTIONAL,
+        parity_models.TRANSFORMER,
+    ):
+        _, trained = parity_models.train_in_one_process(model, "float64")
         before = model.build("float64").state_dict()
         moved = max(float(np.abs(array - before[name]).max()) for name, array in trained.items())
         assert moved > 0.03

@@ -1,4 +1,4 @@
-"""Pipes pass the kit that every backend has to pass."""
+"""The pipes backend passes the conformance checks of every backend."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What this distribution offers: the pipes backend. Importing it opens nothing."""
+"""The hooks of this distribution, which offer the pipes backend. Importing it opens nothing."""
 
 import os
 
@@ -11,12 +11,12 @@ def _probe() -> Availability:
 
 
 def _create(config: BackendConfig) -> Backend:
-    from ferro_pipes.backend import PipesBackend  # here, so that who only looks does not pay
+    from ferro_pipes.backend import PipesBackend  # only the chosen backend is imported
 
     return PipesBackend(config)
 
 
 @hookimpl
 def ferro_backends() -> list[BackendInfo]:
-    """Offer pipes."""
+    """Offer the pipes backend."""
     return [BackendInfo(name="pipes", summary="pipes on one host", probe=_probe, create=_create)]

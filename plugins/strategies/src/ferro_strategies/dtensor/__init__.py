@@ -1,17 +1,17 @@
-"""DTensor: arrays spread over a mesh of ranks, used as one array."""
+"""DTensor: arrays that are spread over a mesh of ranks and used as one array."""
 
 from .distribute import distribute
 from .placement import Partial, Placement, Replicate, Shard
-from .planner import Plan, plan
+from .redistribute_plan import RedistributePlan, plan_redistribute
 from .tensor import DTensor
 
 __all__ = [
     "DTensor",
     "Partial",
     "Placement",
-    "Plan",
+    "RedistributePlan",
     "Replicate",
     "Shard",
     "distribute",
-    "plan",
+    "plan_redistribute",
 ]

@@ -1,4 +1,4 @@
-"""Placements: what the ranks along one axis of a mesh hold of a global array."""
+"""Placements: Replicate, Shard and Partial state what the ranks along a mesh axis hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTIAL_OPS = ("sum", "prod", "min", "max")
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Every rank along the axis holds the same."""
+    """Every rank along the axis holds the same values."""
 
     def __repr__(self) -> str:
         return "Replicate()"
@@ -22,16 +22,17 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Each rank along the axis holds a run of indices of one dim, in order of rank.
+    """Each rank along the axis holds a contiguous run of indices of one dim, in order of rank.
 
-    The dim is cut as by numpy.array_split: the first ranks have one more where it does not
-    divide; the last may have none. Where several axes shard one dim, the first axis cuts it, the
-    next cuts the pieces:
+    The dim is split as numpy.array_split does it: the first ranks have one index more where the
+    size does not divide, and the last ranks may have none. Where several axes shard one dim, the
+    first axis splits the dim, and the next axis splits each of those shards:
 
         7 rows on axes of 2 and 3, both Shard(0)     0 1 | 2 | 3 || 4 | 5 | 6
 
     Attributes:
-        dim: which dim; one from the end may be negative, until a DTensor is made of it.
+        dim: number of the dim. A negative number counts from the end; a DTensor stores it
+            counted from the front.
     """
 
     dim: int
@@ -50,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Each rank along the axis holds an array of full size; the value is their reduction.
+    """Each rank along the axis holds an array of full size; the value is the reduction of them.
 
     Attributes:
         op: "sum", "prod", "min" or "max".
@@ -74,40 +75,41 @@ class Partial:
 Placement: TypeAlias = Replicate | Shard | Partial
 Placements: TypeAlias = tuple[Placement, ...]
 
-SUM = Partial("sum")
+PARTIAL_SUM = Partial("sum")
 
 
-def everywhere(mesh_ndim: int) -> Placements:
-    """Return the placements of what all ranks have."""
+def all_replicated(mesh_ndim: int) -> Placements:
+    """Return the placements of an array of which every rank has the whole."""
     return (Replicate(),) * mesh_ndim
 
 
-def listed(placements: Placement | Sequence[Placement]) -> Sequence[Placement]:
-    """Return placements as a sequence, where one alone is given for the only axis as well."""
+def as_sequence(placements: Placement | Sequence[Placement]) -> Sequence[Placement]:
+    """Return placements as a sequence; a single placement may be given by itself."""
     return (placements,) if isinstance(placements, Replicate | Shard | Partial) else placements
 
 
-def renamed(placements: Placements, new_dim: Callable[[int], int]) -> Placements:
-    """Return placements whose shards are of the dims that theirs become."""
+def map_shard_dims(placements: Placements, new_dim: Callable[[int], int]) -> Placements:
+    """Return the placements with `new_dim` applied to the dim of each Shard."""
     return tuple(Shard(new_dim(one.dim)) if isinstance(one, Shard) else one for one in placements)
 
 
 def checked_placements(
     placements: Sequence[Placement], mesh_ndim: int, ndim: int, op: str
 ) -> Placements:
-    """Return placements, with every dim counted from the front.
+    """Check placements and return them, with every dim counted from the front.
 
     Args:
         placements: one for each axis of the mesh.
         mesh_ndim: number of axes.
         ndim: number of dims of the array.
-        op: the call that takes them, for messages.
+        op: name of the call that takes the placements, for messages.
 
     Raises:
-        UsageError: too few or many, of another kind, a dim that is not there, or different
-            reductions, for a sum of maxima is not a maximum of sums.
+        UsageError: the number of placements is not the number of axes, a value is no placement,
+            a dim does not exist, or two axes have different reductions (a sum of maxima is not
+            a maximum of sums).
     """
-    placements = listed(placements)
+    placements = as_sequence(placements)
     if len(placements) != mesh_ndim:
         raise UsageError(
             f"{op}: {len(placements)} placements for a mesh of {mesh_ndim} axes. Give one for "

@@ -1,5 +1,5 @@
-"""DeviceMesh: ranks in rows, columns and further axes, with a process group for each."""
+"""DeviceMesh: ranks arranged on named axes, with a process group along each axis."""
 
-from .mesh import DeviceMesh
+from .device_mesh import DeviceMesh
 
 __all__ = ["DeviceMesh"]

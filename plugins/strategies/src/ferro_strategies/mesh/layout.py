@@ -1,9 +1,9 @@
-"""Layout: which rank stands where in a mesh. Arithmetic alone: no groups, no communication."""
+"""MeshLayout knows the rank at each coordinate of a mesh. It communicates nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,12 @@ Ranks = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Layout:
+class MeshLayout:
     """Ranks in an n-dimensional array whose axes have names.
 
     Attributes:
-        names: of the axes.
-        ranks: read-only; every element another rank.
+        names: names of the axes.
+        ranks: the rank at each coordinate, all different; read-only.
     """
 
     names: tuple[str, ...]
@@ -51,41 +51,43 @@ class Layout:
         Raises:
             UsageError: they are outside the mesh, or not one for each axis.
         """
-        place, shape = tuple(coordinates), self.ranks.shape
-        fits = len(place) == len(shape)
-        if not fits or not all(0 <= at < size for at, size in zip(place, shape, strict=True)):
+        at, shape = tuple(coordinates), self.ranks.shape
+        fits = len(at) == len(shape)
+        if not fits or not all(0 <= index < size for index, size in zip(at, shape, strict=True)):
             raise UsageError(
-                f"DeviceMesh: there is no place {place} in a mesh of shape {shape}. Give one "
+                f"DeviceMesh: there is no place {at} in a mesh of shape {shape}. Give one "
                 "coordinate for each axis, from 0 to its size - 1."
             )
-        return int(self.ranks[place])
+        return int(self.ranks[at])
 
-    def find(self, rank: int) -> tuple[int, ...] | None:
+    def coordinates_of(self, rank: int) -> tuple[int, ...] | None:
         """Return a rank's coordinates; None when it is not in the mesh."""
-        places = np.argwhere(self.ranks == rank)
-        return tuple(places[0].tolist()) if len(places) else None
+        found = np.argwhere(self.ranks == rank)
+        return tuple(found[0].tolist()) if len(found) else None
 
-    def line(self, axis: int, place: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the ranks along `axis` through `place`, by their coordinate on it."""
+    def ranks_along(self, axis: int, coordinates: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ranks that differ from `coordinates` on `axis` only, in order."""
         along = np.moveaxis(self.ranks, axis, -1)
-        return tuple(along[place[:axis] + place[axis + 1 :]].tolist())
+        return tuple(along[coordinates[:axis] + coordinates[axis + 1 :]].tolist())
 
-    def part(self, axes: Sequence[str], place: tuple[int, ...]) -> Layout:
-        """Return the part that spans `axes`, in the order asked, through `place`."""
+    def submesh(self, axes: Sequence[str], coordinates: tuple[int, ...]) -> MeshLayout:
+        """Return the layout of `axes`, in this order, with the other coordinates fixed."""
         kept = self._distinct(axes)
-        through = tuple(slice(None) if at in kept else place[at] for at in range(self.ranks.ndim))
-        part = np.transpose(self.ranks[through], np.argsort(np.argsort(kept)))
-        return Layout(names=tuple(axes), ranks=part)
+        key = tuple(
+            slice(None) if axis in kept else coordinates[axis] for axis in range(self.ranks.ndim)
+        )
+        ranks = np.transpose(self.ranks[key], np.argsort(np.argsort(kept)))
+        return MeshLayout(names=tuple(axes), ranks=ranks)
 
-    def flatten(self, axes: Sequence[str], name: str) -> Layout:
-        """Return the same ranks with `axes` made one, the first of them slowest.
+    def flatten(self, axes: Sequence[str], name: str) -> MeshLayout:
+        """Merge `axes` into one axis, in which the first of them varies slowest.
 
-        It stands where the foremost of them stood.
+        The new axis takes the position of the foremost of them.
         """
-        joined = self._distinct(axes)
-        at = min(joined)
-        rest = [axis for axis in range(self.ranks.ndim) if axis not in joined]
-        before, after = rest[:at], rest[at:]
+        merged = self._distinct(axes)
+        position = min(merged)
+        rest = [axis for axis in range(self.ranks.ndim) if axis not in merged]
+        before, after = rest[:position], rest[position:]
         names = (
             *(self.names[axis] for axis in before),
             name,
@@ -93,14 +95,46 @@ class Layout:
         )
         check_names(names, len(names))
         sizes = [self.ranks.shape[axis] for axis in before]
-        sizes.append(math.prod(self.ranks.shape[axis] for axis in joined))
+        sizes.append(math.prod(self.ranks.shape[axis] for axis in merged))
         sizes += [self.ranks.shape[axis] for axis in after]
-        ordered = np.transpose(self.ranks, (*before, *joined, *after))
-        return Layout(names=names, ranks=ordered.reshape(sizes))
+        ordered = np.transpose(self.ranks, (*before, *merged, *after))
+        return MeshLayout(names=names, ranks=ordered.reshape(sizes))
 
     def describe(self) -> list[object]:
-        """Return all of it in plain values, which ranks can compare."""
+        """Return names, shape and ranks as plain values, which ranks can exchange and compare."""
         return [list(self.names), list(self.ranks.shape), self.ranks.ravel().tolist()]
+
+    def picture(self, own_rank: int) -> str:
+        """Draw a table for each coordinate on the axes before the last two.
+
+        pp 0
+              tp 0  tp 1
+        dp 0    0     1
+        dp 1   [2]    3        own_rank is 2
+        """
+        names, shape = self.names, self.ranks.shape
+        if len(shape) == 1:
+            names, shape = ("", *names), (1, *shape)
+        *outer_names, row_name, column_name = names
+        *outer, rows, columns = shape
+        row_heads = [f"{row_name} {row}" if row_name else "" for row in range(rows)]
+        heads = [f"{column_name} {column}" for column in range(columns)]
+        cells = {rank: f"[{rank}]" if rank == own_rank else f"{rank} " for rank in self.ranks.flat}
+        width = 2 + max(map(len, (*heads, *cells.values())))
+        margin = max(map(len, row_heads))
+        tables = self.ranks.reshape(shape)
+
+        def lines() -> Iterator[str]:
+            for at in np.ndindex(*outer):
+                if at:
+                    pairs = zip(outer_names, at, strict=True)
+                    yield ", ".join(f"{name} {index}" for name, index in pairs)
+                yield " " * margin + "".join(head.rjust(width) for head in heads)
+                for head, row in zip(row_heads, tables[at], strict=True):
+                    line = head.ljust(margin) + "".join(cells[rank].rjust(width) for rank in row)
+                    yield line.rstrip()
+
+        return "\n".join(lines())
 
     def _distinct(self, axes: Sequence[str]) -> tuple[int, ...]:
         if isinstance(axes, str) or not axes or len(set(axes)) != len(axes):
@@ -111,10 +145,10 @@ class Layout:
         return tuple(self.axis(axis) for axis in axes)
 
 
-def arrange(
+def mesh_layout(
     shape: Sequence[int] | npt.NDArray[np.integer], names: Sequence[str], world_size: int
-) -> Layout:
-    """Lay out ranks 0 to `world_size` - 1 as asked; see `DeviceMesh`.
+) -> MeshLayout:
+    """Check the arguments of DeviceMesh and lay out the ranks of a group of `world_size`.
 
     Raises:
         UsageError: shape, names or ranks do not make a mesh.
@@ -139,14 +173,14 @@ def arrange(
                 f"has {world_size}. Give another shape, or a NumPy array of the ranks wanted."
             )
         ranks = np.arange(world_size, dtype=np.int64).reshape(sizes)
-    return Layout(names=tuple(names), ranks=ranks)
+    return MeshLayout(names=tuple(names), ranks=ranks)
 
 
 def check_names(names: Sequence[str], ndim: int) -> None:
-    """Refuse axes that are none, unnamed, or named alike.
+    """Check that there is a name for each of `ndim` axes, and that all names differ.
 
     Raises:
-        UsageError: names the axes.
+        UsageError: a name is missing, empty, double or no string, or there is no axis.
     """
     if ndim == 0:
         raise UsageError("DeviceMesh: a mesh needs at least one axis, got an empty shape.")

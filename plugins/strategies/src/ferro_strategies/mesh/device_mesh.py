@@ -1,4 +1,4 @@
-"""DeviceMesh: named axes of ranks, and the process group along each of them."""
+"""DeviceMesh: ranks on named axes, with a process group along each axis."""
 
 from __future__ import annotations
 
@@ -10,41 +10,40 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
-from .layout import Layout, Ranks, arrange
-from .picture import picture
+from .layout import MeshLayout, Ranks, mesh_layout
 
 
 class DeviceMesh:
     """Ranks arranged in an n-dimensional array with named axes.
 
-    mesh = DeviceMesh((2, 4), ("dp", "tp"), group)  # rank 6 is at dp=1, tp=2
+    mesh = DeviceMesh((2, 4), ("dp", "tp"), group)  # rank 6 has dp=1, tp=2
     mesh["tp"]                                      # its group of ranks 4, 5, 6, 7
     mesh["dp"]                                      # its group of ranks 2, 6
 
-    Along each axis every rank has a group of its own: the line of ranks through its place. The
-    rank in that group is the coordinate on that axis. Groups of one axis have one name
-    ("world.dp"), and are closed with the group they were made from.
+    Along each axis a rank has the group of the ranks whose other coordinates are the same as its
+    own. The rank in that group is the coordinate on the axis. All groups of an axis have the same
+    name ("world.dp"). Closing the parent group closes them.
 
-    All ranks of `group` construct a mesh together, also those that are not in it.
+    All ranks of `group` construct a mesh together, also ranks that the mesh leaves out.
 
     Args:
-        shape: sizes of the axes; ranks are laid out in rows, the last axis fastest. Or a NumPy
-            array of integers that says which rank stands where, and may leave ranks out.
-        names: of the axes, all different.
-        group: the ranks to choose from; a rank here is a rank in it.
+        shape: sizes of the axes; ranks are laid out in order, the last axis fastest. Or a NumPy
+            array of integers: the rank at each coordinate. The array may leave ranks out.
+        names: names of the axes, all different.
+        group: the parent group; every rank of the mesh is a rank of this group.
 
     Attributes:
-        names: as given.
+        names: names of the axes.
         shape: size of each axis.
         ndim: number of axes.
         size: number of ranks in the mesh.
-        ranks: which rank stands where, of `shape`, int64, read-only.
-        coordinates: this rank's place; None when it is not in the mesh.
-        parent: the group it was made from.
+        ranks: the rank at each coordinate, an int64 array of `shape`, read-only.
+        coordinates: this rank's coordinates; None when it is not in the mesh.
+        parent: the parent group.
 
     Raises:
-        UsageError: shape and names do not make a mesh of this group; nothing was sent. Or ranks
-            gave different ones: raised on every rank.
+        UsageError: shape and names do not make a mesh of this group; nothing was sent. Or the
+            ranks gave different arguments; then every rank raises it.
     """
 
     def __init__(
@@ -53,51 +52,52 @@ class DeviceMesh:
         names: Sequence[str],
         group: ProcessGroup,
     ) -> None:
-        layout = arrange(shape, names, group.world_size)
-        _check_agreed(layout, group)
-        self._lay(layout, group, {})
+        layout = mesh_layout(shape, names, group.world_size)
+        _check_same_layout(layout, group)
+        self._set_layout(layout, group, {})
 
-    def _lay(self, layout: Layout, parent: ProcessGroup, known: Mapping[str, ProcessGroup]) -> None:
-        """Take a layout, and make the groups that are not known."""
+    def _set_layout(
+        self, layout: MeshLayout, parent: ProcessGroup, existing: Mapping[str, ProcessGroup]
+    ) -> None:
+        """Set the attributes, and make the groups of the axes that `existing` does not name."""
         self.names = layout.names
         self.shape: tuple[int, ...] = layout.ranks.shape
         self.ndim = layout.ranks.ndim
         self.size = layout.ranks.size
         self.ranks: Ranks = layout.ranks
-        self.coordinates = layout.find(parent.rank)
+        self.coordinates = layout.coordinates_of(parent.rank)
         self.parent = parent
         self._layout = layout
         self._groups: dict[str, ProcessGroup] = {}
-        self._made: list[ProcessGroup] = []
+        self._created_groups: list[ProcessGroup] = []
         if self.coordinates is None:
             return
-        # All ranks go through the axes in one order, and the lines along an axis are disjoint, so
-        # nobody waits for a rank that waits for him.
+        # All ranks make the groups in the order of the axes, and the groups of one axis are
+        # disjoint. Therefore no two ranks wait for each other.
         for axis, name in enumerate(self.names):
-            if name in known:
-                self._groups[name] = known[name]
+            if name in existing:
+                self._groups[name] = existing[name]
                 continue
-            line = layout.line(axis, self.coordinates)
-            made = parent.subgroup(line, name=f"{parent.name}.{name}")
-            self._groups[name] = made
-            self._made.append(made)
+            ranks = layout.ranks_along(axis, self.coordinates)
+            self._groups[name] = parent.subgroup(ranks, name=f"{parent.name}.{name}")
+            self._created_groups.append(self._groups[name])
 
     @overload
     def __getitem__(self, axes: str) -> ProcessGroup: ...
     @overload
     def __getitem__(self, axes: tuple[str, ...]) -> DeviceMesh: ...
     def __getitem__(self, axes: str | tuple[str, ...]) -> ProcessGroup | DeviceMesh:
-        """Return the group along one axis, or the mesh of several.
+        """Return the group along one axis, or the submesh of several axes.
 
-        mesh["dp", "tp"] holds the ranks whose places differ from this one's on these axes only,
-        with the axes in the order asked and the groups they have here. Communicates nothing.
+        mesh["dp", "tp"] holds the ranks whose coordinates differ from this rank's on these axes
+        only. Its axes are in this order, and it shares their groups. Communicates nothing.
 
         Raises:
             UsageError: there are no such axes, or this rank is not in the mesh.
         """
         if isinstance(axes, tuple):
-            part = self._layout.part(axes, self._place("slice the mesh"))
-            return self._derived(part, self._groups)
+            layout = self._layout.submesh(axes, self._own_coordinates("slice the mesh"))
+            return self._derived(layout, self._groups)
         return self.group(axes)
 
     def group(self, axis: str | int) -> ProcessGroup:
@@ -107,14 +107,14 @@ class DeviceMesh:
             UsageError: there is no such axis, or this rank is not in the mesh.
         """
         name = self.names[self._layout.axis(axis)]
-        self._place(f"have a group along {name!r}")
+        self._own_coordinates(f"have a group along {name!r}")
         return self._groups[name]
 
     def flatten(self, axes: Sequence[str], name: str) -> DeviceMesh:
-        """Return the mesh in which several axes are one, with a group made for it.
+        """Return a mesh in which several axes are merged into one, which gets new groups.
 
-        Its ranks run over `axes` in the order given, the first slowest; it stands where the
-        foremost of them stood. The other axes keep their groups. All ranks of this mesh call it.
+        The first of `axes` varies slowest in the merged axis, which takes the position of the
+        foremost of them. The other axes keep their groups. All ranks of this mesh call it.
 
         Raises:
             UsageError: there are no such axes, or another has the name already.
@@ -131,23 +131,23 @@ class DeviceMesh:
         return self._layout.rank_of(coordinates)
 
     def coordinates_of(self, rank: int) -> tuple[int, ...]:
-        """Return where a rank stands.
+        """Return a rank's coordinates.
 
         Raises:
-            UsageError: it is not in the mesh.
+            UsageError: the rank is not in the mesh.
         """
-        found = self._layout.find(rank)
+        found = self._layout.coordinates_of(rank)
         if found is None:
             raise UsageError(f"DeviceMesh: rank {rank} is not in {self!r}.")
         return found
 
     def picture(self) -> str:
-        """Draw who stands where, for people; this rank is in brackets."""
-        return picture(self._layout, self.parent.rank)
+        """Draw the ranks as a table, with this rank in brackets."""
+        return self._layout.picture(self.parent.rank)
 
     def close(self) -> None:
-        """Close the groups that were made for this mesh, not those it shares. Idempotent."""
-        for group in self._made:
+        """Close the groups that were made for this mesh, but no shared ones. Idempotent."""
+        for group in self._created_groups:
             group.close()
 
     def __repr__(self) -> str:
@@ -155,17 +155,17 @@ class DeviceMesh:
         axes = ", ".join(f"{name}={size}" for name, size in sizes)
         where = "not in it"
         if self.coordinates is not None:
-            places = zip(self.names, self.coordinates, strict=True)
-            where = "at " + ", ".join(f"{name}={at}" for name, at in places)
+            coordinates = zip(self.names, self.coordinates, strict=True)
+            where = "at " + ", ".join(f"{name}={index}" for name, index in coordinates)
         parent = self.parent
         return f"<DeviceMesh {axes} of group {parent.name!r}, rank {parent.rank} {where}>"
 
-    def _derived(self, layout: Layout, known: Mapping[str, ProcessGroup]) -> Self:
+    def _derived(self, layout: MeshLayout, existing: Mapping[str, ProcessGroup]) -> Self:
         mesh = type(self).__new__(type(self))
-        mesh._lay(layout, self.parent, known)
+        mesh._set_layout(layout, self.parent, existing)
         return mesh
 
-    def _place(self, wish: str) -> tuple[int, ...]:
+    def _own_coordinates(self, wish: str) -> tuple[int, ...]:
         if self.coordinates is None:
             raise UsageError(
                 f"DeviceMesh: rank {self.parent.rank} of group {self.parent.name!r} cannot {wish}: "
@@ -177,11 +177,11 @@ class DeviceMesh:
         return self.coordinates
 
 
-def _check_agreed(layout: Layout, group: ProcessGroup) -> None:
-    everyones = group.all_gather_object(layout.describe())
-    for rank, (names, shape, ranks) in enumerate(everyones):
-        if [names, shape, ranks] != everyones[0]:
-            first = everyones[0]
+def _check_same_layout(layout: MeshLayout, group: ProcessGroup) -> None:
+    layouts = group.all_gather_object(layout.describe())
+    first = layouts[0]
+    for rank, (names, shape, ranks) in enumerate(layouts):
+        if [names, shape, ranks] != first:
             raise UsageError(
                 f"DeviceMesh on group {group.name!r}: the ranks gave different meshes: rank 0 has "
                 f"axes {first[0]} of shape {first[1]} with ranks {first[2]}, rank {rank} has axes "

@@ -1,4 +1,4 @@
-"""Indexing DTensors: numpy's result on the whole array, as views, with nothing sent."""
+"""Indexing DTensors: NumPy's result on the whole array, as a view, with nothing sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ferro import UnsupportedError, UsageError
 from ferro_strategies.dtensor import Partial, Replicate, Shard
 
-from .dtensor_ranks import MESHES, Watch, on_mesh, placement_tuples, spread
+from ..arrays_on_mesh import MESHES, CollectiveLog, on_mesh, placement_tuples, random_dtensor
 
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 
@@ -40,21 +40,20 @@ def keys(draw):
 @given(keys())
 def test_indexing(case):
     mesh_shape, shape, placements, key = case
-    watch = Watch()
+    log = CollectiveLog()
 
     def check(mesh):
-        x, whole = spread(mesh, placements, shape)
-        watch.looking.add(mesh.parent.rank)
-        y = x[key]
-        watch.looking.discard(mesh.parent.rank)
+        x, whole = random_dtensor(mesh, placements, shape)
+        with log.recording(mesh):
+            y = x[key]
         assert np.may_share_memory(x.local, y.local) or not y.local.size
         found = y.full_tensor()
         assert (y.shape, found.shape) == (whole[key].shape,) * 2
         np.testing.assert_array_equal(found, whole[key])
         assert y.redistribute([R] * mesh.ndim).redistribute(y.placements).placements == y.placements
 
-    on_mesh(mesh_shape, check, observers=[watch])
-    assert not watch.seen
+    on_mesh(mesh_shape, check, observers=[log])
+    assert not log.calls
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,9 @@ def test_indexing(case):
         (R, (1, slice(None, None, -1)), R),
     ],
 )
-def test_where_parts_lie(placement, key, result):
+def test_placements_of_views(placement, key, result):
     def check(mesh):
-        x, _ = spread(mesh, [placement], (4, 3))
+        x, _ = random_dtensor(mesh, [placement], (4, 3))
         assert x[key].placements == (result,)
 
     on_mesh((2,), check)
@@ -93,9 +92,9 @@ def test_where_parts_lie(placement, key, result):
         ("rows", UnsupportedError, "not str"),
     ],
 )
-def test_what_is_refused(key, error, message):
+def test_wrong_or_unsupported_indices_are_refused(key, error, message):
     def check(mesh):
-        x, _ = spread(mesh, [S0], (4, 3))
+        x, _ = random_dtensor(mesh, [S0], (4, 3))
         with pytest.raises(error, match=message):
             x[key]
         with pytest.raises(error, match=message):
@@ -105,19 +104,19 @@ def test_what_is_refused(key, error, message):
         on_mesh(mesh_shape, check)
 
 
-def test_going_through_the_first_dim():
+def test_iteration_over_the_first_dim():
     def check(mesh):
-        x, whole = spread(mesh, [S1], (4, 3))
+        x, whole = random_dtensor(mesh, [S1], (4, 3))
         for row, expected in zip(x, whole, strict=True):
             np.testing.assert_array_equal(row.full_tensor(), expected)
 
     on_mesh((2,), check)
 
 
-def test_writing():
+def test_assignment():
     def check(mesh):
-        x, whole = spread(mesh, [S1], (4, 3), seed=1)
-        y, other = spread(mesh, [S0], (3,), seed=2)
+        x, whole = random_dtensor(mesh, [S1], (4, 3), seed=1)
+        y, other = random_dtensor(mesh, [S0], (3,), seed=2)
         memory, whole = x.local, whole.copy()
         x[0], whole[0] = y, other
         x[1] += y
@@ -140,10 +139,10 @@ def test_writing():
         (S1, lambda y: np.ones((2, 3)), r"the result has shape \(2, 3\)"),
     ],
 )
-def test_what_is_written_must_lie_as_what_it_is_written_to(placement, value, message):
+def test_a_written_value_must_have_the_placements_of_its_target(placement, value, message):
     def check(mesh):
-        x, whole = spread(mesh, [placement], (4, 3), seed=1)
-        y, other = spread(mesh, [S0], (3,), seed=2)
+        x, whole = random_dtensor(mesh, [placement], (4, 3), seed=1)
+        y, other = random_dtensor(mesh, [S0], (3,), seed=2)
         if message is None:  # a Partial is reduced to the part
             x[0] = value(y)
             np.testing.assert_array_equal(x.full_tensor()[0], other)

@@ -1,4 +1,4 @@
-"""DeviceMesh: who stands where, and a group along every axis."""
+"""DeviceMesh: coordinates of ranks, and a process group along every axis."""
 
 import itertools
 
@@ -22,7 +22,7 @@ SHAPES = [(1,), (4,), (2, 3), (3, 1, 2), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ranks_stand_in_rows_and_have_the_group_of_their_line_on_each_axis(shape):
+def test_each_rank_has_a_group_along_each_axis(shape):
     names = ("a", "b", "c")[: len(shape)]
     array = np.arange(np.prod(shape)).reshape(shape)
 
@@ -55,7 +55,7 @@ def test_every_rank_has_coordinates():
         assert places == list(itertools.product(range(2), range(3)))
 
 
-def test_an_array_says_which_rank_stands_where_and_who_is_left_out():
+def test_an_array_gives_the_rank_at_each_coordinate_and_may_leave_ranks_out():
     array = np.array([[4, 1], [0, 3]], np.uint8)
 
     def run(group):
@@ -83,7 +83,7 @@ def test_an_array_says_which_rank_stands_where_and_who_is_left_out():
     ]
 
 
-def test_the_mesh_keeps_its_ranks_whatever_becomes_of_the_array_given():
+def test_the_mesh_copies_the_array_of_ranks():
     def run(group):
         array = np.array([1, 0])
         mesh = DeviceMesh(array, ("dp",), group)
@@ -96,7 +96,7 @@ def test_the_mesh_keeps_its_ranks_whatever_becomes_of_the_array_given():
 
 
 @pytest.mark.parametrize("axes", [("tp", "pp"), ("pp", "tp"), ("dp",), ("tp", "dp", "pp")])
-def test_a_part_has_the_axes_asked_for_in_their_order(axes):
+def test_a_submesh_has_the_axes_in_the_order_asked_for(axes):
     shape, names = (2, 2, 2), ("pp", "dp", "tp")
     array = np.arange(8).reshape(shape)
 
@@ -112,13 +112,13 @@ def test_a_part_has_the_axes_asked_for_in_their_order(axes):
         assert part.rank_of(part.coordinates) == group.rank
         for name in axes:
             assert part[name] is mesh[name]
-        part.close()  # which shares its groups
+        part.close()  # a submesh shares its groups
         return members(mesh[axes[0]])
 
     simulate(run, 8)
 
 
-def test_axes_made_one_have_a_group_in_the_order_given():
+def test_a_flattened_axis_has_a_group_in_the_order_given():
     def run(group):
         mesh = DeviceMesh((2, 2, 2), ("pp", "dp", "tp"), group)
         flat = mesh.flatten(("tp", "pp"), "model")
@@ -140,7 +140,7 @@ def test_axes_made_one_have_a_group_in_the_order_given():
     simulate(run, 8)
 
 
-def test_a_part_can_be_flattened_and_a_mesh_made_of_an_axis():
+def test_a_submesh_can_be_flattened_and_an_axis_be_a_parent():
     def run(group):
         mesh = DeviceMesh((2, 2, 2), ("pp", "dp", "tp"), group)
         both = mesh["dp", "tp"].flatten(("dp", "tp"), "both")["both"]
@@ -192,7 +192,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("shape", "names", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_no_mesh_is_refused_before_anything_is_sent(shape, names, message):
+def test_wrong_arguments_are_refused_before_anything_is_sent(shape, names, message):
     def run(group):
         with pytest.raises(ferro.UsageError, match=message):
             DeviceMesh(shape, names, group)
@@ -206,7 +206,7 @@ def test_what_is_no_mesh_is_refused_before_anything_is_sent(shape, names, messag
     [((1, 3), ("dp", "tp")), ((3, 1), ("tp", "dp")), (np.array([[0], [2], [1]]), ("dp", "tp"))],
     ids=["shape", "names", "ranks"],
 )
-def test_ranks_that_give_different_meshes_are_told_so_everywhere(shape, names):
+def test_different_arguments_are_an_error_on_every_rank(shape, names):
     def run(group):
         mine = ((3, 1), ("dp", "tp")) if group.rank != 1 else (shape, names)
         with pytest.raises(ferro.UsageError, match=r"rank 0 has axes \['dp', 'tp'\].*, rank 1 has"):
@@ -215,7 +215,7 @@ def test_ranks_that_give_different_meshes_are_told_so_everywhere(shape, names):
     simulate(run, 3)
 
 
-def test_what_is_not_there_cannot_be_asked_for():
+def test_unknown_axes_coordinates_and_ranks_are_refused():
     def run(group):
         mesh = DeviceMesh((2, 1), ("dp", "tp"), group)
         for ask in (

@@ -1,35 +1,36 @@
-"""Shapes: dims put in another order, joined, split, and arrays joined. Nothing is sent."""
+"""Manipulate shapes by transpose, reshape, concatenate and the like; nothing is sent."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
 
 from ferro import UsageError
 
-from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
-from .alignment import Operand, align, together
-from .layout import Shape
-from .piece import Piece
-from .placement import Shard, renamed
+from ...nn.arrays import Array, namespace_of
+from ...parts import even_sizes
+from ..local_shapes import Shape
+from ..placed_array import PlacedArray
+from ..placement import Shard, map_shard_dims
 from .reductions import checked_dims
+from .sharding_propagation import Operand, jointly_linear, propagate_sharding
 
 
-def transpose(x: Piece, axes: Sequence[int] | None = None) -> Piece:
-    """Return a view with dims in another order, reversed when None."""
+def transpose(x: PlacedArray, axes: Sequence[int] | None = None) -> PlacedArray:
+    """Return a view with dims in the order `axes`; None reverses them."""
     ndim = len(x.shape)
     order = tuple(reversed(range(ndim))) if axes is None else checked_dims(axes, ndim, "transpose")
     if len(order) != ndim:
         raise UsageError(f"transpose: axes {axes} for an array of {ndim} dims", op="transpose")
     local = namespace_of(x.local).transpose(x.local, order)
     shape = tuple(x.shape[dim] for dim in order)
-    return x.with_local(local, shape=shape, placements=renamed(x.placements, order.index))
+    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, order.index))
 
 
-def expand_dims(x: Piece, axis: int | Sequence[int]) -> Piece:
-    """Return a view with new dims of size 1, at the places `axis` of the result."""
+def expand_dims(x: PlacedArray, axis: int | Sequence[int]) -> PlacedArray:
+    """Return a view with new dims of size 1; `axis` numbers them in the result."""
     given = (axis,) if isinstance(axis, int) else tuple(axis)
     ndim = len(x.shape) + len(given)
     new = checked_dims(given, ndim, "expand_dims")
@@ -37,37 +38,39 @@ def expand_dims(x: Piece, axis: int | Sequence[int]) -> Piece:
     sizes = iter(x.shape)
     shape = tuple(1 if dim in new else next(sizes) for dim in range(ndim))
     local = namespace_of(x.local).expand_dims(x.local, new)
-    return x.with_local(local, shape=shape, placements=renamed(x.placements, old.__getitem__))
+    return x.with_local(
+        local, shape=shape, placements=map_shard_dims(x.placements, old.__getitem__)
+    )
 
 
-def squeeze(x: Piece, axis: int | Sequence[int] | None = None) -> Piece:
-    """Return a view without dims of size 1: those of `axis`, or all.
+def squeeze(x: PlacedArray, axis: int | Sequence[int] | None = None) -> PlacedArray:
+    """Return a view without the dims `axis` of size 1; None removes all dims of size 1.
 
     Raises:
-        UsageError: such a dim has another size, or is cut, so that some ranks have nothing of it.
+        UsageError: such a dim has another size, or is sharded, so that some ranks have none of it.
     """
     ones = [dim for dim, size in enumerate(x.shape) if size == 1]
-    gone = ones if axis is None else list(checked_dims(axis, len(x.shape), "squeeze"))
-    cut = [one.dim for one in x.placements if isinstance(one, Shard)]
-    for dim in gone:
-        if x.shape[dim] != 1 or dim in cut:
+    removed = ones if axis is None else list(checked_dims(axis, len(x.shape), "squeeze"))
+    sharded = [one.dim for one in x.placements if isinstance(one, Shard)]
+    for dim in removed:
+        if x.shape[dim] != 1 or dim in sharded:
             raise UsageError(
                 f"squeeze: dim {dim} of shape {x.shape}, placed {x.placements}. Only dims of "
                 "size 1 that no axis cuts can go; redistribute the dim to Replicate() first.",
                 op="squeeze",
             )
-    kept = [dim for dim in range(len(x.shape)) if dim not in gone]
-    local = namespace_of(x.local).squeeze(x.local, tuple(gone))
+    kept = [dim for dim in range(len(x.shape)) if dim not in removed]
+    local = namespace_of(x.local).squeeze(x.local, tuple(removed))
     shape = tuple(x.shape[dim] for dim in kept)
-    return x.with_local(local, shape=shape, placements=renamed(x.placements, kept.index))
+    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, kept.index))
 
 
-def concatenate(arrays: Sequence[Piece], axis: int = 0) -> Piece:
-    """Join arrays along a dim that no axis of the mesh cuts.
+def concatenate(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
+    """Join arrays along a dim that no axis of the mesh shards.
 
     Raises:
-        UsageError: shapes do not fit, placements differ so that data would have to move, or the
-            dim is cut: parts would have to go to other ranks.
+        UsageError: shapes do not fit, or data would have to move to other ranks, because the
+            placements differ or the dim is sharded.
     """
     if not arrays:
         raise UsageError("concatenate: no arrays", op="concatenate")
@@ -80,16 +83,16 @@ def concatenate(arrays: Sequence[Piece], axis: int = 0) -> Piece:
             f"concatenate: shapes {shapes} differ in more than axis {dim}", op="concatenate"
         )
     labels = tuple(None if at == dim else at for at in range(len(first)))
-    operands = [Operand(piece=array, labels=labels) for array in arrays]
-    alignment = align("concatenate", operands, len(first), together)
-    pieces = alignment.pieces()
-    local = namespace_of(pieces[0].local).concatenate([piece.local for piece in pieces], axis=dim)
+    operands = [Operand(array=array, labels=labels) for array in arrays]
+    sharding = propagate_sharding("concatenate", operands, len(first), jointly_linear)
+    locals_ = [array.local for array in sharding.redistribute_operands()]
+    local = namespace_of(locals_[0]).concatenate(locals_, axis=dim)
     total = sum(array.shape[dim] for array in arrays)
     shape = (*first[:dim], total, *first[dim + 1 :])
-    return arrays[0].with_local(local, shape=shape, placements=alignment.result)
+    return arrays[0].with_local(local, shape=shape, placements=sharding.result)
 
 
-def stack(arrays: Sequence[Piece], axis: int = 0) -> Piece:
+def stack(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
     """Join arrays of one shape along a new dim."""
     if not arrays or any(array.shape != arrays[0].shape for array in arrays):
         shapes = ", ".join(str(array.shape) for array in arrays)
@@ -98,22 +101,23 @@ def stack(arrays: Sequence[Piece], axis: int = 0) -> Piece:
     return concatenate([expand_dims(array, dim) for array in arrays], dim)
 
 
-def reshape(x: Piece, shape: int | Sequence[int]) -> Piece:
-    """Return the same elements in another shape, where each rank keeps those that it has.
+def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
+    """Return the same elements in another shape, if each rank keeps the elements that it has.
 
-    That is so when a cut dim stays as it is, or is the first of those that are joined or split
-    and cuts fall on the same elements: (8, 6) cut by rows on 2 ranks may become (48,) or
-    (4, 2, 6), cut by rows, but cut by columns it may not become (48,).
+    A sharded dim must stay as it is. Or it is the first of the dims that are joined or split, and
+    the shards of the new dim hold the same elements: (8, 6) sharded by rows on 2 ranks may become
+    (48,) or (4, 2, 6), sharded by rows; sharded by columns it may not become (48,).
 
     Raises:
         UsageError: sizes do not fit, or parts would have to move.
     """
     new = _checked_shape(x.shape, shape)
-    groups = _matched(x.shape, new)
-    becomes: dict[int, int] = {}
+    groups = _matching_dims(x.shape, new)
+    new_dim: dict[int, int] = {}
     for dim in {one.dim for one in x.placements if isinstance(one, Shard)}:
         found = next(
-            (_successor(x, dim, old, after, new) for old, after in groups if dim in old), None
+            (_matching_shard_dim(x, dim, old, after, new) for old, after in groups if dim in old),
+            None,
         )
         if found is None:
             raise UsageError(
@@ -122,8 +126,8 @@ def reshape(x: Piece, shape: int | Sequence[int]) -> Piece:
                 "or another dim to Shard, first.",
                 op="reshape",
             )
-        becomes[dim] = found
-    placements = renamed(x.placements, becomes.__getitem__)
+        new_dim[dim] = found
+    placements = map_shard_dims(x.placements, new_dim.__getitem__)
     local: Array = x.local.reshape(x.local_shape(placements, new))
     return x.with_local(local, shape=new, placements=placements)
 
@@ -143,11 +147,11 @@ def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
     return tuple(new)
 
 
-def _matched(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """Return runs of old dims and the runs of new ones that hold the same elements.
+def _matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Pair consecutive old dims with the consecutive new dims that hold the same elements.
 
-    From (2, 3, 4) to (6, 2, 2): ([0, 1], [0]) and ([2], [1, 2]). Equal dims at the start stand
-    alone; of an array without elements all others are one run.
+    From (2, 3, 4) to (6, 2, 2) the pairs are ([0, 1], [0]) and ([2], [1, 2]). Equal dims at the
+    start make a pair each. If the array has no elements, all other dims make one pair.
     """
     same = 0
     while same < min(len(old), len(new)) and old[same] == new[same]:
@@ -168,8 +172,10 @@ def _matched(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
-def _successor(x: Piece, dim: int, old: list[int], after: list[int], new: Shape) -> int | None:
-    """Return the new dim that is cut where `dim` was, if there is one; each rank asks for all."""
+def _matching_shard_dim(
+    x: PlacedArray, dim: int, old: list[int], after: list[int], new: Shape
+) -> int | None:
+    """Return the new dim whose shards hold the same elements as those of `dim`, or None."""
     if [x.shape[at] for at in old] == [new[at] for at in after]:
         return after[old.index(dim)]
     if 0 in x.shape or any(x.shape[at] > 1 for at in old[: old.index(dim)]):
@@ -177,20 +183,22 @@ def _successor(x: Piece, dim: int, old: list[int], after: list[int], new: Shape)
     lead = next((at for at in after if new[at] > 1), None)
     if lead is None:
         return None
-    cuts = [
+    axis_sizes = [
         ranks
         for one, ranks in zip(x.placements, x.mesh.shape, strict=True)
         if isinstance(one, Shard) and one.dim == dim
     ]
     row = math.prod(x.shape[at] for at in old[old.index(dim) + 1 :])
     new_row = math.prod(new[at] for at in after[after.index(lead) + 1 :])
-    old_ends = [end * row for end in _ends(x.shape[dim], cuts)]
-    return lead if old_ends == [end * new_row for end in _ends(new[lead], cuts)] else None
+    old_ends = [end * row for end in _shard_ends(x.shape[dim], axis_sizes)]
+    return (
+        lead if old_ends == [end * new_row for end in _shard_ends(new[lead], axis_sizes)] else None
+    )
 
 
-def _ends(size: int, cuts: Sequence[int]) -> list[int]:
-    """Return where parts end when `size` rows are cut by one axis after the other."""
+def _shard_ends(size: int, axis_sizes: Sequence[int]) -> list[int]:
+    """Return the end of each shard when one axis after the other shards `size` rows."""
     sizes = [size]
-    for ranks in cuts:
-        sizes = [piece for one in sizes for piece in even_sizes(one, ranks)]
-    return [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    for ranks in axis_sizes:
+        sizes = [part for one in sizes for part in even_sizes(one, ranks)]
+    return list(itertools.accumulate(sizes))

@@ -1,4 +1,4 @@
-"""Redistribution by arithmetic alone: which steps, in what order, and how much they move."""
+"""Redistribution plans: which steps, in what order, and how many bytes they move."""
 
 from __future__ import annotations
 
@@ -9,58 +9,17 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ferro import UsageError
-from ferro_strategies.dtensor import Partial, Replicate, Shard, plan
-from ferro_strategies.dtensor.layout import local_slices, part
-from ferro_strategies.dtensor.placement import checked_placements
-from ferro_strategies.parts import even_sizes
+from ferro_strategies.dtensor import Partial, Replicate, Shard, plan_redistribute
+from ferro_strategies.dtensor.local_shapes import local_slices
 
-R, S0, S1, S2, P = Replicate(), Shard(0), Shard(1), Shard(2), Partial()
+from .arrays_on_mesh import placement_changes
 
-mesh_shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
-
-
-@st.composite
-def cases(draw, max_ndim=3):
-    mesh_shape = draw(mesh_shapes)
-    shape = tuple(draw(st.lists(st.integers(0, 7), max_size=max_ndim)))
-    op = draw(st.sampled_from(["sum", "max"]))
-    kinds = [R, Partial(op), *(Shard(dim) for dim in range(len(shape)))]
-    placements = st.tuples(*(st.sampled_from(kinds) for _ in mesh_shape))
-    return mesh_shape, shape, draw(placements), draw(placements)
+R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 
 
 def names(found):
-    return [(str(step.how), step.axis) for step in found.steps]
-
-
-@given(size=st.integers(0, 40), parts=st.integers(1, 9))
-def test_parts_are_those_of_array_split(size, parts):
-    expected = [piece.tolist() for piece in np.array_split(np.arange(size), parts)]
-    assert [list(range(size))[part(size, parts, index)] for index in range(parts)] == expected
-    assert list(even_sizes(size, parts)) == [len(piece) for piece in expected]
-
-
-@given(cases())
-def test_parts_of_a_sharded_array_cover_it_once(case):
-    mesh_shape, shape, placements, _ = case
-    times = np.zeros(shape, int)
-    for coordinate in itertools.product(*map(range, mesh_shape)):
-        times[local_slices(shape, mesh_shape, placements, coordinate)] += 1
-    copies = [
-        n for n, one in zip(mesh_shape, placements, strict=True) if not isinstance(one, Shard)
-    ]
-    assert (times == math.prod(copies)).all()
-
-
-def test_the_first_axis_cuts_first():
-    rows = [
-        local_slices((7,), (2, 3), (S0, S0), coordinate)[0]
-        for coordinate in itertools.product(range(2), range(3))
-    ]
-    assert [list(range(7))[cut] for cut in rows] == [[0, 1], [2], [3], [4], [5], [6]]
+    return [(str(step.kind), step.axis) for step in found.steps]
 
 
 @pytest.mark.parametrize(
@@ -79,39 +38,48 @@ def test_the_first_axis_cuts_first():
     ],
 )
 def test_each_pair_on_one_axis_of_four(source, target, steps, elements):
-    found = plan(source, target, (8, 8), (4,))
-    assert [str(step.how) for step in found.steps] == steps
+    found = plan_redistribute(source, target, (8, 8), (4,))
+    assert [str(step.kind) for step in found.steps] == steps
     assert (found.cost(), found.cost(itemsize=8)) == (elements, 8 * elements)
 
 
 def test_the_inner_axis_is_gathered_first_where_two_cut_one_dim():
-    assert names(plan((S0, S0), (R, R), (8, 2), (2, 2))) == [("all_gather", 1), ("all_gather", 0)]
+    assert names(plan_redistribute((S0, S0), (R, R), (8, 2), (2, 2))) == [
+        ("all_gather", 1),
+        ("all_gather", 0),
+    ]
 
 
 def test_the_outer_axis_cuts_first():
-    assert names(plan((R, R), (S0, S0), (8, 2), (2, 2))) == [("slice", 0), ("slice", 1)]
+    assert names(plan_redistribute((R, R), (S0, S0), (8, 2), (2, 2))) == [
+        ("slice", 0),
+        ("slice", 1),
+    ]
 
 
 def test_a_sum_is_reduced_while_pieces_are_small():
-    assert names(plan((S0, P), (R, R), (8, 2), (2, 2))) == [("all_reduce", 1), ("all_gather", 0)]
+    assert names(plan_redistribute((S0, P), (R, R), (8, 2), (2, 2))) == [
+        ("all_reduce", 1),
+        ("all_gather", 0),
+    ]
 
 
 def test_a_detour_over_a_dim_of_neither_is_taken_when_it_moves_less():
-    found = plan((S0, R), (R, S0), (16, 16), (4, 4))
+    found = plan_redistribute((S0, R), (R, S0), (16, 16), (4, 4))
     assert names(found) == [("slice", 1), ("all_gather", 0), ("all_to_all", 1)]
     assert found.cost() == 256 * 3 // 16 * 2  # as in plan's docstring; straight on it is 192
 
 
 def test_axes_of_one_rank_move_nothing():
-    found = plan((S0, P), (S1, R), (8, 2), (1, 1))
-    assert {how for how, _ in names(found)} == {"relabel"}
+    found = plan_redistribute((S0, P), (S1, R), (8, 2), (1, 1))
+    assert {kind for kind, _ in names(found)} == {"relabel"}
     assert found.cost() == 0
 
 
-@given(cases())
+@given(placement_changes())
 def test_steps_lead_from_source_to_target_and_reduce_only_what_was_partial(case):
     mesh_shape, shape, source, target = case
-    found = plan(source, target, shape, mesh_shape)
+    found = plan_redistribute(source, target, shape, mesh_shape)
     states = [source, *(step.after for step in found.steps)]
     assert [step.before for step in found.steps] == states[:-1]
     assert states[-1] == target
@@ -120,13 +88,16 @@ def test_steps_lead_from_source_to_target_and_reduce_only_what_was_partial(case)
         assert all(one in allowed for one in placements if isinstance(one, Partial))
 
 
-@given(cases())
+@given(placement_changes())
 def test_never_worse_than_replicating_all(case):
     mesh_shape, shape, source, target = case
     whole = (R,) * len(mesh_shape)
-    through = plan(source, whole, shape, mesh_shape), plan(whole, target, shape, mesh_shape)
-    found = plan(source, target, shape, mesh_shape)
-    assert found.cost() <= sum(way.cost() for way in through)
+    through = (
+        plan_redistribute(source, whole, shape, mesh_shape),
+        plan_redistribute(whole, target, shape, mesh_shape),
+    )
+    found = plan_redistribute(source, target, shape, mesh_shape)
+    assert found.cost() <= sum(plan.cost() for plan in through)
 
 
 def busiest_rank(source, target, shape, mesh_shape, axis):
@@ -183,60 +154,34 @@ def cheapest_by_brute_force(source, target, shape, mesh_shape):
                 if price is not None and cost + price < best.get(after, math.inf):
                     best[after] = cost + price
                     heapq.heappush(queue, (cost + price, next(count), after))
-    raise AssertionError("no way found")
+    raise AssertionError("no sequence of steps found")
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (6, 7), (7,), (13,), (0, 6)])
 @pytest.mark.parametrize("mesh_shape", [(3,), (2, 2), (2, 3)])
-def test_no_way_is_cheaper(shape, mesh_shape):
+def test_no_sequence_of_steps_is_cheaper(shape, mesh_shape):
     kinds = [R, P, *(Shard(dim) for dim in range(len(shape)))]
     states = list(itertools.product(kinds, repeat=len(mesh_shape)))
     rng = np.random.default_rng(len(shape) + sum(mesh_shape))
     for _ in range(12):
         source, target = (states[i] for i in rng.integers(0, len(states), 2))
-        found = plan(source, target, shape, mesh_shape)
+        found = plan_redistribute(source, target, shape, mesh_shape)
         expected = cheapest_by_brute_force(source, target, shape, mesh_shape)
         assert found.cost() == expected, (source, target, names(found))
 
 
 @settings(max_examples=30)
-@given(cases())
-def test_the_same_is_found_again(case):
+@given(placement_changes())
+def test_the_same_plan_is_found_again(case):
     mesh_shape, shape, source, target = case
-    again = plan.__wrapped__(source, target, shape, mesh_shape)
-    assert plan(source, target, shape, mesh_shape) == again
+    again = plan_redistribute.__wrapped__(source, target, shape, mesh_shape)
+    assert plan_redistribute(source, target, shape, mesh_shape) == again
 
 
 def test_the_description_names_axes_steps_and_bytes():
-    text = plan((S0, R), (S1, R), (8, 8), (4, 2)).describe(["dp", "tp"], itemsize=8)
+    text = plan_redistribute((S0, R), (S1, R), (8, 8), (4, 2)).describe(["dp", "tp"], itemsize=8)
     assert text.splitlines() == [
         "all_to_all     axis 'dp': Shard(0) -> Shard(1), 96 bytes",
         "in all at most 96 bytes sent or received per rank",
     ]
-    assert "nothing to do" in plan((R,), (R,), (2,), (2,)).describe(["dp"], itemsize=8)
-
-
-@pytest.mark.parametrize(
-    ("placements", "message"),
-    [
-        ((S0,), "1 placements for a mesh of 2 axes"),
-        ((S0, S2), "dims go from 0 to 1"),
-        ((S0, Shard(-3)), "dims go from 0 to 1"),
-        ((P, Partial("max")), "mixes reductions"),
-        ((S0, "shard"), "not 'shard'"),
-    ],
-)
-def test_wrong_placements_are_refused(placements, message):
-    with pytest.raises(UsageError, match=f"(?i){message}"):
-        checked_placements(placements, 2, 2, "distribute")
-
-
-def test_wrong_values_are_refused():
-    with pytest.raises(UsageError, match="For a mean"):
-        Partial("mean")
-    with pytest.raises(UsageError, match="number of a dim"):
-        Shard("rows")
-
-
-def test_dims_are_counted_from_the_front():
-    assert checked_placements([Shard(-1), S0], 2, 3, "distribute") == (S2, S0)
+    assert "nothing to do" in plan_redistribute((R,), (R,), (2,), (2,)).describe(["dp"], itemsize=8)

@@ -1,10 +1,10 @@
-"""Reductions over dims: each rank reduces what it has; over a cut dim the result is Partial.
+"""Reduce over dims: each rank reduces its local array; over sharded dims the result is Partial.
 
-    over a dim that an axis cuts      sum, mean      prod      max, any      min, all
+    over a dim that an axis shards    sum, mean      prod      max, any      min, all
     the result on that axis is        Partial(sum)   (prod)    (max)         (min)
 
-A mean divides by the global count, so uneven parts weigh what they should. A Partial operand
-stays Partial when its reduction is the same operation (for a mean, a sum); otherwise it is
+A mean divides by the global number of elements, so uneven parts have the right weight. A Partial
+operand stays Partial if its reduction is the same operation (for a mean, a sum); otherwise it is
 reduced first.
 """
 
@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from ferro import UnsupportedError, UsageError
 
-from ..nn.arrays import Array, namespace_of
-from .layout import Shape
-from .piece import Piece
-from .placement import Partial, Placement, Replicate, Shard
-from .transfer import redistributed
+from ...nn.arrays import Array, namespace_of
+from ..local_shapes import Shape
+from ..placed_array import PlacedArray
+from ..placement import Partial, Placement, Replicate, Shard
+from ..redistribute import redistribute
 
 Axis: TypeAlias = int | Sequence[int] | None
 Name: TypeAlias = Literal["sum", "mean", "prod", "max", "min", "any", "all"]
@@ -37,26 +37,26 @@ _HALVES = ("float16", "bfloat16")
 
 
 def reduce(
-    x: Piece,
+    x: PlacedArray,
     name: Name,
     axis: Axis = None,
     dtype: npt.DTypeLike | None = None,
     *,
     keepdims: bool = False,
-) -> Piece:
+) -> PlacedArray:
     """Reduce dims as NumPy's function `name` does.
 
     Args:
         x: the operand.
-        name: which reduction.
-        axis: one or several dims, all when None.
-        dtype: of the result and of the arithmetic, for sum, mean and prod.
+        name: the reduction.
+        axis: one or several dims; None for all.
+        dtype: dtype of the result and of the arithmetic, for sum, mean and prod.
         keepdims: keep reduced dims, with size 1.
 
     Raises:
-        UsageError: there is no such dim, a largest or smallest of nothing is asked for, or a mean
-            in integers, which would cut off the fraction of each rank's share.
-        UnsupportedError: complex numbers over a cut dim have no largest.
+        UsageError: there is no such dim, the dims of a max or min have no elements, or the dtype
+            of a mean is an integer's, which would cut off the fraction of each rank's share.
+        UnsupportedError: a max or min of complex numbers over a sharded dim.
     """
     dims = checked_dims(axis, len(x.shape), name)
     if name in ("max", "min"):
@@ -64,12 +64,11 @@ def reduce(
     if name == "mean" and dtype is not None and np.dtype(dtype).kind in "iub":
         raise UsageError(f"mean: dtype {np.dtype(dtype)} has no fractions", op="mean")
     combined_by = Partial(_COMBINED_BY[name])
-    closed = _is_closed(name, x.local.dtype, dtype)
-    settled = tuple(
-        Replicate() if isinstance(one, Partial) and not (closed and one == combined_by) else one
-        for one in x.placements
+    kept = combined_by if _stays_partial(name, x.local.dtype, dtype) else None
+    operand_placements = tuple(
+        Replicate() if isinstance(one, Partial) and one != kept else one for one in x.placements
     )
-    x = redistributed(x, settled, copy=False)
+    x = redistribute(x, operand_placements, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
     shape = _reduced_shape(x.shape, dims, keepdims)
     local = _reduce_local(x, name, dims, dtype, keepdims)
@@ -77,10 +76,10 @@ def reduce(
 
 
 def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
-    """Return dims counted from the front, each once.
+    """Check dims and return them counted from the front.
 
     Raises:
-        UsageError: one is not there, or named twice.
+        UsageError: a dim does not exist, or is named twice.
     """
     if axis is None:
         return tuple(range(ndim))
@@ -94,14 +93,14 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
     return found
 
 
-def _is_closed(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> bool:
-    """Say whether a Partial stays one under its own reduction: ranks' parts are reduced alone."""
+def _stays_partial(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> bool:
+    """Tell if a rank may reduce its part of a Partial over dims before ranks reduce theirs."""
     if name in ("any", "all"):
-        return False  # of which the parts are numbers, not truths
+        return False  # the parts are numbers, not truth values
     if name in ("max", "min"):
         return True
-    # Parts of a sum may have fractions that the sum has not, and the unsigned ones wrap around.
-    # Those of booleans count, where their sum is "or".
+    # Parts of a sum may have fractions that the sum has not, unsigned parts may wrap around, and
+    # boolean parts would be counted, although their sum is "or".
     return kind.kind not in "bu" and (dtype is None or np.can_cast(kind, dtype, "safe"))
 
 
@@ -123,7 +122,7 @@ def _reduced_shape(shape: Shape, dims: Sequence[int], keepdims: bool) -> Shape:
 
 
 def _reduce_local(
-    x: Piece, name: Name, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
+    x: PlacedArray, name: Name, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
 ) -> Array:
     xp = namespace_of(x.local)
     if name == "mean":
@@ -132,14 +131,16 @@ def _reduce_local(
         value = getattr(xp, name)(x.local, axis=dims, dtype=dtype, keepdims=keepdims)
     elif name in ("max", "min") and not all(x.local.shape[dim] for dim in dims):
         shape = _reduced_shape(x.local.shape, dims, keepdims)
-        value = xp.full(shape, _neutral(name, x.local.dtype), dtype=x.local.dtype)
+        value = xp.full(shape, _identity(name, x.local.dtype), dtype=x.local.dtype)
     else:
         value = getattr(xp, name)(x.local, axis=dims, keepdims=keepdims)
     result: Array = xp.asarray(value)
     return result
 
 
-def _mean(x: Piece, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool) -> Array:
+def _mean(
+    x: PlacedArray, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
+) -> Array:
     """Return this rank's share of a mean: its sum, divided by the number of all elements."""
     kind = x.local.dtype
     exact = kind.kind in "iub"
@@ -149,14 +150,14 @@ def _mean(x: Piece, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims
     total = xp.asarray(xp.sum(x.local, axis=dims, dtype=wide, keepdims=keepdims))
     count = math.prod(x.shape[dim] for dim in dims)
     if count == 0:
-        # NumPy warns of a division by zero here, which for parts would depend on the rank.
+        # NumPy would warn of a division by zero, on some ranks only.
         return xp.full(total.shape, np.nan, dtype=result_dtype)  # type: ignore[no-any-return]
     total /= count
     return total.astype(result_dtype, copy=False)  # type: ignore[no-any-return]
 
 
-def _neutral(name: str, dtype: np.dtype) -> float | int | bool:
-    """Return what is no larger (smaller) than anything: for ranks without elements."""
+def _identity(name: str, dtype: np.dtype) -> float | int | bool:
+    """Return the identity of max or min, for ranks without elements."""
     if dtype.kind == "b":
         return name == "min"
     if dtype.kind in "iu":
@@ -165,14 +166,14 @@ def _neutral(name: str, dtype: np.dtype) -> float | int | bool:
     return -math.inf if name == "max" else math.inf
 
 
-def _check_ordered(x: Piece, dims: Sequence[int], name: str) -> None:
+def _check_ordered(x: PlacedArray, dims: Sequence[int], name: str) -> None:
     if any(x.shape[dim] == 0 for dim in dims):
         raise UsageError(
             f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {dims}",
             op=name,
         )
-    cut = any(isinstance(one, Shard) and one.dim in dims for one in x.placements)
-    if cut and x.local.dtype.kind == "c":
+    sharded = any(isinstance(one, Shard) and one.dim in dims for one in x.placements)
+    if sharded and x.local.dtype.kind == "c":
         raise UnsupportedError(
             f"{name}: complex numbers over a dim that is cut. Redistribute the dim to "
             "Replicate() first.",

@@ -1,4 +1,7 @@
-"""Protocol: what numpy's functions and operators, given DTensors, are carried out by."""
+"""Dispatch: call the implementation of a NumPy ufunc or function whose operands are DTensors.
+
+DTensor's `__array_ufunc__` and `__array_function__` come here, with PlacedArrays for DTensors.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,19 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from .elementwise import apply_ufunc, unsupported
-from .functions import FUNCTIONS, REDUCING_UFUNCS, multiply_matrices
-from .piece import Piece
-from .reductions import Axis, reduce
+from .ops.elementwise import apply_ufunc, unsupported
+from .ops.functions import FUNCTIONS, REDUCING_UFUNCS, multiply_matrices
+from .ops.reductions import Axis, reduce
+from .placed_array import PlacedArray
 
 
 def call_ufunc(
     ufunc: np.ufunc, method: str, inputs: Sequence[object], options: Mapping[str, object]
-) -> tuple[Piece, ...]:
-    """Carry out a ufunc, or its `reduce`, whose operands are pieces, numbers and arrays.
+) -> tuple[PlacedArray, ...]:
+    """Call a ufunc, or its `reduce`, on PlacedArrays, numbers and arrays.
 
     Raises:
-        UnsupportedError: this ufunc, method or option is not defined for DTensors.
+        UnsupportedError: DTensors do not support this ufunc, method or option.
     """
     name = f"numpy.{ufunc.__name__}"
     given = {key: value for key, value in options.items() if value is not None}
@@ -36,8 +39,8 @@ def call_ufunc(
     if ufunc.signature is not None or given.keys() - {"out", "dtype"}:
         text = ", ".join(f"{key}=" for key in given)
         raise unsupported(f"{name} with {text}" if text else name)
-    out = cast("tuple[Piece | None, ...]", given.get("out", ()))
-    if not all(one is None or isinstance(one, Piece) for one in out):
+    out = cast("tuple[PlacedArray | None, ...]", given.get("out", ()))
+    if not all(one is None or isinstance(one, PlacedArray) for one in out):
         raise unsupported(f"{name} with an array as out=")
     dtype = cast("npt.DTypeLike | None", given.get("dtype"))
     return apply_ufunc(ufunc, inputs, out=out, dtype=dtype)  # type: ignore[arg-type]
@@ -46,30 +49,30 @@ def call_ufunc(
 def call_function(
     function: Callable[..., object], args: Sequence[object], options: Mapping[str, object]
 ) -> object:
-    """Carry out a numpy function whose operands are pieces, numbers and arrays.
+    """Call a NumPy function on PlacedArrays, numbers and arrays.
 
     Raises:
-        UnsupportedError: it, or one of these arguments, is not defined for DTensors.
+        UnsupportedError: DTensors do not support this function, or one of these arguments.
     """
     name = f"numpy.{getattr(function, '__name__', function)}"
-    ours = FUNCTIONS.get(function)
-    if ours is None:
+    implementation = FUNCTIONS.get(function)
+    if implementation is None:
         raise unsupported(name)
     try:
-        inspect.signature(ours).bind(*args, **options)
+        inspect.signature(implementation).bind(*args, **options)
     except TypeError as error:
         raise unsupported(f"{name} so called ({error})") from None
-    return ours(*args, **options)
+    return implementation(*args, **options)
 
 
 def _reduce(
     ufunc: np.ufunc, inputs: Sequence[object], given: Mapping[str, object], axis: object
-) -> Piece:
-    """Carry out `ufunc.reduce`: over the first dim unless told, over all for None."""
-    more = given.keys() - {"axis", "keepdims"}
-    if more:
-        raise unsupported(f"numpy.{ufunc.__name__}.reduce with {', '.join(sorted(more))}")
+) -> PlacedArray:
+    """Call `ufunc.reduce`; NumPy's default axis is 0 here, and None reduces over all dims."""
+    unknown = given.keys() - {"axis", "keepdims"}
+    if unknown:
+        raise unsupported(f"numpy.{ufunc.__name__}.reduce with {', '.join(sorted(unknown))}")
     (operand,) = inputs
-    assert isinstance(operand, Piece), "one operand, which is a DTensor"
+    assert isinstance(operand, PlacedArray), "the only operand is a DTensor"
     keepdims = bool(given.get("keepdims", False))
     return reduce(operand, REDUCING_UFUNCS[ufunc], cast("Axis", axis), keepdims=keepdims)

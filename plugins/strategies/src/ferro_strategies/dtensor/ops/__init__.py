@@ -1,0 +1,1 @@
+"""Operations on DTensors, as functions of PlacedArrays: elementwise, matmul, reductions, shapes."""

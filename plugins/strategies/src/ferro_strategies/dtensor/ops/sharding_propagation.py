@@ -1,0 +1,216 @@
+"""Sharding propagation finds the placements that an operation needs and that its result has.
+
+With these placements each rank computes its part of the result from its parts of the operands.
+
+Every dim of an operand has a label, as in einsum: the number of the dim of the result that it
+becomes, or a higher number if the operation sums over it. Dims of one label are sharded alike.
+Rules, for each axis of the mesh:
+
+    operands on the axis                                   each is taken as      result
+    all Replicate                                          as it is              Replicate
+    Shard of label a; Replicate                            sharded by a, if      Shard of a
+                                                           it has the label
+    … where a is summed over                               sharded by a          Partial("sum")
+    Shard of label a; Shard of another label               an error that says so
+    Partial("sum"), the operation is linear in it          as it is              Partial("sum")
+    Partial, otherwise; Shard of label a                   reduced to shards     as without Partial
+    Partial, otherwise                                     reduced, replicated   as without Partial
+
+To shard a replicated operand sends nothing. The only communication is the reduction of a Partial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ferro import UsageError
+
+from ..local_shapes import Shape
+from ..placed_array import PlacedArray, same_mesh
+from ..placement import PARTIAL_SUM, Placement, Placements, Replicate, Shard
+from ..redistribute import redistribute
+from ..redistribute_plan import plan_redistribute
+
+# Takes the operands' placements on one axis; tells if the sum of the ranks' results is the result.
+Linearity: TypeAlias = Callable[[Sequence[Placement]], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """An operand, with a label for each dim.
+
+    Attributes:
+        array: the array.
+        labels: one for each dim; None for a dim that must not be sharded, because the operation
+            stretches it or joins arrays along it.
+    """
+
+    array: PlacedArray
+    labels: tuple[int | None, ...]
+
+
+def not_linear(on_axis: Sequence[Placement]) -> bool:
+    """Return False: the operation is not linear."""
+    return False
+
+
+def jointly_linear(on_axis: Sequence[Placement]) -> bool:
+    """Tell if a sum, which is linear in all operands together, may be computed per rank."""
+    return all(placement == PARTIAL_SUM for placement in on_axis)
+
+
+def multilinear(on_axis: Sequence[Placement]) -> bool:
+    """Tell if a product, which is linear in each operand, may be computed per rank."""
+    rest = [placement for placement in on_axis if placement != PARTIAL_SUM]
+    return len(rest) == len(on_axis) - 1 and all(other == Replicate() for other in rest)
+
+
+def linear_in_first(on_axis: Sequence[Placement]) -> bool:
+    """Tell if a quotient, which is linear in the first operand, may be computed per rank."""
+    return on_axis[0] == PARTIAL_SUM and multilinear(on_axis)
+
+
+@dataclass(frozen=True, slots=True)
+class OpSharding:
+    """The placements that an operation needs, and those of its result.
+
+    Attributes:
+        operands: the operands, with their present placements.
+        targets: for each operand, the placements that it must have.
+        result: placements of the result.
+    """
+
+    operands: tuple[Operand, ...]
+    targets: tuple[Placements, ...]
+    result: Placements
+
+    def redistribute_operands(self) -> list[PlacedArray]:
+        """Give the operands their target placements; reduces Partials, slices replicated ones."""
+        return [
+            redistribute(operand.array, target, copy=False)
+            for operand, target in zip(self.operands, self.targets, strict=True)
+        ]
+
+
+def propagate_sharding(
+    op: str, operands: Sequence[Operand], result_ndim: int, linear: Linearity = not_linear
+) -> OpSharding:
+    """Find the placements of operands and result. Communicates nothing.
+
+    Args:
+        op: the operation's name, for messages.
+        operands: arrays on one mesh.
+        result_ndim: number of dims of the result; higher labels are summed over.
+        linear: the operation's linearity.
+
+    Raises:
+        UsageError: the operands are sharded in ways that do not fit, are on different meshes, or
+            would have to be moved. Every rank raises it, for all know the same placements.
+    """
+    mesh = operands[0].array.mesh
+    if not all(same_mesh(mesh, operand.array.mesh) for operand in operands):
+        raise UsageError(
+            f"{op}: the operands are on different meshes. Move one with full_tensor() and "
+            "distribute().",
+            op=op,
+        )
+    if any(_must_be_reduced_first(operand.array) for operand in operands):
+        linear = not_linear
+    columns = [
+        _propagate_on_axis(op, mesh.names[axis], operands, axis, result_ndim, linear)
+        for axis in range(mesh.ndim)
+    ]
+    targets = tuple(
+        tuple(targets[index] for targets, _ in columns) for index in range(len(operands))
+    )
+    for index, (operand, target) in enumerate(zip(operands, targets, strict=True)):
+        _check_not_moved(op, index, operand.array, target)
+    return OpSharding(tuple(operands), targets, tuple(result for _, result in columns))
+
+
+def broadcast_labels(shape: Shape, result: Shape) -> tuple[int | None, ...]:
+    """Return the labels of an operand of `shape` that is broadcast to the shape `result`."""
+    missing = len(result) - len(shape)
+    return tuple(
+        missing + dim if size == result[missing + dim] else None for dim, size in enumerate(shape)
+    )
+
+
+def _propagate_on_axis(
+    op: str, axis_name: str, operands: Sequence[Operand], axis: int, ndim: int, linear: Linearity
+) -> tuple[list[Placement], Placement]:
+    """Return the placement on one axis that each operand must have, and that of the result."""
+    on_axis = [operand.array.placements[axis] for operand in operands]
+    if PARTIAL_SUM in on_axis and linear(on_axis):
+        return on_axis, PARTIAL_SUM
+    label = _sharded_label(op, axis_name, operands, on_axis)
+    if label is None:
+        return [Replicate()] * len(operands), Replicate()
+    targets: list[Placement] = [
+        Shard(operand.labels.index(label)) if label in operand.labels else Replicate()
+        for operand in operands
+    ]
+    return targets, Shard(label) if label < ndim else PARTIAL_SUM
+
+
+def _sharded_label(
+    op: str, axis_name: str, operands: Sequence[Operand], on_axis: Sequence[Placement]
+) -> int | None:
+    """Return the label that is sharded on an axis; None if no operand is sharded on it."""
+    operand_of_label: dict[int, int] = {}
+    for index, (operand, placement) in enumerate(zip(operands, on_axis, strict=True)):
+        if not isinstance(placement, Shard):
+            continue
+        label = operand.labels[placement.dim]
+        if label is None:
+            raise UsageError(
+                f"{op}: operand {index}, of shape {operand.array.shape}, is {placement} on mesh "
+                f"axis {axis_name!r}, along a dim that must be whole here (it is stretched or "
+                "joined). Redistribute it first, for instance to Replicate() on that axis.",
+                op=op,
+            )
+        operand_of_label.setdefault(label, index)
+    if len(operand_of_label) > 1:
+        first, second = list(operand_of_label.values())[:2]
+        raise UsageError(
+            f"{op}: on mesh axis {axis_name!r}, operand {first} of shape "
+            f"{operands[first].array.shape} is {on_axis[first]} and operand {second} of shape "
+            f"{operands[second].array.shape} is {on_axis[second]}, which cut different dims of "
+            "the result. Redistribute one of them first.",
+            op=op,
+        )
+    return next(iter(operand_of_label), None)
+
+
+def _check_not_moved(op: str, index: int, array: PlacedArray, target: Placements) -> None:
+    """Refuse an operand that needs more than reducing Partials and slicing replicated axes.
+
+    If a later axis shards a dim already, an earlier axis can shard it only by moving the parts.
+    """
+    source, ranks = array.placements, array.mesh.shape
+    for axis, (now, then) in enumerate(zip(source, target, strict=True)):
+        if now == then or ranks[axis] == 1:
+            continue
+        sharded_by_later_axis = any(
+            other == then and isinstance(then, Shard) and ranks[later] > 1
+            for later, other in enumerate(source)
+            if later > axis
+        )
+        if sharded_by_later_axis or isinstance(now, Shard):
+            plan = plan_redistribute(source, target, array.shape, ranks)
+            raise UsageError(
+                f"{op}: operand {index} is {source} and would have to be {target}, which moves "
+                f"{plan.cost(array.local.dtype.itemsize):,} bytes per rank. Ask for it with "
+                "redistribute(), or place the other operand otherwise.",
+                op=op,
+            )
+
+
+def _must_be_reduced_first(array: PlacedArray) -> bool:
+    """Tell if arithmetic on the parts of a sum may differ from arithmetic on the sum.
+
+    Boolean parts add up to "or", and unsigned parts may wrap around where their sum does not.
+    """
+    return array.local.dtype.kind in "bu" and PARTIAL_SUM in array.placements
