@@ -19,7 +19,7 @@ SECRET = b"a secret of thirty-two characters"
 
 @dataclass
 class Ranks:
-    """Starts ranks of one world, each in a thread, and collects what becomes of them."""
+    """Starts ranks of one world, each in a thread, and collects their results and errors."""
 
     world_size: int
     host: str = "127.0.0.1"
@@ -53,7 +53,7 @@ class Ranks:
         return self.results
 
     def port(self, rank: int) -> int:
-        """Return where a rank listens, once it does."""
+        """Wait until a rank listens; return its port."""
         deadline = time.monotonic() + self.timeout_s
         return int(self.store.get(f"gloo/port/{rank}", deadline=deadline))
 

@@ -1,4 +1,4 @@
-"""gloo passes the kit that every backend has to pass, whichever way its ranks reach each other.
+"""gloo passes the kit that every backend has to pass, however its ranks reach each other.
 
 Three ranks that share memory are processes. The other cases are checked by ranks that are threads,
 with sockets and memory as between processes: that is quicker.
