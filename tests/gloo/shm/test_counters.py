@@ -223,7 +223,7 @@ def run_ranks(ranks: int, native: bool, spin: bool) -> int:
 
 
 def run_rank(shared: memoryview, ranks: int, rank: int, native: bool, spin: bool) -> None:
-    """Fill this rank's row of the round's table, publish, wait for all, and check the whole table."""
+    """Fill this rank's row of the round's table, publish, wait for all, and check the table."""
     counters = ProgressCounters(
         shared[: counters_bytes(ranks)], ranks, rank, native=native, spin=spin
     )
