@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 import ferro
-from ferro.collectives import Choice
 from ferro.testing import conformance
-from ferro.testing.case import Case, attempt
-from ferro.testing.outcome import Outcome
+from ferro.testing.case import Case
 from ferro_gloo.backend import GlooBackend
 from ferro_gloo.hierarchy import data_movement, topology
 from ferro_gloo.hierarchy.backend import HierarchicalBackend
@@ -21,7 +20,7 @@ from ferro_gloo.hierarchy.host_blocks import HostBlocks
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.tcp.backend import TcpBackend
 
-from ..conftest import Ranks
+from ..conftest import outcomes_in_threads
 
 LAYOUTS = {
     "even": [[0, 1], [2, 3]],
@@ -49,31 +48,11 @@ def connect_over_tcp(layout, config):
     return HierarchicalBackend(flat, layout, flat.subset(mine))
 
 
-def run(layout, function, args=(), *, timeout_s=20.0, deterministic=False, connect=connect_gloo):
-    """Run a function on every rank; return their outcomes."""
-    size = sum(map(len, layout))
-    outcomes = {}
-
-    def chosen(config):
-        return connect(layout, replace(config, choice=Choice(deterministic=deterministic)))
-
-    def on_rank(group):
-        outcomes[group.rank], error = attempt(function, group, args)
-        if error is not None:
-            raise error
-
-    ranks = Ranks(size, timeout_s=timeout_s, connect=chosen)
-    ranks.start(on_rank)
-    ranks.join()
-    return [
-        outcomes.get(rank, Outcome(rank=rank, error_text=repr(ranks.errors.get(rank))))
-        for rank in range(size)
-    ]
-
-
-def results(layout, function, *args, **options):
+def results(layout, function, *, deterministic=False, connect=connect_gloo):
     """Run a function on every rank; return its results."""
-    outcomes = run(layout, function, args, **options)
+    runner = case_of(layout, connect).runner
+    size = sum(map(len, layout))
+    outcomes = runner(function, size, (), timeout_s=20.0, deterministic=deterministic)
     failed = [outcome.describe() for outcome in outcomes if not outcome.ok]
     assert not failed, "\n".join(failed)
     return [outcome.result for outcome in outcomes]
@@ -81,13 +60,8 @@ def results(layout, function, *args, **options):
 
 def case_of(layout, connect=connect_gloo):
     """Return the conformance kit's case of these hosts."""
-
-    def runner(function, world_size, args, *, timeout_s, deterministic):
-        how = {"timeout_s": timeout_s, "deterministic": deterministic, "connect": connect}
-        return run(layout, function, args, **how)
-
-    size = sum(map(len, layout))
-    return Case(backend="gloo", world_sizes=(size,), timeout_s=20, runner=runner)
+    runner = partial(outcomes_in_threads, partial(connect, layout))
+    return Case(backend="gloo", world_sizes=(sum(map(len, layout)),), timeout_s=20, runner=runner)
 
 
 @pytest.fixture
