@@ -137,16 +137,10 @@ class ShmBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.all_to_all`."""
-        fits_slot = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
-        if not (fits_slot and self._single_round.all_to_all(source, out, deadline)):
+        small = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
+        if not (small and self._single_round.all_to_all(source, out, deadline)):
             data_movement.all_to_all(
-                self._runner,
-                source,
-                out,
-                send_counts,
-                recv_counts,
-                deadline,
-                synchronized=fits_slot,
+                self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small
             )
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:

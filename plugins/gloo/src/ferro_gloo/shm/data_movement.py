@@ -12,13 +12,7 @@ import numpy as np
 from ferro.collectives.chunks import blocks
 from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner
-from ferro_gloo.shm.kernels import (
-    choose_copies,
-    chunk,
-    chunk_count,
-    slot_block,
-    write_slot,
-)
+from ferro_gloo.shm.kernels import choose_copies, chunk, chunk_count, slot_block, write_slot
 
 
 def broadcast(runner: ChunkedRunner, buffer: Array, root: int, deadline: float) -> None:
