@@ -163,7 +163,7 @@ class GlooBackend(Backend):
 
     def allocate(self, nbytes: int) -> Array:
         """Allocate memory that other ranks on this host can reduce and read in place."""
-        return self._host.allocate(nbytes)
+        return self._host.arenas.allocate(nbytes)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Make a group over the same connections and on the same hosts."""

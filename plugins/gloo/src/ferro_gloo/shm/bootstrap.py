@@ -17,7 +17,6 @@ import numpy as np
 
 from ferro.backend_config import BackendConfig
 from ferro.environment import usable_cores
-from ferro.types import Array
 from ferro_gloo.shm.arena import HostArenas, arena_bytes
 from ferro_gloo.shm.counters import NATIVE_IS_AVAILABLE, pure_python_is_safe
 from ferro_gloo.shm.region import RegionLayout, ShmRegion
@@ -156,10 +155,6 @@ class LocalHost:
         if segment is None or not all_mapped or not (native or safe):
             return None
         return ShmRegion(segment, layout, group.rank, native=native, spin=self._spin)
-
-    def allocate(self, nbytes: int) -> Array:
-        """Allocate memory that all ranks of the host can use; ordinary memory for a single rank."""
-        return self.arenas.allocate(nbytes)
 
 
 def _create_arena(ranks: int) -> tuple[ShmSegment | None, bytes, str]:
