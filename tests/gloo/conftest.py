@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from ferro import Backend, BackendConfig, ProcessGroup
-from ferro.group.group_info import GroupInfo
+from ferro.collectives import Choice
+from ferro.members import Members
 from ferro.rendezvous import MemoryStore
+from ferro.testing.case import attempt
+from ferro.testing.outcome import Outcome
 from ferro_gloo.backend import GlooBackend
 
 SECRET = b"a secret of thirty-two characters"
@@ -19,7 +22,7 @@ SECRET = b"a secret of thirty-two characters"
 
 @dataclass
 class Ranks:
-    """Starts ranks of one world, each in a thread, and collects what becomes of them."""
+    """Starts ranks of one world, each in a thread, and collects their results and errors."""
 
     world_size: int
     host: str = "127.0.0.1"
@@ -53,7 +56,7 @@ class Ranks:
         return self.results
 
     def port(self, rank: int) -> int:
-        """Return where a rank listens, once it does."""
+        """Wait until a rank listens; return its port."""
         deadline = time.monotonic() + self.timeout_s
         return int(self.store.get(f"gloo/port/{rank}", deadline=deadline))
 
@@ -80,6 +83,35 @@ class Ranks:
                 self.results[rank] = function(group)
         except BaseException as error:  # noqa: BLE001 - looked at by the test
             self.errors[rank] = error
+
+
+def outcomes_in_threads(
+    connect: Callable[[BackendConfig], Backend],
+    function: Callable[..., object],
+    world_size: int,
+    args: Sequence[object],
+    *,
+    timeout_s: float,
+    deterministic: bool,
+) -> list[Outcome]:
+    """Run a function on ranks that are threads; return their outcomes, as a case's runner does."""
+    outcomes: dict[int, Outcome] = {}
+
+    def on_rank(group: ProcessGroup) -> None:
+        outcomes[group.rank], error = attempt(function, group, args)
+        if error is not None:
+            raise error
+
+    def connect_with_choice(config: BackendConfig) -> Backend:
+        return connect(replace(config, choice=Choice(deterministic=deterministic)))
+
+    ranks = Ranks(world_size, timeout_s=timeout_s, connect=connect_with_choice)
+    ranks.start(on_rank)
+    ranks.join()
+    return [
+        outcomes.get(rank) or Outcome(rank=rank, error_text=repr(ranks.errors.get(rank)))
+        for rank in range(world_size)
+    ]
 
 
 @pytest.fixture

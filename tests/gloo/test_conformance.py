@@ -1,4 +1,4 @@
-"""gloo passes the kit that every backend has to pass, whichever way its ranks reach each other.
+"""gloo passes the kit that every backend has to pass, however its ranks reach each other.
 
 Three ranks that share memory are processes. The other cases are checked by ranks that are threads,
 with sockets and memory as between processes: that is quicker.
@@ -6,19 +6,21 @@ with sockets and memory as between processes: that is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from ferro import Backend, BackendConfig
-from ferro.collectives import Choice
+from ferro import BackendConfig
+from ferro.testing import conformance
+from ferro.testing.case import Case
 from ferro_gloo.backend import GlooBackend
 from ferro_testing import conformance
 from ferro_testing.case import Case, attempt
 from ferro_testing.outcome import Outcome
 
-from .conftest import Ranks
+from .conftest import outcomes_in_threads
 
 Change = Callable[[BackendConfig], BackendConfig]
 
@@ -34,32 +36,7 @@ def two_to_a_host(config: BackendConfig) -> BackendConfig:
 def in_threads(change: Change, *world_sizes: int) -> Case:
     """Return a case whose ranks are threads that connect with a changed configuration."""
 
-    def runner(
-        function: Callable[..., object],
-        world_size: int,
-        args: Sequence[object],
-        *,
-        timeout_s: float,
-        deterministic: bool,
-    ) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
-
-        def connect(config: BackendConfig) -> Backend:
-            choice = Choice(deterministic=deterministic)
-            return GlooBackend.connect(change(replace(config, choice=choice)))
-
-        def on_rank(group):
-            outcomes[group.rank], error = attempt(function, group, args)
-            if error is not None:
-                raise error
-
-        ranks = Ranks(world_size, timeout_s=timeout_s, connect=connect)
-        ranks.start(on_rank)
-        ranks.join()
-        for rank, error in ranks.errors.items():
-            outcomes.setdefault(rank, Outcome(rank=rank, error_text=repr(error)))
-        return [outcomes[rank] for rank in range(world_size)]
-
+    runner = partial(outcomes_in_threads, lambda config: GlooBackend.connect(change(config)))
     return Case(backend="gloo", world_sizes=world_sizes, timeout_s=20, runner=runner)
 
 

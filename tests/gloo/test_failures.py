@@ -1,6 +1,7 @@
-"""What every rank is told when one dies, stalls, differs or raises: real processes.
+"""Every rank gets the right error when one dies, stalls, differs or raises: real processes.
 
-All of it over shared memory and, but for mismatches (see the conformance kit), over sockets alone.
+All tests run over shared memory, and all but those of mismatches (see the conformance kit) over
+sockets alone.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import pytest
 import ferro
 from ferro_testing import run_ranks_outcomes
 
-WAYS = {"shared memory": True, "TCP": False}
+TRANSPORTS = {"shared memory": True, "TCP": False}
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS)
+@pytest.fixture(params=TRANSPORTS.values(), ids=TRANSPORTS)
 def outcomes_of(request):
-    """Run a function on ranks that share memory, or do not; return what became of them."""
+    """Run a function on ranks that share memory, or do not; return their outcomes."""
 
     def run(function, world_size, **options):
         backend_options = {"shared_memory": request.param}
@@ -38,7 +39,7 @@ def outcomes_of(request):
 
 
 def caught(call):
-    """Return what a call raises, as a rank's result."""
+    """Describe the error that a call raises, as a rank's result."""
     try:
         call()
     except ferro.FerroError as error:

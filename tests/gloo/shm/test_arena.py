@@ -1,4 +1,4 @@
-"""Arenas: what is handed out and taken back, and what the neighbours see of it."""
+"""Arenas: arrays are allocated and freed, and peers see them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ferro_gloo.shm.arena import PLACE, Arenas, Place, address_of, arena_bytes
-from ferro_gloo.shm.segment import Segment
+from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas, address_of, arena_bytes
+from ferro_gloo.shm.segment import ShmSegment
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
@@ -24,7 +24,7 @@ class Room:
 
     def __init__(self, monkeypatch):
         self.left = SIZE
-        reserve = Segment.reserve
+        reserve = ShmSegment.reserve
 
         def limited(segment, offset, nbytes):
             if nbytes > self.left:
@@ -32,7 +32,7 @@ class Room:
             self.left -= nbytes
             reserve(segment, offset, nbytes)
 
-        monkeypatch.setattr(Segment, "reserve", limited)
+        monkeypatch.setattr(ShmSegment, "reserve", limited)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def room(monkeypatch):
 
 @pytest.fixture
 def arenas():
-    return Arenas(0, Segment.create(SIZE), {})
+    return HostArenas(0, ShmSegment.create(SIZE), {})
 
 
 @pytest.fixture
@@ -52,18 +52,18 @@ def pair():
 
 
 def a_pair(size=SIZE):
-    own = [Segment.create(size) for _ in range(2)]
-    seen = [Segment.open(segment.offer(), size) for segment in own]
+    own = [ShmSegment.create(size) for _ in range(2)]
+    seen = [ShmSegment.open(segment.expose(), size) for segment in own]
     for segment in own:
-        segment.withdraw()
-    return [Arenas(rank, own[rank], {1 - rank: seen[1 - rank]}) for rank in range(2)]
+        segment.unlink()
+    return [HostArenas(rank, own[rank], {1 - rank: seen[1 - rank]}) for rank in range(2)]
 
 
 def is_shared(arenas, array):
-    return arenas.place(array) is not None
+    return arenas.span_of(array) is not None
 
 
-# -- handing out ----------------------------------------------------------------------------------
+# -- allocating ----------------------------------------------------------------------------------
 
 
 def test_arrays_lie_apart_and_are_aligned(arenas):
@@ -97,7 +97,7 @@ def test_memory_is_free_again_when_the_last_view_has_gone(arenas, keep):
     assert address_of(arenas.allocate(MIB)) == where
 
 
-def test_neighbouring_pieces_become_one_again(arenas):
+def test_adjacent_free_pieces_become_one_again(arenas):
     pieces = [arenas.allocate(MIB) for _ in range(4)]
     where = address_of(pieces[0])
     for index in (2, 0, 3, 1):
@@ -174,7 +174,7 @@ def test_the_user_is_told_once_when_memory_has_run_out(arenas, room, caplog):
 
 
 def test_more_than_an_arena_holds_is_ordinary_memory():
-    arenas = Arenas(0, Segment.create(8 * MIB), {})
+    arenas = HostArenas(0, ShmSegment.create(8 * MIB), {})
     whole = arenas.allocate(8 * MIB)
     assert is_shared(arenas, whole)
     assert not is_shared(arenas, arenas.allocate(PAGE))
@@ -189,18 +189,18 @@ def test_memory_that_comes_back_is_used_again(arenas, room):
     assert is_shared(arenas, arenas.allocate(PAGE))
 
 
-def test_retired_memory_is_never_handed_out_again(arenas, room):
+def test_retired_memory_is_never_allocated_again(arenas, room):
     first, second = arenas.allocate(MIB), arenas.allocate(MIB)
     retired = range(address_of(first), address_of(first) + MIB)
-    arenas.retire(arenas.place(first[5000:6000]))
+    arenas.retire(arenas.span_of(first[5000:6000]))
     del first, second
     arrays = [arenas.allocate(MIB) for _ in range(3)]
     assert not any(address_of(array) in retired for array in arrays)
     assert SIZE - room.left == 4 * MIB, "the rest is used"
 
 
-def test_a_rank_without_neighbours_has_ordinary_memory():
-    arenas = Arenas(0, None, {})
+def test_a_rank_without_peers_has_ordinary_memory():
+    arenas = HostArenas(0, None, {})
     array = arenas.allocate(PAGE)
     assert array.nbytes == PAGE
     assert not is_shared(arenas, array)
@@ -210,12 +210,12 @@ def test_a_rank_without_neighbours_has_ordinary_memory():
 
 
 def seen(pair, array):
-    """Return what rank 1 sees of an array of rank 0, which shows it where that is."""
-    place = pair[0].place(array)
-    return pair[1].view(0, Place(*PLACE.unpack(PLACE.pack(*place))))
+    """View an array of rank 0 on rank 1, which is told its span."""
+    span = pair[0].span_of(array)
+    return pair[1].view(0, ArenaSpan(*PACKED_SPAN.unpack(PACKED_SPAN.pack(*span))))
 
 
-def test_a_neighbour_sees_the_very_array(pair):
+def test_a_peer_sees_the_very_array(pair):
     pair[0].allocate(100)
     array = pair[0].allocate(100_000)
     theirs = seen(pair, array)
@@ -226,7 +226,7 @@ def test_a_neighbour_sees_the_very_array(pair):
 
 
 @pytest.mark.parametrize("part", [slice(0, 1), slice(4095, 9000), slice(99_999, 100_000)])
-def test_a_neighbour_sees_a_part_of_an_array(pair, part):
+def test_a_peer_sees_a_part_of_an_array(pair, part):
     array = pair[0].allocate(100_000)
     array[:] = np.arange(len(array)) % 251
     np.testing.assert_array_equal(seen(pair, array[part]), array[part])
@@ -234,17 +234,17 @@ def test_a_neighbour_sees_a_part_of_an_array(pair, part):
 
 def test_the_owner_sees_its_own(pair):
     array = pair[0].allocate(PAGE)
-    place = pair[0].place(array[10:20])
-    assert address_of(pair[0].view(0, place)) == address_of(array) + 10
+    span = pair[0].span_of(array[10:20])
+    assert address_of(pair[0].view(0, span)) == address_of(array) + 10
 
 
 def test_each_sees_the_others(pair):
     arrays = [arenas.allocate(3 * MIB) for arenas in pair]
-    places = [pair[rank].place(arrays[rank]) for rank in range(2)]
+    spans = [pair[rank].span_of(arrays[rank]) for rank in range(2)]
     for reader in range(2):
         for rank in range(2):
             arrays[rank][-1] = 10 * rank + reader
-            assert pair[reader].view(rank, places[rank])[-1] == 10 * rank + reader
+            assert pair[reader].view(rank, spans[rank])[-1] == 10 * rank + reader
 
 
 def test_looking_takes_no_memory(pair, room):
@@ -256,17 +256,17 @@ def test_looking_takes_no_memory(pair, room):
     assert left - os.statvfs("/dev/shm").f_bavail < 5 * MIB // PAGE
 
 
-def test_ordinary_arrays_and_those_of_others_have_no_place(pair):
+def test_ordinary_arrays_and_those_of_others_have_no_span(pair):
     mine, theirs = pair[0].allocate(PAGE), pair[1].allocate(PAGE)
     assert is_shared(pair[0], mine)
     assert not is_shared(pair[0], theirs)
-    assert not is_shared(pair[0], pair[0].view(1, pair[1].place(theirs)))
+    assert not is_shared(pair[0], pair[0].view(1, pair[1].span_of(theirs)))
     assert not is_shared(pair[0], np.zeros(10, np.uint8))
     assert not is_shared(pair[0], mine[:0])
 
 
 def test_arrays_outlive_their_arenas():
-    array = Arenas(0, Segment.create(SIZE), {}).allocate(PAGE)
+    array = HostArenas(0, ShmSegment.create(SIZE), {}).allocate(PAGE)
     gc.collect()
     array[:] = 1
     assert array.sum() == PAGE

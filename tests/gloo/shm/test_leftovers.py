@@ -1,7 +1,7 @@
 """Nothing stays behind: however and whenever ranks end, the names of shared memory go.
 
-Each test has a folder of its own for shared memory, since any other job sweeps what all use. Ranks
-can be told to kill themselves in the moments in which memory is handed over.
+Each test has a folder of its own for shared memory, since any other job removes the stale names in
+/dev/shm. Ranks can be told to kill themselves in the moments in which segments are exposed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import pytest
 
 from ferro.errors import FerroError
 from ferro_gloo.shm import segment
-from ferro_gloo.shm.segment import Segment
-from ferro_testing import run_ranks_outcomes
+from ferro_gloo.shm.segment import ShmSegment
 
 FOLDER, MOMENT = "TEST_SHM_FOLDER", "TEST_SHM_MOMENT"
 
@@ -39,13 +38,13 @@ def killed_after(function, count):
 
 def set_up(name, moment):
     """Prepare this process, a rank: it has loaded this file and is about to join the others."""
-    segment.FOLDER = Path(name)
+    segment.SHM_DIRECTORY = Path(name)
     if moment:
         method, count = moment.split()
         if method == "open":
-            Segment.open = killed_after(Segment.open, int(count))
+            ShmSegment.open = killed_after(ShmSegment.open, int(count))
         else:
-            setattr(Segment, method, killed_after(getattr(Segment, method), int(count)))
+            setattr(ShmSegment, method, killed_after(getattr(ShmSegment, method), int(count)))
 
 
 if FOLDER in os.environ:
@@ -87,7 +86,7 @@ def work(group):
     if group.rank < 2:
         group.subgroup(range(2)).all_reduce(x, out=x)
     group.barrier()
-    found = names_in(segment.FOLDER)
+    found = names_in(segment.SHM_DIRECTORY)
     group.barrier()
     return found
 
@@ -143,12 +142,12 @@ def test_nothing_is_left_by_ranks_that_fail_or_are_killed(folder, function):
     assert names_in(folder) == []
 
 
-# The first offer of a rank is its arena, the second, of rank 0, the world's region. Each rank opens
-# two arenas, then that.
+# The first segment that a rank exposes is its arena, the second, of rank 0, is the region of the
+# world. Each rank opens two arenas, then that region.
 @pytest.mark.parametrize(
-    ("victim", "moment"), [(2, "open 1"), (2, "withdraw 1"), (1, "open 3"), (0, "reserve 1")]
+    ("victim", "moment"), [(2, "open 1"), (2, "unlink 1"), (1, "open 3"), (0, "reserve 1")]
 )
-def test_a_rank_killed_as_memory_is_handed_over_leaves_nothing(folder, victim, moment):
+def test_a_rank_killed_while_segments_are_exposed_leaves_nothing(folder, victim, moment):
     """The name of its own arena excepted: only the owner takes that away, or the next job."""
     outcomes = job(folder, work, moments={victim: moment})
     assert outcomes[victim].signal == "SIGKILL", outcomes[victim].describe()
@@ -157,27 +156,27 @@ def test_a_rank_killed_as_memory_is_handed_over_leaves_nothing(folder, victim, m
     assert_usable(folder)
 
 
-@pytest.mark.parametrize(("victims", "moment"), [((0, 1, 2), "offer 1"), ((0,), "offer 2")])
-def test_what_a_killed_rank_had_just_offered_goes_with_the_next_job(folder, victims, moment):
+@pytest.mark.parametrize(("victims", "moment"), [((0, 1, 2), "expose 1"), ((0,), "expose 2")])
+def test_what_a_killed_rank_had_just_exposed_goes_with_the_next_job(folder, victims, moment):
     outcomes = job(folder, work, moments=dict.fromkeys(victims, moment))
     assert [outcomes[rank].signal for rank in victims] == ["SIGKILL"] * len(victims)
     assert names_in(folder) != [], "else this test is about nothing"
     assert_usable(folder)
 
 
-def test_a_job_sweeps_no_name_of_another_that_is_handing_over(folder):
+def test_a_job_removes_no_name_that_another_job_is_exposing(folder):
     """A name is held as long as its owner lives, however long that takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segment, "FOLDER", folder)
-        offered = Segment.create(4096)
-        name = f"ferro-gloo-{offered.offer().hex()}"
+        patch.setattr(segment, "SHM_DIRECTORY", folder)
+        exposed = ShmSegment.create(4096)
+        name = f"ferro-gloo-{exposed.expose().hex()}"
         outcomes = job(folder, work)
         assert [outcome.result for outcome in outcomes] == [[name]] * 3
-        offered.withdraw()
+        exposed.unlink()
 
 
 def stay_away(group):
-    """Rank 2 does not come to a group's first collective, in which its region is handed over."""
+    """Rank 2 does not come to a group's first collective, in which it maps its region."""
     part = group.subgroup(range(3))
     kind = "nothing"
     if group.rank != 2:
@@ -185,12 +184,12 @@ def stay_away(group):
             part.all_reduce(np.ones(3), timeout_s=0.3)
         except FerroError as error:
             kind = type(error).__name__
-    found = names_in(segment.FOLDER)
+    found = names_in(segment.SHM_DIRECTORY)
     group.barrier()
     return kind, found if group.rank != 2 else []
 
 
-def test_a_region_that_nobody_came_for_goes_at_once(folder):
+def test_a_region_that_nobody_opened_goes_at_once(folder):
     outcomes = job(folder, stay_away)
     told = ["CollectiveTimeout", []]
     assert [outcome.result for outcome in outcomes] == [told, told, ["nothing", []]], [
@@ -199,7 +198,7 @@ def test_a_region_that_nobody_came_for_goes_at_once(folder):
 
 
 def make_and_close_groups(group):
-    """Return how many segments are mapped after few and after many groups."""
+    """Count the mapped segments after few and after many groups."""
     mapped = []
     for number in range(12):
         part = group.subgroup(range(group.world_size), name=f"part {number}")
@@ -207,7 +206,7 @@ def make_and_close_groups(group):
         part.close()
         del part
         maps = Path("/proc/self/maps").read_text().splitlines()
-        mapped.append(sum(str(segment.FOLDER) in line for line in maps))
+        mapped.append(sum(str(segment.SHM_DIRECTORY) in line for line in maps))
     return mapped
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not can_unshare(), reason=CANNOT)
 
 
 def ranks_with(mount, name, ranks=3):
-    """Run a function of this file on ranks that have another /dev/shm; return what each tells."""
+    """Run a function of this file on ranks that have another /dev/shm; return their reports."""
     inner = f'mount {mount} /dev/shm && exec "$0" "$@"'
     command = ["unshare", "--mount", "sh", "-c", inner]
     command += [sys.executable, __file__, name, str(ranks)]
@@ -88,9 +88,9 @@ def run_out_of_memory(group):
 
 
 def on_one_host(group):
-    """Say whether memory is shared; see that it works."""
+    """Return the backend of the collectives; see that it works."""
     assert reduce_all_kinds(group) == [6.0] * 4
-    return type(group._backend._way).__name__
+    return type(group._backend._collectives).__name__
 
 
 # -- the tests ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Random programs: whatever the calls, sizes, dtypes and memory, results are NumPy's, bit for bit.
 
-All ranks draw the same calls from one seed, and each for itself where its arrays lie. Everything
+All ranks draw the same calls from one seed, and each for itself its arrays' memory. Everything
 is reduced in order of rank, so that the expected bits are known.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from ferro_testing import run_ranks
 
 KIB = 1 << 10
-# Where something changes: one round, in place, reading, slots and their pieces.
+# Where something changes: one round, in place, reading, slots and their blocks.
 BOUNDARIES = [16 * KIB, 64 * KIB, 128 * KIB, 170 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB]
 DTYPES = ["float32", "float64", "float16", "int8", "int64", "complex64", "bool"]
 POOL = 310_000
@@ -224,7 +224,7 @@ class Program:
         self.expect(result, np.concatenate([theirs[self.me] for theirs in blocks]))
 
     def call_uneven_all_to_all(self):
-        """Some ranks have even blocks, and so might go another way than the others."""
+        """Some ranks have even blocks, and so might choose another algorithm than the others."""
         block = self.size(3 * self.n) // (3 * self.n)
         table = np.full((self.n, self.n), block)
         if self.same.random() < 0.8:
@@ -335,7 +335,7 @@ def test_ranks_with_even_blocks_among_others():
 def far_along(group):
     """Numbers of chunks beyond 32 bits: the helper sleeps on the lower half of a counter."""
     group.barrier()
-    group._backend._way._stream.next += (1 << 32) - 8  # the same slot as before
+    group._backend._collectives._ring.next += (1 << 32) - 8  # the same slot as before
     totals = [int(group.all_reduce(np.array(group.rank + number))) for number in range(20)]
     x = np.full(500_000, float(group.rank))
     return [totals, float(group.all_reduce(x).max())]

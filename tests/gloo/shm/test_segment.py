@@ -1,4 +1,4 @@
-"""Segments: whose they are, what they refuse, and that their names go."""
+"""Segments: their owner, their checks, and the end of their names."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from pathlib import Path
 import pytest
 
 from ferro_gloo.shm import segment as module
-from ferro_gloo.shm.segment import NAME_BYTES, Segment, remove, room, sweep
+from ferro_gloo.shm.segment import (
+    NAME_BYTES,
+    ShmSegment,
+    free_bytes,
+    remove_stale_names,
+    unlink_name,
+)
 
 NBYTES = 8192
-OFFER = f"""
+EXPOSE = f"""
 import os, pathlib, signal, sys
 from ferro_gloo.shm import segment as module
-module.FOLDER = pathlib.Path(sys.argv[1])
-segment = module.Segment.create({NBYTES})
+module.SHM_DIRECTORY = pathlib.Path(sys.argv[1])
+segment = module.ShmSegment.create({NBYTES})
 segment.reserve(0, {NBYTES})
-print(segment.offer().hex(), flush=True)
+print(segment.expose().hex(), flush=True)
 sys.stdin.read()
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -30,14 +36,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch):
-    """Shared memory of the test's own: any other job that starts sweeps what all use."""
-    with tempfile.TemporaryDirectory(dir=module.FOLDER) as name:
-        monkeypatch.setattr(module, "FOLDER", Path(name))
-        yield module.FOLDER
+    """Shared memory of the test's own: other jobs that start remove stale names."""
+    with tempfile.TemporaryDirectory(dir=module.SHM_DIRECTORY) as name:
+        monkeypatch.setattr(module, "SHM_DIRECTORY", Path(name))
+        yield module.SHM_DIRECTORY
 
 
 def path_of(name):
-    return module.FOLDER / f"ferro-gloo-{name.hex()}"
+    return module.SHM_DIRECTORY / f"ferro-gloo-{name.hex()}"
 
 
 def random_name():
@@ -45,15 +51,15 @@ def random_name():
 
 
 def reserved(nbytes=NBYTES):
-    segment = Segment.create(nbytes)
+    segment = ShmSegment.create(nbytes)
     segment.reserve(0, nbytes)
     return segment
 
 
 @pytest.fixture
-def offered_by_another(folder):
-    """A segment's name, offered by a process that is killed when its input ends."""
-    command = [sys.executable, "-c", OFFER, folder]
+def exposed_by_another(folder):
+    """The name of a segment, exposed by a process that is killed when its input ends."""
+    command = [sys.executable, "-c", EXPOSE, folder]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
@@ -63,8 +69,8 @@ def offered_by_another(folder):
 
 def test_what_one_writes_the_other_reads():
     owner = reserved()
-    other = Segment.open(owner.offer(), NBYTES)
-    owner.withdraw()
+    other = ShmSegment.open(owner.expose(), NBYTES)
+    owner.unlink()
     owner.memory[5000] = 7
     assert other.memory[5000] == 7
     assert (len(other.memory), other.nbytes) == (NBYTES, NBYTES)
@@ -73,8 +79,8 @@ def test_what_one_writes_the_other_reads():
 
 
 def test_it_is_this_users_alone():
-    segment = Segment.create(NBYTES)
-    found = path_of(segment.offer()).stat()
+    segment = ShmSegment.create(NBYTES)
+    found = path_of(segment.expose()).stat()
     assert stat.S_IMODE(found.st_mode) == 0o600
     assert found.st_uid == os.geteuid()
 
@@ -84,14 +90,14 @@ def used_bytes(name):
 
 
 def test_it_takes_memory_as_that_is_reserved():
-    segment = Segment.create(1 << 40)
-    name = segment.offer()
+    segment = ShmSegment.create(1 << 40)
+    name = segment.expose()
     assert used_bytes(name) == 0
     segment.reserve(0, NBYTES)
     segment.reserve(NBYTES, NBYTES)
     assert used_bytes(name) == 2 * NBYTES
-    other = Segment.open(name, 1 << 40)
-    other.prepare(0, 2 * NBYTES)
+    other = ShmSegment.open(name, 1 << 40)
+    other.prefault(0, 2 * NBYTES)
     assert used_bytes(name) == 2 * NBYTES
     segment.memory[2 * NBYTES - 1] = 7
     assert other.memory[2 * NBYTES - 1] == 7
@@ -100,57 +106,57 @@ def test_it_takes_memory_as_that_is_reserved():
 def test_an_old_kernel_reserves_as_well(monkeypatch):
     monkeypatch.setattr(module, "_POPULATE_WRITE", 999)
     segment = reserved()
-    name = segment.offer()
+    name = segment.expose()
     assert used_bytes(name) == NBYTES
-    Segment.open(name, NBYTES).prepare(0, NBYTES)
+    ShmSegment.open(name, NBYTES).prefault(0, NBYTES)
 
 
 def test_the_mode_does_not_depend_on_the_umask():
     before = os.umask(0)
     try:
-        segment = Segment.create(NBYTES)
+        segment = ShmSegment.create(NBYTES)
     finally:
         os.umask(before)
-    assert stat.S_IMODE(path_of(segment.offer()).stat().st_mode) == 0o600
+    assert stat.S_IMODE(path_of(segment.expose()).stat().st_mode) == 0o600
 
 
-def test_a_name_is_there_from_offer_to_withdraw_only(folder):
-    segment = Segment.create(NBYTES)
+def test_a_name_is_there_from_expose_to_unlink_only(folder):
+    segment = ShmSegment.create(NBYTES)
     assert list(folder.iterdir()) == []
-    name = segment.offer()
+    name = segment.expose()
     assert [path.name for path in folder.iterdir()] == [f"ferro-gloo-{name.hex()}"]
     assert len(name) == NAME_BYTES == 16
-    segment.withdraw()
-    segment.withdraw()
+    segment.unlink()
+    segment.unlink()
     assert not path_of(name).exists()
     with pytest.raises(FileNotFoundError):
-        Segment.open(name, NBYTES)
+        ShmSegment.open(name, NBYTES)
 
 
-def test_a_forgotten_segment_takes_its_name_and_descriptors_along():
+def test_a_deleted_segment_frees_its_name_and_descriptors():
     descriptors = len(os.listdir("/proc/self/fd"))
-    segment = Segment.create(NBYTES)
-    name = segment.offer()
-    other = Segment.open(name, NBYTES)
+    segment = ShmSegment.create(NBYTES)
+    name = segment.expose()
+    other = ShmSegment.open(name, NBYTES)
     del segment, other
     assert not path_of(name).exists()
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_any_number_of_ranks_may_remove_a_name():
-    segment = Segment.create(NBYTES)
-    name = segment.offer()
-    remove(name)
-    remove(name)
-    segment.withdraw()
+def test_any_number_of_ranks_may_unlink_a_name():
+    segment = ShmSegment.create(NBYTES)
+    name = segment.expose()
+    unlink_name(name)
+    unlink_name(name)
+    segment.unlink()
 
 
 def test_a_forked_child_leaves_the_name_to_its_parent():
-    segment = Segment.create(NBYTES)
-    name = segment.offer()
+    segment = ShmSegment.create(NBYTES)
+    name = segment.expose()
     child = os.fork()
     if child == 0:
-        segment.withdraw()
+        segment.unlink()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert path_of(name).exists()
@@ -161,9 +167,9 @@ def test_a_forked_child_leaves_the_name_to_its_parent():
 
 @pytest.mark.parametrize("nbytes", [NBYTES - 1, NBYTES + 1, NBYTES // 2, 2 * NBYTES])
 def test_another_size_is_refused(nbytes):
-    segment = Segment.create(NBYTES)
+    segment = ShmSegment.create(NBYTES)
     with pytest.raises(OSError, match="is not the segment that was offered"):
-        Segment.open(segment.offer(), nbytes)
+        ShmSegment.open(segment.expose(), nbytes)
 
 
 def test_a_symbolic_link_is_refused(tmp_path):
@@ -173,18 +179,18 @@ def test_a_symbolic_link_is_refused(tmp_path):
     path_of(name).symlink_to(target)
     try:
         with pytest.raises(OSError, match="symbolic links"):
-            Segment.open(name, NBYTES)
+            ShmSegment.open(name, NBYTES)
     finally:
-        remove(name)
+        unlink_name(name)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
 def test_somebody_elses_file_is_refused():
-    segment = Segment.create(NBYTES)
-    name = segment.offer()
+    segment = ShmSegment.create(NBYTES)
+    name = segment.expose()
     os.chown(path_of(name), 1234, 1234)
     with pytest.raises(OSError, match="is not the segment that was offered"):
-        Segment.open(name, NBYTES)
+        ShmSegment.open(name, NBYTES)
 
 
 def test_a_folder_is_refused():
@@ -192,60 +198,60 @@ def test_a_folder_is_refused():
     path_of(name).mkdir()
     try:
         with pytest.raises(OSError, match="directory"):
-            Segment.open(name, NBYTES)
+            ShmSegment.open(name, NBYTES)
     finally:
         path_of(name).rmdir()
 
 
 def test_refusing_leaves_no_descriptor():
-    segment = Segment.create(NBYTES)
-    name = segment.offer()
+    segment = ShmSegment.create(NBYTES)
+    name = segment.expose()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(OSError, match="offered"):
-            Segment.open(name, NBYTES + 1)
+            ShmSegment.open(name, NBYTES + 1)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_more_than_there_is_is_refused_before_it_is_taken(folder):
-    left = room()
-    segment = Segment.create(2 * left)
+def test_more_than_there_is_is_refused_before_it_is_reserved(folder):
+    left = free_bytes()
+    segment = ShmSegment.create(2 * left)
     with pytest.raises(OSError, match=r"has less than the \d+ KiB needed"):
         segment.reserve(0, 2 * left)
-    assert room() > left // 2
+    assert free_bytes() > left // 2
 
 
 def test_a_missing_folder_is_an_error_that_names_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(module, "SHM_DIRECTORY", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="none"):
-        Segment.create(NBYTES)
+        ShmSegment.create(NBYTES)
 
 
 # -- what killed jobs left ------------------------------------------------------------------------
 
 
-def test_what_a_killed_process_offered_is_swept_by_the_next(offered_by_another):
-    name, owner = offered_by_another
-    sweep()
+def test_the_name_of_a_killed_process_is_removed_by_the_next(exposed_by_another):
+    name, owner = exposed_by_another
+    remove_stale_names()
     assert path_of(name).exists(), "it is held"
-    other = Segment.open(name, NBYTES)
+    other = ShmSegment.open(name, NBYTES)
     owner.stdin.close()
     owner.wait(10)
-    sweep()
+    remove_stale_names()
     assert path_of(name).exists(), "somebody still has it"
     del other
-    sweep()
+    remove_stale_names()
     assert not path_of(name).exists()
 
 
 def left(folder, digit, mode=0o600):
-    """Return a path that looks like a segment's, left behind."""
+    """Return a path that looks like the stale name of a segment."""
     path = folder / f"ferro-gloo-{digit * 32}"
     path.touch(mode)
     return path
 
 
-def test_sweeping_leaves_alone_what_is_no_segment(folder):
+def test_only_segments_are_stale_names(folder):
     (folder / "others").write_bytes(b"x")
     (folder / "ferro-gloo-notes").write_bytes(b"x")
     (folder / f"ferro-gloo-{'a' * 32}").mkdir()
@@ -253,25 +259,25 @@ def test_sweeping_leaves_alone_what_is_no_segment(folder):
     os.mkfifo(folder / f"ferro-gloo-{'c' * 32}", 0o600)  # opening it would wait for a writer
     left(folder, "d", mode=0o644)
     before = sorted(path.name for path in folder.iterdir())
-    swept = left(folder, "e")
-    sweep()
-    assert not swept.exists()
+    removed = left(folder, "e")
+    remove_stale_names()
+    assert not removed.exists()
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
-def test_sweeping_leaves_alone_what_is_another_users(folder):
+def test_another_users_names_are_left_alone(folder):
     theirs = left(folder, "f")
     os.chown(theirs, 1234, 1234)
-    sweep()
+    remove_stale_names()
     assert theirs.exists()
 
 
-def test_a_segment_that_is_being_swept_is_refused_not_waited_for(offered_by_another):
-    name, owner = offered_by_another
+def test_a_segment_that_is_being_removed_is_refused_not_waited_for(exposed_by_another):
+    name, owner = exposed_by_another
     owner.stdin.close()
     owner.wait(10)
-    with path_of(name).open() as swept:
-        fcntl.flock(swept, fcntl.LOCK_EX)
+    with path_of(name).open() as removed:
+        fcntl.flock(removed, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError):
-            Segment.open(name, NBYTES)
+            ShmSegment.open(name, NBYTES)

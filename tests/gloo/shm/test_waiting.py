@@ -19,7 +19,7 @@ def options(request):
 
 
 def wait_for_rank_0(group):
-    """Rank 0 comes late. Return how much processor time the others' wait has taken."""
+    """Rank 0 comes late; return the processor time of another rank's wait."""
     group.barrier()
     if group.rank == 0:
         threading.Event().wait(WAIT_S)
@@ -37,7 +37,7 @@ def test_a_long_wait_takes_little_processor_time(options):
 
 
 def count_while_waiting(group):
-    """Return how far a thread of pure Python counts while the main thread waits for rank 0."""
+    """Count in a thread of pure Python while the main thread waits for rank 0; return the count."""
     group.barrier()
     if group.rank == 0:
         threading.Event().wait(WAIT_S)

@@ -1,5 +1,5 @@
-"""ferro-gloo: the gloo backend of ferro, collectives on NumPy arrays.
+"""ferro-gloo: the gloo backend of ferro, for collectives on NumPy arrays.
 
-Through shared memory on a host, over authenticated TCP between hosts. Installed, it is found by
-itself: `ferro.init("gloo")`.
+It uses shared memory on a host and authenticated TCP between hosts. ferro finds it once it is
+installed: `ferro.init("gloo")`.
 """

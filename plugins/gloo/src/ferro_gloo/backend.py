@@ -1,4 +1,4 @@
-"""GlooBackend: a group's transfers over TCP, its collectives the way its ranks lie on hosts."""
+"""GlooBackend: chooses shared memory, TCP or both for a group, by the hosts of its ranks."""
 
 from __future__ import annotations
 
@@ -11,61 +11,61 @@ from ferro.collectives.reduction import Reduction
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.hookspecs import BackendConfig
 from ferro.types import Array
-from ferro_gloo.hierarchy import Hierarchy
+from ferro_gloo.hierarchy.backend import HierarchicalBackend
 from ferro_gloo.shm.backend import ShmBackend
-from ferro_gloo.shm.handover import Handover
-from ferro_gloo.shm.host import Host
-from ferro_gloo.shm.talk import swap
+from ferro_gloo.shm.bootstrap import LocalHost, bootstrap_all_gather
+from ferro_gloo.shm.transfer import ShmTransfers
 from ferro_gloo.tcp.backend import TcpBackend
 
-# What `backend_options` may hold, each True unless said otherwise: ranks of one host share memory,
-# and use the native helper for it where it is built.
+# The names that `backend_options` may hold, each True by default: the ranks of one host share
+# memory, and use the native helper where it is built.
 _OPTIONS = ("shared_memory", "native_helper")
 
 
 class GlooBackend(Backend):
     """One rank of a group.
 
-    Ranks on one host move collectives through shared memory, several hosts through shared memory
-    inside and TCP between; where nobody shares a host, or shared memory cannot be had, all goes
-    over TCP. The members find out which it is together: the world's when they connect, those of
-    other groups when their first collective begins.
+    The collectives of ranks on one host go through shared memory; those of several hosts through
+    shared memory within and TCP between; and over TCP alone where no two ranks share a host, or
+    hosts have no shared memory. The members choose together: the world's when they connect, those
+    of other groups when their first collective begins.
 
     Args:
         flat: the group over TCP.
-        host: this rank's host and the memory that it shares there.
+        host: this rank's host, and the memory of its ranks.
     """
 
     labels_frames = True
 
-    def __init__(self, flat: TcpBackend, host: Host) -> None:
+    def __init__(self, flat: TcpBackend, host: LocalHost) -> None:
         super().__init__(flat.rank, flat.world_size, flat.choice)
         self._flat = flat
         self._host = host
-        self._transfers = Handover(flat, host)
-        self._way: Backend | None = None
-        self._current: Backend = flat
+        self._transfers = ShmTransfers(flat, host)
+        self._collectives: Backend | None = None
+        self._selected: Backend = flat
 
     @classmethod
     def connect(cls, config: BackendConfig) -> GlooBackend:
-        """Connect to all other ranks; every rank does.
+        """Connect to all other ranks; every rank calls it.
 
         Raises:
             UsageError: there is no such option.
-            RendezvousError: a rank could not be reached, did not come, or died meanwhile.
+            RendezvousError: a rank could not be reached, did not connect, or died meanwhile.
         """
         _check_options(config)
         deadline = time.monotonic() + config.timeout_s
         flat = TcpBackend.connect(config)
-        # A group of its own: an early failure of the world is told by the world's first operation.
-        talk = flat.subgroup(range(config.world_size), MAX_CONTEXT)
+        # The bootstrap has a group of its own, so that only the world's first operation reports a
+        # failure of the world.
+        bootstrap = flat.subgroup(range(config.world_size), MAX_CONTEXT)
         try:
-            world = cls(flat, Host.find(talk, config, deadline))
-            world._way = world._find_way(talk, deadline)
+            world = cls(flat, LocalHost.discover(bootstrap, config, deadline))
+            world._collectives = world._choose_collectives(bootstrap, deadline)
         except BaseException as error:
             flat.close()
             if isinstance(error, TimeoutError | PeerLost):
-                raise _not_found(error, config) from error
+                raise _bootstrap_error(error, config) from error
             raise
         return world
 
@@ -91,39 +91,39 @@ class GlooBackend(Backend):
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""
         self.call = call
-        if self._way is None:
-            self._way = self._find_way(self._flat, deadline)
-        self._current = self._way
-        if self.choice.fixed:  # an algorithm that the user asked for runs over TCP
-            self._flat.begin(call)  # where a rank that calls something else waits for this one
-            self._current = self._flat if call.op in self.choice.fixed else self._way
-        self._current.agree(call, deadline=deadline)
+        if self._collectives is None:
+            self._collectives = self._choose_collectives(self._flat, deadline)
+        self._selected = self._collectives
+        if self.choice.fixed:  # algorithms that the user asked for run over TCP
+            self._flat.begin(call)  # a rank that calls something else may wait for this one on TCP
+            self._selected = self._flat if call.op in self.choice.fixed else self._collectives
+        self._selected.agree(call, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
-        self._current.barrier(deadline=deadline)
+        self._selected.barrier(deadline=deadline)
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
-        self._current.all_reduce(buffer, reduction, deadline=deadline)
+        self._selected.all_reduce(buffer, reduction, deadline=deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
-        self._current.reduce(buffer, reduction, root, deadline=deadline)
+        self._selected.reduce(buffer, reduction, root, deadline=deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
-        self._current.broadcast(buffer, root, deadline=deadline)
+        self._selected.broadcast(buffer, root, deadline=deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
-        self._current.all_gather(buffer, counts, deadline=deadline)
+        self._selected.all_gather(buffer, counts, deadline=deadline)
 
     def gather(
         self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
     ) -> None:
         """See `Backend.gather`."""
-        self._current.gather(block, out, counts, root, deadline=deadline)
+        self._selected.gather(block, out, counts, root, deadline=deadline)
 
     def scatter(
         self,
@@ -135,7 +135,7 @@ class GlooBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.scatter`."""
-        self._current.scatter(block, source, counts, root, deadline=deadline)
+        self._selected.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
         self,
@@ -147,7 +147,7 @@ class GlooBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.reduce_scatter`."""
-        self._current.reduce_scatter(source, out, counts, reduction, deadline=deadline)
+        self._selected.reduce_scatter(source, out, counts, reduction, deadline=deadline)
 
     def all_to_all(
         self,
@@ -159,69 +159,71 @@ class GlooBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.all_to_all`."""
-        self._current.all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
+        self._selected.all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
 
     def allocate(self, nbytes: int) -> Array:
-        """Return memory that other ranks on this host can reduce and read in place."""
-        return self._host.allocate(nbytes)
+        """Allocate memory that other ranks on this host can reduce and read in place."""
+        return self._host.arenas.allocate(nbytes)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return a group over the same connections and the same hosts."""
+        """Make a group over the same connections and on the same hosts."""
         return GlooBackend(self._flat.subgroup(ranks, context), self._host)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the survivors' group: what connects the living outlasts a group."""
+        """Make the survivors' group, over the connections that they have."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
         """End this group's operations on all its ranks; other groups go on."""
-        if self._way is not None:
-            self._way.abort()
+        if self._collectives is not None:
+            self._collectives.abort()
         self._flat.abort()
 
     def close(self) -> None:
-        """Close the connections; of a subgroup, which owns none, only what is its own.
+        """Close the connections, unless this is a subgroup, which owns none.
 
-        Nothing refers to shared memory any more afterwards but the user's arrays.
+        Afterwards only the user's arrays refer to shared memory.
         """
-        if self._way is not None:
-            self._way.close()
-        self._way = self._current = self._flat
-        self._host = Host.alone()
-        self._transfers = Handover(self._flat, self._host)
+        if self._collectives is not None:
+            self._collectives.close()
+        self._collectives = self._selected = self._flat
+        self._host = LocalHost.of_single_rank()
+        self._transfers = ShmTransfers(self._flat, self._host)
         self._flat.close()
 
-    def _find_way(self, talk: TcpBackend, deadline: float) -> Backend:
-        """Find out, together with all members, how this group's collectives move.
+    def _choose_collectives(self, bootstrap: TcpBackend, deadline: float) -> Backend:
+        """Choose, together with all members, the backend of this group's collectives.
 
         Args:
-            talk: a group of the same members, to do so.
+            bootstrap: a group of the same members, for the messages about it.
             deadline: absolute `time.monotonic()` second.
         """
-        hosts = self._host.members_by_host(self._flat.ranks)
-        mine = next(members for members in hosts if self.rank in members)
-        region = self._host.open_region(talk.part(mine), deadline) if len(mine) > 1 else None
+        hosts = self._host.group_by_host(self._flat.ranks)
+        own_host = next(members for members in hosts if self.rank in members)
+        region = None
+        if len(own_host) > 1:
+            region = self._host.open_region(bootstrap.subset(own_host), deadline)
         if len(hosts) > 1:
-            hosts = self._that_share(hosts, region is not None, talk, deadline)
+            hosts = self._split_hosts_without_memory(hosts, region is not None, bootstrap, deadline)
         if len(hosts) == self.world_size or (region is None and len(hosts) == 1):
             return self._flat
         if region is None:
-            return Hierarchy(self._flat, hosts, self._flat.part([self.rank]))
-        local = ShmBackend(region, self._flat.part(mine), self._host.arenas)
-        return local if len(hosts) == 1 else Hierarchy(self._flat, hosts, local)
+            return HierarchicalBackend(self._flat, hosts, self._flat.subset([self.rank]))
+        local = ShmBackend(region, self._flat.subset(own_host), self._host.arenas)
+        return local if len(hosts) == 1 else HierarchicalBackend(self._flat, hosts, local)
 
-    def _that_share(
-        self, hosts: list[list[int]], shares: bool, talk: TcpBackend, deadline: float
+    def _split_hosts_without_memory(
+        self, hosts: list[list[int]], shares: bool, bootstrap: TcpBackend, deadline: float
     ) -> list[list[int]]:
-        """Tell all whether this rank's host shares memory; where it does not, ranks are alone."""
-        told = swap(talk, bytes([shares]), deadline)
+        """Make single-rank hosts of the ranks whose host has no region; all members call it."""
+        answers = bootstrap_all_gather(bootstrap, bytes([shares]), deadline)
         found: list[list[int]] = []
         for members in hosts:
-            found += [members] if told[members[0]] == b"\1" else [[rank] for rank in members]
+            found += [members] if answers[members[0]] == b"\1" else [[rank] for rank in members]
         return sorted(found)
 
 
-def _not_found(error: TimeoutError | PeerLost, config: BackendConfig) -> RendezvousError:
+def _bootstrap_error(error: TimeoutError | PeerLost, config: BackendConfig) -> RendezvousError:
     peer = error.peer if isinstance(error, PeerLost) else None
     who = "the others" if peer is None else f"rank {peer}"
     return RendezvousError(

@@ -1,4 +1,4 @@
-"""What this distribution offers: the gloo backend. Importing it opens nothing."""
+"""The hook implementation that offers the gloo backend; importing it opens nothing."""
 
 from collections.abc import Sequence
 

@@ -1,11 +1,11 @@
-"""Topology: where the ranks of a group live, and how many of them a call should use.
+"""Topology: which ranks of a group are on which host, and how many of them a call uses.
 
     host 0   rank 0 ── rail 0 ── rank 1   host 1
              rank 2 ── rail 1 ── rank 3
                                  rank 4
 
-A rail connects the ranks of one place in their hosts' lists, one of every host; there are as many
-as every host has ranks. Rank 4 above is on none: it moves its data through its neighbours.
+A rail connects the ranks with the same local rank, one of every host. There are as many rails as
+the smallest host has ranks. Rank 4 above is on none: the ranks on its host move its data.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 #   one level   190      209    1,088     4,491      6,239   15,662   62,681
 _LEADERS_BYTES = 256 << 10
 # all_reduce of 64 MiB over 1 Gbit/s, in blocks of 16, 8 and 4 MiB, reached 91.0, 90.3 and 92.5 % of
-# the rate at MTU 1500, and 95.3, 96.3 and 97.0 % at 9000: the first block's time on the hosts and
-# the last one's are not hidden by the network. Of 2 MiB nothing could be told from noise.
+# the rate at MTU 1500, and 95.3, 96.3 and 97.0 % at 9000: the network does not hide the time of the
+# first and the last block on the hosts. Blocks of 2 MiB differed by no more than noise.
 _BLOCK_BYTES = 4 << 20
 
 
@@ -33,59 +33,56 @@ class Topology:
 
     Attributes:
         hosts: the ranks by host, each list ascending, hosts by their lowest rank; two at least.
-        rank: whose view it is.
-        host: number of the host that this rank is on.
-        place: this rank's place on its host, from 0; its rank among its neighbours.
-        rails: how many rails there are.
+        rank: this rank.
+        host_index: the index of this rank's host.
+        local_rank: this rank's index among the ranks on its host.
+        rails: the number of rails.
     """
 
     hosts: tuple[tuple[int, ...], ...]
     rank: int
-    host: int
-    place: int
+    host_index: int
+    local_rank: int
     rails: int
 
     @classmethod
     def of(cls, hosts: Sequence[Sequence[int]], rank: int) -> Topology:
-        """Return the topology of these hosts, seen from `rank`."""
+        """Describe these hosts as `rank` sees them."""
         fixed = tuple(tuple(host) for host in hosts)
-        number = next(index for index, host in enumerate(fixed) if rank in host)
+        host_index = next(index for index, host in enumerate(fixed) if rank in host)
         rails = min(len(host) for host in fixed)
-        return cls(fixed, rank, number, fixed[number].index(rank), rails)
+        return cls(fixed, rank, host_index, fixed[host_index].index(rank), rails)
 
     @property
-    def neighbours(self) -> tuple[int, ...]:
+    def host_ranks(self) -> tuple[int, ...]:
         """The ranks on this rank's host, itself included."""
-        return self.hosts[self.host]
+        return self.hosts[self.host_index]
 
     @property
-    def others(self) -> tuple[int, ...]:
-        """The numbers of the other hosts, from the next one round: no host is all's first."""
+    def other_hosts(self) -> tuple[int, ...]:
+        """The indices of the other hosts, from the next one on, so that no host is all's first."""
         n = len(self.hosts)
-        return tuple((self.host + step) % n for step in range(1, n))
+        return tuple((self.host_index + step) % n for step in range(1, n))
 
-    def agent(self, place: int) -> int:
-        """Return the place that speaks for each host when one does: `place` if that has a rail."""
-        return place if place < self.rails else 0
+    def leader_for(self, local_rank: int) -> int:
+        """Choose the local rank that leads each host: this one if it has a rail, 0 otherwise."""
+        return local_rank if local_rank < self.rails else 0
 
-    def home(self, root: int) -> tuple[int, int]:
-        """Return the host of a rank, and its place there."""
-        number = next(index for index, host in enumerate(self.hosts) if root in host)
-        return number, self.hosts[number].index(root)
+    def locate(self, rank: int) -> tuple[int, int]:
+        """Find the host index and the local rank of a rank."""
+        index = next(index for index, host in enumerate(self.hosts) if rank in host)
+        return index, self.hosts[index].index(rank)
 
 
-def by_leaders(nbytes: int) -> bool:
-    """Say whether one rank speaks for its host; otherwise every rank on a rail moves a slice.
+def uses_leaders(nbytes: int) -> bool:
+    """Return True if one leader per host moves all data, False if all rails move slices.
 
-    Up to a size that costs fewer messages; beyond, one rank's core and socket do not fill a
-    quick link. Depends only on what all ranks share.
-
-    Args:
-        nbytes: size of the whole call's data on a rank.
+    Leaders cost fewer messages, but one rank's core and socket do not fill a quick link. `nbytes`,
+    the size of the call's data on a rank, is the same on all ranks, and so is the answer.
     """
     return nbytes <= _LEADERS_BYTES
 
 
-def number_of_blocks(nbytes: int) -> int:
-    """Return in how many blocks to move so much, one on the network, the next on the hosts."""
+def block_count(nbytes: int) -> int:
+    """Count the blocks for so many bytes; one is on the network while hosts prepare the next."""
     return max(1, -(-nbytes // _BLOCK_BYTES))

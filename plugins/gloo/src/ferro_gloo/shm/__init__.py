@@ -1,1 +1,1 @@
-"""Groups of ranks on one host, through memory that they share."""
+"""The shared-memory transport: groups of ranks on one host."""

@@ -1,6 +1,6 @@
-/* Sums of 16-bit floats, float16 and bfloat16: widened to float32, added from left to right,
-   divided or not, and rounded once, to nearest even. Bit for bit what NumPy and ml_dtypes give,
-   except for which NaN a NaN is. */
+/* Sums of 16-bit floats, float16 and bfloat16: they are widened to float32, added from left to
+   right, divided if asked for, and rounded once, to nearest even. The bits are those of NumPy and
+   ml_dtypes, except that one NaN may be another. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -59,7 +59,7 @@ static inline float widen_half(uint16_t half)
         bits += 224u << 23;
     else if (bits >= 1u << 23) /* normal: the bias of the exponent is 15, and becomes 127 */
         bits += 112u << 23;
-    else /* subnormal: as the digits after 2^-14, which is then taken away */
+    else /* subnormal: put its digits after 2^-14, then subtract 2^-14 */
         bits = as_bits(as_float(bits + (113u << 23)) - 0x1p-14f);
     return as_float(sign | bits);
 }
@@ -138,7 +138,7 @@ static Kernel fastest(void)
     return sum_portably;
 }
 
-/* Say whether a buffer can be a source of `out`; set an error if not. */
+/* Return 1 if a buffer can be a source of `out`; set an error if not. */
 static int fits(const Py_buffer *source, const Py_buffer *out)
 {
     const char *from = source->buf, *to = out->buf;
@@ -154,29 +154,29 @@ static int fits(const Py_buffer *source, const Py_buffer *out)
     return 1;
 }
 
-/* Take hold of the operands, sum them, let go of them; set an error if they do not fit. */
+/* Hold the operands' buffers, sum them, release them; set an error if one does not fit. */
 static int sum_operands(PyObject *operands, const Py_buffer *out, Sum *sum)
 {
     static Kernel kernel; /* guarded by the GIL */
     if (!kernel)
         kernel = fastest();
-    int right = fits(out, out);
+    int valid = fits(out, out);
     Py_ssize_t held = 0;
-    while (right && held < sum->count) {
+    while (valid && held < sum->count) {
         PyObject *operand = PyTuple_GetItem(operands, held);
         if (PyObject_GetBuffer(operand, &sum->sources[held], PyBUF_SIMPLE))
-            right = 0;
+            valid = 0;
         else
-            right = fits(&sum->sources[held++], out);
+            valid = fits(&sum->sources[held++], out);
     }
-    if (right) {
+    if (valid) {
         Py_BEGIN_ALLOW_THREADS
         kernel(sum);
         Py_END_ALLOW_THREADS
     }
     while (held--)
         PyBuffer_Release(&sum->sources[held]);
-    return right;
+    return valid;
 }
 
 extern PyObject *sum_half(PyObject *, PyObject *); /* called from _native.c */
@@ -184,7 +184,7 @@ PyObject *sum_half(PyObject *Py_UNUSED(module), PyObject *args)
 {
     Py_buffer out;
     PyObject *sources;
-    int brain, right = 0;
+    int brain, valid = 0;
     double divisor;
     if (!PyArg_ParseTuple(args, "w*Opd:sum_half", &out, &sources, &brain, &divisor))
         return NULL;
@@ -197,9 +197,9 @@ PyObject *sum_half(PyObject *Py_UNUSED(module), PyObject *args)
     else if (operands && !count)
         PyErr_SetString(PyExc_ValueError, "sum_half() takes at least one source");
     else if (operands)
-        right = sum_operands(operands, &out, &sum);
+        valid = sum_operands(operands, &out, &sum);
     PyMem_Free(held);
     Py_XDECREF(operands);
     PyBuffer_Release(&out);
-    return right ? Py_NewRef(Py_None) : NULL;
+    return valid ? Py_NewRef(Py_None) : NULL;
 }

@@ -1,18 +1,18 @@
 /* The native helper of ferro-gloo: counters in shared memory, waiting for them, and copies.
 
-   Why this is right on weak memory models, ARM64 as well as x86-64: a rank writes its data with
-   plain stores, then its counter with release; another rank loads the counter with acquire, and
-   once it sees the value, it sees all that was written before it. Sleeping needs one order more:
-   a publisher stores the counter, then loads the number of sleepers; a sleeper adds itself to that
-   number, then loads the counter. All four are sequentially consistent, so at least one of the two
-   sees the other: the sleeper stays awake, or the publisher wakes it. The kernel compares the
-   counter once more, under its lock, before it lets anybody sleep.
+   This is right on weak memory models, ARM64 as well as x86-64. A rank writes its data with plain
+   stores, then its counter with release; another rank loads the counter with acquire, and once it
+   sees the value, it sees all that was written before. Sleeping needs one more order: a publisher
+   stores the counter, then loads the number of sleepers; a sleeper adds itself to that number, then
+   loads the counter. All four are sequentially consistent, so at least one of the two sees the
+   other: the sleeper stays awake, or the publisher wakes it. The kernel compares the counter once
+   more, under its lock, before the sleeper sleeps.
 
-   One counter on the board, aligned to 8 bytes:
+   One counter, aligned to 8 bytes:
 
        byte  0..7    int64   value, only grows; its low half is the futex word
-       byte  8..11   uint32  how many sleep on it; one who died asleep stays counted, which costs
-                             its publisher a system call a time, and harms nothing
+       byte  8..11   uint32  the number of its sleepers; one that died asleep stays counted, which
+                             costs the publisher a system call each time, and harms nothing
 */
 
 #define Py_LIMITED_API 0x030B0000
@@ -59,7 +59,7 @@ static inline void relax(void)
 #endif
 }
 
-/* Return the index of the first counter that is behind, from `index` on, or -1. */
+/* Find the first counter that is behind, from `index` on; -1 if none is. */
 static Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
 {
     for (; index < awaited->count; index++) {
@@ -70,7 +70,7 @@ static Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
     return -1;
 }
 
-/* Sleep until the counter has the value, or `until`, or a signal; say whether it has it. */
+/* Sleep until the counter has the value, or `until`, or a signal; return 1 if it has it. */
 static int sleep_on(char *counter, int64_t value, const struct timespec *until)
 {
     uint32_t *sleepers = (uint32_t *)(counter + SLEEPERS);
@@ -109,15 +109,15 @@ static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, lon
     return index;
 }
 
-/* Say whether the counters lie on the board, aligned; set an error if not. */
-static int lie_on(const Py_buffer *board, Py_ssize_t first, Py_ssize_t stride, Py_ssize_t count)
+/* Return 1 if the counters lie within the memory, aligned; set an error if not. */
+static int lie_within(const Py_buffer *memory, Py_ssize_t first, Py_ssize_t stride, Py_ssize_t count)
 {
-    if (first < 0 || first > board->len - COUNTER_BYTES || count < 1 || stride < COUNTER_BYTES ||
-        count - 1 > (board->len - COUNTER_BYTES - first) / stride || stride % 8 ||
-        ((uintptr_t)board->buf + (uintptr_t)first) % 8) {
+    if (first < 0 || first > memory->len - COUNTER_BYTES || count < 1 || stride < COUNTER_BYTES ||
+        count - 1 > (memory->len - COUNTER_BYTES - first) / stride || stride % 8 ||
+        ((uintptr_t)memory->buf + (uintptr_t)first) % 8) {
         PyErr_Format(PyExc_ValueError,
-                     "a board of %zd bytes holds no %zd counters, aligned, %zd bytes apart from %zd on",
-                     board->len, count, stride, first);
+                     "%zd bytes hold no %zd aligned counters, %zd bytes apart, from offset %zd on",
+                     memory->len, count, stride, first);
         return 0;
     }
     return 1;
@@ -129,18 +129,18 @@ static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
         return PyErr_Format(PyExc_TypeError, "publish() takes 3 arguments, not %zd", given);
     Py_ssize_t offset = PyLong_AsSsize_t(args[1]);
     int64_t value = PyLong_AsLongLong(args[2]);
-    Py_buffer board;
-    if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &board, PyBUF_WRITABLE))
+    Py_buffer memory;
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE))
         return NULL;
-    int right = lie_on(&board, offset, COUNTER_BYTES, 1);
-    if (right) {
-        char *counter = (char *)board.buf + offset;
+    int valid = lie_within(&memory, offset, COUNTER_BYTES, 1);
+    if (valid) {
+        char *counter = (char *)memory.buf + offset;
         __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
         if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
             syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     }
-    PyBuffer_Release(&board);
-    return right ? Py_NewRef(Py_None) : NULL;
+    PyBuffer_Release(&memory);
+    return valid ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
@@ -161,13 +161,13 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
         seconds = 0;
     else if (seconds > MOST_SECONDS)
         seconds = MOST_SECONDS;
-    Py_buffer board;
-    if (PyObject_GetBuffer(args[0], &board, PyBUF_WRITABLE))
+    Py_buffer memory;
+    if (PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE))
         return NULL;
-    int right = lie_on(&board, offset, awaited.stride, awaited.count);
+    int valid = lie_within(&memory, offset, awaited.stride, awaited.count);
     Py_ssize_t behind = -1;
-    if (right) {
-        awaited.first = (char *)board.buf + offset;
+    if (valid) {
+        awaited.first = (char *)memory.buf + offset;
         behind = first_behind(&awaited, 0);
     }
     if (behind >= 0) {
@@ -175,14 +175,14 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
         behind = wait_without_gil(&awaited, behind, spins, yields, seconds);
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&board);
-    if (!right)
+    PyBuffer_Release(&memory);
+    if (!valid)
         return NULL;
     return behind < 0 ? Py_NewRef(Py_None) : PyLong_FromSsize_t(behind);
 }
 
-/* Copy past the caches: lines that are written whole need not be read first. */
-static void copy_past(char *to, const char *from, size_t length)
+/* Copy past the caches: the processor need not read lines that it overwrites as a whole. */
+static void copy_nontemporal(char *to, const char *from, size_t length)
 {
 #ifdef __x86_64__
     size_t done = -(uintptr_t)to % 64;
@@ -193,7 +193,7 @@ static void copy_past(char *to, const char *from, size_t length)
             _mm_stream_si128((__m128i *)(to + done + part),
                              _mm_loadu_si128((const __m128i *)(from + done + part)));
     memcpy(to + done, from + done, length - done);
-    _mm_sfence(); /* such stores are in no order with others */
+    _mm_sfence(); /* non-temporal stores have no order with others */
 #else
     memcpy(to, from, length);
 #endif
@@ -211,20 +211,20 @@ static PyObject *copy(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
         return NULL;
     }
     const char *start = from.buf, *target = to.buf;
-    int right = to.len == from.len && (start + from.len <= target || target + to.len <= start);
-    if (right) {
+    int valid = to.len == from.len && (start + from.len <= target || target + to.len <= start);
+    if (valid) {
         Py_BEGIN_ALLOW_THREADS
-        copy_past(to.buf, from.buf, (size_t)to.len);
+        copy_nontemporal(to.buf, from.buf, (size_t)to.len);
         Py_END_ALLOW_THREADS
     } else {
         PyErr_SetString(PyExc_ValueError, "copy() takes two apart arrays of one size");
     }
     PyBuffer_Release(&to);
     PyBuffer_Release(&from);
-    return right ? Py_NewRef(Py_None) : NULL;
+    return valid ? Py_NewRef(Py_None) : NULL;
 }
 
-static PyMethodDef functions[] = { /* described in _native.pyi */
+static PyMethodDef functions[] = { /* described in native.py */
     {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
     {"wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, NULL},

@@ -1,7 +1,7 @@
-"""ShmBackend: the collectives of ranks on one host, through memory that they share.
+"""ShmBackend: the collectives of ranks on one host, through shared memory.
 
-Everything is reduced in order of rank, so results are the same bits on every rank, and the same
-with and without `deterministic=True`.
+All reductions are in order of rank. So results have the same bits on every rank, and the same with
+and without `deterministic=True`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from ferro.backend import Backend
 from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.arena import Arenas
-from ferro_gloo.shm.movements import Movements
-from ferro_gloo.shm.operation import Runner
-from ferro_gloo.shm.reductions import Reductions
-from ferro_gloo.shm.region import Region
-from ferro_gloo.shm.small import Small
-from ferro_gloo.shm.stream import Stream
+from ferro_gloo.shm import data_movement, reductions
+from ferro_gloo.shm.arena import HostArenas
+from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.region import ShmRegion
+from ferro_gloo.shm.single_round import SingleRoundCollectives
+from ferro_gloo.shm.slot_ring import SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
-# Up to so much in all ranks' arrays together each rank reduces it all, in one round; beyond, each
-# reduces its part and shows the result, in two. Measured with 4 ranks on 2 cores: 256 KiB take
-# 72 us in one round, 100 in two.
-_REDUCED_BY_ALL_BYTES = 1 << 20
+# Up to so many bytes of all ranks' arrays together each rank reduces all of them, in one round;
+# beyond, each reduces its part and publishes the result, in two. Measured with 4 ranks on 2 cores:
+# 256 KiB take 72 us in one round, 100 in two.
+_EACH_REDUCES_BYTES = 1 << 20
 
 
 class ShmBackend(Backend):
@@ -32,67 +31,71 @@ class ShmBackend(Backend):
 
     Args:
         region: the memory.
-        part: the same ranks over TCP, for transfers, and where the loss of a rank shows.
-        arenas: where arrays are that can be used in place.
+        tcp: the same ranks over TCP, for transfers, and to see the loss of a rank.
+        arenas: the arrays that can be used in place.
     """
 
     labels_frames = True
 
-    def __init__(self, region: Region, part: TcpBackend, arenas: Arenas) -> None:
-        super().__init__(part.rank, part.world_size, part.choice)
-        self._part = part
-        self._stream = Stream(region, part)
-        runner = Runner(region, self._stream, part, arenas)
-        rank, ranks, slot_bytes = part.rank, part.world_size, region.slot_bytes
-        self._small = Small(region, self._stream, rank)
-        self._movements = Movements(runner, rank, ranks, slot_bytes)
-        self._reductions = Reductions(runner, rank, ranks, slot_bytes)
-        self._most_bytes = slot_bytes
-        self._most_reduced = min(slot_bytes, _REDUCED_BY_ALL_BYTES // ranks)
+    def __init__(self, region: ShmRegion, tcp: TcpBackend, arenas: HostArenas) -> None:
+        super().__init__(tcp.rank, tcp.world_size, tcp.choice)
+        self._tcp = tcp
+        self._ring = SlotRing(region, tcp)
+        self._runner = ChunkedRunner(region, self._ring, tcp, arenas)
+        self._single_round = SingleRoundCollectives(region, self._ring, tcp.rank)
+        self._slot_bytes = region.slot_bytes
+        self._single_round_bytes = min(region.slot_bytes, _EACH_REDUCES_BYTES // tcp.world_size)
 
     def begin(self, call: Call) -> None:
-        """Begin a collective: its first chunk will carry this call's label."""
+        """Begin a collective, whose first chunk carries this call's label."""
         self.call = call
-        self._stream.begin(call)
+        self._ring.set_call(call)
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """See `Backend.agree`: every operation begins with a round in which labels are compared."""
-        self.begin(call)
+        """See `Backend.agree`; the first round of an operation compares labels."""
+        self.call = call
+        self._ring.set_call(call)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
-        self._small.barrier(deadline)
+        self._single_round.barrier(deadline)
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
-        way = self._small if buffer.nbytes <= self._most_reduced else self._reductions
-        way.all_reduce(buffer, reduction, deadline)
+        if buffer.nbytes <= self._single_round_bytes:
+            self._single_round.all_reduce(buffer, reduction, deadline)
+        else:
+            reductions.all_reduce(self._runner, buffer, reduction, deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
-        way = self._small if buffer.nbytes <= self._most_bytes else self._reductions
-        way.reduce(buffer, reduction, root, deadline)
+        if buffer.nbytes <= self._slot_bytes:
+            self._single_round.reduce(buffer, reduction, root, deadline)
+        else:
+            reductions.reduce(self._runner, buffer, reduction, root, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
-        way = self._small if buffer.nbytes <= self._most_bytes else self._movements
-        way.broadcast(buffer, root, deadline)
+        if buffer.nbytes <= self._slot_bytes:
+            self._single_round.broadcast(buffer, root, deadline)
+        else:
+            data_movement.broadcast(self._runner, buffer, root, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
-        if buffer.nbytes <= self._most_bytes and _even(counts):
-            self._small.all_gather(buffer, deadline)
+        if buffer.nbytes <= self._slot_bytes and _are_even(counts):
+            self._single_round.all_gather(buffer, deadline)
         else:
-            self._movements.all_gather(buffer, counts, deadline)
+            data_movement.all_gather(self._runner, buffer, counts, deadline)
 
     def gather(
         self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
     ) -> None:
         """See `Backend.gather`."""
-        if block.nbytes <= self._most_bytes and _even(counts):
-            self._small.gather(block, out, deadline)
+        if block.nbytes <= self._slot_bytes and _are_even(counts):
+            self._single_round.gather(block, out, deadline)
         else:
-            self._movements.gather(block, out, counts, root, deadline)
+            data_movement.gather(self._runner, block, out, counts, root, deadline)
 
     def scatter(
         self,
@@ -104,10 +107,10 @@ class ShmBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.scatter`."""
-        if sum(counts) * block.itemsize <= self._most_bytes and _even(counts):
-            self._small.scatter(block, source, root, deadline)
+        if sum(counts) * block.itemsize <= self._slot_bytes and _are_even(counts):
+            self._single_round.scatter(block, source, root, deadline)
         else:
-            self._movements.scatter(block, source, counts, root, deadline)
+            data_movement.scatter(self._runner, block, source, counts, root, deadline)
 
     def reduce_scatter(
         self,
@@ -119,10 +122,10 @@ class ShmBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.reduce_scatter`."""
-        if source.nbytes <= self._most_bytes and _even(counts):
-            self._small.reduce_scatter(source, out, reduction, deadline)
+        if source.nbytes <= self._slot_bytes and _are_even(counts):
+            self._single_round.reduce_scatter(source, out, reduction, deadline)
         else:
-            self._reductions.reduce_scatter(source, out, counts, reduction, deadline)
+            reductions.reduce_scatter(self._runner, source, out, counts, reduction, deadline)
 
     def all_to_all(
         self,
@@ -134,26 +137,28 @@ class ShmBackend(Backend):
         deadline: float,
     ) -> None:
         """See `Backend.all_to_all`."""
-        small = source.nbytes <= self._most_bytes and _even([*send_counts, *recv_counts])
-        if not (small and self._small.all_to_all(source, out, deadline)):
-            self._movements.all_to_all(source, out, send_counts, recv_counts, deadline, met=small)
+        small = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
+        if not (small and self._single_round.all_to_all(source, out, deadline)):
+            data_movement.all_to_all(
+                self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small
+            )
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`; over TCP."""
-        self._part.send(buffer, peer, tag=tag, deadline=deadline)
+        self._tcp.send(buffer, peer, tag=tag, deadline=deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.recv`; over TCP."""
-        self._part.recv(buffer, peer, tag=tag, deadline=deadline)
+        self._tcp.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def abort(self) -> None:
         """See `Backend.abort`."""
-        self._stream.give_up()
-        self._part.abort()
+        self._ring.retract()
+        self._tcp.abort()
 
     def close(self) -> None:
-        """Do nothing: the memory is released when nobody uses it any more."""
+        """Do nothing: the memory is released when no object refers to it."""
 
 
-def _even(counts: Sequence[int]) -> bool:
+def _are_even(counts: Sequence[int]) -> bool:
     return counts.count(counts[0]) == len(counts)

@@ -1,7 +1,7 @@
 """The native helper: `NATIVE` is the compiled module, or None where it was not built.
 
-It is compiled from `_native.c` and `_half.c` when ferro-gloo is installed and a C compiler is
-there, on 64-bit Linux. `ABSENT` says why there is none, and is empty otherwise.
+Installing ferro-gloo on 64-bit Linux compiles it from `_native.c` and `_half.c` if there is a C
+compiler. `ABSENT` is the reason why it is missing, and empty where it is not.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Native(Protocol):
-    """What the compiled module offers. Arguments are positional.
+class NativeModule(Protocol):
+    """The functions of the compiled module; their arguments are positional.
 
-    Buffers may be of any object with the buffer protocol. A call holds on to its buffers, so
-    that memory cannot be unmapped under it. Whatever does not lie in them is a ValueError.
+    A buffer may be any object with the buffer protocol. A call holds its buffers, so that their
+    memory cannot be unmapped meanwhile. An offset outside of a buffer is a ValueError.
     """
 
-    def publish(self, board: memoryview, offset: int, value: int, /) -> None:
-        """Store the int64 counter at a byte offset, with release, and wake who sleeps on it."""
+    def publish(self, counters: memoryview, offset: int, value: int, /) -> None:
+        """Store the int64 counter at a byte offset, with release, and wake its sleepers."""
 
     def wait(
         self,
-        board: memoryview,
+        counters: memoryview,
         first: int,
         stride: int,
         count: int,
@@ -38,24 +38,24 @@ class Native(Protocol):
     ) -> int | None:
         """Wait until counters are at least `value`; loads are acquire loads.
 
-        The GIL is released, unless all is there at once.
+        The GIL is released, unless all counters have the value at once.
 
         Args:
-            board: writable shared memory; sleepers count themselves in it.
+            counters: writable shared memory; sleepers count themselves in it.
             first: byte offset of the first counter.
             stride: bytes from one counter to the next, at least 16.
             count: how many counters.
-            value: what all of them are to reach.
-            spins: how often to look again with a pause of tens of nanoseconds; at most a million.
-            yields: how often, after that, to look again having let others run; then it sleeps.
-            seconds: how long in all, at most a day.
+            value: the value that all of them are to reach.
+            spins: how often to load again after a pause of tens of nanoseconds; at most a million.
+            yields: how often, after that, to load again after a `sched_yield`; then it sleeps.
+            seconds: the longest wait, at most a day.
 
         Returns:
             None; or, after `seconds` or a signal, the index of the first counter behind.
         """
 
     def copy(self, target: NDArray[np.generic], source: NDArray[np.generic], /) -> None:
-        """Copy as many bytes past the caches, on x86-64; both are contiguous and apart."""
+        """Copy past the caches, on x86-64; both are contiguous, of one size, and apart."""
 
     def sum_half(
         self,
@@ -68,19 +68,19 @@ class Native(Protocol):
         """Sum float16, or bfloat16 when `brain`, from left to right in float32; round once.
 
         Args:
-            out: contiguous; written to. It may be a source, but not overlap one in part.
-            sources: contiguous, as many numbers each as `out`; at least one.
-            brain: whether all are bfloat16.
-            divisor: what the float32 sum is divided by; 0 for nothing.
+            out: the contiguous result. It may be a source, but not overlap one in part.
+            sources: contiguous arrays of as many numbers as `out`; at least one.
+            brain: True if all are bfloat16.
+            divisor: divides the float32 sum, unless it is 0.
         """
 
 
-def _load() -> tuple[Native | None, str]:
+def _load() -> tuple[NativeModule | None, str]:
     try:
         module = import_module("ferro_gloo.shm._native")
     except ImportError as error:
         return None, f"the native helper of ferro-gloo is not there: {error}"
-    return cast(Native, module), ""
+    return cast(NativeModule, module), ""
 
 
 NATIVE, ABSENT = _load()

@@ -1,8 +1,6 @@
-"""Reductions: of what does not fit a slot or is not even, in order of rank.
+"""Reductions of arrays that do not fit a slot or are uneven, in order of rank.
 
-Each says what its ranks show each other chunk by chunk, what they take of what the others show,
-and what they do instead with arrays that they can use where they are (see `operation`).
-Methods take what those of `Backend` take.
+Each function makes a `ChunkedOperation`, and takes the arguments of the method of `Backend`.
 """
 
 from __future__ import annotations
@@ -14,162 +12,161 @@ import numpy as np
 from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.combine import reduce_into
-from ferro_gloo.shm.operation import Answer, Operation, Runner
-from ferro_gloo.shm.pieces import chunk, get, piece, piece_bytes, put, rounds_of
+from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner, Respond
+from ferro_gloo.shm.kernels import (
+    chunk,
+    chunk_count,
+    copy_cached,
+    reduce_into,
+    slot_block,
+    write_slot,
+)
 
-_BLOCK_BYTES = 256 << 10  # what is reduced at once, where it is: it stays in a core's cache
+_BLOCK_BYTES = 256 << 10  # so much is reduced in place at once: it stays in a core's cache
 
 
-class Reductions:
-    """One rank's part in them.
+def all_reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, deadline: float) -> None:
+    """See `Backend.all_reduce`."""
 
-    Args:
-        runner: carries operations out.
-        rank: this rank.
-        ranks: how many there are.
-        slot_bytes: size of a slot.
+    def in_place(arrays: Mapping[int, Array]) -> None:
+        _reduce_in_place(runner, list(arrays.values()), buffer, reduction)
+
+    if runner.ranks == 2:  # each reduces it all: that takes one round a chunk
+        operation = _one_phase(runner, buffer, reduction, reads=True)
+        operation.source, operation.in_place = buffer.view(np.uint8), in_place
+        runner.run(operation, deadline)
+    else:
+        operation, respond = _two_phase(runner, buffer, reduction, reads=True)
+        operation.source, operation.in_place = buffer.view(np.uint8), in_place
+        runner.run_two_phase(operation, respond, deadline)
+
+
+def reduce(
+    runner: ChunkedRunner, buffer: Array, reduction: Reduction, root: int, deadline: float
+) -> None:
+    """See `Backend.reduce`."""
+    at_root = runner.rank == root
+    if runner.ranks == 2:
+        runner.run(_one_phase(runner, buffer, reduction, reads=at_root), deadline)
+    else:
+        operation, respond = _two_phase(runner, buffer, reduction, reads=at_root)
+        runner.run_two_phase(operation, respond, deadline)
+
+
+def reduce_scatter(
+    runner: ChunkedRunner,
+    source: Array,
+    out: Array,
+    counts: Sequence[int],
+    reduction: Reduction,
+    deadline: float,
+) -> None:
+    """See `Backend.reduce_scatter`."""
+    me, length = runner.rank, runner.slot_block_bytes // source.itemsize
+    parts = blocks(source, counts)
+
+    def write(k: int, slot: Array) -> None:
+        for rank in runner.others:
+            write_slot(slot_block(slot, me, rank, length), chunk(parts[rank], k, length))
+
+    def read(k: int, slots: Sequence[Array]) -> None:
+        target = chunk(out, k, length)
+        parts_of_ranks = [
+            slot_block(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)
+        ]
+        parts_of_ranks[me] = chunk(parts[me], k, length)
+        reduce_into(reduction, target, parts_of_ranks)
+
+    def in_place(arrays: Mapping[int, Array]) -> None:
+        mine = [blocks(array.view(source.dtype), counts)[me] for array in arrays.values()]
+        step = _BLOCK_BYTES // source.itemsize
+        for k in range(chunk_count(out.size, step)):
+            operands = [chunk(part, k, step) for part in mine]
+            reduce_into(reduction, chunk(out, k, step), operands)
+
+    operation = ChunkedOperation(
+        chunks=chunk_count(max(counts), length),
+        write=write,
+        read=read,
+        dtype=source.dtype,
+        source=source.view(np.uint8),
+        in_place=in_place,
+    )
+    runner.run(operation, deadline)
+
+
+def _one_phase(
+    runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool
+) -> ChunkedOperation:
+    """Build the operation in which all ranks publish all they have, and readers reduce it."""
+    length = runner.slot_bytes // buffer.itemsize
+
+    def write(k: int, slot: Array) -> None:
+        write_slot(slot, chunk(buffer, k, length))
+
+    def read(k: int, slots: Sequence[Array]) -> None:
+        target = chunk(buffer, k, length)
+        parts = [slot[: target.size] for slot in slots]
+        parts[runner.rank] = target  # one of two, which are read before anything is written
+        reduce_into(reduction, target, parts)
+
+    return ChunkedOperation(
+        chunks=chunk_count(buffer.size, length),
+        write=write,
+        read=read if reads else None,
+        dtype=buffer.dtype,
+    )
+
+
+def _two_phase(
+    runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool
+) -> tuple[ChunkedOperation, Respond]:
+    """Build the operation in which each rank reduces its part of a block and publishes it.
+
+    Source: the reduce-scatter and all-gather of Rabenseifner (see
+        `ferro.collectives.direct.direct_all_reduce`), block by block, so that the slots stay
+        in the caches.
     """
+    me, n, length = runner.rank, runner.ranks, runner.slot_block_bytes // buffer.itemsize
 
-    def __init__(self, runner: Runner, rank: int, ranks: int, slot_bytes: int) -> None:
-        self._runner = runner
-        self._rank = rank
-        self._ranks = ranks
-        self._others = [other for other in range(ranks) if other != rank]
-        self._slot_bytes = slot_bytes
-        self._piece_bytes = piece_bytes(slot_bytes, ranks)
+    def part(k: int, rank: int) -> Array:
+        block = chunk(buffer, k, n * length)
+        return chunk(block, rank, -(-block.size // n))
 
-    def all_reduce(self, buffer: Array, reduction: Reduction, deadline: float) -> None:
-        """See `Backend.all_reduce`."""
+    def write(k: int, slot: Array) -> None:
+        for rank in runner.others:
+            write_slot(slot_block(slot, me, rank, length), part(k, rank))
 
-        def in_place(arrays: Mapping[int, Array]) -> None:
-            self._reduce_everywhere(list(arrays.values()), buffer, reduction)
+    def respond(k: int, slots: Sequence[Array], target: Array) -> None:
+        own = part(k, me)
+        parts = [slot_block(slot, r, me, length)[: own.size] for r, slot in enumerate(slots)]
+        parts[me] = own
+        result = target[: own.size]
+        reduce_into(reduction, result, parts)
+        own[...] = result
 
-        if self._ranks == 2:  # each may as well reduce it all: that takes one round a chunk
-            operation = self._by_all(buffer, reduction, takes=True)
-            operation.shared, operation.in_place = buffer.view(np.uint8), in_place
-            self._runner.run(operation, deadline)
-        else:
-            operation, answer = self._in_turns(buffer, reduction, takes=True)
-            operation.shared, operation.in_place = buffer.view(np.uint8), in_place
-            self._runner.run_in_turns(operation, answer, deadline)
+    def read(k: int, slots: Sequence[Array]) -> None:
+        for rank in runner.others:
+            copy_cached(part(k, rank), slots[rank])
 
-    def reduce(self, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
-        """See `Backend.reduce`."""
-        at_root = self._rank == root
-        if self._ranks == 2:
-            self._runner.run(self._by_all(buffer, reduction, takes=at_root), deadline)
-        else:
-            operation, answer = self._in_turns(buffer, reduction, takes=at_root)
-            self._runner.run_in_turns(operation, answer, deadline)
+    operation = ChunkedOperation(
+        chunks=chunk_count(buffer.size, n * length),
+        write=write,
+        read=read if reads else None,
+        dtype=buffer.dtype,
+    )
+    return operation, respond
 
-    def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        deadline: float,
-    ) -> None:
-        """See `Backend.reduce_scatter`."""
-        me, length = self._rank, self._piece_bytes // source.itemsize
-        parts = blocks(source, counts)
 
-        def show(k: int, slot: Array) -> None:
-            for rank in self._others:
-                put(piece(slot, me, rank, length), chunk(parts[rank], k, length))
-
-        def take(k: int, slots: Sequence[Array]) -> None:
-            target = chunk(out, k, length)
-            shown = [piece(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)]
-            shown[me] = chunk(parts[me], k, length)
-            reduce_into(reduction, target, shown)
-
-        def in_place(arrays: Mapping[int, Array]) -> None:
-            mine = [blocks(array.view(source.dtype), counts)[me] for array in arrays.values()]
-            step = _BLOCK_BYTES // source.itemsize
-            for k in range(rounds_of(out.size, step)):
-                operands = [chunk(part, k, step) for part in mine]
-                reduce_into(reduction, chunk(out, k, step), operands)
-
-        operation = Operation(
-            rounds=rounds_of(max(counts), length),
-            show=show,
-            take=take,
-            dtype=source.dtype,
-            shared=source.view(np.uint8),
-            in_place=in_place,
-        )
-        self._runner.run(operation, deadline)
-
-    def _by_all(self, buffer: Array, reduction: Reduction, *, takes: bool) -> Operation:
-        """Return the operation in which all show all of an array; who takes it reduces it all."""
-        length = self._slot_bytes // buffer.itemsize
-
-        def show(k: int, slot: Array) -> None:
-            put(slot, chunk(buffer, k, length))
-
-        def take(k: int, slots: Sequence[Array]) -> None:
-            target = chunk(buffer, k, length)
-            parts = [slot[: target.size] for slot in slots]
-            parts[self._rank] = target  # one of two, which are read before anything is written
-            reduce_into(reduction, target, parts)
-
-        return Operation(
-            rounds=rounds_of(buffer.size, length),
-            show=show,
-            take=take if takes else None,
-            dtype=buffer.dtype,
-        )
-
-    def _in_turns(
-        self, buffer: Array, reduction: Reduction, *, takes: bool
-    ) -> tuple[Operation, Answer]:
-        """Return the operation in which each is shown its part of a block, and shows the result.
-
-        Source: the reduce-scatter and all-gather of Rabenseifner (see
-            `ferro.collectives.direct.direct_all_reduce`), block by block, so that what is
-            staged stays in the caches.
-        """
-        me, n, length = self._rank, self._ranks, self._piece_bytes // buffer.itemsize
-
-        def part(k: int, rank: int) -> Array:
-            block = chunk(buffer, k, n * length)
-            return chunk(block, rank, -(-block.size // n))
-
-        def show(k: int, slot: Array) -> None:
-            for rank in self._others:
-                put(piece(slot, me, rank, length), part(k, rank))
-
-        def answer(k: int, slots: Sequence[Array], target: Array) -> None:
-            own = part(k, me)
-            parts = [piece(slot, r, me, length)[: own.size] for r, slot in enumerate(slots)]
-            parts[me] = own
-            result = target[: own.size]
-            reduce_into(reduction, result, parts)
-            own[...] = result
-
-        def take(k: int, slots: Sequence[Array]) -> None:
-            for rank in self._others:
-                get(part(k, rank), slots[rank])
-
-        operation = Operation(
-            rounds=rounds_of(buffer.size, n * length),
-            show=show,
-            take=take if takes else None,
-            dtype=buffer.dtype,
-        )
-        return operation, answer
-
-    def _reduce_everywhere(
-        self, arrays: Sequence[Array], like: Array, reduction: Reduction
-    ) -> None:
-        """Reduce this rank's part of everybody's array, and write it to all."""
-        size = -(-like.size // self._ranks)
-        parts = [chunk(array.view(like.dtype), self._rank, size) for array in arrays]
-        step = _BLOCK_BYTES // like.itemsize
-        for k in range(rounds_of(parts[0].size, step)):
-            first, *others = operands = [chunk(part, k, step) for part in parts]
-            reduce_into(reduction, first, operands)
-            for other in others:
-                other[...] = first
+def _reduce_in_place(
+    runner: ChunkedRunner, arrays: Sequence[Array], like: Array, reduction: Reduction
+) -> None:
+    """Reduce this rank's part of all ranks' arrays, and write it to all of them."""
+    size = -(-like.size // runner.ranks)
+    parts = [chunk(array.view(like.dtype), runner.rank, size) for array in arrays]
+    step = _BLOCK_BYTES // like.itemsize
+    for k in range(chunk_count(parts[0].size, step)):
+        first, *others = operands = [chunk(part, k, step) for part in parts]
+        reduce_into(reduction, first, operands)
+        for other in others:
+            other[...] = first

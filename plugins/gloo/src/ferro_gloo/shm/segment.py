@@ -1,10 +1,10 @@
-"""Segment: memory that several processes of one host map, and that none of them can leave behind.
+"""Shared-memory segments: memory that several processes of one host map, and that never leaks.
 
-A segment is a file in /dev/shm without a name, of mode 0600. It is given a name, of 128 random
-bits, only while it is handed over: its owner offers it, the others open it, the name goes, and
-Linux gives the file no other. A process that is killed takes its nameless segments with it; a
-name that is left because all who knew it were killed in that moment is swept away by the next
-job. Who has a segment has a lock on it, from before it gets a name, so that the sweeper can tell.
+A segment is a file in /dev/shm without a name, of mode 0600. Its owner gives it a name of 128
+random bits only while the others open it; then the name is unlinked, and Linux never gives the
+file another. A nameless segment goes with the last process that maps it, even if that is killed. A
+name stays behind only if all processes that know it are killed in that moment. The next job removes
+it: every process that has a segment open holds a lock on it, which a stale one lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-FOLDER = Path("/dev/shm")  # noqa: S108 - memory shared by design; names are random, modes 0600
+SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - shared by design; random names of mode 0600
 NAME_BYTES = 16
 _PREFIX = "ferro-gloo-"
 _MODE = 0o600
@@ -26,11 +26,10 @@ _HUGE_BYTES = 2 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
 
 
-class Segment:
-    """A piece of shared memory, mapped here.
+class ShmSegment:
+    """Shared memory that this process has mapped.
 
-    What is not reserved must not be touched: it would end the process with SIGBUS if there is no
-    memory left.
+    Nobody may touch memory that is not reserved: where none is left, SIGBUS would end the process.
 
     Attributes:
         memory: the mapping.
@@ -38,31 +37,31 @@ class Segment:
     """
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
-        """Map an open file; the descriptor is this object's from now on."""
+        """Map an open file; this object closes the descriptor."""
         self._descriptor = descriptor
         self._name: bytes | None = None
         self._pid = os.getpid()
         self.nbytes = nbytes
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         self.memory = mmap.mmap(descriptor, nbytes)
-        # A dump would take in, and so allocate, what is not reserved.
+        # A core dump would read, and so allocate, memory that is not reserved.
         self.memory.madvise(mmap.MADV_DONTDUMP)
         if nbytes >= _HUGE_BYTES:
-            with suppress(OSError):  # of a kernel without huge pages
+            with suppress(OSError):  # a kernel without huge pages refuses
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def __del__(self) -> None:
-        self.withdraw()
+        self.unlink()
         os.close(self._descriptor)
 
     @classmethod
-    def create(cls, nbytes: int) -> Segment:
-        """Make a segment. None of its memory is reserved yet.
+    def create(cls, nbytes: int) -> ShmSegment:
+        """Create a segment, none of whose memory is reserved yet.
 
         Raises:
             OSError: there is no shared memory.
         """
-        descriptor = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
+        descriptor = os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
         try:
             os.ftruncate(descriptor, nbytes)
         except OSError:
@@ -71,95 +70,93 @@ class Segment:
         return cls(descriptor, nbytes)
 
     @classmethod
-    def open(cls, name: bytes, nbytes: int) -> Segment:
-        """Map what another process offers.
+    def open(cls, name: bytes, nbytes: int) -> ShmSegment:
+        """Map the segment that another process has exposed.
 
         Raises:
-            OSError: there is no such segment here, or it is not this user's.
+            OSError: this host has no such segment, or it is another user's.
         """
         descriptor = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         found = os.fstat(descriptor)
-        if not _is_ours(found) or found.st_size != nbytes:
+        if not _is_own_segment(found) or found.st_size != nbytes:
             os.close(descriptor)
             raise OSError(f"{_path(name)} is not the segment that was offered")
         return cls(descriptor, nbytes)
 
     def reserve(self, offset: int, nbytes: int) -> None:
-        """Reserve memory that was not yet.
-
-        Args:
-            offset: a multiple of the page size.
-            nbytes: how much.
+        """Reserve memory that is not reserved yet; `offset` is a multiple of the page size.
 
         Raises:
             OSError: there is not enough.
         """
-        if nbytes > room():
-            raise OSError(f"{FOLDER} has less than the {nbytes >> 10} KiB needed")
+        if nbytes > free_bytes():
+            raise OSError(f"{SHM_DIRECTORY} has less than the {nbytes >> 10} KiB needed")
         try:
             self.memory.madvise(_POPULATE_WRITE, offset, nbytes)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # which a kernel before 5.14 says
+            if error.errno == errno.EINVAL:  # a kernel before 5.14 does not know it
                 os.posix_fallocate(self._descriptor, offset, nbytes)
                 return
             self.memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
-            raise OSError(f"{FOLDER} is full, or this process may not use more memory") from error
+            raise OSError(
+                f"{SHM_DIRECTORY} is full, or this process may not use more memory"
+            ) from error
 
-    def prepare(self, offset: int, nbytes: int) -> None:
-        """Map what has been reserved now, all at once, and not page by page when it is used."""
-        with suppress(OSError):  # of a kernel before 5.14
+    def prefault(self, offset: int, nbytes: int) -> None:
+        """Map reserved memory at once, rather than page by page when it is used."""
+        with suppress(OSError):  # a kernel before 5.14 does not know it
             self.memory.madvise(_POPULATE_WRITE, offset, nbytes)
 
-    def offer(self) -> bytes:
-        """Give it a name for others to open, once in its life; return the name.
+    def expose(self) -> bytes:
+        """Give the file a name for others to open, once in its life; return the name.
 
         Raises:
-            OSError: it cannot be given one.
+            OSError: the system refuses.
         """
         name = secrets.token_bytes(NAME_BYTES)
-        # With `src_dir_fd`, for only then does Python follow the link that /proc shows.
-        folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Python follows the link in /proc only where it is given `src_dir_fd`.
+        directory = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.link(str(self._descriptor), _path(name), src_dir_fd=folder)
+            os.link(str(self._descriptor), _path(name), src_dir_fd=directory)
         finally:
-            os.close(folder)
+            os.close(directory)
         self._name = name
         return name
 
-    def withdraw(self) -> None:
-        """Take the name away, if it has one; a forked child leaves it to its parent."""
+    def unlink(self) -> None:
+        """Remove the file's name, if it has one; a forked child leaves that to its parent."""
         name, self._name = self._name, None
         if name is not None and self._pid == os.getpid():
-            remove(name)
+            unlink_name(name)
 
 
-def room() -> int:
-    """Return how many bytes of shared memory are left.
+def free_bytes() -> int:
+    """Return the number of bytes of shared memory that are left.
 
     Raises:
         OSError: there is no shared memory.
     """
-    found = os.statvfs(FOLDER)
-    if found.f_blocks == 0:  # a tmpfs of size 0 has no bound but the machine's
+    found = os.statvfs(SHM_DIRECTORY)
+    if found.f_blocks == 0:  # a tmpfs of size 0 is bounded by the machine only
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return found.f_bavail * found.f_frsize
 
 
-def remove(name: bytes) -> None:
-    """Remove a name that was offered, whoever did, if it is still there."""
+def unlink_name(name: bytes) -> None:
+    """Remove the name of any process's segment, if it is still there."""
     _path(name).unlink(missing_ok=True)
 
 
-def sweep() -> None:
-    """Remove names that killed jobs of this user left."""
-    for path in FOLDER.glob(_PREFIX + "[0-9a-f]" * 2 * NAME_BYTES):
-        # It may go meanwhile, or be held; opening what another user has put there could block.
+def remove_stale_names() -> None:
+    """Remove the names that killed jobs of this user have left."""
+    for path in SHM_DIRECTORY.glob(_PREFIX + "[0-9a-f]" * 2 * NAME_BYTES):
+        # The name may go meanwhile, or be in use; opening another user's file could block.
         with suppress(OSError):
-            if _is_ours(path.lstat()):
-                _remove_unless_held(path)
+            if _is_own_segment(path.lstat()):
+                _remove_unless_locked(path)
 
 
-def _remove_unless_held(path: Path) -> None:
+def _remove_unless_locked(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,9 +166,9 @@ def _remove_unless_held(path: Path) -> None:
 
 
 def _path(name: bytes) -> Path:
-    return FOLDER / f"{_PREFIX}{name.hex()}"
+    return SHM_DIRECTORY / f"{_PREFIX}{name.hex()}"
 
 
-def _is_ours(found: os.stat_result) -> bool:
+def _is_own_segment(found: os.stat_result) -> bool:
     mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
     return mine and stat.S_IMODE(found.st_mode) == _MODE

@@ -1,1 +1,1 @@
-"""Groups over a mesh of authenticated TCP connections."""
+"""The TCP transport: groups over a mesh of authenticated connections."""

@@ -1,7 +1,7 @@
 """TcpBackend: collectives on NumPy arrays over a mesh of TCP connections.
 
-The collectives themselves are core's schedules; this moves their segments. Every frame carries
-the call's label, so a mismatch is found where it happens and costs no message of its own.
+Core's schedules plan the messages of a collective, and this backend moves them. Every frame carries
+the call's label, so the receiver finds a mismatch without a message of its own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from ferro.collectives.label import Call, in_context, is_collective, mismatch, t
 from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
 from ferro.hookspecs import BackendConfig
 from ferro.types import Array
-from ferro_gloo.tcp.connection import DiffersError, EngineError, LengthError, LostError
-from ferro_gloo.tcp.engine import Engine
-from ferro_gloo.tcp.frame import DATA, MAX_BODY, pack
+from ferro_gloo.tcp.engine import ProgressEngine
 from ferro_gloo.tcp.mesh import connect_mesh
+from ferro_gloo.tcp.protocol import (
+    DATA,
+    MAX_BODY,
+    ConnectionLostError,
+    EngineError,
+    LabelMismatchError,
+    LengthMismatchError,
+    pack,
+)
 
-_NOTHING = np.empty(0, np.uint8)
-_READY = 1 << 32  # above every user's tag: the receiver of a long transfer is ready for the rest
-_READY_LABEL = transfer_call(_NOTHING).label()
+_EMPTY = np.empty(0, np.uint8)
+# A bit above every user's tag, for messages that a long transfer's memory is posted.
+_CLEAR_TO_SEND_TAG = 1 << 32
+_CLEAR_TO_SEND_LABEL = transfer_call(_EMPTY).label()
 
 
 class TcpBackend(Backend):
@@ -33,22 +41,22 @@ class TcpBackend(Backend):
     Args:
         engine: drives the connections of this rank to all others of the world.
         ranks: the members' ranks in the world.
-        rank: this one's in the group.
-        choice: which algorithm serves which call.
+        rank: this rank in the group.
+        choice: the algorithm for each call.
         context: the group's number; 0 for the world.
-        names: what errors call the members: their ranks in the group that the user knows, of
-            which this one is a part; None when it is that group.
+        names: the ranks by which errors name the members. Those of a subset are ranks in the
+            group that the user knows; None where this is that group.
 
     Attributes:
-        ranks: the members' ranks in the world.
-        names: what errors call the members.
+        ranks: see above.
+        names: see above.
     """
 
     labels_frames = True
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ProgressEngine,
         ranks: Sequence[int],
         rank: int,
         choice: Choice | None = None,
@@ -59,21 +67,21 @@ class TcpBackend(Backend):
         self.ranks = tuple(ranks)
         self._engine = engine
         self.names = tuple(names or range(len(ranks)))
-        self._name = dict(zip(ranks, self.names, strict=True))
+        self._name_of = dict(zip(ranks, self.names, strict=True))
         self._context = context
         self._label = b""
 
     @classmethod
     def connect(cls, config: BackendConfig) -> TcpBackend:
-        """Connect to all other ranks; every rank does."""
-        engine = Engine(connect_mesh(config) if config.world_size > 1 else {})
+        """Connect to all other ranks; every rank calls it."""
+        engine = ProgressEngine(connect_mesh(config) if config.world_size > 1 else {})
         return cls(engine, range(config.world_size), config.rank, config.choice)
 
-    def part(self, members: Sequence[int]) -> TcpBackend:
-        """Return some of this group's ranks, of which this is one, as a group of its own.
+    def subset(self, members: Sequence[int]) -> TcpBackend:
+        """Make a group of some of this group's ranks, of which this rank is one.
 
-        It stays a part of this one: it shares its calls, so no two parts that have two ranks in
-        common may be used at the same time, and aborting one aborts all.
+        The subset uses this group's tags, so two subsets with two ranks in common must not be
+        used at the same time, and aborting one aborts all.
         """
         return TcpBackend(
             self._engine,
@@ -84,15 +92,15 @@ class TcpBackend(Backend):
             [self.names[member] for member in members],
         )
 
-    def look(self, peers: Iterable[int]) -> None:
-        """Raise what would end a wait for these ranks: the group's abort, or the loss of one.
+    def check_peers(self, peers: Iterable[int]) -> None:
+        """Raise if the group was aborted or one of these ranks was lost; never wait.
 
-        For a wait that is not one on the connections. Returns at once.
+        A rank that waits on shared memory calls it from time to time.
         """
         try:
-            self._engine.look(self._context, [self.ranks[peer] for peer in peers])
+            self._engine.check(self._context, [self.ranks[peer] for peer in peers])
         except EngineError as error:
-            raise self._explain(error) from error
+            raise self._translate(error) from error
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`."""
@@ -112,24 +120,26 @@ class TcpBackend(Backend):
     ) -> None:
         """See `Backend.exchange`; one thread moves all of it, in both directions.
 
-        Of a transfer longer than a frame only the first one travels before its receive is posted;
-        then the receiver says that it is ready, and the rest follows.
+        The first frame of a long transfer is sent eagerly. The others wait until the receiver,
+        having posted its memory, has sent "clear to send".
         """
         if is_collective(tag):
             self.move(sends, recvs, repeat(self._label), tag, deadline)
             return
         labels = [transfer_call(buffer).label() for _, buffer in (*sends, *recvs)]
         first = slice(None, MAX_BODY)
-        self.move(_cut(sends, first), _cut(recvs, first), labels, tag, deadline)
+        self.move(_slice_each(sends, first), _slice_each(recvs, first), labels, tag, deadline)
         long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
         long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
         if long_sends or long_recvs:
-            ready = [(peer, _NOTHING) for peer, _ in long_recvs]
-            awaited = [(peer, _NOTHING) for peer, _ in long_sends]
-            label = repeat(_READY_LABEL)
-            self.move(ready, awaited, label, tag | _READY, deadline)
+            ready = [(peer, _EMPTY) for peer, _ in long_recvs]
+            awaited = [(peer, _EMPTY) for peer, _ in long_sends]
+            label = repeat(_CLEAR_TO_SEND_LABEL)
+            self.move(ready, awaited, label, tag | _CLEAR_TO_SEND_TAG, deadline)
             rest = slice(MAX_BODY, None)
-            self.move(_cut(long_sends, rest), _cut(long_recvs, rest), label, tag, deadline)
+            self.move(
+                _slice_each(long_sends, rest), _slice_each(long_recvs, rest), label, tag, deadline
+            )
 
     def move(
         self,
@@ -142,9 +152,9 @@ class TcpBackend(Backend):
         """Exchange buffers as frames, all at once.
 
         Args:
-            sends: (peer, buffer) of each that goes out.
-            recvs: (peer, buffer) of each that comes in, of the size that is sent.
-            labels: those of the sends, then those of the receives.
+            sends: (peer, buffer) of each send.
+            recvs: (peer, buffer) of each receive; the buffer has the size of what is sent.
+            labels: the labels of the sends, then of the receives.
             tag: the tag of all of them.
             deadline: absolute `time.monotonic()` second.
         """
@@ -154,7 +164,7 @@ class TcpBackend(Backend):
         label_of_next = iter(labels)
         for peer, buffer in sends:
             label = next(label_of_next)
-            for body in _pieces(buffer):
+            for body in _frame_bodies(buffer):
                 key = (body.nbytes, label)
                 header = headers.get(key)
                 if header is None:
@@ -162,20 +172,20 @@ class TcpBackend(Backend):
                 outgoing.append((self.ranks[peer], header, body))
         for peer, buffer in recvs:
             label = next(label_of_next)
-            incoming += [(self.ranks[peer], label, body) for body in _pieces(buffer)]
+            incoming += [(self.ranks[peer], label, body) for body in _frame_bodies(buffer)]
         try:
             self._engine.exchange(outgoing, incoming, tag, deadline)
         except EngineError as error:
-            raise self._explain(error) from error
+            raise self._translate(error) from error
 
     def begin(self, call: Call) -> None:
-        """Begin a collective: from now on frames must carry this call's label."""
+        """Begin a collective: frames must carry this call's label from now on."""
         self.call = call
         self._label = call.label()
         try:
-            self._engine.activate(in_context(self.tag, self._context), self._label)
+            self._engine.begin_collective(in_context(self.tag, self._context), self._label)
         except EngineError as error:
-            raise self._explain(error) from error
+            raise self._translate(error) from error
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""
@@ -183,13 +193,13 @@ class TcpBackend(Backend):
         super().agree(call, deadline=deadline)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> TcpBackend:
-        """Return a group over the same connections; its frames carry its own number."""
+        """Make a group over the same connections, with a context number of its own."""
         members = [self.ranks[rank] for rank in ranks]
         index = tuple(ranks).index(self.rank)
         return TcpBackend(self._engine, members, index, self.choice, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the survivors' group: connections between the living outlast a group."""
+        """Make the survivors' group, over the connections that they have."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
@@ -198,31 +208,31 @@ class TcpBackend(Backend):
         self._engine.abort(self._context, others)
 
     def close(self) -> None:
-        """Close the connections; of a subgroup, which owns none, nothing."""
+        """Close the connections; a subgroup owns none, and closes nothing."""
         if self._context == 0:
             self._engine.close()
 
-    def _explain(self, error: Exception) -> FerroError:
-        """Return ferro's error for one of the engine's, with ranks of this group."""
-        if isinstance(error, LostError):
-            return PeerLost(str(error), peer=self._name[error.peer])
-        if isinstance(error, DiffersError):
+    def _translate(self, error: Exception) -> FerroError:
+        """Translate an error of the engine into ferro's, with ranks of this group."""
+        if isinstance(error, ConnectionLostError):
+            return PeerLost(str(error), peer=self._name_of[error.peer])
+        if isinstance(error, LabelMismatchError):
             mine = Call.from_label(error.expected)
-            return mismatch(self.names[self.rank], mine, self._name[error.peer], error.got)
-        if isinstance(error, LengthError):
-            peer = self._name[error.peer]
+            return mismatch(self.names[self.rank], mine, self._name_of[error.peer], error.got)
+        if isinstance(error, LengthMismatchError):
+            peer = self._name_of[error.peer]
             text = f"rank {self.names[self.rank]} called {self.call}, rank {peer} too, but {error}"
             return CollectiveMismatch(text, peer=peer)
         return GroupClosed(str(error))
 
 
-def _cut(items: Sequence[tuple[int, Array]], part: slice) -> list[tuple[int, Array]]:
-    """Return part of every buffer's bytes."""
+def _slice_each(items: Sequence[tuple[int, Array]], part: slice) -> list[tuple[int, Array]]:
+    """Slice the bytes of every buffer."""
     return [(peer, buffer.view(np.uint8)[part]) for peer, buffer in items]
 
 
-def _pieces(buffer: Array) -> list[memoryview]:
-    """Return the bytes of a buffer in pieces that fit a frame; one piece even when empty."""
+def _frame_bodies(buffer: Array) -> list[memoryview]:
+    """Split the bytes of a buffer into bodies of frames; an empty buffer gives an empty body."""
     if buffer.nbytes == 0:
         return [memoryview(bytearray())]
     whole = buffer.view(np.uint8).data

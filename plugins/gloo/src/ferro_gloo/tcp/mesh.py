@@ -1,8 +1,8 @@
 """The mesh: an authenticated connection from every rank to every other, made in parallel.
 
-Every rank listens on the address by which it reached the store, says where in the store, and
-dials all lower ranks while a thread lets the higher ones in. Both ends prove that they hold the
-job's secret before anything else is read (`ferro.rendezvous`).
+Every rank listens on the address by which it reached the store, and puts its port into the store.
+It connects to all lower ranks while a thread accepts the higher ones. Both ends prove that they
+hold the job's secret before they read anything else (`ferro.rendezvous`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ferro.hookspecs import BackendConfig
 from ferro.rendezvous import Listener, connect, listen
 
 _PURPOSE = b"ferro-gloo mesh"
-_HELLO = struct.Struct("<II")  # who calls, whom
-_HELLO_S = 5.0
+_IDENTIFICATION = struct.Struct("<II")  # the connecting rank, the rank that it wants
+_IDENTIFY_TIMEOUT_S = 5.0
 _BUFFER_BYTES = 4 << 20
 
 
 def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
-    """Return the connected sockets by rank, for all ranks but this one.
+    """Connect to all other ranks; return the sockets by rank.
 
     Raises:
         RendezvousError: a rank could not be reached, or did not come, by `config.timeout_s`.
@@ -33,15 +33,15 @@ def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
     deadline = time.monotonic() + config.timeout_s
     listener = listen(_listening_host(config))
     config.store.set(f"port/{config.rank}", str(listener.getsockname()[1]).encode())
-    doorman = _Doorman(listener, config, deadline)
+    acceptor = _Acceptor(listener, config, deadline)
     sockets: dict[int, socket.socket] = {}
     try:
         for peer in range(config.rank):
-            sockets[peer] = _dial(config, peer, deadline)
-        sockets |= doorman.wait()
+            sockets[peer] = _connect_to(config, peer, deadline)
+        sockets |= acceptor.wait()
     except BaseException:
-        doorman.stop()
-        for sock in (*sockets.values(), *doorman.arrived.values()):
+        acceptor.stop()
+        for sock in (*sockets.values(), *acceptor.accepted.values()):
             sock.close()
         raise
     for sock in sockets.values():
@@ -51,20 +51,21 @@ def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
 
 
 def _listening_host(config: BackendConfig) -> str:
-    """Return this rank's own address, or "" for all.
+    """Return this rank's own address, or "" for all interfaces.
 
-    All, when it reached the store over loopback and others did not: they cannot reach that.
+    Where this rank reached the store over loopback and others did not, they cannot reach its
+    loopback address, so it listens on all.
     """
     own = config.addresses[config.rank]
-    if _loopback(own) and not all(map(_loopback, config.addresses)):
+    if _is_loopback(own) and not all(map(_is_loopback, config.addresses)):
         return ""
     return own
 
 
-def _dial(config: BackendConfig, peer: int, deadline: float) -> socket.socket:
+def _connect_to(config: BackendConfig, peer: int, deadline: float) -> socket.socket:
     host = config.addresses[peer]
-    if _loopback(host) and not _loopback(config.addresses[config.rank]):
-        host = config.store_host  # who reached the store over loopback lives where it lives
+    if _is_loopback(host) and not _is_loopback(config.addresses[config.rank]):
+        host = config.store_host  # the peer reached the store over loopback: they share a host
     try:
         port = int(config.store.get(f"port/{peer}", deadline=deadline))
     except TimeoutError as error:
@@ -83,34 +84,34 @@ def _dial(config: BackendConfig, peer: int, deadline: float) -> socket.socket:
             rank=config.rank,
             peer=peer,
         ) from error
-    sock.sendall(_HELLO.pack(config.rank, peer))
+    sock.sendall(_IDENTIFICATION.pack(config.rank, peer))
     return sock
 
 
-class _Doorman:
-    """Lets the higher ranks in, in a thread of its own, until all are there."""
+class _Acceptor:
+    """Accepts the higher ranks in a thread of its own until all have connected."""
 
     def __init__(self, listener: socket.socket, config: BackendConfig, deadline: float) -> None:
-        self.arrived: dict[int, socket.socket] = {}
+        self.accepted: dict[int, socket.socket] = {}
         self._config = config
         self._deadline = deadline
         self._expected = set(range(config.rank + 1, config.world_size))
         self._stopping = threading.Event()
         self._selector = selectors.DefaultSelector()
-        self._gate = Listener(
+        self._listener = Gate(
             listener,
             config.secret,
             purpose=_PURPOSE,
             selector=self._selector,
             admit=self._admit,
         )
-        self._thread = threading.Thread(target=self._work, name="ferro-gloo-mesh", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="ferro-gloo-mesh", daemon=True)
         self._thread.start()
 
     def wait(self) -> dict[int, socket.socket]:
-        """Return the sockets of all higher ranks."""
+        """Wait for all higher ranks; return their sockets."""
         self._thread.join()
-        missing = sorted(self._expected - set(self.arrived))
+        missing = sorted(self._expected - set(self.accepted))
         if missing:
             raise RendezvousError(
                 f"ranks {missing} did not connect to rank {self._config.rank} within "
@@ -118,38 +119,38 @@ class _Doorman:
                 rank=self._config.rank,
                 peer=missing[0],
             )
-        return self.arrived
+        return self.accepted
 
     def stop(self) -> None:
-        """Let nobody in any more."""
+        """Accept nothing more, and end the thread."""
         self._stopping.set()
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            while self._expected - set(self.arrived) and not self._stopping.is_set():
+            while self._expected - set(self.accepted) and not self._stopping.is_set():
                 if time.monotonic() > self._deadline:
                     return
                 for key, events in self._selector.select(0.1):
                     key.data(events)
-                self._gate.expire()
+                self._listener.expire()
         finally:
-            self._gate.close()
+            self._listener.close()
             self._selector.close()
 
     def _admit(self, sock: socket.socket) -> None:
-        """Take a connection that has proved itself, when it is one that is expected."""
+        """Keep an authenticated connection if its rank is still expected; close it otherwise."""
         try:
-            sock.settimeout(_HELLO_S)
-            caller, called = _HELLO.unpack(_receive(sock, _HELLO.size))
+            sock.settimeout(_IDENTIFY_TIMEOUT_S)
+            caller, called = _IDENTIFICATION.unpack(_receive(sock, _IDENTIFICATION.size))
         except OSError:
             sock.close()
             return
-        known = self._expected - set(self.arrived)
+        known = self._expected - set(self.accepted)
         if called != self._config.rank or caller not in known:
             sock.close()
             return
-        self.arrived[caller] = sock
+        self.accepted[caller] = sock
 
 
 def _receive(sock: socket.socket, count: int) -> bytes:
@@ -159,5 +160,5 @@ def _receive(sock: socket.socket, count: int) -> bytes:
     return data
 
 
-def _loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback

@@ -1,4 +1,4 @@
-"""What ferro.init says when a rank fails while ranks find out who shares memory."""
+"""The errors of ferro.init when a rank fails while ranks find those that share memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long messages between ranks of one host: handed over in shared memory, right in every case."""
+"""Long messages between ranks of one host: through shared memory, right in every case."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_gloo.shm import handover
-from ferro_gloo.tcp.frame import MAX_BODY
+from ferro_gloo.shm import transfer
+from ferro_gloo.tcp.protocol import MAX_BODY
 
 LONG = MAX_BODY // 4 + 3  # float32 elements
 
 
 @pytest.fixture
-def handed(monkeypatch):
-    """Count the messages that are taken from shared memory."""
-    taken = []
-    take = handover.Handover._take
+def copied(monkeypatch):
+    """Count the messages that are copied from shared memory."""
+    copied = []
+    copy_from = transfer.ShmTransfers._copy_from
 
-    def counting(self, peer, buffer, place):
-        found = take(self, peer, buffer, place)
-        taken.append(found)
+    def counting(self, peer, buffer, span):
+        found = copy_from(self, peer, buffer, span)
+        copied.append(found)
         return found
 
-    monkeypatch.setattr(handover.Handover, "_take", counting)
-    return taken
+    monkeypatch.setattr(transfer.ShmTransfers, "_copy_from", counting)
+    return copied
 
 
 def numbers(seed, count=LONG):
@@ -34,7 +34,7 @@ def numbers(seed, count=LONG):
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "from group.empty"])
-def test_a_ring_of_long_messages(on_ranks, handed, shared):
+def test_a_ring_of_long_messages(on_ranks, copied, shared):
     def send_round(group):
         n = group.world_size
         x = group.empty(LONG) if shared else np.empty(LONG, np.float32)
@@ -44,10 +44,10 @@ def test_a_ring_of_long_messages(on_ranks, handed, shared):
         return bool((got == numbers((group.rank - 1) % n)).all())
 
     assert on_ranks(3, send_round) == {0: True, 1: True, 2: True}
-    assert handed == [True] * 3
+    assert copied == [True] * 3
 
 
-def test_long_one_way_and_short_the_other(on_ranks, handed):
+def test_long_one_way_and_short_the_other(on_ranks, copied):
     def exchange(group):
         mine = numbers(0, LONG if group.rank == 0 else 5)
         theirs = np.empty(5 if group.rank == 0 else LONG, np.float32)
@@ -55,10 +55,10 @@ def test_long_one_way_and_short_the_other(on_ranks, handed):
         return bool((theirs == numbers(0, theirs.size)).all())
 
     assert on_ranks(2, exchange) == {0: True, 1: True}
-    assert handed == [True]
+    assert copied == [True]
 
 
-def test_many_tags_from_several_threads(on_ranks, handed):
+def test_many_tags_from_several_threads(on_ranks, copied):
     def exchange(group):
         right = {}
 
@@ -78,7 +78,7 @@ def test_many_tags_from_several_threads(on_ranks, handed):
         return right
 
     assert on_ranks(2, exchange)[1] == {0: True, 1: True, 2: True, 3: True}
-    assert handed == [True] * 4
+    assert copied == [True] * 4
 
 
 def test_messages_with_one_tag_keep_their_order_long_or_short(on_ranks):
@@ -96,9 +96,9 @@ def test_messages_with_one_tag_keep_their_order_long_or_short(on_ranks):
     assert on_ranks(2, exchange) == {0: True, 1: True}
 
 
-def test_without_room_in_the_arena_it_goes_over_tcp(on_ranks, handed, monkeypatch):
+def test_without_room_in_the_arena_it_goes_over_tcp(on_ranks, copied, monkeypatch):
     monkeypatch.setattr(
-        "ferro_gloo.shm.arena.Arenas.allocate", lambda self, nbytes: np.empty(nbytes, np.uint8)
+        "ferro_gloo.shm.arena.HostArenas.allocate", lambda self, nbytes: np.empty(nbytes, np.uint8)
     )
 
     def exchange(group):
@@ -107,7 +107,7 @@ def test_without_room_in_the_arena_it_goes_over_tcp(on_ranks, handed, monkeypatc
         return bool((theirs == numbers(1 - group.rank)).all())
 
     assert on_ranks(2, exchange) == {0: True, 1: True}
-    assert handed == [False, False]
+    assert copied == [False, False]
 
 
 def test_another_size_is_a_mismatch_on_both_ends(start_ranks):
@@ -141,7 +141,7 @@ def test_a_send_that_nobody_receives_ends_at_its_deadline(on_ranks):
     on_ranks(2, exchange)
 
 
-def test_the_arena_is_free_again_when_the_message_has_been_taken(on_ranks):
+def test_the_arena_is_free_again_when_the_message_has_been_received(on_ranks):
     def exchange(group):
         for _ in range(20):
             if group.rank == 0:

@@ -1,26 +1,29 @@
-"""Groups on several hosts: ranks are threads, and hosts what they say that theirs is."""
+"""Groups on several hosts: ranks are threads that claim to be on hosts."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 import ferro
-from ferro.collectives import Choice
+from ferro.testing import conformance
+from ferro.testing.case import Case
 from ferro_gloo.backend import GlooBackend
-from ferro_gloo.hierarchy import Hierarchy, movements, topology
-from ferro_gloo.hierarchy.levels import nothing
-from ferro_gloo.hierarchy.regions import Region
+from ferro_gloo.hierarchy import data_movement, topology
+from ferro_gloo.hierarchy.backend import HierarchicalBackend
+from ferro_gloo.hierarchy.groups import no_phase
+from ferro_gloo.hierarchy.host_blocks import HostBlocks
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.tcp.backend import TcpBackend
 from ferro_testing import conformance
 from ferro_testing.case import Case, attempt
 from ferro_testing.outcome import Outcome
 
-from .conftest import Ranks
+from ..conftest import outcomes_in_threads
 
 LAYOUTS = {
     "even": [[0, 1], [2, 3]],
@@ -45,34 +48,14 @@ def connect_over_tcp(layout, config):
     """Return this rank's group, whose hosts are parts of the group over TCP."""
     flat = TcpBackend.connect(config)
     mine = next(host for host in layout if config.rank in host)
-    return Hierarchy(flat, layout, flat.part(mine))
+    return HierarchicalBackend(flat, layout, flat.subset(mine))
 
 
-def run(layout, function, args=(), *, timeout_s=20.0, deterministic=False, connect=connect_gloo):
-    """Run a function on every rank; return what became of each."""
-    size = sum(map(len, layout))
-    outcomes = {}
-
-    def chosen(config):
-        return connect(layout, replace(config, choice=Choice(deterministic=deterministic)))
-
-    def on_rank(group):
-        outcomes[group.rank], error = attempt(function, group, args)
-        if error is not None:
-            raise error
-
-    ranks = Ranks(size, timeout_s=timeout_s, connect=chosen)
-    ranks.start(on_rank)
-    ranks.join()
-    return [
-        outcomes.get(rank, Outcome(rank=rank, error_text=repr(ranks.errors.get(rank))))
-        for rank in range(size)
-    ]
-
-
-def results(layout, function, *args, **options):
+def results(layout, function, *, deterministic=False, connect=connect_gloo):
     """Run a function on every rank; return its results."""
-    outcomes = run(layout, function, args, **options)
+    runner = case_of(layout, connect).runner
+    size = sum(map(len, layout))
+    outcomes = runner(function, size, (), timeout_s=20.0, deterministic=deterministic)
     failed = [outcome.describe() for outcome in outcomes if not outcome.ok]
     assert not failed, "\n".join(failed)
     return [outcome.result for outcome in outcomes]
@@ -80,13 +63,8 @@ def results(layout, function, *args, **options):
 
 def case_of(layout, connect=connect_gloo):
     """Return the conformance kit's case of these hosts."""
-
-    def runner(function, world_size, args, *, timeout_s, deterministic):
-        how = {"timeout_s": timeout_s, "deterministic": deterministic, "connect": connect}
-        return run(layout, function, args, **how)
-
-    size = sum(map(len, layout))
-    return Case(backend="gloo", world_sizes=(size,), timeout_s=20, runner=runner)
+    runner = partial(outcomes_in_threads, partial(connect, layout))
+    return Case(backend="gloo", world_sizes=(sum(map(len, layout)),), timeout_s=20, runner=runner)
 
 
 @pytest.fixture
@@ -94,7 +72,7 @@ def slices(monkeypatch):
     """Make small arrays large: cut in slices, moved in many blocks and segments."""
     monkeypatch.setattr(topology, "_LEADERS_BYTES", 16)
     monkeypatch.setattr(topology, "_BLOCK_BYTES", 200_000)
-    monkeypatch.setattr(movements, "_SEGMENT_BYTES", 100_000)
+    monkeypatch.setattr(data_movement, "_SEGMENT_BYTES", 100_000)
 
 
 @pytest.mark.usefixtures("slices")
@@ -117,11 +95,11 @@ def test_data_over_tcp_within_hosts(check):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_group_knows_that_it_is_on_several_hosts(layout):
-    def way(group):
+    def collectives_type(group):
         group.barrier()
-        return type(group._backend._way)
+        return type(group._backend._collectives)
 
-    assert set(results(layout, way)) == {Hierarchy}
+    assert set(results(layout, collectives_type)) == {HierarchicalBackend}
 
 
 # -- floating point -------------------------------------------------------------------------------
@@ -199,7 +177,7 @@ CALLS = {
 def test_a_rank_that_leaves_is_named_on_all_others(call):
     def leave(group):
         x = np.ones(200_000)
-        if group.rank == 4:  # off the rails: its neighbours notice
+        if group.rank == 4:  # on no rail: the ranks on its host notice
             call(group, x)
             group.abandon()
             return None
@@ -236,45 +214,45 @@ def test_a_rank_that_stalls_is_named_on_all(absent):
 def test_the_hosts_of_the_picture():
     """See `topology`: two rails, and rank 4 on none."""
     view = [Topology.of([[0, 2], [1, 3, 4]], rank) for rank in range(5)]
-    assert [(v.host, v.place, v.rails) for v in view] == [
+    assert [(v.host_index, v.local_rank, v.rails) for v in view] == [
         (0, 0, 2),
         (1, 0, 2),
         (0, 1, 2),
         (1, 1, 2),
         (1, 2, 2),
     ]
-    assert view[0].neighbours == (0, 2)
-    assert view[0].home(4) == (1, 2)
-    assert [view[0].agent(place) for place in range(3)] == [0, 1, 0]
-    assert Topology.of([[0], [1], [2], [3]], 2).others == (3, 0, 1)
+    assert view[0].host_ranks == (0, 2)
+    assert view[0].locate(4) == (1, 2)
+    assert [view[0].leader_for(local_rank) for local_rank in range(3)] == [0, 1, 0]
+    assert Topology.of([[0], [1], [2], [3]], 2).other_hosts == (3, 0, 1)
 
 
 def test_a_small_call_is_for_leaders_and_a_large_one_has_many_blocks():
-    assert topology.by_leaders(0)
-    assert not topology.by_leaders(1 << 30)
-    assert topology.number_of_blocks(0) == 1
-    assert topology.number_of_blocks(64 << 20) > 2
+    assert topology.uses_leaders(0)
+    assert not topology.uses_leaders(1 << 30)
+    assert topology.block_count(0) == 1
+    assert topology.block_count(64 << 20) > 2
 
 
-@pytest.mark.parametrize(("host", "apart"), [((1, 2), False), ((0, 2), True), ((1,), False)])
-def test_a_region_is_the_buffer_itself_where_its_ranks_follow_one_another(host, apart):
+@pytest.mark.parametrize(("host", "is_copy"), [((1, 2), False), ((0, 2), True), ((1,), False)])
+def test_host_blocks_are_the_buffer_itself_where_its_ranks_follow_one_another(host, is_copy):
     buffer, counts = np.arange(10), [2, 0, 5, 3]
-    region = Region.of(buffer, counts, host)
-    assert region.apart == apart
-    region.load()
+    host_blocks = HostBlocks.of(buffer, counts, host)
+    assert host_blocks.is_copy == is_copy
+    host_blocks.pack()
     wanted = np.concatenate([np.split(buffer, [2, 2, 7])[rank] for rank in host])
-    assert region.whole.tolist() == wanted.tolist()
-    region.whole[...] += 100
-    region.store()
+    assert host_blocks.packed.tolist() == wanted.tolist()
+    host_blocks.packed[...] += 100
+    host_blocks.unpack()
     changed = [index for index in range(10) if buffer[index] >= 100]
     assert changed == wanted.tolist()
 
 
-def levels_of(function):
-    """Run a function on the levels of every rank of two hosts; return the results."""
+def groups_of(function):
+    """Run a function on the groups of every rank of two hosts; return the results."""
 
     def on_rank(group):
-        return function(group._backend._levels)
+        return function(group._backend._groups)
 
     return results([[0], [1, 2]], on_rank, connect=connect_over_tcp)
 
@@ -288,9 +266,9 @@ def levels_of(function):
     ],
 )
 def test_the_order_of_the_pipeline_is_the_same_on_a_rail_or_not(blocks, order):
-    def phases(levels):
+    def phases(groups):
         done, sent = [], []
-        levels.pipeline(
+        groups.run_pipeline(
             blocks,
             lambda number: done.append(f"before {number}"),
             sent.append,
@@ -298,33 +276,33 @@ def test_the_order_of_the_pipeline_is_the_same_on_a_rail_or_not(blocks, order):
         )
         return done, sent
 
-    for rank, (done, sent) in enumerate(levels_of(phases)):
+    for rank, (done, sent) in enumerate(groups_of(phases)):
         assert sent == (list(range(blocks)) if rank < 2 else [])
         assert done == order
 
 
 def test_an_error_of_the_network_is_raised_where_it_is_waited_for():
-    def fail(levels):
+    def fail(groups):
         def network(number):
             if number == 1:
                 raise ValueError(f"block {number}")
 
         try:
-            levels.pipeline(3, nothing, network, nothing)
+            groups.run_pipeline(3, no_phase, network, no_phase)
         except ValueError as error:
             return str(error)
         return "nothing"
 
-    assert levels_of(fail) == ["block 1", "block 1", "nothing"]
+    assert groups_of(fail) == ["block 1", "block 1", "nothing"]
 
 
-def test_the_thread_beside_ends_with_the_group():
-    def thread(levels):
+def test_the_network_thread_ends_with_the_group():
+    def thread(groups):
         found = []
-        levels.beside(lambda: found.append(threading.current_thread())).wait()
+        groups.start_on_network_thread(lambda: found.append(threading.current_thread())).wait()
         return found[0]
 
-    for each in levels_of(thread):
+    for each in groups_of(thread):
         each.join(3)  # less than the time after which it would end unasked
         assert not each.is_alive()
 
@@ -337,7 +315,7 @@ def test_subgroups_that_span_hosts_unevenly(on_ranks):
         return GlooBackend.connect(replace(config, host_id=host_ids[config.rank]))
 
     def work(group):
-        ways = []
+        types = []
         for ranks in ([0, 2, 3, 4], [4, 1, 0], [1, 3], [4, 2, 3]):
             if group.rank not in ranks:
                 continue
@@ -347,14 +325,14 @@ def test_subgroups_that_span_hosts_unevenly(on_ranks):
                 assert (total == sum(ranks)).all()
                 gathered = part.all_gather(np.full(size, float(group.rank)))
                 assert (gathered.reshape(len(ranks), size) == np.array(ranks)[:, None]).all()
-            ways.append((ranks, type(part._backend._way).__name__))
-        return ways
+            types.append((ranks, type(part._backend._collectives).__name__))
+        return types
 
     results = on_ranks(5, work, connect=connect)
-    found = {str(ranks): way for ways in results.values() for ranks, way in ways}
+    found = {str(ranks): kind for types in results.values() for ranks, kind in types}
     assert found == {
-        "[0, 2, 3, 4]": "Hierarchy",
-        "[4, 1, 0]": "Hierarchy",
+        "[0, 2, 3, 4]": "HierarchicalBackend",
+        "[4, 1, 0]": "HierarchicalBackend",
         "[1, 3]": "TcpBackend",
         "[4, 2, 3]": "ShmBackend",
     }

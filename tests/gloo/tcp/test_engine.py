@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_gloo.tcp import connection
-from ferro_gloo.tcp.frame import DATA, HEADER_BYTES, MAX_BODY, pack
+from ferro_gloo.tcp import connection, protocol
+from ferro_gloo.tcp.protocol import DATA, HEADER_BYTES, MAX_BODY, pack
 
 
 def test_messages_that_come_before_their_receive_are_kept_by_tag(on_ranks):
@@ -145,74 +145,75 @@ def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read():
     theirs.setblocking(False)
     frame = pack(1 << 12, DATA, 8, bytes(56)) + bytes(1 << 12)
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 16)
+        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 16)
         sent = 0
         for _ in range(200):
             try:
                 sent += theirs.send(frame[sent % len(frame) :])
             except BlockingIOError:
-                receiver.read(connection.Inbox())
+                receiver.read(connection.ReadEvents())
                 if not receiver.readable:
                     break
         assert not receiver.readable
-        memory, pending = bytearray(1 << 12), connection.Pending(0, 16)
+        memory, batch = bytearray(1 << 12), connection.TransferBatch(0, 16)
         for _ in range(16):
-            receiver.post(8, connection.Receive(memoryview(memory), bytes(56), pending))
+            receiver.post(8, connection.PostedReceive(memoryview(memory), bytes(56), batch))
         assert receiver.readable, "receiving what came makes room again"
-        receiver.read(connection.Inbox())  # the rest of the frame at which reading stopped
-        assert pending.remaining == 0
+        receiver.read(connection.ReadEvents())  # the rest of the frame at which reading stopped
+        assert batch.remaining == 0
 
 
 def test_a_frame_that_is_none_of_ours_loses_the_connection():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 7, set(), early_limit=1 << 20)
-        pending = connection.Pending(0, 1)
-        receiver.post(5, connection.Receive(memoryview(bytearray(8)), bytes(56), pending))
+        receiver = connection.Connection(ours, 7, set(), unexpected_limit=1 << 20)
+        batch = connection.TransferBatch(0, 1)
+        receiver.post(5, connection.PostedReceive(memoryview(bytearray(8)), bytes(56), batch))
         theirs.sendall(pack(MAX_BODY + 1, DATA, 5, bytes(56)))
-        receiver.read(connection.Inbox())
-        assert isinstance(pending.error, connection.LostError)
-        assert "none of ours" in str(pending.error)
+        receiver.read(connection.ReadEvents())
+        assert isinstance(batch.error, protocol.ConnectionLostError)
+        assert "none of ours" in str(batch.error)
 
 
 def test_frames_cut_at_every_byte_arrive_whole():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 20)
+        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 20)
         bodies = [bytes([i]) * i for i in range(6)]
         memory = [bytearray(i) for i in range(6)]
-        pending = connection.Pending(0, 6)
+        batch = connection.TransferBatch(0, 6)
         for i in range(6):
-            receiver.post(3, connection.Receive(memoryview(memory[i]), b"L" * 56, pending))
+            receiver.post(3, connection.PostedReceive(memoryview(memory[i]), b"L" * 56, batch))
         stream = b"".join(pack(len(b), DATA, 3, b"L" * 56) + b for b in bodies)
         assert len(stream) == 6 * HEADER_BYTES + sum(map(len, bodies))
         for i in range(len(stream)):
             theirs.sendall(stream[i : i + 1])
-            receiver.read(connection.Inbox())
-        assert pending.remaining == 0
+            receiver.read(connection.ReadEvents())
+        assert batch.remaining == 0
         assert [bytes(m) for m in memory] == bodies
 
 
 def test_memory_of_an_aborted_receive_is_not_written_afterwards():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), early_limit=1 << 20)
+        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 20)
         memory = bytearray(b"." * 64)
         receiver.post(
-            5, connection.Receive(memoryview(memory), bytes(56), connection.Pending(0, 1))
+            5,
+            connection.PostedReceive(memoryview(memory), bytes(56), connection.TransferBatch(0, 1)),
         )
         frame = pack(64, DATA, 5, bytes(56)) + b"x" * 64
         theirs.sendall(frame[:-32])
-        receiver.read(connection.Inbox())
-        receiver.forget(receiver.tags())
+        receiver.read(connection.ReadEvents())
+        receiver.drop(receiver.tags())
         memory[:] = b"mine" * 16  # its owner has it back
         theirs.sendall(frame[-32:])
-        receiver.read(connection.Inbox())
+        receiver.read(connection.ReadEvents())
         assert bytes(memory) == b"mine" * 16
 
 
 def test_a_long_send_that_nobody_receives_yet_holds_nobody_up(on_ranks):
-    """More than may come early: only its first frame travels before its receive."""
+    """Only its first frame travels before its receive, though it is over the limit."""
 
     def exchange(group):
         long = np.full(40 << 20, group.rank, np.uint8)
@@ -222,7 +223,7 @@ def test_a_long_send_that_nobody_receives_yet_holds_nobody_up(on_ranks):
             sending.wait()
             return total
         total = float(group.all_reduce(1.0))
-        early = group._backend._flat._engine._connections[0]._early_bytes
+        early = group._backend._flat._engine._connections[0]._unexpected_bytes
         assert early <= MAX_BODY
         assert not group.recv(long, 0).any()
         return total

@@ -1,4 +1,4 @@
-"""Making the mesh: who gets in, who does not, and what is said about it."""
+"""The mesh: its connections, strangers that it refuses, and its errors."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ..namespaces import CannotMakeHosts, Hosts
+from ...namespaces import CannotMakeHosts, Hosts
 
 PROGRAM = """
 import numpy as np, ferro
@@ -38,7 +38,7 @@ with ferro.init("gloo", timeout_s=40) as group:
         half = group.all_reduce(np.full(count, 0.5, np.float16), "mean")
         same(half, np.full(count, 0.5, np.float16))
         group.barrier()
-    print(f"rank {me}: {type(group._backend._way).__name__}, all right")
+    print(f"rank {me}: {type(group._backend._collectives).__name__}, all right")
 """
 
 KILLED = """
@@ -80,7 +80,7 @@ def test_all_collectives_between_two_hosts_over_a_shaped_link(hosts, tmp_path):
         pytest.skip(str(error))
     output = run(hosts, tmp_path)
     for rank in range(4):
-        assert f"rank {rank}: Hierarchy, all right" in output
+        assert f"rank {rank}: HierarchicalBackend, all right" in output
 
 
 def test_a_killed_process_is_named_on_both_hosts(hosts):

@@ -124,16 +124,16 @@ def test_refuses_what_it_cannot_sum(arguments, error):
 
 
 @pytest.fixture
-def board():
+def counters():
     with mmap.mmap(-1, 4096) as memory, memoryview(memory) as view:
         yield view
 
 
 @pytest.mark.parametrize("offset", [-8, -(2**63), 4, 2, 4088, 4096, 2**62, 2**63 - 1])
-def test_publishes_only_on_the_board(board, offset):
-    with pytest.raises(ValueError, match="a board of 4096 bytes holds no"):
-        NATIVE.publish(board, offset, 1)
-    assert bytes(board) == bytes(4096)
+def test_publishes_only_within_the_memory(counters, offset):
+    with pytest.raises(ValueError, match="4096 bytes hold no"):
+        NATIVE.publish(counters, offset, 1)
+    assert bytes(counters) == bytes(4096)
 
 
 @pytest.mark.parametrize(
@@ -153,37 +153,37 @@ def test_publishes_only_on_the_board(board, offset):
         (4, 256, 2),
     ],
 )
-def test_waits_only_on_the_board(board, first, stride, count):
-    with pytest.raises(ValueError, match="a board of 4096 bytes holds no"):
-        NATIVE.wait(board, first, stride, count, 1, 0, 0, 0.0)
+def test_waits_only_within_the_memory(counters, first, stride, count):
+    with pytest.raises(ValueError, match="4096 bytes hold no"):
+        NATIVE.wait(counters, first, stride, count, 1, 0, 0, 0.0)
 
 
-def test_counters_may_fill_the_board(board):
-    NATIVE.publish(board, 4080, 5)
-    assert NATIVE.wait(board, 4080, 16, 1, 5, 0, 0, 0.0) is None
-    assert NATIVE.wait(board, 0, 4080, 2, 5, 0, 0, 0.0) == 0
-    NATIVE.publish(board, 0, -(2**63))
-    assert struct.unpack_from("=q", board, 0) == (-(2**63),)
+def test_counters_may_fill_the_memory(counters):
+    NATIVE.publish(counters, 4080, 5)
+    assert NATIVE.wait(counters, 4080, 16, 1, 5, 0, 0, 0.0) is None
+    assert NATIVE.wait(counters, 0, 4080, 2, 5, 0, 0, 0.0) == 0
+    NATIVE.publish(counters, 0, -(2**63))
+    assert struct.unpack_from("=q", counters, 0) == (-(2**63),)
 
 
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda board: NATIVE.publish(board, 0), TypeError),
-        (lambda board: NATIVE.publish(board, 0, 2**63), OverflowError),
-        (lambda board: NATIVE.publish(board, 0, "1"), TypeError),
-        (lambda board: NATIVE.publish(board.toreadonly(), 0, 1), BufferError),
-        (lambda board: NATIVE.publish(board[:15], 0, 1), ValueError),
-        (lambda board: NATIVE.publish(board[:0], 0, 1), ValueError),
-        (lambda board: NATIVE.publish(board[4:], 0, 1), ValueError),
-        (lambda board: NATIVE.wait(board, 0, 256, 2, 1), TypeError),
-        (lambda board: NATIVE.wait(board.toreadonly(), 0, 256, 2, 1, 0, 0, 0.0), BufferError),
-        (lambda board: NATIVE.wait(board, 0, 256, 2, 1, 0, 0, "1"), TypeError),
-        (lambda board: NATIVE.wait(board, 0, 256, 2, 1, 10**7, 0, 0.0), ValueError),
-        (lambda board: NATIVE.wait(board, 0, 256, 2, 1, 0, 10**7, 0.0), ValueError),
+        (lambda counters: NATIVE.publish(counters, 0), TypeError),
+        (lambda counters: NATIVE.publish(counters, 0, 2**63), OverflowError),
+        (lambda counters: NATIVE.publish(counters, 0, "1"), TypeError),
+        (lambda counters: NATIVE.publish(counters.toreadonly(), 0, 1), BufferError),
+        (lambda counters: NATIVE.publish(counters[:15], 0, 1), ValueError),
+        (lambda counters: NATIVE.publish(counters[:0], 0, 1), ValueError),
+        (lambda counters: NATIVE.publish(counters[4:], 0, 1), ValueError),
+        (lambda counters: NATIVE.wait(counters, 0, 256, 2, 1), TypeError),
+        (lambda counters: NATIVE.wait(counters.toreadonly(), 0, 256, 2, 1, 0, 0, 0.0), BufferError),
+        (lambda counters: NATIVE.wait(counters, 0, 256, 2, 1, 0, 0, "1"), TypeError),
+        (lambda counters: NATIVE.wait(counters, 0, 256, 2, 1, 10**7, 0, 0.0), ValueError),
+        (lambda counters: NATIVE.wait(counters, 0, 256, 2, 1, 0, 10**7, 0.0), ValueError),
     ],
 )
-def test_refuses_bad_arguments(board, call, error):
+def test_refuses_bad_arguments(counters, call, error):
     with pytest.raises(error):
-        call(board)
-    assert bytes(board) == bytes(4096)
+        call(counters)
+    assert bytes(counters) == bytes(4096)

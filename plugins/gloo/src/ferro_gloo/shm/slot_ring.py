@@ -1,0 +1,145 @@
+"""SlotRing: the slots of a region, used in turn for the chunks of one operation after another.
+
+Every rank writes its chunks into its slots in turn, and publishes a counter after each. A chunk is
+complete when all ranks have published it. Chunks are numbered through the whole life of the group,
+and all ranks count alike. So one wait per chunk is enough, and no operation needs a barrier before
+or after it:
+
+    number     0  1  2  3  4  5  6  7  …        operation A: chunks 0 to 2, B: 3, C: 4 to 7
+    slot       0  1  2  3  0  1  2  3  …
+
+A slot is written again four chunks later. Within an operation a rank writes chunk k+1 before it
+waits for chunk k. Chunk k+1 goes into the slot of chunk k-3, which all ranks have read: the last
+wait found that they had published chunk k-1, and a rank publishes a chunk only when it has read
+the one two before. An operation's first chunk follows the last one's in the same way.
+
+The first chunk of an operation has a header: the call's label, and the span of the caller's array
+if the others can use it in place. Ranks that call different things see it there.
+
+Ranks see counters and chunks in the order in which they were written (`counters`).
+"""
+
+from __future__ import annotations
+
+import time
+
+from ferro.backend import mismatch
+from ferro.calls import LABEL_BYTES, Call
+from ferro.errors import PeerLost
+from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
+from ferro_gloo.shm.region import SLOTS, ShmRegion
+from ferro_gloo.tcp.backend import TcpBackend
+
+_SPAN_END = LABEL_BYTES + PACKED_SPAN.size
+_CHUNK_COUNT_END = _SPAN_END + 8
+NO_SPAN = bytes(PACKED_SPAN.size)
+_ONLY_LABEL = NO_SPAN + bytes(8)
+# A rank that waits checks every so often that the others are still connected.
+PEER_CHECK_S = 0.01
+
+
+class SlotRing:
+    """One rank's view of the ring.
+
+    Args:
+        region: the memory.
+        tcp: the same ranks over TCP, where the loss of a rank or an abort is seen.
+
+    Attributes:
+        next: the number of the next chunk.
+        call: the current call.
+    """
+
+    def __init__(self, region: ShmRegion, tcp: TcpBackend) -> None:
+        self.next = 0
+        self._tcp = tcp
+        self._rank = tcp.rank
+        self._counters = region.counters
+        self._headers = region.headers
+        others = [rank for rank in range(tcp.world_size) if rank != tcp.rank]
+        self._labels = [
+            [(rank, region.headers[rank][slot][:LABEL_BYTES]) for rank in others]
+            for slot in range(SLOTS)
+        ]
+        self._written = [b""] * SLOTS
+        self.set_call(Call("barrier"))
+
+    def set_call(self, call: Call) -> None:
+        """Set the call to which the next operations belong."""
+        self.call = call
+        self._label = call.label()
+        self._plain_header = self._label + _ONLY_LABEL
+
+    def begin(self, span: ArenaSpan | None = None, chunks: int = 0) -> int:
+        """Begin an operation: write its header; return the number of its first chunk.
+
+        Args:
+            span: where this rank's array is, if others can use it in place.
+            chunks: this rank's number of chunks; 0 where the others need not know it.
+        """
+        number = self.next
+        self.next = number + 1
+        header = self._plain_header
+        if span is not None or chunks:
+            packed = NO_SPAN if span is None else PACKED_SPAN.pack(*span)
+            header = self._label + packed + chunks.to_bytes(8, "little")
+        slot = number % SLOTS
+        if header != self._written[slot]:
+            self._headers[self._rank][slot][:_CHUNK_COUNT_END] = header
+            self._written[slot] = header
+        return number
+
+    def synchronize(self, number: int, deadline: float) -> None:
+        """Publish an operation's first chunk, wait for all ranks', and compare their labels.
+
+        Raises:
+            CollectiveMismatch: a rank calls something else.
+        """
+        self.publish(number)
+        self.wait(number, deadline)
+        for rank, label in self._labels[number % SLOTS]:
+            if label != self._label:
+                names = self._tcp.names
+                raise mismatch(names[self._rank], self.call, names[rank], bytes(label))
+
+    def spans(self, number: int) -> tuple[bytes, ...]:
+        """Read each rank's packed span from its header; zeros where it has none."""
+        slot = number % SLOTS
+        return tuple([bytes(row[slot][LABEL_BYTES:_SPAN_END]) for row in self._headers])
+
+    def chunk_counts(self, number: int) -> list[int]:
+        """Read each rank's number of chunks from its header."""
+        slot = number % SLOTS
+        return [
+            int.from_bytes(row[slot][_SPAN_END:_CHUNK_COUNT_END], "little") for row in self._headers
+        ]
+
+    def publish(self, number: int) -> None:
+        """Tell the others that this rank has written a chunk, and has read the one two before."""
+        self._counters.publish(number + 1)
+
+    def retract(self) -> None:
+        """Take back all published chunks, so that no late rank goes on with them.
+
+        A late rank finds this one behind, and looks for the reason.
+        """
+        self._counters.publish(-1)
+
+    def wait(self, number: int, deadline: float) -> None:
+        """Wait until every rank has published a chunk.
+
+        Raises:
+            TimeoutError, PeerLost, GroupClosed.
+        """
+        seconds = PEER_CHECK_S
+        while self._counters.wait(number + 1, seconds) is not None:
+            behind = self._counters.behind(number + 1)
+            try:
+                self._tcp.check_peers(behind)
+            except PeerLost:
+                # The peer may have published this chunk, its last one, and then left.
+                if self._counters.behind(number + 1):
+                    raise
+            seconds = min(PEER_CHECK_S, deadline - time.monotonic())
+            if seconds <= 0:
+                raise TimeoutError("the deadline passed")

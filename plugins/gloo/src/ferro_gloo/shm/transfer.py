@@ -1,0 +1,106 @@
+"""Point-to-point transfers between ranks of one host: long messages go through shared memory.
+
+    sender                                   receiver
+    copies the message into its arena
+    sends its span, with the label     ─→    compares labels
+                                             copies the message from the span
+                                       ←─    acknowledges
+
+A message that lies in an arena already (`ProcessGroup.empty`) is not copied by the sender. It waits
+for its receive, as any long message does. Short messages do not wait, and go over TCP; so do long
+ones when the sender's arena is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+
+from ferro.calls import transfer_call
+from ferro.types import Array
+from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
+from ferro_gloo.shm.bootstrap import LocalHost
+from ferro_gloo.shm.kernels import choose_copies, copy_in_blocks
+from ferro_gloo.tcp.backend import TcpBackend
+from ferro_gloo.tcp.protocol import MAX_BODY
+
+_EMPTY = np.empty(0, np.uint8)
+_ACK_TAG = 1 << 34  # a bit above every user's tag, and above those of `TcpBackend` and `bootstrap`
+_ACK_LABEL = transfer_call(_EMPTY).label()
+_NO_SPAN = ArenaSpan(0, 0)
+
+Item = tuple[int, Array]
+
+
+class ShmTransfers:
+    """The transfers of one rank in a group.
+
+    Args:
+        flat: the group over TCP.
+        host: this rank's host.
+    """
+
+    def __init__(self, flat: TcpBackend, host: LocalHost) -> None:
+        self._flat = flat
+        self._host = host
+
+    def exchange(
+        self, sends: Sequence[Item], recvs: Sequence[Item], *, tag: int, deadline: float
+    ) -> None:
+        """See `Backend.exchange`; messages for TCP follow those through shared memory."""
+        shm_sends = [item for item in sends if self._is_through_shm(*item)]
+        shm_recvs = [item for item in recvs if self._is_through_shm(*item)]
+        tcp_sends = [item for item in sends if not self._is_through_shm(*item)]
+        tcp_recvs = [item for item in recvs if not self._is_through_shm(*item)]
+        if shm_sends or shm_recvs:
+            # `staged` keeps the sender's memory until the receiver has acknowledged.
+            staged = [self._stage(buffer) for _, buffer in shm_sends]
+            offers = [
+                (peer, np.frombuffer(PACKED_SPAN.pack(*span), np.uint8))
+                for (peer, _), (span, _) in zip(shm_sends, staged, strict=True)
+            ]
+            received = [(peer, np.empty(PACKED_SPAN.size, np.uint8)) for peer, _ in shm_recvs]
+            labels = [transfer_call(buffer).label() for _, buffer in (*shm_sends, *shm_recvs)]
+            self._flat.move(offers, received, labels, tag, deadline)
+            spans = [ArenaSpan(*PACKED_SPAN.unpack(raw.data)) for _, raw in received]
+            copied = [
+                self._copy_from(*item, span) for item, span in zip(shm_recvs, spans, strict=True)
+            ]
+            offered = [span != _NO_SPAN for span, _ in staged]
+            acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_recvs, copied, strict=True) if yes]
+            awaited_acks = [
+                (peer, _EMPTY) for (peer, _), yes in zip(shm_sends, offered, strict=True) if yes
+            ]
+            self._flat.move(acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG, deadline)
+            tcp_sends += [item for item, yes in zip(shm_sends, offered, strict=True) if not yes]
+            tcp_recvs += [item for item, yes in zip(shm_recvs, copied, strict=True) if not yes]
+        if tcp_sends or tcp_recvs:
+            self._flat.exchange(tcp_sends, tcp_recvs, tag=tag, deadline=deadline)
+
+    def _is_through_shm(self, peer: int, buffer: Array) -> bool:
+        """Return True if a message goes through shared memory; both ends find the same."""
+        return buffer.nbytes > MAX_BODY and self._host.arenas.is_peer(self._flat.ranks[peer])
+
+    def _stage(self, buffer: Array) -> tuple[ArenaSpan, Array]:
+        """Copy a message into the arena, if it is not there; return no span if that is full."""
+        arenas, data = self._host.arenas, buffer.view(np.uint8)
+        span = arenas.span_of(data)
+        if span is not None:
+            return span, data
+        memory: Array = arenas.allocate(data.size)[: data.size]
+        span = arenas.span_of(memory)
+        if span is None:
+            return _NO_SPAN, memory
+        copy_in_blocks(memory, data)
+        return span, memory
+
+    def _copy_from(self, peer: int, buffer: Array, span: ArenaSpan) -> bool:
+        """Copy a message from a span of the peer's arena; return False if it has none."""
+        if span == _NO_SPAN:
+            return False
+        data = buffer.view(np.uint8)
+        _, copy = choose_copies(data.size)
+        copy(data, self._host.arenas.view(self._flat.ranks[peer], span))
+        return True

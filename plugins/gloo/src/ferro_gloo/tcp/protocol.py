@@ -1,0 +1,69 @@
+"""The protocol of the mesh: what a frame looks like, and what can be wrong with one.
+
+    | length 4 | kind 1 | 3 unused | tag 8 | label 56 | body: length bytes |
+
+All numbers are little-endian. The tag names the group and the operation that a frame belongs to.
+The label describes the call as the sender understands it; the receiver compares it with its own
+before it uses a byte of the body.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ferro.calls import LABEL_BYTES
+
+_HEADER = struct.Struct(f"<IB3xQ{LABEL_BYTES}s")
+HEADER_BYTES = _HEADER.size
+
+# A larger buffer travels as several frames, so that no group's transfer holds up another's for
+# long, and so that the reader can refuse a length that no rank would send.
+MAX_BODY = 4 << 20
+
+DATA = 0
+ABORT = 1
+
+
+def pack(length: int, kind: int, tag: int, label: bytes) -> bytes:
+    """Pack a frame's header."""
+    return _HEADER.pack(length, kind, tag, label)
+
+
+def unpack(data: memoryview) -> tuple[int, int, int, bytes]:
+    """Unpack length, kind, tag and label from the header at the beginning of `data`."""
+    length, kind, tag, label = _HEADER.unpack_from(data)
+    return length, kind, tag, label
+
+
+class EngineError(Exception):
+    """An error with ranks of the world; `TcpBackend` translates it into one of ferro's."""
+
+
+class ConnectionLostError(EngineError):
+    """The connection to the peer is gone."""
+
+    def __init__(self, peer: int, reason: str) -> None:
+        super().__init__(reason)
+        self.peer = peer
+
+
+class LabelMismatchError(EngineError):
+    """The peer's frame carries another label than this rank's call."""
+
+    def __init__(self, peer: int, expected: bytes, got: bytes) -> None:
+        super().__init__("labels differ")
+        self.peer = peer
+        self.expected = expected
+        self.got = got
+
+
+class LengthMismatchError(EngineError):
+    """The peer's frame has the right label, but another size."""
+
+    def __init__(self, peer: int, expected: int, got: int) -> None:
+        super().__init__(f"{got} bytes came where {expected} were expected")
+        self.peer = peer
+
+
+class GroupAbortedError(EngineError):
+    """The group was aborted, here or by the peer."""
