@@ -8,7 +8,7 @@ from . import programs
 
 
 def test_results_are_numpys_also_where_mpis_differ(mpi):
-    results = mpi.results(programs.native_and_met, 3)
+    results = mpi.results(programs.native_and_gathered, 3)
     assert results[0][2:] == [True] * 2
     assert results == [results[0]] * 3
 
