@@ -75,9 +75,9 @@ class Machine:
 
     def block(self, stream=None):
         """Let a stream (this thread's current one) stand until the event returned is set."""
-        gate = threading.Event()
-        (stream or self.current_stream()).put(lambda: gate.wait(20))
-        return gate
+        unblock = threading.Event()
+        (stream or self.current_stream()).put(lambda: unblock.wait(20))
+        return unblock
 
     def close(self):
         """End all threads."""

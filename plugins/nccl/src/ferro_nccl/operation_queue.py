@@ -1,11 +1,11 @@
-"""Queue: the stream of one communicator, and what was launched on it and has not ended.
+"""The stream of one communicator, and the operations that are under way on it.
 
     caller's stream   … produce x ─┐ event                    ┌─ use the result …
     this stream                    └→ all_reduce … ─ event ───┘ (after `wait()`)
 
-Both arrows are events on the device: the host waits for neither. Until the second event has
-happened the buffers are held here, for CuPy gives the memory of an array that is gone to the next
-array at once, in the order of its own stream, which is not this one.
+Both arrows are events on the GPU: the host waits for neither. Until the second event has happened
+the queue holds the buffers, for CuPy gives the memory of a deleted array to the next array at once,
+in the order of CuPy's own stream, which is not this one.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from ferro.errors import BackendError, FerroError, GroupClosed, PeerLost
 from ferro.rendezvous import Store
 from ferro.types import Array
 from ferro.work import in_lane
-from ferro_nccl.bounded import bounded
 from ferro_nccl.library import Communicator, Gpu
-from ferro_nccl.operation import Operation
-from ferro_nccl.watch import Watch
+from ferro_nccl.operation import LaunchedOperation
+from ferro_nccl.watchdog import OperationWatchdog, call_with_deadline
 
 _IN_PROGRESS = 7  # NCCL's code for "not an error"
-_LOOK_S = 0.5  # how often to ask the store for others' deaths and failures, and when first
+_ASK_STORE_S = 0.5  # between questions to the store for other ranks' deaths and failures
 _LAUNCH_S = 0.2  # a launch takes microseconds; one that takes longer is stuck inside NCCL
-_NOTICE_S = 0.3  # how much later than NCCL the store may notice that a rank died
-_ASK_S = 0.05  # how often to ask it meanwhile
-_NATIVE_S = 5.0  # how long aborting or destroying a communicator may take
-_LOOKS = 100  # at an event, before going to sleep between looks
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
+_NOTICE_S = 0.3  # the store may notice a death so much later than NCCL
+_NOTICE_POLL_S = 0.05  # between questions to it meanwhile
+_NATIVE_S = 5.0  # for aborting or destroying a communicator
+_SPINS = 100  # queries of an event before the host sleeps between queries
+_FIRST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
 
 
-class Queue:
+class OperationQueue:
     """The operations of one communicator on one rank, in order.
 
-    Launching is for one thread at a time. Failing is not: a thread that is stuck in a launch is
-    got back by aborting the communicator from another.
+    One thread at a time launches. Any thread may abort the communicator meanwhile, which frees a
+    thread that is stuck in a launch.
 
     Args:
-        gpu: where it all happens.
-        communicator: aborted or destroyed here.
-        store: where the ranks tell each other that they have failed.
-        lost: says who died, by rank in this group: NCCL never does.
-        name: of this rank, for the others' messages.
+        gpu: this rank's GPU.
+        communicator: this rank's end of the communicator, which the queue aborts or destroys.
+        store: the group's store, by which a rank tells the others that it has failed.
+        lost_ranks: lists the dead ranks of this group: NCCL never does.
+        name: names this rank in the other ranks' messages.
 
     Attributes:
-        gpu: see above; so `communicator`.
-        stream: where operations are launched.
+        gpu: the GPU given.
+        communicator: the communicator given.
+        stream: the stream on which operations are launched.
     """
 
     def __init__(
@@ -59,117 +59,120 @@ class Queue:
         gpu: Gpu,
         communicator: Communicator,
         store: Store,
-        lost: Callable[[], Sequence[int]],
+        lost_ranks: Callable[[], Sequence[int]],
         name: str,
     ) -> None:
         self.gpu = gpu
         self.communicator = communicator
         self.stream = gpu.new_stream()
         self._store = store
-        self._lost = lost
+        self._lost_ranks = lost_ranks
         self._name = name
-        self._launching = threading.Lock()
-        self._native = threading.Lock()  # communicator.async_error, .abort and .destroy
-        self._state = threading.Lock()  # what follows
-        self._outstanding: deque[Operation] = deque()
-        self._wrecks: list[Operation] = []  # an aborted kernel may still write into their buffers
+        self._launch_lock = threading.Lock()
+        self._native_lock = threading.Lock()  # communicator.async_error, .abort and .destroy
+        self._state_lock = threading.Lock()  # the attributes that follow
+        self._outstanding: deque[LaunchedOperation] = deque()
+        # Failed operations keep their buffers: an aborted kernel may still write into them.
+        self._failed: list[LaunchedOperation] = []
         self._failure: BaseException | None = None
         self._closed = False
-        self._looked_s = 0.0
+        self._asked_store_s = 0.0
         self._last = threading.local()
         with gpu.current():
-            self._before = gpu.new_event()
-        self._watch = Watch(self.check)
+            self._caller_event = gpu.new_event()
+        self._watchdog = OperationWatchdog(self.poll)
 
     def launch(
         self, deadline: float, holds: tuple[Array | None, ...], *, ordered: bool
-    ) -> Operation:
-        """Return an operation, to be launched in its `with` block.
+    ) -> LaunchedOperation:
+        """Make an operation, to be launched in its `with` block.
 
         Args:
             deadline: absolute `time.monotonic()` second by which it must have ended.
             holds: the arrays that it reads and writes.
-            ordered: it comes after what this thread put on its current stream before.
+            ordered: it begins after the earlier work on this thread's current stream.
         """
-        return Operation(self, deadline, holds, ordered)
+        return LaunchedOperation(self, deadline, holds, ordered)
 
     @property
-    def last(self) -> Operation:
-        """What this thread launched last."""
-        operation: Operation = self._last.operation
+    def last(self) -> LaunchedOperation:
+        """The operation that this thread launched last."""
+        operation: LaunchedOperation = self._last.operation
         return operation
 
-    def begin(self, operation: Operation, *, ordered: bool) -> None:
-        """Take the turn to launch, and order this stream after the caller's."""
-        self._launching.acquire()
+    def begin(self, operation: LaunchedOperation, *, ordered: bool) -> None:
+        """See `LaunchQueue.begin`."""
+        self._launch_lock.acquire()
         try:
-            self._admit(operation)
-            self._watch.notice()  # now: the launch itself may get stuck
-            if ordered:  # a reused event: a stream that waits for it keeps the moment it meant
-                self.gpu.current_stream().record(self._before)
-                self.stream.wait_event(self._before)
+            self._add(operation)
+            self._watchdog.notice_launch()  # now, for the launch itself may get stuck
+            if (
+                ordered
+            ):  # the event is reused: a waiting stream keeps the moment of the earlier record
+                self.gpu.current_stream().record(self._caller_event)
+                self.stream.wait_event(self._caller_event)
         except BaseException:
-            self._launching.release()
+            self._launch_lock.release()
             raise
 
-    def end(self, operation: Operation) -> None:
-        """Mark its end, also after a failed launch, of which a part may be under way."""
+    def end(self, operation: LaunchedOperation) -> None:
+        """See `LaunchQueue.end`; of a failed launch, too, a part may be under way."""
         try:
             event = self.gpu.new_event()
             self.stream.record(event)
             operation.event = event
             self._last.operation = operation
         finally:
-            self._launching.release()
+            self._launch_lock.release()
 
-    def finish(self, operation: Operation) -> None:
+    def finish(self, operation: LaunchedOperation) -> None:
         """Wait, on the host, for the end of an operation.
 
         Raises:
             TimeoutError: its deadline passed; the communicator is aborted.
             FerroError: it failed.
         """
-        looks, pause = 0 if not in_lane() else _LOOKS, _FIRST_PAUSE_S
+        spins, sleep_s = _SPINS if in_lane() else 0, _FIRST_SLEEP_S
         while not operation.done():
             if time.monotonic() > operation.deadline:
                 self._time_out()
-            elif looks < _LOOKS:
-                looks += 1
+            elif spins < _SPINS:
+                spins += 1
             else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
         if operation.error is not None:
             raise operation.error
 
     def drain(self, deadline: float) -> bool:
-        """Wait, on the host, until nothing is outstanding; say whether that is so by `deadline`."""
+        """Wait, on the host, for all operations; say whether they have ended by `deadline`."""
         while (busy := self._any_outstanding()) and time.monotonic() < deadline:
-            time.sleep(_LONGEST_PAUSE_S)
+            time.sleep(_LONGEST_SLEEP_S)
         return not busy
 
     def split(self, color: int, key: int, deadline: float) -> Communicator | None:
-        """Split the communicator, on which nothing may be outstanding meanwhile.
+        """Split the communicator, on which no operation may be outstanding meanwhile.
 
         Raises:
             TimeoutError: not all ranks came by the deadline; the communicator is aborted.
         """
-        with self._launching:
+        with self._launch_lock:
             if not self.drain(deadline):
                 raise TimeoutError("what was launched before a split did not end by its deadline")
-            self._check()  # now: what was launched may have ended badly
+            self._check_alive()  # now, for an operation may have failed meanwhile
 
             def split() -> Communicator | None:
                 with self.gpu.current():
                     return self.communicator.split(color, key)
 
-            return bounded(split, deadline, "split")
+            return call_with_deadline(split, deadline, "split")
 
-    def check(self) -> bool:
-        """Look for what has failed or is overdue; say whether anything is outstanding.
+    def poll(self) -> bool:
+        """Look for failed or overdue operations; say whether any is outstanding.
 
-        The watch's thread calls it again and again.
+        The watchdog's thread calls this again and again.
         """
-        with self._state:
+        with self._state_lock:
             self._forget_ended()
             operations = tuple(self._outstanding)
         if not operations:
@@ -179,14 +182,14 @@ class Queue:
             self._time_out()
         elif code := self._async_error():
             self._fail_by_code(code)
-        elif now - max(operations[0].started_s, self._looked_s) > _LOOK_S:
-            self._looked_s = now
-            self._look_for_others()
+        elif now - max(operations[0].started_s, self._asked_store_s) > _ASK_STORE_S:
+            self._asked_store_s = now
+            self._check_other_ranks()
         return True
 
     def fail(self, error: BaseException, kind: str = "error", *, tell: bool = True) -> None:
-        """End all that is outstanding with this error, here and, if told, on the other ranks."""
-        with self._state:
+        """End all outstanding operations with this error, here and, if told, on the other ranks."""
+        with self._state_lock:
             if self._failure is not None or self._closed:
                 return
             self._failure = error
@@ -194,47 +197,47 @@ class Queue:
                 if not operation.done():
                     operation.error = error
         if tell:
-            told = json.dumps([kind, f"{self._name}: {error}"]).encode()
+            message = json.dumps([kind, f"{self._name}: {error}"]).encode()
             with suppress(FerroError, OSError):  # the others have deadlines of their own
-                self._store.set("failed", told)
+                self._store.set("failed", message)
         # A launch that is stuck in NCCL, with a rank that does not come, returns when aborted.
-        turn = self._launching.acquire(timeout=_LAUNCH_S)
+        locked = self._launch_lock.acquire(timeout=_LAUNCH_S)
         try:
-            self._end_native(self.communicator.abort, "abort")
+            self._end_communicator(self.communicator.abort, "abort")
         finally:
-            if turn:
-                self._launching.release()
+            if locked:
+                self._launch_lock.release()
 
     def abort(self) -> None:
-        """End all that is outstanding because this rank says so."""
+        """End all outstanding operations because this rank asks for it."""
         self.fail(GroupClosed("the group was aborted"), "aborted")
 
     def close(self, deadline: float) -> None:
-        """Let what is outstanding end, until the deadline; then release all. Idempotent."""
+        """Let outstanding operations end, until the deadline; then release all. Idempotent."""
         if not self.drain(deadline):
             self.fail(GroupClosed("the group was closed with operations under way"), "aborted")
-        with self._state:
+        with self._state_lock:
             closed, self._closed = self._closed, True
             failed = self._failure is not None
-        self._watch.close()
+        self._watchdog.close()
         if not closed and not failed:
-            self._end_native(self.communicator.destroy, "destroy")
+            self._end_communicator(self.communicator.destroy, "destroy")
 
-    def _admit(self, operation: Operation) -> None:
-        """Count an operation as outstanding, unless there can be no more."""
-        with self._state:
+    def _add(self, operation: LaunchedOperation) -> None:
+        """Count an operation as outstanding, unless the queue has failed or was closed."""
+        with self._state_lock:
             self._forget_ended()
-            self._check()
+            self._check_alive()
             self._outstanding.append(operation)
 
-    def _check(self) -> None:
+    def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise GroupClosed("the group was closed")
 
     def _any_outstanding(self) -> bool:
-        with self._state:
+        with self._state_lock:
             self._forget_ended()
             return bool(self._outstanding)
 
@@ -245,63 +248,65 @@ class Queue:
             if operation.error is None:
                 operation.release()
             else:
-                self._wrecks.append(operation)
+                self._failed.append(operation)
 
     def _time_out(self) -> None:
         self.fail(TimeoutError("an operation did not end by its deadline"), "timeout")
 
     def _async_error(self) -> int:
-        if not self._native.acquire(blocking=False):
+        if not self._native_lock.acquire(blocking=False):
             return 0  # it is being aborted
         try:
             code = 0 if self._failure is not None else self.communicator.async_error()
         finally:
-            self._native.release()
+            self._native_lock.release()
         return 0 if code == _IN_PROGRESS else code
 
     def _fail_by_code(self, code: int) -> None:
-        """End because NCCL says so: a connection that broke is but the symptom of a death."""
+        """Fail by NCCL's error code, or by a death of which a broken connection is the symptom."""
         until = time.monotonic() + _NOTICE_S
-        while not self._fail_by_death():
+        while not self._fail_if_rank_died():
             if time.monotonic() > until:
-                error = BackendError(f"NCCL reports error {code} ({_meaning(code)})", code=code)
+                error = BackendError(
+                    f"NCCL reports error {code} ({_code_meaning(code)})", code=code
+                )
                 self.fail(error)
                 return
-            time.sleep(_ASK_S)
+            time.sleep(_NOTICE_POLL_S)
 
-    def _fail_by_death(self) -> bool:
-        """End if a rank of this group died; say whether one has."""
-        gone = self._lost()
-        if gone:
+    def _fail_if_rank_died(self) -> bool:
+        """Fail if a rank of this group died; say whether one has."""
+        dead = self._lost_ranks()
+        if dead:
             error = PeerLost(
-                "it ended without a farewell, as the job's store noticed", peer=gone[0]
+                "it ended without a farewell, as the job's store noticed", peer=dead[0]
             )
             self.fail(error, tell=False)  # the others ask as well
-        return bool(gone)
+        return bool(dead)
 
-    def _look_for_others(self) -> None:
-        """End if another rank died, or as another one ended."""
-        if self._fail_by_death():
+    def _check_other_ranks(self) -> None:
+        """Fail if another rank died, or as another one failed."""
+        if self._fail_if_rank_died():
             return
         try:
             kind, text = json.loads(self._store.get("failed", deadline=0.0))
         except (TimeoutError, FerroError, OSError, ValueError):
-            return  # nobody has; or the store is gone, and deadlines remain
+            return  # no rank has failed; or the store is gone, and deadlines remain
         error = TimeoutError(text) if kind == "timeout" else GroupClosed(f"ended by {text}")
         self.fail(error, tell=False)
 
-    def _end_native(self, end: Callable[[], None], what: str) -> None:
-        """Abort or destroy the communicator; what gets stuck in it is left behind."""
+    def _end_communicator(self, end: Callable[[], None], name: str) -> None:
+        """Abort or destroy the communicator; leave a thread behind that gets stuck in it."""
 
         def run() -> None:
-            with self._native, self.gpu.current():
+            with self._native_lock, self.gpu.current():
                 end()
 
-        with suppress(Exception):  # there is nothing more to be done with it
-            bounded(run, time.monotonic() + _NATIVE_S, what)
+        with suppress(Exception):  # nothing more can be done with it
+            call_with_deadline(run, time.monotonic() + _NATIVE_S, name)
 
 
-def _meaning(code: int) -> str:
+def _code_meaning(code: int) -> str:
     meanings = {
         1: "a CUDA call failed",
         2: "a system call failed",
