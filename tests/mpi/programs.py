@@ -14,7 +14,7 @@ from ferro.testing.samples import dtype_of
 
 
 def native_and_gathered(group):
-    """Reduce what MPI does as NumPy and what it does not: the results are NumPy's on all ranks."""
+    """Reduce natively and by gathered contributions: the results are NumPy's on all ranks."""
     n, found = group.world_size, []
     nan = np.array([np.nan, -0.0, 1.0]) if group.rank == n - 1 else np.array([1.0, 0.0, np.nan])
     for op in ("min", "max"):
@@ -78,7 +78,7 @@ def large_tag(group):
 
 
 def temporaries(group):
-    """Issue operations on arrays that nobody else holds."""
+    """Issue operations on arrays that the caller does not keep."""
     works = [group.all_reduce(np.full(50_000, float(i)), async_op=True) for i in range(20)]
     works += [group.all_gather(np.full(9_000, float(i)), async_op=True) for i in range(20)]
     junk = [np.full(50_000, -1.0) for _ in range(20)]  # into memory that was given back too soon
@@ -130,7 +130,7 @@ def failing_function(group, count):
 
 
 def fixed(group):
-    """Take an algorithm of the user's choice for one collective, MPI's for another."""
+    """Use an algorithm of the user's choice for one collective, MPI's for another."""
     return [group.all_reduce(np.arange(5.0)).tolist(), group.all_gather(group.rank).tolist()]
 
 
@@ -213,7 +213,7 @@ def lose_while_sending(group):
 
 
 def dtypes(group):
-    """Return what half precision of both kinds gives, in place and large."""
+    """Reduce many numbers of both kinds of half precision, in place."""
     found = []
     for name in ("float16", "bfloat16"):
         big = np.ones(1_000_003, dtype_of(name))

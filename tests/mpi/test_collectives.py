@@ -1,4 +1,4 @@
-"""Native collectives and those that are not: results, limits of counts and tags, buffers held."""
+"""Results of native and other collectives, limits of counts and tags, lifetime of buffers."""
 
 from __future__ import annotations
 

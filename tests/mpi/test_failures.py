@@ -1,4 +1,4 @@
-"""What fails ends by its deadline with an error, and the process with MPI ended."""
+"""Failed calls end by their deadline with an error, and MPI is finalized all the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def test_a_member_that_makes_no_group_is_told(mpich):
 
 
 def test_with_ulfm_a_peer_that_dies_is_lost_to_the_receiver_of_its_message(openmpi):
-    survivor, victim = openmpi.given("--with-ft", "ulfm").outcomes(programs.lose_while_sending, 2)
+    survivor, victim = openmpi.with_options("--with-ft", "ulfm").outcomes(
+        programs.lose_while_sending, 2
+    )
     assert not victim.ok
     assert survivor.result == 1, survivor.describe()
 
@@ -32,7 +34,7 @@ def test_a_peer_that_left_is_lost_once_its_messages_have_come(mpi):
 
 
 def test_with_ulfm_the_survivors_shrink_twice(openmpi):
-    outcomes = openmpi.given("--with-ft", "ulfm").outcomes(programs.shrink_twice, 4)
+    outcomes = openmpi.with_options("--with-ft", "ulfm").outcomes(programs.shrink_twice, 4)
     assert [outcome.result for outcome in outcomes[:2]] == [[3, 3, 2, 2]] * 2, outcomes
     assert not any(outcome.ok for outcome in outcomes[2:])
 

@@ -1,4 +1,4 @@
-"""What is installed of MPI is found without loading it, and what is missing is said."""
+"""The probe finds an installed MPI without loading it, or says what is missing."""
 
 from __future__ import annotations
 

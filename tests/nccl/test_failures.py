@@ -17,7 +17,7 @@ SHORT_S = 0.3
 
 
 def failure_of(group, machine, call):
-    """Return what a call raises, at once or when another call finds out."""
+    """Get the error of a call, which it raises itself or a later call raises."""
     deadline = time.monotonic() + 10
     try:
         call()
@@ -144,7 +144,7 @@ def test_abort_on_one_rank_ends_the_others(machine, on_ranks):
 
 @pytest.mark.parametrize("symptom", [0, 6])
 def test_a_rank_that_died_is_named_by_its_rank_in_the_group(machine, symptom):
-    """Also where NCCL notices first that a connection broke."""
+    """The same holds where NCCL notices first that a connection broke."""
     died = threading.Event()
 
     def work(group):
@@ -170,7 +170,7 @@ def test_a_rank_that_died_is_named_by_its_rank_in_the_group(machine, symptom):
     assert ranks.errors == {}
 
 
-def test_a_stranger_that_died_harms_no_group(machine):
+def test_a_death_outside_the_group_does_not_end_it(machine):
     def work(group):
         part = group.split(group.rank // 2)
         if group.rank == 3:
@@ -252,7 +252,7 @@ def test_a_launch_that_is_stuck_in_nccl_ends_by_its_deadline(machine, on_ranks, 
 
 
 def test_a_split_after_a_failure_is_not_begun(machine, on_ranks, monkeypatch):
-    """What fails while the split waits for it leaves no communicator to split."""
+    """A failure while the split waits for operations leaves no communicator to split."""
 
     def work(group):
         queue = group.backend._queue

@@ -1,4 +1,4 @@
-"""Groups within the group: by commSplit, or of members alone; each with a communicator."""
+"""Groups within the group, each with a communicator: by commSplit, or of their members alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_split_waits_for_what_was_launched(machine, on_ranks):
 
 
 def test_each_group_has_a_stream_of_its_own(machine, on_ranks):
-    """What waits on one group's stream does not hold up the other."""
+    """Waiting work on one group's stream does not hold up the other group."""
 
     def work(group):
         other = group.split(0)

@@ -12,7 +12,7 @@ N = 2
 
 
 def test_an_operation_waits_for_what_the_caller_launched_before(machine, on_ranks):
-    """Written late on the caller's stream, and read in time all the same; the host goes on."""
+    """The operation reads an array that the caller's stream fills late; the host does not wait."""
 
     def work(group):
         x = machine.array(np.zeros(4))
@@ -87,7 +87,7 @@ def test_many_outstanding_operations_keep_their_own_inputs(machine, on_ranks):
 
 
 def test_buffers_are_held_until_the_device_has_read_them(machine, on_ranks):
-    """The stand-in frees memory in the order of its own stream, and says who uses it then."""
+    """The stand-in frees memory in the order of its own stream, and records its use after that."""
 
     def work(group):
         unblock = machine.block(group.backend._queue.stream)

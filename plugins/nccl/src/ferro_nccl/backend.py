@@ -29,7 +29,7 @@ from ferro_nccl.process_context import NcclOptions, ProcessContext
 from ferro_nccl.reduction_transfers import GpuTransfers, HostTransfers
 from ferro_nccl.staging import StagedArrays
 
-_WORLD = 0  # the world's context; those of other groups count from 1
+_WORLD = 0  # the world's context number; other groups count from 1
 _CLOSE_S = 5.0  # for operations under way when the group is closed
 _SEGMENT_BYTES = 64 << 20  # of a gathered reduction
 _BARRIER = NativeReduction(BYTE, int(RedOp.MAX))

@@ -1,8 +1,8 @@
 """NCCL's codes for dtypes and reductions, and the table of reductions that NCCL has.
 
-The numbers are those of nccl.h, which never change. NCCL has no int16 and uint16, no products of
-complex numbers and no bitwise reductions; those of booleans, which travel as bytes 0 and 1, are
-minima and maxima.
+The numbers come from nccl.h and never change. NCCL has no int16 and uint16, no products of complex
+numbers and no bitwise reductions. Booleans travel as bytes 0 and 1, so that minima and maxima serve
+as their logic.
 """
 
 from __future__ import annotations

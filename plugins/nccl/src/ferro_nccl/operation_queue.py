@@ -106,9 +106,8 @@ class OperationQueue:
         try:
             self._add(operation)
             self._watchdog.notice_launch()  # now, for the launch itself may get stuck
-            if (
-                ordered
-            ):  # the event is reused: a waiting stream keeps the moment of the earlier record
+            if ordered:
+                # The event is reused: a stream that waits for it keeps the moment of the wait.
                 self.gpu.current_stream().record(self._caller_event)
                 self.stream.wait_event(self._caller_event)
         except BaseException:

@@ -1,4 +1,4 @@
-"""What all groups of one process share: the user's options, the GPU, the job's store."""
+"""The objects that all groups of one process share: the user's options, the GPU, the store."""
 
 from __future__ import annotations
 
