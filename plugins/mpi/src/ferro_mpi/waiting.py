@@ -18,9 +18,9 @@ from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.shared_memory import GroupMemory
 
 _SPINS = 200
-_SPINS_IN_LANE = 1
+_SPINS_ON_EXECUTOR = 1
 _YIELDS = 1000
-_YIELDS_IN_LANE = 20
+_YIELDS_ON_EXECUTOR = 20
 _SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 500e-6
 _POLL_PEERS_S = 0.02
@@ -35,7 +35,7 @@ class Backoff:
     def __init__(self) -> None:
         self._count = 0
         self._sleep_s = _SLEEP_S
-        self._yields = _YIELDS_IN_LANE if in_lane() else _YIELDS
+        self._yields = _YIELDS_ON_EXECUTOR if in_lane() else _YIELDS
 
     def __call__(self) -> None:
         """Let other threads and processes run."""
@@ -75,7 +75,7 @@ class WaitMonitor:
     @property
     def spins(self) -> int:
         """How often a rank tests before it calls `check` for the first time."""
-        return _SPINS_IN_LANE if in_lane() else _SPINS
+        return _SPINS_ON_EXECUTOR if in_lane() else _SPINS
 
     @property
     def aborted(self) -> bool:
