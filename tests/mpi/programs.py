@@ -1,4 +1,4 @@
-"""What the ranks of this room's tests do; loaded by an interpreter that may have no pytest."""
+"""The functions that ranks run in these tests; their interpreter may have no pytest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import ferro
 from ferro_testing.samples import dtype_of
 
 
-def native_and_met(group):
-    """Reduce what MPI does as NumPy and what it does not: the results are NumPy's on all ranks."""
+def native_and_gathered(group):
+    """Reduce natively and by gathered contributions: the results are NumPy's on all ranks."""
     n, found = group.world_size, []
     nan = np.array([np.nan, -0.0, 1.0]) if group.rank == n - 1 else np.array([1.0, 0.0, np.nan])
     for op in ("min", "max"):
@@ -57,9 +57,9 @@ def cut(group):
 
 def cut_messages(group):
     """Cut transfers after 1000 bytes."""
-    from ferro_mpi import endpoint
+    from ferro_mpi import communicator
 
-    endpoint._MESSAGE_BYTES = 1000
+    communicator._MESSAGE_BYTES = 1000
     given, taken = np.arange(1001.0), np.empty(1001)
     group.sendrecv(given, taken, (group.rank + 1) % 2)
     return bool((given == taken).all())
@@ -78,7 +78,7 @@ def large_tag(group):
 
 
 def temporaries(group):
-    """Issue operations on arrays that nobody else holds."""
+    """Issue operations on arrays that the caller does not keep."""
     works = [group.all_reduce(np.full(50_000, float(i)), async_op=True) for i in range(20)]
     works += [group.all_gather(np.full(9_000, float(i)), async_op=True) for i in range(20)]
     junk = [np.full(50_000, -1.0) for _ in range(20)]  # into memory that was given back too soon
@@ -130,15 +130,15 @@ def failing_function(group, count):
 
 
 def fixed(group):
-    """Take an algorithm of the user's choice for one collective, MPI's for another."""
+    """Use an algorithm of the user's choice for one collective, MPI's for another."""
     return [group.all_reduce(np.arange(5.0)).tolist(), group.all_gather(group.rank).tolist()]
 
 
 def by_messages(group):
     """Use a group whose ranks share no memory, as on several hosts."""
-    from ferro_mpi import endpoint
+    from ferro_mpi import communicator
 
-    endpoint.open_board = lambda comm: None
+    communicator.open_group_memory = lambda comm: None
     apart = group.subgroup(range(group.world_size))
     n, me = group.world_size, group.rank
     found = [apart.all_reduce(np.full(3, me)).tolist() == [n * (n - 1) / 2] * 3]
@@ -154,9 +154,9 @@ def by_messages(group):
 
 def late_by_messages(group):
     """Stay away from a collective of ranks that share no memory."""
-    from ferro_mpi import endpoint
+    from ferro_mpi import communicator
 
-    endpoint.open_board = lambda comm: None
+    communicator.open_group_memory = lambda comm: None
     apart = group.subgroup(range(group.world_size))
     if group.rank == 1:
         group.barrier()
@@ -174,7 +174,7 @@ def absent_member(group):
     if group.rank == 1:
         group.barrier()
         return "away"
-    group.backend._endpoint._timeout_s = 0.3
+    group.backend._communicator._timeout_s = 0.3
     try:
         group.subgroup([0, 1])
     except ferro.RendezvousError as error:
@@ -213,7 +213,7 @@ def lose_while_sending(group):
 
 
 def dtypes(group):
-    """Return what half precision of both kinds gives, in place and large."""
+    """Reduce many numbers of both kinds of half precision, in place."""
     found = []
     for name in ("float16", "bfloat16"):
         big = np.ones(1_000_003, dtype_of(name))

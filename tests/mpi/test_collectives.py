@@ -1,4 +1,4 @@
-"""Native collectives and those that are not: results, limits of counts and tags, buffers held."""
+"""Results of native and other collectives, limits of counts and tags, lifetime of buffers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import programs
 
 
 def test_results_are_numpys_also_where_mpis_differ(mpi):
-    results = mpi.results(programs.native_and_met, 3)
+    results = mpi.results(programs.native_and_gathered, 3)
     assert results[0][2:] == [True] * 2
     assert results == [results[0]] * 3
 

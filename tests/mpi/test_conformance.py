@@ -1,4 +1,4 @@
-"""mpi passes the kit that every backend has to pass, under the mpiexec of both MPIs."""
+"""mpi passes the conformance kit under the mpiexec of Open MPI and of MPICH."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from ferro_testing import conformance
 from ferro_testing.case import Case
 
-from .conftest import MPICH, OPENMPI, there
+from .conftest import MPICH, OPENMPI, installed
 
 ENDS_ALL = "mpiexec ends all ranks when one has died"
 CASES = {
@@ -21,7 +21,7 @@ CASES = {
             unsupported={"lost_peer": ENDS_ALL, "shrink": "MPICH's survivors cannot go on"},
         ),
     ),
-    "openmpi": (OPENMPI.given("--with-ft", "ulfm"), Case(backend="mpi", world_sizes=(2,))),
+    "openmpi": (OPENMPI.with_options("--with-ft", "ulfm"), Case(backend="mpi", world_sizes=(2,))),
 }
 
 
@@ -29,4 +29,4 @@ CASES = {
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_mpi_conforms(check, name):
     launch, case = CASES[name]
-    check(replace(case, runner=there(launch).runner))
+    check(replace(case, runner=installed(launch).runner))

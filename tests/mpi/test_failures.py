@@ -1,4 +1,4 @@
-"""What fails ends by its deadline with an error, and the process with MPI ended."""
+"""Failed calls end by their deadline with an error, and MPI is finalized all the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ferro import UsageError
 from . import programs
 
 
-def test_a_rank_that_stays_away_is_named_also_without_a_board(mpich):
+def test_a_rank_that_stays_away_is_named_also_without_shared_memory(mpich):
     text, away = mpich.results(programs.late_by_messages, 2)
     assert "did not finish within 0.3 s" in text
     assert away == "away"
@@ -21,8 +21,10 @@ def test_a_member_that_makes_no_group_is_told(mpich):
     assert away == "away"
 
 
-def test_with_ulfm_a_peer_that_dies_is_lost_to_who_waits_for_its_message(openmpi):
-    survivor, victim = openmpi.given("--with-ft", "ulfm").outcomes(programs.lose_while_sending, 2)
+def test_with_ulfm_a_peer_that_dies_is_lost_to_the_receiver_of_its_message(openmpi):
+    survivor, victim = openmpi.with_options("--with-ft", "ulfm").outcomes(
+        programs.lose_while_sending, 2
+    )
     assert not victim.ok
     assert survivor.result == 1, survivor.describe()
 
@@ -32,7 +34,7 @@ def test_a_peer_that_left_is_lost_once_its_messages_have_come(mpi):
 
 
 def test_with_ulfm_the_survivors_shrink_twice(openmpi):
-    outcomes = openmpi.given("--with-ft", "ulfm").outcomes(programs.shrink_twice, 4)
+    outcomes = openmpi.with_options("--with-ft", "ulfm").outcomes(programs.shrink_twice, 4)
     assert [outcome.result for outcome in outcomes[:2]] == [[3, 3, 2, 2]] * 2, outcomes
     assert not any(outcome.ok for outcome in outcomes[2:])
 

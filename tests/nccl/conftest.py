@@ -30,7 +30,7 @@ class Ranks:
     timeout_s: float = 10.0
     deterministic: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
-    lost: set[int] = field(default_factory=set)  # that died, as a job's store would tell
+    lost: set[int] = field(default_factory=set)  # ranks that died, as a job's store would tell
     store: MemoryStore = field(default_factory=MemoryStore)
     results: dict[int, object] = field(default_factory=dict)
     errors: dict[int, BaseException] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Ranks:
         return self.results
 
     def config(self, rank: int) -> BackendConfig:
-        """Return what a rank's backend is made with."""
+        """Make the configuration of a rank's backend."""
         return BackendConfig(
             rank=rank,
             world_size=self.world_size,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from ferro import GroupClosed
-from ferro_nccl import meeting
-from ferro_testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
+from ferro.testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
 
 N = 2
 
@@ -119,45 +118,6 @@ def test_a_function_reduces_on_the_gpu(machine, on_ranks):
         return machine.host(total).tolist()
 
     assert on_ranks(2, work) == {key: [0.0, 4.0, 8.0, 12.0, 16.0] for key in range(2)}
-
-
-def test_a_large_meeting_takes_no_more_memory_than_a_segment(monkeypatch):
-    class Steps:
-        """One rank of three that gave the same numbers; its own block is in every message."""
-
-        taken: list[int]
-
-        def __init__(self):
-            self.taken = []
-
-        def empty(self, count, dtype):
-            self.taken.append(count * np.dtype(dtype).itemsize)
-            return np.zeros(count, dtype)
-
-        def all_gather(self, buffer, counts):
-            assert sum(counts) == buffer.size
-
-        def all_to_all(self, outgoing, incoming):
-            for into in incoming:
-                into[...] = outgoing[1]
-
-    from ferro.collectives.reduction import reduction_for
-
-    monkeypatch.setattr(meeting, "SMALL_BYTES", 16)
-    steps = Steps()
-    buffer = np.arange(1000, dtype=np.int16)
-    reduction = reduction_for("sum", buffer.dtype, 3)
-    meeting.Meeting(steps, 1, 3, reduction, segment_bytes=200).all_reduce(buffer)
-    assert len(steps.taken) == 10
-    assert max(steps.taken) <= 210
-    changed = np.flatnonzero(buffer != np.arange(1000))
-    assert len(changed) in range(330, 337)  # this rank's block of each segment
-    assert (buffer[changed] == 3 * changed).all()
-    out = np.empty(4, np.int16)
-    meeting.Meeting(steps, 1, 3, reduction, segment_bytes=8).reduce_scatter(
-        np.arange(12, dtype=np.int16), out, [4, 4, 4]
-    )
-    assert out.tolist() == [12, 15, 18, 21]
 
 
 def test_an_array_of_another_gpu_is_refused_by_name(machine, on_ranks):

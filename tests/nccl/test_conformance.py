@@ -1,9 +1,9 @@
-"""nccl passes the kit that every backend has to pass, but for what NCCL does not offer.
+"""nccl passes the conformance kit, except for the calls that NCCL does not have.
 
-The kit's arrays are NumPy's, which go through the GPU; `test_collectives.py` has those that are
-there. `check_transfers` is left out: it lets ranks send to each other before they receive, which
-on NCCL's one queue is a deadlock (`test_transfers.py` has what works). Means are compared where
-1/n is exact, for NCCL divides each rank's numbers before it adds them.
+The kit's arrays are NumPy's, which go through the GPU; `test_collectives.py` uses GPU arrays.
+`check_transfers` is left out: it lets ranks send to each other before they receive, which is a
+deadlock on NCCL's one queue (`test_transfers.py` tests the orders that work). Means are compared
+where 1/n is exact, for NCCL divides each rank's numbers before it adds them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHECKS = [check for check in conformance.CHECKS if check is not conformance.chec
 
 
 def case(monkeypatch, *world_sizes, **options):
-    """Return a case whose ranks are threads with a GPU each."""
+    """Make a case whose ranks are threads with a GPU each."""
 
     def run(function, world_size, args, *, timeout_s, deterministic):
         machine = Machine(gpus=world_size)

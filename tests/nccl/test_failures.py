@@ -1,4 +1,4 @@
-"""Failing: by a deadline, by NCCL's own word, by a user's: all ranks end, and say why."""
+"""Failures by a deadline, by NCCL's error code, by an abort, by a death end all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from ferro import CollectiveTimeout, FerroError, GroupClosed, PeerLost
 from ferro.errors import BackendError
-from ferro_nccl.bounded import bounded
 
 from .conftest import Ranks
 
@@ -18,7 +17,7 @@ SHORT_S = 0.3
 
 
 def failure_of(group, machine, call):
-    """Return what a call raises, at once or when another call finds out."""
+    """Get the error of a call, which it raises itself or a later call raises."""
     deadline = time.monotonic() + 10
     try:
         call()
@@ -66,16 +65,16 @@ def test_a_rank_that_stays_away_is_named_and_all_end(machine, on_ranks, where):
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 6, 8])
-def test_what_befalls_an_operation_ends_it_on_all_ranks(machine, on_ranks, code):
+def test_an_error_code_of_nccl_ends_an_operation_on_all_ranks(machine, on_ranks, code):
     """Codes 7 and 8 are not in CuPy's table of messages: it raises KeyError."""
 
     def work(group):
-        gate = machine.block(group.backend._queue.stream)
+        unblock = machine.block(group.backend._queue.stream)
         handle = group.all_reduce(machine.array([1.0]), async_op=True)
         if group.rank == 1:
             group.backend._queue.communicator._native.error = code
         error = failure_of(group, machine, lambda: wait_until_done(handle))
-        gate.set()
+        unblock.set()
         return type(error), str(error)
 
     results = on_ranks(2, work)
@@ -94,11 +93,11 @@ def wait_until_done(handle):
 
 def test_an_operation_in_progress_is_no_error(machine, on_ranks):
     def work(group):
-        gate = machine.block(group.backend._queue.stream)
+        unblock = machine.block(group.backend._queue.stream)
         group.backend._queue.communicator._native.error = 7
         handle = group.all_reduce(machine.array([1.0]), async_op=True)
-        checked = [group.backend._queue.check() for _ in range(3)]
-        gate.set()
+        checked = [group.backend._queue.poll() for _ in range(3)]
+        unblock.set()
         return checked, machine.host(handle.wait()).tolist()
 
     assert on_ranks(2, work) == dict.fromkeys(range(2), ([True] * 3, [2.0]))
@@ -145,7 +144,7 @@ def test_abort_on_one_rank_ends_the_others(machine, on_ranks):
 
 @pytest.mark.parametrize("symptom", [0, 6])
 def test_a_rank_that_died_is_named_by_its_rank_in_the_group(machine, symptom):
-    """Also where NCCL notices first that a connection broke."""
+    """The same holds where NCCL notices first that a connection broke."""
     died = threading.Event()
 
     def work(group):
@@ -171,14 +170,14 @@ def test_a_rank_that_died_is_named_by_its_rank_in_the_group(machine, symptom):
     assert ranks.errors == {}
 
 
-def test_a_stranger_that_died_harms_no_group(machine):
+def test_a_death_outside_the_group_does_not_end_it(machine):
     def work(group):
         part = group.split(group.rank // 2)
         if group.rank == 3:
             ranks.lost.add(3)
         if group.rank >= 2:
             return None
-        part.backend._queue._look_for_others()
+        part.backend._queue._check_other_ranks()
         return machine.host(part.all_reduce(machine.array([1.0]))).tolist()
 
     ranks = Ranks(machine, 4)
@@ -190,9 +189,9 @@ def test_a_stranger_that_died_harms_no_group(machine):
 def test_close_lets_what_was_launched_end(machine, on_ranks):
     def work(group):
         x = machine.array(np.ones(3))
-        gate = machine.block(group.backend._queue.stream)
+        unblock = machine.block(group.backend._queue.stream)
         total = group.all_reduce(x)
-        threading.Timer(0.05, gate.set).start()
+        threading.Timer(0.05, unblock.set).start()
         group.close()
         return machine.host(total).tolist()
 
@@ -201,7 +200,7 @@ def test_close_lets_what_was_launched_end(machine, on_ranks):
 
 
 def test_close_aborts_what_does_not_end(machine, on_ranks, monkeypatch):
-    monkeypatch.setattr("ferro_nccl.backend._PATIENCE_S", 0.05)
+    monkeypatch.setattr("ferro_nccl.backend._CLOSE_S", 0.05)
 
     def work(group):
         if group.rank == 0:
@@ -214,7 +213,7 @@ def test_close_aborts_what_does_not_end(machine, on_ranks, monkeypatch):
 
 
 def test_abort_that_gets_stuck_is_left_behind(machine, on_ranks, monkeypatch):
-    monkeypatch.setattr("ferro_nccl.queue._NATIVE_S", 0.05)
+    monkeypatch.setattr("ferro_nccl.operation_queue._NATIVE_S", 0.05)
     stuck = threading.Event()
 
     def work(group):
@@ -226,7 +225,8 @@ def test_abort_that_gets_stuck_is_left_behind(machine, on_ranks, monkeypatch):
     stuck.set()
 
 
-def test_a_launch_that_is_stuck_in_nccl_is_got_back_by_its_deadline(machine, on_ranks):
+@pytest.mark.parametrize("refused", [False, True], ids=["returns", "is refused"])
+def test_a_launch_that_is_stuck_in_nccl_ends_by_its_deadline(machine, on_ranks, refused):
     """As the first transfer with a rank that does not come: it blocks the host inside NCCL."""
 
     def work(group):
@@ -236,6 +236,8 @@ def test_a_launch_that_is_stuck_in_nccl_is_got_back_by_its_deadline(machine, on_
 
         def send(*_):
             assert aborted.wait(10)
+            if refused:
+                raise BackendError("NCCL refused: NCCL_ERROR 4", code=4)
 
         def abort():
             aborted.set()
@@ -249,28 +251,8 @@ def test_a_launch_that_is_stuck_in_nccl_is_got_back_by_its_deadline(machine, on_
     on_ranks(2, work)
 
 
-def test_bounded():
-    gate = threading.Event()
-    assert bounded(lambda: 3, time.monotonic() + 5, "counting") == 3
-    with pytest.raises(ZeroDivisionError):
-        bounded(lambda: 1 // 0, time.monotonic() + 5, "dividing")
-    with pytest.raises(TimeoutError, match="waiting did not end"):
-        bounded(lambda: gate.wait(10), time.monotonic() + 0.02, "waiting")
-    gate.set()
-
-
-def test_bounded_where_no_thread_can_be_started(monkeypatch):
-    """As in an exit handler from Python 3.12 on; an abort that is left out there is a hang."""
-
-    def start(_):
-        raise RuntimeError("can't create new thread at interpreter shutdown")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    assert bounded(lambda: 3, time.monotonic() + 5, "counting") == 3
-
-
 def test_a_split_after_a_failure_is_not_begun(machine, on_ranks, monkeypatch):
-    """What fails while the split waits for it leaves no communicator to split."""
+    """A failure while the split waits for operations leaves no communicator to split."""
 
     def work(group):
         queue = group.backend._queue
@@ -292,14 +274,14 @@ def test_a_group_whose_rank_failed_to_come_says_who(machine):
 
 
 def test_a_connection_that_nccl_does_not_make_is_an_error(machine, monkeypatch):
-    gate = threading.Event()
+    unblock = threading.Event()
     monkeypatch.setattr(
-        machine.cupy["cupy.cuda"].nccl, "NcclCommunicator", lambda *_: gate.wait(10)
+        machine.cupy["cupy.cuda"].nccl, "NcclCommunicator", lambda *_: unblock.wait(10)
     )
     ranks = Ranks(machine, 2, timeout_s=0.1)
     ranks.start(lambda group: None)
     ranks.join()
-    gate.set()
+    unblock.set()
     assert "all 2 ranks had come, but NCCL did not connect them" in str(ranks.errors[1])
 
 

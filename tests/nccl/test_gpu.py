@@ -1,7 +1,7 @@
 """nccl on a real GPU: two processes, on two GPUs or on one.
 
-On one GPU NCCL must be talked into it: from 2.30.3 by its own variable, before by telling it that
-the processes are on different hosts, so that they talk over sockets. Each then gets the GPU for
+NCCL 2.30.3 and later allow two processes on one GPU by a variable. Earlier ones must be told that
+the processes are on different hosts, so that they use sockets. Each process then gets the GPU for
 slices of time, which is slow.
 """
 
@@ -43,7 +43,7 @@ def usable():
 
 
 def variables(rank):
-    """Return what lets two processes share a GPU, where there are not two."""
+    """Make the variables that let two processes share a GPU, where there is only one."""
     from cupy.cuda import nccl, runtime
 
     shared = {"NCCL_MAX_CTAS": "4", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}

@@ -1,4 +1,4 @@
-"""Groups within the group: by commSplit, or of members alone; each with a communicator."""
+"""Groups within the group, each with a communicator: by commSplit, or of their members alone."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_a_split_waits_for_what_was_launched(machine, on_ranks):
     """NCCL must not split with operations under way; the stand-in would not have it."""
 
     def work(group):
-        gate = machine.block()
+        unblock = machine.block()
         group.all_reduce(machine.array(np.ones(5)), async_op=True)
-        timer = threading.Timer(0.05, gate.set)
+        timer = threading.Timer(0.05, unblock.set)
         timer.start()
         part = group.backend.split([1, 0], 7)
         timer.join()
@@ -50,15 +50,15 @@ def test_a_split_waits_for_what_was_launched(machine, on_ranks):
 
 
 def test_each_group_has_a_stream_of_its_own(machine, on_ranks):
-    """What waits on one group's stream does not hold up the other."""
+    """Waiting work on one group's stream does not hold up the other group."""
 
     def work(group):
         other = group.split(0)
-        gate = machine.block(group.backend._queue.stream)
+        unblock = machine.block(group.backend._queue.stream)
         slow = group.all_reduce(machine.array([1.0]), async_op=True)
         quick = machine.host(other.all_reduce(machine.array([2.0], float)))
         before = slow.done()
-        gate.set()
+        unblock.set()
         return before, quick.tolist(), machine.host(slow.wait()).tolist()
 
     assert on_ranks(2, work) == dict.fromkeys(range(2), (False, [4.0], [2.0]))

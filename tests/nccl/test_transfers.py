@@ -1,4 +1,4 @@
-"""Transfers: in order, without tags, and at the same time where they are asked for together."""
+"""Transfers match in order and without tags; those of one exchange run at the same time."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Event:
 
 
 class Array:
-    """What is used of cupy.ndarray; arithmetic happens on the current stream."""
+    """The used part of cupy.ndarray; arithmetic happens on the current stream."""
 
     __module__ = "cupy"
     machine = None  # the one whose array it is, set by a subclass
@@ -136,7 +136,7 @@ class Array:
         return np.may_share_memory(*(a._view if isinstance(a, Array) else a for a in args))
 
     def _plain(self, value):
-        """Return what gives the operand when the stream comes to it."""
+        """Make a function that reads the operand when the stream comes to it."""
         if isinstance(value, Array):
             return lambda: value._view
         kept = np.array(value)

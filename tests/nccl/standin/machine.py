@@ -1,4 +1,4 @@
-"""Machine: GPUs, their memory and streams, and the modules by which programs reach them."""
+"""A machine's GPUs, their memory and streams, and the modules by which programs use them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Machine:
     """Some GPUs in one process.
 
     Attributes:
-        faults: what went wrong on a stream, where nobody could be told.
-        uuids: of its GPUs.
+        faults: errors of work on a stream, which no caller could be told.
+        uuids: the UUIDs of its GPUs.
         contexts: GPUs on which a thread has made a context.
     """
 
@@ -47,7 +47,7 @@ class Machine:
         self.nccl = Nccl(self, version)
         self.array_type = type("ndarray", (cuda.Array,), {"machine": self, "__module__": "cupy"})
 
-    # -- what tests do with it ---------------------------------------------------------------------
+    # -- calls of tests ----------------------------------------------------------------------------
 
     def install(self, monkeypatch):
         """Put it where `import cupy` finds it."""
@@ -69,15 +69,15 @@ class Machine:
         return made
 
     def host(self, array):
-        """Return what an array holds when this thread's current stream has come so far."""
+        """Copy an array to the host, once this thread's current stream has done its work."""
         self.current_stream().synchronize()
         return array._view.copy()
 
     def block(self, stream=None):
-        """Let a stream (this thread's current one) stand until the event returned is set."""
-        gate = threading.Event()
-        (stream or self.current_stream()).put(lambda: gate.wait(20))
-        return gate
+        """Let a stream (by default this thread's current one) wait for the returned event."""
+        unblock = threading.Event()
+        (stream or self.current_stream()).put(lambda: unblock.wait(20))
+        return unblock
 
     def close(self):
         """End all threads."""
@@ -87,7 +87,7 @@ class Machine:
         for stream in list(self.streams.values()):
             stream.join()
 
-    # -- what CuPy does ----------------------------------------------------------------------------
+    # -- calls of CuPy -----------------------------------------------------------------------------
 
     def empty(self, shape, dtype=float):
         dtype = np.dtype(dtype)

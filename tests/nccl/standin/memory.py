@@ -1,4 +1,4 @@
-"""Memory with addresses: what is not allocated, or not any more, cannot be used."""
+"""Memory with addresses, which can be used only while it is allocated."""
 
 from __future__ import annotations
 

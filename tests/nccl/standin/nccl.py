@@ -22,7 +22,7 @@ TYPES = dict(
 )
 SUM, PROD, MAX, MIN, AVG = range(5)
 OPS = {SUM: np.add, PROD: np.multiply, MAX: np.maximum, MIN: np.minimum, AVG: np.add}
-KNOWN_CODES = range(7)  # those that CuPy's table of messages has
+KNOWN_CODES = range(7)  # the codes in CuPy's table of messages
 
 
 class NcclError(RuntimeError):
@@ -62,7 +62,7 @@ class Nccl:
         self.version = version
         self.several_on_a_gpu = False
         self.communicators = []
-        self.calls = []  # (rank, kind) of all that was asked for
+        self.calls = []  # (rank, kind) of all calls
         self._numbers = itertools.count()
         self._worlds = {}
         self._lock = threading.Lock()
@@ -121,7 +121,7 @@ class Communicator:
 
     def __init__(self, world, rank, device):
         self.world, self.rank, self.device = world, rank, device
-        self.error = 0  # what a test lets befall it
+        self.error = 0  # the async error that a test sets
         self.over = ""  # "aborted" or "destroyed"
         self.pending = 0
         self.stuck_in_abort = None
@@ -225,7 +225,7 @@ class World:
         self._numbers = defaultdict(int)
         self._slots = defaultdict(dict)
         self._done = set()
-        self._mail = defaultdict(deque)
+        self._messages = defaultdict(deque)
         self._splits = defaultdict(dict)
         self._parts = {}
 
@@ -289,29 +289,29 @@ class World:
     def _transfer(self, communicator, calls):
         me = communicator.rank
         with self._change:
-            parcels = []
+            sent = []
             for call in calls:
                 if call.kind == "send":
-                    parcel = {"data": communicator.view(call.source, call.count, call.dtype)}
-                    self._mail[me, call.peer].append(parcel)
-                    parcels.append(parcel)
+                    message = {"data": communicator.view(call.source, call.count, call.dtype)}
+                    self._messages[me, call.peer].append(message)
+                    sent.append(message)
             self._change.notify_all()
             for call in calls:
                 if call.kind == "recv":
-                    mail = self._mail[call.peer, me]
-                    self._change.wait_for(lambda mail=mail: mail or communicator.over)
+                    queue = self._messages[call.peer, me]
+                    self._change.wait_for(lambda queue=queue: queue or communicator.over)
                     if communicator.over:
                         return
-                    parcel = mail.popleft()
+                    message = queue.popleft()
                     into = communicator.view(call.target, call.count, call.dtype)
-                    if into.nbytes != parcel["data"].nbytes:
-                        self.nccl.machine.faults.append(f"{call} gets {parcel['data'].nbytes}")
+                    if into.nbytes != message["data"].nbytes:
+                        self.nccl.machine.faults.append(f"{call} gets {message['data'].nbytes}")
                     else:
-                        into[...] = parcel["data"].view(into.dtype)
-                    parcel["taken"] = True
+                        into[...] = message["data"].view(into.dtype)
+                    message["taken"] = True
                     self._change.notify_all()
             self._change.wait_for(
-                lambda: all("taken" in parcel for parcel in parcels) or communicator.over
+                lambda: all("taken" in message for message in sent) or communicator.over
             )
 
     def _each(self, slot, which, times=1):

@@ -1,21 +1,21 @@
-"""Agreement: before data moves all ranks make sure that they make the same call.
+"""Agreement: before data moves, the ranks of one host compare their calls in shared memory.
 
-Who has returned from it knows that all others are in the call, too: MPI's collectives can be used
-then, which neither notice another call nor give up waiting.
+When a rank returns from it, all other ranks are in the same call. Only then MPI's collectives can
+be used, which neither notice another call nor give up waiting.
 
-On one host each rank writes one word on the board and looks at the others': the call's digest with
-a number of the turn. Words are used in turns: whoever writes the next but one has seen that all
-have written the next, and so have read this.
+Each rank writes one word, the digest of its call and the call's number, and reads the other ranks'
+words. The words are double-buffered by the parity of the number: before a rank writes its word for
+call k + 2, it has seen the words of all ranks for call k + 1, so all have read its word for call k.
 
-    turn       0             1             2 (as 0)
+    call       0             1             2 (as 0)
     rank 0     word 0   →    word 1   →    word 0
     rank 1     word 0   →    word 1   →    …
 
-Small operands can come along: a rank writes its own into its slot before its word, and reads the
-others' once all have come. So a collective takes one meeting of all ranks, not two; that counts
-where ranks are more than cores and each meeting means some switches between processes.
+Small operands can come along: a rank writes its operand into its slot before its word, and reads
+the others' once all words have come. So a collective needs one synchronisation of the ranks, not
+two, which counts where ranks are more than cores and each one costs switches between processes.
 
-Where ranks share no memory, the default of `ferro.Backend` serves: labels go round as messages.
+Where ranks share no memory they agree by the default of `ferro.Backend`, which sends messages.
 """
 
 from __future__ import annotations
@@ -28,115 +28,118 @@ import numpy as np
 from ferro import PeerLost
 from ferro.collectives.label import Call, mismatch
 from ferro.types import Array
-from ferro_mpi.board import Board
-from ferro_mpi.waiting import Lookout, Pause
+from ferro_mpi.shared_memory import GroupMemory
+from ferro_mpi.waiting import Backoff, WaitMonitor
 
-_TURN_BITS = 16
-_TURNS = (1 << _TURN_BITS) - 1
-_DIGEST_BYTES = 5  # with the turn's bits it stays a positive 64-bit number
-_MOST_REMEMBERED = 1024
-_PROGRESS = 16  # looks after which MPI is let go on
+_NUMBER_BITS = 16
+_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
+_DIGEST_BYTES = 5  # with the number's bits a word stays a positive 64-bit number
+_MOST_CACHED = 1024
+_PROGRESS_EVERY = 16  # reads between calls of MPI's progress
 
 
-class BoardAgreement:
-    """Agreement on the board.
+class SharedMemoryAgreement:
+    """Agreement of one rank with all others on its host.
 
     Args:
-        board: the group's.
-        lookout: ends the waits.
+        memory: the group's.
+        monitor: ends the waits.
         rank: this rank.
         world_size: number of ranks.
     """
 
-    def __init__(self, board: Board, lookout: Lookout, rank: int, world_size: int) -> None:
-        self._board = board
-        self._words = board.words
-        self._lookout = lookout
+    def __init__(
+        self, memory: GroupMemory, monitor: WaitMonitor, rank: int, world_size: int
+    ) -> None:
+        self._memory = memory
+        self._words = memory.words
+        self._monitor = monitor
         self._rank = rank
         self._world_size = world_size
-        self._turn = 0
-        self._views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
-        self._known: dict[bytes, int] = {}
-        self._shown = [b"", b""]
-        self._own = [board.word(rank, turn) for turn in (0, 1)]
+        self._number = 0
+        self._slot_views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
+        self._digests: dict[bytes, int] = {}
+        self._written_labels = [b"", b""]
+        # By parity: the index of this rank's word, and (index, rank) of the others'.
+        self._own = [memory.word_index(rank, parity) for parity in (0, 1)]
         others = [other for other in range(world_size) if other != rank]
-        self._others = [[(board.word(r, turn), r) for r in others] for turn in (0, 1)]
-        self._cells = [[cell for cell, _ in places] for places in self._others]
+        self._others = [[(memory.word_index(r, parity), r) for r in others] for parity in (0, 1)]
+        self._other_indices = [[index for index, _ in words] for words in self._others]
 
-    def share(self, call: Call, operand: Array, deadline: float) -> Sequence[Array]:
-        """Agree, and return all ranks' operands: to be read, not written, until the next call.
+    def agree_with_operands(self, call: Call, operand: Array, deadline: float) -> Sequence[Array]:
+        """Agree, and view all ranks' operands, which are read-only and valid until the next call.
 
         Args:
-            call: what this rank calls.
-            operand: at most `Board.slot_bytes`; of the same dtype and size on ranks that agree.
+            call: this rank's call.
+            operand: at most `GroupMemory.slot_bytes`; ranks that agree have the same dtype and
+                size.
             deadline: absolute `time.monotonic()` second.
         """
-        turn = (self._turn + 1) & 1
+        parity = (self._number + 1) & 1
         key = (operand.dtype, operand.size)
-        views = self._views[turn].get(key) or self._view(turn, operand)
+        views = self._slot_views[parity].get(key) or self._view_slots(parity, operand)
         views[self._rank][...] = operand
-        self(call, deadline)
+        self.agree(call, deadline)
         return views
 
-    def __call__(self, call: Call, deadline: float) -> None:
+    def agree(self, call: Call, deadline: float) -> None:
         """See `Backend.agree`."""
         label = call.packed or call.label()
-        digest = self._known.get(label) or self._learn(label)
-        self._turn = number = self._turn + 1
-        turn = number & 1
-        if self._shown[turn] is not label:
-            self._board.show_label(label, turn)
-            self._shown[turn] = label
-        word = digest | (number & _TURNS)
+        digest = self._digests.get(label) or self._compute_digest(label)
+        self._number = number = self._number + 1
+        parity = number & 1
+        if self._written_labels[parity] is not label:
+            self._memory.write_label(label, parity)
+            self._written_labels[parity] = label
+        word = digest | (number & _NUMBER_MASK)
         words = self._words
-        words[self._own[turn]] = word
-        for cell in self._cells[turn]:
-            if words[cell] != word:
-                self._wait(call, word, turn, deadline)
+        words[self._own[parity]] = word
+        for index in self._other_indices[parity]:
+            if words[index] != word:
+                self._wait_for_all(call, word, parity, deadline)
                 return
 
-    def _wait(self, call: Call, word: int, turn: int, deadline: float) -> None:
-        """Wait for those that have not come, and look at what they call."""
-        words, looks, let_run = self._words, self._lookout.looks, self._lookout.let_run
-        for cell, rank in self._others[turn]:
-            for _ in range(looks):
-                if words[cell] == word:
+    def _wait_for_all(self, call: Call, word: int, parity: int, deadline: float) -> None:
+        words, spins, yield_core = self._words, self._monitor.spins, self._monitor.yield_core
+        for index, rank in self._others[parity]:
+            for _ in range(spins):
+                if words[index] == word:
                     break
-                let_run()
+                yield_core()
             else:
-                self._wait_for(call, word, turn, cell, rank, deadline)
+                self._wait_for_rank(call, word, parity, index, rank, deadline)
 
-    def _wait_for(
-        self, call: Call, word: int, turn: int, cell: int, rank: int, deadline: float
+    def _wait_for_rank(
+        self, call: Call, word: int, parity: int, index: int, rank: int, deadline: float
     ) -> None:
-        words, look = self._words, self._lookout.look
-        pause = Pause()
+        words, check = self._words, self._monitor.check
+        backoff = Backoff()
         count = 0
-        while (there := words[cell]) != word:
-            if there & _TURNS == word & _TURNS:
-                raise mismatch(self._rank, call, rank, self._board.label(rank, turn))
-            look(deadline, (rank,))
-            if self._board.left(rank) and words[cell] == there:
+        while (found := words[index]) != word:
+            if found & _NUMBER_MASK == word & _NUMBER_MASK:
+                raise mismatch(self._rank, call, rank, self._memory.label(rank, parity))
+            check(deadline, (rank,))
+            if self._memory.has_left(rank) and words[index] == found:
                 raise PeerLost(f"rank {rank} has left the group", peer=rank)
             count += 1
-            if count % _PROGRESS == 0:
-                self._lookout.progress()
-            pause()
+            if count % _PROGRESS_EVERY == 0:
+                self._monitor.progress()
+            backoff()
 
-    def _view(self, turn: int, operand: Array) -> Sequence[Array]:
-        """Return the slots of a turn as operands like this one; remembered."""
+    def _view_slots(self, parity: int, operand: Array) -> Sequence[Array]:
+        """View the slots of a parity as operands like this one; remember the views."""
         views = [
-            self._board.slot(rank, turn)[: operand.nbytes].view(operand.dtype)
+            self._memory.slot(rank, parity)[: operand.nbytes].view(operand.dtype)
             for rank in range(self._world_size)
         ]
-        if len(self._views[turn]) >= _MOST_REMEMBERED:
-            self._views[turn].clear()
-        self._views[turn][operand.dtype, operand.size] = views
+        if len(self._slot_views[parity]) >= _MOST_CACHED:
+            self._slot_views[parity].clear()
+        self._slot_views[parity][operand.dtype, operand.size] = views
         return views
 
-    def _learn(self, label: bytes) -> int:
+    def _compute_digest(self, label: bytes) -> int:
         digest = hashlib.blake2b(label, digest_size=_DIGEST_BYTES).digest()
-        if len(self._known) >= _MOST_REMEMBERED:
-            self._known.clear()
-        found = self._known[label] = int.from_bytes(digest, "big") << _TURN_BITS
+        if len(self._digests) >= _MOST_CACHED:
+            self._digests.clear()
+        found = self._digests[label] = int.from_bytes(digest, "big") << _NUMBER_BITS
         return found

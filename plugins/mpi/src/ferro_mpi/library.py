@@ -1,7 +1,7 @@
-"""Library: the MPI of this process: started once, or taken as the program left it, and ended once.
+"""The MPI of this process: started once, or taken as the program started it, and finalized once.
 
-MPI can be started and ended once in a process. We start it when the first group is made, and end it
-when the interpreter exits; a program that started it itself also ends it.
+MPI can be started and finalized once in a process. ferro starts it when the first group is made and
+finalizes it when the interpreter exits; a program that started MPI itself also finalizes it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _LEVELS = {
     MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
 }
 _LEAST_TAG_LIMIT = 32767  # of any MPI
-_END_S = 15.0  # how long ending MPI may take after a failure; others may still say goodbye
+_FINALIZE_S = 15.0  # for finalizing MPI after a failure; other ranks may still be leaving
 
 _lock = threading.Lock()
-_library: Library | None = None
+_library: MpiLibrary | None = None
 
 
-class Library:
+class MpiLibrary:
     """The MPI of this process, in use.
 
     Attributes:
         name: the library's name and version.
-        recovers: whether ranks can go on after one has died (ULFM).
-        crowded: the ranks on this host are more than its cores.
+        recovers: ranks can go on after one has died (ULFM).
+        oversubscribed: the ranks on this host are more than its cores.
         tag_limit: the largest tag of a message.
-        watchdog: bounds calls that cannot be interrupted.
-        broken: a group has died: ending MPI may hang.
+        watchdog: ends blocking calls that are overdue.
+        broken: a group has died, so finalizing MPI may hang.
     """
 
     def __init__(self) -> None:
         self.broken = False
-        here = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-        self.crowded = here.Get_size() > usable_cores()
-        here.Free()
+        host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        self.oversubscribed = host.Get_size() > usable_cores()
+        host.Free()
         self.name = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
-        # What Open MPI's mpiexec sets for --with-ft ulfm; libraries tell it in no other way.
+        # Open MPI's mpiexec sets this for --with-ft ulfm; no call of the library tells it.
         recovery = variable("OMPI_MCA_mpi_ft_enable") or ""
         self.recovers = "Open MPI" in self.name and recovery.lower() in ("1", "true", "ulfm")
         self.tag_limit = int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or _LEAST_TAG_LIMIT)
@@ -55,22 +55,22 @@ class Library:
         self._pid = os.getpid()
 
     def finalize(self) -> None:
-        """End MPI, after all groups were closed: `ferro` was asked to do so at exit after us.
+        """Finalize MPI at exit, after `ferro` has closed all groups.
 
-        MPI waits for all ranks there. After a failure, here or of a group, that may be for ever.
+        MPI waits for all ranks then. After a failure, here or of a group, it may wait for ever.
         """
         if os.getpid() != self._pid or MPI.Is_finalized():
             return
         if self.broken or hasattr(sys, "last_value"):
-            self.watchdog.bound_the_end(_END_S)
+            self.watchdog.exit_within(_FINALIZE_S)
         MPI.Finalize()
 
 
-def load() -> Library:
-    """Return this process's MPI, starting it if nobody has; all processes of its world call it.
+def load() -> MpiLibrary:
+    """Get this process's MPI, started if it was not; all processes of its world call this.
 
     Raises:
-        BackendUnavailable: MPI has ended already, or does not let several threads call it.
+        BackendUnavailable: MPI has been finalized, or does not let several threads call it.
     """
     global _library
     with _lock:
@@ -82,15 +82,16 @@ def load() -> Library:
             )
         if _library is None:
             ours = not MPI.Is_initialized()
-            _check(MPI.Init_thread(MPI.THREAD_MULTIPLE) if ours else MPI.Query_thread(), ours)
-            _library = Library()
+            level = MPI.Init_thread(MPI.THREAD_MULTIPLE) if ours else MPI.Query_thread()
+            _check_thread_level(level, ours)
+            _library = MpiLibrary()
             if ours:
                 atexit.register(_library.finalize)
         return _library
 
 
-def _check(level: int, ours: bool) -> None:
-    """Refuse an MPI that one thread only may call: asynchronous operations have their own."""
+def _check_thread_level(level: int, ours: bool) -> None:
+    """Refuse an MPI that only one thread may call: asynchronous operations have their own."""
     if level >= MPI.THREAD_MULTIPLE:
         return
     if ours:

@@ -1,12 +1,16 @@
-"""mpi4py's MPI, imported without starting it: everyone here imports it from this module.
+"""mpi4py's MPI, imported without starting it, and its exceptions as ferro's errors.
 
-Importing `mpi4py.MPI` starts MPI unless it is told not to. A program that imported it before us
-has done so; see `library`.
+Importing `mpi4py.MPI` starts MPI unless mpi4py is told not to, so every module of this package
+imports MPI from here. A program that imported it earlier has started it; see `library`.
 """
+
+from __future__ import annotations
 
 import sys
 
 import mpi4py
+
+from ferro import BackendError, CollectiveMismatch, FerroError, GroupClosed, PeerLost
 
 if "mpi4py.MPI" not in sys.modules:
     mpi4py.rc.initialize = False
@@ -14,4 +18,31 @@ if "mpi4py.MPI" not in sys.modules:
 
 from mpi4py import MPI
 
-__all__ = ["MPI"]
+__all__ = ["MPI", "to_ferro_error"]
+
+_PROCESS_FAILURES = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+
+
+def to_ferro_error(error: MPI.Exception, comm: MPI.Intracomm) -> FerroError:
+    """Translate MPI's exception, raised in a group whose ranks are those of `comm`."""
+    kind, text = error.Get_error_class(), error.Get_error_string()
+    # ERR_IN_STATUS: one of several requests failed, and may have failed by a rank's death.
+    if kind in (*_PROCESS_FAILURES, MPI.ERR_IN_STATUS):
+        failed = _failed_ranks(comm)
+        if failed:
+            return PeerLost(f"MPI says that rank {failed[0]} has failed", peer=failed[0])
+    if kind in _PROCESS_FAILURES:
+        return GroupClosed("the group was aborted: MPI has revoked its communicator")
+    if kind == MPI.ERR_TRUNCATE:
+        return CollectiveMismatch("a message came that is longer than expected")
+    return BackendError(f"MPI failed: {text}", code=error.Get_error_code())
+
+
+def _failed_ranks(comm: MPI.Intracomm) -> list[int]:
+    """List the ranks of a communicator that MPI knows to have failed."""
+    try:
+        failed, group = comm.Get_failed(), comm.Get_group()
+        ranks = failed.Translate_ranks(None, group)
+    except (MPI.Exception, NotImplementedError):
+        return []
+    return sorted(int(rank) for rank in ranks if rank != MPI.UNDEFINED)

@@ -1,4 +1,4 @@
-"""What this distribution offers: the MPI backend. Importing it starts nothing."""
+"""The hooks of this distribution, which offer the MPI backend. Importing this starts nothing."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -7,18 +7,18 @@ from ferro import Availability, Backend, BackendConfig, BackendInfo, BackendUnav
 
 
 def _world() -> ModuleType:
-    """Return the module that starts MPI."""
+    """Import the module that starts MPI."""
     try:
         from ferro_mpi import world
-    except (ImportError, RuntimeError) as error:  # the latter when mpi4py finds no libmpi
-        from ferro_mpi.installed import HINT
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no libmpi
+        from ferro_mpi.probe import HINT
 
         raise BackendUnavailable("mpi", f"mpi4py cannot load MPI: {error}", HINT) from error
     return world
 
 
 def _probe() -> Availability:
-    from ferro_mpi.installed import probe
+    from ferro_mpi.probe import probe
 
     return probe()
 
@@ -29,19 +29,19 @@ def _create(config: BackendConfig) -> Backend:
 
 
 def _introduce(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
-    told: bytes = _world().introduce(rank, world_size, message, deadline)
-    return told
+    received: bytes = _world().broadcast_bootstrap(rank, world_size, message, deadline)
+    return received
 
 
 def _launcher(world_size: int) -> Sequence[str]:
-    from ferro_mpi.installed import launcher
+    from ferro_mpi.probe import launcher_command
 
-    return launcher(world_size)
+    return launcher_command(world_size)
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer mpi, as the default under mpiexec."""
+    """Offer mpi as the default backend under mpiexec."""
     return (
         BackendInfo(
             name="mpi",

@@ -1,7 +1,7 @@
-"""Requests: waiting for what MPI does meanwhile, by a deadline.
+"""Waiting for MPI's requests by a deadline.
 
-MPI writes into the buffers of a request until it is done, and mpi4py does not hold them all. Here
-they are held until then; those of requests that were given up, for ever.
+MPI uses the buffers of a request until it is done, and mpi4py does not keep all of them alive. So
+this module holds them until then, and the buffers of abandoned requests for ever.
 """
 
 from __future__ import annotations
@@ -14,87 +14,87 @@ from contextlib import suppress
 from ferro import CollectiveMismatch, PeerLost
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
-from ferro_mpi.waiting import Lookout, Pause
+from ferro_mpi.waiting import Backoff, WaitMonitor
 
-_LAST_MESSAGES_S = 0.5  # how long what a rank sent before it left may take to arrive
-_given_up: list[object] = []
+_LAST_MESSAGES_S = 0.5  # time for the messages of a rank that has left to arrive
+_abandoned: list[object] = []
 
 
-def finish(
+def wait_for(
     request: MPI.Request,
     buffers: object,
-    lookout: Lookout,
+    monitor: WaitMonitor,
     deadline: float,
     awaited: Iterable[int],
 ) -> None:
     """Wait until a collective is done.
 
     Args:
-        request: what is waited for.
-        buffers: what MPI reads and writes until then.
-        lookout: ends the wait.
+        request: the collective's.
+        buffers: the memory that MPI reads and writes until then.
+        monitor: ends the wait.
         deadline: absolute `time.monotonic()` second.
         awaited: the ranks that take part.
 
     Raises:
-        TimeoutError, GroupClosed, PeerLost: see `Lookout.look`.
-        MPI.Exception: it failed.
+        TimeoutError, GroupClosed, PeerLost: see `WaitMonitor.check`.
+        MPI.Exception: the collective failed.
     """
     test = request.Test
-    for _ in range(lookout.looks):
+    for _ in range(monitor.spins):
         if test():
             return
-    pause = Pause()
+    backoff = Backoff()
     try:
         while not test():
-            lookout.look(deadline, awaited)
-            pause()
+            monitor.check(deadline, awaited)
+            backoff()
     except BaseException:
-        _given_up.append((request, buffers))
+        _abandoned.append((request, buffers))
         raise
 
 
-class Messages:
+class PendingMessages:
     """Messages under way: some to send, some to receive.
 
     Args:
-        lookout: ends the wait.
+        monitor: ends the wait.
     """
 
-    def __init__(self, lookout: Lookout) -> None:
-        self._lookout = lookout
+    def __init__(self, monitor: WaitMonitor) -> None:
+        self._monitor = monitor
         self._requests: list[MPI.Request] = []
         self._buffers: list[Array] = []
         self._peers: list[int] = []
         self._receives = 0
 
     def receive(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
-        """Begin to receive a message of exactly the buffer's size; before any is sent."""
-        self._keep(comm.Irecv(buffer, peer, tag), buffer, peer)
+        """Begin to receive a message of exactly the buffer's size; before any `send`."""
+        self._add(comm.Irecv(buffer, peer, tag), buffer, peer)
         self._receives += 1
 
     def send(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
         """Begin to send a message."""
-        self._keep(comm.Isend(buffer, peer, tag), buffer, peer)
+        self._add(comm.Isend(buffer, peer, tag), buffer, peer)
 
-    def _keep(self, request: MPI.Request, buffer: Array, peer: int) -> None:
+    def _add(self, request: MPI.Request, buffer: Array, peer: int) -> None:
         self._requests.append(request)
         self._buffers.append(buffer)
         self._peers.append(peer)
 
-    def finish(self, deadline: float) -> None:
-        """Wait until all are done.
+    def wait(self, deadline: float) -> None:
+        """Wait until all messages are sent and received.
 
         Raises:
-            TimeoutError, GroupClosed, PeerLost: see `Lookout.look`.
+            TimeoutError, GroupClosed, PeerLost: see `WaitMonitor.check`.
             CollectiveMismatch: a message came that is shorter than expected.
-            MPI.Exception: one failed.
+            MPI.Exception: a transfer failed.
         """
         statuses = [MPI.Status() for _ in self._requests]
         try:
             self._wait(statuses, deadline)
         except BaseException:
-            self._give_up()
+            self._abandon()
             raise
         for status, buffer, peer in zip(
             statuses[: self._receives], self._buffers, self._peers, strict=False
@@ -107,28 +107,27 @@ class Messages:
 
     def _wait(self, statuses: list[MPI.Status], deadline: float) -> None:
         test, requests = MPI.Request.Testall, self._requests
-        for _ in range(self._lookout.looks):
+        for _ in range(self._monitor.spins):
             if test(requests, statuses):
                 return
-        pause = Pause()
-        last = math.inf
+        backoff = Backoff()
+        give_up_s = math.inf
         while not test(requests, statuses):
-            self._lookout.look(deadline, self._peers)
-            left = self._lookout.left(self._peers)
-            if left is not None and time.monotonic() > (last := min(last, _last_moment())):
-                raise PeerLost(f"rank {left} has left the group", peer=left)
-            pause()
+            self._monitor.check(deadline, self._peers)
+            left = self._monitor.departed_rank(self._peers)
+            if left is not None:
+                now = time.monotonic()
+                give_up_s = min(give_up_s, now + _LAST_MESSAGES_S)
+                if now > give_up_s:
+                    raise PeerLost(f"rank {left} has left the group", peer=left)
+            backoff()
 
-    def _give_up(self) -> None:
-        """Take receives back, which MPI allows, and keep what is still in its hands."""
+    def _abandon(self) -> None:
+        """Cancel receives, which MPI allows, and keep the buffers that MPI may still use."""
         for request in self._requests[: self._receives]:
             with suppress(MPI.Exception):
                 request.Cancel()
         with suppress(MPI.Exception):
             if MPI.Request.Testall(self._requests):
                 return
-        _given_up.append((self._requests, self._buffers))
-
-
-def _last_moment() -> float:
-    return time.monotonic() + _LAST_MESSAGES_S
+        _abandoned.append((self._requests, self._buffers))

@@ -1,9 +1,9 @@
-"""How a rank waits, and what it looks at besides what it waits for.
+"""How a rank waits, and which conditions end its wait with an error.
 
-It looks at once, again for a few microseconds, then lets others run between looks, then sleeps for
-moments. In a lane's thread (see `ferro.work`) it sleeps almost at once: the core belongs to the
-caller's thread, which may be computing. Looking again and again keeps the core from the awaited
-rank where ranks are more than cores.
+A waiting rank spins for some microseconds, then yields its core between two tests, then sleeps for
+moments. In the thread of asynchronous operations (see `ferro.work`) it sleeps almost at once, for
+the core belongs to the caller's thread, which may be computing. Where ranks are more than cores,
+spinning would keep the core from the awaited rank.
 """
 
 from __future__ import annotations
@@ -13,87 +13,92 @@ import time
 from collections.abc import Callable, Iterable
 
 from ferro import GroupClosed, PeerLost
-from ferro.group.serial_executor import on_executor_thread
-from ferro_mpi.board import Board
-from ferro_mpi.failures import converted
-from ferro_mpi.mpi import MPI
+from ferro.work import in_lane
+from ferro_mpi.mpi import MPI, to_ferro_error
+from ferro_mpi.shared_memory import GroupMemory
 
-LOOKS = 200
-LOOKS_IN_LANE = 1
+_SPINS = 200
+_SPINS_ON_EXECUTOR = 1
 _YIELDS = 1000
-_YIELDS_IN_LANE = 20
-_NAP_S = 20e-6
-_LONGEST_NAP_S = 500e-6
-_LOOK_AROUND_S = 0.02
-ABORT_TAG = 0  # on a group's second communicator
+_YIELDS_ON_EXECUTOR = 20
+_SLEEP_S = 20e-6
+_LONGEST_SLEEP_S = 500e-6
+_POLL_PEERS_S = 0.02
+_ABORT_TAG = 0  # on a group's control communicator
 
 
-class Pause:
-    """What one wait does between two looks."""
+class Backoff:
+    """The pauses of one wait: its first calls yield the core, later ones sleep."""
 
-    __slots__ = ("_count", "_nap_s", "_yields")
+    __slots__ = ("_count", "_sleep_s", "_yields")
 
     def __init__(self) -> None:
         self._count = 0
-        self._nap_s = _NAP_S
-        self._yields = _YIELDS_IN_LANE if on_executor_thread() else _YIELDS
+        self._sleep_s = _SLEEP_S
+        self._yields = _YIELDS_ON_EXECUTOR if in_lane() else _YIELDS
 
     def __call__(self) -> None:
-        """Let others run."""
+        """Let other threads and processes run."""
         if self._count < self._yields:
             self._count += 1
             os.sched_yield()
             return
-        time.sleep(self._nap_s)
-        self._nap_s = min(2 * self._nap_s, _LONGEST_NAP_S)
+        time.sleep(self._sleep_s)
+        self._sleep_s = min(2 * self._sleep_s, _LONGEST_SLEEP_S)
 
 
-class Lookout:
-    """What ends the waits of one group: a deadline, an abort, the death of a rank.
+class WaitMonitor:
+    """Ends the waits of one group: at a deadline, by an abort, at the death of a rank.
 
     Args:
-        talk: the group's second communicator.
-        board: its board, if it has one.
-        crowded: the ranks on this host are more than its cores.
+        control_comm: the group's communicator for messages of ferro's own.
+        memory: the group's shared memory, if it has one.
+        oversubscribed: the ranks on this host are more than its cores.
+
+    Attributes:
+        oversubscribed: the same.
+        yield_core: the action between two tests of a spinning rank; nothing where ranks have
+            cores of their own.
     """
 
-    def __init__(self, talk: MPI.Intracomm, board: Board | None, *, crowded: bool) -> None:
-        self._talk = talk
-        self._board = board
+    def __init__(
+        self, control_comm: MPI.Intracomm, memory: GroupMemory | None, *, oversubscribed: bool
+    ) -> None:
+        self._control_comm = control_comm
+        self._memory = memory
         self._aborted = False
-        self._told: list[MPI.Request] = []
-        self._next = 0.0
-        self.crowded = crowded
-        # What is done between two looks: where ranks have cores of their own, nothing.
-        self.let_run: Callable[[], object] = os.sched_yield if crowded else int
+        self._abort_requests: list[MPI.Request] = []
+        self._next_poll = 0.0
+        self.oversubscribed = oversubscribed
+        self.yield_core: Callable[[], object] = os.sched_yield if oversubscribed else int
 
     @property
-    def looks(self) -> int:
-        """How often to look again before anything else is looked at."""
-        return LOOKS_IN_LANE if on_executor_thread() else LOOKS
+    def spins(self) -> int:
+        """How often a rank tests before it calls `check` for the first time."""
+        return _SPINS_ON_EXECUTOR if in_lane() else _SPINS
 
     @property
     def aborted(self) -> bool:
         """Whether the group was aborted, here or, as far as is known, elsewhere."""
-        return self._aborted or (self._board is not None and self._board.aborted)
+        return self._aborted or (self._memory is not None and self._memory.aborted)
 
     def abort(self) -> None:
         """End the group's waits, here and on the other ranks. Never raises."""
         if self._aborted:
             return
         self._aborted = True
-        if self._board is not None:
-            self._board.abort()
+        if self._memory is not None:
+            self._memory.abort()
             return
-        for rank in range(self._talk.Get_size()):
-            if rank != self._talk.Get_rank():
+        for rank in range(self._control_comm.Get_size()):
+            if rank != self._control_comm.Get_rank():
                 try:
-                    self._told.append(self._talk.Isend(b"", rank, ABORT_TAG))
+                    self._abort_requests.append(self._control_comm.Isend(b"", rank, _ABORT_TAG))
                 except MPI.Exception:
-                    continue  # it has died
+                    continue  # that rank has died
 
-    def look(self, deadline: float, awaited: Iterable[int]) -> None:
-        """Raise what ends a wait for something of the ranks `awaited`.
+    def check(self, deadline: float, awaited: Iterable[int]) -> None:
+        """Raise an error if a wait for the ranks `awaited` must end.
 
         Raises:
             TimeoutError: the deadline has passed.
@@ -101,40 +106,40 @@ class Lookout:
             PeerLost: the process of one of them has ended.
         """
         now = time.monotonic()
-        if self._board is not None:
-            if self._aborted or self._board.aborted:
+        if self._memory is not None:
+            if self._aborted or self._memory.aborted:
                 raise GroupClosed("the group was aborted")
         elif self._aborted:
             raise GroupClosed("the group was aborted")
         if now > deadline:
             raise TimeoutError
-        if now >= self._next:
-            self._next = now + _LOOK_AROUND_S
-            self._look_around(awaited)
+        if now >= self._next_poll:
+            self._next_poll = now + _POLL_PEERS_S
+            self._poll_peers(awaited)
 
-    def left(self, ranks: Iterable[int]) -> int | None:
-        """Return one of these ranks that has left the group, as far as is known."""
-        if self._board is None:
+    def departed_rank(self, ranks: Iterable[int]) -> int | None:
+        """Find one of these ranks that has left the group, as far as is known."""
+        if self._memory is None:
             return None
-        return next((rank for rank in ranks if self._board.left(rank)), None)
+        return next((rank for rank in ranks if self._memory.has_left(rank)), None)
 
     def progress(self) -> bool:
-        """Let MPI go on with what it has begun; say whether another rank's abort has come.
+        """Let MPI go on with its pending operations; say whether another rank's abort has come.
 
         Raises:
             PeerLost, GroupClosed: MPI knows of a rank's death, or has revoked the communicator.
         """
         try:
-            return self._talk.Iprobe(MPI.ANY_SOURCE, ABORT_TAG)
+            return self._control_comm.Iprobe(MPI.ANY_SOURCE, _ABORT_TAG)
         except MPI.Exception as error:
-            raise converted(error, self._talk) from error
+            raise to_ferro_error(error, self._control_comm) from error
 
-    def _look_around(self, awaited: Iterable[int]) -> None:
+    def _poll_peers(self, awaited: Iterable[int]) -> None:
         if self.progress():
             self._aborted = True
             raise GroupClosed("the group was aborted by another rank")
-        if self._board is not None:
-            ended = self._board.ended()
+        if self._memory is not None:
+            ended = self._memory.ended_ranks()
             for rank in awaited:
                 if rank in ended:
                     raise PeerLost(f"the process of rank {rank} has ended", peer=rank)

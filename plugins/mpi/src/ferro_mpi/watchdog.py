@@ -1,8 +1,8 @@
-"""Watchdog: a thread that ends what nothing else can: calls of MPI that block past their deadline.
+"""A thread that ends calls of MPI which block past their deadline: nothing else can.
 
-All ranks are inside the same call when one blocks (`agree` has seen to it), so it ends by itself
-but where a rank died or stopped in the middle, or MPI is ended after a failure. A blocked call says
-by when it is to end in one attribute; that is all it costs.
+All ranks are inside the same call when one blocks (`agreement` has seen to it), so it ends by
+itself unless a rank died or stopped in the middle, or MPI is being finalized after a failure. A
+blocking call only sets one attribute to its deadline; that is all the watchdog costs it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Protocol
 
 from ferro_mpi.mpi import MPI
 
-_LOOK_S = 0.5
+_CHECK_S = 0.5
 _GRACE_S = 1.0  # past its deadline, for a call that is about to end
 
 
-class Blocking(Protocol):
-    """Whoever makes calls that block.
+class BlockingCaller(Protocol):
+    """An object that makes blocking calls of MPI.
 
     Attributes:
         blocked_until: deadline of the call under way, infinite when there is none.
@@ -31,10 +31,10 @@ class Blocking(Protocol):
     blocked_until: float
 
     def interrupt(self) -> None:
-        """Make the call fail. Called with recovery only."""
+        """Make the call fail; the watchdog calls this only where MPI recovers."""
 
     def describe(self) -> str:
-        """Return where this is, in words."""
+        """Describe the caller in words."""
 
 
 class Watchdog:
@@ -47,45 +47,45 @@ class Watchdog:
     def __init__(self, *, recovers: bool) -> None:
         self._recovers = recovers
         self._lock = threading.Lock()
-        self._watched: weakref.WeakSet[Blocking] = weakref.WeakSet()
-        self._end = math.inf
+        self._callers: weakref.WeakSet[BlockingCaller] = weakref.WeakSet()
+        self._exit_by = math.inf
         threading.Thread(target=self._loop, name="ferro-mpi-watchdog", daemon=True).start()
 
-    def watch(self, blocking: Blocking) -> None:
-        """Watch the calls of `blocking`, for as long as it lives."""
+    def watch(self, caller: BlockingCaller) -> None:
+        """Watch the calls of `caller`, for as long as it lives."""
         with self._lock:
-            self._watched.add(blocking)
+            self._callers.add(caller)
 
-    def bound_the_end(self, seconds: float) -> None:
-        """End the process if it still runs after so many seconds: MPI may not let it go."""
-        self._end = time.monotonic() + seconds
+    def exit_within(self, seconds: float) -> None:
+        """End the process if it still runs after `seconds`: finalizing MPI may hang."""
+        self._exit_by = time.monotonic() + seconds
 
     def _loop(self) -> None:
         while True:
-            time.sleep(_LOOK_S)
+            time.sleep(_CHECK_S)
             now = time.monotonic()
-            if now > self._end:
-                _say("MPI could not be ended after a failure; this process leaves without")
+            if now > self._exit_by:
+                _warn("MPI could not be ended after a failure; this process leaves without")
                 os._exit(1)
             with self._lock:
-                watched = list(self._watched)
-            for blocking in watched:
-                if now > blocking.blocked_until + _GRACE_S:
-                    self._end_call(blocking)
-            del watched
+                callers = list(self._callers)
+            for caller in callers:
+                if now > caller.blocked_until + _GRACE_S:
+                    self._end_call(caller)
+            del callers
 
-    def _end_call(self, blocking: Blocking) -> None:
+    def _end_call(self, caller: BlockingCaller) -> None:
         if self._recovers:
-            blocking.interrupt()
+            caller.interrupt()
             return
-        _say(
-            f"{blocking.describe()} did not finish by its deadline inside MPI, which cannot be "
+        _warn(
+            f"{caller.describe()} did not finish by its deadline inside MPI, which cannot be "
             "interrupted: ending the job. Another rank died or stopped in the same call: read the "
             "other ranks' logs."
         )
         MPI.COMM_WORLD.Abort(1)
 
 
-def _say(what: str) -> None:
-    sys.stderr.write(f"ferro: {what}\n")
+def _warn(text: str) -> None:
+    sys.stderr.write(f"ferro: {text}\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The world's group: MPI is started, and its world has to be the one that was launched."""
+"""The group of all ranks: MPI is started, and its world must have the size that was launched."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from ferro import BackendConfig, BackendUnavailable, RendezvousError, UsageError
 from ferro_mpi.backend import MpiBackend
-from ferro_mpi.endpoint import Endpoint
+from ferro_mpi.communicator import MpiCommunicator
 from ferro_mpi.library import load
 from ferro_mpi.mpi import MPI
 
 
 def connect(config: BackendConfig) -> MpiBackend:
-    """Return the backend of the world, after starting MPI if nobody has; every rank calls it.
+    """Make the backend of all ranks, starting MPI if it was not started; every rank calls this.
 
     Raises:
         UsageError: mpi has no options.
@@ -24,27 +24,31 @@ def connect(config: BackendConfig) -> MpiBackend:
     """
     if config.options:
         raise UsageError(f"mpi has no options: {', '.join(sorted(config.options))}")
-    _line_up(config)
-    return MpiBackend(_world(config.rank, config.world_size, config.timeout_s), config.choice)
+    _await_other_starts(config)
+    return MpiBackend(
+        _world_communicator(config.rank, config.world_size, config.timeout_s), config.choice
+    )
 
 
-def introduce(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
-    """Return rank 0's message on all ranks; see `BackendInfo.introduce`."""
-    endpoint = _world(rank, world_size, max(1.0, deadline - time.monotonic()))
-    comm = endpoint.comm
+def broadcast_bootstrap(
+    rank: int, world_size: int, message: bytes | None, deadline: float
+) -> bytes:
+    """Broadcast rank 0's message before any group exists; see `BackendInfo.introduce`."""
+    communicator = _world_communicator(rank, world_size, max(1.0, deadline - time.monotonic()))
+    comm = communicator.comm
     length = np.array([len(message or b"")], np.int64)
-    endpoint.run(comm.Bcast, comm.Ibcast, (length, 0), deadline)
-    told = np.frombuffer(bytearray(message or bytes(length[0])), np.uint8)
-    endpoint.run(comm.Bcast, comm.Ibcast, (told, 0), deadline)
-    endpoint.close()
-    return told.tobytes()
+    communicator.run(comm.Bcast, comm.Ibcast, (length, 0), deadline)
+    received = np.frombuffer(bytearray(message or bytes(length[0])), np.uint8)
+    communicator.run(comm.Bcast, comm.Ibcast, (received, 0), deadline)
+    communicator.close()
+    return received.tobytes()
 
 
-def _line_up(config: BackendConfig) -> None:
-    """Wait until no rank needs the store any more, where this process may host it.
+def _await_other_starts(config: BackendConfig) -> None:
+    """Let rank 0, which may host the store, start MPI after the other ranks have used the store.
 
-    Starting MPI holds the interpreter lock until all ranks do the same. Rank 0, whose threads could
-    not answer the others' requests meanwhile, starts last.
+    Starting MPI holds the interpreter lock until all ranks do the same. Threads of rank 0 could not
+    answer the others' requests meanwhile.
     """
     if config.rank:
         config.store.set(f"mpi/starts/{config.rank}", b"1")
@@ -61,8 +65,8 @@ def _line_up(config: BackendConfig) -> None:
             ) from error
 
 
-def _world(rank: int, world_size: int, timeout_s: float) -> Endpoint:
-    """Return communicators of our own of all ranks, in our order."""
+def _world_communicator(rank: int, world_size: int, timeout_s: float) -> MpiCommunicator:
+    """Make communicators of all ranks for ferro alone, in the order of ferro's ranks."""
     library = load()
     size = MPI.COMM_WORLD.Get_size()
     if size != world_size:
@@ -74,4 +78,4 @@ def _world(rank: int, world_size: int, timeout_s: float) -> Endpoint:
             "Python where MPI came as a wheel: another one gives worlds of one.",
         )
     comm = cast(MPI.Intracomm, MPI.COMM_WORLD.Split(0, rank))
-    return Endpoint(library, comm, timeout_s)
+    return MpiCommunicator(library, comm, timeout_s)

@@ -1,7 +1,8 @@
-"""How NumPy's dtypes and ferro's reductions are called in NCCL: a table, and nothing else.
+"""NCCL's codes for dtypes and reductions, and the table of reductions that NCCL has.
 
-The numbers are those of nccl.h, which never change. int16, uint16 and the products of complex
-numbers have none; nor have bitwise reductions, but for booleans, which travel as bytes 0 and 1.
+The numbers come from nccl.h and never change. NCCL has no int16 and uint16, no products of complex
+numbers and no bitwise reductions. Booleans travel as bytes 0 and 1, so that minima and maxima serve
+as their logic.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class RedOp(enum.IntEnum):
     AVG = 4
 
 
-BYTE = int(DataType.UINT8)  # what is only moved is moved as bytes
+BYTE = int(DataType.UINT8)  # the type of all transfers that reduce nothing
 
 _FLOATS = {
     "float16": DataType.FLOAT16,
@@ -54,17 +55,17 @@ _INTEGERS = {
     "int64": DataType.INT64,
     "uint64": DataType.UINT64,
 }
-_PAIRS = {"complex64": DataType.FLOAT32, "complex128": DataType.FLOAT64}
+_COMPLEX = {"complex64": DataType.FLOAT32, "complex128": DataType.FLOAT64}
 
-_ARITHMETIC = {
+_INTEGER_OPS = {
     ReduceOp.SUM: RedOp.SUM,
     ReduceOp.PROD: RedOp.PROD,
     ReduceOp.MIN: RedOp.MIN,
     ReduceOp.MAX: RedOp.MAX,
 }
-_AVERAGING = {**_ARITHMETIC, ReduceOp.MEAN: RedOp.AVG}
-_ADDING = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MEAN: RedOp.AVG}
-_LOGIC = {
+_FLOAT_OPS = {**_INTEGER_OPS, ReduceOp.MEAN: RedOp.AVG}
+_COMPLEX_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MEAN: RedOp.AVG}
+_BOOL_OPS = {
     ReduceOp.SUM: RedOp.MAX,
     ReduceOp.MAX: RedOp.MAX,
     ReduceOp.BOR: RedOp.MAX,
@@ -72,17 +73,17 @@ _LOGIC = {
     ReduceOp.MIN: RedOp.MIN,
     ReduceOp.BAND: RedOp.MIN,
 }
-_ROUNDING = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
+_ORDER_DEPENDENT = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
 @dataclass(frozen=True, slots=True)
-class Native:
-    """A reduction as NCCL does it.
+class NativeReduction:
+    """A reduction in NCCL's codes.
 
     Attributes:
         dtype: NCCL's data type.
         op: NCCL's reduction.
-        width: how many of NCCL's numbers make one element: 2 for complex ones.
+        width: NCCL's numbers in one element: 2 for complex numbers, else 1.
     """
 
     dtype: int
@@ -91,21 +92,25 @@ class Native:
 
 
 @lru_cache(maxsize=256)
-def native(dtype: str, op: ReduceOp | None, *, deterministic: bool = False) -> Native | None:
-    """Return how NCCL does a reduction, None where it cannot.
+def native_reduction(
+    dtype: str, op: ReduceOp | None, *, deterministic: bool = False
+) -> NativeReduction | None:
+    """Find NCCL's codes for a reduction, None where NCCL has none.
 
     Args:
         dtype: NumPy's name of the element type.
         op: the reduction, None for a user's function.
-        deterministic: the result must be that of reducing in order of rank, which NCCL's is only
-            where the order makes no difference.
+        deterministic: the result must be that of reducing in order of rank. NCCL promises no
+            order, so it serves only where the order makes no difference.
     """
-    if op is None or (deterministic and op in _ROUNDING and dtype not in {*_INTEGERS, "bool"}):
+    if op is None or (
+        deterministic and op in _ORDER_DEPENDENT and dtype not in {*_INTEGERS, "bool"}
+    ):
         return None
-    kinds = ((_FLOATS, _AVERAGING), (_INTEGERS, _ARITHMETIC), (_PAIRS, _ADDING))
+    kinds = ((_FLOATS, _FLOAT_OPS), (_INTEGERS, _INTEGER_OPS), (_COMPLEX, _COMPLEX_OPS))
     for types, ops in kinds:
         if dtype in types and op in ops:
-            return Native(int(types[dtype]), int(ops[op]), 2 if types is _PAIRS else 1)
-    if dtype == "bool" and op in _LOGIC:
-        return Native(BYTE, int(_LOGIC[op]))
+            return NativeReduction(int(types[dtype]), int(ops[op]), 2 if types is _COMPLEX else 1)
+    if dtype == "bool" and op in _BOOL_OPS:
+        return NativeReduction(BYTE, int(_BOOL_OPS[op]))
     return None

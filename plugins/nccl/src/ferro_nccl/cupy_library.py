@@ -1,4 +1,4 @@
-"""CuPy and NCCL as `library.py` wants them. Importing this module imports CuPy."""
+"""The protocols of `library` implemented by CuPy. Importing this module imports CuPy."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cupy.cuda import driver, nccl, runtime
 
 from ferro.errors import BackendError, BackendUnavailable, UsageError
 from ferro.types import Array
-from ferro_nccl.library import Communicator, Event, Gpu, Stream
+from ferro_nccl.library import Communicator, Gpu, GpuEvent, GpuStream
 
 _NOT_READY = 600  # cudaErrorNotReady
 
 
 class CupyGpu:
-    """One GPU, by its number; see `Gpu`."""
+    """See `Gpu`."""
 
     def __init__(self, index: int) -> None:
         self.index = index
-        # The bus as well: CuPy reads it as a C string, which ends at the first zero, wherever.
+        # CuPy cuts a UUID at its first zero byte, so the address on the bus is added.
         uuid = bytes(runtime.getDeviceProperties(index)["uuid"])[:16].hex()
         self.uuid = f"{uuid} at {runtime.deviceGetPCIBusId(index)}"
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """See `Gpu.current`; cupy.cuda.Device has kept its stack in the object, not per thread."""
+        """See `Gpu.current`; cupy.cuda.Device keeps its stack in the object, not per thread."""
         before = runtime.getDevice()
         if before == self.index:
             yield
@@ -38,30 +38,30 @@ class CupyGpu:
         try:
             yield
         finally:
-            if used:  # else `before` is only CUDA's default: to set it makes a context there
+            if used:  # else `before` is only CUDA's default, and setting it makes a context there
                 runtime.setDevice(before)
 
     def use(self) -> None:
         """See `Gpu.use`."""
         runtime.setDevice(self.index)
 
-    def new_stream(self) -> Stream:
+    def new_stream(self) -> GpuStream:
         """See `Gpu.new_stream`."""
         with self.current():
-            stream: Stream = cupy.cuda.Stream(non_blocking=True)
+            stream: GpuStream = cupy.cuda.Stream(non_blocking=True)
             return stream
 
-    def current_stream(self) -> Stream:
+    def current_stream(self) -> GpuStream:
         """See `Gpu.current_stream`."""
-        stream: Stream = cupy.cuda.get_current_stream(self.index)
+        stream: GpuStream = cupy.cuda.get_current_stream(self.index)
         return stream
 
-    def new_event(self) -> Event:
+    def new_event(self) -> GpuEvent:
         """See `Gpu.new_event`."""
-        event: Event = cupy.cuda.Event(disable_timing=True)
+        event: GpuEvent = cupy.cuda.Event(disable_timing=True)
         return event
 
-    def ended(self, event: Event) -> bool:
+    def ended(self, event: GpuEvent) -> bool:
         """See `Gpu.ended`; `Event.done` cannot tell a failure from work under way."""
         with self.current():  # the query itself makes a context on the thread's GPU
             status: int = runtime.eventQuery(event.ptr)  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ class CupyGpu:
         memory = cupy.cuda.alloc_pinned_memory(nbytes)
         return memory.ptr, np.frombuffer(memory, np.uint8, nbytes)
 
-    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+    def copy(self, target: int, source: int, nbytes: int, stream: GpuStream) -> None:
         """See `Gpu.copy`."""
         runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDefault, stream.ptr)
 
@@ -106,43 +106,43 @@ class CupyCommunicator:
         self, source: int, target: int, count: int, dtype: int, op: int, stream: int
     ) -> None:
         """See `Communicator.all_reduce`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.allReduce(source, target, count, dtype, op, stream)
 
     def reduce(
         self, source: int, target: int, count: int, dtype: int, op: int, root: int, stream: int
     ) -> None:
         """See `Communicator.reduce`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.reduce(source, target, count, dtype, op, root, stream)
 
     def broadcast(
         self, source: int, target: int, count: int, dtype: int, root: int, stream: int
     ) -> None:
         """See `Communicator.broadcast`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.broadcast(source, target, count, dtype, root, stream)
 
     def reduce_scatter(
         self, source: int, target: int, count: int, dtype: int, op: int, stream: int
     ) -> None:
         """See `Communicator.reduce_scatter`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.reduceScatter(source, target, count, dtype, op, stream)
 
     def all_gather(self, source: int, target: int, count: int, dtype: int, stream: int) -> None:
         """See `Communicator.all_gather`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.allGather(source, target, count, dtype, stream)
 
     def send(self, source: int, count: int, dtype: int, peer: int, stream: int) -> None:
         """See `Communicator.send`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.send(source, count, dtype, peer, stream)
 
     def recv(self, target: int, count: int, dtype: int, peer: int, stream: int) -> None:
         """See `Communicator.recv`."""
-        with _TRANSLATED:
+        with _translated_errors:
             self._native.recv(target, count, dtype, peer, stream)
 
     def async_error(self) -> int:
@@ -151,7 +151,7 @@ class CupyCommunicator:
 
     def split(self, color: int, key: int) -> Communicator | None:
         """See `Communicator.split`."""
-        with _TRANSLATED:
+        with _translated_errors:
             native = self._native.commSplit(color, key)
         return None if native is None else CupyCommunicator(native)
 
@@ -165,7 +165,7 @@ class CupyCommunicator:
 
 
 class CupyLibrary:
-    """See `Library`.
+    """See `NcclLibrary`.
 
     Raises:
         BackendUnavailable: CuPy found no NCCL.
@@ -180,12 +180,12 @@ class CupyLibrary:
             )
 
     def version(self) -> int:
-        """See `Library.version`."""
+        """See `NcclLibrary.version`."""
         version: int = nccl.get_version()
         return version
 
     def device_count(self) -> int:
-        """See `Library.device_count`."""
+        """See `NcclLibrary.device_count`."""
         try:
             count: int = runtime.getDeviceCount()
         except runtime.CUDARuntimeError as error:
@@ -197,36 +197,36 @@ class CupyLibrary:
         return count
 
     def gpu(self, index: int) -> Gpu:
-        """See `Library.gpu`."""
+        """See `NcclLibrary.gpu`."""
         return CupyGpu(index)
 
     def unique_id(self) -> bytes:
-        """See `Library.unique_id`."""
-        with _TRANSLATED:
+        """See `NcclLibrary.unique_id`."""
+        with _translated_errors:
             return bytes(nccl.get_unique_id())
 
     def connect(self, world_size: int, unique_id: bytes, rank: int) -> Communicator:
-        """See `Library.connect`."""
-        with _TRANSLATED:
+        """See `NcclLibrary.connect`."""
+        with _translated_errors:
             return CupyCommunicator(nccl.NcclCommunicator(world_size, unique_id, rank))
 
     @contextmanager
     def grouped(self) -> Iterator[None]:
-        """See `Library.grouped`."""
-        with _TRANSLATED:
+        """See `NcclLibrary.grouped`."""
+        with _translated_errors:
             nccl.groupStart()
         try:
             yield
         except BaseException:
-            with suppress(Exception):  # what went wrong first is told
+            with suppress(Exception):  # the first error is the one to raise
                 nccl.groupEnd()
             raise
-        with _TRANSLATED:
+        with _translated_errors:
             nccl.groupEnd()
 
 
 def async_error(check: Callable[[], object], kind: type[Exception]) -> int:
-    """Return the code that CuPy's `check_async_error` raises, 0 when it raises nothing.
+    """Get the code that CuPy's `check_async_error` raises, 0 when it raises nothing.
 
     CuPy (14.2) makes its exception from a table that has no codes above 6, so that 7 (in
     progress) and 8 (timeout) come as a KeyError.
@@ -240,8 +240,8 @@ def async_error(check: Callable[[], object], kind: type[Exception]) -> int:
     return 0
 
 
-class _Translated:
-    """Turns what CuPy raises for NCCL into a `BackendError`; has no state of its own."""
+class _TranslatedErrors:
+    """Translates CuPy's exceptions for NCCL to `BackendError`; has no state of its own."""
 
     def __enter__(self) -> None:
         pass
@@ -254,4 +254,4 @@ class _Translated:
             raise BackendError(f"NCCL refused with code {code}", code=code) from error
 
 
-_TRANSLATED = _Translated()
+_translated_errors = _TranslatedErrors()

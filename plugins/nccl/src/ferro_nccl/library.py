@@ -1,7 +1,7 @@
-"""What is used of CuPy and NCCL, and no more: the seam at which tests put a stand-in.
+"""The parts of CuPy and NCCL that this package uses, as protocols; `cupy_library` implements them.
 
-Memory is named by its address (an int), streams and events are CuPy's own objects. Whatever a
-library raises has become a `BackendError`, with NCCL's or CUDA's code, on this side of the seam.
+Memory is given by its address (an int); streams and events are CuPy's own objects. Implementations
+translate the errors of CuPy and NCCL to `BackendError`, with NCCL's or CUDA's code.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 from ferro.types import Array
 
 
-class Event(Protocol):
+class GpuEvent(Protocol):
     """A moment in a stream."""
 
 
-class Stream(Protocol):
-    """A queue of work on one GPU; as context manager, the one that this thread fills.
+class GpuStream(Protocol):
+    """A queue of work on one GPU; as context manager, it becomes this thread's current stream.
 
     Attributes:
-        ptr: its handle, as NCCL takes it.
+        ptr: the stream's handle, as NCCL takes it.
     """
 
     ptr: int
 
-    def record(self, event: Event) -> object:
-        """Let the event happen when all that was put on this stream so far has ended."""
+    def record(self, event: GpuEvent) -> object:
+        """Let the event happen when all work that is on this stream now has ended."""
 
-    def wait_event(self, event: Event) -> object:
-        """Let what is put on this stream from now on begin after the event."""
+    def wait_event(self, event: GpuEvent) -> object:
+        """Let later work on this stream begin after the event."""
 
     def __enter__(self) -> object: ...
 
@@ -49,32 +49,32 @@ class Gpu(Protocol):
 
     Attributes:
         index: its number in this process.
-        uuid: what distinguishes it from all other GPUs anywhere.
+        uuid: differs from that of every other GPU anywhere.
     """
 
     index: int
     uuid: str
 
     def current(self) -> AbstractContextManager[object]:
-        """Make it this thread's for a while: CUDA remembers one for each thread.
+        """Make it this thread's current GPU within the block.
 
-        A thread that has not used CUDA before keeps it, so that no other GPU is touched: a context
-        takes hundreds of MB there.
+        A thread that has not used CUDA before keeps it, so that no context is made on another GPU,
+        where it would take hundreds of MB.
         """
 
     def use(self) -> None:
-        """Make it this thread's."""
+        """Make it this thread's current GPU."""
 
-    def new_stream(self) -> Stream:
-        """Return a stream of its own, which does not wait for the default one."""
+    def new_stream(self) -> GpuStream:
+        """Make a stream which does not wait for the default one."""
 
-    def current_stream(self) -> Stream:
-        """Return the stream that this thread fills."""
+    def current_stream(self) -> GpuStream:
+        """Get this thread's current stream."""
 
-    def new_event(self) -> Event:
-        """Return an event that has not been recorded."""
+    def new_event(self) -> GpuEvent:
+        """Make an event, not yet recorded."""
 
-    def ended(self, event: Event) -> bool:
+    def ended(self, event: GpuEvent) -> bool:
         """Say whether a recorded event has happened. Never blocks.
 
         Raises:
@@ -82,20 +82,20 @@ class Gpu(Protocol):
         """
 
     def address(self, array: Array) -> int:
-        """Return where an array on this GPU begins.
+        """Get the address of an array on this GPU.
 
         Raises:
-            UsageError: it is on another one.
+            UsageError: the array is on another one.
         """
 
     def empty(self, count: int, dtype: np.dtype) -> Array:
-        """Return new memory for so many elements, which belongs to the current stream's order."""
+        """Allocate an array of `count` elements, in the order of the current stream."""
 
     def pinned(self, nbytes: int) -> tuple[int, Array]:
-        """Return memory of the host that the GPU copies by itself: address, and a view (uint8)."""
+        """Allocate pinned host memory, which the GPU copies by itself: its address and bytes."""
 
-    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
-        """Copy between any two addresses, in the stream's order."""
+    def copy(self, target: int, source: int, nbytes: int, stream: GpuStream) -> None:
+        """Launch a copy between any two addresses on the stream."""
 
 
 class Communicator(Protocol):
@@ -131,35 +131,35 @@ class Communicator(Protocol):
         """See `ncclRecv`."""
 
     def async_error(self) -> int:
-        """Return NCCL's code for what has befallen operations under way, 0 for nothing."""
+        """Get NCCL's error code of the operations under way, 0 for none."""
 
     def split(self, color: int, key: int) -> Communicator | None:
         """See `ncclCommSplit`; blocks until all ranks call it. None for color -1."""
 
     def abort(self) -> None:
-        """End what is under way; nothing else may be called afterwards."""
+        """End the operations under way; nothing else may be called afterwards."""
 
     def destroy(self) -> None:
-        """Release it; nothing may be under way, nothing else be called afterwards."""
+        """Release it; no operation may be under way, nothing else be called afterwards."""
 
 
-class Library(Protocol):
+class NcclLibrary(Protocol):
     """CuPy and NCCL."""
 
     def version(self) -> int:
-        """Return NCCL's version, such as 23203 for 2.32.3."""
+        """Get NCCL's version, such as 23203 for 2.32.3."""
 
     def device_count(self) -> int:
-        """Return how many GPUs this process sees."""
+        """Count the GPUs that this process sees."""
 
     def gpu(self, index: int) -> Gpu:
-        """Return one of them."""
+        """Get one of them."""
 
     def unique_id(self) -> bytes:
-        """Return the name of a communicator that is to be made."""
+        """Make the id of a new communicator; see `ncclGetUniqueId`."""
 
     def connect(self, world_size: int, unique_id: bytes, rank: int) -> Communicator:
-        """Join a communicator with this thread's GPU; blocks until all ranks do."""
+        """Join a communicator with this thread's current GPU; blocks until all ranks do."""
 
     def grouped(self) -> AbstractContextManager[object]:
-        """Let the calls within happen at the same time. Ended also when one of them raises."""
+        """Let the calls within happen at the same time; the group ends also if one raises."""

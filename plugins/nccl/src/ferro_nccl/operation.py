@@ -1,33 +1,46 @@
-"""Operation: what was launched in one call, from its launch to its end on the device."""
+"""One launched operation, from its launch to its end on the GPU."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 from ferro.errors import BackendError
 from ferro.types import Array
-from ferro_nccl.library import Event
-
-if TYPE_CHECKING:
-    from ferro_nccl.queue import Queue
+from ferro_nccl.library import Gpu, GpuEvent
 
 
-class Operation:
-    """One operation: launched within its `with` block, done when the device has come past it.
+class LaunchQueue(Protocol):
+    """The queue that an operation is launched on.
+
+    Attributes:
+        gpu: the GPU of its stream.
+    """
+
+    gpu: Gpu
+
+    def begin(self, operation: LaunchedOperation, *, ordered: bool) -> None:
+        """Lock the queue for the launch; if ordered, let its stream wait for the caller's."""
+
+    def end(self, operation: LaunchedOperation) -> None:
+        """Record the operation's end on the stream, and unlock the queue."""
+
+
+class LaunchedOperation:
+    """An operation that is launched within its `with` block, and then under way on the GPU.
 
     Attributes:
         deadline: absolute `time.monotonic()` second.
-        started_s: when it was launched.
-        event: its end; None while it is being launched.
-        error: why it failed.
+        started_s: time of the launch.
+        event: its end on the stream; None while it is being launched.
+        error: the reason why it failed.
     """
 
     __slots__ = ("_gpu", "_holds", "_ordered", "_queue", "deadline", "error", "event", "started_s")
 
     def __init__(
-        self, queue: Queue, deadline: float, holds: tuple[Array | None, ...], ordered: bool
+        self, queue: LaunchQueue, deadline: float, holds: tuple[Array | None, ...], ordered: bool
     ) -> None:
         self._queue = queue
         self._holds: list[object] = [*holds]
@@ -35,7 +48,7 @@ class Operation:
         self._gpu = queue.gpu.current()
         self.deadline = deadline
         self.started_s = time.monotonic()
-        self.event: Event | None = None
+        self.event: GpuEvent | None = None
         self.error: BaseException | None = None
 
     def __enter__(self) -> Self:
@@ -57,13 +70,16 @@ class Operation:
             self._queue.end(self)
         finally:
             self._gpu.__exit__(None, None, None)
+        # NCCL refuses a launch on a communicator that was aborted meanwhile: raise the cause.
+        if self.error is not None and isinstance(error, BackendError):
+            raise self.error from error
 
     def hold(self, item: object) -> None:
-        """Keep what the operation needs until it has ended."""
+        """Keep an object alive until the operation has ended."""
         self._holds.append(item)
 
     def release(self) -> None:
-        """Let go of what it held: a `Work` may be kept for long after the end."""
+        """Let go of the held objects: a `Work` may outlive the operation for long."""
         self._holds.clear()
 
     def done(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and whether the ranks' GPUs and libraries go together."""
+"""The choice of a rank's GPU, and the check that the ranks' GPUs and NCCLs can be connected."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SHARING_SINCE = 23003  # NCCL 2.30.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """What a rank tells the others of itself before they connect.
+class RankPlacement:
+    """A rank's host, GPU and NCCL, which the ranks compare before they connect.
 
     Attributes:
         rank: the rank.
@@ -32,16 +32,16 @@ class Card:
     sharing: bool
 
     def encode(self) -> bytes:
-        """Return it as bytes."""
+        """Encode it as JSON."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def decode(cls, raw: bytes) -> Card:
-        """Return what `encode` made bytes of."""
+    def decode(cls, raw: bytes) -> RankPlacement:
+        """Decode the result of `encode`."""
         return cls(**json.loads(raw))
 
-    def who(self) -> str:
-        """Return rank and host, for messages."""
+    def describe(self) -> str:
+        """Name rank and host, for messages."""
         return f"rank {self.rank} (host {self.host})"
 
 
@@ -51,21 +51,21 @@ def sharing_allowed() -> bool:
 
 
 def gpu_name(uuid: str) -> str:
-    """Return what names a GPU: its UUID, and the host where the user set another for NCCL."""
+    """Name a GPU as NCCL tells GPUs apart: by its UUID and the host id that the user set."""
     host = variable("NCCL_HOSTID")
     return f"{uuid}@{host}" if host else uuid
 
 
 def choose_gpu(visible: int, local_rank: int, wanted: int | None) -> int:
-    """Return the number of the GPU that this rank takes.
+    """Choose the number of this rank's GPU.
 
     Args:
-        visible: how many this process sees.
+        visible: how many GPUs this process sees.
         local_rank: number of this process on its host.
-        wanted: what the user asked for, None for nothing.
+        wanted: the number that the user asked for, if any.
 
     Raises:
-        BackendUnavailable: there is none for it.
+        BackendUnavailable: there is no GPU for this rank.
     """
     if visible < 1:
         raise _refusal("this process sees no GPU", "Check CUDA_VISIBLE_DEVICES and nvidia-smi.")
@@ -87,25 +87,25 @@ def choose_gpu(visible: int, local_rank: int, wanted: int | None) -> int:
     )
 
 
-def objection(cards: Sequence[Card]) -> tuple[str, str] | None:
-    """Return why these ranks cannot connect, and what to do; None when they can."""
-    first = cards[0]
-    for card in cards:
-        if card.version != first.version:
+def find_conflict(placements: Sequence[RankPlacement]) -> tuple[str, str] | None:
+    """Find a reason why these ranks cannot connect, with a remedy; None when they can."""
+    first = placements[0]
+    for placement in placements:
+        if placement.version != first.version:
             return (
-                f"{first.who()} has NCCL {release(first.version)}, "
-                f"{card.who()} has NCCL {release(card.version)}",
+                f"{first.describe()} has NCCL {version_text(first.version)}, "
+                f"{placement.describe()} has NCCL {version_text(placement.version)}",
                 "Install the same version on all hosts.",
             )
-    if all(card.sharing for card in cards) and first.version >= SHARING_SINCE:
+    if all(placement.sharing for placement in placements) and first.version >= SHARING_SINCE:
         return None
-    users: dict[str, Card] = {}
-    for card in cards:
-        other = users.setdefault(card.gpu, card)
-        if other is not card:
+    users: dict[str, RankPlacement] = {}
+    for placement in placements:
+        other = users.setdefault(placement.gpu, placement)
+        if other is not placement:
             return (
-                f"{other.who()} and {card.who()} are on one GPU ({card.gpu}), which NCCL "
-                f"{release(first.version)} refuses",
+                f"{other.describe()} and {placement.describe()} are on one GPU ({placement.gpu}), "
+                f"which NCCL {version_text(first.version)} refuses",
                 "Give each rank a GPU of its own: start as many processes as there are GPUs, or "
                 f"set CUDA_VISIBLE_DEVICES. For tests, NCCL 2.30.3 and later allow it where "
                 f"{SHARING}=1 is set on all ranks.",
@@ -113,8 +113,8 @@ def objection(cards: Sequence[Card]) -> tuple[str, str] | None:
     return None
 
 
-def release(version: int) -> str:
-    """Return NCCL's version as people write it."""
+def version_text(version: int) -> str:
+    """Write NCCL's version in the usual way, such as 2.32.3."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 

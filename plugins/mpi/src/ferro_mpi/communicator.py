@@ -1,4 +1,4 @@
-"""Endpoint: one rank's communicators in a group, and calls on them that end by a deadline."""
+"""One rank's MPI communicators in a group, and calls on them that end by a deadline."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from ferro import UnsupportedError
 from ferro.collectives.label import is_collective
 from ferro.group.serial_executor import on_executor_thread
 from ferro.types import Array
-from ferro_mpi.arithmetic import movable
-from ferro_mpi.board import open_board
-from ferro_mpi.failures import converted
-from ferro_mpi.library import Library
-from ferro_mpi.mpi import MPI
-from ferro_mpi.requests import Messages, finish
-from ferro_mpi.waiting import Lookout
+from ferro.work import in_lane
+from ferro_mpi.library import MpiLibrary
+from ferro_mpi.mpi import MPI, to_ferro_error
+from ferro_mpi.reductions import mpi_view
+from ferro_mpi.requests import PendingMessages, wait_for
+from ferro_mpi.shared_memory import open_group_memory
+from ferro_mpi.waiting import WaitMonitor
 
 _MESSAGE_BYTES = 1 << 30  # MPI counts in 31 bits; longer messages are cut
-# Tags on the second communicator; 0 tells of an abort.
+# Tags on the control communicator; 0 tells of an abort.
 _SCHEDULES = 1
 _SCHEDULE_TAGS = 1 << 20
-_MEETINGS = 1 << 21
-_MEETING_TAGS = 1 << 24
+_NEW_GROUPS = 1 << 21
+_NEW_GROUP_TAGS = 1 << 24
 _NOTHING = np.empty(0, np.uint8)
 
 
-class Endpoint:
-    """One rank's communicators in a group.
+class MpiCommunicator:
+    """One rank's two communicators in a group.
 
     Both are the group's alone, so nothing mixes with the user's messages or another group's: `comm`
-    has native collectives and the user's transfers, `talk` the messages of schedules, of agreements
-    and of aborts.
+    has native collectives and the user's transfers, the control communicator has the messages of
+    schedules, of agreements and of aborts.
 
     Args:
         library: the MPI of this process.
-        comm: of exactly the group's ranks, in order; ours from now on.
-        timeout_s: seconds that making it, or another one from it, may take.
+        comm: a communicator of exactly the group's ranks, in order; ours from now on.
+        timeout_s: seconds that making this object, or another one from it, may take.
 
     Attributes:
-        comm: see above.
+        comm: the communicator given.
         rank: this rank.
         world_size: number of ranks.
-        board: memory of all ranks, where they share a host.
-        lookout: ends the waits.
-        blocked_until: see `Blocking`.
+        memory: shared memory of all ranks, where they are on one host.
+        monitor: ends the waits.
+        blocked_until: see `BlockingCaller`.
     """
 
-    def __init__(self, library: Library, comm: MPI.Intracomm, timeout_s: float) -> None:
+    def __init__(self, library: MpiLibrary, comm: MPI.Intracomm, timeout_s: float) -> None:
         self.blocked_until = math.inf
         self._library = library
         self._timeout_s = timeout_s
@@ -64,9 +64,11 @@ class Endpoint:
         self._ranks = range(self.world_size)
         library.watchdog.watch(self)
         with self._blocking(time.monotonic() + timeout_s):
-            self._talk = comm.Dup()
-            self.board = open_board(self._talk)
-        self.lookout = Lookout(self._talk, self.board, crowded=library.crowded)
+            self._control_comm = comm.Dup()
+            self.memory = open_group_memory(self._control_comm)
+        self.monitor = WaitMonitor(
+            self._control_comm, self.memory, oversubscribed=library.oversubscribed
+        )
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -79,25 +81,26 @@ class Endpoint:
     ) -> None:
         """Carry out a collective that all ranks are in, by MPI's blocking or nonblocking method.
 
-        The blocking one is quicker; the other leaves a lane's core to the caller's computation.
+        The blocking one is quicker. An asynchronous operation takes the other one, which leaves
+        the core to the caller's computation.
         """
         self.blocked_until = deadline
         try:
-            if on_executor_thread():
-                finish(nonblocking(*arguments), arguments, self.lookout, deadline, self._ranks)
+            if in_lane():
+                wait_for(nonblocking(*arguments), arguments, self.monitor, deadline, self._ranks)
             else:
                 blocking(*arguments)
         except MPI.Exception as error:
-            raise self._failed(error) from error
+            raise self._translated(error) from error
         finally:
             self.blocked_until = math.inf
 
-    def finish(self, request: MPI.Request, buffers: object, deadline: float) -> None:
-        """Wait for a nonblocking collective."""
+    def wait_for(self, request: MPI.Request, buffers: object, deadline: float) -> None:
+        """Wait for a nonblocking collective, which uses `buffers`."""
         try:
-            finish(request, buffers, self.lookout, deadline, self._ranks)
+            wait_for(request, buffers, self.monitor, deadline, self._ranks)
         except MPI.Exception as error:
-            raise self._failed(error) from error
+            raise self._translated(error) from error
 
     def exchange(
         self,
@@ -112,7 +115,7 @@ class Endpoint:
             UnsupportedError: MPI has no such tag.
         """
         if is_collective(tag):
-            comm, tag = self._talk, _SCHEDULES + tag % _SCHEDULE_TAGS
+            comm, tag = self._control_comm, _SCHEDULES + tag % _SCHEDULE_TAGS
         elif tag <= self._library.tag_limit:
             comm = self.comm
         else:
@@ -129,7 +132,7 @@ class Endpoint:
         tag: int,
         deadline: float,
     ) -> None:
-        messages = Messages(self.lookout)
+        messages = PendingMessages(self.monitor)
         try:
             for peer, buffer in recvs:
                 for piece in _pieces(buffer):
@@ -137,41 +140,41 @@ class Endpoint:
             for peer, buffer in sends:
                 for piece in _pieces(buffer):
                     messages.send(comm, piece, peer, tag)
-            messages.finish(deadline)
+            messages.wait(deadline)
         except MPI.Exception as error:
-            raise self._failed(error) from error
+            raise self._translated(error) from error
 
-    def _failed(self, error: MPI.Exception) -> Exception:
+    def _translated(self, error: MPI.Exception) -> Exception:
         if self._interrupted:
             return TimeoutError()
-        return converted(error, self.comm)
+        return to_ferro_error(error, self.comm)
 
     # -- groups within the group -----------------------------------------------------------------
 
-    def part(self, ranks: Sequence[int], context: int) -> Endpoint:
-        """Return the endpoint of a group of some of these ranks; only they call it.
+    def subgroup(self, ranks: Sequence[int], context: int) -> MpiCommunicator:
+        """Make the communicators of some of these ranks; only they call this.
 
         Raises:
-            TimeoutError, PeerLost: one of them does not.
+            TimeoutError, PeerLost: one of them does not call it.
         """
         deadline = time.monotonic() + self._timeout_s
-        self._meet(ranks, context, deadline)
+        self._await_members(ranks, context, deadline)
         with self._blocking(deadline):
             group = self.comm.Get_group().Incl(list(ranks))
             comm = self.comm.Create_group(group, context % self._library.tag_limit)
             group.Free()
-        return Endpoint(self._library, comm, self._timeout_s)
+        return MpiCommunicator(self._library, comm, self._timeout_s)
 
-    def split(self, ranks: Sequence[int] | None) -> Endpoint | None:
-        """Return the endpoint of this rank's part, None where it is in none; all ranks call it."""
+    def split(self, ranks: Sequence[int] | None) -> MpiCommunicator | None:
+        """Make the communicators of this rank's part, None if it is in none; all ranks call it."""
         color = MPI.UNDEFINED if ranks is None else min(ranks)
         key = 0 if ranks is None else ranks.index(self.rank)
         with self._blocking(time.monotonic() + self._timeout_s):
             comm = cast(MPI.Intracomm, self.comm.Split(color, key))
-        return None if ranks is None else Endpoint(self._library, comm, self._timeout_s)
+        return None if ranks is None else MpiCommunicator(self._library, comm, self._timeout_s)
 
-    def shrink(self, ranks: Sequence[int]) -> Endpoint:
-        """Return the endpoint of the ranks that are left after a death; all of them call it.
+    def shrink(self, ranks: Sequence[int]) -> MpiCommunicator:
+        """Make the communicators of the ranks that are left after a death; all of them call it.
 
         Raises:
             UnsupportedError: this MPI cannot go on after a death.
@@ -183,19 +186,20 @@ class Endpoint:
                 op="shrink",
             )
         with self._blocking(time.monotonic() + self._timeout_s):
-            left = self.comm.Shrink()
-            left.Set_errhandler(MPI.ERRORS_RETURN)
-            comm = cast(MPI.Intracomm, left.Split(0, ranks.index(self.rank)))
-            left.Free()
-        return Endpoint(self._library, comm, self._timeout_s)
+            survivors = self.comm.Shrink()
+            survivors.Set_errhandler(MPI.ERRORS_RETURN)
+            comm = cast(MPI.Intracomm, survivors.Split(0, ranks.index(self.rank)))
+            survivors.Free()
+        return MpiCommunicator(self._library, comm, self._timeout_s)
 
-    def _meet(self, ranks: Sequence[int], context: int, deadline: float) -> None:
-        """Wait for all members of a new group, before MPI would do so without end."""
-        tag = _MEETINGS + context % _MEETING_TAGS
+    def _await_members(self, ranks: Sequence[int], context: int, deadline: float) -> None:
+        """Wait by a deadline for all members of a new group, before MPI would wait without end."""
+        tag = _NEW_GROUPS + context % _NEW_GROUP_TAGS
         me, n, distance = ranks.index(self.rank), len(ranks), 1
         while distance < n:
             to, source = ranks[(me + distance) % n], ranks[(me - distance) % n]
-            self._exchange(self._talk, [(to, _NOTHING)], [(source, _NOTHING)], tag, deadline)
+            sends, recvs = [(to, _NOTHING)], [(source, _NOTHING)]
+            self._exchange(self._control_comm, sends, recvs, tag, deadline)
             distance *= 2
 
     @contextmanager
@@ -205,19 +209,19 @@ class Endpoint:
         try:
             yield
         except MPI.Exception as error:
-            raise self._failed(error) from error
+            raise self._translated(error) from error
         finally:
             self.blocked_until = math.inf
 
-    # -- its end ---------------------------------------------------------------------------------
+    # -- abort and close -------------------------------------------------------------------------
 
     def interrupt(self) -> None:
-        """See `Blocking`."""
+        """See `BlockingCaller.interrupt`."""
         self._interrupted = True
         self._revoke()
 
     def describe(self) -> str:
-        """See `Blocking`."""
+        """See `BlockingCaller.describe`."""
         return f"a call of rank {self.rank} in a group of {self.world_size}"
 
     def abort(self) -> None:
@@ -225,31 +229,31 @@ class Endpoint:
         if self._closed:
             return
         self._library.broken = True
-        self.lookout.abort()
+        self.monitor.abort()
         if self._library.recovers:
             self._revoke()
 
     def close(self) -> None:
-        """Leave the group; what MPI has of a dead one stays with MPI. Idempotent."""
+        """Leave the group and free its communicators, but those of an aborted one. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        if self.board is not None:
-            self.board.leave()
-        if not self.lookout.aborted and not MPI.Is_finalized():
+        if self.memory is not None:
+            self.memory.leave()
+        if not self.monitor.aborted and not MPI.Is_finalized():
             with suppress(MPI.Exception):
-                self._talk.Free()
+                self._control_comm.Free()
                 self.comm.Free()
 
     def _revoke(self) -> None:
-        for comm in (self.comm, self._talk):
+        for comm in (self.comm, self._control_comm):
             with suppress(MPI.Exception):
                 comm.Revoke()
 
 
 def _pieces(buffer: Array) -> Iterator[Array]:
     """Cut a message into pieces that MPI can count; at least one, be it empty."""
-    whole = movable(buffer)
+    whole = mpi_view(buffer)
     if buffer.nbytes <= _MESSAGE_BYTES:
         yield whole
         return

