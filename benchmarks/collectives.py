@@ -51,18 +51,20 @@ def measure(selection: Selection, ranks: int) -> dict[str, object]:
     """
     plans = [ferro_bench.WorldPlan(name="ferro", world_size=ranks, backend="gloo")]
     cores = min(ranks, usable_cores())
-    plans.append(bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
+    plans.append(ferro_bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
     for name, python in selection.peers.items():
-        plans.append(bench.WorldPlan(name=name, world_size=ranks, peer=bench.find(name, python)))
-    contestants = [*_OURS, *(bench.Contestant(name) for name in selection.peers)]
-    with bench.open_worlds(plans) as worlds:
+        plans.append(
+            ferro_bench.WorldPlan(name=name, world_size=ranks, peer=ferro_bench.find(name, python))
+        )
+    contestants = [*_OURS, *(ferro_bench.Contestant(name) for name in selection.peers)]
+    with ferro_bench.open_worlds(plans) as worlds:
         copies = [_copy_seconds(worlds, cores)]
         records = []
         for collective, nbytes in _cases(selection):
-            case = bench.make_case(collective, nbytes, ranks)
-            rounds = selection.rounds or bench.default_rounds(nbytes)
-            measured = bench.measure(worlds, case, contestants, rounds)
-            records.append(bench.summarize(case, ranks, measured))
+            case = ferro_bench.make_case(collective, nbytes, ranks)
+            rounds = selection.rounds or ferro_bench.default_rounds(nbytes)
+            measured = ferro_bench.measure(worlds, case, contestants, rounds)
+            records.append(ferro_bench.summarize(case, ranks, measured))
             print(_line(records[-1]), flush=True)
             for name, result in measured.items():
                 if result.wrong:
@@ -80,11 +82,13 @@ def _cases(selection: Selection) -> Iterator[tuple[str, int]]:
     yield from ((other, size) for other in OTHERS for size in selection.other_sizes)
 
 
-def _copy_seconds(worlds: Mapping[str, bench.World], cores: int) -> np.ndarray:
+def _copy_seconds(worlds: Mapping[str, ferro_bench.World], cores: int) -> np.ndarray:
     """Return the seconds in which all cores at once copy an array of their own."""
-    case = bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
-    memory = bench.Contestant("memory")
-    return bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
+    case = ferro_bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
+    memory = ferro_bench.Contestant("memory")
+    return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(
+        -1
+    )
 
 
 def _line(record: ferro_bench.Record) -> str:

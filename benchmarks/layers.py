@@ -53,7 +53,7 @@ class IdleBackend(Backend):
 
 def _idle_group(rank: int, world_size: int) -> ferro.ProcessGroup:
     store = MemoryStore()
-    members = Members(
+    members = GroupInfo(
         name="idle",
         backend_name="idle",
         global_ranks=tuple(range(world_size)),

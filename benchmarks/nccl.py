@@ -233,7 +233,7 @@ def measure(
 
 def line(record: dict[str, Any]) -> str:
     """Format a case as one line of a table."""
-    words = [f"{record['collective']:<14} {bench.size_text(record['nbytes']):>8}"]
+    words = [f"{record['collective']:<14} {ferro_bench.size_text(record['nbytes']):>8}"]
     for name in ("ferro", "nccl", "torch"):
         if name in record:
             own = record[name]

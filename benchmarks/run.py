@@ -75,11 +75,11 @@ def _options() -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer rounds and sizes: under a minute")
     add(
         "--sizes",
-        type=bench.parse_sizes,
+        type=ferro_bench.parse_sizes,
         help=f"of all_reduce; {collectives.SIZES} by default",
     )
     add("--ranks", type=integers, default=[2, 4], help="2,4 by default")
-    add("--compare", type=bench.parse_peers, default={}, help="as in `ferro bench --help`")
+    add("--compare", type=ferro_bench.parse_peers, default={}, help="as in `ferro bench --help`")
     add("--out", type=Path, default=_HERE / "results", help="folder to write to")
     options = parser.parse_args()
     if options.sizes is None:
@@ -158,7 +158,7 @@ def _parity(options: argparse.Namespace) -> dict[str, object]:
 def _many(options: argparse.Namespace) -> dict[str, object]:
     """Measure all_reduce with more ranks than cores."""
     selection = collectives.Selection(
-        sizes=bench.parse_sizes(collectives.MANY_SIZES),
+        sizes=ferro_bench.parse_sizes(collectives.MANY_SIZES),
         other_sizes=(),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if options.quick else collectives.MANY_ROUNDS,
@@ -172,7 +172,7 @@ def _mpi(options: argparse.Namespace) -> dict[str, object]:
     arguments.append("--sizes=4B,64KiB" if options.quick else "--sizes=4B:64MiB")
     records = []
     for name in sorted({"openmpi", "mpich"} & set(options.compare)):
-        peer = bench.find(name, options.compare[name])
+        peer = ferro_bench.find(name, options.compare[name])
         assert peer.mpiexec is not None, "an MPI has a launcher"
         oversubscribe = [] if name == "mpich" else ["--oversubscribe"]
         for ranks in options.ranks:

@@ -11,11 +11,11 @@ import pytest
 
 from ferro import Backend, BackendConfig, ProcessGroup
 from ferro.collectives import Choice
-from ferro.members import Members
+from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
-from ferro.testing.case import attempt
-from ferro.testing.outcome import Outcome
 from ferro_gloo.backend import GlooBackend
+from ferro_testing.case import attempt
+from ferro_testing.outcome import Outcome
 
 SECRET = b"a secret of thirty-two characters"
 

@@ -13,12 +13,9 @@ from functools import partial
 import pytest
 
 from ferro import BackendConfig
-from ferro.testing import conformance
-from ferro.testing.case import Case
 from ferro_gloo.backend import GlooBackend
 from ferro_testing import conformance
-from ferro_testing.case import Case, attempt
-from ferro_testing.outcome import Outcome
+from ferro_testing.case import Case
 
 from .conftest import outcomes_in_threads
 

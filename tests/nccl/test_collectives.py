@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ferro import GroupClosed
-from ferro.testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
+from ferro_testing.samples import DTYPES, dtype_of, noise, reduced, reductions, sample
 
 N = 2
 

@@ -10,8 +10,8 @@ import pytest
 
 from ferro.collectives import gathered_reduction
 from ferro.collectives.gathered_reduction import GatheredReduction
-from ferro.reduction import reduction_for
-from ferro.testing.samples import dtype_of, noise, reduced
+from ferro.collectives.reduction import reduction_for
+from ferro_testing.samples import dtype_of, noise, reduced
 
 JOIN_S = 30.0
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.testing import conformance
-from ferro.testing.case import Case
 from ferro_gloo.backend import GlooBackend
 from ferro_gloo.hierarchy import data_movement, topology
 from ferro_gloo.hierarchy.backend import HierarchicalBackend
@@ -20,8 +18,7 @@ from ferro_gloo.hierarchy.host_blocks import HostBlocks
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.tcp.backend import TcpBackend
 from ferro_testing import conformance
-from ferro_testing.case import Case, attempt
-from ferro_testing.outcome import Outcome
+from ferro_testing.case import Case
 
 from ..conftest import outcomes_in_threads
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ferro.reduction import reduction_for
+from ferro.collectives.reduction import reduction_for
 from ferro_gloo.shm import kernels
 from ferro_gloo.shm.native import ABSENT, NATIVE
 

@@ -17,6 +17,7 @@ import pytest
 from ferro.errors import FerroError
 from ferro_gloo.shm import segment
 from ferro_gloo.shm.segment import ShmSegment
+from ferro_testing import run_ranks_outcomes
 
 FOLDER, MOMENT = "TEST_SHM_FOLDER", "TEST_SHM_MOMENT"
 

@@ -22,8 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ferro.collectives.chunks import near_equal
-from ferro.reduction import Reduction
+from ferro.collectives.partition import near_equal
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 
 SMALL_BYTES = 256 << 10  # all contributions together

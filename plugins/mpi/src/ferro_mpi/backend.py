@@ -8,11 +8,11 @@ import numpy as np
 
 from ferro import PeerLost, RendezvousError
 from ferro.backend import Backend
-from ferro.calls import Call
-from ferro.collectives.choose import Choice
-from ferro.collectives.chunks import blocks
+from ferro.collectives.choice import Choice
 from ferro.collectives.gathered_reduction import GatheredReduction
-from ferro.reduction import Reduction
+from ferro.collectives.label import Call
+from ferro.collectives.partition import blocks
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.communicator import MpiCommunicator

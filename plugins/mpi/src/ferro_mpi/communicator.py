@@ -14,7 +14,6 @@ from ferro import UnsupportedError
 from ferro.collectives.label import is_collective
 from ferro.group.serial_executor import on_executor_thread
 from ferro.types import Array
-from ferro.work import in_lane
 from ferro_mpi.library import MpiLibrary
 from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.reductions import mpi_view
@@ -86,7 +85,7 @@ class MpiCommunicator:
         """
         self.blocked_until = deadline
         try:
-            if in_lane():
+            if on_executor_thread():
                 wait_for(nonblocking(*arguments), arguments, self.monitor, deadline, self._ranks)
             else:
                 blocking(*arguments)

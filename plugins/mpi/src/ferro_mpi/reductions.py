@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ferro import ReduceOp
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
 

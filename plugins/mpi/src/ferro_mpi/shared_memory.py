@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferro.calls import LABEL_BYTES
+from ferro.collectives.label import LABEL_BYTES
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
 

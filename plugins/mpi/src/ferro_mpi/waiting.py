@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ferro import GroupClosed, PeerLost
-from ferro.work import in_lane
+from ferro.group.serial_executor import on_executor_thread
 from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.shared_memory import GroupMemory
 
@@ -35,7 +35,7 @@ class Backoff:
     def __init__(self) -> None:
         self._count = 0
         self._sleep_s = _SLEEP_S
-        self._yields = _YIELDS_ON_EXECUTOR if in_lane() else _YIELDS
+        self._yields = _YIELDS_ON_EXECUTOR if on_executor_thread() else _YIELDS
 
     def __call__(self) -> None:
         """Let other threads and processes run."""
@@ -75,7 +75,7 @@ class WaitMonitor:
     @property
     def spins(self) -> int:
         """How often a rank tests before it calls `check` for the first time."""
-        return _SPINS_ON_EXECUTOR if in_lane() else _SPINS
+        return _SPINS_ON_EXECUTOR if on_executor_thread() else _SPINS
 
     @property
     def aborted(self) -> bool:

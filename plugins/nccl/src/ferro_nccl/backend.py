@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 
 from ferro.arrays import name_of
-from ferro.backend import Backend, Completion, mismatch
-from ferro.backend_config import BackendConfig
-from ferro.calls import LABEL_BYTES, Call, is_collective
+from ferro.backend import Backend, Completion
 from ferro.collectives.gathered_reduction import GatheredReduction
+from ferro.collectives.label import LABEL_BYTES, Call, is_collective, mismatch
+from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
 from ferro.hookspecs import BackendConfig
 from ferro.types import Array, Device

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ferro.errors import BackendError, FerroError, GroupClosed, PeerLost
+from ferro.group.serial_executor import on_executor_thread
 from ferro.rendezvous import Store
 from ferro.types import Array
-from ferro.work import in_lane
 from ferro_nccl.library import Communicator, Gpu
 from ferro_nccl.operation import LaunchedOperation
 from ferro_nccl.watchdog import OperationWatchdog, call_with_deadline
@@ -131,7 +131,7 @@ class OperationQueue:
             TimeoutError: its deadline passed; the communicator is aborted.
             FerroError: it failed.
         """
-        spins, sleep_s = _SPINS if in_lane() else 0, _FIRST_SLEEP_S
+        spins, sleep_s = _SPINS if on_executor_thread() else 0, _FIRST_SLEEP_S
         while not operation.done():
             if time.monotonic() > operation.deadline:
                 self._time_out()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ferro.backend import Backend
-from ferro.collectives.chunks import near_equal
+from ferro.collectives.partition import near_equal
 from ferro.types import Array
 from ferro_nccl.collectives import Span, StreamCollectives, split_span
 from ferro_nccl.library import Gpu

@@ -90,7 +90,7 @@ class HierarchicalBackend(Backend):
             self._flat.reduce(buffer, reduction, root, deadline=deadline)
         else:
             reductions.reduce(self._groups, buffer, reduction, root, deadline)
-            self._release(deadline)
+            release(self, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""

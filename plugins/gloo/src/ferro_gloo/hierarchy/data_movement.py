@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro.collectives.chunks import blocks, near_equal
+from ferro.collectives.partition import blocks, near_equal
 from ferro.types import Array
 from ferro_gloo.hierarchy.groups import HierarchyGroups, counts_of, no_phase
 from ferro_gloo.hierarchy.host_blocks import HostBlocks

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-from ferro.calls import Call
-from ferro.collectives.chunks import near_equal
+from ferro.collectives.label import Call
+from ferro.collectives.partition import near_equal
+from ferro.group.serial_executor import SerialExecutor
+from ferro.group.work import Work
 from ferro.types import Array
-from ferro.work import Lane, Work
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.shm.backend import ShmBackend
 from ferro_gloo.tcp.backend import TcpBackend
@@ -57,7 +58,7 @@ class HierarchyGroups:
         local_rank = self.topology.local_rank
         if local_rank < self.topology.rails:
             self.rail = flat.subset([host[local_rank] for host in self.topology.hosts])
-        self._network_thread = Lane("ferro-gloo-rail")
+        self._network_thread = SerialExecutor("ferro-gloo-rail")
 
     @property
     def is_alone(self) -> bool:

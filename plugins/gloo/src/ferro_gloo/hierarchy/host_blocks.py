@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks
+from ferro.collectives.partition import blocks
 from ferro.types import Array
 
 

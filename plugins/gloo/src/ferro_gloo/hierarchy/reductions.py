@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks, near_equal
-from ferro.reduction import Reduction, reduction_for
+from ferro.collectives.partition import blocks, near_equal
+from ferro.collectives.reduction import Reduction, reduction_for
 from ferro.types import Array, ReduceOp
 from ferro_gloo.hierarchy.groups import BLOCKS_IN_FLIGHT, HierarchyGroups, counts_of, no_phase
 from ferro_gloo.hierarchy.host_blocks import HostBlocks

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ferro.backend_config import BackendConfig
-from ferro.environment import usable_cores
+from ferro.hookspecs import BackendConfig
+from ferro.runtime.environment import usable_cores
 from ferro_gloo.shm.arena import HostArenas, arena_bytes
 from ferro_gloo.shm.counters import NATIVE_IS_AVAILABLE, pure_python_is_safe
 from ferro_gloo.shm.region import RegionLayout, ShmRegion

@@ -21,7 +21,7 @@ import platform
 import time
 
 from ferro.errors import UsageError
-from ferro.work import in_lane
+from ferro.group.serial_executor import on_executor_thread
 from ferro_gloo.shm.native import ABSENT, NATIVE
 
 # Some processors fetch two cache lines at a time; with this stride no two counters share them.
@@ -39,8 +39,8 @@ _STRIDE_WORDS = COUNTER_STRIDE // 8
 # products, 2 ranks on 2 cores that others used too, 2 all_reduces of 25 MiB of private arrays ended
 # after 47 ms with the spins and yields of a caller's thread, after 31 ms with its own (medians of
 # one run); 16 of 1 MiB after 96 and 68 ms, from group.empty after 114 and 60 ms. Later runs, with
-# short switch intervals (`ferro.turns`), agree on 25 MiB of private arrays, and show no difference
-# on the others.
+# short switch intervals (`ferro.group.serial_executor`), agree on 25 MiB of private arrays, and
+# show no difference on the others.
 _NATIVE_SPINS = 2000
 _NATIVE_SPINS_BESIDE_CALLER = 200
 _NATIVE_YIELDS = 1000
@@ -119,7 +119,7 @@ class ProgressCounters:
         """
         if self._native is not None:
             spins, yields = self._spins, _NATIVE_YIELDS
-            if in_lane():
+            if on_executor_thread():
                 spins, yields = min(spins, _NATIVE_SPINS_BESIDE_CALLER), 0
             return self._native.wait(
                 self._memory, 0, COUNTER_STRIDE, self._ranks, value, spins, yields, seconds
@@ -144,7 +144,7 @@ class ProgressCounters:
     def _wait_for_counter(self, index: int, value: int, deadline: float) -> bool:
         """Wait for one counter; return False if it was late."""
         counters = self._counters
-        reads, yields = (1, 0) if in_lane() else (self._reads, _YIELDS)
+        reads, yields = (1, 0) if on_executor_thread() else (self._reads, _YIELDS)
         for _ in range(reads):
             if counters[index] >= value:
                 return True

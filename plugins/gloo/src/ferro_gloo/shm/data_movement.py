@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ferro.collectives.chunks import blocks
+from ferro.collectives.partition import blocks
 from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner
 from ferro_gloo.shm.kernels import choose_copies, chunk, chunk_count, slot_block, write_slot

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from ferro.reduction import Reduction
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array, ReduceOp
 from ferro_gloo.shm.native import NATIVE
 

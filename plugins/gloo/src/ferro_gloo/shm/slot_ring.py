@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import time
 
-from ferro.backend import mismatch
-from ferro.calls import LABEL_BYTES, Call
+from ferro.collectives.label import LABEL_BYTES, Call, mismatch
 from ferro.errors import PeerLost
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.region import SLOTS, ShmRegion

@@ -18,7 +18,7 @@ from itertools import repeat
 
 import numpy as np
 
-from ferro.calls import transfer_call
+from ferro.collectives.label import transfer_call
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.bootstrap import LocalHost

@@ -14,7 +14,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ferro.calls import collective_tag, context_of, in_context
+from ferro.collectives.label import collective_tag, context_of, in_context
 from ferro_gloo.tcp.protocol import (
     ABORT,
     DATA,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from ferro.calls import LABEL_BYTES, context_of, in_context
+from ferro.collectives.label import LABEL_BYTES, context_of, in_context
 from ferro_gloo.tcp.connection import Connection, PostedReceive, ReadEvents, TransferBatch
 from ferro_gloo.tcp.protocol import ABORT, GroupAbortedError, LabelMismatchError, pack
 

@@ -98,7 +98,7 @@ class _Acceptor:
         self._expected = set(range(config.rank + 1, config.world_size))
         self._stopping = threading.Event()
         self._selector = selectors.DefaultSelector()
-        self._listener = Gate(
+        self._listener = Listener(
             listener,
             config.secret,
             purpose=_PURPOSE,

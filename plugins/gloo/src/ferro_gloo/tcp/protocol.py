@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 
-from ferro.calls import LABEL_BYTES
+from ferro.collectives.label import LABEL_BYTES
 
 _HEADER = struct.Struct(f"<IB3xQ{LABEL_BYTES}s")
 HEADER_BYTES = _HEADER.size
