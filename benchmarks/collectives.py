@@ -53,9 +53,7 @@ def measure(selection: Selection, ranks: int) -> dict[str, object]:
     cores = min(ranks, usable_cores())
     plans.append(ferro_bench.WorldPlan(name="memory", world_size=cores, backend="gloo"))
     for name, python in selection.peers.items():
-        plans.append(
-            ferro_bench.WorldPlan(name=name, world_size=ranks, peer=ferro_bench.find(name, python))
-        )
+        plans.append(ferro_bench.WorldPlan(name=name, world_size=ranks, peer=ferro_bench.find(name, python)))
     contestants = [*_OURS, *(ferro_bench.Contestant(name) for name in selection.peers)]
     with ferro_bench.open_worlds(plans) as worlds:
         copies = [_copy_seconds(worlds, cores)]
@@ -86,9 +84,7 @@ def _copy_seconds(worlds: Mapping[str, ferro_bench.World], cores: int) -> np.nda
     """Return the seconds in which all cores at once copy an array of their own."""
     case = ferro_bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
     memory = ferro_bench.Contestant("memory")
-    return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(
-        -1
-    )
+    return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
 
 
 def _line(record: ferro_bench.Record) -> str:

@@ -36,9 +36,7 @@ _ALGORITHMS = ("hierarchical", "flat")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mbit", type=float, default=1000.0, help="rate of the link, Mbit/s")
     parser.add_argument("--delay-ms", type=float, default=0.2, help="one way")
     parser.add_argument("--mtu", type=int, default=1500)
@@ -69,10 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             seconds["plain sockets"] += _stream(hosts, nbytes)
             for name in _ALGORITHMS:
                 seconds[name] += _all_reduce(hosts, name, options)
-    shares = {
-        name: nbytes * 8 / statistics.median(times) / (options.mbit * 1e6)
-        for name, times in seconds.items()
-    }
+    shares = {name: nbytes * 8 / statistics.median(times) / (options.mbit * 1e6) for name, times in seconds.items()}
     for name, share in shares.items():
         print(f"{name:<14} {statistics.median(seconds[name]):7.3f} s   {share:6.1%} of the rate")
     goodput = shares["hierarchical"] / shares["plain sockets"]

@@ -12,11 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-_PROGRAMS = {
-    "numpy": "import numpy",
-    "ferro": "import ferro",
-    "available": "ferro.backends.available()",
-}
+_PROGRAMS = {"numpy": "import numpy", "ferro": "import ferro", "available": "ferro.backends.available()"}
 _BEFORE = {"available": "import ferro"}
 _MEASURE = """
 import time

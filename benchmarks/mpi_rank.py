@@ -94,10 +94,7 @@ def _measure(case: Case, comm, nbytes: int, rounds: int) -> dict[str, dict[str, 
             comm.Barrier()
             own_s = _mean_s(case.calls[name], calls)
             times[name].append(comm.allreduce(own_s, MPI.MAX))  # the time of the slowest rank
-    return {
-        name: {"median_s": statistics.median(found), "min_s": min(found)}
-        for name, found in times.items()
-    }
+    return {name: {"median_s": statistics.median(found), "min_s": min(found)} for name, found in times.items()}
 
 
 def main() -> None:

@@ -116,12 +116,8 @@ def nccl_library(case: Case, communicator: Any) -> Library:
     kind, average = nccl.NCCL_FLOAT32, nccl.NCCL_AVG
     stream = get_current_stream().ptr
     calls = {
-        "all_reduce": lambda x, out: communicator.allReduce(
-            x.data.ptr, out.data.ptr, x.size, kind, average, stream
-        ),
-        "all_gather": lambda x, out: communicator.allGather(
-            x.data.ptr, out.data.ptr, x.size, kind, stream
-        ),
+        "all_reduce": lambda x, out: communicator.allReduce(x.data.ptr, out.data.ptr, x.size, kind, average, stream),
+        "all_gather": lambda x, out: communicator.allGather(x.data.ptr, out.data.ptr, x.size, kind, stream),
         "reduce_scatter": lambda x, out: communicator.reduceScatter(
             x.data.ptr, out.data.ptr, out.size, kind, average, stream
         ),
@@ -142,9 +138,7 @@ def torch_library(case: Case) -> Library:
         "all_gather": lambda: dist.all_gather_into_tensor(out, x),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(out, x, average),
     }[case.collective]
-    return Library(
-        lambda values: given.copy_(torch.from_numpy(values)), call, lambda: out.cpu().numpy()
-    )
+    return Library(lambda values: given.copy_(torch.from_numpy(values)), call, lambda: out.cpu().numpy())
 
 
 def open_torch(group: ferro.ProcessGroup) -> bool:
@@ -165,9 +159,7 @@ def open_torch(group: ferro.ProcessGroup) -> bool:
         port = free.getsockname()[1]
     port = group.broadcast_object(port)
     torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
-    dist.init_process_group(
-        "nccl", init_method=f"tcp://{host}:{port}", rank=group.rank, world_size=group.world_size
-    )
+    dist.init_process_group("nccl", init_method=f"tcp://{host}:{port}", rank=group.rank, world_size=group.world_size)
     return True
 
 
@@ -189,9 +181,7 @@ def block(group: ferro.ProcessGroup, call: Call, calls: int) -> tuple[float, flo
     return launched / calls, cupy.cuda.get_elapsed_time(begin, end) / 1e3 / calls
 
 
-def measure(
-    group: ferro.ProcessGroup, case: Case, libraries: dict[str, Library], rounds: int
-) -> dict[str, object]:
+def measure(group: ferro.ProcessGroup, case: Case, libraries: dict[str, Library], rounds: int) -> dict[str, object]:
     """Time one case; return medians, minima and ratios to bare NCCL.
 
     Raises:
@@ -211,12 +201,7 @@ def measure(
             seconds = block(group, libraries[name].call, calls)
             if turn >= 0:
                 times[name].append(seconds)
-    record: dict[str, Any] = {
-        "collective": case.collective,
-        "nbytes": case.count * 4,
-        "ranks": case.n,
-        "calls": calls,
-    }
+    record: dict[str, Any] = {"collective": case.collective, "nbytes": case.count * 4, "ranks": case.n, "calls": calls}
     for name, own in times.items():
         slowest = group.all_reduce(np.array(own), "max")
         record[name] = {
@@ -256,10 +241,7 @@ def compare(group: ferro.ProcessGroup, sizes: list[int], rounds: int) -> dict[st
     for collective in COLLECTIVES:
         for size in sizes:
             case = Case(collective, max(1, size // 4 // n) * n, n)
-            libraries = {
-                "ferro": ferro_library(case, group),
-                "nccl": nccl_library(case, communicator),
-            }
+            libraries = {"ferro": ferro_library(case, group), "nccl": nccl_library(case, communicator)}
             if with_torch:
                 libraries["torch"] = torch_library(case)
             records.append(measure(group, case, libraries, rounds))
@@ -275,9 +257,7 @@ def compare(group: ferro.ProcessGroup, sizes: list[int], rounds: int) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file that rank 0 writes")
     parser.add_argument("--sizes", default=SIZES, help="bytes, such as 4B,1MiB or 4B:256MiB")
     parser.add_argument("--rounds", type=int, default=_ROUNDS)

@@ -65,11 +65,7 @@ def table(record: Record) -> str:
     ranks = sorted({row["ranks"] for row in record["records"]})
     heads = ["strategy", "dtype", *(f"{count} rank{'s' * (count > 1)}" for count in ranks)]
     return markdown_table(
-        heads,
-        [
-            [*labels, *(by_ranks.get(count, "") for count in ranks)]
-            for labels, by_ranks in cells.items()
-        ],
+        heads, [[*labels, *(by_ranks.get(count, "") for count in ranks)] for labels, by_ranks in cells.items()]
     )
 
 
@@ -80,9 +76,7 @@ def _results(ranks: int, *, simulate: bool) -> list[dict[str, dict[str, LossAndS
     return run_ranks(train_all, ranks, backend="gloo", timeout_s=_DEADLINE_S, env=settings)
 
 
-def _difference(
-    label: str, results: Sequence[LossAndState], expected: LossAndState
-) -> dict[str, float]:
+def _difference(label: str, results: Sequence[LossAndState], expected: LossAndState) -> dict[str, float]:
     """Return the largest relative differences of any rank."""
     expected_loss, expected_state = expected
     names = {name for _, state in results for name in state}
@@ -90,24 +84,17 @@ def _difference(
         odd = sorted(names ^ expected_state.keys())
         raise ValueError(f"{label}: arrays {odd} are on one side only")
     scale = max(float(np.abs(array).max()) for array in expected_state.values())
-    differences = [
-        np.abs(state[name] - expected_state[name]).max() for _, state in results for name in state
-    ]
+    differences = [np.abs(state[name] - expected_state[name]).max() for _, state in results for name in state]
     losses = [abs(loss - expected_loss) for loss, _ in results]
     # np.max returns NaN if any element is NaN; Python's max may not.
-    largest = {
-        "parameters": float(np.max(differences)) / scale,
-        "loss": float(np.max(losses)) / abs(expected_loss),
-    }
+    largest = {"parameters": float(np.max(differences)) / scale, "loss": float(np.max(losses)) / abs(expected_loss)}
     if not all(map(np.isfinite, largest.values())):
         raise ValueError(f"{label}: differences {largest} are not finite")
     return largest
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ranks", type=integers, default=RANKS, help=f"{','.join(map(str, RANKS))} by default")
     add("--simulate", action="store_true", help="ranks are threads, not processes over gloo")

@@ -61,11 +61,7 @@ def _perceptron(dtype: str) -> list[nn.Module]:
         )
         for _ in range(6)
     ]
-    return [
-        nn.Linear(_FEATURES, _WIDTH, **options),
-        *middle,
-        nn.Linear(_WIDTH, _CLASSES, **options),
-    ]
+    return [nn.Linear(_FEATURES, _WIDTH, **options), *middle, nn.Linear(_WIDTH, _CLASSES, **options)]
 
 
 def _convolutional(dtype: str) -> list[nn.Module]:
@@ -163,15 +159,9 @@ def train_matrices_as_dtensors(group: ferro.ProcessGroup, dtype: str) -> LossAnd
     rows = 2 if ranks % 2 == 0 else 1
     mesh = DeviceMesh((rows, ranks // rows), ("dp", "tp"), group)
     replicate, by_row, by_column = Replicate(), Shard(0), Shard(1)
-    placements = (
-        (by_row, replicate),
-        (by_row, replicate),
-        (replicate, by_column),
-        (replicate, by_row),
-    )
+    placements = ((by_row, replicate), (by_row, replicate), (replicate, by_column), (replicate, by_row))
     x, target, first, second = (
-        distribute(array, mesh, placement)
-        for array, placement in zip(_matrices(dtype), placements, strict=True)
+        distribute(array, mesh, placement) for array, placement in zip(_matrices(dtype), placements, strict=True)
     )
     loss = _fit(x, target, first, second)
     return loss, {"first": first.full_tensor(), "second": second.full_tensor()}

@@ -85,9 +85,7 @@ def tensor_parallel(sequence_parallel: bool, group: ferro.ProcessGroup, dtype: s
     return loss, tp.full_state_dict(module)
 
 
-def _parallelize(
-    module: nn.Module, group: ferro.ProcessGroup, sequence_parallel: bool
-) -> nn.Module:
+def _parallelize(module: nn.Module, group: ferro.ProcessGroup, sequence_parallel: bool) -> nn.Module:
     kinds = {
         "layers.0": tp.ParallelEmbedding,
         "layers.[13].module.layers.1": tp.ParallelAttention,
@@ -95,10 +93,7 @@ def _parallelize(
         "layers.[24].module.layers.3": tp.RowParallelLinear,
         "layers.5.layers.1": tp.ColumnParallelLinear,
     }
-    plan = {
-        name: partial(kind.from_serial, sequence_parallel=sequence_parallel)
-        for name, kind in kinds.items()
-    }
+    plan = {name: partial(kind.from_serial, sequence_parallel=sequence_parallel) for name, kind in kinds.items()}
     if sequence_parallel:
         norm = tp.SequenceParallelLayerNorm.from_serial
         plan |= {"layers.[1234].module.layers.0": norm, "layers.5.layers.0": norm}
@@ -136,11 +131,7 @@ def combined(sharded: bool, group: ferro.ProcessGroup, dtype: str) -> LossAndSta
 
 
 def _train_pipeline(
-    piped: Pipeline,
-    model: Model,
-    dtype: str,
-    loss_function: LossFunction,
-    replicas: ferro.ProcessGroup | None = None,
+    piped: Pipeline, model: Model, dtype: str, loss_function: LossFunction, replicas: ferro.ProcessGroup | None = None
 ) -> float:
     rank, ranks = (replicas.rank, replicas.world_size) if replicas else (0, 1)
     optimizer = SGD(piped.parameters(), lr=LR, momentum=MOMENTUM)
@@ -209,12 +200,8 @@ STRATEGIES: dict[str, Strategy] = {
     },
     "tensor_parallel": Strategy(run=partial(tensor_parallel, False), in_one_process=_transformer),
     "sequence_parallel": Strategy(run=partial(tensor_parallel, True), in_one_process=_transformer),
-    "sync_batchnorm": Strategy(
-        run=sync_batchnorm, in_one_process=partial(train_in_one_process, CONVOLUTIONAL)
-    ),
-    "dtensor": Strategy(
-        run=train_matrices_as_dtensors, in_one_process=train_matrices_in_one_process
-    ),
+    "sync_batchnorm": Strategy(run=sync_batchnorm, in_one_process=partial(train_in_one_process, CONVOLUTIONAL)),
+    "dtensor": Strategy(run=train_matrices_as_dtensors, in_one_process=train_matrices_in_one_process),
 }
 COMBINED: dict[str, Strategy] = {
     "ddp x tp x pp": Strategy(run=partial(combined, False), in_one_process=_transformer),

@@ -57,13 +57,7 @@ def make_stage(kind: str) -> nn.Module:
 
 
 def measure(
-    group: ferro.ProcessGroup,
-    kind: str,
-    name: str,
-    *,
-    stages_per_rank: int,
-    microbatches: int,
-    rows: int,
+    group: ferro.ProcessGroup, kind: str, name: str, *, stages_per_rank: int, microbatches: int, rows: int
 ) -> dict[str, object]:
     """Measure the durations of actions and steps; return them beside the simulated step."""
     stages = [make_stage(kind) for _ in range(stages_per_rank)]
@@ -87,10 +81,7 @@ def measure(
     medians = group.all_gather(np.median(durations, axis=0)[None])
     forward, backward, weight = medians.mean(axis=0).tolist()
     timeline = simulate(
-        schedule,
-        forward=forward,
-        backward=backward + weight,
-        weight=weight if schedule.splits_backward else None,
+        schedule, forward=forward, backward=backward + weight, weight=weight if schedule.splits_backward else None
     )
     step, busy = group.all_reduce(np.median(steps, axis=0), "mean").tolist()
     return {
@@ -106,9 +97,7 @@ def measure(
     }
 
 
-def _durations(
-    stages: list[nn.Module], x: nn.Array, *, split: bool, has_loss: bool
-) -> tuple[float, float, float]:
+def _durations(stages: list[nn.Module], x: nn.Array, *, split: bool, has_loss: bool) -> tuple[float, float, float]:
     """Return the mean seconds of a forward action, a backward action, and its deferred part."""
     totals = np.zeros(3)
     for _ in range(_SAMPLES):
@@ -146,12 +135,7 @@ def main() -> None:
     with ferro.init("gloo") as group:
         records = [
             measure(
-                group,
-                options.kind,
-                name,
-                stages_per_rank=stages_per_rank,
-                microbatches=int(count),
-                rows=options.rows,
+                group, options.kind, name, stages_per_rank=stages_per_rank, microbatches=int(count), rows=options.rows
             )
             for name, stages_per_rank in schedules
             for count in options.microbatches.split(",")

@@ -105,11 +105,7 @@ def _collectives(result: Record) -> list[str]:
             names = list(chosen[0]["results"])
             parts.append(f"### {collective}, {chosen[0]['ranks']} ranks")
             rows = [_collective_row(record, run["bandwidth_b_s"]) for record in chosen]
-            parts.append(
-                markdown_table(
-                    ["size", *(_TITLES[name] for name in names), *_ratio_heads(names)], rows
-                )
-            )
+            parts.append(markdown_table(["size", *(_TITLES[name] for name in names), *_ratio_heads(names)], rows))
     return parts
 
 
@@ -148,8 +144,7 @@ def _ratio(theirs_s: float, ours: Record) -> str:
 def _imports(result: Record) -> list[str]:
     head = ("what", "median", "min", "limit")
     rows = [
-        [f"`{r['name']}`", *(time_text(r[key]) for key in ("median_s", "min_s", "limit_s"))]
-        for r in result["records"]
+        [f"`{r['name']}`", *(time_text(r[key]) for key in ("median_s", "min_s", "limit_s"))] for r in result["records"]
     ]
     return [markdown_table(head, rows)]
 
@@ -193,10 +188,7 @@ def _mpi(result: Record) -> list[str]:
                 [
                     row["collective"],
                     size_text(row["nbytes"]),
-                    *(
-                        f"{time_text(r['median_s'])} / {time_text(r['min_s'])}"
-                        for r in (ours, bare)
-                    ),
+                    *(f"{time_text(r['median_s'])} / {time_text(r['min_s'])}" for r in (ours, bare)),
                     f"{more_s * 1e6:+.2f} us",
                     f"{more_s / bare['median_s']:+.0%}",
                     "yes" if _within(row) else "no",
@@ -229,10 +221,7 @@ def _hosts(result: Record) -> list[str]:
         f"{result['hosts']} hosts, {result['ranks_per_host']} ranks each, "
         f"{result['mbit']:g} Mbit/s each way, MTU {result['mtu']}, {size_text(result['nbytes'])}."
     )
-    return [
-        setting,
-        markdown_table(("all_reduce", "median", "min", "share of the link's rate"), rows),
-    ]
+    return [setting, markdown_table(("all_reduce", "median", "min", "share of the link's rate"), rows)]
 
 
 _TABLES = {

@@ -96,8 +96,4 @@ def _pipeline(result: Record) -> list[str]:
     return [markdown_table(head, rows)]
 
 
-TABLES = {
-    "training": _training,
-    "pipeline": _pipeline,
-    "parity": lambda result: [parity.table(result)],
-}
+TABLES = {"training": _training, "pipeline": _pipeline, "parity": lambda result: [parity.table(result)]}

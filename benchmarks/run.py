@@ -67,17 +67,11 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", action="append", choices=_BENCHMARKS, help="may be repeated")
     add("--quick", action="store_true", help="fewer rounds and sizes: under a minute")
-    add(
-        "--sizes",
-        type=ferro_bench.parse_sizes,
-        help=f"of all_reduce; {collectives.SIZES} by default",
-    )
+    add("--sizes", type=ferro_bench.parse_sizes, help=f"of all_reduce; {collectives.SIZES} by default")
     add("--ranks", type=integers, default=[2, 4], help="2,4 by default")
     add("--compare", type=ferro_bench.parse_peers, default={}, help="as in `ferro bench --help`")
     add("--out", type=Path, default=_HERE / "results", help="folder to write to")
@@ -107,10 +101,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, object]:
 def _imports(options: argparse.Namespace) -> dict[str, object]:
     records = imports.measure(3 if options.quick else 21)
     for record in records:
-        median, limit = (
-            ferro_bench.time_text(record["median_s"]),
-            ferro_bench.time_text(record["limit_s"]),
-        )
+        median, limit = (ferro_bench.time_text(record["median_s"]), ferro_bench.time_text(record["limit_s"]))
         print(f"{record['name']}: {median}, limit {limit}", flush=True)
     return {"records": records}
 

@@ -168,9 +168,7 @@ class Spans:
         return busy
 
 
-def memory(
-    setting: Setting, strategy: str, group: ferro.ProcessGroup, steps: int
-) -> dict[str, object]:
+def memory(setting: Setting, strategy: str, group: ferro.ProcessGroup, steps: int) -> dict[str, object]:
     """Measure this rank's peak bytes in training steps; return them beside the expected bytes."""
     whole = 4 * sum(wide * narrow + narrow for wide, narrow in pairwise(setting.widths))
     units = sorted(4 * (wide * narrow + narrow) for wide, narrow in pairwise(setting.widths))
@@ -208,9 +206,7 @@ def times(
     setting: Setting, group: ferro.ProcessGroup, rounds: int, spans: Spans, *, with_torch: bool
 ) -> dict[str, object]:
     """Measure the seconds of a step under each strategy, in blocks that take turns."""
-    steps: dict[str, Step] = {
-        name: Training(setting, name, group).step for name in ("alone", "ddp", "fsdp")
-    }
+    steps: dict[str, Step] = {name: Training(setting, name, group).step for name in ("alone", "ddp", "fsdp")}
     if with_torch:
         _open_torch()
         for name in ("ddp", "fsdp"):

@@ -54,9 +54,7 @@ def algorithms() -> str:
         proof = check(info.collective, info.build, 8)
         cells = [info.collective, info.algorithm, str(proof.rounds), str(proof.messages)]
         reduces = info.collective in ("all_reduce", "reduce", "reduce_scatter")
-        cells += [
-            "yes" if flag and reduces else "" for flag in (proof.rank_order, proof.combines_once)
-        ]
+        cells += ["yes" if flag and reduces else "" for flag in (proof.rank_order, proof.combines_once)]
         cells += [_time(cost_s(info.build, 8, nbytes, NETWORK)) for nbytes, _ in SIZES]
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -92,10 +90,7 @@ def schedules() -> str:
     lines = [_row(heads), _row(["---"] * len(heads))]
     for name in names():
         stages = 2 if name == "interleaved_1f1b" else 1
-        made = [
-            simulate(build(name, ranks=4, stages_per_rank=stages, microbatches=m))
-            for m in MICROBATCHES
-        ]
+        made = [simulate(build(name, ranks=4, stages_per_rank=stages, microbatches=m)) for m in MICROBATCHES]
         bubbles = [f"{item.bubble_fraction:.1%}" for item in made]
         # Where a rank has two stages, each is half of what one would be.
         held = [f"{count / stages:g}" for count in made[0].peak_activations]
@@ -128,9 +123,7 @@ def written(page: str, parts: Mapping[str, Callable[[], str]]) -> str:
 
 def main() -> int:
     """Rewrite the pages, or check them."""
-    pages = {
-        name: written((DOCS / name).read_text("utf-8"), parts) for name, parts in PARTS.items()
-    }
+    pages = {name: written((DOCS / name).read_text("utf-8"), parts) for name, parts in PARTS.items()}
     pages |= {name: make() for name, make in WHOLE.items()}
     if "--check" in sys.argv:
         return int(any(_present(DOCS / name) != new for name, new in pages.items()))

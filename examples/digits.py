@@ -54,9 +54,7 @@ def global_batches(length: int, epoch: int, batch: int) -> Iterator[np.ndarray]:
         yield order[start : start + batch]
 
 
-def train(
-    model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None
-) -> list[tuple[float, float]]:
+def train(model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None) -> list[tuple[float, float]]:
     """Train, and return the loss and the held-out accuracy of every epoch.
 
     Without a group, one process trains on the whole global batches.
@@ -144,10 +142,7 @@ def main() -> None:
         model = DDP(make_model(), group)
         history = train(model, args, group)
         if group.rank == 0:
-            print(
-                f"world of {group.world_size} over {group.backend_name}: "
-                f"held-out accuracy {history[-1][1]:.2%}"
-            )
+            print(f"world of {group.world_size} over {group.backend_name}: held-out accuracy {history[-1][1]:.2%}")
             if args.plot:
                 plot(history, group.world_size, args.plot)
                 print(f"wrote {args.plot}")

@@ -117,9 +117,7 @@ def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
 
 def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a step's inputs and targets, the next characters; they are the same on all ranks."""
-    starts = np.random.default_rng((args.seed, step)).integers(
-        0, len(IDS) - args.context, args.batch
-    )
+    starts = np.random.default_rng((args.seed, step)).integers(0, len(IDS) - args.context, args.batch)
     rows = IDS[starts[:, None] + np.arange(args.context + 1)]
     return rows[:, :-1], rows[:, 1:]
 
@@ -140,9 +138,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> lis
     replicas = mesh["dp"]
     steps = tqdm(range(args.steps), disable=mesh.parent.rank > 0, unit="step")
     for step in steps:
-        x, targets = (
-            np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step)
-        )
+        x, targets = (np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step))
         optimizer.lr = learning_rate(args, step)
         loss = pipeline.step(x, targets, loss_function)
         pipeline.clip_grad_norm(CLIP_NORM)
@@ -191,9 +187,7 @@ def generate(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> 
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dp", type=int, default=1, help="replicas, or shards with --fsdp")
     add("--tp", type=int, default=1, help="ranks that share every matrix; at most --heads")

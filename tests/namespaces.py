@@ -92,9 +92,7 @@ class Hosts:
             except subprocess.CalledProcessError as error:
                 raise CannotMakeHosts(f"this kernel has no {how[0]}: {error.stderr!r}") from error
 
-    def start(
-        self, host: int, command: Sequence[object], variables: Mapping[str, str]
-    ) -> subprocess.Popen[str]:
+    def start(self, host: int, command: Sequence[object], variables: Mapping[str, str]) -> subprocess.Popen[str]:
         """Start a command on a host, its output and errors in one pipe."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self.names[host], *map(str, command)],
@@ -105,10 +103,7 @@ class Hosts:
         )
 
     def run(
-        self,
-        commands: Sequence[Sequence[object]],
-        variables: Sequence[Mapping[str, str]],
-        limit_s: float = 60.0,
+        self, commands: Sequence[Sequence[object]], variables: Sequence[Mapping[str, str]], limit_s: float = 60.0
     ) -> str:
         """Run one command on each host; return what they printed together.
 

@@ -22,9 +22,7 @@ def command(*arguments):
 
 
 def bench(*arguments):
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 def test_a_table_comes_with_a_row_for_each_size():
@@ -121,9 +119,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(capsys, arguments, s
 
 
 def test_a_peer_that_is_not_installed_is_named_with_what_to_install(tmp_path, capsys):
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", tmp_path], timeout=DEADLINE_S, check=True
-    )
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], timeout=DEADLINE_S, check=True)
     python = tmp_path / "bin" / "python"
     assert main(["bench", "all_reduce", "--compare", f"openmpi={python}"]) == 2
     said = capsys.readouterr().err
@@ -137,9 +133,7 @@ def test_a_picture_without_matplotlib_names_it(tmp_path, capsys, monkeypatch):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_a_picture_is_drawn(tmp_path):
     picture = tmp_path / "a.png"
     ended = bench("broadcast", "--sizes", "4B,4KiB", "--rounds", 1, "--plot", picture)
@@ -147,9 +141,7 @@ def test_a_picture_is_drawn(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed here"
-)
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed here")
 def test_mpich_is_measured_beside_ferro():
     ended = bench("all_reduce", "--sizes", "4KiB", "--rounds", 1, "--compare", "mpich")
     assert ended.returncode == 0, ended.stderr

@@ -100,9 +100,7 @@ def test_a_rank_that_dies_is_an_error_with_its_last_words():
 
 
 def test_a_rank_that_hangs_is_an_error_and_is_ended():
-    toy = Toy(
-        "channel = report(); channel.receive(); print(os.getpid(), flush=True); time.sleep(60)"
-    )
+    toy = Toy("channel = report(); channel.receive(); print(os.getpid(), flush=True); time.sleep(60)")
     with open_worlds([toy]) as worlds:
         with pytest.raises(BackendError, match=r"not answer within 0\.5 s") as raised:
             worlds["toy"].ask({"do": "turn"}, 0.5)

@@ -13,9 +13,7 @@ N = 3
 
 
 def case(collective, count=6, dtype="float32", op="sum"):
-    return Case(
-        collective=collective, count=count, dtype=dtype, op=op, calls=1, check=True, async_op=False
-    )
+    return Case(collective=collective, count=count, dtype=dtype, op=op, calls=1, check=True, async_op=False)
 
 
 def buffers(collective, count=6, **more):

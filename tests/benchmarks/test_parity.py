@@ -52,10 +52,7 @@ def test_strategies_equal_one_process(tmp_path, arguments):
 def test_combined_strategies_equal_one_process(parity):
     result = parity.measure([8], simulate=True)
     check(result["records"])
-    assert {record["strategy"] for record in result["records"]} == {
-        "ddp x tp x pp",
-        "fsdp x sp x pp",
-    }
+    assert {record["strategy"] for record in result["records"]} == {"ddp x tp x pp", "fsdp x sp x pp"}
 
 
 def test_the_table_has_a_row_for_every_strategy_and_dtype(parity):
@@ -91,10 +88,7 @@ def test_differences_are_of_the_rank_and_element_that_is_farthest_off(parity, mo
     [
         (lambda *_: (2.0, {"a": np.zeros(2)}), r"\['b'\] are on one side"),
         (lambda *_: (2.0, {"a": np.zeros(2), "b": np.full(1, np.nan)}), "not finite"),
-        (
-            lambda g, _: (np.nan if g.rank else 2.0, {"a": np.zeros(2), "b": np.ones(1)}),
-            "not finite",
-        ),
+        (lambda g, _: (np.nan if g.rank else 2.0, {"a": np.zeros(2), "b": np.ones(1)}), "not finite"),
     ],
     ids=["missing", "not a number", "loss"],
 )
@@ -106,11 +100,7 @@ def test_other_arrays_and_no_numbers_are_errors(parity, monkeypatch, run, messag
 def test_training_moves_parameters_far_more_than_any_limit(parity):
     import parity_models
 
-    for model in (
-        parity_models.PERCEPTRON,
-        parity_models.CONVOLUTIONAL,
-        parity_models.TRANSFORMER,
-    ):
+    for model in (parity_models.PERCEPTRON, parity_models.CONVOLUTIONAL, parity_models.TRANSFORMER):
         _, trained = parity_models.train_in_one_process(model, "float64")
         before = model.build("float64").state_dict()
         moved = max(float(np.abs(array - before[name]).max()) for name, array in trained.items())

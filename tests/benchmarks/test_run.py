@@ -13,12 +13,7 @@ DEADLINE_S = 60
 
 def run_benchmarks(folder, *arguments):
     program = [sys.executable, str(BENCHMARKS / "run.py"), "--quick"]
-    return subprocess.run(
-        [*program, f"--out={folder}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+    return subprocess.run([*program, f"--out={folder}", *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def test_collectives_are_measured_and_reported(tmp_path):
@@ -96,10 +91,7 @@ def test_facts_name_versions_but_neither_host_nor_path(tmp_path):
     ended = run_benchmarks(tmp_path, "--only=imports")
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "imports.json").read_text())
-    assert set(result["machine"]) == {
-        *("date", "system", "cpu", "cores", "python"),
-        *("ferro", "numpy", "torch"),
-    }
+    assert set(result["machine"]) == {*("date", "system", "cpu", "cores", "python"), *("ferro", "numpy", "torch")}
     assert [r["limit_s"] for r in result["records"]] == [0.03, 0.05]
 
 

@@ -161,9 +161,7 @@ def test_an_unavailable_backend_says_what_to_do(tmp_path):
     path = installed(tmp_path, "strange", "", probe)
     ended = conformance("strange", PYTHONPATH=path)
     assert ended.returncode == 2
-    assert ended.stderr == (
-        "ferro: backend 'strange' cannot be used here: no libstrange.so. Install libstrange.\n"
-    )
+    assert ended.stderr == ("ferro: backend 'strange' cannot be used here: no libstrange.so. Install libstrange.\n")
 
 
 def test_a_probe_that_raises_and_a_plugin_that_cannot_be_loaded(tmp_path):

@@ -90,9 +90,7 @@ def judged(spoil=None, *, launched=False, runner=None, **options):
                 spoil(group.backend)
             return function(group, *args)
 
-        return run_simulated(
-            on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic
-        )
+        return run_simulated(on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic)
 
     case = Case(backend="spoilt", world_sizes=(3,), timeout_s=5, runner=runner or spoilt, **options)
     told = []
@@ -148,9 +146,7 @@ def test_a_launcher_may_end_the_job_where_a_backend_may_not(launched, status, wo
     def runner(function, world_size, args, *, timeout_s, deterministic):
         if function.__name__ in ("_die", "_go_on"):
             return [Outcome(rank=rank, error_type="Killed") for rank in range(world_size)]
-        return run_simulated(
-            function, world_size, args, timeout_s=timeout_s, deterministic=deterministic
-        )
+        return run_simulated(function, world_size, args, timeout_s=timeout_s, deterministic=deterministic)
 
     found = judged(launched=launched, runner=runner)
     for name in ("check_lost_peer", "check_shrink"):
@@ -189,11 +185,7 @@ def test_arrays_are_put_on_the_device_and_brought_back(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     calls = [["all_reduce", "int8", "sum"], ["broadcast", "complex64", ""], ["barrier", "", ""]]
     [told] = ferro.simulate(lambda group: probe(group, calls, "cuda"), 1, run_timeout_s=20)
-    assert told["cells"] == [
-        ["ok", ""],
-        ["refused", "CuPy has no arrays of complex64: no complex numbers"],
-        ["ok", ""],
-    ]
+    assert told["cells"] == [["ok", ""], ["refused", "CuPy has no arrays of complex64: no complex numbers"], ["ok", ""]]
     assert placed[0] == "int8"
     assert [row[0] for row in told["timings"]] == ["barrier"]
 
@@ -247,11 +239,7 @@ def test_a_report_has_every_table():
     first = next(line for line in lines if line.startswith("float16"))
     assert first.split()[1:] == ["ok"] * 8 + ["–", "²"]
     at = lines.index("refused")
-    assert lines[at + 1 : at + 4] == [
-        "1  subgroup: no groups",
-        "2  sendrecv:float16: no halves",
-        "3  abort: no way",
-    ]
+    assert lines[at + 1 : at + 4] == ["1  subgroup: no groups", "2  sendrecv:float16: no halves", "3  abort: no way"]
     assert lines[-4:] == ["1 finding", "", "  check_async: a", "  b"]
 
 

@@ -37,9 +37,7 @@ def test_what_the_table_says_is_so(tmp_path, backend, ranks):
     assert found["findings"] == committed["findings"] == []
 
 
-@pytest.mark.parametrize(
-    "file", sorted((DOCS / "conformance").glob("*.json")), ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", sorted((DOCS / "conformance").glob("*.json")), ids=lambda f: f.stem)
 def test_what_is_committed_is_whole_and_names_no_place(file):
     found = json.loads(file.read_text("utf-8"))
     assert found["backend"] == file.stem or ":" in found["backend"]  # a map, of hybrid
@@ -95,9 +93,7 @@ def test_gaps_have_notes_and_what_was_not_measured_says_so(matrix):
     assert found["tags in any order"][at] == "wrong"
     assert found["`async_op`"][at] == "not asked"
     gloo = [*matrix.BACKENDS].index("gloo")
-    assert [found[row][gloo] for row in ("`all_reduce`", "reductions", "barrier")] == [
-        *("all", "all", "yes")
-    ]
+    assert [found[row][gloo] for row in ("`all_reduce`", "reductions", "barrier")] == [*("all", "all", "yes")]
     assert found["barrier"][[*matrix.BACKENDS].index("ucc")] == "·"
     assert "1. nccl: no booleans\n2. nccl: no transfers\n3. nccl: ends" in text
     assert "gloo with 2 ranks on cpu (ferro 1.0); nccl with 2 ranks on cuda" in text

@@ -31,9 +31,7 @@ def case(spoil, ranks=3, **options):
             spoil(group.backend)
             return function(group, *args)
 
-        return run_simulated(
-            on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic
-        )
+        return run_simulated(on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic)
 
     return Case(backend="spoilt", world_sizes=(ranks,), timeout_s=10, runner=runner, **options)
 
@@ -64,8 +62,7 @@ def test_the_kit_says_what_to_declare(check, ranks):
 @pytest.mark.usefixtures("impatient")
 def test_the_command_shows_a_gap(monkeypatch):
     monkeypatch.setattr(
-        "ferro_testing.command.verdicts.FEATURES",
-        {"lost_peer": check_lost_peer, "shrink": check_shrink},
+        "ferro_testing.command.verdicts.FEATURES", {"lost_peer": check_lost_peer, "shrink": check_shrink}
     )
     found = judge(case(sit_out), launched=False, quick=True, told=lambda verdict: None)
     assert {verdict.name: (verdict.status, verdict.text) for verdict in found.values()} == {

@@ -79,10 +79,7 @@ def test_an_array_that_cannot_be_exchanged_is_refused():
         InputArray(Stubborn(read_only))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    ["bool", "i1", "i8", "u2", "f2", "f4", "f8", "c8", "c16", "bfloat16"],
-)
+@pytest.mark.parametrize("dtype", ["bool", "i1", "i8", "u2", "f2", "f4", "f8", "c8", "c16", "bfloat16"])
 def test_dtypes_are_known_by_name_on_other_ranks(dtype):
     from ferro_testing.samples import dtype_of
 

@@ -67,8 +67,7 @@ class MinimalBackend(Backend):
     def _wait(self, condition, peer, deadline):
         gone = self._board.gone
         met = self._board.change.wait_for(
-            lambda: condition() or peer in gone or self.rank in gone,
-            max(0.0, deadline - time.monotonic()),
+            lambda: condition() or peer in gone or self.rank in gone, max(0.0, deadline - time.monotonic())
         )
         if condition():
             return
@@ -80,9 +79,7 @@ class MinimalBackend(Backend):
         raise TimeoutError
 
 
-def run_threads(
-    function, world_size, args, *, timeout_s, deterministic, choice=None
-) -> list[Outcome]:
+def run_threads(function, world_size, args, *, timeout_s, deterministic, choice=None) -> list[Outcome]:
     board, store = Switchboard(), MemoryStore()
     outcomes: list[Outcome | None] = [None] * world_size
 
@@ -101,9 +98,7 @@ def run_threads(
         outcomes[rank], error = attempt(function, group, args)
         group.close() if error is None else group.abandon()
 
-    threads = [
-        threading.Thread(target=on_rank, args=(rank,), daemon=True) for rank in range(world_size)
-    ]
+    threads = [threading.Thread(target=on_rank, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + timeout_s

@@ -8,12 +8,7 @@ from ferro.collectives.label import LABEL_BYTES, Call, array_call, uneven_call
 
 @pytest.mark.parametrize(
     ("shape", "detail", "count"),
-    [
-        ((), "shape scalar", 1),
-        ((3,), "shape 3", 3),
-        ((2, 3), "shape 2x3", 6),
-        ((0, 4), "shape 0x4", 0),
-    ],
+    [((), "shape scalar", 1), ((3,), "shape 3", 3), ((2, 3), "shape 2x3", 6), ((0, 4), "shape 0x4", 0)],
 )
 def test_a_call_tells_the_shape(shape, detail, count):
     call = array_call("all_reduce", np.dtype("f4"), shape, "mean", 2)

@@ -20,9 +20,7 @@ NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=40) | st.binary(max_size=40)
 VALUES = st.recursive(
     LEAVES,
-    lambda inner: (
-        st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=5), inner, max_size=6)
-    ),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=5), inner, max_size=6),
     max_leaves=20,
 )
 DTYPES = npst.boolean_dtypes() | npst.integer_dtypes() | npst.unsigned_integer_dtypes()

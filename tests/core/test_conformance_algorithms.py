@@ -31,8 +31,6 @@ def test_a_wrong_algorithm_is_told_with_the_ranks():
 
 
 def test_a_claim_that_does_not_hold_is_told():
-    [ring] = [
-        info for info in BUILTIN if (info.collective, info.algorithm) == ("all_reduce", "ring")
-    ]
+    [ring] = [info for info in BUILTIN if (info.collective, info.algorithm) == ("all_reduce", "ring")]
     with pytest.raises(PluginError, match="combines_once=True, but with 3 ranks"):
         check_collective(replace(ring, combines_once=True), (2, 3))

@@ -10,14 +10,7 @@ import pytest
 import ferro_testing.case
 from ferro import Backend
 from ferro.errors import PeerLost, UnsupportedError, UsageError
-from ferro_testing import (
-    RanksFailed,
-    assert_same_parameters,
-    deadlines,
-    failures,
-    killing,
-    refusals,
-)
+from ferro_testing import RanksFailed, assert_same_parameters, deadlines, failures, killing, refusals
 from ferro_testing.buffers import check_buffers
 from ferro_testing.case import Case, run_simulated
 from ferro_testing.deadlines import check_send_deadline
@@ -40,9 +33,7 @@ def sabotaged(spoil, **options):
             spoil(group._backend)
             return function(group, *args)
 
-        return run_simulated(
-            on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic
-        )
+        return run_simulated(on_rank, world_size, args, timeout_s=timeout_s, deterministic=deterministic)
 
     options = {"backend": "spoilt", "world_sizes": (3,), "timeout_s": 5.0, **options}
     return Case(runner=runner, **options)
@@ -210,12 +201,8 @@ def ignore_tags(backend):
     def one_for_all(tag):
         return 0 if tag <= 7 else tag  # collectives have greater ones
 
-    backend.send = lambda buffer, peer, *, tag, deadline: send(
-        buffer, peer, tag=one_for_all(tag), deadline=deadline
-    )
-    backend.recv = lambda buffer, peer, *, tag, deadline: recv(
-        buffer, peer, tag=one_for_all(tag), deadline=deadline
-    )
+    backend.send = lambda buffer, peer, *, tag, deadline: send(buffer, peer, tag=one_for_all(tag), deadline=deadline)
+    backend.recv = lambda buffer, peer, *, tag, deadline: recv(buffer, peer, tag=one_for_all(tag), deadline=deadline)
 
 
 def test_messages_that_overtake_each_other_are_found_out():
@@ -286,12 +273,7 @@ def forget_a_row(backend):
     backend.all_gather = all_gather
 
 
-@pytest.mark.parametrize(
-    ("check", "spoil", "words"),
-    [
-        (check_uneven, forget_a_row, "all_gather sizes growing"),
-    ],
-)
+@pytest.mark.parametrize(("check", "spoil", "words"), [(check_uneven, forget_a_row, "all_gather sizes growing")])
 def test_more_that_can_go_wrong_is_found_out(check, spoil, words):
     with pytest.raises(AssertionError, match=words):
         check(sabotaged(spoil))
@@ -341,8 +323,7 @@ def test_bfloat16_is_left_out_where_ml_dtypes_is_not_installed(monkeypatch):
     check_reductions(case)
     check_equal_bits(case)
     given = sabotaged(
-        refuse_all_to_all,
-        unsupported={"all_to_all:bfloat16": "no such kernel", "all_to_all": "no native op"},
+        refuse_all_to_all, unsupported={"all_to_all:bfloat16": "no such kernel", "all_to_all": "no native op"}
     )
     check_unsupported(given)
 
@@ -417,10 +398,7 @@ def test_parity_passes_within_its_tolerance():
         ({"weight": np.ones(3)}, r"rank 1: weight: float64\(3,\) in place of float64\(2,\)"),
         ({"weight": np.ones(2, np.float32)}, r"rank 1: weight: float32\(2,\) in place"),
         ({}, "rank 1: weight: only there in one process"),
-        (
-            {"weight": np.array([1.0, 2.0]), "bias": np.ones(1)},
-            "rank 1: bias: not there in one process",
-        ),
+        ({"weight": np.array([1.0, 2.0]), "bias": np.ones(1)}, "rank 1: bias: not there in one process"),
     ],
 )
 def test_parity_names_rank_and_parameter(other, words):

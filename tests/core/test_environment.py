@@ -32,13 +32,7 @@ TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "run-7",
     "TORCHELASTIC_RESTART_COUNT": "2",
 }
-FERRO = {
-    "RANK": "1",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "FERRO_STORE": "127.0.0.1:4711",
-}
+FERRO = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "FERRO_STORE": "127.0.0.1:4711"}
 OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_SIZE": "8",
@@ -231,9 +225,7 @@ class TestStoreMasterSecret:
             read_secret({"FERRO_SECRET": text})
         assert not text or text not in str(caught.value)
 
-    @pytest.mark.parametrize(
-        "address", [("127.0.0.1", 1), ("n01.cluster", 65535), ("fe80::1%eth0", 29500)]
-    )
+    @pytest.mark.parametrize("address", [("127.0.0.1", 1), ("n01.cluster", 65535), ("fe80::1%eth0", 29500)])
     def test_addresses_round_trip(self, address: tuple[str, int]) -> None:
         assert parse_address(format_address(address), source="test") == address
 
@@ -284,9 +276,7 @@ class TestOptions:
         assert options({"FERRO_HOST_ID": "rack 7"}).host_id == "rack 7"
 
     def test_all_set(self) -> None:
-        found = options(
-            {"FERRO_TRACE": "parts", "FERRO_ENABLE_GPU_FALLBACK": "1", "FERRO_TIMEOUT_S": "2.5"}
-        )
+        found = options({"FERRO_TRACE": "parts", "FERRO_ENABLE_GPU_FALLBACK": "1", "FERRO_TIMEOUT_S": "2.5"})
         assert (found.trace, found.gpu_fallback, found.timeout_s) == ("parts", True, 2.5)
 
     @pytest.mark.parametrize("text", ["true", "0", "01", " 1", ""])
@@ -330,11 +320,7 @@ class TestChildEnvironment:
     def test_resolve_reads_it_back(self) -> None:
         back = resolve(child_environment(self.INFO, base={}))
         assert place(back) == place(self.INFO)
-        assert (back.store, back.master, back.secret) == (
-            self.INFO.store,
-            self.INFO.master,
-            self.INFO.secret,
-        )
+        assert (back.store, back.master, back.secret) == (self.INFO.store, self.INFO.master, self.INFO.secret)
 
     @pytest.mark.parametrize("outer", [TORCHRUN, OPENMPI, MPICH, SLURM, KUBEFLOW, FERRO])
     def test_other_launchers_do_not_shine_through(self, outer: dict[str, str]) -> None:

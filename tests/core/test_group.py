@@ -38,36 +38,16 @@ def read_only(count):
 
 
 BAD = {
-    "root too large": (
-        lambda g: g.broadcast(X, 2),
-        UsageError,
-        "root is 2; group 'world' has ranks 0 to 1",
-    ),
+    "root too large": (lambda g: g.broadcast(X, 2), UsageError, "root is 2; group 'world' has ranks 0 to 1"),
     "root negative": (lambda g: g.reduce(X, -1), UsageError, "root is -1; group 'world'"),
     "root no number": (lambda g: g.gather(X, "0"), UsageError, "root is '0'"),
     "root of objects": (lambda g: g.broadcast_object(1, 9), UsageError, "root is 9"),
     "peer out of range": (lambda g: g.send(X, 2), UsageError, "peer is 2; group 'world' has"),
     "peer of object": (lambda g: g.send_object(1, 7), UsageError, "peer is 7"),
-    "send to itself": (
-        lambda g: g.send(X, g.rank),
-        UsageError,
-        "rank 0 cannot send to itself: copy the array",
-    ),
-    "receive from itself": (
-        lambda g: g.recv(np.empty(3), g.rank),
-        UsageError,
-        "rank 0 cannot receive from itself",
-    ),
-    "exchange with itself": (
-        lambda g: g.sendrecv(X, np.empty(6), g.rank),
-        UsageError,
-        "cannot send to itself",
-    ),
-    "tag": (
-        lambda g: g.send(X, 1 - g.rank, 1 << 31),
-        UsageError,
-        "tags are whole numbers from 0 to 2147483647",
-    ),
+    "send to itself": (lambda g: g.send(X, g.rank), UsageError, "rank 0 cannot send to itself: copy the array"),
+    "receive from itself": (lambda g: g.recv(np.empty(3), g.rank), UsageError, "rank 0 cannot receive from itself"),
+    "exchange with itself": (lambda g: g.sendrecv(X, np.empty(6), g.rank), UsageError, "cannot send to itself"),
+    "tag": (lambda g: g.send(X, 1 - g.rank, 1 << 31), UsageError, "tags are whole numbers from 0 to 2147483647"),
     "out of another shape": (
         lambda g: g.all_reduce(X, out=np.empty(5)),
         UsageError,
@@ -88,16 +68,8 @@ BAD = {
         UsageError,
         "out is read-only: pass a writable array",
     ),
-    "out no array": (
-        lambda g: g.all_reduce(X, out=[0.0] * 6),
-        UsageError,
-        "out must be an array, not list",
-    ),
-    "receive into read-only": (
-        lambda g: g.recv(read_only(3), 1 - g.rank),
-        UsageError,
-        "buffer is read-only",
-    ),
+    "out no array": (lambda g: g.all_reduce(X, out=[0.0] * 6), UsageError, "out must be an array, not list"),
+    "receive into read-only": (lambda g: g.recv(read_only(3), 1 - g.rank), UsageError, "buffer is read-only"),
     "rows that do not divide": (
         lambda g: g.reduce_scatter(np.ones(5)),
         UsageError,
@@ -108,11 +80,7 @@ BAD = {
         UsageError,
         "all_to_all cuts axis 0 into 2 equal blocks, but it has 3 rows: give send_sizes=",
     ),
-    "scatter of nothing": (
-        lambda g: g.scatter(None, g.rank),
-        UsageError,
-        "scatter: the root must give an array",
-    ),
+    "scatter of nothing": (lambda g: g.scatter(None, g.rank), UsageError, "scatter: the root must give an array"),
     "no axis to cut": (
         lambda g: g.reduce_scatter(np.array(1.0)),
         UsageError,
@@ -158,11 +126,7 @@ BAD = {
         UsageError,
         "unknown reduction 'median': use one of sum, mean, prod",
     ),
-    "reduction no function": (
-        lambda g: g.all_reduce(X, 3),
-        UsageError,
-        "a reduction is a name or a function",
-    ),
+    "reduction no function": (lambda g: g.all_reduce(X, 3), UsageError, "a reduction is a name or a function"),
     "mean of integers": (
         lambda g: g.all_reduce(np.arange(3), "mean"),
         UnsupportedError,
@@ -178,11 +142,7 @@ BAD = {
         UnsupportedError,
         "bitwise reductions take integers and booleans",
     ),
-    "dtype str": (
-        lambda g: g.all_reduce(np.array(["a"])),
-        UnsupportedError,
-        "dtype <U1, which no collective carries",
-    ),
+    "dtype str": (lambda g: g.all_reduce(np.array(["a"])), UnsupportedError, "dtype <U1, which no collective carries"),
     "dtype object": (
         lambda g: g.broadcast(np.array([None])),
         UnsupportedError,
@@ -212,14 +172,9 @@ BAD = {
     "GPU array": (
         lambda g: g.all_reduce(CupyArray()),
         UnsupportedError,
-        "backend 'simulated' takes arrays on cpu, and this one is on cuda: .*"
-        "FERRO_ENABLE_GPU_FALLBACK=1",
+        "backend 'simulated' takes arrays on cpu, and this one is on cuda: .*FERRO_ENABLE_GPU_FALLBACK=1",
     ),
-    "GPU array to coalesce": (
-        lambda g: g.coalesce().all_reduce(CupyArray()),
-        UnsupportedError,
-        "takes arrays on cpu",
-    ),
+    "GPU array to coalesce": (lambda g: g.coalesce().all_reduce(CupyArray()), UnsupportedError, "takes arrays on cpu"),
     "unsafe value": (
         lambda g: g.all_gather_object({"key": [1, object()]}),
         UsageError,
@@ -235,11 +190,7 @@ BAD = {
         UsageError,
         "scatter_object needs 2 values at the root, got 1",
     ),
-    "no time": (
-        lambda g: g.barrier(timeout_s=0),
-        UsageError,
-        "timeout_s must be a positive number of seconds",
-    ),
+    "no time": (lambda g: g.barrier(timeout_s=0), UsageError, "timeout_s must be a positive number of seconds"),
     "a time in words": (
         lambda g: g.barrier(timeout_s="1"),
         UsageError,
@@ -251,11 +202,7 @@ BAD = {
         UsageError,
         "timeout_s must be a positive number of seconds",
     ),
-    "negative color": (
-        lambda g: g.split(-2),
-        UsageError,
-        "None or a number from 0",
-    ),
+    "negative color": (lambda g: g.split(-2), UsageError, "None or a number from 0"),
     "stranger in a subgroup": (
         lambda g: g.subgroup([0, 1, 2]),
         UsageError,
@@ -266,11 +213,7 @@ BAD = {
         UsageError,
         "does not include this rank, 0: only members call it",
     ),
-    "rank twice in a subgroup": (
-        lambda g: g.subgroup([0, 1, 1]),
-        UsageError,
-        "names a rank twice",
-    ),
+    "rank twice in a subgroup": (lambda g: g.subgroup([0, 1, 1]), UsageError, "names a rank twice"),
     "shrink a live group": (lambda g: g.shrink(), UsageError, "shrink"),
 }
 
@@ -306,12 +249,7 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
     monkeypatch.setitem(__import__("sys").modules, "cupy", Cupy)
     store = MemoryStore()
     members = GroupInfo(
-        name="world",
-        backend_name="simulated",
-        global_ranks=(0,),
-        hosts=("here",),
-        job=store,
-        store=store,
+        name="world", backend_name="simulated", global_ranks=(0,), hosts=("here",), job=store, store=store
     )
     (backend,) = SimulatedBackend.create_group(1)
     group = ProcessGroup(backend, replace(members, host_copies=True))
@@ -320,9 +258,7 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
         results = [group.all_reduce(given) for _ in range(2)]
     assert all(type(result) is CupyArray for result in results)
     assert results[0].held.tolist() == [0.0, 1.0, 2.0]
-    assert [r.message for r in caplog.records] == [
-        "group 'world' (simulated) copies GPU arrays through the host"
-    ]
+    assert [r.message for r in caplog.records] == ["group 'world' (simulated) copies GPU arrays through the host"]
 
 
 def test_a_closed_group_says_so():
@@ -363,11 +299,7 @@ def test_a_group_knows_who_it_is():
         inner = group.split(group.rank // 2)
         return (inner.name, inner.rank, inner.world_size, inner.global_ranks, inner.local_rank)
 
-    assert simulate(work, 3) == [
-        ("world.0", 0, 2, (0, 1), 0),
-        ("world.0", 1, 2, (0, 1), 1),
-        ("world.1", 0, 1, (2,), 2),
-    ]
+    assert simulate(work, 3) == [("world.0", 0, 2, (0, 1), 0), ("world.0", 1, 2, (0, 1), 1), ("world.1", 0, 1, (2,), 2)]
 
 
 def test_a_users_function_need_not_be_commutative():

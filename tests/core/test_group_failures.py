@@ -54,14 +54,8 @@ def test_a_mismatch_names_both_calls_on_every_rank():
         (lambda g: g.gather([1], 0), lambda g: g.gather([1], 1)),
         (lambda g: g.scatter([1, 2], 0), lambda g: g.scatter([1, 2], 1)),
         (lambda g: g.all_gather_object(1), lambda g: g.broadcast_object(1)),
-        (
-            lambda g: g.reduce_scatter([1, 2, 3], sizes=[1, 2]),
-            lambda g: g.reduce_scatter([1, 2, 3], sizes=[2, 1]),
-        ),
-        (
-            lambda g: g.all_to_all([1, 2], send_sizes=[1, 1], recv_sizes=[1, 1]),
-            lambda g: g.all_to_all([1, 2]),
-        ),
+        (lambda g: g.reduce_scatter([1, 2, 3], sizes=[1, 2]), lambda g: g.reduce_scatter([1, 2, 3], sizes=[2, 1])),
+        (lambda g: g.all_to_all([1, 2], send_sizes=[1, 1], recv_sizes=[1, 1]), lambda g: g.all_to_all([1, 2])),
     ],
 )
 def test_every_kind_of_difference_is_a_mismatch(mine, theirs):

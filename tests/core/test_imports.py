@@ -40,9 +40,7 @@ def imports(tree):
 def strings(tree):
     """Yield every string that is no docstring."""
     prose = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
@@ -129,9 +127,7 @@ def test_everything_that_is_exported_is_there():
     assert all(hasattr(ferro, name) for name in ferro.__all__)
 
 
-@pytest.mark.parametrize(
-    "statement", ["import ferro", "import ferro; ferro.backends.available()"], ids=str
-)
+@pytest.mark.parametrize("statement", ["import ferro", "import ferro; ferro.backends.available()"], ids=str)
 def test_importing_ferro_and_asking_what_is_there_load_nothing_heavy(statement):
     script = (
         "import json, sys\n"
@@ -142,9 +138,7 @@ def test_importing_ferro_and_asking_what_is_there_load_nothing_heavy(statement):
         f"{statement}\n"
         f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
 

@@ -67,9 +67,7 @@ def test_failures_are_told_with_the_error_that_the_caller_gets():
             group.all_reduce(np.ones(1 + group.rank))
 
     simulate(work, 2, observers=[log], timeout_s=5)
-    assert [event.error for what, event in log.events if what == "finished"] == [
-        "CollectiveMismatch"
-    ] * 2
+    assert [event.error for what, event in log.events if what == "finished"] == ["CollectiveMismatch"] * 2
 
 
 def test_metrics_add_up_and_make_a_table():

@@ -17,11 +17,7 @@ CALLS = {
     "scatter": (lambda g, x, **how: g.scatter(x, 1, **how), RANKS, 1),
     "reduce_scatter": (lambda g, x, **how: g.reduce_scatter(x, **how), RANKS, 1),
     "all_to_all": (lambda g, x, **how: g.all_to_all(x, **how), RANKS, RANKS),
-    "uneven all_to_all": (
-        lambda g, x, **how: g.all_to_all(x, send_sizes=[ROWS] * RANKS, **how),
-        RANKS,
-        RANKS,
-    ),
+    "uneven all_to_all": (lambda g, x, **how: g.all_to_all(x, send_sizes=[ROWS] * RANKS, **how), RANKS, RANKS),
 }
 
 

@@ -47,10 +47,7 @@ class Site:
 
     def entry_points(self, group):
         """Return the entry points of these distributions and of ferro."""
-        found = [
-            *importlib_metadata.distributions(path=[str(self.folder)]),
-            importlib_metadata.distribution("ferro"),
-        ]
+        found = [*importlib_metadata.distributions(path=[str(self.folder)]), importlib_metadata.distribution("ferro")]
         return [entry for d in found for entry in d.entry_points if entry.group == group]
 
 
@@ -105,10 +102,7 @@ BROKEN = {
         "@hookimpl\ndef ferro_backends():\n    return ['pipes']",
         r"ferro_backends\(\) of .* returned a str, not a BackendInfo",
     ),
-    "no sequence": (
-        "@hookimpl\ndef ferro_backends():\n    return 5",
-        r"ferro_backends\(\) of .* raised TypeError",
-    ),
+    "no sequence": ("@hookimpl\ndef ferro_backends():\n    return 5", r"ferro_backends\(\) of .* raised TypeError"),
 }
 
 
@@ -213,9 +207,7 @@ def test_the_default_backend_is_the_launchers_or_everyones(site):
     plugins.installed.cache_clear()
     assert backends.default("torchrun") == "pipes"
     assert backends.default("slurm") == "wires"
-    site.install(
-        "ferro-more", "more", GOOD.replace('backend("pipes")', 'backend("x", under=("slurm",))')
-    )
+    site.install("ferro-more", "more", GOOD.replace('backend("pipes")', 'backend("x", under=("slurm",))'))
     plugins.installed.cache_clear()
     with pytest.raises(PluginError, match="backends wires and x both offer to be the default"):
         backends.default("slurm")
@@ -267,7 +259,5 @@ def test_a_plugin_that_fails_in_one_hook_is_left_out_of_lists_only(site):
     site.install("ferro-bad", "bad", "@hookimpl\ndef ferro_collectives():\n    raise KeyError(1)")
     assert "all_reduce" in collectives.available()
     assert backends.available()["simulated"].ok
-    with pytest.raises(
-        PluginError, match=r"ferro_collectives\(\) of ferro-bad 1.5 raised KeyError"
-    ):
+    with pytest.raises(PluginError, match=r"ferro_collectives\(\) of ferro-bad 1.5 raised KeyError"):
         collectives.get("all_reduce", "ring")

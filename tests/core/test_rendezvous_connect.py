@@ -176,10 +176,7 @@ def hang_up_after_proof(sock: socket.socket) -> None:
 
 
 def test_hanging_up_after_our_proof_every_time_is_a_refusal():
-    with (
-        service(hang_up_after_proof, times=3) as address,
-        pytest.raises(AuthenticationError, match="FERRO_SECRET"),
-    ):
+    with service(hang_up_after_proof, times=3) as address, pytest.raises(AuthenticationError, match="FERRO_SECRET"):
         connect(address, SECRET, purpose=b"store", deadline=soon())
 
 
@@ -202,10 +199,7 @@ def test_being_dropped_before_the_verdict_once_is_bad_luck():
 
 @pytest.mark.parametrize("purpose", [b"mesh", b""])
 def test_a_connection_for_another_purpose_does_not_get_in(purpose):
-    with (
-        StoreServer(secret=SECRET) as server,
-        pytest.raises(AuthenticationError, match="port to its"),
-    ):
+    with StoreServer(secret=SECRET) as server, pytest.raises(AuthenticationError, match="port to its"):
         connect(server.address, SECRET, purpose=purpose, deadline=soon())
 
 

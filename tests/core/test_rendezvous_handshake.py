@@ -51,9 +51,7 @@ def test_the_server_says_nothing_before_a_whole_hello():
     assert len(server.feed(hello[39:])) == 40
 
 
-@pytest.mark.parametrize(
-    ("secret", "purpose"), [(b"another", b"store"), (SECRET, b"mesh"), (SECRET + b"\0", b"store")]
-)
+@pytest.mark.parametrize(("secret", "purpose"), [(b"another", b"store"), (SECRET, b"mesh"), (SECRET + b"\0", b"store")])
 def test_another_secret_or_purpose_is_refused_and_learns_no_proof(secret, purpose):
     client = handshake.client(secret, purpose)
     server = handshake.server(SECRET, b"store")
@@ -89,9 +87,7 @@ def test_a_proof_reflected_to_the_client_is_worth_nothing():
 
 
 def test_a_proof_from_one_connection_does_not_fit_another():
-    recorded = challenged(
-        handshake.client(SECRET, b"store"), first := handshake.server(SECRET, b"store")
-    )
+    recorded = challenged(handshake.client(SECRET, b"store"), first := handshake.server(SECRET, b"store"))
     deliver(first, recorded)
     assert first.wants == 0
     second = handshake.server(SECRET, b"store")

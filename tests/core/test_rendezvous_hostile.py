@@ -161,9 +161,7 @@ def test_those_who_connect_and_vanish_leave_nothing(job):
         for _ in range(50):
             with job.stranger() as stranger:
                 if linger:  # a reset instead of an orderly end
-                    stranger.setsockopt(
-                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                    )
+                    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     job.check_unharmed()
 
 

@@ -33,9 +33,7 @@ class Carrier:
 
 
 def info(rank, world_size=3):
-    return LaunchInfo(
-        rank=rank, world_size=world_size, local_rank=0, local_world_size=1, launcher="openmpi"
-    )
+    return LaunchInfo(rank=rank, world_size=world_size, local_rank=0, local_world_size=1, launcher="openmpi")
 
 
 def meet_all(carrier, infos, seconds=WAIT_S):

@@ -29,10 +29,7 @@ def store(request):
         yield store
         store.close()
         return
-    with (
-        StoreServer(secret=SECRET) as server,
-        StoreClient(server.address, SECRET, deadline=soon()) as client,
-    ):
+    with StoreServer(secret=SECRET) as server, StoreClient(server.address, SECRET, deadline=soon()) as client:
         yield client
 
 

@@ -151,9 +151,7 @@ def test_there_is_one_will_for_a_store_and_its_views(client):
 
 
 @pytest.mark.parametrize("store", ["memory", "tcp"])
-@pytest.mark.parametrize(
-    ("key", "value"), [("", b""), ("k" * 1025, b""), ("k", bytes(1025)), ("k", "text")]
-)
+@pytest.mark.parametrize(("key", "value"), [("", b""), ("k" * 1025, b""), ("k", bytes(1025)), ("k", "text")])
 def test_what_is_out_of_bounds_is_a_usage_error(client, store, key, value):
     chosen = client if store == "tcp" else MemoryStore()
     with pytest.raises(UsageError):

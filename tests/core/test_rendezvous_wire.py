@@ -14,10 +14,7 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(
-    op=st.sampled_from(wire.Op),
-    key=st.binary(min_size=1, max_size=1024),
-    number=INT64,
-    value=st.binary(max_size=200),
+    op=st.sampled_from(wire.Op), key=st.binary(min_size=1, max_size=1024), number=INT64, value=st.binary(max_size=200)
 )
 @settings(deadline=None)
 def test_a_request_arrives_as_it_was_sent(op, key, number, value):

@@ -98,9 +98,7 @@ def test_results_come_back_by_rank_as_they_were():
 
 
 def test_variables_may_differ_by_rank():
-    results = run_ranks(
-        describe, 2, backend="postbox", args=(1.0, {}), env=lambda rank: {"MINE": f"rank {rank}"}
-    )
+    results = run_ranks(describe, 2, backend="postbox", args=(1.0, {}), env=lambda rank: {"MINE": f"rank {rank}"})
     assert [result["variables"][3] for result in results] == ["rank 0", "rank 1"]
 
 
@@ -231,14 +229,7 @@ def launcher(count):
 
 
 def test_a_launcher_starts_the_ranks_which_find_each_other_as_under_it():
-    results = run_ranks(
-        describe,
-        2,
-        backend="postbox",
-        args=(2.5, {}),
-        env={"MINE": "yes"},
-        launcher=launcher(2),
-    )
+    results = run_ranks(describe, 2, backend="postbox", args=(2.5, {}), env={"MINE": "yes"}, launcher=launcher(2))
     for result in results:
         np.testing.assert_array_equal(result["total"], np.full(3, 5.0))
         assert result["variables"] == [None, None, None, "yes"]
@@ -246,9 +237,7 @@ def test_a_launcher_starts_the_ranks_which_find_each_other_as_under_it():
 
 
 def test_under_a_launcher_each_ranks_end_and_words_are_told():
-    outcomes = run_ranks_outcomes(
-        fail_on_rank_1, 2, backend="postbox", launcher=launcher(2), timeout_s=20
-    )
+    outcomes = run_ranks_outcomes(fail_on_rank_1, 2, backend="postbox", launcher=launcher(2), timeout_s=20)
     assert [outcome.error_type for outcome in outcomes] == ["CollectiveTimeout", "LookupError"]
     assert [outcome.exit_code for outcome in outcomes] == [1, 1]
     for rank in range(2):
@@ -268,9 +257,7 @@ def test_under_a_launcher_a_rank_without_a_report_was_killed():
 
 
 def test_under_a_launcher_a_late_rank_shows_its_stack_and_is_ended():
-    late, well = run_ranks_outcomes(
-        hang_on_rank_0, 2, backend="postbox", launcher=launcher(2), timeout_s=3.0
-    )
+    late, well = run_ranks_outcomes(hang_on_rank_0, 2, backend="postbox", launcher=launcher(2), timeout_s=3.0)
     assert (well.ok, late.error_type) == (True, "Late")
     assert "hang_on_rank_0" in late.output.partition("most recent call first")[2]
     for outcome in (late, well):

@@ -44,13 +44,7 @@ def roots(collective: str, n: int) -> set[int]:
 
 def test_no_algorithm_is_missed():
     assert set(IDS) == {
-        *(
-            "direct_all_reduce",
-            "exchange_all_reduce",
-            "star_all_reduce",
-            "direct_all_gather",
-            "direct_reduce_scatter",
-        ),
+        *("direct_all_reduce", "exchange_all_reduce", "star_all_reduce", "direct_all_gather", "direct_reduce_scatter"),
         *("direct_all_to_all", "pairwise_all_to_all", "direct_gather", "direct_scatter"),
         *("direct_broadcast", "direct_reduce", "ring_all_reduce", "ring_reduce_scatter"),
         *("ring_all_gather", "tree_broadcast", "tree_reduce", "tree_gather", "tree_scatter"),
@@ -130,9 +124,7 @@ def test_picture_of_ring_all_reduce():
 
 
 def test_picture_joins_neighbouring_chunks_and_is_empty_in_a_world_of_one():
-    assert table(tree.tree_gather, 6, 4) == (
-        "r1  1→0 [1]    3→2 [3]  5→4 [5]\nr2  0→4 [0-1]\nr3  2→4 [2-3]"
-    )
+    assert table(tree.tree_gather, 6, 4) == ("r1  1→0 [1]    3→2 [3]  5→4 [5]\nr2  0→4 [0-1]\nr3  2→4 [2-3]")
     assert table(ring.ring_all_reduce, 1) == ""
 
 

@@ -16,12 +16,7 @@ from ferro.collectives.direct import (
 )
 from ferro.collectives.ring import ring_all_reduce
 from ferro.collectives.schedule import Recv, Round, Schedule
-from ferro.collectives.tree import (
-    dissemination_barrier,
-    scatter_ring_broadcast,
-    tree_broadcast,
-    tree_scatter,
-)
+from ferro.collectives.tree import dissemination_barrier, scatter_ring_broadcast, tree_broadcast, tree_scatter
 from ferro.errors import PluginError, UsageError
 
 L, B, M = 1e-5, 1e9, 1 << 20
@@ -67,9 +62,7 @@ def test_overhead_and_arithmetic():
 
 
 def between(hosts):
-    return Network(
-        L, B, hosts=hosts, inter_host_latency_s=10 * L, inter_host_bandwidth_bytes_per_s=B / 10
-    )
+    return Network(L, B, hosts=hosts, inter_host_latency_s=10 * L, inter_host_bandwidth_bytes_per_s=B / 10)
 
 
 def test_ring_over_hosts():

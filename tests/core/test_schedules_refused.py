@@ -23,9 +23,7 @@ def refuse(collective, build, n, *, rank, says, root=0):
     with pytest.raises(PluginError, match=re.escape(says)) as caught:
         check(collective, build, n, root)
     name = build.__name__
-    assert str(caught.value).startswith(
-        f"{collective} by {name} with {n} ranks, root {root}: rank {rank}"
-    )
+    assert str(caught.value).startswith(f"{collective} by {name} with {n} ranks, root {root}: rank {rank}")
     assert (caught.value.op, caught.value.rank) == (collective, rank)
 
 
@@ -101,10 +99,7 @@ def test_chunk_not_arrived():
 
 def test_sent_chunk_not_held():
     build = by_hand(
-        1,
-        [Round((Send(1, (0,)),))],
-        [Round((Send(2, (0,)),), (Recv(0, (0,)),))],
-        [Round(recvs=(Recv(1, (0,)),))],
+        1, [Round((Send(1, (0,)),))], [Round((Send(2, (0,)),), (Recv(0, (0,)),))], [Round(recvs=(Recv(1, (0,)),))]
     )
     says = "round 1 sends chunk 0 to rank 2, but does not hold it yet"
     refuse("broadcast", build, 3, rank=1, says=says)
@@ -156,8 +151,7 @@ def test_peer_or_chunk_that_makes_no_sense(send, says):
 
 
 @pytest.mark.parametrize(
-    ("collective", "chunks", "needs"),
-    [("all_reduce", 0, "at least 1"), ("all_gather", 2, "3"), ("all_to_all", 3, "9")],
+    ("collective", "chunks", "needs"), [("all_reduce", 0, "at least 1"), ("all_gather", 2, "3"), ("all_to_all", 3, "9")]
 )
 def test_wrong_number_of_chunks(collective, chunks, needs):
     says = f"has {chunks} chunks; {collective} needs {needs}."
@@ -186,9 +180,7 @@ def test_call_that_makes_no_sense():
 
 def test_two_messages_that_look_alike_are_two():
     build = by_hand(
-        0,
-        [Round((Send(1, ()), Send(1, ())), (Recv(1, ()),))],
-        [Round((Send(0, ()),), (Recv(0, ()), Recv(0, ())))],
+        0, [Round((Send(1, ()), Send(1, ())), (Recv(1, ()),))], [Round((Send(0, ()),), (Recv(0, ()), Recv(0, ())))]
     )
     assert check("barrier", build, 2).messages == 2
 

@@ -20,10 +20,7 @@ def lane():
 
 
 def test_a_lone_operation_runs_in_the_callers_thread(lane):
-    assert lane.run("op", lambda seq: (seq, threading.current_thread())) == (
-        0,
-        threading.current_thread(),
-    )
+    assert lane.run("op", lambda seq: (seq, threading.current_thread())) == (0, threading.current_thread())
 
 
 def test_operations_are_numbered_and_run_in_the_order_issued(lane):

@@ -65,18 +65,7 @@ with group:
     if how == "with":
         raise ValueError(how)
 """
-LAUNCHERS = (
-    "RANK",
-    "WORLD",
-    "LOCAL",
-    "MASTER",
-    "FERRO",
-    "OMPI",
-    "PMI",
-    "SLURM",
-    "PET",
-    "TORCHELASTIC",
-)
+LAUNCHERS = ("RANK", "WORLD", "LOCAL", "MASTER", "FERRO", "OMPI", "PMI", "SLURM", "PET", "TORCHELASTIC")
 
 
 @pytest.fixture
@@ -125,13 +114,7 @@ def arguments_of(arguments):
 
 def place(store, rank, size, **others):
     host, port = store.address
-    return {
-        "RANK": rank,
-        "WORLD_SIZE": size,
-        "FERRO_STORE": f"{host}:{port}",
-        "FERRO_SECRET": SECRET.hex(),
-        **others,
-    }
+    return {"RANK": rank, "WORLD_SIZE": size, "FERRO_STORE": f"{host}:{port}", "FERRO_SECRET": SECRET.hex(), **others}
 
 
 def test_alone_it_is_a_world_of_one(ranks):
@@ -305,9 +288,7 @@ def test_a_rank_of_another_version_with_other_fields_is_named():
     shared.add("joined", 1)
     stranger = {"rank": 1, "world_size": 2, "version": "9.9", "host": "n02", "pid": 7, "new": 1}
     shared.set("join/1", json.dumps(stranger).encode())
-    mine = Record(
-        rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo"
-    )
+    mine = Record(rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo")
     with pytest.raises(ferro.RendezvousError, match="differ in the version of ferro") as caught:
         call_roll(shared, mine, deadline=0.0)
     assert "rank 1 (host n02, pid 7) has '9.9'" in str(caught.value)

@@ -25,9 +25,7 @@ def code(page, first_words):
 
 
 @pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
-@pytest.mark.parametrize(
-    ("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py")]
-)
+@pytest.mark.parametrize(("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py")])
 def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     program = tmp_path / name
     program.write_text(code(page, f"# {name}"))
@@ -110,12 +108,7 @@ def test_generated_parts_are_up_to_date():
 
 
 @pytest.mark.parametrize(
-    "page",
-    [
-        ROOT / "README.md",
-        ROOT / "plugins" / "strategies" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    ],
+    "page", [ROOT / "README.md", ROOT / "plugins" / "strategies" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 )
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

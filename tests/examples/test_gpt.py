@@ -9,22 +9,12 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt.py"
 DEADLINE_S = 120
-SMALL = [
-    "--steps=50",
-    "--dim=32",
-    "--heads=4",
-    "--blocks=2",
-    "--context=32",
-    "--dtype=float64",
-    "--write=40",
-]
+SMALL = ["--steps=50", "--dim=32", "--heads=4", "--blocks=2", "--context=32", "--dtype=float64", "--write=40"]
 
 
 def launch(ranks, *arguments):
     command = [sys.executable, "-m", "ferro", "run", "-n", str(ranks), str(EXAMPLE)]
-    return subprocess.run(
-        [*command, *SMALL, *arguments], capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    return subprocess.run([*command, *SMALL, *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def run_example(ranks, *arguments):
@@ -50,9 +40,7 @@ def run_example(ranks, *arguments):
 )
 def test_losses_of_fifty_steps_are_those_of_one_process(ranks, cuts):
     about, written, difference = run_example(ranks, "--compare", *cuts.split())
-    first, last = (
-        float(word) for word in about.split() if word.replace(".", "").isdecimal() and "." in word
-    )
+    first, last = (float(word) for word in about.split() if word.replace(".", "").isdecimal() and "." in word)
     assert last < 0.75 * first
     assert difference < 1e-5
     assert written.startswith("The ")
@@ -64,10 +52,7 @@ def test_losses_of_fifty_steps_are_those_of_one_process(ranks, cuts):
     [
         ("--dp=2 --tp=2", "--dp x --pp x --tp is 4 ranks, not 2: -n 4"),
         ("--dp=2 --batch=33", "--batch must be a multiple of --dp"),
-        (
-            "--pp=2 --stages-per-rank=4",
-            "--pp x --stages-per-rank must be at most 6, --blocks and 2",
-        ),
+        ("--pp=2 --stages-per-rank=4", "--pp x --stages-per-rank must be at most 6, --blocks and 2"),
         ("--tp=2 --heads=1", "--tp must be at most --heads"),
         ("--dp=2 --dim=30", "--dim must be a multiple of --heads"),
         ("--dp=2 --steps=0", "--steps must be at least 1"),

@@ -35,16 +35,11 @@ class Ranks:
     threads: list[threading.Thread] = field(default_factory=list)
 
     def start(
-        self,
-        function: Callable[[ProcessGroup], object],
-        ranks: range | None = None,
-        secret: bytes | None = None,
+        self, function: Callable[[ProcessGroup], object], ranks: range | None = None, secret: bytes | None = None
     ) -> None:
         """Start some ranks, by default all."""
         for rank in ranks if ranks is not None else range(self.world_size):
-            thread = threading.Thread(
-                target=self._run, args=(rank, function, secret or self.secret), daemon=True
-            )
+            thread = threading.Thread(target=self._run, args=(rank, function, secret or self.secret), daemon=True)
             self.threads.append(thread)
             thread.start()
 
@@ -109,8 +104,7 @@ def outcomes_in_threads(
     ranks.start(on_rank)
     ranks.join()
     return [
-        outcomes.get(rank) or Outcome(rank=rank, error_text=repr(ranks.errors.get(rank)))
-        for rank in range(world_size)
+        outcomes.get(rank) or Outcome(rank=rank, error_text=repr(ranks.errors.get(rank))) for rank in range(world_size)
     ]
 
 

@@ -281,6 +281,4 @@ def fail_in_one_group(group):
 def test_a_group_outlives_the_failure_of_another(outcomes_of):
     outcomes = outcomes_of(fail_in_one_group, 3)
     expected = ["CollectiveMismatch", [0.0, 3.0, 6.0, 9.0, 12.0]]
-    assert [outcome.result for outcome in outcomes] == [expected] * 3, [
-        outcome.describe() for outcome in outcomes
-    ]
+    assert [outcome.result for outcome in outcomes] == [expected] * 3, [outcome.describe() for outcome in outcomes]

@@ -49,9 +49,7 @@ def test_plugin_and_backend_are_under_80_lines():
     assert sum(map(code_lines, sources)) < 80
 
 
-@pytest.mark.parametrize(
-    "file", ["src/ferro_pipes/backend.py", "src/ferro_pipes/plugin.py", "pyproject.toml"]
-)
+@pytest.mark.parametrize("file", ["src/ferro_pipes/backend.py", "src/ferro_pipes/plugin.py", "pyproject.toml"])
 def test_the_page_shows_the_whole_file(file):
     text = (EXAMPLE / file).read_text().strip()
     blocks = re.findall(r"```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL)

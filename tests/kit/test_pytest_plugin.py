@@ -162,8 +162,7 @@ def test_several_backends_make_a_test_each(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "words"),
-    [("nowhere", "no plugin that offers it is installed"), ("ucc", "cannot be used here")],
+    ("backend", "words"), [("nowhere", "no plugin that offers it is installed"), ("ucc", "cannot be used here")]
 )
 def test_a_backend_that_cannot_be_used_is_one_usage_error(tmp_path, backend, words):
     if backend == "ucc" and _usable("ucc"):
@@ -204,10 +203,7 @@ def test_without_marked_tests_no_backend_is_looked_at(tmp_path):
         ("@pytest.mark.ranks\ndef test_it(group): pass", "give numbers of ranks"),
         ("@pytest.mark.ranks(0)\ndef test_it(group): pass", "integers from 1"),
         ("@pytest.mark.ranks(2)\ndef test_it(): pass", "takes the argument `group`"),
-        (
-            "class TestIt:\n    @pytest.mark.ranks(2)\n    def test_it(self, group): pass",
-            "not a method",
-        ),
+        ("class TestIt:\n    @pytest.mark.ranks(2)\n    def test_it(self, group): pass", "not a method"),
     ],
 )
 def test_a_test_that_cannot_run_on_ranks_says_why(tmp_path, body, words):
@@ -235,9 +231,7 @@ def test_an_argument_that_cannot_travel_is_named(tmp_path):
 
 
 def test_the_plugin_imports_nothing_of_ferro_before_a_test_is_marked():
-    program = (
-        "import sys, ferro_testing_pytest; sys.exit(bool({'ferro', 'numpy'} & {*sys.modules}))"
-    )
+    program = "import sys, ferro_testing_pytest; sys.exit(bool({'ferro', 'numpy'} & {*sys.modules}))"
     path = os.pathsep.join([sysconfig.get_path("purelib"), *filter(None, sys.path)])
     env = {**os.environ, "PYTHONPATH": path}
     assert subprocess.run([sys.executable, "-c", program], env=env, timeout=60).returncode == 0

@@ -28,15 +28,9 @@ def ferro_command(*arguments: object) -> list[str]:
 def ferro(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Run to the end; newlines are left as they are."""
     result = subprocess.run(
-        ferro_command(*arguments),
-        capture_output=True,
-        env=clean_environment(**env),
-        timeout=TIMEOUT_S,
-        check=False,
+        ferro_command(*arguments), capture_output=True, env=clean_environment(**env), timeout=TIMEOUT_S, check=False
     )
-    return subprocess.CompletedProcess(
-        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
-    )
+    return subprocess.CompletedProcess(result.args, result.returncode, result.stdout.decode(), result.stderr.decode())
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -61,9 +55,7 @@ def script(tmp_path: Path) -> Callable[[str], Path]:
 
     def write(source: str) -> Path:
         path = tmp_path / "program.py"
-        path.write_text(
-            "import os, sys\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(source)
-        )
+        path.write_text("import os, sys\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(source))
         return path
 
     return write
@@ -76,10 +68,7 @@ def start() -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
 
     def begin(*arguments: object, **env: str) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
-            ferro_command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=clean_environment(**env),
+            ferro_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(**env)
         )
         started.append(process)
         return process

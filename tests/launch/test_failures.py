@@ -45,8 +45,7 @@ def test_first_failure_is_reported_first_and_ends_the_others(script: Script) -> 
     assert lines[0] == "[2] Traceback (most recent call last):"
     assert lines[-2] == "[2] ValueError: boom"
     assert re.fullmatch(
-        r"ferro run: rank 2 failed first: exit code 1 after \d+\.\d s; ended ranks 0, 1, 3\.",
-        lines[-1],
+        r"ferro run: rank 2 failed first: exit code 1 after \d+\.\d s; ended ranks 0, 1, 3\.", lines[-1]
     )
 
 
@@ -187,9 +186,7 @@ sleep()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signals_are_passed_on(
-    script: Script, started: Path, start: Callable, signum: signal.Signals
-) -> None:
+def test_signals_are_passed_on(script: Script, started: Path, start: Callable, signum: signal.Signals) -> None:
     program = script(note_signal(signum, started))
     process = start("run", "-n", 2, program)
     found = pids(started, 2)
@@ -233,9 +230,7 @@ sleep()
     assert not alive(rank)
 
 
-def test_all_die_with_a_launcher_that_is_killed(
-    script: Script, started: Path, start: Callable
-) -> None:
+def test_all_die_with_a_launcher_that_is_killed(script: Script, started: Path, start: Callable) -> None:
     program = script(GRANDCHILD.format(directory=str(started), stubborn=True) + "time.sleep(60)")
     process = start("run", "-n", 2, program)
     found = pids(started, 4)

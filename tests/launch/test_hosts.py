@@ -18,16 +18,7 @@ with ferro.init(timeout_s=20) as group:
 def test_ferro_run_on_two_hosts(hosts, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    run = [
-        FERRO,
-        "run",
-        "-n",
-        "2",
-        "--nnodes",
-        "2",
-        "--rdzv-endpoint",
-        f"{hosts.addresses[0]}:29411",
-    ]
+    run = [FERRO, "run", "-n", "2", "--nnodes", "2", "--rdzv-endpoint", f"{hosts.addresses[0]}:29411"]
     commands = [[*run, "--node-rank", str(node), program] for node in range(2)]
     secret = {"FERRO_SECRET": secrets.token_hex(32)}
     output = hosts.run(commands, [secret, secret])

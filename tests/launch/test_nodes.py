@@ -97,9 +97,7 @@ def test_one_failure_stops_the_other_node(options: Callable[..., LaunchOptions])
         assert stopped.is_set()
 
 
-def test_a_second_launcher_for_a_node_is_refused_and_disturbs_nobody(
-    options: Callable[..., LaunchOptions],
-) -> None:
+def test_a_second_launcher_for_a_node_is_refused_and_disturbs_nobody(options: Callable[..., LaunchOptions]) -> None:
     refused: list[UsageError] = []
 
     def meet_again(meeting: nodes.Meeting) -> None:
@@ -113,9 +111,7 @@ def test_a_second_launcher_for_a_node_is_refused_and_disturbs_nobody(
     assert len(refused) == 1
 
 
-def test_a_node_that_does_not_come(
-    options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_that_does_not_come(options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "JOIN_S", 0.2)
     with pytest.raises(RendezvousError, match="node 1 did not come"):
         nodes.Meeting(options(0), SECRET)

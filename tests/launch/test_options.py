@@ -33,8 +33,7 @@ def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
     assert (options.nproc_per_node, options.nnodes, options.node_rank) == (2, 4, 3)
     assert options.endpoint == ("trainer-0", 29400)
     options = parse_options(
-        ["-n", "5", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "[::1]:7", __file__],
-        PET,
+        ["-n", "5", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "[::1]:7", __file__], PET
     )
     assert (options.world_size, options.node_rank, options.endpoint) == (10, 0, ("::1", 7))
 
@@ -69,9 +68,7 @@ def test_mistakes_are_named(arguments: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     "arguments", [["run", "-n", "0", __file__], ["frob"], ["run", "--log-dir", __file__, __file__]]
 )
-def test_a_mistake_is_one_line_and_status_2(
-    arguments: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line_and_status_2(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     out, err = capfd.readouterr()
     assert out == ""

@@ -99,11 +99,7 @@ def test_streams_stay_apart_and_prefixes_align(script: Script) -> None:
 def test_a_world_of_one_is_passed_through(script: Script) -> None:
     program = script(r"os.write(1, b'50%\r100%\xff\nno end')")
     result = subprocess.run(
-        ferro_command("run", program),
-        capture_output=True,
-        env=clean_environment(),
-        timeout=TIMEOUT_S,
-        check=True,
+        ferro_command("run", program), capture_output=True, env=clean_environment(), timeout=TIMEOUT_S, check=True
     )
     assert result.stdout == b"50%\r100%\xff\nno end"
 
@@ -179,10 +175,7 @@ def test_a_logged_traceback_is_shown_while_the_rank_runs(script: Script, tmp_pat
             time.sleep(0.01)
         """)
     process = subprocess.Popen(
-        ferro_command("run", "-n", "2", program),
-        stderr=subprocess.PIPE,
-        env=clean_environment(),
-        text=True,
+        ferro_command("run", "-n", "2", program), stderr=subprocess.PIPE, env=clean_environment(), text=True
     )
     with process:
         assert process.stderr is not None

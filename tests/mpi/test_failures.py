@@ -22,9 +22,7 @@ def test_a_member_that_makes_no_group_is_told(mpich):
 
 
 def test_with_ulfm_a_peer_that_dies_is_lost_to_the_receiver_of_its_message(openmpi):
-    survivor, victim = openmpi.with_options("--with-ft", "ulfm").outcomes(
-        programs.lose_while_sending, 2
-    )
+    survivor, victim = openmpi.with_options("--with-ft", "ulfm").outcomes(programs.lose_while_sending, 2)
     assert not victim.ok
     assert survivor.result == 1, survivor.describe()
 

@@ -49,10 +49,7 @@ def test_the_wrong_mpiexec_is_refused_with_both_numbers(mpi, tmp_path):
     """`ferro run` starts worlds of one for MPI, as another MPI's mpiexec does."""
     path = write(tmp_path, "import ferro\nferro.init('mpi')\n")
     ended = subprocess.run(
-        (mpi.python, "-m", "ferro", "run", "-n", "2", path),
-        capture_output=True,
-        text=True,
-        timeout=60,
+        (mpi.python, "-m", "ferro", "run", "-n", "2", path), capture_output=True, text=True, timeout=60
     )
     assert ended.returncode != 0
     assert "MPI's world has 1 process, but 2 ranks were launched, with " in ended.stderr

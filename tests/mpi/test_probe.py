@@ -14,11 +14,7 @@ from ferro_mpi import probe
 
 
 def test_the_launcher_is_the_one_beside_the_interpreter():
-    assert probe.launcher_command(3)[:3] == (
-        str(Path(sys.executable).parent / "mpiexec"),
-        "-n",
-        "3",
-    )
+    assert probe.launcher_command(3)[:3] == (str(Path(sys.executable).parent / "mpiexec"), "-n", "3")
 
 
 def test_available_tells_the_library_and_loads_none():
@@ -26,9 +22,7 @@ def test_available_tells_the_library_and_loads_none():
         "import sys, ferro; found = ferro.backends.available()['mpi']; print(found.reason);"
         "sys.exit('mpi4py.MPI' in sys.modules or not found.ok)"
     )
-    ended = subprocess.run(
-        (sys.executable, "-c", program), capture_output=True, text=True, timeout=60
-    )
+    ended = subprocess.run((sys.executable, "-c", program), capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert re.fullmatch(r"mpi4py [\d.]+, MPICH [\d.]+\n", ended.stdout)
 

@@ -34,12 +34,8 @@ def test_table_of_reductions(dtype, op, wanted):
 def test_what_depends_on_the_order_is_not_nccls_where_the_order_counts():
     assert native_reduction("float32", ferro.ReduceOp.SUM, deterministic=True) is None
     assert native_reduction("complex64", ferro.ReduceOp.MEAN, deterministic=True) is None
-    assert native_reduction("bfloat16", ferro.ReduceOp.MAX, deterministic=True) == NativeReduction(
-        9, 2
-    )
-    assert native_reduction("int64", ferro.ReduceOp.SUM, deterministic=True) == NativeReduction(
-        4, 0
-    )
+    assert native_reduction("bfloat16", ferro.ReduceOp.MAX, deterministic=True) == NativeReduction(9, 2)
+    assert native_reduction("int64", ferro.ReduceOp.SUM, deterministic=True) == NativeReduction(4, 0)
     assert native_reduction("bool", ferro.ReduceOp.SUM, deterministic=True) == NativeReduction(1, 2)
     assert native_reduction("float32", None) is None
 

@@ -40,9 +40,7 @@ def case(monkeypatch, *world_sizes, **options):
             if error is not None:
                 raise error
 
-        ranks = Ranks(
-            machine, world_size, timeout_s=timeout_s, deterministic=deterministic, options=options
-        )
+        ranks = Ranks(machine, world_size, timeout_s=timeout_s, deterministic=deterministic, options=options)
         ranks.start(on_rank)
         ranks.join()
         machine.close()
@@ -51,13 +49,7 @@ def case(monkeypatch, *world_sizes, **options):
             outcomes.setdefault(rank, Outcome(rank=rank, error_type="x", error_text=repr(error)))
         return [outcomes[rank] for rank in range(world_size)]
 
-    return Case(
-        backend="nccl",
-        world_sizes=world_sizes,
-        unsupported=DIFFERENCES,
-        timeout_s=20,
-        runner=run,
-    )
+    return Case(backend="nccl", world_sizes=world_sizes, unsupported=DIFFERENCES, timeout_s=20, runner=run)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

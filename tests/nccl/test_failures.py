@@ -275,9 +275,7 @@ def test_a_group_whose_rank_failed_to_come_says_who(machine):
 
 def test_a_connection_that_nccl_does_not_make_is_an_error(machine, monkeypatch):
     unblock = threading.Event()
-    monkeypatch.setattr(
-        machine.cupy["cupy.cuda"].nccl, "NcclCommunicator", lambda *_: unblock.wait(10)
-    )
+    monkeypatch.setattr(machine.cupy["cupy.cuda"].nccl, "NcclCommunicator", lambda *_: unblock.wait(10))
     ranks = Ranks(machine, 2, timeout_s=0.1)
     ranks.start(lambda group: None)
     ranks.join()

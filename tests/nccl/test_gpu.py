@@ -19,11 +19,7 @@ from ferro_testing.samples import DTYPES, noise, reduced, reductions, sample
 pytestmark = pytest.mark.gpu
 
 RUN_S = 120.0
-DIFFERENCES = {
-    "tags": "NCCL has none",
-    "mismatch": "an option",
-    "shrink": "CuPy has no ncclCommShrink",
-}
+DIFFERENCES = {"tags": "NCCL has none", "mismatch": "an option", "shrink": "CuPy has no ncclCommShrink"}
 CHECKS = [check for check in conformance.CHECKS if check is not conformance.check_transfers]
 # Spins on the GPU for so many cycles: a fraction of a second.
 SPIN = """
@@ -67,27 +63,12 @@ def in_processes(function, world_size, args, *, timeout_s, deterministic):
 
 
 def run(function, world_size=2, **options):
-    return run_ranks(
-        function,
-        world_size,
-        backend="nccl",
-        timeout_s=RUN_S,
-        env=variables,
-        init_options=options,
-    )
+    return run_ranks(function, world_size, backend="nccl", timeout_s=RUN_S, env=variables, init_options=options)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_nccl_conforms(check):
-    check(
-        Case(
-            backend="nccl",
-            world_sizes=(1, 2),
-            unsupported=DIFFERENCES,
-            timeout_s=RUN_S,
-            runner=in_processes,
-        )
-    )
+    check(Case(backend="nccl", world_sizes=(1, 2), unsupported=DIFFERENCES, timeout_s=RUN_S, runner=in_processes))
 
 
 def reduce_everything(group):

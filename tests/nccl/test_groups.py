@@ -25,12 +25,7 @@ def test_split_and_subgroup(machine, on_ranks):
         parity.close()
         return [*found, total(group, me)]
 
-    assert on_ranks(n, work) == {
-        0: [1, 2, 1, 3, 6],
-        1: [1, 4, 6],
-        2: [0, 2, 6],
-        3: [0, 4, 0, 3, 6],
-    }
+    assert on_ranks(n, work) == {0: [1, 2, 1, 3, 6], 1: [1, 4, 6], 2: [0, 2, 6], 3: [0, 4, 0, 3, 6]}
 
 
 def test_a_split_waits_for_what_was_launched(machine, on_ranks):

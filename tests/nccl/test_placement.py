@@ -35,9 +35,7 @@ def test_ranks_on_one_gpu_are_both_named():
     assert "rank 0 (host n0) and rank 2 (host n2) are on one GPU (a)" in reason
     assert "NCCL_MULTI_RANK_GPU_ENABLE=1" in hint
     assert find_conflict(placements("a", "a", sharing=True)) is None
-    assert (
-        find_conflict(placements("a", "a", sharing=True, version=22907)) is not None
-    )  # too old for it
+    assert find_conflict(placements("a", "a", sharing=True, version=22907)) is not None  # too old for it
 
 
 def test_other_versions_of_nccl_are_named():

@@ -23,10 +23,7 @@ EVERYTHING = {
     [
         ({"has_module": lambda name: name != "cupy_backends"}, "CuPy is not installed"),
         (
-            {
-                "has_module": lambda name: name != "nvidia.nccl",
-                "has_library": lambda name: name != "libnccl.so.2",
-            },
+            {"has_module": lambda name: name != "nvidia.nccl", "has_library": lambda name: name != "libnccl.so.2"},
             "there is no NCCL",
         ),
         ({"has_library": lambda name: name != "libcuda.so.1"}, "there is no NVIDIA driver"),

@@ -53,15 +53,12 @@ for _name in (*COLLECTIVES, *TRANSFERS):
 def connect_two(config: BackendConfig) -> HybridBackend:
     """Connect two gloos, one for collectives and one for transfers."""
     first, second = (
-        CountingGloo.connect(replace(config, store=config.store.prefix(name)))
-        for name in ("collectives", "p2p")
+        CountingGloo.connect(replace(config, store=config.store.prefix(name))) for name in ("collectives", "p2p")
     )
     return HybridBackend(collectives=first, p2p=second)
 
 
-def start(
-    world_size: int, function: Callable[..., object], connect: Callable[..., Backend] = connect_two
-) -> Ranks:
+def start(world_size: int, function: Callable[..., object], connect: Callable[..., Backend] = connect_two) -> Ranks:
     """Run a function on every rank, in threads; return them when all have ended."""
     ranks = Ranks(world_size, connect=connect)
     ranks.start(function)

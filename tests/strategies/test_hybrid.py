@@ -21,14 +21,7 @@ from ferro_gloo.backend import GlooBackend
 from ferro_strategies import HybridBackend
 from ferro_testing import run_ranks_outcomes
 
-from .hybrid_ranks import (
-    COLLECTIVES,
-    TRANSFERS,
-    DeviceArray,
-    DeviceBackend,
-    run,
-    start,
-)
+from .hybrid_ranks import COLLECTIVES, TRANSFERS, DeviceArray, DeviceBackend, run, start
 
 SUM = reduction_for("sum", np.dtype(np.float64), 2)
 
@@ -49,8 +42,7 @@ def caught(call):
 def connect_three(config):
     """Connect a hybrid of a gloo for the CPU, a device backend and a gloo for transfers."""
     cpu, below, p2p = (
-        GlooBackend.connect(replace(config, store=config.store.prefix(name)))
-        for name in ("cpu", "cuda", "p2p")
+        GlooBackend.connect(replace(config, store=config.store.prefix(name))) for name in ("cpu", "cuda", "p2p")
     )
     return HybridBackend(collectives={"cpu": cpu, "cuda": DeviceBackend(below)}, p2p=p2p)
 
@@ -238,10 +230,7 @@ def test_a_good_transfer_on_a_device_arrives():
         found = pass_on(group, x, x)
         return found, float(x.host[-1]), dict(group.backend.collectives[Device.CUDA].asked)
 
-    assert run(2, transfer, connect_three) == [
-        (None, 7.0, {"send": 1}),
-        (("nothing", ""), 7.0, {"recv": 1}),
-    ]
+    assert run(2, transfer, connect_three) == [(None, 7.0, {"send": 1}), (("nothing", ""), 7.0, {"recv": 1})]
 
 
 # -- groups --------------------------------------------------------------------------------------
@@ -251,9 +240,7 @@ def make_groups(group):
     pair = group.subgroup([group.world_size - 1, 0]) if group.rank != 1 else None
     halves = group.split(group.rank % 2)
     routed = all(
-        made.backend.collectives[Device.CPU] is not made.backend.p2p
-        for made in (pair, halves)
-        if made is not None
+        made.backend.collectives[Device.CPU] is not made.backend.p2p for made in (pair, halves) if made is not None
     )
     if pair is not None:
         buffer = np.empty(1)

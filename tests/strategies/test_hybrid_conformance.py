@@ -20,12 +20,7 @@ DTYPES = ("bool", "int8", "bfloat16", "float32", "complex64")
 
 
 def in_threads(
-    function: Callable[..., object],
-    world_size: int,
-    args: Sequence[object],
-    *,
-    timeout_s: float,
-    deterministic: bool,
+    function: Callable[..., object], world_size: int, args: Sequence[object], *, timeout_s: float, deterministic: bool
 ) -> list[Outcome]:
     """Run the ranks of a case as threads whose parts are two gloos."""
     outcomes: dict[int, Outcome] = {}
@@ -46,9 +41,7 @@ def in_threads(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-TWO_GLOOS = Case(
-    backend="hybrid", world_sizes=(1, 2, 3), dtypes=DTYPES, timeout_s=20, runner=in_threads
-)
+TWO_GLOOS = Case(backend="hybrid", world_sizes=(1, 2, 3), dtypes=DTYPES, timeout_s=20, runner=in_threads)
 PROCESSES = Case(backend="cpu:gloo", world_sizes=(3,), dtypes=("float32",))
 
 

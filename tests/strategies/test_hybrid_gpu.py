@@ -16,9 +16,7 @@ def _with_a_gpu():
     pytest.importorskip("cupy")
     found = ferro.backends.available().get("nccl")
     if found is None or not found.ok:
-        pytest.skip(
-            "NCCL cannot be used here: " + ("not offered" if found is None else found.reason)
-        )
+        pytest.skip("NCCL cannot be used here: " + ("not offered" if found is None else found.reason))
 
 
 def reduce_on_both(group):

@@ -45,9 +45,7 @@ class Installed:
         def probe():
             return Availability(ok=ok, reason="" if ok else f"{name} is broken")
 
-        info = BackendInfo(
-            name=name, summary="", devices=devices, probe=probe, create=create, **more
-        )
+        info = BackendInfo(name=name, summary="", devices=devices, probe=probe, create=create, **more)
         self.infos[name] = info
 
     def get(self, name):
@@ -63,9 +61,7 @@ class Installed:
             raise ferro.BackendUnavailable(name, "it broke on the way")
 
         old = self.infos[name]
-        self.infos[name] = BackendInfo(
-            name=name, summary="", devices=old.devices, probe=old.probe, create=create
-        )
+        self.infos[name] = BackendInfo(name=name, summary="", devices=old.devices, probe=old.probe, create=create)
 
 
 class Ending(SimulatedBackend):
@@ -83,12 +79,7 @@ def installed(monkeypatch):
 
 def config(requested="hybrid", launcher="single", **options):
     return BackendConfig(
-        rank=0,
-        world_size=1,
-        store=MemoryStore(),
-        launcher=launcher,
-        requested=requested,
-        options=options,
+        rank=0, world_size=1, store=MemoryStore(), launcher=launcher, requested=requested, options=options
     )
 
 
@@ -193,9 +184,7 @@ def test_the_probe_survives_one_that_raises(installed):
         raise ZeroDivisionError("of a stranger")
 
     info = installed.infos["cards"]
-    installed.infos["cards"] = BackendInfo(
-        name="cards", summary="", devices=(CUDA,), probe=explode, create=info.create
-    )
+    installed.infos["cards"] = BackendInfo(name="cards", summary="", devices=(CUDA,), probe=explode, create=info.create)
     found = probe()
     assert found.ok
     assert "cards: its probe raised ZeroDivisionError: of a stranger" in found.reason
@@ -260,15 +249,10 @@ def reduce_and_look(group):
 
 @pytest.mark.parametrize(
     ("requested", "options"),
-    [
-        ("cpu:gloo", {}),
-        ("hybrid", {"collectives": "gloo", "options": {"gloo": {"shared_memory": False}}}),
-    ],
+    [("cpu:gloo", {}), ("hybrid", {"collectives": "gloo", "options": {"gloo": {"shared_memory": False}}})],
 )
 def test_init_takes_maps_and_options(requested, options):
-    found = run_ranks(
-        reduce_and_look, 2, backend=requested, init_options={"backend_options": options}
-    )
+    found = run_ranks(reduce_and_look, 2, backend=requested, init_options={"backend_options": options})
     assert found == [["hybrid", "GlooBackend", ["cpu"], 2.0]] * 2
 
 

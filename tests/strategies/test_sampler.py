@@ -12,9 +12,7 @@ lengths, world_sizes = st.integers(0, 40), st.integers(1, 7)
 
 
 def shares(length, world_size, **options):
-    return [
-        list(ShardedSampler(length, (rank, world_size), **options)) for rank in range(world_size)
-    ]
+    return [list(ShardedSampler(length, (rank, world_size), **options)) for rank in range(world_size)]
 
 
 @given(lengths, world_sizes, st.booleans())

@@ -95,9 +95,7 @@ def compare(kind, rest, sizes, *, dtype=F64, tolerance=1e-12, **options):
             close(result[2][name], value, name)
             np.testing.assert_array_equal(result[2][name], results[0][2][name])
     for name, value in sums.items():
-        close(
-            np.sum([result[3][name] for result in results], axis=0, dtype=value.dtype), value, name
-        )
+        close(np.sum([result[3][name] for result in results], axis=0, dtype=value.dtype), value, name)
 
 
 KINDS = {
@@ -125,9 +123,7 @@ def test_options_mean_what_they_mean_for_batchnorm(options):
     compare(SyncBatchNorm2d, (2, 2), (2, 0, 3), **options)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(np.float32, 2e-6), (np.float16, 2e-3), (ml_dtypes.bfloat16, 2e-2)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-6), (np.float16, 2e-3), (ml_dtypes.bfloat16, 2e-2)])
 def test_narrower_dtypes(dtype, tolerance):
     compare(SyncBatchNorm2d, (3, 3), (4, 1, 2), dtype=dtype, tolerance=tolerance)
 

@@ -79,9 +79,7 @@ def test_structures_are_laid_out_as_the_table_says(name):
 
 
 def test_the_table_has_every_structure():
-    made = {
-        k for k, v in vars(abi).items() if isinstance(v, type) and issubclass(v, ctypes.Structure)
-    }
+    made = {k for k, v in vars(abi).items() if isinstance(v, type) and issubclass(v, ctypes.Structure)}
     assert made == set(table())
 
 

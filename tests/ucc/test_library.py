@@ -10,9 +10,7 @@ import ferro
 from ferro.errors import BackendUnavailable
 from ferro_ucc.library import VARIABLE, Found, find
 
-VERSION = (
-    "void ucc_get_version(unsigned *a, unsigned *b, unsigned *c) { *a = %d; *b = %d; *c = %d; }"
-)
+VERSION = "void ucc_get_version(unsigned *a, unsigned *b, unsigned *c) { *a = %d; *b = %d; *c = %d; }"
 
 
 def refused() -> str:

@@ -187,9 +187,7 @@ def make_groups_in_another_order(group: ProcessGroup) -> None:
     members = [[0, 1, 2], [2, 1, 0], [1, 2, 0]]
     order = sorted(members, key=lambda chosen: chosen[0] != group.rank)  # its own one first
     groups = [(chosen, group.subgroup(chosen)) for chosen in order]
-    works = [
-        (chosen, made.all_gather(np.array(group.rank), async_op=True)) for chosen, made in groups
-    ]
+    works = [(chosen, made.all_gather(np.array(group.rank), async_op=True)) for chosen, made in groups]
     for chosen, work in works:
         assert work.wait().tolist() == chosen
 
@@ -211,8 +209,6 @@ def test_transfers_are_refused_with_what_to_do():
 
 def test_fixed_algorithms_and_options_are_refused():
     for options in ({"algorithms": {"all_reduce": "ring"}}, {"backend_options": {"x": 1}}):
-        outcomes = run_ranks_outcomes(
-            refuse_transfers, 1, backend="ucc", timeout_s=20, init_options=options
-        )
+        outcomes = run_ranks_outcomes(refuse_transfers, 1, backend="ucc", timeout_s=20, init_options=options)
         assert outcomes[0].error_type in ("UnsupportedError", "UsageError")
         assert "ucc" in outcomes[0].error_text

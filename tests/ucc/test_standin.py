@@ -11,14 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from ferro import (
-    BackendConfig,
-    CollectiveTimeout,
-    GroupClosed,
-    PeerLost,
-    ProcessGroup,
-    UnsupportedError,
-)
+from ferro import BackendConfig, CollectiveTimeout, GroupClosed, PeerLost, ProcessGroup, UnsupportedError
 from ferro.collectives import Choice
 from ferro.errors import RendezvousError
 from ferro.group.group_info import GroupInfo
@@ -39,12 +32,7 @@ class Ranks:
     """Ranks of one world as threads."""
 
     def __init__(
-        self,
-        world_size: int,
-        *,
-        deterministic: bool = False,
-        gathers: bool = True,
-        timeout_s: float = 10.0,
+        self, world_size: int, *, deterministic: bool = False, gathers: bool = True, timeout_s: float = 10.0
     ) -> None:
         self.store = MemoryStore()
         self.world_size = world_size
@@ -123,13 +111,7 @@ def case(*world_sizes: int, gathers: bool) -> Case:
                 outcomes.setdefault(rank, Outcome(rank=rank, error_text=repr(error)))
         return [outcomes[rank] for rank in range(world_size)]
 
-    return Case(
-        backend="ucc",
-        world_sizes=world_sizes,
-        unsupported=NO_DEATHS,
-        timeout_s=20,
-        runner=runner,
-    )
+    return Case(backend="ucc", world_sizes=world_sizes, unsupported=NO_DEATHS, timeout_s=20, runner=runner)
 
 
 CASES = {"as in 1.8": case(1, 2, 3, gathers=True), "as in 1.1": case(3, gathers=False)}

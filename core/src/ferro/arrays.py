@@ -97,11 +97,7 @@ class InputArray:
 
 
 def writable(
-    value: object,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    device: Device = Device.CPU,
-    what: str = "out",
+    value: object, shape: tuple[int, ...], dtype: np.dtype, device: Device = Device.CPU, what: str = "out"
 ) -> Array:
     """Return `out` as an array that can be written in place.
 
@@ -123,8 +119,7 @@ def writable(
         raise UsageError(f"{what} is on device {found}, the result on {device}")
     if array.shape != shape or array.dtype != dtype:
         raise UsageError(
-            f"{what} has shape {array.shape} and dtype {array.dtype}; the result has "
-            f"shape {shape} and dtype {dtype}"
+            f"{what} has shape {array.shape} and dtype {array.dtype}; the result has shape {shape} and dtype {dtype}"
         )
     flags = array.flags
     if not flags.c_contiguous:
@@ -182,9 +177,7 @@ def _import(value: SupportsDLPack, kind: str, what: str) -> Array:
     try:
         return np.from_dlpack(value)  # type: ignore[arg-type]
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{what} is a {kind} array that cannot be exchanged through DLPack: {error}"
-        ) from error
+        raise UsageError(f"{what} is a {kind} array that cannot be exchanged through DLPack: {error}") from error
 
 
 def _exporter(kind: str) -> Callable[[Array], object] | None:
@@ -213,15 +206,9 @@ def _convert(value: object, what: str) -> Array:
 def objection(dtype: np.dtype) -> str:
     """Say what is wrong with a dtype; "" when collectives carry it."""
     if dtype.kind not in _KINDS and dtype.name not in _EXTENDED:
-        return (
-            f"dtype {dtype}, which no collective carries: use an integer, floating, complex or "
-            "boolean dtype"
-        )
+        return f"dtype {dtype}, which no collective carries: use an integer, floating, complex or boolean dtype"
     if not dtype.isnative:
-        return (
-            f"the foreign byte order dtype {dtype.str}: convert it with "
-            "x.astype(x.dtype.newbyteorder('='))"
-        )
+        return f"the foreign byte order dtype {dtype.str}: convert it with x.astype(x.dtype.newbyteorder('='))"
     if dtype.type in (np.longdouble, np.clongdouble):
         return f"dtype {dtype}, whose layout differs between machines"
     return ""

@@ -90,12 +90,7 @@ class Backend(ABC):
     # -- methods that a backend overrides where its library does better ----------------------------
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """Do all these (peer, buffer) transfers at the same time; return when all are done.
 
@@ -185,44 +180,22 @@ class Backend(ABC):
         """Fill `buffer`, block by block of `counts` elements; this rank's block is in its place."""
         defaults.all_gather(self, buffer, counts, deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """Collect every rank's `block` in `out` at the root; `out` is None elsewhere."""
         defaults.gather(self, block, out, counts, root, deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """Fill `block` with this rank's part of the root's `source`, which is not changed."""
         defaults.scatter(self, block, source, counts, root, deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """Reduce `source`, which is not changed; put this rank's block into `out`."""
         defaults.reduce_scatter(self, source, out, counts, reduction, deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """Send block j of `source` to rank j; block i of `out` comes from rank i."""
         defaults.all_to_all(self, source, out, send_counts, recv_counts, deadline)

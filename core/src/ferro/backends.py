@@ -115,9 +115,7 @@ def _table(plugins: Plugins) -> dict[str, Offer[BackendInfo] | PluginError]:
     return by_name(plugins.offers("ferro_backends", BackendInfo), "backend")
 
 
-def _absent(
-    name: str, plugins: Plugins, table: Mapping[str, Offer[BackendInfo] | PluginError]
-) -> BackendUnavailable:
+def _absent(name: str, plugins: Plugins, table: Mapping[str, Offer[BackendInfo] | PluginError]) -> BackendUnavailable:
     """Return the error that says why nobody offers a backend of this name, and what to do."""
     loaded = plugins.versions.get(name)
     offering = {it.distribution for it in plugins.offers("ferro_backends", BackendInfo)}

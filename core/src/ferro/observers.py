@@ -90,10 +90,7 @@ class Metrics:
     def totals(self) -> dict[tuple[str, str], Total]:
         """Return (group, operation) -> its total so far, a copy."""
         with self._lock:
-            return {
-                key: Total(t.count, t.nbytes, t.seconds, t.errors)
-                for key, t in self._totals.items()
-            }
+            return {key: Total(t.count, t.nbytes, t.seconds, t.errors) for key, t in self._totals.items()}
 
     def table(self) -> str:
         """Return the totals as aligned text, the longest first."""

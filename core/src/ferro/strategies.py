@@ -35,9 +35,7 @@ def info(name: str) -> StrategyInfo:
     if offer is None:
         others = ", ".join(available())
         if others:
-            remedy = (
-                f"there are: {others}; check the spelling, or install the plugin that offers it"
-            )
+            remedy = f"there are: {others}; check the spelling, or install the plugin that offers it"
         else:
             remedy = f"none is installed; ferro's own are installed {how_to_install('strategies')}"
         raise PluginError(f"no installed plugin offers the strategy {name!r}: {remedy}")

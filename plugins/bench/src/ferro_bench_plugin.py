@@ -20,9 +20,5 @@ def _load() -> Callable[[Sequence[str]], int]:
 def ferro_commands() -> Sequence[CommandInfo]:
     """Offer `ferro bench`."""
     return (
-        CommandInfo(
-            name="bench",
-            summary="measure collectives by size, beside other libraries in one run",
-            load=_load,
-        ),
+        CommandInfo(name="bench", summary="measure collectives by size, beside other libraries in one run", load=_load),
     )

@@ -54,14 +54,10 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
     """Offer the strategies of this distribution."""
     return (
         StrategyInfo(
-            name="ddp",
-            summary="every rank has the whole model; gradients are averaged in buckets",
-            load=_load_ddp,
+            name="ddp", summary="every rank has the whole model; gradients are averaged in buckets", load=_load_ddp
         ),
         StrategyInfo(
-            name="fsdp",
-            summary="every rank has a piece of the model, whole only where it is computed",
-            load=_load_fsdp,
+            name="fsdp", summary="every rank has a piece of the model, whole only where it is computed", load=_load_fsdp
         ),
         StrategyInfo(
             name="pipeline",
@@ -118,8 +114,6 @@ def ferro_commands() -> Sequence[CommandInfo]:
     """Offer `ferro show`."""
     return (
         CommandInfo(
-            name="show",
-            summary="draw what a strategy would do, such as a pipeline's schedule",
-            load=_load_show,
+            name="show", summary="draw what a strategy would do, such as a pipeline's schedule", load=_load_show
         ),
     )

@@ -21,8 +21,6 @@ def ferro_commands() -> Sequence[CommandInfo]:
     """Offer `ferro conformance`."""
     return (
         CommandInfo(
-            name="conformance",
-            summary="try an installed backend: what it does, refuses and gets wrong",
-            load=_load,
+            name="conformance", summary="try an installed backend: what it does, refuses and gets wrong", load=_load
         ),
     )

@@ -158,11 +158,7 @@ def test_contributions_are_combined_in_order_of_rank(segment_bytes):
 def test_a_large_reduction_takes_no_more_memory_than_a_segment(monkeypatch, collective):
     monkeypatch.setattr(gathered_reduction, "SMALL_BYTES", 16)
     n = 3
-    arguments = {
-        "all_reduce": (),
-        "reduce": (1,),
-        "reduce_scatter": (np.empty(333, np.int16), [333] * n),
-    }
+    arguments = {"all_reduce": (), "reduce": (1,), "reduce_scatter": (np.empty(333, np.int16), [333] * n)}
 
     def work(one, rank):
         getattr(one, collective)(np.ones(333 * n, np.int16), *arguments[collective])

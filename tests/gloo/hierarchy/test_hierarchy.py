@@ -28,11 +28,7 @@ LAYOUTS = {
     "interleaved": [[0, 2], [1, 3, 4]],
     "three hosts": [[0, 3], [1], [2, 4, 5]],
 }
-DATA = (
-    conformance.check_reductions,
-    conformance.check_movements,
-    conformance.check_uneven,
-)
+DATA = (conformance.check_reductions, conformance.check_movements, conformance.check_uneven)
 
 
 def connect_gloo(layout, config):

@@ -63,14 +63,10 @@ def run(hosts: Hosts, folder):
     program.write_text(PROGRAM)
     endpoint = f"{hosts.addresses[0]}:29411"  # in a namespace that is this test's alone
     run = [sys.executable, "-m", "ferro", "run", "-n", "2", "--nnodes", "2"]
-    commands = [
-        [*run, "--rdzv-endpoint", endpoint, "--node-rank", str(node), program] for node in range(2)
-    ]
+    commands = [[*run, "--rdzv-endpoint", endpoint, "--node-rank", str(node), program] for node in range(2)]
     # The namespaces share /dev/shm, so they must say that they are not one host.
     secret = secrets.token_hex(32)
-    return hosts.run(
-        commands, [{"FERRO_SECRET": secret, "FERRO_HOST_ID": name} for name in hosts.names]
-    )
+    return hosts.run(commands, [{"FERRO_SECRET": secret, "FERRO_HOST_ID": name} for name in hosts.names])
 
 
 def test_all_collectives_between_two_hosts_over_a_shaped_link(hosts, tmp_path):

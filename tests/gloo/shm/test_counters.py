@@ -20,23 +20,14 @@ import pytest
 
 from ferro.errors import UsageError
 from ferro_gloo.shm import counters as module
-from ferro_gloo.shm.counters import (
-    COUNTER_STRIDE,
-    ProgressCounters,
-    counters_bytes,
-    pure_python_is_safe,
-)
+from ferro_gloo.shm.counters import COUNTER_STRIDE, ProgressCounters, counters_bytes, pure_python_is_safe
 from ferro_gloo.shm.native import ABSENT
 
 LONG_S = 30.0
 NUMBERS = 500
-NATIVE = pytest.param(
-    True, id="native", marks=pytest.mark.skipif(not module.NATIVE_IS_AVAILABLE, reason=ABSENT)
-)
+NATIVE = pytest.param(True, id="native", marks=pytest.mark.skipif(not module.NATIVE_IS_AVAILABLE, reason=ABSENT))
 PURE = pytest.param(
-    False,
-    id="pure",
-    marks=pytest.mark.skipif(not pure_python_is_safe(), reason="plain stores may be seen late"),
+    False, id="pure", marks=pytest.mark.skipif(not pure_python_is_safe(), reason="plain stores may be seen late")
 )
 
 Make = Callable[..., ProgressCounters]
@@ -179,9 +170,7 @@ def test_a_signal_ends_the_wait(make: Make):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "rank", "nbytes"), [(2, 2, 4096), (2, -1, 4096), (2, 0, 511), (17, 0, 4096)]
-)
+@pytest.mark.parametrize(("ranks", "rank", "nbytes"), [(2, 2, 4096), (2, -1, 4096), (2, 0, 511), (17, 0, 4096)])
 def test_the_memory_must_have_room(native: bool, ranks: int, rank: int, nbytes: int):
     memory = memoryview(bytearray(nbytes))
     with pytest.raises(UsageError, match=f"rank {rank} of {ranks} needs counters of"):
@@ -224,9 +213,7 @@ def run_ranks(ranks: int, native: bool, spin: bool) -> int:
 
 def run_rank(shared: memoryview, ranks: int, rank: int, native: bool, spin: bool) -> None:
     """Fill this rank's row of the round's table, publish, wait for all, and check the table."""
-    counters = ProgressCounters(
-        shared[: counters_bytes(ranks)], ranks, rank, native=native, spin=spin
-    )
+    counters = ProgressCounters(shared[: counters_bytes(ranks)], ranks, rank, native=native, spin=spin)
     tables = np.frombuffer(shared[counters_bytes(ranks) :], np.int64).reshape(2, ranks, NUMBERS)
     for number in range(1, 301):
         table = tables[number % 2]

@@ -12,11 +12,7 @@ from ferro_gloo.shm.native import ABSENT, NATIVE
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason=ABSENT)
 LENGTHS = [0, 1, 15, 63, 64, 65, 1000, 300_000]
-COPIES = [
-    kernels.copy_cached,
-    kernels.copy_in_blocks,
-    pytest.param(kernels.copy_nontemporal, marks=needs_native),
-]
+COPIES = [kernels.copy_cached, kernels.copy_in_blocks, pytest.param(kernels.copy_nontemporal, marks=needs_native)]
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -71,11 +67,7 @@ def test_blocks_for_all_others_fit_a_slot_and_do_not_overlap(ranks):
 def test_chunks_are_the_whole_in_order():
     data = np.arange(10)
     count = kernels.chunk_count(10, 4)
-    assert [kernels.chunk(data, k, 4).tolist() for k in range(count)] == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
-        [8, 9],
-    ]
+    assert [kernels.chunk(data, k, 4).tolist() for k in range(count)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert kernels.chunk_count(0, 4) == 1
 
 

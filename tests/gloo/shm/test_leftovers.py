@@ -134,8 +134,7 @@ def test_nothing_is_there_at_work_or_afterwards(folder):
 
 
 @pytest.mark.parametrize(
-    "function",
-    [work_and_fail, work_and_be_killed, work_and_all_be_killed, work_and_be_killed_at_work],
+    "function", [work_and_fail, work_and_be_killed, work_and_all_be_killed, work_and_be_killed_at_work]
 )
 def test_nothing_is_left_by_ranks_that_fail_or_are_killed(folder, function):
     outcomes = job(folder, function)
@@ -145,9 +144,7 @@ def test_nothing_is_left_by_ranks_that_fail_or_are_killed(folder, function):
 
 # The first segment that a rank exposes is its arena, the second, of rank 0, is the region of the
 # world. Each rank opens two arenas, then that region.
-@pytest.mark.parametrize(
-    ("victim", "moment"), [(2, "open 1"), (2, "unlink 1"), (1, "open 3"), (0, "reserve 1")]
-)
+@pytest.mark.parametrize(("victim", "moment"), [(2, "open 1"), (2, "unlink 1"), (1, "open 3"), (0, "reserve 1")])
 def test_a_rank_killed_while_segments_are_exposed_leaves_nothing(folder, victim, moment):
     """The name of its own arena excepted: only the owner takes that away, or the next job."""
     outcomes = job(folder, work, moments={victim: moment})

@@ -46,9 +46,7 @@ def ranks_with(mount, name, ranks=3):
 
 def run(name, ranks):
     outcomes = run_ranks_outcomes(globals()[name], int(ranks), backend="gloo", timeout_s=30)
-    told = [
-        {"ok": o.ok, "result": o.result, "output": o.output, "all": o.describe()} for o in outcomes
-    ]
+    told = [{"ok": o.ok, "result": o.result, "output": o.output, "all": o.describe()} for o in outcomes]
     print(json.dumps(told))
 
 

@@ -20,13 +20,7 @@ KIB = 1 << 10
 BOUNDARIES = [16 * KIB, 64 * KIB, 128 * KIB, 170 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB]
 DTYPES = ["float32", "float64", "float16", "int8", "int64", "complex64", "bool"]
 POOL = 310_000
-REDUCTIONS = {
-    "sum": np.add,
-    "mean": np.add,
-    "prod": np.multiply,
-    "max": np.maximum,
-    "bxor": np.bitwise_xor,
-}
+REDUCTIONS = {"sum": np.add, "mean": np.add, "prod": np.multiply, "max": np.maximum, "bxor": np.bitwise_xor}
 
 
 def data_of(rank):
@@ -154,9 +148,7 @@ class Program:
     def call_reduce(self):
         op, size, root = self.reduction(), self.size(), self.pick(range(self.n))
         wanted = self.reduced(op, [self.of(rank, size) for rank in range(self.n)])
-        result = self.group.reduce(
-            self.given(size), root, op, out=self.out(size), async_op=self.async_op
-        )
+        result = self.group.reduce(self.given(size), root, op, out=self.out(size), async_op=self.async_op)
         self.expect(result, wanted if self.me == root else None)
 
     def call_broadcast(self):
@@ -208,11 +200,7 @@ class Program:
         total, start = sum(sizes), sum(sizes[: self.me])
         wanted = self.reduced(op, [self.of(rank, total) for rank in range(self.n)])
         result = self.group.reduce_scatter(
-            self.given(total),
-            op,
-            sizes=None if even else sizes,
-            out=self.out(sizes[self.me]),
-            async_op=self.async_op,
+            self.given(total), op, sizes=None if even else sizes, out=self.out(sizes[self.me]), async_op=self.async_op
         )
         self.expect(result, wanted[start : start + sizes[self.me]])
 
@@ -234,8 +222,7 @@ class Program:
         sends = [self.of(rank, table[rank].sum()) for rank in range(self.n)]
         ends = table.cumsum(axis=1)
         parts = [
-            sends[rank][ends[rank][self.me] - table[rank][self.me] : ends[rank][self.me]]
-            for rank in range(self.n)
+            sends[rank][ends[rank][self.me] - table[rank][self.me] : ends[rank][self.me]] for rank in range(self.n)
         ]
         result = self.group.all_to_all(
             self.given(int(table[self.me].sum())),
@@ -268,9 +255,7 @@ def run_two_at_once(group, seed, calls):
 
 
 # The last two are many more ranks than this machine has cores.
-@pytest.mark.parametrize(
-    ("ranks", "calls"), [(2, 300), (3, 200), (4, 150), (5, 120), (8, 20), (16, 6)]
-)
+@pytest.mark.parametrize(("ranks", "calls"), [(2, 300), (3, 200), (4, 150), (5, 120), (8, 20), (16, 6)])
 def test_one_group(ranks, calls):
     run_ranks(run_program, ranks, backend="gloo", args=(ranks, calls), timeout_s=60)
 
@@ -308,9 +293,7 @@ def order_of_rank(group):
 
 
 def test_deterministic_results_are_those_of_rank_order():
-    results = run_ranks(
-        order_of_rank, 4, backend="gloo", timeout_s=30, init_options={"deterministic": True}
-    )
+    results = run_ranks(order_of_rank, 4, backend="gloo", timeout_s=30, init_options={"deterministic": True})
     assert results == [[True] * 12] * 4
 
 

@@ -13,13 +13,7 @@ from pathlib import Path
 import pytest
 
 from ferro_gloo.shm import segment as module
-from ferro_gloo.shm.segment import (
-    NAME_BYTES,
-    ShmSegment,
-    free_bytes,
-    remove_stale_names,
-    unlink_name,
-)
+from ferro_gloo.shm.segment import NAME_BYTES, ShmSegment, free_bytes, remove_stale_names, unlink_name
 
 NBYTES = 8192
 EXPOSE = f"""
@@ -60,9 +54,7 @@ def reserved(nbytes=NBYTES):
 def exposed_by_another(folder):
     """The name of a segment, exposed by a process that is killed when its input ends."""
     command = [sys.executable, "-c", EXPOSE, folder]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as owner:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         yield bytes.fromhex(owner.stdout.readline()), owner
         owner.kill()
 

@@ -97,9 +97,7 @@ def test_messages_with_one_tag_keep_their_order_long_or_short(on_ranks):
 
 
 def test_without_room_in_the_arena_it_goes_over_tcp(on_ranks, copied, monkeypatch):
-    monkeypatch.setattr(
-        "ferro_gloo.shm.arena.HostArenas.allocate", lambda self, nbytes: np.empty(nbytes, np.uint8)
-    )
+    monkeypatch.setattr("ferro_gloo.shm.arena.HostArenas.allocate", lambda self, nbytes: np.empty(nbytes, np.uint8))
 
     def exchange(group):
         mine = numbers(group.rank)
@@ -112,10 +110,7 @@ def test_without_room_in_the_arena_it_goes_over_tcp(on_ranks, copied, monkeypatc
 
 def test_another_size_is_a_mismatch_on_both_ends(start_ranks):
     def exchange(group):
-        call = [
-            lambda: group.send(numbers(0), 1),
-            lambda: group.recv(np.empty(LONG + 1, np.float32), 0),
-        ][group.rank]
+        call = [lambda: group.send(numbers(0), 1), lambda: group.recv(np.empty(LONG + 1, np.float32), 0)][group.rank]
         with pytest.raises(ferro.CollectiveMismatch, match="send") as caught:
             call()
         return str(caught.value)

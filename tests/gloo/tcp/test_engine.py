@@ -198,10 +198,7 @@ def test_memory_of_an_aborted_receive_is_not_written_afterwards():
     with ours, theirs:
         receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 20)
         memory = bytearray(b"." * 64)
-        receiver.post(
-            5,
-            connection.PostedReceive(memoryview(memory), bytes(56), connection.TransferBatch(0, 1)),
-        )
+        receiver.post(5, connection.PostedReceive(memoryview(memory), bytes(56), connection.TransferBatch(0, 1)))
         frame = pack(64, DATA, 5, bytes(56)) + b"x" * 64
         theirs.sendall(frame[:-32])
         receiver.read(connection.ReadEvents())

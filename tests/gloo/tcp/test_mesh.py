@@ -97,9 +97,7 @@ def test_a_member_that_claims_a_rank_not_expected_is_turned_away(start_ranks):
     ranks = start_ranks(2)
     ranks.start(total, range(1))
     deadline = time.monotonic() + 5
-    sock = connect(
-        ("127.0.0.1", ranks.port(0)), ranks.secret, purpose=mesh._PURPOSE, deadline=deadline
-    )
+    sock = connect(("127.0.0.1", ranks.port(0)), ranks.secret, purpose=mesh._PURPOSE, deadline=deadline)
     with sock:
         sock.sendall(struct.pack("<II", 77, 0))
         sock.settimeout(5)

@@ -12,14 +12,7 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 
-TYPES = dict(
-    enumerate(
-        map(
-            np.dtype,
-            ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8", ml_dtypes.bfloat16),
-        )
-    )
-)
+TYPES = dict(enumerate(map(np.dtype, ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8", ml_dtypes.bfloat16))))
 SUM, PROD, MAX, MIN, AVG = range(5)
 OPS = {SUM: np.add, PROD: np.multiply, MAX: np.maximum, MIN: np.minimum, AVG: np.add}
 KNOWN_CODES = range(7)  # the codes in CuPy's table of messages
@@ -182,9 +175,7 @@ class Communicator:
         self._nccl.machine.streams[stream].put(run)
 
     def view(self, address, count, dtype):
-        data = self._nccl.machine.memory.view(
-            address, count * TYPES[dtype].itemsize, (self.device,)
-        )
+        data = self._nccl.machine.memory.view(address, count * TYPES[dtype].itemsize, (self.device,))
         return data.view(TYPES[dtype])
 
     def _usable(self):
@@ -310,9 +301,7 @@ class World:
                         into[...] = message["data"].view(into.dtype)
                     message["taken"] = True
                     self._change.notify_all()
-            self._change.wait_for(
-                lambda: all("taken" in message for message in sent) or communicator.over
-            )
+            self._change.wait_for(lambda: all("taken" in message for message in sent) or communicator.over)
 
     def _each(self, slot, which, times=1):
         """Return every rank's memory of one kind, by rank."""

@@ -16,9 +16,7 @@ def simulate(function, world_size):
 
 
 def build():
-    return Sequential(
-        Linear(3, 8, dtype=np.float64, rng=0), ReLU(), Linear(8, 2, dtype=np.float64, rng=1)
-    )
+    return Sequential(Linear(3, 8, dtype=np.float64, rng=0), ReLU(), Linear(8, 2, dtype=np.float64, rng=1))
 
 
 def batch(rank, step):

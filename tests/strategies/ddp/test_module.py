@@ -31,9 +31,7 @@ class Everything(Module):
     """A model from images (N, 1, 6, 6) to 3 classes with most kinds of layers, one used twice."""
 
     def __init__(self, dtype):
-        self.trunk = Sequential(
-            Conv2d(1, 2, 3, dtype=dtype, rng=0), Flatten(), Linear(32, 8, dtype=dtype, rng=1)
-        )
+        self.trunk = Sequential(Conv2d(1, 2, 3, dtype=dtype, rng=0), Flatten(), Linear(32, 8, dtype=dtype, rng=1))
         self.table = Embedding(5, 8, dtype=dtype, rng=2)
         self.norm = LayerNorm(8, dtype=dtype)
         tied = Linear(8, 8, dtype=dtype, rng=3)
@@ -56,10 +54,7 @@ class Everything(Module):
 
 def batches(dtype, count=4, size=12):
     rng = np.random.default_rng(7)
-    return [
-        (rng.standard_normal((size, 1, 6, 6)).astype(dtype), rng.integers(0, 3, size))
-        for _ in range(count)
-    ]
+    return [(rng.standard_normal((size, 1, 6, 6)).astype(dtype), rng.integers(0, 3, size)) for _ in range(count)]
 
 
 def train(model, optimizer, data):
@@ -221,13 +216,9 @@ def test_state_goes_round_with_and_without_ddp():
         plain = Sequential(Linear(2, 3, rng=5), BatchNorm(3))
         assert set(state) == set(plain.state_dict())
         model.load_state_dict(plain.state_dict())
-        np.testing.assert_array_equal(
-            model.module.layers[0].weight.data, plain.layers[0].weight.data
-        )
+        np.testing.assert_array_equal(model.module.layers[0].weight.data, plain.layers[0].weight.data)
         plain.load_state_dict(state)
-        np.testing.assert_array_equal(
-            plain.state_dict()["layers.0.weight"], state["layers.0.weight"]
-        )
+        np.testing.assert_array_equal(plain.state_dict()["layers.0.weight"], state["layers.0.weight"])
         assert [name for name, _ in model.named_parameters()] == [
             "layers.0.weight",
             "layers.0.bias",

@@ -51,9 +51,7 @@ def test_a_bucket_is_reduced_while_the_backward_pass_computes(tmp_path: Path):
     spans = run_ranks(step, 2, backend="gloo", env={"FERRO_TRACE": str(tmp_path)})
     for rank, (begin, end) in enumerate(spans):
         trace = json.loads((tmp_path / f"rank{rank}.json").read_text())["traceEvents"]
-        threads = {
-            event["tid"]: event["args"]["name"] for event in trace if event["name"] == "thread_name"
-        }
+        threads = {event["tid"]: event["args"]["name"] for event in trace if event["name"] == "thread_name"}
         first, second = (event for event in trace if event["name"] == "all_reduce")
         for event in (first, second):
             assert threads[event["tid"]] == "ferro-world-collectives"

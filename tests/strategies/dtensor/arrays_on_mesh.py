@@ -27,9 +27,7 @@ def on_mesh(mesh_shape, function, *, observers=()):
     def run(group):
         return function(DeviceMesh(mesh_shape, NAMES[: len(mesh_shape)], group))
 
-    return simulate(
-        run, int(np.prod(mesh_shape)), observers=observers, timeout_s=20, run_timeout_s=60
-    )
+    return simulate(run, int(np.prod(mesh_shape)), observers=observers, timeout_s=20, run_timeout_s=60)
 
 
 def error_on_every_rank(mesh_shape, function, error=UsageError):
@@ -56,9 +54,7 @@ def random_dtensor(mesh, placements, shape, seed=0, dtype=np.float64, low=-3, hi
         part = np.asarray(rng.integers(low, high, shape)).astype(dtype)
         if at == tuple(mesh.coordinates[axis] for axis in partial):
             own = part
-        whole = (
-            part if whole is None else np.asarray(REDUCE[placements[partial[0]].op](whole, part))
-        )
+        whole = part if whole is None else np.asarray(REDUCE[placements[partial[0]].op](whole, part))
     local = expected_local(mesh, placements, own).copy()
     return DTensor.from_local(local, mesh, placements, shape=shape), whole
 
@@ -98,10 +94,7 @@ def expected_collectives(plan, coordinates, itemsize):
             itemsize
             * math.prod(
                 local_shape(
-                    plan.shape,
-                    plan.mesh_shape,
-                    step.after if step.kind == "all_gather" else step.before,
-                    coordinates,
+                    plan.shape, plan.mesh_shape, step.after if step.kind == "all_gather" else step.before, coordinates
                 )
             ),
         )

@@ -14,13 +14,7 @@ from ferro import UsageError
 from ferro_strategies.dtensor import Partial, Replicate, Shard, distribute
 from ferro_strategies.mesh import DeviceMesh
 
-from .arrays_on_mesh import (
-    CollectiveLog,
-    distributions,
-    error_on_every_rank,
-    expected_local,
-    on_mesh,
-)
+from .arrays_on_mesh import CollectiveLog, distributions, error_on_every_rank, expected_local, on_mesh
 
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 

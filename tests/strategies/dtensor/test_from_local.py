@@ -39,23 +39,18 @@ def test_from_local_finds_the_shape(case):
     ],
 )
 def test_parts_that_make_up_no_array_are_refused_on_every_rank(part, placements, rank):
-    for message in error_on_every_rank(
-        (3,), lambda mesh: DTensor.from_local(part(mesh.parent.rank), mesh, placements)
-    ):
+    for message in error_on_every_rank((3,), lambda mesh: DTensor.from_local(part(mesh.parent.rank), mesh, placements)):
         assert f"rank {rank}, at ({rank},)" in message
 
 
 def test_placements_that_differ_between_ranks_are_refused_on_every_rank():
     for message in error_on_every_rank(
-        (2,),
-        lambda mesh: DTensor.from_local(np.zeros(2), mesh, [S0 if mesh.parent.rank else R]),
+        (2,), lambda mesh: DTensor.from_local(np.zeros(2), mesh, [S0 if mesh.parent.rank else R])
     ):
         assert "rank 1" in message
         assert "same placements" in message
 
 
 def test_a_part_of_a_known_shape_is_checked_where_it_is():
-    for message in error_on_every_rank(
-        (2,), lambda mesh: DTensor.from_local(np.zeros(2), mesh, [S0], shape=(9,))
-    ):
+    for message in error_on_every_rank((2,), lambda mesh: DTensor.from_local(np.zeros(2), mesh, [S0], shape=(9,))):
         assert "must be (5,)" in message or "must be (4,)" in message

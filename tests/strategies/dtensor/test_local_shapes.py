@@ -21,9 +21,7 @@ S0 = Shard(0)
 @given(size=st.integers(0, 40), parts=st.integers(1, 9))
 def test_slices_are_those_of_array_split(size, parts):
     expected = [piece.tolist() for piece in np.array_split(np.arange(size), parts)]
-    assert [
-        list(range(size))[shard_slice(size, parts, index)] for index in range(parts)
-    ] == expected
+    assert [list(range(size))[shard_slice(size, parts, index)] for index in range(parts)] == expected
     assert list(even_sizes(size, parts)) == [len(piece) for piece in expected]
 
 
@@ -33,15 +31,10 @@ def test_shards_cover_an_array_once(case):
     times = np.zeros(shape, int)
     for coordinate in itertools.product(*map(range, mesh_shape)):
         times[local_slices(shape, mesh_shape, placements, coordinate)] += 1
-    copies = [
-        n for n, one in zip(mesh_shape, placements, strict=True) if not isinstance(one, Shard)
-    ]
+    copies = [n for n, one in zip(mesh_shape, placements, strict=True) if not isinstance(one, Shard)]
     assert (times == math.prod(copies)).all()
 
 
 def test_the_first_axis_cuts_first():
-    rows = [
-        local_slices((7,), (2, 3), (S0, S0), coordinate)[0]
-        for coordinate in itertools.product(range(2), range(3))
-    ]
+    rows = [local_slices((7,), (2, 3), (S0, S0), coordinate)[0] for coordinate in itertools.product(range(2), range(3))]
     assert [list(range(7))[cut] for cut in rows] == [[0, 1], [2], [3], [4], [5], [6]]

@@ -108,9 +108,7 @@ def test_an_observer_sees_the_collectives_and_bytes_of_the_plan(case):
         x, _ = random_dtensor(mesh, source, shape)
         with log.recording(mesh):
             x.redistribute(target)
-        return expected_collectives(
-            plan_redistribute(source, target, shape, mesh_shape), mesh.coordinates, itemsize=8
-        )
+        return expected_collectives(plan_redistribute(source, target, shape, mesh_shape), mesh.coordinates, itemsize=8)
 
     for rank, expected in enumerate(on_mesh(mesh_shape, check, observers=[log])):
         assert log.calls[rank] == expected
@@ -128,7 +126,5 @@ def test_costs_and_explanations_communicate_nothing():
 
     for cost, text in on_mesh((2, 2), check, observers=[log]):
         assert cost == 8 * 8 * 8 // 2
-        assert (
-            text.splitlines()[0] == "all_gather     axis 'dp': Shard(0) -> Replicate(), 256 bytes"
-        )
+        assert text.splitlines()[0] == "all_gather     axis 'dp': Shard(0) -> Replicate(), 256 bytes"
     assert not log.calls

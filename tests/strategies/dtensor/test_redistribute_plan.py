@@ -44,24 +44,15 @@ def test_each_pair_on_one_axis_of_four(source, target, steps, elements):
 
 
 def test_the_inner_axis_is_gathered_first_where_two_cut_one_dim():
-    assert names(plan_redistribute((S0, S0), (R, R), (8, 2), (2, 2))) == [
-        ("all_gather", 1),
-        ("all_gather", 0),
-    ]
+    assert names(plan_redistribute((S0, S0), (R, R), (8, 2), (2, 2))) == [("all_gather", 1), ("all_gather", 0)]
 
 
 def test_the_outer_axis_cuts_first():
-    assert names(plan_redistribute((R, R), (S0, S0), (8, 2), (2, 2))) == [
-        ("slice", 0),
-        ("slice", 1),
-    ]
+    assert names(plan_redistribute((R, R), (S0, S0), (8, 2), (2, 2))) == [("slice", 0), ("slice", 1)]
 
 
 def test_a_sum_is_reduced_while_pieces_are_small():
-    assert names(plan_redistribute((S0, P), (R, R), (8, 2), (2, 2))) == [
-        ("all_reduce", 1),
-        ("all_gather", 0),
-    ]
+    assert names(plan_redistribute((S0, P), (R, R), (8, 2), (2, 2))) == [("all_reduce", 1), ("all_gather", 0)]
 
 
 def test_a_detour_over_a_dim_of_neither_is_taken_when_it_moves_less():
@@ -92,10 +83,7 @@ def test_steps_lead_from_source_to_target_and_reduce_only_what_was_partial(case)
 def test_never_worse_than_replicating_all(case):
     mesh_shape, shape, source, target = case
     whole = (R,) * len(mesh_shape)
-    through = (
-        plan_redistribute(source, whole, shape, mesh_shape),
-        plan_redistribute(whole, target, shape, mesh_shape),
-    )
+    through = (plan_redistribute(source, whole, shape, mesh_shape), plan_redistribute(whole, target, shape, mesh_shape))
     found = plan_redistribute(source, target, shape, mesh_shape)
     assert found.cost() <= sum(plan.cost() for plan in through)
 

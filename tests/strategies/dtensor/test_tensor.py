@@ -46,6 +46,5 @@ def test_attributes_and_repr():
         return repr(x)
 
     assert set(on_mesh((2, 1), check)) == {
-        "DTensor(shape=(6, 2), dtype=float64, placements=(Shard(0), Replicate()), "
-        "mesh={'dp': 2, 'tp': 1})"
+        "DTensor(shape=(6, 2), dtype=float64, placements=(Shard(0), Replicate()), mesh={'dp': 2, 'tp': 1})"
     }

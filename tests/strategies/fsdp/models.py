@@ -6,16 +6,7 @@ import numpy as np
 
 import ferro
 from ferro_strategies.fsdp import FSDP, ShardingStrategy
-from ferro_strategies.nn import (
-    LayerNorm,
-    Linear,
-    Module,
-    Parameter,
-    ReLU,
-    Residual,
-    Sequential,
-    mse_loss,
-)
+from ferro_strategies.nn import LayerNorm, Linear, Module, Parameter, ReLU, Residual, Sequential, mse_loss
 from ferro_strategies.optim import AdamW
 
 WITHOUT_REPLICAS = [item for item in ShardingStrategy if item is not ShardingStrategy.HYBRID_SHARD]
@@ -42,9 +33,7 @@ def build(dtype=np.float64, seed=0):
 
 def batch(step, dtype=np.float64):
     rng = np.random.default_rng((7, step))
-    return rng.standard_normal((ROWS, 3)).astype(dtype), rng.standard_normal((ROWS, 1)).astype(
-        dtype
-    )
+    return rng.standard_normal((ROWS, 3)).astype(dtype), rng.standard_normal((ROWS, 1)).astype(dtype)
 
 
 def backward(model, x, target):
@@ -103,8 +92,7 @@ def gathered_grads(model):
 
 def grads_of(model):
     return {
-        name: None if item.grad is None else item.grad.reshape(-1).copy()
-        for name, item in model.named_parameters()
+        name: None if item.grad is None else item.grad.reshape(-1).copy() for name, item in model.named_parameters()
     }
 
 

@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 
 from ferro_strategies.fsdp import ShardingStrategy
-from ferro_strategies.nn import (
-    Checkpoint,
-    Sequential,
-    mse_loss,
-)
+from ferro_strategies.nn import Checkpoint, Sequential, mse_loss
 
 from .models import (
     MICROBATCHES,

@@ -7,17 +7,7 @@ import pytest
 
 import ferro
 from ferro_strategies.fsdp import ShardingStrategy
-from ferro_strategies.nn import (
-    Checkpoint,
-    Dropout,
-    Embedding,
-    Linear,
-    Module,
-    ReLU,
-    Residual,
-    Sequential,
-    mse_loss,
-)
+from ferro_strategies.nn import Checkpoint, Dropout, Embedding, Linear, Module, ReLU, Residual, Sequential, mse_loss
 from ferro_strategies.optim import SGD, clip_grad_norm
 
 from .models import (
@@ -45,9 +35,7 @@ def test_tied_weights(sharding):
         first, second = Linear(3, 3, dtype=np.float64, rng=0), Linear(3, 3, dtype=np.float64, rng=1)
         second.weight = first.weight
         twice = Linear(3, 3, dtype=np.float64, rng=2)
-        return Sequential(
-            first, ReLU(), twice, second, twice, Linear(3, 1, dtype=np.float64, rng=3)
-        )
+        return Sequential(first, ReLU(), twice, second, twice, Linear(3, 1, dtype=np.float64, rng=3))
 
     def run(group):
         model = shard(group, tied(), sharding=sharding)
@@ -145,10 +133,7 @@ def nested():
     inner = Residual(Sequential(linear(), ReLU(), linear()))
     shared = linear()
     return Sequential(
-        linear(),
-        Residual(Sequential(linear(), inner, shared)),
-        shared,
-        Linear(3, 1, dtype=np.float64, rng=2),
+        linear(), Residual(Sequential(linear(), inner, shared)), shared, Linear(3, 1, dtype=np.float64, rng=2)
     )
 
 
@@ -218,21 +203,14 @@ def test_a_model_with_a_tied_table(sharding):
 def test_checkpointing_composes_both_ways_round(sharding, inside):
     def blocks():
         rng = np.random.default_rng(5)
-        return [
-            Residual(Sequential(Linear(3, 3, dtype=np.float64, rng=rng), Dropout(0.5, rng=i)))
-            for i in range(3)
-        ]
+        return [Residual(Sequential(Linear(3, 3, dtype=np.float64, rng=rng), Dropout(0.5, rng=i))) for i in range(3)]
 
     def checkpointed():
         return Sequential(*map(Checkpoint, blocks()), Linear(3, 1, dtype=np.float64, rng=9))
 
     def run(group):
         model = checkpointed()
-        is_unit = (
-            (lambda name, m: isinstance(m, Checkpoint))
-            if inside
-            else (lambda name, m: isinstance(m, Residual))
-        )
+        is_unit = (lambda name, m: isinstance(m, Checkpoint)) if inside else (lambda name, m: isinstance(m, Residual))
         model = shard(group, model, sharding=sharding, units=is_unit)
         x, target = batch(0)
         for _ in range(2):  # every rank has the same batch, and draws the same numbers

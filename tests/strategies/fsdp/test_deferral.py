@@ -41,9 +41,7 @@ def test_under_no_sync_products_are_deferred(sharding):
         model = shard(group, sharding=sharding)
         shards = [item.data for item in model.parameters()]
         with model.no_sync():
-            queues = [
-                deferred_pass(model, *part) for part in microbatches(group.rank, group.world_size)
-            ]
+            queues = [deferred_pass(model, *part) for part in microbatches(group.rank, group.world_size)]
         matrices = sum(isinstance(module, Linear) for module in build().modules())
         assert [len(queue) for queue in queues] == [matrices] * MICROBATCHES
         for product in [product for queue in reversed(queues) for product in queue]:
@@ -93,9 +91,7 @@ def test_products_are_in_the_dtype_of_the_computation():
         precision = MixedPrecision(param_dtype=np.float32)
         model = shard(group, mixed_precision=precision)
         with model.no_sync():
-            queues = [
-                deferred_pass(model, *part) for part in microbatches(group.rank, group.world_size)
-            ]
+            queues = [deferred_pass(model, *part) for part in microbatches(group.rank, group.world_size)]
         for queue in queues:
             for product in queue:
                 product()

@@ -60,12 +60,7 @@ def train_shards(group):
 def join_shards(group):
     """Rank 1 has no batch at all."""
     row, column = divmod(group.rank, 2)
-    model = FSDP(
-        make_model(),
-        group.split(row),
-        sharding=ShardingStrategy.HYBRID_SHARD,
-        replicas=group.split(column),
-    )
+    model = FSDP(make_model(), group.split(row), sharding=ShardingStrategy.HYBRID_SHARD, replicas=group.split(column))
     optimizer = optim.AdamW(model.parameters(), lr=1e-2)
     with model.join(optimizer):
         if group.rank != 1:

@@ -8,17 +8,7 @@ from ferro_strategies.fsdp import MixedPrecision, ShardingStrategy
 from ferro_strategies.nn import BatchNorm, Checkpoint, Linear, Sequential
 from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
-from .models import (
-    Switch,
-    assert_same,
-    backward,
-    build,
-    gathered_grads,
-    grads_of,
-    shard,
-    simulate,
-    train,
-)
+from .models import Switch, assert_same, backward, build, gathered_grads, grads_of, shard, simulate, train
 
 EVERY = list(ShardingStrategy)
 
@@ -56,12 +46,7 @@ def alone(counts, *, divide_by_all=False, clip=None):
 @pytest.mark.parametrize("sharding", EVERY)
 @pytest.mark.parametrize(
     ("counts", "divide_by_all", "clip"),
-    [
-        ((3, 1, 2, 3), False, None),
-        ((1, 3, 0, 0), False, 0.05),
-        ((0, 2, 4, 1), True, None),
-        ((2, 2, 2, 2), True, 0.05),
-    ],
+    [((3, 1, 2, 3), False, None), ((1, 3, 0, 0), False, 0.05), ((0, 2, 4, 1), True, None), ((2, 2, 2, 2), True, 0.05)],
     ids=str,
 )
 def test_uneven_batches_train_like_one_process(sharding, counts, divide_by_all, clip):
@@ -301,9 +286,7 @@ def test_buffers_are_those_of_a_rank_that_was_last():
     counts = (1, 3, 2)
 
     def run(group):
-        model = shard(
-            group, Sequential(Linear(3, 2, dtype=np.float64), BatchNorm(2, dtype=np.float64))
-        )
+        model = shard(group, Sequential(Linear(3, 2, dtype=np.float64), BatchNorm(2, dtype=np.float64)))
         with model.join(SGD(model.parameters(), lr=1.0)):
             for step in range(counts[group.rank]):
                 model.vjp(batch(group.rank, step)[0])[1](np.ones((4, 2)))
@@ -338,10 +321,7 @@ def test_calls_not_allowed_inside_join_are_refused():
     def run(group):
         model = shard(group)
         with model.join(SGD(model.parameters(), lr=1.0)):
-            with (
-                pytest.raises(ferro.UsageError, match="inside join"),
-                model.join(SGD(model.parameters(), lr=1.0)),
-            ):
+            with pytest.raises(ferro.UsageError, match="inside join"), model.join(SGD(model.parameters(), lr=1.0)):
                 pass
             with pytest.raises(ferro.UsageError, match="not inside join"):
                 model.state_dict()

@@ -22,15 +22,10 @@ def test_every_element_is_in_exactly_one_shard(shapes, ranks):
     for span in layout.spans:
         parameter = flat[span.start : span.stop]
         assert parameter.size == np.prod(span.shape, dtype=int)
-        shards = [
-            flat[layout.shard_slice(rank)][layout.slice_in_shard(span, rank)]
-            for rank in range(ranks)
-        ]
+        shards = [flat[layout.shard_slice(rank)][layout.slice_in_shard(span, rank)] for rank in range(ranks)]
         np.testing.assert_array_equal(np.concatenate(shards), parameter)
         for rank, own_shard in enumerate(shards):
-            np.testing.assert_array_equal(
-                parameter[layout.slice_in_parameter(span, rank)], own_shard
-            )
+            np.testing.assert_array_equal(parameter[layout.slice_in_parameter(span, rank)], own_shard)
         assert [own_shard.size for own_shard in shards] == layout.shard_sizes(span)
 
 
@@ -88,10 +83,7 @@ def test_elements_of_lists_are_units():
         "layers.0.layers.1",
         "layers.1",
     ]
-    assert names_of(Sequential(Residual(Sequential(line(), line())), line())) == [
-        "layers.0",
-        "layers.1",
-    ]
+    assert names_of(Sequential(Residual(Sequential(line(), line())), line())) == ["layers.0", "layers.1"]
     root = Held(head=line(), body=Held(blocks=(Held(), {"x": Held()})))
     assert names_of(root) == ["body.blocks.0", "body.blocks.1.x"]
     # An element with lists and more of its own is one unit.

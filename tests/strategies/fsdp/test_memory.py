@@ -146,12 +146,7 @@ def test_pullbacks_hold_what_is_to_stay_and_dropped_ones_nothing(options, units)
 def test_memory_of_a_gather_that_may_still_write_is_not_lent_again(waited):
     def run(group):
         config = make_config(
-            group,
-            sharding=ShardingStrategy.FULL_SHARD,
-            replicas=None,
-            precision=None,
-            prefetch=True,
-            offload=False,
+            group, sharding=ShardingStrategy.FULL_SHARD, replicas=None, precision=None, prefetch=True, offload=False
         )
         model = Linear(4, 4, bias=False, rng=0)
         (unit,) = shard_module(model, {}, config).values()

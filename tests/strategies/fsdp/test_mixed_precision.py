@@ -69,9 +69,7 @@ def test_the_computation_is_in_half_and_the_shards_are_not(sharding, half):
     def run(group):
         model = build()
         model.layers.append(Look())
-        precision = MixedPrecision(
-            param_dtype=half, reduce_dtype=np.float32, output_dtype=np.float32
-        )
+        precision = MixedPrecision(param_dtype=half, reduce_dtype=np.float32, output_dtype=np.float32)
         model = shard(group, model, sharding=sharding, mixed_precision=precision)
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         x, target = batch(0, np.float32)
@@ -101,9 +99,7 @@ def test_gradients_are_those_of_a_model_in_half(sharding, half):
         return gathered_grads(model)
 
     plain = build(half)
-    for (_, ours), (_, theirs) in zip(
-        plain.named_parameters(), build().named_parameters(), strict=True
-    ):
+    for (_, ours), (_, theirs) in zip(plain.named_parameters(), build().named_parameters(), strict=True):
         ours.data[...] = theirs.data
     x, target = batch(0, np.float32)
     backward(plain, x.astype(half), target)
@@ -146,9 +142,7 @@ def test_inputs_are_cast_unless_told_otherwise_and_integers_never():
         indices = np.arange(3)
         assert MixedPrecision(param_dtype=np.float16).cast_input(indices) is indices
         complex_ = np.dtype(np.complex64)
-        assert (
-            precision.compute_dtype_of(complex_) == precision.reduce_dtype_of(complex_) == complex_
-        )
+        assert precision.compute_dtype_of(complex_) == precision.reduce_dtype_of(complex_) == complex_
 
     simulate(run, 1)
 

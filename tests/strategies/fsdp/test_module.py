@@ -59,9 +59,7 @@ def test_units_and_prefetching_change_nothing(units, prefetch):
 @pytest.mark.parametrize("sharding", WITHOUT_REPLICAS)
 def test_more_ranks_than_elements(sharding):
     def tiny():
-        return Sequential(
-            Linear(1, 1, dtype=np.float64, rng=0), Linear(1, 1, dtype=np.float64, rng=1)
-        )
+        return Sequential(Linear(1, 1, dtype=np.float64, rng=0), Linear(1, 1, dtype=np.float64, rng=1))
 
     def step(model):
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -119,10 +117,7 @@ def test_parameters_are_sharded_outside_passes_and_whole_inside(sharding):
         assert [item.name for item in held] == ["layers.0.inner.weight", "layers.0.inner.bias"]
         backward(sharded, np.ones((2, 3)), np.zeros((2, 3)))
         optimizer.step()
-        return [
-            (p.data.shape, p.grad.shape, optimizer.state[i]["m"].shape, p.splits)
-            for i, p in enumerate(held)
-        ]
+        return [(p.data.shape, p.grad.shape, optimizer.state[i]["m"].shape, p.splits) for i, p in enumerate(held)]
 
     results = simulate(run, 4)
     assert seen == [[(3, 3), (3,)]] * 8
@@ -352,9 +347,7 @@ def test_every_linear_may_be_a_unit_also_inside_attention():
     expected = Attention(4, 2, rng=0)(x)
 
     def run(group):
-        model = shard(
-            group, Attention(4, 2, rng=0), units=lambda _, module: isinstance(module, Linear)
-        )
+        model = shard(group, Attention(4, 2, rng=0), units=lambda _, module: isinstance(module, Linear))
         np.testing.assert_array_equal(model(x), expected)
 
     simulate(run, 2)

@@ -65,11 +65,7 @@ def test_shards_are_restored(sharding):
         other = shard(group, blank(), sharding=sharding)
         other.load_sharded_state_dict(shards)
         assert_same(other.state_dict(), whole, rtol=0, atol=0)
-        return {
-            name: own_shard
-            for name, own_shard in shards.items()
-            if isinstance(own_shard, FlatShard)
-        }
+        return {name: own_shard for name, own_shard in shards.items() if isinstance(own_shard, FlatShard)}
 
     results = simulate(run, 4)
     if sharding not in (ShardingStrategy.NO_SHARD, ShardingStrategy.HYBRID_SHARD):
@@ -129,9 +125,7 @@ def test_shards_of_the_optimizers_state_are_restored(sharding):
         fresh = AdamW(model.parameters(), lr=1.0)
         model.load_sharded_optimizer_state_dict(fresh, moments)
         assert fresh.lr == 0.05
-        assert_same(
-            model.full_optimizer_state_dict(fresh), model.full_optimizer_state_dict(optimizer)
-        )
+        assert_same(model.full_optimizer_state_dict(fresh), model.full_optimizer_state_dict(optimizer))
         return moments
 
     for result in simulate(run, 4):

@@ -92,9 +92,7 @@ def operations(group, calls, model, *, steps=2):
         begin = len(calls.started_ops)
         y, pullback = model.vjp(np.ones((1, 1)))
         pullback(y)
-        found.append(
-            [{"all_gather": "g", "reduce_scatter": "r"}[op] for op in calls.started_ops[begin:]]
-        )
+        found.append([{"all_gather": "g", "reduce_scatter": "r"}[op] for op in calls.started_ops[begin:]])
     return ["".join(ops) for ops in found]
 
 
@@ -104,11 +102,7 @@ def layers(count):
 
 @pytest.mark.parametrize(
     ("options", "backward"),
-    [
-        ({}, "rgrgrr"),
-        ({"prefetch": False}, "rgrgrgr"),
-        ({"sharding": ShardingStrategy.SHARD_GRAD_OP}, "rrrr"),
-    ],
+    [({}, "rgrgrr"), ({"prefetch": False}, "rgrgrgr"), ({"sharding": ShardingStrategy.SHARD_GRAD_OP}, "rrrr")],
 )
 def test_the_order_of_operations(options, backward):
     """The order is that of the table in `unit_scheduler`, in the first pass as in later ones."""

@@ -10,9 +10,7 @@ from ferro_strategies.nn import Linear, ReLU, Sequential
 
 def averaged(hook, dtype=np.float32, world_size=3):
     def run(group):
-        model = Sequential(
-            Linear(6, 16, dtype=dtype, rng=0), ReLU(), Linear(16, 4, dtype=dtype, rng=1)
-        )
+        model = Sequential(Linear(6, 16, dtype=dtype, rng=0), ReLU(), Linear(16, 4, dtype=dtype, rng=1))
         model = DDP(model, group, hook=hook, bucket_bytes=256, first_bucket_bytes=64)
         x = np.random.default_rng(group.rank).standard_normal((5, 6)).astype(dtype)
         y, pullback = model.vjp(x)
@@ -23,9 +21,7 @@ def averaged(hook, dtype=np.float32, world_size=3):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("hook", "bits"), [(hooks.float16, 11), (hooks.bfloat16, 8)], ids=["float16", "bfloat16"]
-)
+@pytest.mark.parametrize(("hook", "bits"), [(hooks.float16, 11), (hooks.bfloat16, 8)], ids=["float16", "bfloat16"])
 def test_half_precision_is_close_and_alike(hook, bits, dtype):
     exact, results = averaged(None, dtype), averaged(hook, dtype)
     for name, value in exact[0].items():

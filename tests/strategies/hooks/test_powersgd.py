@@ -19,10 +19,7 @@ def bucket_of(*grads):
     """Make a bucket that holds copies of these gradients."""
     buffer = np.concatenate([grad.reshape(-1) for grad in grads])
     ends = np.cumsum([grad.size for grad in grads])
-    views = tuple(
-        buffer[end - grad.size : end].reshape(grad.shape)
-        for end, grad in zip(ends, grads, strict=True)
-    )
+    views = tuple(buffer[end - grad.size : end].reshape(grad.shape) for end, grad in zip(ends, grads, strict=True))
     names = tuple(f"p{index}" for index in range(len(grads)))
     return GradBucket(index=0, buffer=buffer, grads=views, names=names)
 
@@ -170,9 +167,7 @@ def test_a_model_learns_with_it_and_stays_one_model():
     target = draw(7, 24, 16) / 5
 
     def run(group):
-        model = Sequential(
-            Linear(24, 32, dtype=np.float64, rng=0), ReLU(), Linear(32, 16, dtype=np.float64, rng=1)
-        )
+        model = Sequential(Linear(24, 32, dtype=np.float64, rng=0), ReLU(), Linear(32, 16, dtype=np.float64, rng=1))
         hook = PowerSGD(rank=2)
         model = DDP(model, group, hook=hook, bucket_bytes=8192, first_bucket_bytes=1024)
         optimizer = SGD(model.parameters(), lr=0.5, momentum=0.5)
@@ -194,8 +189,7 @@ def test_a_model_learns_with_it_and_stays_one_model():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"rank": 0}, "rank must be at least 1"), ({"start_after": -1}, "start_after must be")],
+    ("options", "message"), [({"rank": 0}, "rank must be at least 1"), ({"start_after": -1}, "start_after must be")]
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ferro.UsageError, match=message):

@@ -29,12 +29,7 @@ def test_each_rank_has_a_group_along_each_axis(shape):
     def run(group):
         mesh = DeviceMesh(shape, names, group)
         np.testing.assert_array_equal(mesh.ranks, array)
-        assert (mesh.shape, mesh.names, mesh.ndim, mesh.size) == (
-            shape,
-            names,
-            len(shape),
-            array.size,
-        )
+        assert (mesh.shape, mesh.names, mesh.ndim, mesh.size) == (shape, names, len(shape), array.size)
         here = mesh.coordinates
         assert mesh.rank_of(here) == array[here] == group.rank
         for axis, name in enumerate(names):
@@ -74,13 +69,7 @@ def test_an_array_gives_the_rank_at_each_coordinate_and_may_leave_ranks_out():
             mesh.coordinates_of(2)
         return members(mesh["row"]), members(mesh["column"])
 
-    assert simulate(run, 5) == [
-        ([4, 0], [0, 3]),
-        ([1, 3], [4, 1]),
-        None,
-        ([1, 3], [0, 3]),
-        ([4, 0], [4, 1]),
-    ]
+    assert simulate(run, 5) == [([4, 0], [0, 3]), ([1, 3], [4, 1]), None, ([1, 3], [0, 3]), ([4, 0], [4, 1])]
 
 
 def test_the_mesh_copies_the_array_of_ranks():
@@ -175,11 +164,7 @@ WRONG = {
     "an empty axis": ((2, 0), ("dp", "tp"), "axis 'tp' has size 0"),
     "a negative axis": ((-1, -2), ("dp", "tp"), "axis 'dp' has size -1"),
     "an empty array": (np.zeros((2, 0), int), ("dp", "tp"), "axis 'tp' has size 0"),
-    "too many places": (
-        (2, 2),
-        ("dp", "tp"),
-        r"\(2, 2\) has room for 4 ranks, but the group has 2",
-    ),
+    "too many places": ((2, 2), ("dp", "tp"), r"\(2, 2\) has room for 4 ranks, but the group has 2"),
     "too few places": ((1,), ("dp",), "has room for 1 ranks, but the group has 2"),
     "a number": (2, ("dp",), "must be a tuple of integers, not 2"),
     "fractions": ((2.0,), ("dp",), "must be a tuple of integers"),

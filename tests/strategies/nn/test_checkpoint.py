@@ -60,16 +60,8 @@ def passes(model, xs):
 
 MODELS = {
     "one": (lambda wrap: wrap(block(np.random.default_rng(3))), (2, 3, 4)),
-    "several": (
-        lambda wrap: Sequential(*(wrap(block(rng)) for rng in [np.random.default_rng(3)] * 3)),
-        (2, 3, 4),
-    ),
-    "nested": (
-        lambda wrap: wrap(
-            Sequential(*(wrap(block(rng)) for rng in [np.random.default_rng(3)] * 2))
-        ),
-        (2, 3, 4),
-    ),
+    "several": (lambda wrap: Sequential(*(wrap(block(rng)) for rng in [np.random.default_rng(3)] * 3)), (2, 3, 4)),
+    "nested": (lambda wrap: wrap(Sequential(*(wrap(block(rng)) for rng in [np.random.default_rng(3)] * 2))), (2, 3, 4)),
     "statistics": (lambda wrap: wrap(rows_block()), (5, 4)),
     "evaluation": (lambda wrap: wrap(rows_block()).eval(), (5, 4)),
 }
@@ -216,12 +208,7 @@ def test_what_fails_the_second_time_leaves_all_as_it_was():
 
 def test_only_the_input_is_kept():
     def widening(layers):
-        return Sequential(
-            *(
-                wrap(Sequential(Linear(8, 512, rng=0), GELU(), Linear(512, 8, rng=0)))
-                for wrap in layers
-            )
-        )
+        return Sequential(*(wrap(Sequential(Linear(8, 512, rng=0), GELU(), Linear(512, 8, rng=0))) for wrap in layers))
 
     x = np.ones((64, 8), np.float32)
 

@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import (
-    Conv2d,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Parameter,
-    ReLU,
-    Sequential,
-    deferring,
-)
+from ferro_strategies.nn import Conv2d, Embedding, LayerNorm, Linear, Parameter, ReLU, Sequential, deferring
 
 X = np.random.default_rng(0).standard_normal((4, 3))
 

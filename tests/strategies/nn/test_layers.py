@@ -47,14 +47,8 @@ CASES = {
     "unembedding sequence": (lambda t: Unembedding(Embedding(4, 3, dtype=t, rng=1)), (2, 4, 3)),
     "conv": (lambda t: Conv2d(2, 3, 3, dtype=t, rng=1), (2, 2, 5, 4)),
     "conv batch 1, one window": (lambda t: Conv2d(1, 2, 3, dtype=t, rng=1), (1, 1, 3, 3)),
-    "conv stride, padding": (
-        lambda t: Conv2d(2, 2, 3, stride=2, padding=1, dtype=t, rng=1),
-        (2, 2, 6, 5),
-    ),
-    "conv uneven": (
-        lambda t: Conv2d(1, 2, (2, 3), stride=(3, 1), padding=(0, 2), dtype=t, rng=1),
-        (2, 1, 6, 3),
-    ),
+    "conv stride, padding": (lambda t: Conv2d(2, 2, 3, stride=2, padding=1, dtype=t, rng=1), (2, 2, 6, 5)),
+    "conv uneven": (lambda t: Conv2d(1, 2, (2, 3), stride=(3, 1), padding=(0, 2), dtype=t, rng=1), (2, 1, 6, 3)),
     "conv 1x1 without bias": (lambda t: Conv2d(3, 2, 1, bias=False, dtype=t, rng=1), (2, 3, 2, 2)),
     "conv gaps": (lambda t: Conv2d(1, 1, 2, stride=3, dtype=t, rng=1), (1, 1, 7, 7)),
     "conv empty": (lambda t: Conv2d(1, 2, 2, dtype=t, rng=1), (0, 1, 3, 3)),
@@ -207,11 +201,7 @@ def test_dropout_of_everything_is_zero():
 
 @pytest.mark.parametrize(
     "build",
-    [
-        lambda rng: Linear(4, 5, rng=rng),
-        lambda rng: Conv2d(2, 3, 3, rng=rng),
-        lambda rng: Embedding(4, 5, rng=rng),
-    ],
+    [lambda rng: Linear(4, 5, rng=rng), lambda rng: Conv2d(2, 3, 3, rng=rng), lambda rng: Embedding(4, 5, rng=rng)],
 )
 def test_first_values_follow_the_seed(build):
     one, same, other = (build(seed).weight.data for seed in (1, 1, 2))

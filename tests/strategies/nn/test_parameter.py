@@ -110,12 +110,7 @@ def read_only(array):
 
 @pytest.mark.parametrize(
     "memory",
-    [
-        np.zeros((3, 2)),
-        np.zeros((2, 3), np.float32),
-        np.zeros((3, 2)).T,
-        read_only(np.zeros((2, 3))),
-    ],
+    [np.zeros((3, 2)), np.zeros((2, 3), np.float32), np.zeros((3, 2)).T, read_only(np.zeros((2, 3)))],
     ids=["shape", "dtype", "order", "read-only"],
 )
 def test_memory_that_does_not_fit_is_refused(memory):
@@ -169,9 +164,7 @@ def test_gradients_take_the_dtype_of_the_parameter():
     assert p.grad.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    "data", [np.zeros(3, np.int64), np.zeros((2, 3)).T], ids=["integer", "order"]
-)
+@pytest.mark.parametrize("data", [np.zeros(3, np.int64), np.zeros((2, 3)).T], ids=["integer", "order"])
 def test_data_must_be_contiguous_floats(data):
     with pytest.raises(UsageError, match="C-contiguous floating-point"):
         Parameter(data)
@@ -208,12 +201,7 @@ def test_completion_runs_backwards_through_a_sequential():
     assert all(p.outstanding_uses == 1 for p in model.parameters())
     assert record == []
     pullback(np.ones((4, 1), np.float32))
-    assert [name for name, _ in record] == [
-        "layers.2.bias",
-        "layers.2.weight",
-        "layers.0.bias",
-        "layers.0.weight",
-    ]
+    assert [name for name, _ in record] == ["layers.2.bias", "layers.2.weight", "layers.0.bias", "layers.0.weight"]
     assert all(p.outstanding_uses == 0 for p in model.parameters())
 
 

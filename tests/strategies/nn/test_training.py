@@ -63,9 +63,7 @@ def test_a_convolutional_network_tells_bars_apart():
 def test_an_embedding_network_learns_a_table():
     indices, target = np.arange(5), np.array([[3.0], [-1.0], [2.0], [0.0], [1.0]], np.float32)
     model = Sequential(
-        Embedding(5, 8, rng=0),
-        Residual(Sequential(LayerNorm(8), Linear(8, 8, rng=1), GELU())),
-        Linear(8, 1, rng=2),
+        Embedding(5, 8, rng=0), Residual(Sequential(LayerNorm(8), Linear(8, 8, rng=1), GELU())), Linear(8, 1, rng=2)
     )
     optimizer = AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
     assert train(model, optimizer, mse_loss, indices, target, 200) < 1e-3

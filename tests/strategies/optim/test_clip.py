@@ -20,10 +20,7 @@ def parameters(*grads):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 def test_long_gradients_are_scaled_together(dtype):
-    made = [
-        *parameters(np.array([3.0, 0.0], dtype), np.array([[4.0]], dtype)),
-        Parameter(np.ones(3)),
-    ]
+    made = [*parameters(np.array([3.0, 0.0], dtype), np.array([[4.0]], dtype)), Parameter(np.ones(3))]
     assert clip_grad_norm(made, 2.5) == 5.0
     np.testing.assert_array_equal(made[0].grad, np.array([1.5, 0.0], dtype))
     np.testing.assert_array_equal(made[1].grad, np.array([[2.0]], dtype))
@@ -66,9 +63,7 @@ def test_pieces_on_other_ranks_count_and_what_all_have_counts_once():
     def run(group):
         pair = group.split(group.rank // 2)
         half = group.split(group.rank % 2)
-        made = parameters(
-            row[pair.rank :: 2], block[2 * half.rank + pair.rank :][:1].copy(), shared.copy()
-        )
+        made = parameters(row[pair.rank :: 2], block[2 * half.rank + pair.rank :][:1].copy(), shared.copy())
         made[0].splits = (Split(group=pair, dim=0),)
         made[1].splits = (Split(group=pair, dim=0), Split(group=half, dim=0))
         if group.rank == 3:

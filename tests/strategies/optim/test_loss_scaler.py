@@ -83,9 +83,7 @@ def test_overflow_in_unscaling_skips():
 
 
 def test_the_scale_grows_after_steps_in_a_row_only():
-    scaler = LossScaler(
-        initial_scale=8.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=3
-    )
+    scaler = LossScaler(initial_scale=8.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=3)
     good, bad = [1.0], [np.nan]
     scales = []
     for grad in (good, good, bad, good, good, good, good, good, good, bad):
@@ -223,9 +221,7 @@ def test_pieces_on_ranks_outside_the_group_are_refused():
         parameter.splits = (Split(group=group, dim=0),)
         half = group.split(group.rank % 2)
         for scaler in (LossScaler(), LossScaler(group=half)):
-            with pytest.raises(
-                ferro.UsageError, match=r"'head.weight' is split over group 'world'"
-            ):
+            with pytest.raises(ferro.UsageError, match=r"'head.weight' is split over group 'world'"):
                 scaler.step(optimizer)
         assert parameter.grad == 1  # nothing was unscaled
         parameter.splits = (Split(group=half, dim=None),)

@@ -15,11 +15,7 @@ SGD_CASES = [
     {"momentum": 0.8, "nesterov": True},
     {"momentum": 0.8, "weight_decay": 0.1, "nesterov": True},
 ]
-ADAMW_CASES = [
-    {},
-    {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3},
-    {"betas": (0.0, 0.0), "weight_decay": 0.0},
-]
+ADAMW_CASES = [{}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3}, {"betas": (0.0, 0.0), "weight_decay": 0.0}]
 CASES = [(SGD, {"lr": 0.1} | case) for case in SGD_CASES]
 CASES += [(AdamW, {"lr": 0.01} | case) for case in ADAMW_CASES]
 EACH = pytest.mark.parametrize(("optimizer_class", "options"), CASES)
@@ -54,9 +50,7 @@ def step(optimizer, grads):
 
 def sample(shape, dtype, count=5):
     rng = np.random.default_rng(0)
-    return rng.standard_normal(shape).astype(dtype), [
-        rng.standard_normal(shape).astype(dtype) for _ in range(count)
-    ]
+    return rng.standard_normal(shape).astype(dtype), [rng.standard_normal(shape).astype(dtype) for _ in range(count)]
 
 
 @EACH

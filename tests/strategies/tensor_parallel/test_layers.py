@@ -143,9 +143,7 @@ def test_the_weight_gradient_is_computed_while_the_input_gradient_is_summed(sequ
     computed = threading.Event()
 
     def run(group):
-        layer = tp.ColumnParallelLinear(
-            3, 4, group, sequence_parallel=sequence_parallel, dtype=F64, rng=0
-        )
+        layer = tp.ColumnParallelLinear(3, 4, group, sequence_parallel=sequence_parallel, dtype=F64, rng=0)
         y, pullback = layer.vjp(floats(2, 2, 3))
         if group.rank == 0:
             layer.weight.on_complete(lambda _: computed.set())
@@ -201,20 +199,14 @@ def test_half_precision_is_near_the_exact_result(dtype, sequence_parallel):
 
     def run(group):
         parts = nn.LayerNorm(8, dtype=dtype), nn.Attention(8, 2, dtype=dtype, rng=1)
-        attention = tp.ParallelAttention.from_serial(
-            parts[1], group, sequence_parallel=sequence_parallel
-        )
-        columns = tp.ColumnParallelLinear(
-            8, 8, group, dtype=dtype, rng=2, sequence_parallel=sequence_parallel
-        )
+        attention = tp.ParallelAttention.from_serial(parts[1], group, sequence_parallel=sequence_parallel)
+        columns = tp.ColumnParallelLinear(8, 8, group, dtype=dtype, rng=2, sequence_parallel=sequence_parallel)
         if sequence_parallel:
             ends = (tp.SplitIn(group), tp.SequenceParallelLayerNorm.from_serial(parts[0], group))
         else:
             ends = (parts[0],)
         loss_of = partial(tp.vocab_parallel_cross_entropy, labels=labels, group=group)
-        y, loss, grad = train_pass(
-            nn.Sequential(*ends, attention, columns), x.astype(dtype), loss_of
-        )
+        y, loss, grad = train_pass(nn.Sequential(*ends, attention, columns), x.astype(dtype), loss_of)
         assert y.dtype == grad.dtype == dtype
         return loss, grad
 

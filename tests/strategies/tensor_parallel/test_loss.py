@@ -12,9 +12,7 @@ from .models import F64, RANKS, Traffic, floats, simulate
 
 
 @RANKS
-@pytest.mark.parametrize(
-    ("dtype", "size", "rtol"), [(F64, 1.0, 1e-12), (F64, 1e4, 1e-12), (np.float32, 3.0, 1e-5)]
-)
+@pytest.mark.parametrize(("dtype", "size", "rtol"), [(F64, 1.0, 1e-12), (F64, 1e4, 1e-12), (np.float32, 3.0, 1e-5)])
 @pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7), (7,)])
 def test_the_loss_is_that_of_all_logits(ranks, dtype, size, rtol, shape):
     logits = (size * floats(*shape)).astype(dtype)

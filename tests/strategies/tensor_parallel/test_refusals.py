@@ -67,15 +67,10 @@ REFUSED = {
         "gather_output makes whole sequences",
     ),
     "whole inputs and sequence parallel": (
-        lambda group: tp.RowParallelLinear(
-            4, 4, group, input_is_parallel=False, sequence_parallel=True
-        ),
+        lambda group: tp.RowParallelLinear(4, 4, group, input_is_parallel=False, sequence_parallel=True),
         "sequence_parallel needs input_is_parallel",
     ),
-    "dtype": (
-        lambda group: COLUMN(4, 4, group, rng=0)(np.ones((2, 4))),
-        "expected input of dtype float32",
-    ),
+    "dtype": (lambda group: COLUMN(4, 4, group, rng=0)(np.ones((2, 4))), "expected input of dtype float32"),
     "column shape": (
         lambda group: COLUMN(4, 4, group, rng=0, sequence_parallel=True)(np.ones((2, 4), "f")),
         r"expected input of shape \(B, t, 4\), got \(2, 4\)",
@@ -85,9 +80,7 @@ REFUSED = {
         r"expected input of shape \(..., 2\), got \(2, 4\)",
     ),
     "row sequences": (
-        lambda group: tp.RowParallelLinear(4, 4, group, rng=0, sequence_parallel=True)(
-            np.ones((3, 2), "f")
-        ),
+        lambda group: tp.RowParallelLinear(4, 4, group, rng=0, sequence_parallel=True)(np.ones((3, 2), "f")),
         r"expected input of shape \(B, T, 2\), got \(3, 2\)",
     ),
     "attention shape": (
@@ -99,9 +92,7 @@ REFUSED = {
         r"expected input of shape \(..., 4\), got \(2, 3\)",
     ),
     "unembedding shape": (
-        lambda group: tp.ParallelUnembedding(tp.ParallelEmbedding(5, 4, group, rng=0))(
-            np.ones((2, 3), "f")
-        ),
+        lambda group: tp.ParallelUnembedding(tp.ParallelEmbedding(5, 4, group, rng=0))(np.ones((2, 3), "f")),
         r"ParallelUnembedding.* expected input of shape \(\.\.\., 4\), got \(2, 3\)",
     ),
     "region shape": (
@@ -129,9 +120,7 @@ REFUSED = {
         r"need labels of shape \(1,\), got \(2,\)",
     ),
     "no classes": (
-        lambda group: tp.vocab_parallel_cross_entropy(
-            np.ones((1, 1 - group.rank)), np.array([0]), group
-        ),
+        lambda group: tp.vocab_parallel_cross_entropy(np.ones((1, 1 - group.rank)), np.array([0]), group),
         r"have \(1, 0\) classes; each needs at least one",
     ),
     "plan": (
@@ -152,17 +141,13 @@ REFUSED = {
     ),
     "tied and sharded differently": (
         lambda group: tp.parallelize(
-            tied_model(),
-            group,
-            {"layers.0": COLUMN.from_serial, "layers.1": tp.RowParallelLinear.from_serial},
+            tied_model(), group, {"layers.0": COLUMN.from_serial, "layers.1": tp.RowParallelLinear.from_serial}
         ),
         "'layers.1' shares parameter 'weight' with another layer.*do not cut it alike",
     ),
     "tied below": (
         lambda group: tp.parallelize(
-            tied_attention(),
-            group,
-            {"layers.0": tp.ParallelAttention.from_serial, "layers.1": COLUMN.from_serial},
+            tied_attention(), group, {"layers.0": tp.ParallelAttention.from_serial, "layers.1": COLUMN.from_serial}
         ),
         "'layers.1' and 'layers.0.query' share parameter 'weight'",
     ),

@@ -27,11 +27,7 @@ def serial_model(*, checkpoint=False):
     wrap = nn.Checkpoint if checkpoint else lambda module: module
     model = nn.Sequential(
         nn.Embedding(VOCABULARY, DIM, **wide),
-        nn.Residual(
-            wrap(
-                nn.Sequential(nn.LayerNorm(DIM, dtype=np.float64), nn.Attention(DIM, HEADS, **wide))
-            )
-        ),
+        nn.Residual(wrap(nn.Sequential(nn.LayerNorm(DIM, dtype=np.float64), nn.Attention(DIM, HEADS, **wide)))),
         nn.Residual(
             wrap(
                 nn.Sequential(

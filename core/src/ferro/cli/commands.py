@@ -68,11 +68,7 @@ def extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
             if package == f"ferro-{extra}":
                 extras[package.replace("-", "_")] = extra
     known = ferro.entry_points.select(group=_KNOWN_COMMANDS)
-    return {
-        entry.name: extras[entry.value]
-        for entry in known
-        if entry.name not in present and entry.value in extras
-    }
+    return {entry.name: extras[entry.value] for entry in known if entry.name not in present and entry.value in extras}
 
 
 def _absent(name: str) -> UsageError | PluginError:
@@ -83,9 +79,6 @@ def _absent(name: str) -> UsageError | PluginError:
         return PluginError(f"no installed plugin offers the command {name!r}; {broken[0]}")
     if extra is not None:
         return UsageError(
-            f"the command {name!r} is not installed: the extra {extra!r} brings it, "
-            f"{how_to_install(extra)}"
+            f"the command {name!r} is not installed: the extra {extra!r} brings it, {how_to_install(extra)}"
         )
-    return UsageError(
-        f"there is no command {name!r}; there are: {', '.join(sorted(found))}; see `ferro --help`"
-    )
+    return UsageError(f"there is no command {name!r}; there are: {', '.join(sorted(found))}; see `ferro --help`")

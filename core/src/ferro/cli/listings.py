@@ -17,9 +17,7 @@ _CELL_CHARACTERS = 44
 
 def show_backends(arguments: Sequence[str]) -> int:
     """Print the installed backends, and whether each can be used here; return the exit status."""
-    as_json = _parse(
-        "backends", "Show which backends are installed, and whether they can be used.", arguments
-    )
+    as_json = _parse("backends", "Show which backends are installed, and whether they can be used.", arguments)
     found = available()
     if as_json:
         text = json.dumps({name: asdict(value) for name, value in found.items()}, indent=2)
@@ -36,9 +34,7 @@ def show_backends(arguments: Sequence[str]) -> int:
 
 def show_plugins(arguments: Sequence[str]) -> int:
     """Print every installed plugin with its hooks and versions; return 1 when one is broken."""
-    as_json = _parse(
-        "plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments
-    )
+    as_json = _parse("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments)
     plugins = installed()
     if as_json:
         found = {

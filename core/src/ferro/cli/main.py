@@ -54,17 +54,10 @@ def _help() -> str:
     found, broken = available()
     absent = extras_of_absent_commands(found)
     width = max(map(len, (*found, *absent)))
-    lines = [
-        "usage: ferro COMMAND ...",
-        "",
-        "Distributed training for NumPy and CuPy.",
-        "",
-        "commands:",
-    ]
+    lines = ["usage: ferro COMMAND ...", "", "Distributed training for NumPy and CuPy.", "", "commands:"]
     lines += [f"  {name:<{width}}  {info.summary}" for name, info in sorted(found.items())]
     lines += [
-        f"  {name:<{width}}  not installed; the extra {extra!r} brings it"
-        for name, extra in sorted(absent.items())
+        f"  {name:<{width}}  not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())
     ]
     lines += ["", "`ferro COMMAND --help` tells the rest; `ferro --version` prints the version."]
     if absent:

@@ -10,11 +10,7 @@ def _info(
     collective: str, algorithm: str, build: Build, summary: str, *, combines_once: bool = False
 ) -> CollectiveInfo:
     return CollectiveInfo(
-        collective=collective,
-        algorithm=algorithm,
-        build=build,
-        combines_once=combines_once,
-        summary=summary,
+        collective=collective, algorithm=algorithm, build=build, combines_once=combines_once, summary=summary
     )
 
 
@@ -35,9 +31,7 @@ BUILTIN: tuple[CollectiveInfo, ...] = (
     _info("gather", "tree", tree.tree_gather, "binomial tree"),
     _info("scatter", "direct", direct.direct_scatter, "the root sends to all"),
     _info("scatter", "tree", tree.tree_scatter, "binomial tree"),
-    _info(
-        "reduce_scatter", "direct", direct.direct_reduce_scatter, "one round", combines_once=True
-    ),
+    _info("reduce_scatter", "direct", direct.direct_reduce_scatter, "one round", combines_once=True),
     _info("reduce_scatter", "ring", ring.ring_reduce_scatter, "n-1 rounds between neighbours"),
     _info("all_to_all", "direct", direct.direct_all_to_all, "one round"),
     _info("all_to_all", "pairwise", direct.pairwise_all_to_all, "n-1 rounds"),

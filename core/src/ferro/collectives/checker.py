@@ -60,9 +60,7 @@ def check(collective: str, build: Build, world_size: int, root: int = 0) -> Proo
         UsageError: there is no such collective, world size or root.
     """
     if collective not in CONTRACTS:
-        raise UsageError(
-            f"there is no collective {collective!r} to check; choose one of {', '.join(CONTRACTS)}."
-        )
+        raise UsageError(f"there is no collective {collective!r} to check; choose one of {', '.join(CONTRACTS)}.")
     subject = Subject(collective, build, world_size, root)
     contract = CONTRACTS[collective]
     schedules = subject.schedules()
@@ -73,8 +71,7 @@ def check(collective: str, build: Build, world_size: int, root: int = 0) -> Proo
     results = run.results()
     in_order = tuple(range(world_size))
     return Proof(
-        rank_order=not contract.reduces
-        or all(term.order == in_order for terms in results for term in terms),
+        rank_order=not contract.reduces or all(term.order == in_order for terms in results for term in terms),
         combines_once=all(term.at_once for terms in results for term in terms),
         same_everywhere=all(term.number == terms[0].number for terms in results for term in terms),
         rounds=max(len(schedule.rounds) for schedule in schedules),
@@ -95,7 +92,5 @@ def _check_chunks(subject: Subject, contract: Contract, chunks: int) -> None:
         wanted, right = str(count), chunks == count
     if not right:
         raise subject.error(
-            f"has {chunks} chunks; {subject.op} needs {wanted}. "
-            f"See the table in ferro.collectives.schedule.",
-            rank=0,
+            f"has {chunks} chunks; {subject.op} needs {wanted}. See the table in ferro.collectives.schedule.", rank=0
         )

@@ -52,9 +52,7 @@ class Choice:
                     f"{info.algorithm!r} for {info.collective!r} does not: choose one of them"
                 )
 
-    def algorithm(
-        self, collective: str, world_size: int, nbytes: int, *, at_once: bool = False
-    ) -> CollectiveInfo:
+    def algorithm(self, collective: str, world_size: int, nbytes: int, *, at_once: bool = False) -> CollectiveInfo:
         """Return the algorithm for a call.
 
         Args:
@@ -103,9 +101,7 @@ def _builtin(collective: str, algorithm: str) -> CollectiveInfo:
     # Here, for the algorithms are only needed when one is to run: `import ferro` stays quick.
     from ferro.collectives.builtin import BUILTIN
 
-    return next(
-        info for info in BUILTIN if (info.collective, info.algorithm) == (collective, algorithm)
-    )
+    return next(info for info in BUILTIN if (info.collective, info.algorithm) == (collective, algorithm))
 
 
 @lru_cache(maxsize=1024)

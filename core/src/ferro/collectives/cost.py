@@ -168,9 +168,7 @@ class _Clock:
     A rank is a generator that gives the channel it waits for, and goes on when a message is there.
     """
 
-    def __init__(
-        self, subject: Subject, programs: Sequence[_Program], nbytes: int, network: Network
-    ) -> None:
+    def __init__(self, subject: Subject, programs: Sequence[_Program], nbytes: int, network: Network) -> None:
         self._subject = subject
         self._programs = programs
         self._network = network
@@ -191,9 +189,7 @@ class _Clock:
             source, offset = min(self._waiting)
             target = (source + offset) % self._subject.world_size
             raise self._subject.error(
-                f"waits for ever for rank {source}. Run ferro.collectives.checker on it.",
-                rank=target,
-                peer=source,
+                f"waits for ever for rank {source}. Run ferro.collectives.checker on it.", rank=target, peer=source
             )
         return max(self._ends)
 

@@ -85,9 +85,7 @@ class Senders:
             for buffer in buffers:
                 transport.send(buffer, peer, tag=tag, deadline=deadline)
 
-        sending: list[Future[None]] = [
-            self._pool.submit(send_all, peer, buffers) for peer, buffers in by_peer.items()
-        ]
+        sending: list[Future[None]] = [self._pool.submit(send_all, peer, buffers) for peer, buffers in by_peer.items()]
         try:
             for peer, buffer in recvs:
                 transport.recv(buffer, peer, tag=tag, deadline=deadline)
@@ -119,9 +117,7 @@ def agree(transport: Transport, call: Call, deadline: float) -> None:
         while distance < transport.world_size:
             to = (transport.rank + distance) % transport.world_size
             source = (transport.rank - distance) % transport.world_size
-            transport.exchange(
-                [(to, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline
-            )
+            transport.exchange([(to, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline)
             if theirs.tobytes() != call.label():
                 raise mismatch(transport.rank, call, source, theirs.tobytes())
             distance *= 2
@@ -160,9 +156,7 @@ def all_reduce(transport: Transport, buffer: Array, reduction: Reduction, deadli
     _run(transport, "all_reduce", buffer, buffer.nbytes, reduction=reduction, deadline=deadline)
 
 
-def reduce(
-    transport: Transport, buffer: Array, reduction: Reduction, root: int, deadline: float
-) -> None:
+def reduce(transport: Transport, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
     """See `ferro.Backend.reduce`."""
     _run(transport, "reduce", buffer, buffer.nbytes, root, reduction=reduction, deadline=deadline)
     release(transport, deadline)
@@ -179,12 +173,7 @@ def all_gather(transport: Transport, buffer: Array, counts: Sequence[int], deadl
 
 
 def gather(
-    transport: Transport,
-    block: Array,
-    out: Array | None,
-    counts: Sequence[int],
-    root: int,
-    deadline: float,
+    transport: Transport, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `ferro.Backend.gather`."""
     if out is not None:
@@ -195,12 +184,7 @@ def gather(
 
 
 def scatter(
-    transport: Transport,
-    block: Array,
-    source: Array | None,
-    counts: Sequence[int],
-    root: int,
-    deadline: float,
+    transport: Transport, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `ferro.Backend.scatter`."""
     chunks = _rooted_chunks(transport, block, source, counts)
@@ -210,12 +194,7 @@ def scatter(
 
 
 def reduce_scatter(
-    transport: Transport,
-    source: Array,
-    out: Array,
-    counts: Sequence[int],
-    reduction: Reduction,
-    deadline: float,
+    transport: Transport, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
     """See `ferro.Backend.reduce_scatter`."""
     info = transport.choice.algorithm(
@@ -278,9 +257,7 @@ def _run(
         reduction.finish(data)
 
 
-def _rooted_chunks(
-    transport: Transport, block: Array, whole: Array | None, counts: Sequence[int]
-) -> Sequence[Array]:
+def _rooted_chunks(transport: Transport, block: Array, whole: Array | None, counts: Sequence[int]) -> Sequence[Array]:
     """List all ranks' blocks; away from the root, the others' are memory to relay them."""
     if whole is not None:
         return blocks(whole, counts)

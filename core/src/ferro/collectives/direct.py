@@ -26,9 +26,7 @@ def direct_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
         reduce and allreduce). Theirs halves and doubles over log2(n) rounds; ours takes one
         round for each half, which keeps the order of ranks.
     """
-    return _schedule(
-        world_size, _reduce_scatter_round(rank, world_size), _all_gather_round(rank, world_size)
-    )
+    return _schedule(world_size, _reduce_scatter_round(rank, world_size), _all_gather_round(rank, world_size))
 
 
 def exchange_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -108,10 +106,7 @@ def pairwise_all_to_all(rank: int, world_size: int, root: int = 0) -> Schedule:
         operations in MPICH", section on all-to-all, the pairwise algorithm for long messages.
         Theirs pairs ranks by exclusive or where n is a power of two; ours shifts for every n.
     """
-    return Schedule(
-        world_size * world_size,
-        tuple(_shift(rank, world_size, step) for step in range(1, world_size)),
-    )
+    return Schedule(world_size * world_size, tuple(_shift(rank, world_size, step) for step in range(1, world_size)))
 
 
 def direct_broadcast(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -176,10 +171,7 @@ def _all_gather_round(rank: int, n: int) -> Round:
 
 def _shift(rank: int, n: int, step: int) -> Round:
     target, source = (rank + step) % n, (rank - step) % n
-    return Round(
-        sends=(Send(target, (rank * n + target,)),),
-        recvs=(Recv(source, (source * n + rank,)),),
-    )
+    return Round(sends=(Send(target, (rank * n + target,)),), recvs=(Recv(source, (source * n + rank,)),))
 
 
 def _after(rank: int, n: int) -> tuple[int, ...]:

@@ -35,12 +35,7 @@ class Exchanger(Protocol):
     rank: int
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `ferro.Backend.exchange`."""
 

@@ -42,9 +42,7 @@ class ReductionTransfers(Protocol):
     def all_gather(self, buffer: Array, counts: Sequence[int]) -> None:
         """Fill `buffer`, block by block of `counts` elements; this rank's block is in its place."""
 
-    def all_to_all(
-        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
-    ) -> None:
+    def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """Send each rank r `counts[r]` elements of `source` from `offsets[r]` on.
 
         `out` takes one block from every rank, in order of rank; the blocks are of equal size.
@@ -63,13 +61,7 @@ class GatheredReduction:
     """
 
     def __init__(
-        self,
-        transfers: ReductionTransfers,
-        rank: int,
-        world_size: int,
-        reduction: Reduction,
-        *,
-        segment_bytes: int,
+        self, transfers: ReductionTransfers, rank: int, world_size: int, reduction: Reduction, *, segment_bytes: int
     ) -> None:
         self._transfers = transfers
         self._rank = rank
@@ -120,9 +112,7 @@ class GatheredReduction:
         self._transfers.all_gather(gathered, [count] * n)
         self._reduction.into(buffer, contributions, at_once=True)
 
-    def _combine(
-        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
-    ) -> None:
+    def _combine(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """Send each rank its part of `source`; combine the parts that arrive into `out`."""
         received = self._transfers.empty(self._world_size * out.size, source.dtype)
         self._transfers.all_to_all(source, offsets, counts, received)

@@ -115,9 +115,7 @@ def _narrow(numbers: npt.NDArray[np.float32], out: Array) -> None:
         _round(signed, bits, out.view(np.uint16))
 
 
-def _round(
-    signed: npt.NDArray[np.uint32], bits: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]
-) -> None:
+def _round(signed: npt.NDArray[np.uint32], bits: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]) -> None:
     """Round float32 numbers below 65520 to float16, all of them given and returned as bits.
 
     A number with exponent e keeps the multiple of 2**(e-10) nearest to it, or of 2**-24 where it

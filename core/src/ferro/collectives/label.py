@@ -180,8 +180,6 @@ def context_of(tag: int) -> int:
 def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
     """Make the error for a label that differs from this rank's own call."""
     theirs = Call.from_label(label)
-    if (
-        mine.op == "send"
-    ):  # one label stands for both ends of a transfer; this rank was the receiver
+    if mine.op == "send":  # one label stands for both ends of a transfer; this rank was the receiver
         mine = replace(mine, op="recv")
     return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {theirs}", peer=peer)

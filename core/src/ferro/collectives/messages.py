@@ -50,9 +50,7 @@ class Subject:
 
     def schedules(self) -> list[Schedule]:
         """Every rank's schedule; all must cut the buffer into the same number of chunks."""
-        schedules = [
-            self.build(rank, self.world_size, self.root) for rank in range(self.world_size)
-        ]
+        schedules = [self.build(rank, self.world_size, self.root) for rank in range(self.world_size)]
         for rank, schedule in enumerate(schedules):
             if schedule.chunks != schedules[0].chunks:
                 raise self.error(
@@ -62,9 +60,7 @@ class Subject:
                 )
         return schedules
 
-    def error(
-        self, what: str, *, rank: int, in_round: int | None = None, peer: int | None = None
-    ) -> PluginError:
+    def error(self, what: str, *, rank: int, in_round: int | None = None, peer: int | None = None) -> PluginError:
         """An error that says where: algorithm, collective, world size, root, rank and round."""
         name = getattr(self.build, "__name__", repr(self.build))
         where = f"rank {rank}" if in_round is None else f"rank {rank}, round {in_round + 1}"
@@ -97,21 +93,13 @@ def pair(subject: Subject, schedules: Sequence[Schedule]) -> list[Message]:
         message
         for source, target in dict.fromkeys((*sent, *received))
         for message in _between(
-            subject,
-            source,
-            target,
-            sent.get((source, target), ()),
-            received.get((source, target), ()),
+            subject, source, target, sent.get((source, target), ()), received.get((source, target), ())
         )
     ]
 
 
 def _between(
-    subject: Subject,
-    source: int,
-    target: int,
-    sent: Iterable[tuple[int, Send]],
-    received: Iterable[tuple[int, Recv]],
+    subject: Subject, source: int, target: int, sent: Iterable[tuple[int, Send]], received: Iterable[tuple[int, Recv]]
 ) -> Iterable[Message]:
     for number, (left, right) in enumerate(zip_longest(sent, received)):
         if left is None:
@@ -142,9 +130,7 @@ def _between(
         yield Message(source, left[0], target, right[0], left[1].chunks, right[1].reduce, number)
 
 
-def _check_end(
-    subject: Subject, schedule: Schedule, rank: int, in_round: int, end: Send | Recv
-) -> None:
+def _check_end(subject: Subject, schedule: Schedule, rank: int, in_round: int, end: Send | Recv) -> None:
     """Check what one end of a message says by itself."""
     verb = "sends to" if isinstance(end, Send) else "receives from"
     if not 0 <= end.peer < subject.world_size or end.peer == rank:

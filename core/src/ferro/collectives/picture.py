@@ -26,12 +26,9 @@ def table(build: Build, world_size: int, root: int = 0) -> str:
         UsageError: world size or root make no sense.
     """
     subject = Subject("table", build, world_size, root)
-    messages = sorted(
-        pair(subject, subject.schedules()), key=lambda m: (m.sent_in, m.source, m.target, m.number)
-    )
+    messages = sorted(pair(subject, subject.schedules()), key=lambda m: (m.sent_in, m.source, m.target, m.number))
     rows = [
-        [f"r{index + 1}", *map(_cell, row)]
-        for index, row in groupby(messages, key=lambda message: message.sent_in)
+        [f"r{index + 1}", *map(_cell, row)] for index, row in groupby(messages, key=lambda message: message.sent_in)
     ]
     return _aligned(rows)
 
@@ -56,6 +53,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     columns = max(map(len, rows), default=0)
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-        for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
     )

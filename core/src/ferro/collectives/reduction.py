@@ -123,9 +123,7 @@ class Reduction:
         if self._divides:
             np.true_divide(result, self.ranks, out=result)
 
-    def _reduce_halves(
-        self, function: np.ufunc, operands: Sequence[Array], out: Array, at_once: bool
-    ) -> None:
+    def _reduce_halves(self, function: np.ufunc, operands: Sequence[Array], out: Array, at_once: bool) -> None:
         divisor = self.ranks if at_once and self._divides else 1
         reduce_halves(function, operands, out, divisor)
 
@@ -137,9 +135,7 @@ def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
             return ReduceOp(op)
         except ValueError:
             names = ", ".join(ReduceOp)
-            raise UsageError(
-                f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)"
-            ) from None
+            raise UsageError(f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)") from None
     if callable(op):
         return None
     raise UsageError(f"a reduction is a name or a function (a, b, out), not {type(op).__name__}")
@@ -173,6 +169,4 @@ def _check(op: ReduceOp, dtype: np.dtype) -> None:
         remedy = "complex numbers have no order"
     else:
         return
-    raise UnsupportedError(
-        f"op={op.value!r} is not defined for {dtype.name}: {remedy}", op=op.value
-    )
+    raise UnsupportedError(f"op={op.value!r} is not defined for {dtype.name}: {remedy}", op=op.value)

@@ -37,15 +37,12 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
     if len(claims) > 1:
         distributions = " and by ".join(distribution for _, distribution in claims)
         raise PluginError(
-            f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: "
-            "uninstall one of them"
+            f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: uninstall one of them"
         )
     return claims[0][0]
 
 
-def _table(
-    offers: Iterable[Offer[CollectiveInfo]],
-) -> dict[tuple[str, str], list[tuple[CollectiveInfo, str]]]:
+def _table(offers: Iterable[Offer[CollectiveInfo]]) -> dict[tuple[str, str], list[tuple[CollectiveInfo, str]]]:
     table: dict[tuple[str, str], list[tuple[CollectiveInfo, str]]] = {}
     for offer in offers:
         key = (offer.item.collective, offer.item.algorithm)

@@ -26,10 +26,7 @@ def ring_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
         workstations". Ours ends the first half with chunk i on rank i (theirs: i+1), so that the
         two halves are the reduce_scatter and the all_gather below.
     """
-    return Schedule(
-        world_size,
-        _reduce_scatter_rounds(rank, world_size) + gather_rounds(rank, world_size, first=rank),
-    )
+    return Schedule(world_size, _reduce_scatter_rounds(rank, world_size) + gather_rounds(rank, world_size, first=rank))
 
 
 def ring_reduce_scatter(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -62,21 +59,16 @@ def gather_rounds(rank: int, world_size: int, *, first: int) -> tuple[Round, ...
     """
     n = world_size
     return tuple(
-        _pass_on(rank, n, send=(first - step) % n, recv=(first - step - 1) % n, reduce=False)
-        for step in range(n - 1)
+        _pass_on(rank, n, send=(first - step) % n, recv=(first - step - 1) % n, reduce=False) for step in range(n - 1)
     )
 
 
 def _reduce_scatter_rounds(rank: int, n: int) -> tuple[Round, ...]:
     return tuple(
-        _pass_on(rank, n, send=(rank - step - 1) % n, recv=(rank - step - 2) % n, reduce=True)
-        for step in range(n - 1)
+        _pass_on(rank, n, send=(rank - step - 1) % n, recv=(rank - step - 2) % n, reduce=True) for step in range(n - 1)
     )
 
 
 def _pass_on(rank: int, n: int, *, send: int, recv: int, reduce: bool) -> Round:
     """One round: a chunk to the successor, another from the predecessor."""
-    return Round(
-        sends=(Send((rank + 1) % n, (send,)),),
-        recvs=(Recv((rank - 1) % n, (recv,), reduce),),
-    )
+    return Round(sends=(Send((rank + 1) % n, (send,)),), recvs=(Recv((rank - 1) % n, (recv,), reduce),))

@@ -33,11 +33,7 @@ class SymbolicRun:
     """All ranks of one collective, each going through its rounds as messages allow."""
 
     def __init__(
-        self,
-        subject: Subject,
-        contract: Contract,
-        schedules: Sequence[Schedule],
-        messages: Sequence[Message],
+        self, subject: Subject, contract: Contract, schedules: Sequence[Schedule], messages: Sequence[Message]
     ) -> None:
         n = subject.world_size
         self._subject = subject
@@ -144,8 +140,7 @@ class SymbolicRun:
                     combined.setdefault(chunk, []).append((message.source, term))
                 elif chunk in overwritten:
                     raise self._error(
-                        f"overwrites chunk {chunk} twice in one round. Receive it once, or with "
-                        f"reduce.",
+                        f"overwrites chunk {chunk} twice in one round. Receive it once, or with reduce.",
                         rank,
                         index,
                         message.source,
@@ -156,15 +151,11 @@ class SymbolicRun:
         for chunk, operands in combined.items():
             if chunk in overwritten:
                 raise self._error(
-                    f"both overwrites and combines chunk {chunk} in one round. Use two rounds.",
-                    rank,
-                    index,
+                    f"both overwrites and combines chunk {chunk} in one round. Use two rounds.", rank, index
                 )
             if chunk not in held:
                 raise self._error(
-                    f"combines into chunk {chunk}, but does not hold it yet. Overwrite it first.",
-                    rank,
-                    index,
+                    f"combines into chunk {chunk}, but does not hold it yet. Overwrite it first.", rank, index
                 )
             operands.append((rank, held[chunk]))
             held[chunk] = self._combine(rank, index, chunk, operands)
@@ -208,11 +199,7 @@ class SymbolicRun:
         path = [rank]
         while True:
             index = self._at[path[-1]]
-            source = next(
-                message.source
-                for message in self._inbox[path[-1]][index]
-                if message not in self._payloads
-            )
+            source = next(message.source for message in self._inbox[path[-1]][index] if message not in self._payloads)
             if source in path:
                 break
             path.append(source)
@@ -225,9 +212,7 @@ class SymbolicRun:
             cycle[1] if len(cycle) > 1 else None,
         )
 
-    def _error(
-        self, what: str, rank: int, index: int | None = None, peer: int | None = None
-    ) -> PluginError:
+    def _error(self, what: str, rank: int, index: int | None = None, peer: int | None = None) -> PluginError:
         return self._subject.error(what, rank=rank, in_round=index, peer=peer)
 
 

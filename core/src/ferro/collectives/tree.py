@@ -73,9 +73,7 @@ def tree_scatter(rank: int, world_size: int, root: int = 0) -> Schedule:
     MPICH keeps the chunks in order of place in a temporary; ours names them by rank, so nothing
     is moved about.
     """
-    return Schedule(
-        world_size, _rounds_from_root(rank, world_size, root, _owned_by(world_size, root))
-    )
+    return Schedule(world_size, _rounds_from_root(rank, world_size, root, _owned_by(world_size, root)))
 
 
 def tree_gather(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -143,9 +141,7 @@ def _rounds_to_root(
     return tuple(_round(edge, chunks, down=False, reduce=reduce) for edge in edges)
 
 
-def _round(
-    edge: _Edge | None, chunks: Callable[[range], tuple[int, ...]], *, down: bool, reduce: bool
-) -> Round:
+def _round(edge: _Edge | None, chunks: Callable[[range], tuple[int, ...]], *, down: bool, reduce: bool) -> Round:
     if edge is None:
         return Round()
     moved = chunks(edge.below)
@@ -165,10 +161,7 @@ def _owned_by(n: int, root: int) -> Callable[[range], tuple[int, ...]]:
 
 
 def _pass_rumour(rank: int, n: int, distance: int) -> Round:
-    return Round(
-        sends=(Send((rank + distance) % n, ()),),
-        recvs=(Recv((rank - distance) % n, ()),),
-    )
+    return Round(sends=(Send((rank + distance) % n, ()),), recvs=(Recv((rank - distance) % n, ()),))
 
 
 @dataclass(frozen=True, slots=True)

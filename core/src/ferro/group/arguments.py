@@ -27,9 +27,7 @@ class OutputBuffer:
 
     __slots__ = ("_entry", "_far", "_out", "array", "device", "flat")
 
-    def __init__(
-        self, entry: InputArray, out: object, shape: tuple[int, ...], what: str = "out"
-    ) -> None:
+    def __init__(self, entry: InputArray, out: object, shape: tuple[int, ...], what: str = "out") -> None:
         self._entry = entry
         self._out = out
         self.device = entry.device
@@ -153,9 +151,7 @@ class Operands:
         if not isinstance(rank, int | np.integer) or not 0 <= rank < self._world_size:
             name = self._members.name
             raise UsageError(
-                f"{what} is {rank!r}; group {name!r} has ranks 0 to {self._world_size - 1}",
-                group=name,
-                rank=self._rank,
+                f"{what} is {rank!r}; group {name!r} has ranks 0 to {self._world_size - 1}", group=name, rank=self._rank
             )
 
     def check_peer(self, peer: int, what: str, tag: int) -> None:
@@ -178,9 +174,7 @@ class Operands:
             import logging  # here, for it is slow to import and seldom needed
 
             logging.getLogger("ferro").warning(
-                "group %r (%s) copies GPU arrays through the host",
-                self._members.name,
-                self._members.backend_name,
+                "group %r (%s) copies GPU arrays through the host", self._members.name, self._members.backend_name
             )
 
 

@@ -131,13 +131,7 @@ class ArrayCollectives:
         )
 
     def broadcast(
-        self,
-        x: Input,
-        root: int = 0,
-        *,
-        out: object = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
     ) -> Outcome:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
@@ -229,9 +223,7 @@ class ArrayCollectives:
             block = block.copy()
         return self._dispatch.collective(
             array_call("gather", array.dtype, array.shape, root=root, sizes=rows),
-            lambda deadline: self._backend.gather(
-                block, whole, layout.counts, root, deadline=deadline
-            ),
+            lambda deadline: self._backend.gather(block, whole, layout.counts, root, deadline=deadline),
             result or no_result,
             array.nbytes,
             async_op,
@@ -283,9 +275,7 @@ class ArrayCollectives:
             source = source.copy()
         return self._dispatch.collective(
             array_call("scatter", dtype, layout.shape, root=root),
-            lambda deadline: self._backend.scatter(
-                result.flat, source, layout.counts, root, deadline=deadline
-            ),
+            lambda deadline: self._backend.scatter(result.flat, source, layout.counts, root, deadline=deadline),
             result,
             result.flat.nbytes,
             async_op,
@@ -295,11 +285,7 @@ class ArrayCollectives:
 
     def _elsewhere(self, out: object, dtype: np.dtype) -> InputArray:
         """Return what stands for the operand where a rank gives none: `out` says of which kind."""
-        entry = (
-            InputArray(np.empty(0, dtype))
-            if out is None
-            else self._enter(cast(Input, out), what="out")
-        )
+        entry = InputArray(np.empty(0, dtype)) if out is None else self._enter(cast(Input, out), what="out")
         if entry.array.dtype != dtype:
             raise UsageError(f"out has dtype {entry.array.dtype}; the result has dtype {dtype}")
         return entry
@@ -377,9 +363,7 @@ class ArrayCollectives:
         sending = cut(array.shape, rows, n, "all_to_all", "send_sizes")
         if rows is not None:
             expected = checked_sizes(recv_sizes, n, "recv_sizes")
-            exchange = RowExchange(
-                self._backend, entry, sending, expected, out, private=async_op and copy
-            )
+            exchange = RowExchange(self._backend, entry, sending, expected, out, private=async_op and copy)
             call = uneven_call("all_to_all", array.dtype, array.shape[1:])
             return self._dispatch.collective(
                 call, exchange.run, exchange, array.nbytes, async_op, timeout_s, entry.device
@@ -390,9 +374,7 @@ class ArrayCollectives:
         source, counts = result.apart(flat(array, private=async_op and copy)), sending.counts
         return self._dispatch.collective(
             array_call("all_to_all", array.dtype, array.shape),
-            lambda deadline: self._backend.all_to_all(
-                source, result.flat, counts, counts, deadline=deadline
-            ),
+            lambda deadline: self._backend.all_to_all(source, result.flat, counts, counts, deadline=deadline),
             result,
             array.nbytes,
             async_op,
@@ -403,12 +385,7 @@ class ArrayCollectives:
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Outcome:
         """Return (None) when every rank has called it."""
         return self._dispatch.collective(
-            _BARRIER,
-            lambda deadline: self._backend.barrier(deadline=deadline),
-            no_result,
-            0,
-            async_op,
-            timeout_s,
+            _BARRIER, lambda deadline: self._backend.barrier(deadline=deadline), no_result, 0, async_op, timeout_s
         )
 
     def _result(self, x: Input, out: object, *, filled: bool) -> OutputBuffer:

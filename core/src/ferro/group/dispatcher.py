@@ -120,9 +120,7 @@ class Dispatcher:
         launched = device in self._streams
         lane = self._collectives
         if async_op and not launched:
-            return self._start(
-                lane, call.op, partial(self._collective, call, action, finish, nbytes, allowed)
-            )
+            return self._start(lane, call.op, partial(self._collective, call, action, finish, nbytes, allowed))
         # What `lane.run` does, written out: it is on the path of every collective.
         if lane.pending:
             lane.let_pending_begin()
@@ -204,17 +202,13 @@ class Dispatcher:
                 raise mismatch(self.backend.rank, expected, peer, label.tobytes())
         self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
 
-    def exchange(
-        self, source: Array, dst: int, target: Array, src: int, tag: int, deadline: float
-    ) -> None:
+    def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, deadline: float) -> None:
         """Send one message and receive another at the same time."""
         if not self.backend.labels_frames:
             mine = transfer_call(source).label()
             expected = transfer_call(target)
             label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.exchange(
-                [(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline
-            )
+            self.backend.exchange([(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline)
             if label.tobytes() != expected.label():
                 raise mismatch(self.backend.rank, expected, src, label.tobytes())
         self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
@@ -233,9 +227,7 @@ class Dispatcher:
         """Return the error that ended the group, for a call that makes sense only afterwards."""
         if self._closed or self._dead is None:
             name = self._members.name
-            raise UsageError(
-                f"{op} on group {name!r}: the group is {self.state}", op=op, group=name
-            )
+            raise UsageError(f"{op} on group {name!r}: the group is {self.state}", op=op, group=name)
         return self._dead
 
     def abort(self) -> None:
@@ -283,10 +275,7 @@ class Dispatcher:
     def _refuse_dead(self, op: str) -> NoReturn:
         name = self._members.name
         raise GroupClosed(
-            f"{op} on group {name!r}: the group died earlier: {self._dead}",
-            op=op,
-            group=name,
-            rank=self.backend.rank,
+            f"{op} on group {name!r}: the group died earlier: {self._dead}", op=op, group=name, rank=self.backend.rank
         ) from self._dead
 
     def _lane(self, way: ChannelKey) -> SerialExecutor:
@@ -297,9 +286,7 @@ class Dispatcher:
             if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
                 self._transfers = {w: old for w, old in self._transfers.items() if not old.idle}
             name = f"{way.direction} {way.peer} tag {way.tag}"
-            return self._transfers.setdefault(
-                way, SerialExecutor(f"ferro-{self._members.name}-{name}")
-            )
+            return self._transfers.setdefault(way, SerialExecutor(f"ferro-{self._members.name}-{name}"))
 
     def _in_turn(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Any:
         try:
@@ -307,9 +294,7 @@ class Dispatcher:
         except ExecutorClosed:
             self._refuse(op)
 
-    def _start(
-        self, lane: SerialExecutor, op: str, operation: Callable[[int], object]
-    ) -> Work[object]:
+    def _start(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Work[object]:
         try:
             return lane.start(op, operation)
         except ExecutorClosed:
@@ -328,17 +313,10 @@ class Dispatcher:
         self._carry_out(call, action, nbytes, allowed, peers)
         scene = CallSite(call, peers, allowed, allowed)
         completion = self.backend.launched()
-        return LaunchedWork(
-            call.op, call.seq, finish(), completion, lambda error: self._die(error, scene)
-        )
+        return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._die(error, scene))
 
     def _carry_out(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        nbytes: int,
-        allowed: float,
-        peers: tuple[int, ...] = (),
+        self, call: Call, action: Callable[[float], None], nbytes: int, allowed: float, peers: tuple[int, ...] = ()
     ) -> None:
         """Carry out an operation, telling observers; one without `peers` is a collective."""
         if not self._observed:
@@ -358,11 +336,7 @@ class Dispatcher:
             self._tell("finished", replace(event, seconds=seconds, error=failure))
 
     def _attempt(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        allowed: float,
-        peers: tuple[int, ...] = (),
+        self, call: Call, action: Callable[[float], None], allowed: float, peers: tuple[int, ...] = ()
     ) -> None:
         """Do it by its deadline; a failure ends the group with the cause that all report."""
         if self._dead is not None:  # while this waited for its turn

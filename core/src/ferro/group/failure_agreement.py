@@ -16,23 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ferro.collectives.label import Call
-from ferro.errors import (
-    CollectiveMismatch,
-    CollectiveTimeout,
-    FerroError,
-    GroupClosed,
-    PeerLost,
-    RendezvousError,
-)
+from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
 from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import codec
 
 _NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
 _MOST_CHARACTERS = 8192
-_SAME_CALLS = (
-    "Make every rank issue the same calls in the same order, with the same dtype, size, "
-    "reduction and root"
-)
+_SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
 _CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 

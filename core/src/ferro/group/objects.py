@@ -25,9 +25,7 @@ Codec: TypeAlias = Literal["msgpack", "pickle"]
 MAX_BYTES = 1 << 30
 
 
-def broadcast(
-    group: ArrayCollectives, value: object, root: int, codec: Codec, left_s: Callable[[], float]
-) -> Any:
+def broadcast(group: ArrayCollectives, value: object, root: int, codec: Codec, left_s: Callable[[], float]) -> Any:
     """Return the root's value on every rank."""
     _check(codec)
     data = _encode(value, codec) if group.rank == root else np.empty(0, np.uint8)
@@ -37,9 +35,7 @@ def broadcast(
     return _decode(group.broadcast(data, root, timeout_s=left_s()), codec)
 
 
-def all_gather(
-    group: ArrayCollectives, value: object, codec: Codec, left_s: Callable[[], float]
-) -> list[Any]:
+def all_gather(group: ArrayCollectives, value: object, codec: Codec, left_s: Callable[[], float]) -> list[Any]:
     """Return every rank's value, in order of rank."""
     data = _encode(value, codec)
     sizes = group.all_gather(np.array(data.size), timeout_s=left_s()).tolist()
@@ -57,11 +53,7 @@ def gather(
 
 
 def scatter(
-    group: ArrayCollectives,
-    values: Sequence[object] | None,
-    root: int,
-    codec: Codec,
-    left_s: Callable[[], float],
+    group: ArrayCollectives, values: Sequence[object] | None, root: int, codec: Codec, left_s: Callable[[], float]
 ) -> Any:
     """Return this rank's item of the root's list."""
     _check(codec)
@@ -76,14 +68,7 @@ def scatter(
     return _decode(group.scatter(whole, root, sizes=sizes, timeout_s=left_s()), codec)
 
 
-def send(
-    group: ProcessGroup,
-    value: object,
-    dst: int,
-    tag: int,
-    codec: Codec,
-    left_s: Callable[[], float],
-) -> None:
+def send(group: ProcessGroup, value: object, dst: int, tag: int, codec: Codec, left_s: Callable[[], float]) -> None:
     """Send a value to one rank: its size, then its bytes."""
     data = _encode(value, codec)
     group.send(np.array(data.size), dst, tag, timeout_s=left_s())

@@ -67,11 +67,7 @@ class ProcessGroup(ArrayCollectives):
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        members: GroupInfo,
-        *,
-        on_close: Callable[[float, bool], None] | None = None,
+        self, backend: Backend, members: GroupInfo, *, on_close: Callable[[float, bool], None] | None = None
     ) -> None:
         super().__init__(backend, members)
         self.local_rank = members.local_rank
@@ -96,10 +92,7 @@ class ProcessGroup(ArrayCollectives):
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
             self.close()
@@ -171,13 +164,7 @@ class ProcessGroup(ArrayCollectives):
         )
 
     def recv(
-        self,
-        buffer: Input,
-        src: int,
-        tag: int = 0,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, buffer: Input, src: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
     ) -> Outcome:
         """Fill `buffer` with what rank `src` sends with this tag; return `buffer`, or a Work.
 
@@ -238,12 +225,7 @@ class ProcessGroup(ArrayCollectives):
     # -- small Python values ---------------------------------------------------------------------
 
     def broadcast_object(
-        self,
-        value: object = None,
-        root: int = 0,
-        *,
-        codec: objects.Codec = "msgpack",
-        timeout_s: float | None = None,
+        self, value: object = None, root: int = 0, *, codec: objects.Codec = "msgpack", timeout_s: float | None = None
     ) -> Any:
         """Return the root's `value` on every rank.
 
@@ -259,22 +241,13 @@ class ProcessGroup(ArrayCollectives):
         return objects.broadcast(self, value, root, codec, self._dispatch.countdown(timeout_s))
 
     def all_gather_object(
-        self,
-        value: object,
-        *,
-        codec: objects.Codec = "msgpack",
-        timeout_s: float | None = None,
+        self, value: object, *, codec: objects.Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
         return objects.all_gather(self, value, codec, self._dispatch.countdown(timeout_s))
 
     def gather_object(
-        self,
-        value: object,
-        root: int = 0,
-        *,
-        codec: objects.Codec = "msgpack",
-        timeout_s: float | None = None,
+        self, value: object, root: int = 0, *, codec: objects.Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
@@ -293,24 +266,13 @@ class ProcessGroup(ArrayCollectives):
         return objects.scatter(self, values, root, codec, self._dispatch.countdown(timeout_s))
 
     def send_object(
-        self,
-        value: object,
-        dst: int,
-        tag: int = 0,
-        *,
-        codec: objects.Codec = "msgpack",
-        timeout_s: float | None = None,
+        self, value: object, dst: int, tag: int = 0, *, codec: objects.Codec = "msgpack", timeout_s: float | None = None
     ) -> None:
         """Send a small Python value to rank `dst`."""
         objects.send(self, value, dst, tag, codec, self._dispatch.countdown(timeout_s))
 
     def recv_object(
-        self,
-        src: int,
-        tag: int = 0,
-        *,
-        codec: objects.Codec = "msgpack",
-        timeout_s: float | None = None,
+        self, src: int, tag: int = 0, *, codec: objects.Codec = "msgpack", timeout_s: float | None = None
     ) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
         return objects.recv(self, src, tag, codec, self._dispatch.countdown(timeout_s))
@@ -329,9 +291,7 @@ class ProcessGroup(ArrayCollectives):
         nbytes = math.prod(sizes) * kind.itemsize
         return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(sizes)
 
-    def split(
-        self, color: int | None, *, key: int = 0, timeout_s: float | None = None
-    ) -> ProcessGroup | None:
+    def split(self, color: int | None, *, key: int = 0, timeout_s: float | None = None) -> ProcessGroup | None:
         """Return the group of all ranks that gave the same `color`; all ranks call it.
 
         Args:

@@ -39,12 +39,7 @@ class SubgroupBackend(Backend):
             self._parent.recv(buffer, self._ranks[peer], tag=tag, deadline=deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """Exchange through the parent."""
         with self._own_ranks():

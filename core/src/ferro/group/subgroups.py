@@ -26,9 +26,7 @@ class Subgroups:
         self._made: dict[tuple[int, ...], int] = {}
         self._shrunk = 0
 
-    def make(
-        self, ranks: Sequence[int], name: str | None, timeout_s: float
-    ) -> tuple[Backend, GroupInfo]:
+    def make(self, ranks: Sequence[int], name: str | None, timeout_s: float) -> tuple[Backend, GroupInfo]:
         """Return backend and members of the group of these ranks, of which this is one."""
         chosen = self._checked(ranks)
         context = self._context(chosen, timeout_s)
@@ -96,9 +94,7 @@ class Subgroups:
         if len(set(chosen)) != len(chosen):
             raise UsageError(f"subgroup {chosen} names a rank twice")
         if me not in chosen:
-            raise UsageError(
-                f"subgroup {chosen} does not include this rank, {me}: only members call it"
-            )
+            raise UsageError(f"subgroup {chosen} does not include this rank, {me}: only members call it")
         return chosen
 
     def _new_context(self) -> int:
@@ -139,11 +135,7 @@ class Parting:
     """A split of a group under way, on one rank; called at its end for what it made."""
 
     def __init__(
-        self,
-        backend: Backend,
-        ranks: tuple[int, ...] | None,
-        context: int,
-        members: GroupInfo | None,
+        self, backend: Backend, ranks: tuple[int, ...] | None, context: int, members: GroupInfo | None
     ) -> None:
         self._backend = backend
         self._ranks = ranks

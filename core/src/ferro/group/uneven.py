@@ -55,9 +55,7 @@ class Layout:
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def gathered(
-    shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, world_size: int
-) -> Layout:
+def gathered(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, world_size: int) -> Layout:
     """Return the layout of all ranks' blocks together, where this rank's has `shape`.
 
     A 0-d array counts as one row.
@@ -73,13 +71,7 @@ def gathered(
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def cut(
-    shape: tuple[int, ...],
-    sizes: tuple[int, ...] | None,
-    world_size: int,
-    op: str,
-    name: str = "sizes",
-) -> Layout:
+def cut(shape: tuple[int, ...], sizes: tuple[int, ...] | None, world_size: int, op: str, name: str = "sizes") -> Layout:
     """Return the layout of an array of `shape` that is cut into one block for every rank.
 
     Raises:
@@ -100,9 +92,7 @@ def cut(
     return Layout.of(sizes, shape[1:])
 
 
-def checked_sizes(
-    sizes: Sequence[int] | None, world_size: int, name: str = "sizes"
-) -> tuple[int, ...] | None:
+def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "sizes") -> tuple[int, ...] | None:
     """Return sizes as non-negative ints, one a rank; None where none are given.
 
     Raises:
@@ -194,8 +184,7 @@ class RowExchange:
             own = sending.rows[backend.rank]
             if expected[backend.rank] != own:
                 raise UsageError(
-                    f"all_to_all: rank {backend.rank} sends itself {own} rows but receives "
-                    f"{expected[backend.rank]}",
+                    f"all_to_all: rank {backend.rank} sends itself {own} rows but receives {expected[backend.rank]}",
                     op="all_to_all",
                 )
             self._prepare(expected)
@@ -206,9 +195,7 @@ class RowExchange:
         result, receiving = self._arrival or self._prepare(rows)
         if rows != receiving.rows:
             raise self._mismatch(rows, receiving.rows)
-        self._backend.all_to_all(
-            self._source, result.flat, self._sending.counts, receiving.counts, deadline=deadline
-        )
+        self._backend.all_to_all(self._source, result.flat, self._sending.counts, receiving.counts, deadline=deadline)
 
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
@@ -235,7 +222,6 @@ class RowExchange:
         rank = self._backend.rank
         peer = next(r for r in range(len(told)) if told[r] != expected[r])
         return CollectiveMismatch(
-            f"rank {peer} sends {told[peer]} rows to rank {rank} in all_to_all; "
-            f"rank {rank} expects {expected[peer]}",
+            f"rank {peer} sends {told[peer]} rows to rank {rank} in all_to_all; rank {rank} expects {expected[peer]}",
             peer=peer,
         )

@@ -66,12 +66,7 @@ class LaunchedWork(Work[Result]):
     """
 
     def __init__(
-        self,
-        op: str,
-        seq: int,
-        result: Result,
-        completion: Completion,
-        failed: Callable[[Exception], BaseException],
+        self, op: str, seq: int, result: Result, completion: Completion, failed: Callable[[Exception], BaseException]
     ) -> None:
         super().__init__(op, seq, lambda: result)
         self._result = result

@@ -13,13 +13,7 @@ from ferro.launch.guard import starter_command
 from ferro.launch.nodes import Meeting
 from ferro.launch.options import LaunchOptions
 from ferro.launch.output import Console, RankOutput
-from ferro.launch.report import (
-    Failure,
-    describe_failure,
-    first_failure,
-    show_failure,
-    show_others,
-)
+from ferro.launch.report import Failure, describe_failure, first_failure, show_failure, show_others
 from ferro.launch.signals import SignalPipe
 from ferro.launch.worker import Worker
 from ferro.runtime.environment import LaunchInfo, child_environment
@@ -98,9 +92,7 @@ class Attempt:
                 trace=None if self._trace is None else str(self._trace),
                 timeout_s=options.timeout_s,
             )
-            output = RankOutput(
-                self._console, info.rank, log_dir=options.log_dir, append=self._number > 0
-            )
+            output = RankOutput(self._console, info.rank, log_dir=options.log_dir, append=self._number > 0)
             try:
                 crew.add(Worker(info.rank, command, env, output))
             except OSError as exc:
@@ -135,9 +127,7 @@ class Attempt:
             restart=False,
         )
 
-    def _conclude(
-        self, workers: list[Worker], first: Worker | None, failure: Failure | None
-    ) -> Failure | None:
+    def _conclude(self, workers: list[Worker], first: Worker | None, failure: Failure | None) -> Failure | None:
         """Agree with the other nodes on what failed first, and print the report."""
         verdict = failure
         try:

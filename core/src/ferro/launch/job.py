@@ -42,24 +42,15 @@ def run(options: LaunchOptions) -> int:
             console.say(f"starting all ranks again: restart {restarts} of {options.max_restarts}")
 
 
-def _attempt(
-    options: LaunchOptions, restarts: int, console: Console, meeting: Meeting | None
-) -> Failure | None:
+def _attempt(options: LaunchOptions, restarts: int, console: Console, meeting: Meeting | None) -> Failure | None:
     """One attempt, with a store of its own and a directory for its trace."""
     with open_contact(restarts, meeting) as contact:
         if options.trace is None:
-            return Attempt(
-                options, restarts, console=console, contact=contact, meeting=meeting, trace=None
-            ).run()
+            return Attempt(options, restarts, console=console, contact=contact, meeting=meeting, trace=None).run()
         with tempfile.TemporaryDirectory(prefix="ferro-trace-") as parts:
             directory = Path(parts)
             failure = Attempt(
-                options,
-                restarts,
-                console=console,
-                contact=contact,
-                meeting=meeting,
-                trace=directory,
+                options, restarts, console=console, contact=contact, meeting=meeting, trace=directory
             ).run()
             _merge_trace(options, options.trace, directory, console)
             return failure

@@ -79,12 +79,7 @@ class Meeting:
         if self.node_rank == 0:
             self._server = StoreServer(*options.endpoint, secret=secret)
             address = self._server.address
-        self._store = StoreClient(
-            address,
-            secret,
-            deadline=time.monotonic() + JOIN_S,
-            request_timeout_s=_REQUEST_S,
-        )
+        self._store = StoreClient(address, secret, deadline=time.monotonic() + JOIN_S, request_timeout_s=_REQUEST_S)
         try:
             self._agree(options)
         except BaseException:
@@ -95,10 +90,7 @@ class Meeting:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if error is None:
             self._say_goodbye()
@@ -208,10 +200,7 @@ class Meeting:
         """Compare the terms of all nodes, and fail on all where they differ."""
         terms = write_terms(options)
         if self._store.add(f"node/{self.node_rank}/taken", 1) > 1:
-            raise UsageError(
-                f"another launcher already is node {self.node_rank}; give each node its own "
-                "--node-rank"
-            )
+            raise UsageError(f"another launcher already is node {self.node_rank}; give each node its own --node-rank")
         self._store.set(f"node/{self.node_rank}", terms.encode())
         deadline = time.monotonic() + JOIN_S
         if self.node_rank == 0:
@@ -221,9 +210,7 @@ class Meeting:
             # Either what does not fit, or the terms of a node 0 that knows nothing of this node.
             accord = answer.startswith("{")
             self._say_goodbye()
-            raise RendezvousError(
-                describe_difference(self.node_rank, terms, answer) if accord else answer
-            )
+            raise RendezvousError(describe_difference(self.node_rank, terms, answer) if accord else answer)
 
     def _compare(self, terms: str, deadline: float) -> str:
         """Node 0: its terms, or in what another node differs."""

@@ -74,9 +74,7 @@ class _RunParser(Parser):
         super().error(message)
 
 
-def parse_options(
-    arguments: Sequence[str], environ: Mapping[str, str] | None = None
-) -> LaunchOptions:
+def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> LaunchOptions:
     """Read the command line after `ferro run`.
 
     Args:
@@ -166,8 +164,7 @@ def _check(options: LaunchOptions) -> None:
         )
     if options.nnodes > 1 and options.endpoint is None:
         raise UsageError(
-            f"--nnodes {options.nnodes} needs --rdzv-endpoint HOST:PORT, where node 0 can be "
-            "reached from all nodes"
+            f"--nnodes {options.nnodes} needs --rdzv-endpoint HOST:PORT, where node 0 can be reached from all nodes"
         )
     if options.max_restarts < 0:
         raise UsageError(f"--max-restarts {options.max_restarts}: give 0 or more")

@@ -78,9 +78,7 @@ class RankOutput:
         traceback: the state of the latest traceback.
     """
 
-    def __init__(
-        self, console: Console, rank: int, *, log_dir: Path | None = None, append: bool = False
-    ) -> None:
+    def __init__(self, console: Console, rank: int, *, log_dir: Path | None = None, append: bool = False) -> None:
         """Open the logs.
 
         Args:

@@ -80,9 +80,7 @@ def exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def show_failure(
-    console: Console, workers: Sequence[Worker], first: Worker | None, failure: Failure
-) -> None:
+def show_failure(console: Console, workers: Sequence[Worker], first: Worker | None, failure: Failure) -> None:
     """Print the traceback of the rank that failed first, then who failed and how.
 
     Args:
@@ -126,12 +124,7 @@ def show_others(console: Console, workers: Sequence[Worker], *, verbose: bool) -
 def _was_failing(worker: Worker) -> bool:
     """Whether a traceback had begun, a moment before the launcher told the rank to end."""
     held = worker.output.traceback
-    return (
-        held.holding
-        and held.began is not None
-        and worker.told_at is not None
-        and held.began < worker.told_at
-    )
+    return held.holding and held.began is not None and worker.told_at is not None and held.began < worker.told_at
 
 
 def _blame(worker: Worker) -> tuple[bool, bool, float]:
@@ -139,8 +132,4 @@ def _blame(worker: Worker) -> tuple[bool, bool, float]:
     held = worker.output.traceback
     told = worker.told_at is not None
     sign = held.began if held.holding else None
-    return (
-        held.is_consequence() and (told or (worker.code or 0) > 0),
-        told,
-        worker.ended_at if sign is None else sign,
-    )
+    return (held.is_consequence() and (told or (worker.code or 0) > 0), told, worker.ended_at if sign is None else sign)

@@ -34,10 +34,7 @@ class SignalPipe:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)

@@ -29,9 +29,7 @@ class Worker:
         gone: no process of its group is left; the group's number may belong to others now.
     """
 
-    def __init__(
-        self, rank: int, command: Sequence[str], env: Mapping[str, str], output: RankOutput
-    ) -> None:
+    def __init__(self, rank: int, command: Sequence[str], env: Mapping[str, str], output: RankOutput) -> None:
         """Start the process.
 
         Raises:

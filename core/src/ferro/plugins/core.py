@@ -90,8 +90,6 @@ def ferro_commands() -> Sequence[CommandInfo]:
             load=_load_backends,
         ),
         CommandInfo(
-            name="plugins",
-            summary="show every installed plugin, with its hooks and versions",
-            load=_load_plugins,
+            name="plugins", summary="show every installed plugin, with its hooks and versions", load=_load_plugins
         ),
     )

@@ -133,8 +133,7 @@ class Plugins:
         distributions = sorted({_distribution(entry) for entry in claims})
         if len(distributions) > 1:
             raise PluginError(
-                f"the plugin name {name!r} is claimed by {' and by '.join(distributions)}: "
-                "uninstall one of them"
+                f"the plugin name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
             )
         entry, distribution = claims[0], distributions[0]
         started = time.perf_counter()
@@ -191,23 +190,18 @@ def by_name(offers: Iterable[Offer[Named]], what: str) -> dict[str, Offer[Named]
     for name, distributions in claimants.items():
         if len(distributions) > 1:
             table[name] = PluginError(
-                f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: "
-                "uninstall one of them"
+                f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
             )
     return table
 
 
-def _call(
-    manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str
-) -> list[Item]:
+def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
     started = time.perf_counter()
     try:
         results = getattr(manager.hook, hook)()
         items = [item for result in results for item in result]
     except Exception as error:
-        raise PluginError(
-            f"{hook}() of {distribution} raised {type(error).__name__}: {error}"
-        ) from error
+        raise PluginError(f"{hook}() of {distribution} raised {type(error).__name__}: {error}") from error
     if results and options().trace_hooks:
         names = ", ".join(str(getattr(item, "name", type(item).__name__)) for item in items)
         took_ms = 1e3 * (time.perf_counter() - started)
@@ -215,10 +209,7 @@ def _call(
         print(line, file=sys.stderr)  # noqa: T201 - FERRO_TRACE_HOOKS=1 asks for it
     for item in items:
         if kind is not object and not isinstance(item, kind):
-            raise PluginError(
-                f"{hook}() of {distribution} returned a {type(item).__name__}, "
-                f"not a {kind.__name__}"
-            )
+            raise PluginError(f"{hook}() of {distribution} returned a {type(item).__name__}, not a {kind.__name__}")
     return items
 
 

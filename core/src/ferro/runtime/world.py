@@ -50,14 +50,7 @@ class World:
     group: ProcessGroup
 
     def __init__(
-        self,
-        info: LaunchInfo,
-        given: Options,
-        backend: str | None,
-        timeout_s: float,
-        number: int,
-        *,
-        explicit: bool,
+        self, info: LaunchInfo, given: Options, backend: str | None, timeout_s: float, number: int, *, explicit: bool
     ) -> None:
         self.closed = False
         self._info = info
@@ -118,10 +111,7 @@ class World:
         self.group = ProcessGroup(made, members, on_close=self.close)
 
     def _choose(
-        self,
-        deterministic: bool,
-        algorithms: Mapping[str, str],
-        observers: Sequence[Observer],
+        self, deterministic: bool, algorithms: Mapping[str, str], observers: Sequence[Observer]
     ) -> tuple[BackendInfo, Choice]:
         """Return the backend and the rules for algorithms; keep the observers."""
         chosen = self._choose_backend()

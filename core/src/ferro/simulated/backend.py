@@ -29,12 +29,7 @@ class SimulatedBackend(Backend):
     """
 
     def __init__(
-        self,
-        board: Board,
-        ranks: Sequence[int],
-        rank: int,
-        choice: Choice | None = None,
-        context: int = 0,
+        self, board: Board, ranks: Sequence[int], rank: int, choice: Choice | None = None, context: int = 0
     ) -> None:
         super().__init__(rank, len(ranks), choice)
         self._board = board
@@ -80,19 +75,12 @@ class SimulatedBackend(Backend):
             raise PeerLost(str(error), peer=peer) from None
         if message.nbytes != buffer.nbytes:
             raise CollectiveMismatch(
-                f"rank {self.rank} expected {buffer.nbytes} bytes; "
-                f"rank {peer} sent {message.nbytes}",
-                peer=peer,
+                f"rank {self.rank} expected {buffer.nbytes} bytes; rank {peer} sent {message.nbytes}", peer=peer
             )
         buffer[...] = message.view(buffer.dtype)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """Send, then receive: sending never blocks here, so no threads are needed."""
         for peer, buffer in sends:

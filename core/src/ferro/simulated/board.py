@@ -44,9 +44,7 @@ class RankKilled(BaseException):
 class Board:
     """The mailboxes of all simulated ranks of one world."""
 
-    def __init__(
-        self, world_size: int, faults: Sequence[Fault] = (), network: Network | None = None
-    ) -> None:
+    def __init__(self, world_size: int, faults: Sequence[Fault] = (), network: Network | None = None) -> None:
         if world_size < 1:
             raise UsageError(f"world_size must be at least 1, not {world_size}")
         self.world_size = world_size

@@ -54,9 +54,7 @@ def simulate(
     from ferro.simulated.board import RankKilled
 
     choice = Choice(deterministic=deterministic)
-    backends = SimulatedBackend.create_group(
-        world_size, choice=choice, faults=faults, network=network
-    )
+    backends = SimulatedBackend.create_group(world_size, choice=choice, faults=faults, network=network)
     store = MemoryStore()
     results: list[Result | None] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
@@ -82,8 +80,7 @@ def simulate(
             failures.append((rank, error))
 
     threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
-        for rank in range(world_size)
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)
     ]
     for thread in threads:
         thread.start()

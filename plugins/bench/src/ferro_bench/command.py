@@ -57,9 +57,7 @@ def _run(options: BenchOptions) -> int:
     return 1 if wrong else 0
 
 
-def _rows(
-    options: BenchOptions, collective: str, worlds: Mapping[str, World], stream: TextIO
-) -> list[Record]:
+def _rows(options: BenchOptions, collective: str, worlds: Mapping[str, World], stream: TextIO) -> list[Record]:
     ours = [Contestant("ferro", memory) for memory in options.memories]
     peers = list(options.peers) if collective != "copy" else []
     contestants = [*ours, *(Contestant(name) for name in peers)]

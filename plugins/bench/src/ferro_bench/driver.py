@@ -57,9 +57,7 @@ class _Reception:
         self._selector = selectors.DefaultSelector()
         self._worlds: dict[str, World] = {}
         self._silent: set[Link] = set()
-        self._gate = Listener(
-            listener, secret, purpose=PURPOSE, selector=self._selector, admit=self._admit
-        )
+        self._gate = Listener(listener, secret, purpose=PURPOSE, selector=self._selector, admit=self._admit)
 
     def wait_for(self, worlds: dict[str, World]) -> None:
         """Return when all ranks of all worlds have reported."""

@@ -77,15 +77,7 @@ def make_case(
     if calls is None:
         calls = _SMALL_CALLS if nbytes <= _SMALL_BYTES else _CALLS
         calls = max(1, min(calls, _TURN_BYTES // nbytes))
-    return Case(
-        collective=collective,
-        count=count,
-        dtype=dtype,
-        op=op,
-        calls=calls,
-        check=check,
-        async_op=async_op,
-    )
+    return Case(collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op)
 
 
 def default_rounds(nbytes: int) -> int:

@@ -115,13 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "collectives",
-        nargs="+",
-        choices=COLLECTIVES,
-        metavar="COLLECTIVE",
-        help=", ".join(COLLECTIVES),
-    )
+    add("collectives", nargs="+", choices=COLLECTIVES, metavar="COLLECTIVE", help=", ".join(COLLECTIVES))
     add("-n", dest="ranks", type=int, default=2, metavar="N", help="ranks (default 2)")
     add("--backend", metavar="NAME", help="ferro's backend (default: as ferro.init chooses)")
     add(
@@ -149,12 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", metavar="FILE", help="write the results; - for stdout, the table on stderr")
     add("--plot", type=Path, metavar="FILE", help="write a picture; needs matplotlib")
-    add(
-        "--compare",
-        default="",
-        metavar="PEER[=PYTHON],...",
-        help=f"measure beside: {', '.join(PEERS)}",
-    )
+    add("--compare", default="", metavar="PEER[=PYTHON],...", help=f"measure beside: {', '.join(PEERS)}")
     return parser
 
 
@@ -200,6 +189,4 @@ def _check(options: BenchOptions) -> None:
             raise UsageError(f"{name} {file}: its directory does not exist; make it first")
     for name in options.peers:
         if options.dtype not in PEERS[name].dtypes and not REDUCING.isdisjoint(options.collectives):
-            raise UsageError(
-                f"--compare {name}: it does not reduce {options.dtype}; choose another --dtype"
-            )
+            raise UsageError(f"--compare {name}: it does not reduce {options.dtype}; choose another --dtype")

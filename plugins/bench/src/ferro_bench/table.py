@@ -14,9 +14,7 @@ from ferro_bench.summary import Record, Result
 class Table:
     """One collective's rows: one for each size and each memory of ferro's arrays."""
 
-    def __init__(
-        self, stream: TextIO, collective: str, ours: Sequence[Contestant], peers: Sequence[str]
-    ) -> None:
+    def __init__(self, stream: TextIO, collective: str, ours: Sequence[Contestant], peers: Sequence[str]) -> None:
         """Write the head.
 
         Args:

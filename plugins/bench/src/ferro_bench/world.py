@@ -65,11 +65,7 @@ class World:
         with self._output.open("ab") as output:
             self._processes.append(
                 subprocess.Popen(  # noqa: S603 - from the plan
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
             )
 
@@ -92,8 +88,7 @@ class World:
         if expected not in self.version.lower():
             link.close()
             raise BackendError(
-                f"{self.plan.name}: its ranks run with {self.version!r}; use an environment of its "
-                f"own for each MPI"
+                f"{self.plan.name}: its ranks run with {self.version!r}; use an environment of its own for each MPI"
             )
         self._links[rank] = link
 
@@ -156,8 +151,7 @@ class World:
         self.close()
         words = self._output.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
         return BackendError(
-            f"{self.plan.name}, {self.plan.world_size} ranks: it {what}. It last wrote:\n"
-            f"{words or '(nothing)'}"
+            f"{self.plan.name}, {self.plan.world_size} ranks: it {what}. It last wrote:\n{words or '(nothing)'}"
         )
 
     def dismiss(self, timeout_s: float) -> None:

@@ -78,12 +78,7 @@ class GlooBackend(Backend):
         self._transfers.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`."""
         self._transfers.exchange(sends, recvs, tag=tag, deadline=deadline)
@@ -119,44 +114,22 @@ class GlooBackend(Backend):
         """See `Backend.all_gather`."""
         self._selected.all_gather(buffer, counts, deadline=deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         self._selected.gather(block, out, counts, root, deadline=deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         self._selected.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         self._selected.reduce_scatter(source, out, counts, reduction, deadline=deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         self._selected.all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
@@ -237,10 +210,7 @@ def _bootstrap_error(error: TimeoutError | PeerLost, config: BackendConfig) -> R
 def _check_options(config: BackendConfig) -> None:
     unknown = sorted(set(config.options) - set(_OPTIONS))
     if unknown:
-        raise UsageError(
-            f"gloo has no option {', '.join(unknown)}: backend_options may hold "
-            f"{', '.join(_OPTIONS)}"
-        )
+        raise UsageError(f"gloo has no option {', '.join(unknown)}: backend_options may hold {', '.join(_OPTIONS)}")
     for name, value in config.options.items():
         if not isinstance(value, bool):
             raise UsageError(f"gloo's option {name} is True or False, not {value!r}")

@@ -49,10 +49,7 @@ class HybridBackend(Backend):
     """
 
     def __init__(
-        self,
-        *,
-        collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend],
-        p2p: Backend,
+        self, *, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend
     ) -> None:
         super().__init__(p2p.rank, p2p.world_size, p2p.choice)
         self._routes = Routes.between(collectives, p2p)
@@ -84,12 +81,7 @@ class HybridBackend(Backend):
         self._transfers.recv(buffer, peer, tag, deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`."""
         self._transfers.exchange(sends, recvs, tag, deadline)
@@ -124,46 +116,24 @@ class HybridBackend(Backend):
         """See `Backend.all_gather`."""
         self._part(buffer).all_gather(buffer, counts, deadline=deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         self._part(block).gather(block, out, counts, root, deadline=deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`. Away from the root blocks are on the CPU, whatever it has."""
         one = len(self.collectives) == 1
         part = self._part(block) if one else self._part_at(root, block, source)
         part.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         self._part(source).reduce_scatter(source, out, counts, reduction, deadline=deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         self._part(source).all_to_all(source, out, send_counts, recv_counts, deadline=deadline)

@@ -15,9 +15,7 @@ def cpu_backend(launcher: str) -> str:
     name = backends.default(launcher)
     if name is None:
         raise BackendUnavailable(
-            "hybrid",
-            "no installed backend is the default for CPU arrays",
-            "Install one, or name it.",
+            "hybrid", "no installed backend is the default for CPU arrays", "Install one, or name it."
         )
     found = backends.probe(backends.get(name))
     if not found.ok:

@@ -24,9 +24,7 @@ class Routes:
     p2p: Backend
 
     @classmethod
-    def between(
-        cls, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend
-    ) -> Routes:
+    def between(cls, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend) -> Routes:
         """Find the routes; see `HybridBackend`.
 
         Raises:
@@ -88,8 +86,7 @@ def _check_fits(device: Device, part: Backend, p2p: Backend) -> None:
         )
     if part.devices is not None and device not in part.devices:
         raise UsageError(
-            f"{_name(part)} cannot carry out collectives on {device}: it takes arrays on "
-            f"{', '.join(part.devices)} here"
+            f"{_name(part)} cannot carry out collectives on {device}: it takes arrays on {', '.join(part.devices)} here"
         )
 
 

@@ -56,9 +56,7 @@ class Transfers:
         self._launches.note(mover, device_of(buffer))
         mover.recv(buffer, peer, tag=tag, deadline=deadline)
 
-    def exchange(
-        self, sends: Sequence[Item], recvs: Sequence[Item], tag: int, deadline: float
-    ) -> None:
+    def exchange(self, sends: Sequence[Item], recvs: Sequence[Item], tag: int, deadline: float) -> None:
         """See `Backend.exchange`. Part by part, `p2p` first: in the same order on all ranks."""
         self._exchange_ahead(sends, recvs, tag, deadline)
         for part in self._others:
@@ -72,9 +70,7 @@ class Transfers:
             if len(devices) > 1:  # the group takes it for an operation on the source's device
                 self._launches.completion().wait()
 
-    def _exchange_ahead(
-        self, sends: Sequence[Item], recvs: Sequence[Item], tag: int, deadline: float
-    ) -> None:
+    def _exchange_ahead(self, sends: Sequence[Item], recvs: Sequence[Item], tag: int, deadline: float) -> None:
         """Exchange what goes through `p2p`: its own arrays, and labels in place of others."""
         ahead = {self._p2p, *self._unlabelled}
         given = [(peer, x) for peer, x in sends if self._mover(x) in ahead]

@@ -48,9 +48,7 @@ class SharedMemoryAgreement:
         world_size: number of ranks.
     """
 
-    def __init__(
-        self, memory: GroupMemory, monitor: WaitMonitor, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, memory: GroupMemory, monitor: WaitMonitor, rank: int, world_size: int) -> None:
         self._memory = memory
         self._words = memory.words
         self._monitor = monitor
@@ -109,9 +107,7 @@ class SharedMemoryAgreement:
             else:
                 self._wait_for_rank(call, word, parity, index, rank, deadline)
 
-    def _wait_for_rank(
-        self, call: Call, word: int, parity: int, index: int, rank: int, deadline: float
-    ) -> None:
+    def _wait_for_rank(self, call: Call, word: int, parity: int, index: int, rank: int, deadline: float) -> None:
         words, check = self._words, self._monitor.check
         backoff = Backoff()
         count = 0
@@ -129,8 +125,7 @@ class SharedMemoryAgreement:
     def _view_slots(self, parity: int, operand: Array) -> Sequence[Array]:
         """View the slots of a parity as operands like this one; remember the views."""
         views = [
-            self._memory.slot(rank, parity)[: operand.nbytes].view(operand.dtype)
-            for rank in range(self._world_size)
+            self._memory.slot(rank, parity)[: operand.nbytes].view(operand.dtype) for rank in range(self._world_size)
         ]
         if len(self._slot_views[parity]) >= _MOST_CACHED:
             self._slot_views[parity].clear()

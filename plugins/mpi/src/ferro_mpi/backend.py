@@ -97,12 +97,7 @@ class MpiBackend(Backend):
         self._communicator.exchange((), [(peer, buffer)], tag, deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`."""
         self._communicator.exchange(sends, recvs, tag, deadline)
@@ -155,13 +150,7 @@ class MpiBackend(Backend):
             reduction.finish(buffer)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         shared = self._share(source, deadline)
@@ -177,9 +166,7 @@ class MpiBackend(Backend):
             self._gathered(reduction, deadline).reduce_scatter(source, out, counts)
         elif all_equal(counts):
             arguments: tuple[object, ...] = (source, out, op)
-            self._run_native(
-                comm.Reduce_scatter_block, comm.Ireduce_scatter_block, arguments, deadline
-            )
+            self._run_native(comm.Reduce_scatter_block, comm.Ireduce_scatter_block, arguments, deadline)
             reduction.finish(out)
         else:
             arguments = (source, out, list(counts), op)
@@ -220,9 +207,7 @@ class MpiBackend(Backend):
             arguments = (MPI.IN_PLACE, buffer_spec(buffer, counts))
             self._run_native(comm.Allgatherv, comm.Iallgatherv, arguments, deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if "gather" in self._fixed or sum(counts) > self.largest:
             super().gather(block, out, counts, root, deadline=deadline)
@@ -238,15 +223,7 @@ class MpiBackend(Backend):
             received = None if out is None else buffer_spec(out, counts)
             self._run_native(comm.Gatherv, comm.Igatherv, (mine, received, root), deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if "scatter" in self._fixed or sum(counts) > self.largest:
             super().scatter(block, source, counts, root, deadline=deadline)
@@ -263,20 +240,11 @@ class MpiBackend(Backend):
             block[...] = blocks(source, counts)[root]
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         comm, even = self._comm, self.call.count > 0
-        if (
-            "all_to_all" in self._fixed
-            or self._largest_count(source, out, even, deadline) > self.largest
-        ):
+        if "all_to_all" in self._fixed or self._largest_count(source, out, even, deadline) > self.largest:
             super().all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
         elif even:
             arguments: tuple[object, ...] = (mpi_view(source), mpi_view(out))
@@ -292,9 +260,7 @@ class MpiBackend(Backend):
             return most
         largest = np.array([most], np.int64)
         comm = self._comm
-        self._run_native(
-            comm.Allreduce, comm.Iallreduce, (MPI.IN_PLACE, largest, MPI.MAX), deadline
-        )
+        self._run_native(comm.Allreduce, comm.Iallreduce, (MPI.IN_PLACE, largest, MPI.MAX), deadline)
         return int(largest[0])
 
     # -- sub-groups, abort, close ------------------------------------------------------------------
@@ -345,12 +311,8 @@ class MpiBackend(Backend):
     def _gathered(self, reduction: Reduction, deadline: float) -> GatheredReduction:
         """Make a reduction that NumPy does once all contributions have come."""
         communicator = self._communicator
-        transfers = MpiTransfers(
-            self._comm, lambda request, buffers: communicator.wait_for(request, buffers, deadline)
-        )
-        return GatheredReduction(
-            transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES
-        )
+        transfers = MpiTransfers(self._comm, lambda request, buffers: communicator.wait_for(request, buffers, deadline))
+        return GatheredReduction(transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES)
 
     def _pieces(self, buffer: Array) -> Sequence[Array]:
         """Cut a buffer into pieces that MPI can count, for elementwise collectives."""

@@ -65,9 +65,7 @@ class MpiCommunicator:
         with self._blocking(time.monotonic() + timeout_s):
             self._control_comm = comm.Dup()
             self.memory = open_group_memory(self._control_comm)
-        self.monitor = WaitMonitor(
-            self._control_comm, self.memory, oversubscribed=library.oversubscribed
-        )
+        self.monitor = WaitMonitor(self._control_comm, self.memory, oversubscribed=library.oversubscribed)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -102,11 +100,7 @@ class MpiCommunicator:
             raise self._translated(error) from error
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], tag: int, deadline: float
     ) -> None:
         """Do all these (peer, buffer) transfers at the same time; see `Backend.exchange`.
 
@@ -118,9 +112,7 @@ class MpiCommunicator:
         elif tag <= self._library.tag_limit:
             comm = self.comm
         else:
-            raise UnsupportedError(
-                f"tag {tag} is too large for this MPI, whose tags go to {self._library.tag_limit}"
-            )
+            raise UnsupportedError(f"tag {tag} is too large for this MPI, whose tags go to {self._library.tag_limit}")
         self._exchange(comm, sends, recvs, tag, deadline)
 
     def _exchange(

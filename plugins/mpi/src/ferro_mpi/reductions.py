@@ -105,9 +105,7 @@ class MpiTransfers:
             request = self._comm.Iallgatherv(MPI.IN_PLACE, buffer_spec(buffer, counts))
         self._wait_for(request, buffer)
 
-    def all_to_all(
-        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
-    ) -> None:
+    def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """See `ReductionTransfers.all_to_all`."""
         sent = mpi_view(source), (counts, offsets)
         n = len(counts)

@@ -21,11 +21,7 @@ _abandoned: list[object] = []
 
 
 def wait_for(
-    request: MPI.Request,
-    buffers: object,
-    monitor: WaitMonitor,
-    deadline: float,
-    awaited: Iterable[int],
+    request: MPI.Request, buffers: object, monitor: WaitMonitor, deadline: float, awaited: Iterable[int]
 ) -> None:
     """Wait until a collective is done.
 
@@ -96,9 +92,7 @@ class PendingMessages:
         except BaseException:
             self._abandon()
             raise
-        for status, buffer, peer in zip(
-            statuses[: self._receives], self._buffers, self._peers, strict=False
-        ):
+        for status, buffer, peer in zip(statuses[: self._receives], self._buffers, self._peers, strict=False):
             came = status.Get_count(MPI.BYTE)
             if came != buffer.nbytes:
                 raise CollectiveMismatch(

@@ -61,9 +61,7 @@ class WaitMonitor:
             cores of their own.
     """
 
-    def __init__(
-        self, control_comm: MPI.Intracomm, memory: GroupMemory | None, *, oversubscribed: bool
-    ) -> None:
+    def __init__(self, control_comm: MPI.Intracomm, memory: GroupMemory | None, *, oversubscribed: bool) -> None:
         self._control_comm = control_comm
         self._memory = memory
         self._aborted = False

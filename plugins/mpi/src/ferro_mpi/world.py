@@ -25,14 +25,10 @@ def connect(config: BackendConfig) -> MpiBackend:
     if config.options:
         raise UsageError(f"mpi has no options: {', '.join(sorted(config.options))}")
     _await_other_starts(config)
-    return MpiBackend(
-        _world_communicator(config.rank, config.world_size, config.timeout_s), config.choice
-    )
+    return MpiBackend(_world_communicator(config.rank, config.world_size, config.timeout_s), config.choice)
 
 
-def broadcast_bootstrap(
-    rank: int, world_size: int, message: bytes | None, deadline: float
-) -> bytes:
+def broadcast_bootstrap(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
     """Broadcast rank 0's message before any group exists; see `BackendInfo.introduce`."""
     communicator = _world_communicator(rank, world_size, max(1.0, deadline - time.monotonic()))
     comm = communicator.comm
@@ -59,9 +55,7 @@ def _await_other_starts(config: BackendConfig) -> None:
             config.store.get(f"mpi/starts/{rank}", deadline=deadline)
         except TimeoutError as error:
             raise RendezvousError(
-                f"rank {rank} did not start MPI within {config.timeout_s:.3g} s: read its log",
-                rank=0,
-                peer=rank,
+                f"rank {rank} did not start MPI within {config.timeout_s:.3g} s: read its log", rank=0, peer=rank
             ) from error
 
 

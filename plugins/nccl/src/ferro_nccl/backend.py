@@ -54,12 +54,7 @@ class NcclBackend(Backend):
     labels_frames = True
 
     def __init__(
-        self,
-        process: ProcessContext,
-        communicator: Communicator,
-        rank: int,
-        members: Sequence[int],
-        context: int,
+        self, process: ProcessContext, communicator: Communicator, rank: int, members: Sequence[int], context: int
     ) -> None:
         world_size = len(members)
         super().__init__(rank, world_size, process.choice)
@@ -156,12 +151,7 @@ class NcclBackend(Backend):
         self.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`.
 
@@ -220,9 +210,7 @@ class NcclBackend(Backend):
             whole = staged.in_out(buffer)
             self._collectives.all_gather(split_span(whole, counts, buffer.itemsize))
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         with self._operation(deadline, block, out) as staged:
             mine = staged.input(block)
@@ -231,15 +219,7 @@ class NcclBackend(Backend):
                 incoming = [*enumerate(split_span(staged.output(out), counts, block.itemsize))]
             self._collectives.exchange([(root, mine)], incoming)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         with self._operation(deadline, block, source) as staged:
             outgoing: list[tuple[int, Span]] = []
@@ -248,13 +228,7 @@ class NcclBackend(Backend):
             self._collectives.exchange(outgoing, [(root, staged.output(block))])
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         native = self._native(reduction)
@@ -267,18 +241,10 @@ class NcclBackend(Backend):
             return
         with self._operation(deadline, source, out) as staged:
             from_address, to_address = staged.input(source).address, staged.output(out).address
-            self._collectives.reduce_scatter(
-                from_address, to_address, counts, source.itemsize, native
-            )
+            self._collectives.reduce_scatter(from_address, to_address, counts, source.itemsize, native)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         with self._operation(deadline, source, out) as staged:
@@ -288,9 +254,7 @@ class NcclBackend(Backend):
 
     # -- shared ----------------------------------------------------------------------------------
 
-    def _make_group(
-        self, communicator: Communicator, ranks: Sequence[int], context: int
-    ) -> NcclBackend:
+    def _make_group(self, communicator: Communicator, ranks: Sequence[int], context: int) -> NcclBackend:
         """Make a group of some of these ranks on their communicator."""
         members = [self._members[rank] for rank in ranks]
         return NcclBackend(self._process, communicator, ranks.index(self.rank), members, context)
@@ -313,11 +277,7 @@ class NcclBackend(Backend):
             staged.fill_host_arrays()
 
     def _reduce_gathered(
-        self,
-        deadline: float,
-        reduction: Reduction,
-        reduce: Callable[[GatheredReduction], None],
-        *arrays: Array,
+        self, deadline: float, reduction: Reduction, reduce: Callable[[GatheredReduction], None], *arrays: Array
     ) -> None:
         """Carry out a reduction that NCCL does not have, on the device of the arrays."""
         if isinstance(arrays[0], np.ndarray):
@@ -327,9 +287,5 @@ class NcclBackend(Backend):
         with launch, self._queue.stream:  # CuPy's arithmetic takes place on the same stream
             reduce(self._gathered(GpuTransfers(self._gpu, self._collectives), reduction))
 
-    def _gathered(
-        self, transfers: HostTransfers | GpuTransfers, reduction: Reduction
-    ) -> GatheredReduction:
-        return GatheredReduction(
-            transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES
-        )
+    def _gathered(self, transfers: HostTransfers | GpuTransfers, reduction: Reduction) -> GatheredReduction:
+        return GatheredReduction(transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES)

@@ -17,12 +17,7 @@ from ferro_nccl.watchdog import call_with_deadline
 
 
 def connect(
-    library: NcclLibrary,
-    gpu: Gpu,
-    store: Store,
-    placement: RankPlacement,
-    world_size: int,
-    deadline: float,
+    library: NcclLibrary, gpu: Gpu, store: Store, placement: RankPlacement, world_size: int, deadline: float
 ) -> Communicator:
     """Join the communicator of a new group; every rank does.
 
@@ -56,11 +51,7 @@ def connect(
 
 
 def _exchange_unique_id(
-    store: Store,
-    placement: RankPlacement,
-    world_size: int,
-    new_id: Callable[[], bytes],
-    deadline: float,
+    store: Store, placement: RankPlacement, world_size: int, new_id: Callable[[], bytes], deadline: float
 ) -> bytes:
     """Agree on a unique id, which rank 0 makes when all ranks have come without a conflict."""
     if placement.rank != 0:
@@ -79,11 +70,7 @@ def _exchange_unique_id(
 
 
 def _check_placements(
-    store: Store,
-    placement: RankPlacement,
-    world_size: int,
-    new_id: Callable[[], bytes],
-    deadline: float,
+    store: Store, placement: RankPlacement, world_size: int, new_id: Callable[[], bytes], deadline: float
 ) -> bytes:
     """Make rank 0's answer to all: the unique id, an absent rank, or a conflict of two ranks."""
     placements = [placement]

@@ -57,12 +57,7 @@ _INTEGERS = {
 }
 _COMPLEX = {"complex64": DataType.FLOAT32, "complex128": DataType.FLOAT64}
 
-_INTEGER_OPS = {
-    ReduceOp.SUM: RedOp.SUM,
-    ReduceOp.PROD: RedOp.PROD,
-    ReduceOp.MIN: RedOp.MIN,
-    ReduceOp.MAX: RedOp.MAX,
-}
+_INTEGER_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.PROD: RedOp.PROD, ReduceOp.MIN: RedOp.MIN, ReduceOp.MAX: RedOp.MAX}
 _FLOAT_OPS = {**_INTEGER_OPS, ReduceOp.MEAN: RedOp.AVG}
 _COMPLEX_OPS = {ReduceOp.SUM: RedOp.SUM, ReduceOp.MEAN: RedOp.AVG}
 _BOOL_OPS = {
@@ -92,9 +87,7 @@ class NativeReduction:
 
 
 @lru_cache(maxsize=256)
-def native_reduction(
-    dtype: str, op: ReduceOp | None, *, deterministic: bool = False
-) -> NativeReduction | None:
+def native_reduction(dtype: str, op: ReduceOp | None, *, deterministic: bool = False) -> NativeReduction | None:
     """Find NCCL's codes for a reduction, None where NCCL has none.
 
     Args:
@@ -103,9 +96,7 @@ def native_reduction(
         deterministic: the result must be that of reducing in order of rank. NCCL promises no
             order, so it serves only where the order makes no difference.
     """
-    if op is None or (
-        deterministic and op in _ORDER_DEPENDENT and dtype not in {*_INTEGERS, "bool"}
-    ):
+    if op is None or (deterministic and op in _ORDER_DEPENDENT and dtype not in {*_INTEGERS, "bool"}):
         return None
     kinds = ((_FLOATS, _FLOAT_OPS), (_INTEGERS, _INTEGER_OPS), (_COMPLEX, _COMPLEX_OPS))
     for types, ops in kinds:

@@ -51,13 +51,7 @@ class StreamCollectives:
     """
 
     def __init__(
-        self,
-        library: NcclLibrary,
-        gpu: Gpu,
-        communicator: Communicator,
-        stream: GpuStream,
-        rank: int,
-        world_size: int,
+        self, library: NcclLibrary, gpu: Gpu, communicator: Communicator, stream: GpuStream, rank: int, world_size: int
     ) -> None:
         self._grouped = library.grouped
         self._gpu = gpu
@@ -77,53 +71,33 @@ class StreamCollectives:
         """Reduce `count` elements in place, at the root."""
         if count:
             self._communicator.reduce(
-                buffer,
-                buffer,
-                count * native.width,
-                native.dtype,
-                native.op,
-                root,
-                self._stream.ptr,
+                buffer, buffer, count * native.width, native.dtype, native.op, root, self._stream.ptr
             )
 
     def broadcast(self, buffer: Span, root: int) -> None:
         """Fill the span with the root's bytes."""
         if buffer.nbytes:
-            self._communicator.broadcast(
-                buffer.address, buffer.address, buffer.nbytes, BYTE, root, self._stream.ptr
-            )
+            self._communicator.broadcast(buffer.address, buffer.address, buffer.nbytes, BYTE, root, self._stream.ptr)
 
     def all_gather(self, blocks: Sequence[Span]) -> None:
         """Fill adjacent spans, each with the bytes of its rank."""
         mine = blocks[self._rank]
         if all(block.nbytes == mine.nbytes for block in blocks):
             if mine.nbytes:
-                self._communicator.all_gather(
-                    mine.address, blocks[0].address, mine.nbytes, BYTE, self._stream.ptr
-                )
+                self._communicator.all_gather(mine.address, blocks[0].address, mine.nbytes, BYTE, self._stream.ptr)
             return
         with self._grouped():
             for root, block in enumerate(blocks):
                 self.broadcast(block, root)
 
     def reduce_scatter(
-        self,
-        source: int,
-        target: int,
-        counts: Sequence[int],
-        itemsize: int,
-        native: NativeReduction,
+        self, source: int, target: int, counts: Sequence[int], itemsize: int, native: NativeReduction
     ) -> None:
         """Reduce adjacent blocks of `counts` elements; put this rank's into `target`."""
         if len(set(counts)) == 1:
             if counts[0]:
                 self._communicator.reduce_scatter(
-                    source,
-                    target,
-                    counts[0] * native.width,
-                    native.dtype,
-                    native.op,
-                    self._stream.ptr,
+                    source, target, counts[0] * native.width, native.dtype, native.op, self._stream.ptr
                 )
             return
         blocks = adjacent_spans(source, [count * itemsize for count in counts])
@@ -134,18 +108,10 @@ class StreamCollectives:
                 # NCCL wants an address also on ranks other than the root, and does not write there.
                 output = target if root == self._rank else block.address
                 self._communicator.reduce(
-                    block.address,
-                    output,
-                    count * native.width,
-                    native.dtype,
-                    native.op,
-                    root,
-                    self._stream.ptr,
+                    block.address, output, count * native.width, native.dtype, native.op, root, self._stream.ptr
                 )
 
-    def exchange(
-        self, sends: Sequence[tuple[int, Span]], recvs: Sequence[tuple[int, Span]]
-    ) -> None:
+    def exchange(self, sends: Sequence[tuple[int, Span]], recvs: Sequence[tuple[int, Span]]) -> None:
         """Do all these (peer, span) transfers at the same time; copy those within this rank."""
         outgoing = [item for item in sends if item[0] != self._rank and item[1].nbytes]
         incoming = [item for item in recvs if item[0] != self._rank and item[1].nbytes]

@@ -102,30 +102,22 @@ class CupyCommunicator:
     def __init__(self, native: Any) -> None:  # CuPy has no types
         self._native = native
 
-    def all_reduce(
-        self, source: int, target: int, count: int, dtype: int, op: int, stream: int
-    ) -> None:
+    def all_reduce(self, source: int, target: int, count: int, dtype: int, op: int, stream: int) -> None:
         """See `Communicator.all_reduce`."""
         with _translated_errors:
             self._native.allReduce(source, target, count, dtype, op, stream)
 
-    def reduce(
-        self, source: int, target: int, count: int, dtype: int, op: int, root: int, stream: int
-    ) -> None:
+    def reduce(self, source: int, target: int, count: int, dtype: int, op: int, root: int, stream: int) -> None:
         """See `Communicator.reduce`."""
         with _translated_errors:
             self._native.reduce(source, target, count, dtype, op, root, stream)
 
-    def broadcast(
-        self, source: int, target: int, count: int, dtype: int, root: int, stream: int
-    ) -> None:
+    def broadcast(self, source: int, target: int, count: int, dtype: int, root: int, stream: int) -> None:
         """See `Communicator.broadcast`."""
         with _translated_errors:
             self._native.broadcast(source, target, count, dtype, root, stream)
 
-    def reduce_scatter(
-        self, source: int, target: int, count: int, dtype: int, op: int, stream: int
-    ) -> None:
+    def reduce_scatter(self, source: int, target: int, count: int, dtype: int, op: int, stream: int) -> None:
         """See `Communicator.reduce_scatter`."""
         with _translated_errors:
             self._native.reduceScatter(source, target, count, dtype, op, stream)

@@ -37,10 +37,7 @@ class GpuStream(Protocol):
     def __enter__(self) -> object: ...
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> object: ...
 
 
@@ -101,24 +98,16 @@ class Gpu(Protocol):
 class Communicator(Protocol):
     """One rank's end of an NCCL communicator. Counts are in elements of `dtype`."""
 
-    def all_reduce(
-        self, source: int, target: int, count: int, dtype: int, op: int, stream: int
-    ) -> None:
+    def all_reduce(self, source: int, target: int, count: int, dtype: int, op: int, stream: int) -> None:
         """See `ncclAllReduce`."""
 
-    def reduce(
-        self, source: int, target: int, count: int, dtype: int, op: int, root: int, stream: int
-    ) -> None:
+    def reduce(self, source: int, target: int, count: int, dtype: int, op: int, root: int, stream: int) -> None:
         """See `ncclReduce`."""
 
-    def broadcast(
-        self, source: int, target: int, count: int, dtype: int, root: int, stream: int
-    ) -> None:
+    def broadcast(self, source: int, target: int, count: int, dtype: int, root: int, stream: int) -> None:
         """See `ncclBroadcast`."""
 
-    def reduce_scatter(
-        self, source: int, target: int, count: int, dtype: int, op: int, stream: int
-    ) -> None:
+    def reduce_scatter(self, source: int, target: int, count: int, dtype: int, op: int, stream: int) -> None:
         """See `ncclReduceScatter`; `count` is that of the target."""
 
     def all_gather(self, source: int, target: int, count: int, dtype: int, stream: int) -> None:

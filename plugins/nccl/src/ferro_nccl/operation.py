@@ -39,9 +39,7 @@ class LaunchedOperation:
 
     __slots__ = ("_gpu", "_holds", "_ordered", "_queue", "deadline", "error", "event", "started_s")
 
-    def __init__(
-        self, queue: LaunchQueue, deadline: float, holds: tuple[Array | None, ...], ordered: bool
-    ) -> None:
+    def __init__(self, queue: LaunchQueue, deadline: float, holds: tuple[Array | None, ...], ordered: bool) -> None:
         self._queue = queue
         self._holds: list[object] = [*holds]
         self._ordered = ordered
@@ -61,10 +59,7 @@ class LaunchedOperation:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             self._queue.end(self)

@@ -55,12 +55,7 @@ class OperationQueue:
     """
 
     def __init__(
-        self,
-        gpu: Gpu,
-        communicator: Communicator,
-        store: Store,
-        lost_ranks: Callable[[], Sequence[int]],
-        name: str,
+        self, gpu: Gpu, communicator: Communicator, store: Store, lost_ranks: Callable[[], Sequence[int]], name: str
     ) -> None:
         self.gpu = gpu
         self.communicator = communicator
@@ -82,9 +77,7 @@ class OperationQueue:
             self._caller_event = gpu.new_event()
         self._watchdog = OperationWatchdog(self.poll)
 
-    def launch(
-        self, deadline: float, holds: tuple[Array | None, ...], *, ordered: bool
-    ) -> LaunchedOperation:
+    def launch(self, deadline: float, holds: tuple[Array | None, ...], *, ordered: bool) -> LaunchedOperation:
         """Make an operation, to be launched in its `with` block.
 
         Args:
@@ -266,9 +259,7 @@ class OperationQueue:
         until = time.monotonic() + _NOTICE_S
         while not self._fail_if_rank_died():
             if time.monotonic() > until:
-                error = BackendError(
-                    f"NCCL reports error {code} ({_code_meaning(code)})", code=code
-                )
+                error = BackendError(f"NCCL reports error {code} ({_code_meaning(code)})", code=code)
                 self.fail(error)
                 return
             time.sleep(_NOTICE_POLL_S)
@@ -277,9 +268,7 @@ class OperationQueue:
         """Fail if a rank of this group died; say whether one has."""
         dead = self._lost_ranks()
         if dead:
-            error = PeerLost(
-                "it ended without a farewell, as the job's store noticed", peer=dead[0]
-            )
+            error = PeerLost("it ended without a farewell, as the job's store noticed", peer=dead[0])
             self.fail(error, tell=False)  # the others ask as well
         return bool(dead)
 

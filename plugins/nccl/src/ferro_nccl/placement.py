@@ -82,8 +82,7 @@ def choose_gpu(visible: int, local_rank: int, wanted: int | None) -> int:
         return 0
     raise _refusal(
         f"this process is number {local_rank} on its host (from 0), and sees {_gpus(visible)}",
-        "Start no more processes on a host than it has GPUs, or choose with "
-        'backend_options={"device": …}.',
+        'Start no more processes on a host than it has GPUs, or choose with backend_options={"device": …}.',
     )
 
 

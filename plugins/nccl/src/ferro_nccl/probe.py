@@ -104,6 +104,4 @@ def _first(versions: Sequence[str | None] | map[str | None]) -> str | None:
     return next((version for version in versions if version is not None), None)
 
 
-_SYSTEM = SystemQueries(
-    has_module=_has_module, has_library=_has_library, gpus=_gpus, version=_version
-)
+_SYSTEM = SystemQueries(has_module=_has_module, has_library=_has_library, gpus=_gpus, version=_version)

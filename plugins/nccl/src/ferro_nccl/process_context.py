@@ -38,8 +38,7 @@ class NcclOptions:
         unknown = sorted(set(options) - {"device", "check_calls"})
         if unknown:
             raise UsageError(
-                f"nccl has no option {', '.join(unknown)}: backend_options may hold device and "
-                "check_calls"
+                f"nccl has no option {', '.join(unknown)}: backend_options may hold device and check_calls"
             )
         device, check = options.get("device"), options.get("check_calls", False)
         number = isinstance(device, int) and not isinstance(device, bool) and device >= 0

@@ -28,9 +28,7 @@ class HostTransfers:
         """See `ReductionTransfers.all_gather`."""
         self._backend.all_gather(buffer, counts, deadline=self._deadline)
 
-    def all_to_all(
-        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
-    ) -> None:
+    def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """See `ReductionTransfers.all_to_all`."""
         blocks = [source[at : at + count] for at, count in zip(offsets, counts, strict=True)]
         sends, recvs = [*enumerate(blocks)], [*enumerate(near_equal(out, len(counts)))]
@@ -52,15 +50,12 @@ class GpuTransfers:
         """See `ReductionTransfers.all_gather`."""
         self._collectives.all_gather(split_span(self._span(buffer), counts, buffer.itemsize))
 
-    def all_to_all(
-        self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array
-    ) -> None:
+    def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """See `ReductionTransfers.all_to_all`."""
         n, itemsize = len(counts), source.itemsize
         start = self._span(source).address
         outgoing = [
-            Span(start + offset * itemsize, count * itemsize)
-            for offset, count in zip(offsets, counts, strict=True)
+            Span(start + offset * itemsize, count * itemsize) for offset, count in zip(offsets, counts, strict=True)
         ]
         incoming = split_span(self._span(out), [out.size // n] * n, itemsize)
         self._collectives.all_to_all(outgoing, incoming)

@@ -7,13 +7,7 @@ from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .mesh import DeviceMesh
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
-from .sync_batchnorm import (
-    SyncBatchNorm,
-    SyncBatchNorm1d,
-    SyncBatchNorm2d,
-    SyncBatchNorm3d,
-    convert_sync_batchnorm,
-)
+from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
 
 __all__ = [
     "DDP",

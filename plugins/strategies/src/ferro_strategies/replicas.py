@@ -10,9 +10,7 @@ from .nn.arrays import Array
 from .nn.module import Module
 
 
-def check_same(
-    strategy: str, module: Module, group: ProcessGroup, options: Mapping[str, object]
-) -> None:
+def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapping[str, object]) -> None:
     """Compare names, shapes and dtypes of the model, and the options, over all ranks.
 
     Raises:
@@ -26,12 +24,9 @@ def check_same(
         for name, parameter in module.named_parameters()
     ]
     own_lines += [
-        f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}"
-        for name, buffer in module.named_buffers()
+        f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}" for name, buffer in module.named_buffers()
     ]
-    gathered: list[tuple[list[str], list[str]]] = group.all_gather_object(
-        (_split_over(module, group), own_lines)
-    )
+    gathered: list[tuple[list[str], list[str]]] = group.all_gather_object((_split_over(module, group), own_lines))
     for split, _ in gathered:
         if split:
             raise UsageError(
@@ -57,9 +52,7 @@ def check_same(
                 )
 
 
-def broadcast_arrays(
-    group: ProcessGroup, arrays: Iterable[Array], root: int, chunk_bytes: int
-) -> None:
+def broadcast_arrays(group: ProcessGroup, arrays: Iterable[Array], root: int, chunk_bytes: int) -> None:
     """Give every rank the root's values, in place.
 
     Small arrays are sent together through a buffer of at most `chunk_bytes`; a larger array is sent

@@ -46,8 +46,7 @@ class ShardedSampler:
             self.rank, self.world_size = group.rank, group.world_size
         if not 0 <= self.rank < self.world_size:
             raise UsageError(
-                f"ShardedSampler: rank must be from 0 to world_size - 1, got rank {self.rank} "
-                f"of {self.world_size}."
+                f"ShardedSampler: rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size}."
             )
         if length < 0:
             raise UsageError(f"ShardedSampler: length must be at least 0, not {length}.")
@@ -96,7 +95,4 @@ class ShardedSampler:
         return (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
 
     def __repr__(self) -> str:
-        return (
-            f"ShardedSampler({self.length}, rank {self.rank} of {self.world_size}, "
-            f"epoch {self.epoch})"
-        )
+        return f"ShardedSampler({self.length}, rank {self.rank} of {self.world_size}, epoch {self.epoch})"

@@ -41,11 +41,7 @@ class UnevenInputs:
     """
 
     def __init__(
-        self,
-        strategy: str,
-        groups: Sequence[ProcessGroup],
-        describe: Callable[[int], str],
-        note_bytes: int = 0,
+        self, strategy: str, groups: Sequence[ProcessGroup], describe: Callable[[int], str], note_bytes: int = 0
     ) -> None:
         self._strategy = strategy
         self._groups = groups

@@ -55,14 +55,10 @@ _COLLECTIVES = {
     "broadcast": _Collective(lambda g, x, out: g.broadcast(x, _last(g), out=out)),
     "reduce": _Collective(lambda g, x, out: g.reduce(x, _last(g), out=out), at_root=True),
     "all_gather": _Collective(lambda g, x, out: g.all_gather(x, out=out), blocks_out=None),
-    "gather": _Collective(
-        lambda g, x, out: g.gather(x, _last(g), out=out), blocks_out=None, at_root=True
-    ),
+    "gather": _Collective(lambda g, x, out: g.gather(x, _last(g), out=out), blocks_out=None, at_root=True),
     "scatter": _Collective(lambda g, x, out: g.scatter(x, _last(g), out=out), blocks_in=None),
     "reduce_scatter": _Collective(lambda g, x, out: g.reduce_scatter(x, out=out), blocks_in=None),
-    "all_to_all": _Collective(
-        lambda g, x, out: g.all_to_all(x, out=out), blocks_in=None, blocks_out=None
-    ),
+    "all_to_all": _Collective(lambda g, x, out: g.all_to_all(x, out=out), blocks_in=None, blocks_out=None),
 }
 
 

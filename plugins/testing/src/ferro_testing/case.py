@@ -90,33 +90,19 @@ class Case:
 
     def carried(self, *ops: str) -> list[str]:
         """Return the dtypes with which none of these operations is declared unsupported."""
-        return [
-            dtype
-            for dtype in self.dtypes
-            if all(supported(self.unsupported, op, dtype) for op in ops)
-        ]
+        return [dtype for dtype in self.dtypes if all(supported(self.unsupported, op, dtype) for op in ops)]
 
     def outcomes(
-        self,
-        function: Callable[..., object],
-        world_size: int,
-        *args: object,
-        deterministic: bool = False,
+        self, function: Callable[..., object], world_size: int, *args: object, deterministic: bool = False
     ) -> list[Outcome]:
         """Run `function(group, *args)` on new ranks; return what became of each."""
         runner = self.runner
         if runner is None:
             runner = run_simulated if self.backend == "simulated" else self._run_processes
-        return runner(
-            function, world_size, args, timeout_s=self.timeout_s, deterministic=deterministic
-        )
+        return runner(function, world_size, args, timeout_s=self.timeout_s, deterministic=deterministic)
 
     def verify(
-        self,
-        function: Callable[..., object],
-        world_size: int,
-        *args: object,
-        deterministic: bool = False,
+        self, function: Callable[..., object], world_size: int, *args: object, deterministic: bool = False
     ) -> None:
         """Run a function that returns what it found wrong; raise when any rank found anything.
 
@@ -134,9 +120,7 @@ class Case:
         if found:
             raise AssertionError("\n".join([f"{what}:", *found]))
 
-    def verify_all(
-        self, function: Callable[..., object], *args: object, deterministic: bool = False
-    ) -> None:
+    def verify_all(self, function: Callable[..., object], *args: object, deterministic: bool = False) -> None:
         """`verify` with every world size."""
         for world_size in self.world_sizes:
             self.verify(function, world_size, *args, deterministic=deterministic)
@@ -190,12 +174,7 @@ def require(what: str, outcomes: Sequence[Outcome], lost: Sequence[int] = ()) ->
 
 
 def run_simulated(
-    function: Callable[..., object],
-    world_size: int,
-    args: Sequence[object],
-    *,
-    timeout_s: float,
-    deterministic: bool,
+    function: Callable[..., object], world_size: int, args: Sequence[object], *, timeout_s: float, deterministic: bool
 ) -> list[Outcome]:
     """Run a function on simulated ranks; see `Runner`."""
     outcomes: dict[int, Outcome] = {}
@@ -209,21 +188,14 @@ def run_simulated(
             raise error
 
     try:
-        simulate(
-            on_rank,
-            world_size,
-            timeout_s=timeout_s,
-            deterministic=deterministic,
-            run_timeout_s=timeout_s,
-        )
+        simulate(on_rank, world_size, timeout_s=timeout_s, deterministic=deterministic, run_timeout_s=timeout_s)
     except Exception as error:  # noqa: BLE001 - told by the outcomes, rank by rank
         failure = f"{type(error).__name__}: {error}"
     else:
         failure = "nothing is known of its end"
     with lock:
         return [
-            outcomes.get(rank, Outcome(rank=rank, error_type="Late", error_text=failure))
-            for rank in range(world_size)
+            outcomes.get(rank, Outcome(rank=rank, error_type="Late", error_text=failure)) for rank in range(world_size)
         ]
 
 

@@ -19,12 +19,7 @@ from ferro_testing.deadlines import check_send_deadline
 from ferro_testing.differences import FEATURES, OPERATIONS
 from ferro_testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro_testing.movements import check_movements, check_uneven
-from ferro_testing.reductions import (
-    check_deterministic,
-    check_equal_bits,
-    check_reduction_functions,
-    check_reductions,
-)
+from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reduction_functions, check_reductions
 from ferro_testing.refusals import check_unsupported, check_usage_errors
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink

@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ferro.errors import (
-    CollectiveMismatch,
-    CollectiveTimeout,
-    FerroError,
-    GroupClosed,
-    PeerLost,
-)
+from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost
 from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
 from ferro_testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
@@ -166,9 +160,7 @@ def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
     return told
 
 
-def _failed(
-    group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None
-) -> dict[str, Any]:
+def _failed(group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None) -> dict[str, Any]:
     """Make a good call, then one that is to fail; return what is raised, in values that travel.
 
     A rank may still be in the good one, by `timeout_s`, when another has failed in the next: that
@@ -216,11 +208,7 @@ def _told(
 
 
 def _compare(
-    told: Sequence[dict[str, Any]],
-    ranks: Sequence[int],
-    kind: type[FerroError],
-    what: str,
-    words: Sequence[str],
+    told: Sequence[dict[str, Any]], ranks: Sequence[int], kind: type[FerroError], what: str, words: Sequence[str]
 ) -> None:
     """Check that these ranks raised one kind of error with one text, which has these words."""
     for rank in ranks:

@@ -82,10 +82,7 @@ class LaunchedJob:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._end()
         self._directory.cleanup()
@@ -116,9 +113,7 @@ class LaunchedJob:
         well = all("result" in report for report in reports)
         return [self._outcome(rank, reports[rank], why, all_well=well) for rank in self._ranks]
 
-    def _outcome(
-        self, rank: int, report: dict[str, Any], why_late: str, *, all_well: bool
-    ) -> Outcome:
+    def _outcome(self, rank: int, report: dict[str, Any], why_late: str, *, all_well: bool) -> Outcome:
         """Return what became of a rank, as well as can be told without its exit status.
 
         Where the launcher failed and no rank says that it did, each may have.

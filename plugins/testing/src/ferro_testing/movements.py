@@ -45,14 +45,7 @@ def _move_everything(
     return found.report()
 
 
-def _move_once(
-    group: ProcessGroup,
-    ops: Sequence[str],
-    shape: Shape,
-    dtype: str,
-    root: int,
-    found: Findings,
-) -> None:
+def _move_once(group: ProcessGroup, ops: Sequence[str], shape: Shape, dtype: str, root: int, found: Findings) -> None:
     n, me = group.world_size, group.rank
     what = f"{dtype}{list(shape)}"
     mine = sample(me, shape, dtype)
@@ -99,12 +92,7 @@ def _move_unevenly(group: ProcessGroup, ops: Sequence[str]) -> list[str]:
 
 
 def _gather_unevenly(
-    group: ProcessGroup,
-    ops: Sequence[str],
-    sizes: Sequence[int],
-    row: Shape,
-    what: str,
-    found: Findings,
+    group: ProcessGroup, ops: Sequence[str], sizes: Sequence[int], row: Shape, what: str, found: Findings
 ) -> None:
     n, me = group.world_size, group.rank
     parts = [sample(rank, (sizes[rank], *row), "float32") for rank in range(n)]
@@ -118,12 +106,7 @@ def _gather_unevenly(
 
 
 def _cut_unevenly(
-    group: ProcessGroup,
-    ops: Sequence[str],
-    sizes: Sequence[int],
-    row: Shape,
-    what: str,
-    found: Findings,
+    group: ProcessGroup, ops: Sequence[str], sizes: Sequence[int], row: Shape, what: str, found: Findings
 ) -> None:
     n, me = group.world_size, group.rank
     whole = (sum(sizes), *row)
@@ -140,12 +123,7 @@ def _cut_unevenly(
 
 
 def _swap_unevenly(
-    group: ProcessGroup,
-    ops: Sequence[str],
-    sizes: Sequence[int],
-    row: Shape,
-    what: str,
-    found: Findings,
+    group: ProcessGroup, ops: Sequence[str], sizes: Sequence[int], row: Shape, what: str, found: Findings
 ) -> None:
     """Rank i sends sizes[(i + j) % n] rows to rank j."""
     if "all_to_all" not in ops:

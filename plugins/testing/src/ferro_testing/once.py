@@ -21,13 +21,7 @@ def in_place(array: Any) -> Any:
 
 
 def call_once(
-    group: ProcessGroup,
-    op: str,
-    dtype: str,
-    reduction: str = "sum",
-    *,
-    count: int = 7,
-    timeout_s: float | None = None,
+    group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7, timeout_s: float | None = None
 ) -> object:
     """Do `op` with this rank's sample; return the result. See `call_of`."""
     return call_of(group, op, dtype, reduction, count=count, timeout_s=timeout_s)()
@@ -74,9 +68,7 @@ def call_of(
     return calls[op]
 
 
-def wanted_of(
-    group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7
-) -> Array | None:
+def wanted_of(group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7) -> Array | None:
     """Return what `call_once` must have returned on this rank; None for no result."""
     n, me = group.world_size, group.rank
     if op in ("reduce", "gather") and me != n - 1:

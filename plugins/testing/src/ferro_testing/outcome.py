@@ -68,9 +68,4 @@ class RanksFailed(FerroError):
 
 def _order(outcome: Outcome) -> tuple[bool, bool, bool, float]:
     """Sort causes before consequences, before ranks that were merely late, before good ends."""
-    return (
-        outcome.ok,
-        outcome.error_type == "Late",
-        outcome.error_type in _CONSEQUENCES,
-        outcome.ended_s,
-    )
+    return (outcome.ok, outcome.error_type == "Late", outcome.error_type in _CONSEQUENCES, outcome.ended_s)

@@ -10,11 +10,7 @@ from ferro.types import Array
 
 
 def assert_same_parameters(
-    reference: Mapping[str, Array],
-    others: Sequence[Mapping[str, Array]],
-    *,
-    rtol: float = 0.0,
-    atol: float = 0.0,
+    reference: Mapping[str, Array], others: Sequence[Mapping[str, Array]], *, rtol: float = 0.0, atol: float = 0.0
 ) -> None:
     """Compare every parameter of every rank with the one-process run.
 

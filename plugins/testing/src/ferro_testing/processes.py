@@ -36,11 +36,7 @@ class Job:
     """
 
     def __init__(
-        self,
-        task: Mapping[str, object],
-        variables: Sequence[Mapping[str, str]],
-        timeout_s: float,
-        python: str,
+        self, task: Mapping[str, object], variables: Sequence[Mapping[str, str]], timeout_s: float, python: str
     ) -> None:
         encoded = codec.encode(dict(task))
         self._timeout_s = timeout_s
@@ -72,10 +68,7 @@ class Job:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._end()
 

@@ -44,9 +44,7 @@ def check_backends(names: Sequence[str]) -> None:
         except FerroError as error:
             raise pytest.UsageError(f"--ferro-backend {name}: {error}") from None
         if not found.ok:
-            raise pytest.UsageError(
-                f"--ferro-backend {name}: it cannot be used here: {found.reason}. {found.hint}"
-            )
+            raise pytest.UsageError(f"--ferro-backend {name}: it cannot be used here: {found.reason}. {found.hint}")
 
 
 def run_test(item: pytest.Function, backend: str, world_size: int, timeout_s: float) -> None:
@@ -68,10 +66,7 @@ def run_test(item: pytest.Function, backend: str, world_size: int, timeout_s: fl
 
 
 def _on_threads(
-    function: Callable[..., object],
-    arguments: Mapping[str, object],
-    world_size: int,
-    timeout_s: float,
+    function: Callable[..., object], arguments: Mapping[str, object], world_size: int, timeout_s: float
 ) -> None:
     """Run it on simulated ranks; raise the first cause, with the other ranks' in its notes."""
     __tracebackhide__ = True
@@ -105,9 +100,7 @@ class _RankFailed(BaseException):
     """Ends a simulated rank whose failure is known."""
 
 
-def _told_together(
-    failures: Mapping[int, BaseException], late: str, world_size: int
-) -> BaseException:
+def _told_together(failures: Mapping[int, BaseException], late: str, world_size: int) -> BaseException:
     """Return the first cause; skips come after failures, and before what only follows from one."""
     skips = (pytest.skip.Exception, pytest.xfail.Exception)
 
@@ -141,19 +134,12 @@ def _stacks(running: Mapping[int, int], timeout_s: float) -> str:
 
 
 def _on_processes(
-    function: Callable[..., object],
-    arguments: Mapping[str, object],
-    backend: str,
-    world_size: int,
-    timeout_s: float,
+    function: Callable[..., object], arguments: Mapping[str, object], backend: str, world_size: int, timeout_s: float
 ) -> None:
     """Run it on processes; fail with every rank's traceback."""
     __tracebackhide__ = True
     try:
-        task = [
-            place_of(function),
-            {name: _travelling(arguments[name], name) for name in arguments},
-        ]
+        task = [place_of(function), {name: _travelling(arguments[name], name) for name in arguments}]
         codec.encode(task)
     except UsageError as error:
         pytest.fail(f"this test cannot run on {backend}, whose ranks are processes: {error}", False)
@@ -189,9 +175,7 @@ def _collective_s(timeout_s: float) -> float:
     return max(timeout_s - _MARGIN_S, timeout_s / 2)
 
 
-def run_on_rank(
-    group: ProcessGroup, place: dict[str, str], arguments: dict[str, object]
-) -> list[str] | None:
+def run_on_rank(group: ProcessGroup, place: dict[str, str], arguments: dict[str, object]) -> list[str] | None:
     """Run a test's function in a rank's process; return how it was left early, None if not."""
     function = load(place)
     try:

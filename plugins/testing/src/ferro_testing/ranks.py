@@ -122,14 +122,10 @@ def _job(
     python = python or sys.executable
     command = launcher or _launcher_of(str(task["backend"]), world_size)
     if command is None:
-        variables = [
-            dict((env(rank) if callable(env) else env) or {}) for rank in range(world_size)
-        ]
+        variables = [dict((env(rank) if callable(env) else env) or {}) for rank in range(world_size)]
         return Job(task, variables, timeout_s, python)
     if callable(env):
-        raise UsageError(
-            f"run_ranks: {command[0]} gives all ranks the same variables: env must be a mapping"
-        )
+        raise UsageError(f"run_ranks: {command[0]} gives all ranks the same variables: env must be a mapping")
     return LaunchedJob(task, world_size, command, python, env or {}, timeout_s)
 
 

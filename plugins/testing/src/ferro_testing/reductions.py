@@ -82,13 +82,7 @@ def _reduce_everything(
 
 
 def _reduce_once(
-    group: ProcessGroup,
-    ops: Sequence[str],
-    shape: Shape,
-    dtype: str,
-    name: str,
-    root: int,
-    found: Findings,
+    group: ProcessGroup, ops: Sequence[str], shape: Shape, dtype: str, name: str, root: int, found: Findings
 ) -> None:
     """Check all three collectives on one kind of call."""
     n, me = group.world_size, group.rank
@@ -133,10 +127,7 @@ def _compare_bits(group: ProcessGroup, dtypes: Sequence[str]) -> list[str]:
         for count in (1, 5, 1000, 70_001):
             total = group.all_reduce(noise(group.rank, count, dtype))
             sums = group.all_gather(np.array(zlib.crc32(total.tobytes())))
-            found.true(
-                len(set(sums.tolist())) == 1,
-                f"all_reduce of {count} {dtype}: ranks have different bits",
-            )
+            found.true(len(set(sums.tolist())) == 1, f"all_reduce of {count} {dtype}: ranks have different bits")
     return found.report()
 
 

@@ -51,8 +51,7 @@ def _require_refusal(case: Case) -> None:
     for outcome in outcomes:
         refused = ("UnsupportedError", "BackendUnavailable", "UsageError")
         assert outcome.error_type in refused, (
-            f"deterministic is declared unsupported, but is not refused on {case.backend}: "
-            f"{outcome.describe()}"
+            f"deterministic is declared unsupported, but is not refused on {case.backend}: {outcome.describe()}"
         )
 
 

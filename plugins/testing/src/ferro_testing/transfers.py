@@ -44,9 +44,7 @@ def _transfer_by_tag(group: ProcessGroup) -> list[str]:
     return found.report()
 
 
-def _transfer_to_all(
-    group: ProcessGroup, shape: tuple[int, ...], tags: Sequence[int], found: Findings
-) -> None:
+def _transfer_to_all(group: ProcessGroup, shape: tuple[int, ...], tags: Sequence[int], found: Findings) -> None:
     """Send to every rank with every tag; receive in another order, of ranks and of tags."""
     me = group.rank
     others = [rank for rank in range(group.world_size) if rank != me]

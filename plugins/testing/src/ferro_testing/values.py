@@ -23,10 +23,7 @@ def _move_values(group: ProcessGroup, sending: bool) -> list[str]:
     values = [_value(rank) for rank in range(n)]
     codecs: tuple[Literal["msgpack", "pickle"], ...] = ("msgpack", "pickle")
     for codec in codecs:
-        found.true(
-            group.all_gather_object(values[me], codec=codec) == values,
-            f"all_gather_object with {codec}",
-        )
+        found.true(group.all_gather_object(values[me], codec=codec) == values, f"all_gather_object with {codec}")
         for root in range(n):
             result = group.broadcast_object(values[me], root, codec=codec)
             found.true(result == values[root], f"broadcast_object root={root} with {codec}")

@@ -105,9 +105,7 @@ ARGS_FIELD_FLAGS = 1 << 0
 MAX_TEAM_ID = (1 << 15) - 1
 
 # (send buffer, receive buffer, bytes of each rank, coll_info, request) -> status
-AllGatherFunction = ctypes.CFUNCTYPE(
-    c_int, c_void_p, c_void_p, c_size_t, c_void_p, POINTER(c_void_p)
-)
+AllGatherFunction = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_void_p, POINTER(c_void_p))
 RequestFunction = ctypes.CFUNCTYPE(c_int, c_void_p)
 
 
@@ -173,12 +171,7 @@ class TeamParams(ctypes.Structure):
 class BufferInfo(ctypes.Structure):
     """`ucc_coll_buffer_info_t`."""
 
-    _fields_ = (
-        ("buffer", c_void_p),
-        ("count", c_uint64),
-        ("datatype", c_uint64),
-        ("mem_type", c_int),
-    )
+    _fields_ = (("buffer", c_void_p), ("count", c_uint64), ("datatype", c_uint64), ("mem_type", c_int))
 
 
 class BufferInfoV(ctypes.Structure):

@@ -46,13 +46,7 @@ class UccBackend(NoTransfers):
     """
 
     def __init__(
-        self,
-        context: Context,
-        store: Store,
-        ranks: Sequence[int],
-        rank: int,
-        choice: Choice,
-        number: int = 0,
+        self, context: Context, store: Store, ranks: Sequence[int], rank: int, choice: Choice, number: int = 0
     ) -> None:
         super().__init__(rank, len(ranks), choice)
         self._context = context
@@ -127,9 +121,7 @@ class UccBackend(NoTransfers):
         if buffer.nbytes:
             self._team.run(operations.all_gather(buffer, counts), deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if not sum(counts):
             return
@@ -147,15 +139,7 @@ class UccBackend(NoTransfers):
         whole = block[:0] if out is None else out
         self._team.run(operations.all_to_all(block, whole, to, source), deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if not sum(counts):
             return
@@ -170,26 +154,14 @@ class UccBackend(NoTransfers):
         self._team.run(operations.all_to_all(whole, block, to, came), deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         if source.size:
             self._reduce_blocks(source, out, counts, reduction, deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         self._team.run(operations.all_to_all(source, out, send_counts, recv_counts), deadline)
@@ -247,12 +219,7 @@ class UccBackend(NoTransfers):
         reduction.into(buffer, contributions, at_once=True)
 
     def _reduce_blocks(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
     ) -> None:
         """Reduce this rank's block of all ranks' `source` into `out`."""
         native = self._native(reduction)

@@ -38,9 +38,7 @@ class Context:
         handle: the context.
     """
 
-    def __init__(
-        self, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]
-    ) -> None:
+    def __init__(self, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]) -> None:
         self.library = library
         self.lost = lost
         self.lock = threading.Lock()
@@ -52,9 +50,7 @@ class Context:
         self._broken = False
 
     @classmethod
-    def create(
-        cls, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]
-    ) -> Context:
+    def create(cls, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]) -> Context:
         """Connect to the other ranks; every rank does.
 
         Raises:
@@ -126,9 +122,7 @@ class Context:
         library.release("ucc_lib_config_release", config)
         library.status("ucc_context_config_read", self._lib, None, byref(config))
         wanted = abi.ContextParams(
-            mask=abi.CONTEXT_FIELD_TYPE | abi.CONTEXT_FIELD_OOB,
-            type=abi.CONTEXT_SHARED,
-            oob=self._callbacks.table,
+            mask=abi.CONTEXT_FIELD_TYPE | abi.CONTEXT_FIELD_OOB, type=abi.CONTEXT_SHARED, oob=self._callbacks.table
         )
         library.status("ucc_context_create", self._lib, byref(wanted), config, byref(self.handle))
         library.release("ucc_context_config_release", config)

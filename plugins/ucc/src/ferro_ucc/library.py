@@ -34,19 +34,13 @@ _ASK_S = 10.0
 # The functions that we call; all but the last three return a status.
 _FUNCTIONS = {
     "ucc_lib_config_read": CFUNCTYPE(c_int, c_char_p, c_char_p, POINTER(c_void_p)),
-    "ucc_init_version": CFUNCTYPE(
-        c_int, c_uint, c_uint, POINTER(LibParams), c_void_p, POINTER(c_void_p)
-    ),
+    "ucc_init_version": CFUNCTYPE(c_int, c_uint, c_uint, POINTER(LibParams), c_void_p, POINTER(c_void_p)),
     "ucc_finalize": CFUNCTYPE(c_int, c_void_p),
     "ucc_context_config_read": CFUNCTYPE(c_int, c_void_p, c_char_p, POINTER(c_void_p)),
-    "ucc_context_create": CFUNCTYPE(
-        c_int, c_void_p, POINTER(ContextParams), c_void_p, POINTER(c_void_p)
-    ),
+    "ucc_context_create": CFUNCTYPE(c_int, c_void_p, POINTER(ContextParams), c_void_p, POINTER(c_void_p)),
     "ucc_context_progress": CFUNCTYPE(c_int, c_void_p),
     "ucc_context_destroy": CFUNCTYPE(c_int, c_void_p),
-    "ucc_team_create_post": CFUNCTYPE(
-        c_int, POINTER(c_void_p), c_uint32, POINTER(TeamParams), POINTER(c_void_p)
-    ),
+    "ucc_team_create_post": CFUNCTYPE(c_int, POINTER(c_void_p), c_uint32, POINTER(TeamParams), POINTER(c_void_p)),
     "ucc_team_create_test": CFUNCTYPE(c_int, c_void_p),
     "ucc_team_destroy": CFUNCTYPE(c_int, c_void_p),
     "ucc_collective_init": CFUNCTYPE(c_int, POINTER(CollArgs), POINTER(c_void_p), c_void_p),

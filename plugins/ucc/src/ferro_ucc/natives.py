@@ -44,8 +44,7 @@ _OPS = {
     ReduceOp.BXOR: Op.BXOR,
 }
 _WHOLE = {
-    name: Datatype[name.upper()]
-    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    name: Datatype[name.upper()] for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 _FLOATING = {"float32": Datatype.FLOAT32, "float64": Datatype.FLOAT64}
 _ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)

@@ -93,9 +93,7 @@ class Gathering:
             if time.monotonic() < ranks.deadline:
                 return False
             waited = f"rank {len(self._parts)}" if ranks.rank == 0 else "rank 0, which collects"
-            raise TimeoutError(
-                f"rank {ranks.rank} waited for {waited} to exchange addresses"
-            ) from error
+            raise TimeoutError(f"rank {ranks.rank} waited for {waited} to exchange addresses") from error
         if self._store.add("read", 1) == ranks.world_size:  # the last one cleans up
             self._store.delete("all")
             self._store.delete("read")
@@ -137,9 +135,7 @@ class Callbacks:
             oob_ep=ranks.rank,
         )
 
-    def _all_gather(
-        self, source: int, target: int, size: int, _info: int, request: _Request
-    ) -> int:
+    def _all_gather(self, source: int, target: int, size: int, _info: int, request: _Request) -> int:
         def begin() -> int:
             mine = ctypes.string_at(source, size)
             self._started += 1

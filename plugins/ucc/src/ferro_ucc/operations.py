@@ -43,9 +43,7 @@ class Operation:
         """Make a side a buffer of one block a rank, one behind the other."""
         table = (ctypes.c_uint64 * (2 * len(counts)))(*counts, *accumulate(counts[:-1], initial=0))
         start = ctypes.addressof(table)
-        side.info_v = abi.BufferInfoV(
-            _address(buffer), start, start + 8 * len(counts), datatype, abi.MEMORY_HOST
-        )
+        side.info_v = abi.BufferInfoV(_address(buffer), start, start + 8 * len(counts), datatype, abi.MEMORY_HOST)
         self.used += [buffer, table]
 
 
@@ -60,9 +58,7 @@ def all_gather(buffer: Array, counts: Sequence[int]) -> Operation:
     return operation
 
 
-def all_to_all(
-    source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]
-) -> Operation:
+def all_to_all(source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Operation:
     """Send block j of `source` to rank j; block i of `out` comes from rank i.
 
     With sizes even where they are equal: only all ranks together know whether they are.

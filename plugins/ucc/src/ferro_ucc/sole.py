@@ -23,12 +23,7 @@ class NoTransfers(Backend):
         _refuse("recv")
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """Refuse, but for nothing at all."""
         if sends or recvs:

@@ -34,9 +34,7 @@ class Team:
         abort: whether the group was aborted.
     """
 
-    def __init__(
-        self, context: Context, store: Store, rank: int, members: Sequence[int], number: int
-    ) -> None:
+    def __init__(self, context: Context, store: Store, rank: int, members: Sequence[int], number: int) -> None:
         self.abort = Abort(store)
         self._lost = Lost(context.lost, members)
         self._context = context
@@ -63,10 +61,7 @@ class Team:
         self._ranks.deadline = deadline
         ranks, library = self._ranks, self._library
         params = abi.TeamParams(
-            mask=abi.TEAM_FIELD_EP
-            | abi.TEAM_FIELD_EP_RANGE
-            | abi.TEAM_FIELD_OOB
-            | abi.TEAM_FIELD_ID,
+            mask=abi.TEAM_FIELD_EP | abi.TEAM_FIELD_EP_RANGE | abi.TEAM_FIELD_OOB | abi.TEAM_FIELD_ID,
             ep=ranks.rank,
             ep_range=abi.EP_RANGE_CONTIGUOUS,
             oob=self._callbacks.table,

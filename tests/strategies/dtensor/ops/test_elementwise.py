@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 from ferro import UnsupportedError, UsageError
 from ferro_strategies.dtensor import DTensor, Partial, Replicate, Shard
 
-from ..arrays_on_mesh import (
-    CollectiveLog,
-    any_shape,
-    assert_equal,
-    on_mesh,
-    operands,
-    random_dtensor,
-    unless_misplaced,
-)
+from ..arrays_on_mesh import CollectiveLog, any_shape, assert_equal, on_mesh, operands, random_dtensor, unless_misplaced
 
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 MAX, PROD = Partial("max"), Partial("prod")

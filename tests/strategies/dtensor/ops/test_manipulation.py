@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from ferro import UsageError
 from ferro_strategies.dtensor import Partial, Replicate, Shard
 
-from ..arrays_on_mesh import (
-    any_shape,
-    assert_equal,
-    on_mesh,
-    operands,
-    random_dtensor,
-    unless_misplaced,
-)
+from ..arrays_on_mesh import any_shape, assert_equal, on_mesh, operands, random_dtensor, unless_misplaced
 
 R, S0, S1, S2, P = Replicate(), Shard(0), Shard(1), Shard(2), Partial()
 
@@ -145,10 +138,7 @@ def test_wrong_shapes_are_refused():
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    operands(st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda shape: [shape, shape])),
-    st.integers(-2, 1),
-)
+@given(operands(st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda shape: [shape, shape])), st.integers(-2, 1))
 def test_concatenate_and_stack(case, axis):
     mesh_shape, [(shape, one), (_, other)] = case
 

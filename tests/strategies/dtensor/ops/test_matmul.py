@@ -20,9 +20,7 @@ def factors(draw):
     """Draw two shapes that can be multiplied: vectors, matrices, batches."""
     rows, summed, columns = (draw(st.integers(0, 5)) for _ in range(3))
     batch = draw(st.integers(1, 3))
-    left = draw(
-        st.sampled_from([(summed,), (rows, summed), (batch, rows, summed), (1, rows, summed)])
-    )
+    left = draw(st.sampled_from([(summed,), (rows, summed), (batch, rows, summed), (1, rows, summed)]))
     right = draw(st.sampled_from([(summed,), (summed, columns), (batch, summed, columns)]))
     return left, right
 

@@ -141,9 +141,7 @@ def test_reductions_through_ufuncs_and_with_a_dtype():
         assert_equal(np.maximum.reduce(x, axis=1), whole.max(1))
         assert_equal(np.amax(x, axis=1), whole.max(1))
         assert_equal(np.amin(x), whole.min())
-        assert_equal(
-            np.add.reduce(x, axis=None, dtype=None, keepdims=True), whole.sum(keepdims=True)
-        )
+        assert_equal(np.add.reduce(x, axis=None, dtype=None, keepdims=True), whole.sum(keepdims=True))
         assert_equal(np.sum(x, dtype=np.float32), whole.sum(dtype=np.float32))
         assert_equal(np.mean(x, dtype=np.float32), whole.mean(dtype=np.float32))
 

@@ -84,11 +84,7 @@ def alone(stages, inputs, targets, loss=cross_entropy):
     y, pullback = Sequential(*stages).vjp(inputs)
     value, grad = loss(y, targets)
     pullback(grad)
-    found = {
-        f"{number}.{name}": grad
-        for number, stage in enumerate(stages)
-        for name, grad in gradients(stage).items()
-    }
+    found = {f"{number}.{name}": grad for number, stage in enumerate(stages) for name, grad in gradients(stage).items()}
     return value, found
 
 

@@ -86,10 +86,7 @@ def test_a_message_has_the_capacity_for_the_largest_array_before():
         fits = channel.fits(header_of(nbytes))
         channel.adapt_capacity(header_of(nbytes))
         results.append((fits, channel.capacity))
-    assert results == [
-        *[(False, 24), (True, 24), (True, 24), (False, 30)],
-        *[(True, 15), (True, 7), (True, 3)],
-    ]
+    assert results == [*[(False, 24), (True, 24), (True, 24), (False, 30)], *[(True, 15), (True, 7), (True, 3)]]
     on_gpu = ArrayHeader(microbatch=0, dtype=np.dtype("f4"), shape=(99,), on_gpu=True)
     channel.adapt_capacity(on_gpu)
     assert channel.capacity == 1

@@ -125,9 +125,7 @@ def test_stages_may_be_sharded(schedule, sharding):
 
     results = simulate(run, 4)
     for step, (loss, norm) in enumerate(expected):
-        np.testing.assert_allclose(
-            (results[0][0][step][0] + results[2][0][step][0]) / 2, loss, rtol=1e-11
-        )
+        np.testing.assert_allclose((results[0][0][step][0] + results[2][0][step][0]) / 2, loss, rtol=1e-11)
         for told, _ in results:
             np.testing.assert_allclose(told[step][1], norm, rtol=1e-11)
     for _, state in results:
@@ -204,11 +202,7 @@ def test_gradients_are_clipped_together(max_norm, ranks, per_rank):
     stages = make_stages(ranks * per_rank)
     alone(stages, inputs, targets)
     expected = clip_grad_norm(Sequential(*stages).parameters(), max_norm)
-    clipped = {
-        f"{n}.{name}": grad
-        for n, stage in enumerate(stages)
-        for name, grad in gradients(stage).items()
-    }
+    clipped = {f"{n}.{name}": grad for n, stage in enumerate(stages) for name, grad in gradients(stage).items()}
 
     def run(group):
         pipeline = Pipeline(share(make_stages(ranks * per_rank), group), group, microbatches=2)

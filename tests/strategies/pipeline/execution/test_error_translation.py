@@ -29,8 +29,7 @@ def timeout(**ranks):
 
 
 @pytest.mark.parametrize(
-    ("here", "arrived", "missing", "named"),
-    [(1, [1], [0], 5), (0, [0], [1], 7), (1, [0], [1], 7), (1, [1], [], 5)],
+    ("here", "arrived", "missing", "named"), [(1, [1], [0], 5), (0, [0], [1], 7), (1, [0], [1], 7), (1, [1], [], 5)]
 )
 def test_a_late_transfer_names_the_missing_rank(here, arrived, missing, named):
     error = translated(timeout(arrived=arrived, missing=missing), here)

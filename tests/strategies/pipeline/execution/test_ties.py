@@ -153,9 +153,7 @@ FAULTS = {
     "of 0 to 1": [{0: "weight", 2: "weight"}],
     "'weight' of stage 0 is in two ties": [{0: "weight", 1: "weight"}] * 2,
     "stage 1 has no parameter 'wait'": [{0: "weight", 1: "wait"}],
-    r"copies of tie 0 differ: one is float64 \(2, 2\), on rank 1 one is float64 \(2,\)": [
-        {0: "weight", 1: "bias"}
-    ],
+    r"copies of tie 0 differ: one is float64 \(2, 2\), on rank 1 one is float64 \(2,\)": [{0: "weight", 1: "bias"}],
 }
 
 

@@ -4,28 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ferro_strategies.nn import (
-    BatchNorm,
-    Linear,
-    Module,
-    Sequential,
-    cross_entropy,
-    mse_loss,
-)
+from ferro_strategies.nn import BatchNorm, Linear, Module, Sequential, cross_entropy, mse_loss
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Action, Kind, Pipeline, PipelineSchedule
 
-from .pipeline_models import (
-    CLASSES,
-    WORDS,
-    alone,
-    assert_equal,
-    batch,
-    gradients,
-    make_stages,
-    share,
-    simulate,
-)
+from .pipeline_models import CLASSES, WORDS, alone, assert_equal, batch, gradients, make_stages, share, simulate
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]
 
@@ -124,9 +107,7 @@ def test_ranks_train_like_one_process(schedule):
         np.testing.assert_allclose(losses, expected, rtol=1e-10)
         whole |= state
     for name, value in model.state_dict().items():
-        np.testing.assert_allclose(
-            whole[name.removeprefix("layers.")], value, rtol=1e-9, atol=1e-12, err_msg=name
-        )
+        np.testing.assert_allclose(whole[name.removeprefix("layers.")], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_steps_accumulate_until_zero_grad():
@@ -208,12 +189,7 @@ def test_a_schedule_of_ones_own_may_place_stages_anywhere():
         backward = [Action(Kind.BACKWARD, s, m) for s in reversed(stages) for m in range(3)]
         return tuple(forward + backward)
 
-    schedule = PipelineSchedule(
-        name="vee",
-        microbatches=3,
-        rank_of=rank_of,
-        actions=(order(0), order(1), order(2)),
-    )
+    schedule = PipelineSchedule(name="vee", microbatches=3, rank_of=rank_of, actions=(order(0), order(1), order(2)))
     inputs, targets = batch(rows=5)
 
     def run(group):

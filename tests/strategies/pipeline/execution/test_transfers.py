@@ -11,14 +11,7 @@ from ferro_strategies.nn import Linear, Module, mse_loss
 from ferro_strategies.pipeline import Kind, Pipeline, build
 from ferro_strategies.pipeline.execution.channel import StageChannel
 from ferro_strategies.pipeline.execution.header import HEADER_BYTES
-from ferro_strategies.pipeline.execution.plan import (
-    FORWARD,
-    STEP,
-    Edge,
-    PipelineCall,
-    edges,
-    make_plan,
-)
+from ferro_strategies.pipeline.execution.plan import FORWARD, STEP, Edge, PipelineCall, edges, make_plan
 from ferro_strategies.pipeline.execution.transfers import PassStopped, StageReceiver, StageSender
 
 from .pipeline_models import simulate

@@ -17,23 +17,15 @@ def swapped():
 
 
 ARGUMENTS = {
-    "ranks differ in the microbatches: rank 0 has 1, rank 1 has 2": lambda r: {
-        "microbatches": 1 + r
-    },
+    "ranks differ in the microbatches: rank 0 has 1, rank 1 has 2": lambda r: {"microbatches": 1 + r},
     "ranks differ in the schedule: rank 0 has 1f1b, rank 1 has gpipe": lambda r: {
         "microbatches": 2,
         "schedule": ["1f1b", "gpipe"][r],
     },
-    "ranks differ in the ties": lambda r: {
-        "microbatches": 2,
-        "ties": [{0: "weight", 1: "weight"}] * r,
-    },
+    "ranks differ in the ties": lambda r: {"microbatches": 2, "ties": [{0: "weight", 1: "weight"}] * r},
     "no pipeline schedule 'best'": lambda r: {"microbatches": 2, "schedule": "best"},
     "swapped": lambda r: {"microbatches": 1, "schedule": swapped()},
-    "is for 2 ranks and 1 microbatches, not for 2 and 3": lambda r: {
-        "microbatches": 3,
-        "schedule": swapped(),
-    },
+    "is for 2 ranks and 1 microbatches, not for 2 and 3": lambda r: {"microbatches": 3, "schedule": swapped()},
 }
 
 
@@ -56,9 +48,7 @@ STAGES = {
         lambda r: [Linear(2, 2)] * r
     ),
     r"the stages are a Linear, not a list\. Pass \[stage\]": lambda r: Linear(2, 2),
-    r"the stages are a Sequential, not a list": (
-        lambda r: Sequential(Linear(2, 2)) if r else [Linear(2, 2)]
-    ),
+    r"the stages are a Sequential, not a list": (lambda r: Sequential(Linear(2, 2)) if r else [Linear(2, 2)]),
     "a stage is a float, not a Module": lambda r: [1.5],
     "one module is given for two stages": lambda r: [Linear(2, 2)] * 2,
 }

@@ -62,10 +62,7 @@ def runs(schedule):
                     channels.setdefault(channel, deque()).append((kind, stage, m))
     kinds = (F, B, W) if schedule.splits_backward else (F, B)
     everything = {
-        (kind, stage, m)
-        for kind in kinds
-        for stage in range(schedule.stages)
-        for m in range(schedule.microbatches)
+        (kind, stage, m) for kind in kinds for stage in range(schedule.stages) for m in range(schedule.microbatches)
     }
     return not any(todo) and not any(channels.values()) and set().union(*holds) == everything
 
@@ -98,9 +95,7 @@ def put(schedule, changes):
     actions = [list(row) for row in schedule.actions]
     for (rank, position), action in changes.items():
         actions[rank][position] = action
-    return replace(
-        schedule, actions=tuple(tuple(a for a in row if a is not None) for row in actions)
-    )
+    return replace(schedule, actions=tuple(tuple(a for a in row if a is not None) for row in actions))
 
 
 @settings(max_examples=300)
@@ -147,9 +142,7 @@ def test_a_stage_moved_to_another_rank_is_found_or_does_no_harm(schedule, data):
 @settings(max_examples=200)
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.data())
 def test_any_order_of_the_ranks_actions_is_judged_right(ranks, stages_per_rank, microbatches, data):
-    schedule = build(
-        "1f1b", ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches
-    )
+    schedule = build("1f1b", ranks=ranks, stages_per_rank=stages_per_rank, microbatches=microbatches)
     rows = []
     for row in schedule.actions:
         # Forward before backward, or nearly all would be wrong for that alone.
@@ -169,10 +162,7 @@ def made(*rows, rank_of=(0, 1), microbatches=1, splits_backward=False):
         name="mine",
         microbatches=microbatches,
         rank_of=rank_of,
-        actions=tuple(
-            tuple(Action(Kind(w[0]), *map(int, w[1:].split("."))) for w in row.split())
-            for row in rows
-        ),
+        actions=tuple(tuple(Action(Kind(w[0]), *map(int, w[1:].split("."))) for w in row.split()) for row in rows),
         splits_backward=splits_backward,
     )
 
@@ -187,17 +177,11 @@ def made(*rows, rank_of=(0, 1), microbatches=1, splits_backward=False):
         (made("F0.0 B0.0", "F1.0 B1.0 B1.0"), "is there a second time"),
         (made("F0.0 F2.0", "F1.0 B1.0"), "is of no stage: there are 2"),
         (made("F0.0 F0.1", "F1.0 B1.0"), "is of no microbatch: there are 1"),
-        (
-            made("F0.0 F1.0", "B1.0"),
-            "action 1 of rank 0, the forward pass of stage 1, microbatch 0",
-        ),
+        (made("F0.0 F1.0", "B1.0"), "action 1 of rank 0, the forward pass of stage 1, microbatch 0"),
         (made("F0.0 F1.0", "B1.0"), "belongs on rank 1, where that stage is"),
         (made("B0.0 F0.0", "F1.0 B1.0"), "comes before the forward pass of stage 0, microbatch 0"),
         (made("F0.0 B0.0 W0.0", "F1.0 B1.0"), "does not say that it splits the backward pass"),
-        (
-            made("F0.0 W0.0 B0.0", "F1.0 B1.0 W1.0", splits_backward=True),
-            "comes before the backward pass of stage 0",
-        ),
+        (made("F0.0 W0.0 B0.0", "F1.0 B1.0 W1.0", splits_backward=True), "comes before the backward pass of stage 0"),
         (
             made("F0.0 B0.0 W0.0", "F1.0 B1.0", splits_backward=True),
             "rank 1 lacks 1 of its 3 actions, the first of them the parameters' gradients of",

@@ -6,12 +6,7 @@ import pytest
 
 from ferro import UsageError
 from ferro_strategies.pipeline.schedules import gpipe, interleaved, one_f_one_b, zero_bubble
-from ferro_strategies.pipeline.schedules.build import (
-    build,
-    expected_bubble,
-    expected_peak_activations,
-    names,
-)
+from ferro_strategies.pipeline.schedules.build import build, expected_bubble, expected_peak_activations, names
 from ferro_strategies.pipeline.schedules.check import check
 from ferro_strategies.pipeline.schedules.schedule import Action, Kind, PipelineSchedule
 from ferro_strategies.pipeline.schedules.timeline import simulate
@@ -23,8 +18,7 @@ def order(schedule, rank):
     """A rank's actions as F0 B0 …, with the rank's stage behind where it has several."""
     own = schedule.stages_of(rank)
     return [
-        f"{a.kind}{a.microbatch}" + ("abc"[own.index(a.stage)] if len(own) > 1 else "")
-        for a in schedule.actions[rank]
+        f"{a.kind}{a.microbatch}" + ("abc"[own.index(a.stage)] if len(own) > 1 else "") for a in schedule.actions[rank]
     ]
 
 
@@ -94,9 +88,7 @@ def test_interleaved_is_megatrons_order():
     )
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stages", "groups"), [(2, 2, 3), (3, 2, 2), (4, 3, 2), (4, 2, 1)]
-)
+@pytest.mark.parametrize(("ranks", "stages", "groups"), [(2, 2, 3), (3, 2, 2), (4, 3, 2), (4, 2, 1)])
 def test_interleaved_is_megatrons_order_in_whole_groups(ranks, stages, groups):
     # By Megatron-LM's index arithmetic: which stage and microbatch the k-th pass of a rank is of.
     total = ranks * stages * groups
@@ -108,9 +100,7 @@ def test_interleaved_is_megatrons_order_in_whole_groups(ranks, stages, groups):
             place = stages - 1 - place
         return f"{kind}{group * ranks + inside % ranks}{'abc'[place]}"
 
-    schedule = build(
-        "interleaved_1f1b", ranks=ranks, stages_per_rank=stages, microbatches=ranks * groups
-    )
+    schedule = build("interleaved_1f1b", ranks=ranks, stages_per_rank=stages, microbatches=ranks * groups)
     for rank in range(ranks):
         warm = min(2 * (ranks - rank - 1) + (stages - 1) * ranks, total)
         expected = [label("F", k) for k in range(warm)]
@@ -128,12 +118,8 @@ def test_one_stage_per_rank_needs_no_interleaving():
 def test_zb_h1_is_the_papers_order():
     # Qi et al. 2023: four devices, eight microbatches; the last waits with W for three more B.
     schedule = build("zb_h1", ranks=4, microbatches=8)
-    assert " ".join(order(schedule, 0)) == (
-        "F0 F1 F2 F3 B0 W0 F4 B1 W1 F5 B2 W2 F6 B3 W3 F7 B4 W4 B5 W5 B6 W6 B7 W7"
-    )
-    assert " ".join(order(schedule, 3)) == (
-        "F0 B0 F1 B1 F2 B2 F3 B3 W0 F4 B4 W1 F5 B5 W2 F6 B6 W3 F7 B7 W4 W5 W6 W7"
-    )
+    assert " ".join(order(schedule, 0)) == ("F0 F1 F2 F3 B0 W0 F4 B1 W1 F5 B2 W2 F6 B3 W3 F7 B4 W4 B5 W5 B6 W6 B7 W7")
+    assert " ".join(order(schedule, 3)) == ("F0 B0 F1 B1 F2 B2 F3 B3 W0 F4 B4 W1 F5 B5 W2 F6 B6 W3 F7 B7 W4 W5 W6 W7")
 
 
 @pytest.mark.parametrize("name", names())
@@ -149,9 +135,7 @@ def test_every_size_works_and_holds_as_much_as_its_formula_says(name):
 
 def test_closed_formulas_of_what_is_held():
     def held(name, ranks, stages, microbatches):
-        return expected_peak_activations(
-            build(name, ranks=ranks, stages_per_rank=stages, microbatches=microbatches)
-        )
+        return expected_peak_activations(build(name, ranks=ranks, stages_per_rank=stages, microbatches=microbatches))
 
     for p, v, m in SIZES:
         assert held("gpipe", p, v, m) == (m * v,) * p

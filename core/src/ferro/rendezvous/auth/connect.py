@@ -20,9 +20,7 @@ _ATTEMPT_S = 10.0
 _DROPS_THAT_REFUSE = 3
 
 
-def connect(
-    address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float
-) -> socket.socket:
+def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float) -> socket.socket:
     """Connect to a ferro service and authenticate both ends.
 
     A refused connection, an unknown host or a dropped one is retried, with growing pauses: the
@@ -81,9 +79,7 @@ class _Dialer:
                 return sock
         return None
 
-    def _try_one(
-        self, family: int, sockaddr: tuple[object, ...], deadline: float
-    ) -> socket.socket | None:
+    def _try_one(self, family: int, sockaddr: tuple[object, ...], deadline: float) -> socket.socket | None:
         deadline = min(deadline, time.monotonic() + _ATTEMPT_S)
         conversation = handshake.client(self._secret, self._purpose)
         try:

@@ -39,9 +39,7 @@ def listen(host: str, port: int = 0) -> socket.socket:
     """
     where = show_address(host, port)
     try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:

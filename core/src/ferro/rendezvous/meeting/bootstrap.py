@@ -27,9 +27,7 @@ _ATTEMPT_S = 3.0  # for one of rank 0's addresses, as long as there are others
 _SECRET_BYTES = 32
 
 
-def meet_introduced(
-    info: LaunchInfo, number: int, introduce: Introduce, *, deadline: float
-) -> Meeting:
+def meet_introduced(info: LaunchInfo, number: int, introduce: Introduce, *, deadline: float) -> Meeting:
     """Connect to the store that rank 0 hosts and the library introduces; see `meeting.meet`.
 
     Raises:

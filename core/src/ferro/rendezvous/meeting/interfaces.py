@@ -22,9 +22,7 @@ def own_addresses() -> list[str]:
     returned only when there are no others.
     """
     found = [*_on_default_routes(), *_on_interfaces()]
-    return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or [
-        "127.0.0.1"
-    ]
+    return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or ["127.0.0.1"]
 
 
 def _on_default_routes() -> list[str]:
@@ -55,7 +53,4 @@ def _on_interfaces() -> list[str]:
     except OSError:
         return []
     # Each entry: 16 bytes of name, then a sockaddr_in, whose address is its bytes 4 to 8.
-    return [
-        socket.inet_ntoa(entries[start + 20 : start + 24].tobytes())
-        for start in range(0, filled, _ENTRY_BYTES)
-    ]
+    return [socket.inet_ntoa(entries[start + 20 : start + 24].tobytes()) for start in range(0, filled, _ENTRY_BYTES)]

@@ -105,14 +105,7 @@ def _meet_here(info: LaunchInfo, number: int, secret: bytes, deadline: float) ->
     return host(server, server.address, number, secret, deadline, note)
 
 
-def host(
-    server: StoreServer,
-    address: Address,
-    number: int,
-    secret: bytes,
-    deadline: float,
-    note: str = "",
-) -> Meeting:
+def host(server: StoreServer, address: Address, number: int, secret: bytes, deadline: float, note: str = "") -> Meeting:
     """Enter the store that this rank hosts, and open it."""
     try:
         store = StoreClient(address, secret, deadline=deadline)

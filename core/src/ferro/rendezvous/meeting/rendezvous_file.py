@@ -73,9 +73,7 @@ def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
         except FileNotFoundError:
             pass
         except (OSError, UnicodeDecodeError, private_file.NotPrivateError) as exc:
-            raise RendezvousError(
-                f"the note {name!r} cannot be trusted: {exc}. Remove it."
-            ) from exc
+            raise RendezvousError(f"the note {name!r} cannot be trusted: {exc}. Remove it.") from exc
         left = remaining_s(deadline)
         if not left:
             raise RendezvousError(

@@ -38,12 +38,7 @@ class StoreClient:
     """
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        secret: bytes,
-        *,
-        deadline: float,
-        request_timeout_s: float = 30.0,
+        self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
     ) -> None:
         """Connect, waiting for the store to start if need be.
 
@@ -73,10 +68,7 @@ class StoreClient:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
 

@@ -49,9 +49,7 @@ class StoreServer:
         name = listener.getsockname()
         self.address: tuple[str, int] = (name[0], name[1])
         self._selector = selectors.DefaultSelector()
-        self._gate = Listener(
-            listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit
-        )
+        self._gate = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
         self._members: set[Member] = set()
         self._parking = Parking()
         self._table = Table()
@@ -59,19 +57,14 @@ class StoreServer:
         self._selector.register(self._alarm_heard, selectors.EVENT_READ, self._on_alarm)
         self._closing = False
         self._close_lock = threading.Lock()
-        self._thread = threading.Thread(
-            target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
 

@@ -109,9 +109,7 @@ class Table:
         """
         value = self._values.get(key, b"0")
         if not _NUMBER.fullmatch(value):
-            raise UsageError(
-                f"add({_text(key)!r}) failed: the key holds something else than a number"
-            )
+            raise UsageError(f"add({_text(key)!r}) failed: the key holds something else than a number")
         total = int(value) + amount
         if total not in _INT64:
             raise UsageError(f"add({_text(key)!r}) failed: the sum {total} does not fit 64 bits")

@@ -4,14 +4,7 @@ from ferro.runtime.environment.address import Address, format_address, parse_add
 from ferro.runtime.environment.child import child_environment, usable_cores
 from ferro.runtime.environment.info import LaunchInfo
 from ferro.runtime.environment.resolver import resolve
-from ferro.runtime.environment.settings import (
-    NodeDefaults,
-    Options,
-    node_defaults,
-    options,
-    read_secret,
-    variable,
-)
+from ferro.runtime.environment.settings import NodeDefaults, Options, node_defaults, options, read_secret, variable
 
 __all__ = [
     "Address",

@@ -63,9 +63,7 @@ _OPENMPI = Family(
     "OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 _MPICH = Family("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-_SLURM = Family(
-    "slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
-)
+_SLURM = Family("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 _KUBEFLOW = Family("kubeflow", "PET_NODE_RANK", "PET_NNODES", "", "PET_NPROC_PER_NODE")
 FAMILIES = (_RANKS, _OPENMPI, _MPICH, _SLURM, _KUBEFLOW)
 
@@ -89,9 +87,7 @@ def agreed_claim(env: Mapping[str, str], rank: int | None, world_size: int | Non
     return first
 
 
-def _read(
-    family: Family, env: Mapping[str, str], rank: int | None, world_size: int | None
-) -> Claim | None:
+def _read(family: Family, env: Mapping[str, str], rank: int | None, world_size: int | None) -> Claim | None:
     """One family's claim, or None where this launcher did not start this process."""
     if not _speaks(family, env):
         return None

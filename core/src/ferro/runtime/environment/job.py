@@ -18,9 +18,7 @@ _JOB_VARIABLES = {
 _MAX_ANCESTORS = 64  # a bound for a /proc that changes while it is read
 
 
-def name_job(
-    env: Mapping[str, str], claim: Claim, store: Address | None, master: Address | None
-) -> str:
+def name_job(env: Mapping[str, str], claim: Claim, store: Address | None, master: Address | None) -> str:
     """A text that sets this job apart from others on the host; see `LaunchInfo.job`."""
     launcher = claim.launcher
     if launcher == "single":

@@ -70,9 +70,7 @@ def _unlaunched(rank: int | None, world_size: int | None) -> Claim:
     """Without any launcher: the arguments' place, or a world of one."""
     if rank is None and world_size is None:
         nobody = "no launcher: a world of one"
-        return Claim(
-            "single", Found(0, nobody), Found(1, nobody), Found(0, nobody), Found(1, nobody)
-        )
+        return Claim("single", Found(0, nobody), Found(1, nobody), Found(0, nobody), Found(1, nobody))
     if rank is None or world_size is None:
         given, missing = ("rank", "world_size") if world_size is None else ("world_size", "rank")
         raise UsageError(
@@ -84,9 +82,7 @@ def _unlaunched(rank: int | None, world_size: int | None) -> Claim:
 
 def _local(claim: Claim, *, everyone_here: bool) -> tuple[Found, Found]:
     """Fill in what the launcher left open: all ranks here, or else the least that fits."""
-    assumed = (
-        f"assumed, as {'all ranks seem to be' if everyone_here else 'nobody says who is'} here"
-    )
+    assumed = f"assumed, as {'all ranks seem to be' if everyone_here else 'nobody says who is'} here"
     local_rank = claim.local_rank
     if local_rank is None:
         local_rank = Found(claim.rank.value if everyone_here else 0, assumed)
@@ -110,9 +106,7 @@ def _store(env: Mapping[str, str]) -> Address | None:
     return None if text is None else parse_address(text, source="FERRO_STORE")
 
 
-def _master(
-    env: Mapping[str, str], launcher: str, rendezvous: str | None, *, lone: bool
-) -> tuple[Address | None, str]:
+def _master(env: Mapping[str, str], launcher: str, rendezvous: str | None, *, lone: bool) -> tuple[Address | None, str]:
     """Where rank 0 hosts the store, and the source of that.
 
     Args:
@@ -137,9 +131,7 @@ def _master(
 def _check_range(what: str, place: Found, size: Found) -> None:
     """Hold 0 <= place < size, or say which variable breaks it."""
     if size.value < 1:
-        raise UsageError(
-            f"{_assignment(size)} is too small: a world has at least one rank; correct it"
-        )
+        raise UsageError(f"{_assignment(size)} is too small: a world has at least one rank; correct it")
     if not 0 <= place.value < size.value:
         raise UsageError(
             f"{_assignment(place)} is out of range: with {_assignment(size)} "

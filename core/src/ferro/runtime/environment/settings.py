@@ -60,8 +60,7 @@ def options(environ: Mapping[str, str] | None = None) -> Options:
             timeout_s = math.nan
         if not (0 < timeout_s < math.inf):
             raise UsageError(
-                f"FERRO_TIMEOUT_S={text!r} is not a positive number of seconds; "
-                "set one such as 60, or unset it"
+                f"FERRO_TIMEOUT_S={text!r} is not a positive number of seconds; set one such as 60, or unset it"
             )
     return Options(
         trace=env.get("FERRO_TRACE") or None,

@@ -30,12 +30,7 @@ def main() -> None:
     library = open_library(sys.argv[2], task, rank, task["world_size"])
     channel = Channel(task["host"], task["port"], bytes.fromhex(task["secret"]))
     channel.send(
-        {
-            "world": task["world"],
-            "rank": library.rank,
-            "world_size": library.world_size,
-            "version": library.version,
-        }
+        {"world": task["world"], "rank": library.rank, "world_size": library.world_size, "version": library.version}
     )
     try:
         _serve(channel, library)

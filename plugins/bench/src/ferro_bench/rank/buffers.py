@@ -58,10 +58,7 @@ class Buffers:
     def mismatches(self, call: int) -> int:
         """Return how many elements of the result are wrong."""
         start = pattern.start_of(call)
-        return sum(
-            pattern.mismatches(block, numbers, start + place)
-            for block, numbers, place in self._expected()
-        )
+        return sum(pattern.mismatches(block, numbers, start + place) for block, numbers, place in self._expected())
 
     def _expected(self) -> Iterator[tuple[Numbers, Numbers, int]]:
         """Yield parts of the target, each with its tile and its distance from the start."""

@@ -54,9 +54,7 @@ class Ferro:
             "all_gather": partial(group.all_gather, source, out=target, async_op=later),
             "reduce_scatter": partial(group.reduce_scatter, source, op, out=target, async_op=later),
             "all_to_all": partial(group.all_to_all, source, out=target, async_op=later),
-            "reduce": partial(
-                group.reduce, source, op=op, out=target if root else None, async_op=later
-            ),
+            "reduce": partial(group.reduce, source, op=op, out=target if root else None, async_op=later),
             "gather": partial(group.gather, source, out=target if root else None, async_op=later),
             "scatter": partial(group.scatter, source if root else None, out=target, async_op=later),
             "sendrecv": partial(

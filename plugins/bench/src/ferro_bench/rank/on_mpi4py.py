@@ -48,9 +48,7 @@ class MPI:
         issue: Callable[[], Any] = partial(getattr(self._world, f"I{name.lower()}"), *arguments)
         return lambda: issue().Wait()
 
-    def _method(
-        self, case: Case, source: Numbers, target: Numbers
-    ) -> tuple[str, tuple[object, ...]]:
+    def _method(self, case: Case, source: Numbers, target: Numbers) -> tuple[str, tuple[object, ...]]:
         """Return the blocking method's name and its arguments."""
         op = getattr(self._mpi, case.op.upper())
         at_root = self.rank == 0

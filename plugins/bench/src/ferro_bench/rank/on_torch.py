@@ -28,9 +28,7 @@ class Torch:
         self._torch = importlib.import_module("torch")
         self._dist = importlib.import_module("torch.distributed")
         self._torch.set_num_threads(1)
-        self._dist.init_process_group(
-            "cpu:gloo", init_method=meeting, rank=rank, world_size=world_size
-        )
+        self._dist.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=world_size)
         self.rank = rank
         self.world_size = world_size
         self.version = f"torch {self._torch.__version__}"
@@ -70,9 +68,7 @@ class Torch:
             "all_reduce": partial(dist.all_reduce, result, op, async_op=later),
             "broadcast": partial(dist.broadcast, result, 0, async_op=later),
             "all_gather": partial(dist.all_gather_single, result, given, async_op=later),
-            "reduce_scatter": partial(
-                dist.reduce_scatter_single, result, given, op, async_op=later
-            ),
+            "reduce_scatter": partial(dist.reduce_scatter_single, result, given, op, async_op=later),
             "all_to_all": partial(dist.all_to_all_single, result, given, async_op=later),
             "barrier": partial(dist.barrier, async_op=later),
         }

@@ -34,9 +34,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
     Raises:
         TypeError: there is no such dtype.
     """
-    kind: np.dtype[Any] = np.dtype(
-        importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name
-    )
+    kind: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     return kind
 
 
@@ -74,8 +72,7 @@ def write(buffer: Numbers, numbers: Numbers, start: int) -> None:
 def mismatches(buffer: Numbers, numbers: Numbers, start: int) -> int:
     """Return how many elements are not what `write` would have written."""
     return sum(
-        int(np.count_nonzero(part != numbers[place : place + part.size]))
-        for part, place in _parts(buffer, start)
+        int(np.count_nonzero(part != numbers[place : place + part.size])) for part, place in _parts(buffer, start)
     )
 
 

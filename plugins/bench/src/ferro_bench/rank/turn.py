@@ -31,8 +31,7 @@ class Turns:
         self._library = library
         self._case = case
         self._memory = [
-            Buffers(case, library.rank, library.world_size, allocate)
-            for _ in range(case.settles + case.calls)
+            Buffers(case, library.rank, library.world_size, allocate) for _ in range(case.settles + case.calls)
         ]
         self._calls = [_prepared(library, case, buffers) for buffers in self._memory]
 

@@ -38,9 +38,7 @@ class HierarchicalBackend(Backend):
 
     labels_frames = True
 
-    def __init__(
-        self, flat: TcpBackend, hosts: Sequence[Sequence[int]], local: LocalBackend
-    ) -> None:
+    def __init__(self, flat: TcpBackend, hosts: Sequence[Sequence[int]], local: LocalBackend) -> None:
         super().__init__(flat.rank, flat.world_size, flat.choice)
         self._flat = flat
         self._groups = HierarchyGroups(flat, hosts, local)
@@ -54,12 +52,7 @@ class HierarchicalBackend(Backend):
         self._flat.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`."""
         self._flat.exchange(sends, recvs, tag=tag, deadline=deadline)
@@ -100,32 +93,16 @@ class HierarchicalBackend(Backend):
         """See `Backend.all_gather`."""
         data_movement.all_gather(self._groups, buffer, counts, deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`; flat, for levels would save no byte."""
         self._flat.gather(block, out, counts, root, deadline=deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`; flat, for levels would save no byte."""
         self._flat.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         if self._needs_rank_order(reduction):
@@ -134,13 +111,7 @@ class HierarchicalBackend(Backend):
             reductions.reduce_scatter(self._groups, source, out, counts, reduction, deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         data_movement.all_to_all(self._groups, source, out, send_counts, recv_counts, deadline)

@@ -67,9 +67,7 @@ def _broadcast_on_rail(rail: TcpBackend, buffer: Array, root: int, deadline: flo
     rail.all_gather(buffer, counts, deadline=deadline)
 
 
-def all_gather(
-    groups: HierarchyGroups, buffer: Array, counts: Sequence[int], deadline: float
-) -> None:
+def all_gather(groups: HierarchyGroups, buffer: Array, counts: Sequence[int], deadline: float) -> None:
     """Fill `buffer`, which holds this rank's block already.
 
         host 0                       network                       host 1
@@ -130,9 +128,7 @@ def all_to_all(
     sends = HostBlocks.of(source, send_counts, host_ranks)
     recvs = HostBlocks.of(out, recv_counts, host_ranks)
     sends.pack()
-    groups.local.all_to_all(
-        sends.packed, recvs.packed, sends.counts, recvs.counts, deadline=deadline
-    )
+    groups.local.all_to_all(sends.packed, recvs.packed, sends.counts, recvs.counts, deadline=deadline)
     recvs.unpack()
     if inter_host_work is None:
         inter_host.run()

@@ -48,9 +48,7 @@ class HierarchyGroups:
         rail: the group of this rank's rail, None if it has none; ranks in it are host indices.
     """
 
-    def __init__(
-        self, flat: TcpBackend, hosts: Sequence[Sequence[int]], local: LocalBackend
-    ) -> None:
+    def __init__(self, flat: TcpBackend, hosts: Sequence[Sequence[int]], local: LocalBackend) -> None:
         self.topology = Topology.of(hosts, flat.rank)
         self.flat = flat
         self.local = local
@@ -80,9 +78,7 @@ class HierarchyGroups:
         """Cut this rank's slice from a block."""
         return self.slices(block)[self.topology.local_rank]
 
-    def exchange_on_rail(
-        self, sends: Sequence[Array], recvs: Sequence[Array], deadline: float
-    ) -> None:
+    def exchange_on_rail(self, sends: Sequence[Array], recvs: Sequence[Array], deadline: float) -> None:
         """Send every other host its array, and receive one from it; both are by host index."""
         rail = self.rail
         assert rail is not None, "only ranks on a rail exchange with other hosts"
@@ -112,9 +108,7 @@ class HierarchyGroups:
         for index in range(count + 1):
             if index < count:
                 before(index)
-                moving.append(
-                    self.start_on_network_thread(partial(self._run_on_rail, network, index))
-                )
+                moving.append(self.start_on_network_thread(partial(self._run_on_rail, network, index)))
             if index > 0:
                 moving[index - 1].wait()
                 after(index - 1)

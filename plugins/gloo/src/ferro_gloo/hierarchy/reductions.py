@@ -18,9 +18,7 @@ from ferro_gloo.hierarchy.topology import block_count, uses_leaders
 from ferro_gloo.tcp.backend import TcpBackend
 
 
-def all_reduce(
-    groups: HierarchyGroups, buffer: Array, reduction: Reduction, deadline: float
-) -> None:
+def all_reduce(groups: HierarchyGroups, buffer: Array, reduction: Reduction, deadline: float) -> None:
     """Reduce in place: 2m(H-1)/H bytes, on all rails at once.
 
         host 0              network                host 1
@@ -54,14 +52,10 @@ def all_reduce(
         parts[groups.topology.local_rank][...] = run.reduced_slice(index)
         groups.local.all_gather(run.blocks[index], counts_of(parts), deadline=deadline)
 
-    groups.run_pipeline(
-        len(run.blocks), run.reduce, network, no_phase if groups.is_alone else gather
-    )
+    groups.run_pipeline(len(run.blocks), run.reduce, network, no_phase if groups.is_alone else gather)
 
 
-def reduce(
-    groups: HierarchyGroups, buffer: Array, reduction: Reduction, root: int, deadline: float
-) -> None:
+def reduce(groups: HierarchyGroups, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
     """Reduce in place at the root: m bytes into its host with two hosts, 2m(H-1)/H with more.
 
         host 0              network              host 1, with the root
@@ -96,9 +90,7 @@ def reduce(
     def gather(index: int) -> None:
         whole = run.blocks[index] if topology.rank == root else None
         counts = counts_of(groups.slices(run.blocks[index]))
-        groups.local.gather(
-            run.reduced_slice(index), whole, counts, root_local_rank, deadline=deadline
-        )
+        groups.local.gather(run.reduced_slice(index), whole, counts, root_local_rank, deadline=deadline)
 
     after = gather if on_root_host and not groups.is_alone else no_phase
     groups.run_pipeline(len(run.blocks), run.reduce, network, after)
@@ -111,17 +103,13 @@ class _SlicedReduction:
     with a single rank it is the slice of the block, and there is nothing to reduce.
     """
 
-    def __init__(
-        self, groups: HierarchyGroups, buffer: Array, partial: Reduction, deadline: float
-    ) -> None:
+    def __init__(self, groups: HierarchyGroups, buffer: Array, partial: Reduction, deadline: float) -> None:
         self.blocks = near_equal(buffer, block_count(buffer.nbytes))
         self._groups = groups
         self._partial = partial
         self._deadline = deadline
         largest = max((self._groups.own_slice(block) for block in self.blocks), key=np.size)
-        self._slices = (
-            [] if groups.is_alone else [np.empty_like(largest) for _ in range(BLOCKS_IN_FLIGHT)]
-        )
+        self._slices = [] if groups.is_alone else [np.empty_like(largest) for _ in range(BLOCKS_IN_FLIGHT)]
 
     def reduced_slice(self, index: int) -> Array:
         """Get the memory of this rank's reduced slice of a block."""
@@ -142,9 +130,7 @@ class _SlicedReduction:
         )
 
 
-def _reduce_on_rail(
-    rail: TcpBackend, buffer: Array, partial: Reduction, root: int, deadline: float
-) -> None:
+def _reduce_on_rail(rail: TcpBackend, buffer: Array, partial: Reduction, root: int, deadline: float) -> None:
     """Reduce on a rail; with more than two hosts, no link receives more than twice the buffer."""
     if rail.world_size == 2:
         rail.reduce(buffer, partial, root, deadline=deadline)
@@ -158,12 +144,7 @@ def _reduce_on_rail(
 
 
 def reduce_scatter(
-    groups: HierarchyGroups,
-    source: Array,
-    out: Array,
-    counts: Sequence[int],
-    reduction: Reduction,
-    deadline: float,
+    groups: HierarchyGroups, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
     """Reduce `source`, which is not changed; put this rank's block into `out`.
 
@@ -185,12 +166,7 @@ def reduce_scatter(
 
 
 def _reduce_scatter_by_leaders(
-    groups: HierarchyGroups,
-    source: Array,
-    out: Array,
-    counts: Sequence[int],
-    reduction: Reduction,
-    deadline: float,
+    groups: HierarchyGroups, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
     topology, partial = groups.topology, partial_reduction(reduction)
     scratch = source.copy()
@@ -202,9 +178,7 @@ def _reduce_scatter_by_leaders(
             host_blocks.pack()
         operands = [np.empty_like(mine.packed) for _ in hosts_blocks]
         operands[topology.host_index] = mine.packed
-        groups.exchange_on_rail(
-            [host_blocks.packed for host_blocks in hosts_blocks], operands, deadline
-        )
+        groups.exchange_on_rail([host_blocks.packed for host_blocks in hosts_blocks], operands, deadline)
         partial.combine(operands, topology.host_index, at_once=False)
         reduction.finish(mine.packed)
     whole = mine.packed if topology.local_rank == 0 else None
@@ -241,20 +215,14 @@ class _SlicedReduceScatter:
         for host_blocks in hosts_blocks:
             host_blocks.pack()
         self._counts = hosts_blocks[topology.host_index].counts
-        self._blocks_by_host = [
-            near_equal(host_blocks.packed, self.count) for host_blocks in hosts_blocks
-        ]
+        self._blocks_by_host = [near_equal(host_blocks.packed, self.count) for host_blocks in hosts_blocks]
         self._result = out if groups.is_alone else np.empty(sum(self._counts), source.dtype)
         self._result_blocks = near_equal(self._result, self.count)
         hosts = len(hosts_blocks)
         longest = max(
-            self._groups.own_slice(block).size
-            for pipeline_blocks in self._blocks_by_host
-            for block in pipeline_blocks
+            self._groups.own_slice(block).size for pipeline_blocks in self._blocks_by_host for block in pipeline_blocks
         )
-        self._outgoing = np.empty(
-            (0 if groups.is_alone else BLOCKS_IN_FLIGHT, hosts, longest), source.dtype
-        )
+        self._outgoing = np.empty((0 if groups.is_alone else BLOCKS_IN_FLIGHT, hosts, longest), source.dtype)
         self._incoming = np.empty((hosts, longest), source.dtype)
 
     def reduce(self, index: int) -> None:

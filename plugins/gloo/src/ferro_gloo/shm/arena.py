@@ -156,10 +156,7 @@ class HostArenas:
     def __init__(self, rank: int, own: ShmSegment | None, peers: Mapping[int, ShmSegment]) -> None:
         self._rank = rank
         self._own = None if own is None else Arena(own)
-        self._peers = {
-            peer: (segment, np.frombuffer(segment.memory, np.uint8))
-            for peer, segment in peers.items()
-        }
+        self._peers = {peer: (segment, np.frombuffer(segment.memory, np.uint8)) for peer, segment in peers.items()}
         self._prefaulted = dict.fromkeys(peers, 0)  # bytes of each, from its beginning
         self._lock = threading.Lock()
         self._warned = False

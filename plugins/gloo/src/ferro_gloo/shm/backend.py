@@ -88,24 +88,14 @@ class ShmBackend(Backend):
         else:
             data_movement.all_gather(self._runner, buffer, counts, deadline)
 
-    def gather(
-        self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float
-    ) -> None:
+    def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if block.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.gather(block, out, deadline)
         else:
             data_movement.gather(self._runner, block, out, counts, root, deadline)
 
-    def scatter(
-        self,
-        block: Array,
-        source: Array | None,
-        counts: Sequence[int],
-        root: int,
-        *,
-        deadline: float,
-    ) -> None:
+    def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if sum(counts) * block.itemsize <= self._slot_bytes and _are_even(counts):
             self._single_round.scatter(block, source, root, deadline)
@@ -113,13 +103,7 @@ class ShmBackend(Backend):
             data_movement.scatter(self._runner, block, source, counts, root, deadline)
 
     def reduce_scatter(
-        self,
-        source: Array,
-        out: Array,
-        counts: Sequence[int],
-        reduction: Reduction,
-        *,
-        deadline: float,
+        self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
         if source.nbytes <= self._slot_bytes and _are_even(counts):
@@ -128,20 +112,12 @@ class ShmBackend(Backend):
             reductions.reduce_scatter(self._runner, source, out, counts, reduction, deadline)
 
     def all_to_all(
-        self,
-        source: Array,
-        out: Array,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        *,
-        deadline: float,
+        self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
         """See `Backend.all_to_all`."""
         small = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
         if not (small and self._single_round.all_to_all(source, out, deadline)):
-            data_movement.all_to_all(
-                self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small
-            )
+            data_movement.all_to_all(self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small)
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`; over TCP."""

@@ -39,12 +39,8 @@ def bootstrap_all_gather(group: TcpBackend, data: bytes, deadline: float) -> lis
     peers = [rank for rank in range(group.world_size) if rank != group.rank]
     sent = np.frombuffer(data, np.uint8)
     received = {rank: np.empty(len(data), np.uint8) for rank in peers}
-    group.exchange(
-        [(rank, sent) for rank in peers], list(received.items()), tag=_TAG, deadline=deadline
-    )
-    return [
-        data if rank == group.rank else received[rank].tobytes() for rank in range(group.world_size)
-    ]
+    group.exchange([(rank, sent) for rank in peers], list(received.items()), tag=_TAG, deadline=deadline)
+    return [data if rank == group.rank else received[rank].tobytes() for rank in range(group.world_size)]
 
 
 class _ArenaOffer(NamedTuple):
@@ -66,9 +62,7 @@ class LocalHost:
         arenas: see above.
     """
 
-    def __init__(
-        self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool
-    ) -> None:
+    def __init__(self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool) -> None:
         self._native = native
         self._lowest_ranks = tuple(lowest_ranks)
         self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()

@@ -75,9 +75,7 @@ class ChunkedRunner:
         slot_block_bytes: the size of a slot's block for each other rank.
     """
 
-    def __init__(
-        self, region: ShmRegion, ring: SlotRing, tcp: TcpBackend, arenas: HostArenas
-    ) -> None:
+    def __init__(self, region: ShmRegion, ring: SlotRing, tcp: TcpBackend, arenas: HostArenas) -> None:
         self._tcp = tcp
         self._arenas = arenas
         self._ring = ring
@@ -168,9 +166,7 @@ class ChunkedRunner:
             return None
         return self._arenas.span_of(source)
 
-    def _publish_first(
-        self, operation: ChunkedOperation, span: ArenaSpan | None, deadline: float
-    ) -> int:
+    def _publish_first(self, operation: ChunkedOperation, span: ArenaSpan | None, deadline: float) -> int:
         ring = self._ring
         number = ring.begin(span, operation.chunks)
         if span is None and operation.write is not None:
@@ -180,11 +176,7 @@ class ChunkedRunner:
         return number
 
     def _run_in_place(
-        self,
-        action: Callable[[Mapping[int, Array]], object],
-        spans: tuple[bytes, ...],
-        number: int,
-        deadline: float,
+        self, action: Callable[[Mapping[int, Array]], object], spans: tuple[bytes, ...], number: int, deadline: float
     ) -> None:
         self._ring.next = number + 2
         began = time.monotonic()

@@ -74,26 +74,14 @@ class ProgressCounters:
         UsageError: the native helper is not built here, or the memory is too small.
     """
 
-    __slots__ = (
-        "_counters",
-        "_indices",
-        "_memory",
-        "_native",
-        "_own",
-        "_ranks",
-        "_reads",
-        "_spins",
-    )
+    __slots__ = ("_counters", "_indices", "_memory", "_native", "_own", "_ranks", "_reads", "_spins")
 
-    def __init__(
-        self, memory: memoryview, ranks: int, rank: int, *, native: bool, spin: bool
-    ) -> None:
+    def __init__(self, memory: memoryview, ranks: int, rank: int, *, native: bool, spin: bool) -> None:
         if native and NATIVE is None:
             raise UsageError(f"{ABSENT}. Install a C compiler, then ferro-gloo again.")
         if memory.nbytes < counters_bytes(ranks) or not 0 <= rank < ranks:
             raise UsageError(
-                f"rank {rank} of {ranks} needs counters of {counters_bytes(ranks)} bytes, "
-                f"not {memory.nbytes}"
+                f"rank {rank} of {ranks} needs counters of {counters_bytes(ranks)} bytes, not {memory.nbytes}"
             )
         self._native = NATIVE if native else None
         self._memory = memory
@@ -121,9 +109,7 @@ class ProgressCounters:
             spins, yields = self._spins, _NATIVE_YIELDS
             if on_executor_thread():
                 spins, yields = min(spins, _NATIVE_SPINS_BESIDE_CALLER), 0
-            return self._native.wait(
-                self._memory, 0, COUNTER_STRIDE, self._ranks, value, spins, yields, seconds
-            )
+            return self._native.wait(self._memory, 0, COUNTER_STRIDE, self._ranks, value, spins, yields, seconds)
         counters = self._counters
         for index in self._indices:
             if counters[index] < value:

@@ -42,9 +42,7 @@ def broadcast(runner: ChunkedRunner, buffer: Array, root: int, deadline: float) 
     runner.run(operation, deadline)
 
 
-def all_gather(
-    runner: ChunkedRunner, buffer: Array, counts: Sequence[int], deadline: float
-) -> None:
+def all_gather(runner: ChunkedRunner, buffer: Array, counts: Sequence[int], deadline: float) -> None:
     """See `Backend.all_gather`."""
     data, length = buffer.view(np.uint8), runner.slot_bytes
     sizes = _bytes(counts, buffer)
@@ -63,22 +61,13 @@ def all_gather(
             copy(parts[rank], blocks(arrays[rank], sizes)[rank])
 
     operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=write,
-        read=read,
-        source=data,
-        in_place=in_place,
+        chunks=chunk_count(max(sizes), length), write=write, read=read, source=data, in_place=in_place
     )
     runner.run(operation, deadline)
 
 
 def gather(
-    runner: ChunkedRunner,
-    block: Array,
-    out: Array | None,
-    counts: Sequence[int],
-    root: int,
-    deadline: float,
+    runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `Backend.gather`."""
     data, length = block.view(np.uint8), runner.slot_bytes
@@ -112,12 +101,7 @@ def gather(
 
 
 def scatter(
-    runner: ChunkedRunner,
-    block: Array,
-    source: Array | None,
-    counts: Sequence[int],
-    root: int,
-    deadline: float,
+    runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `Backend.scatter`."""
     me, data, length = runner.rank, block.view(np.uint8), runner.slot_block_bytes

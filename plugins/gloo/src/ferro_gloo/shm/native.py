@@ -58,12 +58,7 @@ class NativeModule(Protocol):
         """Copy past the caches, on x86-64; both are contiguous, of one size, and apart."""
 
     def sum_half(
-        self,
-        out: NDArray[np.generic],
-        sources: Sequence[NDArray[np.generic]],
-        brain: bool,
-        divisor: float,
-        /,
+        self, out: NDArray[np.generic], sources: Sequence[NDArray[np.generic]], brain: bool, divisor: float, /
     ) -> None:
         """Sum float16, or bfloat16 when `brain`, from left to right in float32; round once.
 

@@ -13,14 +13,7 @@ from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner, Respond
-from ferro_gloo.shm.kernels import (
-    chunk,
-    chunk_count,
-    copy_cached,
-    reduce_into,
-    slot_block,
-    write_slot,
-)
+from ferro_gloo.shm.kernels import chunk, chunk_count, copy_cached, reduce_into, slot_block, write_slot
 
 _BLOCK_BYTES = 256 << 10  # so much is reduced in place at once: it stays in a core's cache
 
@@ -41,9 +34,7 @@ def all_reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, deadl
         runner.run_two_phase(operation, respond, deadline)
 
 
-def reduce(
-    runner: ChunkedRunner, buffer: Array, reduction: Reduction, root: int, deadline: float
-) -> None:
+def reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
     """See `Backend.reduce`."""
     at_root = runner.rank == root
     if runner.ranks == 2:
@@ -54,12 +45,7 @@ def reduce(
 
 
 def reduce_scatter(
-    runner: ChunkedRunner,
-    source: Array,
-    out: Array,
-    counts: Sequence[int],
-    reduction: Reduction,
-    deadline: float,
+    runner: ChunkedRunner, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
     """See `Backend.reduce_scatter`."""
     me, length = runner.rank, runner.slot_block_bytes // source.itemsize
@@ -71,9 +57,7 @@ def reduce_scatter(
 
     def read(k: int, slots: Sequence[Array]) -> None:
         target = chunk(out, k, length)
-        parts_of_ranks = [
-            slot_block(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)
-        ]
+        parts_of_ranks = [slot_block(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)]
         parts_of_ranks[me] = chunk(parts[me], k, length)
         reduce_into(reduction, target, parts_of_ranks)
 
@@ -95,9 +79,7 @@ def reduce_scatter(
     runner.run(operation, deadline)
 
 
-def _one_phase(
-    runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool
-) -> ChunkedOperation:
+def _one_phase(runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool) -> ChunkedOperation:
     """Build the operation in which all ranks publish all they have, and readers reduce it."""
     length = runner.slot_bytes // buffer.itemsize
 
@@ -111,10 +93,7 @@ def _one_phase(
         reduce_into(reduction, target, parts)
 
     return ChunkedOperation(
-        chunks=chunk_count(buffer.size, length),
-        write=write,
-        read=read if reads else None,
-        dtype=buffer.dtype,
+        chunks=chunk_count(buffer.size, length), write=write, read=read if reads else None, dtype=buffer.dtype
     )
 
 
@@ -150,17 +129,12 @@ def _two_phase(
             copy_cached(part(k, rank), slots[rank])
 
     operation = ChunkedOperation(
-        chunks=chunk_count(buffer.size, n * length),
-        write=write,
-        read=read if reads else None,
-        dtype=buffer.dtype,
+        chunks=chunk_count(buffer.size, n * length), write=write, read=read if reads else None, dtype=buffer.dtype
     )
     return operation, respond
 
 
-def _reduce_in_place(
-    runner: ChunkedRunner, arrays: Sequence[Array], like: Array, reduction: Reduction
-) -> None:
+def _reduce_in_place(runner: ChunkedRunner, arrays: Sequence[Array], like: Array, reduction: Reduction) -> None:
     """Reduce this rank's part of all ranks' arrays, and write it to all of them."""
     size = -(-like.size // runner.ranks)
     parts = [chunk(array.view(like.dtype), runner.rank, size) for array in arrays]

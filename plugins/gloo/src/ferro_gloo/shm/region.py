@@ -80,9 +80,7 @@ class ShmRegion:
         headers: the headers of each rank, by rank and slot, of `HEADER_BYTES` bytes each.
     """
 
-    def __init__(
-        self, segment: ShmSegment, layout: RegionLayout, rank: int, *, native: bool, spin: bool
-    ) -> None:
+    def __init__(self, segment: ShmSegment, layout: RegionLayout, rank: int, *, native: bool, spin: bool) -> None:
         memory = memoryview(segment.memory)
         self.ranks = layout.ranks
         self.slot_bytes = layout.slot_bytes

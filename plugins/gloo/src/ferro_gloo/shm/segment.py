@@ -98,9 +98,7 @@ class ShmSegment:
                 os.posix_fallocate(self._descriptor, offset, nbytes)
                 return
             self.memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
-            raise OSError(
-                f"{SHM_DIRECTORY} is full, or this process may not use more memory"
-            ) from error
+            raise OSError(f"{SHM_DIRECTORY} is full, or this process may not use more memory") from error
 
     def prefault(self, offset: int, nbytes: int) -> None:
         """Map reserved memory at once, rather than page by page when it is used."""

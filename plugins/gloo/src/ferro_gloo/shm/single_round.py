@@ -56,9 +56,7 @@ class SingleRoundCollectives:
         if self._rank == root:
             self._reduce(buffer, buffer, 0, reduction, slot)
 
-    def reduce_scatter(
-        self, source: Array, out: Array, reduction: Reduction, deadline: float
-    ) -> None:
+    def reduce_scatter(self, source: Array, out: Array, reduction: Reduction, deadline: float) -> None:
         """See `Backend.reduce_scatter`."""
         slot, start = self._publish(source, deadline), self._rank * out.size
         self._reduce(out, source[start : start + out.size], start, reduction, slot)
@@ -119,9 +117,7 @@ class SingleRoundCollectives:
         ring.synchronize(number, deadline)
         return slot
 
-    def _reduce_on_rank_0(
-        self, buffer: Array, reduction: Reduction, slot: int, deadline: float
-    ) -> None:
+    def _reduce_on_rank_0(self, buffer: Array, reduction: Reduction, slot: int, deadline: float) -> None:
         """Reduce the arrays in `slot` on rank 0, which publishes the result in its next slot."""
         ring, number = self._ring, self._ring.next
         ring.next = number + 1

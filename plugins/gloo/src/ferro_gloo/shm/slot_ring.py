@@ -56,10 +56,7 @@ class SlotRing:
         self._counters = region.counters
         self._headers = region.headers
         others = [rank for rank in range(tcp.world_size) if rank != tcp.rank]
-        self._labels = [
-            [(rank, region.headers[rank][slot][:LABEL_BYTES]) for rank in others]
-            for slot in range(SLOTS)
-        ]
+        self._labels = [[(rank, region.headers[rank][slot][:LABEL_BYTES]) for rank in others] for slot in range(SLOTS)]
         self._written = [b""] * SLOTS
         self.set_call(Call("barrier"))
 
@@ -109,9 +106,7 @@ class SlotRing:
     def chunk_counts(self, number: int) -> list[int]:
         """Read each rank's number of chunks from its header."""
         slot = number % SLOTS
-        return [
-            int.from_bytes(row[slot][_SPAN_END:_CHUNK_COUNT_END], "little") for row in self._headers
-        ]
+        return [int.from_bytes(row[slot][_SPAN_END:_CHUNK_COUNT_END], "little") for row in self._headers]
 
     def publish(self, number: int) -> None:
         """Tell the others that this rank has written a chunk, and has read the one two before."""

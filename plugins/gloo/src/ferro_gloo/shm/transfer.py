@@ -46,9 +46,7 @@ class ShmTransfers:
         self._flat = flat
         self._host = host
 
-    def exchange(
-        self, sends: Sequence[Item], recvs: Sequence[Item], *, tag: int, deadline: float
-    ) -> None:
+    def exchange(self, sends: Sequence[Item], recvs: Sequence[Item], *, tag: int, deadline: float) -> None:
         """See `Backend.exchange`; messages for TCP follow those through shared memory."""
         shm_sends = [item for item in sends if self._is_through_shm(*item)]
         shm_recvs = [item for item in recvs if self._is_through_shm(*item)]
@@ -65,14 +63,10 @@ class ShmTransfers:
             labels = [transfer_call(buffer).label() for _, buffer in (*shm_sends, *shm_recvs)]
             self._flat.move(offers, received, labels, tag, deadline)
             spans = [ArenaSpan(*PACKED_SPAN.unpack(raw.data)) for _, raw in received]
-            copied = [
-                self._copy_from(*item, span) for item, span in zip(shm_recvs, spans, strict=True)
-            ]
+            copied = [self._copy_from(*item, span) for item, span in zip(shm_recvs, spans, strict=True)]
             offered = [span != _NO_SPAN for span, _ in staged]
             acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_recvs, copied, strict=True) if yes]
-            awaited_acks = [
-                (peer, _EMPTY) for (peer, _), yes in zip(shm_sends, offered, strict=True) if yes
-            ]
+            awaited_acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_sends, offered, strict=True) if yes]
             self._flat.move(acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG, deadline)
             tcp_sends += [item for item, yes in zip(shm_sends, offered, strict=True) if not yes]
             tcp_recvs += [item for item, yes in zip(shm_recvs, copied, strict=True) if not yes]

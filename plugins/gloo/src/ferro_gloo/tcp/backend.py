@@ -111,12 +111,7 @@ class TcpBackend(Backend):
         self.exchange([], [(peer, buffer)], tag=tag, deadline=deadline)
 
     def exchange(
-        self,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         """See `Backend.exchange`; one thread moves all of it, in both directions.
 
@@ -137,9 +132,7 @@ class TcpBackend(Backend):
             label = repeat(_CLEAR_TO_SEND_LABEL)
             self.move(ready, awaited, label, tag | _CLEAR_TO_SEND_TAG, deadline)
             rest = slice(MAX_BODY, None)
-            self.move(
-                _slice_each(long_sends, rest), _slice_each(long_recvs, rest), label, tag, deadline
-            )
+            self.move(_slice_each(long_sends, rest), _slice_each(long_recvs, rest), label, tag, deadline)
 
     def move(
         self,

@@ -89,9 +89,7 @@ class ReadEvents:
 class Connection:
     """One non-blocking socket of the mesh. It is not thread-safe: the engine holds its lock."""
 
-    def __init__(
-        self, sock: socket.socket, peer: int, aborted: Set[int], unexpected_limit: int
-    ) -> None:
+    def __init__(self, sock: socket.socket, peer: int, aborted: Set[int], unexpected_limit: int) -> None:
         """Take ownership of a socket.
 
         Args:

@@ -127,9 +127,7 @@ class ProgressEngine:
         """End a group's transfers: wake its threads on this rank, and tell its other ranks."""
         header = pack(0, ABORT, in_context(0, context), bytes(LABEL_BYTES))
         with self._condition:
-            self._failures.setdefault(
-                context, GroupAbortedError("the group was aborted on this rank")
-            )
+            self._failures.setdefault(context, GroupAbortedError("the group was aborted on this rank"))
             for peer in peers:
                 connection = self._connections.get(peer)
                 if connection is not None:

@@ -70,8 +70,7 @@ def _connect_to(config: BackendConfig, peer: int, deadline: float) -> socket.soc
         port = int(config.store.get(f"port/{peer}", deadline=deadline))
     except TimeoutError as error:
         raise RendezvousError(
-            f"rank {config.rank} waited {config.timeout_s:g} s for rank {peer} to listen: read "
-            f"the log of rank {peer}",
+            f"rank {config.rank} waited {config.timeout_s:g} s for rank {peer} to listen: read the log of rank {peer}",
             rank=config.rank,
             peer=peer,
         ) from error
@@ -98,13 +97,7 @@ class _Acceptor:
         self._expected = set(range(config.rank + 1, config.world_size))
         self._stopping = threading.Event()
         self._selector = selectors.DefaultSelector()
-        self._listener = Listener(
-            listener,
-            config.secret,
-            purpose=_PURPOSE,
-            selector=self._selector,
-            admit=self._admit,
-        )
+        self._listener = Listener(listener, config.secret, purpose=_PURPOSE, selector=self._selector, admit=self._admit)
         self._thread = threading.Thread(target=self._run, name="ferro-gloo-mesh", daemon=True)
         self._thread.start()
 

@@ -64,11 +64,7 @@ class Bucket:
 
 
 def make_buckets(
-    parameters: Mapping[str, Parameter],
-    group: ProcessGroup,
-    *,
-    first_bucket_bytes: int,
-    bucket_bytes: int,
+    parameters: Mapping[str, Parameter], group: ProcessGroup, *, first_bucket_bytes: int, bucket_bytes: int
 ) -> list[Bucket]:
     """Allocate buckets, and place the gradients of the parameters in them."""
     names, held = list(parameters), list(parameters.values())
@@ -88,12 +84,7 @@ def make_buckets(
         grads = _cut(buffer, [member.data.shape for member in inside])
         for member, grad in zip(inside, grads, strict=True):
             member.set_grad_memory(grad)
-        gradients = GradBucket(
-            index=index,
-            buffer=buffer,
-            grads=grads,
-            names=tuple(names[number] for number in chosen),
-        )
+        gradients = GradBucket(index=index, buffer=buffer, grads=grads, names=tuple(names[number] for number in chosen))
         buckets.append(Bucket(parameters=inside, gradients=gradients, memory=memory))
     return buckets
 

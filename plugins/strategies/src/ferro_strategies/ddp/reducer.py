@@ -55,9 +55,7 @@ class Reducer:
             parameters, group, first_bucket_bytes=first_bucket_bytes, bucket_bytes=bucket_bytes
         )
         self._bucket_of = {
-            id(member): bucket.gradients.index
-            for bucket in self._buckets
-            for member in bucket.parameters
+            id(member): bucket.gradients.index for bucket in self._buckets for member in bucket.parameters
         }
         self._ready: set[int] = set()
         self._incomplete: list[int] = []  # for each bucket, its number of incomplete gradients
@@ -137,9 +135,7 @@ class Reducer:
                 "add through that."
             )
         self._mark_ready(parameter)
-        while (
-            len(self._launched) < len(self._buckets) and not self._incomplete[len(self._launched)]
-        ):
+        while len(self._launched) < len(self._buckets) and not self._incomplete[len(self._launched)]:
             self._launch(flag=False)
 
     def _mark_ready(self, parameter: Parameter) -> None:
@@ -169,9 +165,7 @@ class Reducer:
     def _start(self, bucket: Bucket) -> Pending:
         if self._hook is not None:
             return self._hook(bucket.gradients, self._group)
-        work: Pending = self._group.all_reduce(
-            bucket.memory, "mean", out=bucket.memory, async_op=True
-        )
+        work: Pending = self._group.all_reduce(bucket.memory, "mean", out=bucket.memory, async_op=True)
         return work
 
     # -- parameters without gradient -------------------------------------------------------------
@@ -202,9 +196,7 @@ class Reducer:
     def _unused_error(self, missing: list[str]) -> UsageError:
         by_rank: list[list[str]] = self._group.all_gather_object(missing)
         faults = "; ".join(
-            f"rank {rank}: {', '.join(first_few(names, _NAMES_SHOWN))}"
-            for rank, names in enumerate(by_rank)
-            if names
+            f"rank {rank}: {', '.join(first_few(names, _NAMES_SHOWN))}" for rank, names in enumerate(by_rank) if names
         )
         return UsageError(
             "DDP: the backward pass ended, and parameters have no gradient: "

@@ -46,9 +46,7 @@ def call_ufunc(
     return apply_ufunc(ufunc, inputs, out=out, dtype=dtype)  # type: ignore[arg-type]
 
 
-def call_function(
-    function: Callable[..., object], args: Sequence[object], options: Mapping[str, object]
-) -> object:
+def call_function(function: Callable[..., object], args: Sequence[object], options: Mapping[str, object]) -> object:
     """Call a NumPy function on PlacedArrays, numbers and arrays.
 
     Raises:
@@ -65,9 +63,7 @@ def call_function(
     return implementation(*args, **options)
 
 
-def _reduce(
-    ufunc: np.ufunc, inputs: Sequence[object], given: Mapping[str, object], axis: object
-) -> PlacedArray:
+def _reduce(ufunc: np.ufunc, inputs: Sequence[object], given: Mapping[str, object], axis: object) -> PlacedArray:
     """Call `ufunc.reduce`; NumPy's default axis is 0 here, and None reduces over all dims."""
     unknown = given.keys() - {"axis", "keepdims"}
     if unknown:

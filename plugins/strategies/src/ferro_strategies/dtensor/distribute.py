@@ -21,11 +21,7 @@ from .tensor import DTensor
 
 
 def distribute(
-    array: Array | None,
-    mesh: DeviceMesh,
-    placements: Sequence[Placement],
-    *,
-    source: int | None = None,
+    array: Array | None, mesh: DeviceMesh, placements: Sequence[Placement], *, source: int | None = None
 ) -> DTensor:
     """Spread an array over a mesh; the result has memory of its own.
 
@@ -44,8 +40,7 @@ def distribute(
     if source is None:
         if array is None:
             raise UsageError(
-                "distribute: no array. Give it on every rank, or on one and say which (source=).",
-                op="distribute",
+                "distribute: no array. Give it on every rank, or on one and say which (source=).", op="distribute"
             )
         namespace_of(array)  # raises UsageError for an object that is no array
         checked = checked_placements(placements, mesh.ndim, array.ndim, "distribute")
@@ -109,9 +104,7 @@ def _send_from_source(
     return PlacedArray(local=own, mesh=mesh, shape=whole, placements=checked)
 
 
-def _broadcast_shape_and_dtype(
-    array: Array | None, mesh: DeviceMesh, source: int
-) -> tuple[Shape, np.dtype]:
+def _broadcast_shape_and_dtype(array: Array | None, mesh: DeviceMesh, source: int) -> tuple[Shape, np.dtype]:
     """Broadcast the shape and dtype of the source's array, along one axis after the other."""
     here, there = coordinates_in(mesh), mesh.coordinates_of(source)
     message: Any = _shape_and_dtype_or_error(array) if here == there else None
@@ -120,9 +113,7 @@ def _broadcast_shape_and_dtype(
             message = mesh.group(axis).broadcast_object(message, there[axis])
     if isinstance(message, str):
         raise UsageError(
-            f"distribute: rank {source} is the source and must give the array: {message}",
-            op="distribute",
-            peer=source,
+            f"distribute: rank {source} is the source and must give the array: {message}", op="distribute", peer=source
         )
     shape, dtype = message
     return tuple(shape), dtype_named(dtype)

@@ -15,9 +15,7 @@ from .placed_array import PlacedArray, coordinates_in
 from .placement import Placement, Placements, Shard, as_sequence, checked_placements
 
 
-def from_local_with_shape(
-    local: Array, mesh: DeviceMesh, placements: Placements, shape: Shape
-) -> PlacedArray:
+def from_local_with_shape(local: Array, mesh: DeviceMesh, placements: Placements, shape: Shape) -> PlacedArray:
     """Make an array of known global shape from this rank's part. Sends nothing.
 
     Raises:
@@ -36,9 +34,7 @@ def from_local_with_shape(
     return PlacedArray(local=local, mesh=mesh, shape=shape, placements=placements)
 
 
-def from_local_parts(
-    local: Array, mesh: DeviceMesh, placements: Sequence[Placement]
-) -> PlacedArray:
+def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placement]) -> PlacedArray:
     """Make an array from the parts of all ranks; the global shape follows from theirs.
 
     All ranks of the mesh call it and exchange shapes, dtypes and placements. The placements are
@@ -80,9 +76,7 @@ def _gather_by_coordinates(value: list[object], mesh: DeviceMesh) -> dict[tuple[
     return dict(zip(coordinates, gathered, strict=True))
 
 
-def _global_shape(
-    shapes: list[list[int]], coordinates: list[tuple[int, ...]], placements: Placements
-) -> Shape:
+def _global_shape(shapes: list[list[int]], coordinates: list[tuple[int, ...]], placements: Placements) -> Shape:
     """Return the global shape: a sharded dim's sizes add up along the axes that shard it."""
     whole = list(shapes[0])
     for dim in range(len(whole)):

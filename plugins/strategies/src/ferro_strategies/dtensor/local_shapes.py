@@ -30,9 +30,7 @@ def local_slices(
     return tuple(slices)
 
 
-def local_shape(
-    shape: Shape, mesh_shape: Shape, placements: Placements, coordinates: Sequence[int]
-) -> Shape:
+def local_shape(shape: Shape, mesh_shape: Shape, placements: Placements, coordinates: Sequence[int]) -> Shape:
     """Return the shape of the local array of the rank at `coordinates`."""
     slices = local_slices(shape, mesh_shape, placements, coordinates)
     return tuple(rows.stop - rows.start for rows in slices)

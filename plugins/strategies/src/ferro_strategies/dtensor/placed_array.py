@@ -80,6 +80,4 @@ def same_mesh(one: DeviceMesh, other: DeviceMesh) -> bool:
 
 def replicated(array: Array, mesh: DeviceMesh) -> PlacedArray:
     """Place an array that every rank of the mesh has."""
-    return PlacedArray(
-        local=array, mesh=mesh, shape=array.shape, placements=all_replicated(mesh.ndim)
-    )
+    return PlacedArray(local=array, mesh=mesh, shape=array.shape, placements=all_replicated(mesh.ndim))

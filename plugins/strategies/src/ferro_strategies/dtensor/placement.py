@@ -41,9 +41,7 @@ class Shard:
         try:
             object.__setattr__(self, "dim", operator.index(self.dim))
         except TypeError:
-            raise UsageError(
-                f"Shard takes the number of a dim, not {self.dim!r}", op="Shard"
-            ) from None
+            raise UsageError(f"Shard takes the number of a dim, not {self.dim!r}", op="Shard") from None
 
     def __repr__(self) -> str:
         return f"Shard({self.dim})"
@@ -93,9 +91,7 @@ def map_shard_dims(placements: Placements, new_dim: Callable[[int], int]) -> Pla
     return tuple(Shard(new_dim(one.dim)) if isinstance(one, Shard) else one for one in placements)
 
 
-def checked_placements(
-    placements: Sequence[Placement], mesh_ndim: int, ndim: int, op: str
-) -> Placements:
+def checked_placements(placements: Sequence[Placement], mesh_ndim: int, ndim: int, op: str) -> Placements:
     """Check placements and return them, with every dim counted from the front.
 
     Args:
@@ -119,18 +115,14 @@ def checked_placements(
     found = tuple(_checked(placement, ndim, op) for placement in placements)
     if len({placement.op for placement in found if isinstance(placement, Partial)}) > 1:
         raise UsageError(
-            f"{op}: {found} mixes reductions, whose order would matter. Reduce over one of the "
-            "axes first.",
-            op=op,
+            f"{op}: {found} mixes reductions, whose order would matter. Reduce over one of the axes first.", op=op
         )
     return found
 
 
 def _checked(placement: Placement, ndim: int, op: str) -> Placement:
     if not isinstance(placement, Replicate | Shard | Partial):
-        raise UsageError(
-            f"{op}: a placement is Shard(dim), Replicate() or Partial(op), not {placement!r}", op=op
-        )
+        raise UsageError(f"{op}: a placement is Shard(dim), Replicate() or Partial(op), not {placement!r}", op=op)
     if not isinstance(placement, Shard):
         return placement
     if not -ndim <= placement.dim < ndim:

@@ -29,9 +29,7 @@ class RedistributePlan:
 
     def cost(self, itemsize: int = 1) -> int:
         """Return the bytes that the busiest rank sends (or receives, where that is more)."""
-        return itemsize * sum(
-            elements_moved(step, self.shape, self.mesh_shape) for step in self.steps
-        )
+        return itemsize * sum(elements_moved(step, self.shape, self.mesh_shape) for step in self.steps)
 
     def describe(self, names: Sequence[str], itemsize: int) -> str:
         """Describe each step in one line, and the total in the last.
@@ -50,9 +48,7 @@ class RedistributePlan:
 
 
 @lru_cache(maxsize=4096)
-def plan_redistribute(
-    source: Placements, target: Placements, shape: Shape, mesh_shape: Shape
-) -> RedistributePlan:
+def plan_redistribute(source: Placements, target: Placements, shape: Shape, mesh_shape: Shape) -> RedistributePlan:
     """Find the steps from `source` to `target` that move the fewest bytes.
 
     The plan is the one in which the busiest rank sends the fewest bytes; among equals the one with

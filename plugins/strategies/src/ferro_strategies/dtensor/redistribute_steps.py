@@ -72,9 +72,7 @@ class RedistributeStep:
         return self.after[self.axis]
 
 
-def steps_from(
-    before: Placements, mesh_shape: Shape, choices: list[list[Placement]]
-) -> list[RedistributeStep]:
+def steps_from(before: Placements, mesh_shape: Shape, choices: list[list[Placement]]) -> list[RedistributeStep]:
     """Return every possible step from `before` to one of each axis's `choices`."""
     return [
         RedistributeStep(axis=axis, kind=kind, before=before, after=after)
@@ -120,9 +118,7 @@ def _elements_exchanged(step: RedistributeStep, shape: Shape, mesh_shape: Shape)
     before = local_shape(shape, mesh_shape, step.before, first)
     after = local_shape(shape, mesh_shape, step.after, first)
     length, width = after[source.dim], before[target.dim]
-    others = math.prod(
-        size for dim, size in enumerate(before) if dim not in (source.dim, target.dim)
-    )
+    others = math.prod(size for dim, size in enumerate(before) if dim not in (source.dim, target.dim))
     rows, columns = even_sizes(length, ranks), even_sizes(width, ranks)
     busiest = 0
     # The sizes of shards change at two ranks only. These two and the first represent all ranks.

@@ -76,12 +76,7 @@ class DTensor(NDArrayOperatorsMixin):
 
     @classmethod
     def from_local(
-        cls,
-        local: Array,
-        mesh: DeviceMesh,
-        placements: Sequence[Placement],
-        *,
-        shape: Sequence[int] | None = None,
+        cls, local: Array, mesh: DeviceMesh, placements: Sequence[Placement], *, shape: Sequence[int] | None = None
     ) -> DTensor:
         """Make a DTensor of the parts that the ranks have, without a copy.
 
@@ -193,36 +188,26 @@ class DTensor(NDArrayOperatorsMixin):
         return self._plan(placements).describe(self.mesh.names, self.dtype.itemsize)
 
     def _plan(self, placements: Sequence[Placement]) -> RedistributePlan:
-        return plan_redistribute(
-            self.placements, self._checked(placements), self.shape, self.mesh.shape
-        )
+        return plan_redistribute(self.placements, self._checked(placements), self.shape, self.mesh.shape)
 
     def _checked(self, placements: Sequence[Placement]) -> Placements:
         return checked_placements(placements, self.mesh.ndim, self.ndim, "redistribute")
 
     # -- NumPy's dispatch protocols --------------------------------------------------------------
 
-    def __array_ufunc__(
-        self, ufunc: np.ufunc, method: str, *inputs: object, **options: object
-    ) -> object:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: object, **options: object) -> object:
         """Apply a ufunc; see the table at the head of this module."""
         operands = [_unwrap(one) for one in inputs]
         targets = options.get("out")
         unwrapped = {key: _unwrap(value) for key, value in options.items()}
-        results: list[object] = [
-            DTensor(placed) for placed in call_ufunc(ufunc, method, operands, unwrapped)
-        ]
+        results: list[object] = [DTensor(placed) for placed in call_ufunc(ufunc, method, operands, unwrapped)]
         if isinstance(targets, tuple):
             given = (*targets, *(None,) * (len(results) - len(targets)))
             results = [new if old is None else old for old, new in zip(given, results, strict=True)]
         return results[0] if len(results) == 1 else tuple(results)
 
     def __array_function__(
-        self,
-        func: Callable[..., object],
-        types: Iterable[type],
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
+        self, func: Callable[..., object], types: Iterable[type], args: Sequence[object], kwargs: Mapping[str, object]
     ) -> object:
         """Apply a NumPy function; see the table at the head of this module."""
         options = {key: _unwrap(value) for key, value in kwargs.items()}
@@ -239,21 +224,15 @@ class DTensor(NDArrayOperatorsMixin):
 
     # -- methods of numpy.ndarray ----------------------------------------------------------------
 
-    def sum(
-        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
-    ) -> DTensor:
+    def sum(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
         """Sum over dims, over all if `axis` is None; Partial over sharded dims."""
         return self._reduce("sum", axis, dtype, keepdims)
 
-    def mean(
-        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
-    ) -> DTensor:
+    def mean(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
         """Average over dims by the global number of elements; a Partial sum over sharded dims."""
         return self._reduce("mean", axis, dtype, keepdims)
 
-    def prod(
-        self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
-    ) -> DTensor:
+    def prod(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
         """Multiply over dims; Partial over sharded dims."""
         return self._reduce("prod", axis, dtype, keepdims)
 
@@ -273,9 +252,7 @@ class DTensor(NDArrayOperatorsMixin):
         """Tell if all elements are true over dims; Partial("min") over sharded dims."""
         return self._reduce("all", axis, None, keepdims)
 
-    def _reduce(
-        self, name: Name, axis: Axis, dtype: npt.DTypeLike | None, keepdims: bool
-    ) -> DTensor:
+    def _reduce(self, name: Name, axis: Axis, dtype: npt.DTypeLike | None, keepdims: bool) -> DTensor:
         return DTensor(reduce(self._placed, name, axis, dtype, keepdims=keepdims))
 
     @property
@@ -288,9 +265,7 @@ class DTensor(NDArrayOperatorsMixin):
 
         No argument reverses the dims.
         """
-        return DTensor(
-            manipulation.transpose(self._placed, _ints_from_args(axes) if axes else None)
-        )
+        return DTensor(manipulation.transpose(self._placed, _ints_from_args(axes) if axes else None))
 
     def reshape(self, *shape: int | Sequence[int]) -> DTensor:
         """Return the elements in another shape, as a view if possible; nothing is sent.

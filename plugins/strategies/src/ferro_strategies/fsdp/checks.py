@@ -62,12 +62,7 @@ def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> 
         fault = fault or next((text for text in faults if text), "")
         if not fault:
             try:
-                check_same(
-                    "FSDP",
-                    module,
-                    group,
-                    options | {"rank along the mesh's other axis": other_ranks},
-                )
+                check_same("FSDP", module, group, options | {"rank along the mesh's other axis": other_ranks})
             except UsageError as error:
                 fault = str(error)
     if fault:

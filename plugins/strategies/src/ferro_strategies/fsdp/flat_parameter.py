@@ -42,9 +42,7 @@ class FlatParameter:
         first = named[0][1]
         self.parameters = tuple(parameter for _, parameter in named)
         self.trained = first.requires_grad
-        self.layout: FlatLayout = flat_layout(
-            ((n, p.data.shape) for n, p in named), config.num_shards
-        )
+        self.layout: FlatLayout = flat_layout(((n, p.data.shape) for n, p in named), config.num_shards)
         self._config = config
         self._dtype = first.data.dtype
         self.namespace = namespace_of(first.data)
@@ -58,9 +56,7 @@ class FlatParameter:
         self._is_reducing_into_grad = False
         # An all_reduce overwrites the memory, which therefore cannot stay.
         keeps_memory = config.keeps_unsharded and config.shard_group is not None
-        self.unsharded_grad = UnshardedGradient(
-            self.parameters, self.layout, self._allocate, keeps_memory=keeps_memory
-        )
+        self.unsharded_grad = UnshardedGradient(self.parameters, self.layout, self._allocate, keeps_memory=keeps_memory)
         self._saved: _ShardedState | None = None
         for parameter, view in zip(self.parameters, self.shard_views, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
@@ -101,9 +97,7 @@ class FlatParameter:
             copy_into(sent.array, self.shard)
         if self._config.shard_group is None:
             return None
-        work: Work[object] = self._config.shard_group.all_gather(
-            sent.array, out=unsharded, async_op=True, copy=False
-        )
+        work: Work[object] = self._config.shard_group.all_gather(sent.array, out=unsharded, async_op=True, copy=False)
         return work, sent
 
     def use_unsharded(self, unsharded: Array, *, backward: bool, may_defer: bool = False) -> None:
@@ -119,9 +113,7 @@ class FlatParameter:
         grads: list[tuple[Array | None, Array | None]] = [(None, None)] * len(self.parameters)
         if self._saved.backward:
             grads = [*self.unsharded_grad.views()]
-        for parameter, view, (memory, grad) in zip(
-            self.parameters, self.layout.views(unsharded), grads, strict=True
-        ):
+        for parameter, view, (memory, grad) in zip(self.parameters, self.layout.views(unsharded), grads, strict=True):
             parameter.hold(view, grad=grad, grad_memory=memory)
             if self._saved.backward and parameter.deferred is not None:
                 parameter.deferred = [] if may_defer else None
@@ -182,11 +174,7 @@ class FlatParameter:
         """Fill the shard on all ranks from the first rank's parameters, with one unit's memory."""
         config, xp = self._config, self.namespace
         # On a mesh, the first row scatters; the other rows get their shards along the columns.
-        in_first_row = (
-            config.shard_group is None
-            or config.replica_group is None
-            or config.replica_group.rank == 0
-        )
+        in_first_row = config.shard_group is None or config.replica_group is None or config.replica_group.rank == 0
         flat = None
         if config.shard_rank == 0 and in_first_row:
             flat = config.pool.allocate(xp, self.layout.size, self._dtype)
@@ -229,11 +217,7 @@ class FlatParameter:
     def _shard_memory(self) -> Array:
         """Provide memory for the shard: a part of the unsharded memory that stays, if possible."""
         kept = None if self._kept is None else self._kept.array
-        if (
-            kept is not None
-            and kept.dtype == self._dtype
-            and self._shard_namespace is self.namespace
-        ):
+        if kept is not None and kept.dtype == self._dtype and self._shard_namespace is self.namespace:
             return kept[self.layout.shard_slice(self._config.shard_rank)]
         shard: Array = self._shard_namespace.empty(self.layout.shard_size, self._dtype)
         return shard
@@ -252,6 +236,4 @@ class _ShardedState:
     def __init__(self, parameters: Sequence[Parameter], *, backward: bool) -> None:
         self.backward = backward
         self.grads = [parameter.grad for parameter in parameters]
-        self.deferred: list[list[Callable[[], None]] | None] = [
-            parameter.deferred for parameter in parameters
-        ]
+        self.deferred: list[list[Callable[[], None]] | None] = [parameter.deferred for parameter in parameters]

@@ -95,9 +95,7 @@ class FlatParameterGroup:
         return any(flat.unsharded_grad.has_any for flat in self.trained)
 
 
-def shard_module(
-    root: Module, unit_modules: Mapping[int, Module], config: FSDPConfig
-) -> dict[int, FlatParameterGroup]:
+def shard_module(root: Module, unit_modules: Mapping[int, Module], config: FSDPConfig) -> dict[int, FlatParameterGroup]:
     """Shard all parameters of a model; give the groups by the identity of their unit's module.
 
     Args:

@@ -80,11 +80,7 @@ class FSDPJoin:
         self._scaler = scaler
         self._divide_by_all = divide_by_all
         self._num_indices = max(len(scheduler.units), len(optimizers), 1)
-        flag_counts = [
-            len(parameters),
-            len(optimizers),
-            *(len(optimizer.parameters) for optimizer in optimizers),
-        ]
+        flag_counts = [len(parameters), len(optimizers), *(len(optimizer.parameters) for optimizer in optimizers)]
         self._note_bytes = _NUMBER_BYTES + max(flag_counts)
         self._inputs = UnevenInputs("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
@@ -142,9 +138,7 @@ class FSDPJoin:
             "given to join(), so ranks that have left could not step with it."
         )
 
-    def _announce(
-        self, operation: _Operation, index: int, *, number: float = 0.0, flags: Sequence[bool] = ()
-    ) -> None:
+    def _announce(self, operation: _Operation, index: int, *, number: float = 0.0, flags: Sequence[bool] = ()) -> None:
         if self._shadowing:
             return
         note = np.zeros(self._note_bytes, np.uint8)
@@ -187,9 +181,7 @@ class FSDPJoin:
         for unsharded in gathers:
             unsharded.wait()
 
-    def _take_part(
-        self, operation: int, index: int, note: Array, gathers: deque[UnshardedParameters]
-    ) -> None:
+    def _take_part(self, operation: int, index: int, note: Array, gathers: deque[UnshardedParameters]) -> None:
         number = float(note[:_NUMBER_BYTES].view(np.float64)[0])
         flags = note[_NUMBER_BYTES:].astype(bool).tolist()
         match _Operation(operation):

@@ -93,18 +93,11 @@ class FSDP(StateDictMixin):
         offload: bool = False,
     ) -> None:
         config = make_config(
-            group,
-            sharding=sharding,
-            replicas=replicas,
-            precision=mixed_precision,
-            prefetch=prefetch,
-            offload=offload,
+            group, sharding=sharding, replicas=replicas, precision=mixed_precision, prefetch=prefetch, offload=offload
         )
         check_wrappable(module)
         chosen = choose_units(module, units)
-        check_replicas(
-            module, config, [name for name, m in module.named_modules() if id(m) in chosen]
-        )
+        check_replicas(module, config, [name for name, m in module.named_modules() if id(m) in chosen])
         self.module = module
         self.training = module.training
         self._config = config
@@ -114,9 +107,7 @@ class FSDP(StateDictMixin):
         self._join: FSDPJoin | None = None
         hooks = {key: UnitHooks(unit, self._scheduler) for key, unit in groups.items()}
         self._hooks = hooks.pop(id(module))
-        replace_modules(
-            module, lambda _, item: Unit(item, hooks[id(item)]) if id(item) in hooks else item
-        )
+        replace_modules(module, lambda _, item: Unit(item, hooks[id(item)]) if id(item) in hooks else item)
         config.broadcast((buffer.data for buffer in self.buffers()), [0] * len(config.groups))
         self._join_groups = [_duplicate(group) for group in config.groups]
 
@@ -197,10 +188,7 @@ class FSDP(StateDictMixin):
 
     @contextmanager
     def join(
-        self,
-        *optimizers: Optimizer,
-        scaler: LossScaler | None = None,
-        divide_by_initial_world_size: bool = False,
+        self, *optimizers: Optimizer, scaler: LossScaler | None = None, divide_by_initial_world_size: bool = False
     ) -> Iterator[None]:
         """Let ranks have different numbers of batches, also none.
 

@@ -15,10 +15,7 @@ from .sharded_parameter import FlatShard, ShardedParameter, array_faults
 
 
 def full(
-    sharded: Mapping[str, ShardedParameter],
-    optimizer: Optimizer,
-    config: FSDPConfig,
-    rank0_only: bool,
+    sharded: Mapping[str, ShardedParameter], optimizer: Optimizer, config: FSDPConfig, rank0_only: bool
 ) -> dict[str, Array]:
     """Do the work of `FSDP.full_optimizer_state_dict`."""
     state: dict[str, Array] = {"lr": np.array(optimizer.lr, np.float64)}
@@ -35,10 +32,7 @@ def full(
 
 
 def load_full(
-    sharded: Mapping[str, ShardedParameter],
-    optimizer: Optimizer,
-    config: FSDPConfig,
-    state: Mapping[str, Array],
+    sharded: Mapping[str, ShardedParameter], optimizer: Optimizer, config: FSDPConfig, state: Mapping[str, Array]
 ) -> None:
     """Do the work of `FSDP.load_full_optimizer_state_dict`."""
     faults, loads = _load_lr(state)
@@ -60,9 +54,7 @@ def shards(
     state: dict[str, FlatShard | Array] = {"lr": np.array(optimizer.lr, np.float64)}
     for item, arrays in _states(sharded, optimizer):
         for name, array in arrays.items():
-            state[f"{item.name}.{name}"] = (
-                item.flat_shard(array, config) if _is_sharded(item, array) else array.copy()
-            )
+            state[f"{item.name}.{name}"] = item.flat_shard(array, config) if _is_sharded(item, array) else array.copy()
     return state
 
 
@@ -126,10 +118,7 @@ def _load_lr(state: Mapping[str, object]) -> tuple[list[str], dict[str, Array]]:
 
 
 def _expected(
-    sharded: Mapping[str, ShardedParameter],
-    optimizer: Optimizer,
-    state: Mapping[str, object],
-    faults: list[str],
+    sharded: Mapping[str, ShardedParameter], optimizer: Optimizer, state: Mapping[str, object], faults: list[str]
 ) -> list[tuple[str, ShardedParameter, Array, str]]:
     """List what can be loaded: (key here, parameter, initial state, the optimizer's own key)."""
     rest = set(state) - {"lr"}
@@ -144,13 +133,7 @@ def _expected(
     return found
 
 
-def _load(
-    optimizer: Optimizer,
-    loads: dict[str, Array],
-    faults: list[str],
-    config: FSDPConfig,
-    what: str,
-) -> None:
+def _load(optimizer: Optimizer, loads: dict[str, Array], faults: list[str], config: FSDPConfig, what: str) -> None:
     """Load on all ranks, or on none."""
     before = optimizer.lr, optimizer.state
     if not faults:

@@ -82,9 +82,7 @@ class GradientReduction:
             self._abandon()
 
 
-def _in_reduce_dtype(
-    unsharded: PooledBuffer, flat: FlatParameter, config: FSDPConfig
-) -> PooledBuffer:
+def _in_reduce_dtype(unsharded: PooledBuffer, flat: FlatParameter, config: FSDPConfig) -> PooledBuffer:
     if unsharded.array.dtype == flat.reduce_dtype:
         return unsharded
     source = unsharded.array

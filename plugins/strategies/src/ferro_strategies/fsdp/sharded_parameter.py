@@ -111,17 +111,13 @@ def array_faults(key: str, dtype: object, shape: tuple[int, ...], array: Array) 
     return [f"{key!r} is {dtype} {shape}, given {array.dtype} {array.shape}"]
 
 
-def sharded_parameters(
-    module: Module, units: Iterable[FlatParameterGroup]
-) -> dict[str, ShardedParameter]:
+def sharded_parameters(module: Module, units: Iterable[FlatParameterGroup]) -> dict[str, ShardedParameter]:
     """List the parameters of all units by name, in the module's order."""
     found = {
         span.name: ShardedParameter(parameter=parameter, flat=flat, span=span, shard_view=view)
         for unit in units
         for flat in unit.flat_parameters
-        for parameter, span, view in zip(
-            flat.parameters, flat.layout.spans, flat.shard_views, strict=True
-        )
+        for parameter, span, view in zip(flat.parameters, flat.layout.spans, flat.shard_views, strict=True)
     }
     return {name: found[name] for name, _ in module.named_parameters()}
 

@@ -78,8 +78,7 @@ class StateDictMixin(Module):
     def sharded_state_dict(self) -> dict[str, FlatShard | Array]:
         """Copy this rank's shards, and the buffers, which are not sharded. Nothing is sent."""
         shards: dict[str, FlatShard | Array] = {
-            name: sharded.flat_shard(sharded.shard_view, self._config)
-            for name, sharded in self._sharded.items()
+            name: sharded.flat_shard(sharded.shard_view, self._config) for name, sharded in self._sharded.items()
         }
         return shards | self._copied_buffers()
 
@@ -118,9 +117,7 @@ class StateDictMixin(Module):
         """Load a full state: see `load_full_state_dict`."""
         self.load_full_state_dict(state)
 
-    def full_optimizer_state_dict(
-        self, optimizer: Optimizer, *, rank0_only: bool = False
-    ) -> dict[str, Array]:
+    def full_optimizer_state_dict(self, optimizer: Optimizer, *, rank0_only: bool = False) -> dict[str, Array]:
         """Gather the state of an optimizer of this module's parameters; all ranks call it.
 
         Returns:
@@ -130,9 +127,7 @@ class StateDictMixin(Module):
         self._check_between_passes("full_optimizer_state_dict")
         return optimizer_state.full(self._sharded, optimizer, self._config, rank0_only)
 
-    def load_full_optimizer_state_dict(
-        self, optimizer: Optimizer, state_dict: Mapping[str, Array]
-    ) -> None:
+    def load_full_optimizer_state_dict(self, optimizer: Optimizer, state_dict: Mapping[str, Array]) -> None:
         """Load a `full_optimizer_state_dict` made on any number of ranks; all ranks call it.
 
         Raises:

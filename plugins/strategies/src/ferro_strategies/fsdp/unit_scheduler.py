@@ -218,9 +218,7 @@ class UnitScheduler:
         # A unit recomputed in a backward pass goes backward immediately.
         return self._config.keeps_until_backward or self._in_backward or unit in self._staying
 
-    def _predict(
-        self, forward: Sequence[FlatParameterGroup], backward: Sequence[FlatParameterGroup]
-    ) -> None:
+    def _predict(self, forward: Sequence[FlatParameterGroup], backward: Sequence[FlatParameterGroup]) -> None:
         """Set the expected order of each half, and the units that stay between the halves."""
         self._forward_order, self._backward_order = forward, backward
         first = list(dict.fromkeys(unit for unit in backward if unit.flat_parameters))
@@ -263,9 +261,7 @@ class UnitScheduler:
 
 
 @contextmanager
-def _whole(
-    unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False
-) -> Iterator[None]:
+def _whole(unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False) -> Iterator[None]:
     unsharded.use_unsharded(backward=backward, may_defer=may_defer)
     try:
         yield

@@ -46,10 +46,7 @@ class UnshardedGradient:
         if self._buffer is None:
             self._buffer = self._allocate()
         memory = self._layout.views(self._buffer.array)
-        return [
-            (view, view if is_set else None)
-            for view, is_set in zip(memory, self._is_set, strict=True)
-        ]
+        return [(view, view if is_set else None) for view, is_set in zip(memory, self._is_set, strict=True)]
 
     def mark_if_set(self, index: int) -> None:
         """Record whether a parameter, which holds its view now, has a gradient there."""

@@ -112,9 +112,7 @@ class _BucketState:
         vectors: indices of the other gradients.
     """
 
-    def __init__(
-        self, bucket: GradBucket, rank: int, rng: np.random.Generator, *, error_feedback: bool
-    ) -> None:
+    def __init__(self, bucket: GradBucket, rank: int, rng: np.random.Generator, *, error_feedback: bool) -> None:
         xp = namespace_of(bucket.buffer)
         self.names = bucket.names
         self.steps = 0
@@ -130,12 +128,7 @@ class _BucketState:
         ps = _views(self.ps, [(n, ranks[i]) for i, (n, _) in shapes.items()])
         qs = _views(self.qs, [(m, ranks[i]) for i, (_, m) in shapes.items()])
         self.matrices = [
-            _LowRankGradient(
-                index=index,
-                p=p,
-                q=q,
-                error=xp.zeros(shapes[index], dtype) if error_feedback else None,
-            )
+            _LowRankGradient(index=index, p=p, q=q, error=xp.zeros(shapes[index], dtype) if error_feedback else None)
             for index, p, q in zip(shapes, ps, qs, strict=True)
         ]
         self.vectors = [index for index in range(len(bucket.grads)) if index not in shapes]
@@ -204,6 +197,5 @@ def _worth_compressing(grad: Array, rank: int) -> bool:
 def _views(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
     return [
-        flat[end - int(np.prod(shape)) : end].reshape(shape)
-        for end, shape in zip(ends.tolist(), shapes, strict=True)
+        flat[end - int(np.prod(shape)) : end].reshape(shape) for end, shape in zip(ends.tolist(), shapes, strict=True)
     ]

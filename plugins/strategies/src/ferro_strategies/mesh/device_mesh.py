@@ -47,18 +47,13 @@ class DeviceMesh:
     """
 
     def __init__(
-        self,
-        shape: Sequence[int] | npt.NDArray[np.integer],
-        names: Sequence[str],
-        group: ProcessGroup,
+        self, shape: Sequence[int] | npt.NDArray[np.integer], names: Sequence[str], group: ProcessGroup
     ) -> None:
         layout = mesh_layout(shape, names, group.world_size)
         _check_same_layout(layout, group)
         self._set_layout(layout, group, {})
 
-    def _set_layout(
-        self, layout: MeshLayout, parent: ProcessGroup, existing: Mapping[str, ProcessGroup]
-    ) -> None:
+    def _set_layout(self, layout: MeshLayout, parent: ProcessGroup, existing: Mapping[str, ProcessGroup]) -> None:
         """Set the attributes, and make the groups of the axes that `existing` does not name."""
         self.names = layout.names
         self.shape: tuple[int, ...] = layout.ranks.shape

@@ -73,9 +73,7 @@ class MeshLayout:
     def submesh(self, axes: Sequence[str], coordinates: tuple[int, ...]) -> MeshLayout:
         """Return the layout of `axes`, in this order, with the other coordinates fixed."""
         kept = self._distinct(axes)
-        key = tuple(
-            slice(None) if axis in kept else coordinates[axis] for axis in range(self.ranks.ndim)
-        )
+        key = tuple(slice(None) if axis in kept else coordinates[axis] for axis in range(self.ranks.ndim))
         ranks = np.transpose(self.ranks[key], np.argsort(np.argsort(kept)))
         return MeshLayout(names=tuple(axes), ranks=ranks)
 
@@ -88,11 +86,7 @@ class MeshLayout:
         position = min(merged)
         rest = [axis for axis in range(self.ranks.ndim) if axis not in merged]
         before, after = rest[:position], rest[position:]
-        names = (
-            *(self.names[axis] for axis in before),
-            name,
-            *(self.names[axis] for axis in after),
-        )
+        names = (*(self.names[axis] for axis in before), name, *(self.names[axis] for axis in after))
         check_names(names, len(names))
         sizes = [self.ranks.shape[axis] for axis in before]
         sizes.append(math.prod(self.ranks.shape[axis] for axis in merged))
@@ -145,9 +139,7 @@ class MeshLayout:
         return tuple(self.axis(axis) for axis in axes)
 
 
-def mesh_layout(
-    shape: Sequence[int] | npt.NDArray[np.integer], names: Sequence[str], world_size: int
-) -> MeshLayout:
+def mesh_layout(shape: Sequence[int] | npt.NDArray[np.integer], names: Sequence[str], world_size: int) -> MeshLayout:
     """Check the arguments of DeviceMesh and lay out the ranks of a group of `world_size`.
 
     Raises:
@@ -203,9 +195,7 @@ def _checked_ranks(ranks: npt.NDArray[np.integer], world_size: int) -> Ranks:
         raise UsageError(f"DeviceMesh: an array of ranks holds integers, not {ranks.dtype}.")
     wrong = ranks[(ranks < 0) | (ranks >= world_size)]
     if wrong.size:
-        raise UsageError(
-            f"DeviceMesh: there is no rank {wrong[0]}; the group has 0 to {world_size - 1}."
-        )
+        raise UsageError(f"DeviceMesh: there is no rank {wrong[0]}; the group has 0 to {world_size - 1}.")
     found, times = np.unique(ranks, return_counts=True)
     if (times > 1).any():
         raise UsageError(f"DeviceMesh: rank {found[times > 1][0]} stands in more than one place.")

@@ -53,9 +53,7 @@ class Attention(Module):
     ) -> None:
         check_positive("Attention", dim=dim, num_heads=num_heads)
         if dim % num_heads:
-            raise UsageError(
-                f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}."
-            )
+            raise UsageError(f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}.")
         self.dim = dim
         self.num_heads = num_heads
         self.causal = causal

@@ -53,9 +53,7 @@ class Checkpoint(Module):
 
         def pullback(grad_y: Array) -> Array | None:
             if not kept:
-                raise UsageError(
-                    f"{self!r}: this pullback has been run. Call vjp again for another."
-                )
+                raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
             return self._recompute(*kept.pop())(grad_y)
 
         return y, pullback
@@ -86,9 +84,7 @@ class _ForwardState:
     def restored(self) -> Iterator[None]:
         """Restore the state inside the context, and undo that, and changes of buffers, after it."""
         training = [(item, item.training) for item, _ in self._training]
-        generators = [
-            (generator, generator.bit_generator.state) for generator, _ in self._generators
-        ]
+        generators = [(generator, generator.bit_generator.state) for generator, _ in self._generators]
         buffers = [(item.data, item.data.copy()) for item in self._module.buffers()]
         _restore(self._training, self._generators)
         try:

@@ -32,9 +32,7 @@ class Sequential(Module):
 
         def pullback(grad_y: Array) -> Array | None:
             if len(pullbacks) != depth:
-                raise UsageError(
-                    f"{self!r}: this pullback has been run. Call vjp again for another."
-                )
+                raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
             grad: Array | None = grad_y
             with quiet_overflow(grad_y.dtype):
                 while pullbacks and grad is not None:

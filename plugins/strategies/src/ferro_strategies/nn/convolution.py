@@ -90,9 +90,7 @@ class Conv2d(Module):
         image = self.windows.padded(x)
         by_n, by_c, by_h, by_w = image.strides
         windows = namespace_of(x).lib.stride_tricks.as_strided(
-            image,
-            shape=(c, kh, kw, n, down, across),
-            strides=(by_c, by_h, by_w, by_n, by_h * sh, by_w * sw),
+            image, shape=(c, kh, kw, n, down, across), strides=(by_c, by_h, by_w, by_n, by_h * sh, by_w * sw)
         )
         columns: Array = windows.reshape(c * kh * kw, n * down * across)
         return columns

@@ -28,14 +28,7 @@ class Embedding(Module):
         weight: (num_embeddings, dim), standard normal at first.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        dim: int,
-        *,
-        dtype: npt.DTypeLike = np.float32,
-        rng: Rng = None,
-    ) -> None:
+    def __init__(self, num_embeddings: int, dim: int, *, dtype: npt.DTypeLike = np.float32, rng: Rng = None) -> None:
         check_positive("Embedding", num_embeddings=num_embeddings, dim=dim)
         self.num_embeddings = num_embeddings
         self.dim = dim
@@ -53,10 +46,7 @@ class Embedding(Module):
         if x.dtype.kind not in "iu":
             raise UsageError(f"{self!r}: expected integer indices, got {x.dtype}.")
         if x.size and (int(x.min()) < 0 or int(x.max()) >= rows):
-            raise UsageError(
-                f"{self!r}: expected indices from 0 to {rows - 1}, "
-                f"got {int(x.min())} to {int(x.max())}."
-            )
+            raise UsageError(f"{self!r}: expected indices from 0 to {rows - 1}, got {int(x.min())} to {int(x.max())}.")
         weight = self.weight.use()
 
         def pullback(grad_y: Array) -> None:

@@ -12,9 +12,7 @@ from .arrays import Array
 from .module import Module
 
 
-def check_gradients(
-    module: Module, x: Array, *, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7
-) -> None:
+def check_gradients(module: Module, x: Array, *, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     """Check the gradients of the input and of every parameter of `module`, element by element.
 
     The check differentiates a sum of the output with random weights (of a fixed seed). It works for
@@ -66,14 +64,11 @@ def _differences(loss: Callable[[], float], array: Array, step: float) -> Array:
 
 def _compare(what: str, grad: Array | None, numeric: Array, rtol: float, atol: float) -> None:
     assert grad is not None, f"the gradient of {what} is None"
-    assert grad.shape == numeric.shape, (
-        f"the gradient of {what} has shape {grad.shape}, not {numeric.shape}"
-    )
+    assert grad.shape == numeric.shape, f"the gradient of {what} has shape {grad.shape}, not {numeric.shape}"
     excess = np.abs(grad - numeric) - (atol + rtol * np.abs(numeric))
     if excess.size and excess.max() > 0:
         worst = np.unravel_index(excess.argmax(), excess.shape)
         place = tuple(map(int, worst))
         raise AssertionError(
-            f"the gradient of {what} at {place} is {grad[worst]}, "
-            f"but central differences give {numeric[worst]}"
+            f"the gradient of {what} at {place} is {grad[worst]}, but central differences give {numeric[worst]}"
         )

@@ -33,11 +33,7 @@ class LayerNorm(Module):
     """
 
     def __init__(
-        self,
-        normalized_shape: int | tuple[int, ...],
-        eps: float = 1e-5,
-        *,
-        dtype: npt.DTypeLike = np.float32,
+        self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, *, dtype: npt.DTypeLike = np.float32
     ) -> None:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         check_positive("LayerNorm", normalized_shape=min(shape, default=0))

@@ -57,8 +57,7 @@ def mse_loss(prediction: Array, target: Array) -> tuple[float, Array]:
     xp = namespace_of(prediction)
     if prediction.shape != target.shape:
         raise UsageError(
-            f"mse_loss: prediction has shape {prediction.shape}, target {target.shape}; "
-            "they must be equal."
+            f"mse_loss: prediction has shape {prediction.shape}, target {target.shape}; they must be equal."
         )
     if prediction.size == 0:
         return 0.0, xp.zeros_like(prediction)
@@ -80,6 +79,5 @@ def _check_labels(logits: Array, labels: Array) -> None:
     classes = logits.shape[-1]
     if labels.size and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise UsageError(
-            f"cross_entropy: labels must be from 0 to {classes - 1}, "
-            f"got {int(labels.min())} to {int(labels.max())}."
+            f"cross_entropy: labels must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
         )

@@ -115,9 +115,7 @@ class Module(ABC):
             if name in state:
                 here, there = holder.data, state[name]
                 if (here.shape, here.dtype) != (there.shape, there.dtype):
-                    unlike.append(
-                        f"{name!r} is {here.dtype} {here.shape}, given {there.dtype} {there.shape}"
-                    )
+                    unlike.append(f"{name!r} is {here.dtype} {here.shape}, given {there.dtype} {there.shape}")
         faults = [*first_few(missing), *first_few(unexpected), *first_few(unlike)]
         if faults:
             raise UsageError(

@@ -19,9 +19,7 @@ class MaxPool2d(Module):
         stride: distance between windows in pixels; None: the kernel's size.
     """
 
-    def __init__(
-        self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None = None) -> None:
         kernel = pair(kernel_size)
         self.windows = Windows(kernel, kernel if stride is None else pair(stride))
         self.windows.check("MaxPool2d")

@@ -61,11 +61,7 @@ class Windows:
         (kh, kw), (sh, sw) = self.kernel, self.stride
         down = (images.shape[2] - kh) // sh + 1
         across = (images.shape[3] - kw) // sw + 1
-        return [
-            images[:, :, i : i + sh * down : sh, j : j + sw * across : sw]
-            for i in range(kh)
-            for j in range(kw)
-        ]
+        return [images[:, :, i : i + sh * down : sh, j : j + sw * across : sw] for i in range(kh) for j in range(kw)]
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:

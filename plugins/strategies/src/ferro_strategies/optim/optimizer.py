@@ -105,10 +105,7 @@ class Optimizer(ABC):
                 if there is None:
                     faults.append(f"missing '{index}.{name}'")
                 elif (here.shape, here.dtype) != (there.shape, there.dtype):
-                    faults.append(
-                        f"'{index}.{name}' is {here.dtype} {here.shape}, "
-                        f"given {there.dtype} {there.shape}"
-                    )
+                    faults.append(f"'{index}.{name}' is {here.dtype} {here.shape}, given {there.dtype} {there.shape}")
                 else:
                     here[...] = namespace_of(here).asarray(there)
                     loaded[index][name] = here

@@ -5,13 +5,4 @@ from .schedules.build import build, names
 from .schedules.check import Verdict, check
 from .schedules.schedule import Action, Kind, PipelineSchedule
 
-__all__ = [
-    "Action",
-    "Kind",
-    "Pipeline",
-    "PipelineSchedule",
-    "Verdict",
-    "build",
-    "check",
-    "names",
-]
+__all__ = ["Action", "Kind", "Pipeline", "PipelineSchedule", "Verdict", "build", "check", "names"]

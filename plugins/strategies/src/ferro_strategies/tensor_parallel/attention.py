@@ -61,9 +61,7 @@ class ParallelAttention(Module):
         self._init_from(whole, group, sequence_parallel)
 
     @classmethod
-    def from_serial(
-        cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
-    ) -> ParallelAttention:
+    def from_serial(cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False) -> ParallelAttention:
         """Make this rank's layer from an Attention that all ranks have; all call it.
 
         Raises:
@@ -88,9 +86,7 @@ class ParallelAttention(Module):
         self.sequence_parallel = sequence_parallel
         self._local_heads = heads[group.rank]
         self.query, self.key, self.value = (
-            ColumnParallelLinear.from_serial(
-                part, group, sizes=sizes, sequence_parallel=sequence_parallel
-            )
+            ColumnParallelLinear.from_serial(part, group, sizes=sizes, sequence_parallel=sequence_parallel)
             for part in (whole.query, whole.key, whole.value)
         )
         self.output = RowParallelLinear.from_serial(

@@ -120,9 +120,7 @@ class ColumnParallelLinear(Module):
         """Map (..., in_features) to this rank's (..., columns), or to all with gather_output."""
         features, dtype = self.weight.data.shape[0], self.weight.data.dtype
         check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
-        (y,), pull = column_parallel_matmul(
-            x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel
-        )
+        (y,), pull = column_parallel_matmul(x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel)
         if not self.gather_output:
             return y, lambda grad_y: pull((grad_y,))
 
@@ -159,11 +157,7 @@ class MatrixUse(Protocol):
 
 
 def column_parallel_matmul(
-    x: Array,
-    uses: Sequence[tuple[MatrixUse, Use | None]],
-    group: ProcessGroup,
-    *,
-    sequence_parallel: bool,
+    x: Array, uses: Sequence[tuple[MatrixUse, Use | None]], group: ProcessGroup, *, sequence_parallel: bool
 ) -> tuple[list[Array], Callable[[Sequence[Array]], Array]]:
     """Apply several maps to one x: x is gathered, and its gradient summed, once.
 
@@ -213,9 +207,7 @@ def column_parallel_matmul(
     return outputs, pullback
 
 
-def check_column_input(
-    owner: Module, x: Array, features: int, dtype: npt.DTypeLike, *, sequences: bool
-) -> None:
+def check_column_input(owner: Module, x: Array, features: int, dtype: npt.DTypeLike, *, sequences: bool) -> None:
     """Refuse an input that `column_parallel_matmul` cannot take.
 
     Raises:

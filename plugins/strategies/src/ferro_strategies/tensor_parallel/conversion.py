@@ -18,11 +18,7 @@ _SAMPLES = 16
 
 
 def check_serial_layer(
-    maker: type[Module],
-    layer: Module,
-    kind: type[Layer],
-    group: ProcessGroup,
-    options: Mapping[str, object],
+    maker: type[Module], layer: Module, kind: type[Layer], group: ProcessGroup, options: Mapping[str, object]
 ) -> Layer:
     """Check that `layer` is of this kind, unsharded and the same on all ranks; all call it.
 
@@ -48,9 +44,7 @@ def check_serial_layer(
     return layer
 
 
-def check_shard_sizes(
-    maker: type[Module], what: str, total: int, sizes: tuple[int, ...], group: ProcessGroup
-) -> None:
+def check_shard_sizes(maker: type[Module], what: str, total: int, sizes: tuple[int, ...], group: ProcessGroup) -> None:
     """Check that the sizes are those of all ranks, at least 1 each, and add up to `total`.
 
     Raises:
@@ -64,9 +58,7 @@ def check_shard_sizes(
         )
 
 
-def sharded_copy(
-    parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]
-) -> Parameter:
+def sharded_copy(parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]) -> Parameter:
     """Make a parameter that holds a copy of this rank's shard."""
     shard = _like(parameter, local_shard(parameter.data, group, dim, sizes).copy())
     shard.splits = (Split(group=group, dim=dim),)

@@ -51,9 +51,7 @@ class ParallelEmbedding(Embedding):
         self._init_from(whole, group, sequence_parallel)
 
     @classmethod
-    def from_serial(
-        cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
-    ) -> ParallelEmbedding:
+    def from_serial(cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False) -> ParallelEmbedding:
         """Make this rank's layer from an Embedding that all ranks have; all call it.
 
         Raises:
@@ -114,10 +112,7 @@ class ParallelEmbedding(Embedding):
         if x.dtype.kind not in "iu":
             raise UsageError(f"{self!r}: expected integer indices, got {x.dtype}.")
         if x.size and (int(x.min()) < 0 or int(x.max()) >= rows):
-            raise UsageError(
-                f"{self!r}: expected indices from 0 to {rows - 1}, "
-                f"got {int(x.min())} to {int(x.max())}."
-            )
+            raise UsageError(f"{self!r}: expected indices from 0 to {rows - 1}, got {int(x.min())} to {int(x.max())}.")
 
     def __repr__(self) -> str:
         return (

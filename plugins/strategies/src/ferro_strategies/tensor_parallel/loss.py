@@ -10,9 +10,7 @@ from ..nn.arrays import Array, namespace_of, wide_dtype
 from .sharding import all_gather_sizes, shard_slice
 
 
-def vocab_parallel_cross_entropy(
-    logits: Array, labels: Array, group: ProcessGroup
-) -> tuple[float, Array]:
+def vocab_parallel_cross_entropy(logits: Array, labels: Array, group: ProcessGroup) -> tuple[float, Array]:
     """Compute -log softmax(all ranks' logits)[label], averaged over the rows, and its gradient.
 
     The results are those of `nn.cross_entropy` of the gathered logits. The logits are not
@@ -71,9 +69,7 @@ def _check_shapes(logits: Array, labels: Array) -> None:
             f"{logits.shape[:-1]}, got {labels.shape}."
         )
     if labels.dtype.kind not in "iu":
-        raise UsageError(
-            f"vocab_parallel_cross_entropy: labels must be integers, got {labels.dtype}."
-        )
+        raise UsageError(f"vocab_parallel_cross_entropy: labels must be integers, got {labels.dtype}.")
 
 
 def _check_labels(labels: Array, sizes: tuple[int, ...], group: ProcessGroup) -> None:

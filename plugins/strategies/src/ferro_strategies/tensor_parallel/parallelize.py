@@ -51,9 +51,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
             chosen[id(layer)] = plan[matching[0]]
     if unused:
         names = ", ".join(first_few([name for name, _ in module.named_modules() if name]))
-        raise UsageError(
-            f"parallelize: no module is called like {sorted(unused)}. There are: {names}."
-        )
+        raise UsageError(f"parallelize: no module is called like {sorted(unused)}. There are: {names}.")
     for name, layer in module.named_modules():
         if id(layer) in chosen:
             _check_unshared(module, name, layer, chosen)

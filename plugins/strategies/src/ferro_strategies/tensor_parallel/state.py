@@ -77,9 +77,7 @@ def local_state_dict(
     return shards
 
 
-def load_full_state_dict(
-    module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None
-) -> None:
+def load_full_state_dict(module: Module, state: Mapping[str, Array], local: Mapping[str, Array] | None = None) -> None:
     """Copy this rank's shards of the serial module's state into the parameters, in place.
 
     All ranks call it, with the same state.

@@ -41,9 +41,7 @@ class ParallelUnembedding(Module):
         self.sequence_parallel = sequence_parallel
 
     @classmethod
-    def from_serial(
-        cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False
-    ) -> ParallelUnembedding:
+    def from_serial(cls, layer: Module, group: ProcessGroup, *, sequence_parallel: bool = False) -> ParallelUnembedding:
         """Make this rank's layer from an Unembedding that all ranks have; all call it.
 
         The layer gets a shard of its own; `parallelize` lets it share the embedding's shard.
@@ -68,9 +66,7 @@ class ParallelUnembedding(Module):
         features, dtype = self.weight.data.shape[1], self.weight.data.dtype
         check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
         uses = [(_TransposedUse(self.weight.use()), None)]
-        (y,), pull = column_parallel_matmul(
-            x, uses, self.group, sequence_parallel=self.sequence_parallel
-        )
+        (y,), pull = column_parallel_matmul(x, uses, self.group, sequence_parallel=self.sequence_parallel)
         return y, lambda grad_y: pull((grad_y,))
 
     def __repr__(self) -> str:

@@ -41,13 +41,7 @@ def run_bundle(group: ProcessGroup, items: Sequence[Any]) -> list[dict[str, obje
     results: list[dict[str, object]] = []
     for place, args in items:
         outcome, _ = attempt(load(place), group, args)
-        results.append(
-            {
-                "result": outcome.result,
-                "error_type": outcome.error_type,
-                "error_text": outcome.error_text,
-            }
-        )
+        results.append({"result": outcome.result, "error_type": outcome.error_type, "error_text": outcome.error_text})
     return results
 
 

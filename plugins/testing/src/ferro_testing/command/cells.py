@@ -56,9 +56,7 @@ def merge(cells: Sequence[Cell], told: Sequence[Sequence[Sequence[str]]]) -> lis
     merged = []
     for index, cell in enumerate(cells):
         status, text = _together([(rank[index][0], rank[index][1]) for rank in told])
-        merged.append(
-            Cell(op=cell.op, dtype=cell.dtype, reduction=cell.reduction, status=status, text=text)
-        )
+        merged.append(Cell(op=cell.op, dtype=cell.dtype, reduction=cell.reduction, status=status, text=text))
     return merged
 
 

@@ -63,23 +63,14 @@ def _survey(options: ConformanceOptions) -> Survey:
     versions = {"ferro": version("ferro")}
     if available.version:
         versions[options.backend] = available.version
-    case = Case(
-        backend=options.backend,
-        world_sizes=(options.ranks,),
-        timeout_s=options.timeout_s,
-    )
+    case = Case(backend=options.backend, world_sizes=(options.ranks,), timeout_s=options.timeout_s)
     if BRAIN not in case.dtypes:
         _say(sys.stderr, f"{BRAIN} was not asked for: ml_dtypes is not installed")
     device = options.device or info.devices[0]
     cells, timings, failure = _probe(case, options.ranks, device)
     verdicts: Mapping[str, Verdict] = {}
     if not failure:
-        verdicts = judge(
-            _with_gaps(case, cells),
-            launched=info.launcher is not None,
-            quick=options.quick,
-            told=_tell,
-        )
+        verdicts = judge(_with_gaps(case, cells), launched=info.launcher is not None, quick=options.quick, told=_tell)
     return Survey(
         backend=options.backend,
         versions=versions,
@@ -103,9 +94,7 @@ def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Tim
         _require_available(case.backend, outcomes)
         return [], [], str(RanksFailed("the calls could not be tried", outcomes))
     told: list[Any] = [outcome.result for outcome in outcomes]
-    timings = [
-        Timing(op=op, small_s=small, large_s=large) for op, small, large in told[0]["timings"]
-    ]
+    timings = [Timing(op=op, small_s=small, large_s=large) for op, small, large in told[0]["timings"]]
     return merge(cells, [rank["cells"] for rank in told]), timings, ""
 
 

@@ -83,12 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(device) for device in Device],
         help="where the collectives' arrays are (default: what the backend names first)",
     )
-    add(
-        "--timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="deadline of each run of the ranks (default 60)",
-    )
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="deadline of each run of the ranks (default 60)")
     add("--json", metavar="FILE", help="write what was found; - for stdout, the tables on stderr")
     return parser

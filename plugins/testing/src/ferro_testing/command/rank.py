@@ -41,9 +41,7 @@ def probe(group: ProcessGroup, cells: Sequence[Sequence[str]], device: str) -> d
     return {"cells": told, "timings": timings}
 
 
-def _try(
-    group: ProcessGroup, op: str, dtype: str, reduction: str, place: Place, fetch: Place
-) -> tuple[str, str, bool]:
+def _try(group: ProcessGroup, op: str, dtype: str, reduction: str, place: Place, fetch: Place) -> tuple[str, str, bool]:
     """Do one call; return status, text, and whether the group is still good."""
     what = " ".join(filter(None, (op, dtype, reduction)))
     try:
@@ -92,10 +90,7 @@ def _device(name: str) -> tuple[Place, Place]:
 
 
 def _measure(
-    group: ProcessGroup,
-    cells: Sequence[Sequence[str]],
-    told: Sequence[Sequence[str]],
-    place: Place,
+    group: ProcessGroup, cells: Sequence[Sequence[str]], told: Sequence[Sequence[str]], place: Place
 ) -> list[list[object]]:
     """Return operation, and median seconds of a small and of a large call, of all that work."""
     timings: list[list[object]] = []

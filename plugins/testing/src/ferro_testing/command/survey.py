@@ -11,12 +11,7 @@ from ferro_testing.command.cells import COLUMNS, Cell, Status, gaps
 from ferro_testing.command.verdicts import FEATURES, Verdict
 from ferro_testing.differences import REDUCING
 
-_STATUS: Mapping[str, Status] = {
-    "ok": "ok",
-    "refused": "refused",
-    "wrong": "wrong",
-    "skipped": "unknown",
-}
+_STATUS: Mapping[str, Status] = {"ok": "ok", "refused": "refused", "wrong": "wrong", "skipped": "unknown"}
 _OF_TRANSFERS = ("transfers", "tags")  # features that are gone with them
 
 
@@ -57,9 +52,7 @@ class Survey:
 
     def collectives(self) -> dict[str, dict[str, Status]]:
         """Return operation -> dtype -> status, a reduction's being that of any that works."""
-        return {
-            op: {dtype: self._status(op=op, dtype=dtype) for dtype in self.dtypes} for op in COLUMNS
-        }
+        return {op: {dtype: self._status(op=op, dtype=dtype) for dtype in self.dtypes} for op in COLUMNS}
 
     def reductions(self) -> dict[str, dict[str, Status]]:
         """Return reduction -> dtype for which it is defined -> status, of all that reduce."""
@@ -101,11 +94,7 @@ class Survey:
         """Return all that is wrong, in words."""
         found = [self.failure] if self.failure else []
         found += dict.fromkeys(cell.text for cell in self.cells if cell.status == "wrong")
-        found += [
-            f"{verdict.name}: {verdict.text}"
-            for verdict in self.verdicts.values()
-            if verdict.status == "wrong"
-        ]
+        found += [f"{verdict.name}: {verdict.text}" for verdict in self.verdicts.values() if verdict.status == "wrong"]
         return found
 
     def as_json(self) -> str:

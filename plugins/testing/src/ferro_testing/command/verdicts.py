@@ -68,9 +68,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-def judge(
-    case: Case, *, launched: bool, quick: bool, told: Callable[[Verdict], None]
-) -> dict[str, Verdict]:
+def judge(case: Case, *, launched: bool, quick: bool, told: Callable[[Verdict], None]) -> dict[str, Verdict]:
     """Run the checks; return name -> verdict.
 
     Args:
@@ -89,9 +87,7 @@ def judge(
         doing = partial(kit.check_mismatch, kinds=("op", "transfer")) if few else check
         verdict = _judge(check.__name__, doing, cases.get(check, case), launched)
         if check in cases and verdict.status in ("refused", "wrong"):
-            verdict = _judge(
-                check.__name__, check, case, launched
-            )  # by itself: another may have broken the group
+            verdict = _judge(check.__name__, check, case, launched)  # by itself: another may have broken the group
         verdicts[verdict.name] = verdict
         told(verdict)
     return verdicts

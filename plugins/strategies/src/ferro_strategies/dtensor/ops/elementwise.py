@@ -76,17 +76,10 @@ def apply_ufunc(
     found = results if isinstance(results, tuple) else (results,)
     placed = [_result(one, arguments, shape, sharding) for one in found]
     given = (*out, *(None,) * (len(placed) - len(out)))
-    return tuple(
-        new if target is None else target for new, target in zip(placed, given, strict=True)
-    )
+    return tuple(new if target is None else target for new, target in zip(placed, given, strict=True))
 
 
-def apply(
-    name: str,
-    function: Function,
-    inputs: Sequence[Input],
-    linear: Linearity = not_linear,
-) -> PlacedArray:
+def apply(name: str, function: Function, inputs: Sequence[Input], linear: Linearity = not_linear) -> PlacedArray:
     """Apply a function that works element by element, with broadcasting."""
     arguments, shape, sharding = _propagate(name, inputs, linear)
     return _result(function(*_locals(arguments, sharding)), arguments, shape, sharding)
@@ -104,9 +97,7 @@ def assign(target: PlacedArray, value: Input) -> None:
     target.local[...] = _locals(arguments, sharding)[1]
 
 
-def _propagate(
-    name: str, inputs: Sequence[Input], linear: Linearity
-) -> tuple[list[Argument], Shape, OpSharding]:
+def _propagate(name: str, inputs: Sequence[Input], linear: Linearity) -> tuple[list[Argument], Shape, OpSharding]:
     """Return the operands, the result's shape, and all placements; numbers have no placements."""
     first = next(one for one in inputs if isinstance(one, PlacedArray))
     arguments = [_as_argument(one, first) for one in inputs]
@@ -118,9 +109,7 @@ def _propagate(
         raise UsageError(f"{name}: shapes {shapes} do not broadcast together", op=name) from None
     if linear is not not_linear and len(arrays) < len(arguments):
         linear = _linearity_with_scalars(linear, arguments)
-    operands = [
-        Operand(array=array, labels=broadcast_labels(array.shape, shape)) for array in arrays
-    ]
+    operands = [Operand(array=array, labels=broadcast_labels(array.shape, shape)) for array in arrays]
     return arguments, shape, propagate_sharding(name, operands, len(shape), linear)
 
 
@@ -145,22 +134,14 @@ def _locals(arguments: Sequence[Argument], sharding: OpSharding) -> list[Array |
     return [next(arrays).local if isinstance(one, PlacedArray) else one for one in arguments]
 
 
-def _result(
-    value: object, arguments: Sequence[Argument], shape: Shape, sharding: OpSharding
-) -> PlacedArray:
+def _result(value: object, arguments: Sequence[Argument], shape: Shape, sharding: OpSharding) -> PlacedArray:
     like = next(one for one in arguments if isinstance(one, PlacedArray))
     # NumPy returns 0-d results as numbers.
     local = cast("Array", namespace_of(like.local).asarray(value))
     return like.with_local(local, shape=shape, placements=sharding.result)
 
 
-def _check_out(
-    name: str,
-    out: PlacedArray,
-    arguments: Sequence[Argument],
-    shape: Shape,
-    sharding: OpSharding,
-) -> None:
+def _check_out(name: str, out: PlacedArray, arguments: Sequence[Argument], shape: Shape, sharding: OpSharding) -> None:
     like = next(one for one in arguments if isinstance(one, PlacedArray))
     agree = out.shape == shape and out.placements == sharding.result
     if not agree or not same_mesh(out.mesh, like.mesh):

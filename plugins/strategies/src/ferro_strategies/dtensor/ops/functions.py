@@ -48,13 +48,9 @@ def copy(x: PlacedArray) -> PlacedArray:
     return x.with_local(x.local.copy())
 
 
-def full_like(
-    x: PlacedArray, fill_value: Scalar, dtype: npt.DTypeLike | None = None
-) -> PlacedArray:
+def full_like(x: PlacedArray, fill_value: Scalar, dtype: npt.DTypeLike | None = None) -> PlacedArray:
     """Return an array of one value with the placements of `x`, but Replicate for Partial."""
-    placements: Placements = tuple(
-        Replicate() if isinstance(one, Partial) else one for one in x.placements
-    )
+    placements: Placements = tuple(Replicate() if isinstance(one, Partial) else one for one in x.placements)
     local = namespace_of(x.local).full(x.local.shape, fill_value, dtype=dtype or x.local.dtype)
     return x.with_local(local, placements=placements)
 
@@ -78,10 +74,7 @@ def _stack(arrays: Sequence[PlacedArray | Array], axis: int = 0) -> PlacedArray:
 def _as_placed_arrays(arrays: Sequence[PlacedArray | Array]) -> list[PlacedArray]:
     like = next(one for one in arrays if isinstance(one, PlacedArray))
     xp = namespace_of(like.local)
-    return [
-        one if isinstance(one, PlacedArray) else replicated(xp.asarray(one), like.mesh)
-        for one in arrays
-    ]
+    return [one if isinstance(one, PlacedArray) else replicated(xp.asarray(one), like.mesh) for one in arrays]
 
 
 def multiply_matrices(left: PlacedArray | Array, right: PlacedArray | Array) -> PlacedArray:
@@ -99,11 +92,7 @@ def swapaxes(x: PlacedArray, axis1: int, axis2: int) -> PlacedArray:
 
 def _reduction_with_dtype(name: Name) -> Callable[..., PlacedArray]:
     def reduction(
-        a: PlacedArray,
-        axis: Axis = None,
-        dtype: npt.DTypeLike | None = None,
-        *,
-        keepdims: bool = False,
+        a: PlacedArray, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
     ) -> PlacedArray:
         return reduce(a, name, axis, dtype, keepdims=keepdims)
 

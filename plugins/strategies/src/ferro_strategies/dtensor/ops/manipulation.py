@@ -38,9 +38,7 @@ def expand_dims(x: PlacedArray, axis: int | Sequence[int]) -> PlacedArray:
     sizes = iter(x.shape)
     shape = tuple(1 if dim in new else next(sizes) for dim in range(ndim))
     local = namespace_of(x.local).expand_dims(x.local, new)
-    return x.with_local(
-        local, shape=shape, placements=map_shard_dims(x.placements, old.__getitem__)
-    )
+    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, old.__getitem__))
 
 
 def squeeze(x: PlacedArray, axis: int | Sequence[int] | None = None) -> PlacedArray:
@@ -79,9 +77,7 @@ def concatenate(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
     rests = {(*array.shape[:dim], *array.shape[dim + 1 :]) for array in arrays}
     if len(rests) > 1 or any(len(array.shape) != len(first) for array in arrays):
         shapes = ", ".join(str(array.shape) for array in arrays)
-        raise UsageError(
-            f"concatenate: shapes {shapes} differ in more than axis {dim}", op="concatenate"
-        )
+        raise UsageError(f"concatenate: shapes {shapes} differ in more than axis {dim}", op="concatenate")
     labels = tuple(None if at == dim else at for at in range(len(first)))
     operands = [Operand(array=array, labels=labels) for array in arrays]
     sharding = propagate_sharding("concatenate", operands, len(first), jointly_linear)
@@ -115,10 +111,7 @@ def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
     groups = _matching_dims(x.shape, new)
     new_dim: dict[int, int] = {}
     for dim in {one.dim for one in x.placements if isinstance(one, Shard)}:
-        found = next(
-            (_matching_shard_dim(x, dim, old, after, new) for old, after in groups if dim in old),
-            None,
-        )
+        found = next((_matching_shard_dim(x, dim, old, after, new) for old, after in groups if dim in old), None)
         if found is None:
             raise UsageError(
                 f"reshape: from {x.shape}, placed {x.placements}, to {new}: dim {dim} is cut, and "
@@ -133,17 +126,13 @@ def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
 
 
 def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
-    new = [
-        operator.index(size) for size in ((shape,) if not isinstance(shape, Sequence) else shape)
-    ]
+    new = [operator.index(size) for size in ((shape,) if not isinstance(shape, Sequence) else shape)]
     size = math.prod(old)
     known = math.prod(one for one in new if one != -1)
     if new.count(-1) == 1 and known and size % known == 0:
         new[new.index(-1)] = size // known
     if min(new, default=0) < 0 or math.prod(new) != size:
-        raise UsageError(
-            f"reshape: {old} has {size} elements, which do not fill {shape}", op="reshape"
-        )
+        raise UsageError(f"reshape: {old} has {size} elements, which do not fill {shape}", op="reshape")
     return tuple(new)
 
 
@@ -172,9 +161,7 @@ def _matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
-def _matching_shard_dim(
-    x: PlacedArray, dim: int, old: list[int], after: list[int], new: Shape
-) -> int | None:
+def _matching_shard_dim(x: PlacedArray, dim: int, old: list[int], after: list[int], new: Shape) -> int | None:
     """Return the new dim whose shards hold the same elements as those of `dim`, or None."""
     if [x.shape[at] for at in old] == [new[at] for at in after]:
         return after[old.index(dim)]
@@ -191,9 +178,7 @@ def _matching_shard_dim(
     row = math.prod(x.shape[at] for at in old[old.index(dim) + 1 :])
     new_row = math.prod(new[at] for at in after[after.index(lead) + 1 :])
     old_ends = [end * row for end in _shard_ends(x.shape[dim], axis_sizes)]
-    return (
-        lead if old_ends == [end * new_row for end in _shard_ends(new[lead], axis_sizes)] else None
-    )
+    return lead if old_ends == [end * new_row for end in _shard_ends(new[lead], axis_sizes)] else None
 
 
 def _shard_ends(size: int, axis_sizes: Sequence[int]) -> list[int]:

@@ -29,19 +29,14 @@ def matmul(left: PlacedArray, right: PlacedArray) -> PlacedArray:
         UsageError: shapes or placements do not fit; nothing was sent.
     """
     shape, left_labels, right_labels = _shape_and_labels(left.shape, right.shape)
-    operands = (
-        Operand(array=left, labels=left_labels),
-        Operand(array=right, labels=right_labels),
-    )
+    operands = (Operand(array=left, labels=left_labels), Operand(array=right, labels=right_labels))
     sharding = propagate_sharding("matmul", operands, len(shape), multilinear)
     one, other = (array.local for array in sharding.redistribute_operands())
     product: Array = namespace_of(one).asarray(one @ other)  # NumPy returns 0-d results as numbers
     return left.with_local(product, shape=shape, placements=sharding.result)
 
 
-def _shape_and_labels(
-    left: Shape, right: Shape
-) -> tuple[Shape, tuple[int | None, ...], tuple[int | None, ...]]:
+def _shape_and_labels(left: Shape, right: Shape) -> tuple[Shape, tuple[int | None, ...], tuple[int | None, ...]]:
     """Return the product's shape, and the labels of both operands.
 
     The summed dim has the label that follows the product's last dim.

@@ -37,12 +37,7 @@ _HALVES = ("float16", "bfloat16")
 
 
 def reduce(
-    x: PlacedArray,
-    name: Name,
-    axis: Axis = None,
-    dtype: npt.DTypeLike | None = None,
-    *,
-    keepdims: bool = False,
+    x: PlacedArray, name: Name, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False
 ) -> PlacedArray:
     """Reduce dims as NumPy's function `name` does.
 
@@ -65,9 +60,7 @@ def reduce(
         raise UsageError(f"mean: dtype {np.dtype(dtype)} has no fractions", op="mean")
     combined_by = Partial(_COMBINED_BY[name])
     kept = combined_by if _stays_partial(name, x.local.dtype, dtype) else None
-    operand_placements = tuple(
-        Replicate() if isinstance(one, Partial) and one != kept else one for one in x.placements
-    )
+    operand_placements = tuple(Replicate() if isinstance(one, Partial) and one != kept else one for one in x.placements)
     x = redistribute(x, operand_placements, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
     shape = _reduced_shape(x.shape, dims, keepdims)
@@ -104,9 +97,7 @@ def _stays_partial(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> b
     return kind.kind not in "bu" and (dtype is None or np.can_cast(kind, dtype, "safe"))
 
 
-def _reduced(
-    placement: Placement, dims: Sequence[int], combined_by: Partial, keepdims: bool
-) -> Placement:
+def _reduced(placement: Placement, dims: Sequence[int], combined_by: Partial, keepdims: bool) -> Placement:
     if not isinstance(placement, Shard):
         return placement
     if placement.dim in dims:
@@ -116,9 +107,7 @@ def _reduced(
 
 
 def _reduced_shape(shape: Shape, dims: Sequence[int], keepdims: bool) -> Shape:
-    return tuple(
-        1 if dim in dims else size for dim, size in enumerate(shape) if keepdims or dim not in dims
-    )
+    return tuple(1 if dim in dims else size for dim, size in enumerate(shape) if keepdims or dim not in dims)
 
 
 def _reduce_local(
@@ -138,9 +127,7 @@ def _reduce_local(
     return result
 
 
-def _mean(
-    x: PlacedArray, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
-) -> Array:
+def _mean(x: PlacedArray, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool) -> Array:
     """Return this rank's share of a mean: its sum, divided by the number of all elements."""
     kind = x.local.dtype
     exact = kind.kind in "iub"
@@ -168,14 +155,9 @@ def _identity(name: str, dtype: np.dtype) -> float | int | bool:
 
 def _check_ordered(x: PlacedArray, dims: Sequence[int], name: str) -> None:
     if any(x.shape[dim] == 0 for dim in dims):
-        raise UsageError(
-            f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {dims}",
-            op=name,
-        )
+        raise UsageError(f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {dims}", op=name)
     sharded = any(isinstance(one, Shard) and one.dim in dims for one in x.placements)
     if sharded and x.local.dtype.kind == "c":
         raise UnsupportedError(
-            f"{name}: complex numbers over a dim that is cut. Redistribute the dim to "
-            "Replicate() first.",
-            op=name,
+            f"{name}: complex numbers over a dim that is cut. Redistribute the dim to Replicate() first.", op=name
         )

@@ -112,19 +112,14 @@ def propagate_sharding(
     mesh = operands[0].array.mesh
     if not all(same_mesh(mesh, operand.array.mesh) for operand in operands):
         raise UsageError(
-            f"{op}: the operands are on different meshes. Move one with full_tensor() and "
-            "distribute().",
-            op=op,
+            f"{op}: the operands are on different meshes. Move one with full_tensor() and distribute().", op=op
         )
     if any(_must_be_reduced_first(operand.array) for operand in operands):
         linear = not_linear
     columns = [
-        _propagate_on_axis(op, mesh.names[axis], operands, axis, result_ndim, linear)
-        for axis in range(mesh.ndim)
+        _propagate_on_axis(op, mesh.names[axis], operands, axis, result_ndim, linear) for axis in range(mesh.ndim)
     ]
-    targets = tuple(
-        tuple(targets[index] for targets, _ in columns) for index in range(len(operands))
-    )
+    targets = tuple(tuple(targets[index] for targets, _ in columns) for index in range(len(operands)))
     for index, (operand, target) in enumerate(zip(operands, targets, strict=True)):
         _check_not_moved(op, index, operand.array, target)
     return OpSharding(tuple(operands), targets, tuple(result for _, result in columns))
@@ -133,9 +128,7 @@ def propagate_sharding(
 def broadcast_labels(shape: Shape, result: Shape) -> tuple[int | None, ...]:
     """Return the labels of an operand of `shape` that is broadcast to the shape `result`."""
     missing = len(result) - len(shape)
-    return tuple(
-        missing + dim if size == result[missing + dim] else None for dim, size in enumerate(shape)
-    )
+    return tuple(missing + dim if size == result[missing + dim] else None for dim, size in enumerate(shape))
 
 
 def _propagate_on_axis(
@@ -149,15 +142,12 @@ def _propagate_on_axis(
     if label is None:
         return [Replicate()] * len(operands), Replicate()
     targets: list[Placement] = [
-        Shard(operand.labels.index(label)) if label in operand.labels else Replicate()
-        for operand in operands
+        Shard(operand.labels.index(label)) if label in operand.labels else Replicate() for operand in operands
     ]
     return targets, Shard(label) if label < ndim else PARTIAL_SUM
 
 
-def _sharded_label(
-    op: str, axis_name: str, operands: Sequence[Operand], on_axis: Sequence[Placement]
-) -> int | None:
+def _sharded_label(op: str, axis_name: str, operands: Sequence[Operand], on_axis: Sequence[Placement]) -> int | None:
     """Return the label that is sharded on an axis; None if no operand is sharded on it."""
     operand_of_label: dict[int, int] = {}
     for index, (operand, placement) in enumerate(zip(operands, on_axis, strict=True)):

@@ -28,17 +28,11 @@ def show(arguments: Sequence[str]) -> int:
     schedule = _schedule(given)
     weight = given.backward / 2 if given.weight is None else given.weight
     timeline = simulate(
-        schedule,
-        forward=given.forward,
-        backward=given.backward,
-        weight=weight,
-        transfer=given.transfer,
+        schedule, forward=given.forward, backward=given.backward, weight=weight, transfer=given.transfer
     )
     if not schedule.splits_backward:
         weight = 0.0
-    expected = expected_bubble(
-        schedule, forward=given.forward, backward=given.backward - weight, weight=weight
-    )
+    expected = expected_bubble(schedule, forward=given.forward, backward=given.backward - weight, weight=weight)
     lines = [draw_text(timeline, columns=given.columns), "", *_figures(timeline, expected)]
     print("\n".join(lines))  # noqa: T201 - the command prints its result
     if given.svg is not None:
@@ -48,8 +42,7 @@ def show(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="ferro show pipeline",
-        description="Draw what each rank of a pipeline does when, before anything runs.",
+        prog="ferro show pipeline", description="Draw what each rank of a pipeline does when, before anything runs."
     )
     parser.add_argument("schedule", choices=names(), help="the order of the actions")
     number = parser.add_argument
@@ -60,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     number("--backward", type=float, default=2.0, help="how long its backward pass takes (2)")
     number("--weight", type=float, help="the part of it for parameters' gradients (half)")
     number("--transfer", type=float, default=0.0, help="how long a message takes (0)")
-    number(
-        "--columns", type=int, default=120, help=f"how wide to draw, {MIN_COLUMNS} or more (120)"
-    )
+    number("--columns", type=int, default=120, help=f"how wide to draw, {MIN_COLUMNS} or more (120)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a drawing, too")
     return parser
 
@@ -74,15 +65,9 @@ def _schedule(given: argparse.Namespace) -> PipelineSchedule:
             raise UsageError(f"{option} {count}: must be 1 or more")
     if given.stages % ranks:
         raise UsageError(
-            f"--stages {given.stages} must be a multiple of the number of ranks, {ranks}: every "
-            "rank has as many stages"
+            f"--stages {given.stages} must be a multiple of the number of ranks, {ranks}: every rank has as many stages"
         )
-    return build(
-        given.schedule,
-        ranks=ranks,
-        stages_per_rank=given.stages // ranks,
-        microbatches=given.microbatches,
-    )
+    return build(given.schedule, ranks=ranks, stages_per_rank=given.stages // ranks, microbatches=given.microbatches)
 
 
 def _figures(timeline: Timeline, expected: float | None) -> list[str]:
@@ -94,8 +79,7 @@ def _figures(timeline: Timeline, expected: float | None) -> list[str]:
     value = "no formula is known for these numbers" if expected is None else f"{expected:.1%}"
     lines = [
         f"bubble   {timeline.bubble_fraction:.1%}",
-        f"formula  {value}"
-        + ("" if expected is None else f" = {formula}, messages taking no time"),
+        f"formula  {value}" + ("" if expected is None else f" = {formula}, messages taking no time"),
         f"time     {timeline.makespan:g}",
         "",
         "rank   idle   peak activations   promised",

@@ -68,9 +68,7 @@ def draw_svg(timeline: Timeline) -> str:
 def _description(timeline: Timeline, figures: str) -> str:
     ranks = [
         f"rank {rank} is idle {idle:.1%} and holds at most {peak}"
-        for rank, (idle, peak) in enumerate(
-            zip(timeline.idle, timeline.peak_activations, strict=True)
-        )
+        for rank, (idle, peak) in enumerate(zip(timeline.idle, timeline.peak_activations, strict=True))
     ]
     return f"{figures}. It takes {timeline.makespan:g}. {'; '.join(ranks)}."
 

@@ -11,11 +11,7 @@ from ..schedules.timeline import Timeline
 MIN_COLUMNS = 40
 
 _FILL = {Kind.FORWARD: "-", Kind.BACKWARD: "=", Kind.WEIGHT: "~"}
-KIND_NAMES = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.WEIGHT: "parameters' gradients",
-}
+KIND_NAMES = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "parameters' gradients"}
 _IDLE = "."
 _MOST_BLOCKS = 4  # a timeline that needs more is drawn smaller instead
 _TICK_COLUMNS = 10
@@ -90,9 +86,7 @@ def _header(timeline: Timeline) -> list[str]:
     return [*summary(timeline), ", ".join([*legend, f"{_IDLE} idle"]), ""]
 
 
-def _blocks(
-    timeline: Timeline, rows: list[str], scale: float, width: int, block: int
-) -> Iterator[str]:
+def _blocks(timeline: Timeline, rows: list[str], scale: float, width: int, block: int) -> Iterator[str]:
     axis = _time_axis(timeline.makespan, scale, width)
     indent = len(_rank_label(timeline, timeline.schedule.ranks - 1))
     for start in range(0, max(width, 1), block):

@@ -33,9 +33,7 @@ class RankFailure:
         return f"{self.activity}: {type(self.error).__name__}: {self.error}".rstrip(".")
 
 
-def agree(
-    group: ProcessGroup, op: str, attempt: Callable[[], float], activity: Callable[[], str]
-) -> float:
+def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: Callable[[], str]) -> float:
     """Call `attempt` on every rank; return the sum of its results, if it succeeded on all.
 
     All ranks call `agree`. An attempt must not wait for a rank that has failed.
@@ -90,9 +88,7 @@ def _only_waited(group: ProcessGroup, failure: RankFailure | None) -> bool:
     return isinstance(failure.error, CollectiveTimeout) and failure.error.group == group.name
 
 
-def _absence(
-    group: ProcessGroup, op: str, activity: str, end: CollectiveTimeout
-) -> CollectiveTimeout:
+def _absence(group: ProcessGroup, op: str, activity: str, end: CollectiveTimeout) -> CollectiveTimeout:
     """Name the ranks that never came, for the peer of a transfer may itself wait for them."""
     missing = ", ".join(map(str, end.missing))
     within = "in time" if end.seconds is None else f"within {end.seconds:g} s"

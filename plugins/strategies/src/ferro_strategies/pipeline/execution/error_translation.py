@@ -38,9 +38,7 @@ def translated_errors(edge: Edge, channel: StageChannel, microbatch: int) -> Ite
         raise
 
 
-def _timeout(
-    error: CollectiveTimeout, edge: Edge, channel: StageChannel, event: str
-) -> CollectiveTimeout:
+def _timeout(error: CollectiveTimeout, edge: Edge, channel: StageChannel, event: str) -> CollectiveTimeout:
     ranks = (edge.source, edge.target)
     here, peer = channel.group.rank, 1 - channel.group.rank
     # A peer from which nothing was heard counts as missing.

@@ -42,10 +42,7 @@ class ArrayHeader:
     def of(cls, array: Array, microbatch: int) -> ArrayHeader:
         """Describe an array."""
         return cls(
-            microbatch=microbatch,
-            dtype=array.dtype,
-            shape=array.shape,
-            on_gpu=not isinstance(array, np.ndarray),
+            microbatch=microbatch, dtype=array.dtype, shape=array.shape, on_gpu=not isinstance(array, np.ndarray)
         )
 
     @property
@@ -76,9 +73,7 @@ def encode(call: PipelineCall, header: ArrayHeader | None) -> Array:
     else:
         ndim, name = len(header.shape), name_of(header.dtype).encode()
         dims = header.shape + (0,) * (_MOST_DIMS - ndim)
-        raw = _LAYOUT.pack(
-            _ARRAY, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims
-        )
+        raw = _LAYOUT.pack(_ARRAY, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims)
     return np.frombuffer(raw, np.uint8)
 
 

@@ -103,10 +103,7 @@ class Pipeline(Module):
         self._ties = ParameterTies(group, self.schedule.rank_of, parameters, ties)
         self._ties.share_values()
         self._data_parallel = tuple(
-            module
-            for stage in stages
-            for module in stage.modules()
-            if isinstance(module, DataParallelModule)
+            module for stage in stages for module in stage.modules() if isinstance(module, DataParallelModule)
         )
         # If any rank reduces gradients after the backward pass, all ranks agree on its success.
         reduces = np.array(bool(self._data_parallel or ties), np.uint8)

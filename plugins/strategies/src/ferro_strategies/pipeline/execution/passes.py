@@ -60,12 +60,7 @@ class TrainingPass:
     """
 
     def __init__(
-        self,
-        plan: PassPlan,
-        modules: Mapping[int, Module],
-        inputs: Batch | None,
-        targets: Batch | None,
-        loss: Loss,
+        self, plan: PassPlan, modules: Mapping[int, Module], inputs: Batch | None, targets: Batch | None, loss: Loss
     ) -> None:
         self.loss = 0.0
         self.peak_activations = 0
@@ -106,9 +101,7 @@ class TrainingPass:
         stage, microbatch = action.stage, action.microbatch
         x = self._inputs[microbatch] if stage == 0 else transfers.recv(action)
         y, self._pullbacks[stage, microbatch] = self._modules[stage].vjp(x)
-        self.peak_activations = max(
-            self.peak_activations, len(self._pullbacks) + len(self._products)
-        )
+        self.peak_activations = max(self.peak_activations, len(self._pullbacks) + len(self._products))
         if stage == self._last:
             self._loss_grads[microbatch] = self._loss_grad(y, microbatch)
         else:

@@ -125,9 +125,7 @@ def edges(schedule: PipelineSchedule) -> tuple[Edge, ...]:
     return tuple(found)
 
 
-def _plan_receives(
-    actions: tuple[Action, ...], incoming: tuple[Edge, ...]
-) -> tuple[tuple[Action, ...], ...]:
+def _plan_receives(actions: tuple[Action, ...], incoming: tuple[Edge, ...]) -> tuple[tuple[Action, ...], ...]:
     """Start each receive early, but not before the message that comes before it is taken."""
     remote = {edge.key for edge in incoming}
     receives: list[list[Action]] = [[] for _ in actions]

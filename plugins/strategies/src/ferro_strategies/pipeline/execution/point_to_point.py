@@ -20,10 +20,7 @@ def open_channels(schedule: PipelineSchedule, group: ProcessGroup) -> dict[EdgeK
     """Make the channel of each edge that begins or ends on this rank; every rank calls it."""
     return {
         edge.key: StageChannel(
-            group.subgroup(
-                [edge.source, edge.target], name=f"{group.name}: {edge} from rank {edge.source}"
-            ),
-            group.name,
+            group.subgroup([edge.source, edge.target], name=f"{group.name}: {edge} from rank {edge.source}"), group.name
         )
         for edge in edges(schedule)
         if group.rank in (edge.source, edge.target)
@@ -44,12 +41,8 @@ class PointToPoint:
     def __init__(self, plan: PassPlan, channels: Mapping[EdgeKey, StageChannel]) -> None:
         self.spent_s = 0.0
         self._plan = plan
-        self._senders = {
-            edge.key: StageSender(edge, channels[edge.key], plan.call) for edge in plan.outgoing
-        }
-        self._receivers = {
-            edge.key: StageReceiver(edge, channels[edge.key], plan.call) for edge in plan.incoming
-        }
+        self._senders = {edge.key: StageSender(edge, channels[edge.key], plan.call) for edge in plan.outgoing}
+        self._receivers = {edge.key: StageReceiver(edge, channels[edge.key], plan.call) for edge in plan.incoming}
         self._local: dict[Action, Array] = {}
 
     def start_receives(self, position: int) -> None:

@@ -51,9 +51,7 @@ class PassRunner:
         op = plan.call.op
         self._enter(op)
         transfers = PointToPoint(plan, self._channels)
-        total = agree(
-            self._group, op, lambda: self._execute(plan, work, transfers), self._get_activity
-        )
+        total = agree(self._group, op, lambda: self._execute(plan, work, transfers), self._get_activity)
         self._unfinished_op = ""
         return total
 

@@ -60,9 +60,7 @@ class ParameterTies:
             own = [parameters[s][tie[s]] for s in sorted(tie) if rank_of[s] == group.rank]
             copies = tuple({id(copy): copy for copy in own}.values())
             first = rank_of[min(tie)]
-            self._local_ties.append(
-                _LocalTie(copies=copies, group=groups[ranks], root=ranks.index(first))
-            )
+            self._local_ties.append(_LocalTie(copies=copies, group=groups[ranks], root=ranks.index(first)))
             counted = 1 if first == group.rank else 0
             self._counted_elsewhere.update(id(copy) for copy in copies[counted:])
 

@@ -163,17 +163,14 @@ class StageReceiver:
         """Keep an array for `recv`, if it belongs to this pass."""
         edge = self._edge
         if self.other_call is not None:
-            raise self._mismatch(
-                f"rank {edge.source} called {self.other_call}, rank {edge.target} {self._call}"
-            )
+            raise self._mismatch(f"rank {edge.source} called {self.other_call}, rank {edge.target} {self._call}")
         if message is None:
             raise PassStopped(f"rank {edge.source} has stopped")
         microbatch, array = message
         expected = edge.order[self._received - 1]
         if microbatch != expected:
             raise self._mismatch(
-                f"rank {edge.source} sent microbatch {microbatch} where the {edge} were to go "
-                f"on with {expected}"
+                f"rank {edge.source} sent microbatch {microbatch} where the {edge} were to go on with {expected}"
             )
         self._arrived[microbatch] = array
 

@@ -57,9 +57,7 @@ def parameters_by_name(module: Module) -> dict[str, Parameter]:
     return dict(module.named_parameters())
 
 
-def _schedule(
-    schedule: str | PipelineSchedule, ranks: int, stages: int, microbatches: int
-) -> PipelineSchedule:
+def _schedule(schedule: str | PipelineSchedule, ranks: int, stages: int, microbatches: int) -> PipelineSchedule:
     if isinstance(schedule, str):
         if not stages:
             raise UsageError("Pipeline: the list of stages is empty. Give every rank one or more.")
@@ -77,10 +75,7 @@ def _schedule(
 
 def _check_list(stages: object) -> None:
     if isinstance(stages, Module) or not isinstance(stages, Sequence):
-        raise UsageError(
-            f"Pipeline: the stages are a {type(stages).__name__}, not a list. Pass [stage], or "
-            "several."
-        )
+        raise UsageError(f"Pipeline: the stages are a {type(stages).__name__}, not a list. Pass [stage], or several.")
 
 
 def _check_stages(modules: Sequence[Module], numbers: Sequence[int]) -> None:
@@ -89,8 +84,7 @@ def _check_stages(modules: Sequence[Module], numbers: Sequence[int]) -> None:
             raise UsageError(f"Pipeline: a stage is a {type(module).__name__}, not a Module.")
     if len(modules) != len(numbers):
         raise UsageError(
-            f"Pipeline: by the schedule this rank has the stages {list(numbers)}, and got "
-            f"{len(modules)} modules."
+            f"Pipeline: by the schedule this rank has the stages {list(numbers)}, and got {len(modules)} modules."
         )
     if len({id(module) for module in modules}) != len(modules):
         raise UsageError(
@@ -99,23 +93,17 @@ def _check_stages(modules: Sequence[Module], numbers: Sequence[int]) -> None:
         )
 
 
-def _describe_ties(
-    ties: Sequence[Tie], modules: Mapping[int, Module], stages: int
-) -> list[list[str]]:
+def _describe_ties(ties: Sequence[Tie], modules: Mapping[int, Module], stages: int) -> list[list[str]]:
     """Check the ties against this rank's stages; describe its copies of each."""
     found: list[list[str]] = []
     seen: set[tuple[int, str]] = set()
     for tie in ties:
         # {0: …, stages - 1: …} names one stage where there is but one: then nothing is tied.
         if len(tie) < min(2, stages) or not all(0 <= stage < stages for stage in tie):
-            raise UsageError(
-                f"Pipeline: the tie {dict(tie)} must name two stages or more, of 0 to {stages - 1}."
-            )
+            raise UsageError(f"Pipeline: the tie {dict(tie)} must name two stages or more, of 0 to {stages - 1}.")
         for stage, name in tie.items():
             if (stage, name) in seen:
-                raise UsageError(
-                    f"Pipeline: {name!r} of stage {stage} is in two ties. Put all copies in one."
-                )
+                raise UsageError(f"Pipeline: {name!r} of stage {stage} is in two ties. Put all copies in one.")
             seen.add((stage, name))
         found.append([])
         for stage in sorted(set(tie) & set(modules)):
@@ -132,9 +120,7 @@ def _describe_ties(
 def _describe(parameter: Parameter) -> str:
     """Describe all that must be equal in tied copies."""
     data = parameter.data
-    splits = "".join(
-        f", split along {'all' if split.dim is None else split.dim}" for split in parameter.splits
-    )
+    splits = "".join(f", split along {'all' if split.dim is None else split.dim}" for split in parameter.splits)
     return f"{data.dtype} {data.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
 
 
@@ -184,15 +170,11 @@ def _check_tied_copies(group: ProcessGroup, reports: Sequence[Sequence[Sequence[
                     raise _error(
                         group,
                         rank,
-                        f"the copies of tie {index} differ: one is {first[index]}, on rank {rank} "
-                        f"one is {copy}.",
+                        f"the copies of tie {index} differ: one is {first[index]}, on rank {rank} one is {copy}.",
                     )
 
 
 def _error(group: ProcessGroup, peer: int, fault: str) -> UsageError:
     return UsageError(
-        f"Pipeline on group {group.name!r}: {fault} Nothing was changed.",
-        group=group.name,
-        rank=group.rank,
-        peer=peer,
+        f"Pipeline on group {group.name!r}: {fault} Nothing was changed.", group=group.name, rank=group.rank, peer=peer
     )

@@ -42,9 +42,7 @@ def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
-def build(
-    name: str, *, ranks: int, stages_per_rank: int = 1, microbatches: int
-) -> PipelineSchedule:
+def build(name: str, *, ranks: int, stages_per_rank: int = 1, microbatches: int) -> PipelineSchedule:
     """Build the schedule of this name; stage s is on rank s % ranks.
 
     Args:
@@ -60,9 +58,7 @@ def build(
     counts = {"ranks": ranks, "stages_per_rank": stages_per_rank, "microbatches": microbatches}
     for argument, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise UsageError(
-                f"pipeline schedule {name!r}: {argument} must be 1 or more, not {count!r}."
-            )
+            raise UsageError(f"pipeline schedule {name!r}: {argument} must be 1 or more, not {count!r}.")
     if 3 * ranks * stages_per_rank * microbatches > _MOST_ACTIONS:
         raise UsageError(
             f"pipeline schedule {name!r}: {microbatches} microbatches in {ranks} x "
@@ -94,9 +90,7 @@ def forward_only(schedule: PipelineSchedule, microbatches: int) -> PipelineSched
         )
         for rank in range(schedule.ranks)
     )
-    return PipelineSchedule(
-        name="forward", microbatches=microbatches, rank_of=schedule.rank_of, actions=actions
-    )
+    return PipelineSchedule(name="forward", microbatches=microbatches, rank_of=schedule.rank_of, actions=actions)
 
 
 def expected_peak_activations(schedule: PipelineSchedule) -> tuple[int, ...]:
@@ -114,9 +108,7 @@ def expected_peak_activations(schedule: PipelineSchedule) -> tuple[int, ...]:
     return tuple(module.peak_activations(sizes, rank) for rank in range(schedule.ranks))
 
 
-def expected_bubble(
-    schedule: PipelineSchedule, *, forward: float, backward: float, weight: float
-) -> float | None:
+def expected_bubble(schedule: PipelineSchedule, *, forward: float, backward: float, weight: float) -> float | None:
     """Return the share of time that every rank is idle, by the formula of the literature.
 
     The formula holds where all stages take equally long, and messages take no time. With p ranks
@@ -147,21 +139,15 @@ def expected_bubble(
 
 def _module(name: str) -> _ScheduleModule:
     if name not in _MODULES:
-        raise UsageError(
-            f"there is no pipeline schedule {name!r}; choose one of {', '.join(_MODULES)}."
-        )
+        raise UsageError(f"there is no pipeline schedule {name!r}; choose one of {', '.join(_MODULES)}.")
     return _MODULES[name]
 
 
 def _sizes(schedule: PipelineSchedule) -> ScheduleSizes:
     ranks, stages = schedule.ranks, schedule.stages
-    if schedule.rank_of != tuple(stage % max(ranks, 1) for stage in range(stages)) or (
-        stages % max(ranks, 1)
-    ):
+    if schedule.rank_of != tuple(stage % max(ranks, 1) for stage in range(stages)) or (stages % max(ranks, 1)):
         raise UsageError(
             f"pipeline schedule {schedule.name!r} does not put stage s on rank s % {ranks}, "
             "so no formula is known for it; `check` counts what it holds."
         )
-    return ScheduleSizes(
-        ranks=ranks, stages_per_rank=stages // ranks, microbatches=schedule.microbatches
-    )
+    return ScheduleSizes(ranks=ranks, stages_per_rank=stages // ranks, microbatches=schedule.microbatches)

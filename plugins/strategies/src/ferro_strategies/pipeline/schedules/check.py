@@ -125,9 +125,7 @@ def _check_rank(schedule: PipelineSchedule, rank: int) -> int:
         fault = _fault(schedule, rank, action, seen)
         if fault:
             raise UsageError(
-                f"pipeline schedule {schedule.name!r}: action {position} of rank {rank}, "
-                f"{action}, {fault}.",
-                rank=rank,
+                f"pipeline schedule {schedule.name!r}: action {position} of rank {rank}, {action}, {fault}.", rank=rank
             )
         seen.add(action)
         held += (action.kind is Kind.FORWARD) - (action.kind is schedule.last_kind)
@@ -178,17 +176,13 @@ def _all_of(schedule: PipelineSchedule, rank: int, kinds: list[Kind]) -> Iterato
     )
 
 
-def _check_message_order(
-    schedule: PipelineSchedule, sent: _MessageOrder, received: _MessageOrder
-) -> None:
+def _check_message_order(schedule: PipelineSchedule, sent: _MessageOrder, received: _MessageOrder) -> None:
     for channel in sorted(sent.by_channel.keys() | received.by_channel.keys()):
         if sent.by_channel[channel] == received.by_channel[channel]:
             continue
         source, target, _ = channel
         pairs = zip_longest(sent.by_channel[channel], received.by_channel[channel])
-        position, (message, needed) = next(
-            (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
-        )
+        position, (message, needed) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         assert message is not None, "a complete schedule sends all that is needed"
         assert needed is not None, "a complete schedule needs all that is sent"
         raise UsageError(

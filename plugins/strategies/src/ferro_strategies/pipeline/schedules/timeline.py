@@ -75,9 +75,7 @@ class Timeline:
     @property
     def peak_activations(self) -> tuple[int, ...]:
         """For each rank, the most stage-microbatches that the rank holds at a time."""
-        return tuple(
-            max(held for _, held in self.activations(rank)) for rank in range(self.schedule.ranks)
-        )
+        return tuple(max(held for _, held in self.activations(rank)) for rank in range(self.schedule.ranks))
 
 
 def simulate(
@@ -134,9 +132,7 @@ def simulate(
         done[action] = start + durations[action.kind][action.stage]
         starts[rank].append(start)
         ends[rank].append(done[action])
-    return Timeline(
-        schedule=schedule, starts=tuple(map(tuple, starts)), ends=tuple(map(tuple, ends))
-    )
+    return Timeline(schedule=schedule, starts=tuple(map(tuple, starts)), ends=tuple(map(tuple, ends)))
 
 
 def _per_stage(argument: str, durations: Durations, stages: int) -> list[float]:

@@ -66,9 +66,7 @@ def topological_order(schedule: PipelineSchedule) -> Iterator[tuple[int, Action]
         raise _deadlock(schedule, {rank: needed for needed, rank in waiting.items()}, positions)
 
 
-def _deadlock(
-    schedule: PipelineSchedule, needed: dict[int, Action], positions: list[int]
-) -> UsageError:
+def _deadlock(schedule: PipelineSchedule, needed: dict[int, Action], positions: list[int]) -> UsageError:
     """Find a cycle of ranks that wait for each other, and describe it."""
     rank = min(needed)
     path: list[int] = []
@@ -76,10 +74,7 @@ def _deadlock(
         path.append(rank)
         rank = schedule.rank_of[needed[rank].stage]
     cycle = path[path.index(rank) :]
-    waits = [
-        f"rank {rank} before {schedule.actions[rank][positions[rank]]}, for {needed[rank]}"
-        for rank in cycle
-    ]
+    waits = [f"rank {rank} before {schedule.actions[rank][positions[rank]]}, for {needed[rank]}" for rank in cycle]
     return UsageError(
         f"pipeline schedule {schedule.name!r} never ends, for these wait for each other: "
         f"{'; '.join(waits)}. Change the order of one of these ranks.",
