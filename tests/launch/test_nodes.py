@@ -33,15 +33,15 @@ def options() -> Callable[..., LaunchOptions]:
 class OtherNode(threading.Thread):
     """Node 1's launcher, in a thread."""
 
-    def __init__(self, options: LaunchOptions, act: Callable[[nodes.Meeting], None]) -> None:
+    def __init__(self, options: LaunchOptions, act: Callable[[nodes.NodeRendezvous], None]) -> None:
         super().__init__(daemon=True)
         self._options = options
         self._act = act
         self.done = False
 
     def run(self) -> None:
-        with nodes.Meeting(self._options, SECRET) as meeting:
-            self._act(meeting)
+        with nodes.NodeRendezvous(self._options, SECRET) as node:
+            self._act(node)
             self.done = True
 
     def __enter__(self) -> "OtherNode":
@@ -58,10 +58,10 @@ def test_the_first_cause_of_all_nodes_is_agreed_on(options: Callable[..., Launch
     cause = Failure(what="rank 3 failed first", status=7, after_s=2.0)
     told: list[Failure | None] = []
     with (
-        OtherNode(options(1), lambda meeting: told.append(meeting.conclude(0, cause))),
-        nodes.Meeting(options(0), SECRET) as meeting,
+        OtherNode(options(1), lambda node: told.append(node.first_failure(0, cause))),
+        nodes.NodeRendezvous(options(0), SECRET) as node,
     ):
-        told.append(meeting.conclude(0, lost))
+        told.append(node.first_failure(0, lost))
     assert told == [cause, cause]
 
 
@@ -69,15 +69,15 @@ def test_a_node_that_falls_silent_is_a_failure(
     options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nodes, "_LOST_S", 0.2)
-    monkeypatch.setattr(nodes, "_BEAT_S", 0.05)
+    monkeypatch.setattr(nodes, "_HEARTBEAT_S", 0.05)
     over = threading.Event()
 
-    def fall_silent(_meeting: nodes.Meeting) -> None:
+    def fall_silent(_node: nodes.NodeRendezvous) -> None:
         over.wait(TIMEOUT_S)
 
     with OtherNode(options(1), fall_silent):
-        with nodes.Meeting(options(0), SECRET) as meeting:
-            failure = meeting.conclude(0, None)
+        with nodes.NodeRendezvous(options(0), SECRET) as node:
+            failure = node.first_failure(0, None)
             over.set()
         assert failure is not None
         assert "the launcher of node 1 was not heard of" in failure.what
@@ -87,34 +87,34 @@ def test_a_node_that_falls_silent_is_a_failure(
 def test_one_failure_stops_the_other_node(options: Callable[..., LaunchOptions]) -> None:
     stopped = threading.Event()
 
-    def watch(meeting: nodes.Meeting) -> None:
-        until(lambda: meeting.stopped(0), "the failure to be told")
+    def watch(node: nodes.NodeRendezvous) -> None:
+        until(lambda: node.stopped(0), "the failure to be told")
         stopped.set()
-        meeting.conclude(0, None)
+        node.first_failure(0, None)
 
-    with OtherNode(options(1), watch), nodes.Meeting(options(0), SECRET) as meeting:
-        meeting.conclude(0, Failure(what="rank 0 failed first", status=1, after_s=1.0))
+    with OtherNode(options(1), watch), nodes.NodeRendezvous(options(0), SECRET) as node:
+        node.first_failure(0, Failure(what="rank 0 failed first", status=1, after_s=1.0))
         assert stopped.is_set()
 
 
 def test_a_second_launcher_for_a_node_is_refused_and_disturbs_nobody(options: Callable[..., LaunchOptions]) -> None:
     refused: list[UsageError] = []
 
-    def meet_again(meeting: nodes.Meeting) -> None:
+    def meet_again(node: nodes.NodeRendezvous) -> None:
         with pytest.raises(UsageError, match="already is node 1") as caught:
-            nodes.Meeting(options(1), SECRET)
+            nodes.NodeRendezvous(options(1), SECRET)
         refused.append(caught.value)
-        meeting.conclude(0, None)
+        node.first_failure(0, None)
 
-    with OtherNode(options(1), meet_again), nodes.Meeting(options(0), SECRET) as meeting:
-        assert meeting.conclude(0, None) is None
+    with OtherNode(options(1), meet_again), nodes.NodeRendezvous(options(0), SECRET) as node:
+        assert node.first_failure(0, None) is None
     assert len(refused) == 1
 
 
 def test_a_node_that_does_not_come(options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "JOIN_S", 0.2)
     with pytest.raises(RendezvousError, match="node 1 did not come"):
-        nodes.Meeting(options(0), SECRET)
+        nodes.NodeRendezvous(options(0), SECRET)
 
 
 def test_ranks_end_when_node_0_is_gone(tmp_path: Path, start: Callable) -> None:

@@ -17,51 +17,36 @@ _CELL_CHARACTERS = 44
 
 def show_backends(arguments: Sequence[str]) -> int:
     """Print the installed backends, and whether each can be used here; return the exit status."""
-    as_json = _parse("backends", "Show which backends are installed, and whether they can be used.", arguments)
+    as_json = _wants_json("backends", "Show which backends are installed, and whether they can be used.", arguments)
     found = available()
     if as_json:
-        text = json.dumps({name: asdict(value) for name, value in found.items()}, indent=2)
-    else:
-        rows = [("backend", "usable", "version", "why", "what to do")]
-        rows += [
-            (name, "yes" if it.ok else "no", it.version or "-", it.reason or "-", it.hint or "-")
-            for name, it in found.items()
-        ]
-        text = _table(rows)
-    print(text)  # noqa: T201 - a command talks
+        print(json.dumps({name: asdict(it) for name, it in found.items()}, indent=2))  # noqa: T201 - a command talks
+        return 0
+    rows = [("backend", "usable", "version", "why", "what to do")]
+    for name, it in found.items():
+        rows.append((name, "yes" if it.ok else "no", it.version or "-", it.reason or "-", it.hint or "-"))
+    print(_table(rows))  # noqa: T201 - a command talks
     return 0
 
 
 def show_plugins(arguments: Sequence[str]) -> int:
     """Print every installed plugin with its hooks and versions; return 1 when one is broken."""
-    as_json = _parse("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments)
+    as_json = _wants_json("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments)
     plugins = installed()
     if as_json:
-        found = {
-            "loaded": {name: asdict(it) for name, it in plugins.loaded.items()},
-            "broken": {it.name: str(it.error) for it in plugins.broken},
-        }
-        text = json.dumps(found, indent=2)
+        loaded = {name: asdict(it) for name, it in plugins.loaded.items()}
+        broken = {it.name: str(it.error) for it in plugins.broken}
+        print(json.dumps({"loaded": loaded, "broken": broken}, indent=2))  # noqa: T201 - a command talks
     else:
         rows = [("plugin", "distribution", "hooks", "contract", "import")]
-        rows += [
-            (
-                name,
-                it.distribution,
-                ", ".join(it.hooks) or "-",
-                "-" if it.api_version is None else str(it.api_version),
-                f"{1e3 * it.import_s:.1f} ms",
-            )
-            for name, it in plugins.loaded.items()
-        ]
-        broken = [f"{it.name}: {it.error}" for it in plugins.broken]
-        text = "\n".join([_table(rows), *broken])
-    print(text)  # noqa: T201 - a command talks
+        for name, it in plugins.loaded.items():
+            contract = "-" if it.api_version is None else str(it.api_version)
+            rows.append((name, it.distribution, ", ".join(it.hooks) or "-", contract, f"{1e3 * it.import_s:.1f} ms"))
+        print("\n".join([_table(rows), *(f"{it.name}: {it.error}" for it in plugins.broken)]))  # noqa: T201
     return 1 if plugins.broken else 0
 
 
-def _parse(name: str, description: str, arguments: Sequence[str]) -> bool:
-    """Parse the command line of a listing; say whether JSON is wanted."""
+def _wants_json(name: str, description: str, arguments: Sequence[str]) -> bool:
     parser = Parser(prog=f"ferro {name}", description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return bool(parser.parse_args(arguments).json)

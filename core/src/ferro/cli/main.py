@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from ferro.cli.commands import available, extras_of_absent_commands, load
-from ferro.errors import FerroError, UsageError
-from ferro.plugins.registry import how_to_install
+from ferro.errors import FerroError, PluginError, UsageError
+from ferro.hookspecs import CommandInfo
+from ferro.plugins.registry import by_name, how_to_install, installed
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
+# An entry-point group of ferro's own: the name of each command that an extra of ferro brings, and the package that
+# offers it. So `ferro --help` knows commands that are not installed, and core's source names no plugin.
+_KNOWN_COMMANDS = "ferro.known_commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    A mistake in the command line or the environment is one line on stderr and status 2; any other
-    failure of ferro's own is one line and status 1.
+    A mistake in the command line or the environment is one line on stderr and status 2; any other failure of ferro's own
+    is one line and status 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -45,22 +49,83 @@ def _run(arguments: list[str]) -> int:
         return 0 if arguments else _USAGE_STATUS
     if arguments[0].startswith("-"):
         raise UsageError(f"unrecognized argument {arguments[0]}; see `ferro --help`")
-    command: Callable[[Sequence[str]], int] = load(arguments[0])
-    return command(arguments[1:])
+    return _load(arguments[0])(arguments[1:])
 
 
 def _help() -> str:
     """Describe every installed command, and name the extras that bring the absent ones."""
-    found, broken = available()
-    absent = extras_of_absent_commands(found)
-    width = max(map(len, (*found, *absent)))
-    lines = ["usage: ferro COMMAND ...", "", "Distributed training for NumPy and CuPy.", "", "commands:"]
-    lines += [f"  {name:<{width}}  {info.summary}" for name, info in sorted(found.items())]
-    lines += [
-        f"  {name:<{width}}  not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())
-    ]
-    lines += ["", "`ferro COMMAND --help` tells the rest; `ferro --version` prints the version."]
-    if absent:
-        lines.append(f"Extras are installed {how_to_install('EXTRA')}.")
-    lines += [f"ferro: {error}" for error in broken]
-    return "\n".join(lines)
+    found, errors = _available()
+    absent = _extras_of_absent_commands(found)
+    lines = {name: info.summary for name, info in sorted(found.items())}
+    lines |= {name: f"not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())}
+    width = max(map(len, lines))
+    return "\n".join(
+        [
+            "usage: ferro COMMAND ...\n\nDistributed training for NumPy and CuPy.\n\ncommands:",
+            *(f"  {name:<{width}}  {text}" for name, text in lines.items()),
+            "\n`ferro COMMAND --help` tells the rest; `ferro --version` prints the version.",
+            *([f"Extras are installed {how_to_install('EXTRA')}."] if absent else []),
+            *(f"ferro: {error}" for error in errors),
+        ]
+    )
+
+
+def _available() -> tuple[dict[str, CommandInfo], list[PluginError]]:
+    """List the installed commands by name, and the errors of plugins that could not tell theirs."""
+    plugins = installed()
+    offers, silent = plugins.survey("ferro_commands", CommandInfo)
+    errors = [broken.error for broken in (*plugins.broken, *silent)]
+    found: dict[str, CommandInfo] = {}
+    for name, offer in by_name(offers, "command").items():
+        if isinstance(offer, PluginError):
+            errors.append(offer)
+        else:
+            found[name] = offer.item
+    return found, errors
+
+
+def _load(name: str) -> Callable[[Sequence[str]], int]:
+    """Import one command.
+
+    Raises:
+        UsageError: nobody offers the command; the message says which extra brings it, or what there is.
+        PluginError: two plugins claim the name, or the command's plugin could not be imported; the message names the
+            distribution.
+    """
+    offers, _ = installed().survey("ferro_commands", CommandInfo)
+    offer = by_name(offers, "command").get(name)
+    if isinstance(offer, PluginError):
+        raise offer
+    if offer is not None:
+        try:
+            return offer.item.load()
+        except ImportError as error:
+            raise PluginError(
+                f"the command {name!r} of {offer.distribution} failed to import: "
+                f"{type(error).__name__}: {error}. Repair or uninstall {offer.distribution}."
+            ) from error
+    found, errors = _available()
+    if errors:  # the command may well be one that a broken plugin would offer
+        raise PluginError(f"no installed plugin offers the command {name!r}; {errors[0]}")
+    extra = _extras_of_absent_commands(found).get(name)
+    if extra is not None:
+        raise UsageError(
+            f"the command {name!r} is not installed: the extra {extra!r} brings it, {how_to_install(extra)}"
+        )
+    raise UsageError(f"there is no command {name!r}; there are: {', '.join(sorted(found))}; see `ferro --help`")
+
+
+def _extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
+    """Look up, for each command that ferro's extras bring and that is not present, the extra."""
+    from importlib_metadata import PackageNotFoundError, distribution  # as late as possible
+
+    try:
+        ferro = distribution("ferro")
+    except PackageNotFoundError:
+        return {}
+    extras = {}
+    for requirement in ferro.requires or []:
+        if match := re.match(r"ferro-([\w-]+)(?![\w-]).*extra == ['\"]\1['\"]", requirement):
+            extras[f"ferro_{match[1].replace('-', '_')}"] = match[1]
+    known = ferro.entry_points.select(group=_KNOWN_COMMANDS)
+    return {entry.name: extras[entry.value] for entry in known if entry.name not in present and entry.value in extras}

@@ -1,39 +1,59 @@
-"""`ferro run`: attempt after attempt, until one succeeds or no restart is left."""
+"""`ferro run`: start this node's ranks, attempt after attempt, until one succeeds or no restart is left."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import signal
+import socket
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from ferro.errors import UsageError
-from ferro.launch.attempt import Attempt
-from ferro.launch.contact import meet, open_contact
-from ferro.launch.nodes import Meeting
+from ferro.errors import FerroError, UsageError
+from ferro.launch.nodes import NodeRendezvous
 from ferro.launch.options import LaunchOptions
-from ferro.launch.output import Console
-from ferro.launch.report import Failure
+from ferro.launch.output import Console, RankOutput
+from ferro.launch.processes import FORWARDED, STOPPING, Supervisor, collected_signals, take_signals
+from ferro.launch.report import Failure, RankProcess, describe_failure, first_failure, show_report
 from ferro.launch.trace import merge_parts
+from ferro.rendezvous import StoreServer, derive, per_user_secret
+from ferro.runtime.environment import Address, LaunchInfo, child_environment, read_secret
+
+_LOOPBACK = "127.0.0.1"
+_SECRET_BYTES = 32
+# A rank that lost a peer may end before that peer does: the peer has this long to say what happened.
+_CULPRIT_S = 1.0
 
 
 def run(options: LaunchOptions) -> int:
     """Run the program as this node's ranks; return the exit status.
 
-    That is 0, the status of the rank that failed first, or 128 + n when signal n ended that rank
-    or stopped this launcher.
+    That is 0, the status of the rank that failed first, or 128 + n when signal n ended that rank or stopped this
+    launcher.
 
     Raises:
         UsageError: another launcher has this node's rank, or the log directory cannot be made.
-        RendezvousError: the nodes could not meet or do not fit together, or node 0's launcher
-            is gone.
+        RendezvousError: the nodes could not meet or do not fit together, or node 0's launcher is gone.
+        AuthenticationError: there is no secret that the nodes could share.
     """
     console = Console(options.world_size, sys.stdout.buffer, sys.stderr.buffer)
     if options.log_dir is not None:
-        _make_directory(options.log_dir)
-    with meet(options) as meeting:
+        try:
+            options.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise UsageError(f"--log-dir {options.log_dir}: {exc.strerror}; name a directory to write to") from exc
+    with contextlib.ExitStack() as stack:
+        nodes = None
+        if options.nnodes > 1:
+            nodes = stack.enter_context(NodeRendezvous(options, derive(_shared_secret(), "launchers")))
         restarts = 0
         while True:
-            failure = _attempt(options, restarts, console, meeting)
+            failure = _run_attempt(options, restarts, console, nodes)
             if failure is None:
                 return 0
             if restarts == options.max_restarts or not failure.restart:
@@ -42,35 +62,187 @@ def run(options: LaunchOptions) -> int:
             console.say(f"starting all ranks again: restart {restarts} of {options.max_restarts}")
 
 
-def _attempt(options: LaunchOptions, restarts: int, console: Console, meeting: Meeting | None) -> Failure | None:
-    """One attempt, with a store of its own and a directory for its trace."""
-    with open_contact(restarts, meeting) as contact:
-        if options.trace is None:
-            return Attempt(options, restarts, console=console, contact=contact, meeting=meeting, trace=None).run()
-        with tempfile.TemporaryDirectory(prefix="ferro-trace-") as parts:
-            directory = Path(parts)
-            failure = Attempt(
-                options, restarts, console=console, contact=contact, meeting=meeting, trace=directory
-            ).run()
-            _merge_trace(options, options.trace, directory, console)
-            return failure
+def _run_attempt(options: LaunchOptions, number: int, console: Console, nodes: NodeRendezvous | None) -> Failure | None:
+    """Run one attempt, with a store of its own and a directory for its trace."""
+    with _open_endpoint(number, nodes) as endpoint, contextlib.ExitStack() as stack:
+        parts = None
+        if options.trace is not None:
+            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-")))
+        failure = _Attempt(options, number, console, endpoint, nodes, parts).run()
+        if options.trace is not None and parts is not None:
+            target = options.trace
+            if options.node_rank > 0:
+                target = target.with_suffix(f".node{options.node_rank}{target.suffix}")
+            first = options.node_rank * options.nproc_per_node
+            for problem in merge_parts(parts, range(first, first + options.nproc_per_node), target):
+                console.say(problem)
+        return failure
 
 
-def _merge_trace(options: LaunchOptions, target: Path, parts: Path, console: Console) -> None:
-    """Join this node's parts; a trace that cannot be written does not fail the job."""
-    if options.node_rank > 0:
-        target = target.with_suffix(f".node{options.node_rank}{target.suffix}")
-    first = options.node_rank * options.nproc_per_node
-    try:
-        amiss = merge_parts(parts, range(first, first + options.nproc_per_node), target)
-    except OSError as exc:
-        amiss = [f"the trace could not be written: {exc}"]
-    for line in amiss:
-        console.say(line)
+class _Endpoint(NamedTuple):
+    """The addresses of an attempt's store, and of a free port for programs that use torch.distributed; its secret."""
+
+    store: Address
+    master: Address
+    secret: bytes
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UsageError(f"--log-dir {path}: {exc.strerror}; name a directory to write to") from exc
+@contextlib.contextmanager
+def _open_endpoint(attempt: int, nodes: NodeRendezvous | None) -> Iterator[_Endpoint]:
+    """Host the attempt's store here, or learn where node 0 hosts it.
+
+    Nothing is kept between attempts, so no key or secret of one is left over in the next.
+    """
+    host, secret = _LOOPBACK, secrets.token_bytes(_SECRET_BYTES)
+    if nodes is not None:
+        host, secret = nodes.host, derive(_shared_secret(), f"ranks of attempt {attempt}")
+        if nodes.node_rank > 0:
+            store, master = nodes.read_endpoint(attempt)
+            yield _Endpoint(store, master, secret)
+            return
+    with StoreServer(host, secret=secret) as server:
+        store, master = (host, server.address[1]), (host, _free_port(host))
+        if nodes is not None:
+            nodes.publish_endpoint(attempt, store, master)
+        yield _Endpoint(store, master, secret)
+
+
+def _shared_secret() -> bytes:
+    """Return the secret that all nodes have: FERRO_SECRET, or the user's in a shared home directory."""
+    return read_secret() or per_user_secret()
+
+
+def _free_port(host: str) -> int:
+    """Find a port on which nobody listens now."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.bind(address)
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@dataclass
+class _Attempt:
+    """One attempt of a job on this node: start the ranks, watch them, end them, and say who failed."""
+
+    options: LaunchOptions
+    number: int
+    console: Console
+    endpoint: _Endpoint
+    nodes: NodeRendezvous | None
+    trace: Path | None
+    ranks: list[RankProcess] = field(default_factory=list)
+
+    def run(self) -> Failure | None:
+        """Run the ranks until all have ended; return the first failure in the job, if any.
+
+        Raises:
+            FerroError: a process could not be started.
+            RendezvousError: node 0's launcher is gone; this node's ranks were ended.
+        """
+        started = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            signals = stack.enter_context(collected_signals())
+            supervisor = Supervisor(wake=signals)
+            stack.callback(self._close_outputs)
+            stack.enter_context(supervisor)
+            self._start(supervisor)
+            stopped_by = self._watch(supervisor, signals)
+        first, failure = first_failure(self.ranks), None
+        if stopped_by is not None:
+            node = "" if self.nodes is None else f" of node {self.options.node_rank}"
+            first, failure = (
+                None,
+                Failure(
+                    what=f"the launcher{node} was stopped by {stopped_by.name}",
+                    status=128 + stopped_by,
+                    after_s=time.monotonic() - started,
+                    restart=False,
+                ),
+            )
+        elif first is not None:
+            failure = describe_failure(first, started, alone=self.options.world_size == 1)
+        return self._conclude(first, failure)
+
+    def _start(self, supervisor: Supervisor) -> None:
+        options = self.options
+        for local_rank in range(options.nproc_per_node):
+            info = LaunchInfo(
+                rank=options.node_rank * options.nproc_per_node + local_rank,
+                world_size=options.world_size,
+                local_rank=local_rank,
+                local_world_size=options.nproc_per_node,
+                launcher="ferro",
+                store=self.endpoint.store,
+                master=self.endpoint.master,
+                secret=self.endpoint.secret,
+            )
+            trace = None if self.trace is None else str(self.trace)
+            env = child_environment(info, restart=self.number, trace=trace, timeout_s=options.timeout_s)
+            output = RankOutput(self.console, info.rank, log_dir=options.log_dir, append=self.number > 0)
+            try:
+                process = supervisor.start(
+                    [sys.executable, *options.python_arguments()],
+                    env=env,
+                    stdout=output.receive_out,
+                    stderr=output.receive_err,
+                    on_end=output.finish,
+                    dies_with_parent=True,
+                )
+            except OSError as exc:
+                output.close()
+                raise FerroError(
+                    f"rank {info.rank} could not be started: {exc}; ask for fewer ranks, or "
+                    "raise the limit on processes or open files (ulimit)"
+                ) from exc
+            self.ranks.append(RankProcess(info.rank, process, output))
+
+    def _watch(self, supervisor: Supervisor, signals: socket.socket) -> signal.Signals | None:
+        """Wait until the ranks are done or to be ended; return the signal that stopped the launcher."""
+
+        def attend() -> list[signal.Signals]:
+            """Do all that is due whenever something happened; return the signals to stop at."""
+            if not any(rank.failed for rank in self.ranks):
+                for rank in self.ranks:
+                    rank.output.release_due()
+            received = take_signals(signals)
+            for child in supervisor.running():
+                for signum in received:
+                    if signum in FORWARDED:
+                        child.send_signal(signum)
+            return [signum for signum in received if signum in STOPPING]
+
+        while supervisor.running():
+            supervisor.wait()
+            if stopping := attend():
+                supervisor.end(stopping[0], hurry=attend)
+                return stopping[0]
+            if self.nodes is not None and self.nodes.stopped(self.number):
+                break
+            failed = [rank for rank in self.ranks if rank.failed]
+            if failed and not _culprit_may_follow(failed):
+                break
+        supervisor.end(hurry=attend)
+        return None
+
+    def _close_outputs(self) -> None:
+        for rank in self.ranks:
+            rank.output.close()
+
+    def _conclude(self, first: RankProcess | None, failure: Failure | None) -> Failure | None:
+        """Agree with the other nodes on what failed first, and print the report."""
+        agreed = failure
+        try:
+            if self.nodes is not None:
+                agreed = self.nodes.first_failure(self.number, failure)
+        finally:  # with node 0 gone, too, what happened here is to be told
+            if agreed is not None:
+                local = first if agreed == failure else None
+                show_report(self.console, self.ranks, local, agreed, verbose=self.options.verbose)
+        return agreed
+
+
+def _culprit_may_follow(failed: list[RankProcess]) -> bool:
+    """Whether all that failed put it down to a peer, and that only just now."""
+    blameless = all(rank.output.traceback.is_consequence() for rank in failed)
+    return blameless and time.monotonic() < min(rank.process.ended_at or 0.0 for rank in failed) + _CULPRIT_S

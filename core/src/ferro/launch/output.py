@@ -1,16 +1,29 @@
-"""The ranks' output on its way to the terminal and to the logs."""
+"""The ranks' output on its way to the terminal and to the logs: by lines, with tracebacks held back.
+
+When one rank fails the others lose their peer and fail too, a moment later; printed as they come, the tracebacks would
+bury the one that matters. So from the line that begins a traceback on, a rank's stderr is held: until the launcher's
+report, until the rank ends well, or for a second, as many a traceback is only logged.
+"""
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import BinaryIO
 
-from ferro.launch.segments import Segments
-from ferro.launch.tracebacks import HeldTraceback
+from ferro.launch.processes import ChildProcess
+
+HOLD_S = 1.0
+MAX_HELD_BYTES = 1024 * 1024
+MAX_LINE_BYTES = 64 * 1024
+
+_HEADER = re.compile(rb"(?:  \+ Exception Group )?Traceback \(most recent call last\)")
+_CONSEQUENCES = re.compile(r"(?:ferro\.errors\.)?(?:PeerLost|GroupClosed|CollectiveTimeout)\b")
 
 
 class Console:
-    """The launcher's own stdout and stderr, shared by all ranks a segment at a time."""
+    """The launcher's own stdout and stderr, shared by all ranks a line at a time."""
 
     def __init__(self, world_size: int, stdout: BinaryIO, stderr: BinaryIO) -> None:
         """Write prefixes as wide as the largest of `world_size` ranks; none for a world of one."""
@@ -21,72 +34,136 @@ class Console:
         self._at_line_start = True
 
     def prefix(self, rank: int) -> bytes:
-        """What stands before each of a rank's lines."""
         return b"[%*d] " % (self._width, rank) if self.prefixed else b""
 
     def write(self, data: bytes, *, to_stderr: bool) -> None:
-        """Write at once."""
         stream = self._stderr if to_stderr else self._stdout
         stream.write(data)
         stream.flush()
         self._at_line_start = data.endswith(b"\n")
 
     def say(self, message: str) -> None:
-        """A line of the launcher's own, below whatever a rank left unfinished."""
+        """Write a line of the launcher's own, below whatever a rank left unfinished."""
         start = b"" if self._at_line_start else b"\n"
         self.write(start + f"ferro run: {message}\n".encode(), to_stderr=True)
 
 
-class Stream:
+class LineSplitter:
+    r"""Cuts a stream after each "\n" and each "\r", by which progress bars redraw theirs, and after 64 KiB.
+
+    No byte is lost or changed. A "\r\n" that arrives in one piece ends one line; a "\r" at the end of a piece ends one,
+    too, since a progress bar must not wait for the next piece.
+    """
+
+    def __init__(self) -> None:
+        self._partial = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take a piece; return the lines that are complete, each with its end."""
+        data = self._partial + data
+        lines = [
+            line[start : start + MAX_LINE_BYTES]
+            for line in data.splitlines(keepends=True)
+            for start in range(0, len(line), MAX_LINE_BYTES)
+        ]
+        complete = not lines or lines[-1].endswith((b"\n", b"\r"))
+        self._partial = b"" if complete else lines.pop()
+        return lines
+
+    def flush(self) -> bytes:
+        """Return the unfinished last line."""
+        rest, self._partial = self._partial, b""
+        return rest
+
+
+class HeldTraceback:
+    """One rank's stderr, passed through until a traceback begins.
+
+    Attributes:
+        began: `time.monotonic()` when the latest traceback began, or None.
+        error: that traceback's line after the frames, such as "ValueError: no such key".
+        holding: the traceback, and the lines that followed it, have not been shown.
+    """
+
+    def __init__(self) -> None:
+        self.holding = False
+        self.began: float | None = None
+        self.error = ""
+        self._error_follows = False
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+
+    def take(self, line: bytes, now: float) -> list[bytes]:
+        """Take a line; return the lines to be shown now."""
+        if _HEADER.match(line):
+            self.began = now
+            self.error = ""
+            self._error_follows = True
+            self.holding = True
+        elif self._error_follows and line.strip() and not line[:1].isspace():
+            # Frames are indented: the first line that is not names the exception.
+            self.error = line.decode(errors="replace").strip()
+            self._error_follows = False
+        if not self.holding:
+            return [line]
+        self._held.append(line)
+        self._held_bytes += len(line)
+        return self.release() if self._held_bytes > MAX_HELD_BYTES else []
+
+    def release(self) -> list[bytes]:
+        """Return the held lines; from now on lines pass through until the next traceback."""
+        held, self._held = self._held, []
+        self._held_bytes = 0
+        self.holding = False
+        return held
+
+    def release_at(self) -> float | None:
+        """Return the time at which held lines are to be shown if the rank has not failed by then."""
+        return self.began + HOLD_S if self.holding and self.began is not None else None
+
+    def is_consequence(self) -> bool:
+        """Whether the traceback says that another rank is to blame."""
+        return _CONSEQUENCES.match(self.error) is not None
+
+
+class _Stream:
     """One of a rank's two streams."""
 
-    def __init__(self, console: Console, rank: int, *, is_stderr: bool, log: BinaryIO | None):
+    def __init__(self, console: Console, rank: int, *, is_stderr: bool, log: BinaryIO | None) -> None:
         self._console = console
         self._prefix = console.prefix(rank)
         self._is_stderr = is_stderr
         self._log = log
-        self._segments = Segments()
         self._after_return = False
+        self.splitter = LineSplitter()
 
     def receive(self, data: bytes) -> list[bytes]:
-        """Log what arrived; return what is to be shown of it."""
+        """Log a piece; return the lines to show."""
         if self._log is not None:
             self._log.write(data)
-        return self._segments.feed(data) if self._console.prefixed else [data]
+        return self.splitter.feed(data) if self._console.prefixed else [data]
 
-    def rest(self) -> bytes:
-        """The unfinished last line."""
-        return self._segments.flush()
-
-    def show(self, segment: bytes) -> None:
-        r"""Write a segment with its prefix; one without an end gets a "\n"."""
-        if not self._console.prefixed:
-            self._console.write(segment, to_stderr=self._is_stderr)
-            return
-        if not segment.endswith((b"\n", b"\r")):
-            segment += b"\n"
-        # A lone "\r" shows nothing, and a "\n" may be the second half of an "\r\n".
-        bare = segment == b"\r" or (segment == b"\n" and self._after_return)
-        self._after_return = segment.endswith(b"\r")
-        self._console.write(segment if bare else self._prefix + segment, to_stderr=self._is_stderr)
+    def show(self, line: bytes) -> None:
+        r"""Write a line with its prefix; one without an end gets a "\n"."""
+        if self._console.prefixed:
+            if not line.endswith((b"\n", b"\r")):
+                line += b"\n"
+            # A lone "\r" shows nothing, and a "\n" may be the second half of an "\r\n".
+            bare = line == b"\r" or (line == b"\n" and self._after_return)
+            self._after_return = line.endswith(b"\r")
+            line = line if bare else self._prefix + line
+        self._console.write(line, to_stderr=self._is_stderr)
 
 
 class RankOutput:
-    """What one rank writes: stdout as it comes, stderr with tracebacks held back.
+    """One rank's output: stdout as it comes, stderr with tracebacks held back.
 
     Attributes:
         traceback: the state of the latest traceback.
     """
 
     def __init__(self, console: Console, rank: int, *, log_dir: Path | None = None, append: bool = False) -> None:
-        """Open the logs.
-
-        Args:
-            console: where lines are shown.
-            rank: the rank, for prefixes and file names.
-            log_dir: where to write `rank<r>.out` and `rank<r>.err`, without prefixes.
-            append: keep what an earlier attempt logged.
-        """
+        """Open the logs, `rank<r>.out` and `rank<r>.err` in `log_dir`; `append` keeps an earlier attempt's."""
         self.traceback = HeldTraceback()
         self._logs: list[BinaryIO] = []
         if log_dir is not None:
@@ -96,46 +173,45 @@ class RankOutput:
                 for end in ("out", "err")
             ]
         out, err = self._logs or (None, None)
-        self._out = Stream(console, rank, is_stderr=False, log=out)
-        self._err = Stream(console, rank, is_stderr=True, log=err)
-        # Alone, nobody else's failure can hide the traceback.
+        self._out = _Stream(console, rank, is_stderr=False, log=out)
+        self._err = _Stream(console, rank, is_stderr=True, log=err)
         self._holds = console.prefixed
 
     def close(self) -> None:
-        """Close the logs."""
         for log in self._logs:
             log.close()
 
     def receive_out(self, data: bytes) -> None:
-        """Show bytes of the rank's stdout."""
-        for segment in self._out.receive(data):
-            self._out.show(segment)
+        for line in self._out.receive(data):
+            self._out.show(line)
 
-    def receive_err(self, data: bytes, now: float) -> None:
-        """Show bytes of the rank's stderr, or hold them."""
-        for segment in self._err.receive(data):
-            self._show_or_hold(segment, now)
+    def receive_err(self, data: bytes) -> None:
+        for line in self._err.receive(data):
+            self._show_or_hold(line)
 
-    def finish(self, now: float) -> None:
-        """Show the unfinished last lines; what is held stays held."""
-        if rest := self._out.rest():
+    def finish(self, process: ChildProcess) -> None:
+        """Show the unfinished last lines of a rank that has ended; held lines only where it ended well."""
+        if rest := self._out.splitter.flush():
             self._out.show(rest)
-        if rest := self._err.rest():
-            self._show_or_hold(rest, now)
-
-    def release(self) -> bool:
-        """Show what is held; return whether there was anything."""
-        held = self.traceback.release()
-        for segment in held:
-            self._err.show(segment)
-        return bool(held)
-
-    def release_due(self, now: float) -> None:
-        """Show what is held once it was held long enough."""
-        due = self.traceback.release_at()
-        if due is not None and due <= now:
+        if rest := self._err.splitter.flush():
+            self._show_or_hold(rest)
+        if process.returncode == 0:
             self.release()
 
-    def _show_or_hold(self, segment: bytes, now: float) -> None:
-        for shown in self.traceback.take(segment, now) if self._holds else [segment]:
+    def release(self) -> bool:
+        """Show the held lines; return whether there were any."""
+        held = self.traceback.release()
+        for line in held:
+            self._err.show(line)
+        return bool(held)
+
+    def release_due(self) -> None:
+        """Show lines that were held long enough."""
+        due = self.traceback.release_at()
+        if due is not None and due <= time.monotonic():
+            self.release()
+
+    def _show_or_hold(self, line: bytes) -> None:
+        # Alone, nobody else's failure can hide the traceback.
+        for shown in self.traceback.take(line, time.monotonic()) if self._holds else [line]:
             self._err.show(shown)

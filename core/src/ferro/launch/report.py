@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from ferro.launch.output import Console
-from ferro.launch.worker import Worker
+from ferro.launch.output import Console, RankOutput
+from ferro.launch.processes import ChildProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,43 +28,69 @@ class Failure:
     consequence: bool = False
     restart: bool = True
 
-    def to_json(self) -> bytes:
-        """For another node's launcher."""
-        return json.dumps(asdict(self)).encode()
 
-    @classmethod
-    def from_json(cls, data: bytes) -> Failure:
-        """What another node's launcher sent."""
-        return cls(**json.loads(data))
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """A rank of this node."""
+
+    rank: int
+    process: ChildProcess
+    output: RankOutput
+
+    @property
+    def code(self) -> int:
+        """Its exit status; 0 while it runs."""
+        return self.process.returncode or 0
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether it ran until the launcher ended it."""
+        return self.process.signalled_at is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended badly, by itself."""
+        return self.code != 0 and not self.was_signalled
+
+    @property
+    def was_failing(self) -> bool:
+        """Whether a traceback had begun when the launcher told the rank to end."""
+        held, signalled_at = self.output.traceback, self.process.signalled_at
+        return held.holding and held.began is not None and signalled_at is not None and held.began < signalled_at
+
+    @property
+    def blame(self) -> tuple[bool, bool, float]:
+        """A key to sort by: the smaller, the more this rank is to blame."""
+        held = self.output.traceback
+        consequence = held.is_consequence() and (self.was_signalled or self.code > 0)
+        began = held.began if held.holding else None
+        return consequence, self.was_signalled, began or self.process.ended_at or 0.0
 
 
-def first_failure(workers: Sequence[Worker]) -> Worker | None:
-    """The rank that is to blame, or None where all ended well or as told.
+def first_failure(ranks: Sequence[RankProcess]) -> RankProcess | None:
+    """Find the rank that is to blame, if any did not end well or as told.
 
-    A rank that says it lost a peer comes after one that says anything else. A rank that was in
-    the middle of its traceback when the launcher ended it counts too, after those that ended by
-    themselves. Among equals the first sign of failure decides: the traceback's beginning, or
-    else the end of the process.
+    A rank that says it lost a peer comes after one that says anything else. A rank that was in the middle of its
+    traceback when the launcher ended it counts too, after those that ended by themselves. Among equals the first sign
+    of failure decides: the traceback's beginning, or else the end of the process.
     """
-    failed = [w for w in workers if w.code and (w.told_at is None or _was_failing(w))]
-    return min(failed, key=_blame, default=None)
+    return min((r for r in ranks if r.failed or (r.code and r.was_failing)), key=lambda r: r.blame, default=None)
 
 
-def describe_failure(worker: Worker, started: float, *, alone: bool) -> Failure:
-    """What is to be said of the rank that failed first, or that is `alone`."""
-    code = worker.code or 0
-    if worker.told_at is not None:
-        code = 1  # the launcher's signal cut its traceback short; that ends with 1 in Python
+def describe_failure(rank: RankProcess, started: float, *, alone: bool) -> Failure:
+    """Describe the rank that failed first, or that is `alone`."""
+    # Where the launcher's signal cut the traceback short, the rank would have ended with Python's 1.
+    code = 1 if rank.was_signalled else rank.code
     return Failure(
-        what=f"rank {worker.rank} failed{'' if alone else ' first'}: {describe_code(code)}",
+        what=f"rank {rank.rank} failed{'' if alone else ' first'}: {describe_code(code)}",
         status=exit_status(code),
-        after_s=worker.ended_at - started,
-        consequence=_blame(worker)[0],
+        after_s=(rank.process.ended_at or started) - started,
+        consequence=rank.blame[0],
     )
 
 
 def describe_code(code: int) -> str:
-    """An exit code, as `subprocess` gives it, in words."""
+    """Put an exit code, as `subprocess` gives it, in words."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -76,60 +101,40 @@ def describe_code(code: int) -> str:
 
 
 def exit_status(code: int) -> int:
-    """The exit status that stands for a `subprocess` exit code: 128 + n for signal n."""
+    """Return the exit status that stands for a `subprocess` exit code: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
 
 
-def show_failure(console: Console, workers: Sequence[Worker], first: Worker | None, failure: Failure) -> None:
-    """Print the traceback of the rank that failed first, then who failed and how.
+def show_report(
+    console: Console, ranks: Sequence[RankProcess], first: RankProcess | None, failure: Failure, *, verbose: bool
+) -> None:
+    """Print the traceback of the rank that failed first, who failed and how, and a line for each that failed later.
 
     Args:
         console: where to print.
-        workers: this node's ranks, all ended.
+        ranks: this node's, all ended.
         first: the one that failed first, or None where that was not a rank of this node.
-        failure: what failed first in the whole job.
+        failure: the first failure in the whole job.
+        verbose: print the tracebacks of the others, too.
     """
     shown_now = first is not None and first.output.release()
     text = f"{failure.what} after {failure.after_s:.1f} s"
     if console.prefixed and first is not None and first.output.traceback.error and not shown_now:
         text += " (its traceback is above)"
-    ended = [str(w.rank) for w in workers if w.told_at is not None and w is not first]
+    others = [rank for rank in ranks if rank is not first]
+    ended = [str(rank.rank) for rank in others if rank.was_signalled]
     if ended:
         text += f"; ended rank{'s' if len(ended) > 1 else ''} {', '.join(ended)}"
     console.say(text + ".")
-
-
-def show_others(console: Console, workers: Sequence[Worker], *, verbose: bool) -> None:
-    """Print a line for each rank that failed later, or had begun a traceback when it was ended.
-
-    Args:
-        console: where to print.
-        workers: this node's ranks but the one that failed first.
-        verbose: print their tracebacks, too.
-    """
-    for worker in workers:
-        held = worker.output.traceback
+    for rank in others:
+        held = rank.output.traceback
         text = ""
-        if worker.code and worker.told_at is None:
-            text = f"rank {worker.rank} failed later: {describe_code(worker.code)}"
+        if rank.failed:
+            text = f"rank {rank.rank} failed later: {describe_code(rank.code)}"
             text += f": {held.error}" if held.error else ""
         elif held.holding:
-            text = f"rank {worker.rank} was ended in the middle of a traceback: {held.error}"
+            text = f"rank {rank.rank} was ended in the middle of a traceback: {held.error}"
         if verbose:
-            worker.output.release()
+            rank.output.release()
         if text:
             console.say(text)
-
-
-def _was_failing(worker: Worker) -> bool:
-    """Whether a traceback had begun, a moment before the launcher told the rank to end."""
-    held = worker.output.traceback
-    return held.holding and held.began is not None and worker.told_at is not None and held.began < worker.told_at
-
-
-def _blame(worker: Worker) -> tuple[bool, bool, float]:
-    """The smaller, the more this rank is to blame."""
-    held = worker.output.traceback
-    told = worker.told_at is not None
-    sign = held.began if held.holding else None
-    return (held.is_consequence() and (told or (worker.code or 0) > 0), told, worker.ended_at if sign is None else sign)

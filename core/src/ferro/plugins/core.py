@@ -1,7 +1,6 @@
 """Core's own plugin: the simulated backend, the built-in algorithms, the trace, the commands.
 
-Registered through the same hooks as everyone's, and as light: what is offered is imported when
-it is asked for.
+It is registered through the same hooks as everyone's, and as light: each part is imported when it is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,14 +32,8 @@ def _create_simulated(config: BackendConfig) -> Backend:
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
     """Offer ranks as threads of one process."""
-    return (
-        BackendInfo(
-            name="simulated",
-            summary="ranks are threads of one process; for tests, faults and scale",
-            probe=_probe_simulated,
-            create=_create_simulated,
-        ),
-    )
+    summary = "ranks are threads of one process; for tests, faults and scale"
+    return (BackendInfo(name="simulated", summary=summary, probe=_probe_simulated, create=_create_simulated),)
 
 
 @hookimpl
@@ -82,14 +75,9 @@ def _load_plugins() -> Callable[[Sequence[str]], int]:
 @hookimpl
 def ferro_commands() -> Sequence[CommandInfo]:
     """Offer the commands that need no other distribution."""
+    backends = "show which backends are installed, and whether they can be used"
     return (
         CommandInfo(name="run", summary="run a program as several ranks", load=_load_run),
-        CommandInfo(
-            name="backends",
-            summary="show which backends are installed, and whether they can be used",
-            load=_load_backends,
-        ),
-        CommandInfo(
-            name="plugins", summary="show every installed plugin, with its hooks and versions", load=_load_plugins
-        ),
+        CommandInfo(name="backends", summary=backends, load=_load_backends),
+        CommandInfo(name="plugins", summary="show every installed plugin: hooks and versions", load=_load_plugins),
     )

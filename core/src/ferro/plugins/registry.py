@@ -27,8 +27,7 @@ class HasName(Protocol):
     """A description that is found by its name."""
 
     @property
-    def name(self) -> str:
-        """The name."""
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Plugins:
 
     Attributes:
         versions: entry-point name -> "distribution version", for ranks to compare.
-        loaded: what is known of each plugin that loaded, by entry-point name.
+        loaded: the plugins that loaded, by entry-point name.
         broken: the plugins that failed, with the error of each.
     """
 
@@ -81,12 +80,12 @@ class Plugins:
         self.broken: list[Broken] = []
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._answers: dict[str, tuple[list[Offer[Any]], list[Broken]]] = {}
-        by_name: dict[str, list[EntryPoint]] = {}
+        claims: dict[str, list[EntryPoint]] = {}
         for entry in entries:
-            by_name.setdefault(entry.name, []).append(entry)
-        for name, claims in sorted(by_name.items()):
+            claims.setdefault(entry.name, []).append(entry)
+        for name, claimants in sorted(claims.items()):
             try:
-                self._load(name, claims)
+                self._load(name, claimants)
             except PluginError as error:
                 self.broken.append(Broken(name, error))
 
@@ -96,7 +95,7 @@ class Plugins:
             raise self.broken[0].error
 
     def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
-        """List what all plugins offer through a hook.
+        """List everything that plugins offer through a hook.
 
         Raises:
             PluginError: the hook raised, or returned something else.
@@ -107,7 +106,7 @@ class Plugins:
         return found
 
     def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """List what plugins offer through a hook, and the plugins that failed to tell.
+        """List everything that plugins offer through a hook, and the plugins that failed to tell.
 
         Each plugin is asked once per process; afterwards its answer is remembered.
         """
@@ -122,20 +121,16 @@ class Plugins:
         for name, manager in self._managers.items():
             distribution = self.versions[name]
             try:
-                items = _call(manager, hook, kind, distribution)
+                found += [Offer(item, distribution) for item in _call(manager, hook, kind, distribution)]
             except PluginError as error:
                 broken.append(Broken(name, error))
-            else:
-                found += [Offer(item, distribution) for item in items]
         return found, broken
 
-    def _load(self, name: str, claims: Sequence[EntryPoint]) -> None:
-        distributions = sorted({_distribution(entry) for entry in claims})
+    def _load(self, name: str, claimants: Sequence[EntryPoint]) -> None:
+        distributions = sorted({_distribution(entry) for entry in claimants})
         if len(distributions) > 1:
-            raise PluginError(
-                f"the plugin name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
-            )
-        entry, distribution = claims[0], distributions[0]
+            raise _claimed_twice("plugin", name, distributions)
+        entry, distribution = claimants[0], distributions[0]
         started = time.perf_counter()
         try:
             module = entry.load()
@@ -147,11 +142,12 @@ class Plugins:
         import_s = time.perf_counter() - started
         stated = getattr(module, "FERRO_API_VERSION", None)
         if stated not in (None, hookspecs.API_VERSION):
+            from importlib_metadata import version  # as in `installed`
+
             raise PluginError(
                 f"plugin {name!r} of {distribution} states FERRO_API_VERSION = {stated!r}; "
-                f"ferro {_own_version()} has plugin contract version {hookspecs.API_VERSION}. "
-                f"Install a {distribution.partition(' ')[0]} and a ferro that were made for each "
-                "other."
+                f"ferro {version('ferro')} has plugin contract version {hookspecs.API_VERSION}. "
+                f"Install a {distribution.partition(' ')[0]} and a ferro that were made for each other."
             )
         manager = pluggy.PluginManager("ferro")
         manager.add_hookspecs(hookspecs)
@@ -173,7 +169,7 @@ class Plugins:
 @lru_cache(maxsize=1)
 def installed() -> Plugins:
     """Return the plugins of this environment, loaded once per process."""
-    # Here, so that `import ferro` does not pay for what only looking for plugins needs.
+    # Here, so that `import ferro` does not pay for an import that only looking for plugins needs.
     from importlib_metadata import entry_points
 
     return Plugins(entry_points(group=GROUP))
@@ -181,18 +177,19 @@ def installed() -> Plugins:
 
 def by_name(offers: Iterable[Offer[Named]], what: str) -> dict[str, Offer[Named] | PluginError]:
     """Return offers by name; for a name that is claimed twice, the error that says so."""
-    table: dict[str, Offer[Named] | PluginError] = {}
-    claimants: dict[str, list[str]] = {}
+    claims: dict[str, list[Offer[Named]]] = {}
     for offer in offers:
-        name = offer.item.name
-        claimants.setdefault(name, []).append(offer.distribution)
-        table[name] = offer
-    for name, distributions in claimants.items():
-        if len(distributions) > 1:
-            table[name] = PluginError(
-                f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
-            )
-    return table
+        claims.setdefault(offer.item.name, []).append(offer)
+    return {
+        name: found[0] if len(found) == 1 else _claimed_twice(what, name, [it.distribution for it in found])
+        for name, found in claims.items()
+    }
+
+
+def _claimed_twice(what: str, name: str, distributions: Iterable[str]) -> PluginError:
+    return PluginError(
+        f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
+    )
 
 
 def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
@@ -214,14 +211,7 @@ def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distributi
 
 
 def _distribution(entry: EntryPoint) -> str:
-    """Return "name version" of the distribution that an entry point came with."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
-
-
-def _own_version() -> str:
-    from importlib_metadata import version  # as in `installed`
-
-    return version("ferro")
 
 
 def own_extras() -> list[str]:
