@@ -80,14 +80,14 @@ def _cases(selection: Selection) -> Iterator[tuple[str, int]]:
     yield from ((other, size) for other in OTHERS for size in selection.other_sizes)
 
 
-def _copy_seconds(worlds: Mapping[str, ferro_bench.World], cores: int) -> np.ndarray:
+def _copy_seconds(worlds: Mapping[str, ferro_bench.BenchWorld], cores: int) -> np.ndarray:
     """Return the seconds in which all cores at once copy an array of their own."""
     case = ferro_bench.make_case("copy", _COPIED_BYTES, cores, calls=1)
     memory = ferro_bench.Contestant("memory")
     return ferro_bench.measure(worlds, case, [memory], _COPY_ROUNDS)[memory.name].seconds.reshape(-1)
 
 
-def _line(record: ferro_bench.Record) -> str:
+def _line(record: ferro_bench.BenchRecord) -> str:
     words = [f"{record['collective']:<14} {record['ranks']} ranks"]
     words.append(f"{ferro_bench.size_text(record['nbytes']):>8}")
     for name, result in record["results"].items():

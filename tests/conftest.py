@@ -1,7 +1,8 @@
-"""What tests of several rooms need."""
+"""Fixtures that tests of several rooms use."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,3 +18,11 @@ def hosts() -> Iterator[Hosts]:
             yield made
     except CannotMakeHosts as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Give SIGINT its default action, also in started processes; it is ignored in a script's background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

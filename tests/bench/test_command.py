@@ -155,6 +155,7 @@ def test_a_backend_that_cannot_start_shows_its_ranks_last_words():
     assert "no-such-backend" in ended.stderr
 
 
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_rank_outlives_the_driver(tmp_path, signum):
     marker = f"ferro-bench-test-{os.getpid()}-{signum}"

@@ -5,7 +5,7 @@ import pytest
 
 from ferro_bench.rank import pattern
 from ferro_bench.rank.buffers import Buffers
-from ferro_bench.rank.case import COLLECTIVES, OPS, Case
+from ferro_bench.rank.case import COLLECTIVES, OPS, BenchCase
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int64")
 CHECKED = [name for name in COLLECTIVES if name != "barrier"]
@@ -13,7 +13,7 @@ N = 3
 
 
 def case(collective, count=6, dtype="float32", op="sum"):
-    return Case(collective=collective, count=count, dtype=dtype, op=op, calls=1, check=True, async_op=False)
+    return BenchCase(collective=collective, count=count, dtype=dtype, op=op, calls=1, check=True, async_op=False)
 
 
 def buffers(collective, count=6, **more):

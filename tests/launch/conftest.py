@@ -63,12 +63,16 @@ def script(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
-    """Start `ferro` in the background; what is left of it is killed at the end."""
+    """Start `ferro` in the background, with a line of Python that patches it; end it after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def begin(*arguments: object, **env: str) -> "subprocess.Popen[bytes]":
+    def begin(*arguments: object, patch: str = "", **env: str) -> "subprocess.Popen[bytes]":
+        command = ferro_command(*arguments)
+        if patch:
+            program = f"import sys, ferro.cli.main, ferro.launch.processes\n{patch}\nsys.exit(ferro.cli.main.main())"
+            command[1:3] = ["-c", program]
         process = subprocess.Popen(
-            ferro_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(**env)
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(**env)
         )
         started.append(process)
         return process

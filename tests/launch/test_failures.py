@@ -185,6 +185,7 @@ sleep()
     )
 
 
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signals_are_passed_on(script: Script, started: Path, start: Callable, signum: signal.Signals) -> None:
     program = script(note_signal(signum, started))
@@ -211,7 +212,9 @@ def test_signals_that_are_the_programs_own_reach_every_rank_and_end_nothing(
     assert sorted(out.decode().splitlines()) == [f"[{r}] got {signum.name}" for r in (0, 1)]
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_a_second_signal_does_not_wait(script: Script, started: Path, start: Callable) -> None:
+    """The launcher is patched to wait for a minute between SIGINT and SIGKILL, longer than the test waits."""
     program = script(
         SLEEP
         + f"""
@@ -221,7 +224,9 @@ open(os.path.join({str(started)!r}, str(os.getpid())), "w")
 sleep()
 """
     )
-    process = start("run", "-n", 1, program)
+    process = start(
+        "run", "-n", 1, program, patch="ferro.launch.processes.Supervisor.end.__kwdefaults__['grace_s'] = 60"
+    )
     (rank,) = pids(started, 1)
     process.send_signal(signal.SIGINT)
     pids(started, 2)

@@ -1,6 +1,6 @@
-"""What ferro-bench offers to ferro: the command `ferro bench`.
+"""The hook implementation of ferro-bench: it offers the command `ferro bench`.
 
-The module lies beside the package, for the package's own first lines import all of it.
+The module lies beside the package because importing the package imports all of it.
 """
 
 from __future__ import annotations

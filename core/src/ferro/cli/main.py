@@ -21,8 +21,8 @@ _KNOWN_COMMANDS = "ferro.known_commands"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    A mistake in the command line or the environment is one line on stderr and status 2; any other failure of ferro's own
-    is one line and status 1.
+    A mistake in the command line or the environment is one line on stderr and status 2; any other failure of ferro's
+    own is one line and status 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

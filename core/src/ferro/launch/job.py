@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from ferro.errors import FerroError, UsageError
 from ferro.launch.nodes import NodeRendezvous
@@ -141,30 +141,28 @@ class _Attempt:
             RendezvousError: node 0's launcher is gone; this node's ranks were ended.
         """
         started = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            signals = stack.enter_context(collected_signals())
-            supervisor = Supervisor(wake=signals)
-            stack.callback(self._close_outputs)
-            stack.enter_context(supervisor)
-            self._start(supervisor)
+        with contextlib.ExitStack() as logs, collected_signals() as signals, Supervisor(wake=signals) as supervisor:
+            self._start(supervisor, logs)
             stopped_by = self._watch(supervisor, signals)
         first, failure = first_failure(self.ranks), None
         if stopped_by is not None:
             node = "" if self.nodes is None else f" of node {self.options.node_rank}"
-            first, failure = (
-                None,
-                Failure(
-                    what=f"the launcher{node} was stopped by {stopped_by.name}",
-                    status=128 + stopped_by,
-                    after_s=time.monotonic() - started,
-                    restart=False,
-                ),
-            )
+            what = f"the launcher{node} was stopped by {stopped_by.name}"
+            after_s = time.monotonic() - started
+            first, failure = None, Failure(what=what, status=128 + stopped_by, after_s=after_s, restart=False)
         elif first is not None:
             failure = describe_failure(first, started, alone=self.options.world_size == 1)
-        return self._conclude(first, failure)
+        agreed = failure
+        try:
+            if self.nodes is not None:
+                agreed = self.nodes.first_failure(self.number, failure)
+        finally:  # with node 0 gone, too, the failures of this node are to be told
+            if agreed is not None:
+                local = first if agreed == failure else None
+                show_report(self.console, self.ranks, local, agreed, verbose=self.options.verbose)
+        return agreed
 
-    def _start(self, supervisor: Supervisor) -> None:
+    def _start(self, supervisor: Supervisor, logs: contextlib.ExitStack) -> None:
         options = self.options
         for local_rank in range(options.nproc_per_node):
             info = LaunchInfo(
@@ -179,7 +177,12 @@ class _Attempt:
             )
             trace = None if self.trace is None else str(self.trace)
             env = child_environment(info, restart=self.number, trace=trace, timeout_s=options.timeout_s)
-            output = RankOutput(self.console, info.rank, log_dir=options.log_dir, append=self.number > 0)
+            files: list[IO[bytes]] = []
+            if options.log_dir is not None:  # later attempts append to the logs
+                for name in (f"rank{info.rank}.out", f"rank{info.rank}.err"):
+                    mode = "ab" if self.number else "wb"
+                    files.append(logs.enter_context((options.log_dir / name).open(mode, buffering=0)))
+            output = RankOutput(self.console, info.rank, files)
             try:
                 process = supervisor.start(
                     [sys.executable, *options.python_arguments()],
@@ -190,7 +193,6 @@ class _Attempt:
                     dies_with_parent=True,
                 )
             except OSError as exc:
-                output.close()
                 raise FerroError(
                     f"rank {info.rank} could not be started: {exc}; ask for fewer ranks, or "
                     "raise the limit on processes or open files (ulimit)"
@@ -224,22 +226,6 @@ class _Attempt:
                 break
         supervisor.end(hurry=attend)
         return None
-
-    def _close_outputs(self) -> None:
-        for rank in self.ranks:
-            rank.output.close()
-
-    def _conclude(self, first: RankProcess | None, failure: Failure | None) -> Failure | None:
-        """Agree with the other nodes on what failed first, and print the report."""
-        agreed = failure
-        try:
-            if self.nodes is not None:
-                agreed = self.nodes.first_failure(self.number, failure)
-        finally:  # with node 0 gone, too, what happened here is to be told
-            if agreed is not None:
-                local = first if agreed == failure else None
-                show_report(self.console, self.ranks, local, agreed, verbose=self.options.verbose)
-        return agreed
 
 
 def _culprit_may_follow(failed: list[RankProcess]) -> bool:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from ferro.cli.parser import Parser
 from ferro.errors import UsageError
-from ferro.runtime.environment import Address, node_defaults, parse_address
+from ferro.runtime.environment import Address, NodeDefaults, node_defaults, parse_address
 
 _MAX_RANKS = 1_000_000
 
@@ -25,22 +25,7 @@ PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT are defau
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOptions:
-    """What `ferro run` was asked for.
-
-    Attributes:
-        nproc_per_node: ranks to start on each node.
-        nnodes: nodes, each with a launcher of its own.
-        node_rank: this node, 0 <= node_rank < nnodes.
-        endpoint: where node 0's launcher listens; only with several nodes.
-        module: `program` is a module's name, as after `python -m`.
-        program: what to run.
-        arguments: its arguments.
-        log_dir: directory for each rank's output, or None.
-        max_restarts: how often to start again after a failure.
-        trace: file for the trace of all ranks, or None.
-        timeout_s: the ranks' FERRO_TIMEOUT_S, or None.
-        verbose: show every failing rank's traceback.
-    """
+    """The options of `ferro run`, which its help explains; `endpoint` is that of node 0's launcher."""
 
     nproc_per_node: int
     nnodes: int
@@ -57,16 +42,15 @@ class LaunchOptions:
 
     @property
     def world_size(self) -> int:
-        """Ranks in the job, on all nodes."""
         return self.nnodes * self.nproc_per_node
 
     def python_arguments(self) -> list[str]:
-        """What follows the interpreter on a rank's command line."""
+        """Return the part of a rank's command line after the interpreter."""
         return [*(["-m"] if self.module else []), self.program, *self.arguments]
 
 
 class _RunParser(Parser):
-    """Says what to do where the program is missing."""
+    """Tells what to do where the program is missing."""
 
     def error(self, message: str) -> NoReturn:
         if "PROGRAM" in message:
@@ -84,30 +68,19 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = 
     Raises:
         UsageError: an option is unknown, malformed or missing.
     """
-    given = _parser().parse_args(arguments)
     defaults = node_defaults(environ)
+    given = _parser(defaults).parse_args(arguments)
     endpoint = defaults.endpoint
     if given.rdzv_endpoint is not None:
         endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")
-    options = LaunchOptions(
-        nproc_per_node=_first(given.nproc_per_node, defaults.nproc_per_node, 1),
-        nnodes=_first(given.nnodes, defaults.nnodes, 1),
-        node_rank=_first(given.node_rank, defaults.node_rank, 0),
-        endpoint=endpoint,
-        module=given.module,
-        program=given.program,
-        arguments=tuple(given.arguments),
-        log_dir=given.log_dir,
-        max_restarts=given.max_restarts,
-        trace=given.trace,
-        timeout_s=given.timeout_s,
-        verbose=given.verbose,
-    )
+    del given.rdzv_endpoint
+    given.arguments = tuple(given.arguments)
+    options = LaunchOptions(endpoint=endpoint, **vars(given))
     _check(options)
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
     parser = _RunParser(
         prog="ferro run",
         usage="ferro run [options] [-m] PROGRAM [ARGUMENT ...]",
@@ -117,25 +90,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-n", "--nproc-per-node", type=int, metavar="N", help="ranks on each node (default 1)")
-    add("--nnodes", type=int, metavar="K", help="nodes (default 1)")
-    add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
+    nproc, nnodes, node_rank = defaults.nproc_per_node, defaults.nnodes, defaults.node_rank
+    nproc, nnodes = (1 if number is None else number for number in (nproc, nnodes))
+    add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
+    add("--nnodes", type=int, default=nnodes, metavar="K", help="nodes (default 1)")
+    add("--node-rank", type=int, default=node_rank or 0, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
     add("-m", dest="module", action="store_true", help="PROGRAM is a module, not a file")
     add("--log-dir", type=Path, metavar="DIR", help="also write DIR/rank<r>.out and .err")
-    add(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="M",
-        help="after a failure start all ranks again, up to M times (default 0)",
-    )
-    add(
-        "--trace",
-        type=Path,
-        metavar="OUT.json",
-        help="write a Chrome trace of all ranks; node r > 0 writes OUT.node<r>.json",
-    )
+    restarts = "after a failure start all ranks again, up to M times (default 0)"
+    add("--max-restarts", type=int, default=0, metavar="M", help=restarts)
+    trace = "write a Chrome trace of all ranks; node r > 0 writes OUT.node<r>.json"
+    add("--trace", type=Path, metavar="OUT.json", help=trace)
     add("--timeout-s", type=float, metavar="S", help="seconds that a collective may take")
     add("-v", "--verbose", action="store_true", help="show every failing rank's traceback")
     add("program", metavar="PROGRAM", help="Python file to run")
@@ -143,14 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first(given: int | None, default: int | None, otherwise: int) -> int:
-    if given is not None:
-        return given
-    return otherwise if default is None else default
-
-
 def _check(options: LaunchOptions) -> None:
-    """Refuse what cannot work, before anything starts."""
+    """Refuse options that cannot work, before anything starts."""
     if options.nproc_per_node < 1:
         raise UsageError(f"-n {options.nproc_per_node}: start at least one rank per node")
     if options.nnodes < 1:

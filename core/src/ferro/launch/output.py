@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import IO, BinaryIO
 
 from ferro.launch.processes import ChildProcess
 
@@ -129,7 +129,7 @@ class HeldTraceback:
 class _Stream:
     """One of a rank's two streams."""
 
-    def __init__(self, console: Console, rank: int, *, is_stderr: bool, log: BinaryIO | None) -> None:
+    def __init__(self, console: Console, rank: int, *, is_stderr: bool, log: IO[bytes] | None) -> None:
         self._console = console
         self._prefix = console.prefix(rank)
         self._is_stderr = is_stderr
@@ -156,30 +156,14 @@ class _Stream:
 
 
 class RankOutput:
-    """One rank's output: stdout as it comes, stderr with tracebacks held back.
+    """One rank's output: stdout as it comes, stderr with tracebacks held back; logs without prefixes, if any."""
 
-    Attributes:
-        traceback: the state of the latest traceback.
-    """
-
-    def __init__(self, console: Console, rank: int, *, log_dir: Path | None = None, append: bool = False) -> None:
-        """Open the logs, `rank<r>.out` and `rank<r>.err` in `log_dir`; `append` keeps an earlier attempt's."""
+    def __init__(self, console: Console, rank: int, logs: Sequence[IO[bytes]] = ()) -> None:
         self.traceback = HeldTraceback()
-        self._logs: list[BinaryIO] = []
-        if log_dir is not None:
-            mode = "ab" if append else "wb"
-            self._logs = [
-                (log_dir / f"rank{rank}.{end}").open(mode, buffering=0)  # type: ignore[misc]
-                for end in ("out", "err")
-            ]
-        out, err = self._logs or (None, None)
+        out, err = logs or (None, None)
         self._out = _Stream(console, rank, is_stderr=False, log=out)
         self._err = _Stream(console, rank, is_stderr=True, log=err)
         self._holds = console.prefixed
-
-    def close(self) -> None:
-        for log in self._logs:
-            log.close()
 
     def receive_out(self, data: bytes) -> None:
         for line in self._out.receive(data):

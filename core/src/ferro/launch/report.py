@@ -12,21 +12,13 @@ from ferro.launch.processes import ChildProcess
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The failure that ended an attempt.
+    """The failure that ended an attempt."""
 
-    Attributes:
-        what: "rank 2 failed first: exit code 1", "the launcher of node 1 was stopped by SIGTERM".
-        status: the exit status that `ferro run` takes over from it.
-        after_s: seconds after the start of the attempt.
-        consequence: the rank itself put it down to another rank.
-        restart: whether starting again could help.
-    """
-
-    what: str
-    status: int
-    after_s: float
-    consequence: bool = False
-    restart: bool = True
+    what: str  # "rank 2 failed first: exit code 1", "the launcher of node 1 was stopped by SIGTERM"
+    status: int  # the exit status that `ferro run` takes over from it
+    after_s: float  # seconds after the start of the attempt
+    consequence: bool = False  # the rank itself put it down to another rank
+    restart: bool = True  # starting again could help
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +31,8 @@ class RankProcess:
 
     @property
     def code(self) -> int:
-        """Its exit status; 0 while it runs."""
-        return self.process.returncode or 0
+        """Its exit status; 0 until its end was noticed."""
+        return 0 if self.process.ended_at is None else self.process.returncode or 0
 
     @property
     def was_signalled(self) -> bool:
@@ -51,12 +43,6 @@ class RankProcess:
     def failed(self) -> bool:
         """Whether it ended badly, by itself."""
         return self.code != 0 and not self.was_signalled
-
-    @property
-    def was_failing(self) -> bool:
-        """Whether a traceback had begun when the launcher told the rank to end."""
-        held, signalled_at = self.output.traceback, self.process.signalled_at
-        return held.holding and held.began is not None and signalled_at is not None and held.began < signalled_at
 
     @property
     def blame(self) -> tuple[bool, bool, float]:
@@ -74,7 +60,13 @@ def first_failure(ranks: Sequence[RankProcess]) -> RankProcess | None:
     traceback when the launcher ended it counts too, after those that ended by themselves. Among equals the first sign
     of failure decides: the traceback's beginning, or else the end of the process.
     """
-    return min((r for r in ranks if r.failed or (r.code and r.was_failing)), key=lambda r: r.blame, default=None)
+    return min((rank for rank in ranks if rank.failed or _was_failing(rank)), key=lambda rank: rank.blame, default=None)
+
+
+def _was_failing(rank: RankProcess) -> bool:
+    """Whether a traceback had begun when the launcher told the rank to end."""
+    held, signalled_at = rank.output.traceback, rank.process.signalled_at
+    return bool(rank.code and held.holding and signalled_at and held.began and held.began < signalled_at)
 
 
 def describe_failure(rank: RankProcess, started: float, *, alone: bool) -> Failure:
@@ -110,12 +102,7 @@ def show_report(
 ) -> None:
     """Print the traceback of the rank that failed first, who failed and how, and a line for each that failed later.
 
-    Args:
-        console: where to print.
-        ranks: this node's, all ended.
-        first: the one that failed first, or None where that was not a rank of this node.
-        failure: the first failure in the whole job.
-        verbose: print the tracebacks of the others, too.
+    `failure` is the first in the whole job; `first` is None where that was not a rank of this node.
     """
     shown_now = first is not None and first.output.release()
     text = f"{failure.what} after {failure.after_s:.1f} s"

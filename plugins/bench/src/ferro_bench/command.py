@@ -1,27 +1,24 @@
-"""`ferro bench`: measure what was asked for, show it as it comes, keep it."""
+"""`ferro bench`: measure, show each result as it comes, write all of them down."""
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from ferro.errors import UsageError
+from ferro.launch.processes import exit_on_signals
 from ferro_bench.contestants import Contestant, WorldPlan
 from ferro_bench.driver import open_worlds
 from ferro_bench.measure import default_rounds, make_case, measure
 from ferro_bench.options import BenchOptions
 from ferro_bench.peers import find
 from ferro_bench.plot import plot, require_matplotlib
-from ferro_bench.summary import Record, summarize
-from ferro_bench.table import Table
-from ferro_bench.world import World
-
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+from ferro_bench.summary import BenchRecord, summarize
+from ferro_bench.table import ResultTable
+from ferro_bench.world import BenchWorld
 
 
 def run(options: BenchOptions) -> int:
@@ -29,14 +26,10 @@ def run(options: BenchOptions) -> int:
 
     Raises:
         UsageError: a peer or matplotlib is not installed, or a file cannot be written.
-        BackendError: a library's ranks died or hung; the message has their last words.
+        BackendError: a library's ranks died or hung; the message has the end of their output.
     """
-    before = {signum: signal.signal(signum, _terminate) for signum in _ENDING}
-    try:
+    with exit_on_signals():
         return _run(options)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _run(options: BenchOptions) -> int:
@@ -57,12 +50,14 @@ def _run(options: BenchOptions) -> int:
     return 1 if wrong else 0
 
 
-def _rows(options: BenchOptions, collective: str, worlds: Mapping[str, World], stream: TextIO) -> list[Record]:
+def _rows(
+    options: BenchOptions, collective: str, worlds: Mapping[str, BenchWorld], stream: TextIO
+) -> list[BenchRecord]:
     ours = [Contestant("ferro", memory) for memory in options.memories]
     peers = list(options.peers) if collective != "copy" else []
     contestants = [*ours, *(Contestant(name) for name in peers)]
     _say(stream, f"# {collective}")
-    table = Table(stream, collective, ours, peers)
+    table = ResultTable(stream, collective, ours, peers)
     records = []
     for nbytes in options.sizes if collective != "barrier" else options.sizes[:1]:
         case = make_case(
@@ -82,7 +77,7 @@ def _rows(options: BenchOptions, collective: str, worlds: Mapping[str, World], s
     return records
 
 
-def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[Record]) -> None:
+def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[BenchRecord]) -> None:
     if options.json is not None:
         text = json.dumps({"versions": versions, "records": records}, indent=1)
         if options.json == "-":
@@ -98,8 +93,3 @@ def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[
 
 def _say(stream: TextIO, line: str) -> None:
     print(line, file=stream, flush=True)
-
-
-def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through every `with`, so that no process stays behind."""
-    raise SystemExit(128 + signum)

@@ -1,4 +1,4 @@
-"""Who is measured: worlds to start, each with its command line, and the memories they use."""
+"""The contestants: libraries to start, each with its command line, and the memories that they use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """As the results call it: ferro's two memories are told apart."""
+        """Its name in the results, which tells ferro's two memories apart."""
         return f"ferro-{self.memory}" if self.world == "ferro" else self.world
 
 
@@ -49,7 +49,7 @@ class WorldPlan:
         name: "ferro" or the peer's name.
         world_size: number of ranks.
         backend: ferro's backend, "" for the launcher's choice and for peers.
-        peer: what is installed of a peer, None for ferro itself.
+        peer: the installed peer, None for ferro itself.
     """
 
     name: str

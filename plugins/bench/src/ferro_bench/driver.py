@@ -1,4 +1,4 @@
-"""The driver: starts worlds, and is where all their ranks report."""
+"""The driver starts the ranks of every library, and listens for their connections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferro.rendezvous import Listener, listen
 from ferro_bench.contestants import WorldPlan
 from ferro_bench.link import Link
 from ferro_bench.rank.channel import PURPOSE
-from ferro_bench.world import World
+from ferro_bench.world import BenchWorld
 
 _HOST = "127.0.0.1"
 _SECRET_BYTES = 32
@@ -25,74 +25,74 @@ _TICK_S = 0.2
 
 
 @contextlib.contextmanager
-def open_worlds(plans: Sequence[WorldPlan]) -> Iterator[dict[str, World]]:
+def open_worlds(plans: Sequence[WorldPlan]) -> Iterator[dict[str, BenchWorld]]:
     """Start worlds; yield them by name when all their ranks wait for orders; end them.
 
     Raises:
         BackendError: a world could not be started, or ended at once, or took too long.
     """
-    worlds: dict[str, World] = {}
+    worlds: dict[str, BenchWorld] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-bench-")))
         secret = secrets.token_bytes(_SECRET_BYTES)
         listener = listen(_HOST)
         port = listener.getsockname()[1]
-        contact = {"host": _HOST, "port": port, "secret": secret.hex()}
-        reception = stack.enter_context(contextlib.closing(_Reception(listener, secret)))
+        endpoint = {"host": _HOST, "port": port, "secret": secret.hex()}
+        ranks = stack.enter_context(contextlib.closing(_RankListener(listener, secret)))
         for plan in plans:
-            world = World(plan, folder, contact)
+            world = BenchWorld(plan, folder, endpoint)
             stack.callback(world.close)
             worlds[plan.name] = world
-        reception.wait_for(worlds)
+        ranks.wait_for(worlds)
         yield worlds
-        # Not where something failed: who waits for a dead rank would only use up the time.
+        # Not where something failed: ranks that wait for a dead one would only use up the time.
         for world in worlds.values():
-            world.dismiss(_LEAVE_S)
+            world.shut_down(_LEAVE_S)
 
 
-class _Reception:
-    """Where ranks connect, prove that they hold the secret, and say who they are."""
+class _RankListener:
+    """Accepts connections of ranks that hold the secret and say which rank of which world they are."""
 
     def __init__(self, listener: socket.socket, secret: bytes) -> None:
         self._selector = selectors.DefaultSelector()
-        self._worlds: dict[str, World] = {}
-        self._silent: set[Link] = set()
-        self._gate = Listener(listener, secret, purpose=PURPOSE, selector=self._selector, admit=self._admit)
+        self._worlds: dict[str, BenchWorld] = {}
+        self._unidentified: set[Link] = set()
+        self._listener = Listener(listener, secret, purpose=PURPOSE, selector=self._selector, admit=self._admit)
 
-    def wait_for(self, worlds: dict[str, World]) -> None:
-        """Return when all ranks of all worlds have reported."""
+    def wait_for(self, worlds: dict[str, BenchWorld]) -> None:
+        """Wait until all ranks of all worlds are connected."""
         self._worlds = worlds
         deadline = time.monotonic() + _CONNECT_S
         while late := [world for world in worlds.values() if not world.complete()]:
             for key, events in self._selector.select(_TICK_S):
                 key.data(events)
-            self._gate.expire()
+            self._listener.expire()
             if time.monotonic() > deadline:
                 what = f"was not complete within {_CONNECT_S:g} s"
                 raise late[0].failure(what, ending=False)
 
     def close(self) -> None:
-        """Stop listening, and close connections that never said whose they are."""
-        self._gate.close()
-        for link in self._silent:
+        """Stop listening, and close connections of ranks that never identified themselves."""
+        self._listener.close()
+        for link in self._unidentified:
             link.close()
         self._selector.close()
 
     def _admit(self, sock: socket.socket) -> None:
         link = Link(sock)
-        self._silent.add(link)
-        self._selector.register(link, selectors.EVENT_READ, lambda _events: self._hear(link))
+        self._unidentified.add(link)
+        self._selector.register(link, selectors.EVENT_READ, lambda _events: self._identify(link))
 
-    def _hear(self, link: Link) -> None:
+    def _identify(self, link: Link) -> None:
         try:
-            hello = link.take()
+            hello = link.receive()
         except EOFError:
             hello = {}
         if hello is None:
             return
         self._selector.unregister(link)
-        self._silent.discard(link)
+        self._unidentified.discard(link)
         if hello.get("world") in self._worlds:
-            self._worlds[hello["world"]].welcome(link, hello)
+            self._worlds[hello["world"]].add_rank(link, hello)
         else:
             link.close()

@@ -14,7 +14,7 @@ _READ_BYTES = 1 << 16
 
 
 class Link:
-    """Messages to and from one rank, received as they come."""
+    """Messages to and from one rank, received without blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over an authenticated socket."""
@@ -23,7 +23,7 @@ class Link:
         self._received = bytearray()
 
     def fileno(self) -> int:
-        """What to select on."""
+        """Return the socket's descriptor, for a selector."""
         return self._sock.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
@@ -34,8 +34,8 @@ class Link:
         """
         self._sock.sendall(encode(message))
 
-    def take(self) -> dict[str, Any] | None:
-        """Read once what is there; return the message when it is whole.
+    def receive(self) -> dict[str, Any] | None:
+        """Read once; return the message when it is whole.
 
         Raises:
             EOFError: the rank has left.

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro_bench.contestants import Contestant
-from ferro_bench.rank.case import IN_BLOCKS, Case
+from ferro_bench.rank.case import IN_BLOCKS, BenchCase
 from ferro_bench.rank.pattern import dtype_of
-from ferro_bench.world import World
+from ferro_bench.world import BenchWorld
 
 Seconds: TypeAlias = "npt.NDArray[np.float64]"
 
@@ -36,11 +36,11 @@ _CALLS = 20
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one contestant did in one case.
+    """The times of one contestant in one case.
 
     Attributes:
         seconds: of every timed call on its slowest rank, shape (turns, calls).
-        wrong: elements of results that were not what they must be, on all ranks.
+        wrong: number of wrong elements in the results of all ranks.
     """
 
     seconds: Seconds
@@ -57,8 +57,8 @@ def make_case(
     calls: int | None = None,
     check: bool = True,
     async_op: bool = False,
-) -> Case:
-    """Return the case of a size, rounded down to what the ranks can cut, but not to nothing.
+) -> BenchCase:
+    """Make the case of a size, rounded down to a multiple that the ranks can cut, but not to nothing.
 
     Args:
         collective: its name.
@@ -77,20 +77,22 @@ def make_case(
     if calls is None:
         calls = _SMALL_CALLS if nbytes <= _SMALL_BYTES else _CALLS
         calls = max(1, min(calls, _TURN_BYTES // nbytes))
-    return Case(collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op)
+    return BenchCase(
+        collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op
+    )
 
 
 def default_rounds(nbytes: int) -> int:
-    """Return how many turns settle the medians of a size without taking too long."""
+    """Choose a number of turns that settles the medians of a size without taking too long."""
     if nbytes <= 4 << 20:
         return 16
     return 10 if nbytes <= 64 << 20 else 5
 
 
 def measure(
-    worlds: Mapping[str, World], case: Case, contestants: Sequence[Contestant], rounds: int
+    worlds: Mapping[str, BenchWorld], case: BenchCase, contestants: Sequence[Contestant], rounds: int
 ) -> dict[str, Measured]:
-    """Measure a case; return what each contestant did, by its name.
+    """Measure a case; return the times of each contestant, by its name.
 
     Raises:
         BackendError: a rank died or did not answer.

@@ -43,10 +43,10 @@ openmpi and mpich need mpi4py, and mpiexec beside the interpreter or on the PATH
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What `ferro bench` was asked for.
+    """The options of `ferro bench`.
 
     Attributes:
-        collectives: what to measure, in this order.
+        collectives: those to measure, in this order.
         ranks: processes to start for each library.
         backend: ferro's backend, None for the launcher's choice.
         sizes: in bytes.
@@ -171,7 +171,7 @@ def parse_peers(text: str) -> dict[str, str | None]:
 
 
 def _check(options: BenchOptions) -> None:
-    """Refuse what cannot work, before anything starts."""
+    """Refuse options that cannot work, before anything starts."""
     if not 1 <= options.ranks <= _MAX_RANKS:
         raise UsageError(f"-n {options.ranks}: give 1 to {_MAX_RANKS} ranks")
     if options.ranks == 1 and "sendrecv" in options.collectives:

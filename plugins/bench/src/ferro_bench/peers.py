@@ -1,4 +1,4 @@
-"""The other libraries: which there are, and whether they are installed where we are told."""
+"""The other libraries, and how an installed one is found."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Peer:
     Attributes:
         needs: distributions that its interpreter must have.
         install: distributions that make it complete, the MPI itself included.
-        family: a word in what its mpiexec says of itself and in its ranks' version, in lower
-            case; empty where there is no mpiexec.
-        dtypes: what it can reduce.
+        family: a lower-case word in the output of `mpiexec --version` and in its ranks' version; empty where there is
+            no mpiexec.
+        dtypes: names of those that it can reduce.
     """
 
     needs: tuple[str, ...]
@@ -63,7 +63,7 @@ PEERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """Where a peer was found.
+    """A peer that was found.
 
     Attributes:
         name: the peer's.

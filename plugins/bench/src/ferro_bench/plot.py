@@ -10,14 +10,14 @@ from typing import Any
 
 from ferro.errors import UsageError
 from ferro_bench.sizes import size_text
-from ferro_bench.summary import Record
+from ferro_bench.summary import BenchRecord
 
 _PANEL_INCHES = (6.5, 4.0)
 _MOST_TICKS = 8
 
 
 def require_matplotlib() -> None:
-    """Refuse to start what could not be drawn in the end.
+    """Refuse to start a measurement that could not be drawn in the end.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
         raise UsageError("--plot needs matplotlib: run `pip install matplotlib`, or leave it out")
 
 
-def plot(records: Sequence[Record], target: Path) -> None:
+def plot(records: Sequence[BenchRecord], target: Path) -> None:
     """Draw median times by size, on logarithmic axes.
 
     Args:
@@ -55,7 +55,7 @@ def plot(records: Sequence[Record], target: Path) -> None:
         raise UsageError(f"the picture {target} cannot be written: {exc}") from exc
 
 
-def _draw(axes: Any, records: Sequence[Record]) -> None:
+def _draw(axes: Any, records: Sequence[BenchRecord]) -> None:
     """Draw one panel; records of other memories or peers may be missing."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

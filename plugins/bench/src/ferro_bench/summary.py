@@ -1,4 +1,4 @@
-"""What is kept of a measured case, ready for JSON."""
+"""The record of a measured case, ready for JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from ferro_bench.measure import Measured
-from ferro_bench.rank.case import BUS_FACTORS, Case
+from ferro_bench.rank.case import BUS_FACTORS, BenchCase
 from ferro_bench.rank.pattern import dtype_of
 
 _GB = 1e9
@@ -30,7 +30,7 @@ class Result(TypedDict):
     wrong: int
 
 
-class Record(TypedDict):
+class BenchRecord(TypedDict):
     """One case with every contestant's result, by name."""
 
     collective: str
@@ -46,12 +46,12 @@ class Record(TypedDict):
     results: dict[str, Result]
 
 
-def summarize(case: Case, world_size: int, measured: Mapping[str, Measured]) -> Record:
-    """Return the record of a case."""
+def summarize(case: BenchCase, world_size: int, measured: Mapping[str, Measured]) -> BenchRecord:
+    """Summarize the times of a case."""
     nbytes = case.count * dtype_of(case.dtype).itemsize
     factor = BUS_FACTORS[case.collective](world_size)
     results = {name: _result(it, nbytes, factor) for name, it in measured.items()}
-    return Record(
+    return BenchRecord(
         collective=case.collective,
         ranks=world_size,
         nbytes=nbytes,

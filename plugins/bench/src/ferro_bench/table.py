@@ -8,10 +8,10 @@ from typing import TextIO
 from ferro_bench.contestants import Contestant
 from ferro_bench.rank.case import REDUCING
 from ferro_bench.sizes import size_text
-from ferro_bench.summary import Record, Result
+from ferro_bench.summary import BenchRecord, Result
 
 
-class Table:
+class ResultTable:
     """One collective's rows: one for each size and each memory of ferro's arrays."""
 
     def __init__(self, stream: TextIO, collective: str, ours: Sequence[Contestant], peers: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ class Table:
 
         Args:
             stream: where to write.
-            collective: what is measured.
+            collective: the one that is measured.
             ours: ferro's contestants.
             peers: names of the others.
         """
@@ -40,7 +40,7 @@ class Table:
                 self._widths[index] = 6
         self._write(head)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: BenchRecord) -> None:
         """Write the rows of a case."""
         for contestant in self._ours:
             ours = record["results"][contestant.name]

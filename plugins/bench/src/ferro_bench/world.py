@@ -1,19 +1,17 @@
-"""A world: the processes of one library's ranks, and orders to all of them."""
+"""The processes of one library's ranks, and orders to all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import selectors
-import signal
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ferro.errors import BackendError
+from ferro.launch.processes import Supervisor
 from ferro_bench.contestants import WorldPlan
 from ferro_bench.link import Link
 from ferro_bench.peers import PEERS
@@ -26,51 +24,46 @@ _GRACE_S = 5.0
 _TAIL_BYTES = 4 * 1024
 
 
-class World:
-    """The ranks of one library, once all have reported.
+class BenchWorld:
+    """The ranks of one library.
 
     Attributes:
-        plan: what was started.
-        version: what its ranks say of their library.
+        plan: how the ranks were started.
+        version: name and version of their library, as the ranks tell it.
     """
 
-    def __init__(self, plan: WorldPlan, folder: Path, contact: Mapping[str, object]) -> None:
+    def __init__(self, plan: WorldPlan, folder: Path, endpoint: Mapping[str, object]) -> None:
         """Start the processes.
 
         Args:
-            plan: what to start.
+            plan: how to start the ranks.
             folder: private to us; output and task are written there.
-            contact: "host", "port" and "secret" of the driver.
+            endpoint: "host", "port" and "secret" of the driver.
 
         Raises:
             BackendError: a process could not be started.
         """
         self.plan = plan
         self.version = ""
+        self._closed = False
         self._links: dict[int, Link] = {}
-        self._processes: list[subprocess.Popen[bytes]] = []
+        # Without a driver ranks leave in order, if they can, before the guard kills them.
+        self._supervisor = Supervisor(orphan_grace_s=_LEAVE_S + _GRACE_S)
         self._output = folder / f"{plan.name}.output"
         task = folder / f"{plan.name}.task"
-        meeting = str(folder / f"{plan.name}.meeting")
+        init_file = str(folder / f"{plan.name}.init")
         about = {"world": plan.name, "world_size": plan.world_size, "backend": plan.backend}
-        task.write_text(json.dumps({**about, **contact, "meeting": meeting}))
+        task.write_text(json.dumps({**about, **endpoint, "init_file": init_file}))
         try:
             for command in plan.commands(task):
-                self._start(command)
+                with self._output.open("ab") as output:
+                    self._supervisor.start(command, stdout=output)
         except OSError as exc:
             self.close()
             raise BackendError(f"{plan.name} could not be started: {exc}") from exc
 
-    def _start(self, command: list[str]) -> None:
-        with self._output.open("ab") as output:
-            self._processes.append(
-                subprocess.Popen(  # noqa: S603 - from the plan
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            )
-
-    def welcome(self, link: Link, hello: Mapping[str, Any]) -> None:
-        """Take a rank that has reported.
+    def add_rank(self, link: Link, hello: Mapping[str, Any]) -> None:
+        """Add a rank that has identified itself.
 
         Raises:
             BackendError: it is not one of the ranks that were started.
@@ -93,14 +86,15 @@ class World:
         self._links[rank] = link
 
     def complete(self) -> bool:
-        """Say whether all ranks have reported.
+        """Say whether all ranks are connected.
 
         Raises:
             BackendError: a process has ended before.
         """
         if len(self._links) == self.plan.world_size:
             return True
-        if any(process.poll() is not None for process in self._processes):
+        self._supervisor.wait(0)
+        if len(self._supervisor.running()) < len(self._supervisor.children):
             raise self.failure("ended before all its ranks were connected")
         return False
 
@@ -127,61 +121,48 @@ class World:
                     what = f"did not answer within {timeout_s:g} s (ranks {late})"
                     raise self.failure(what, ending=False)
                 for key, _ in selector.select(left_s):
-                    reply = self._take(key.data)
+                    reply = self._receive(key.data)
                     if reply is not None:
                         replies[key.data] = reply
         return [replies[rank] for rank in range(len(self._links))]
 
-    def _take(self, rank: int) -> dict[str, Any] | None:
+    def _receive(self, rank: int) -> dict[str, Any] | None:
         try:
-            return self._links[rank].take()
+            return self._links[rank].receive()
         except EOFError:
             raise self.failure(f"lost rank {rank}") from None
 
     def failure(self, what: str, *, ending: bool = True) -> BackendError:
-        """Return an error with the last words of the processes, which are ended.
+        """End the processes; return an error with the end of their output.
 
         Args:
-            what: what happened.
-            ending: they are about to end by themselves: a launcher's report takes a moment.
+            what: the event, as a predicate: "lost rank 0".
+            ending: the processes are about to end by themselves: a launcher's report takes a moment.
         """
         if ending:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._processes[0].wait(_REPORT_S)
+            deadline = time.monotonic() + _REPORT_S
+            while self._supervisor.children[0].ended_at is None and (left_s := deadline - time.monotonic()) > 0:
+                self._supervisor.wait(left_s)
         self.close()
         words = self._output.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
         return BackendError(
             f"{self.plan.name}, {self.plan.world_size} ranks: it {what}. It last wrote:\n{words or '(nothing)'}"
         )
 
-    def dismiss(self, timeout_s: float) -> None:
-        """Let the ranks leave their library in order; `close` makes who does not."""
+    def shut_down(self, timeout_s: float) -> None:
+        """Let the ranks leave their library in order; `close` ends those that do not."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.send({"do": "end"})
-        self._wait(timeout_s)
+        self._supervisor.wait_all(timeout_s)
 
     def close(self) -> None:
         """End all processes, however they are. Idempotent."""
         for link in self._links.values():
             link.close()
         self._links.clear()
-        running = [process for process in self._processes if process.poll() is None]
-        self._wait(_LEAVE_S)  # without a driver ranks leave in order, if they can
-        _signal([process for process in running if process.poll() is None], signal.SIGTERM)
-        self._wait(_GRACE_S)
-        _signal(running, signal.SIGKILL)  # and what a launcher that has ended left in its group
-        for process in running:
-            process.wait()
-
-    def _wait(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-
-
-def _signal(processes: Sequence[subprocess.Popen[bytes]], signum: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signum)
+        if not self._closed:
+            self._closed = True
+            with self._supervisor:
+                self._supervisor.wait_all(_LEAVE_S)  # without a driver ranks leave in order, if they can
+                self._supervisor.end(grace_s=_GRACE_S)

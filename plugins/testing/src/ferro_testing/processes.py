@@ -1,213 +1,296 @@
-"""The processes of one `run_ranks`: started, watched until all have ended, ended by force."""
+"""The processes of one `run_ranks`: started, watched until all have ended, ended by force.
+
+Every rank leaves files in the run's private folder, named by the rank: its report, its output, its process id. The
+ranks of a launcher such as mpiexec, which mixes their output, meet as they would under the launcher alone, for no
+FERRO_STORE tells them where.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import secrets
-import selectors
 import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ferro.launch.processes import ChildProcess, Supervisor
 from ferro.rendezvous import StoreServer, codec
 from ferro.runtime.environment import LaunchInfo, child_environment
 from ferro_testing.outcome import Outcome
 
-GRACE_S = 5.0  # for the others to end by themselves when one has failed
-REAP_S = 5.0  # for a process to end after its pipe has closed, or after a signal
+_GRACE_S = 5.0  # for the others to end by themselves when one has failed
+_REAP_S = 5.0  # for a process to end after a signal
+_POLL_S = 0.02  # between looks at the reports of a launcher's ranks
 _OUTPUT_BYTES = 8 * 1024
-_READ_BYTES = 64 * 1024
+# Variables that tell a process its place, and that a launcher's ranks are to be told by their launcher.
+_PLACE = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "FERRO_STORE"),
+    *("MASTER_ADDR", "MASTER_PORT", "FERRO_MASTER_PORT", "FERRO_RESTART"),
+)
 
 
-class Job:
-    """The ranks of one run, and the store at which they meet.
+def run_processes(
+    task: Mapping[str, object],
+    variables: Sequence[Mapping[str, str]],
+    *,
+    timeout_s: float,
+    python: str,
+    stop_on_failure: bool,
+) -> list[Outcome]:
+    """Run each rank as a process of ours; return the outcomes by rank.
 
     Args:
-        task: what each does.
-        variables: for every rank what is set in its environment besides this process's own.
-        timeout_s: deadline of all of it in seconds.
+        task: encoded for every rank.
+        variables: set for each rank besides this process's own environment.
+        timeout_s: deadline of the whole run.
         python: the ranks' interpreter.
+        stop_on_failure: once a rank has failed, the others have only a few seconds.
     """
+    deadline = time.monotonic() + timeout_s
+    secret = secrets.token_bytes(32)
+    failed: list[int] = []
+    with _folder(task) as folder, StoreServer(secret=secret) as server, Supervisor() as supervisor:
 
-    def __init__(
-        self, task: Mapping[str, object], variables: Sequence[Mapping[str, str]], timeout_s: float, python: str
-    ) -> None:
-        encoded = codec.encode(dict(task))
-        self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self._ranks: list[_Rank] = []
-        self._directory = tempfile.TemporaryDirectory(prefix="ferro-ranks-")
-        folder = Path(self._directory.name)
-        (folder / "task").write_bytes(encoded)
-        secret = secrets.token_bytes(32)
-        self._server = StoreServer(secret=secret)
-        try:
-            for rank, extra in enumerate(variables):
-                info = LaunchInfo(
-                    rank=rank,
-                    world_size=len(variables),
-                    local_rank=rank,
-                    local_world_size=len(variables),
-                    launcher="ferro",
-                    store=self._server.address,
-                    secret=secret,
-                )
-                env = {**child_environment(info, timeout_s=timeout_s), **extra}
-                self._ranks.append(_Rank(rank, folder, env, python))
-        except BaseException:
-            self._end()
-            raise
+        def note_end(rank: int, child: ChildProcess) -> None:
+            if child.returncode != 0 or "result" not in _report(folder, rank):
+                failed.append(rank)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def outcomes(self, *, stop_on_failure: bool) -> list[Outcome]:
-        """Wait for all ranks to end, at most until the deadline; return what became of them.
-
-        Args:
-            stop_on_failure: once a rank has failed, give the others only a few seconds.
-        """
-        deadline = self._deadline
-        failed = False
-        with selectors.DefaultSelector() as selector:
-            for rank in self._ranks:
-                selector.register(rank.pipe, selectors.EVENT_READ, rank)
-            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    rank = key.data
-                    if rank.read():
-                        continue
-                    selector.unregister(rank.pipe)
-                    rank.reap()
-                    if stop_on_failure and not failed and rank.failed():
-                        failed = True
-                        deadline = min(deadline, time.monotonic() + GRACE_S)
-            late = [key.data for key in selector.get_map().values()]
-        for rank in late:
-            rank.late = True
-            rank.signal(signal.SIGABRT)
-        for rank in late:
-            rank.reap()
-        why = (
-            f"was ended {GRACE_S:g} s after another rank had failed"
-            if failed
-            else f"did not end within {self._timeout_s:g} s"
-        )
-        return [rank.outcome(why) for rank in self._ranks]
-
-    def _end(self) -> None:
-        for rank in self._ranks:
-            rank.close()
-        self._server.close()
-        self._directory.cleanup()
-
-
-class _Rank:
-    """One process, with its report's pipe and its output's file."""
-
-    def __init__(self, number: int, folder: Path, env: Mapping[str, str], python: str) -> None:
-        self.late = False
-        self._ended_s = 0.0
-        self._number = number
-        self._received = bytearray()
-        self._output = folder / f"output{number}"
-        self.pipe, theirs = os.pipe()
-        try:
-            with self._output.open("wb") as output:
-                self._process = subprocess.Popen(  # noqa: S603 - our own entry point
-                    [python, "-m", "ferro_testing.rank", str(folder / "task"), str(theirs)],
-                    env=env,
-                    stdin=subprocess.DEVNULL,
+        for rank, extra in enumerate(variables):
+            info = LaunchInfo(
+                rank=rank,
+                world_size=len(variables),
+                local_rank=rank,
+                local_world_size=len(variables),
+                launcher="ferro",
+                store=server.address,
+                secret=secret,
+            )
+            with (folder / f"output{rank}").open("wb") as output:
+                supervisor.start(
+                    [python, "-m", "ferro_testing.rank", str(folder / "task"), str(folder), str(rank)],
                     stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(theirs,),
-                    start_new_session=True,
+                    env={**child_environment(info, timeout_s=timeout_s), **extra},
+                    on_end=partial(note_end, rank),
                 )
-        except BaseException:
-            os.close(self.pipe)
-            raise
-        finally:
-            os.close(theirs)
+        late_because = _wait(supervisor, deadline, timeout_s, lambda: stop_on_failure and failed)
+        late = supervisor.running()
+        for child in late:
+            child.signal_group(signal.SIGABRT)  # so that every stack is in its output
+        supervisor.wait_all(_REAP_S)
+        supervisor.end(signal.SIGKILL)  # the processes that ranks may have started and left behind, too
+        return [
+            _process_outcome(folder, rank, child, late_because if child in late else "")
+            for rank, child in enumerate(supervisor.children)
+        ]
 
-    def read(self) -> bool:
-        """Take what has come; say whether more may follow."""
-        data = os.read(self.pipe, _READ_BYTES)
-        self._received += data
-        return bool(data)
 
-    def signal(self, signum: signal.Signals) -> None:
-        """Send a signal to the process and its descendants."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signum)
+def _process_outcome(folder: Path, rank: int, child: ChildProcess, late_because: str) -> Outcome:
+    report, code = _report(folder, rank), child.returncode
+    ended_by = signal.Signals(-code).name if code is not None and code < 0 else ""
+    kind, text = str(report.get("error_type", "")), str(report.get("error_text", ""))
+    if late_because:
+        kind, text, ended_by = "Late", f"{late_because}. {text}", ""
+    elif not kind and ended_by:
+        kind, text = "Killed", f"ended by {ended_by}"
+    elif not kind and (code or "result" not in report):
+        kind, text = "Exited", f"left with exit status {code}"
+    return _outcome(
+        rank,
+        report,
+        kind,
+        text,
+        exit_code=code if code is not None and code >= 0 else None,
+        ended_by=ended_by,
+        ended_s=child.ended_at or time.monotonic(),
+        output=_tail(folder / f"output{rank}"),
+    )
 
-    def reap(self) -> None:
-        """Wait a moment for the process to end; then make it."""
+
+def run_launcher(
+    task: Mapping[str, object],
+    world_size: int,
+    launcher: Sequence[str],
+    variables: Mapping[str, str],
+    *,
+    timeout_s: float,
+    python: str,
+    stop_on_failure: bool,
+) -> list[Outcome]:
+    """Run the ranks under a launcher; return the outcomes by rank.
+
+    Args:
+        task: encoded for every rank.
+        world_size: number of ranks.
+        launcher: the command that starts a program on so many ranks, up to that program.
+        variables: set for the launcher besides this process's own environment.
+        timeout_s: deadline of the whole run.
+        python: the ranks' interpreter.
+        stop_on_failure: once a rank has failed, the others have only a few seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    place = LaunchInfo(
+        rank=0,
+        world_size=world_size,
+        local_rank=0,
+        local_world_size=world_size,
+        launcher="",
+        secret=secrets.token_bytes(32),
+    )
+    env = child_environment(place, timeout_s=timeout_s)
+    env = {**{name: value for name, value in env.items() if name not in _PLACE}, **variables}
+    ranks = range(world_size)
+    with _folder(task) as folder, Supervisor() as supervisor:
+        with (folder / "launcher").open("wb") as output:
+            rank_command = [python, "-m", "ferro_testing.rank", str(folder / "task"), str(folder)]
+            child = supervisor.start([*launcher, *rank_command], stdout=output, env=env)
+
+        def failed() -> bool:
+            return stop_on_failure and any("error_type" in _report(folder, rank) for rank in ranks)
+
+        late: set[int] = set()
         try:
-            self._process.wait(REAP_S)
-        except subprocess.TimeoutExpired:
-            self.late = True
-            self.signal(signal.SIGKILL)
-            self._process.wait(REAP_S)
-        self.signal(signal.SIGKILL)  # what it may have started and left behind
-        self._ended_s = time.monotonic()
-
-    def failed(self) -> bool:
-        """Say whether the process, which has ended, did so badly."""
-        return self._process.returncode != 0 or "result" not in self._report()
-
-    def outcome(self, why_late: str) -> Outcome:
-        """Return what became of it."""
-        report, code = self._report(), self._process.returncode
-        ended_by = signal.Signals(-code).name if code is not None and code < 0 else ""
-        kind, text = str(report.get("error_type", "")), str(report.get("error_text", ""))
-        if self.late:
-            kind, text, ended_by = "Late", f"{why_late}. {text}", ""
-        elif not kind and ended_by:
-            kind, text = "Killed", f"ended by {ended_by}"
-        elif not kind and (code or "result" not in report):
-            kind, text = "Exited", f"left with exit status {code}"
-        raw = report.get("result")
-        return Outcome(
-            rank=self._number,
-            result=codec.decode(raw) if isinstance(raw, bytes) and not kind else None,
-            error_type=kind,
-            error_text=text,
-            exit_code=code if code is not None and code >= 0 else None,
-            signal=ended_by,
-            ended_s=float(report.get("ended_s", self._ended_s)),
-            output=tail(self._output),
-        )
-
-    def close(self) -> None:
-        """End what is left of it."""
-        if self._process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self._process.wait(REAP_S)
-        os.close(self.pipe)
-
-    def _report(self) -> dict[str, Any]:
-        """Return the last whole report that came, {} when none did."""
-        found: Any = {}
-        data = memoryview(self._received)
-        while len(data) >= 8 and len(data) >= 8 + (size := int.from_bytes(data[:8], "big")):
-            found = codec.decode(data[8 : 8 + size])
-            data = data[8 + size :]
-        return found if isinstance(found, dict) else {}
+            late_because = _wait(supervisor, deadline, timeout_s, failed, poll_s=_POLL_S)
+            if supervisor.running():
+                late = {rank for rank in ranks if not _report(folder, rank)}
+                _signal_ranks(folder, ranks, signal.SIGABRT)  # so that every stack is in its output
+                supervisor.wait_all(_REAP_S)
+        finally:  # the launcher ends its ranks when it is asked to; the ranks of one that does not are killed
+            if supervisor.running():
+                child.signal_group(signal.SIGTERM)
+                if not supervisor.wait_all(_REAP_S):
+                    _signal_ranks(folder, ranks, signal.SIGKILL)
+            supervisor.end(signal.SIGKILL)
+        reports = [_report(folder, rank) for rank in ranks]
+        all_well = all("result" in report for report in reports)
+        return [
+            _launched_outcome(
+                folder, rank, reports[rank], child.returncode, late_because if rank in late else "", all_well=all_well
+            )
+            for rank in ranks
+        ]
 
 
-def tail(output: Path) -> str:
-    """Return the end of what was printed into a file, "" where there is none."""
+def _launched_outcome(
+    folder: Path, rank: int, report: dict[str, Any], code: int | None, late_because: str, *, all_well: bool
+) -> Outcome:
+    """Tell the outcome of a rank as well as can be done without its exit status.
+
+    Where the launcher failed and no rank says that it did, each may have.
+    """
+    kind, text = str(report.get("error_type", "")), str(report.get("error_text", ""))
+    ended_by, launcher_output = "", ""
+    exit_code: int | None = 1 if kind else 0
+    if late_because:
+        kind, text, exit_code = "Late", f"{late_because}. {text}", None
+    elif not kind and ("result" not in report or (code and all_well)):
+        launcher_output = _tail(folder / "launcher")
+        ended_by = _signal_in(code, launcher_output)
+        kind, text, exit_code = "Exited", f"the launcher left with exit status {code}", code
+        if ended_by:
+            kind, text, exit_code = "Killed", f"the launcher tells of {ended_by}", None
+    return _outcome(
+        rank,
+        report,
+        kind,
+        text,
+        exit_code=exit_code,
+        ended_by=ended_by,
+        ended_s=time.monotonic(),
+        output=_tail(folder / f"output{rank}") + launcher_output,
+    )
+
+
+def _outcome(
+    rank: int,
+    report: dict[str, Any],
+    kind: str,
+    text: str,
+    *,
+    exit_code: int | None,
+    ended_by: str,
+    ended_s: float,
+    output: str,
+) -> Outcome:
+    raw = report.get("result")
+    return Outcome(
+        rank=rank,
+        result=codec.decode(raw) if isinstance(raw, bytes) and not kind else None,
+        error_type=kind,
+        error_text=text,
+        exit_code=exit_code,
+        signal=ended_by,
+        ended_s=float(report.get("ended_s", ended_s)),
+        output=output,
+    )
+
+
+@contextlib.contextmanager
+def _folder(task: Mapping[str, object]) -> Iterator[Path]:
+    """Make the private folder of one run, with the encoded task in it."""
+    encoded = codec.encode(dict(task))
+    with tempfile.TemporaryDirectory(prefix="ferro-ranks-") as name:
+        (Path(name) / "task").write_bytes(encoded)
+        yield Path(name)
+
+
+def _wait(
+    supervisor: Supervisor, deadline: float, timeout_s: float, failed: Callable[[], object], poll_s: float = math.inf
+) -> str:
+    """Wait until all processes have ended, or until a deadline that comes early once a rank has failed.
+
+    Returns:
+        The reason for which a process that is still running is late.
+    """
+    early = False
+    while supervisor.running() and (left_s := deadline - time.monotonic()) > 0:
+        supervisor.wait(min(left_s, poll_s))
+        if not early and failed():
+            early, deadline = True, min(deadline, time.monotonic() + _GRACE_S)
+    if early:
+        return f"was ended {_GRACE_S:g} s after another rank had failed"
+    return f"did not end within {timeout_s:g} s"
+
+
+def _report(folder: Path, rank: int) -> dict[str, Any]:
+    """Read the last report of a rank, {} where it has made none."""
+    try:
+        found = codec.decode((folder / f"report{rank}").read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tail(output: Path) -> str:
     data = output.read_bytes() if output.exists() else b""
     text = data[-_OUTPUT_BYTES:].decode(errors="replace")
     return f"… {text}" if len(data) > _OUTPUT_BYTES else text
+
+
+def _signal_ranks(folder: Path, ranks: Sequence[int], signum: signal.Signals) -> None:
+    """Send a signal to a launcher's ranks: SIGKILL to all, others to those that have not reported.
+
+    Launchers put ranks into process groups, even sessions, of their own. The ids are theirs while the launcher lives.
+    """
+    for rank in ranks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            pid = int((folder / f"pid{rank}").read_bytes())
+            if not _report(folder, rank) or signum == signal.SIGKILL:
+                os.kill(pid, signum)
+
+
+def _signal_in(code: int | None, words: str) -> str:
+    """Find the signal that ended a rank in the launcher's exit status or its output."""
+    if code is not None and code > 128:
+        number = code - 128
+    elif found := re.search(r"signal (\d+)", words):
+        number = int(found[1])
+    else:
+        return ""
+    return signal.Signals(number).name if number in set(signal.Signals) else ""

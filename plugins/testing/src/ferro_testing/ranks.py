@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+from ferro import backends
 from ferro.errors import BackendUnavailable, PluginError, UsageError
+from ferro_testing.functions import place_of
 from ferro_testing.outcome import Outcome, RanksFailed
-
-if TYPE_CHECKING:
-    from ferro_testing.launched import LaunchedJob
-    from ferro_testing.processes import Job
+from ferro_testing.processes import run_launcher, run_processes
 
 # Variables to set for the processes; given by rank where they differ.
 Variables: TypeAlias = "Mapping[str, str] | Callable[[int], Mapping[str, str]]"
@@ -54,9 +53,7 @@ def run_ranks(
         UsageError: the function cannot be loaded by file and name, an argument cannot be encoded,
             or variables are to differ by rank under a launcher, which gives all the same.
     """
-    task = _task(function, world_size, backend, args, timeout_s, init_options)
-    with _job(task, world_size, timeout_s, env, launcher, python) as job:
-        outcomes = job.outcomes(stop_on_failure=True)
+    outcomes = _run(function, world_size, backend, args, timeout_s, init_options, env, launcher, python, stop=True)
     if not all(outcome.ok for outcome in outcomes):
         raise RanksFailed(f"{function.__name__} on {world_size} ranks of {backend}", outcomes)
     return [outcome.result for outcome in outcomes]
@@ -78,61 +75,41 @@ def run_ranks_outcomes(
 
     As `run_ranks`, but a rank that fails ends no other: all have until the deadline.
     """
-    task = _task(function, world_size, backend, args, timeout_s, init_options)
-    with _job(task, world_size, timeout_s, env, launcher, python) as job:
-        return job.outcomes(stop_on_failure=False)
+    return _run(function, world_size, backend, args, timeout_s, init_options, env, launcher, python, stop=False)
 
 
-def _task(
+def _run(
     function: Callable[..., object],
     world_size: int,
     backend: str,
     args: Sequence[object],
     timeout_s: float,
     init_options: Mapping[str, object] | None,
-) -> dict[str, object]:
-    """Return what each rank is to do, once the arguments have been checked."""
-    # Not above: `import ferro` imports this file, and should not pay for starting processes.
-    from ferro_testing.functions import place_of
-
+    env: Variables | None,
+    launcher: Sequence[str] | None,
+    python: str | None,
+    *,
+    stop: bool,
+) -> list[Outcome]:
+    """Run the ranks, under a launcher where one is given or the backend needs one."""
     if world_size < 1:
         raise UsageError(f"world_size must be at least 1, not {world_size}")
     if not timeout_s > 0:
         raise UsageError(f"timeout_s must be positive, not {timeout_s!r}")
-    return {
-        "function": place_of(function),
-        "backend": backend,
-        "args": list(args),
-        "init_options": dict(init_options or {}),
-    }
-
-
-def _job(
-    task: Mapping[str, object],
-    world_size: int,
-    timeout_s: float,
-    env: Variables | None,
-    launcher: Sequence[str] | None,
-    python: str | None,
-) -> Job | LaunchedJob:
-    """Start the ranks, under a launcher where one is given or the backend needs one."""
-    from ferro_testing.launched import LaunchedJob
-    from ferro_testing.processes import Job
-
+    task: dict[str, object] = {"function": place_of(function), "backend": backend}
+    task |= {"args": list(args), "init_options": dict(init_options or {})}
     python = python or sys.executable
-    command = launcher or _launcher_of(str(task["backend"]), world_size)
+    command = launcher or _launcher_of(backend, world_size)
     if command is None:
         variables = [dict((env(rank) if callable(env) else env) or {}) for rank in range(world_size)]
-        return Job(task, variables, timeout_s, python)
+        return run_processes(task, variables, timeout_s=timeout_s, python=python, stop_on_failure=stop)
     if callable(env):
         raise UsageError(f"run_ranks: {command[0]} gives all ranks the same variables: env must be a mapping")
-    return LaunchedJob(task, world_size, command, python, env or {}, timeout_s)
+    return run_launcher(task, world_size, command, env or {}, timeout_s=timeout_s, python=python, stop_on_failure=stop)
 
 
 def _launcher_of(backend: str, world_size: int) -> Sequence[str] | None:
-    """Return the command that starts ranks of a backend; a rank tells better what is wrong."""
-    from ferro import backends
-
+    """Look up the command that starts ranks of a backend; an unusable one is left for the ranks to tell."""
     try:
         launcher = backends.get(backend).launcher
     except (BackendUnavailable, PluginError):

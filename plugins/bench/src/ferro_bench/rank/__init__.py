@@ -1,1 +1,1 @@
-"""What runs on every rank of a benchmark, in ferro's environment or in a peer's, without ferro."""
+"""The program of every rank of a benchmark; it runs in peers' environments, too, which have no ferro."""

@@ -1,4 +1,4 @@
-"""One rank of one library: do what the driver says until it says "end" or is gone.
+"""One rank of one library: carry out the driver's orders until it says "end" or is gone.
 
     python -m ferro_bench.rank TASK LIBRARY [RANK]
 
@@ -15,10 +15,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .case import Case
+from .case import BenchCase
 from .channel import Channel
-from .library import Library, open_library
-from .turn import Turns
+from .library import MeasuredLibrary, open_library
+from .turn import PreparedCase
 
 _LEAVE_S = 3.0
 
@@ -43,17 +43,17 @@ def main() -> None:
     library.close()
 
 
-def _serve(channel: Channel, library: Library) -> None:
+def _serve(channel: Channel, library: MeasuredLibrary) -> None:
     """Obey until the driver says "end".
 
     Raises:
         ConnectionError: the driver has left without a word.
     """
-    prepared: dict[str, Turns] = {}
+    prepared: dict[str, PreparedCase] = {}
     while (order := channel.receive())["do"] != "end":
         reply: dict[str, Any] = {}
         if order["do"] == "prepare":
-            prepared[order["slot"]] = Turns(library, Case(**order["case"]), order["memory"])
+            prepared[order["slot"]] = PreparedCase(library, BenchCase(**order["case"]), order["memory"])
         elif order["do"] == "turn":
             reply = prepared[order["slot"]].run(order["turn"])
         elif order["do"] == "release":

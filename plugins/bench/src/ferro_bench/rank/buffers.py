@@ -1,4 +1,4 @@
-"""The memory of one call on one rank: what goes in, and whether the right thing came out.
+"""The memory of one call on one rank: its input, and the check of its result.
 
 collective       source         target           must come out
 all_reduce       whole, the same memory          the reduction
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import pattern
-from .case import IN_BLOCKS, Case
+from .case import IN_BLOCKS, BenchCase
 from .pattern import Numbers
 
 Allocate = Callable[[int, str], Numbers]
@@ -34,11 +34,11 @@ class Buffers:
     """The memory of one call on one rank.
 
     Attributes:
-        source: what the rank gives.
-        target: where its result goes; the same array where the call works in place.
+        source: the input of this rank.
+        target: the result of this rank; the same array where the call works in place.
     """
 
-    def __init__(self, case: Case, rank: int, world_size: int, allocate: Allocate) -> None:
+    def __init__(self, case: BenchCase, rank: int, world_size: int, allocate: Allocate) -> None:
         """Allocate; `allocate` takes a number of elements and a dtype's name."""
         self._case = case
         self._rank = rank
@@ -56,7 +56,7 @@ class Buffers:
         pattern.write(self.source, self._tile(self._rank), pattern.start_of(call))
 
     def mismatches(self, call: int) -> int:
-        """Return how many elements of the result are wrong."""
+        """Count the elements of the result that are wrong."""
         start = pattern.start_of(call)
         return sum(pattern.mismatches(block, numbers, start + place) for block, numbers, place in self._expected())
 

@@ -28,7 +28,7 @@ OPS = ("sum", "prod", "min", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class BenchCase:
     """One collective at one size.
 
     Attributes:

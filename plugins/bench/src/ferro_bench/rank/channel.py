@@ -58,7 +58,7 @@ class Channel:
 
         Raises:
             ConnectionError: the driver has left.
-            TimeoutError: it has nothing to say for half an hour.
+            TimeoutError: it sent nothing for half an hour.
         """
         (size,) = LENGTH.unpack(self._exactly(LENGTH.size))
         if size > MAX_MESSAGE_BYTES:

@@ -11,7 +11,7 @@ import numpy as np
 
 import ferro
 
-from .case import Case
+from .case import BenchCase
 from .library import Operation
 from .pattern import Numbers, dtype_of
 
@@ -22,7 +22,7 @@ def connect(task: Mapping[str, str], _rank: int, _world_size: int) -> Ferro:
 
 
 class Ferro:
-    """See `Library`."""
+    """ferro as a `MeasuredLibrary`."""
 
     def __init__(self, group: ferro.ProcessGroup) -> None:
         self.rank = group.rank
@@ -31,21 +31,21 @@ class Ferro:
         self._group = group
 
     def empty(self, count: int, dtype: str, memory: str) -> Numbers:
-        """See `Library`."""
+        """Allocate uninitialised memory."""
         if memory == "group":
             return self._group.empty(count, dtype_of(dtype))
         return np.empty(count, dtype_of(dtype))
 
     def barrier(self) -> None:
-        """See `Library`."""
+        """Wait until all ranks have called it."""
         self._group.barrier()
 
-    def operation(self, case: Case, source: Numbers, target: Numbers) -> Operation:
-        """See `Library`."""
+    def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
+        """Prepare a call."""
         call = self._issue(case, source, target)
         return (lambda: call().wait()) if case.async_op else call
 
-    def _issue(self, case: Case, source: Numbers, target: Numbers) -> Callable[[], Any]:
+    def _issue(self, case: BenchCase, source: Numbers, target: Numbers) -> Callable[[], Any]:
         group, op, later = self._group, case.op, case.async_op
         root = self.rank == 0
         issues: dict[str, Callable[[], Any]] = {
@@ -70,5 +70,5 @@ class Ferro:
         return issues[case.collective]
 
     def close(self) -> None:
-        """See `Library`."""
+        """Leave the other ranks."""
         self._group.close()

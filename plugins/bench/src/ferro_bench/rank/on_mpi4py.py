@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .case import Case
+from .case import BenchCase
 from .library import Operation
 from .pattern import Numbers, dtype_of
 
@@ -20,7 +20,7 @@ def connect(_task: Mapping[str, str], _rank: int, _world_size: int) -> MPI:
 
 
 class MPI:
-    """See `Library`."""
+    """An MPI as a `MeasuredLibrary`."""
 
     def __init__(self) -> None:
         self._mpi = importlib.import_module("mpi4py.MPI")
@@ -32,23 +32,23 @@ class MPI:
         self.version = " ".join(version.replace("Version:", "").split())
 
     def empty(self, count: int, dtype: str, memory: str) -> Numbers:
-        """See `Library`; MPI's own memory is not measured."""
+        """Allocate uninitialised memory; MPI's own memory is not measured."""
         assert memory == "private"
         return np.empty(count, dtype_of(dtype))
 
     def barrier(self) -> None:
-        """See `Library`."""
+        """Wait until all ranks have called it."""
         self._world.Barrier()
 
-    def operation(self, case: Case, source: Numbers, target: Numbers) -> Operation:
-        """See `Library`."""
+    def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
+        """Prepare a call."""
         name, arguments = self._method(case, source, target)
         if not case.async_op:
             return partial(getattr(self._world, name), *arguments)
         issue: Callable[[], Any] = partial(getattr(self._world, f"I{name.lower()}"), *arguments)
         return lambda: issue().Wait()
 
-    def _method(self, case: Case, source: Numbers, target: Numbers) -> tuple[str, tuple[object, ...]]:
+    def _method(self, case: BenchCase, source: Numbers, target: Numbers) -> tuple[str, tuple[object, ...]]:
         """Return the blocking method's name and its arguments."""
         op = getattr(self._mpi, case.op.upper())
         at_root = self.rank == 0
@@ -68,5 +68,5 @@ class MPI:
         return methods[case.collective]
 
     def close(self) -> None:
-        """See `Library`."""
+        """Leave the other ranks."""
         self._mpi.Finalize()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .case import Case
+from .case import BenchCase
 from .library import Operation
 from .pattern import Numbers, dtype_of
 
@@ -17,39 +17,39 @@ _OPS = {"sum": "SUM", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}
 
 
 def connect(task: Mapping[str, str], rank: int, world_size: int) -> Torch:
-    """Meet the other ranks by way of a file that the driver names."""
-    return Torch(f"file://{task['meeting']}", rank, world_size)
+    """Connect to the other ranks through a file that the driver names."""
+    return Torch(f"file://{task['init_file']}", rank, world_size)
 
 
 class Torch:
-    """See `Library`."""
+    """torch.distributed as a `MeasuredLibrary`."""
 
-    def __init__(self, meeting: str, rank: int, world_size: int) -> None:
+    def __init__(self, init_file: str, rank: int, world_size: int) -> None:
         self._torch = importlib.import_module("torch")
         self._dist = importlib.import_module("torch.distributed")
         self._torch.set_num_threads(1)
-        self._dist.init_process_group("cpu:gloo", init_method=meeting, rank=rank, world_size=world_size)
+        self._dist.init_process_group("cpu:gloo", init_method=init_file, rank=rank, world_size=world_size)
         self.rank = rank
         self.world_size = world_size
         self.version = f"torch {self._torch.__version__}"
 
     def empty(self, count: int, dtype: str, memory: str) -> Numbers:
-        """See `Library`; torch's gloo has no memory of its own."""
+        """Allocate uninitialised memory; torch's gloo has no memory of its own."""
         assert memory == "private"
         return np.empty(count, dtype_of(dtype))
 
     def barrier(self) -> None:
-        """See `Library`."""
+        """Wait until all ranks have called it."""
         self._dist.barrier()
 
-    def operation(self, case: Case, source: Numbers, target: Numbers) -> Operation:
-        """See `Library`."""
+    def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
+        """Prepare a call."""
         call = self._issue(case, self._torch.from_numpy(source), self._torch.from_numpy(target))
         if case.collective == "sendrecv":
             return lambda: [work.wait() for work in call()]
         return (lambda: call().wait()) if case.async_op else call
 
-    def _issue(self, case: Case, given: Any, result: Any) -> Callable[[], Any]:
+    def _issue(self, case: BenchCase, given: Any, result: Any) -> Callable[[], Any]:
         dist, later = self._dist, case.async_op
         op = getattr(dist.ReduceOp, _OPS[case.op])
         root, n = self.rank == 0, self.world_size
@@ -75,5 +75,5 @@ class Torch:
         return issues[case.collective]
 
     def close(self) -> None:
-        """See `Library`."""
+        """Leave the other ranks."""
         self._dist.destroy_process_group()

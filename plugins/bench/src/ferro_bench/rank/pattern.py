@@ -39,13 +39,13 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def start_of(call: int) -> int:
-    """Return where in the tile a call begins, for calls numbered through all turns."""
+    """Compute the place in the tile at which a call begins; calls are numbered through all turns."""
     return call * _STRIDE % TILE
 
 
 @functools.lru_cache(maxsize=256)
 def tile(rank: int, world_size: int, dtype: str, op: str) -> Numbers:
-    """Return what one rank sends, `TILE` elements."""
+    """Compute the numbers that one rank sends, `TILE` elements."""
     places = np.arange(TILE, dtype=np.int64)
     if op == "prod":
         numbers = 1 + ((places * (rank + 1) + rank) % 3 == 0)
@@ -57,7 +57,7 @@ def tile(rank: int, world_size: int, dtype: str, op: str) -> Numbers:
 
 @functools.lru_cache(maxsize=16)
 def reduced(world_size: int, dtype: str, op: str) -> Numbers:
-    """Return what all ranks' tiles reduce to."""
+    """Reduce the tiles of all ranks."""
     tiles = (tile(rank, world_size, dtype, op) for rank in range(world_size))
     total: Numbers = functools.reduce(_REDUCTIONS[op], tiles)
     return total
@@ -70,7 +70,7 @@ def write(buffer: Numbers, numbers: Numbers, start: int) -> None:
 
 
 def mismatches(buffer: Numbers, numbers: Numbers, start: int) -> int:
-    """Return how many elements are not what `write` would have written."""
+    """Count the elements that differ from those that `write` would have written."""
     return sum(
         int(np.count_nonzero(part != numbers[place : place + part.size])) for part, place in _parts(buffer, start)
     )

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from .buffers import Buffers
-from .case import Case
-from .library import Library, Operation
+from .case import BenchCase
+from .library import MeasuredLibrary, Operation
 
 
-class Turns:
+class PreparedCase:
     """One case on one rank of one library: its memory, its prepared calls, turn after turn."""
 
-    def __init__(self, library: Library, case: Case, memory: str) -> None:
+    def __init__(self, library: MeasuredLibrary, case: BenchCase, memory: str) -> None:
         """Allocate everything.
 
         Args:
             library: with its ranks connected.
-            case: what to call.
-            memory: "private" or "group"; see `Library.empty`.
+            case: the call.
+            memory: "private" or "group"; see `MeasuredLibrary.empty`.
         """
 
         def allocate(count: int, dtype: str) -> Any:
@@ -42,7 +42,7 @@ class Turns:
             turn: its number, from 0.
 
         Returns:
-            "seconds": of every timed call; "wrong": elements that are not what they must be.
+            "seconds": of every timed call; "wrong": number of elements that are wrong.
         """
         first = turn * len(self._calls)
         for call, buffers in enumerate(self._memory, first):
@@ -59,7 +59,7 @@ class Turns:
         return {"seconds": np.diff(marks)[self._case.settles :].tolist(), "wrong": wrong}
 
 
-def _prepared(library: Library, case: Case, buffers: Buffers) -> Operation:
+def _prepared(library: MeasuredLibrary, case: BenchCase, buffers: Buffers) -> Operation:
     if case.collective == "copy":
         return partial(np.copyto, buffers.target, buffers.source)
     return library.operation(case, buffers.source, buffers.target)
