@@ -1,14 +1,11 @@
-"""The command line: options, defaults from Kubeflow, mistakes; and the other commands."""
+"""The command line of `ferro run`: options, defaults from Kubeflow, mistakes."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from ferro.cli.main import main as cli
 from ferro.errors import UsageError
 from ferro.launch import parse_options
-from ferro.types import Availability
 
 from .conftest import ferro
 
@@ -63,57 +60,6 @@ def test_mistakes_are_named(arguments: list[str], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(arguments, {})
     assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["run", "-n", "0", __file__], ["frob"], ["run", "--log-dir", __file__, __file__]]
-)
-def test_a_mistake_is_one_line_and_status_2(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("ferro: ")
-    assert err.count("\n") == 1
-
-
-def test_help_mentions_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--help"])
-    out = capsys.readouterr().out
-    assert "run" in out
-    assert "backends" in out
-
-
-FOUND = {
-    "fast": Availability(ok=True, reason="found", version="1.2"),
-    "slow": Availability(ok=False, reason="library absent " * 8, hint="pip install slow"),
-}
-
-
-@pytest.fixture
-def two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ferro.backends.available", lambda: FOUND)
-
-
-@pytest.mark.usefixtures("two_backends")
-def test_backends_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[:3]] == [
-        ["backend", "usable", "version"],
-        ["fast", "yes", "1.2"],
-        ["slow", "no", "-"],
-    ]
-    assert lines[2].index("library") == lines[3].index("library") == lines[0].index("why")
-    assert lines[2].index("pip install slow") == lines[0].index("what to do")
-
-
-@pytest.mark.usefixtures("two_backends")
-def test_backends_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["backends", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fast"] == {"ok": True, "reason": "found", "hint": "", "version": "1.2"}
-    assert found["slow"]["hint"] == "pip install slow"
 
 
 def test_run_help_names_the_options(tmp_path: Path) -> None:

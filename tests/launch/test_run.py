@@ -1,6 +1,7 @@
 """`ferro run` when all goes well: what ranks see, and how their output arrives."""
 
 import json
+import py_compile
 import socket
 import subprocess
 from collections.abc import Callable
@@ -314,3 +315,17 @@ def test_the_launcher_leaves_the_ranks_no_open_files(script: Script) -> None:
     result = ferro("run", "-n", 2, script("print(sorted(map(int, os.listdir('/proc/self/fd'))))"))
     # stdin, stdout, stderr, and the directory being listed
     assert set(result.stdout.splitlines()) == {"[0] [0, 1, 2, 3]", "[1] [0, 1, 2, 3]"}
+
+
+def test_ranks_find_bytecode_and_write_none_where_python_is_told_not_to(script: Script, tmp_path: Path) -> None:
+    """The bytecode differs from its source, so that the ranks' output tells which of them they ran."""
+    for name in ("compiled", "plain"):
+        (tmp_path / f"{name}.py").write_text("VALUE = 'bytecode'")
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(tmp_path / "compiled.py"), invalidation_mode=unchecked, doraise=True)
+    (tmp_path / "compiled.py").write_text("VALUE = 'source'")
+    before = sorted(tmp_path.rglob("*.pyc"))
+    program = script("import compiled, plain; print(compiled.VALUE)")
+    result = ferro("run", "-n", 2, program, PYTHONDONTWRITEBYTECODE="1")
+    assert sorted(result.stdout.splitlines()) == ["[0] bytecode", "[1] bytecode"]
+    assert sorted(tmp_path.rglob("*.pyc")) == before

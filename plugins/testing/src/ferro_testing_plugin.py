@@ -1,4 +1,4 @@
-"""What ferro-testing offers to ferro: the command `ferro conformance`.
+"""The hook implementation of ferro-testing: it offers the command `ferro conformance`.
 
 The module lies beside the package, for the package's own first lines import what starts processes.
 """

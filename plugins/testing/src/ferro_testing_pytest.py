@@ -20,8 +20,8 @@ _SIMULATED = "simulated"
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """What a marked test is given for `group` until its ranks run.
+class MarkedWorld:
+    """The value of the argument `group` of a marked test until its ranks run.
 
     Attributes:
         backend: name of the backend.
@@ -33,7 +33,7 @@ class World:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what chooses the backends and the deadline."""
+    """Add the options for backends and deadline."""
     options = parser.getgroup("ferro", "tests on ranks (@pytest.mark.ranks)")
     options.addoption(
         "--ferro-backend",
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None:
         return
     _check(metafunc, marker)
-    worlds = [World(name, n) for name in _backends(metafunc.config) for n in marker.args]
+    worlds = [MarkedWorld(name, n) for name in _backends(metafunc.config) for n in marker.args]
     metafunc.parametrize("group", worlds, ids=[f"{world.backend}-{world.size}" for world in worlds])
 
 
@@ -95,15 +95,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def world_of(item: pytest.Item) -> World | None:
+def world_of(item: pytest.Item) -> MarkedWorld | None:
     """Return the world on which a test is to run; None for one that is not marked."""
     callspec = getattr(item, "callspec", None)
     world = callspec.params.get("group") if callspec is not None else None
-    return world if isinstance(world, World) else None
+    return world if isinstance(world, MarkedWorld) else None
 
 
 def _check(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
-    """Raise what is wrong with a marked test, with its place."""
+    """Raise an error about a marked test, with its file and line."""
     wrong = ""
     if not marker.args or marker.kwargs:
         wrong = "give numbers of ranks, as in @pytest.mark.ranks(2, 4)"

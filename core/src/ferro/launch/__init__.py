@@ -1,6 +1,6 @@
 """`ferro run`: start a program as several ranks, and see them all to their end."""
 
-from ferro.launch.job import run
+from ferro.launch.job import main, run
 from ferro.launch.options import LaunchOptions, parse_options
 
-__all__ = ["LaunchOptions", "parse_options", "run"]
+__all__ = ["LaunchOptions", "main", "parse_options", "run"]

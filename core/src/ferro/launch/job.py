@@ -9,14 +9,14 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from ferro.errors import FerroError, UsageError
 from ferro.launch.nodes import NodeRendezvous
-from ferro.launch.options import LaunchOptions
+from ferro.launch.options import LaunchOptions, parse_options
 from ferro.launch.output import Console, RankOutput
 from ferro.launch.processes import FORWARDED, STOPPING, Supervisor, collected_signals, take_signals
 from ferro.launch.report import Failure, RankProcess, describe_failure, first_failure, show_report
@@ -28,6 +28,10 @@ _LOOPBACK = "127.0.0.1"
 _SECRET_BYTES = 32
 # A rank that lost a peer may end before that peer does: the peer has this long to say what happened.
 _CULPRIT_S = 1.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    return run(parse_options(arguments))
 
 
 def run(options: LaunchOptions) -> int:
@@ -52,14 +56,12 @@ def run(options: LaunchOptions) -> int:
         if options.nnodes > 1:
             nodes = stack.enter_context(NodeRendezvous(options, derive(_shared_secret(), "launchers")))
         restarts = 0
-        while True:
-            failure = _run_attempt(options, restarts, console, nodes)
-            if failure is None:
-                return 0
+        while (failure := _run_attempt(options, restarts, console, nodes)) is not None:
             if restarts == options.max_restarts or not failure.restart:
                 return failure.status
             restarts += 1
             console.say(f"starting all ranks again: restart {restarts} of {options.max_restarts}")
+    return 0
 
 
 def _run_attempt(options: LaunchOptions, number: int, console: Console, nodes: NodeRendezvous | None) -> Failure | None:
@@ -134,12 +136,7 @@ class _Attempt:
     ranks: list[RankProcess] = field(default_factory=list)
 
     def run(self) -> Failure | None:
-        """Run the ranks until all have ended; return the first failure in the job, if any.
-
-        Raises:
-            FerroError: a process could not be started.
-            RendezvousError: node 0's launcher is gone; this node's ranks were ended.
-        """
+        """Run the ranks until all have ended; return the first failure in the job, if any."""
         started = time.monotonic()
         with contextlib.ExitStack() as logs, collected_signals() as signals, Supervisor(wake=signals) as supervisor:
             self._start(supervisor, logs)
@@ -222,13 +219,10 @@ class _Attempt:
             if self.nodes is not None and self.nodes.stopped(self.number):
                 break
             failed = [rank for rank in self.ranks if rank.failed]
-            if failed and not _culprit_may_follow(failed):
-                break
+            if failed:
+                blameless = all(rank.output.traceback.is_consequence() for rank in failed)
+                since = min(rank.process.ended_at or 0.0 for rank in failed)
+                if not blameless or time.monotonic() > since + _CULPRIT_S:
+                    break
         supervisor.end(hurry=attend)
         return None
-
-
-def _culprit_may_follow(failed: list[RankProcess]) -> bool:
-    """Whether all that failed put it down to a peer, and that only just now."""
-    blameless = all(rank.output.traceback.is_consequence() for rank in failed)
-    return blameless and time.monotonic() < min(rank.process.ended_at or 0.0 for rank in failed) + _CULPRIT_S

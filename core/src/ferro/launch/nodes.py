@@ -30,9 +30,7 @@ from ferro.launch.report import Failure
 from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout
 from ferro.runtime.environment import Address, format_address, parse_address
 
-JOIN_S = 300.0
-"""How long nodes wait for one another to start."""
-
+JOIN_S = 300.0  # the nodes wait so long for one another to start
 _HEARTBEAT_S = 0.5
 _LOST_S = 60.0
 _REQUEST_S = 10.0
@@ -41,16 +39,12 @@ _FAREWELL_POLL_S = 0.02
 
 
 class NodeRendezvous:
-    """This node's part in a job of several nodes; use it as a context."""
+    """This node's part in a job of several nodes; use it as a context.
+
+    Every method raises RendezvousError where node 0's launcher is gone, or the nodes do not fit together.
+    """
 
     def __init__(self, options: LaunchOptions, secret: bytes) -> None:
-        """Meet the other nodes.
-
-        Raises:
-            UsageError: another launcher has this node's rank.
-            RendezvousError: node 0 cannot be reached, a node did not come, or the nodes' options differ.
-            AuthenticationError: this node does not hold node 0's secret.
-        """
         assert options.endpoint is not None
         self.node_rank = options.node_rank
         self.host = options.endpoint[0]  # node 0's, as all nodes reach it
@@ -100,11 +94,7 @@ class NodeRendezvous:
         return store, master
 
     def stopped(self, attempt: int) -> bool:
-        """Return True once something failed elsewhere; frequent calls show that this launcher lives.
-
-        Raises:
-            RendezvousError: node 0's launcher is gone.
-        """
+        """Return True once something failed elsewhere; frequent calls show that this launcher lives."""
         now = time.monotonic()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + _HEARTBEAT_S
@@ -115,11 +105,7 @@ class NodeRendezvous:
         return self._stopped
 
     def first_failure(self, attempt: int, failure: Failure | None) -> Failure | None:
-        """Wait until all nodes have ended the attempt; return what failed first, if anything.
-
-        Raises:
-            RendezvousError: node 0's launcher is gone.
-        """
+        """Wait until all nodes have ended the attempt; return the first failure, if there was any."""
         self._store.set(f"{attempt}/result/{self.node_rank}", _encode(failure))
         if failure is not None:
             self._store.add(f"{attempt}/stop", 1)

@@ -77,18 +77,12 @@ class LineSplitter:
 
 
 class HeldTraceback:
-    """One rank's stderr, passed through until a traceback begins.
-
-    Attributes:
-        began: `time.monotonic()` when the latest traceback began, or None.
-        error: that traceback's line after the frames, such as "ValueError: no such key".
-        holding: the traceback, and the lines that followed it, have not been shown.
-    """
+    """One rank's stderr, passed through until a traceback begins."""
 
     def __init__(self) -> None:
-        self.holding = False
-        self.began: float | None = None
-        self.error = ""
+        self.holding = False  # the traceback, and the lines that followed it, have not been shown
+        self.began: float | None = None  # `time.monotonic()` of the latest traceback
+        self.error = ""  # its line after the frames, such as "ValueError: no such key"
         self._error_follows = False
         self._held: list[bytes] = []
         self._held_bytes = 0

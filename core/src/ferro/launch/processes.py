@@ -28,9 +28,7 @@ Receiver: TypeAlias = Callable[[bytes], None]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # for programs that handle them, as under Slurm
-END_GRACE_S = 2.5
-"""Seconds between the signal that asks processes to end and the one that kills them."""
-
+END_GRACE_S = 2.5  # between the signal that asks processes to end and the one that kills them
 _TICK_S = 0.5
 _POLL_S = 0.02  # between looks at what no file descriptor tells
 _REAP_S = 5.0  # a killed process ends at once, unless the kernel holds it

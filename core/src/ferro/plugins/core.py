@@ -3,7 +3,9 @@
 It is registered through the same hooks as everyone's, and as light: each part is imported when it is asked for.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ferro.backend import Backend
 from ferro.collectives.schedule import CollectiveInfo
@@ -54,30 +56,25 @@ def ferro_observers() -> Sequence[Observer]:
     return () if directory is None else (Trace(directory),)
 
 
-def _load_run() -> Callable[[Sequence[str]], int]:
-    from ferro import launch
-
-    return lambda arguments: launch.run(launch.parse_options(arguments))
-
-
-def _load_backends() -> Callable[[Sequence[str]], int]:
-    from ferro.cli.listings import show_backends
-
-    return show_backends
-
-
-def _load_plugins() -> Callable[[Sequence[str]], int]:
-    from ferro.cli.listings import show_plugins
-
-    return show_plugins
+def _load_command(module: str, name: str) -> Callable[[Sequence[str]], int]:
+    command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+    return command
 
 
 @hookimpl
 def ferro_commands() -> Sequence[CommandInfo]:
     """Offer the commands that need no other distribution."""
-    backends = "show which backends are installed, and whether they can be used"
-    return (
-        CommandInfo(name="run", summary="run a program as several ranks", load=_load_run),
-        CommandInfo(name="backends", summary=backends, load=_load_backends),
-        CommandInfo(name="plugins", summary="show every installed plugin: hooks and versions", load=_load_plugins),
+    commands = (
+        ("run", "run a program as several ranks", "ferro.launch", "main"),
+        (
+            "backends",
+            "show which backends are installed, and whether they can be used",
+            "ferro.cli.listings",
+            "show_backends",
+        ),
+        ("plugins", "show every installed plugin, with its hooks and versions", "ferro.cli.listings", "show_plugins"),
     )
+    return [
+        CommandInfo(name=name, summary=summary, load=partial(_load_command, module, function))
+        for name, summary, module, function in commands
+    ]

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 GROUP = "ferro"
 Item = TypeVar("Item")
-Named = TypeVar("Named", bound="HasName")
+Named = TypeVar("Named", bound="_HasName")
 
 
-class HasName(Protocol):
-    """A description that is found by its name."""
-
+class _HasName(Protocol):
     @property
     def name(self) -> str: ...
 
@@ -40,20 +38,12 @@ class Offer(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plugin that was loaded.
+    """A plugin that was loaded."""
 
-    Attributes:
-        distribution: "name version" of its distribution.
-        module: the module that its entry point names.
-        hooks: the hooks that it implements.
-        api_version: the contract version that it states; None where it states none.
-        import_s: seconds that importing the module took.
-    """
-
-    distribution: str
+    distribution: str  # "name version"
     module: str
     hooks: tuple[str, ...]
-    api_version: int | None
+    api_version: int | None  # None where the plugin states none
     import_s: float
 
 
@@ -66,16 +56,10 @@ class Broken:
 
 
 class Plugins:
-    """All installed plugins, loaded, and those that failed to.
-
-    Attributes:
-        versions: entry-point name -> "distribution version", for ranks to compare.
-        loaded: the plugins that loaded, by entry-point name.
-        broken: the plugins that failed, with the error of each.
-    """
+    """All installed plugins: those that loaded, by entry-point name, and those that failed to."""
 
     def __init__(self, entries: Iterable[EntryPoint]) -> None:
-        self.versions: dict[str, str] = {}
+        self.versions: dict[str, str] = {}  # "distribution version", for ranks to compare
         self.loaded: dict[str, Loaded] = {}
         self.broken: list[Broken] = []
         self._managers: dict[str, pluggy.PluginManager] = {}
@@ -95,21 +79,14 @@ class Plugins:
             raise self.broken[0].error
 
     def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
-        """List everything that plugins offer through a hook.
-
-        Raises:
-            PluginError: the hook raised, or returned something else.
-        """
+        """List everything that plugins offer through a hook; raise the error of one that failed to tell."""
         found, broken = self.survey(hook, kind)
         if broken:
             raise broken[0].error
         return found
 
     def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """List everything that plugins offer through a hook, and the plugins that failed to tell.
-
-        Each plugin is asked once per process; afterwards its answer is remembered.
-        """
+        """As `offers`, and list the plugins that failed to tell; each is asked once per process."""
         if hook not in self._answers:
             self._answers[hook] = self.ask(hook, kind)
         return self._answers[hook]

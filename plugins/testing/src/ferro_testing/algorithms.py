@@ -10,8 +10,8 @@ from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError
 from ferro.group.process_group import ProcessGroup
 from ferro.simulated.simulate import simulate
-from ferro_testing.once import call_once, wanted_of
 from ferro_testing.samples import Findings
+from ferro_testing.single_call import call_once, expected_result
 
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
 _COUNTS = (1, 7, 5000)
@@ -45,7 +45,7 @@ def check_collective(info: CollectiveInfo, world_sizes: Sequence[int] = (1, 2, 3
 
 
 def _run(info: CollectiveInfo, world_size: int, what: str) -> None:
-    """Run it on ranks that are threads, and compare the results bit for bit."""
+    """Run an algorithm on ranks that are threads, and compare the results bit for bit."""
 
     def on_rank(group: ProcessGroup) -> list[str]:
         group.backend.choice = Choice(fixed={info.collective: info})
@@ -55,7 +55,7 @@ def _run(info: CollectiveInfo, world_size: int, what: str) -> None:
             return []
         for count in _COUNTS:
             result = call_once(group, info.collective, "float64", count=count)
-            wanted = wanted_of(group, info.collective, "float64", count=count)
+            wanted = expected_result(group, info.collective, "float64", count=count)
             if wanted is not None:
                 found.same(result, wanted, f"{what} with {count} elements a block")
         return found.report()

@@ -31,7 +31,7 @@ def check_allocate(case: Case) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Collective:
-    """How to call one collective, and what shapes go in and out, in blocks of rows.
+    """A way to call one collective, and the shapes of its input and output, in blocks of rows.
 
     Attributes:
         call: (group, input, out) -> result; rooted ones have the last rank as root.

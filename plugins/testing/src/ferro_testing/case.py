@@ -32,7 +32,7 @@ class Runner(Protocol):
         timeout_s: float,
         deterministic: bool,
     ) -> list[Outcome]:
-        """Return what became of each rank; a rank that fails must not end the others."""
+        """Return the outcome of each rank; a rank that fails must not end the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +81,11 @@ class Case:
 
     @property
     def exceptions(self) -> list[str]:
-        """What is declared of an operation with some dtype or reduction only."""
+        """The keys of `unsupported` that name a dtype or a reduction, too."""
         return sorted(key for key in self.unsupported if ":" in key)
 
     def supports(self, *names: str) -> bool:
-        """Whether none of these operations and features is declared unsupported."""
+        """Say whether none of these operations and features is declared unsupported."""
         return all(supported(self.unsupported, name) for name in names)
 
     def carried(self, *ops: str) -> list[str]:
@@ -95,7 +95,7 @@ class Case:
     def outcomes(
         self, function: Callable[..., object], world_size: int, *args: object, deterministic: bool = False
     ) -> list[Outcome]:
-        """Run `function(group, *args)` on new ranks; return what became of each."""
+        """Run `function(group, *args)` on new ranks; return the outcome of each."""
         runner = self.runner
         if runner is None:
             runner = run_simulated if self.backend == "simulated" else self._run_processes
@@ -104,7 +104,7 @@ class Case:
     def verify(
         self, function: Callable[..., object], world_size: int, *args: object, deterministic: bool = False
     ) -> None:
-        """Run a function that returns what it found wrong; raise when any rank found anything.
+        """Run a function that returns the mistakes it found; raise when any rank found anything.
 
         Raises:
             RanksFailed: a rank raised an error of its own.
@@ -176,7 +176,7 @@ def require(what: str, outcomes: Sequence[Outcome], lost: Sequence[int] = ()) ->
 def run_simulated(
     function: Callable[..., object], world_size: int, args: Sequence[object], *, timeout_s: float, deterministic: bool
 ) -> list[Outcome]:
-    """Run a function on simulated ranks; see `Runner`."""
+    """Run a function on simulated ranks: a `Runner`."""
     outcomes: dict[int, Outcome] = {}
     lock = threading.Lock()
 
@@ -202,7 +202,7 @@ def run_simulated(
 def attempt(
     function: Callable[..., object], group: ProcessGroup, args: Sequence[object]
 ) -> tuple[Outcome, BaseException | None]:
-    """Call a rank's function in this thread; return what became of it, and its error."""
+    """Call a rank's function in this thread; return its outcome, and its error."""
     try:
         return Outcome(rank=group.rank, result=function(group, *args)), None
     except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is

@@ -1,4 +1,4 @@
-"""Conformance of what runs at the same time: async operations, and groups that share ranks."""
+"""Conformance of operations at the same time: async ones, and those of groups that share ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _overlap_operations(group: ProcessGroup) -> list[str]:
         works.append(group.all_reduce(given, async_op=True))
         works.append(group.all_gather(given, async_op=True))
         given[...] = -1  # an input may be reused as soon as the call has returned
-    last = group.all_reduce(np.array(1))  # after all that was issued before
+    last = group.all_reduce(np.array(1))  # after all operations that were issued before
     found.true(int(last) == n, "all_reduce after async operations has a wrong result")
     found.true(all(work.done() for work in works), "operations ran in another order than issued")
     for index in range(_OUTSTANDING):

@@ -1,4 +1,4 @@
-"""The conformance checks: what every backend must do, as plain functions.
+"""The conformance checks, which every backend must pass, as plain functions.
 
 CASE = Case(backend="pipes", world_sizes=(1, 2, 3))
 
@@ -19,12 +19,12 @@ from ferro_testing.deadlines import check_send_deadline
 from ferro_testing.differences import FEATURES, OPERATIONS
 from ferro_testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro_testing.movements import check_movements, check_uneven
+from ferro_testing.objects import check_objects
 from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reduction_functions, check_reductions
 from ferro_testing.refusals import check_unsupported, check_usage_errors
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink
 from ferro_testing.transfers import check_tags, check_transfers
-from ferro_testing.values import check_objects
 
 CHECKS = (
     check_reductions,

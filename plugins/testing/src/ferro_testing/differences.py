@@ -1,4 +1,4 @@
-"""Differences: what a backend declares that it does not do, so that checks leave it out.
+"""Differences that a backend declares, so that checks leave out the operations that it does not offer.
 
 A key of `Case.unsupported` is one of
 
@@ -41,7 +41,7 @@ FEATURES: Mapping[str, str] = {
 
 
 def check_keys(unsupported: Mapping[str, str]) -> None:
-    """Refuse what declares nothing that there is.
+    """Refuse a key that names no operation or feature.
 
     Raises:
         UsageError: a key names no operation or feature, or a reason is empty.
@@ -70,7 +70,7 @@ def supported(declared: Iterable[str], op: str, *details: str) -> bool:
 
 
 def without(ops: Sequence[str], declared: Sequence[str], *details: str) -> Sequence[str]:
-    """Return those of `ops` that no key declares with these details."""
+    """Return the operations that no key declares with these details."""
     if not declared:
         return ops
     return [op for op in ops if supported(declared, op, *details)]

@@ -12,10 +12,10 @@ import numpy as np
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost
 from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
-from ferro_testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
+from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 
 _SHORT_S = 0.5
-_DEAF_S = 3.0  # after which a rank that should have been woken gives up
+_DEAF_S = 3.0  # a rank that should have been woken gives up after so long
 
 
 def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
@@ -51,7 +51,7 @@ def check_lost_peer(case: Case) -> None:
     """When a rank dies, the others raise PeerLost, which names it; its group is dead.
 
     Raises:
-        ToldLate: they all named it rightly, but only when their deadline had passed.
+        DeathNoticedLate: they all named it rightly, but only when their deadline had passed.
     """
     if case.largest < 2 or not case.supports("lost_peer", "all_reduce"):
         return
@@ -62,7 +62,7 @@ def check_lost_peer(case: Case) -> None:
     kind = CollectiveTimeout if all(late) else PeerLost
     _compare(told, survivors, kind, "a rank that dies", (f"rank {victim} ",))
     if kind is CollectiveTimeout:
-        raise ToldLate(f"a rank that dies, of {case.largest} of {case.backend}", victim)
+        raise DeathNoticedLate(f"a rank that dies, of {case.largest} of {case.backend}", victim)
     for rank in survivors:
         peer, later = told[rank]["peer"], told[rank]["later"]
         assert peer == victim, f"rank {rank}: peer is {peer}, not {victim}"
@@ -161,7 +161,7 @@ def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
 
 
 def _failed(group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None) -> dict[str, Any]:
-    """Make a good call, then one that is to fail; return what is raised, in values that travel.
+    """Make a good call, then one that is to fail; return the error, in values that travel.
 
     A rank may still be in the good one, by `timeout_s`, when another has failed in the next: that
     counts, too.
@@ -193,7 +193,7 @@ def _failed(group: ProcessGroup, call: Callable[[], object], timeout_s: float | 
 def _told(
     case: Case, function: Callable[..., object], *args: object, lost: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Run a function on the largest world; return what each rank tells, {} for a lost one."""
+    """Run a function on the largest world; return the result of each rank, {} for a lost one."""
     outcomes = case.outcomes(function, case.largest, *args)
     what = f"{function.__name__} on {case.largest} ranks of {case.backend}"
     if lost:

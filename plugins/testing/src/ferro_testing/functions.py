@@ -1,4 +1,4 @@
-"""Functions by place: how another process finds the function that its ranks are to run."""
+"""Functions by module, file and name, by which another process finds the function to run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferro.errors import UsageError
 _LOADED_AS = "ferro_rank_functions"
 
 
-def place_of(function: Callable[..., object]) -> dict[str, str]:
+def locate(function: Callable[..., object]) -> dict[str, str]:
     """Return the module, file and name by which `function` is found again.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Killing a rank on purpose, and what is no fault of a backend when the others fail then."""
+"""Killing a rank on purpose, and failures of the others that are then no fault of the backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JobEnded(RanksFailed):
     """
 
 
-class ToldLate(AssertionError):
+class DeathNoticedLate(AssertionError):
     """Ranks were told that another one died by nothing but their own deadline.
 
     So it is where the library below never notices.
@@ -51,7 +51,7 @@ def end_this_rank() -> NoReturn:
 
 
 def require_survivors(what: str, outcomes: Sequence[Outcome], lost: Sequence[int]) -> None:
-    """Raise when ranks that were not to be lost are gone without a word.
+    """Raise when ranks that were not to be lost have ended without a report.
 
     Raises:
         JobEnded: says which.

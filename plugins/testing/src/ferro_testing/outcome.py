@@ -1,4 +1,4 @@
-"""What became of each rank of a test, and the error that tells all of it."""
+"""The outcome of each rank of a test, and the error that tells all of them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from ferro.errors import FerroError
 
-# What other ranks raise when one has failed: never the first cause where there is another.
+# Errors that other ranks raise when one has failed: never the first cause where there is another.
 _CONSEQUENCES = ("PeerLost", "GroupClosed", "CollectiveTimeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one rank.
+    """The outcome of one rank.
 
     Attributes:
         rank: the rank.
-        result: what the function returned; None where it did not.
+        result: the function's; None where it returned none.
         error_type: class name of the error that ended it, "" when it ended well. "Killed" when a
-            signal did, "Late" when the deadline did, "Exited" when it left without a word.
-        error_text: the traceback, or what is known in its place.
+            signal did, "Late" when the deadline did, "Exited" when it left without a report.
+        error_text: the traceback, or all that is known in its place.
         exit_code: the process's, None for a simulated rank or after a signal.
         signal: name of the signal that ended the process, or "".
         ended_s: when it failed or ended, in `time.monotonic()` seconds of this host.
@@ -42,7 +42,7 @@ class Outcome:
         return not self.error_type
 
     def describe(self) -> str:
-        """Return all that is known, in words, for people."""
+        """Describe the outcome for people."""
         if self.ok:
             head = f"--- rank {self.rank}: ended well"
         else:
@@ -54,7 +54,7 @@ class RanksFailed(FerroError):
     """At least one rank of a test failed; shows every rank's traceback, the first cause first.
 
     Attributes:
-        outcomes: what became of each rank, by rank.
+        outcomes: by rank.
     """
 
     def __init__(self, what: str, outcomes: Sequence[Outcome]) -> None:

@@ -37,7 +37,7 @@ def assert_same_parameters(
 
 
 def _difference(wanted: Array | None, found: Array | None, rtol: float, atol: float) -> str:
-    """Return what is wrong with one parameter, "" when nothing is."""
+    """Describe the difference of one parameter, "" when there is none."""
     if wanted is None or found is None:
         return "only there in one process" if found is None else "not there in one process"
     if wanted.shape != found.shape or wanted.dtype != found.dtype:

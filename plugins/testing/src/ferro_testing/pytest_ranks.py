@@ -1,4 +1,4 @@
-"""One test on its ranks: what the plugin does once a test is marked.
+"""The running of one marked test on its ranks.
 
 On the simulated backend ranks are threads, and a failing assertion is shown as pytest shows it
 anywhere. On others they are processes, which load the test's function by file and name and get
@@ -22,7 +22,7 @@ from ferro.errors import CollectiveTimeout, FerroError, GroupClosed, PeerLost, U
 from ferro.group.process_group import ProcessGroup
 from ferro.rendezvous import codec
 from ferro.simulated.simulate import simulate
-from ferro_testing.functions import load, place_of
+from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.ranks import run_ranks
 
@@ -48,7 +48,7 @@ def check_backends(names: Sequence[str]) -> None:
 
 
 def run_test(item: pytest.Function, backend: str, world_size: int, timeout_s: float) -> None:
-    """Run a test's function on every rank; raise what makes pytest report its failure.
+    """Run a test's function on every rank; raise an error that makes pytest report its failure.
 
     Args:
         item: the test.
@@ -101,7 +101,7 @@ class _RankFailed(BaseException):
 
 
 def _told_together(failures: Mapping[int, BaseException], late: str, world_size: int) -> BaseException:
-    """Return the first cause; skips come after failures, and before what only follows from one."""
+    """Return the first cause; skips come after failures, and before the consequences of one."""
     skips = (pytest.skip.Exception, pytest.xfail.Exception)
 
     def order(rank: int) -> tuple[bool, bool]:
@@ -122,7 +122,7 @@ def _told_together(failures: Mapping[int, BaseException], late: str, world_size:
 
 
 def _stacks(running: Mapping[int, int], timeout_s: float) -> str:
-    """Return where the ranks are that have not ended in time."""
+    """Describe the stacks of the ranks that have not ended in time."""
     frames = sys._current_frames()
     parts = [
         f"--- rank {rank} did not end within {timeout_s:g} s; it is here:\n"
@@ -139,7 +139,7 @@ def _on_processes(
     """Run it on processes; fail with every rank's traceback."""
     __tracebackhide__ = True
     try:
-        task = [place_of(function), {name: _travelling(arguments[name], name) for name in arguments}]
+        task = [locate(function), {name: _travelling(arguments[name], name) for name in arguments}]
         codec.encode(task)
     except UsageError as error:
         pytest.fail(f"this test cannot run on {backend}, whose ranks are processes: {error}", False)
@@ -176,7 +176,7 @@ def _collective_s(timeout_s: float) -> float:
 
 
 def run_on_rank(group: ProcessGroup, place: dict[str, str], arguments: dict[str, object]) -> list[str] | None:
-    """Run a test's function in a rank's process; return how it was left early, None if not."""
+    """Run a test's function in a rank's process; return the way in which it was left early, None if not."""
     function = load(place)
     try:
         function(group=group, **{name: _arrived(value) for name, value in arguments.items()})

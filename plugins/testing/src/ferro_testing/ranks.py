@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from ferro import backends
 from ferro.errors import BackendUnavailable, PluginError, UsageError
-from ferro_testing.functions import place_of
+from ferro_testing.functions import locate
 from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.processes import run_launcher, run_processes
 
@@ -41,11 +41,11 @@ def run_ranks(
         args: given to every rank.
         timeout_s: deadline of the whole run, and of each collective that gives none, in seconds.
         init_options: more arguments of `ferro.init`.
-        env: variables to set for the processes, besides this process's own: the same for all, or
-            what a function returns for each rank.
+        env: variables to set for the processes, besides this process's own: a mapping for all, or
+            a function of the rank.
         launcher: the command that starts so many ranks, up to the program, such as ("mpiexec",
-            "-n", "4"): they find each other as they do under it. By default what the backend needs
-            (`BackendInfo.launcher`), if anything.
+            "-n", "4"): they find each other as they do under it. By default the backend's own
+            (`BackendInfo.launcher`), if it needs one.
         python: the interpreter of the ranks; this process's own when None.
 
     Raises:
@@ -71,7 +71,7 @@ def run_ranks_outcomes(
     launcher: Sequence[str] | None = None,
     python: str | None = None,
 ) -> list[Outcome]:
-    """Return what became of each rank, for tests in which some are meant to fail or be killed.
+    """Run the ranks and return their outcomes, for tests in which some are meant to fail or be killed.
 
     As `run_ranks`, but a rank that fails ends no other: all have until the deadline.
     """
@@ -96,7 +96,7 @@ def _run(
         raise UsageError(f"world_size must be at least 1, not {world_size}")
     if not timeout_s > 0:
         raise UsageError(f"timeout_s must be positive, not {timeout_s!r}")
-    task: dict[str, object] = {"function": place_of(function), "backend": backend}
+    task: dict[str, object] = {"function": locate(function), "backend": backend}
     task |= {"args": list(args), "init_options": dict(init_options or {})}
     python = python or sys.executable
     command = launcher or _launcher_of(backend, world_size)

@@ -11,13 +11,13 @@ from ferro.group.process_group import ProcessGroup
 from ferro.types import Array
 from ferro_testing.case import Case
 from ferro_testing.differences import FEATURES
-from ferro_testing.once import call_once
 from ferro_testing.samples import DTYPES, Findings, known, preferred, reductions
+from ferro_testing.single_call import call_once
 
-# Features that a backend does not offer and so refuses; of the others nothing can be asked.
+# Features that a backend can refuse; the others have no call that it could refuse.
 _PROVABLE = ("functions", "uneven", "shrink")
 _FOR_TWO = ("send", "recv", "sendrecv", "shrink")
-_SHORT_S = 5.0  # for what is to be refused, and may hang
+_SHORT_S = 5.0  # for a call that is to be refused, and may hang
 
 
 def check_usage_errors(case: Case) -> None:
@@ -27,7 +27,7 @@ def check_usage_errors(case: Case) -> None:
 
 
 def check_unsupported(case: Case) -> None:
-    """What is declared unsupported raises UnsupportedError on every rank, where it can be asked."""
+    """An operation that is declared unsupported raises UnsupportedError on every rank, where it can be called."""
     declared = [key for key in case.unsupported if key.partition(":")[0] not in FEATURES]
     declared += [key for key in _PROVABLE if key in case.unsupported]
     declared = [key for key in declared if _askable(key)]
@@ -40,7 +40,7 @@ def check_unsupported(case: Case) -> None:
 
 
 def _askable(key: str) -> bool:
-    """Whether the dtypes that a key names are here."""
+    """Say whether the dtypes that a key names are installed."""
     names = key.split(":")
     return len(known(names)) == len(names)
 
@@ -104,7 +104,7 @@ def _misuse(group: ProcessGroup) -> list[str]:
 
 
 def _call_unsupported(group: ProcessGroup, keys: Sequence[str], dtypes: Sequence[str]) -> list[str]:
-    """Do what `keys` declare, which is to be refused; shrink last, for it needs a dead group."""
+    """Make the calls that `keys` declare and that are to be refused; shrink last, for it needs a dead group."""
     found = Findings(group.rank)
     for key in sorted(keys, key=lambda key: key == "shrink"):
         try:
@@ -137,7 +137,7 @@ def _refused(group: ProcessGroup, key: str, dtypes: Sequence[str]) -> Callable[[
 
 
 def _operands(details: Sequence[str], dtypes: Sequence[str]) -> tuple[str, str]:
-    """Return the dtype and the reduction that a key names, or such as go with what it names."""
+    """Return the dtype and the reduction that a key names, or defaults that go with it."""
     named = [name for name in details if name in DTYPES]
     reduction = next((name for name in details if name not in DTYPES), "sum")
     fitting = [dtype for dtype in dtypes if reduction in reductions(dtype)]
@@ -149,7 +149,7 @@ def _second(a: Array, b: Array, out: Array) -> None:
 
 
 def _use_sizes(group: ProcessGroup) -> None:
-    """Give sizes to all that take them; one that refuses them is enough."""
+    """Give sizes to all operations that take them; one that refuses them is enough."""
     n, me = group.world_size, group.rank
     sizes = [rank + 1 for rank in range(n)]
     mine, whole = np.ones(sizes[me]), np.ones(sum(sizes))

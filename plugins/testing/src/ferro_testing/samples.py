@@ -19,7 +19,7 @@ from ferro.types import Array
 
 Shape: TypeAlias = tuple[int, ...]
 
-BRAIN = "bfloat16"  # which NumPy knows by the package ml_dtypes only
+BFLOAT16 = "bfloat16"  # which NumPy knows by the package ml_dtypes only
 DTYPES = (
     "bool",
     "int8",
@@ -31,7 +31,7 @@ DTYPES = (
     "uint32",
     "uint64",
     "float16",
-    BRAIN,
+    BFLOAT16,
     "float32",
     "float64",
     "complex64",
@@ -51,12 +51,12 @@ _UFUNCS: dict[str, np.ufunc] = {
     "bor": np.bitwise_or,
     "bxor": np.bitwise_xor,
 }
-_HALF = ("float16", BRAIN)
+_HALF = ("float16", BFLOAT16)
 
 
 def dtype_of(name: str) -> np.dtype:
     """Return a dtype by name; bfloat16 needs the package ml_dtypes."""
-    if name == BRAIN:
+    if name == BFLOAT16:
         name = importlib.import_module("ml_dtypes").bfloat16
     return np.dtype(name)
 
@@ -64,7 +64,7 @@ def dtype_of(name: str) -> np.dtype:
 def known(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names without those of dtypes that are not here: bfloat16 needs ml_dtypes."""
     has_brain = importlib.util.find_spec("ml_dtypes") is not None
-    return tuple(name for name in names if name != BRAIN or has_brain)
+    return tuple(name for name in names if name != BFLOAT16 or has_brain)
 
 
 def reductions(dtype: str) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def reduced(arrays: Sequence[Array], op: str) -> Array:
 
 
 def rows(array: Array) -> Array:
-    """Return an array as what axis 0 can concatenate: a 0-d one is one row."""
+    """Return an array with an axis 0 to concatenate along: a 0-d one is one row."""
     return array.reshape(1) if array.ndim == 0 else array
 
 
@@ -127,7 +127,7 @@ def noise(rank: int, count: int, dtype: str) -> Array:
 
 
 class Findings:
-    """What a rank found wrong; the first few are kept, for one mistake tends to show often."""
+    """The mistakes that a rank found; the first few are kept, for one mistake tends to show often."""
 
     KEPT = 5
 
@@ -137,7 +137,7 @@ class Findings:
         self._count = 0
 
     def same(self, found: object, wanted: Array, what: str) -> None:
-        """Note where a result is not, bit for bit, of the shape, dtype and values wanted."""
+        """Note a mistake where a result is not, bit for bit, of the shape, dtype and values wanted."""
         if not isinstance(found, np.ndarray):
             self.note(f"{what}: got {type(found).__name__} in place of an array")
         elif found.shape != wanted.shape or found.dtype != wanted.dtype:
@@ -150,17 +150,17 @@ class Findings:
             )
 
     def true(self, holds: bool, what: str) -> None:
-        """Note what should hold and does not."""
+        """Note a mistake unless a condition holds."""
         if not holds:
             self.note(what)
 
     def note(self, what: str) -> None:
-        """Note something wrong."""
+        """Note a mistake."""
         self._count += 1
         if len(self._found) < self.KEPT:
             self._found.append(f"rank {self._rank}: {what}")
 
     def report(self) -> list[str]:
-        """Return all that is wrong, in words; empty when nothing is."""
+        """Return all mistakes, in words."""
         more = self._count - len(self._found)
         return [*self._found, f"rank {self._rank}: and {more} more"] if more else self._found

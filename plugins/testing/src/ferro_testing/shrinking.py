@@ -1,4 +1,4 @@
-"""Conformance of going on after a rank died, in the group of those that are left."""
+"""Conformance of going on after a rank died, in the group of the survivors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from ferro.errors import CollectiveTimeout, PeerLost
 from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
-from ferro_testing.killing import ToldLate, end_this_rank, patience_s, require_survivors
+from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 from ferro_testing.samples import Findings, reduced, sample
 
 _SHRINK_S = 10.0
@@ -18,7 +18,7 @@ def check_shrink(case: Case) -> None:
     """After a rank was killed the others go on in shrink()'s group; twice where four begin.
 
     Raises:
-        ToldLate: they were told by their deadline only, and so did not come to that.
+        DeathNoticedLate: they were told by their deadline only, and so did not come to that.
     """
     if case.largest < 2 or not case.supports("shrink", "lost_peer", "all_reduce", "all_gather"):
         return
@@ -28,7 +28,7 @@ def check_shrink(case: Case) -> None:
     require_survivors(what, outcomes, lost)
     require(what, outcomes, lost)
     if all(outcome.result == [_LATE] for outcome in outcomes if outcome.rank not in lost):
-        raise ToldLate(what, lost[0])
+        raise DeathNoticedLate(what, lost[0])
     found: list[str] = []
     for outcome in outcomes:
         if outcome.rank not in lost:
@@ -72,7 +72,7 @@ def _outlives(group: ProcessGroup, victim: int, allowed_s: float, found: Finding
 
 
 def _compute(group: ProcessGroup, left: list[int], me: int, found: Findings) -> None:
-    """Use the group of those that are left as any other."""
+    """Use the group of the survivors as any other."""
     n = len(left)
     found.true(group.world_size == n and group.rank == left.index(me), "shrink: wrong rank or size")
     for shape in ((7,), (70_000,)):

@@ -1,4 +1,4 @@
-"""`ferro conformance`: what an installed backend does, refuses and gets wrong, by trying it."""
+"""`ferro conformance`: try an installed backend; show its operations, its refusals, its mistakes."""
 
 from ferro_testing.command.command import run
 from ferro_testing.command.options import ConformanceOptions, parse_options

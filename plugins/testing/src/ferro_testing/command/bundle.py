@@ -1,7 +1,7 @@
-"""Bundle: several checks in one run of the ranks, for starting processes takes most of the time.
+"""Several checks in one run of the ranks, for starting processes takes most of the time.
 
 Each check is called twice: first with a runner that only notes which functions it wants run, and,
-when one run of the ranks has run all of them, with one that hands out what came of each.
+when one run of the ranks has run all of them, with one that hands out the outcomes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 
 from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, attempt
-from ferro_testing.functions import load, place_of
+from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome
 
 Check: TypeAlias = Callable[[Case], None]
 
 
 def bundled(checks: Sequence[Check], case: Case, world_size: int) -> dict[Check, Case]:
-    """Run what these checks want run, at once; return for each the case to call it with.
+    """Run at once all functions that these checks want run; return for each check the case to call it with.
 
     The checks must be such as run functions that return findings, without `deterministic`.
     """
@@ -37,7 +37,7 @@ def bundled(checks: Sequence[Check], case: Case, world_size: int) -> dict[Check,
 
 
 def run_bundle(group: ProcessGroup, items: Sequence[Any]) -> list[dict[str, object]]:
-    """Run the functions of `items`, place and arguments of each; return what came of them."""
+    """Run the functions of `items`, place and arguments of each; return the outcomes."""
     results: list[dict[str, object]] = []
     for place, args in items:
         outcome, _ = attempt(load(place), group, args)
@@ -57,14 +57,14 @@ def _noting(check: Check, wanted: list[tuple[Check, list[object]]]) -> Callable[
         deterministic: bool,
     ) -> list[Outcome]:
         assert not deterministic, "such a world is another one"
-        wanted.append((check, [place_of(function), list(args)]))
+        wanted.append((check, [locate(function), list(args)]))
         return [Outcome(rank=rank, result=[]) for rank in range(world_size)]
 
     return runner
 
 
 def _handing_out(outcomes: Sequence[list[Outcome]]) -> Callable[..., list[Outcome]]:
-    """Return a runner that tells what came of the runs, in the order in which they were noted."""
+    """Return a runner that hands out the outcomes of the runs, in the order in which they were noted."""
     left = iter(outcomes)
 
     def runner(
@@ -81,7 +81,7 @@ def _handing_out(outcomes: Sequence[list[Outcome]]) -> Callable[..., list[Outcom
 
 
 def _outcome(rank: Outcome, index: int) -> Outcome:
-    """Return what became of one function on a rank, which is the rank's own end when it died."""
+    """Return the outcome of one function on a rank, which is the rank's own end when it died."""
     if not rank.ok or not isinstance(rank.result, list):
         return rank
     return Outcome(rank=rank.rank, **rank.result[index])

@@ -1,4 +1,4 @@
-"""Cells: one kind of call each, and what came of it on all ranks."""
+"""Cells of the tables: one kind of call each, with its result on all ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ferro_testing.samples import reductions
 
 Status: TypeAlias = Literal["ok", "refused", "wrong", "unknown"]
 
-# In the order of the tables. A sendrecv stands for transfers, which is what it is made of.
+# In the order of the tables. A sendrecv stands for the transfers of which it is made.
 COLUMNS = (*REDUCING, *MOVING, "sendrecv")
-PLAIN = ("barrier", "split", "subgroup")  # that move no array of the caller's
+PLAIN = ("barrier", "split", "subgroup")  # operations that move no array of the caller's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One kind of call, and what came of it.
+    """One kind of call, and its result.
 
     Attributes:
         op: the operation.
@@ -47,10 +47,10 @@ def all_cells(dtypes: Sequence[str]) -> list[Cell]:
 
 
 def merge(cells: Sequence[Cell], told: Sequence[Sequence[Sequence[str]]]) -> list[Cell]:
-    """Return the cells with what all ranks tell of them.
+    """Return the cells with the results of all ranks.
 
     Args:
-        cells: what was tried.
+        cells: the calls that were tried.
         told: by rank: status and text of every cell.
     """
     merged = []
@@ -61,7 +61,7 @@ def merge(cells: Sequence[Cell], told: Sequence[Sequence[Sequence[str]]]) -> lis
 
 
 def _together(answers: Sequence[tuple[str, str]]) -> tuple[Status, str]:
-    """Return the status of a cell, and why it is so, from what each rank tells."""
+    """Return the status of a cell, and its reason, from the results of all ranks."""
     statuses = [status for status, _ in answers]
     for status, text in answers:
         if status == "wrong":
@@ -75,7 +75,7 @@ def _together(answers: Sequence[tuple[str, str]]) -> tuple[Status, str]:
 
 
 def gaps(cells: Iterable[Cell]) -> dict[str, str]:
-    """Return what is refused, as the fewest keys for `Case.unsupported`, with the reasons."""
+    """Return all refusals, as the fewest keys for `Case.unsupported`, with the reasons."""
     by_op: dict[str, list[Cell]] = {}
     for cell in cells:
         by_op.setdefault(cell.op, []).append(cell)

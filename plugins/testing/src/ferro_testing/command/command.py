@@ -1,19 +1,18 @@
-"""`ferro conformance`: try a backend, show what was found, keep it."""
+"""`ferro conformance`: try a backend, show the findings, write them down."""
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from importlib_metadata import version
 
 from ferro import backends
 from ferro.errors import BackendUnavailable, PluginError, UnsupportedError, UsageError
+from ferro.launch.processes import exit_on_signals
 from ferro.types import Device
 from ferro_testing.case import Case
 from ferro_testing.command.cells import Cell, all_cells, gaps, merge
@@ -21,11 +20,10 @@ from ferro_testing.command.options import ConformanceOptions
 from ferro_testing.command.rank import probe
 from ferro_testing.command.report import report
 from ferro_testing.command.survey import Survey, Timing
-from ferro_testing.command.verdicts import Verdict, judge
+from ferro_testing.command.verdicts import CheckVerdict, judge
 from ferro_testing.outcome import Outcome, RanksFailed
-from ferro_testing.samples import BRAIN
+from ferro_testing.samples import BFLOAT16
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _UNAVAILABLE_STATUS = 2
 
 
@@ -35,15 +33,12 @@ def run(options: ConformanceOptions) -> int:
     Raises:
         UsageError: the file for the results cannot be written.
     """
-    before = {signum: signal.signal(signum, _terminate) for signum in _ENDING}
     try:
-        survey = _survey(options)
+        with exit_on_signals():
+            survey = _survey(options)
     except (BackendUnavailable, PluginError) as error:
         _say(sys.stderr, f"ferro: {error}")
         return _UNAVAILABLE_STATUS
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
     _say(sys.stderr if options.json == "-" else sys.stdout, report(survey))
     _keep(options, survey)
     return 1 if survey.findings() else 0
@@ -64,11 +59,11 @@ def _survey(options: ConformanceOptions) -> Survey:
     if available.version:
         versions[options.backend] = available.version
     case = Case(backend=options.backend, world_sizes=(options.ranks,), timeout_s=options.timeout_s)
-    if BRAIN not in case.dtypes:
-        _say(sys.stderr, f"{BRAIN} was not asked for: ml_dtypes is not installed")
+    if BFLOAT16 not in case.dtypes:
+        _say(sys.stderr, f"{BFLOAT16} was not asked for: ml_dtypes is not installed")
     device = options.device or info.devices[0]
     cells, timings, failure = _probe(case, options.ranks, device)
-    verdicts: Mapping[str, Verdict] = {}
+    verdicts: Mapping[str, CheckVerdict] = {}
     if not failure:
         verdicts = judge(_with_gaps(case, cells), launched=info.launcher is not None, quick=options.quick, told=_tell)
     return Survey(
@@ -85,7 +80,7 @@ def _survey(options: ConformanceOptions) -> Survey:
 
 
 def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Timing], str]:
-    """Make every call once; return the cells, timings, and why there are none."""
+    """Make every call once; return the cells, timings, and the reason where there are none."""
     cells = all_cells(case.dtypes)
     calls = [[cell.op, cell.dtype, cell.reduction] for cell in cells]
     _say(sys.stderr, f"{len(calls)} kinds of calls on {ranks} ranks …")
@@ -99,7 +94,7 @@ def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Tim
 
 
 def _require_available(name: str, outcomes: Sequence[Outcome]) -> None:
-    """Raise when ranks could not be given the backend: that is no fault of its own.
+    """Raise when the backend could not be used on the ranks, which is no fault of its own.
 
     One that cannot have it is enough: what the others raise then is a consequence.
 
@@ -116,12 +111,12 @@ def _require_available(name: str, outcomes: Sequence[Outcome]) -> None:
 
 
 def _with_gaps(case: Case, cells: Sequence[Cell]) -> Case:
-    """Return the case with what is refused declared, as its author would."""
+    """Return the case with all refusals declared, as its author would."""
     found = {key: text or "it gives no reason" for key, text in gaps(cells).items()}
     return replace(case, unsupported=found)
 
 
-def _tell(verdict: Verdict) -> None:
+def _tell(verdict: CheckVerdict) -> None:
     reason = f": {verdict.text.splitlines()[0]}" if verdict.text else ""
     _say(sys.stderr, f"{verdict.name:<28} {verdict.status:<8} {verdict.seconds:5.1f} s{reason}")
 
@@ -141,8 +136,3 @@ def _keep(options: ConformanceOptions, survey: Survey) -> None:
 
 def _say(stream: TextIO, line: str) -> None:
     print(line, file=stream, flush=True)
-
-
-def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through every `with`, so that no process stays behind."""
-    raise SystemExit(128 + signum)

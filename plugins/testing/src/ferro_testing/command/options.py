@@ -23,15 +23,15 @@ exit status: 0 nothing is wrong · 1 there are findings · 2 the backend cannot 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConformanceOptions:
-    """What `ferro conformance` was asked for.
+    """The options of `ferro conformance`.
 
     Attributes:
         backend: name of the backend.
         ranks: how many to start.
         quick: leave out the checks that no line of the tables needs.
-        device: where the arrays of the collectives are, None for what the backend names first.
+        device: where the arrays of the collectives are, None for the backend's first.
         timeout_s: deadline of each run of the ranks in seconds.
-        json: file for what was found, "-" for stdout, None for no file.
+        json: file for the findings, "-" for stdout, None for no file.
     """
 
     backend: str

@@ -1,4 +1,4 @@
-"""What the ranks of `ferro conformance` do: call everything once, and a few things often."""
+"""The function that the ranks of `ferro conformance` run: each call once, and a few of them often."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from ferro.errors import UnsupportedError, UsageError
 from ferro.group.process_group import ProcessGroup
 from ferro.types import Array, Device
-from ferro_testing.once import Place, call_of, in_place, wanted_of
 from ferro_testing.samples import Findings
+from ferro_testing.single_call import Placement, expected_result, prepare_call, unchanged
 
 _CALL_S = 10.0
 SMALL_BYTES, LARGE_BYTES = 1 << 10, 1 << 20
@@ -41,7 +41,9 @@ def probe(group: ProcessGroup, cells: Sequence[Sequence[str]], device: str) -> d
     return {"cells": told, "timings": timings}
 
 
-def _try(group: ProcessGroup, op: str, dtype: str, reduction: str, place: Place, fetch: Place) -> tuple[str, str, bool]:
+def _try(
+    group: ProcessGroup, op: str, dtype: str, reduction: str, place: Placement, fetch: Placement
+) -> tuple[str, str, bool]:
     """Do one call; return status, text, and whether the group is still good."""
     what = " ".join(filter(None, (op, dtype, reduction)))
     try:
@@ -51,7 +53,7 @@ def _try(group: ProcessGroup, op: str, dtype: str, reduction: str, place: Place,
         if op == "subgroup":
             _close(group.subgroup(range(group.world_size), timeout_s=_CALL_S))
             return "ok", "", True
-        call = call_of(group, op, dtype or _TIMED, reduction, place=place, timeout_s=_CALL_S)
+        call = prepare_call(group, op, dtype or _TIMED, reduction, place=place, timeout_s=_CALL_S)
         result: Any = call()
     except UnsupportedError as error:
         return "refused", str(error), True
@@ -60,7 +62,7 @@ def _try(group: ProcessGroup, op: str, dtype: str, reduction: str, place: Place,
     except Exception as error:  # noqa: BLE001 - a stranger's backend raises what it likes
         return "wrong", f"{what}: rank {group.rank} raised {type(error).__name__}: {error}", False
     found = Findings(group.rank)
-    wanted = None if op == "barrier" else wanted_of(group, op, dtype, reduction)
+    wanted = None if op == "barrier" else expected_result(group, op, dtype, reduction)
     if wanted is None:
         found.true(result is None, f"{what}: not None where there is no result")
     else:
@@ -74,10 +76,10 @@ def _close(group: ProcessGroup | None) -> None:
         group.close()
 
 
-def _device(name: str) -> tuple[Place, Place]:
-    """Return what puts an array on a device, and what brings a result back."""
+def _device(name: str) -> tuple[Placement, Placement]:
+    """Return a function that puts an array on a device, and one that brings a result back."""
     if name == Device.CPU:
-        return in_place, in_place
+        return unchanged, unchanged
     cupy: Any = importlib.import_module("cupy")
 
     def place(array: Array) -> object:
@@ -90,9 +92,9 @@ def _device(name: str) -> tuple[Place, Place]:
 
 
 def _measure(
-    group: ProcessGroup, cells: Sequence[Sequence[str]], told: Sequence[Sequence[str]], place: Place
+    group: ProcessGroup, cells: Sequence[Sequence[str]], told: Sequence[Sequence[str]], place: Placement
 ) -> list[list[object]]:
-    """Return operation, and median seconds of a small and of a large call, of all that work."""
+    """Return operation, and median seconds of a small and of a large call, of all operations that work."""
     timings: list[list[object]] = []
     for (op, dtype, reduction), (status, _) in zip(cells, told, strict=True):
         plain = op == "barrier" or (dtype == _TIMED and reduction in ("", "sum"))
@@ -102,11 +104,11 @@ def _measure(
     return timings
 
 
-def _median_s(group: ProcessGroup, op: str, nbytes: int, place: Place) -> float:
+def _median_s(group: ProcessGroup, op: str, nbytes: int, place: Placement) -> float:
     """Return the median seconds of a call that gives `nbytes` bytes of this rank's."""
     parts = group.world_size if op in ("reduce_scatter", "scatter", "all_to_all") else 1
     count = max(1, nbytes // 4 // parts)
-    call = call_of(group, op, _TIMED, "sum", count=count, place=place, timeout_s=_CALL_S)
+    call = prepare_call(group, op, _TIMED, "sum", count=count, place=place, timeout_s=_CALL_S)
     seconds = []
     for _ in range(_CALLS[nbytes]):
         started = time.perf_counter()

@@ -13,11 +13,11 @@ from ferro_testing.differences import FEATURES, supported
 _MARKS: Mapping[Status, str] = {"ok": "ok", "refused": "–", "wrong": "WRONG", "unknown": "?"}
 _LEGEND = "ok: right, bit for bit · –: refused (UnsupportedError) · WRONG: see below · ?: not asked"
 _WIDTH = 100
-_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")  # for "–1" reads as minus one
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")  # because "–1" would read as minus one
 
 
 def report(survey: Survey) -> str:
-    """Return all of it, in lines of at most about a hundred characters."""
+    """Lay out a survey in lines of at most about a hundred characters."""
     parts = [_head(survey)]
     if survey.cells:
         reasons = survey.reasons()

@@ -1,4 +1,4 @@
-"""Survey: all that was found out about a backend, for tables and for JSON."""
+"""The survey of a backend: all findings about it, for tables and for JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ferro.types import ReduceOp
 from ferro_testing.command.cells import COLUMNS, Cell, Status, gaps
-from ferro_testing.command.verdicts import FEATURES, Verdict
+from ferro_testing.command.verdicts import FEATURES, CheckVerdict
 from ferro_testing.differences import REDUCING
 
 _STATUS: Mapping[str, Status] = {"ok": "ok", "refused": "refused", "wrong": "wrong", "skipped": "unknown"}
@@ -17,7 +17,7 @@ _OF_TRANSFERS = ("transfers", "tags")  # features that are gone with them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Median seconds of a small and of a large call; None where there is no such thing."""
+    """Median seconds of a small and of a large call; None where size does not matter."""
 
     op: str
     small_s: float
@@ -26,18 +26,18 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """All that was found out about a backend.
+    """All findings about a backend.
 
     Attributes:
         backend: its name.
         versions: of ferro, of the distribution that offers it and of the library below.
         ranks: how many there were.
         device: where the arrays of `cells` were.
-        dtypes: those that were tried.
+        dtypes: names of those that were tried.
         cells: every kind of call.
-        verdicts: check -> what it says.
+        verdicts: by name of the check.
         timings: of the collectives that work.
-        failure: why nothing could be asked, "" when it could.
+        failure: the reason for which no call could be tried, "" when they could.
     """
 
     backend: str
@@ -46,7 +46,7 @@ class Survey:
     device: str
     dtypes: tuple[str, ...]
     cells: tuple[Cell, ...]
-    verdicts: Mapping[str, Verdict]
+    verdicts: Mapping[str, CheckVerdict]
     timings: tuple[Timing, ...] = ()
     failure: str = ""
 
@@ -82,7 +82,7 @@ class Survey:
         return found
 
     def reasons(self) -> dict[str, str]:
-        """Return why what is refused is, under the keys that `Case.unsupported` takes."""
+        """Return the reasons of all refusals, under the keys that `Case.unsupported` takes."""
         found = gaps(self.cells)
         for name, check in FEATURES.items():
             verdict = self.verdicts.get(check.__name__)
@@ -91,14 +91,14 @@ class Survey:
         return found
 
     def findings(self) -> list[str]:
-        """Return all that is wrong, in words."""
+        """Describe all mistakes."""
         found = [self.failure] if self.failure else []
         found += dict.fromkeys(cell.text for cell in self.cells if cell.status == "wrong")
         found += [f"{verdict.name}: {verdict.text}" for verdict in self.verdicts.values() if verdict.status == "wrong"]
         return found
 
     def as_json(self) -> str:
-        """Return what is true of the backend wherever it runs: no times, no places."""
+        """Return all that is true of the backend wherever it runs: no times, no places."""
         return json.dumps(
             {
                 "backend": self.backend,

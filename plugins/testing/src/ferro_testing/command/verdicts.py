@@ -1,4 +1,4 @@
-"""Verdicts: what a check of the kit says of a stranger's backend, whose gaps nobody declared."""
+"""The verdict of each check of the kit on a backend whose gaps nobody declared."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ferro_testing import conformance as kit
 from ferro_testing.case import Case
 from ferro_testing.command.bundle import Check, bundled
 from ferro_testing.differences import TRANSFERS
-from ferro_testing.killing import JobEnded, ToldLate
+from ferro_testing.killing import DeathNoticedLate, JobEnded
 from ferro_testing.outcome import Outcome, RanksFailed
 
-# What the tables show -> the check that says so.
+# Feature in the tables -> the check that decides it.
 FEATURES: dict[str, Check] = {
     "functions": kit.check_reduction_functions,
     "uneven": kit.check_uneven,
@@ -35,7 +35,7 @@ FEATURES: dict[str, Check] = {
     "lost_peer": kit.check_lost_peer,
     "shrink": kit.check_shrink,
 }
-# These end their group, or need another one.
+# Checks that end their group, or need another one.
 _ALONE = (
     kit.check_deterministic,
     kit.check_mismatch,
@@ -51,13 +51,13 @@ _KILLED = ("Killed", "RankKilled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What one check says.
+class CheckVerdict:
+    """The verdict of one check.
 
     Attributes:
         name: the check's.
         status: "ok"; "refused" by UnsupportedError on every rank, or for what a backend may leave
-            out without a word; "wrong"; "skipped" when what it needs is refused.
+            out without a word; "wrong"; "skipped" when an operation that it needs is refused.
         text: why it is not ok.
         seconds: how long it took; 0.0 where several checks ran at once.
     """
@@ -68,7 +68,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-def judge(case: Case, *, launched: bool, quick: bool, told: Callable[[Verdict], None]) -> dict[str, Verdict]:
+def judge(case: Case, *, launched: bool, quick: bool, told: Callable[[CheckVerdict], None]) -> dict[str, CheckVerdict]:
     """Run the checks; return name -> verdict.
 
     Args:
@@ -81,7 +81,7 @@ def judge(case: Case, *, launched: bool, quick: bool, told: Callable[[Verdict], 
     checks = list(dict.fromkeys(FEATURES.values())) if quick else list(kit.CHECKS)
     together = [check for check in checks if check not in _ALONE] if quick else []
     cases = bundled(together, case, case.largest)
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, CheckVerdict] = {}
     for check in checks:
         few = quick and check is kit.check_mismatch  # each kind needs a run of the ranks
         doing = partial(kit.check_mismatch, kinds=("op", "transfer")) if few else check
@@ -101,7 +101,7 @@ def _without_transfers(case: Case) -> Case:
     return replace(case, unsupported={**dict.fromkeys(TRANSFERS, reason), **case.unsupported})
 
 
-def _judge(name: str, check: Check, case: Case, launched: bool) -> Verdict:
+def _judge(name: str, check: Check, case: Case, launched: bool) -> CheckVerdict:
     runs = 0
 
     def runner(
@@ -127,17 +127,17 @@ def _judge(name: str, check: Check, case: Case, launched: bool) -> Verdict:
     except RanksFailed as error:
         text = refusal(error.outcomes)
         status, text = ("refused", text) if text else ("wrong", str(error))
-    except ToldLate:
+    except DeathNoticedLate:
         status, text = "refused", _TOLD_LATE
     except (AssertionError, FerroError) as error:
         text = str(error)
-    return Verdict(name=name, status=status, text=text, seconds=time.monotonic() - started)
+    return CheckVerdict(name=name, status=status, text=text, seconds=time.monotonic() - started)
 
 
 def refusal(outcomes: Sequence[Outcome]) -> str:
-    """Return why all ranks were refused by UnsupportedError; "" when any was not.
+    """Return the reason that all ranks were refused with, by UnsupportedError; "" when any was not.
 
-    A rank that was killed on purpose had nothing to say.
+    Ranks that were killed on purpose are left out.
     """
     left = [outcome for outcome in outcomes if outcome.error_type not in _KILLED]
     if not left or any(outcome.error_type != "UnsupportedError" for outcome in left):

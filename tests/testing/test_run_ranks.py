@@ -14,7 +14,7 @@ from ferro.errors import UsageError
 from ferro_testing import RanksFailed, run_ranks, run_ranks_outcomes
 from ferro_testing.concurrency import check_groups
 from ferro_testing.conformance import Case
-from ferro_testing.values import check_objects
+from ferro_testing.objects import check_objects
 
 # A backend as a third party would write it, with the job's store for a network.
 POSTBOX = """

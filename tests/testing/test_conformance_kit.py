@@ -207,7 +207,7 @@ def ignore_tags(backend):
 
 def test_messages_that_overtake_each_other_are_found_out():
     check_transfers(sabotaged(ignore_tags, dtypes=("float32",)))
-    with pytest.raises(AssertionError, match=r"recv of \[5, 3\] from rank 2, tag 7"):
+    with pytest.raises(AssertionError, match=r"recv of \[.*\] from rank \d, tag 7"):
         check_tags(sabotaged(ignore_tags))
     check_tags(sabotaged(ignore_tags, unsupported={"tags": "messages come as they are sent"}))
 

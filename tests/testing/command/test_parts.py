@@ -16,7 +16,7 @@ from ferro_testing.command.cells import Cell, all_cells, gaps, merge
 from ferro_testing.command.rank import probe
 from ferro_testing.command.report import report
 from ferro_testing.command.survey import Survey, Timing
-from ferro_testing.command.verdicts import Verdict, judge
+from ferro_testing.command.verdicts import CheckVerdict, judge
 from ferro_testing.conformance import check_async, check_groups, check_movements
 from ferro_testing.outcome import Outcome
 
@@ -218,9 +218,9 @@ SURVEY = Survey(
         cell("sendrecv", "float16", status="refused", text="no halves"),
     ),
     verdicts={
-        "check_groups": Verdict(name="check_groups", status="ok"),
-        "check_abort": Verdict(name="check_abort", status="refused", text="no way"),
-        "check_async": Verdict(name="check_async", status="wrong", text="a\nb"),
+        "check_groups": CheckVerdict(name="check_groups", status="ok"),
+        "check_abort": CheckVerdict(name="check_abort", status="refused", text="no way"),
+        "check_async": CheckVerdict(name="check_async", status="wrong", text="a\nb"),
     },
     timings=(Timing(op="all_reduce", small_s=12e-6, large_s=0.5e-3),),
 )

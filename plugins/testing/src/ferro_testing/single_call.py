@@ -1,4 +1,4 @@
-"""One call of any operation with any dtype, and what must come of it."""
+"""One call of any operation with any dtype, and its expected result."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from ferro.group.process_group import ProcessGroup
 from ferro.types import Array
 from ferro_testing.samples import reduced, sample
 
-# Takes an array to where it is wanted, such as a GPU, or back from there; of any kind.
-Place: TypeAlias = Callable[[Any], Any]
+# Moves an array of any kind to a device such as a GPU, or back.
+Placement: TypeAlias = Callable[[Any], Any]
 
 
-def in_place(array: Any) -> Any:
-    """Return the array itself: where the samples are is where they are wanted."""
+def unchanged(array: Any) -> Any:
+    """Return the array itself: samples are in host memory already."""
     return array
 
 
 def call_once(
     group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7, timeout_s: float | None = None
 ) -> object:
-    """Do `op` with this rank's sample; return the result. See `call_of`."""
-    return call_of(group, op, dtype, reduction, count=count, timeout_s=timeout_s)()
+    """Do `op` with this rank's sample, as `prepare_call` does; return the result."""
+    return prepare_call(group, op, dtype, reduction, count=count, timeout_s=timeout_s)()
 
 
-def call_of(
+def prepare_call(
     group: ProcessGroup,
     op: str,
     dtype: str,
     reduction: str = "sum",
     *,
     count: int = 7,
-    place: Place = in_place,
+    place: Placement = unchanged,
     timeout_s: float | None = None,
 ) -> Callable[[], object]:
-    """Return what does `op` with this rank's sample, as often as it is called.
+    """Return a function that does `op` with this rank's sample, as often as it is called.
 
     Args:
         group: the ranks, which all make this call.
         op: its name; "send" and "recv" do the one half of a transfer only.
         dtype: name of the elements' type.
-        reduction: for what reduces.
+        reduction: of the operations that reduce.
         count: elements of a block, of which there are as many as ranks in what is cut.
-        place: puts the arrays where they are wanted.
+        place: moves the arrays to their device.
         timeout_s: deadline of the operation in seconds; the group's when None.
     """
     n, me = group.world_size, group.rank
@@ -68,8 +68,10 @@ def call_of(
     return calls[op]
 
 
-def wanted_of(group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7) -> Array | None:
-    """Return what `call_once` must have returned on this rank; None for no result."""
+def expected_result(
+    group: ProcessGroup, op: str, dtype: str, reduction: str = "sum", *, count: int = 7
+) -> Array | None:
+    """Compute the result that `call_once` must have on this rank; None for no result."""
     n, me = group.world_size, group.rank
     if op in ("reduce", "gather") and me != n - 1:
         return None

@@ -12,7 +12,7 @@ from ferro_testing import killing
 from ferro_testing.case import Case, run_simulated
 from ferro_testing.command.verdicts import judge
 from ferro_testing.failures import check_lost_peer
-from ferro_testing.killing import ToldLate
+from ferro_testing.killing import DeathNoticedLate
 from ferro_testing.shrinking import check_shrink
 
 LATE = "a dead rank is told only by the deadline"
@@ -54,7 +54,7 @@ def sit_out(backend):
 @pytest.mark.parametrize("check", [check_lost_peer, check_shrink])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_kit_says_what_to_declare(check, ranks):
-    with pytest.raises(ToldLate, match=r'nobody noticed that rank 1 died.*declare "lost_peer"'):
+    with pytest.raises(DeathNoticedLate, match=r'nobody noticed that rank 1 died.*declare "lost_peer"'):
         check(case(sit_out, ranks))
     check(case(sit_out, ranks, unsupported={"lost_peer": "told late"}))
 
@@ -87,4 +87,4 @@ def blame_another(backend):
 def test_to_name_another_rank_is_wrong():
     with pytest.raises(AssertionError) as caught:
         check_lost_peer(case(blame_another))
-    assert not isinstance(caught.value, ToldLate)
+    assert not isinstance(caught.value, DeathNoticedLate)

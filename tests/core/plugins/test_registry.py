@@ -1,66 +1,21 @@
 """Plugins: real distributions, thrown away after each test; every error names the one at fault."""
 
-import sys
-import textwrap
+import importlib
+import re
 
 import importlib_metadata
 import pytest
 
 import ferro
-from ferro import backends, collectives, strategies
+from ferro import backends, collectives, hookspecs, strategies
 from ferro.errors import BackendUnavailable, PluginError, UsageError
 from ferro.plugins import registry as plugins
-
-HEAD = """
-from ferro import Availability, BackendInfo, CollectiveInfo, StrategyInfo, hookimpl
-
-def backend(name, probe=lambda: Availability(ok=True, reason="it is there"), under=()):
-    return BackendInfo(
-        name=name, summary=name, probe=probe, create=print, default_under=under
-    )
-"""
 
 GOOD = """
 @hookimpl
 def ferro_backends():
     return [backend("pipes")]
 """
-
-
-class Site:
-    """A folder of installed distributions, the only ones there are besides ferro itself."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.modules = []
-
-    def install(self, distribution, entry, source):
-        """Install a distribution with one module and one entry point."""
-        name = distribution.replace("-", "_")
-        module = f"throwaway_{name}"
-        (self.folder / f"{module}.py").write_text(HEAD + textwrap.dedent(source))
-        info = self.folder / f"{name}-1.5.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5")
-        (info / "entry_points.txt").write_text(f"[ferro]\n{entry} = {module}\n")
-        self.modules.append(module)
-
-    def entry_points(self, group):
-        """Return the entry points of these distributions and of ferro."""
-        found = [*importlib_metadata.distributions(path=[str(self.folder)]), importlib_metadata.distribution("ferro")]
-        return [entry for d in found for entry in d.entry_points if entry.group == group]
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    site = Site(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(importlib_metadata, "entry_points", site.entry_points)
-    plugins.installed.cache_clear()
-    yield site
-    plugins.installed.cache_clear()
-    for module in site.modules:
-        sys.modules.pop(module, None)
 
 
 def test_a_good_plugin_offers_its_backend(site):
@@ -261,3 +216,74 @@ def test_a_plugin_that_fails_in_one_hook_is_left_out_of_lists_only(site):
     assert backends.available()["simulated"].ok
     with pytest.raises(PluginError, match=r"ferro_collectives\(\) of ferro-bad 1.5 raised KeyError"):
         collectives.get("all_reduce", "ring")
+
+
+def test_a_contract_version_that_differs_is_refused_with_both_versions(site):
+    site.install("ferro-old", "old", GOOD + f"\nFERRO_API_VERSION = {hookspecs.API_VERSION + 1}")
+    site.install("ferro-pipes", "pipes", GOOD + f"\nFERRO_API_VERSION = {hookspecs.API_VERSION}")
+    loaded = plugins.installed()
+    assert loaded.loaded["pipes"].api_version == hookspecs.API_VERSION
+    (broken,) = loaded.broken
+    assert broken.name == "old"
+    assert str(broken.error) == (
+        f"plugin 'old' of ferro-old 1.5 states FERRO_API_VERSION = {hookspecs.API_VERSION + 1}; "
+        f"ferro {importlib_metadata.version('ferro')} has plugin contract version {hookspecs.API_VERSION}. "
+        "Install a ferro-old and a ferro that were made for each other."
+    )
+    with pytest.raises(PluginError, match=r"ferro-old 1\.5 states"):
+        backends.get("pipes")
+
+
+def test_a_loaded_plugin_is_described(site):
+    site.install("ferro-pipes", "pipes", GOOD + STRATEGY.format(name="mine"))
+    found = plugins.installed().loaded["pipes"]
+    assert (found.distribution, found.module) == ("ferro-pipes 1.5", "throwaway_ferro_pipes")
+    assert (found.hooks, found.api_version) == (("ferro_backends", "ferro_strategies"), None)
+    assert 0 < found.import_s < 60
+
+
+COUNTING = """
+calls = []
+
+@hookimpl
+def ferro_backends():
+    calls.append("backends")
+    return [backend("pipes")]
+
+@hookimpl
+def ferro_observers():
+    calls.append("observers")
+    return []
+"""
+
+
+def test_hooks_are_asked_once_per_process_and_observers_at_each_init(site):
+    site.install("ferro-pipes", "pipes", COUNTING)
+    for _ in range(2):
+        backends.available()
+        backends.get("pipes")
+    calls = importlib.import_module("throwaway_ferro_pipes").calls
+    assert calls == ["backends"]
+    for _ in range(2):
+        ferro.init("simulated").close()
+        ferro.shutdown()
+    assert calls == ["backends", "observers", "observers"]
+
+
+def test_hooks_are_traced_where_the_environment_says_so(site, monkeypatch, capsys):
+    site.install("ferro-pipes", "pipes", COUNTING)
+    backends.available()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FERRO_TRACE_HOOKS", "1")
+    plugins.installed.cache_clear()
+    found = plugins.installed()
+    found.survey("ferro_backends", object)
+    found.survey("ferro_observers", object)
+    lines = [re.sub(r" \(\d+\.\d ms\)$", "", line) for line in capsys.readouterr().err.splitlines()]
+    own = f"ferro {importlib_metadata.version('ferro')}"
+    assert lines == [
+        f"ferro: ferro_backends() of {own}: simulated",
+        "ferro: ferro_backends() of ferro-pipes 1.5: pipes",
+        f"ferro: ferro_observers() of {own}: nothing",
+        "ferro: ferro_observers() of ferro-pipes 1.5: nothing",
+    ]
