@@ -15,7 +15,7 @@ import numpy as np
 
 from ferro.collectives.choice import Choice, build
 from ferro.collectives.executor import Exchanger, Execution
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
 from ferro.collectives.partition import blocks, near_equal
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
@@ -118,8 +118,7 @@ def agree(transport: Transport, call: Call, deadline: float) -> None:
             to = (transport.rank + distance) % transport.world_size
             source = (transport.rank - distance) % transport.world_size
             transport.exchange([(to, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline)
-            if theirs.tobytes() != call.label():
-                raise mismatch(transport.rank, call, source, theirs.tobytes())
+            compare_labels(transport.rank, call, source, theirs.tobytes())
             distance *= 2
 
 

@@ -177,6 +177,12 @@ def context_of(tag: int) -> int:
     return tag >> (_NUMBER_BITS + 1)
 
 
+def compare_labels(rank: int, call: Call, peer: int, label: bytes) -> None:
+    """Raise CollectiveMismatch if the label that came from `peer` differs from that of this rank's call."""
+    if label != (call.packed or call.label()):
+        raise mismatch(rank, call, peer, label)
+
+
 def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismatch:
     """Make the error for a label that differs from this rank's own call."""
     theirs = Call.from_label(label)
