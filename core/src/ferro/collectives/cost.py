@@ -1,20 +1,19 @@
-"""The cost: how long an algorithm takes on a network, predicted by a model.
+"""Predict the time of an algorithm on a network by a model.
 
-The model is LogGP (Alexandrov, Ionescu, Schauser & Scheiman 1995, "LogGP: incorporating long
-messages into the LogP model"; LogP: Culler et al. 1993, "LogP: towards a realistic model of
-parallel computation"), with L = `latency_s`, o = `overhead_s` and G = 1/bandwidth:
+The model is LogGP (Alexandrov, Ionescu, Schauser & Scheiman 1995, "LogGP: incorporating long messages into the LogP
+model"; LogP: Culler et al. 1993, "LogP: towards a realistic model of parallel computation"), with L = `latency_s`,
+o = `overhead_s` and G = 1/bandwidth:
 
-    1. A rank does its rounds in order. In a round its sends leave one after the other, each
-       holding the rank's outgoing link for o + bytes·G.
-    2. The first byte is there L after it left. The rank takes what comes one after the other, in
-       the order of its receives, each holding its incoming link for bytes·G + o.
-    3. What is to be combined is, one after the other, at `reduce_bytes_per_s`, while the next
-       message may come in.
-    4. The round ends when all has left, come and been combined.
+    1. A rank does its rounds in order. In a round its sends leave one after the other, each holding the rank's
+       outgoing link for o + bytes·G.
+    2. The first byte arrives L after it left. The rank receives messages one after the other, in the order of its
+       receives, each holding its incoming link for bytes·G + o.
+    3. The rank combines contributions one after the other, at `reduce_bytes_per_s`, while the next message may come in.
+    4. The round ends when all sends, receives and combinations have ended.
 
-Where ours differs: the two links and the arithmetic are busy side by side, where LogGP has one
-processor; g, the gap between short messages, is taken to be o; links inside the network are
-never shared, so ranks of one host do not share its network card.
+Ours differs from LogGP in that the two links and the arithmetic are busy side by side, where LogGP has one processor.
+The gap g between short messages is taken to be o. Links inside the network are never shared, so ranks of one host do
+not share its network card.
 """
 
 from __future__ import annotations
@@ -25,21 +24,20 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from ferro.collectives.messages import Subject
 from ferro.collectives.schedule import Build, Schedule
-from ferro.errors import UsageError
+from ferro.errors import PluginError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What the cost model knows of a network.
+    """The cost model's description of a network.
 
     Attributes:
-        latency_s: seconds from the first byte's leaving to its arrival.
+        latency_s: seconds from the departure of the first byte to its arrival.
         bandwidth_bytes_per_s: of each rank's link, each way.
         overhead_s: seconds of work for each message, on both of its ends.
-        reduce_bytes_per_s: how fast a rank combines what it received.
-        hosts: for each rank a number that says on which host it is; None: all are on one.
+        reduce_bytes_per_s: the rate at which a rank combines contributions.
+        hosts: for each rank the number of its host; None: all are on one.
         inter_host_latency_s: `latency_s` between ranks of different hosts; None: the same.
         inter_host_bandwidth_bytes_per_s: the bandwidth between them; None: the same.
 
@@ -56,37 +54,35 @@ class Network:
     inter_host_bandwidth_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        times = (self.latency_s, self.overhead_s, self.inter_host_latency_s or 0.0)
-        rates = (
-            self.bandwidth_bytes_per_s,
-            self.reduce_bytes_per_s,
-            self.bandwidth_bytes_per_s
-            if self.inter_host_bandwidth_bytes_per_s is None
-            else self.inter_host_bandwidth_bytes_per_s,
-        )
+        between = self._between_hosts()
+        times = (self.latency_s, self.overhead_s, between[0])
+        rates = (self.bandwidth_bytes_per_s, self.reduce_bytes_per_s, between[1])
         if not (all(time >= 0 for time in times) and all(rate > 0 for rate in rates)):
             raise UsageError(f"{self}: give times of 0 or more and rates above 0.")
 
     def link(self, source: int, target: int) -> tuple[float, float]:
-        """Latency in seconds and bandwidth in bytes per second from one rank to another."""
-        latency_s, bandwidth = self.latency_s, self.bandwidth_bytes_per_s
+        """Give the latency in seconds and the bandwidth in bytes per second from one rank to another."""
         if self.hosts is not None and self.hosts[source] != self.hosts[target]:
-            if self.inter_host_latency_s is not None:
-                latency_s = self.inter_host_latency_s
-            if self.inter_host_bandwidth_bytes_per_s is not None:
-                bandwidth = self.inter_host_bandwidth_bytes_per_s
-        return latency_s, bandwidth
+            return self._between_hosts()
+        return self.latency_s, self.bandwidth_bytes_per_s
+
+    def _between_hosts(self) -> tuple[float, float]:
+        latency_s, bandwidth = self.inter_host_latency_s, self.inter_host_bandwidth_bytes_per_s
+        return (
+            self.latency_s if latency_s is None else latency_s,
+            self.bandwidth_bytes_per_s if bandwidth is None else bandwidth,
+        )
 
 
 def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: int = 0) -> float:
     """Predict the seconds from the start, the same on all ranks, to the last rank's end.
 
-    Schedules that are the same for every rank but for a shift (a ring) are recognised by
-    comparing a few ranks, and run for one rank, or one host of ranks, in place of all: thousands
-    of ranks take milliseconds. Others take some microseconds for each message.
+    Schedules that are the same for every rank but for a shift (a ring) are recognised by comparing a few ranks. One
+    rank, or one host of ranks, is then run in place of all, so that thousands of ranks take milliseconds. Other
+    schedules take some microseconds for each message.
 
     Args:
-        build: a right algorithm: one that passes `check`.
+        build: an algorithm that is right; the cost does not check it.
         world_size: number of ranks.
         nbytes: bytes in all chunks of a rank's buffer together; all chunks are taken to be equal.
         network: the network model; its `hosts` must have an entry for every rank.
@@ -94,19 +90,36 @@ def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: i
 
     Raises:
         PluginError: the schedules wait for each other for ever.
-        UsageError: world size, root, nbytes or hosts make no sense.
+        UsageError: world size, root, nbytes or hosts are out of range.
     """
-    subject = Subject("cost", build, world_size, root)
+    if world_size < 1 or not 0 <= root < world_size:
+        raise UsageError(
+            f"cost: world_size is {world_size} and root is {root}. "
+            f"Give a world_size of at least 1 and a root from 0 to world_size - 1.",
+            op="cost",
+        )
     if nbytes < 0 or (network.hosts is not None and len(network.hosts) != world_size):
         raise UsageError(
             f"cost of {world_size} ranks: nbytes is {nbytes} and hosts is {network.hosts}. "
             f"Give nbytes of 0 or more, and one host for every rank."
         )
-    return _Clock(subject, _programs(subject, network), nbytes, network).last_end_s()
+    simulation = _Simulation(_programs(build, world_size, root, network), world_size, nbytes, network)
+    simulation.run()
+    if simulation.waiting:
+        source, offset = min(simulation.waiting)
+        target = (source + offset) % world_size
+        raise PluginError(
+            f"cost by {getattr(build, '__name__', repr(build))} with {world_size} ranks, root {root}: rank {target} "
+            f"waits for ever for rank {source}. Prove the algorithm right before asking for its cost.",
+            op="cost",
+            rank=target,
+            peer=source,
+        )
+    return max(simulation.ends)
 
 
-class _End(NamedTuple):
-    """One end of a message: how many ranks on the peer is, and how much is moved."""
+class _MessageEnd(NamedTuple):
+    """One end of a message: the peer's distance in ranks, and the number of chunks moved."""
 
     offset: int
     chunks: int
@@ -114,10 +127,10 @@ class _End(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """A schedule without the names of ranks and chunks."""
+    """A schedule in which peers are distances, and chunks are only counted."""
 
     chunks: int
-    rounds: tuple[tuple[tuple[_End, ...], tuple[_End, ...]], ...]
+    rounds: tuple[tuple[tuple[_MessageEnd, ...], tuple[_MessageEnd, ...]], ...]
 
 
 def _program(schedule: Schedule, rank: int, n: int) -> _Program:
@@ -125,21 +138,20 @@ def _program(schedule: Schedule, rank: int, n: int) -> _Program:
         schedule.chunks,
         tuple(
             (
-                tuple(_End((end.peer - rank) % n, len(end.chunks), False) for end in r.sends),
-                tuple(_End((end.peer - rank) % n, len(end.chunks), end.reduce) for end in r.recvs),
+                tuple(_MessageEnd((end.peer - rank) % n, len(end.chunks), False) for end in r.sends),
+                tuple(_MessageEnd((end.peer - rank) % n, len(end.chunks), end.reduce) for end in r.recvs),
             )
             for r in schedule.rounds
         ),
     )
 
 
-def _programs(subject: Subject, network: Network) -> list[_Program]:
-    """The programs of ranks 0 to p-1, where rank r's is that of rank r mod p; p is at most n."""
-    n, root = subject.world_size, subject.root
+def _programs(build: Build, n: int, root: int, network: Network) -> list[_Program]:
+    """Make the programs of ranks 0 to p-1, where rank r's is that of rank r mod p; p is at most n."""
     period = _period(n, network.hosts)
 
     def program(rank: int) -> _Program:
-        return _program(subject.build(rank, n, root), rank, n)
+        return _program(build(rank, n, root), rank, n)
 
     first = [program(rank) for rank in range(period)]
     later = {*range(period, min(2 * period, n)), n // 2, root, n - 1}.difference(range(period))
@@ -149,7 +161,7 @@ def _programs(subject: Subject, network: Network) -> list[_Program]:
 
 
 def _period(n: int, hosts: Sequence[int] | None) -> int:
-    """The least shift of ranks that leaves the network as it is, if hosts are equal blocks."""
+    """Find the least shift of ranks that leaves the network as it is; n unless hosts are equal blocks of ranks."""
     if hosts is None:
         return 1
     size = hosts.count(hosts[0])
@@ -159,48 +171,42 @@ def _period(n: int, hosts: Sequence[int] | None) -> int:
 
 
 _Channel: TypeAlias = tuple[int, int]
-"""A source, and how many ranks on the target is."""
+"""The source of messages, and the distance of their target in ranks."""
 
 
-class _Clock:
+class _Simulation:
     """Runs programs against the network model; a program stands for every p-th rank.
 
-    A rank is a generator that gives the channel it waits for, and goes on when a message is there.
+    A rank is a generator that yields the channel it waits for, and goes on when a message is there.
     """
 
-    def __init__(self, subject: Subject, programs: Sequence[_Program], nbytes: int, network: Network) -> None:
-        self._subject = subject
+    def __init__(self, programs: Sequence[_Program], world_size: int, nbytes: int, network: Network) -> None:
         self._programs = programs
+        self._world_size = world_size
         self._network = network
         self._chunk_bytes = nbytes / max(programs[0].chunks, 1)
         self._arrivals: defaultdict[_Channel, deque[float]] = defaultdict(deque)
-        self._waiting: dict[_Channel, Generator[_Channel, None, None]] = {}
+        self.waiting: dict[_Channel, Generator[_Channel, None, None]] = {}
         self._ready = [self._rank(rank) for rank in range(len(programs))]
-        self._ends: list[float] = []
+        self.ends: list[float] = []
 
-    def last_end_s(self) -> float:
-        """Let every rank run as far as it can, again and again, until the last one ends."""
+    def run(self) -> None:
+        """Let every rank run as far as it can, again and again, until all have ended or are waiting."""
         while self._ready:
             running = self._ready.pop()
             channel = next(running, None)
             if channel is not None:
-                self._waiting[channel] = running
-        if self._waiting:
-            source, offset = min(self._waiting)
-            target = (source + offset) % self._subject.world_size
-            raise self._subject.error(
-                f"waits for ever for rank {source}. Run ferro.collectives.checker on it.", rank=target, peer=source
-            )
-        return max(self._ends)
+                self.waiting[channel] = running
 
     def _rank(self, rank: int) -> Generator[_Channel, None, None]:
         """Go through the rounds of one rank; the numbers are those of the module's docstring."""
-        now = 0.0
+        n, now = self._world_size, 0.0
         for sends, recvs in self._programs[rank].rounds:
             incoming = arithmetic = now
             outgoing = self._send(rank, sends, now)  # 1
             for recv in recvs:  # 2
-                source, channel = self._channel_of(rank, recv)
+                source = (rank + recv.offset) % n
+                channel = source % len(self._programs), -recv.offset % n  # that of the rank that runs in its place
                 arrivals = self._arrivals[channel]
                 if not arrivals:
                     yield channel
@@ -212,23 +218,16 @@ class _Clock:
                     arithmetic = max(arithmetic, incoming)
                     arithmetic += nbytes / self._network.reduce_bytes_per_s
             now = max(outgoing, incoming, arithmetic)  # 4
-        self._ends.append(now)
+        self.ends.append(now)
 
-    def _send(self, rank: int, sends: Sequence[_End], now: float) -> float:
-        """Post when each message's first byte arrives; return when the last one has left."""
-        n = self._subject.world_size
+    def _send(self, rank: int, sends: Sequence[_MessageEnd], now: float) -> float:
+        """Record when each message's first byte arrives; return when the last message has left."""
         for send in sends:
-            latency_s, bandwidth = self._network.link(rank, (rank + send.offset) % n)
+            latency_s, bandwidth = self._network.link(rank, (rank + send.offset) % self._world_size)
             now += self._network.overhead_s
             channel = rank, send.offset
             self._arrivals[channel].append(now + latency_s)
-            if channel in self._waiting:
-                self._ready.append(self._waiting.pop(channel))
+            if channel in self.waiting:
+                self._ready.append(self.waiting.pop(channel))
             now += send.chunks * self._chunk_bytes / bandwidth
         return now
-
-    def _channel_of(self, rank: int, recv: _End) -> tuple[int, _Channel]:
-        """The source of a message, and the channel it comes by: that of the rank it is run as."""
-        n = self._subject.world_size
-        source = (rank + recv.offset) % n
-        return source, (source % len(self._programs), -recv.offset % n)

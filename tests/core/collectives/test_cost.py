@@ -117,7 +117,7 @@ def test_ranks_that_wait_for_ever():
         cost_s(stuck, 2, M, NETWORK)
 
 
-def test_calls_that_make_no_sense():
+def test_arguments_out_of_range():
     with pytest.raises(UsageError, match="rates above 0"):
         Network(L, 0)
     with pytest.raises(UsageError, match="times of 0 or more"):
