@@ -134,16 +134,12 @@ class _Program(NamedTuple):
 
 
 def _program(schedule: Schedule, rank: int, n: int) -> _Program:
-    return _Program(
-        schedule.chunks,
-        tuple(
-            (
-                tuple(_MessageEnd((end.peer - rank) % n, len(end.chunks), False) for end in r.sends),
-                tuple(_MessageEnd((end.peer - rank) % n, len(end.chunks), end.reduce) for end in r.recvs),
-            )
-            for r in schedule.rounds
-        ),
-    )
+    rounds = []
+    for r in schedule.rounds:
+        sends = tuple(_MessageEnd((send.peer - rank) % n, len(send.chunks), False) for send in r.sends)
+        recvs = tuple(_MessageEnd((recv.peer - rank) % n, len(recv.chunks), recv.reduce) for recv in r.recvs)
+        rounds.append((sends, recvs))
+    return _Program(schedule.chunks, tuple(rounds))
 
 
 def _programs(build: Build, n: int, root: int, network: Network) -> list[_Program]:

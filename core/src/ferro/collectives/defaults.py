@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ferro.collectives.choice import Choice, build
-from ferro.collectives.executor import Exchanger, Execution
+from ferro.collectives.executor import Exchanger, Execution, Transfer
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
 from ferro.collectives.partition import blocks, near_equal
 from ferro.collectives.reduction import Reduction
@@ -57,13 +57,7 @@ class SenderThreads:
         self._lock = threading.Lock()
 
     def exchange(
-        self,
-        transport: Transport,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, transport: Transport, sends: Sequence[Transfer], recvs: Sequence[Transfer], *, tag: int, deadline: float
     ) -> None:
         """Do all transfers at the same time: every destination has a sending thread of its own."""
         by_peer: dict[int, list[Array]] = {}
@@ -91,15 +85,12 @@ class SenderThreads:
 
 
 def agree(transport: Transport, call: Call, deadline: float) -> None:
-    """Compare this rank's call with the other ranks' calls.
+    """Compare this rank's call with the other ranks' calls, and raise CollectiveMismatch if they differ.
 
     Labels pass round in log2(n) rounds (the dissemination barrier), so that a rank returns only when all ranks have
     come. A backend that labels its frames needs this for rooted calls of many ranks only. With few ranks, all report to
     rank 0, which then lets the root of a call that sends go on, and at the end of a call that collects (`release`) lets
     all ranks go.
-
-    Raises:
-        CollectiveMismatch: another rank makes another call; the message names both calls.
     """
     rooted = call.op in _ROOT_SENDS or call.op in _ROOT_RECEIVES
     few = transport.world_size <= _STAR_RANKS
@@ -191,22 +182,17 @@ def reduce_scatter(
         chunks[number] = chunks[number].copy()  # the schedule writes into it, and `source` must not change
     out[...] = chunks[me]
     chunks[me] = out
-    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=info.combines_once)
+    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
     execution.run(tag=transport.tag, deadline=deadline)
     if not info.combines_once:
         reduction.finish(out)
 
 
 def all_to_all(
-    transport: Transport,
-    source: Array,
-    out: Array,
-    send_counts: Sequence[int],
-    recv_counts: Sequence[int],
-    deadline: float,
+    transport: Transport, source: Array, out: Array, sent: Sequence[int], received: Sequence[int], deadline: float
 ) -> None:
     n, me = transport.world_size, transport.rank
-    outgoing, incoming = blocks(source, send_counts), blocks(out, recv_counts)
+    outgoing, incoming = blocks(source, sent), blocks(out, received)
     chunks: list[Array | None] = [None] * (n * n)
     chunks[me * n : (me + 1) * n] = outgoing
     chunks[me::n] = incoming
@@ -231,7 +217,7 @@ def _run(
     info = transport.choice.algorithm(collective, transport.world_size, nbytes, at_once=at_once)
     schedule = build(info, transport.rank, transport.world_size, root)
     chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
-    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=info.combines_once)
+    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
     execution.run(tag=transport.tag, deadline=deadline)
     if reduction is not None and not info.combines_once and isinstance(data, np.ndarray):
         reduction.finish(data)

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 SEGMENT_BYTES = 256 * 1024
 _NOTHING = np.empty(0, np.uint8)
 
-_Transfer: TypeAlias = tuple[int, Array]
+Transfer: TypeAlias = tuple[int, Array]
 """A peer, and the array that goes to it or comes from it."""
+
+# By round and chunk: this rank's own segment, and the contributions to combine with it.
+_Combinations: TypeAlias = dict[tuple[int, int], tuple[Array, list[Transfer]]]
+_Copy: TypeAlias = tuple[Array, Array]  # a segment, and the staging memory that holds its new value
 
 
 class Exchanger(Protocol):
@@ -37,22 +41,14 @@ class Exchanger(Protocol):
 
     rank: int
 
-    def exchange(
-        self, sends: Sequence[_Transfer], recvs: Sequence[_Transfer], *, tag: int, deadline: float
-    ) -> None: ...
+    def exchange(self, sends: Sequence[Transfer], recvs: Sequence[Transfer], *, tag: int, deadline: float) -> None: ...
 
 
 class Execution:
-    """One run of a schedule over the chunks of one buffer.
+    """One run of a schedule over `chunks`, an array for each chunk number.
 
-    Args:
-        schedule: of this rank.
-        chunks: for each chunk number its one-dimensional contiguous array; None for chunks that this rank neither
-            sends nor receives.
-        backend: moves the bytes.
-        reduction: combines received contributions; None where nothing is reduced.
-        at_once: the algorithm combines all contributions in one round.
-        segment_bytes: bounds the bytes of a chunk that one step moves.
+    Chunks that this rank neither sends nor receives are None. The algorithm combines all contributions in one round
+    where `at_once` is set.
     """
 
     def __init__(
@@ -60,29 +56,27 @@ class Execution:
         schedule: Schedule,
         chunks: Sequence[Array | None],
         backend: Exchanger,
+        reduction: Reduction | None,
         *,
-        reduction: Reduction | None = None,
-        at_once: bool = False,
-        segment_bytes: int = SEGMENT_BYTES,
+        at_once: bool,
     ) -> None:
         self._rounds = schedule.rounds
         self._chunks = chunks
         self._backend = backend
         self._reduction = reduction
         self._at_once = at_once
-        self._segment_bytes = segment_bytes
         self._staging: dict[tuple[int, int, int], Array] = {}
 
     def run(self, *, tag: int, deadline: float) -> None:
         """Carry out every round; the chunks then hold the schedule's result."""
         sizes = (chunk.nbytes for chunk in self._chunks if chunk is not None)
-        segments = max(1, -(-max(sizes, default=0) // self._segment_bytes))
+        segments = max(1, -(-max(sizes, default=0) // SEGMENT_BYTES))
         last_round = len(self._rounds) - 1
         for step in range(segments + last_round):
-            sends: list[_Transfer] = []
-            recvs: list[_Transfer] = []
-            combines: dict[tuple[int, int], tuple[Array, list[_Transfer]]] = {}
-            copies: list[tuple[Array, Array]] = []
+            sends: list[Transfer] = []
+            recvs: list[Transfer] = []
+            combines: _Combinations = {}
+            copies: list[_Copy] = []
             for index in range(max(0, step - segments + 1), min(step, last_round) + 1):
                 self._plan_sends(index, step - index, sends)
                 self._plan_recvs(index, step - index, recvs, combines, copies)
@@ -93,7 +87,7 @@ class Execution:
                 for view, staged in copies:
                     view[...] = staged
 
-    def _plan_sends(self, index: int, segment: int, sends: list[_Transfer]) -> None:
+    def _plan_sends(self, index: int, segment: int, sends: list[Transfer]) -> None:
         for send in self._rounds[index].sends:
             if not send.chunks and segment == 0:
                 sends.append((send.peer, _NOTHING))
@@ -103,12 +97,7 @@ class Execution:
                     sends.append((send.peer, view))
 
     def _plan_recvs(
-        self,
-        index: int,
-        segment: int,
-        recvs: list[_Transfer],
-        combines: dict[tuple[int, int], tuple[Array, list[_Transfer]]],
-        copies: list[tuple[Array, Array]],
+        self, index: int, segment: int, recvs: list[Transfer], combines: _Combinations, copies: list[_Copy]
     ) -> None:
         sent = {chunk for send in self._rounds[index].sends for chunk in send.chunks}
         for recv in self._rounds[index].recvs:
@@ -131,9 +120,9 @@ class Execution:
         """View segment `index` of a chunk, or give None beyond its end; segment 0 always exists, even if empty."""
         array = self._chunks[chunk]
         assert array is not None, f"the schedule moves chunk {chunk}, which this rank has not"
-        if index == 0 and array.nbytes <= self._segment_bytes:
+        if index == 0 and array.nbytes <= SEGMENT_BYTES:
             return array
-        length = max(1, self._segment_bytes // max(1, array.itemsize))
+        length = max(1, SEGMENT_BYTES // max(1, array.itemsize))
         start = index * length
         if index and start >= array.size:
             return None
@@ -146,7 +135,7 @@ class Execution:
             memory = self._staging[key] = np.empty_like(like)
         return memory[: like.size]
 
-    def _combine(self, own: Array, parts: list[_Transfer]) -> None:
+    def _combine(self, own: Array, parts: list[Transfer]) -> None:
         """Reduce contributions into `own`, in order of rank."""
         assert self._reduction is not None, "a schedule without reduction received one"
         ordered = sorted([*parts, (self._backend.rank, own)], key=lambda part: part[0])

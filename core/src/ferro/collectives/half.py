@@ -46,13 +46,9 @@ _scratch = _Scratch()
 
 
 def reduce_half_precision(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
-    """Reduce float16 or bfloat16 operands, left to right, into `out`.
+    """Reduce float16 or bfloat16 operands, left to right, by a function on float32; divide the result, and round it.
 
-    Args:
-        function: the reduction, on float32.
-        operands: one-dimensional and of equal length; none is changed, except one that is `out`.
-        out: takes the result; it may be one of the operands.
-        divisor: divides the result before it is rounded.
+    The operands are one-dimensional and of equal length. None is changed, except one that is `out`.
     """
     # Infinities and NaN are results like others, without a warning.
     with np.errstate(over="ignore", invalid="ignore"):

@@ -56,12 +56,7 @@ class Reduction:
     """
 
     def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
-        """Make the reduction `op`.
-
-        Raises:
-            UsageError: no operation has that name.
-            UnsupportedError: the operation is not defined for `dtype`.
-        """
+        """Raise UsageError if no operation has the name `op`, UnsupportedError if it is not defined for `dtype`."""
         self.dtype = dtype
         self.ranks = ranks
         self.op = _named(op)
