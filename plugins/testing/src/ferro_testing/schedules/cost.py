@@ -18,60 +18,13 @@ not share its network card.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from ferro.collectives.network import Network
 from ferro.collectives.schedule import Build, Schedule
 from ferro.errors import PluginError, UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """The cost model's description of a network.
-
-    Attributes:
-        latency_s: seconds from the departure of the first byte to its arrival.
-        bandwidth_bytes_per_s: of each rank's link, each way.
-        overhead_s: seconds of work for each message, on both of its ends.
-        reduce_bytes_per_s: the rate at which a rank combines contributions.
-        hosts: for each rank the number of its host; None: all are on one.
-        inter_host_latency_s: `latency_s` between ranks of different hosts; None: the same.
-        inter_host_bandwidth_bytes_per_s: the bandwidth between them; None: the same.
-
-    Raises:
-        UsageError: a time is negative, or a rate not above zero.
-    """
-
-    latency_s: float
-    bandwidth_bytes_per_s: float
-    overhead_s: float = 0.0
-    reduce_bytes_per_s: float = math.inf
-    hosts: tuple[int, ...] | None = None
-    inter_host_latency_s: float | None = None
-    inter_host_bandwidth_bytes_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        between = self._between_hosts()
-        times = (self.latency_s, self.overhead_s, between[0])
-        rates = (self.bandwidth_bytes_per_s, self.reduce_bytes_per_s, between[1])
-        if not (all(time >= 0 for time in times) and all(rate > 0 for rate in rates)):
-            raise UsageError(f"{self}: give times of 0 or more and rates above 0.")
-
-    def link(self, source: int, target: int) -> tuple[float, float]:
-        """Give the latency in seconds and the bandwidth in bytes per second from one rank to another."""
-        if self.hosts is not None and self.hosts[source] != self.hosts[target]:
-            return self._between_hosts()
-        return self.latency_s, self.bandwidth_bytes_per_s
-
-    def _between_hosts(self) -> tuple[float, float]:
-        latency_s, bandwidth = self.inter_host_latency_s, self.inter_host_bandwidth_bytes_per_s
-        return (
-            self.latency_s if latency_s is None else latency_s,
-            self.bandwidth_bytes_per_s if bandwidth is None else bandwidth,
-        )
 
 
 def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: int = 0) -> float:
@@ -82,7 +35,7 @@ def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: i
     schedules take some microseconds for each message.
 
     Args:
-        build: an algorithm that is right; the cost does not check it.
+        build: a right algorithm, one that passes `check`.
         world_size: number of ranks.
         nbytes: bytes in all chunks of a rank's buffer together; all chunks are taken to be equal.
         network: the network model; its `hosts` must have an entry for every rank.
@@ -110,7 +63,7 @@ def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: i
         target = (source + offset) % world_size
         raise PluginError(
             f"cost by {getattr(build, '__name__', repr(build))} with {world_size} ranks, root {root}: rank {target} "
-            f"waits for ever for rank {source}. Prove the algorithm right before asking for its cost.",
+            f"waits for ever for rank {source}. Run ferro_testing.schedules.check on it.",
             op="cost",
             rank=target,
             peer=source,
