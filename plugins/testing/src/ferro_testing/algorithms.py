@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro.collectives.checker import check
 from ferro.collectives.choice import Choice
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError
 from ferro.group.process_group import ProcessGroup
 from ferro.simulated.simulate import simulate
 from ferro_testing.samples import Findings
+from ferro_testing.schedules import check
 from ferro_testing.single_call import call_once, expected_result
 
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
