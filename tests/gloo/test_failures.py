@@ -200,6 +200,7 @@ def interrupted_in_a_wait(group):
     return caught(group.barrier)
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_an_interrupt_ends_a_wait_and_the_others_learn_of_it(outcomes_of):
     """Rank 0 comes to no barrier, so that rank 1 is interrupted while it waits."""
     outcomes = outcomes_of(interrupted_in_a_wait, 3)

@@ -75,7 +75,7 @@ class ChildProcess(subprocess.Popen[bytes]):
 
     ended_at: float | None = None  # `time.monotonic()` when the supervisor noticed its end
     signalled_at: float | None = None  # when the supervisor first signalled the group of the running process
-    group_gone = False  # no process of the group is left: its id may belong to others now
+    group_gone = False  # all processes of the group have ended or were killed: its id may belong to others now
     pidfd: int | None = None  # is readable once the process has ended, on Linux
 
     def signal_group(self, signum: signal.Signals) -> None:
@@ -128,9 +128,9 @@ class Supervisor:
         try:
             self.end()
         finally:
-            for child in self.running():
+            for child in self.children:
                 child.signal_group(signal.SIGKILL)
-                if child.pidfd is not None:
+                if child.ended_at is None and child.pidfd is not None:
                     os.close(child.pidfd)
             self._guard.kill()
             for process in (*self.children, self._guard):
@@ -150,7 +150,7 @@ class Supervisor:
         on_end: Callable[[ChildProcess], object] = lambda _: None,
         dies_with_parent: bool = False,
     ) -> ChildProcess:
-        """Start a process, with nothing to read.
+        """Start a process whose standard input is empty.
 
         Args:
             command: program and arguments.
@@ -230,8 +230,9 @@ class Supervisor:
             if time.monotonic() > deadline or hurry():
                 for child in self.children:
                     child.signal_group(signal.SIGKILL)
-                # Descendants die as surely, but where nobody reaps orphans their group never goes.
                 self.wait_all(END_GRACE_S)
+                for child in self.children:  # descendants die as surely, though nobody may ever reap them
+                    child.group_gone = child.ended_at is not None
                 return
 
     def _receive(self, pipe: int) -> int | None:

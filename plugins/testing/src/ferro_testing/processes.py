@@ -84,7 +84,7 @@ def run_processes(
         for child in late:
             child.signal_group(signal.SIGABRT)  # so that every stack is in its output
         supervisor.wait_all(_REAP_S)
-        supervisor.end(signal.SIGKILL)  # the processes that ranks may have started and left behind, too
+        supervisor.end(signal.SIGKILL, grace_s=0.0)  # the processes that ranks may have started and left behind, too
         return [
             _process_outcome(folder, rank, child, late_because if child in late else "")
             for rank, child in enumerate(supervisor.children)
@@ -166,7 +166,7 @@ def run_launcher(
                 child.signal_group(signal.SIGTERM)
                 if not supervisor.wait_all(_REAP_S):
                     _signal_ranks(folder, ranks, signal.SIGKILL)
-            supervisor.end(signal.SIGKILL)
+            supervisor.end(signal.SIGKILL, grace_s=0.0)
         reports = [_report(folder, rank) for rank in ranks]
         all_well = all("result" in report for report in reports)
         return [
