@@ -1,6 +1,6 @@
-r"""Mutual authentication by a shared secret, as two small machines without a socket.
+r"""Mutual authentication by a shared secret, as a state machine for each side, without a socket.
 
-Four messages of fixed size, before anything else is read on a connection:
+Four messages of fixed size are exchanged before anything else is read on a connection:
 
     1. client -> server   b"\xf3FERROC" version   client nonce       8 + 32 bytes
     2. server -> client   b"\xf3FERROS" version   server nonce       8 + 32 bytes
@@ -13,10 +13,10 @@ Four messages of fixed size, before anything else is read on a connection:
 The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh,
 so a recorded handshake is worth nothing later; the role keeps a proof from being reflected to its
 sender; the purpose keeps a connection to one service from being spliced into another. The client
-proves first, so a server shows no proof to whoever does not hold the secret.
+proves first, so a server shows no proof to a client that does not hold the secret.
 
-This authenticates the ends of a connection. It does not encrypt what follows: on a network where
-others can change packets, run the job inside a VPN or an SSH tunnel.
+The handshake authenticates the ends of a connection. It does not encrypt what follows: on a network
+where others can change packets, run the job inside a VPN or an SSH tunnel.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _REFUSED = bytes(PROOF_BYTES)
 
 
 class HandshakeError(Exception):
-    """This handshake failed; stays inside the room, which adds who and where.
+    """This handshake failed; the callers in this package add the address and the remedy.
 
     Attributes:
-        reply: what the other end should still be sent before the connection is closed.
+        reply: the bytes still to be sent to the other end before the connection is closed.
     """
 
     def __init__(self, reason: str, reply: bytes = b"") -> None:
@@ -62,18 +62,18 @@ class WrongSecretError(HandshakeError):
 
 
 class Step(NamedTuple):
-    """What a side wants next: these bytes sent, then exactly so many received."""
+    """One step of a side: the bytes to send, then the number of bytes to receive."""
 
     send: bytes
     receive: int
 
 
+# A generator of a side's steps is sent what was received, and returns the last bytes to send.
 Steps = Generator[Step, bytes, bytes]
-"""One side's conversation; it returns the last bytes to send."""
 
 
 class Handshake:
-    """One side of one handshake: give `feed` what arrives, send what it returns.
+    """One side of one handshake: give `feed` the bytes that arrive, and send what it returns.
 
     Never read more than `wants` bytes from the connection: what follows belongs to others.
 
@@ -83,20 +83,18 @@ class Handshake:
     """
 
     def __init__(self, steps: Steps) -> None:
-        first = next(steps)
-        self.opening = first.send
+        self.opening, self._receive = next(steps)
         self.replies = 0
         self._steps = steps
-        self._receive = first.receive
         self._received = bytearray()
 
     @property
     def wants(self) -> int:
-        """How many bytes are still missing; 0 when both ends are authenticated."""
+        """The number of bytes still missing; 0 when both ends are authenticated."""
         return self._receive - len(self._received)
 
     def feed(self, data: bytes) -> bytes:
-        """Take at most `wants` bytes; return what must be sent now, often nothing.
+        """Take at most `wants` bytes; return the bytes to send now, often none.
 
         Raises:
             StrangerError: the bytes are not this protocol's.
@@ -117,11 +115,7 @@ class Handshake:
 
 
 def require_secret(secret: bytes) -> None:
-    """Refuse an empty secret, which everybody holds.
-
-    Raises:
-        AuthenticationError: it is empty.
-    """
+    """Refuse an empty secret, which everybody holds, with AuthenticationError."""
     if not secret:
         raise AuthenticationError(
             "the job's secret is empty, so nobody could be told from a stranger. Start the job "
@@ -130,12 +124,12 @@ def require_secret(secret: bytes) -> None:
 
 
 def client(secret: bytes, purpose: bytes) -> Handshake:
-    """The side that connects."""
+    """Begin the handshake of the side that connects."""
     return Handshake(_client(secret, purpose))
 
 
 def server(secret: bytes, purpose: bytes) -> Handshake:
-    """The side that accepted the connection."""
+    """Begin the handshake of the side that accepted the connection."""
     return Handshake(_server(secret, purpose))
 
 
@@ -175,7 +169,7 @@ def _server(secret: bytes, purpose: bytes) -> Steps:
 
 
 def _proof(secret: bytes, role: bytes, nonces: bytes, purpose: bytes) -> bytes:
-    r"""Every part but the last has a fixed size, so no two transcripts share one encoding.
+    r"""Compute a proof; every part but the last has a fixed size, so no two transcripts have one encoding.
 
     The secret is hashed first: HMAC pads short keys with zeros, so b"x" and b"x\0" would be one.
     """

@@ -1,4 +1,4 @@
-"""Where a job's secret comes from when no launcher made one: a file of the user's, and the job.
+"""The job's secret where no launcher made one: it is derived from a file of the user's and the job's name.
 
 Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`.
 Each job derives its own from it, so that jobs cannot connect to one another by mistake.
@@ -19,7 +19,7 @@ SECRET_BYTES = 32
 
 
 def per_user_secret(home: Path | None = None) -> bytes:
-    """Read this user's secret, or make it; ranks that make it at once end with the same.
+    """Read this user's secret, or make it; ranks that make it at the same time end with the same.
 
     Args:
         home: in place of the user's home directory.
@@ -50,7 +50,7 @@ def per_user_secret(home: Path | None = None) -> bytes:
 
 
 def derive(secret: bytes, job: str) -> bytes:
-    """The secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
+    """Derive the secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
     return hmac.new(secret, job.encode(), hashlib.sha256).digest()
 
 
@@ -65,13 +65,13 @@ def _home() -> Path:
 
 
 def _make(path: Path) -> None:
-    """Write it aside, then link it: it appears whole, and the first of several writers wins."""
+    """Write a draft, then link it: the file appears whole, and the first of several writers wins."""
     draft = path.with_name(f"secret.{secrets.token_hex(8)}")
     try:
         private_file.create(draft, secrets.token_hex(SECRET_BYTES).encode() + b"\n")
         os.link(draft, path)
     except FileExistsError:
-        pass  # another rank was first: its secret counts
+        pass  # another rank was first, and its secret counts
     finally:
         draft.unlink(missing_ok=True)
 

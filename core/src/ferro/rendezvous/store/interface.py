@@ -1,10 +1,16 @@
-"""What a store is: the few words that ranks share before they are connected."""
+"""The interface of a store, the bounds of its keys and values, and views of it under a prefix."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from ferro.errors import FerroError
+from ferro.errors import FerroError, UsageError
+
+MAX_KEY_BYTES = 1024
+MAX_VALUE_BYTES = 16 << 20
+MAX_APPEND_BYTES = 1024
+
+INT64 = range(-(1 << 63), 1 << 63)
 
 
 class StoreTimeout(FerroError, TimeoutError):
@@ -36,14 +42,14 @@ class Store(Protocol):
     """
 
     def set(self, key: str, value: bytes) -> None:
-        """Give `key` this value, and wake whoever waits for it."""
+        """Give `key` this value, and wake every `get` that waits for it."""
         ...
 
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
 
         Args:
-            key: what to look for.
+            key: the key to look for.
             deadline: absolute `time.monotonic()` second; one that has passed asks once.
 
         Raises:
@@ -62,29 +68,96 @@ class Store(Protocol):
         ...
 
     def delete(self, key: str) -> bool:
-        """Remove `key`; return whether it was there."""
+        """Remove `key`; return True if it was there."""
         ...
 
-    def will(self, key: str, value: bytes) -> None:
-        """Have `value` appended to what `key` holds, should this process end without `close`.
+    def append_on_disconnect(self, key: str, value: bytes) -> None:
+        """Have `value` appended to the value of `key`, should this process end without `close`.
 
-        Not even SIGKILL prevents it, and whoever waits for `key` is woken. Only a host that
-        vanishes from the network is noticed no sooner than TCP itself notices. `close` is the
-        farewell: nothing is appended then. There is one will for a store and all its views.
+        Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host
+        that vanishes from the network is noticed no sooner than TCP itself notices. After `close`
+        nothing is appended. A store and all its views have one such value.
 
         Args:
-            key: what to append to; missing, it counts as empty.
+            key: the key to append to; missing, it counts as empty.
             value: up to 1 KiB.
 
         Raises:
-            UsageError: this store has a will already.
+            UsageError: this store has such a value already.
         """
         ...
 
     def prefix(self, name: str) -> Store:
-        """A view of this store whose keys all begin with `name/`; views nest."""
+        """Return a view of this store whose keys all begin with `name/`; views nest."""
         ...
 
     def close(self) -> None:
         """Release the connections; idempotent. Closing a view leaves its store open."""
         ...
+
+
+class PrefixStore:
+    """The keys of `store` that begin with `name/`; as thread-safe as `store` is."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(f"{self._name}/{key}", value)
+
+    def get(self, key: str, *, deadline: float) -> bytes:
+        return self._store.get(f"{self._name}/{key}", deadline=deadline)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._store.add(f"{self._name}/{key}", amount)
+
+    def delete(self, key: str) -> bool:
+        return self._store.delete(f"{self._name}/{key}")
+
+    def append_on_disconnect(self, key: str, value: bytes) -> None:
+        self._store.append_on_disconnect(f"{self._name}/{key}", value)
+
+    def prefix(self, name: str) -> Store:
+        return PrefixStore(self._store, f"{self._name}/{name}")
+
+    def close(self) -> None:
+        """Do nothing: the store is closed by its owner."""
+
+
+def encode_key(key: str) -> bytes:
+    """Check a key and encode it."""
+    try:
+        encoded = key.encode()
+    except (AttributeError, UnicodeEncodeError) as exc:
+        raise UsageError(f"a store's key must be text that UTF-8 can hold, not {key!r}") from exc
+    if not 0 < len(encoded) <= MAX_KEY_BYTES:
+        raise UsageError(
+            f"a store's key takes 1 to {MAX_KEY_BYTES} bytes, this one {len(encoded)}: "
+            f"{key[:40]!r}. Shorten it; large or many things belong in the value."
+        )
+    return encoded
+
+
+def check_value(key: str, value: bytes) -> None:
+    if not isinstance(value, bytes):
+        raise UsageError(f"set({key!r}) takes bytes, not {type(value).__name__}: encode it first")
+    if len(value) > MAX_VALUE_BYTES:
+        raise UsageError(
+            f"set({key!r}) was given {len(value)} bytes; a store's value takes at most "
+            f"{MAX_VALUE_BYTES}. Send large data with a collective, not through the store."
+        )
+
+
+def check_append(key: str, value: bytes) -> None:
+    if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
+        given = len(value) if isinstance(value, bytes) else type(value).__name__
+        raise UsageError(
+            f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: "
+            "a word that tells who is gone is enough"
+        )
+
+
+def check_amount(key: str, amount: int) -> None:
+    if not isinstance(amount, int) or amount not in INT64:
+        raise UsageError(f"add({key!r}) takes a 64-bit integer, not {amount!r}")
