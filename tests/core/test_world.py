@@ -305,7 +305,7 @@ def test_who_leaves_by_an_exception_is_lost(ranks, store, how, lost):
     places = [(place(store, 0, 2), {"how": "well"}), (place(store, 1, 2), {"how": how})]
     assert ranks(*places, source=LEAVING) == [2.0, 2.0]
     deadline = time.monotonic() + 20
-    while len(store._members):  # until the server's thread has seen all connections end
+    while len(store._connections):  # until the server's thread has seen all connections end
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert store._table.get(b"world0/lost") == lost
