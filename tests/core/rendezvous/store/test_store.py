@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout
-from ferro.rendezvous.store import interface, memory
+from ferro.rendezvous.store import memory, wire
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once
@@ -47,7 +47,7 @@ def test_any_text_is_a_key(store, key):
 
 
 def test_a_large_value_goes_through_whole(store):
-    value = bytes(range(256)) * (interface.MAX_VALUE_BYTES // 256)
+    value = bytes(range(256)) * (wire.MAX_VALUE_BYTES // 256)
     store.set("large", value)
     assert store.get("large", deadline=soon()) == value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import ExitStack
 
 from ferro.errors import AuthenticationError, RendezvousError
 from ferro.rendezvous.auth import handshake
@@ -21,16 +22,10 @@ _DROPS_THAT_REFUSE = 3
 
 
 def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float) -> socket.socket:
-    """Connect to a ferro service and authenticate both ends.
+    """Connect to a ferro service, such as b"store", before `deadline` (`time.monotonic()`); authenticate both ends.
 
     A refused connection, an unknown host and a dropped connection are retried, with growing pauses:
     the service may start later than we do. A wrong secret and a foreign service are not retried.
-
-    Args:
-        address: host (name, IPv4 or IPv6) and port.
-        secret: the job's; both ends must hold it.
-        purpose: the service meant, such as b"store".
-        deadline: absolute `time.monotonic()` second.
 
     Returns:
         A blocking socket without timeout, with TCP_NODELAY, on which no byte has been read
@@ -57,7 +52,7 @@ class _Attempts:
     """The attempts of one call of `connect`: the addresses tried, and why the last one failed."""
 
     def __init__(self, address: tuple[str, int], secret: bytes, purpose: bytes) -> None:
-        self._host, self._port = address
+        self._address = address
         self._secret = secret
         self._purpose = purpose
         self._service = purpose.decode(errors="replace")
@@ -70,12 +65,12 @@ class _Attempts:
     def try_all(self, deadline: float) -> socket.socket | None:
         """Try every address of the host once."""
         try:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)
         except OSError as exc:
             self._reason = f"the host name could not be resolved ({exc})"
             return None
         for family, _, _, _, sockaddr in found:
-            self._tried[show_address(str(sockaddr[0]), self._port)] = None
+            self._tried[show_address(str(sockaddr[0]), self._address[1])] = None
             sock = self._try_one(family, sockaddr, min(deadline, time.monotonic() + _ATTEMPT_S))
             if sock is not None:
                 return sock
@@ -84,8 +79,8 @@ class _Attempts:
     def _try_one(self, family: int, sockaddr: tuple[object, ...], deadline: float) -> socket.socket | None:
         state = handshake.client(self._secret, self._purpose)
         try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
+            with ExitStack() as stack:
+                sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 set_deadline(sock, deadline)
                 sock.connect(sockaddr)
                 if sock.getsockname() == sock.getpeername():
@@ -94,9 +89,8 @@ class _Attempts:
                 set_options(sock)
                 _authenticate(sock, state, deadline)
                 sock.settimeout(None)
-            except BaseException:
-                sock.close()
-                raise
+                stack.pop_all()
+                return sock
         except handshake.WrongSecretError as exc:
             raise self._refused(str(exc)) from exc
         except handshake.StrangerError as exc:
@@ -110,7 +104,6 @@ class _Attempts:
             if self._drops == _DROPS_THAT_REFUSE:
                 raise self._refused("it closes the connection after our proof") from exc
             return None
-        return sock
 
     def unreachable(self) -> RendezvousError:
         return RendezvousError(

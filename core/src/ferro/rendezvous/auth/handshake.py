@@ -25,7 +25,6 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Generator
-from typing import NamedTuple
 
 from ferro.errors import AuthenticationError
 
@@ -42,11 +41,7 @@ _REFUSED = bytes(PROOF_BYTES)
 
 
 class HandshakeError(Exception):
-    """This handshake failed; the callers in this package add the address and the remedy.
-
-    Attributes:
-        reply: the bytes still to be sent to the other end before the connection is closed.
-    """
+    """This handshake failed; `reply` should still be sent before the connection is closed."""
 
     def __init__(self, reason: str, reply: bytes = b"") -> None:
         super().__init__(reason)
@@ -61,37 +56,27 @@ class WrongSecretError(HandshakeError):
     """The other end does not hold the secret, or says that we do not."""
 
 
-class Step(NamedTuple):
-    """One step of a side: the bytes to send, then the number of bytes to receive."""
-
-    send: bytes
-    receive: int
-
-
-# A generator of a side's steps is sent what was received, and returns the last bytes to send.
-Steps = Generator[Step, bytes, bytes]
+# A side yields the bytes to send and the number of bytes that it wants next, is sent these bytes,
+# and returns the last bytes to send.
+Steps = Generator[tuple[bytes, int], bytes, bytes]
 
 
 class Handshake:
-    """One side of one handshake: give `feed` the bytes that arrive, and send what it returns.
+    """One side of one handshake: send `opening`, give `feed` the bytes that arrive, and send what it returns.
 
-    Never read more than `wants` bytes from the connection: what follows belongs to others.
-
-    Attributes:
-        opening: the bytes to send before anything is received.
-        replies: how many messages `feed` has returned so far.
+    Never read more than `wants` bytes from the connection: what follows belongs to others. `wants` is 0
+    when both ends are authenticated; `replies` counts the messages that `feed` has returned so far.
     """
 
     def __init__(self, steps: Steps) -> None:
-        self.opening, self._receive = next(steps)
+        self.opening, self._size = next(steps)
         self.replies = 0
         self._steps = steps
-        self._received = bytearray()
+        self._received = b""
 
     @property
     def wants(self) -> int:
-        """The number of bytes still missing; 0 when both ends are authenticated."""
-        return self._receive - len(self._received)
+        return self._size - len(self._received)
 
     def feed(self, data: bytes) -> bytes:
         """Take at most `wants` bytes; return the bytes to send now, often none.
@@ -104,12 +89,11 @@ class Handshake:
         self._received += data
         if self.wants:
             return b""
-        message = bytes(self._received)
-        self._received.clear()
+        message, self._received = self._received, b""
         try:
-            send, self._receive = self._steps.send(message)
+            send, self._size = self._steps.send(message)
         except StopIteration as finished:
-            send, self._receive = finished.value, 0
+            send, self._size = finished.value, 0
         self.replies += bool(send)
         return send
 
@@ -135,7 +119,7 @@ def server(secret: bytes, purpose: bytes) -> Handshake:
 
 def _client(secret: bytes, purpose: bytes) -> Steps:
     ours = secrets.token_bytes(NONCE_BYTES)
-    preamble = yield Step(_CLIENT_PREAMBLE + ours, PREAMBLE_BYTES)
+    preamble = yield _CLIENT_PREAMBLE + ours, PREAMBLE_BYTES
     if not preamble.startswith(_SERVER_MAGIC):
         raise StrangerError(f"what answers there is not ferro: it began with {preamble!r}")
     if preamble != _SERVER_PREAMBLE:
@@ -143,9 +127,9 @@ def _client(secret: bytes, purpose: bytes) -> Steps:
             f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: "
             f"install one ferro version everywhere"
         )
-    theirs = yield Step(b"", NONCE_BYTES)
+    theirs = yield b"", NONCE_BYTES
     nonces = ours + theirs
-    verdict = yield Step(_proof(secret, _CLIENT_PREAMBLE, nonces, purpose), PROOF_BYTES)
+    verdict = yield _proof(secret, _CLIENT_PREAMBLE, nonces, purpose), PROOF_BYTES
     if hmac.compare_digest(verdict, _REFUSED):
         raise WrongSecretError("it refused our secret")
     if not hmac.compare_digest(verdict, _proof(secret, _SERVER_PREAMBLE, nonces, purpose)):
@@ -154,15 +138,15 @@ def _client(secret: bytes, purpose: bytes) -> Steps:
 
 
 def _server(secret: bytes, purpose: bytes) -> Steps:
-    preamble = yield Step(b"", PREAMBLE_BYTES)
+    preamble = yield b"", PREAMBLE_BYTES
     if not preamble.startswith(_CLIENT_MAGIC):
         raise StrangerError(f"not a ferro client: it began with {preamble!r}")
-    theirs = yield Step(b"", NONCE_BYTES)
+    theirs = yield b"", NONCE_BYTES
     if preamble != _CLIENT_PREAMBLE:
         raise StrangerError(f"a client of handshake version {preamble[-1]}", _SERVER_PREAMBLE)
     ours = secrets.token_bytes(NONCE_BYTES)
     nonces = theirs + ours
-    proof = yield Step(_SERVER_PREAMBLE + ours, PROOF_BYTES)
+    proof = yield _SERVER_PREAMBLE + ours, PROOF_BYTES
     if not hmac.compare_digest(proof, _proof(secret, _CLIENT_PREAMBLE, nonces, purpose)):
         raise WrongSecretError("a client with another secret or purpose", _REFUSED)
     return _proof(secret, _SERVER_PREAMBLE, nonces, purpose)

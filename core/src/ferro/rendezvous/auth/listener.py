@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 
 from ferro.errors import RendezvousError
@@ -28,11 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open a listening socket.
-
-    Args:
-        host: the address to listen on, IPv4, IPv6 or a name; "" for all addresses.
-        port: 0 lets the system choose; `getsockname()` tells.
+    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one.
 
     Raises:
         RendezvousError: the address is taken, is not ours, or cannot be resolved.
@@ -66,54 +62,41 @@ class _Pending:
     deadline: float
 
 
+@dataclass(eq=False, repr=False)
 class Listener:
     """Accepts connections, authenticates them, and hands on those that hold the secret.
 
-    Not thread-safe: the thread that drives the selector makes every call.
+    Not thread-safe: the thread that drives the selector makes every call. An empty secret raises
+    AuthenticationError, and leaves the socket untouched.
 
     Attributes:
+        sock: from `listen`; this object owns it from here on.
+        secret: the job's.
+        purpose: the service that listens, such as b"store".
+        selector: driven by the caller, who calls each `key.data` with the events.
+        admit: is given each authenticated socket: blocking, and no longer registered.
+        handshake_timeout_s: how long a connection may take to prove itself.
+        limit: how many connections may be pending; one more, and the oldest is dropped.
         refused: how many connections came with another secret.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        secret: bytes,
-        *,
-        purpose: bytes,
-        selector: selectors.BaseSelector,
-        admit: Callable[[socket.socket], None],
-        handshake_timeout_s: float = 5.0,
-        limit: int = 128,
-    ) -> None:
-        """Start accepting, as soon as the selector is driven.
+    sock: socket.socket
+    secret: bytes
+    _: KW_ONLY
+    purpose: bytes
+    selector: selectors.BaseSelector
+    admit: Callable[[socket.socket], None]
+    handshake_timeout_s: float = 5.0
+    limit: int = 128
+    refused: int = field(default=0, init=False)
+    # In order of arrival, and so of deadlines.
+    _pending: dict[_Pending, None] = field(default_factory=dict, init=False)
+    _paused_until: float | None = field(default=None, init=False)
 
-        Args:
-            listener: a socket from `listen`, which this object owns from here on.
-            secret: the job's.
-            purpose: the service that listens, such as b"store".
-            selector: driven by the caller, who calls each `key.data` with the events.
-            admit: is given each authenticated socket: blocking, and no longer registered.
-            handshake_timeout_s: how long a connection may take to prove itself.
-            limit: how many connections may be pending; one more, and the oldest is dropped.
-
-        Raises:
-            AuthenticationError: `secret` is empty; the socket is untouched.
-        """
-        handshake.require_secret(secret)
-        self.refused = 0
-        self._listener = listener
-        self._secret = secret
-        self._purpose = purpose
-        self._selector = selector
-        self._admit = admit
-        self._timeout_s = handshake_timeout_s
-        self._limit = limit
-        # In order of arrival, and so of deadlines.
-        self._pending: dict[_Pending, None] = {}
-        self._paused_until: float | None = None
-        listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+    def __post_init__(self) -> None:
+        handshake.require_secret(self.secret)
+        self.sock.setblocking(False)
+        self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
 
     def expire(self) -> float | None:
         """Drop connections that took too long; the caller does this once per turn of its loop.
@@ -124,7 +107,7 @@ class Listener:
         now = time.monotonic()
         if self._paused_until is not None and self._paused_until <= now:
             self._paused_until = None
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
         while self._pending and self._oldest().deadline <= now:
             self._drop(self._oldest())
         due = [self._oldest().deadline] if self._pending else []
@@ -134,37 +117,37 @@ class Listener:
 
     def close(self) -> None:
         """Close the listener and every pending connection; idempotent."""
-        if self._listener.fileno() < 0:
+        if self.sock.fileno() < 0:
             return
         for pending in tuple(self._pending):
             self._drop(pending)
         if self._paused_until is None:
-            self._selector.unregister(self._listener)
-        self._listener.close()
+            self.selector.unregister(self.sock)
+        self.sock.close()
 
     def _accept(self, _events: int) -> None:
         for _ in range(_ACCEPTS_PER_EVENT):
             try:
-                sock, _address = self._listener.accept()
+                sock, _address = self.sock.accept()
             except BlockingIOError:
                 return
             except OSError as exc:
                 self._pause(exc)
                 return
-            if len(self._pending) >= self._limit:
+            if len(self._pending) >= self.limit:
                 self._drop(self._oldest())
             sock.setblocking(False)
-            state = handshake.server(self._secret, self._purpose)
-            pending = _Pending(sock, state, time.monotonic() + self._timeout_s)
+            state = handshake.server(self.secret, self.purpose)
+            pending = _Pending(sock, state, time.monotonic() + self.handshake_timeout_s)
             self._pending[pending] = None
-            self._selector.register(sock, selectors.EVENT_READ, partial(self._read, pending))
+            self.selector.register(sock, selectors.EVENT_READ, partial(self._read, pending))
 
     def _pause(self, exc: OSError) -> None:
         """Stop accepting for a while: without a free file descriptor the loop would spin."""
-        _log.warning("the %r listener pauses for %s s: %s", self._purpose, _ACCEPT_PAUSE_S, exc)
+        _log.warning("the %r listener pauses for %s s: %s", self.purpose, _ACCEPT_PAUSE_S, exc)
         if self._pending:
             self._drop(self._oldest())
-        self._selector.unregister(self._listener)
+        self.selector.unregister(self.sock)
         self._paused_until = time.monotonic() + _ACCEPT_PAUSE_S
 
     def _read(self, pending: _Pending, _events: int) -> None:
@@ -175,37 +158,35 @@ class Listener:
             data = sock.recv(state.wants)
             reply = state.feed(data)
             # At most 40 bytes go into an empty buffer: a connection without room for them is dropped.
-            delivered = bool(data) and sock.send(reply) == len(reply)
+            good = bool(data) and sock.send(reply) == len(reply)
+            if good and state.wants:
+                return
+            if good:
+                set_options(sock)
         except BlockingIOError:
             return
-        except OSError:
-            delivered = False
+        except OSError:  # it may have left right after its proof
+            good = False
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)
-            _log.info("the %r listener turned a connection away: %s", self._purpose, exc)
+            _log.info("the %r listener turned a connection away: %s", self.purpose, exc)
             with suppress(OSError):
                 sock.send(exc.reply)
-            delivered = False
-        if not delivered:
-            self._drop(pending)
-        elif not state.wants:
-            self._hand_over(pending)
+            good = False
+        self._forget(pending)
+        if good:
+            sock.setblocking(True)
+            self.admit(sock)
+        else:
+            sock.close()
 
-    def _hand_over(self, pending: _Pending) -> None:
+    def _forget(self, pending: _Pending) -> None:
         del self._pending[pending]
-        self._selector.unregister(pending.sock)
-        pending.sock.setblocking(True)
-        try:
-            set_options(pending.sock)
-        except OSError:  # the other end left right after its proof
-            pending.sock.close()
-            return
-        self._admit(pending.sock)
+        self.selector.unregister(pending.sock)
 
     def _oldest(self) -> _Pending:
         return next(iter(self._pending))
 
     def _drop(self, pending: _Pending) -> None:
-        del self._pending[pending]
-        self._selector.unregister(pending.sock)
+        self._forget(pending)
         pending.sock.close()

@@ -19,17 +19,12 @@ SECRET_BYTES = 32
 
 
 def per_user_secret(home: Path | None = None) -> bytes:
-    """Read this user's secret, or make it; ranks that make it at the same time end with the same.
+    """Read this user's 32 bytes from `.ferro/secret` under `home`, which holds them as hexadecimal digits, or make it.
 
-    Args:
-        home: in place of the user's home directory.
-
-    Returns:
-        32 bytes. The file, `.ferro/secret` under `home`, holds them as 64 hexadecimal digits.
+    Ranks that make the file at the same time end with the same secret.
 
     Raises:
-        AuthenticationError: others can read the file, another user owns it, or it is damaged or
-            cannot be written.
+        AuthenticationError: others can read the file or own it, or it is damaged or cannot be written.
     """
     path = (home or _home()) / ".ferro" / "secret"
     try:

@@ -14,15 +14,7 @@ from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
 from ferro.rendezvous.sockets import remaining_s, show_address
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.interface import (
-    PrefixStore,
-    Store,
-    StoreTimeout,
-    check_amount,
-    check_append,
-    check_value,
-    encode_key,
-)
+from ferro.rendezvous.store.interface import RequestStore, StoreTimeout
 from ferro.rendezvous.store.liveness import LivenessConnection
 
 MAX_CONNECTIONS = 64
@@ -32,10 +24,8 @@ _GRACE_S = 2.0  # by which the store's answer that nobody set a key may come lat
 _CONNECT_S = 5.0
 
 
-class StoreClient:
-    """The `Store` interface over TCP.
-
-    A thread that waits in `get` has a connection to itself, so it holds up no other; there are at most 64.
+class StoreClient(RequestStore):
+    """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself.
 
     Attributes:
         local_host: this machine's address on the way to the store, by which others can reach it.
@@ -45,13 +35,9 @@ class StoreClient:
     def __init__(
         self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
     ) -> None:
-        """Connect, waiting for the store to start if need be.
+        """Connect before `deadline` (`time.monotonic()`), waiting for the store to start if need be.
 
-        Args:
-            address: host and port of the store.
-            secret: the job's.
-            deadline: absolute `time.monotonic()` second by which to be connected.
-            request_timeout_s: how long a request may take, beyond the time that `get` is told to wait.
+        A request may take `request_timeout_s`, beyond the time that `get` is told to wait.
 
         Raises:
             RendezvousError: the store could not be reached.
@@ -77,51 +63,6 @@ class StoreClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def set(self, key: str, value: bytes) -> None:
-        encoded = encode_key(key)
-        check_value(key, value)
-        self._ask(wire.Request(wire.Op.SET, encoded, value=value))
-
-    def get(self, key: str, *, deadline: float) -> bytes:
-        encoded = encode_key(key)
-        started = time.monotonic()
-        wait_us = int(remaining_s(deadline) * 1e6)
-        try:
-            reply = self._exchange(wire.Request(wire.Op.GET, encoded, wait_us), started + wait_us / 1e6 + _GRACE_S)
-        except TimeoutError as exc:
-            where = f"{self._where}, which did not answer either ({exc})"
-            raise StoreTimeout(key, time.monotonic() - started, where) from exc
-        if reply.status is wire.Status.TIMEOUT:
-            raise StoreTimeout(key, time.monotonic() - started, self._where)
-        return reply.value
-
-    def add(self, key: str, amount: int) -> int:
-        encoded = encode_key(key)
-        check_amount(key, amount)
-        return self._ask(wire.Request(wire.Op.ADD, encoded, amount)).number
-
-    def delete(self, key: str) -> bool:
-        return bool(self._ask(wire.Request(wire.Op.DELETE, encode_key(key))).number)
-
-    def append_on_disconnect(self, key: str, value: bytes) -> None:
-        """Register the value on a connection of its own, which ends with this process."""
-        encoded = encode_key(key)
-        check_append(key, value)
-        deadline = time.monotonic() + self._request_timeout_s
-        with self._liveness_lock:
-            self._check_open()
-            if self._liveness is not None:
-                raise UsageError(
-                    f"append_on_disconnect({key!r}): this store has a value to append already, and takes one"
-                )
-            self._liveness = LivenessConnection(self._connect(deadline=deadline), encoded)
-            try:
-                with self._translating():
-                    reply = self._liveness.register(value, deadline)
-            except TimeoutError as exc:
-                raise self._slow("append_on_disconnect", exc) from exc
-        self._check(reply)
-
     def declare_lost(self) -> None:
         """Have the value of `append_on_disconnect` appended now, for a process that fails and yet does not die.
 
@@ -131,9 +72,6 @@ class StoreClient:
             liveness, self._liveness = self._liveness, None
         if liveness is not None:
             liveness.break_off()
-
-    def prefix(self, name: str) -> Store:
-        return PrefixStore(self, name)
 
     def close(self) -> None:
         """Close all connections in good order, and wake threads that wait on one; idempotent."""
@@ -151,17 +89,45 @@ class StoreClient:
                 self._liveness.cancel()
 
     def _ask(self, request: wire.Request) -> wire.Reply:
-        """Make a request that the store answers at once."""
+        deadline = time.monotonic() + self._request_timeout_s
         try:
-            return self._exchange(request, time.monotonic() + self._request_timeout_s)
+            if request.op is wire.Op.APPEND_ON_DISCONNECT:
+                return self._register(request, deadline)
+            return self._exchange(request, deadline)
         except TimeoutError as exc:
-            raise self._slow(request.op.name.lower(), exc) from exc
+            raise RendezvousError(
+                f"{self._where} did not answer {request.op.name.lower()} within {self._request_timeout_s} s ({exc}). "
+                f"The process that hosts it is stopped or overloaded, or the network between is down."
+            ) from exc
+
+    def _wait(self, key: str, request: wire.Request, deadline: float) -> bytes:
+        started = time.monotonic()
+        wait_us = int(remaining_s(deadline) * 1e6)
+        try:
+            reply = self._exchange(request._replace(number=wait_us), started + wait_us / 1e6 + _GRACE_S)
+        except TimeoutError as exc:
+            where = f"{self._where}, which did not answer either ({exc})"
+            raise StoreTimeout(key, time.monotonic() - started, where) from exc
+        if reply.status is wire.Status.TIMEOUT:
+            raise StoreTimeout(key, time.monotonic() - started, self._where)
+        return reply.value
+
+    def _register(self, request: wire.Request, deadline: float) -> wire.Reply:
+        """Make the request on a connection of its own, which ends with this process."""
+        with self._liveness_lock:
+            self._check_open()
+            if self._liveness is not None:
+                raise UsageError(
+                    f"append_on_disconnect({request.key.decode()!r}): this store has a value to append already, and takes one"
+                )
+            self._liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
+            with self._translating():
+                return self._check(self._liveness.register(request, deadline))
 
     def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
         with self._translating(), self._connection(deadline) as sock:
             reply = wire.exchange(sock, request, deadline)
-        self._check(reply)
-        return reply
+        return self._check(reply)
 
     @contextmanager
     def _connection(self, deadline: float) -> Iterator[socket.socket]:
@@ -221,15 +187,10 @@ class StoreClient:
                 f"`ferro run`, has ended: read its log first."
             ) from exc
 
-    def _slow(self, what: str, cause: TimeoutError) -> RendezvousError:
-        return RendezvousError(
-            f"{self._where} did not answer {what} within {self._request_timeout_s} s ({cause}). "
-            f"The process that hosts it is stopped or overloaded, or the network between is down."
-        )
-
-    def _check(self, reply: wire.Reply) -> None:
+    def _check(self, reply: wire.Reply) -> wire.Reply:
         """Raise the error that the store sent in place of an answer."""
         if reply.status is wire.Status.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
         if reply.status is wire.Status.REFUSED:
             raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
+        return reply

@@ -1,25 +1,16 @@
-"""The interface of a store, the bounds of its keys and values, and views of it under a prefix."""
+"""The interface of a store, a view of a store under a prefix, and the checks of arguments that stores share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from ferro.errors import FerroError, UsageError
-
-MAX_KEY_BYTES = 1024
-MAX_VALUE_BYTES = 16 << 20
-MAX_APPEND_BYTES = 1024
-
-INT64 = range(-(1 << 63), 1 << 63)
+from ferro.rendezvous.store.wire import INT64, MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES, Op, Reply, Request
 
 
 class StoreTimeout(FerroError, TimeoutError):
-    """`get` waited for a key that nobody set in time.
-
-    Attributes:
-        key: the key waited for, with its prefix.
-        seconds: how long `get` waited.
-    """
+    """`get` waited `seconds` for `key` (with its prefix), and nobody set it."""
 
     def __init__(self, key: str, seconds: float, where: str) -> None:
         super().__init__(
@@ -48,12 +39,8 @@ class Store(Protocol):
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
 
-        Args:
-            key: the key to look for.
-            deadline: absolute `time.monotonic()` second; one that has passed asks once.
-
         Raises:
-            StoreTimeout: nobody set it in time.
+            StoreTimeout: nobody set it before `deadline` (`time.monotonic()`); one that has passed asks once.
         """
         ...
 
@@ -72,15 +59,11 @@ class Store(Protocol):
         ...
 
     def append_on_disconnect(self, key: str, value: bytes) -> None:
-        """Have `value` appended to the value of `key`, should this process end without `close`.
+        """Have up to 1 KiB appended to the value of `key`, should this process end without `close`.
 
         Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host
-        that vanishes from the network is noticed no sooner than TCP itself notices. After `close`
-        nothing is appended. A store and all its views have one such value.
-
-        Args:
-            key: the key to append to; missing, it counts as empty.
-            value: up to 1 KiB.
+        that vanishes from the network is noticed no sooner than TCP itself notices. A missing key
+        counts as empty. A store and all its views have one such value.
 
         Raises:
             UsageError: this store has such a value already.
@@ -125,8 +108,58 @@ class PrefixStore:
         """Do nothing: the store is closed by its owner."""
 
 
-def encode_key(key: str) -> bytes:
-    """Check a key and encode it."""
+class RequestStore(ABC):
+    """The `Store` interface, made of requests whose arguments were checked."""
+
+    def set(self, key: str, value: bytes) -> None:
+        encoded = _encode_key(key)
+        if not isinstance(value, bytes):
+            raise UsageError(f"set({key!r}) takes bytes, not {type(value).__name__}: encode it first")
+        if len(value) > MAX_VALUE_BYTES:
+            raise UsageError(
+                f"set({key!r}) was given {len(value)} bytes; a store's value takes at most "
+                f"{MAX_VALUE_BYTES}. Send large data with a collective, not through the store."
+            )
+        self._ask(Request(Op.SET, encoded, value=value))
+
+    def get(self, key: str, *, deadline: float) -> bytes:
+        return self._wait(key, Request(Op.GET, _encode_key(key)), deadline)
+
+    def add(self, key: str, amount: int) -> int:
+        encoded = _encode_key(key)
+        if not isinstance(amount, int) or amount not in INT64:
+            raise UsageError(f"add({key!r}) takes a 64-bit integer, not {amount!r}")
+        return self._ask(Request(Op.ADD, encoded, amount)).number
+
+    def delete(self, key: str) -> bool:
+        return bool(self._ask(Request(Op.DELETE, _encode_key(key))).number)
+
+    def append_on_disconnect(self, key: str, value: bytes) -> None:
+        encoded = _encode_key(key)
+        if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
+            given = len(value) if isinstance(value, bytes) else type(value).__name__
+            raise UsageError(
+                f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: "
+                "a word that tells who is gone is enough"
+            )
+        self._ask(Request(Op.APPEND_ON_DISCONNECT, encoded, value=value))
+
+    def prefix(self, name: str) -> Store:
+        return PrefixStore(self, name)
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _ask(self, request: Request) -> Reply:
+        """Make a request other than a GET, which is answered at once."""
+
+    @abstractmethod
+    def _wait(self, key: str, request: Request, deadline: float) -> bytes:
+        """Make a GET; wait for the value until `deadline`."""
+
+
+def _encode_key(key: str) -> bytes:
     try:
         encoded = key.encode()
     except (AttributeError, UnicodeEncodeError) as exc:
@@ -137,27 +170,3 @@ def encode_key(key: str) -> bytes:
             f"{key[:40]!r}. Shorten it; large or many things belong in the value."
         )
     return encoded
-
-
-def check_value(key: str, value: bytes) -> None:
-    if not isinstance(value, bytes):
-        raise UsageError(f"set({key!r}) takes bytes, not {type(value).__name__}: encode it first")
-    if len(value) > MAX_VALUE_BYTES:
-        raise UsageError(
-            f"set({key!r}) was given {len(value)} bytes; a store's value takes at most "
-            f"{MAX_VALUE_BYTES}. Send large data with a collective, not through the store."
-        )
-
-
-def check_append(key: str, value: bytes) -> None:
-    if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
-        given = len(value) if isinstance(value, bytes) else type(value).__name__
-        raise UsageError(
-            f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: "
-            "a word that tells who is gone is enough"
-        )
-
-
-def check_amount(key: str, amount: int) -> None:
-    if not isinstance(amount, int) or amount not in INT64:
-        raise UsageError(f"add({key!r}) takes a 64-bit integer, not {amount!r}")

@@ -17,29 +17,22 @@ _LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
 class LivenessConnection:
-    """A connection kept for its end alone: the store appends a value when it breaks without `cancel`.
-
-    Args:
-        sock: authenticated; this object owns it from here on.
-        key: the key to which the store is to append.
-    """
+    """A connection kept for its end alone: the store appends a value to `key` when it breaks without `cancel`."""
 
     def __init__(self, sock: socket.socket, key: bytes) -> None:
-        self._sock = sock
+        self.sock = sock
         self._key = key
         _connections.add(self)
 
-    def register(self, value: bytes, deadline: float) -> wire.Reply:
-        """Tell the store the value; see `wire.exchange`."""
-        request = wire.Request(wire.Op.APPEND_ON_DISCONNECT, self._key, value=value)
-        reply = wire.exchange(self._sock, request, deadline)
-        self._sock.setblocking(False)
+    def register(self, request: wire.Request, deadline: float) -> wire.Reply:
+        reply = wire.exchange(self.sock, request, deadline)
+        self.sock.setblocking(False)
         return reply
 
     def broken(self) -> bool:
         """Tell whether the store closed its end of the connection, as it does with all when it ends."""
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK)
+            return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
@@ -51,19 +44,15 @@ class LivenessConnection:
         The reply is not waited for: the store reads these bytes before it sees the end.
         """
         with suppress(OSError):  # the store went first, or this was closed before
-            self._sock.settimeout(_CANCEL_S)
-            self._sock.sendall(wire.encode_request(wire.Request(wire.Op.CANCEL_APPEND, self._key)))
-        self._sock.close()
+            self.sock.settimeout(_CANCEL_S)
+            self.sock.sendall(wire.encode_request(wire.Request(wire.Op.CANCEL_APPEND, self._key)))
+        self.sock.close()
 
     def break_off(self) -> None:
         """Close the connection as this process's death would. Idempotent."""
         with suppress(OSError):  # the store went first, or this was closed before
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-
-    def close_copy(self) -> None:
-        """Close a forked child's copy of the connection, which remains its parent's."""
-        self._sock.close()
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
 
 _connections: weakref.WeakSet[LivenessConnection] = weakref.WeakSet()
@@ -71,7 +60,7 @@ _connections: weakref.WeakSet[LivenessConnection] = weakref.WeakSet()
 
 def _close_copies() -> None:
     for connection in _connections:
-        connection.close_copy()
+        connection.sock.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -86,14 +75,8 @@ class FailureDetector:
     when it fails: see `ProcessGroup.abandon`. The store then appends it to one key, so that asking
     is one request.
 
-    Args:
-        store: the world's part of the job's store.
-        rank: this process's rank.
-        host: the rank whose process hosts the store, and with which it ends; None where no rank
-            does.
-
-    Raises:
-        RendezvousError: the store is gone.
+    `host` is the rank whose process hosts the store, and with which it ends; None where no rank does.
+    Making one raises RendezvousError when the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, host: int | None) -> None:

@@ -8,17 +8,8 @@ import time
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.sockets import remaining_s
-from ferro.rendezvous.store.interface import (
-    INT64,
-    MAX_VALUE_BYTES,
-    PrefixStore,
-    Store,
-    StoreTimeout,
-    check_amount,
-    check_append,
-    check_value,
-    encode_key,
-)
+from ferro.rendezvous.store.interface import RequestStore, StoreTimeout
+from ferro.rendezvous.store.wire import INT64, MAX_VALUE_BYTES, Op, Reply, Request, Status
 
 MAX_TOTAL_BYTES = 256 << 20
 MAX_KEYS = 100_000
@@ -33,11 +24,29 @@ class Table:
         self._values: dict[bytes, bytes] = {}
         self._total_bytes = 0
 
+    def perform(self, request: Request) -> Reply:
+        """Carry out a SET, GET, ADD or DELETE; do nothing for other requests.
+
+        Raises:
+            UsageError: the key of an ADD holds no number, or the sum does not fit 64 bits.
+            RendezvousError: the store is full.
+        """
+        op, key, number, value = request
+        match op:
+            case Op.SET:
+                self.set(key, value)
+            case Op.GET:
+                return Reply(Status.OK, value=self.get(key) or b"")
+            case Op.ADD:
+                return Reply(Status.OK, self.add(key, number))
+            case Op.DELETE:
+                return Reply(Status.OK, int(self.delete(key)))
+        return Reply(Status.OK)
+
     def get(self, key: bytes) -> bytes | None:
         return self._values.get(key)
 
     def set(self, key: bytes, value: bytes) -> None:
-        """Set `key`; RendezvousError says that the store is full."""
         old = self._values.get(key)
         growth = len(value) - len(old) if old is not None else len(key) + len(value)
         if self._total_bytes + growth > MAX_TOTAL_BYTES:
@@ -48,7 +57,6 @@ class Table:
         self._total_bytes += growth
 
     def add(self, key: bytes, amount: int) -> int:
-        """Add to the decimal number in `key`; see `Store.add`."""
         value = self._values.get(key, b"0")
         if not _NUMBER.fullmatch(value):
             raise UsageError(f"add({_text(key)!r}) failed: the key holds something else than a number")
@@ -59,7 +67,6 @@ class Table:
         return total
 
     def append(self, key: bytes, more: bytes) -> None:
-        """Lengthen the value of `key`; RendezvousError says that it would be too large, or the store is full."""
         value = self._values.get(key, b"") + more
         if len(value) > MAX_VALUE_BYTES:
             raise RendezvousError(f"{_text(key)!r} holds as much as a value may: nothing was added")
@@ -84,7 +91,7 @@ def _text(key: bytes) -> str:
     return key.decode(errors="replace")
 
 
-class MemoryStore:
+class MemoryStore(RequestStore):
     """The `Store` interface over a table of this process; threads are its ranks."""
 
     def __init__(self) -> None:
@@ -92,58 +99,31 @@ class MemoryStore:
         self._changed = threading.Condition()
         self._closed = False
 
-    def set(self, key: str, value: bytes) -> None:
-        encoded = encode_key(key)
-        check_value(key, value)
+    def close(self) -> None:
+        """Wake every thread that waits in `get`, with RendezvousError; idempotent."""
         with self._changed:
-            self._check_open()
-            self._table.set(encoded, value)
+            self._closed = True
             self._changed.notify_all()
 
-    def get(self, key: str, *, deadline: float) -> bytes:
-        encoded = encode_key(key)
+    def _ask(self, request: Request) -> Reply:
+        with self._changed:
+            self._check_open()
+            reply = self._table.perform(request)
+            self._changed.notify_all()
+            return reply
+
+    def _wait(self, key: str, request: Request, deadline: float) -> bytes:
         started = time.monotonic()
         with self._changed:
             while True:
                 self._check_open()
-                value = self._table.get(encoded)
+                value = self._table.get(request.key)
                 if value is not None:
                     return value
                 left_s = remaining_s(deadline)
                 if not left_s:
                     raise StoreTimeout(key, time.monotonic() - started, "this process's store")
                 self._changed.wait(left_s)
-
-    def add(self, key: str, amount: int) -> int:
-        encoded = encode_key(key)
-        check_amount(key, amount)
-        with self._changed:
-            self._check_open()
-            total = self._table.add(encoded, amount)
-            self._changed.notify_all()
-            return total
-
-    def delete(self, key: str) -> bool:
-        encoded = encode_key(key)
-        with self._changed:
-            self._check_open()
-            return self._table.delete(encoded)
-
-    def append_on_disconnect(self, key: str, value: bytes) -> None:
-        """Check the arguments only: this store ends with its process."""
-        encode_key(key)
-        check_append(key, value)
-        with self._changed:
-            self._check_open()
-
-    def prefix(self, name: str) -> Store:
-        return PrefixStore(self, name)
-
-    def close(self) -> None:
-        """Wake every thread that waits in `get`, with RendezvousError; idempotent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:

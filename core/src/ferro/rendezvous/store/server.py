@@ -31,12 +31,7 @@ class StoreServer:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes) -> None:
-        """Listen and start serving.
-
-        Args:
-            host: address to listen on; "" for all.
-            port: 0 lets the system choose.
-            secret: the job's; clients must hold it.
+        """Listen at an address, "" meaning all of them, and at a port, 0 meaning a free one; start serving.
 
         Raises:
             RendezvousError: the address cannot be listened on.
@@ -54,7 +49,7 @@ class StoreServer:
         self._next_deadline: float | None = None
         self._table = Table()
         self._wakeup, self._wakeup_read = socket.socketpair()
-        self._selector.register(self._wakeup_read, selectors.EVENT_READ, self._on_wakeup)
+        self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
         self._close_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
@@ -72,12 +67,9 @@ class StoreServer:
         return self._listener.refused
 
     def close(self) -> None:
-        """Close all connections and end the thread; idempotent.
-
-        Raises:
-            RendezvousError: the thread did not end within 5 s.
-        """
+        """Close all connections and end the thread, within 5 s; idempotent."""
         with self._close_lock:
+            self._closing = True
             with suppress(OSError):  # closed before, or the thread has ended on its own
                 self._wakeup.send(b"\0")
             self._thread.join(_JOIN_S)
@@ -87,9 +79,6 @@ class StoreServer:
                     f"within {_JOIN_S} s of close(); it ends with the process"
                 )
             self._wakeup.close()
-
-    def _on_wakeup(self, _events: int) -> None:
-        self._closing = True
 
     def _serve(self) -> None:
         try:
@@ -140,43 +129,33 @@ class StoreServer:
 
     def answer(self, connection: _Connection, request: wire.Request) -> None:
         """Reply to a request, at once or, to a `get` of a missing key, when the key is set."""
-        if request.op is wire.Op.GET and self._table.get(request.key) is None:
-            deadline = time.monotonic() + max(request.number, 0) / 1e6
-            connection.waits_for, connection.deadline = request.key, deadline
-            self._waiting.setdefault(request.key, set()).add(connection)
+        op, key, number, value = request
+        if op is wire.Op.GET and self._table.get(key) is None:
+            deadline = time.monotonic() + max(number, 0) / 1e6
+            connection.waits_for, connection.deadline = key, deadline
+            self._waiting.setdefault(key, set()).add(connection)
             self._next_deadline = deadline if self._next_deadline is None else min(self._next_deadline, deadline)
             return
         try:
-            reply = self._perform(connection, request)
+            if op is wire.Op.APPEND_ON_DISCONNECT:
+                if connection.on_disconnect is not None:
+                    raise UsageError("this connection has a value to append already")
+                connection.on_disconnect = (key, value)
+                reply = wire.Reply(wire.Status.OK)
+            elif op is wire.Op.CANCEL_APPEND:
+                found = connection.on_disconnect is not None and connection.on_disconnect[0] == key
+                if found:
+                    connection.on_disconnect = None
+                reply = wire.Reply(wire.Status.OK, int(found))
+            else:
+                reply = self._table.perform(request)
         except UsageError as exc:
             reply = wire.Reply(wire.Status.MISUSED, value=str(exc).encode())
         except RendezvousError as exc:
             reply = wire.Reply(wire.Status.REFUSED, value=str(exc).encode())
         connection.reply(reply)
-        if request.op in (wire.Op.SET, wire.Op.ADD):
-            self._wake(request.key)
-
-    def _perform(self, connection: _Connection, request: wire.Request) -> wire.Reply:
-        table, key = self._table, request.key
-        number, value = 0, b""
-        match request.op:
-            case wire.Op.SET:
-                table.set(key, request.value)
-            case wire.Op.GET:
-                value = table.get(key) or b""
-            case wire.Op.ADD:
-                number = table.add(key, request.number)
-            case wire.Op.DELETE:
-                number = int(table.delete(key))
-            case wire.Op.APPEND_ON_DISCONNECT:
-                if connection.on_disconnect is not None:
-                    raise UsageError("this connection has a value to append already")
-                connection.on_disconnect = (key, request.value)
-            case wire.Op.CANCEL_APPEND:
-                if connection.on_disconnect is not None and connection.on_disconnect[0] == key:
-                    connection.on_disconnect = None
-                    number = 1
-        return wire.Reply(wire.Status.OK, number, value)
+        if op in (wire.Op.SET, wire.Op.ADD):
+            self._wake(key)
 
     def _wake(self, key: bytes) -> None:
         """Answer each `get` that waits for `key`, if it is there (a refused `set` leaves it unset)."""

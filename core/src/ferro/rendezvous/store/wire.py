@@ -27,8 +27,12 @@ import struct
 from typing import NamedTuple
 
 from ferro.rendezvous.sockets import set_deadline
-from ferro.rendezvous.store.interface import MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES
 
+MAX_KEY_BYTES = 1024
+MAX_VALUE_BYTES = 16 << 20
+MAX_APPEND_BYTES = 1024
+
+INT64 = range(-(1 << 63), 1 << 63)
 PURPOSE = b"store"  # of a handshake on the way to the store
 
 _REQUEST = struct.Struct("!BqHI")
