@@ -1,8 +1,7 @@
 """Small Python values as bytes: the MessagePack format, and nothing that could run code.
 
-Takes None, bool, int (64 bits), float, complex, str, bytes, list, tuple (comes back as a list),
-dict and NumPy arrays. Depth, number of items and size are bounded on the way in, so a hostile
-message costs at most what it weighs.
+Takes None, bool, int (64 bits), float, complex, str, bytes, list, tuple (comes back as a list), dict and NumPy arrays.
+Depth, number of items and size are bounded on the way in, so a hostile message costs at most what it weighs.
 
 Source: the MessagePack specification; arrays and complex numbers are extension types 1 and 2.
 """
@@ -25,22 +24,14 @@ _DTYPE = re.compile(r"[|<][biufc]\d{1,2}")
 
 
 def encode(value: object) -> bytes:
-    """Encode a value.
-
-    Raises:
-        UsageError: it holds something that has no safe form; names the type and where it is.
-    """
+    """Encode a value; UsageError names the type and the place of a part that has no safe form."""
     out = bytearray()
     _put(value, out, "value", 0)
     return bytes(out)
 
 
 def decode(data: bytes | bytearray | memoryview) -> object:
-    """Decode the value that `encode` was given.
-
-    Raises:
-        UsageError: the bytes are not such a value.
-    """
+    """Decode the value that `encode` was given; UsageError says that the bytes are not such a value."""
     reader = _Reader(memoryview(data))
     value = reader.value(0)
     if reader.left():
@@ -83,9 +74,8 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
         _put_array(value, out, place)
     else:
         raise UsageError(
-            f"{place} is a {type(value).__name__}, which has no safe encoding: send numbers, "
-            "strings, bytes, lists, dicts and NumPy arrays, or pass codec='pickle' where you "
-            "trust every rank"
+            f"{place} is a {type(value).__name__}, which has no safe encoding: send numbers, strings, bytes, lists, "
+            "dicts and NumPy arrays, or pass codec='pickle' where you trust every rank"
         )
 
 

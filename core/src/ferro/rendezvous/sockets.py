@@ -48,8 +48,8 @@ def set_options(sock: socket.socket) -> None:
 def own_addresses() -> list[str]:
     """List the addresses at which other hosts may find this one, those of the default routes first.
 
-    The host's name is not resolved: it often stands for a loopback address. Loopback addresses are
-    listed only when there are no others.
+    The host's name is not resolved: it often stands for a loopback address. Loopback addresses are listed only when
+    there are no others.
     """
     found = [*_on_default_routes(), *_on_interfaces()]
     return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or ["127.0.0.1"]

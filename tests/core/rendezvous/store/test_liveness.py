@@ -146,7 +146,7 @@ def test_closing_the_client_closes_all_its_connections(server):
 def test_there_is_one_value_to_append_for_a_store_and_its_views(client):
     client.prefix("a").append_on_disconnect("key", b"1")
     for store in (client, client.prefix("b")):
-        with pytest.raises(UsageError, match="to append already"):
+        with pytest.raises(UsageError, match="has a value already"):
             store.append_on_disconnect("other", b"2")
 
 

@@ -13,23 +13,22 @@ from ferro.rendezvous.sockets import remaining_s, set_deadline, set_options, sho
 
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
-# One address that swallows packets, or a service that never answers, must not use up the time in
-# which another address of the same host could have been tried.
+# One address that swallows packets, or a service that never answers, must not use up the time in which another address
+# of the same host could have been tried.
 _ATTEMPT_S = 10.0
-# A listener flooded by strangers may drop us between our proof and its verdict, as may one that is
-# closing; a listener that refuses us says so. So silence counts as a refusal only when repeated.
+# A listener flooded by strangers may drop us between our proof and its verdict, as may one that is closing; a listener
+# that refuses us says so. So silence counts as a refusal only when repeated.
 _DROPS_THAT_REFUSE = 3
 
 
 def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float) -> socket.socket:
     """Connect to a ferro service, such as b"store", before `deadline` (`time.monotonic()`); authenticate both ends.
 
-    A refused connection, an unknown host and a dropped connection are retried, with growing pauses:
-    the service may start later than we do. A wrong secret and a foreign service are not retried.
+    A refused connection, an unknown host and a dropped connection are retried, with growing pauses: the service may
+    start later than we do. A wrong secret and a foreign service are not retried.
 
     Returns:
-        A blocking socket without timeout, with TCP_NODELAY, on which no byte has been read
-        beyond the handshake.
+        A blocking socket without timeout, with TCP_NODELAY, on which no byte has been read beyond the handshake.
 
     Raises:
         AuthenticationError: the other end does not hold the secret, or says that we do not.
@@ -95,8 +94,8 @@ class _Attempts:
             raise self._refused(str(exc)) from exc
         except handshake.StrangerError as exc:
             raise RendezvousError(
-                f"{self._what} was not found: {exc}. Check that the port belongs to this job's "
-                f"{self._service}, and that nothing else took it."
+                f"{self._what} was not found: {exc}. Check that the port belongs to this job's {self._service}, and "
+                "that nothing else took it."
             ) from exc
         except OSError as exc:
             self._reason = str(exc) or type(exc).__name__
@@ -107,18 +106,17 @@ class _Attempts:
 
     def unreachable(self) -> RendezvousError:
         return RendezvousError(
-            f"{self._what} could not be reached from {socket.gethostname()} (pid {os.getpid()}): "
-            f"tried {', '.join(self._tried) or 'no address'} for "
-            f"{time.monotonic() - self._started:.1f} s; last reason: {self._reason}. Check that "
-            f"the process that hosts it (rank 0 or `ferro run`) is alive, that host and port are "
-            f"right, and that no firewall is between."
+            f"{self._what} could not be reached from {socket.gethostname()} (pid {os.getpid()}): tried "
+            f"{', '.join(self._tried) or 'no address'} for {time.monotonic() - self._started:.1f} s; last reason: "
+            f"{self._reason}. Check that the process that hosts it (rank 0 or `ferro run`) is alive, that host and "
+            "port are right, and that no firewall is between."
         )
 
     def _refused(self, reason: str) -> AuthenticationError:
         return AuthenticationError(
-            f"{self._what} and this process (pid {os.getpid()} on {socket.gethostname()}) do "
-            f"not hold the same secret: {reason}. Check that FERRO_SECRET is the same on all "
-            f"ranks, and that both belong to one job and this port to its {self._service}."
+            f"{self._what} and this process (pid {os.getpid()} on {socket.gethostname()}) do not hold the same secret: "
+            f"{reason}. Check that FERRO_SECRET is the same on all ranks, and that both belong to one job and this "
+            f"port to its {self._service}."
         )
 
 

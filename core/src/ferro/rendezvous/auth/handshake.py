@@ -7,16 +7,15 @@ Four messages of fixed size are exchanged before anything else is read on a conn
     3. client -> server   client proof                              32 bytes
     4. server -> client   server proof, or 32 zeros: refused        32 bytes
 
-    proof = HMAC-SHA256(SHA256(secret), preamble | client nonce | server nonce | purpose)
-    where the preamble, the first 8 bytes of message 1 or 2, is that of the prover
+    proof = HMAC-SHA256(SHA256(secret), prover's preamble (8 bytes) | client nonce | server nonce | purpose)
 
-The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh,
-so a recorded handshake is worth nothing later; the role keeps a proof from being reflected to its
-sender; the purpose keeps a connection to one service from being spliced into another. The client
-proves first, so a server shows no proof to a client that does not hold the secret.
+The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh, so a recorded
+handshake is worth nothing later; the role keeps a proof from being reflected to its sender; the purpose keeps a
+connection to one service from being spliced into another. The client proves first, so a server shows no proof to a
+client that does not hold the secret.
 
-The handshake authenticates the ends of a connection. It does not encrypt what follows: on a network
-where others can change packets, run the job inside a VPN or an SSH tunnel.
+The handshake authenticates the ends of a connection. It does not encrypt what follows: on a network where others can
+change packets, run the job inside a VPN or an SSH tunnel.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ class WrongSecretError(HandshakeError):
     """The other end does not hold the secret, or says that we do not."""
 
 
-# A side yields the bytes to send and the number of bytes that it wants next, is sent these bytes,
-# and returns the last bytes to send.
+# A side yields the bytes to send and the number of bytes that it wants next, is sent these bytes, and returns the last
+# bytes to send.
 Steps = Generator[tuple[bytes, int], bytes, bytes]
 
 
 class Handshake:
     """One side of one handshake: send `opening`, give `feed` the bytes that arrive, and send what it returns.
 
-    Never read more than `wants` bytes from the connection: what follows belongs to others. `wants` is 0
-    when both ends are authenticated; `replies` counts the messages that `feed` has returned so far.
+    Never read more than `wants` bytes from the connection: what follows belongs to others. `wants` is 0 when both ends
+    are authenticated; `replies` counts the messages that `feed` has returned so far.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -79,12 +78,7 @@ class Handshake:
         return self._size - len(self._received)
 
     def feed(self, data: bytes) -> bytes:
-        """Take at most `wants` bytes; return the bytes to send now, often none.
-
-        Raises:
-            StrangerError: the bytes are not this protocol's.
-            WrongSecretError: the secrets or purposes differ.
-        """
+        """Take at most `wants` bytes; return the bytes to send now, often none, or raise HandshakeError."""
         assert len(data) <= self.wants
         self._received += data
         if self.wants:
@@ -102,8 +96,8 @@ def require_secret(secret: bytes) -> None:
     """Refuse an empty secret, which everybody holds, with AuthenticationError."""
     if not secret:
         raise AuthenticationError(
-            "the job's secret is empty, so nobody could be told from a stranger. Start the job "
-            "with `ferro run`, which makes one, or set FERRO_SECRET to the same value on all ranks."
+            "the job's secret is empty, so nobody could be told from a stranger. Start the job with `ferro run`, "
+            "which makes one, or set FERRO_SECRET to the same value on all ranks."
         )
 
 
@@ -124,8 +118,8 @@ def _client(secret: bytes, purpose: bytes) -> Steps:
         raise StrangerError(f"what answers there is not ferro: it began with {preamble!r}")
     if preamble != _SERVER_PREAMBLE:
         raise StrangerError(
-            f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: "
-            f"install one ferro version everywhere"
+            f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: install one ferro version "
+            "everywhere"
         )
     theirs = yield b"", NONCE_BYTES
     nonces = ours + theirs

@@ -1,8 +1,8 @@
 """The listening end: hands on connections that hold the secret, and lets strangers hold nothing up.
 
-A listener lives on a selector that its owner drives: `for key, events in selector.select(t):
-key.data(events)`. Pending connections are authenticated side by side, without blocking; each costs
-one socket and at most 32 bytes of what it sent.
+A listener lives on a selector that its owner drives: `for key, events in selector.select(t): key.data(events)`. Pending
+connections are authenticated side by side, without blocking; each costs one socket and at most 32 bytes of what it
+sent.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def listen(host: str, port: int = 0) -> socket.socket:
             raise
     except OSError as exc:
         raise RendezvousError(
-            f"cannot listen on {show_address(host, port)}: {exc.strerror or exc}. Another job may still use that "
-            f"port: end it or choose another port (0 takes a free one); and check that the host "
-            f"is an address of this machine."
+            f"cannot listen on {show_address(host, port)}: {exc.strerror or exc}. Another job may still use that port: "
+            "end it or choose another port (0 takes a free one); and check that the host is an address of this "
+            "machine."
         ) from exc
     return sock
 
@@ -66,8 +66,8 @@ class _Pending:
 class Listener:
     """Accepts connections, authenticates them, and hands on those that hold the secret.
 
-    Not thread-safe: the thread that drives the selector makes every call. An empty secret raises
-    AuthenticationError, and leaves the socket untouched.
+    Not thread-safe: the thread that drives the selector makes every call. An empty secret raises AuthenticationError,
+    and leaves the socket untouched.
 
     Attributes:
         sock: from `listen`; this object owns it from here on.

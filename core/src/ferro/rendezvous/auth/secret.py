@@ -1,7 +1,7 @@
 """The job's secret where no launcher made one: it is derived from a file of the user's and the job's name.
 
-Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`.
-Each job derives its own from it, so that jobs cannot connect to one another by mistake.
+Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`. Each job derives its
+own from it, so that jobs cannot connect to one another by mistake.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def per_user_secret(home: Path | None = None) -> bytes:
         return _parse(private_file.read(path, 4 * SECRET_BYTES))
     except (private_file.NotPrivateError, ValueError) as exc:
         raise AuthenticationError(
-            f"the secret cannot be trusted: {exc}. If you made it yourself run "
-            f"`chmod 600 {path}`; else remove it, and the next job makes a new one."
+            f"the secret cannot be trusted: {exc}. If you made it yourself run `chmod 600 {path}`; else remove it, and "
+            "the next job makes a new one."
         ) from exc
     except OSError as exc:
         raise AuthenticationError(
-            f"the secret in {path} cannot be read or made: {exc}. Start the job with "
-            f"`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+            f"the secret in {path} cannot be read or made: {exc}. Start the job with `ferro run`, or set FERRO_SECRET "
+            "to the same random value on all ranks."
         ) from exc
 
 
@@ -54,8 +54,8 @@ def _home() -> Path:
         return Path.home()
     except RuntimeError as exc:
         raise AuthenticationError(
-            "this user has no home directory to keep a secret in. Start the job with "
-            "`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+            "this user has no home directory to keep a secret in. Start the job with `ferro run`, or set FERRO_SECRET "
+            "to the same random value on all ranks."
         ) from exc
 
 

@@ -41,19 +41,12 @@ _ATTEMPT_S = 3.0  # for one of the addresses that rank 0 broadcast, as long as t
 
 @dataclass(slots=True, kw_only=True)
 class JobStore:
-    """A connection to the job's store, and what was opened for it.
-
-    Attributes:
-        store: the connected client.
-        secret: the job's secret.
-        server: the store itself, where this rank hosts it.
-        file_name: name of the rendezvous file that holds its address, or "".
-    """
+    """A connection to the job's store, and what was opened for it."""
 
     store: StoreClient
     secret: bytes = field(repr=False)
-    server: StoreServer | None = None
-    file_name: str = ""
+    server: StoreServer | None = None  # where this rank hosts the store
+    file_name: str = ""  # of the rendezvous file that holds the store's address, if there is one
 
     def close(self) -> None:
         """Disconnect, and end the store where this rank hosts it. Idempotent."""
@@ -77,8 +70,8 @@ def open_job_store(
 
     Args:
         info: this process's place.
-        number: how many stores this process opened before; all ranks count alike. It keeps a rank
-            that comes back early from entering the last world's store, which is about to close.
+        number: how many stores this process opened before; all ranks count alike. It keeps a rank that comes back early
+            from entering the last world's store, which is about to close.
         explicit: the program itself named `info.master`, so no other place is tried.
         deadline: absolute `time.monotonic()` second by which to be connected.
         bootstrap_broadcast: see `BackendInfo`; given where the launcher tells no address.
@@ -98,9 +91,8 @@ def open_job_store(
         return _open_by_file(info, number, secret, deadline)
     if info.master is None:
         raise UsageError(
-            f"{info.describe()}: the ranks are on several hosts, and nothing says where to meet. "
-            "Set MASTER_ADDR and MASTER_PORT to an address of rank 0's host and a free port, or "
-            "start the job with `ferro run`."
+            f"{info.describe()}: the ranks are on several hosts, and nothing says where to meet. Set MASTER_ADDR and "
+            "MASTER_PORT to an address of rank 0's host and a free port, or start the job with `ferro run`."
         )
     address = (info.master[0], info.master[1] + info.master_port_taken)
     if info.rank == 0:
@@ -120,9 +112,8 @@ def _open_by_file(info: LaunchInfo, number: int, secret: bytes, deadline: float)
         text = rendezvous_file.read(name, deadline=deadline)
     except RendezvousError as error:
         raise RendezvousError(
-            f"{info.describe()}: waited {time.monotonic() - started:.1f} s on "
-            f"{socket.gethostname()} (pid {os.getpid()}) for rank 0 to start its store; ranks "
-            f"of one host meet through a file there ({error})",
+            f"{info.describe()}: waited {time.monotonic() - started:.1f} s on {socket.gethostname()} (pid "
+            f"{os.getpid()}) for rank 0 to start its store; ranks of one host meet through a file there ({error})",
             rank=info.rank,
             peer=0,
         ) from error
@@ -165,9 +156,8 @@ def _join_first(info: LaunchInfo, message: bytes, number: int, deadline: float) 
             return _join((address, port), number, secret, deadline)
         if time.monotonic() >= deadline:
             raise RendezvousError(
-                f"{info.describe()}: rank 0 hosts the store at port {port} of "
-                f"{', '.join(addresses)}, and none of these answers from here. Set MASTER_ADDR "
-                f"and MASTER_PORT to one that does. {failure}",
+                f"{info.describe()}: rank 0 hosts the store at port {port} of {', '.join(addresses)}, and none of "
+                f"these answers from here. Set MASTER_ADDR and MASTER_PORT to one that does. {failure}",
                 rank=info.rank,
                 peer=0,
             )

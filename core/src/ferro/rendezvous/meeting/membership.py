@@ -1,7 +1,7 @@
 """The membership check: every rank sees every rank's record before they connect to each other.
 
-Ranks that do not fit together (a rank twice, another world size, version, backend or set of
-plugins) are an error on every rank, which names the ranks that differ.
+Ranks that do not fit together (a rank twice, another world size, version, backend or set of plugins) are an error on
+every rank, which names the ranks that differ.
 """
 
 from __future__ import annotations
@@ -25,41 +25,25 @@ _MUST_AGREE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
-    """One rank's description of itself.
-
-    Attributes:
-        rank, world_size: its place.
-        host, pid: where it runs, for messages.
-        address: its own address on the way to the store.
-        version: its version of ferro.
-        backend: the backend it is to use.
-        plugins: entry point -> distribution and version of its plugins.
-        settings: a text of all else that must be equal.
-        problem: why it cannot take part; "" when it can.
-    """
+    """One rank's description of itself."""
 
     rank: int
     world_size: int
     host: str
     pid: int
-    address: str
-    version: str
+    address: str  # its own, on the way to the store
+    version: str  # of ferro
     backend: str
-    plugins: dict[str, str] = field(default_factory=dict)
-    settings: str = ""
-    problem: str = ""
+    plugins: dict[str, str] = field(default_factory=dict)  # entry point -> distribution and version
+    settings: str = ""  # a text of all else that must be equal
+    problem: str = ""  # why it cannot take part
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
 def check_membership(store: Store, mine: RankRecord, *, deadline: float) -> list[RankRecord]:
-    """Publish this rank's record, wait for the others', check them, and return all, by rank.
-
-    Args:
-        store: the job's store, prefixed for this check.
-        mine: this rank's record.
-        deadline: absolute `time.monotonic()` second.
+    """Publish this rank's record, wait for the others' until `deadline`, check them, and return all, by rank.
 
     Raises:
         RendezvousError: ranks are missing, or do not fit together; the message names them.
@@ -75,23 +59,23 @@ def check_membership(store: Store, mine: RankRecord, *, deadline: float) -> list
             present = sorted(record.rank for record in records)
             raise RendezvousError(
                 f"after {time.monotonic() - started:.1f} s rank {mine.rank} still misses ranks "
-                f"{sorted(set(range(mine.world_size)) - set(present))} of {mine.world_size} "
-                f"(present: {present}). Check that they were started, that they reach "
-                "ferro.init(), and read their logs; allow more time with timeout_s."
+                f"{sorted(set(range(mine.world_size)) - set(present))} of {mine.world_size} (present: {present}). "
+                "Check that they were started, that they reach ferro.init(), and read their logs; allow more time "
+                "with timeout_s."
             ) from error
         record = _read(raw)
         _compare(records[0] if records else mine, record)
         for other in records:
             if other.rank == record.rank:
                 raise RendezvousError(
-                    f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and "
-                    f"pid {record.pid} on host {record.host}. Give every process its own rank."
+                    f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and pid {record.pid} on "
+                    f"host {record.host}. Give every process its own rank."
                 )
         records.append(record)
     if place > mine.world_size:
         raise RendezvousError(
-            f"{mine} came as number {place} to a world of {mine.world_size}, which is "
-            f"complete: {', '.join(map(str, records))}. Is another job using this store?"
+            f"{mine} came as number {place} to a world of {mine.world_size}, which is complete: "
+            f"{', '.join(map(str, records))}. Is another job using this store?"
         )
     return sorted(records, key=lambda record: record.rank)
 
@@ -111,9 +95,9 @@ def _compare(reference: RankRecord, record: RankRecord) -> None:
         theirs, ours = getattr(record, name), getattr(reference, name)
         if theirs != ours:
             raise RendezvousError(
-                f"ranks differ in {what}: {record} has {_difference(theirs, ours)}, but "
-                f"{reference} has {_difference(ours, theirs)}. Start all ranks alike: the "
-                "same command, the same packages, the same arguments to ferro.init()."
+                f"ranks differ in {what}: {record} has {_difference(theirs, ours)}, but {reference} has "
+                f"{_difference(ours, theirs)}. Start all ranks alike: the same command, the same packages, the same "
+                "arguments to ferro.init()."
             )
 
 

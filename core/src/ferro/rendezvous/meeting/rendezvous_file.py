@@ -1,9 +1,9 @@
 """Rendezvous files: by them ranks of one host find a store whose port was chosen freely.
 
-Where a launcher gives its ranks nothing but their numbers (mpiexec, torchrun), rank 0 writes its
-store's address to a file whose name all ranks of the job can derive, and the others read it. The
-directory belongs to this user alone, so nobody else can write there. A file outlives its process:
-choose a name that differs from job to job, and remove the file when all have read it.
+Where a launcher gives its ranks nothing but their numbers (mpiexec, torchrun), rank 0 writes its store's address to a
+file whose name all ranks of the job can derive, and the others read it. The directory belongs to this user alone, so
+nobody else can write there. A file outlives its process: choose a name that differs from job to job, and remove the
+file when all have read it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ _LONGEST_PAUSE_S = 0.05
 
 
 def write(name: str, text: str, *, directory: Path | None = None) -> None:
-    """Write a file, replacing one of the same name; readers see the old or the new one, whole.
+    """Write up to 4 KiB to a file, replacing one of the same name; readers see the old or the new one, whole.
 
-    Args:
-        name: any text; all ranks of the job, and of no other job, use the same.
-        text: up to 4 KiB.
-        directory: in place of `ferro-<user id>` in the system's temporary directory.
+    `name` is any text, the same on all ranks of the job; `directory` is by default `ferro-<user id>` in the system's
+    temporary directory.
 
     Raises:
-        UsageError: `text` is too long.
         RendezvousError: the directory cannot be used, or is not this user's alone.
     """
     content = text.encode()
@@ -54,11 +51,7 @@ def write(name: str, text: str, *, directory: Path | None = None) -> None:
 
 
 def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
-    """Wait until the file of that name is written, up to `deadline` (`time.monotonic()`); return its text.
-
-    Raises:
-        RendezvousError: nobody wrote it in time, or another user could have.
-    """
+    """Wait for a file until `deadline`; RendezvousError: nobody wrote it in time, or another user could have."""
     path = _path(name, directory)
     started = time.monotonic()
     pause_s = _FIRST_PAUSE_S
@@ -72,17 +65,15 @@ def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
         left_s = remaining_s(deadline)
         if not left_s:
             raise RendezvousError(
-                f"nobody wrote the rendezvous file {name!r} in {path.parent} within "
-                f"{time.monotonic() - started:.1f} s. Read the log of rank 0 first; ranks on "
-                f"several hosts need an address: use `ferro run`, or set MASTER_ADDR and "
-                f"MASTER_PORT"
+                f"nobody wrote the rendezvous file {name!r} in {path.parent} within {time.monotonic() - started:.1f} "
+                "s. Read the log of rank 0 first; ranks on several hosts need an address: use `ferro run`, or set "
+                "MASTER_ADDR and MASTER_PORT"
             )
         time.sleep(min(pause_s, left_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def remove(name: str, *, directory: Path | None = None) -> None:
-    """Remove the file, if it is there; RendezvousError says that the directory cannot be used."""
     path = _path(name, directory)
     try:
         path.unlink(missing_ok=True)
@@ -105,7 +96,7 @@ def _path(name: str, directory: Path | None) -> Path:
         private_file.make_directory(directory)
     except (OSError, private_file.NotPrivateError) as exc:
         raise RendezvousError(
-            f"ranks on this host cannot meet in {directory}: {exc}. It must be a directory of yours "
-            f"alone (mode 0700): remove it, or have its owner do so."
+            f"ranks on this host cannot meet in {directory}: {exc}. It must be a directory of yours alone (mode 0700): "
+            "remove it, or have its owner do so."
         ) from exc
     return directory / hashlib.sha256(name.encode()).hexdigest()[:32]

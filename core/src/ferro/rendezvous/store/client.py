@@ -19,7 +19,7 @@ from ferro.rendezvous.store.liveness import LivenessConnection
 
 MAX_CONNECTIONS = 64
 
-_GRACE_S = 2.0  # by which the store's answer that nobody set a key may come later than the deadline of the get
+_GRACE_S = 2.0  # that the store has after the deadline of a `get` to answer that nobody set the key
 # The store answered before, so a further connection comes at once or, after a retry or two, not at all.
 _CONNECT_S = 5.0
 
@@ -35,13 +35,9 @@ class StoreClient(RequestStore):
     def __init__(
         self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
     ) -> None:
-        """Connect before `deadline` (`time.monotonic()`), waiting for the store to start if need be.
+        """Connect before `deadline`, as `auth.connect.connect` does, waiting for the store to start if need be.
 
         A request may take `request_timeout_s`, beyond the time that `get` is told to wait.
-
-        Raises:
-            RendezvousError: the store could not be reached.
-            AuthenticationError: it does not hold the same secret.
         """
         self._where = f"the store at {show_address(*address)}"
         self._request_timeout_s = request_timeout_s
@@ -64,10 +60,7 @@ class StoreClient(RequestStore):
         self.close()
 
     def declare_lost(self) -> None:
-        """Have the value of `append_on_disconnect` appended now, for a process that fails and yet does not die.
-
-        The store may be used, and closed, as before.
-        """
+        """Have the value of `append_on_disconnect` appended now, for a process that fails and yet does not die."""
         with self._liveness_lock:
             liveness, self._liveness = self._liveness, None
         if liveness is not None:
@@ -97,7 +90,7 @@ class StoreClient(RequestStore):
         except TimeoutError as exc:
             raise RendezvousError(
                 f"{self._where} did not answer {request.op.name.lower()} within {self._request_timeout_s} s ({exc}). "
-                f"The process that hosts it is stopped or overloaded, or the network between is down."
+                "The process that hosts it is stopped or overloaded, or the network between is down."
             ) from exc
 
     def _wait(self, key: str, request: wire.Request, deadline: float) -> bytes:
@@ -117,9 +110,8 @@ class StoreClient(RequestStore):
         with self._liveness_lock:
             self._check_open()
             if self._liveness is not None:
-                raise UsageError(
-                    f"append_on_disconnect({request.key.decode()!r}): this store has a value to append already, and takes one"
-                )
+                key = request.key.decode()
+                raise UsageError(f"append_on_disconnect({key!r}): this store has a value already, and takes one")
             self._liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
             with self._translating():
                 return self._check(self._liveness.register(request, deadline))
@@ -169,10 +161,6 @@ class StoreClient(RequestStore):
         sock.close()
         raise RendezvousError("this store client was closed")
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RendezvousError("this store client was closed")
-
     @contextmanager
     def _translating(self) -> Iterator[None]:
         """Translate a connection's errors to the store's."""
@@ -183,14 +171,17 @@ class StoreClient(RequestStore):
         except (OSError, wire.WireError) as exc:
             self._check_open()
             raise RendezvousError(
-                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or "
-                f"`ferro run`, has ended: read its log first."
+                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or `ferro run`, has ended: "
+                "read its log first."
             ) from exc
 
     def _check(self, reply: wire.Reply) -> wire.Reply:
-        """Raise the error that the store sent in place of an answer."""
         if reply.status is wire.Status.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
         if reply.status is wire.Status.REFUSED:
             raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
         return reply
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RendezvousError("this store client was closed")

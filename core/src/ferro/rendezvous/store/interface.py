@@ -14,8 +14,8 @@ class StoreTimeout(FerroError, TimeoutError):
 
     def __init__(self, key: str, seconds: float, where: str) -> None:
         super().__init__(
-            f"get({key!r}) waited {seconds:.1f} s and nobody set that key in {where}. The rank "
-            f"that should set it has not come so far: read its log first, or allow more time.",
+            f"get({key!r}) waited {seconds:.1f} s and nobody set that key in {where}. The rank that should set it has "
+            "not come so far: read its log first, or allow more time.",
             op="get",
         )
         self.key = key
@@ -25,11 +25,11 @@ class StoreTimeout(FerroError, TimeoutError):
 class Store(Protocol):
     """A small key-value store that all ranks of a job see. Every method is thread-safe.
 
-    Keys hold 1 to 1024 bytes of UTF-8, values up to 16 MiB; a store holds up to 100,000 keys and
-    256 MiB in all. Keys of one application are kept apart from others' by `prefix`.
+    Keys hold 1 to 1024 bytes of UTF-8, values up to 16 MiB; a store holds up to 100,000 keys and 256 MiB in all. Keys
+    of one application are kept apart from others' by `prefix`.
 
-    Every method raises UsageError, before anything is sent, when an argument is out of these
-    bounds, and RendezvousError when the store is closed, gone or full.
+    Every method raises UsageError, before anything is sent, when an argument is out of these bounds, and
+    RendezvousError when the store is closed, gone or full.
     """
 
     def set(self, key: str, value: bytes) -> None:
@@ -61,9 +61,9 @@ class Store(Protocol):
     def append_on_disconnect(self, key: str, value: bytes) -> None:
         """Have up to 1 KiB appended to the value of `key`, should this process end without `close`.
 
-        Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host
-        that vanishes from the network is noticed no sooner than TCP itself notices. A missing key
-        counts as empty. A store and all its views have one such value.
+        Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host that vanishes from the
+        network is noticed no sooner than TCP itself notices. A missing key counts as empty. A store and all its views
+        have one such value.
 
         Raises:
             UsageError: this store has such a value already.
@@ -117,8 +117,8 @@ class RequestStore(ABC):
             raise UsageError(f"set({key!r}) takes bytes, not {type(value).__name__}: encode it first")
         if len(value) > MAX_VALUE_BYTES:
             raise UsageError(
-                f"set({key!r}) was given {len(value)} bytes; a store's value takes at most "
-                f"{MAX_VALUE_BYTES}. Send large data with a collective, not through the store."
+                f"set({key!r}) was given {len(value)} bytes; a store's value takes at most {MAX_VALUE_BYTES}. Send "
+                "large data with a collective, not through the store."
             )
         self._ask(Request(Op.SET, encoded, value=value))
 
@@ -139,8 +139,8 @@ class RequestStore(ABC):
         if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
             given = len(value) if isinstance(value, bytes) else type(value).__name__
             raise UsageError(
-                f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: "
-                "a word that tells who is gone is enough"
+                f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: a word that tells "
+                "who is gone is enough"
             )
         self._ask(Request(Op.APPEND_ON_DISCONNECT, encoded, value=value))
 
@@ -166,7 +166,7 @@ def _encode_key(key: str) -> bytes:
         raise UsageError(f"a store's key must be text that UTF-8 can hold, not {key!r}") from exc
     if not 0 < len(encoded) <= MAX_KEY_BYTES:
         raise UsageError(
-            f"a store's key takes 1 to {MAX_KEY_BYTES} bytes, this one {len(encoded)}: "
-            f"{key[:40]!r}. Shorten it; large or many things belong in the value."
+            f"a store's key takes 1 to {MAX_KEY_BYTES} bytes, this one {len(encoded)}: {key[:40]!r}. Shorten it; large "
+            "or many things belong in the value."
         )
     return encoded

@@ -39,12 +39,10 @@ class LivenessConnection:
             return True
 
     def cancel(self) -> None:
-        """Close the connection with nothing appended. Idempotent; never raises.
-
-        The reply is not waited for: the store reads these bytes before it sees the end.
-        """
+        """Close the connection with nothing appended. Idempotent; never raises."""
         with suppress(OSError):  # the store went first, or this was closed before
             self.sock.settimeout(_CANCEL_S)
+            # The reply is not waited for: the store reads these bytes before it sees the end.
             self.sock.sendall(wire.encode_request(wire.Request(wire.Op.CANCEL_APPEND, self._key)))
         self.sock.close()
 
@@ -71,12 +69,11 @@ if hasattr(os, "register_at_fork"):
 class FailureDetector:
     """Called, returns the ranks of a world that are lost; made, has the others learn of this rank's end.
 
-    A rank is lost when its process ends without closing its store, as one that is killed does, or
-    when it fails: see `ProcessGroup.abandon`. The store then appends it to one key, so that asking
-    is one request.
+    A rank is lost when its process ends without closing its store, as one that is killed does, or when it fails: see
+    `ProcessGroup.abandon`. The store then appends it to one key, so that asking is one request.
 
-    `host` is the rank whose process hosts the store, and with which it ends; None where no rank does.
-    Making one raises RendezvousError when the store is gone.
+    `host` is the rank whose process hosts the store, and with which it ends; None where no rank does. Making one raises
+    RendezvousError when the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, host: int | None) -> None:
@@ -88,11 +85,7 @@ class FailureDetector:
         store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
 
     def __call__(self) -> frozenset[int]:
-        """Ask for the lost ranks but this one; never raises.
-
-        Where a rank hosts the store and the store is gone, so is that rank. The store is not asked
-        after that, and no other rank's end is noticed.
-        """
+        """Ask for the lost ranks but this one; never raises. A store that is gone is not asked again."""
         if not self._store_gone:
             try:
                 ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())

@@ -25,12 +25,7 @@ class Table:
         self._total_bytes = 0
 
     def perform(self, request: Request) -> Reply:
-        """Carry out a SET, GET, ADD or DELETE; do nothing for other requests.
-
-        Raises:
-            UsageError: the key of an ADD holds no number, or the sum does not fit 64 bits.
-            RendezvousError: the store is full.
-        """
+        """Carry out a SET, GET, ADD or DELETE; do nothing for other requests."""
         op, key, number, value = request
         match op:
             case Op.SET:
@@ -82,8 +77,8 @@ class Table:
 
 def _full(key: bytes, used: str) -> RendezvousError:
     return RendezvousError(
-        f"the store is full ({used} in use): {_text(key)!r} was not set. Delete keys that "
-        f"are no longer needed, and send large data with a collective."
+        f"the store is full ({used} in use): {_text(key)!r} was not set. Delete keys that are no longer needed, and "
+        "send large data with a collective."
     )
 
 

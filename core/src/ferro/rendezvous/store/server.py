@@ -44,8 +44,8 @@ class StoreServer:
         self._listener = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
         self._connections: set[_Connection] = set()
         self._waiting: dict[bytes, set[_Connection]] = {}  # for each key, the connections whose `get` waits for it
-        # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that
-        # would take a search each time, where one needless wake-up does.
+        # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that would take a
+        # search each time, where one needless wake-up does.
         self._next_deadline: float | None = None
         self._table = Table()
         self._wakeup, self._wakeup_read = socket.socketpair()
@@ -75,8 +75,8 @@ class StoreServer:
             self._thread.join(_JOIN_S)
             if self._thread.is_alive():
                 raise RendezvousError(
-                    f"the thread of the store at {show_address(*self.address)} did not end "
-                    f"within {_JOIN_S} s of close(); it ends with the process"
+                    f"the thread of the store at {show_address(*self.address)} did not end within {_JOIN_S} s of "
+                    "close(); it ends with the process"
                 )
             self._wakeup.close()
 
@@ -169,8 +169,8 @@ class StoreServer:
 class _Connection:
     """One authenticated connection on the server's selector.
 
-    A client sends one request and waits for the reply. So there is never more to hold than one
-    request or one reply, and a client that sends ahead of its reply is disconnected.
+    A client sends one request and waits for the reply. So there is never more to hold than one request or one reply,
+    and a client that sends ahead of its reply is disconnected.
 
     Attributes:
         on_disconnect: key, and the value to append to it when this connection ends; None for nothing.

@@ -3,9 +3,8 @@
     request   op u8 | number i64 | key bytes u16 | value bytes u32 | key | value
     reply     status u8 | number i64 | value bytes u32 | value
 
-Numbers are big-endian. A connection carries one request at a time, then its reply, so neither
-end ever holds more than one message of the other's. Sizes are checked as soon as the header is
-there, before anything of the body is kept.
+Numbers are big-endian. A connection carries one request at a time, then its reply, so neither end ever holds more than
+one message of the other's. Sizes are checked as soon as the header is there, before anything of the body is kept.
 
     op                     number               value         reply: number   value
     SET                    0                    the value     0               nothing
@@ -15,8 +14,8 @@ there, before anything of the body is kept.
     APPEND_ON_DISCONNECT   0                    up to 1 KiB   0               nothing
     CANCEL_APPEND          0                    nothing       1 or 0          nothing
 
-A connection has at most one APPEND_ON_DISCONNECT: when it ends, however that happens, the store
-appends the value to that of `key`, unless CANCEL_APPEND (of the same key) came before.
+A connection has at most one APPEND_ON_DISCONNECT: when it ends, however that happens, the store appends the value to
+that of `key`, unless CANCEL_APPEND (of the same key) came before.
 """
 
 from __future__ import annotations
@@ -83,13 +82,7 @@ class Reply(NamedTuple):
 
 
 def exchange(sock: socket.socket, request: Request, deadline: float) -> Reply:
-    """Send a request and wait for its reply; after any error the connection is of no more use.
-
-    Raises:
-        TimeoutError: the reply did not come before `deadline` (`time.monotonic()`).
-        OSError: the connection broke.
-        WireError: the bytes that came are no reply.
-    """
+    """Send a request and wait for its reply until `deadline`; after any error the connection is of no more use."""
     set_deadline(sock, deadline)
     sock.sendall(encode_request(request))
     status, number, value_bytes = decode_reply_header(_receive(sock, REPLY_HEADER_BYTES, deadline))
@@ -109,17 +102,12 @@ def _receive(sock: socket.socket, size: int, deadline: float) -> bytes:
 
 
 def encode_request(request: Request) -> bytes:
-    """Encode a whole request; the caller has checked the sizes."""
     op, key, number, value = request
     return b"".join((_REQUEST.pack(op, number, len(key), len(value)), key, value))
 
 
 def request_bytes(received: bytearray) -> int | None:
-    """Compute the size of the request that begins here; None while its header is incomplete.
-
-    Raises:
-        WireError: it is longer than any request may be.
-    """
+    """Compute the size of the request that begins here, and check it; None while its header is incomplete."""
     if len(received) < _REQUEST.size:
         return None
     op, _, key_bytes, value_bytes = _REQUEST.unpack_from(received)
@@ -130,7 +118,6 @@ def request_bytes(received: bytearray) -> int | None:
 
 
 def decode_request(message: bytearray) -> Request:
-    """Decode a whole request; WireError says that the operation is unknown."""
     op, number, key_bytes, _ = _REQUEST.unpack_from(message)
     if op not in Op.__members__.values():
         raise WireError(f"unknown operation {op}")
@@ -145,11 +132,7 @@ def encode_reply_header(reply: Reply) -> bytes:
 
 
 def decode_reply_header(header: bytes) -> tuple[Status, int, int]:
-    """Decode status, number, and the size of the value that follows.
-
-    Raises:
-        WireError: the status is unknown, or the value larger than any may be.
-    """
+    """Decode status, number, and the size of the value that follows, and check them."""
     status, number, value_bytes = _REPLY.unpack(header)
     if status not in Status.__members__.values() or value_bytes > MAX_VALUE_BYTES:
         raise WireError(f"a reply of status {status} with {value_bytes} bytes")
