@@ -31,7 +31,10 @@ def per_user_secret(home: Path | None = None) -> bytes:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
             _make(path)
-        return _parse(private_file.read(path, 4 * SECRET_BYTES))
+        secret = bytes.fromhex(private_file.read(path, 4 * SECRET_BYTES).decode("ascii"))
+        if len(secret) != SECRET_BYTES:
+            raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
+        return secret
     except (private_file.NotPrivateError, ValueError) as exc:
         raise AuthenticationError(
             f"the secret cannot be trusted: {exc}. If you made it yourself run `chmod 600 {path}`; else remove it, and "
@@ -69,10 +72,3 @@ def _make(path: Path) -> None:
         pass  # another rank was first, and its secret counts
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _parse(content: bytes) -> bytes:
-    secret = bytes.fromhex(content.decode("ascii"))
-    if len(secret) != SECRET_BYTES:
-        raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
-    return secret

@@ -14,7 +14,7 @@ from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
 from ferro.rendezvous.sockets import remaining_s, show_address
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.interface import RequestStore, StoreTimeout
+from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
 from ferro.rendezvous.store.liveness import LivenessConnection
 
 MAX_CONNECTIONS = 64
@@ -24,7 +24,7 @@ _GRACE_S = 2.0  # that the store has after the deadline of a `get` to answer tha
 _CONNECT_S = 5.0
 
 
-class StoreClient(RequestStore):
+class StoreClient(Store):
     """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself.
 
     Attributes:
@@ -81,23 +81,25 @@ class StoreClient(RequestStore):
             if self._liveness is not None:
                 self._liveness.cancel()
 
-    def _ask(self, request: wire.Request) -> wire.Reply:
+    def _ask(self, op: wire.Op, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
+        request = checked_request(op, key, number, value)
         deadline = time.monotonic() + self._request_timeout_s
         try:
-            if request.op is wire.Op.APPEND_ON_DISCONNECT:
+            if op is wire.Op.APPEND_ON_DISCONNECT:
                 return self._register(request, deadline)
             return self._exchange(request, deadline)
         except TimeoutError as exc:
             raise RendezvousError(
-                f"{self._where} did not answer {request.op.name.lower()} within {self._request_timeout_s} s ({exc}). "
+                f"{self._where} did not answer {op.name.lower()} within {self._request_timeout_s} s ({exc}). "
                 "The process that hosts it is stopped or overloaded, or the network between is down."
             ) from exc
 
-    def _wait(self, key: str, request: wire.Request, deadline: float) -> bytes:
+    def _wait(self, key: str, deadline: float) -> bytes:
         started = time.monotonic()
         wait_us = int(remaining_s(deadline) * 1e6)
+        request = checked_request(wire.Op.GET, key, wait_us)
         try:
-            reply = self._exchange(request._replace(number=wait_us), started + wait_us / 1e6 + _GRACE_S)
+            reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
         except TimeoutError as exc:
             where = f"{self._where}, which did not answer either ({exc})"
             raise StoreTimeout(key, time.monotonic() - started, where) from exc

@@ -8,7 +8,7 @@ import time
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.sockets import remaining_s
-from ferro.rendezvous.store.interface import RequestStore, StoreTimeout
+from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
 from ferro.rendezvous.store.wire import INT64, MAX_VALUE_BYTES, Op, Reply, Request, Status
 
 MAX_TOTAL_BYTES = 256 << 20
@@ -86,7 +86,7 @@ def _text(key: bytes) -> str:
     return key.decode(errors="replace")
 
 
-class MemoryStore(RequestStore):
+class MemoryStore(Store):
     """The `Store` interface over a table of this process; threads are its ranks."""
 
     def __init__(self) -> None:
@@ -100,19 +100,21 @@ class MemoryStore(RequestStore):
             self._closed = True
             self._changed.notify_all()
 
-    def _ask(self, request: Request) -> Reply:
+    def _ask(self, op: Op, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        request = checked_request(op, key, number, value)
         with self._changed:
             self._check_open()
             reply = self._table.perform(request)
             self._changed.notify_all()
             return reply
 
-    def _wait(self, key: str, request: Request, deadline: float) -> bytes:
+    def _wait(self, key: str, deadline: float) -> bytes:
+        encoded = checked_request(Op.GET, key).key
         started = time.monotonic()
         with self._changed:
             while True:
                 self._check_open()
-                value = self._table.get(request.key)
+                value = self._table.get(encoded)
                 if value is not None:
                     return value
                 left_s = remaining_s(deadline)
