@@ -47,7 +47,13 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
     elif isinstance(value, (bool, np.bool_)):
         out.append(0xC3 if value else 0xC2)
     elif isinstance(value, (int, np.integer)):
-        _put_int(int(value), out, place)
+        number = int(value)
+        if not -(1 << 63) <= number < 1 << 64:
+            raise UsageError(f"{place} is an integer of more than 64 bits")
+        if 0 <= number < 128:
+            out.append(number)
+        else:
+            out += struct.pack(">Bq", 0xD3, number) if number < 1 << 63 else struct.pack(">BQ", 0xCF, number)
     elif isinstance(value, (float, np.floating)):
         out += struct.pack(">Bd", 0xCB, value)
     elif isinstance(value, (complex, np.complexfloating)):
@@ -79,17 +85,6 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
         )
 
 
-def _put_int(value: int, out: bytearray, place: str) -> None:
-    if 0 <= value < 128:
-        out.append(value)
-    elif -(1 << 63) <= value < (1 << 63):
-        out += struct.pack(">Bq", 0xD3, value)
-    elif 0 < value < (1 << 64):
-        out += struct.pack(">BQ", 0xCF, value)
-    else:
-        raise UsageError(f"{place} is an integer of more than 64 bits")
-
-
 def _put_sized(code: int, data: bytes, out: bytearray, place: str) -> None:
     if len(data) >= 1 << 32:
         raise UsageError(f"{place} is larger than 4 GiB")
@@ -100,10 +95,7 @@ def _put_array(array: np.ndarray, out: bytearray, place: str) -> None:
     if array.dtype.kind not in "biufc":
         raise UsageError(f"{place} is an array of {array.dtype}, which has no safe encoding")
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    head = bytearray()
-    _put(little.dtype.str, head, place, 0)
-    _put(list(array.shape), head, place, 0)
-    body = bytes(head) + little.tobytes()
+    body = encode(little.dtype.str) + encode(list(array.shape)) + little.tobytes()
     if len(body) >= 1 << 32:
         raise UsageError(f"{place} is larger than 4 GiB; send it with an array collective")
     out += struct.pack(">BIb", 0xC9, len(body), _ARRAY) + body

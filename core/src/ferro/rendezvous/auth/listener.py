@@ -69,28 +69,18 @@ class Listener:
     Not thread-safe: the thread that drives the selector makes every call. An empty secret raises AuthenticationError,
     and leaves the socket untouched.
 
-    Attributes:
-        sock: from `listen`; this object owns it from here on.
-        secret: the job's.
-        purpose: the service that listens, such as b"store".
-        selector: driven by the caller, who calls each `key.data` with the events.
-        admit: is given each authenticated socket: blocking, and no longer registered.
-        handshake_timeout_s: how long a connection may take to prove itself.
-        limit: how many connections may be pending; one more, and the oldest is dropped.
-        refused: how many connections came with another secret.
     """
 
-    sock: socket.socket
+    sock: socket.socket  # from `listen`; this object owns it from here on
     secret: bytes
     _: KW_ONLY
-    purpose: bytes
+    purpose: bytes  # the service that listens, such as b"store"
     selector: selectors.BaseSelector
-    admit: Callable[[socket.socket], None]
+    admit: Callable[[socket.socket], None]  # is given each authenticated socket: blocking, and no longer registered
     handshake_timeout_s: float = 5.0
-    limit: int = 128
-    refused: int = field(default=0, init=False)
-    # In order of arrival, and so of deadlines.
-    _pending: dict[_Pending, None] = field(default_factory=dict, init=False)
+    limit: int = 128  # of pending connections; one more, and the oldest is dropped
+    refused: int = field(default=0, init=False)  # counts the connections that came with another secret
+    _pending: dict[_Pending, None] = field(default_factory=dict, init=False)  # in order of their deadlines
     _paused_until: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -99,10 +89,9 @@ class Listener:
         self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
 
     def expire(self) -> float | None:
-        """Drop connections that took too long; the caller does this once per turn of its loop.
+        """Drop connections that took too long; return the second by which to call again, None when nothing is due.
 
-        Returns:
-            The `time.monotonic()` second by which to call again, or None when nothing is due.
+        The caller does this once per turn of its loop.
         """
         now = time.monotonic()
         if self._paused_until is not None and self._paused_until <= now:

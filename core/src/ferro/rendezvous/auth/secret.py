@@ -26,8 +26,8 @@ def per_user_secret(home: Path | None = None) -> bytes:
     Raises:
         AuthenticationError: others can read the file or own it, or it is damaged or cannot be written.
     """
-    path = (home or _home()) / ".ferro" / "secret"
     try:
+        path = (home or Path.home()) / ".ferro" / "secret"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
             _make(path)
@@ -40,6 +40,11 @@ def per_user_secret(home: Path | None = None) -> bytes:
             f"the secret cannot be trusted: {exc}. If you made it yourself run `chmod 600 {path}`; else remove it, and "
             "the next job makes a new one."
         ) from exc
+    except RuntimeError as exc:
+        raise AuthenticationError(
+            "this user has no home directory to keep a secret in. Start the job with `ferro run`, or set FERRO_SECRET "
+            "to the same random value on all ranks."
+        ) from exc
     except OSError as exc:
         raise AuthenticationError(
             f"the secret in {path} cannot be read or made: {exc}. Start the job with `ferro run`, or set FERRO_SECRET "
@@ -50,16 +55,6 @@ def per_user_secret(home: Path | None = None) -> bytes:
 def derive(secret: bytes, job: str) -> bytes:
     """Derive the secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
     return hmac.new(secret, job.encode(), hashlib.sha256).digest()
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError as exc:
-        raise AuthenticationError(
-            "this user has no home directory to keep a secret in. Start the job with `ferro run`, or set FERRO_SECRET "
-            "to the same random value on all ranks."
-        ) from exc
 
 
 def _make(path: Path) -> None:

@@ -138,7 +138,12 @@ class StoreClient(Store):
         usable = False
         try:
             if sock is None:
-                sock = self._open(min(deadline, time.monotonic() + _CONNECT_S))
+                if self._liveness is not None and self._liveness.broken():  # the store is known to be gone
+                    raise ConnectionResetError("it closed the connection")
+                sock = self._connect(deadline=min(deadline, time.monotonic() + _CONNECT_S))
+                with self._changed:
+                    self._check_open()
+                    self._in_use.add(sock)
             yield sock
             usable = True
         finally:
@@ -151,17 +156,6 @@ class StoreClient(Store):
                     else:
                         sock.close()
                 self._changed.notify()
-
-    def _open(self, deadline: float) -> socket.socket:
-        if self._liveness is not None and self._liveness.broken():  # the store is known to be gone
-            raise ConnectionResetError("it closed the connection")
-        sock = self._connect(deadline=deadline)
-        with self._changed:
-            if not self._closed:
-                self._in_use.add(sock)
-                return sock
-        sock.close()
-        raise RendezvousError("this store client was closed")
 
     @contextmanager
     def _translating(self) -> Iterator[None]:
