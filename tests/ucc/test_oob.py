@@ -12,7 +12,7 @@ import pytest
 
 from ferro.errors import GroupClosed
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer
-from ferro.rendezvous.store.wire import Op, Reply
+from ferro.rendezvous.store.wire import Reply, StoreOp
 from ferro_ucc.abi import Status
 from ferro_ucc.oob import Callbacks, OutOfBand
 from ferro_ucc.waiting import Abort, Lost, Patience
@@ -34,8 +34,8 @@ class CountingStore(MemoryStore):
         super().__init__()
         self.keys: set[str] = set()
 
-    def _ask(self, op: Op, key: str, number: int = 0, value: bytes = b"") -> Reply:
-        if op is Op.DELETE:
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        if op is StoreOp.DELETE:
             self.keys.discard(key)
         else:
             self.keys.add(key)

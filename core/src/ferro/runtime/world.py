@@ -69,9 +69,7 @@ class World:
         if info.nothing_to_meet_at:
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
-        return open_job_store(
-            info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline
-        )
+        return open_job_store(info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline)
 
     def join(
         self,
@@ -85,11 +83,11 @@ class World:
             chosen, choice = self._choose(deterministic, algorithms, observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
-                self._call_roll(self._backend or "none", "", str(error))
+                self._check_membership(self._backend or "none", "", str(error))
             raise
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
         requested = self._backend or chosen.name
-        records = self._call_roll(requested, settings)
+        records = self._check_membership(requested, settings)
         # With the process that hosts the store all of it ends: a rank's, but for a launcher's.
         lost = FailureDetector(self._store, self._info.rank, 0 if self._info.store is None else None)
         config = self._config(records, lost, choice, backend_options, requested)
@@ -141,7 +139,7 @@ class World:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
 
-    def _call_roll(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
+    def _check_membership(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
         mine = RankRecord(
             rank=self._info.rank,
             world_size=self._info.world_size,

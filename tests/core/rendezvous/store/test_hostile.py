@@ -84,7 +84,7 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 HELLO = b"\xf3FERROC\1" + bytes(32)
-REQUEST = wire.encode_request(wire.Request(wire.Op.SET, b"state", value=b"stolen"))
+REQUEST = wire.encode_request(wire.Request(wire.StoreOp.SET, b"state", value=b"stolen"))
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_a_recorded_handshake_replayed(job):
         struct.pack("!BqHI", 1, 0, 0xFFFF, 0) + bytes(2000),
         struct.pack("!BqHI", 1, 0, 0, 0),
         struct.pack("!BqHI", 99, 0, 5, 0) + b"state",
-        wire.encode_request(wire.Request(wire.Op.GET, b"state")) * 2,
-        wire.encode_request(wire.Request(wire.Op.GET, b"never", 10**12)) + b"more",
+        wire.encode_request(wire.Request(wire.StoreOp.GET, b"state")) * 2,
+        wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 10**12)) + b"more",
     ],
     ids=["huge value", "huge key", "no key", "unknown op", "two at once", "ahead of the reply"],
 )
@@ -246,7 +246,7 @@ def test_a_client_that_breaks_the_protocol_is_disconnected(job, breach):
 def test_a_waiting_client_that_sends_more_is_disconnected(job):
     with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
         client.settimeout(20)
-        client.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 10**12)))
+        client.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 10**12)))
         while not job.server._waiting:
             job.serve_client()
         client.sendall(b"more")
@@ -258,7 +258,7 @@ def test_a_waiting_client_that_sends_more_is_disconnected(job):
 @pytest.mark.parametrize("wait_us", [-(2**63), 2**63 - 1])
 def test_a_wait_of_any_length_is_harmless(job, wait_us):
     with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
-        client.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", wait_us)))
+        client.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", wait_us)))
         job.check_unharmed()
     job.check_unharmed()
 

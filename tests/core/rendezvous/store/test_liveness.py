@@ -181,7 +181,7 @@ def raw(server):
     return sock
 
 
-def ask(sock, op, key=b"key", value=b"") -> wire.Status:
+def ask(sock, op, key=b"key", value=b"") -> wire.ReplyStatus:
     sock.sendall(wire.encode_request(wire.Request(op, key, value=value)))
     header = b""
     while len(header) < wire.REPLY_HEADER_BYTES:
@@ -196,25 +196,25 @@ def ask(sock, op, key=b"key", value=b"") -> wire.Status:
 
 def test_the_server_keeps_one_value_for_a_connection_until_it_is_cancelled(server, client):
     with raw(server) as sock:
-        assert ask(sock, wire.Op.CANCEL_APPEND) == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.APPEND_ON_DISCONNECT, value=b"1") == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.APPEND_ON_DISCONNECT, value=b"2")[0] == wire.Status.MISUSED
-        assert ask(sock, wire.Op.CANCEL_APPEND, b"other") == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.CANCEL_APPEND) == (wire.Status.OK, 1)
-        assert ask(sock, wire.Op.APPEND_ON_DISCONNECT, value=b"3") == (wire.Status.OK, 0)
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND) == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"1") == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"2")[0] == wire.ReplyStatus.MISUSED
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND, b"other") == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND) == (wire.ReplyStatus.OK, 1)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"3") == (wire.ReplyStatus.OK, 0)
     assert client.get("key", deadline=soon()) == b"3"
 
 
 def test_a_client_that_breaks_the_protocol_is_disconnected_as_well(server, client):
     with raw(server) as sock:
-        ask(sock, wire.Op.APPEND_ON_DISCONNECT, value=b"1")
+        ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"1")
         sock.sendall(b"\xff" * 100)
         assert client.get("key", deadline=soon()) == b"1"
 
 
 def test_a_value_too_large_is_refused_by_its_header(server, client):
     with raw(server) as sock:
-        request = wire.Request(wire.Op.APPEND_ON_DISCONNECT, b"key", value=bytes(1025))
+        request = wire.Request(wire.StoreOp.APPEND_ON_DISCONNECT, b"key", value=bytes(1025))
         sock.sendall(wire.encode_request(request)[:20])
         assert sock.recv(1) == b""
     assert client.add("key", 1) == 1
@@ -224,7 +224,7 @@ def test_a_value_for_which_there_is_no_room_harms_nobody(server, client, monkeyp
     client.set("key", bytes(90))
     monkeypatch.setattr(memory_module, "MAX_VALUE_BYTES", 100)
     with raw(server) as sock:
-        ask(sock, wire.Op.APPEND_ON_DISCONNECT, value=bytes(11))
+        ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=bytes(11))
     eventually(lambda: "was not appended" in caplog.text)
     assert client.get("key", deadline=NOW) == bytes(90)
 

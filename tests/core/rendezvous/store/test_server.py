@@ -142,7 +142,7 @@ def test_over_the_limit_of_connections_requests_wait_their_turn(server, monkeypa
 
 def test_a_client_that_leaves_is_forgotten_with_its_parked_get(server):
     with raw(server) as sock:
-        sock.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 60_000_000)))
+        sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 60_000_000)))
         eventually(lambda: server._waiting)
     eventually(lambda: not server._connections)
     assert not server._waiting
@@ -194,34 +194,34 @@ def test_a_slow_reader_of_large_values_holds_up_nobody(server, client):
     value = bytes(range(256)) * (1 << 16)  # 16 MiB: more than socket buffers take
     client.set("large", value)
     with raw(server) as slow:
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"large")))
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"large")))
         header = receive(slow, wire.REPLY_HEADER_BYTES)
         eventually(lambda: any(connection._unsent for connection in server._connections))
         assert [client.add("n", 1) for _ in range(5)] == [1, 2, 3, 4, 5]
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 0, len(value))
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 0, len(value))
         assert receive(slow, len(value)) == value
         # And the connection is good for the next request.
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.ADD, b"n", 1)))
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.ADD, b"n", 1)))
         header = receive(slow, wire.REPLY_HEADER_BYTES)
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 6, 0)
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 6, 0)
 
 
 def test_a_slow_reader_that_leaves_is_forgotten(server, client):
     client.set("large", bytes(16 << 20))
     with raw(server) as slow:
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"large")))
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"large")))
         eventually(lambda: any(connection._unsent for connection in server._connections))
     eventually(lambda: len(server._connections) == 1)
     assert client.add("n", 1) == 1
 
 
 def test_a_request_in_small_pieces_is_understood(server):
-    request = wire.encode_request(wire.Request(wire.Op.ADD, b"n", 7))
+    request = wire.encode_request(wire.Request(wire.StoreOp.ADD, b"n", 7))
     with raw(server) as sock:
         for first, last in pairwise(range(len(request) + 1)):
             sock.sendall(request[first:last])
         header = receive(sock, wire.REPLY_HEADER_BYTES)
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 7, 0)
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 7, 0)
 
 
 @pytest.mark.parametrize("waiting", [0, 3])
@@ -229,7 +229,7 @@ def test_close_may_be_repeated_and_ends_the_thread(waiting):
     server = StoreServer(secret=SECRET)
     socks = [raw(server) for _ in range(waiting)]
     for sock in socks:
-        sock.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 60_000_000)))
+        sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 60_000_000)))
     eventually(lambda: sum(map(len, server._waiting.values())) == waiting)
     server.close()
     server.close()

@@ -237,7 +237,7 @@ STEPS = st.lists(
 @given(steps=STEPS)
 @settings(max_examples=200, deadline=None)
 def test_the_table_knows_its_size_whatever_happens(steps):
-    content = memory.Table()
+    content = memory.BoundedTable()
     model: dict[bytes, bytes] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "MAX_TOTAL_BYTES", 20)

@@ -54,7 +54,7 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
+class _PendingConnection:
     """A connection that has not yet proved anything."""
 
     sock: socket.socket
@@ -80,7 +80,7 @@ class Listener:
     handshake_timeout_s: float = 5.0
     limit: int = 128  # of pending connections; one more, and the oldest is dropped
     refused: int = field(default=0, init=False)  # counts the connections that came with another secret
-    _pending: dict[_Pending, None] = field(default_factory=dict, init=False)  # in order of their deadlines
+    _pending: dict[_PendingConnection, None] = field(default_factory=dict, init=False)  # in order of their deadlines
     _paused_until: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Listener:
                 self._drop(self._oldest())
             sock.setblocking(False)
             state = handshake.server(self.secret, self.purpose)
-            pending = _Pending(sock, state, time.monotonic() + self.handshake_timeout_s)
+            pending = _PendingConnection(sock, state, time.monotonic() + self.handshake_timeout_s)
             self._pending[pending] = None
             self.selector.register(sock, selectors.EVENT_READ, partial(self._read, pending))
 
@@ -139,7 +139,7 @@ class Listener:
         self.selector.unregister(self.sock)
         self._paused_until = time.monotonic() + _ACCEPT_PAUSE_S
 
-    def _read(self, pending: _Pending, _events: int) -> None:
+    def _read(self, pending: _PendingConnection, _events: int) -> None:
         if pending not in self._pending:
             return  # an earlier event of the same turn dropped it
         state, sock = pending.state, pending.sock
@@ -169,13 +169,13 @@ class Listener:
         else:
             sock.close()
 
-    def _forget(self, pending: _Pending) -> None:
+    def _forget(self, pending: _PendingConnection) -> None:
         del self._pending[pending]
         self.selector.unregister(pending.sock)
 
-    def _oldest(self) -> _Pending:
+    def _oldest(self) -> _PendingConnection:
         return next(iter(self._pending))
 
-    def _drop(self, pending: _Pending) -> None:
+    def _drop(self, pending: _PendingConnection) -> None:
         self._forget(pending)
         pending.sock.close()

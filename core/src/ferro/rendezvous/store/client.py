@@ -81,11 +81,11 @@ class StoreClient(Store):
             if self._liveness is not None:
                 self._liveness.cancel()
 
-    def _ask(self, op: wire.Op, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
+    def _ask(self, op: wire.StoreOp, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
         request = checked_request(op, key, number, value)
         deadline = time.monotonic() + self._request_timeout_s
         try:
-            if op is wire.Op.APPEND_ON_DISCONNECT:
+            if op is wire.StoreOp.APPEND_ON_DISCONNECT:
                 return self._register(request, deadline)
             return self._exchange(request, deadline)
         except TimeoutError as exc:
@@ -97,13 +97,13 @@ class StoreClient(Store):
     def _wait(self, key: str, deadline: float) -> bytes:
         started = time.monotonic()
         wait_us = int(remaining_s(deadline) * 1e6)
-        request = checked_request(wire.Op.GET, key, wait_us)
+        request = checked_request(wire.StoreOp.GET, key, wait_us)
         try:
             reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
         except TimeoutError as exc:
             where = f"{self._where}, which did not answer either ({exc})"
             raise StoreTimeout(key, time.monotonic() - started, where) from exc
-        if reply.status is wire.Status.TIMEOUT:
+        if reply.status is wire.ReplyStatus.TIMEOUT:
             raise StoreTimeout(key, time.monotonic() - started, self._where)
         return reply.value
 
@@ -172,9 +172,9 @@ class StoreClient(Store):
             ) from exc
 
     def _check(self, reply: wire.Reply) -> wire.Reply:
-        if reply.status is wire.Status.MISUSED:
+        if reply.status is wire.ReplyStatus.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
-        if reply.status is wire.Status.REFUSED:
+        if reply.status is wire.ReplyStatus.REFUSED:
             raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
         return reply
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from ferro.errors import FerroError, UsageError
-from ferro.rendezvous.store.wire import INT64, MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES, Op, Reply, Request
+from ferro.rendezvous.store.wire import INT64, MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES, Reply, Request, StoreOp
 
 
 class StoreTimeout(FerroError, TimeoutError):
@@ -33,7 +33,7 @@ class Store(ABC):
 
     def set(self, key: str, value: bytes) -> None:
         """Give `key` this value, and wake every `get` that waits for it."""
-        self._ask(Op.SET, key, value=value)
+        self._ask(StoreOp.SET, key, value=value)
 
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
@@ -51,11 +51,11 @@ class Store(ABC):
         Raises:
             UsageError: `key` holds something else, or the sum does not fit 64 bits.
         """
-        return self._ask(Op.ADD, key, amount).number
+        return self._ask(StoreOp.ADD, key, amount).number
 
     def delete(self, key: str) -> bool:
         """Remove `key`; return True if it was there."""
-        return bool(self._ask(Op.DELETE, key).number)
+        return bool(self._ask(StoreOp.DELETE, key).number)
 
     def append_on_disconnect(self, key: str, value: bytes) -> None:
         """Have up to 1 KiB appended to the value of `key`, should this process end without `close`.
@@ -67,7 +67,7 @@ class Store(ABC):
         Raises:
             UsageError: this store has such a value already.
         """
-        self._ask(Op.APPEND_ON_DISCONNECT, key, value=value)
+        self._ask(StoreOp.APPEND_ON_DISCONNECT, key, value=value)
 
     def prefix(self, name: str) -> Store:
         """Return a view of this store whose keys all begin with `name/`; views nest."""
@@ -78,7 +78,7 @@ class Store(ABC):
         """Release the connections; idempotent. Closing a view leaves its store open."""
 
     @abstractmethod
-    def _ask(self, op: Op, key: str, number: int = 0, value: bytes = b"") -> Reply:
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
         """Check and make a request that is answered at once, so any but a GET."""
 
     @abstractmethod
@@ -96,14 +96,14 @@ class PrefixStore(Store):
     def close(self) -> None:
         """Do nothing: the store is closed by its owner."""
 
-    def _ask(self, op: Op, key: str, number: int = 0, value: bytes = b"") -> Reply:
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
         return self._store._ask(op, f"{self._name}/{key}", number, value)
 
     def _wait(self, key: str, deadline: float) -> bytes:
         return self._store._wait(f"{self._name}/{key}", deadline)
 
 
-def checked_request(op: Op, key: str, number: int = 0, value: bytes = b"") -> Request:
+def checked_request(op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Request:
     """Make a request of arguments within a store's bounds; UsageError says that they are not."""
     try:
         encoded = key.encode()
@@ -115,7 +115,7 @@ def checked_request(op: Op, key: str, number: int = 0, value: bytes = b"") -> Re
             "or many things belong in the value."
         )
     kind = type(value).__name__
-    if op is Op.APPEND_ON_DISCONNECT:
+    if op is StoreOp.APPEND_ON_DISCONNECT:
         if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
             given = len(value) if isinstance(value, bytes) else kind
             raise UsageError(

@@ -43,7 +43,7 @@ class LivenessConnection:
         with suppress(OSError):  # the store went first, or this was closed before
             self.sock.settimeout(_CANCEL_S)
             # The reply is not waited for: the store reads these bytes before it sees the end.
-            self.sock.sendall(wire.encode_request(wire.Request(wire.Op.CANCEL_APPEND, self._key)))
+            self.sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.CANCEL_APPEND, self._key)))
         self.sock.close()
 
     def break_off(self) -> None:

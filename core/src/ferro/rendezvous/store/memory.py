@@ -9,7 +9,7 @@ import time
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.sockets import remaining_s
 from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
-from ferro.rendezvous.store.wire import INT64, MAX_VALUE_BYTES, Op, Reply, Request, Status
+from ferro.rendezvous.store.wire import INT64, MAX_VALUE_BYTES, Reply, ReplyStatus, Request, StoreOp
 
 MAX_TOTAL_BYTES = 256 << 20
 MAX_KEYS = 100_000
@@ -17,7 +17,7 @@ MAX_KEYS = 100_000
 _NUMBER = re.compile(rb"-?[0-9]{1,19}")
 
 
-class Table:
+class BoundedTable:
     """Keys and values within the bounds above; a method that raises changes nothing. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -28,15 +28,15 @@ class Table:
         """Carry out a SET, GET, ADD or DELETE; do nothing for other requests."""
         op, key, number, value = request
         match op:
-            case Op.SET:
+            case StoreOp.SET:
                 self.set(key, value)
-            case Op.GET:
-                return Reply(Status.OK, value=self.get(key) or b"")
-            case Op.ADD:
-                return Reply(Status.OK, self.add(key, number))
-            case Op.DELETE:
-                return Reply(Status.OK, int(self.delete(key)))
-        return Reply(Status.OK)
+            case StoreOp.GET:
+                return Reply(ReplyStatus.OK, value=self.get(key) or b"")
+            case StoreOp.ADD:
+                return Reply(ReplyStatus.OK, self.add(key, number))
+            case StoreOp.DELETE:
+                return Reply(ReplyStatus.OK, int(self.delete(key)))
+        return Reply(ReplyStatus.OK)
 
     def get(self, key: bytes) -> bytes | None:
         return self._values.get(key)
@@ -90,7 +90,7 @@ class MemoryStore(Store):
     """The `Store` interface over a table of this process; threads are its ranks."""
 
     def __init__(self) -> None:
-        self._table = Table()
+        self._table = BoundedTable()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -100,7 +100,7 @@ class MemoryStore(Store):
             self._closed = True
             self._changed.notify_all()
 
-    def _ask(self, op: Op, key: str, number: int = 0, value: bytes = b"") -> Reply:
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
         request = checked_request(op, key, number, value)
         with self._changed:
             self._check_open()
@@ -109,7 +109,7 @@ class MemoryStore(Store):
             return reply
 
     def _wait(self, key: str, deadline: float) -> bytes:
-        encoded = checked_request(Op.GET, key).key
+        encoded = checked_request(StoreOp.GET, key).key
         started = time.monotonic()
         with self._changed:
             while True:

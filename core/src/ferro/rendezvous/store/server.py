@@ -15,7 +15,7 @@ from ferro.rendezvous.auth import handshake
 from ferro.rendezvous.auth.listener import Listener, listen
 from ferro.rendezvous.sockets import remaining_s, show_address
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.memory import Table
+from ferro.rendezvous.store.memory import BoundedTable
 
 _JOIN_S = 5.0
 _READ_BYTES = 256 << 10
@@ -47,7 +47,7 @@ class StoreServer:
         # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that would take a
         # search each time, where one needless wake-up does.
         self._next_deadline: float | None = None
-        self._table = Table()
+        self._table = BoundedTable()
         self._wakeup, self._wakeup_read = socket.socketpair()
         self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
@@ -100,7 +100,7 @@ class StoreServer:
             for connection in waiting:
                 if connection.waits_for is not None and connection.deadline <= now:
                     self._stop_waiting(connection)
-                    connection.reply(wire.Reply(wire.Status.TIMEOUT))
+                    connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
             self._next_deadline = min((c.deadline for c in waiting if c.waits_for is not None), default=None)
         due = [at for at in (self._listener.expire(), self._next_deadline) if at is not None]
         return remaining_s(min(due)) if due else None
@@ -130,31 +130,31 @@ class StoreServer:
     def answer(self, connection: _Connection, request: wire.Request) -> None:
         """Reply to a request, at once or, to a `get` of a missing key, when the key is set."""
         op, key, number, value = request
-        if op is wire.Op.GET and self._table.get(key) is None:
+        if op is wire.StoreOp.GET and self._table.get(key) is None:
             deadline = time.monotonic() + max(number, 0) / 1e6
             connection.waits_for, connection.deadline = key, deadline
             self._waiting.setdefault(key, set()).add(connection)
             self._next_deadline = deadline if self._next_deadline is None else min(self._next_deadline, deadline)
             return
         try:
-            if op is wire.Op.APPEND_ON_DISCONNECT:
+            if op is wire.StoreOp.APPEND_ON_DISCONNECT:
                 if connection.on_disconnect is not None:
                     raise UsageError("this connection has a value to append already")
                 connection.on_disconnect = (key, value)
-                reply = wire.Reply(wire.Status.OK)
-            elif op is wire.Op.CANCEL_APPEND:
+                reply = wire.Reply(wire.ReplyStatus.OK)
+            elif op is wire.StoreOp.CANCEL_APPEND:
                 found = connection.on_disconnect is not None and connection.on_disconnect[0] == key
                 if found:
                     connection.on_disconnect = None
-                reply = wire.Reply(wire.Status.OK, int(found))
+                reply = wire.Reply(wire.ReplyStatus.OK, int(found))
             else:
                 reply = self._table.perform(request)
         except UsageError as exc:
-            reply = wire.Reply(wire.Status.MISUSED, value=str(exc).encode())
+            reply = wire.Reply(wire.ReplyStatus.MISUSED, value=str(exc).encode())
         except RendezvousError as exc:
-            reply = wire.Reply(wire.Status.REFUSED, value=str(exc).encode())
+            reply = wire.Reply(wire.ReplyStatus.REFUSED, value=str(exc).encode())
         connection.reply(reply)
-        if op in (wire.Op.SET, wire.Op.ADD):
+        if op in (wire.StoreOp.SET, wire.StoreOp.ADD):
             self._wake(key)
 
     def _wake(self, key: bytes) -> None:
@@ -163,7 +163,7 @@ class StoreServer:
         if value is not None:
             for connection in self._waiting.pop(key, ()):
                 connection.waits_for = None
-                connection.reply(wire.Reply(wire.Status.OK, value=value))
+                connection.reply(wire.Reply(wire.ReplyStatus.OK, value=value))
 
 
 class _Connection:

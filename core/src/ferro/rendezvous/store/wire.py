@@ -44,7 +44,7 @@ class WireError(Exception):
     """The other end broke the protocol or its bounds; the connection is of no more use."""
 
 
-class Op(enum.IntEnum):
+class StoreOp(enum.IntEnum):
     """The operations of the table above."""
 
     SET = 1
@@ -55,7 +55,7 @@ class Op(enum.IntEnum):
     CANCEL_APPEND = 6
 
 
-class Status(enum.IntEnum):
+class ReplyStatus(enum.IntEnum):
     """The status of a reply; with the last two the value is a message in UTF-8."""
 
     OK = 0
@@ -67,7 +67,7 @@ class Status(enum.IntEnum):
 class Request(NamedTuple):
     """One request of the table above."""
 
-    op: Op
+    op: StoreOp
     key: bytes
     number: int = 0
     value: bytes = b""
@@ -76,7 +76,7 @@ class Request(NamedTuple):
 class Reply(NamedTuple):
     """One reply of the table above."""
 
-    status: Status
+    status: ReplyStatus
     number: int = 0
     value: bytes = b""
 
@@ -111,7 +111,7 @@ def request_bytes(received: bytearray) -> int | None:
     if len(received) < _REQUEST.size:
         return None
     op, _, key_bytes, value_bytes = _REQUEST.unpack_from(received)
-    most = MAX_APPEND_BYTES if op == Op.APPEND_ON_DISCONNECT else MAX_VALUE_BYTES
+    most = MAX_APPEND_BYTES if op == StoreOp.APPEND_ON_DISCONNECT else MAX_VALUE_BYTES
     if not 0 < key_bytes <= MAX_KEY_BYTES or value_bytes > most:
         raise WireError(f"a request with a key of {key_bytes} and a value of {value_bytes} bytes")
     return int(_REQUEST.size + key_bytes + value_bytes)
@@ -119,11 +119,11 @@ def request_bytes(received: bytearray) -> int | None:
 
 def decode_request(message: bytearray) -> Request:
     op, number, key_bytes, _ = _REQUEST.unpack_from(message)
-    if op not in Op.__members__.values():
+    if op not in StoreOp.__members__.values():
         raise WireError(f"unknown operation {op}")
     with memoryview(message) as view:
         body = _REQUEST.size + key_bytes
-        return Request(Op(op), bytes(view[_REQUEST.size : body]), number, bytes(view[body:]))
+        return Request(StoreOp(op), bytes(view[_REQUEST.size : body]), number, bytes(view[body:]))
 
 
 def encode_reply_header(reply: Reply) -> bytes:
@@ -131,9 +131,9 @@ def encode_reply_header(reply: Reply) -> bytes:
     return _REPLY.pack(reply.status, reply.number, len(reply.value))
 
 
-def decode_reply_header(header: bytes) -> tuple[Status, int, int]:
+def decode_reply_header(header: bytes) -> tuple[ReplyStatus, int, int]:
     """Decode status, number, and the size of the value that follows, and check them."""
     status, number, value_bytes = _REPLY.unpack(header)
-    if status not in Status.__members__.values() or value_bytes > MAX_VALUE_BYTES:
+    if status not in ReplyStatus.__members__.values() or value_bytes > MAX_VALUE_BYTES:
         raise WireError(f"a reply of status {status} with {value_bytes} bytes")
-    return Status(status), number, value_bytes
+    return ReplyStatus(status), number, value_bytes
