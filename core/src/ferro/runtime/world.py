@@ -153,7 +153,7 @@ class World:
             problem=problem,
         )
         try:
-            return check_membership(self._store.prefix("roll"), mine, deadline=self._deadline)
+            return check_membership(self._store.prefix("membership"), mine, deadline=self._deadline)
         except RendezvousError as error:
             server = None if self._meeting is None else self._meeting.server
             if server is not None and server.refused:

@@ -50,7 +50,7 @@ def test_a_reader_waits_for_the_writer(directory, monkeypatch):
 
 
 def test_a_file_never_written_is_an_error_that_says_so(directory):
-    with pytest.raises(RendezvousError, match=r"nobody wrote the rendezvous file 'x'.*rank 0"):
+    with pytest.raises(RendezvousError, match=r"no rank wrote the rendezvous file 'x'.*rank 0"):
         rendezvous_file.read("x", deadline=soon(0.02), directory=directory)
 
 

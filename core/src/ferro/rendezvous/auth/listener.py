@@ -1,8 +1,7 @@
 """The listening end: hands on connections that hold the secret, and lets strangers hold nothing up.
 
 A listener lives on a selector that its owner drives: `for key, events in selector.select(t): key.data(events)`. Pending
-connections are authenticated side by side, without blocking; each costs one socket and at most 32 bytes of what it
-sent.
+connections are authenticated side by side, without blocking; each costs a socket and at most 32 bytes of what it sent.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 
@@ -36,21 +35,19 @@ def listen(host: str, port: int = 0) -> socket.socket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
+        with ExitStack() as stack:
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(sockaddr)
             sock.listen(_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
+            stack.pop_all()
+            return sock
     except OSError as exc:
         raise RendezvousError(
             f"cannot listen on {show_address(host, port)}: {exc.strerror or exc}. Another job may still use that port: "
             "end it or choose another port (0 takes a free one); and check that the host is an address of this "
             "machine."
         ) from exc
-    return sock
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +65,6 @@ class Listener:
 
     Not thread-safe: the thread that drives the selector makes every call. An empty secret raises AuthenticationError,
     and leaves the socket untouched.
-
     """
 
     sock: socket.socket  # from `listen`; this object owns it from here on

@@ -12,7 +12,7 @@ class NotPrivateError(Exception):
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory for this user alone, or check it; NotPrivateError: a link, another user's, open to others."""
+    """Create a directory for this user alone; NotPrivateError says that one is there which others can reach."""
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -28,7 +28,7 @@ def create(path: Path, content: bytes) -> None:
 
 
 def read(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file; NotPrivateError: a link, no plain file, another user's, open to others, or too long."""
+    """Read a small file; NotPrivateError says that it is no plain file of this user alone, or too long."""
     if path.is_symlink():
         raise NotPrivateError(f"{path} is a symbolic link")
     # O_NOFOLLOW: it may have become a link since; O_NONBLOCK: a pipe must not make us wait.

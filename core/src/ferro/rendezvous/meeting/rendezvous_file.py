@@ -51,7 +51,7 @@ def write(name: str, text: str, *, directory: Path | None = None) -> None:
 
 
 def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
-    """Wait for a file until `deadline`; RendezvousError: nobody wrote it in time, or another user could have."""
+    """Wait for a file until `deadline`; RendezvousError says that no rank wrote it, or another user could have."""
     path = _path(name, directory)
     started = time.monotonic()
     pause_s = _FIRST_PAUSE_S
@@ -65,7 +65,7 @@ def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
         left_s = remaining_s(deadline)
         if not left_s:
             raise RendezvousError(
-                f"nobody wrote the rendezvous file {name!r} in {path.parent} within {time.monotonic() - started:.1f} "
+                f"no rank wrote the rendezvous file {name!r} in {path.parent} within {time.monotonic() - started:.1f} "
                 "s. Read the log of rank 0 first; ranks on several hosts need an address: use `ferro run`, or set "
                 "MASTER_ADDR and MASTER_PORT"
             )
