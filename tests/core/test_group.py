@@ -249,7 +249,7 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
     monkeypatch.setitem(__import__("sys").modules, "cupy", Cupy)
     store = MemoryStore()
     members = GroupInfo(
-        name="world", backend_name="simulated", global_ranks=(0,), hosts=("here",), job=store, store=store
+        name="world", backend_name="simulated", global_ranks=(0,), hosts=("here",), job_store=store, store=store
     )
     (backend,) = SimulatedBackend.create_group(1)
     group = ProcessGroup(backend, replace(members, host_copies=True))

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from ferro.errors import UsageError
-from ferro.group.uneven import Layout, checked_sizes, cut, gathered
+from ferro.group.uneven import Layout, checked_sizes, gathered_layout, split_layout
 
 
 def test_blocks_follow_each_other():
     layout = Layout.of([2, 0, 3], (4, 5))
     assert layout.shape == (5, 4, 5)
     assert layout.counts == (40, 0, 60)
-    assert list(layout.places) == [slice(0, 2), slice(2, 2), slice(2, 5)]
+    assert list(layout.slices) == [slice(0, 2), slice(2, 2), slice(2, 5)]
     assert [layout.block_shape(rank) for rank in range(3)] == [(2, 4, 5), (0, 4, 5), (3, 4, 5)]
 
 
@@ -25,7 +25,7 @@ def test_blocks_follow_each_other():
     ],
 )
 def test_blocks_are_gathered(shape, sizes, expected):
-    layout = gathered(shape, sizes, 1, 3)
+    layout = gathered_layout(shape, sizes, 1, 3)
     assert (layout.shape, layout.rows, layout.counts) == expected
 
 
@@ -38,15 +38,15 @@ def test_blocks_are_gathered(shape, sizes, expected):
     ],
 )
 def test_an_array_is_cut(shape, sizes, expected):
-    layout = cut(shape, sizes, 3, "scatter")
+    layout = split_layout(shape, sizes, 3, "scatter")
     assert (layout.shape, layout.rows, layout.counts) == expected
 
 
 def test_a_wrong_size_of_this_rank_is_refused_each_time():
     for _ in range(2):
         with pytest.raises(UsageError, match=r"sizes\[1\] is 2, but x has 4 rows on this rank"):
-            gathered((4,), (4, 2), 1, 2)
-    assert gathered((4,), (4, 2), 0, 2).shape == (6,)
+            gathered_layout((4,), (4, 2), 1, 2)
+    assert gathered_layout((4,), (4, 2), 0, 2).shape == (6,)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_wrong_size_of_this_rank_is_refused_each_time():
 )
 def test_what_cannot_be_cut_is_refused(shape, sizes, match):
     with pytest.raises(UsageError, match=match):
-        cut(shape, sizes, 2, "scatter", "parts")
+        split_layout(shape, sizes, 2, "scatter", "parts")
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], (1, 2), np.array([1, 2]), (n for n in (1, 2))], ids=type)

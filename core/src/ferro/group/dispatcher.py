@@ -1,7 +1,7 @@
-"""Dispatcher: carries out a group's operations, in order, by a deadline, and once it fails, ends.
+"""Dispatcher: runs a group's operations in order, by their deadlines, and fails the group on all ranks alike.
 
-`ProcessGroup` has checked the arguments before; a backend moves the bytes after. Between the
-two, this gives each operation its number and deadline, tells observers, and turns a failure
+`ProcessGroup` has checked the arguments before; a backend moves the bytes after. In between, the
+dispatcher gives each operation its number and deadline, notifies observers, and turns a failure
 into the one cause that every rank reports.
 """
 
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -24,13 +24,18 @@ from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
 from ferro.group.failure_agreement import CallSite, FailureAgreement
 from ferro.group.group_info import GroupInfo
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor
-from ferro.group.work import LaunchedWork, Work
+from ferro.group.work import LaunchedWork
 from ferro.observers import Event
 from ferro.types import Array, Device
 
+# The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a
+# backend's method costs no Python call of its own.
+Action: TypeAlias = Callable[..., None]
+Finish: TypeAlias = Callable[[], object]
+
 _CPU = Device.CPU  # looked up in each call
-_MOST_LANES = 256
-_LEAST_S = 1e-3  # what is left of a deadline that has passed: enough to fail properly
+_MAX_EXECUTORS = 256
+_MIN_TIMEOUT_S = 1e-3  # the time left by a deadline that has passed: enough to fail properly
 
 
 _forks = 0  # how often this process was forked since ferro was imported
@@ -46,40 +51,39 @@ if hasattr(os, "register_at_fork"):
 
 
 class ChannelKey(NamedTuple):
-    """What orders transfers: those with one peer, in one direction, with one tag."""
+    """One peer, one direction, one tag: transfers with the same key run in the order issued."""
 
-    direction: str
+    direction: Literal["send", "recv"]
     peer: int
     tag: int
 
 
 class Dispatcher:
-    """Carries out the operations of one group on one rank."""
+    """Runs the operations of one group on one rank."""
 
-    def __init__(self, backend: Backend, members: GroupInfo) -> None:
+    def __init__(self, backend: Backend, info: GroupInfo) -> None:
         self.backend = backend
-        self._members = members
-        self._observed = bool(members.observers)
+        self._info = info
+        self._observed = bool(info.observers)
         self._streams = backend.streams
-        self._postmortem = FailureAgreement(members, backend.rank)
-        self._collectives = SerialExecutor(f"ferro-{members.name}-collectives")
+        self._agreement = FailureAgreement(info, backend.rank)
+        self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
         self._transfers: dict[ChannelKey, SerialExecutor] = {}
         self._lock = threading.Lock()
-        self._dead: FerroError | None = None
+        self._failure: FerroError | None = None
         self._closed = False
         self._pid = os.getpid()
         self._forks = _forks
-        self._timeout_s = members.timeout_s
+        self._timeout_s = info.timeout_s
 
     @property
     def state(self) -> str:
-        """What can be done with the group: it is "open", "dead" or "closed"."""
-        return "closed" if self._closed else "dead" if self._dead else "open"
+        """The group's state: "open", "dead" or "closed"."""
+        return "closed" if self._closed else "dead" if self._failure else "open"
 
-    def seconds(self, timeout_s: float | None) -> float:
-        """Return the time that an operation is given."""
+    def checked_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
-            return self._members.timeout_s
+            return self._timeout_s
         number = isinstance(timeout_s, int | float | np.number)
         if not number or not 0 < timeout_s <= threading.TIMEOUT_MAX:
             raise UsageError(
@@ -89,129 +93,115 @@ class Dispatcher:
         return float(timeout_s)
 
     def countdown(self, timeout_s: float | None) -> Callable[[], float]:
-        """Return what tells the time left of a call that is made of several operations."""
-        deadline = time.monotonic() + self.seconds(timeout_s)
-        return lambda: max(_LEAST_S, deadline - time.monotonic())
+        """Begin a call made of several operations; the returned function gives the time left for each."""
+        deadline = time.monotonic() + self.checked_timeout(timeout_s)
+        return lambda: max(_MIN_TIMEOUT_S, deadline - time.monotonic())
 
     def collective(
         self,
         call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
+        action: Action,
+        finish: Finish,
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
         device: Device = _CPU,
     ) -> Any:
-        """Carry out a collective after all that were issued before it.
+        """Run a collective after all that were issued before it.
 
         Args:
-            call: what every rank must call; its number is filled in here.
-            action: moves the data, given the deadline.
+            call: the call that every rank must make; its number is filled in here.
+            action: moves the data.
             finish: makes the caller's result of it.
             nbytes: size of this rank's data, for observers.
             async_op: return a Work at once.
             timeout_s: deadline in seconds from when it begins, None for the group's.
-            device: where the data is.
+            device: the device that holds the data.
         """
-        allowed = self._timeout_s if timeout_s is None else self.seconds(timeout_s)
-        if self._closed or self._dead is not None or self._forks is not _forks:
-            self._refuse(call.op)
-        launched = device in self._streams
-        lane = self._collectives
-        if async_op and not launched:
-            return self._start(lane, call.op, partial(self._collective, call, action, finish, nbytes, allowed))
-        # What `lane.run` does, written out: it is on the path of every collective.
-        if lane.pending:
-            lane.let_pending_begin()
-        with lane.turn:
-            if lane.closed:
-                self._refuse(call.op)
-            numbered = call.numbered(lane.number())
-            if not launched:
-                if self._observed:
-                    self._carry_out(numbered, action, nbytes, allowed)
-                else:
-                    self._attempt(numbered, action, allowed)
-                return finish()
-            work = self._launch(numbered, action, finish, nbytes, allowed)
-        return work if async_op else work.wait()
+        allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(call.op)
+        launches = device in self._streams
+        executor = self._collectives
+        if async_op and not launches:
 
-    def _collective(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
-        nbytes: int,
-        allowed: float,
-        seq: int,
-    ) -> object:
-        """Carry out an asynchronous collective when its turn has come."""
-        self._carry_out(call.numbered(seq), action, nbytes, allowed)
-        return finish()
+            def operation(seq: int) -> object:
+                self._observe(call.numbered(seq), action, nbytes, allowed_s)
+                return finish()
+
+            return self._submit(executor.start, call.op, operation)
+        # The following is `executor.run`, written out: it is on the path of every collective.
+        if executor.pending:
+            executor.wait_for_pending()
+        with executor.lock:
+            if executor.closed:
+                self._raise_closed(call.op)
+            numbered = call.numbered(executor.next_number())
+            if not launches:
+                if self._observed:
+                    self._observe(numbered, action, nbytes, allowed_s)
+                else:
+                    self._execute(numbered, action, allowed_s)
+                return finish()
+            work = self._launch(numbered, action, finish, nbytes, allowed_s)
+        return work if async_op else work.wait()
 
     def transfer(
         self,
         op: str,
-        ways: tuple[ChannelKey, ...],
-        action: Callable[[float], None],
-        finish: Callable[[], object],
-        *,
+        channels: tuple[ChannelKey, ...],
+        action: Action,
+        finish: Finish,
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
-        device: Device = _CPU,
+        device: Device,
     ) -> Any:
-        """Carry out a transfer after those issued before it on the same ways."""
-        allowed = self.seconds(timeout_s)
+        """Run a transfer after those issued before it on the same channels, of which there are one or two."""
+        allowed_s = self.checked_timeout(timeout_s)
         self.check_open(op)
-        peers = tuple(dict.fromkeys([way.peer for way in ways]))
-        launched = device in self._streams
+        peers = tuple(dict.fromkeys([channel.peer for channel in channels]))
+        launches = device in self._streams
 
-        def move(seq: int) -> object:
+        def operation(seq: int) -> object:
             call = Call(op, seq=seq)
-            if launched:
-                return self._launch(call, action, finish, nbytes, allowed, peers)
-            self._carry_out(call, action, nbytes, allowed, peers)
+            if launches:
+                return self._launch(call, action, finish, nbytes, allowed_s, peers)
+            self._observe(call, action, nbytes, allowed_s, peers)
             return finish()
 
-        operation: Callable[[int], object] = move
-        for way in ways[1:]:
-            operation = partial(_run_in, self._lane(way), op, operation)
-        lane = self._lane(ways[0])
-        if launched:
-            work: LaunchedWork[object] = self._in_turn(lane, op, operation)
-            return work if async_op else work.wait()
-        start = self._start if async_op else self._in_turn
-        return start(lane, op, operation)
+        executor, *inner = [self._executor(channel) for channel in channels]
+        # The operation of a sendrecv runs in the receiving executor, within the sending one.
+        outer = partial(_run_inside, inner[0], op, operation) if inner else operation
+        work_or_result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
+        return work_or_result.wait() if launches and not async_op else work_or_result
 
-    def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
+    def send(self, buffer: Array, peer: int, tag: int, *, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
         if not self.backend.labels_frames:
-            label = np.frombuffer(transfer_call(buffer).label(), np.uint8)
-            self.backend.send(label, peer, tag=tag, deadline=deadline)
+            self.backend.send(_label(buffer), peer, tag=tag, deadline=deadline)
         self.backend.send(buffer, peer, tag=tag, deadline=deadline)
 
-    def recv(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
+    def recv(self, buffer: Array, peer: int, tag: int, *, deadline: float) -> None:
         """Receive one message, comparing its label first."""
         if not self.backend.labels_frames:
             label = np.empty(LABEL_BYTES, np.uint8)
             self.backend.recv(label, peer, tag=tag, deadline=deadline)
-            expected = transfer_call(buffer)
-            if label.tobytes() != expected.label():
-                raise mismatch(self.backend.rank, expected, peer, label.tobytes())
+            self._check_label(label, buffer, peer)
         self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
 
-    def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, deadline: float) -> None:
+    def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, *, deadline: float) -> None:
         """Send one message and receive another at the same time."""
         if not self.backend.labels_frames:
-            mine = transfer_call(source).label()
-            expected = transfer_call(target)
             label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.exchange([(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline)
-            if label.tobytes() != expected.label():
-                raise mismatch(self.backend.rank, expected, src, label.tobytes())
+            self.backend.exchange([(dst, _label(source))], [(src, label)], tag=tag, deadline=deadline)
+            self._check_label(label, target, src)
         self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
+
+    def _check_label(self, label: Array, buffer: Array, peer: int) -> None:
+        expected = transfer_call(buffer)
+        if label.tobytes() != expected.label():
+            raise mismatch(self.backend.rank, expected, peer, label.tobytes())
 
     def check_open(self, op: str) -> None:
         """Raise an error when no operation can be issued any more.
@@ -220,149 +210,125 @@ class Dispatcher:
             GroupClosed: the group was closed, or died.
             UsageError: this process was forked from the one that made the group.
         """
-        if self._closed or self._dead is not None or self._forks is not _forks:
-            self._refuse(op)
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(op)
 
-    def cause_of_death(self, op: str) -> FerroError:
+    def failure(self, op: str) -> FerroError:
         """Return the error that ended the group, for a call that makes sense only afterwards."""
-        if self._closed or self._dead is None:
-            name = self._members.name
+        if self._closed or self._failure is None:
+            name = self._info.name
             raise UsageError(f"{op} on group {name!r}: the group is {self.state}", op=op, group=name)
-        return self._dead
+        return self._failure
 
     def abort(self) -> None:
         """End everything at once: blocked calls raise, here and on the other ranks."""
-        if self._dead is None and not self._closed:
-            name = self._members.name
-            self._dead = GroupClosed(f"group {name!r} was aborted", group=name)
-            self._postmortem.aborted()
+        if self._failure is None and not self._closed:
+            name = self._info.name
+            self._failure = GroupClosed(f"group {name!r} was aborted", group=name)
+            self._agreement.report_abort()
         self.backend.abort()
 
-    def close(self, patience_s: float) -> None:
-        """Let pending operations end, within `patience_s` seconds; then release the backend."""
+    def close(self, timeout_s: float) -> None:
+        """Let pending operations end, within `timeout_s` seconds; then release the backend."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            # A sendrecv goes through its sending lane into its receiving one: close in this order.
-            ways = sorted(self._transfers, key=lambda way: way.direction, reverse=True)
-            lanes = [self._collectives, *(self._transfers[way] for way in ways)]
+            # A sendrecv goes through its sending executor into its receiving one: they close in this order.
+            channels = sorted(self._transfers, key=lambda channel: channel.direction, reverse=True)
+            executors = [self._collectives, *(self._transfers[channel] for channel in channels)]
         if self._forks is not _forks:
             return  # the connections are the parent's
-        deadline = time.monotonic() + (0.0 if self._dead else patience_s)
-        drained = [lane.close(deadline) for lane in lanes]
+        deadline = time.monotonic() + (0.0 if self._failure else timeout_s)
+        drained = [executor.close(deadline) for executor in executors]
         if not all(drained):
-            if self._dead is None:
-                self._postmortem.left()
+            if self._failure is None:
+                self._agreement.report_departure()
             self.backend.abort()
         self.backend.close()
 
-    def _refuse(self, op: str) -> NoReturn:
-        """Say why no operation can be issued any more."""
-        name = self._members.name
+    def _raise_closed(self, op: str) -> NoReturn:
+        """Tell the reason for which no operation can be issued any more."""
+        where = f"{op} on group {self._info.name!r}"
         if self._closed:
-            raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
+            raise GroupClosed(f"{where}: the group was closed", op=op, group=self._info.name)
         if self._forks is not _forks:
             raise UsageError(
-                f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
+                f"{where}: this process was forked from process {self._pid}, whose "
                 "connections it must not use: start ranks with `ferro run`, and workers with "
                 "multiprocessing's 'spawn'",
                 op=op,
-                group=name,
+                group=self._info.name,
             )
-        self._refuse_dead(op)
+        self._raise_dead(op)
 
-    def _refuse_dead(self, op: str) -> NoReturn:
-        name = self._members.name
+    def _raise_dead(self, op: str) -> NoReturn:
+        name = self._info.name
         raise GroupClosed(
-            f"{op} on group {name!r}: the group died earlier: {self._dead}", op=op, group=name, rank=self.backend.rank
-        ) from self._dead
+            f"{op} on group {name!r}: the group died earlier: {self._failure}",
+            op=op,
+            group=name,
+            rank=self.backend.rank,
+        ) from self._failure
 
-    def _lane(self, way: ChannelKey) -> SerialExecutor:
-        return self._transfers.get(way) or self._new_lane(way)
-
-    def _new_lane(self, way: ChannelKey) -> SerialExecutor:
+    def _executor(self, channel: ChannelKey) -> SerialExecutor:
+        executor = self._transfers.get(channel)
+        if executor is not None:
+            return executor
         with self._lock:
-            if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
-                self._transfers = {w: old for w, old in self._transfers.items() if not old.idle}
-            name = f"{way.direction} {way.peer} tag {way.tag}"
-            return self._transfers.setdefault(way, SerialExecutor(f"ferro-{self._members.name}-{name}"))
+            if len(self._transfers) >= _MAX_EXECUTORS:  # a tag for every message makes as many
+                self._transfers = {key: old for key, old in self._transfers.items() if not old.idle}
+            name = f"ferro-{self._info.name}-{channel.direction} {channel.peer} tag {channel.tag}"
+            return self._transfers.setdefault(channel, SerialExecutor(name))
 
-    def _in_turn(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Any:
+    def _submit(self, submit: Callable[..., Any], op: str, operation: Callable[[int], object]) -> Any:
+        """Hand an operation to an executor's `run` or `start`."""
         try:
-            return lane.run(op, operation)
+            return submit(op, operation)
         except ExecutorClosed:
-            self._refuse(op)
-
-    def _start(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Work[object]:
-        try:
-            return lane.start(op, operation)
-        except ExecutorClosed:
-            self._refuse(op)
+            self._raise_closed(op)
 
     def _launch(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
-        nbytes: int,
-        allowed: float,
-        peers: tuple[int, ...] = (),
+        self, call: Call, action: Action, finish: Finish, nbytes: int, timeout_s: float, peers: tuple[int, ...] = ()
     ) -> LaunchedWork[object]:
         """Launch an operation on a device's queue, in this thread, whose queue it is."""
-        self._carry_out(call, action, nbytes, allowed, peers)
-        scene = CallSite(call, peers, allowed, allowed)
+        self._observe(call, action, nbytes, timeout_s, peers)
+        site = CallSite(call, peers, timeout_s, timeout_s)
         completion = self.backend.launched()
-        return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._die(error, scene))
+        return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
 
-    def _carry_out(
-        self, call: Call, action: Callable[[float], None], nbytes: int, allowed: float, peers: tuple[int, ...] = ()
-    ) -> None:
-        """Carry out an operation, telling observers; one without `peers` is a collective."""
+    def _observe(self, call: Call, action: Action, nbytes: int, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
+        """Execute an operation and notify observers, if there are any."""
         if not self._observed:
-            self._attempt(call, action, allowed, peers)
+            self._execute(call, action, timeout_s, peers)
             return
-        event = self._event(call, nbytes)
-        self._tell("started", event)
+        event = Event(
+            op=call.op,
+            seq=call.seq,
+            group=self._info.name,
+            rank=self.backend.rank,
+            global_rank=self._info.global_ranks[self.backend.rank],
+            nbytes=nbytes,
+            start_s=time.time(),
+            thread=threading.current_thread().name,
+        )
+        self._notify("started", event)
         started = time.monotonic()
         failure = ""
         try:
-            self._attempt(call, action, allowed, peers)
+            self._execute(call, action, timeout_s, peers)
         except BaseException as error:
             failure = type(error).__name__
             raise
         finally:
             seconds = time.monotonic() - started
-            self._tell("finished", replace(event, seconds=seconds, error=failure))
+            self._notify("finished", replace(event, seconds=seconds, error=failure))
 
-    def _attempt(
-        self, call: Call, action: Callable[[float], None], allowed: float, peers: tuple[int, ...] = ()
-    ) -> None:
-        """Do it by its deadline; a failure ends the group with the cause that all report."""
-        if self._dead is not None:  # while this waited for its turn
-            self._refuse_dead(call.op)
-        started = time.monotonic()
-        deadline = started + allowed
-        try:
-            if not peers:
-                self.backend.agree(call, deadline=deadline)
-            action(deadline)
-        except UnsupportedError:  # by the backend, on all ranks alike
-            raise
-        except Exception as error:
-            scene = CallSite(call, peers, allowed, time.monotonic() - started)
-            raise self._die(error, scene) from error
-        except (KeyboardInterrupt, SystemExit) as error:
-            # The user's interrupt is told to the others; a simulated rank that is killed tells
-            # nobody, as a real one could not.
-            self._die(error, CallSite(call, peers, allowed, time.monotonic() - started))
-            raise
-
-    def _tell(self, what: Literal["started", "finished"], event: Event) -> None:
-        """Tell all observers; one that raises must not change what the ranks do."""
-        for observer in self._members.observers:
+    def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
+        """Notify all observers; one that raises must not change what the ranks do."""
+        for observer in self._info.observers:
             try:
-                observer.started(event) if what == "started" else observer.finished(event)
+                observer.started(event) if method == "started" else observer.finished(event)
             except Exception as error:  # noqa: BLE001 - whatever a stranger's observer meets
                 warnings.warn(
                     f"observer {type(observer).__name__} failed at {event.op} #{event.seq}: "
@@ -371,30 +337,46 @@ class Dispatcher:
                     stacklevel=2,
                 )
 
-    def _die(self, error: BaseException, scene: CallSite) -> FerroError:
+    def _execute(self, call: Call, action: Action, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
+        """Run an operation by its deadline; a failure ends the group with the cause that all report.
+
+        An operation without `peers` is a collective.
+        """
+        if self._failure is not None:  # while this operation waited for those before it
+            self._raise_dead(call.op)
+        started = time.monotonic()
+        deadline = started + timeout_s
+        try:
+            if not peers:
+                self.backend.agree(call, deadline=deadline)
+            action(deadline=deadline)
+        except UnsupportedError:  # by the backend, on all ranks alike
+            raise
+        except Exception as error:
+            site = CallSite(call, peers, timeout_s, time.monotonic() - started)
+            raise self._fail(error, site) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            # The other ranks learn of the user's interrupt; a simulated rank that is killed reports
+            # nothing, as a real one could not.
+            self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            raise
+
+    def _fail(self, error: BaseException, site: CallSite) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
         with self._lock:
-            known = self._dead
+            known = self._failure
         if known is not None:
             return known
-        cause = self._postmortem.cause(error, scene, self.backend.abort)
+        cause = self._agreement.agree(error, site, self.backend.abort)
         with self._lock:
-            self._dead = self._dead or cause
+            self._failure = self._failure or cause
         return cause
 
-    def _event(self, call: Call, nbytes: int) -> Event:
-        return Event(
-            op=call.op,
-            seq=call.seq,
-            group=self._members.name,
-            rank=self.backend.rank,
-            global_rank=self._members.global_ranks[self.backend.rank],
-            nbytes=nbytes,
-            start_s=time.time(),
-            thread=threading.current_thread().name,
-        )
+
+def _label(buffer: Array) -> Array:
+    return np.frombuffer(transfer_call(buffer).label(), np.uint8)
 
 
-def _run_in(lane: SerialExecutor, op: str, operation: Callable[[int], object], _: int) -> object:
-    """Run an operation of one lane within another's turn, by its number there."""
-    return lane.run(op, operation)
+def _run_inside(executor: SerialExecutor, op: str, operation: Callable[[int], object], _: int) -> object:
+    """Run an operation in a second executor, by its number there, while the first one's lock is held."""
+    return executor.run(op, operation)

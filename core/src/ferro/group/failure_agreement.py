@@ -1,12 +1,12 @@
-"""What all ranks of a group learn about its death: one cause, told the same on every rank.
+"""The agreement of all ranks of a group on the cause of its failure, so that all report the same.
 
-The first rank that fails claims the certificate in the store, writes down the cause and aborts
-the backend, which wakes the others. Whoever fails afterwards, because it was woken or because a
-peer's connection closed, finds the certificate and raises the cause instead of its own symptom.
+The first rank that fails claims the verdict in the store, writes it and aborts the backend, which
+wakes the others. A rank that fails afterwards, because it was woken or because a peer's connection
+closed, reads the verdict and raises that error instead of its own symptom.
 
-For a deadline the cause needs the others: every rank that fails first notes that it was there
-and what it was doing; the claimant waits a moment for these notes before it writes the
-certificate. Whoever left no note had not come.
+For a deadline the verdict needs the others: every rank that fails first writes down which call it
+was in; the claimant waits a moment for these records before it writes the verdict. A rank without
+a record had not arrived.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, Grou
 from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import codec
 
-_NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
-_MOST_CHARACTERS = 8192
+_RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
+_VERDICT_S = 5.0  # how long the others wait for the verdict
+_MAX_CHARACTERS = 8192
 _SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
-_CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 
 @dataclass(frozen=True, slots=True)
 class CallSite:
-    """Where it happened: one call on this rank.
+    """The call on this rank in which a failure was noticed.
 
     Attributes:
-        call: what was called.
+        call: the operation and its number.
         peers: the other ranks of a transfer; () for a collective, in which all take part.
         timeout_s: the seconds allowed.
         elapsed_s: the seconds gone.
@@ -42,220 +42,193 @@ class CallSite:
     timeout_s: float
     elapsed_s: float
 
-    def place(self) -> str:
-        """Return the call and its number, as ranks note it for each other."""
+    def record(self) -> str:
+        """Return the call and its number, as ranks write them down for each other."""
         return f"{self.call.op} #{self.call.seq}"
 
-    def is_partner(self, note: str) -> bool:
-        """Say whether a rank with this note was in the same operation."""
+    def is_same_operation(self, record: str) -> bool:
+        """Say whether a rank with this record was in the same operation."""
         if self.peers:  # the two ends of a transfer have names and numbers of their own
-            return note.startswith(("send", "recv"))
-        return note == self.place()
+            return record.startswith(("send", "recv"))
+        return record == self.record()
+
+    def describe(self, group: str) -> str:
+        if self.peers:
+            return f"{self.call.op} with rank {self.peers[0]} on group {group!r}"
+        return f"{self.record()} on group {group!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class FailureVerdict:
+    """The cause of a group's failure, as it is written to the store.
+
+    Attributes:
+        kind: name of the error class.
+        text: the error's message.
+        peer: the rank that a PeerLost or CollectiveMismatch is about.
+        arrived: ranks known to have entered the call that timed out.
+        missing: ranks that had not.
+    """
+
+    kind: str
+    text: str
+    peer: int | None = None
+    arrived: Sequence[int] = ()
+    missing: Sequence[int] = ()
+
+    def encode(self) -> bytes:
+        text = self.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
+        values = {"kind": self.kind, "text": text, "peer": self.peer, "arrived": self.arrived, "missing": self.missing}
+        return codec.encode(values)
+
+    @classmethod
+    def decode(cls, data: bytes) -> FailureVerdict:
+        values = codec.decode(data)
+        assert isinstance(values, dict), "a verdict is a table"
+        peer = values.get("peer")
+        arrived, missing = _numbers(values, "arrived"), _numbers(values, "missing")
+        return cls(str(values["kind"]), str(values["text"]), peer if isinstance(peer, int) else None, arrived, missing)
 
 
 class FailureAgreement:
-    """Agrees on the cause of a group's death through the group's store.
+    """Agrees on the cause of a group's failure through the group's store.
 
     Args:
-        members: the group.
+        info: the group.
         rank: this rank in it.
     """
 
-    def __init__(self, members: GroupInfo, rank: int) -> None:
-        self._store = members.store.prefix("death")
-        self._members = members
+    def __init__(self, info: GroupInfo, rank: int) -> None:
+        self._store = info.store.prefix("failure")
+        self._info = info
         self._rank = rank
 
-    def cause(self, error: BaseException, scene: CallSite, wake: Callable[[], None]) -> FerroError:
+    def agree(self, error: BaseException, site: CallSite, abort: Callable[[], None]) -> FerroError:
         """Return the error that this rank raises for `error`; wake the others if it is first.
 
         Args:
             error: what the backend raised.
-            scene: the call in which it did.
-            wake: aborts the backend; called when the others may look for the certificate.
+            site: the call in which it did.
+            abort: aborts the backend; called when the others may look for the verdict.
         """
         try:
-            self._note(scene)
+            self._store.set(f"call/{self._rank}", site.record().encode())
             if self._store.add("claims", 1) > 1:
-                wake()
-                return self._read(scene)
-            return self._write(error, scene, wake)
-        except Exception:  # noqa: BLE001 - the group dies, whatever its store answers
-            wake()  # without a store every rank has only its own symptom to tell
-            return self._symptom(error, scene)
+                abort()
+                data = self._store.get("verdict", deadline=time.monotonic() + _VERDICT_S)
+                return self._error(FailureVerdict.decode(data), site)
+            timed_out = isinstance(error, TimeoutError)
+            if timed_out:
+                abort()  # the others write down the calls they were in
+            verdict = self._timeout(site) if timed_out else self._symptom(error, site)
+            self._store.set("verdict", verdict.encode())
+            if not timed_out:
+                abort()
+        except Exception:  # noqa: BLE001 - the group fails, whatever its store answers
+            abort()  # without a store every rank knows only its own symptom
+            verdict = self._symptom(error, site)
+        return self._error(verdict, site)
 
-    def aborted(self) -> None:
-        """Write the certificate of a group that its user aborts on this rank."""
-        self._certify("GroupClosed", "was aborted")
+    def report_abort(self) -> None:
+        """Write the verdict of a group that its user aborts on this rank."""
+        self._report("GroupClosed", "was aborted")
 
-    def left(self) -> None:
-        """Write the certificate of a group that this rank leaves in the middle of operations."""
-        self._certify("PeerLost", "was left, with operations under way,")
+    def report_departure(self) -> None:
+        """Write the verdict of a group that this rank leaves in the middle of operations."""
+        self._report("PeerLost", "was left, with operations under way,")
 
-    def _certify(self, kind: str, what: str) -> None:
-        text = f"group {self._members.name!r} {what} by {self._members.who(self._rank)}"
+    def _report(self, kind: str, what: str) -> None:
+        text = f"group {self._info.name!r} {what} by {self._info.describe(self._rank)}"
         try:
             if self._store.add("claims", 1) == 1:
-                record = {"kind": kind, "text": text, "peer": self._rank}
-                self._store.set("certificate", codec.encode(record))
+                self._store.set("verdict", FailureVerdict(kind, text, self._rank).encode())
         except (RendezvousError, OSError):
             return  # the others will see connections close
 
-    def _note(self, scene: CallSite) -> None:
-        self._store.set(f"note/{self._rank}", scene.place().encode())
-
-    def _note_of(self, rank: int, deadline: float) -> str:
+    def _record_of(self, rank: int, deadline: float) -> str:
         try:
-            return self._store.get(f"note/{rank}", deadline=deadline).decode()
+            return self._store.get(f"call/{rank}", deadline=deadline).decode()
         except TimeoutError:
             return ""
 
-    def _write(self, error: BaseException, scene: CallSite, wake: Callable[[], None]) -> FerroError:
-        late = isinstance(error, TimeoutError)
-        if late:
-            wake()  # the others note that they were there
-        found = self._timeout(scene) if late else self._symptom(error, scene)
-        record = {
-            "kind": type(found).__name__,
-            "text": _writable(str(found)),
-            "peer": found.peer,
-            "arrived": getattr(found, "arrived", ()),
-            "missing": getattr(found, "missing", ()),
-        }
-        self._store.set("certificate", codec.encode(record))
-        if not late:
-            wake()
-        return found
-
-    def _read(self, scene: CallSite) -> FerroError:
-        raw = self._store.get("certificate", deadline=time.monotonic() + _CERTIFICATE_S)
-        record = codec.decode(raw)
-        assert isinstance(record, dict), "a certificate is a table"
-        return self._rebuild(record, scene)
-
-    def _timeout(self, scene: CallSite) -> CollectiveTimeout:
-        """Ask who was there; a rank that was in another call has not arrived, and says where."""
-        n = len(self._members.hosts)
-        others = scene.peers or [r for r in range(n) if r != self._rank]
-        arrived, missing, silent = [self._rank], [], []
-        absent = []
-        deadline = time.monotonic() + _NOTES_S
-        for rank in others:
-            note = self._note_of(rank, deadline)
-            if note and scene.is_partner(note):
-                arrived.append(rank)
-                continue
-            missing.append(rank)
-            absent.append(self._members.who(rank) + (f", which was in {note}" if note else ""))
-            if not note:
-                silent.append(rank)
+    def _timeout(self, site: CallSite) -> FailureVerdict:
+        """Find the ranks that arrived; one that was in another call has not, and its call is named."""
+        others = site.peers or [r for r in range(len(self._info.hosts)) if r != self._rank]
+        deadline = time.monotonic() + _RECORDS_S
+        records = {rank: self._record_of(rank, deadline) for rank in others}
+        missing = [rank for rank in others if not site.is_same_operation(records[rank])]
+        arrived = sorted({self._rank, *others}.difference(missing))
         if missing:
-            told = f"arrived: {_ranks(arrived)}; did not arrive: {', '.join(absent)}"
+            absent = [
+                self._info.describe(rank) + (f", which was in {records[rank]}" if records[rank] else "")
+                for rank in missing
+            ]
+            finding = f"arrived: rank {', '.join(map(str, arrived))}; did not arrive: {', '.join(absent)}"
+            silent = [rank for rank in missing if not records[rank]]
             remedy = f"Read the log of rank {(silent or missing)[0]} first"
         else:
-            told = "all ranks were there"
+            finding = "all ranks were there"
             remedy = "Raise timeout_s, or look for a slow or broken link"
-        return CollectiveTimeout(
-            f"{self._head(scene)} did not finish within {scene.timeout_s:g} s; {told}. "
-            f"The group can no longer be used. {remedy}.",
-            op=scene.call.op,
-            group=self._members.name,
-            rank=self._rank,
-            seq=scene.call.seq,
-            seconds=scene.timeout_s,
-            peer=scene.peers[0] if scene.peers else None,
-            arrived=sorted(arrived),
-            missing=missing,
+        text = (
+            f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {finding}. "
+            f"The group can no longer be used. {remedy}."
         )
+        return FailureVerdict("CollectiveTimeout", text, arrived=arrived, missing=missing)
 
-    def _symptom(self, error: BaseException, scene: CallSite) -> FerroError:
-        """Return what this rank can say by itself."""
-        members, op, rank = self._members, scene.call.op, self._rank
-        group, n = members.name, len(members.hosts)
+    def _symptom(self, error: BaseException, site: CallSite) -> FailureVerdict:
+        """Describe an error with what this rank alone knows."""
+        rank, name, n = self._rank, self._info.name, len(self._info.hosts)
         if isinstance(error, CollectiveMismatch):
-            number, remedy = f" (#{scene.call.seq})", _SAME_CALLS
-            if scene.peers:
+            number, remedy = f" (#{site.call.seq})", _SAME_CALLS
+            if site.peers:
                 number, remedy = "", "Receive with the dtype and number of elements that are sent"
-            return CollectiveMismatch(
-                f"ranks made different calls on group {group!r}{number}: {error}. "
-                f"The group can no longer be used. {remedy}.",
-                op=op,
-                group=group,
-                rank=rank,
-                peer=error.peer,
+            text = (
+                f"ranks made different calls on group {name!r}{number}: {error}. "
+                f"The group can no longer be used. {remedy}."
             )
+            return FailureVerdict("CollectiveMismatch", text, error.peer)
+        where = site.describe(name)
         if isinstance(error, PeerLost) and error.peer is not None:
-            return PeerLost(
-                f"{self._head(scene)} failed: {members.who(error.peer)} of {n} is gone, noticed by "
-                f"rank {rank} after {scene.elapsed_s:.1f} s of {scene.timeout_s:g} s "
+            text = (
+                f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by "
+                f"rank {rank} after {site.elapsed_s:.1f} s of {site.timeout_s:g} s "
                 f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
-                "then restart the job, or go on without it through shrink().",
-                op=op,
-                group=group,
-                rank=rank,
-                peer=error.peer,
-                host=members.hosts[error.peer],
+                "then restart the job, or go on without it through shrink()."
             )
+            return FailureVerdict("PeerLost", text, error.peer)
         if isinstance(error, TimeoutError):
-            return CollectiveTimeout(
-                f"{self._head(scene)} did not finish within {scene.timeout_s:g} s on rank {rank}, "
+            text = (
+                f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, "
                 "and the store could not be reached to ask for the others. "
-                "The group can no longer be used.",
-                op=op,
-                group=group,
-                rank=rank,
-                seq=scene.call.seq,
-                seconds=scene.timeout_s,
-                arrived=(rank,),
+                "The group can no longer be used."
             )
-        return GroupClosed(
-            f"{self._head(scene)} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
-            "The group can no longer be used.",
-            op=op,
-            group=group,
-            rank=rank,
-        )
+            return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
+        text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
+        return FailureVerdict("GroupClosed", text + "The group can no longer be used.")
 
-    def _rebuild(self, record: Mapping[str, object], scene: CallSite) -> FerroError:
-        """Return the certificate's error as this rank's own."""
-        text, kind = str(record["text"]), record["kind"]
-        op, group, rank = scene.call.op, self._members.name, self._rank
-        peer = record.get("peer")
-        peer = peer if isinstance(peer, int) else None
-        if kind == "CollectiveMismatch":
-            return CollectiveMismatch(text, op=op, group=group, rank=rank, peer=peer)
-        if kind == "PeerLost":
-            host = None if peer is None else self._members.hosts[peer]
-            return PeerLost(text, op=op, group=group, rank=rank, peer=peer, host=host)
-        if kind == "CollectiveTimeout":
+    def _error(self, verdict: FailureVerdict, site: CallSite) -> FerroError:
+        """Make the verdict's error, with this rank's own place."""
+        op, group, rank, peer = site.call.op, self._info.name, self._rank, verdict.peer
+        if verdict.kind == "CollectiveMismatch":
+            return CollectiveMismatch(verdict.text, op=op, group=group, rank=rank, peer=peer)
+        if verdict.kind == "PeerLost":
+            host = None if peer is None else self._info.hosts[peer]
+            return PeerLost(verdict.text, op=op, group=group, rank=rank, peer=peer, host=host)
+        if verdict.kind == "CollectiveTimeout":
             return CollectiveTimeout(
-                text,
+                verdict.text,
                 op=op,
                 group=group,
                 rank=rank,
-                seq=scene.call.seq,
-                seconds=scene.timeout_s,
-                arrived=_numbers(record.get("arrived")),
-                missing=_numbers(record.get("missing")),
+                peer=site.peers[0] if site.peers else None,
+                seq=site.call.seq,
+                seconds=site.timeout_s,
+                arrived=verdict.arrived,
+                missing=verdict.missing,
             )
-        return GroupClosed(text, op=op, group=group, rank=rank)
-
-    def _head(self, scene: CallSite) -> str:
-        """Return the place in words."""
-        group = self._members.name
-        if scene.peers:
-            return f"{scene.call.op} with rank {scene.peers[0]} on group {group!r}"
-        return f"{scene.place()} on group {group!r}"
+        return GroupClosed(verdict.text, op=op, group=group, rank=rank)
 
 
-def _numbers(value: object) -> list[int]:
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return "rank " + ", ".join(str(rank) for rank in sorted(ranks))
-
-
-def _writable(text: str) -> str:
-    """Return a text as a certificate can hold it: any characters, bounded."""
-    return text.encode(errors="replace").decode()[:_MOST_CHARACTERS]
+def _numbers(values: Mapping[str, object], key: str) -> Sequence[int]:
+    value = values.get(key)
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else ()
