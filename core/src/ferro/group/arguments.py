@@ -54,21 +54,6 @@ class OutputBuffer:
         return self._input.leave(self.array) if self._out is None else self._out
 
 
-class InPlace:
-    """An `OutputBuffer` that is the input itself: a NumPy array that is ready as it is."""
-
-    __slots__ = ("array", "flat")
-
-    device = Device.CPU
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-        self.flat = array if array.ndim == 1 else array.reshape(-1)
-
-    def __call__(self) -> Array:
-        return self.array
-
-
 def writable_in_place(x: object) -> TypeGuard[Array]:
     """Say whether a result can be written to the input without any preparation."""
     if type(x) is not np.ndarray or objection(x.dtype):
@@ -80,8 +65,8 @@ def writable_in_place(x: object) -> TypeGuard[Array]:
 def copy_elements(source: Array, target: Array) -> None:
     """Copy elements, unless `target` is `source`: `out` is often the input itself.
 
-    A large array is copied block by block and so stays in the caches. Copied all at once it would
-    be written past them: of 4 MiB, an all_gather that reads them next then takes more than twice as long.
+    A large array is copied block by block and so stays in the caches. Copied all at once it would be written past them:
+    of 4 MiB, an all_gather that reads them next then takes more than twice as long.
     """
     if target is source:
         return

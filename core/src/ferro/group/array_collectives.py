@@ -17,8 +17,8 @@ from ferro.backend import Backend
 from ferro.collectives.label import Call, array_call, uneven_call
 from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
-from ferro.group.arguments import ArgumentChecker, InPlace, OutputBuffer, copy_elements, flattened, writable_in_place
-from ferro.group.dispatcher import Dispatcher
+from ferro.group.arguments import ArgumentChecker, OutputBuffer, copy_elements, flattened, writable_in_place
+from ferro.group.dispatcher import Dispatcher, Finish
 from ferro.group.group_info import GroupInfo
 from ferro.group.uneven import (
     UnevenAllToAll,
@@ -35,8 +35,8 @@ from ferro.types import Array, Device, ReduceOp
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-# The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
-# because two overloads for each of fifteen methods would bury the contract.
+# The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any because two overloads
+# for each of fifteen methods would bury the contract.
 ResultOrWork: TypeAlias = Any
 Op: TypeAlias = "ReduceOp | str | ReduceFunction"
 
@@ -46,16 +46,16 @@ _BARRIER = Call("barrier")
 class ArrayCollectives:
     """The methods of `ProcessGroup` in which all ranks take part with an array each.
 
-    They are a class of their own because one file could not be read in one sitting with the rest of
-    `ProcessGroup`, and because `coalesce()` builds on them alone.
+    They are a class of their own because one file could not be read in one sitting with the rest of `ProcessGroup`, and
+    because `coalesce()` builds on them alone.
 
     Arguments that all collectives take
-        out: the array that takes the result: contiguous, writable, of the result's shape and dtype.
-            It may be the input itself.
-        async_op: return a `Work` at once; its `wait()` returns the result. Any number may be
-            outstanding; they run in the order issued.
-        copy: False: an asynchronous operation uses the input where it is, instead of a copy of its
-            own; nothing of the input may be touched until the operation has ended.
+        out: the array that takes the result: contiguous, writable, of the result's shape and dtype. It may be the input
+            itself.
+        async_op: return a `Work` at once; its `wait()` returns the result. Any number may be outstanding; they run in
+            the order issued.
+        copy: False: an asynchronous operation uses the input where it is, instead of a copy of its own; nothing of the
+            input may be touched until the operation has ended.
         timeout_s: deadline of the whole operation in seconds; the group's when None.
     """
 
@@ -95,28 +95,28 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Reduce `x` over all ranks, elementwise; every rank gets op(x_0, …, x_{n-1}).
 
-        The result has the same bits on every rank. Half precision is accumulated in float32.
+        The result has the shape and dtype of `x` and the same bits on every rank. Half precision is accumulated in
+        float32.
 
         Args:
             x: any shape, the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
-
-        Returns:
-            An array of the shape and dtype of `x`.
         """
+        finish: Finish
         if out is x and self._takes_cpu_arrays and writable_in_place(x):
-            result: InPlace | OutputBuffer = InPlace(x)
+            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
         else:
             input_array = self._check_input(x)
-            result = OutputBuffer(input_array, out, input_array.array.shape)
+            shape = input_array.array.shape
+            finish = result = OutputBuffer(input_array, out, shape)
+            buffer, device = result.flat, result.device
             copy_elements(input_array.array, result.array)
-        buffer = result.flat
         dtype = buffer.dtype
         reduction = reduction_for(op, dtype, self.world_size)
-        call = array_call("all_reduce", dtype, result.array.shape, reduction.name)
+        call = array_call("all_reduce", dtype, shape, reduction.name)
         action = partial(self._backend.all_reduce, buffer, reduction)
-        return self._dispatcher.collective(call, action, result, buffer.nbytes, async_op, timeout_s, result.device)
+        return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
     def reduce(
         self,
@@ -146,17 +146,19 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
+        finish: Finish
         if out is x and self._takes_cpu_arrays and writable_in_place(x):
-            result: InPlace | OutputBuffer = InPlace(x)
+            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
         else:
             input_array = self._check_input(x)
-            result = OutputBuffer(input_array, out, input_array.array.shape)
+            shape = input_array.array.shape
+            finish = result = OutputBuffer(input_array, out, shape)
+            buffer, device = result.flat, result.device
             if self.rank == root:
                 copy_elements(input_array.array, result.array)
-        buffer = result.flat
-        call = array_call("broadcast", buffer.dtype, result.array.shape, root=root)
+        call = array_call("broadcast", buffer.dtype, shape, root=root)
         action = partial(self._backend.broadcast, buffer, root)
-        return self._dispatcher.collective(call, action, result, buffer.nbytes, async_op, timeout_s, result.device)
+        return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
     def all_gather(
         self,
@@ -168,17 +170,14 @@ class ArrayCollectives:
         copy: bool = True,
         timeout_s: float | None = None,
     ) -> ResultOrWork:
-        """Concatenate every rank's `x` along axis 0, in order of rank.
+        """Concatenate every rank's `x` along axis 0, in order of rank: an array of shape (sum of rows, …).
 
         Args:
-            x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d
-                array counts as one row: n of them give shape (n,).
+            x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d array counts as one
+                row: n of them give shape (n,).
             sizes: rows of every rank, the same list on every rank.
-            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with
-                copy=False, `out` is not written to before operations issued earlier have ended.
-
-        Returns:
-            An array of shape (sum of rows, …).
+            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with copy=False,
+                `out` is not written to before operations issued earlier have ended.
         """
         input_array = self._check_input(x)
         array = input_array.array
@@ -235,18 +234,16 @@ class ArrayCollectives:
         copy: bool = True,
         timeout_s: float | None = None,
     ) -> ResultOrWork:
-        """Split the root's `x` along axis 0 and give each rank its block.
+        """Split the root's `x` along axis 0 and give each rank its block, of shape (this rank's rows, …).
 
-        The root sends shape, dtype and sizes ahead in a small broadcast that every rank waits for.
+        The block is a NumPy array away from the root, but where `out` is given. The root sends shape, dtype and sizes
+        ahead in a small broadcast that every rank waits for.
 
         Args:
             x: the root's array, shape (rows, …); ignored elsewhere, where None will do.
             root: the rank that has it.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
-
-        Returns:
-            An array of shape (this rank's rows, …), a NumPy one away from the root.
         """
         self._check_rank(root, "root")
         remaining_s = self._dispatcher.countdown(timeout_s)
@@ -292,16 +289,13 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Reduce `x` over all ranks and keep this rank's block of axis 0.
 
-        Rank r gets op(x_0, …, x_{n-1})[start of block r : end of block r].
+        Rank r gets op(x_0, …, x_{n-1})[start of block r : end of block r], of shape (this rank's rows, …).
 
         Args:
             x: shape (rows, …), the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             sizes: rows of every rank's block, the same list on every rank; equal when None.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
-
-        Returns:
-            An array of shape (this rank's rows, …).
         """
         input_array = self._check_input(x)
         array = input_array.array
@@ -325,17 +319,16 @@ class ArrayCollectives:
         copy: bool = True,
         timeout_s: float | None = None,
     ) -> ResultOrWork:
-        """Split `x` along axis 0, send block j to rank j, concatenate the received, in order of rank.
+        """Split `x` along axis 0, send block j to rank j, concatenate the received blocks in order of rank.
+
+        The result has the shape (sum of received rows, …).
 
         Args:
             x: shape (rows, …); without sizes, the same on every rank and rows a multiple of n.
             send_sizes: rows for every rank. Given on one rank, it must be given on all.
-            recv_sizes: rows from every rank, if known, to be compared with the sent ones; the ranks
-                exchange their sizes in any case.
+            recv_sizes: rows from every rank, if known, to be compared with the sent ones; the ranks exchange their
+                sizes in any case.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
-
-        Returns:
-            An array of shape (sum of received rows, …).
         """
         n = self.world_size
         input_array = self._check_input(x)

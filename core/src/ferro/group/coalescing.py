@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,9 @@ from ferro.types import Array, Device, ReduceOp
 class Coalescing:
     """Collects calls until the end of its `with` block, then makes one for each kind.
 
-    Calls are alike when they have the same operation, dtype, and reduction or root. All ranks
-    make the same calls in the same order; a difference is a `CollectiveMismatch`. Inputs are read
-    when the block ends, and the `CoalescedResult` that a call returns has its result then. When the
-    block raises, nothing is sent.
+    Calls are alike when they have the same operation, dtype, and reduction or root. All ranks make the same calls in
+    the same order; a difference is a `CollectiveMismatch`. Inputs are read when the block ends, and the
+    `CoalescedResult` that a call returns has its result then. When the block raises, nothing is sent.
     """
 
     def __init__(self, group: ArrayCollectives) -> None:
@@ -55,9 +53,7 @@ class Coalescing:
     def __enter__(self) -> Coalescing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ended = True
         if error is not None:
             return

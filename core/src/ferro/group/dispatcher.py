@@ -1,8 +1,7 @@
 """Dispatcher: runs a group's operations in order, by their deadlines, and fails the group on all ranks alike.
 
-`ProcessGroup` has checked the arguments before; a backend moves the bytes after. In between, the
-dispatcher gives each operation its number and deadline, notifies observers, and turns a failure
-into the one cause that every rank reports.
+`ProcessGroup` has checked the arguments before; a backend moves the bytes after. In between, the dispatcher gives each
+operation its number and deadline, notifies observers, and turns a failure into the one cause that every rank reports.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -28,8 +26,8 @@ from ferro.group.work import LaunchedWork
 from ferro.observers import Event
 from ferro.types import Array, Device
 
-# The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a
-# backend's method costs no Python call of its own.
+# The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a backend's method costs
+# no Python call of its own.
 Action: TypeAlias = Callable[..., None]
 Finish: TypeAlias = Callable[[], object]
 
@@ -124,12 +122,11 @@ class Dispatcher:
         launches = device in self._streams
         executor = self._collectives
         if async_op and not launches:
-
-            def operation(seq: int) -> object:
-                self._observe(call.numbered(seq), action, nbytes, allowed_s)
-                return finish()
-
-            return self._submit(executor.start, call.op, operation)
+            return self._submit(
+                executor.start,
+                call.op,
+                lambda seq: self._perform(call.numbered(seq), action, finish, nbytes, allowed_s),
+            )
         # The following is `executor.run`, written out: it is on the path of every collective.
         if executor.pending:
             executor.wait_for_pending()
@@ -137,14 +134,11 @@ class Dispatcher:
             if executor.closed:
                 self._raise_closed(call.op)
             numbered = call.numbered(executor.next_number())
-            if not launches:
-                if self._observed:
-                    self._observe(numbered, action, nbytes, allowed_s)
-                else:
-                    self._execute(numbered, action, allowed_s)
+            if not launches and not self._observed:
+                self._execute(numbered, action, allowed_s)
                 return finish()
-            work = self._launch(numbered, action, finish, nbytes, allowed_s)
-        return work if async_op else work.wait()
+            result = self._perform(numbered, action, finish, nbytes, allowed_s, launches)
+        return result.wait() if launches and not async_op else result
 
     def transfer(
         self,
@@ -164,17 +158,13 @@ class Dispatcher:
         launches = device in self._streams
 
         def operation(seq: int) -> object:
-            call = Call(op, seq=seq)
-            if launches:
-                return self._launch(call, action, finish, nbytes, allowed_s, peers)
-            self._observe(call, action, nbytes, allowed_s, peers)
-            return finish()
+            return self._perform(Call(op, seq=seq), action, finish, nbytes, allowed_s, launches, peers)
 
         executor, *inner = [self._executor(channel) for channel in channels]
         # The operation of a sendrecv runs in the receiving executor, within the sending one.
-        outer = partial(_run_inside, inner[0], op, operation) if inner else operation
-        work_or_result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
-        return work_or_result.wait() if launches and not async_op else work_or_result
+        outer = (lambda _: inner[0].run(op, operation)) if inner else operation
+        result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
+        return result.wait() if launches and not async_op else result
 
     def send(self, buffer: Array, peer: int, tag: int, *, deadline: float) -> None:
         """Send one message, after its label where the backend's frames carry none."""
@@ -288,20 +278,33 @@ class Dispatcher:
         except ExecutorClosed:
             self._raise_closed(op)
 
-    def _launch(
-        self, call: Call, action: Action, finish: Finish, nbytes: int, timeout_s: float, peers: tuple[int, ...] = ()
-    ) -> LaunchedWork[object]:
-        """Launch an operation on a device's queue, in this thread, whose queue it is."""
-        self._observe(call, action, nbytes, timeout_s, peers)
+    def _perform(
+        self,
+        call: Call,
+        action: Action,
+        finish: Finish,
+        nbytes: int,
+        timeout_s: float,
+        launches: bool = False,
+        peers: tuple[int, ...] = (),
+    ) -> Any:
+        """Execute an operation and notify observers; return its result, or the Work of a launched one.
+
+        An operation is launched on a device's queue in this thread, whose queue it is.
+        """
+        if self._observed:
+            self._execute_observed(call, action, nbytes, timeout_s, peers)
+        else:
+            self._execute(call, action, timeout_s, peers)
+        if not launches:
+            return finish()
         site = CallSite(call, peers, timeout_s, timeout_s)
         completion = self.backend.launched()
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
 
-    def _observe(self, call: Call, action: Action, nbytes: int, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
-        """Execute an operation and notify observers, if there are any."""
-        if not self._observed:
-            self._execute(call, action, timeout_s, peers)
-            return
+    def _execute_observed(
+        self, call: Call, action: Action, nbytes: int, timeout_s: float, peers: tuple[int, ...]
+    ) -> None:
         event = Event(
             op=call.op,
             seq=call.seq,
@@ -321,8 +324,7 @@ class Dispatcher:
             failure = type(error).__name__
             raise
         finally:
-            seconds = time.monotonic() - started
-            self._notify("finished", replace(event, seconds=seconds, error=failure))
+            self._notify("finished", replace(event, seconds=time.monotonic() - started, error=failure))
 
     def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
         """Notify all observers; one that raises must not change what the ranks do."""
@@ -356,8 +358,8 @@ class Dispatcher:
             site = CallSite(call, peers, timeout_s, time.monotonic() - started)
             raise self._fail(error, site) from error
         except (KeyboardInterrupt, SystemExit) as error:
-            # The other ranks learn of the user's interrupt; a simulated rank that is killed reports
-            # nothing, as a real one could not.
+            # The other ranks learn of the user's interrupt; a simulated rank that is killed reports nothing, as a real
+            # one could not.
             self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
             raise
 
@@ -375,8 +377,3 @@ class Dispatcher:
 
 def _label(buffer: Array) -> Array:
     return np.frombuffer(transfer_call(buffer).label(), np.uint8)
-
-
-def _run_inside(executor: SerialExecutor, op: str, operation: Callable[[int], object], _: int) -> object:
-    """Run an operation in a second executor, by its number there, while the first one's lock is held."""
-    return executor.run(op, operation)

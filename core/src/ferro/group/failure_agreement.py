@@ -1,19 +1,19 @@
 """The agreement of all ranks of a group on the cause of its failure, so that all report the same.
 
-The first rank that fails claims the verdict in the store, writes it and aborts the backend, which
-wakes the others. A rank that fails afterwards, because it was woken or because a peer's connection
-closed, reads the verdict and raises that error instead of its own symptom.
+The first rank that fails claims the verdict in the store, writes it and aborts the backend, which wakes the others. A
+rank that fails afterwards, because it was woken or because a peer's connection closed, reads the verdict and raises
+that error instead of its own symptom.
 
-For a deadline the verdict needs the others: every rank that fails first writes down which call it
-was in; the claimant waits a moment for these records before it writes the verdict. A rank without
-a record had not arrived.
+For a deadline the verdict needs the others: every rank that fails first writes down which call it was in; the claimant
+waits a moment for these records before it writes the verdict. A rank without a record had not arrived.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
@@ -58,8 +58,7 @@ class CallSite:
         return f"{self.record()} on group {group!r}"
 
 
-@dataclass(frozen=True, slots=True)
-class FailureVerdict:
+class FailureVerdict(NamedTuple):
     """The cause of a group's failure, as it is written to the store.
 
     Attributes:
@@ -76,18 +75,21 @@ class FailureVerdict:
     arrived: Sequence[int] = ()
     missing: Sequence[int] = ()
 
-    def encode(self) -> bytes:
-        text = self.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
-        values = {"kind": self.kind, "text": text, "peer": self.peer, "arrived": self.arrived, "missing": self.missing}
-        return codec.encode(values)
-
-    @classmethod
-    def decode(cls, data: bytes) -> FailureVerdict:
-        values = codec.decode(data)
-        assert isinstance(values, dict), "a verdict is a table"
-        peer = values.get("peer")
-        arrived, missing = _numbers(values, "arrived"), _numbers(values, "missing")
-        return cls(str(values["kind"]), str(values["text"]), peer if isinstance(peer, int) else None, arrived, missing)
+    def error(self, site: CallSite, info: GroupInfo, rank: int) -> FerroError:
+        """Make the error that `rank` raises, with its own place."""
+        kinds: dict[str, type[FerroError]] = {
+            kind.__name__: kind for kind in (CollectiveMismatch, CollectiveTimeout, PeerLost)
+        }
+        error = kinds.get(self.kind, GroupClosed)(
+            self.text, op=site.call.op, group=info.name, rank=rank, peer=self.peer
+        )
+        if isinstance(error, PeerLost) and error.peer is not None:
+            error.host = info.hosts[error.peer]
+        elif isinstance(error, CollectiveTimeout):
+            error.seq, error.seconds = site.call.seq, site.timeout_s
+            error.peer = site.peers[0] if site.peers else None
+            error.arrived, error.missing = tuple(self.arrived), tuple(self.missing)
+        return error
 
 
 class FailureAgreement:
@@ -116,34 +118,38 @@ class FailureAgreement:
             if self._store.add("claims", 1) > 1:
                 abort()
                 data = self._store.get("verdict", deadline=time.monotonic() + _VERDICT_S)
-                return self._error(FailureVerdict.decode(data), site)
+                return FailureVerdict(*codec.decode(data)).error(site, self._info, self._rank)  # type: ignore[misc]
             timed_out = isinstance(error, TimeoutError)
             if timed_out:
                 abort()  # the others write down the calls they were in
             verdict = self._timeout(site) if timed_out else self._symptom(error, site)
-            self._store.set("verdict", verdict.encode())
+            self._publish(verdict)
             if not timed_out:
                 abort()
         except Exception:  # noqa: BLE001 - the group fails, whatever its store answers
             abort()  # without a store every rank knows only its own symptom
             verdict = self._symptom(error, site)
-        return self._error(verdict, site)
+        return verdict.error(site, self._info, self._rank)
 
     def report_abort(self) -> None:
         """Write the verdict of a group that its user aborts on this rank."""
-        self._report("GroupClosed", "was aborted")
+        self._report("GroupClosed", "was aborted", None)
 
     def report_departure(self) -> None:
         """Write the verdict of a group that this rank leaves in the middle of operations."""
-        self._report("PeerLost", "was left, with operations under way,")
+        self._report("PeerLost", "was left, with operations under way,", self._rank)
 
-    def _report(self, kind: str, what: str) -> None:
+    def _report(self, kind: str, what: str, peer: int | None) -> None:
         text = f"group {self._info.name!r} {what} by {self._info.describe(self._rank)}"
         try:
             if self._store.add("claims", 1) == 1:
-                self._store.set("verdict", FailureVerdict(kind, text, self._rank).encode())
+                self._publish(FailureVerdict(kind, text, peer))
         except (RendezvousError, OSError):
             return  # the others will see connections close
+
+    def _publish(self, verdict: FailureVerdict) -> None:
+        text = verdict.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
+        self._store.set("verdict", codec.encode(verdict._replace(text=text)))
 
     def _record_of(self, rank: int, deadline: float) -> str:
         try:
@@ -205,30 +211,3 @@ class FailureAgreement:
             return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
         text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
         return FailureVerdict("GroupClosed", text + "The group can no longer be used.")
-
-    def _error(self, verdict: FailureVerdict, site: CallSite) -> FerroError:
-        """Make the verdict's error, with this rank's own place."""
-        op, group, rank, peer = site.call.op, self._info.name, self._rank, verdict.peer
-        if verdict.kind == "CollectiveMismatch":
-            return CollectiveMismatch(verdict.text, op=op, group=group, rank=rank, peer=peer)
-        if verdict.kind == "PeerLost":
-            host = None if peer is None else self._info.hosts[peer]
-            return PeerLost(verdict.text, op=op, group=group, rank=rank, peer=peer, host=host)
-        if verdict.kind == "CollectiveTimeout":
-            return CollectiveTimeout(
-                verdict.text,
-                op=op,
-                group=group,
-                rank=rank,
-                peer=site.peers[0] if site.peers else None,
-                seq=site.call.seq,
-                seconds=site.timeout_s,
-                arrived=verdict.arrived,
-                missing=verdict.missing,
-            )
-        return GroupClosed(verdict.text, op=op, group=group, rank=rank)
-
-
-def _numbers(values: Mapping[str, object], key: str) -> Sequence[int]:
-    value = values.get(key)
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else ()

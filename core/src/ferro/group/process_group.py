@@ -1,7 +1,7 @@
 """ProcessGroup: the ranks that work together, as one of them sees it.
 
-The group checks a call, then hands it to the backend. Its collectives on arrays are in
-`array_collectives`; here are transfers, Python values, groups inside the group, and its end.
+The group checks a call, then hands it to the backend. Its collectives on arrays are in `array_collectives`; here are
+transfers, Python values, groups inside the group, and its end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
 from ferro.group.subgroups import Subgroups, split_backend
 
-# How long a rank that others still need at the end, for it hosts the store, waits for them: in a
-# group that works, and in one that has failed.
+# How long a rank that others still need at the end, for it hosts the store, waits for them: in a group that works, and
+# in one that has failed.
 _CLOSE_TIMEOUT_S = 10.0
 _FAILED_CLOSE_TIMEOUT_S = 2.0
 _SPLIT = Call("barrier", detail="split")
@@ -37,19 +36,16 @@ _SPLIT = Call("barrier", detail="split")
 class ProcessGroup(ArrayCollectives):
     """The ranks that work together, as one of them sees it.
 
-    All ranks make the same collective calls in the same order, with the same shapes (but for
-    sizes declared uneven), dtypes, reductions and roots. Inputs are never modified and may be
-    reused as soon as a call returns, even an asynchronous one (but with `copy=False`); an array
-    given as `out` may not be touched before the operation has ended. Arrays are NumPy's, CuPy's,
-    or any library's that speaks DLPack; the result is of the same kind, or `out` itself where
-    that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all
-    take.
+    All ranks make the same collective calls in the same order, with the same shapes (but for sizes declared uneven),
+    dtypes, reductions and roots. Inputs are never modified and may be reused as soon as a call returns, even an
+    asynchronous one (but with `copy=False`); an array given as `out` may not be touched before the operation has ended.
+    Arrays are NumPy's, CuPy's, or any library's that speaks DLPack; the result is of the same kind, or `out` itself
+    where that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
 
     Errors that all may raise
-        UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group
-            is still good.
-        CollectiveMismatch, CollectiveTimeout, PeerLost: on every rank, with one cause. The
-            group is dead, `out` is undefined.
+        UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group is still good.
+        CollectiveMismatch, CollectiveTimeout, PeerLost: on every rank, with one cause. The group is dead, `out` is
+            undefined.
         GroupClosed: it was closed or aborted, or died before.
 
     Attributes:
@@ -88,9 +84,7 @@ class ProcessGroup(ArrayCollectives):
     def __enter__(self) -> ProcessGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
         else:
@@ -124,8 +118,8 @@ class ProcessGroup(ArrayCollectives):
     ) -> ResultOrWork:
         """Send `x` to rank `dst`, which must call `recv` with the same tag, dtype and size.
 
-        Messages with one tag arrive in the order sent; those with different tags do not wait
-        for each other. Returns None, or a Work.
+        Messages with one tag arrive in the order sent; those with different tags do not wait for each other. Returns
+        None, or a Work.
         """
         self._check_peer(dst, "send to", tag)
         input_array = self._check_input(x)
@@ -195,11 +189,10 @@ class ProcessGroup(ArrayCollectives):
         """Return the root's `value` on every rank.
 
         Args:
-            value: None, numbers, strings, bytes, lists, dicts, NumPy arrays, nested; anything
-                with codec="pickle". Tuples come back as lists.
+            value: None, numbers, strings, bytes, lists, dicts, NumPy arrays, nested; anything with codec="pickle".
+                Tuples come back as lists.
             root: the rank that gives it.
-            codec: "msgpack" runs no code. "pickle" lets every rank run code on every other: only
-                where all are trusted.
+            codec: "msgpack" runs no code. "pickle" lets every rank run code on every other: only where all are trusted.
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
@@ -301,8 +294,8 @@ class ProcessGroup(ArrayCollectives):
     ) -> ProcessGroup:
         """Return the group of these ranks, in this order; only its members call it.
 
-        Groups may overlap and be used at the same time. Every member calls it with the same
-        list, and groups with the same list in the same order.
+        Groups may overlap and be used at the same time. Every member calls it with the same list, and groups with the
+        same list in the same order.
         """
         timeout_s = self._dispatcher.checked_timeout(timeout_s)
         self._dispatcher.check_open("subgroup")
@@ -311,8 +304,8 @@ class ProcessGroup(ArrayCollectives):
     def shrink(self, *, timeout_s: float | None = None) -> ProcessGroup:
         """Return the group of the ranks that are left, after this group died; all of them call it.
 
-        A rank that has not called it `timeout_s` after the first is left out. This group's own
-        subgroups that lost a member are dead as well; make them anew from the result.
+        A rank that has not called it `timeout_s` after the first is left out. This group's own subgroups that lost a
+        member are dead as well; make them anew from the result.
 
         Args:
             timeout_s: how long to wait for the others in seconds; the group's when None.

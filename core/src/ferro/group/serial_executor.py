@@ -1,16 +1,14 @@
 """SerialExecutor: runs operations one after the other, in the caller's thread or in its own.
 
-A group's collectives run in the order issued, so they share one executor. Transfers between two
-ranks have one executor for each direction, peer and tag, so that a receive that waits delays only
-the transfers that must come after it.
+A group's collectives run in the order issued, so they share one executor. Transfers between two ranks have one executor
+for each direction, peer and tag, so that a receive that waits delays only the transfers that must come after it.
 
-CPython lets a computing thread keep the interpreter lock for `sys.getswitchinterval()`, 5 ms, when
-another thread asks for it, and a thread that carries out a collective asks again and again.
-Therefore the interval is 0.1 ms while an executor's own thread carries out an operation. Measured
-with 2 ranks on 2 cores that others used too, interleaved, and together with shorter spins of the
-backend in such a thread: 16 all_reduces of 1 MiB beside NumPy on small arrays ended after 160 to
-300 ms with 5 ms, after 17 ms with 0.1 ms; beside pure Python after 10 to 130 ms, and 15 to 18 ms.
-Two threads of pure Python took as long in all with both, within 7 %.
+CPython lets a computing thread keep the interpreter lock for `sys.getswitchinterval()`, 5 ms, when another thread asks
+for it, and a thread that carries out a collective asks again and again. Therefore the interval is 0.1 ms while an
+executor's own thread carries out an operation. Measured with 2 ranks on 2 cores that others used too, interleaved, and
+together with shorter spins of the backend in such a thread: 16 all_reduces of 1 MiB beside NumPy on small arrays ended
+after 160 to 300 ms with 5 ms, after 17 ms with 0.1 ms; beside pure Python after 10 to 130 ms, and 15 to 18 ms. Two
+threads of pure Python took as long in all with both, within 7 %.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ class ExecutorClosed(Exception):
 class _ShortSwitchInterval:
     """A context in which the switch interval is 0.1 ms, or the user's own if that is shorter.
 
-    The interval is the process's. The last thread to leave restores the one that the first found,
-    unless somebody has changed it meanwhile.
+    The interval is the process's. The last thread to leave restores the one that the first found, unless somebody has
+    changed it meanwhile.
     """
 
     def __init__(self) -> None:
@@ -73,8 +71,7 @@ _THREAD_STATE = _ThreadState()
 def on_executor_thread() -> bool:
     """Say whether an executor's own thread runs this code.
 
-    The caller's thread may then be computing and need its core: a backend that waits does better
-    to sleep than to poll.
+    The caller's thread may then be computing and need its core: a backend that waits does better to sleep than to poll.
     """
     return _THREAD_STATE.on_executor_thread
 
@@ -82,8 +79,8 @@ def on_executor_thread() -> bool:
 class SerialExecutor:
     """A queue of operations that run one after the other.
 
-    An operation that the caller waits for runs in the caller's thread; the others run in the
-    executor's thread, which ends when it has had nothing to do for a while.
+    An operation that the caller waits for runs in the caller's thread; the others run in the executor's thread, which
+    ends when it has had nothing to do for a while.
 
     Attributes:
         lock: held by the thread that carries out an operation.

@@ -49,8 +49,7 @@ class Subgroups:
     def shrink(self, lost: int | None, timeout_s: float) -> tuple[Backend, GroupInfo]:
         """Make the group of all ranks that call this in time.
 
-        The first to come waits for the others, all but the one known to be lost, and then publishes
-        the members.
+        The first to come waits for the others, all but the one known to be lost, and then publishes the members.
 
         Raises:
             UnsupportedError: this backend cannot go on after a failure.
@@ -140,8 +139,8 @@ def _is_present(store: Store, rank: int, deadline: float) -> bool:
 class SubgroupBackend(Backend):
     """A group inside a group: the parent's transfers, with ranks and tags translated.
 
-    The default for backends that have nothing better. Aborting it aborts the parent as well,
-    for the two share what blocks.
+    The default for backends that have nothing better. Aborting it aborts the parent as well, for the two share what
+    blocks.
     """
 
     def __init__(self, parent: Backend, ranks: Sequence[int], context: int) -> None:

@@ -17,8 +17,8 @@ class Work(Generic[Result]):
 
     Attributes:
         op: name of the operation, such as "all_reduce".
-        seq: its number among the group's collectives, from 0; for a transfer, its number among
-            those in this direction, with this peer and tag, that are outstanding together.
+        seq: its number among the group's collectives, from 0; for a transfer, its number among those in this direction,
+            with this peer and tag, that are outstanding together.
     """
 
     def __init__(self, op: str, seq: int, operation: Callable[[], Result]) -> None:
