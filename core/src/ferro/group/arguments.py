@@ -19,10 +19,7 @@ _BLOCK_BYTES = 256 << 10
 class OutputBuffer:
     """The memory of a result: the caller's `out`, or a new array of the input's kind.
 
-    Attributes:
-        array: the memory, in the result's shape.
-        flat: the same memory in one dimension, as backends take it.
-        device: where that memory is.
+    `array` has the result's shape; `flat` is the same memory in one dimension, as backends take it.
     """
 
     __slots__ = ("_gpu_out", "_input", "_out", "array", "device", "flat")
@@ -70,17 +67,15 @@ def copy_elements(source: Array, target: Array) -> None:
     """
     if target is source:
         return
-    if source.nbytes <= _BLOCK_BYTES or not _contiguous(target, source) or np.may_share_memory(target, source):
+    both = (source, target)
+    large = source.nbytes > _BLOCK_BYTES and all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in both)
+    if not large or np.may_share_memory(target, source):
         target[...] = source
         return
     into, data = target.reshape(-1), source.reshape(-1)
     step = _BLOCK_BYTES // data.itemsize
     for start in range(0, data.size, step):
         into[start : start + step] = data[start : start + step]
-
-
-def _contiguous(*arrays: Array) -> bool:
-    return all(isinstance(array, np.ndarray) and array.flags.c_contiguous for array in arrays)
 
 
 def flattened(array: Array, *, copy: bool = False) -> Array:
@@ -101,12 +96,7 @@ class ArgumentChecker:
         self._warned_of_host_copies = False
 
     def check_input(self, value: Input, *, what: str = "input") -> InputArray:
-        """Convert an argument to an array on a device from which the backend moves it.
-
-        Raises:
-            UsageError: it is not an array.
-            UnsupportedError: the backend takes no such array.
-        """
+        """Convert an argument to an array on a device from which the backend moves it, or refuse it."""
         input_array = InputArray(value, what=what)
         if input_array.device in self._devices:
             return input_array
@@ -124,20 +114,15 @@ class ArgumentChecker:
         """Refuse a value that is no rank of the group; the message calls it `what`."""
         if not isinstance(rank, int | np.integer) or not 0 <= rank < self._world_size:
             name = self._info.name
-            raise UsageError(
-                f"{what} is {rank!r}; group {name!r} has ranks 0 to {self._world_size - 1}", group=name, rank=self._rank
-            )
+            message = f"{what} is {rank!r}; group {name!r} has ranks 0 to {self._world_size - 1}"
+            raise UsageError(message, group=name, rank=self._rank)
 
     def check_peer(self, peer: int, verb: str, tag: int) -> None:
         """Refuse a peer that is no other rank of the group, and a wrong tag."""
         self.check_rank(peer, "peer")
         if peer == self._rank:
-            raise UsageError(
-                f"rank {self._rank} cannot {verb} itself: copy the array instead",
-                group=self._info.name,
-                rank=self._rank,
-                peer=peer,
-            )
+            message = f"rank {self._rank} cannot {verb} itself: copy the array instead"
+            raise UsageError(message, group=self._info.name, rank=self._rank, peer=peer)
         if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
             raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")
 

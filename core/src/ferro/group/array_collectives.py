@@ -17,19 +17,10 @@ from ferro.backend import Backend
 from ferro.collectives.label import Call, array_call, uneven_call
 from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
+from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, OutputBuffer, copy_elements, flattened, writable_in_place
 from ferro.group.dispatcher import Dispatcher, Finish
 from ferro.group.group_info import GroupInfo
-from ferro.group.uneven import (
-    UnevenAllToAll,
-    blank_header,
-    checked_sizes,
-    gathered_layout,
-    overlaps_other_blocks,
-    read_header,
-    split_layout,
-    write_header,
-)
 from ferro.types import Array, Device, ReduceOp
 
 if TYPE_CHECKING:
@@ -181,8 +172,8 @@ class ArrayCollectives:
         """
         input_array = self._check_input(x)
         array = input_array.array
-        rows = checked_sizes(sizes, self.world_size)
-        layout = gathered_layout(array.shape, rows, self.rank, self.world_size)
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
         result = OutputBuffer(input_array, out, layout.shape)
         block, buffer = result.array[layout.slices[self.rank]], result.flat
         action = partial(self._backend.all_gather, buffer, layout.counts)
@@ -211,12 +202,12 @@ class ArrayCollectives:
         self._check_rank(root, "root")
         input_array = self._check_input(x)
         array = input_array.array
-        rows = checked_sizes(sizes, self.world_size)
-        layout = gathered_layout(array.shape, rows, self.rank, self.world_size)
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
         result = OutputBuffer(input_array, out, layout.shape) if self.rank == root else None
         block = flattened(array, copy=async_op and copy)
         whole = None if result is None else result.flat
-        if whole is not None and overlaps_other_blocks(block, whole, layout, root):
+        if whole is not None and uneven.overlaps_other_blocks(block, whole, layout, root):
             block = block.copy()
         call = array_call("gather", array.dtype, array.shape, root=root, sizes=rows)
         action = partial(self._backend.gather, block, whole, layout.counts, root)
@@ -247,34 +238,29 @@ class ArrayCollectives:
         """
         self._check_rank(root, "root")
         remaining_s = self._dispatcher.countdown(timeout_s)
-        input_array, source, header = None, None, blank_header(self.world_size)
+        input_array, source, header = None, None, uneven.blank_header(self.world_size)
         if self.rank == root:
             if x is None:
                 raise UsageError("scatter: the root must give an array", op="scatter")
             input_array = self._check_input(x)
-            rows = checked_sizes(sizes, self.world_size)
-            layout = split_layout(input_array.array.shape, rows, self.world_size, "scatter")
-            write_header(header, input_array.array.dtype, layout)
+            rows = uneven.checked_sizes(sizes, self.world_size)
+            layout = uneven.split_layout(input_array.array.shape, rows, self.world_size, "scatter")
+            uneven.write_header(header, input_array.array.dtype, layout)
             source = flattened(input_array.array, copy=async_op and copy)
         self.broadcast(header, root, out=header, timeout_s=remaining_s())
-        dtype, layout = read_header(header, self.world_size)
-        input_array = input_array or self._stand_in(out, dtype)
+        dtype, layout = uneven.read_header(header, self.world_size)
+        if input_array is None:  # `out` alone tells which kind of array this rank gets
+            kind = cast("Input", out)
+            input_array = InputArray(np.empty(0, dtype)) if out is None else self._check_input(kind, what="out")
+            if input_array.array.dtype != dtype:
+                raise UsageError(f"out has dtype {input_array.array.dtype}; the result has dtype {dtype}")
         result = OutputBuffer(input_array, out, layout.block_shape(self.rank))
         block = result.flat
-        if source is not None and overlaps_other_blocks(block, source, layout, root):
+        if source is not None and uneven.overlaps_other_blocks(block, source, layout, root):
             source = source.copy()
         call = array_call("scatter", dtype, layout.shape, root=root)
         action = partial(self._backend.scatter, block, source, layout.counts, root)
         return self._dispatcher.collective(call, action, result, block.nbytes, async_op, remaining_s(), result.device)
-
-    def _stand_in(self, out: object, dtype: np.dtype) -> InputArray:
-        """Make the input array of a rank that gives none; its kind of array is that of `out`."""
-        input_array = (
-            InputArray(np.empty(0, dtype)) if out is None else self._check_input(cast("Input", out), what="out")
-        )
-        if input_array.array.dtype != dtype:
-            raise UsageError(f"out has dtype {input_array.array.dtype}; the result has dtype {dtype}")
-        return input_array
 
     def reduce_scatter(
         self,
@@ -300,8 +286,8 @@ class ArrayCollectives:
         input_array = self._check_input(x)
         array = input_array.array
         reduction = reduction_for(op, array.dtype, self.world_size)
-        rows = checked_sizes(sizes, self.world_size)
-        layout = split_layout(array.shape, rows, self.world_size, "reduce_scatter")
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.split_layout(array.shape, rows, self.world_size, "reduce_scatter")
         result = OutputBuffer(input_array, out, layout.block_shape(self.rank))
         source = result.copy_if_overlapping(flattened(array, copy=async_op and copy))
         call = array_call("reduce_scatter", array.dtype, array.shape, reduction.name, sizes=rows)
@@ -333,8 +319,8 @@ class ArrayCollectives:
         n = self.world_size
         input_array = self._check_input(x)
         array, device = input_array.array, input_array.device
-        send_rows = checked_sizes(send_sizes, n, "send_sizes")
-        sent = split_layout(array.shape, send_rows, n, "all_to_all", "send_sizes")
+        send_rows = uneven.checked_sizes(send_sizes, n, "send_sizes")
+        sent = uneven.split_layout(array.shape, send_rows, n, "all_to_all", "send_sizes")
         if send_rows is None and recv_sizes is not None:
             raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
         source = flattened(array, copy=async_op and copy)
@@ -344,8 +330,8 @@ class ArrayCollectives:
             call = array_call("all_to_all", array.dtype, array.shape)
             action = partial(self._backend.all_to_all, source, result.flat, counts, counts)
             return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, device)
-        expected = checked_sizes(recv_sizes, n, "recv_sizes")
-        exchange = UnevenAllToAll(self._backend, input_array, source, sent, expected, out)
+        expected = uneven.checked_sizes(recv_sizes, n, "recv_sizes")
+        exchange = uneven.UnevenAllToAll(self._backend, input_array, source, sent, expected, out)
         call = uneven_call("all_to_all", array.dtype, array.shape[1:])
         return self._dispatcher.collective(call, exchange.run, exchange, array.nbytes, async_op, timeout_s, device)
 

@@ -10,8 +10,9 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -30,6 +31,7 @@ from ferro.types import Array, Device
 # no Python call of its own.
 Action: TypeAlias = Callable[..., None]
 Finish: TypeAlias = Callable[[], object]
+Messages: TypeAlias = Sequence[tuple[int, Array]]  # each with its peer
 
 _CPU = Device.CPU  # looked up in each call
 _MAX_EXECUTORS = 256
@@ -51,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 class ChannelKey(NamedTuple):
     """One peer, one direction, one tag: transfers with the same key run in the order issued."""
 
-    direction: Literal["send", "recv"]
+    direction: str  # "send" or "recv"
     peer: int
     tag: int
 
@@ -107,14 +109,9 @@ class Dispatcher:
     ) -> Any:
         """Run a collective after all that were issued before it.
 
-        Args:
-            call: the call that every rank must make; its number is filled in here.
-            action: moves the data.
-            finish: makes the caller's result of it.
-            nbytes: size of this rank's data, for observers.
-            async_op: return a Work at once.
-            timeout_s: deadline in seconds from when it begins, None for the group's.
-            device: the device that holds the data.
+        `call` is what every rank must call, without its number; `action` moves the data and `finish` makes the
+        caller's result of it; `nbytes` is the size of this rank's data, for observers. The time of `timeout_s`, the
+        group's when None, begins when the operation does.
         """
         allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
         if self._closed or self._failure is not None or self._forks is not _forks:
@@ -143,63 +140,59 @@ class Dispatcher:
     def transfer(
         self,
         op: str,
-        channels: tuple[ChannelKey, ...],
-        action: Action,
+        sends: Messages,
+        recvs: Messages,
+        tag: int,
         finish: Finish,
-        nbytes: int,
         async_op: bool,
         timeout_s: float | None,
         device: Device,
     ) -> Any:
-        """Run a transfer after those issued before it on the same channels, of which there are one or two."""
-        allowed_s = self.checked_timeout(timeout_s)
-        self.check_open(op)
-        peers = tuple(dict.fromkeys([channel.peer for channel in channels]))
+        """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
+        allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(op)
+        executors, nbytes = [], 0
+        for direction, messages in (("send", sends), ("recv", recvs)):
+            for peer, buffer in messages:
+                executors.append(self._executor(ChannelKey(direction, peer, tag)))
+                nbytes += buffer.nbytes
+        peers = tuple(dict([*sends, *recvs]))
         launches = device in self._streams
+        action = partial(self._move, sends, recvs, tag)
 
         def operation(seq: int) -> object:
             return self._perform(Call(op, seq=seq), action, finish, nbytes, allowed_s, launches, peers)
 
-        executor, *inner = [self._executor(channel) for channel in channels]
+        executor, *inner = executors
         # The operation of a sendrecv runs in the receiving executor, within the sending one.
         outer = (lambda _: inner[0].run(op, operation)) if inner else operation
         result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
         return result.wait() if launches and not async_op else result
 
-    def send(self, buffer: Array, peer: int, tag: int, *, deadline: float) -> None:
-        """Send one message, after its label where the backend's frames carry none."""
+    def _move(self, sends: Messages, recvs: Messages, tag: int, *, deadline: float) -> None:
+        """Move messages, each after its label where the backend's frames carry none."""
         if not self.backend.labels_frames:
-            self.backend.send(_label(buffer), peer, tag=tag, deadline=deadline)
-        self.backend.send(buffer, peer, tag=tag, deadline=deadline)
+            labels = [(peer, np.frombuffer(transfer_call(buffer).label(), np.uint8)) for peer, buffer in sends]
+            found = [(peer, np.empty(LABEL_BYTES, np.uint8)) for peer, _ in recvs]
+            self._exchange(labels, found, tag, deadline)
+            for (peer, buffer), (_, label) in zip(recvs, found, strict=True):
+                expected = transfer_call(buffer)
+                if label.tobytes() != expected.label():
+                    raise mismatch(self.backend.rank, expected, peer, label.tobytes())
+        self._exchange(sends, recvs, tag, deadline)
 
-    def recv(self, buffer: Array, peer: int, tag: int, *, deadline: float) -> None:
-        """Receive one message, comparing its label first."""
-        if not self.backend.labels_frames:
-            label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.recv(label, peer, tag=tag, deadline=deadline)
-            self._check_label(label, buffer, peer)
-        self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
-
-    def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, *, deadline: float) -> None:
-        """Send one message and receive another at the same time."""
-        if not self.backend.labels_frames:
-            label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.exchange([(dst, _label(source))], [(src, label)], tag=tag, deadline=deadline)
-            self._check_label(label, target, src)
-        self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
-
-    def _check_label(self, label: Array, buffer: Array, peer: int) -> None:
-        expected = transfer_call(buffer)
-        if label.tobytes() != expected.label():
-            raise mismatch(self.backend.rank, expected, peer, label.tobytes())
+    def _exchange(self, sends: Messages, recvs: Messages, tag: int, deadline: float) -> None:
+        if sends and recvs:
+            self.backend.exchange(sends, recvs, tag=tag, deadline=deadline)
+            return
+        for peer, buffer in sends:
+            self.backend.send(buffer, peer, tag=tag, deadline=deadline)
+        for peer, buffer in recvs:
+            self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def check_open(self, op: str) -> None:
-        """Raise an error when no operation can be issued any more.
-
-        Raises:
-            GroupClosed: the group was closed, or died.
-            UsageError: this process was forked from the one that made the group.
-        """
+        """Raise an error when no operation can be issued any more."""
         if self._closed or self._failure is not None or self._forks is not _forks:
             self._raise_closed(op)
 
@@ -239,27 +232,21 @@ class Dispatcher:
 
     def _raise_closed(self, op: str) -> NoReturn:
         """Tell the reason for which no operation can be issued any more."""
-        where = f"{op} on group {self._info.name!r}"
+        name = self._info.name
         if self._closed:
-            raise GroupClosed(f"{where}: the group was closed", op=op, group=self._info.name)
+            raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
         if self._forks is not _forks:
-            raise UsageError(
-                f"{where}: this process was forked from process {self._pid}, whose "
-                "connections it must not use: start ranks with `ferro run`, and workers with "
-                "multiprocessing's 'spawn'",
-                op=op,
-                group=self._info.name,
+            message = (
+                f"this process was forked from process {self._pid}, whose connections it must not use: "
+                "start ranks with `ferro run`, and workers with multiprocessing's 'spawn'"
             )
+            raise UsageError(f"{op} on group {name!r}: {message}", op=op, group=name)
         self._raise_dead(op)
 
     def _raise_dead(self, op: str) -> NoReturn:
-        name = self._info.name
-        raise GroupClosed(
-            f"{op} on group {name!r}: the group died earlier: {self._failure}",
-            op=op,
-            group=name,
-            rank=self.backend.rank,
-        ) from self._failure
+        name, rank = self._info.name, self.backend.rank
+        message = f"{op} on group {name!r}: the group died earlier: {self._failure}"
+        raise GroupClosed(message, op=op, group=name, rank=rank) from self._failure
 
     def _executor(self, channel: ChannelKey) -> SerialExecutor:
         executor = self._transfers.get(channel)
@@ -365,15 +352,9 @@ class Dispatcher:
 
     def _fail(self, error: BaseException, site: CallSite) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
-        with self._lock:
-            known = self._failure
-        if known is not None:
-            return known
+        if self._failure is not None:
+            return self._failure
         cause = self._agreement.agree(error, site, self.backend.abort)
         with self._lock:
             self._failure = self._failure or cause
         return cause
-
-
-def _label(buffer: Array) -> Array:
-    return np.frombuffer(transfer_call(buffer).label(), np.uint8)

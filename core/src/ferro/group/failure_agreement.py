@@ -28,17 +28,10 @@ _SAME_CALLS = "Make every rank issue the same calls in the same order, with the 
 
 @dataclass(frozen=True, slots=True)
 class CallSite:
-    """The call on this rank in which a failure was noticed.
-
-    Attributes:
-        call: the operation and its number.
-        peers: the other ranks of a transfer; () for a collective, in which all take part.
-        timeout_s: the seconds allowed.
-        elapsed_s: the seconds gone.
-    """
+    """The call on this rank in which a failure was noticed."""
 
     call: Call
-    peers: tuple[int, ...]
+    peers: tuple[int, ...]  # the other ranks of a transfer; () for a collective, in which all take part
     timeout_s: float
     elapsed_s: float
 
@@ -59,20 +52,12 @@ class CallSite:
 
 
 class FailureVerdict(NamedTuple):
-    """The cause of a group's failure, as it is written to the store.
+    """The cause of a group's failure, as it is written to the store."""
 
-    Attributes:
-        kind: name of the error class.
-        text: the error's message.
-        peer: the rank that a PeerLost or CollectiveMismatch is about.
-        arrived: ranks known to have entered the call that timed out.
-        missing: ranks that had not.
-    """
-
-    kind: str
+    kind: str  # name of the error class
     text: str
-    peer: int | None = None
-    arrived: Sequence[int] = ()
+    peer: int | None = None  # the rank that a PeerLost or CollectiveMismatch is about
+    arrived: Sequence[int] = ()  # ranks known to have entered the call that timed out
     missing: Sequence[int] = ()
 
     def error(self, site: CallSite, info: GroupInfo, rank: int) -> FerroError:
@@ -93,12 +78,7 @@ class FailureVerdict(NamedTuple):
 
 
 class FailureAgreement:
-    """Agrees on the cause of a group's failure through the group's store.
-
-    Args:
-        info: the group.
-        rank: this rank in it.
-    """
+    """Agrees on the cause of a group's failure through the group's store."""
 
     def __init__(self, info: GroupInfo, rank: int) -> None:
         self._store = info.store.prefix("failure")
@@ -106,12 +86,9 @@ class FailureAgreement:
         self._rank = rank
 
     def agree(self, error: BaseException, site: CallSite, abort: Callable[[], None]) -> FerroError:
-        """Return the error that this rank raises for `error`; wake the others if it is first.
+        """Return the error that this rank raises for the backend's `error`.
 
-        Args:
-            error: what the backend raised.
-            site: the call in which it did.
-            abort: aborts the backend; called when the others may look for the verdict.
+        `abort` ends the backend's calls on all ranks; it is called when the others may look for the verdict.
         """
         try:
             self._store.set(f"call/{self._rank}", site.record().encode())

@@ -15,32 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupInfo:
-    """All that a group knows besides its backend.
-
-    Attributes:
-        name: the group's name.
-        backend_name: the backend's name.
-        global_ranks: ranks in the world, by rank in the group.
-        hosts: host names, by rank in the group.
-        job_store: the store of the whole job.
-        store: the part of it that belongs to this group.
-        local_rank: number of this process on its host.
-        timeout_s: deadline of calls that give none, in seconds.
-        devices: the devices whose buffers the backend takes.
-        host_copies: whether GPU arrays are copied through the host where the backend takes none.
-        observers: the observers that are notified of each operation.
-    """
+    """All that a group knows besides its backend."""
 
     name: str
     backend_name: str
-    global_ranks: tuple[int, ...]
-    hosts: tuple[str, ...]
+    global_ranks: tuple[int, ...]  # ranks in the world, by rank in the group
+    hosts: tuple[str, ...]  # host names, by rank in the group
     job_store: Store
-    store: Store
-    local_rank: int = 0
-    timeout_s: float = 60.0
-    devices: tuple[Device, ...] = (Device.CPU,)
-    host_copies: bool = False
+    store: Store  # the part of the job's store that belongs to this group
+    local_rank: int = 0  # number of this process on its host
+    timeout_s: float = 60.0  # deadline of calls that give none
+    devices: tuple[Device, ...] = (Device.CPU,)  # the devices whose buffers the backend takes
+    host_copies: bool = False  # GPU arrays are copied through the host where the backend takes none
     observers: tuple[Observer, ...] = ()
 
     def describe(self, rank: int) -> str:

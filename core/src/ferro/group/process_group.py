@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from ferro.group import objects
 from ferro.group.arguments import OutputBuffer, flattened
 from ferro.group.array_collectives import ArrayCollectives, ResultOrWork, no_result
 from ferro.group.coalescing import Coalescing
-from ferro.group.dispatcher import ChannelKey
 from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
 from ferro.group.subgroups import Subgroups, split_backend
@@ -124,11 +122,8 @@ class ProcessGroup(ArrayCollectives):
         self._check_peer(dst, "send to", tag)
         input_array = self._check_input(x)
         buffer = flattened(input_array.array, copy=async_op and copy)
-        action = partial(self._dispatcher.send, buffer, dst, tag)
-        channels = (ChannelKey("send", dst, tag),)
-        return self._dispatcher.transfer(
-            "send", channels, action, no_result, buffer.nbytes, async_op, timeout_s, input_array.device
-        )
+        device = input_array.device
+        return self._dispatcher.transfer("send", [(dst, buffer)], [], tag, no_result, async_op, timeout_s, device)
 
     def recv(
         self, buffer: Input, src: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -144,11 +139,8 @@ class ProcessGroup(ArrayCollectives):
         """
         self._check_peer(src, "receive from", tag)
         result = self._output(buffer)
-        action = partial(self._dispatcher.recv, result.flat, src, tag)
-        channels = (ChannelKey("recv", src, tag),)
-        return self._dispatcher.transfer(
-            "recv", channels, action, result, result.flat.nbytes, async_op, timeout_s, result.device
-        )
+        recvs = [(src, result.flat)]
+        return self._dispatcher.transfer("recv", [], recvs, tag, result, async_op, timeout_s, result.device)
 
     def sendrecv(
         self,
@@ -174,12 +166,8 @@ class ProcessGroup(ArrayCollectives):
         result = self._output(buffer)
         if input_array.device is result.device and np.may_share_memory(source, result.flat):
             source = source.copy()
-        action = partial(self._dispatcher.exchange, source, dst, result.flat, src, tag)
-        channels = ChannelKey("send", dst, tag), ChannelKey("recv", src, tag)
-        nbytes = source.nbytes + result.flat.nbytes
-        return self._dispatcher.transfer(
-            "sendrecv", channels, action, result, nbytes, async_op, timeout_s, input_array.device
-        )
+        sends, recvs, device = [(dst, source)], [(src, result.flat)], input_array.device
+        return self._dispatcher.transfer("sendrecv", sends, recvs, tag, result, async_op, timeout_s, device)
 
     # -- small Python values; each call is made of several operations ----------------------------
 

@@ -81,17 +81,11 @@ class SerialExecutor:
 
     An operation that the caller waits for runs in the caller's thread; the others run in the executor's thread, which
     ends when it has had nothing to do for a while.
-
-    Attributes:
-        lock: held by the thread that carries out an operation.
-        pending: operations that wait for the executor's thread.
-        closed: whether the executor takes no more operations.
-        next_number: takes the next operation's number.
     """
 
     def __init__(self, name: str) -> None:
-        self.lock = threading.Lock()
-        self.pending: deque[Work[object]] = deque()
+        self.lock = threading.Lock()  # held by the thread that carries out an operation
+        self.pending: deque[Work[object]] = deque()  # operations that wait for the executor's thread
         self.closed = False
         self.next_number = count().__next__
         self._name = name

@@ -50,10 +50,6 @@ class Subgroups:
         """Make the group of all ranks that call this in time.
 
         The first to come waits for the others, all but the one known to be lost, and then publishes the members.
-
-        Raises:
-            UnsupportedError: this backend cannot go on after a failure.
-            RendezvousError: this rank came too late, or the one that decides is gone as well.
         """
         n, rank, name = self._backend.world_size, self._backend.rank, self._info.name
         deadline = time.monotonic() + timeout_s
@@ -68,20 +64,12 @@ class Subgroups:
             try:
                 members = store.get("members", deadline=deadline + timeout_s)
             except TimeoutError as error:
-                raise RendezvousError(
-                    f"shrink of group {name!r}: nobody decided who is left within "
-                    f"{2 * timeout_s:g} s; another rank may have died meanwhile",
-                    op="shrink",
-                    rank=rank,
-                ) from error
+                message = f"nobody decided who is left within {2 * timeout_s:g} s; another rank may have died meanwhile"
+                raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank) from error
             context, ranks = codec.decode(members)  # type: ignore[misc]
         if rank not in ranks:
-            raise RendezvousError(
-                f"shrink of group {name!r}: rank {rank} came later than {timeout_s:g} s "
-                f"after the first, and ranks {ranks} go on without it",
-                op="shrink",
-                rank=rank,
-            )
+            message = f"rank {rank} came later than {timeout_s:g} s after the first, and ranks {ranks} go on without it"
+            raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank)
         info = self._info.subgroup(ranks, f"{name}-{n - len(ranks)}", context)
         return self._backend.shrink(ranks, context), info
 
@@ -117,13 +105,11 @@ class Subgroups:
             try:
                 context = int(self._info.store.get(key, deadline=time.monotonic() + timeout_s))
             except TimeoutError as error:
-                raise RendezvousError(
+                message = (
                     f"subgroup {ranks}: rank {ranks[0]} did not create it within {timeout_s:g} s; "
-                    "every member must call subgroup() with the same list",
-                    op="subgroup",
-                    rank=self._backend.rank,
-                    peer=ranks[0],
-                ) from error
+                    "every member must call subgroup() with the same list"
+                )
+                raise RendezvousError(message, op="subgroup", rank=self._backend.rank, peer=ranks[0]) from error
         self._made[ranks] = made + 1
         return context
 

@@ -24,23 +24,15 @@ _MAX_AXES = 64  # that an array can have
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The place of each rank's block in the whole array, along axis 0, in order of rank.
+    """The place of each rank's block in the whole array, along axis 0, in order of rank."""
 
-    Attributes:
-        shape: the whole's shape.
-        rows: each block's size along axis 0.
-        counts: each block's number of elements.
-        slices: each block's rows in the whole.
-    """
-
-    shape: tuple[int, ...]
-    rows: tuple[int, ...]
-    counts: tuple[int, ...]
-    slices: tuple[slice, ...]
+    shape: tuple[int, ...]  # of the whole
+    rows: tuple[int, ...]  # each block's size along axis 0
+    counts: tuple[int, ...]  # each block's number of elements
+    slices: tuple[slice, ...]  # each block's rows in the whole
 
     @classmethod
     def of(cls, rows: Sequence[int], row_shape: tuple[int, ...]) -> Layout:
-        """Lay out blocks of so many rows, each row of one shape."""
         row_size = math.prod(row_shape)
         ends = [0, *accumulate(rows)]
         return cls(
@@ -56,11 +48,7 @@ class Layout:
 
 @lru_cache(maxsize=_CACHED)
 def gathered_layout(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, world_size: int) -> Layout:
-    """Lay out all ranks' blocks, where this rank's has `shape`; a 0-d array counts as one row.
-
-    Raises:
-        UsageError: `sizes` has another size for this rank.
-    """
+    """Lay out all ranks' blocks, where this rank's has `shape`; a 0-d array counts as one row."""
     own = shape[0] if shape else 1
     rows = (own,) * world_size if sizes is None else sizes
     if rows[rank] != own:
@@ -72,11 +60,7 @@ def gathered_layout(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank:
 def split_layout(
     shape: tuple[int, ...], sizes: tuple[int, ...] | None, world_size: int, op: str, name: str = "sizes"
 ) -> Layout:
-    """Lay out the blocks of an array of `shape`, one for every rank.
-
-    Raises:
-        UsageError: the array has no such blocks.
-    """
+    """Lay out the blocks of an array of `shape`, one for every rank."""
     if not shape:
         raise UsageError(f"{op} cuts its input along axis 0, and a 0-d array has none")
     total = shape[0]
@@ -93,11 +77,7 @@ def split_layout(
 
 
 def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "sizes") -> tuple[int, ...] | None:
-    """Return sizes as non-negative ints, one a rank; None when none are given.
-
-    Raises:
-        UsageError: they are something else.
-    """
+    """Return sizes as non-negative ints, one a rank; None when none are given."""
     if sizes is None:
         return None
     try:
@@ -110,7 +90,6 @@ def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "siz
 
 
 def blank_header(world_size: int) -> Array:
-    """Allocate the header of a scatter among so many ranks."""
     return np.zeros(1 + _header_format(_MAX_AXES, world_size).size, np.uint8)
 
 
@@ -156,11 +135,7 @@ class UnevenAllToAll:
         expected: tuple[int, ...] | None,
         out: object,
     ) -> None:
-        """Prepare to send the blocks of the flat `source` of `input_array`, laid out as `sent`.
-
-        Raises:
-            UsageError: the expected rows contradict the sent ones, or `out`.
-        """
+        """Prepare to send the blocks of the flat `source` of `input_array`, laid out as `sent`."""
         self._backend = backend
         self._input = input_array
         self._source = source
@@ -170,10 +145,8 @@ class UnevenAllToAll:
         if expected is not None:
             rank = backend.rank
             if expected[rank] != sent.rows[rank]:
-                raise UsageError(
-                    f"all_to_all: rank {rank} sends itself {sent.rows[rank]} rows but receives {expected[rank]}",
-                    op="all_to_all",
-                )
+                message = f"rank {rank} sends itself {sent.rows[rank]} rows but receives {expected[rank]}"
+                raise UsageError(f"all_to_all: {message}", op="all_to_all")
             self._received = self._allocate(expected)
 
     def run(self, *, deadline: float) -> None:
@@ -186,10 +159,8 @@ class UnevenAllToAll:
         result, received = self._received
         for peer, expected in enumerate(received.rows):
             if rows[peer] != expected:
-                raise CollectiveMismatch(
-                    f"rank {peer} sends {rows[peer]} rows to rank {rank} in all_to_all; rank {rank} expects {expected}",
-                    peer=peer,
-                )
+                message = f"rank {peer} sends {rows[peer]} rows to rank {rank} in all_to_all; rank {rank} expects"
+                raise CollectiveMismatch(f"{message} {expected}", peer=peer)
         self._backend.all_to_all(self._source, result.flat, self._sent.counts, received.counts, deadline=deadline)
 
     def __call__(self) -> object:

@@ -1,10 +1,22 @@
-"""Layout: where each rank's block lies, and which sizes are refused."""
+"""Uneven sizes: layouts of blocks, the sizes that are refused, and the header of a scatter."""
 
 import numpy as np
 import pytest
 
 from ferro.errors import UsageError
-from ferro.group.uneven import Layout, checked_sizes, gathered_layout, split_layout
+from ferro.group.uneven import (
+    Layout,
+    blank_header,
+    checked_sizes,
+    gathered_layout,
+    read_header,
+    split_layout,
+    write_header,
+)
+from ferro.simulated import simulate
+from ferro_testing.samples import dtype_of
+
+RANKS = 3
 
 
 def test_blocks_follow_each_other():
@@ -73,3 +85,27 @@ def test_sizes_may_be_any_whole_numbers(sizes):
 def test_other_sizes_are_refused(sizes):
     with pytest.raises(UsageError, match="parts must be 2"):
         checked_sizes(sizes, 2, "parts")
+
+
+@pytest.mark.parametrize("row_shape", [(), (5,), (2, 0, 7), (1,) * 63], ids=len)
+@pytest.mark.parametrize("name", ["bool", "bfloat16", "c16"])
+def test_a_header_is_read_as_it_was_written(name, row_shape):
+    dtype, layout = dtype_of(name), Layout.of([4, 0, 1 << 40], row_shape)
+    header = blank_header(RANKS)
+    write_header(header, dtype, layout)
+    assert read_header(header, RANKS) == (dtype, layout)
+    assert header.shape == blank_header(RANKS).shape
+
+
+@pytest.mark.parametrize("sizes", [None, [1, 0, 5]])
+@pytest.mark.parametrize("root", range(RANKS))
+def test_the_other_ranks_learn_dtype_and_shape_from_the_root(root, sizes):
+    whole = np.arange(12, dtype=np.int16).reshape(6, 2)
+
+    def work(group):
+        block = group.scatter(whole if group.rank == root else None, root, sizes=sizes)
+        return block.dtype, block.tolist()
+
+    rows = sizes or [2, 2, 2]
+    expected = [(whole.dtype, block.tolist()) for block in np.split(whole, np.cumsum(rows)[:-1])]
+    assert simulate(work, RANKS, timeout_s=5, run_timeout_s=20) == expected
