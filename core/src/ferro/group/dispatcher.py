@@ -19,7 +19,7 @@ import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives.label import LABEL_BYTES, Call, mismatch, transfer_call
-from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
+from ferro.errors import FerroError, GroupClosed, PeerLost, UnsupportedError, UsageError
 from ferro.group.failure_agreement import CallSite, FailureAgreement
 from ferro.group.group_info import GroupInfo
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor
@@ -208,7 +208,7 @@ class Dispatcher:
         if self._failure is None and not self._closed:
             name = self._info.name
             self._failure = GroupClosed(f"group {name!r} was aborted", group=name)
-            self._agreement.report_abort()
+            self._agreement.report(GroupClosed, "was aborted")
         self.backend.abort()
 
     def close(self, timeout_s: float) -> None:
@@ -226,7 +226,7 @@ class Dispatcher:
         drained = [executor.close(deadline) for executor in executors]
         if not all(drained):
             if self._failure is None:
-                self._agreement.report_departure()
+                self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
         self.backend.close()
 

@@ -108,19 +108,13 @@ class FailureAgreement:
             verdict = self._symptom(error, site)
         return verdict.error(site, self._info, self._rank)
 
-    def report_abort(self) -> None:
-        """Write the verdict of a group that its user aborts on this rank."""
-        self._report("GroupClosed", "was aborted", None)
-
-    def report_departure(self) -> None:
-        """Write the verdict of a group that this rank leaves in the middle of operations."""
-        self._report("PeerLost", "was left, with operations under way,", self._rank)
-
-    def _report(self, kind: str, what: str, peer: int | None) -> None:
-        text = f"group {self._info.name!r} {what} by {self._info.describe(self._rank)}"
+    def report(self, kind: type[FerroError], event: str) -> None:
+        """Write the verdict of a group that ends by this rank's own doing, which `event` tells."""
+        text = f"group {self._info.name!r} {event} by {self._info.describe(self._rank)}"
+        peer = self._rank if kind is PeerLost else None
         try:
             if self._store.add("claims", 1) == 1:
-                self._publish(FailureVerdict(kind, text, peer))
+                self._publish(FailureVerdict(kind.__name__, text, peer))
         except (RendezvousError, OSError):
             return  # the others will see connections close
 
@@ -173,17 +167,15 @@ class FailureAgreement:
         where = site.describe(name)
         if isinstance(error, PeerLost) and error.peer is not None:
             text = (
-                f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by "
-                f"rank {rank} after {site.elapsed_s:.1f} s of {site.timeout_s:g} s "
-                f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
-                "then restart the job, or go on without it through shrink()."
+                f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by rank {rank} after "
+                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error}). The group can no longer be used. Read rank "
+                f"{error.peer}'s log first; then restart the job, or go on without it through shrink()."
             )
             return FailureVerdict("PeerLost", text, error.peer)
         if isinstance(error, TimeoutError):
             text = (
-                f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, "
-                "and the store could not be reached to ask for the others. "
-                "The group can no longer be used."
+                f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, and the store could not be "
+                "reached to ask for the others. The group can no longer be used."
             )
             return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
         text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "

@@ -134,8 +134,6 @@ class ProcessGroup(ArrayCollectives):
             buffer: contiguous and writable, with the dtype and number of elements sent.
             src: the sender.
             tag: from 0 to 2**31 - 1.
-            async_op: return a `Work` at once.
-            timeout_s: deadline in seconds; the group's when None.
         """
         self._check_peer(src, "receive from", tag)
         result = self._output(buffer)
@@ -257,7 +255,6 @@ class ProcessGroup(ArrayCollectives):
         Args:
             color: which group to be in, not negative; None for none (and None is returned).
             key: members are ordered by it, then by their rank here.
-            timeout_s: deadline in seconds; the group's when None.
         """
         if color is not None and (not isinstance(color, int | np.integer) or color < 0):
             raise UsageError(f"split: color must be None or a number from 0, not {color!r}")

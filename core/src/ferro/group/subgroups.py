@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ferro.backend import Backend, Completion
@@ -138,22 +137,25 @@ class SubgroupBackend(Backend):
         self._context = context
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        tag = in_context(tag, self._context)
-        with self._own_ranks():
-            self._parent.send(buffer, self._ranks[peer], tag=tag, deadline=deadline)
+        self._transfer(self._parent.send, buffer, self._ranks[peer], tag=tag, deadline=deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        tag = in_context(tag, self._context)
-        with self._own_ranks():
-            self._parent.recv(buffer, self._ranks[peer], tag=tag, deadline=deadline)
+        self._transfer(self._parent.recv, buffer, self._ranks[peer], tag=tag, deadline=deadline)
 
     def exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
         sends = [(self._ranks[peer], buffer) for peer, buffer in sends]
         recvs = [(self._ranks[peer], buffer) for peer, buffer in recvs]
-        with self._own_ranks():
-            self._parent.exchange(sends, recvs, tag=in_context(tag, self._context), deadline=deadline)
+        self._transfer(self._parent.exchange, sends, recvs, tag=tag, deadline=deadline)
+
+    def _transfer(self, method: Callable[..., None], *arguments: object, tag: int, deadline: float) -> None:
+        """Call the parent, and name the peer in its error by its rank in this group."""
+        try:
+            method(*arguments, tag=in_context(tag, self._context), deadline=deadline)
+        except PeerLost as error:
+            peer = self._ranks.index(error.peer) if error.peer in self._ranks else None
+            raise PeerLost(str(error), peer=peer, host=error.host) from error
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Make a group of some of these ranks, out of the outermost parent."""
@@ -170,12 +172,3 @@ class SubgroupBackend(Backend):
 
     def close(self) -> None:
         """Do nothing: the connections belong to the parent."""
-
-    @contextmanager
-    def _own_ranks(self) -> Iterator[None]:
-        """Name the peer in a parent's error by its rank in this group."""
-        try:
-            yield
-        except PeerLost as error:
-            peer = self._ranks.index(error.peer) if error.peer in self._ranks else None
-            raise PeerLost(str(error), peer=peer, host=error.host) from error
