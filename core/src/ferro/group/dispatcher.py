@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 
 from ferro.backend import Backend
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch, transfer_call
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
 from ferro.errors import FerroError, GroupClosed, PeerLost, UnsupportedError, UsageError
 from ferro.group.failure_agreement import CallSite, FailureAgreement
 from ferro.group.group_info import GroupInfo
@@ -177,9 +177,7 @@ class Dispatcher:
             found = [(peer, np.empty(LABEL_BYTES, np.uint8)) for peer, _ in recvs]
             self._exchange(labels, found, tag, deadline)
             for (peer, buffer), (_, label) in zip(recvs, found, strict=True):
-                expected = transfer_call(buffer)
-                if label.tobytes() != expected.label():
-                    raise mismatch(self.backend.rank, expected, peer, label.tobytes())
+                compare_labels(self.backend.rank, transfer_call(buffer), peer, label.tobytes())
         self._exchange(sends, recvs, tag, deadline)
 
     def _exchange(self, sends: Messages, recvs: Messages, tag: int, deadline: float) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from ferro.backend import Backend
 from ferro.collectives.choice import Choice
-from ferro.collectives.cost import Network
 from ferro.collectives.label import in_context
+from ferro.collectives.network import Network
 from ferro.errors import CollectiveMismatch, PeerLost
 from ferro.simulated.board import Board, Fault
 from ferro.types import Array

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ferro.collectives.cost import Network
 from ferro.collectives.label import context_of
+from ferro.collectives.network import Network
 from ferro.errors import GroupClosed, PeerLost, UsageError
 from ferro.types import Array
 

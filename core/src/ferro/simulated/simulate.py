@@ -15,7 +15,7 @@ from ferro.group.process_group import ProcessGroup
 from ferro.observers import Observer
 
 if TYPE_CHECKING:
-    from ferro.collectives.cost import Network
+    from ferro.collectives.network import Network
     from ferro.simulated.board import Fault
 
 Result = TypeVar("Result")

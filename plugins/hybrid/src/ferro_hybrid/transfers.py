@@ -8,7 +8,7 @@ import numpy as np
 
 from ferro import Backend
 from ferro.arrays import device_of
-from ferro.collectives.label import LABEL_BYTES, mismatch, transfer_call
+from ferro.collectives.label import LABEL_BYTES, compare_labels, transfer_call
 from ferro.types import Array
 
 from .launches import Launches
@@ -96,9 +96,7 @@ class Transfers:
         Raises:
             CollectiveMismatch: they differ.
         """
-        expected = transfer_call(buffer)
-        if label.tobytes() != expected.label():
-            raise mismatch(self._p2p.rank, expected, peer, label.tobytes())
+        compare_labels(self._p2p.rank, transfer_call(buffer), peer, label.tobytes())
 
 
 def _label(buffer: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from ferro.arrays import name_of
 from ferro.backend import Backend, Completion
 from ferro.collectives.gathered_reduction import GatheredReduction
-from ferro.collectives.label import LABEL_BYTES, Call, is_collective, mismatch
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, is_collective
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
 from ferro.hookspecs import BackendConfig
@@ -109,8 +109,7 @@ class NcclBackend(Backend):
         counts = (LABEL_BYTES,) * self.world_size
         self.all_gather(labels.reshape(-1), counts, deadline=deadline)
         for rank, label in enumerate(labels):
-            if label.tobytes() != call.label():
-                raise mismatch(self.rank, call, rank, label.tobytes())
+            compare_labels(self.rank, call, rank, label.tobytes())
 
     def launched(self) -> Completion:
         """See `Backend.launched`."""

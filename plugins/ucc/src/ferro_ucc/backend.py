@@ -14,7 +14,7 @@ import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives import Choice
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
 from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError
@@ -70,9 +70,7 @@ class UccBackend(NoTransfers):
         if shown == label * self.world_size:
             return
         for peer in range(self.world_size):
-            theirs = shown[peer * LABEL_BYTES :][:LABEL_BYTES]
-            if theirs != label:
-                raise mismatch(self.rank, call, peer, theirs)
+            compare_labels(self.rank, call, peer, shown[peer * LABEL_BYTES :][:LABEL_BYTES])
 
     def barrier(self, *, deadline: float) -> None:
         """Do nothing: `agree` was a barrier."""

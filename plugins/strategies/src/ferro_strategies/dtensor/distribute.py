@@ -9,10 +9,10 @@ import numpy as np
 
 from ferro import UsageError
 from ferro.arrays import dtype_named, objection
+from ferro.collectives.partition import even_sizes
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 from .local_shapes import Shape, local_shape
 from .placed_array import PlacedArray, coordinates_in, replicated
 from .placement import Partial, Placement, Placements, Shard, checked_placements

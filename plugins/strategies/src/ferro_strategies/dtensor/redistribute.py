@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
+from ferro.collectives.partition import even_sizes
+
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 from .local_shapes import index_along, shard_slice
 from .placed_array import PlacedArray
 from .placement import Partial, Placements, Shard

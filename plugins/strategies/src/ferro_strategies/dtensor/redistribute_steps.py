@@ -23,7 +23,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..parts import even_sizes
+from ferro.collectives.partition import even_sizes
+
 from .local_shapes import Shape, local_shape
 from .placement import Partial, Placement, Placements, Replicate, Shard
 

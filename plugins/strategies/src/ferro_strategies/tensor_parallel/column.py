@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError, Work
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
-from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 

@@ -24,11 +24,11 @@ Recomputation in Large Transformer Models", 2022, section 4.2.2.
 from __future__ import annotations
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array
 from ..nn.checks import check_input
 from ..nn.module import Module, Pullback
-from ..parts import even_sizes
 from .sharding import all_gather_along, all_gather_sizes, local_shard, reduce_scatter_along
 
 

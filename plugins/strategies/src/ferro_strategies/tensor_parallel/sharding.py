@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 
 
 def shard_slice(sizes: tuple[int, ...], rank: int) -> slice:

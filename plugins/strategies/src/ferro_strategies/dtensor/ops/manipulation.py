@@ -8,9 +8,9 @@ import operator
 from collections.abc import Sequence
 
 from ferro import UsageError
+from ferro.collectives.partition import even_sizes
 
 from ...nn.arrays import Array, namespace_of
-from ...parts import even_sizes
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray
 from ..placement import Shard, map_shard_dims
