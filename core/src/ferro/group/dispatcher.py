@@ -119,22 +119,20 @@ class Dispatcher:
         launches = device in self._streams
         executor = self._collectives
         if async_op and not launches:
-            return self._submit(
-                executor.start,
-                call.op,
-                lambda seq: self._perform(call.numbered(seq), action, finish, nbytes, allowed_s),
-            )
+            # A closure would slow down every call: its variables would be cells.
+            operation = partial(self._perform, call.numbered, action, finish, nbytes, allowed_s, False, ())
+            return self._submit(executor.start, call.op, operation)
         # The following is `executor.run`, written out: it is on the path of every collective.
         if executor.pending:
             executor.wait_for_pending()
         with executor.lock:
             if executor.closed:
                 self._raise_closed(call.op)
-            numbered = call.numbered(executor.next_number())
+            seq = executor.next_number()
             if not launches and not self._observed:
-                self._execute(numbered, action, allowed_s)
+                self._execute(call.numbered(seq), action, allowed_s)
                 return finish()
-            result = self._perform(numbered, action, finish, nbytes, allowed_s, launches)
+            result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, (), seq)
         return result.wait() if launches and not async_op else result
 
     def transfer(
@@ -160,10 +158,7 @@ class Dispatcher:
         peers = tuple(dict([*sends, *recvs]))
         launches = device in self._streams
         action = partial(self._move, sends, recvs, tag)
-
-        def operation(seq: int) -> object:
-            return self._perform(Call(op, seq=seq), action, finish, nbytes, allowed_s, launches, peers)
-
+        operation = partial(self._perform, partial(Call, op), action, finish, nbytes, allowed_s, launches, peers)
         executor, *inner = executors
         # The operation of a sendrecv runs in the receiving executor, within the sending one.
         outer = (lambda _: inner[0].run(op, operation)) if inner else operation
@@ -265,51 +260,48 @@ class Dispatcher:
 
     def _perform(
         self,
-        call: Call,
+        numbered: Callable[[int], Call],
         action: Action,
         finish: Finish,
         nbytes: int,
         timeout_s: float,
-        launches: bool = False,
-        peers: tuple[int, ...] = (),
+        launches: bool,
+        peers: tuple[int, ...],
+        seq: int,
     ) -> Any:
-        """Execute an operation and notify observers; return its result, or the Work of a launched one.
+        """Execute operation number `seq` and notify observers; return its result, or the Work of a launched one.
 
         An operation is launched on a device's queue in this thread, whose queue it is.
         """
-        if self._observed:
-            self._execute_observed(call, action, nbytes, timeout_s, peers)
-        else:
+        call = numbered(seq)
+        if not self._observed:
             self._execute(call, action, timeout_s, peers)
+        else:
+            rank = self.backend.rank
+            event = Event(
+                op=call.op,
+                seq=seq,
+                group=self._info.name,
+                rank=rank,
+                global_rank=self._info.global_ranks[rank],
+                nbytes=nbytes,
+                start_s=time.time(),
+                thread=threading.current_thread().name,
+            )
+            self._notify("started", event)
+            started, error = time.monotonic(), ""
+            try:
+                self._execute(call, action, timeout_s, peers)
+            except BaseException as raised:
+                error = type(raised).__name__
+                raise
+            finally:
+                self._notify("finished", replace(event, seconds=time.monotonic() - started, error=error))
         if not launches:
             return finish()
         site = CallSite(call, peers, timeout_s, timeout_s)
         completion = self.backend.launched()
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
-
-    def _execute_observed(
-        self, call: Call, action: Action, nbytes: int, timeout_s: float, peers: tuple[int, ...]
-    ) -> None:
-        event = Event(
-            op=call.op,
-            seq=call.seq,
-            group=self._info.name,
-            rank=self.backend.rank,
-            global_rank=self._info.global_ranks[self.backend.rank],
-            nbytes=nbytes,
-            start_s=time.time(),
-            thread=threading.current_thread().name,
-        )
-        self._notify("started", event)
-        started = time.monotonic()
-        failure = ""
-        try:
-            self._execute(call, action, timeout_s, peers)
-        except BaseException as error:
-            failure = type(error).__name__
-            raise
-        finally:
-            self._notify("finished", replace(event, seconds=time.monotonic() - started, error=failure))
 
     def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
         """Notify all observers; one that raises must not change what the ranks do."""
