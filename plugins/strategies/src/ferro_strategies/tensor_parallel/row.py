@@ -19,7 +19,7 @@ from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard
 
 
 class RowParallelLinear(Module):
-    """Compute y = x @ weight + bias as a sum over the ranks, which have some rows each.
+    """Compute y = x @ weight + bias as a sum over the ranks; each rank has some rows of the weight.
 
         x                   weight            y, on every rank
         [ 0 0 1 1 ]    @    [ 0 0 0 ]    =    [ . . . ]      inputs of ranks 0 and 1

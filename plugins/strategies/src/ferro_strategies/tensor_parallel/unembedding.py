@@ -1,4 +1,4 @@
-"""ParallelUnembedding: scores by the table of a ParallelEmbedding, which the two layers share."""
+"""ParallelUnembedding: output layer that shares the table of a ParallelEmbedding."""
 
 from __future__ import annotations
 
