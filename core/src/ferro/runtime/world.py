@@ -97,7 +97,7 @@ class World:
             backend_name=chosen.name,
             global_ranks=tuple(range(self._info.world_size)),
             hosts=tuple(record.host for record in records),
-            job=self._store,
+            job_store=self._store,
             store=self._store.prefix("group/0"),
             local_rank=self._info.local_rank,
             timeout_s=self._timeout_s,
