@@ -32,7 +32,6 @@ from ferro.observers import Observer
 from ferro.types import Availability, Device
 
 if TYPE_CHECKING:
-    from ferro.rendezvous.meeting.bootstrap import Introduce
     from ferro.rendezvous.store.interface import Store
 
 # The version of what plugins and ferro expect of each other: the hooks, the descriptions, the
@@ -45,6 +44,9 @@ hookimpl = pluggy.HookimplMarker("ferro")
 
 # (module, group, **options) -> module; the options are each strategy's own.
 Strategy: TypeAlias = Callable[..., Any]
+
+# (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
+BootstrapBroadcast: TypeAlias = Callable[[int, int, bytes | None, float], bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +69,9 @@ class BackendConfig:
         local_rank: number of this process on its host.
         launcher: what started it; see `BackendInfo.default_under`.
         requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
-        lost: returns the world ranks whose process ended without a farewell, or that left by an
-            exception, as the job's store has noticed: for backends whose library never does. A
-            round trip, for slow paths; never raises.
+        lost: returns the world ranks whose process ended without closing its group, or that left
+            by an exception, as far as the job's store has noticed: for backends whose library never
+            notices. It costs a round trip, so it is for slow paths; it never raises.
         options: the backend's own options, by name.
     """
 
@@ -108,9 +110,10 @@ class BackendInfo:
         launcher: given a number of ranks, the command that starts so many processes for it, such
             as ("mpiexec", "-n", "4"); None when it needs nothing but processes. For tools that
             start ranks themselves: `ferro_testing`, `ferro conformance`, `ferro bench`.
-        introduce: for a library whose ranks are connected from the start: given rank, world size,
-            rank 0's message (None elsewhere) and a deadline, returns rank 0's message on all
-            ranks. So ranks on several hosts meet whose launcher tells them no address.
+        bootstrap_broadcast: for a library whose ranks are connected from the start: given rank,
+            world size, rank 0's message (None elsewhere) and a deadline, returns rank 0's message
+            on all ranks. By it ranks on several hosts find the store where the launcher gives no
+            address.
     """
 
     name: str
@@ -121,7 +124,7 @@ class BackendInfo:
     default_under: tuple[str, ...] = ()
     composes: bool = False
     launcher: Callable[[int], Sequence[str]] | None = None
-    introduce: Introduce | None = None
+    bootstrap_broadcast: BootstrapBroadcast | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,11 +20,10 @@ from ferro.group.process_group import ProcessGroup
 from ferro.hookspecs import BackendConfig, BackendInfo
 from ferro.observers import Observer
 from ferro.plugins import registry as plugins
-from ferro.rendezvous.meeting.bootstrap import meet_introduced
-from ferro.rendezvous.meeting.meeting import Meeting, meet
-from ferro.rendezvous.meeting.membership import Record, call_roll
+from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
+from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
-from ferro.rendezvous.store.lost import Lost
+from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
 from ferro.runtime.environment import LaunchInfo, Options
 
@@ -58,21 +57,19 @@ class World:
         self._backend = backend
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._meeting: Meeting | None = None
+        self._meeting: JobStore | None = None
         if info.world_size > 1:
             self._meeting = self._meet(number, explicit=explicit)
         root: Store = MemoryStore() if self._meeting is None else self._meeting.store
         self._store = root.prefix(f"world{number}")
         self._observers: tuple[Observer, ...] = ()
 
-    def _meet(self, number: int, *, explicit: bool) -> Meeting:
-        info, deadline = self._info, self._deadline
+    def _meet(self, number: int, *, explicit: bool) -> JobStore:
+        info, broadcast = self._info, None
         if info.nothing_to_meet_at:
             name = self._backend or backends.default(info.launcher)
-            introduce = backends.get(name).introduce if name else None
-            if introduce is not None:
-                return meet_introduced(info, number, introduce, deadline=deadline)
-        return meet(info, number, explicit=explicit, deadline=deadline)
+            broadcast = backends.get(name).bootstrap_broadcast if name else None
+        return open_job_store(info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline)
 
     def join(
         self,
@@ -86,13 +83,13 @@ class World:
             chosen, choice = self._choose(deterministic, algorithms, observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
-                self._call_roll(self._backend or "none", "", str(error))
+                self._check_membership(self._backend or "none", "", str(error))
             raise
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
         requested = self._backend or chosen.name
-        records = self._call_roll(requested, settings)
+        records = self._check_membership(requested, settings)
         # With the process that hosts the store all of it ends: a rank's, but for a launcher's.
-        lost = Lost(self._store, self._info.rank, 0 if self._info.store is None else None)
+        lost = FailureDetector(self._store, self._info.rank, 0 if self._info.store is None else None)
         config = self._config(records, lost, choice, backend_options, requested)
         made = chosen.create(config)
         members = GroupInfo(
@@ -100,7 +97,7 @@ class World:
             backend_name=chosen.name,
             global_ranks=tuple(range(self._info.world_size)),
             hosts=tuple(record.host for record in records),
-            job=self._store,
+            job_store=self._store,
             store=self._store.prefix("group/0"),
             local_rank=self._info.local_rank,
             timeout_s=self._timeout_s,
@@ -142,8 +139,8 @@ class World:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
 
-    def _call_roll(self, backend: str, settings: str, problem: str = "") -> list[Record]:
-        mine = Record(
+    def _check_membership(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
+        mine = RankRecord(
             rank=self._info.rank,
             world_size=self._info.world_size,
             host=socket.gethostname(),
@@ -156,7 +153,7 @@ class World:
             problem=problem,
         )
         try:
-            return call_roll(self._store.prefix("roll"), mine, deadline=self._deadline)
+            return check_membership(self._store.prefix("membership"), mine, deadline=self._deadline)
         except RendezvousError as error:
             server = None if self._meeting is None else self._meeting.server
             if server is not None and server.refused:
@@ -168,8 +165,8 @@ class World:
 
     def _config(
         self,
-        records: Sequence[Record],
-        lost: Lost,
+        records: Sequence[RankRecord],
+        lost: FailureDetector,
         choice: Choice,
         backend_options: Mapping[str, object],
         requested: str,
@@ -210,11 +207,11 @@ class World:
                 _log.error("ferro: observer %s: %s", type(observer).__name__, error)
         if self._meeting is not None:
             if not farewell:  # first, for the others may wait for this rank
-                self._meeting.store.carry_out_will()
+                self._meeting.store.declare_lost()
             self._say_goodbye(self._meeting, patience_s)
             self._meeting.close()
 
-    def _say_goodbye(self, meeting: Meeting, patience_s: float) -> None:
+    def _say_goodbye(self, meeting: JobStore, patience_s: float) -> None:
         try:
             gone = self._store.add("goodbye", 1)
             if gone == self._info.world_size:
