@@ -25,7 +25,7 @@ class Installed:
         self.configs = {}
         self.made = {}
         monkeypatch.setattr(backends, "get", self.get)
-        monkeypatch.setattr(backends, "taking", self.taking)
+        monkeypatch.setattr(backends, "supporting", self.supporting)
         monkeypatch.setattr(backends, "default", lambda launcher: self.defaults.get(launcher))
         self.defaults = {"single": "wire", "openmpi": "passing"}
         self.add("wire", (CPU,), default_under=("*",))
@@ -53,7 +53,7 @@ class Installed:
             raise ferro.BackendUnavailable(name, "it is not installed")
         return self.infos[name]
 
-    def taking(self, device):
+    def supporting(self, device):
         return sorted(name for name, info in self.infos.items() if device in info.devices)
 
     def fail(self, name):
@@ -194,7 +194,7 @@ def test_a_broken_plugin_is_told_by_the_probe(installed, monkeypatch):
     def broken(device):
         raise ferro.PluginError("two plugins claim it")
 
-    monkeypatch.setattr(backends, "taking", broken)
+    monkeypatch.setattr(backends, "supporting", broken)
     found = probe()
     assert not found.ok
     assert "two plugins claim it" in found.reason

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from ferro.arrays import Input, InputArray, objection, writable
+from ferro.arrays import Input, InputArray, dtype_problem, output_array
 from ferro.backend import Backend
 from ferro.collectives.label import MAX_TAG
 from ferro.errors import UnsupportedError, UsageError
@@ -35,10 +35,10 @@ class OutputBuffer:
         if out is None:
             array = entry.empty(shape)
         elif entry.copied:
-            self._far = writable(out, shape, entry.array.dtype, Device.CUDA, what)
+            self._far = output_array(out, shape, entry.array.dtype, Device.CUDA, what)
             array = entry.empty(shape)
         else:
-            array = writable(out, shape, entry.array.dtype, entry.device, what)
+            array = output_array(out, shape, entry.array.dtype, entry.device, what)
         self.array: Array = array
         self.flat: Array = array if array.ndim == 1 else array.reshape(-1)
 
@@ -56,8 +56,8 @@ class OutputBuffer:
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
         if self._far is not None:
-            self._far[...] = self._entry.leave(self.array)  # type: ignore[assignment]
-        return self._entry.leave(self.array) if self._out is None else self._out
+            self._far[...] = self._entry.convert_result(self.array)  # type: ignore[assignment]
+        return self._entry.convert_result(self.array) if self._out is None else self._out
 
 
 class InPlace:
@@ -78,7 +78,7 @@ class InPlace:
 
 def takes_in_place(x: object) -> TypeGuard[Array]:
     """Say whether a result can be written to the operand without any preparation."""
-    if type(x) is not np.ndarray or objection(x.dtype):
+    if type(x) is not np.ndarray or dtype_problem(x.dtype):
         return False
     flags = x.flags
     return flags.c_contiguous and flags.writeable
@@ -138,7 +138,7 @@ class Operands:
             return entry
         if entry.device is Device.CUDA and self._members.host_copies:
             self._tell_host_copy()
-            entry.through_host()
+            entry.copy_to_host()
             return entry
         raise UnsupportedError(
             f"backend {self._members.backend_name!r} takes arrays on {', '.join(self._devices)}, "
@@ -182,5 +182,5 @@ def _backends_for(device: Device) -> str:
     """Name what is installed for arrays on a device."""
     from ferro import backends  # here, for it looks at all that is installed
 
-    names = backends.taking(device)
+    names = backends.supporting(device)
     return f"a backend for {device}" + (f" ({' or '.join(names)})" if names else "")

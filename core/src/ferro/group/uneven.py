@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from ferro.arrays import InputArray, dtype_named, name_of
+from ferro.arrays import InputArray, dtype_from_name, dtype_name
 from ferro.backend import Backend
 from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import OutputBuffer, flat
@@ -122,7 +122,7 @@ def write_header(head: Array, dtype: np.dtype, layout: Layout) -> None:
     row_shape, rows = layout.shape[1:], layout.rows
     head[0] = len(row_shape)
     packing = _packing(len(row_shape), len(rows))
-    packing.pack_into(head.data, 1, name_of(dtype).encode(), *row_shape, *rows)
+    packing.pack_into(head.data, 1, dtype_name(dtype).encode(), *row_shape, *rows)
 
 
 def read_header(head: Array, world_size: int) -> tuple[np.dtype, Layout]:
@@ -130,7 +130,7 @@ def read_header(head: Array, world_size: int) -> tuple[np.dtype, Layout]:
     axes = int(head[0])
     name, *numbers = _packing(axes, world_size).unpack_from(head.data, 1)
     row_shape, rows = tuple(numbers[:axes]), numbers[axes:]
-    return dtype_named(name.rstrip(b"\0").decode()), Layout.of(rows, row_shape)
+    return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(rows, row_shape)
 
 
 @lru_cache(maxsize=256)

@@ -67,7 +67,7 @@ class World:
 
     def _meet(self, number: int, *, explicit: bool) -> Meeting:
         info, deadline = self._info, self._deadline
-        if info.nothing_to_meet_at:
+        if info.lacks_rendezvous_address:
             name = self._backend or backends.default(info.launcher)
             introduce = backends.get(name).introduce if name else None
             if introduce is not None:

@@ -49,5 +49,5 @@ def gpu_backend() -> str:
 
 def installed_parts(device: Device) -> list[BackendInfo]:
     """Return the installed backends for arrays on a device that are made of no others."""
-    infos = [backends.get(name) for name in backends.taking(device)]
+    infos = [backends.get(name) for name in backends.supporting(device)]
     return [info for info in infos if not info.composes]

@@ -41,7 +41,7 @@ class LaunchInfo:
     provenance: tuple[tuple[str, str], ...] = ()
 
     @property
-    def nothing_to_meet_at(self) -> bool:
+    def lacks_rendezvous_address(self) -> bool:
         """Whether the ranks are on several hosts, and nothing says where to meet."""
         here = self.local_world_size == self.world_size
         return not here and self.store is None and self.master is None
