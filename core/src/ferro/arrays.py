@@ -159,9 +159,7 @@ def _imported(value: Input, what: str) -> tuple[Array, Device, _Converter]:
     """Return the memory of a user's array, its device, and the converter of results."""
     device, converter = _CPU, None
     array: Array
-    if type(value) is np.ndarray:  # the common case comes first
-        array = value
-    elif isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif (library := type(value).__module__.partition(".")[0]) == "cupy":
         array, device = value, _CUDA  # type: ignore[assignment]

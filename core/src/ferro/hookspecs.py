@@ -102,8 +102,8 @@ class BackendInfo:
         name: users' name for it, unique among all plugins.
         summary: one line for `ferro backends`.
         probe: says whether it can be used on this machine. It is quick, never raises, and imports nothing native.
-        create: connects this rank and returns its backend. Every rank calls it, and it does the heavy imports. It
-            raises `BackendUnavailable` when the backend cannot be used here, `RendezvousError` when a rank is missing.
+        create: connects this rank, on every rank, and returns its backend; it does the heavy imports. It raises
+            `BackendUnavailable` when the backend cannot be used here, `RendezvousError` when a rank is missing.
         devices: the devices of the arrays that it takes.
         default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …) under which
             `ferro.init()` takes this backend; "*" for every launcher that no other backend claims.

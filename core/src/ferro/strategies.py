@@ -24,11 +24,7 @@ def get(name: str) -> Strategy:
 
 
 def info(name: str) -> StrategyInfo:
-    """Return the description of a strategy, without importing it.
-
-    Raises:
-        PluginError: it is not installed, two plugins claim the name, or a plugin is broken.
-    """
+    """Return the description of a strategy, without importing it; raises as `get` does."""
     plugins = installed()
     plugins.require_all()
     offer = by_name(plugins.offers("ferro_strategies", StrategyInfo), "strategy").get(name)

@@ -44,11 +44,7 @@ class RankKilled(BaseException):
 
 
 class SimulatedTransport:
-    """The message queues between all ranks of one simulated world, with their clocks and faults.
-
-    Raises:
-        UsageError: `world_size` is less than 1.
-    """
+    """The message queues between all ranks of one simulated world, with their clocks and faults."""
 
     def __init__(self, world_size: int, faults: Sequence[Fault] = (), network: Network | None = None) -> None:
         if world_size < 1:
@@ -62,8 +58,8 @@ class SimulatedTransport:
         self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
         self._changed = threading.Condition()
 
-    def send(self, source: int, target: int, tag: int, message: Array) -> None:
-        """Queue a copy of a message for another rank."""
+    def send(self, source: int, target: int, tag: int, message: Array) -> bool:
+        """Queue a copy of a message for another rank; False when that rank is gone."""
         with self._changed:
             fault = self._faults.get((source, self._sent[source]))
             self._sent[source] += 1
@@ -72,25 +68,26 @@ class SimulatedTransport:
                 self._changed.notify_all()
                 raise RankKilled(f"rank {source} was killed by its fault")
             if target in self._gone:
-                raise PeerLost("it has left the simulation", peer=target)
+                return False
             if fault is not None and fault.kind == "drop":
-                return
+                return True
             arrival = self.clocks[source] + (fault.seconds if fault is not None else 0.0)
             if self._network is not None:
                 latency_s, bandwidth = self._network.link(source, target)
                 arrival += latency_s + message.nbytes / bandwidth
             self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival))
             self._changed.notify_all()
+            return True
 
-    def recv(self, source: int, target: int, tag: int, deadline: float) -> Array:
-        """Wait for the next message from `source` with this tag."""
+    def recv(self, source: int, target: int, tag: int, deadline: float) -> Array | None:
+        """Wait for the next message from `source` with this tag; None when that rank is gone."""
         key = (source, target, tag)
         with self._changed:
             while not self._queues.get(key):
                 if context_of(tag) in self._aborted:
                     raise GroupClosed("the group was aborted")
                 if source in self._gone:
-                    raise PeerLost("it has left the simulation", peer=source)
+                    return None
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"nothing came from rank {source}")
@@ -116,24 +113,12 @@ class SimulatedTransport:
 
 
 class SimulatedBackend(Backend):
-    """One simulated rank of a group.
-
-    Args:
-        transport: moves the messages of the whole world.
-        ranks: the ranks in the world of the group's members.
-        rank: this rank in the group.
-        choice: which algorithm serves which call.
-        context: the group's number; 0 for the world.
-    """
+    """One simulated rank of a group, whose members are `ranks` of the world; `context` is the group's number."""
 
     def __init__(
-        self,
-        transport: SimulatedTransport,
-        ranks: Sequence[int],
-        rank: int,
-        choice: Choice | None = None,
+        self, transport: SimulatedTransport, ranks: Sequence[int], rank: int, choice: Choice | None = None,
         context: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(rank, len(ranks), choice)
         self._transport = transport
         self._ranks = tuple(ranks)
@@ -141,18 +126,10 @@ class SimulatedBackend(Backend):
 
     @classmethod
     def create_group(
-        cls,
-        world_size: int,
-        *,
-        choice: Choice | None = None,
-        faults: Sequence[Fault] = (),
+        cls, world_size: int, *, choice: Choice | None = None, faults: Sequence[Fault] = (),
         network: Network | None = None,
-    ) -> list[SimulatedBackend]:
-        """Make the backends of a whole world, one for each rank's thread.
-
-        Raises:
-            UsageError: `world_size` is less than 1.
-        """
+    ) -> list[SimulatedBackend]:  # fmt: skip
+        """Make the backends of a whole world, one for each rank's thread."""
         transport = SimulatedTransport(world_size, faults, network)
         return [cls(transport, range(world_size), rank, choice) for rank in range(world_size)]
 
@@ -162,17 +139,15 @@ class SimulatedBackend(Backend):
         return self._transport.clocks[self._ranks[self.rank]]
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        try:
-            self._transport.send(self._ranks[self.rank], self._ranks[peer], in_context(tag, self._context), buffer)
-        except PeerLost as error:
-            raise PeerLost(str(error), peer=peer) from None
+        source, target = self._ranks[self.rank], self._ranks[peer]
+        if not self._transport.send(source, target, in_context(tag, self._context), buffer):
+            raise PeerLost("it has left the simulation", peer=peer)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[peer], self._ranks[self.rank]
-        try:
-            message = self._transport.recv(source, target, in_context(tag, self._context), deadline)
-        except PeerLost as error:
-            raise PeerLost(str(error), peer=peer) from None
+        message = self._transport.recv(source, target, in_context(tag, self._context), deadline)
+        if message is None:
+            raise PeerLost("it has left the simulation", peer=peer)
         if message.nbytes != buffer.nbytes:
             raise CollectiveMismatch(
                 f"rank {self.rank} expected {buffer.nbytes} bytes; rank {peer} sent {message.nbytes}", peer=peer
