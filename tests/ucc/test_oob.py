@@ -14,7 +14,7 @@ from ferro.errors import GroupClosed
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer
 from ferro_ucc.abi import UccStatus
 from ferro_ucc.oob import OobAllGather, OobCallbacks
-from ferro_ucc.waiting import AbortFlag, Backoff, PeerLiveness
+from ferro_ucc.waiting import AbortFlag, PeerLiveness, PollBackoff
 
 SECRET = b"a secret of thirty-two characters"
 PATIENT_S = 20.0
@@ -138,14 +138,14 @@ def test_at_the_deadline_the_library_is_told():
     assert isinstance(callbacks.error, TimeoutError)
 
 
-def wait_out(patience: Backoff) -> None:
+def wait_out(patience: PollBackoff) -> None:
     while True:
         patience.pause()
 
 
 def test_a_wait_ends_at_its_deadline():
     with pytest.raises(TimeoutError, match="deadline"):
-        wait_out(Backoff(time.monotonic() + 0.03, AbortFlag(MemoryStore()), NO_PEER_LOST))
+        wait_out(PollBackoff(time.monotonic() + 0.03, AbortFlag(MemoryStore()), NO_PEER_LOST))
 
 
 def test_a_wait_ends_by_an_abort_here_or_elsewhere():
@@ -155,11 +155,11 @@ def test_a_wait_ends_by_an_abort_here_or_elsewhere():
     here.set()
     for abort in (here, elsewhere):  # the other rank finds it in the store
         with pytest.raises(GroupClosed, match="aborted"):
-            wait_out(Backoff(time.monotonic() + PATIENT_S, abort, NO_PEER_LOST))
+            wait_out(PollBackoff(time.monotonic() + PATIENT_S, abort, NO_PEER_LOST))
 
 
 def test_an_abort_wakes_a_wait_that_began():
     abort = AbortFlag(MemoryStore())
     threading.Thread(target=abort.set).start()
     with pytest.raises(GroupClosed):
-        wait_out(Backoff(time.monotonic() + PATIENT_S, abort, NO_PEER_LOST))
+        wait_out(PollBackoff(time.monotonic() + PATIENT_S, abort, NO_PEER_LOST))

@@ -21,7 +21,7 @@ from ferro.types import Array
 from ferro_ucc import operations
 from ferro_ucc.abi import MAX_TEAM_ID
 from ferro_ucc.context import Context
-from ferro_ucc.reductions import NativeReduction, native_reduction
+from ferro_ucc.reductions import UccReduction, native_reduction
 from ferro_ucc.team import Team
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class UccBackend(CollectivesOnlyBackend):
                 self._context.abandon(self._team)
             self._context.close()
 
-    def _native(self, reduction: Reduction) -> NativeReduction | None:
+    def _native(self, reduction: Reduction) -> UccReduction | None:
         """Return UCC's codes for a reduction; None if its result would not be the one that was asked for."""
         native = native_reduction(reduction)
         if native is not None and self.choice.deterministic and not native.exact:

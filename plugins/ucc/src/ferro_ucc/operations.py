@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from ferro.types import Array
 from ferro_ucc import abi
-from ferro_ucc.reductions import NativeReduction
+from ferro_ucc.reductions import UccReduction
 
 _BYTES = abi.UccDatatype.UINT8
 _WIDE = abi.ArgsFlag.COUNT_64BIT | abi.ArgsFlag.DISPLACEMENTS_64BIT
@@ -98,7 +98,7 @@ def scatter(block: Array, source: Array | None, counts: Sequence[int], root: int
     return operation
 
 
-def all_reduce(buffer: Array, native: NativeReduction) -> Operation:
+def all_reduce(buffer: Array, native: UccReduction) -> Operation:
     """Reduce `buffer` in place on all ranks."""
     operation = Operation.make(abi.CollType.ALL_REDUCE, abi.ArgsFlag.IN_PLACE)
     operation.args.op = native.op
@@ -106,7 +106,7 @@ def all_reduce(buffer: Array, native: NativeReduction) -> Operation:
     return operation
 
 
-def reduce(buffer: Array, native: NativeReduction, root: int, rank: int) -> Operation:
+def reduce(buffer: Array, native: UccReduction, root: int, rank: int) -> Operation:
     """Reduce `buffer` in place at the root."""
     flags = abi.ArgsFlag.IN_PLACE if rank == root else 0
     operation = Operation.make(abi.CollType.REDUCE, flags, root)
@@ -116,7 +116,7 @@ def reduce(buffer: Array, native: NativeReduction, root: int, rank: int) -> Oper
     return operation
 
 
-def reduce_scatter(source: Array, out: Array, counts: Sequence[int], native: NativeReduction) -> Operation:
+def reduce_scatter(source: Array, out: Array, counts: Sequence[int], native: UccReduction) -> Operation:
     """Reduce `source`, and put this rank's block into `out`."""
     operation = Operation.make(abi.CollType.REDUCE_SCATTER_V, _WIDE)
     operation.args.op = native.op

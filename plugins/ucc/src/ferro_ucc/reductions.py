@@ -19,7 +19,7 @@ from ferro_ucc.abi import UccDatatype, UccOp
 
 
 @dataclass(frozen=True, slots=True)
-class NativeReduction:
+class UccReduction:
     """A reduction of UCC.
 
     Attributes:
@@ -49,13 +49,13 @@ _FLOATING = {"float32": UccDatatype.FLOAT32, "float64": UccDatatype.FLOAT64}
 _ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
-def native_reduction(reduction: Reduction) -> NativeReduction | None:
+def native_reduction(reduction: Reduction) -> UccReduction | None:
     """Return UCC's codes for a reduction; None when the ranks must carry it out with NumPy."""
     op, dtype = reduction.op, reduction.dtype
     if op is None or not dtype.isnative:
         return None
     if dtype.name in _INTEGERS:
-        return NativeReduction(_INTEGERS[dtype.name], _OPS[op], exact=True)
+        return UccReduction(_INTEGERS[dtype.name], _OPS[op], exact=True)
     if dtype.name in _FLOATING and op in _ROUNDED:
-        return NativeReduction(_FLOATING[dtype.name], _OPS[op], exact=False)
+        return UccReduction(_FLOATING[dtype.name], _OPS[op], exact=False)
     return None

@@ -12,7 +12,7 @@ from ferro_ucc.context import Context
 from ferro_ucc.library import is_running, request_status
 from ferro_ucc.oob import OobAllGather, OobCallbacks
 from ferro_ucc.operations import Operation
-from ferro_ucc.waiting import AbortFlag, Backoff, PeerLiveness
+from ferro_ucc.waiting import AbortFlag, PeerLiveness, PollBackoff
 
 if TYPE_CHECKING:
     from ferro.rendezvous import Store
@@ -67,7 +67,7 @@ class Team:
             oob=self._callbacks.table,
             id=self._number,
         )
-        handle, backoff = c_void_p(), Backoff(deadline, self.abort, self._liveness)
+        handle, backoff = c_void_p(), PollBackoff(deadline, self.abort, self._liveness)
         try:
             with self._context.lock:
                 status = library.status(
@@ -108,7 +108,7 @@ class Team:
                 library.status("ucc_collective_post", request)
             assert request.value is not None
             status = request_status(request.value)
-            backoff = Backoff(deadline, self.abort, self._liveness)
+            backoff = PollBackoff(deadline, self.abort, self._liveness)
             while is_running(status.value):
                 context.progress()
                 backoff.pause()

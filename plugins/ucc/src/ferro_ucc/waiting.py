@@ -84,7 +84,7 @@ class PeerLiveness:
                 raise PeerLost("it ended without a farewell, as the job's store noticed", peer=peer)
 
 
-class Backoff:
+class PollBackoff:
     """The pauses between the polls of one wait, which grow longer until an abort, a death or the deadline ends it.
 
     Args:
