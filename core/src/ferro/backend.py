@@ -1,13 +1,11 @@
 """Backend: the contract that a communication backend implements.
 
-An author writes `send`, `recv` and `close`. Every other method has a default that is built on those
-three, and a backend overrides it where its library does better. `ProcessGroup` checks each call
-first, so a backend sees only one-dimensional contiguous buffers of a dtype and device that it
-declared, and never a user's array.
+An author writes `send`, `recv` and `close`. Every other method has a default that is built on those three, and a
+backend overrides it where its library does better. `ProcessGroup` checks each call first, so a backend sees only
+one-dimensional contiguous buffers of a dtype and device that it declared, and never a user's array.
 
-A backend raises `TimeoutError` when a deadline passes, `PeerLost(peer=…)` when a rank is gone,
-`CollectiveMismatch` when labels differ, and `GroupClosed` after `abort`. The group adds the place
-to the message and tells the other ranks.
+A backend raises `TimeoutError` when a deadline passes, `PeerLost(peer=…)` when a rank is gone, `CollectiveMismatch`
+when labels differ, and `GroupClosed` after `abort`. The group adds the place to the message and tells the other ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from ferro.types import Array, Device
 
 
 class Completion(Protocol):
-    """The end of operations that were launched on a device's queue."""
+    """A handle on operations that were launched on a device's queue."""
 
     def done(self) -> bool:
         """Say whether the operations have ended. Never blocks."""
@@ -35,27 +33,28 @@ class Completion(Protocol):
     def wait(self) -> None:
         """Order this thread's next operations on the device after these; raise their failure.
 
-        The device's queue may do the waiting instead of the thread.
+        The device's queue may wait instead of the thread.
         """
 
 
 class Backend(ABC):
     """Moves buffers between the ranks of one group.
 
-    A buffer belongs to the backend from the call until the call returns. `send` and `recv` may be
-    called from several threads at once, with different peers or tags. A `deadline` is an absolute
-    `time.monotonic()` second; a call raises `TimeoutError` when its deadline passes.
+    A buffer belongs to the backend from the call until the call returns. `send` and `recv` may be called from several
+    threads at once, with different peers or tags. A `deadline` is an absolute `time.monotonic()` second; a call raises
+    `TimeoutError` when its deadline passes.
 
     Attributes:
         rank: this process's rank in the group.
         world_size: number of ranks in the group.
-        devices: the devices whose buffers this backend takes; None for all that its `BackendInfo`
-            names.
-        streams: the devices on which a method only launches its operation before it returns. The
-            operation ends later, in the order of the device's own queue; see `launched`.
-        labels_frames: True when the backend carries the label of the current call (`self.call`) in
-            its own frames and compares it. The default agreement is then left out where the frames
-            of the collective itself reach every rank, and transfers need no label message.
+        choice: the rules by which the defaults choose an algorithm; `choice.deterministic` holds for overrides, too.
+        call: the collective that is under way, as every rank must call it.
+        devices: the devices whose buffers this backend takes; None for all that its `BackendInfo` names.
+        streams: the devices on which a method only launches its operation before it returns. The operation ends later,
+            in the order of the device's own queue; see `launched`.
+        labels_frames: True when the backend carries the label of the current call (`self.call`) in its own frames and
+            compares it. The default agreement is then left out where the frames of the collective itself reach every
+            rank, and transfers need no label message.
     """
 
     devices: tuple[Device, ...] | None = None
@@ -67,7 +66,7 @@ class Backend(ABC):
         self.world_size = world_size
         self.choice = choice or Choice()
         self.call = Call("barrier")
-        self._senders = defaults.Senders()
+        self._sender_threads = defaults.SenderThreads()
 
     @abstractmethod
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
@@ -94,10 +93,10 @@ class Backend(ABC):
     ) -> None:
         """Do all these (peer, buffer) transfers at the same time; return when all are done.
 
-        Messages between two ranks match in the order given. The call never deadlocks, whatever the
-        order in which the peers make theirs.
+        Messages between two ranks match in the order given. The call never deadlocks, whatever the order in which the
+        peers make theirs.
         """
-        self._senders.exchange(self, sends, recvs, tag=tag, deadline=deadline)
+        self._sender_threads.exchange(self, sends, recvs, tag=tag, deadline=deadline)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """Begin a collective: make sure that every rank makes this call, before data moves.
@@ -119,8 +118,8 @@ class Backend(ABC):
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend | None:
         """Make the backend of a group of some of these ranks, of which this rank is one.
 
-        The default, None, lets ferro make a `SubgroupBackend`, which translates ranks and tags and
-        moves everything through this backend.
+        The default returns None, and ferro then makes a `SubgroupBackend`, which translates ranks and tags and moves
+        everything through this backend.
 
         Args:
             ranks: the members' ranks in this group, in the order of their new ranks.
@@ -129,18 +128,17 @@ class Backend(ABC):
         return None
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
-        """Make the backends of all the groups into which this group parts at once.
+        """Make the backends of all the groups into which this group is split at once.
 
-        For a library that makes groups only so: every rank of this group calls it as a collective;
+        A library that can make groups only together overrides this. Every rank of this group calls it as a collective;
         a rank that joins no group gives None for `ranks`, and gets None.
         """
         return None if ranks is None else self.subgroup(ranks, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Make the backend of the ranks that are left after this group died.
+        """Make the backend of the ranks that survive after this group died; the arguments are those of `subgroup`.
 
-        Takes the arguments of `subgroup`. A backend whose connections between the living outlast
-        the death of a group overrides this.
+        A backend whose connections between the survivors outlast the death of a group overrides this.
         """
         raise UnsupportedError(
             f"{type(self).__name__} cannot go on after a rank is lost: restart the job, for "
@@ -149,7 +147,7 @@ class Backend(ABC):
         )
 
     def launched(self) -> Completion:
-        """Make the end of what this thread launched last on one of the `streams`."""
+        """Make a handle on the operation that this thread launched last on one of the `streams`."""
         raise UnsupportedError(f"{type(self).__name__} launches nothing")
 
     @property
@@ -157,11 +155,10 @@ class Backend(ABC):
         """The tag of the collective that is under way."""
         return collective_tag(self.call.seq)
 
-    # -- the collectives; the default of each runs a schedule
-    # ---------------------------------------
+    # -- the collectives; the default of each runs a schedule --------------------------------------
 
     def barrier(self, *, deadline: float) -> None:
-        """Return when every rank has called it."""
+        """Wait until every rank has called it."""
         defaults.barrier(self, deadline)
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
@@ -173,11 +170,11 @@ class Backend(ABC):
         defaults.reduce(self, buffer, reduction, root, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
-        """Fill `buffer` with the root's."""
+        """Fill `buffer` with that of the root."""
         defaults.broadcast(self, buffer, root, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
-        """Fill `buffer`, block by block of `counts` elements; this rank's block is in its place."""
+        """Fill `buffer`, block by block of `counts` elements; this rank's block is in it already."""
         defaults.all_gather(self, buffer, counts, deadline)
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:

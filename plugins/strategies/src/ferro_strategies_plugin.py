@@ -1,7 +1,7 @@
-"""What ferro-strategies offers to ferro: its strategies, and `ferro show`.
+"""Hook implementations that offer the strategies of this distribution and the command `ferro show`.
 
-A module beside the package, not in it: asking what is installed must not import the layers and
-optimizers that the package's own first line re-exports.
+This module lies beside the package, because importing the package would import all layers and optimizers, which listing
+the installed plugins must not do.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ Draw what a strategy would do, before anything runs; `ferro show NAME --help` te
 
 
 def _show(arguments: Sequence[str]) -> int:
-    """Let the strategy that is named first draw itself, or print help; return the exit status.
+    """Run the drawing command of the strategy in the first argument, or print help; return the exit status.
 
     Raises:
         UsageError: no strategy is named, or the named one draws nothing.
@@ -94,7 +94,7 @@ def _show(arguments: Sequence[str]) -> int:
     drawing = [name for name in strategies.available() if strategies.info(name).show is not None]
     there_is = f"There is: {', '.join(drawing) or 'nothing'}"
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{_SHOW_HELP}\n{there_is}.")  # noqa: T201 - a command talks
+        print(f"{_SHOW_HELP}\n{there_is}.")  # noqa: T201 - a command prints
         return 0
     question = f"what is to be shown? {there_is}"
     if not arguments or arguments[0].startswith("-"):

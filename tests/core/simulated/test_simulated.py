@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro.collectives.cost import Network
+from ferro.collectives.network import Network
 from ferro.errors import CollectiveTimeout, PeerLost, UsageError
 from ferro.simulated import Fault, SimulatedBackend, simulate
 from ferro_testing.conformance import CHECKS, Case

@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferro.collectives.partition import even_sizes
 from ferro_strategies.dtensor import Shard
 from ferro_strategies.dtensor.local_shapes import local_slices, shard_slice
-from ferro_strategies.parts import even_sizes
 
 from .arrays_on_mesh import placement_changes
 

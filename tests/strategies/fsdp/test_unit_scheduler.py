@@ -40,7 +40,7 @@ class Calls:
 
 
 class Waits(Module):
-    """A layer in whose halves so many operations must end: `forward` and `backward`, by name."""
+    """A layer that waits in its passes for numbers of ended operations, by name: `forward` and `backward`."""
 
     def __init__(self, calls):
         self.inner = Linear(2, 2, dtype=np.float64, rng=0)
@@ -71,7 +71,7 @@ def test_the_next_unit_is_gathered_and_the_last_reduced_while_one_computes(shard
         model = shard(group, Sequential(*layers), sharding=ShardingStrategy(sharding))
         group.barrier()
         before = group.broadcast_object(calls.count("all_gather") if group.rank == 0 else 0)
-        # Counted over both ranks. In the forward half of one unit the next must come.
+        # Counted over both ranks. During the forward pass of one unit the next one must be gathered.
         a, b, _ = layers
         a.forward = {"all_gather": before + 2 * ranks}
         b.forward = {"all_gather": before + 3 * ranks}
@@ -117,7 +117,7 @@ def test_the_order_of_operations(options, backward):
 
 
 def test_units_inside_checkpoint_are_gathered_again_and_ahead():
-    """They do not stay between the halves; the scheduler learns that from the first pullback."""
+    """They do not stay until the backward pass; the scheduler learns that from the first pullback."""
     calls = Calls()
 
     def run(group):

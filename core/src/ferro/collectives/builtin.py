@@ -1,4 +1,4 @@
-"""The algorithms that core brings along, offered through the same hook as everyone's."""
+"""The algorithms of core, which it offers through the same hook as plugins offer theirs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from ferro.collectives import direct, ring, tree
 from ferro.collectives.schedule import Build, CollectiveInfo
 
 
-def _info(
-    collective: str, algorithm: str, build: Build, summary: str, *, combines_once: bool = False
-) -> CollectiveInfo:
+def _info(collective: str, name: str, build: Build, summary: str, *, combines_once: bool = False) -> CollectiveInfo:
     return CollectiveInfo(
-        collective=collective, algorithm=algorithm, build=build, combines_once=combines_once, summary=summary
+        collective=collective, algorithm=name, build=build, combines_once=combines_once, summary=summary
     )
 
 

@@ -1,7 +1,7 @@
-"""Which algorithm serves which call.
+"""The choice of the algorithm that serves a call.
 
-All ranks must choose alike, so the choice depends only on what they share: the collective, the
-number of ranks, the size of the whole call and whether all contributions must meet at once.
+All ranks must choose alike, so the choice depends only on what they share: the collective, the number of ranks, the
+size of the whole call, and whether all contributions must be combined at once.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from ferro.errors import UsageError
 if TYPE_CHECKING:
     from ferro.collectives.schedule import CollectiveInfo, Schedule
 
-
-# Up to this many ranks everyone talks to everyone at once; beyond, neighbours do.
-_DIRECT_RANKS = 16
+_DIRECT_RANKS = 16  # up to this many ranks, every rank talks to all others at once
 _SMALL_BYTES = 32 * 1024
 _TREE_BYTES = 256 * 1024
-# Up to this size the number of messages counts for more than the bytes that pass one rank:
-# measured over TCP with 4 ranks on 2 cores, a star takes 60 to 70 % of the time of direct.
+# Up to this size the number of messages counts for more than the bytes that pass one rank: measured over TCP with 4
+# ranks on 2 cores, a star takes 60 to 70 % of the time of direct.
 _STAR_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The rules by which a group chooses.
+    """The rules by which a group chooses algorithms.
 
     Attributes:
         deterministic: always reduce in order of rank.
@@ -39,11 +37,7 @@ class Choice:
     fixed: Mapping[str, CollectiveInfo] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse algorithms that cannot be had together with determinism.
-
-        Raises:
-            UsageError: a fixed algorithm does not reduce in order of rank.
-        """
+        """Raise UsageError if a fixed algorithm does not reduce in order of rank, but determinism is asked for."""
         for info in self.fixed.values():
             reduces = info.collective in ("all_reduce", "reduce", "reduce_scatter")
             if self.deterministic and reduces and not info.combines_once:
@@ -53,18 +47,14 @@ class Choice:
                 )
 
     def algorithm(self, collective: str, world_size: int, nbytes: int, *, at_once: bool = False) -> CollectiveInfo:
-        """Return the algorithm for a call.
+        """Choose the algorithm for a call whose whole buffer has `nbytes`, the same on every rank.
 
-        Args:
-            collective: its name.
-            world_size: number of ranks.
-            nbytes: size of the call's whole buffer, the same on every rank.
-            at_once: all contributions must be combined at once.
+        With `at_once`, all contributions must be combined at once.
         """
         at_once = at_once or self.deterministic
-        asked = self.fixed.get(collective)
-        if asked is not None and (asked.combines_once or not at_once):
-            return asked
+        fixed = self.fixed.get(collective)
+        if fixed is not None and (fixed.combines_once or not at_once):
+            return fixed
         return _builtin(collective, _rule(collective, world_size, nbytes, at_once))
 
 
@@ -98,7 +88,7 @@ def _rule(collective: str, world_size: int, nbytes: int, at_once: bool) -> str:
 
 @lru_cache(maxsize=64)
 def _builtin(collective: str, algorithm: str) -> CollectiveInfo:
-    # Here, for the algorithms are only needed when one is to run: `import ferro` stays quick.
+    # The import stands here so that `import ferro` stays quick.
     from ferro.collectives.builtin import BUILTIN
 
     return next(info for info in BUILTIN if (info.collective, info.algorithm) == (collective, algorithm))
@@ -106,5 +96,5 @@ def _builtin(collective: str, algorithm: str) -> CollectiveInfo:
 
 @lru_cache(maxsize=1024)
 def build(info: CollectiveInfo, rank: int, world_size: int, root: int) -> Schedule:
-    """Return the schedule of `info` for one rank, remembering it."""
+    """Build the schedule of one rank, or take it from the cache."""
     return info.build(rank, world_size, root)

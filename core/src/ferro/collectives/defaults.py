@@ -1,7 +1,7 @@
-"""The defaults of a backend: agreement, concurrent transfers, and each collective as a schedule.
+"""The defaults of a backend: agreement on the call, concurrent transfers, and each collective as a schedule.
 
-`ferro.Backend` calls these functions where a backend has nothing better. They need of a backend
-only what `Transport` names.
+`ferro.Backend` calls these functions where a backend has nothing better; each collective here is the default of the
+method with its name. They use only the part of a backend that `Transport` lists.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ferro.collectives.choice import Choice, build
-from ferro.collectives.executor import Exchanger, Execution
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch
+from ferro.collectives.executor import Exchanger, Execution, Transfer
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
 from ferro.collectives.partition import blocks, near_equal
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
@@ -23,12 +23,12 @@ from ferro.types import Array
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-# The bound is never met: the pool makes a thread only when none is idle, and a sender that waits
-# for its peer must not hold up the senders of another group.
+# The bound is never met: the pool makes a thread only when none is idle, and a sender that waits for its peer must not
+# hold up the senders of another group.
 _MAX_SENDERS = 4096
 
-# In these calls some ranks only send, and so would not notice a rank that calls something else: the
-# root where it sends to all, the other ranks where the root collects.
+# In these calls some ranks only send, and so would not notice a rank that calls something else: the root where it sends
+# to all, the other ranks where the root collects.
 _ROOT_SENDS = ("broadcast", "scatter")
 _ROOT_RECEIVES = ("reduce", "gather")
 _STAR_RANKS = 16  # up to this many ranks, all of them can report to rank 0 at once
@@ -36,7 +36,7 @@ _EMPTY = np.empty(0, np.uint8)
 
 
 class Transport(Exchanger, Protocol):
-    """The part of a backend that the defaults use; see `ferro.Backend` for each attribute."""
+    """The part of a backend that the defaults use; see `ferro.Backend` for each attribute and method."""
 
     world_size: int
     choice: Choice
@@ -44,37 +44,26 @@ class Transport(Exchanger, Protocol):
     labels_frames: bool
 
     @property
-    def tag(self) -> int:
-        """The tag of the collective that is under way."""
-
-    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """See `ferro.Backend.send`."""
-
-    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """See `ferro.Backend.recv`."""
+    def tag(self) -> int: ...
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
 
 
-class Senders:
-    """Threads that send while the caller receives: an `exchange` out of `send` and `recv`."""
+class SenderThreads:
+    """Threads that send while the caller receives: an `exchange` made of `send` and `recv`."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
     def exchange(
-        self,
-        transport: Transport,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        *,
-        tag: int,
-        deadline: float,
+        self, transport: Transport, sends: Sequence[Transfer], recvs: Sequence[Transfer], *, tag: int, deadline: float
     ) -> None:
         """Do all transfers at the same time: every destination has a sending thread of its own."""
         by_peer: dict[int, list[Array]] = {}
         for peer, buffer in sends:
             by_peer.setdefault(peer, []).append(buffer)
-        # Imported here, for it imports logging, and most backends have an exchange of their own.
+        # The import stands here since it imports logging, and most backends have an exchange of their own.
         from concurrent.futures import ThreadPoolExecutor, wait
 
         with self._lock:
@@ -96,15 +85,12 @@ class Senders:
 
 
 def agree(transport: Transport, call: Call, deadline: float) -> None:
-    """Compare this rank's call with the other ranks' calls.
+    """Compare this rank's call with the other ranks' calls, and raise CollectiveMismatch if they differ.
 
-    Labels pass round in log2(n) rounds (the dissemination barrier), so that a rank returns only
-    when all ranks have come. A backend that labels its frames needs this for rooted calls of many
-    ranks only: with few ranks, all report to rank 0, which then lets the root of a call that sends
-    go on, and at the end of a call that collects (`release`) lets all ranks go.
-
-    Raises:
-        CollectiveMismatch: another rank makes another call; the message names both calls.
+    Labels pass round in log2(n) rounds (the dissemination barrier), so that a rank returns only when all ranks have
+    come. A backend that labels its frames needs this for rooted calls of many ranks only. With few ranks, all report to
+    rank 0, which then lets the root of a call that sends go on, and at the end of a call that collects (`release`) lets
+    all ranks go.
     """
     rooted = call.op in _ROOT_SENDS or call.op in _ROOT_RECEIVES
     few = transport.world_size <= _STAR_RANKS
@@ -115,16 +101,15 @@ def agree(transport: Transport, call: Call, deadline: float) -> None:
         theirs = np.empty(LABEL_BYTES, np.uint8)
         distance = 1
         while distance < transport.world_size:
-            to = (transport.rank + distance) % transport.world_size
+            target = (transport.rank + distance) % transport.world_size
             source = (transport.rank - distance) % transport.world_size
-            transport.exchange([(to, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline)
-            if theirs.tobytes() != call.label():
-                raise mismatch(transport.rank, call, source, theirs.tobytes())
+            transport.exchange([(target, mine)], [(source, theirs)], tag=transport.tag, deadline=deadline)
+            compare_labels(transport.rank, call, source, theirs.tobytes())
             distance *= 2
 
 
 def _report(transport: Transport, call: Call, deadline: float) -> None:
-    """Show rank 0 an empty frame, and with it the label, of every rank."""
+    """Send rank 0 an empty frame, which carries the label, from every rank."""
     answered = call.op in _ROOT_SENDS and call.root != 0
     if transport.rank != 0:
         awaited = [(0, _EMPTY)] if answered and transport.rank == call.root else []
@@ -146,36 +131,30 @@ def release(transport: Transport, deadline: float) -> None:
 
 
 def barrier(transport: Transport, deadline: float) -> None:
-    """See `ferro.Backend.barrier`."""
     if transport.labels_frames:  # otherwise `agree` was a barrier already
         _run(transport, "barrier", [], 0, deadline=deadline)
 
 
 def all_reduce(transport: Transport, buffer: Array, reduction: Reduction, deadline: float) -> None:
-    """See `ferro.Backend.all_reduce`."""
     _run(transport, "all_reduce", buffer, buffer.nbytes, reduction=reduction, deadline=deadline)
 
 
 def reduce(transport: Transport, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
-    """See `ferro.Backend.reduce`."""
     _run(transport, "reduce", buffer, buffer.nbytes, root, reduction=reduction, deadline=deadline)
     release(transport, deadline)
 
 
 def broadcast(transport: Transport, buffer: Array, root: int, deadline: float) -> None:
-    """See `ferro.Backend.broadcast`."""
     _run(transport, "broadcast", buffer, buffer.nbytes, root, deadline=deadline)
 
 
 def all_gather(transport: Transport, buffer: Array, counts: Sequence[int], deadline: float) -> None:
-    """See `ferro.Backend.all_gather`."""
     _run(transport, "all_gather", blocks(buffer, counts), buffer.nbytes, deadline=deadline)
 
 
 def gather(
     transport: Transport, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
-    """See `ferro.Backend.gather`."""
     if out is not None:
         blocks(out, counts)[root][...] = block
     chunks = _rooted_chunks(transport, block, out, counts)
@@ -186,7 +165,6 @@ def gather(
 def scatter(
     transport: Transport, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
-    """See `ferro.Backend.scatter`."""
     chunks = _rooted_chunks(transport, block, source, counts)
     _run(transport, "scatter", chunks, sum(counts) * block.itemsize, root, deadline=deadline)
     if source is not None:
@@ -196,41 +174,30 @@ def scatter(
 def reduce_scatter(
     transport: Transport, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
-    """See `ferro.Backend.reduce_scatter`."""
-    info = transport.choice.algorithm(
-        "reduce_scatter", transport.world_size, source.nbytes, at_once=reduction.needs_all
-    )
-    schedule = build(info, transport.rank, transport.world_size, 0)
-    written = {c for r in schedule.rounds for recv in r.recvs for c in recv.chunks}
+    n, me = transport.world_size, transport.rank
+    info = transport.choice.algorithm("reduce_scatter", n, source.nbytes, at_once=reduction.needs_all)
+    schedule = build(info, me, n, 0)
     chunks = blocks(source, counts)
-    for number in written - {transport.rank}:
-        chunks[number] = chunks[number].copy()
-    out[...] = chunks[transport.rank]
-    chunks[transport.rank] = out
-    once = info.combines_once
-    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=once)
+    for number in {c for r in schedule.rounds for recv in r.recvs for c in recv.chunks} - {me}:
+        chunks[number] = chunks[number].copy()  # the schedule writes into it, and `source` must not change
+    out[...] = chunks[me]
+    chunks[me] = out
+    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
     execution.run(tag=transport.tag, deadline=deadline)
-    if not once:
+    if not info.combines_once:
         reduction.finish(out)
 
 
 def all_to_all(
-    transport: Transport,
-    source: Array,
-    out: Array,
-    send_counts: Sequence[int],
-    recv_counts: Sequence[int],
-    deadline: float,
+    transport: Transport, source: Array, out: Array, sent: Sequence[int], received: Sequence[int], deadline: float
 ) -> None:
-    """See `ferro.Backend.all_to_all`."""
     n, me = transport.world_size, transport.rank
-    outgoing, incoming = blocks(source, send_counts), blocks(out, recv_counts)
-    incoming[me][...] = outgoing[me]
+    outgoing, incoming = blocks(source, sent), blocks(out, received)
     chunks: list[Array | None] = [None] * (n * n)
-    for other in range(n):
-        if other != me:
-            chunks[me * n + other] = outgoing[other]
-            chunks[other * n + me] = incoming[other]
+    chunks[me * n : (me + 1) * n] = outgoing
+    chunks[me::n] = incoming
+    chunks[me * n + me] = None  # this block stays here
+    incoming[me][...] = outgoing[me]
     # The ranks may have different sizes here, so no size may enter the choice of the algorithm.
     _run(transport, "all_to_all", chunks, 0, deadline=deadline)
 
@@ -245,15 +212,14 @@ def _run(
     reduction: Reduction | None = None,
     deadline: float,
 ) -> None:
-    """Run the chosen schedule over ready chunks, or over a buffer cut into equal ones."""
+    """Run the chosen schedule over the given chunks, or over a buffer cut into equal ones."""
     at_once = reduction is not None and reduction.needs_all
     info = transport.choice.algorithm(collective, transport.world_size, nbytes, at_once=at_once)
     schedule = build(info, transport.rank, transport.world_size, root)
     chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
-    once = info.combines_once
-    execution = Execution(schedule, chunks, transport, reduction=reduction, at_once=once)
+    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
     execution.run(tag=transport.tag, deadline=deadline)
-    if reduction is not None and not once and isinstance(data, np.ndarray):
+    if reduction is not None and not info.combines_once and isinstance(data, np.ndarray):
         reduction.finish(data)
 
 

@@ -1,11 +1,11 @@
 """Reductions that need every rank's contribution at once, written for any library's transfers.
 
-A backend uses them where its library has no such reduction: each rank gathers all contributions to
-some elements and combines them in order of rank, by NumPy's arithmetic (`Reduction.into`).
+A backend uses them where its library has no such reduction: each rank gathers all contributions to some elements and
+combines them in order of rank, by NumPy's arithmetic (`Reduction.into`).
 
     small buffer    every rank gathers all contributions and combines them all
-    large buffer    segment by segment: rank r receives block r of the segment from all ranks and
-                    combines it; then all ranks gather the combined blocks
+    large buffer    segment by segment: rank r receives block r of the segment from all ranks and combines it; then all
+                    ranks gather the combined blocks
 
        contributions to a segment      rank 0   | a0 | a1 | a2 |
                                        rank 1   | b0 | b1 | b2 |   all_to_all: rank 1 has a1 b1 c1
@@ -32,21 +32,18 @@ SMALL_BYTES = 256 << 10  # all contributions together
 class ReductionTransfers(Protocol):
     """The memory and the transfers of one reduction.
 
-    The arithmetic between two transfers may raise on one rank only. A transfer must then raise on
-    the other ranks, too, rather than wait for the failed rank for ever.
+    The arithmetic between two transfers may raise on one rank only. A transfer must then raise on the other ranks, too,
+    rather than wait for the failed rank for ever.
     """
 
     def empty(self, count: int, dtype: np.dtype) -> Array:
         """Allocate an array of `count` elements on the device of the reduced arrays."""
 
     def all_gather(self, buffer: Array, counts: Sequence[int]) -> None:
-        """Fill `buffer`, block by block of `counts` elements; this rank's block is in its place."""
+        """Fill `buffer`, block by block of `counts` elements; this rank's block is in it already."""
 
     def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
-        """Send each rank r `counts[r]` elements of `source` from `offsets[r]` on.
-
-        `out` takes one block from every rank, in order of rank; the blocks are of equal size.
-        """
+        """Send each rank r `counts[r]` elements of `source` from `offsets[r]` on; `out` takes equal blocks, by rank."""
 
 
 class GatheredReduction:
@@ -89,10 +86,7 @@ class GatheredReduction:
             self._combine(segment, [0] * n, counts, segment[: counts[self._rank]])
 
     def reduce_scatter(self, source: Array, out: Array, counts: Sequence[int]) -> None:
-        """Reduce `source`, block by block of `counts` elements; put this rank's block into `out`.
-
-        `source` is not changed.
-        """
+        """Reduce `source`, which is not changed, block by block of `counts` elements; put this rank's into `out`."""
         starts = _starts(counts)
         segments = self._segments(source.nbytes)
         for index, segment in enumerate(near_equal(out, segments)):  # a part of every rank's block

@@ -1,10 +1,9 @@
-"""Half precision reduced in float32, in blocks that stay in the cache, and rounded once.
+"""Reduce half precision in float32, in blocks that stay in the cache, and round the result once.
 
-NumPy's own casts from and to float16 go number by number, and slowly where numbers are subnormal,
-as small gradients are: with them, reducing four operands of a million takes 7 ms, and 80 of small
-numbers. So float16 is widened through a table of all its values and rounded with arithmetic on
-whole blocks: 3 ms for both. The casts of bfloat16 (by ml_dtypes) are quick. Results have the same
-bits as those of the casts.
+NumPy's own casts from and to float16 go number by number, and slowly where numbers are subnormal, as small gradients
+are: with them, reducing four operands of a million numbers takes 7 ms, and 80 ms where the numbers are subnormal. So
+float16 is widened through a table of all its values and rounded with arithmetic on whole blocks: 3 ms for both. The
+casts of bfloat16 (by ml_dtypes) are quick. Results have the same bits as those of the casts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _BLOCK = 32 * 1024  # elements: the scratch of a block is 512 KiB, the table of values 256 KiB
-_FEW = 256  # elements for which preparing blocks takes longer than casting them one by one
+_SMALL = 256  # elements for which preparing blocks takes longer than casting them one by one
 
 # The bits of float32 and float16.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -34,7 +33,7 @@ _SIGN = np.uint32(0x8000)
 
 
 class _Scratch(threading.local):
-    """Memory for a block, of each thread's own, so that threads may reduce at the same time."""
+    """Memory for a block; each thread has its own, so that threads may reduce at the same time."""
 
     def __init__(self) -> None:
         self.total = np.empty(_BLOCK, np.float32)
@@ -46,25 +45,20 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def reduce_halves(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
-    """Reduce float16 or bfloat16 operands, left to right, into `out`.
+def reduce_half_precision(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
+    """Reduce float16 or bfloat16 operands, left to right, by a function on float32; divide the result, and round it.
 
-    Args:
-        function: the reduction, on float32.
-        operands: one-dimensional and of equal length; not changed, but where one is `out`.
-        out: takes the result; it may be one of the operands.
-        divisor: what the result is divided by before it is rounded.
+    The operands are one-dimensional and of equal length. None is changed, except one that is `out`.
     """
-    # Infinities, and what becomes of their differences, are results as others are.
+    # Infinities and NaN are results like others, without a warning.
     with np.errstate(over="ignore", invalid="ignore"):
-        if out.size <= _FEW or not isinstance(out, np.ndarray):
+        if out.size <= _SMALL or not isinstance(out, np.ndarray):
             _reduce_whole(function, operands, out, divisor)
         else:
             _reduce_blocks(function, operands, out, divisor)
 
 
 def _reduce_blocks(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
-    """Reduce block by block, in memory that stays in the caches."""
     widen, narrow = (_widen, _narrow) if out.dtype == np.float16 else (_cast, _cast)
     for start in range(0, out.size, _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -80,7 +74,7 @@ def _reduce_blocks(function: np.ufunc, operands: Sequence[Array], out: Array, di
 
 
 def _reduce_whole(function: np.ufunc, operands: Sequence[Array], out: Array, divisor: int) -> None:
-    """Reduce whole arrays, as is best for small ones and for those on a GPU."""
+    """Reduce whole arrays, which is best for small ones and for those on a GPU."""
     total = operands[0].astype(np.float32)
     for operand in operands[1:]:
         function(total, operand.astype(np.float32), out=total)
@@ -101,12 +95,12 @@ def _widen(halves: Array, out: npt.NDArray[np.float32]) -> None:
 
 @lru_cache(maxsize=1)
 def _values() -> npt.NDArray[np.float32]:
-    """Return the value of every float16, by its bits."""
+    """List the values of all float16 numbers, in the order of their bits."""
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 def _narrow(numbers: npt.NDArray[np.float32], out: Array) -> None:
-    """Round float32 to float16; `numbers` are scratch."""
+    """Round float32 to float16; `numbers` is scratch memory."""
     signed = numbers.view(np.uint32)
     bits = np.bitwise_and(signed, _MAGNITUDE, out=_scratch.bits[: signed.size])
     if bits.max() >= _TOO_LARGE:
@@ -116,17 +110,12 @@ def _narrow(numbers: npt.NDArray[np.float32], out: Array) -> None:
 
 
 def _round(signed: npt.NDArray[np.uint32], bits: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]) -> None:
-    """Round float32 numbers below 65520 to float16, all of them given and returned as bits.
+    """Round float32 numbers below 65520 to float16; `signed` and their magnitudes `bits` are scratch memory.
 
-    A number with exponent e keeps the multiple of 2**(e-10) nearest to it, or of 2**-24 where it
-    is subnormal in float16. Such is the last place of m = 2**(e+13), so that adding m rounds it,
-    and the multiple is the difference of the sum's bits and m's. It contains the leading bit,
-    which counts as one more in the exponent; and so the exponent that is put above is e + 14.
-
-    Args:
-        signed: the numbers; scratch.
-        bits: their magnitudes; scratch.
-        out: takes the result.
+    A number with exponent e is rounded to the nearest multiple of 2**(e-10), or of 2**-24 where it is subnormal in
+    float16. That is the last place of m = 2**(e+13), so adding m rounds the number, and the multiple is the difference
+    between the bits of the sum and those of m. The difference contains the leading bit, which counts as one more in the
+    exponent, so the exponent added to it is e + 14.
     """
     magic = np.bitwise_and(bits, _EXPONENT, out=_scratch.magic[: bits.size])
     np.maximum(magic, _LEAST_NORMAL, out=magic)

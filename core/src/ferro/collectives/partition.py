@@ -1,4 +1,4 @@
-"""Cutting a buffer into chunks: views, never copies."""
+"""Divide a number of elements, or a buffer, among ranks; pieces of a buffer are views, never copies."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from itertools import accumulate
 from ferro.types import Array
 
 
+def even_sizes(total: int, parts: int) -> tuple[int, ...]:
+    """Divide `total` as numpy.array_split does: the first parts get one more than the others.
+
+    even_sizes(7, 3) == (3, 2, 2)
+    """
+    least, longer = divmod(total, parts)
+    return (least + 1,) * longer + (least,) * (parts - longer)
+
+
 def near_equal(buffer: Array, parts: int) -> list[Array]:
-    """Cut a buffer into `parts` views whose sizes differ by at most one element."""
+    """Cut a buffer into `parts` views whose sizes differ by at most one; the longer ones are spread evenly."""
     bounds = [buffer.size * i // parts for i in range(parts + 1)]
     return [buffer[bounds[i] : bounds[i + 1]] for i in range(parts)]
 

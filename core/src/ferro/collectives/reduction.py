@@ -1,7 +1,7 @@
-"""How operands are combined: the arithmetic of every reduction, in one place.
+"""The arithmetic of every reduction.
 
-Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the
-number of ranks, before that rounding.
+Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the number of ranks, before that
+rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ferro.collectives.half import reduce_halves
+from ferro.collectives.half import reduce_half_precision
 from ferro.errors import UnsupportedError, UsageError
 from ferro.types import Array, ReduceOp
 
@@ -29,17 +29,15 @@ _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.BOR: np.bitwise_or,
     ReduceOp.BXOR: np.bitwise_xor,
 }
-_HALF = ("float16", "bfloat16")
+_HALF_PRECISION = ("float16", "bfloat16")
 _WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 _ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
 _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 
 def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
-    """Return the reduction `op` over `dtype` for `ranks` ranks; see `Reduction`."""
-    if isinstance(op, str):
-        return _named_reduction(op, dtype, ranks)
-    return Reduction(op, dtype, ranks)
+    """Make the reduction `op`, or take it from a cache where it is named."""
+    return _named_reduction(op, dtype, ranks) if isinstance(op, str) else Reduction(op, dtype, ranks)
 
 
 @lru_cache(maxsize=256)
@@ -51,19 +49,14 @@ class Reduction:
     """A reduction over one dtype, for a given number of ranks.
 
     Attributes:
+        op: the operation, None for a user's function.
         name: the operation's name, "callable" for a user's function.
-        needs_all: True when the result is right only if all contributions meet in one
-            `combine`, in order of rank: half precision, whose partial results must not be
-            rounded, and users' functions, which may not be commutative.
+        needs_all: True when the result is right only if one call combines all contributions, in order of rank: half
+            precision, whose partial results must not be rounded, and users' functions, which may not be commutative.
     """
 
     def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
-        """Make the reduction `op`.
-
-        Raises:
-            UsageError: no operation has that name.
-            UnsupportedError: the operation is not defined for `dtype`.
-        """
+        """Raise UsageError if no operation has the name `op`, UnsupportedError if it is not defined for `dtype`."""
         self.dtype = dtype
         self.ranks = ranks
         self.op = _named(op)
@@ -71,22 +64,22 @@ class Reduction:
         self._function = _function(op if self.op is None else _UFUNCS[self.op])
         if self.op is not None:
             _check(self.op, dtype)
-        self._divides = self.op is ReduceOp.MEAN
-        self._half: np.ufunc | None = None  # where it is done in float32, by which function
-        if self.op in _WIDENED and dtype.name in _HALF:
-            self._half = _UFUNCS[self.op]
-        self.needs_all = self._half is not None or self.op is None
+        self._is_mean = self.op is ReduceOp.MEAN
+        self._widened: np.ufunc | None = None  # the function on float32 by which half precision is reduced
+        if self.op in _WIDENED and dtype.name in _HALF_PRECISION:
+            self._widened = _UFUNCS[self.op]
+        self.needs_all = self._widened is not None or self.op is None
 
     def combine(self, operands: Sequence[Array], own: int, *, at_once: bool) -> None:
-        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch.
+        """Reduce `operands`, left to right, into `operands[own]`; the others are scratch memory.
 
         Args:
             operands: one-dimensional and of equal length, in order of rank.
-            own: which of them takes the result.
-            at_once: these are all contributions there are; a mean is completed.
+            own: the index of the operand that takes the result.
+            at_once: the operands are all contributions; a mean is completed.
         """
-        if self._half is not None:
-            self._reduce_halves(self._half, operands, operands[own], at_once)
+        if self._widened is not None:
+            self.into(operands[own], operands, at_once=at_once)
             return
         total = operands[0]
         for index in range(1, len(operands)):
@@ -97,16 +90,16 @@ class Reduction:
             self.finish(total)
 
     def into(self, out: Array, operands: Sequence[Array], *, at_once: bool) -> None:
-        """Reduce `operands`, left to right, into `out`: the bits that `combine` gives.
+        """Reduce `operands`, left to right, into `out`, with the same bits as `combine`.
 
         Args:
             out: takes the result. It is apart from all operands, or one of the first two itself.
-            operands: at least one; one-dimensional, of equal length, in order of rank. None is
-                changed, but the one that is `out`.
-            at_once: these are all contributions there are; a mean is completed.
+            operands: at least one; one-dimensional, of equal length, in order of rank. None is changed, except one that
+                is `out`.
+            at_once: the operands are all contributions; a mean is completed.
         """
-        if self._half is not None:
-            self._reduce_halves(self._half, operands, out, at_once)
+        if self._widened is not None:
+            reduce_half_precision(self._widened, operands, out, self.ranks if at_once and self._is_mean else 1)
             return
         count = len(operands)
         if count > 1:
@@ -115,21 +108,16 @@ class Reduction:
                 self._function(out, operands[index], out)
         elif out is not operands[0]:
             out[...] = operands[0]
-        if at_once and self._divides:
+        if at_once and self._is_mean:
             self.finish(out)
 
     def finish(self, result: Array) -> None:
         """Complete a mean of which `result` is the sum, in place."""
-        if self._divides:
+        if self._is_mean:
             np.true_divide(result, self.ranks, out=result)
-
-    def _reduce_halves(self, function: np.ufunc, operands: Sequence[Array], out: Array, at_once: bool) -> None:
-        divisor = self.ranks if at_once and self._divides else 1
-        reduce_halves(function, operands, out, divisor)
 
 
 def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
-    """Return the named operation, or None for a user's function."""
     if isinstance(op, str):
         try:
             return ReduceOp(op)
@@ -142,19 +130,18 @@ def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
 
 
 def _function(op: object) -> ReduceFunction:
-    """Return what is called as (a, b, out); ufuncs take `out` by its name only."""
+    """Make a function (a, b, out) of a ufunc, which takes `out` by its name only, or of a user's function."""
     if isinstance(op, np.ufunc):
         return lambda a, b, out: op(a, b, out=out)
     assert callable(op)
-    return lambda a, b, out: _called(op, a, b, out)
 
+    def call_function(a: Array, b: Array, out: Array) -> None:
+        try:
+            op(a, b, out)
+        except UnsupportedError as error:  # it must not be taken for the backend's refusal
+            raise RuntimeError(f"the function given as op raised {error!r}") from error
 
-def _called(op: ReduceFunction, a: Array, b: Array, out: Array) -> None:
-    """Call a user's function; what it raises must not look like a backend's refusal."""
-    try:
-        op(a, b, out)
-    except UnsupportedError as error:
-        raise RuntimeError(f"the function given as op raised {error!r}") from error
+    return call_function
 
 
 def _check(op: ReduceOp, dtype: np.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The algorithms on offer, ours and those of plugins, and one by name."""
+"""The algorithms that installed plugins offer, listed and by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ferro.plugins.registry import Offer, installed
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Return collective -> names of the algorithms that installed plugins offer for it."""
+    """List, for each collective, the names of the algorithms that installed plugins offer."""
     found: dict[str, list[str]] = {}
     offers, _ = installed().survey("ferro_collectives", CollectiveInfo)
     for collective, algorithm in sorted(_table(offers)):
@@ -19,32 +19,30 @@ def available() -> dict[str, tuple[str, ...]]:
 
 
 def get(collective: str, algorithm: str) -> CollectiveInfo:
-    """Return an algorithm.
+    """Find an algorithm by name.
 
     Raises:
-        UsageError: nobody offers it; lists those that there are.
+        UsageError: no plugin offers it; the message lists those on offer.
         PluginError: two plugins offer it under one name, or a plugin is broken.
     """
     installed().require_all()
-    offers = installed().offers("ferro_collectives", CollectiveInfo)
-    claims = _table(offers).get((collective, algorithm), [])
+    claims = _table(installed().offers("ferro_collectives", CollectiveInfo)).get((collective, algorithm), [])
     if not claims:
-        if collective not in available():
-            there = ", ".join(available())
-            raise UsageError(f"there is no collective {collective!r}; there are: {there}")
-        others = ", ".join(available()[collective])
+        offered = available()
+        if collective not in offered:
+            raise UsageError(f"there is no collective {collective!r}; there are: {', '.join(offered)}")
+        others = ", ".join(offered[collective])
         raise UsageError(f"no algorithm {algorithm!r} for {collective!r}; there are: {others}")
     if len(claims) > 1:
-        distributions = " and by ".join(distribution for _, distribution in claims)
+        distributions = " and by ".join(offer.distribution for offer in claims)
         raise PluginError(
             f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: uninstall one of them"
         )
-    return claims[0][0]
+    return claims[0].item
 
 
-def _table(offers: Iterable[Offer[CollectiveInfo]]) -> dict[tuple[str, str], list[tuple[CollectiveInfo, str]]]:
-    table: dict[tuple[str, str], list[tuple[CollectiveInfo, str]]] = {}
+def _table(offers: Iterable[Offer[CollectiveInfo]]) -> dict[tuple[str, str], list[Offer[CollectiveInfo]]]:
+    table: dict[tuple[str, str], list[Offer[CollectiveInfo]]] = {}
     for offer in offers:
-        key = (offer.item.collective, offer.item.algorithm)
-        table.setdefault(key, []).append((offer.item, offer.distribution))
+        table.setdefault((offer.item.collective, offer.item.algorithm), []).append(offer)
     return table

@@ -1,22 +1,21 @@
-"""What an algorithm is: rounds of sends and receives, as plain values.
+"""Algorithms as data: a schedule is one rank's rounds of sends and receives, as plain values.
 
-An algorithm is a pure function `build(rank, world_size, root) -> Schedule`. The buffer that a
-collective works on is cut into numbered chunks (`Schedule.chunks` of them); a schedule says, for
-one rank, which chunks go to whom and which come from whom, round by round. It holds no array
-and moves no byte: the executor, the checker, the cost and the picture all read the same value.
+An algorithm is a pure function `build(rank, world_size, root) -> Schedule`. The buffer that a collective works on is
+cut into numbered chunks (`Schedule.chunks` of them). A schedule lists, for one rank, the chunks that go to and come
+from each peer, round by round. It holds no array and moves no byte: the executor, the checker, the cost and the drawing
+all read the same value.
 
 The meaning of a round
-    1. Everything in a round happens at the same time: sends read the chunks as they were when
-       the round began.
-    2. A message is `Send(peer, chunks)` here and `Recv(peer, chunks, …)` with the same chunks, in
-       the same order, there. Messages between two ranks arrive in the order of their rounds.
+    1. Everything in a round happens at the same time: sends read the chunks as they were when the round began.
+    2. A message is `Send(peer, chunks)` on one rank and `Recv(peer, chunks, …)` with the same chunks, in the same
+       order, on the other. Messages between two ranks arrive in the order of their rounds.
     3. `Recv(reduce=False)` overwrites the chunks.
-    4. `Recv(reduce=True)` combines. When a chunk is received from several peers in one round, or
-       is combined with what this rank already holds, the operands are taken in order of rank,
-       this rank's own at its place: ((x_a op x_b) op x_c) with a < b < c. So an algorithm in
-       which every chunk is reduced from single contributions gives rank-order results.
+    4. `Recv(reduce=True)` combines. When a chunk is received from several peers in one round, or is combined with the
+       value that this rank already holds, the operands are taken in order of rank, this rank's own at its place:
+       ((x_a op x_b) op x_c) with a < b < c. So an algorithm in which every chunk is reduced from single contributions
+       gives rank-order results.
 
-What the chunks are, at the start and at the end
+The chunks of each collective, at the start and at the end
     all_reduce      any number of chunks; all ranks hold a contribution; all hold the reduction
     reduce          the same; the root holds the reduction
     broadcast       any number of chunks; the root holds them; all hold them
@@ -54,7 +53,7 @@ class Recv:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one rank does at the same time."""
+    """The transfers that one rank does at the same time."""
 
     sends: tuple[Send, ...] = ()
     recvs: tuple[Recv, ...] = ()
@@ -62,7 +61,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one rank does in a collective: its rounds, over `chunks` chunks."""
+    """One rank's rounds in a collective, over `chunks` chunks."""
 
     chunks: int
     rounds: tuple[Round, ...]
@@ -74,14 +73,14 @@ Build: TypeAlias = Callable[[int, int, int], Schedule]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveInfo:
-    """An algorithm on offer.
+    """An algorithm that a plugin offers.
 
     Attributes:
-        collective: what it does: "all_reduce", "broadcast", … (see `collectives.schedule`).
+        collective: the collective that it does: "all_reduce", "broadcast", … (see `ferro.collectives.schedule`).
         algorithm: its name, unique for the collective.
         build: pure function (rank, world_size, root) -> Schedule.
-        combines_once: True when every reduced chunk is made in one round from the contributions
-            of all ranks, and so in order of rank and with a single rounding.
+        combines_once: True when every reduced chunk is made in one round from the contributions of all ranks, and so in
+            order of rank and with a single rounding.
         summary: one line for people.
     """
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from ferro.backend import Backend
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch, transfer_call
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
 from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
 from ferro.group.failure_agreement import CallSite, FailureAgreement
 from ferro.group.group_info import GroupInfo
@@ -197,20 +197,16 @@ class Dispatcher:
         if not self.backend.labels_frames:
             label = np.empty(LABEL_BYTES, np.uint8)
             self.backend.recv(label, peer, tag=tag, deadline=deadline)
-            expected = transfer_call(buffer)
-            if label.tobytes() != expected.label():
-                raise mismatch(self.backend.rank, expected, peer, label.tobytes())
+            compare_labels(self.backend.rank, transfer_call(buffer), peer, label.tobytes())
         self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, deadline: float) -> None:
         """Send one message and receive another at the same time."""
         if not self.backend.labels_frames:
             mine = transfer_call(source).label()
-            expected = transfer_call(target)
             label = np.empty(LABEL_BYTES, np.uint8)
             self.backend.exchange([(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline)
-            if label.tobytes() != expected.label():
-                raise mismatch(self.backend.rank, expected, src, label.tobytes())
+            compare_labels(self.backend.rank, transfer_call(target), src, label.tobytes())
         self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
 
     def check_open(self, op: str) -> None:

@@ -15,8 +15,8 @@ from typing import Literal
 
 from ferro.backend import Backend
 from ferro.collectives.choice import Choice
-from ferro.collectives.cost import Network
 from ferro.collectives.label import context_of, in_context
+from ferro.collectives.network import Network
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, UsageError
 from ferro.types import Array
 

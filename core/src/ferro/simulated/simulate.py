@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ferro.collectives.choice import Choice
-from ferro.collectives.cost import Network
+from ferro.collectives.network import Network
 from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost
 from ferro.group.group_info import GroupInfo
 from ferro.group.process_group import ProcessGroup

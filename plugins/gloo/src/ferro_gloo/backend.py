@@ -17,18 +17,17 @@ from ferro_gloo.shm.bootstrap import LocalHost, bootstrap_all_gather
 from ferro_gloo.shm.transfer import ShmTransfers
 from ferro_gloo.tcp.backend import TcpBackend
 
-# The names that `backend_options` may hold, each True by default: the ranks of one host share
-# memory, and use the native helper where it is built.
+# The names that `backend_options` may hold, each True by default: "shared_memory" lets the ranks of one host share
+# memory; "native_helper" lets them use the native helper where it is built.
 _OPTIONS = ("shared_memory", "native_helper")
 
 
 class GlooBackend(Backend):
     """One rank of a group.
 
-    The collectives of ranks on one host go through shared memory; those of several hosts through
-    shared memory within and TCP between; and over TCP alone where no two ranks share a host, or
-    hosts have no shared memory. The members choose together: the world's when they connect, those
-    of other groups when their first collective begins.
+    The collectives of ranks on one host use shared memory. Those of several hosts use shared memory within a host and
+    TCP between hosts, or TCP alone where no two ranks share memory. All ranks of a group make this choice together: for
+    the world when they connect, for another group when its first collective begins.
 
     Args:
         flat: the group over TCP.
@@ -90,7 +89,7 @@ class GlooBackend(Backend):
             self._collectives = self._choose_collectives(self._flat, deadline)
         self._selected = self._collectives
         if self.choice.fixed:  # algorithms that the user asked for run over TCP
-            self._flat.begin(call)  # a rank that calls something else may wait for this one on TCP
+            self._flat.begin(call)  # a rank that makes another call may wait for this one on TCP
             self._selected = self._flat if call.op in self.choice.fixed else self._collectives
         self._selected.agree(call, deadline=deadline)
 
@@ -165,10 +164,10 @@ class GlooBackend(Backend):
         self._flat.close()
 
     def _choose_collectives(self, bootstrap: TcpBackend, deadline: float) -> Backend:
-        """Choose, together with all members, the backend of this group's collectives.
+        """Choose the backend of this group's collectives; all ranks of the group call this together.
 
         Args:
-            bootstrap: a group of the same members, for the messages about it.
+            bootstrap: a group of the same ranks, which carries the messages of the choice.
             deadline: absolute `time.monotonic()` second.
         """
         hosts = self._host.group_by_host(self._flat.ranks)
@@ -188,7 +187,7 @@ class GlooBackend(Backend):
     def _split_hosts_without_memory(
         self, hosts: list[list[int]], shares: bool, bootstrap: TcpBackend, deadline: float
     ) -> list[list[int]]:
-        """Make single-rank hosts of the ranks whose host has no region; all members call it."""
+        """Make single-rank hosts of the ranks whose host has no region; all ranks of the group call it."""
         answers = bootstrap_all_gather(bootstrap, bytes([shares]), deadline)
         found: list[list[int]] = []
         for members in hosts:

@@ -10,7 +10,7 @@ import numpy as np
 from ferro import Backend, Device
 from ferro.arrays import device_of
 from ferro.backend import Completion
-from ferro.collectives.label import LABEL_BYTES, mismatch, transfer_call
+from ferro.collectives.label import LABEL_BYTES, compare_labels, transfer_call
 from ferro.types import Array
 
 from .routes import Routes
@@ -122,9 +122,7 @@ class Transfers:
         Raises:
             CollectiveMismatch: dtype, size or device differ.
         """
-        expected = transfer_call(buffer)
-        if label.tobytes() != expected.label():
-            raise mismatch(self._p2p.rank, expected, peer, label.tobytes())
+        compare_labels(self._p2p.rank, transfer_call(buffer), peer, label.tobytes())
 
 
 def _label(buffer: Array) -> Array:

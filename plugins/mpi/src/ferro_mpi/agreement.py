@@ -1,7 +1,7 @@
-"""Agreement: before data moves, the ranks of one host compare their calls in shared memory.
+"""Agreement: the ranks of one host compare their calls in shared memory before they exchange data.
 
-When a rank returns from it, all other ranks are in the same call. Only then MPI's collectives can
-be used, which neither notice another call nor give up waiting.
+When `agree` returns on a rank, all other ranks are in the same call. MPI's collectives need that, because they neither
+notice a different call nor stop waiting.
 
 Each rank writes one word, the digest of its call and the call's number, and reads the other ranks'
 words. The words are double-buffered by the parity of the number: before a rank writes its word for
@@ -11,11 +11,11 @@ call k + 2, it has seen the words of all ranks for call k + 1, so all have read 
     rank 0     word 0   →    word 1   →    word 0
     rank 1     word 0   →    word 1   →    …
 
-Small operands can come along: a rank writes its operand into its slot before its word, and reads
-the others' once all words have come. So a collective needs one synchronisation of the ranks, not
-two, which counts where ranks are more than cores and each one costs switches between processes.
+Small operands can be shared in the same step: a rank writes its operand into its slot before its word, and reads the
+others' operands once all words are there. So a collective needs one synchronisation of the ranks, not two, which is
+faster where there are more ranks than cores and each synchronisation costs switches between processes.
 
-Where ranks share no memory they agree by the default of `ferro.Backend`, which sends messages.
+Where ranks share no memory they use the default agreement of `ferro.Backend`, which sends messages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ferro_mpi.waiting import Backoff, WaitMonitor
 
 _NUMBER_BITS = 16
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
-_DIGEST_BYTES = 5  # with the number's bits a word stays a positive 64-bit number
+_DIGEST_BYTES = 5  # with the bits of the call's number, a word is a positive 64-bit number
 _MOST_CACHED = 1024
 _PROGRESS_EVERY = 16  # reads between calls of MPI's progress
 
@@ -42,7 +42,7 @@ class SharedMemoryAgreement:
     """Agreement of one rank with all others on its host.
 
     Args:
-        memory: the group's.
+        memory: the group's shared memory.
         monitor: ends the waits.
         rank: this rank.
         world_size: number of ranks.
@@ -58,7 +58,7 @@ class SharedMemoryAgreement:
         self._slot_views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
         self._digests: dict[bytes, int] = {}
         self._written_labels = [b"", b""]
-        # By parity: the index of this rank's word, and (index, rank) of the others'.
+        # For each parity: the index of this rank's word, and (index, rank) of the other ranks' words.
         self._own = [memory.word_index(rank, parity) for parity in (0, 1)]
         others = [other for other in range(world_size) if other != rank]
         self._others = [[(memory.word_index(r, parity), r) for r in others] for parity in (0, 1)]
@@ -69,8 +69,7 @@ class SharedMemoryAgreement:
 
         Args:
             call: this rank's call.
-            operand: at most `GroupMemory.slot_bytes`; ranks that agree have the same dtype and
-                size.
+            operand: at most `GroupMemory.slot_bytes` long, of the same dtype and size on all ranks of one call.
             deadline: absolute `time.monotonic()` second.
         """
         parity = (self._number + 1) & 1
@@ -123,7 +122,7 @@ class SharedMemoryAgreement:
             backoff()
 
     def _view_slots(self, parity: int, operand: Array) -> Sequence[Array]:
-        """View the slots of a parity as operands like this one; remember the views."""
+        """View the slots of a parity as arrays like `operand`; cache the views."""
         views = [
             self._memory.slot(rank, parity)[: operand.nbytes].view(operand.dtype) for rank in range(self._world_size)
         ]

@@ -1,4 +1,4 @@
-"""The backend whose collectives are MPI's own."""
+"""MpiBackend: the backend whose collectives are MPI's own."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _WITH_OPERANDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 class MpiBackend(Backend):
     """One rank of a group.
 
-    A collective begins when all ranks agree on it; then MPI's own carries it out. Algorithms that
-    the user fixed, and blocks beyond MPI's counts, are schedules over messages instead. Where ranks
-    are more than cores, small operands come along with the agreement, and NumPy reduces or copies
-    them: that is quicker than to agree and then to synchronise again in MPI.
+    A collective begins when all ranks agree on it; then MPI's own collective runs. Algorithms that the user has fixed,
+    and blocks too large for MPI's counts, run as schedules of messages instead. Where there are more ranks than cores,
+    small operands are shared with the agreement, and NumPy reduces or copies them: that is quicker than to agree and
+    then synchronise again in MPI.
 
     Args:
         communicator: the group's communicators.
         choice: the algorithm for each call.
 
     Attributes:
-        largest: most elements that one MPI call counts; larger calls are cut, or are schedules. The
-            same on all ranks.
+        largest: the largest number of elements in one MPI call, the same on all ranks. Larger calls are cut into
+            several, or run as schedules.
     """
 
     largest = _LARGEST
@@ -51,7 +51,7 @@ class MpiBackend(Backend):
         self._run_native = communicator.run
         self._fixed = frozenset(choice.fixed)
         self._native_ops: dict[Reduction, MPI.Op | None] = {}
-        # Those of them that all_reduce uses without further questions.
+        # The subset of `_native_ops` with which all_reduce always calls MPI.
         self._direct_ops: dict[Reduction, MPI.Op] = {}
         self._agreement: SharedMemoryAgreement | None = None
         self._shares_operands = False
@@ -64,7 +64,7 @@ class MpiBackend(Backend):
             self._share_bytes = communicator.memory.slot_bytes
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """See `Backend.agree`; a call that may share operands agrees once it has them."""
+        """See `Backend.agree`; a call that may share operands agrees later, in `_share`."""
         self.call = call
         if self._agreement is None:
             super().agree(call, deadline=deadline)
@@ -72,10 +72,9 @@ class MpiBackend(Backend):
             self._agreement.agree(call, deadline)
 
     def _share(self, operand: Array | None, deadline: float) -> Sequence[Array] | None:
-        """Share all ranks' operands, if they are small enough to come along with the agreement.
+        """Agree, and share all ranks' operands if they are small.
 
-        Otherwise, or where ranks have operands of different sizes (None), the result is None, and
-        the ranks have agreed without them.
+        The result is None, and the ranks have only agreed, if operands are large or differ in size (`operand` is None).
         """
         if not self._shares_operands:
             return None
@@ -116,7 +115,7 @@ class MpiBackend(Backend):
         reduction.finish(buffer)
 
     def _all_reduce(self, buffer: Array, reduction: Reduction, deadline: float) -> None:
-        """Reduce in the way that suits; remember reductions that are always MPI's own."""
+        """Reduce by MPI, NumPy or a schedule; remember the reductions that MPI always does."""
         shared = self._share(buffer, deadline)
         if shared is not None:
             reduction.into(buffer, shared, at_once=True)
@@ -173,7 +172,7 @@ class MpiBackend(Backend):
             self._run_native(comm.Reduce_scatter, comm.Ireduce_scatter, arguments, deadline)
             reduction.finish(out)
 
-    # -- movements -------------------------------------------------------------------------------
+    # -- data movement ---------------------------------------------------------------------------
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
@@ -256,7 +255,7 @@ class MpiBackend(Backend):
     def _largest_count(self, source: Array, out: Array, even: bool, deadline: float) -> int:
         """Find the most elements that any rank sends or receives, the same on all ranks."""
         most = max(source.size, out.size)
-        if even:  # sizes are in the call's label, so they agree
+        if even:  # sizes are in the call's label, so all ranks have the same
             return most
         largest = np.array([most], np.int64)
         comm = self._comm
@@ -283,7 +282,7 @@ class MpiBackend(Backend):
         return None if part is None else MpiBackend(part, self.choice)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Make the survivors' group, on an MPI that recovers (ULFM)."""
+        """Make the survivors' group, with an MPI that can go on after a death (ULFM)."""
         return MpiBackend(self._communicator.shrink(ranks), self.choice)
 
     def abort(self) -> None:
@@ -291,7 +290,7 @@ class MpiBackend(Backend):
         self._communicator.abort()
 
     def close(self) -> None:
-        """Leave the group. Other ranks that still call it lose this one."""
+        """Leave the group. Other ranks that still use it get PeerLost."""
         self._communicator.close()
 
     # -- shared by the collectives ---------------------------------------------------------------
@@ -309,7 +308,7 @@ class MpiBackend(Backend):
         return self._native_ops[reduction]
 
     def _gathered(self, reduction: Reduction, deadline: float) -> GatheredReduction:
-        """Make a reduction that NumPy does once all contributions have come."""
+        """Make a reduction that gathers all contributions and reduces them with NumPy."""
         communicator = self._communicator
         transfers = MpiTransfers(self._comm, lambda request, buffers: communicator.wait_for(request, buffers, deadline))
         return GatheredReduction(transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES)

@@ -1,4 +1,4 @@
-"""One rank's MPI communicators in a group, and calls on them that end by a deadline."""
+"""MpiCommunicator: one rank's communicators in a group, with calls that end at a deadline."""
 
 from __future__ import annotations
 
@@ -33,14 +33,13 @@ _NOTHING = np.empty(0, np.uint8)
 class MpiCommunicator:
     """One rank's two communicators in a group.
 
-    Both are the group's alone, so nothing mixes with the user's messages or another group's: `comm`
-    has native collectives and the user's transfers, the control communicator has the messages of
-    schedules, of agreements and of aborts.
+    No other group uses them, so no messages mix. `comm` carries native collectives and the user's transfers; the
+    control communicator carries the messages of schedules, agreements and aborts.
 
     Args:
         library: the MPI of this process.
-        comm: a communicator of exactly the group's ranks, in order; ours from now on.
-        timeout_s: seconds that making this object, or another one from it, may take.
+        comm: a communicator of exactly the group's ranks, in order; this object owns and frees it.
+        timeout_s: limit in seconds for making this object, or a subgroup of it.
 
     Attributes:
         comm: the communicator given.
@@ -76,10 +75,10 @@ class MpiCommunicator:
         arguments: tuple[object, ...],
         deadline: float,
     ) -> None:
-        """Carry out a collective that all ranks are in, by MPI's blocking or nonblocking method.
+        """Run a collective on which all ranks have agreed, by MPI's blocking or nonblocking method.
 
-        The blocking one is quicker. An asynchronous operation takes the other one, which leaves
-        the core to the caller's computation.
+        The blocking method is quicker. An asynchronous operation uses the nonblocking one, which leaves the core to the
+        caller's computation.
         """
         self.blocked_until = deadline
         try:
@@ -102,7 +101,7 @@ class MpiCommunicator:
     def exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], tag: int, deadline: float
     ) -> None:
-        """Do all these (peer, buffer) transfers at the same time; see `Backend.exchange`.
+        """Run all these (peer, buffer) transfers at the same time; see `Backend.exchange`.
 
         Raises:
             UnsupportedError: MPI has no such tag.
@@ -157,7 +156,7 @@ class MpiCommunicator:
         return MpiCommunicator(self._library, comm, self._timeout_s)
 
     def split(self, ranks: Sequence[int] | None) -> MpiCommunicator | None:
-        """Make the communicators of this rank's part, None if it is in none; all ranks call it."""
+        """Make the communicators of this rank's part of the group; None if it is in no part. All ranks call it."""
         color = MPI.UNDEFINED if ranks is None else min(ranks)
         key = 0 if ranks is None else ranks.index(self.rank)
         with self._blocking(time.monotonic() + self._timeout_s):
@@ -184,7 +183,7 @@ class MpiCommunicator:
         return MpiCommunicator(self._library, comm, self._timeout_s)
 
     def _await_members(self, ranks: Sequence[int], context: int, deadline: float) -> None:
-        """Wait by a deadline for all members of a new group, before MPI would wait without end."""
+        """Wait until all ranks of a new group have called, because MPI would wait without a deadline."""
         tag = _NEW_GROUPS + context % _NEW_GROUP_TAGS
         me, n, distance = ranks.index(self.rank), len(ranks), 1
         while distance < n:
@@ -195,7 +194,7 @@ class MpiCommunicator:
 
     @contextmanager
     def _blocking(self, deadline: float) -> Iterator[None]:
-        """Let the watchdog look after calls that block."""
+        """Put the calls in the block under the watchdog's deadline."""
         self.blocked_until = deadline
         try:
             yield
@@ -225,7 +224,7 @@ class MpiCommunicator:
             self._revoke()
 
     def close(self) -> None:
-        """Leave the group and free its communicators, but those of an aborted one. Idempotent."""
+        """Leave the group, and free its communicators unless it was aborted. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -243,7 +242,7 @@ class MpiCommunicator:
 
 
 def _pieces(buffer: Array) -> Iterator[Array]:
-    """Cut a message into pieces that MPI can count; at least one, be it empty."""
+    """Cut a message into pieces that MPI can count; an empty message gives one empty piece."""
     whole = mpi_view(buffer)
     if buffer.nbytes <= _MESSAGE_BYTES:
         yield whole

@@ -1,7 +1,7 @@
-"""The MPI of this process: started once, or taken as the program started it, and finalized once.
+"""MpiLibrary: the MPI of this process, which ferro starts and finalizes unless the program does.
 
-MPI can be started and finalized once in a process. ferro starts it when the first group is made and
-finalizes it when the interpreter exits; a program that started MPI itself also finalizes it.
+MPI can be started and finalized only once in a process. ferro starts it when the first group is made, and finalizes it
+when the interpreter exits; a program that has started MPI itself also finalizes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEVELS = {
     MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
     MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
 }
-_LEAST_TAG_LIMIT = 32767  # of any MPI
+_LEAST_TAG_LIMIT = 32767  # of every MPI, by the standard
 _FINALIZE_S = 15.0  # for finalizing MPI after a failure; other ranks may still be leaving
 
 _lock = threading.Lock()
@@ -34,11 +34,11 @@ class MpiLibrary:
 
     Attributes:
         name: the library's name and version.
-        recovers: ranks can go on after one has died (ULFM).
-        oversubscribed: the ranks on this host are more than its cores.
+        recovers: True if ranks can go on after one has died (ULFM).
+        oversubscribed: this host has more ranks than cores.
         tag_limit: the largest tag of a message.
         watchdog: ends blocking calls that are overdue.
-        broken: a group has died, so finalizing MPI may hang.
+        broken: True if a group has died, so that finalizing MPI may hang.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class MpiLibrary:
     def finalize(self) -> None:
         """Finalize MPI at exit, after `ferro` has closed all groups.
 
-        MPI waits for all ranks then. After a failure, here or of a group, it may wait for ever.
+        MPI then waits for all ranks; after a failure of this process or of a group it may wait for ever.
         """
         if os.getpid() != self._pid or MPI.Is_finalized():
             return
@@ -67,7 +67,7 @@ class MpiLibrary:
 
 
 def load() -> MpiLibrary:
-    """Get this process's MPI, started if it was not; all processes of its world call this.
+    """Return this process's MPI, and start it if necessary; all processes of its world call this.
 
     Raises:
         BackendUnavailable: MPI has been finalized, or does not let several threads call it.
@@ -91,7 +91,7 @@ def load() -> MpiLibrary:
 
 
 def _check_thread_level(level: int, ours: bool) -> None:
-    """Refuse an MPI that only one thread may call: asynchronous operations have their own."""
+    """Refuse an MPI that only one thread may call, because asynchronous operations run in another thread."""
     if level >= MPI.THREAD_MULTIPLE:
         return
     if ours:

@@ -1,4 +1,4 @@
-"""mpi4py's MPI, imported without starting it, and its exceptions as ferro's errors.
+"""Import mpi4py's MPI without starting it, and translate its exceptions into ferro's errors.
 
 Importing `mpi4py.MPI` starts MPI unless mpi4py is told not to, so every module of this package
 imports MPI from here. A program that imported it earlier has started it; see `library`.

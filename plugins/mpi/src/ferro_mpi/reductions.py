@@ -1,14 +1,13 @@
-"""The reductions that MPI does as ferro does them, and MPI's transfers for all other ones.
+"""The reductions for which MPI gives ferro's results, and MPI's transfers for all others.
 
-NumPy does the other ones, once a rank has all contributions (`GatheredReduction` of core):
+In the other cases the contributions are gathered, and NumPy reduces them (`GatheredReduction` of core):
 
-- half precision: MPI has no bfloat16, and rounds float16 at every step, where ferro accumulates in
-  float32 and rounds once. An MPI operation of our own would round at every step as well, for its
-  arguments and results are partial results of the array's type.
-- functions of the user's: MPI may combine partial results in any grouping, and an MPI operation
-  has no way to fail.
-- min and max of floats: whether a NaN wins depends on its place in MPI, and can differ by rank.
-- prod of complex numbers: C has rules for infinities that NumPy has not.
+- half precision: MPI has no bfloat16, and rounds float16 at every step, where ferro accumulates in float32 and rounds
+  once. An MPI operation written in ferro would round at every step as well, because MPI passes it partial results of
+  the array's dtype.
+- functions of the user: MPI may combine partial results in any grouping, and an MPI operation has no way to fail.
+- min and max of floats: in MPI the result for a NaN depends on the rank that has it, and can differ between ranks.
+- prod of complex numbers: C has rules for infinities that NumPy does not have.
 - deterministic sums of floats: MPI promises no order.
 """
 
@@ -53,7 +52,7 @@ _COMPLEX = {ReduceOp.SUM: MPI.SUM, ReduceOp.MEAN: MPI.SUM}
 _BY_KIND = {"i": _INTEGER, "u": _INTEGER, "b": _BOOL, "f": _FLOAT, "c": _COMPLEX}
 _EXACT_KINDS = "iub"  # every order of operands gives the same result
 
-# The dtypes, by NumPy's letters, for which mpi4py finds MPI's type by itself.
+# NumPy's letters of the dtypes for which mpi4py finds MPI's type by itself.
 _MPI_TYPES = frozenset("?bhilqBHILQfdgFDG")
 
 
@@ -78,15 +77,14 @@ def buffer_spec(buffer: Array, counts: Sequence[int]) -> BufferSpec:
 
 
 def all_equal(counts: Sequence[int]) -> bool:
-    """Say whether blocks are of one size, so that MPI's simpler collective serves."""
+    """Return True if all blocks have one size, so that MPI's collective without a v can be used."""
     return counts.count(counts[0]) == len(counts)
 
 
 class MpiTransfers:
     """MPI's transfers for a `GatheredReduction`; see `ReductionTransfers`.
 
-    They do not block inside MPI: where the arithmetic raises on one rank, `wait_for` ends the
-    waits of the others.
+    They use nonblocking calls: if the arithmetic raises on one rank, `wait_for` ends the waits of the others.
     """
 
     def __init__(self, comm: MPI.Intracomm, wait_for: WaitFor) -> None:

@@ -1,7 +1,7 @@
-"""Waiting for MPI's requests by a deadline.
+"""Wait for MPI's requests until a deadline.
 
-MPI uses the buffers of a request until it is done, and mpi4py does not keep all of them alive. So
-this module holds them until then, and the buffers of abandoned requests for ever.
+MPI uses the buffers of a request until the request is done, and mpi4py does not keep all of them alive. So this module
+keeps references to them until then; it keeps the buffers of abandoned requests for ever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ferro.types import Array
 from ferro_mpi.mpi import MPI
 from ferro_mpi.waiting import Backoff, WaitMonitor
 
-_LAST_MESSAGES_S = 0.5  # time for the messages of a rank that has left to arrive
+_LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _abandoned: list[object] = []
 
 
@@ -26,7 +26,7 @@ def wait_for(
     """Wait until a collective is done.
 
     Args:
-        request: the collective's.
+        request: the request of the collective.
         buffers: the memory that MPI reads and writes until then.
         monitor: ends the wait.
         deadline: absolute `time.monotonic()` second.
@@ -51,7 +51,7 @@ def wait_for(
 
 
 class PendingMessages:
-    """Messages under way: some to send, some to receive.
+    """Sends and receives that have begun, to be waited for together.
 
     Args:
         monitor: ends the wait.
@@ -65,7 +65,7 @@ class PendingMessages:
         self._receives = 0
 
     def receive(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
-        """Begin to receive a message of exactly the buffer's size; before any `send`."""
+        """Begin to receive a message of exactly the buffer's size. Call it before any `send`."""
         self._add(comm.Irecv(buffer, peer, tag), buffer, peer)
         self._receives += 1
 
@@ -93,10 +93,10 @@ class PendingMessages:
             self._abandon()
             raise
         for status, buffer, peer in zip(statuses[: self._receives], self._buffers, self._peers, strict=False):
-            came = status.Get_count(MPI.BYTE)
-            if came != buffer.nbytes:
+            received = status.Get_count(MPI.BYTE)
+            if received != buffer.nbytes:
                 raise CollectiveMismatch(
-                    f"rank {peer} sent {came} bytes where {buffer.nbytes} were expected", peer=peer
+                    f"rank {peer} sent {received} bytes where {buffer.nbytes} were expected", peer=peer
                 )
 
     def _wait(self, statuses: list[MPI.Status], deadline: float) -> None:

@@ -1,4 +1,4 @@
-"""Memory that the ranks of a group on one host share: agreement words and small operands.
+"""GroupMemory: memory shared by the ranks of a group on one host, for agreements and small operands.
 
     one rank's area, 512 bytes    0        64       128        192        256       320
                                   word 0   word 1   has left   process    label 0   label 1
@@ -9,10 +9,10 @@
 
 Words, labels and slots are double-buffered: a call uses those of its parity (see `agreement`).
 
-The group's first rank makes the memory as a file without a name, which the others open through
-/proc. (`MPI.Win.Allocate_shared` would do, but warns on stderr in the wheel of Open MPI.)
-All ranks must see what one rank writes in the order in which it was written. Plain stores and
-loads keep that order on x86-64, and only there the ranks share memory.
+The group's first rank makes the memory as a file without a name, which the others open through /proc.
+(`MPI.Win.Allocate_shared` would do, but warns on stderr in the wheel of Open MPI.) All ranks must see what one rank
+writes in the order in which it was written. Plain stores and loads keep that order on x86-64; on other processors the
+ranks share no memory.
 """
 
 from __future__ import annotations
@@ -86,15 +86,15 @@ class GroupMemory:
 
     @property
     def aborted(self) -> bool:
-        """Whether a rank has aborted the group."""
+        """True if a rank has aborted the group."""
         return bool(self.words[_ABORTED])
 
     def leave(self) -> None:
-        """Tell the others that this rank makes no more calls."""
+        """Tell the others that this rank has left the group: it makes no more calls."""
         self.words[(self._rank + 1) * _AREA_WORDS + _LEFT] = 1
 
     def has_left(self, rank: int) -> bool:
-        """Say whether a rank makes no more calls."""
+        """Return True if a rank has left the group."""
         return bool(self.words[(rank + 1) * _AREA_WORDS + _LEFT])
 
     def write_process(self) -> None:
@@ -122,9 +122,9 @@ class GroupMemory:
 
 
 def open_group_memory(comm: MPI.Intracomm) -> GroupMemory | None:
-    """Make the memory of a communicator's ranks, all of which call this; None if one has none.
+    """Make the shared memory of a communicator's ranks, which all call this; None if one cannot map it.
 
-    The ranks decide together, so that a failure of one is a failure of all.
+    The ranks decide together, so that all have the memory or none has.
     """
     rank, world_size = comm.Get_rank(), comm.Get_size()
     nbytes = (world_size + 1) * _AREA_BYTES + 2 * world_size * _slot_bytes(world_size)

@@ -1,9 +1,9 @@
-"""How a rank waits, and which conditions end its wait with an error.
+"""Waiting: the pauses of a rank that waits, and the conditions that end its wait with an error.
 
-A waiting rank spins for some microseconds, then yields its core between two tests, then sleeps for
-moments. In the thread of asynchronous operations (see `ferro.work`) it sleeps almost at once, for
-the core belongs to the caller's thread, which may be computing. Where ranks are more than cores,
-spinning would keep the core from the awaited rank.
+A waiting rank spins for some microseconds, then yields its core between two tests, then sleeps between them. In the
+thread of asynchronous operations (see `ferro.group.serial_executor`) it sleeps almost at once, because the caller's
+thread may be computing and needs the core. Where there are more ranks than cores it does not spin, which would keep the
+core from the awaited rank.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Backoff:
 
 
 class WaitMonitor:
-    """Ends the waits of one group: at a deadline, by an abort, at the death of a rank.
+    """Ends the waits of one group with an error: at a deadline, after an abort or a rank's death.
 
     Args:
         control_comm: the group's communicator for messages of ferro's own.
         memory: the group's shared memory, if it has one.
-        oversubscribed: the ranks on this host are more than its cores.
+        oversubscribed: this host has more ranks than cores.
 
     Attributes:
-        oversubscribed: the same.
+        oversubscribed: as given.
         yield_core: the action between two tests of a spinning rank; nothing where ranks have
             cores of their own.
     """
@@ -72,12 +72,12 @@ class WaitMonitor:
 
     @property
     def spins(self) -> int:
-        """How often a rank tests before it calls `check` for the first time."""
+        """The number of tests before the first call of `check`."""
         return _SPINS_ON_EXECUTOR if on_executor_thread() else _SPINS
 
     @property
     def aborted(self) -> bool:
-        """Whether the group was aborted, here or, as far as is known, elsewhere."""
+        """True if this rank has aborted the group, or knows that another rank has."""
         return self._aborted or (self._memory is not None and self._memory.aborted)
 
     def abort(self) -> None:
@@ -116,13 +116,13 @@ class WaitMonitor:
             self._poll_peers(awaited)
 
     def departed_rank(self, ranks: Iterable[int]) -> int | None:
-        """Find one of these ranks that has left the group, as far as is known."""
+        """Return one of these ranks that is known to have left the group, or None."""
         if self._memory is None:
             return None
         return next((rank for rank in ranks if self._memory.has_left(rank)), None)
 
     def progress(self) -> bool:
-        """Let MPI go on with its pending operations; say whether another rank's abort has come.
+        """Let MPI make progress on pending operations; return True if another rank has aborted the group.
 
         Raises:
             PeerLost, GroupClosed: MPI knows of a rank's death, or has revoked the communicator.

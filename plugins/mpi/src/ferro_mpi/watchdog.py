@@ -1,8 +1,8 @@
-"""A thread that ends calls of MPI which block past their deadline: nothing else can.
+"""Watchdog: a thread that ends blocking calls of MPI after their deadline, which nothing else can do.
 
-All ranks are inside the same call when one blocks (`agreement` has seen to it), so it ends by
-itself unless a rank died or stopped in the middle, or MPI is being finalized after a failure. A
-blocking call only sets one attribute to its deadline; that is all the watchdog costs it.
+All ranks make the same blocking call at the same time (`agreement` makes sure of it), so the call ends by itself unless
+a rank died or stopped in the middle, or MPI is being finalized after a failure. The watchdog costs a call no more than
+setting one attribute to its deadline.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class BlockingCaller(Protocol):
     blocked_until: float
 
     def interrupt(self) -> None:
-        """Make the call fail; the watchdog calls this only where MPI recovers."""
+        """Make the call fail; the watchdog calls this only if MPI can recover (ULFM)."""
 
     def describe(self) -> str:
         """Describe the caller in words."""
 
 
 class Watchdog:
-    """Looks now and then for calls that are overdue.
+    """Looks periodically for calls that are past their deadline.
 
     Args:
-        recovers: calls can be made to fail; otherwise the job is ended.
+        recovers: True if MPI can make blocked calls fail; otherwise the watchdog ends the job.
     """
 
     def __init__(self, *, recovers: bool) -> None:

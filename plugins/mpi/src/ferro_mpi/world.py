@@ -1,4 +1,4 @@
-"""The group of all ranks: MPI is started, and its world must have the size that was launched."""
+"""The group of all ranks: starting MPI, and checking the size of its world."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferro_mpi.mpi import MPI
 
 
 def connect(config: BackendConfig) -> MpiBackend:
-    """Make the backend of all ranks, starting MPI if it was not started; every rank calls this.
+    """Make the backend of all ranks, and start MPI if necessary; every rank calls this.
 
     Raises:
         UsageError: mpi has no options.
@@ -41,10 +41,10 @@ def broadcast_bootstrap(rank: int, world_size: int, message: bytes | None, deadl
 
 
 def _await_other_starts(config: BackendConfig) -> None:
-    """Let rank 0, which may host the store, start MPI after the other ranks have used the store.
+    """Make rank 0, which may host the store, start MPI last, when the other ranks need the store no more.
 
-    Starting MPI holds the interpreter lock until all ranks do the same. Threads of rank 0 could not
-    answer the others' requests meanwhile.
+    Starting MPI holds the interpreter lock until all ranks start it, so the store's threads on rank 0 could not answer
+    the others.
     """
     if config.rank:
         config.store.set(f"mpi/starts/{config.rank}", b"1")
@@ -60,7 +60,7 @@ def _await_other_starts(config: BackendConfig) -> None:
 
 
 def _world_communicator(rank: int, world_size: int, timeout_s: float) -> MpiCommunicator:
-    """Make communicators of all ranks for ferro alone, in the order of ferro's ranks."""
+    """Make ferro's own communicators of all ranks, in the order of ferro's ranks."""
     library = load()
     size = MPI.COMM_WORLD.Get_size()
     if size != world_size:

@@ -1,4 +1,4 @@
 """ferro-nccl: the NCCL backend of ferro, collectives on CuPy arrays between GPUs.
 
-Installed, it is found by itself: `ferro.init("nccl")`.
+ferro finds it once it is installed: `ferro.init("nccl")`.
 """

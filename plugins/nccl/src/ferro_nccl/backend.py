@@ -1,6 +1,6 @@
-"""The backend of collectives on CuPy arrays, which are launched on a stream of the group's own.
+"""NcclBackend: collectives on CuPy arrays, launched on a CUDA stream of the group's own.
 
-Host arrays, such as core's small control messages, are staged through the GPU, and waited for.
+Host arrays, such as core's small control messages, are copied through the GPU, and the host waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ferro.arrays import dtype_name
 from ferro.backend import Backend, Completion
 from ferro.collectives.gathered_reduction import GatheredReduction
-from ferro.collectives.label import LABEL_BYTES, Call, is_collective, mismatch
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, is_collective
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
 from ferro.hookspecs import BackendConfig
@@ -38,8 +38,8 @@ _BARRIER = NativeReduction(BYTE, int(RedOp.MAX))
 class NcclBackend(Backend):
     """One rank of a group.
 
-    Operations on GPU arrays are only launched: on a stream of this group's own, after the work that
-    is on the caller's current stream. A stream that waits for the `Work` goes on after them.
+    An operation on GPU arrays is launched on this group's stream, after the work on the caller's current stream, and
+    the host does not wait for it. `Work.wait` makes the current stream wait.
 
     Args:
         process: the objects that this process's groups share.
@@ -50,7 +50,7 @@ class NcclBackend(Backend):
     """
 
     streams = (Device.CUDA,)
-    # NCCL has no labels: comparing calls would make the host wait for the GPU in each.
+    # NCCL messages carry no labels, and comparing calls would make the host wait for the GPU in each call.
     labels_frames = True
 
     def __init__(
@@ -109,8 +109,7 @@ class NcclBackend(Backend):
         counts = (LABEL_BYTES,) * self.world_size
         self.all_gather(labels.reshape(-1), counts, deadline=deadline)
         for rank, label in enumerate(labels):
-            if label.tobytes() != call.label():
-                raise mismatch(self.rank, call, rank, label.tobytes())
+            compare_labels(self.rank, call, rank, label.tobytes())
 
     def launched(self) -> Completion:
         """See `Backend.launched`."""
@@ -143,7 +142,7 @@ class NcclBackend(Backend):
     # -- transfers -------------------------------------------------------------------------------
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """See `Backend.send`; this rank's next operations wait until the message is received."""
+        """See `Backend.send`; this rank's next operations start when the message has been received."""
         self.exchange([(peer, buffer)], [], tag=tag, deadline=deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
@@ -252,7 +251,7 @@ class NcclBackend(Backend):
             incoming = split_span(staged.output(out), recv_counts, source.itemsize)
             self._collectives.all_to_all(outgoing, incoming)
 
-    # -- shared ----------------------------------------------------------------------------------
+    # -- shared by the collectives ---------------------------------------------------------------
 
     def _make_group(self, communicator: Communicator, ranks: Sequence[int], context: int) -> NcclBackend:
         """Make a group of some of these ranks on their communicator."""
@@ -265,7 +264,7 @@ class NcclBackend(Backend):
 
     @contextmanager
     def _operation(self, deadline: float, *arrays: Array | None) -> Iterator[StagedArrays]:
-        """Launch an operation on these arrays; if they are host arrays, wait for it."""
+        """Launch an operation on these arrays; if they are host arrays, wait until it ends."""
         on_host = isinstance(arrays[0], np.ndarray)
         with self._queue.launch(deadline, arrays, ordered=not on_host) as operation:
             staged = StagedArrays(self._gpu, self._queue.stream)

@@ -1,7 +1,7 @@
-"""How the ranks of a group get a communicator: they exchange a unique id, then NCCL connects them.
+"""Bootstrap of a communicator: the ranks of a group exchange a unique id, then NCCL connects them.
 
-NCCL waits for all ranks, without a deadline. So it is called only when the store has shown that all
-ranks are there and can be connected, and in a thread that can be left behind.
+NCCL waits for all ranks, without a deadline. So ferro calls it only when all ranks have reported to the store and can
+be connected, and in a thread that ferro abandons if the deadline passes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ferro_nccl.watchdog import call_with_deadline
 def connect(
     library: NcclLibrary, gpu: Gpu, store: Store, placement: RankPlacement, world_size: int, deadline: float
 ) -> Communicator:
-    """Join the communicator of a new group; every rank does.
+    """Join the communicator of a new group; every rank calls this.
 
     Args:
-        library: CuPy and NCCL.
+        library: the functions of CuPy and NCCL.
         gpu: this rank's GPU.
-        store: the group's own part of the job's store.
+        store: the group's own part of the job's key-value store.
         placement: this rank's host, GPU and NCCL.
         world_size: number of ranks.
         deadline: absolute `time.monotonic()` second.
 
     Raises:
-        RendezvousError: not all ranks came in time; names one that did not.
-        BackendUnavailable: two ranks cannot be connected; names both, on every rank.
+        RendezvousError: a rank did not come in time; the message names it.
+        BackendUnavailable: two ranks cannot be connected; raised on every rank, and names both.
     """
     unique_id = _exchange_unique_id(store, placement, world_size, library.unique_id, deadline)
 
@@ -53,10 +53,10 @@ def connect(
 def _exchange_unique_id(
     store: Store, placement: RankPlacement, world_size: int, new_id: Callable[[], bytes], deadline: float
 ) -> bytes:
-    """Agree on a unique id, which rank 0 makes when all ranks have come without a conflict."""
+    """Return the unique id, which rank 0 makes once all ranks have come and no two of them conflict."""
     if placement.rank != 0:
         store.set(f"placement/{placement.rank}", placement.encode())
-        # A second longer than rank 0 waits for the placements, for its answer names absent ranks.
+        # This waits a second longer than rank 0 waits for placements, because rank 0's answer names an absent rank.
         raw = _get(store, "answer", deadline + 1.0, placement, 0)
     else:
         raw = _check_placements(store, placement, world_size, new_id, deadline)
@@ -72,7 +72,7 @@ def _exchange_unique_id(
 def _check_placements(
     store: Store, placement: RankPlacement, world_size: int, new_id: Callable[[], bytes], deadline: float
 ) -> bytes:
-    """Make rank 0's answer to all: the unique id, an absent rank, or a conflict of two ranks."""
+    """Return rank 0's answer to all ranks: the unique id, an absent rank, or a conflict of two ranks."""
     placements = [placement]
     for rank in range(1, world_size):
         try:

@@ -1,8 +1,7 @@
 """NCCL's codes for dtypes and reductions, and the table of reductions that NCCL has.
 
-The numbers come from nccl.h and never change. NCCL has no int16 and uint16, no products of complex
-numbers and no bitwise reductions. Booleans travel as bytes 0 and 1, so that minima and maxima serve
-as their logic.
+The numbers come from nccl.h and never change. NCCL has no int16 and uint16, no products of complex numbers and no
+bitwise reductions. Booleans are sent as bytes 0 and 1: the minimum is their logical and, the maximum their logical or.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class NativeReduction:
     Attributes:
         dtype: NCCL's data type.
         op: NCCL's reduction.
-        width: NCCL's numbers in one element: 2 for complex numbers, else 1.
+        width: number of NCCL elements in one element of the array: 2 for complex numbers, else 1.
     """
 
     dtype: int
@@ -88,13 +87,13 @@ class NativeReduction:
 
 @lru_cache(maxsize=256)
 def native_reduction(dtype: str, op: ReduceOp | None, *, deterministic: bool = False) -> NativeReduction | None:
-    """Find NCCL's codes for a reduction, None where NCCL has none.
+    """Return NCCL's codes for a reduction, or None if NCCL does not have it.
 
     Args:
         dtype: NumPy's name of the element type.
         op: the reduction, None for a user's function.
-        deterministic: the result must be that of reducing in order of rank. NCCL promises no
-            order, so it serves only where the order makes no difference.
+        deterministic: the result must be that of reducing in order of rank. NCCL promises no order, so it is used only
+            where the order makes no difference.
     """
     if op is None or (deterministic and op in _ORDER_DEPENDENT and dtype not in {*_INTEGERS, "bool"}):
         return None

@@ -1,4 +1,4 @@
-"""Collectives as calls of NCCL, on addresses. Where NCCL has no call, a group of calls serves.
+"""Collectives as NCCL calls on addresses: one call, or a group of calls where NCCL has no such collective.
 
     collective                   calls
     all_reduce, reduce,          one
@@ -7,7 +7,7 @@
     gather, scatter, all_to_all  a group of sends and receives; a rank's own block is copied
     send, recv, exchange         a group of sends and receives
 
-Calls of no elements are left out here, for NCCL drops them anyway; all ranks leave out the same.
+Calls without elements are left out, because NCCL ignores them; all ranks leave out the same calls.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class StreamCollectives:
                 )
 
     def exchange(self, sends: Sequence[tuple[int, Span]], recvs: Sequence[tuple[int, Span]]) -> None:
-        """Do all these (peer, span) transfers at the same time; copy those within this rank."""
+        """Run all these (peer, span) transfers at the same time; a transfer to this rank itself is a copy."""
         outgoing = [item for item in sends if item[0] != self._rank and item[1].nbytes]
         incoming = [item for item in recvs if item[0] != self._rank and item[1].nbytes]
         if outgoing or incoming:

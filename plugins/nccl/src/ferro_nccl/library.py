@@ -1,4 +1,4 @@
-"""The parts of CuPy and NCCL that this package uses, as protocols; `cupy_library` implements them.
+"""Protocols of the parts of CuPy and NCCL that this package uses; `cupy_library` implements them.
 
 Memory is given by its address (an int); streams and events are CuPy's own objects. Implementations
 translate the errors of CuPy and NCCL to `BackendError`, with NCCL's or CUDA's code.
@@ -29,10 +29,10 @@ class GpuStream(Protocol):
     ptr: int
 
     def record(self, event: GpuEvent) -> object:
-        """Let the event happen when all work that is on this stream now has ended."""
+        """Record the event, which happens when all work now on this stream has ended."""
 
     def wait_event(self, event: GpuEvent) -> object:
-        """Let later work on this stream begin after the event."""
+        """Make later work on this stream wait for the event."""
 
     def __enter__(self) -> object: ...
 
@@ -46,21 +46,21 @@ class Gpu(Protocol):
 
     Attributes:
         index: its number in this process.
-        uuid: differs from that of every other GPU anywhere.
+        uuid: identifies the GPU among all GPUs of all hosts.
     """
 
     index: int
     uuid: str
 
     def current(self) -> AbstractContextManager[object]:
-        """Make it this thread's current GPU within the block.
+        """Make this GPU the thread's current one within the block.
 
-        A thread that has not used CUDA before keeps it, so that no context is made on another GPU,
-        where it would take hundreds of MB.
+        A thread that has not used CUDA before keeps this GPU afterwards: going back to CUDA's default would make a
+        context of hundreds of MB on that GPU.
         """
 
     def use(self) -> None:
-        """Make it this thread's current GPU."""
+        """Make this GPU the thread's current one."""
 
     def new_stream(self) -> GpuStream:
         """Make a stream which does not wait for the default one."""
@@ -72,7 +72,7 @@ class Gpu(Protocol):
         """Make an event, not yet recorded."""
 
     def ended(self, event: GpuEvent) -> bool:
-        """Say whether a recorded event has happened. Never blocks.
+        """Return True if a recorded event has happened. Never blocks.
 
         Raises:
             BackendError: CUDA reports that earlier work on the GPU failed.
@@ -89,7 +89,7 @@ class Gpu(Protocol):
         """Allocate an array of `count` elements, in the order of the current stream."""
 
     def pinned(self, nbytes: int) -> tuple[int, Array]:
-        """Allocate pinned host memory, which the GPU copies by itself: its address and bytes."""
+        """Allocate pinned host memory, which the GPU can copy without the host; return its address and its bytes."""
 
     def copy(self, target: int, source: int, nbytes: int, stream: GpuStream) -> None:
         """Launch a copy between any two addresses on the stream."""
@@ -126,10 +126,10 @@ class Communicator(Protocol):
         """See `ncclCommSplit`; blocks until all ranks call it. None for color -1."""
 
     def abort(self) -> None:
-        """End the operations under way; nothing else may be called afterwards."""
+        """End the operations under way; no method may be called afterwards."""
 
     def destroy(self) -> None:
-        """Release it; no operation may be under way, nothing else be called afterwards."""
+        """Release the communicator. No operation may be under way, and no method may be called afterwards."""
 
 
 class NcclLibrary(Protocol):
@@ -142,13 +142,13 @@ class NcclLibrary(Protocol):
         """Count the GPUs that this process sees."""
 
     def gpu(self, index: int) -> Gpu:
-        """Get one of them."""
+        """Return the GPU with this index."""
 
     def unique_id(self) -> bytes:
         """Make the id of a new communicator; see `ncclGetUniqueId`."""
 
     def connect(self, world_size: int, unique_id: bytes, rank: int) -> Communicator:
-        """Join a communicator with this thread's current GPU; blocks until all ranks do."""
+        """Join a communicator with this thread's current GPU; blocks until all ranks have joined."""
 
     def grouped(self) -> AbstractContextManager[object]:
-        """Let the calls within happen at the same time; the group ends also if one raises."""
+        """Group the NCCL calls in the block, so that they run at the same time; an exception ends the group as well."""

@@ -15,25 +15,25 @@ class LaunchQueue(Protocol):
     """The queue that an operation is launched on.
 
     Attributes:
-        gpu: the GPU of its stream.
+        gpu: the GPU of the queue's stream.
     """
 
     gpu: Gpu
 
     def begin(self, operation: LaunchedOperation, *, ordered: bool) -> None:
-        """Lock the queue for the launch; if ordered, let its stream wait for the caller's."""
+        """Lock the queue for the launch; if `ordered`, make its stream wait for the caller's stream."""
 
     def end(self, operation: LaunchedOperation) -> None:
         """Record the operation's end on the stream, and unlock the queue."""
 
 
 class LaunchedOperation:
-    """An operation that is launched within its `with` block, and then under way on the GPU.
+    """An operation that is launched in its `with` block, and runs on the GPU afterwards.
 
     Attributes:
         deadline: absolute `time.monotonic()` second.
         started_s: time of the launch.
-        event: its end on the stream; None while it is being launched.
+        event: marks its end on the stream; None while it is being launched.
         error: the reason why it failed.
     """
 
@@ -74,7 +74,7 @@ class LaunchedOperation:
         self._holds.append(item)
 
     def release(self) -> None:
-        """Let go of the held objects: a `Work` may outlive the operation for long."""
+        """Drop the held objects, because the user may keep a `Work` long after the operation has ended."""
         self._holds.clear()
 
     def done(self) -> bool:

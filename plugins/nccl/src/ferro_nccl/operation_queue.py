@@ -1,11 +1,11 @@
-"""The stream of one communicator, and the operations that are under way on it.
+"""OperationQueue: the stream of one communicator, and the operations that are under way on it.
 
     caller's stream   … produce x ─┐ event                    ┌─ use the result …
     this stream                    └→ all_reduce … ─ event ───┘ (after `wait()`)
 
-Both arrows are events on the GPU: the host waits for neither. Until the second event has happened
-the queue holds the buffers, for CuPy gives the memory of a deleted array to the next array at once,
-in the order of CuPy's own stream, which is not this one.
+Both arrows are events on the GPU: the host waits for neither. Until the second event has happened the queue keeps
+references to the buffers: CuPy would reuse the memory of a deleted array at once, in the order of CuPy's own stream,
+which is not this one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ferro_nccl.operation import LaunchedOperation
 from ferro_nccl.watchdog import OperationWatchdog, call_with_deadline
 
 _IN_PROGRESS = 7  # NCCL's code for "not an error"
-_ASK_STORE_S = 0.5  # between questions to the store for other ranks' deaths and failures
+_STORE_POLL_S = 0.5  # between queries of the store for other ranks' deaths and failures
 _LAUNCH_S = 0.2  # a launch takes microseconds; one that takes longer is stuck inside NCCL
-_NOTICE_S = 0.3  # the store may notice a death so much later than NCCL
-_NOTICE_POLL_S = 0.05  # between questions to it meanwhile
-_NATIVE_S = 5.0  # for aborting or destroying a communicator
+_STORE_DELAY_S = 0.3  # the store may notice a death this much later than NCCL
+_STORE_DELAY_POLL_S = 0.05  # between queries of the store in this time
+_NATIVE_S = 5.0  # limit for aborting or destroying a communicator
 _SPINS = 100  # queries of an event before the host sleeps between queries
 _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
 
@@ -38,14 +38,14 @@ _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
 class OperationQueue:
     """The operations of one communicator on one rank, in order.
 
-    One thread at a time launches. Any thread may abort the communicator meanwhile, which frees a
+    One thread at a time launches an operation. Meanwhile any other thread may abort the communicator, which frees a
     thread that is stuck in a launch.
 
     Args:
         gpu: this rank's GPU.
         communicator: this rank's end of the communicator, which the queue aborts or destroys.
         store: the group's store, by which a rank tells the others that it has failed.
-        lost_ranks: lists the dead ranks of this group: NCCL never does.
+        lost_ranks: returns the dead ranks of this group, which NCCL cannot tell.
         name: names this rank in the other ranks' messages.
 
     Attributes:
@@ -71,7 +71,7 @@ class OperationQueue:
         self._failed: list[LaunchedOperation] = []
         self._failure: BaseException | None = None
         self._closed = False
-        self._asked_store_s = 0.0
+        self._polled_store_s = 0.0
         self._last = threading.local()
         with gpu.current():
             self._caller_event = gpu.new_event()
@@ -98,7 +98,7 @@ class OperationQueue:
         self._launch_lock.acquire()
         try:
             self._add(operation)
-            self._watchdog.notice_launch()  # now, for the launch itself may get stuck
+            self._watchdog.notice_launch()  # before the launch, which may get stuck
             if ordered:
                 # The event is reused: a stream that waits for it keeps the moment of the wait.
                 self.gpu.current_stream().record(self._caller_event)
@@ -108,7 +108,7 @@ class OperationQueue:
             raise
 
     def end(self, operation: LaunchedOperation) -> None:
-        """See `LaunchQueue.end`; of a failed launch, too, a part may be under way."""
+        """See `LaunchQueue.end`; it records an event even if the launch failed, because a part may be under way."""
         try:
             event = self.gpu.new_event()
             self.stream.record(event)
@@ -137,7 +137,7 @@ class OperationQueue:
             raise operation.error
 
     def drain(self, deadline: float) -> bool:
-        """Wait, on the host, for all operations; say whether they have ended by `deadline`."""
+        """Wait, on the host, for all operations; return True if they have ended by `deadline`."""
         while (busy := self._any_outstanding()) and time.monotonic() < deadline:
             time.sleep(_LONGEST_SLEEP_S)
         return not busy
@@ -151,7 +151,7 @@ class OperationQueue:
         with self._launch_lock:
             if not self.drain(deadline):
                 raise TimeoutError("what was launched before a split did not end by its deadline")
-            self._check_alive()  # now, for an operation may have failed meanwhile
+            self._check_alive()  # again, because an operation may have failed meanwhile
 
             def split() -> Communicator | None:
                 with self.gpu.current():
@@ -160,9 +160,9 @@ class OperationQueue:
             return call_with_deadline(split, deadline, "split")
 
     def poll(self) -> bool:
-        """Look for failed or overdue operations; say whether any is outstanding.
+        """Look for failed or overdue operations; return True if any operation is outstanding.
 
-        The watchdog's thread calls this again and again.
+        The watchdog's thread calls this repeatedly.
         """
         with self._state_lock:
             self._forget_ended()
@@ -174,13 +174,13 @@ class OperationQueue:
             self._time_out()
         elif code := self._async_error():
             self._fail_by_code(code)
-        elif now - max(operations[0].started_s, self._asked_store_s) > _ASK_STORE_S:
-            self._asked_store_s = now
+        elif now - max(operations[0].started_s, self._polled_store_s) > _STORE_POLL_S:
+            self._polled_store_s = now
             self._check_other_ranks()
         return True
 
     def fail(self, error: BaseException, kind: str = "error", *, tell: bool = True) -> None:
-        """End all outstanding operations with this error, here and, if told, on the other ranks."""
+        """End all outstanding operations with this error, and with `tell` those on the other ranks, too."""
         with self._state_lock:
             if self._failure is not None or self._closed:
                 return
@@ -201,7 +201,7 @@ class OperationQueue:
                 self._launch_lock.release()
 
     def abort(self) -> None:
-        """End all outstanding operations because this rank asks for it."""
+        """End all outstanding operations at the request of this rank."""
         self.fail(GroupClosed("the group was aborted"), "aborted")
 
     def close(self, deadline: float) -> None:
@@ -255,36 +255,36 @@ class OperationQueue:
         return 0 if code == _IN_PROGRESS else code
 
     def _fail_by_code(self, code: int) -> None:
-        """Fail by NCCL's error code, or by a death of which a broken connection is the symptom."""
-        until = time.monotonic() + _NOTICE_S
+        """Fail with PeerLost if a rank died, which NCCL reports as some connection error; else with NCCL's code."""
+        until = time.monotonic() + _STORE_DELAY_S
         while not self._fail_if_rank_died():
             if time.monotonic() > until:
                 error = BackendError(f"NCCL reports error {code} ({_code_meaning(code)})", code=code)
                 self.fail(error)
                 return
-            time.sleep(_NOTICE_POLL_S)
+            time.sleep(_STORE_DELAY_POLL_S)
 
     def _fail_if_rank_died(self) -> bool:
-        """Fail if a rank of this group died; say whether one has."""
+        """Fail if a rank of this group died; return True if one has."""
         dead = self._lost_ranks()
         if dead:
             error = PeerLost("it ended without a farewell, as the job's store noticed", peer=dead[0])
-            self.fail(error, tell=False)  # the others ask as well
+            self.fail(error, tell=False)  # the other ranks query the store as well
         return bool(dead)
 
     def _check_other_ranks(self) -> None:
-        """Fail if another rank died, or as another one failed."""
+        """Fail if another rank died, or has told through the store that it failed."""
         if self._fail_if_rank_died():
             return
         try:
             kind, text = json.loads(self._store.get("failed", deadline=0.0))
         except (TimeoutError, FerroError, OSError, ValueError):
-            return  # no rank has failed; or the store is gone, and deadlines remain
+            return  # no rank has failed; or the store is gone, and only deadlines can end operations
         error = TimeoutError(text) if kind == "timeout" else GroupClosed(f"ended by {text}")
         self.fail(error, tell=False)
 
     def _end_communicator(self, end: Callable[[], None], name: str) -> None:
-        """Abort or destroy the communicator; leave a thread behind that gets stuck in it."""
+        """Abort or destroy the communicator in a thread, which is abandoned if it gets stuck."""
 
         def run() -> None:
             with self._native_lock, self.gpu.current():

@@ -1,4 +1,4 @@
-"""The choice of a rank's GPU, and the check that the ranks' GPUs and NCCLs can be connected."""
+"""The choice of a rank's GPU, and the check that the ranks' GPUs and NCCL versions can be connected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RankPlacement:
         host: where it runs, for messages.
         gpu: its GPU, as NCCL tells GPUs apart; see `gpu_name`.
         version: NCCL's version, such as 23203.
-        sharing: NCCL was told to allow several ranks on one GPU.
+        sharing: True if NCCL was told to allow several ranks on one GPU.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class RankPlacement:
 
 
 def sharing_allowed() -> bool:
-    """Say whether NCCL was told, in this process, to allow several ranks on one GPU."""
+    """Return True if NCCL was told, in this process, to allow several ranks on one GPU."""
     return variable(SHARING) == "1"
 
 
@@ -87,7 +87,7 @@ def choose_gpu(visible: int, local_rank: int, wanted: int | None) -> int:
 
 
 def find_conflict(placements: Sequence[RankPlacement]) -> tuple[str, str] | None:
-    """Find a reason why these ranks cannot connect, with a remedy; None when they can."""
+    """Return a reason why these ranks cannot connect, and a remedy; None when they can."""
     first = placements[0]
     for placement in placements:
         if placement.version != first.version:

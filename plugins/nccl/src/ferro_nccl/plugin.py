@@ -9,7 +9,7 @@ from ferro.types import Device
 
 
 def _probe() -> Availability:
-    from ferro_nccl.probe import probe  # here, for it imports importlib.metadata
+    from ferro_nccl.probe import probe  # here, because it imports importlib.metadata
 
     return probe()
 

@@ -22,8 +22,8 @@ class SystemQueries:
     """The probe's questions to the system, which tests replace.
 
     Attributes:
-        has_module: says whether a module could be imported, without importing it.
-        has_library: says whether a shared library can be loaded.
+        has_module: returns True if a module could be imported, without importing it.
+        has_library: returns True if a shared library can be loaded.
         gpus: counts the GPUs that the driver knows; None when the driver cannot be asked.
         version: gets the version of a distribution; None when it is not installed.
     """
@@ -37,7 +37,7 @@ class SystemQueries:
 def probe(system: SystemQueries | None = None) -> Availability:
     """Look for CuPy, NCCL, the driver and a GPU, in this order; name the first that is missing."""
     system = system or _SYSTEM
-    # cupy.cuda.nccl is not looked for: to find a submodule, Python imports its parents.
+    # The probe does not look for cupy.cuda.nccl: to find a submodule, Python imports its parents.
     if not system.has_module("cupy_backends"):
         return Availability(ok=False, reason="CuPy is not installed", hint=_INSTALL)
     if not system.has_module("nvidia.nccl") and not system.has_library("libnccl.so.2"):
@@ -80,7 +80,7 @@ def _has_library(name: str) -> bool:
 
 
 def _gpus() -> int | None:
-    """Ask NVML, for CUDA would take memory on every GPU."""
+    """Count the GPUs by NVML, because CUDA would take memory on every GPU."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() != 0:

@@ -21,8 +21,8 @@ class NcclOptions:
 
     Attributes:
         device: number of the GPU to take; None for that of the local rank.
-        check_calls: compare the ranks' calls before each collective, on the host: a difference is
-            a CollectiveMismatch at once. It ends the overlap of collectives with the host.
+        check_calls: compare the ranks' calls before each collective, on the host: a difference raises
+            CollectiveMismatch at once. With it, the host waits in every collective.
     """
 
     device: int | None = None
@@ -76,12 +76,12 @@ class ProcessContext:
         return self.store.prefix(f"nccl/{context}")
 
     def lost_ranks(self, members: Sequence[int]) -> list[int]:
-        """List the dead ranks of a group, whose `members` are ranks of the world. A round trip."""
+        """List the dead ranks of a group, whose `members` are ranks of the world. It asks the store."""
         dead = self.lost()
         return [rank for rank, member in enumerate(members) if member in dead]
 
     def connect(self, rank: int, world_size: int, context: int) -> Communicator:
-        """Make the communicator of a new group; every rank of it does."""
+        """Make the communicator of a new group; every rank of the group calls this."""
         placement = RankPlacement(
             rank=rank,
             host=socket.gethostname(),

@@ -1,4 +1,4 @@
-"""The transfers of a `GatheredReduction`: of arrays on the host, and of arrays on the GPU."""
+"""The transfers of a `GatheredReduction`, for arrays on the host and for arrays on the GPU."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Staging: GPU addresses for an operation's arrays; host arrays are copied to the GPU and back.
+"""Staging: GPU memory for an operation's host arrays, which are copied to the GPU and back.
 
     host array → pinned memory ─ copy → GPU ─ operation ─ copy → pinned memory → host array
                                └──────────── on the stream ───────────┘
 
-The GPU does both copies on the stream by itself, for pinned memory does not move: the host does not
-wait, and a late copy never writes into the caller's array.
+Both copies run on the stream without the host, because the host memory is pinned. A copy that is late after a failure
+writes only to pinned memory, never to the caller's array.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Threads that guard against NCCL's waits without end: a watchdog, and calls with a deadline."""
+"""Threads that end waits in NCCL, which knows no deadlines: a watchdog, and calls with a deadline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 _POLL_S = 0.02
-_LINGER_S = 1.0  # time that the thread goes on polling when idle: waking it costs the launcher
+_LINGER_S = 1.0  # an idle thread goes on polling this long, because waking it costs the launching thread time
 
 Result = TypeVar("Result")
 
 
 class OperationWatchdog:
-    """Polls in a thread while operations are under way, for the caller may wait for none of them.
+    """Polls in a thread while operations are under way, because the caller may never wait for them.
 
     Args:
-        poll: checks the operations once; says whether any is under way.
+        poll: checks the operations once; returns True if any is under way.
     """
 
     def __init__(self, poll: Callable[[], bool]) -> None:
@@ -74,7 +74,7 @@ def call_with_deadline(function: Callable[[], Result], deadline: float, name: st
         name: names the call in the message.
 
     Raises:
-        TimeoutError: the call has not ended by then. Its thread is left behind.
+        TimeoutError: the call has not ended by then; its thread is abandoned.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -88,7 +88,7 @@ def call_with_deadline(function: Callable[[], Result], deadline: float, name: st
     thread = threading.Thread(target=run, name=f"ferro-nccl-{name}", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # from Python 3.12 on none may start in an exit handler
+    except RuntimeError:  # from Python 3.12 on no thread may start in an exit handler
         run()
     else:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Replicas: check that all ranks built the same model, and give them the same values."""
+"""Replicas: check that all ranks built the same model, and broadcast one rank's values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
 
 
 def broadcast_arrays(group: ProcessGroup, arrays: Iterable[Array], root: int, chunk_bytes: int) -> None:
-    """Give every rank the root's values, in place.
+    """Broadcast the root's values into the arrays of all ranks.
 
     Small arrays are sent together through a buffer of at most `chunk_bytes`; a larger array is sent
     alone, without a buffer.

@@ -1,4 +1,4 @@
-"""ShardedSampler: choose the items of a data set on which each rank trains."""
+"""ShardedSampler: choose the items of a data set that each rank trains on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ferro import ProcessGroup, UsageError
 class ShardedSampler:
     """Divide the indices of a data set among n ranks: rank r gets every n-th one, from the r-th on.
 
-    All ranks shuffle alike, so the ranks' shares are disjoint and together complete. The first b
-    items of all ranks are the first n * b of the shuffled data set, so that the ranks' batches of
-    size b together are the batches of size n * b that one process would make.
+    All ranks shuffle in the same order, so each item goes to exactly one rank. The first b items of all ranks are the
+    first n * b of the shuffled data set, so the ranks' batches of size b together are the batches of size n * b that
+    one process would make.
 
-    Where `length` is no multiple of n, by default the first ranks get one item more: no item is
-    lost or repeated, and the ranks' numbers of batches may differ by one (see `DDP.join`). With
-    `drop_last` or `pad` every rank gets the same number of items.
+    If `length` is no multiple of n, the first ranks get one item more by default: no item is lost or repeated, and
+    numbers of batches may differ by one between ranks (see `DDP.join`). With `drop_last` or `pad` every rank gets the
+    same number of items.
 
     Args:
         length: items in the data set.

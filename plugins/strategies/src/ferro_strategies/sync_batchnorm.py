@@ -18,21 +18,19 @@ from .nn.module import Module, replace_modules
 class SyncBatchNorm(BatchNorm):
     """BatchNorm over the batches of all ranks, whose sizes may differ, for (N, C) or (N, C, ...).
 
-    Output, running statistics and the input's gradient are those of `nn.BatchNorm` on the whole
-    batch in one process. A rank may have an empty batch, for which it must make the same passes
-    as the others. In training a forward pass takes one message (an all_gather of count, mean
-    and squared deviations, in float64) and a pullback another (an all_reduce of two sums); in
-    evaluation there are none.
+    Output, running statistics and the input's gradient are those of `nn.BatchNorm` on the whole batch in one process. A
+    rank may have an empty batch, but must run the same passes as the other ranks. In training a forward pass takes one
+    message (an all_gather of count, mean and squared deviations, in float64) and a pullback another (an all_reduce of
+    two sums); in evaluation there are none.
 
-    Gradients of weight and bias are sums over this rank's batch alone, as those of every other
-    layer are: averaged by DDP, they are those of the whole batch when each rank's loss is a mean
-    over its own batch, and batches are of one size. With others, weight each rank's loss by its
-    share of rows times the number of ranks.
+    Gradients of weight and bias are sums over this rank's batch alone, as in every other layer. Their average by DDP is
+    the gradient of the whole batch if each rank's loss is a mean over its own batch, and all batches have one size. For
+    other sizes, weight each rank's loss by its share of rows times the number of ranks.
 
-    Under DDP the running statistics are the same on all ranks, so `broadcast_buffers=False` saves
-    messages. Ranks that left `DDP.join` take no part in the messages of this layer: let them pass
-    empty batches instead. With `find_unused`, give the layer a group of its own
-    (`group.split(0)`), because ranks then send their gradients at different times.
+    Under DDP the running statistics are the same on all ranks, so `broadcast_buffers=False` saves messages. Ranks
+    without batches in `DDP.join` take no part in the messages of this layer: give them empty batches instead. With
+    `find_unused`, give the layer a group of its own (`group.split(0)`), because ranks then send their gradients at
+    different times.
 
     Args:
         num_features: channels, C.

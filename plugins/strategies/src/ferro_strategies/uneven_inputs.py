@@ -1,12 +1,12 @@
-"""Uneven inputs: find out before each step which ranks still have batches (`join`).
+"""Uneven inputs: the ranks agree before each step on which of them still have batches (`join`).
 
-Before every step in which ranks communicate, each announces the number of that step. A rank without
-batches announces JOINED, and so learns in which step it has to take part. An announcement is one
-reduction of a few bytes per rank. With the steps of DDP:
+Before every step in which ranks communicate, each rank announces the number of that step. A rank without batches
+announces JOINED, and learns from the others in which step it has to take part. An announcement is one reduction of a
+few bytes per rank. With the steps of DDP:
 
     rank            0         1         2
     announces       BACKWARD  JOINED    BACKWARD      1 shadows the reduction of gradients
-    announces       JOINED    JOINED    BACKWARD      0 and 1 do
+    announces       JOINED    JOINED    BACKWARD      0 and 1 shadow it
     announces       JOINED    JOINED    JOINED        all are done; 2 was last
 """
 
@@ -31,13 +31,14 @@ class UnevenInputs:
 
     Args:
         strategy: name for messages.
-        groups: groups whose product is all ranks: the ranks of the first are numbered 0, 1, …, then
-            those of its copies. Announcements are ordered with the other calls on each group.
+        groups: groups that together connect all ranks: one group, or the row and the column of a mesh. Ranks are
+            numbered row by row. Announcements are ordered with the other calls on each group.
         describe: names a step, for messages.
         note_bytes: length of the note that goes with a step.
 
     Attributes:
-        active: the ranks that had a batch at the last announcement at which any rank had one.
+        active: the ranks that had a batch at the last announcement; once no rank has one, those of the announcement
+            before.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class UnevenInputs:
         self.active = tuple(range(self.world_size))
 
     def announce(self, step: int, note: Array | None = None) -> tuple[int, Array]:
-        """Tell all ranks this rank's next step, and learn that of the active ranks.
+        """Tell all ranks this rank's next step, and return the next step of the active ranks.
 
         Args:
             step: the number of the step, or JOINED.
@@ -88,5 +89,5 @@ class UnevenInputs:
         return int(steps[active[0]]), message[heads:]
 
     def roots(self) -> list[int]:
-        """Give the first active rank's rank in each of the groups."""
+        """Return the first active rank's rank in each of the groups."""
         return [self.active[0] // stride % size for stride, size in self._axes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro.collectives.checker import check
 from ferro.collectives.choice import Choice
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError
@@ -12,6 +11,7 @@ from ferro.group.process_group import ProcessGroup
 from ferro.simulated.simulate import simulate
 from ferro_testing.once import call_once, wanted_of
 from ferro_testing.samples import Findings
+from ferro_testing.schedules import check
 
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
 _COUNTS = (1, 7, 5000)

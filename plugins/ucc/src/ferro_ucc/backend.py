@@ -13,8 +13,8 @@ import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives import Choice
-from ferro.collectives.label import LABEL_BYTES, Call, mismatch
-from ferro.collectives.partition import blocks
+from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
+from ferro.collectives.partition import blocks, even_sizes
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError
 from ferro.types import Array
@@ -100,9 +100,7 @@ class UccBackend(CollectivesOnlyBackend):
         if gathered == label * self.world_size:
             return
         for peer in range(self.world_size):
-            theirs = gathered[peer * LABEL_BYTES :][:LABEL_BYTES]
-            if theirs != label:
-                raise mismatch(self.rank, call, peer, theirs)
+            compare_labels(self.rank, call, peer, gathered[peer * LABEL_BYTES :][:LABEL_BYTES])
 
     def barrier(self, *, deadline: float) -> None:
         """Do nothing: `agree` was a barrier."""
@@ -117,7 +115,7 @@ class UccBackend(CollectivesOnlyBackend):
         elif buffer.nbytes * self.world_size <= _SMALL_BYTES:
             self._combine_all(buffer, reduction, deadline)
         else:
-            counts = self._block_sizes(buffer.size)
+            counts = even_sizes(buffer.size, self.world_size)
             mine = np.empty(counts[self.rank], buffer.dtype)
             self._reduce_blocks(buffer, mine, counts, reduction, deadline)
             blocks(buffer, counts)[self.rank][...] = mine
@@ -135,7 +133,7 @@ class UccBackend(CollectivesOnlyBackend):
         elif buffer.nbytes * self.world_size <= _SMALL_BYTES:
             self._combine_all(buffer, reduction, deadline)
         else:
-            counts = self._block_sizes(buffer.size)
+            counts = even_sizes(buffer.size, self.world_size)
             mine = np.empty(counts[self.rank], buffer.dtype)
             self._reduce_blocks(buffer, mine, counts, reduction, deadline)
             out = buffer if self.rank == root else None
@@ -260,11 +258,6 @@ class UccBackend(CollectivesOnlyBackend):
         self._team.run(operations.all_to_all(source, contributions, counts, own), deadline)
         if out.size:
             reduction.into(out, blocks(contributions, own), at_once=True)
-
-    def _block_sizes(self, size: int) -> list[int]:
-        """Divide `size` elements among the ranks that reduce them."""
-        n = self.world_size
-        return [size * (i + 1) // n - size * i // n for i in range(n)]
 
 
 def _refuse(op: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""HierarchicalBackend: the collectives of a group whose ranks are on several hosts."""
+"""HierarchicalBackend: collectives on several hosts, by shared memory within hosts and TCP between."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from ferro_gloo.tcp.backend import TcpBackend
 class HierarchicalBackend(Backend):
     """One rank of a group on several hosts.
 
-    A collective is made of steps on the host (`local`) and on rails, each of which connects one
-    rank of every host (see `topology`). On both, every message and every round carries the call's
-    label. Rooted calls begin with all ranks telling rank 0, and those that collect end with its
-    answer. The result of any other call depends on data from every rank. So no rank can end before
-    one of the partners of a rank that calls something else has seen the mismatch. That partner's
-    error ends the group, and wakes the waits of all ranks.
+    A collective consists of steps within each host (`local`) and steps on rails, each of which connects one rank of
+    every host (see `topology`). If one rank makes another call, some rank that exchanges data with it finds the
+    mismatch, because every message and every round carries the call's label. That rank's error ends the group and wakes
+    all ranks that wait. No rank can have returned before: rooted calls begin with a message from every rank to rank 0,
+    those that collect data end with rank 0's answer, and the result of any other call depends on data from every rank.
 
     Contributions are combined host by host, so a floating-point sum may differ from that in order
     of rank by rounding; it has the same bits on all ranks. Where the result must be that of rank
@@ -31,8 +30,8 @@ class HierarchicalBackend(Backend):
 
     Args:
         flat: the group over TCP, of which `local` and the rails are parts.
-        hosts: the members' ranks by host, each list ascending, hosts by their lowest rank; two
-            at least, of any sizes.
+        hosts: the group's ranks by host, each list ascending, hosts by their lowest rank; at least two hosts, of any
+            sizes.
         local: the group of the ranks on this rank's host, in the order of its list.
     """
 
@@ -64,7 +63,7 @@ class HierarchicalBackend(Backend):
         self._groups.begin(call)
 
     def barrier(self, *, deadline: float) -> None:
-        """See `Backend.barrier`; the leaders' barrier is between two of each host."""
+        """See `Backend.barrier`: a barrier on each host, one of the hosts' leaders, and again one on each host."""
         self._groups.local.barrier(deadline=deadline)
         if self._groups.rail is not None and self._groups.topology.local_rank == 0:
             self._groups.rail.barrier(deadline=deadline)
@@ -94,11 +93,11 @@ class HierarchicalBackend(Backend):
         data_movement.all_gather(self._groups, buffer, counts, deadline)
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
-        """See `Backend.gather`; flat, for levels would save no byte."""
+        """See `Backend.gather`; the flat algorithm, because a hierarchy would send as many bytes."""
         self._flat.gather(block, out, counts, root, deadline=deadline)
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
-        """See `Backend.scatter`; flat, for levels would save no byte."""
+        """See `Backend.scatter`; the flat algorithm, because a hierarchy would send as many bytes."""
         self._flat.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
@@ -121,7 +120,7 @@ class HierarchicalBackend(Backend):
         return self._flat.subgroup(ranks, context)
 
     def abort(self) -> None:
-        """End this group's operations on all its ranks, and wake the waits of both groups."""
+        """End this group's operations on all its ranks, and wake all that wait in `local` or the flat group."""
         self._groups.local.abort()
         self._flat.abort()
 

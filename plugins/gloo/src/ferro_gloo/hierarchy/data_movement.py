@@ -1,4 +1,4 @@
-"""broadcast, all_gather and all_to_all of several hosts."""
+"""broadcast, all_gather and all_to_all of groups on several hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ferro_gloo.hierarchy.host_blocks import HostBlocks
 from ferro_gloo.hierarchy.topology import block_count, uses_leaders
 from ferro_gloo.tcp.backend import TcpBackend
 
-# Two ranks on different hosts move so much at once: no rank gets far ahead of the others.
+# Two ranks on different hosts exchange this many bytes at once, so no rank gets far ahead of the others.
 _SEGMENT_BYTES = 4 << 20
 
 

@@ -1,6 +1,6 @@
 """HierarchyGroups: the groups that a hierarchical collective uses, and its pipeline.
 
-A rank has a local group, the ranks on its host, and mostly a rail, one rank of every host.
+A rank has a local group, the ranks on its host, and in most cases a rail, one rank of every host.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LocalBackend: TypeAlias = ShmBackend | TcpBackend
 # One phase of a pipeline, called with the index of a block.
 Phase: TypeAlias = Callable[[int], None]
 
-# While one block is on the network, the hosts prepare the next: each needs memory of its own.
+# While one block is on the network, the hosts prepare the next, so both need memory of their own.
 BLOCKS_IN_FLIGHT = 2
 
 
 def no_phase(index: int) -> None:
-    """Do nothing: the phase of a rank that has no part in it."""
+    """Do nothing, in place of a phase in which this rank takes no part."""
 
 
 class HierarchyGroups:
@@ -38,7 +38,7 @@ class HierarchyGroups:
 
     Args:
         flat: the group of all ranks.
-        hosts: the members' ranks by host.
+        hosts: the group's ranks by host.
         local: the group of the ranks on this rank's host.
 
     Attributes:
@@ -79,7 +79,7 @@ class HierarchyGroups:
         return self.slices(block)[self.topology.local_rank]
 
     def exchange_on_rail(self, sends: Sequence[Array], recvs: Sequence[Array], deadline: float) -> None:
-        """Send every other host its array, and receive one from it; both are by host index."""
+        """Exchange an array with every other host; `sends` and `recvs` are indexed by host."""
         rail = self.rail
         assert rail is not None, "only ranks on a rail exchange with other hosts"
         others = self.topology.other_hosts
@@ -91,7 +91,7 @@ class HierarchyGroups:
         )
 
     def run_pipeline(self, count: int, before: Phase, network: Phase, after: Phase) -> None:
-        """Put `count` blocks through three phases, the network's in a thread of its own.
+        """Run `count` blocks through three phases; the network phase runs in a thread of its own.
 
             caller   before 0   before 1   after 0   before 2   after 1   …
             thread              network 0            network 1            …

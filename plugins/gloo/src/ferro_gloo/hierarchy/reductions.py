@@ -1,6 +1,6 @@
-"""all_reduce, reduce and reduce_scatter of several hosts.
+"""all_reduce, reduce and reduce_scatter of groups on several hosts.
 
-Costs are per host, with H hosts and m bytes: the bytes that cross its link in each direction.
+A cost is the number of bytes that cross a host's link in each direction, with H hosts and arrays of m bytes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def reduce(groups: HierarchyGroups, buffer: Array, reduction: Reduction, root: i
 
 
 class _SlicedReduction:
-    """The first phase of both: the ranks of a host reduce each block, a slice on every local rank.
+    """The first phase of all_reduce and reduce: the ranks of a host reduce each block, one slice per local rank.
 
     A reduced slice has memory of its own, because other ranks may still read the block. On a host
     with a single rank it is the slice of the block, and there is nothing to reduce.
@@ -153,8 +153,8 @@ def reduce_scatter(
         both hosts' blocks           partial results of      both hosts' blocks
         all_gather of its blocks     the other's blocks      all_gather of its blocks
 
-    Contributions are combined in order of hosts. For a small array, the leaders reduce all, and
-    scatter the result on their hosts.
+    Contributions are combined in order of hosts. For a small array, the leaders reduce everything, and scatter the
+    result on their hosts.
     """
     if uses_leaders(source.nbytes):
         _reduce_scatter_by_leaders(groups, source, out, counts, reduction, deadline)
@@ -273,7 +273,7 @@ class _SlicedReduceScatter:
 
 
 def partial_reduction(reduction: Reduction) -> Reduction:
-    """Get the reduction of parts: a mean is a sum until the whole is divided."""
+    """Return the reduction for partial results: a mean is computed as a sum, and divided at the end."""
     if reduction.op is ReduceOp.MEAN:
         return reduction_for(ReduceOp.SUM, reduction.dtype, reduction.ranks)
     return reduction

@@ -1,4 +1,4 @@
-"""Topology: which ranks of a group are on which host, and how many of them a call uses.
+"""Topology: the hosts and rails of a group, and whether a call uses all rails or one leader per host.
 
     host 0   rank 0 ── rail 0 ── rank 1   host 1
              rank 2 ── rail 1 ── rank 3
@@ -32,7 +32,7 @@ class Topology:
     """The hosts of a group, as one of its ranks sees them.
 
     Attributes:
-        hosts: the ranks by host, each list ascending, hosts by their lowest rank; two at least.
+        hosts: the ranks by host, each list ascending, hosts by their lowest rank; at least two hosts.
         rank: this rank.
         host_index: the index of this rank's host.
         local_rank: this rank's index among the ranks on its host.
@@ -60,12 +60,12 @@ class Topology:
 
     @property
     def other_hosts(self) -> tuple[int, ...]:
-        """The indices of the other hosts, from the next one on, so that no host is all's first."""
+        """The indices of the other hosts, from the next one on, so that not all hosts send to host 0 first."""
         n = len(self.hosts)
         return tuple((self.host_index + step) % n for step in range(1, n))
 
     def leader_for(self, local_rank: int) -> int:
-        """Choose the local rank that leads each host: this one if it has a rail, 0 otherwise."""
+        """Choose the local rank of the hosts' leaders: `local_rank` if it has a rail, 0 otherwise."""
         return local_rank if local_rank < self.rails else 0
 
     def locate(self, rank: int) -> tuple[int, int]:
@@ -77,12 +77,12 @@ class Topology:
 def uses_leaders(nbytes: int) -> bool:
     """Return True if one leader per host moves all data, False if all rails move slices.
 
-    Leaders cost fewer messages, but one rank's core and socket do not fill a quick link. `nbytes`,
-    the size of the call's data on a rank, is the same on all ranks, and so is the answer.
+    Leaders need fewer messages, but the core and socket of one rank cannot use all of a fast link. `nbytes`, the size
+    of the call's data on a rank, is the same on all ranks, and so is the answer.
     """
     return nbytes <= _LEADERS_BYTES
 
 
 def block_count(nbytes: int) -> int:
-    """Count the blocks for so many bytes; one is on the network while hosts prepare the next."""
+    """Choose the number of pipeline blocks: one is on the network while hosts prepare the next."""
     return max(1, -(-nbytes // _BLOCK_BYTES))

@@ -4,7 +4,7 @@ Every rank has one large arena, which all ranks of its host map when the world i
 it is reserved only as arrays ask for it. An array that lies in an arena can be used by all ranks of
 the host; its owner tells them where it is (`ArenaSpan`).
 
-A forked child shares existing arrays with its parent, unlike other memory; new ones are ordinary.
+A forked child shares the existing arrays with its parent, unlike other memory; its new arrays are in ordinary memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ArenaSpan(NamedTuple):
 
 
 def arena_bytes(ranks: int) -> int:
-    """Choose the size of an arena where each process maps so many of them.
+    """Choose the size of an arena where each process maps `ranks` of them.
 
     Raises:
         OSError: there is no shared memory.
@@ -113,7 +113,7 @@ class Arena:
         return None
 
     def _coalesce(self) -> None:
-        """Merge free pieces that are next to each other."""
+        """Merge free blocks that are next to each other."""
         merged: dict[int, int] = {}
         last = -1
         for offset, size in sorted(self._free.items()):
@@ -125,7 +125,7 @@ class Arena:
         self._free = merged
 
     def _grow(self, size: int) -> None:
-        """Reserve amply more memory, or as much as is needed where there is less."""
+        """Reserve memory for `size` bytes: a quarter of the present memory, or only the missing bytes if that fails."""
         end = self._reserved
         tail = next((free for at, free in self._free.items() if at + free == end), 0)
         ample = max(_MIN_GROWTH_BYTES, end // _GROWTH_DIVISOR // _PAGE * _PAGE)

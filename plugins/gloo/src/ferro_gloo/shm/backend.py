@@ -1,7 +1,6 @@
 """ShmBackend: the collectives of ranks on one host, through shared memory.
 
-All reductions are in order of rank. So results have the same bits on every rank, and the same with
-and without `deterministic=True`.
+All reductions are in order of rank, so results have the same bits on every rank, with and without `deterministic=True`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from ferro_gloo.shm.single_round import SingleRoundCollectives
 from ferro_gloo.shm.slot_ring import SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
-# Up to so many bytes of all ranks' arrays together each rank reduces all of them, in one round;
-# beyond, each reduces its part and publishes the result, in two. Measured with 4 ranks on 2 cores:
-# 256 KiB take 72 us in one round, 100 in two.
+# If all ranks' arrays together have at most this many bytes, each rank reduces all of them, in one round. Otherwise
+# each rank reduces its part and publishes the result, in two rounds. Measured with 4 ranks on 2 cores: 256 KiB take 72
+# us in one round, 100 in two.
 _EACH_REDUCES_BYTES = 1 << 20
 
 
@@ -31,7 +30,7 @@ class ShmBackend(Backend):
 
     Args:
         region: the memory.
-        tcp: the same ranks over TCP, for transfers, and to see the loss of a rank.
+        tcp: the same ranks over TCP, for transfers, and to notice the loss of a rank.
         arenas: the arrays that can be used in place.
     """
 

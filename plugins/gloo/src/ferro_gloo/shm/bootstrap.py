@@ -1,7 +1,7 @@
 """Bootstrap of shared memory: which ranks share a host, and the memory that they map together.
 
-Host names prove nothing: two containers may have one name and no memory in common. So each rank
-exposes a segment and tries to open those of the others, over the connections that there are.
+Host names prove nothing: two containers may have one name and no memory in common. So each rank creates a segment,
+tells the others its name over TCP, and tries to open theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NO_NAME = bytes(NAME_BYTES)
 _ARENA_OFFER = struct.Struct(f"<Q{NAME_BYTES}s16s")
 # The lowest rank's message about the region: name, zeros if it has none, size, size of a slot.
 _REGION_OFFER = struct.Struct(f"<{NAME_BYTES}sQQ")
-# Each rank's answer: it has mapped the region; has the native helper; is safe without it.
+# Each rank's answer: whether it has mapped the region, has the native helper, and is safe without it.
 _REGION_ANSWER = struct.Struct("<???")
 
 
@@ -114,7 +114,7 @@ class LocalHost:
     def open_region(self, group: TcpBackend, deadline: float) -> ShmRegion | None:
         """Map a region together with all ranks of `group`, which are on this host.
 
-        The lowest rank creates and exposes it, all open it and tell each other, and the name is
+        The lowest rank creates the region and gives it a name, all ranks open it and tell each other, and the name is
         removed. Where one rank cannot map it, all return None.
         """
         layout, segment, reason = RegionLayout.of(group.world_size), None, ""
@@ -133,7 +133,7 @@ class LocalHost:
             answers = bootstrap_all_gather(group, answer, deadline)
         finally:
             if any(name):
-                unlink_name(name)  # all ranks do, for the owner may have died meanwhile
+                unlink_name(name)  # every rank does it, because the owner may have died meanwhile
         unpacked = [_REGION_ANSWER.unpack(raw) for raw in answers]
         all_mapped, native, safe = (all(column) for column in zip(*unpacked, strict=True))
         if reason:
@@ -179,7 +179,7 @@ def _bitmask(ranks: int, chosen: Sequence[int]) -> bytes:
 
 
 def _is_first_to_warn(me: int, without: Sequence[int], addresses: Sequence[str]) -> bool:
-    """Return True if this rank is its host's first `without` an arena, and is not alone there.
+    """Return True if this rank is the first of several on its host that are `without` an arena.
 
     Where no memory is shared, only addresses tell which ranks may be on one host.
     """

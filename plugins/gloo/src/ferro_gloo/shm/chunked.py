@@ -1,7 +1,7 @@
-"""Collectives in chunks: what a rank does with each, and the runner that does it.
+"""Collectives of large arrays, chunk by chunk: the description of an operation, and its runner.
 
-Usually all data passes through slots, chunk by chunk. Where every rank that sends data has it in an
-arena (`ProcessGroup.empty`), the headers say where, and the others use it in place.
+Usually all data passes through slots, chunk by chunk. Where every rank that sends data has its array in an arena
+(`ProcessGroup.empty`), the headers tell where the arrays are, and the other ranks use them in place.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import NO_SPAN, PEER_CHECK_S, SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
-# From this size on it pays to use arrays in place, though that takes a round more.
+# From this size on it is faster to use arrays in place, though that takes one more round.
 IN_PLACE_BYTES = 128 << 10
 _MAX_CACHED_VIEWS = 256  # combinations of the ranks' arrays
 
 
-# Computes from chunk k in all ranks' slots the chunk that this rank publishes next, in the last
-# argument.
+# Takes k and all ranks' slots with chunk k; writes the chunk that this rank publishes next to the last argument.
 Respond: TypeAlias = Callable[[int, Sequence[Array], Array], object]
 
 
@@ -41,11 +40,10 @@ class ChunkedOperation:
         dtype: the dtype of the elements in the slots.
         source: this rank's data (uint8) if others may use it in place; None otherwise.
         writers: the ranks that send data; None for all.
-        in_place: runs instead of `write` and `read` when all writers' arrays can be used in place.
-            It is given them by rank, in order of rank; they stay as they are until it has returned
-            on all ranks.
-        uneven: ranks may disagree on `chunks`; the largest counts, and a rank with 0 has
-            tried the operation in one round.
+        in_place: runs instead of `write` and `read` when all writers' arrays can be used in place. Its argument maps
+            ranks to arrays, in order of rank; no rank changes its array until `in_place` has returned on all ranks.
+        uneven: ranks may have different `chunks`; the largest is used, and 0 means that the rank has tried a single
+            round.
     """
 
     chunks: int
@@ -155,7 +153,7 @@ class ChunkedRunner:
             if span is not None:  # a late rank may still write into the array
                 self._arenas.retire(span)
             raise
-        # A rank that has announced a span, or has tried one round, has not written this chunk.
+        # A rank that has announced a span, or has tried a single round, has not written its first chunk yet.
         is_incomplete = any(map(any, spans))
         if operation.uneven:
             is_incomplete |= 0 in self._ring.chunk_counts(number)

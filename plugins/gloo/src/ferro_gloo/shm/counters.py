@@ -1,17 +1,15 @@
-"""Progress counters: each rank of a host tells in shared memory how far it has come.
+"""Progress counters in shared memory, by which the ranks of a host wait for each other's data.
 
-Every rank has a counter that only grows. It writes its data, then publishes its counter; a rank
-that has waited for the counter sees the data. A wait loads the counters, spins for a while, then
-yields the core to other threads, then sleeps. Where a host has more ranks than cores it does not
-spin, since that would keep the core from the rank that it waits for. In the thread of asynchronous
-operations (see `ferro.work`) it sleeps almost at once: the core belongs to the caller's thread,
-which may be computing.
+Every rank has a counter that only grows. The rank writes its data, then publishes its counter; another rank that has
+waited for the counter sees the data. A wait loads the counters, spins for a while, then yields the core to other
+threads, then sleeps. Where a host has more ranks than cores a rank does not spin, because that would keep the core from
+the rank that it waits for. In the thread of asynchronous operations (see `ferro.group.serial_executor`) a wait sleeps
+almost at once, because the caller's thread may be computing and needs the core.
 
-Why a rank sees the data with the counter: the native helper stores counters with release and loads
-them with acquire, on any processor. Pure Python has plain stores and loads only: `memoryview`
-copies an aligned int64 with one machine instruction. On x86-64 other cores see a core's stores in
-the order in which it made them, and loads keep their order too, so plain ones are enough there,
-and only there. (memcpy may use non-temporal stores, outside of this order; it fences them itself.)
+Memory order: the native helper stores counters with release and loads them with acquire, on any processor. Pure Python
+has only plain stores and loads: `memoryview` copies an aligned int64 with one machine instruction. They are enough on
+x86-64, and only there, because other cores see a core's stores in the order in which it made them, and loads keep their
+order too. (memcpy may use non-temporal stores, which do not keep this order, but ends with a fence.)
 """
 
 from __future__ import annotations
@@ -29,18 +27,16 @@ COUNTER_STRIDE = 256
 NATIVE_IS_AVAILABLE = NATIVE is not None
 
 _STRIDE_WORDS = COUNTER_STRIDE // 8
-# Measured on two cores. Being woken from sleep costs 15 to 20 us, a pause 20 ns, a yield 0.35 us.
-# With 4 ranks on 2 cores a round of publishing and waiting takes 19 us with sleep alone, 29 us
-# with spinning and sleep, 2 us with yields and sleep; more yields than 20 change nothing there.
-# But a core that has gone idle takes 50 to 100 us to wake up. A rank that sleeps sooner than that
-# while the other wakes up makes the other sleep in its turn: bursts of all_reduces of 4 bytes,
-# 2 ranks with a core each, took 10 to 60 us on average with 100 yields before sleep, 8 with 1000.
-# The thread of asynchronous operations competes with its caller's computation. Beside matrix
-# products, 2 ranks on 2 cores that others used too, 2 all_reduces of 25 MiB of private arrays ended
-# after 47 ms with the spins and yields of a caller's thread, after 31 ms with its own (medians of
-# one run); 16 of 1 MiB after 96 and 68 ms, from group.empty after 114 and 60 ms. Later runs, with
-# short switch intervals (`ferro.group.serial_executor`), agree on 25 MiB of private arrays, and
-# show no difference on the others.
+# Measured on two cores. Being woken from sleep costs 15 to 20 us, a pause 20 ns, a yield 0.35 us. With 4 ranks on 2
+# cores a round of publishing and waiting takes 19 us with sleep alone, 29 us with spinning and sleep, 2 us with yields
+# and sleep; more yields than 20 change nothing there. But an idle core takes 50 to 100 us to wake up. A rank that goes
+# to sleep while the core of the other is waking up makes the other rank sleep next: bursts of all_reduces of 4 bytes, 2
+# ranks with a core each, took 10 to 60 us on average with 100 yields before sleep, 8 with 1000. The thread of
+# asynchronous operations competes with its caller's computation. Beside matrix products, 2 ranks on 2 cores that others
+# used too, 2 all_reduces of 25 MiB of private arrays ended after 47 ms with the spins and yields of a caller's thread,
+# after 31 ms with its own (medians of one run); 16 of 1 MiB after 96 and 68 ms, from group.empty after 114 and 60 ms.
+# Later runs, with short switch intervals (`ferro.group.serial_executor`), agree on 25 MiB of private arrays, and show
+# no difference on the others.
 _NATIVE_SPINS = 2000
 _NATIVE_SPINS_BESIDE_CALLER = 200
 _NATIVE_YIELDS = 1000
@@ -51,7 +47,7 @@ _MAX_SLEEP_S = 1e-3
 
 
 def counters_bytes(ranks: int) -> int:
-    """Compute the size of the counters of so many ranks."""
+    """Compute the size of the counters of `ranks` ranks."""
     return ranks * COUNTER_STRIDE
 
 
@@ -61,14 +57,14 @@ def pure_python_is_safe() -> bool:
 
 
 class ProgressCounters:
-    """The counters of a group, as one rank sees them. They start at the memory's zeros.
+    """The counters of a group, as one rank sees them. New shared memory is zero, and so are the counters at first.
 
     Args:
         memory: writable shared memory, aligned to 8 bytes, of at least `counters_bytes(ranks)`.
         ranks: the number of ranks.
         rank: the rank whose counter `publish` moves.
         native: use the native helper. All ranks must agree: pure Python wakes no sleepers.
-        spin: spin for some tens of microseconds before yielding; for ranks with a core each.
+        spin: spin for some tens of microseconds before yielding; True where each rank has a core.
 
     Raises:
         UsageError: the native helper is not built here, or the memory is too small.

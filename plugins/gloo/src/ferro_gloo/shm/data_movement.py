@@ -1,6 +1,8 @@
-"""broadcast, gather, scatter and the like, of arrays that do not fit a slot or are uneven.
+"""broadcast, all_gather, gather, scatter and all_to_all of arrays that do not fit a slot, or of uneven blocks.
 
-Each function makes a `ChunkedOperation`, and takes the arguments of the method of `Backend`.
+Each function takes the arguments of the method of `Backend`, describes what this rank does with each chunk as a
+`ChunkedOperation`, and runs it. `write` fills this rank's slot, `read` uses all ranks' slots, and `in_place` replaces
+both where the ranks' arrays lie in shared memory.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def all_to_all(
     *,
     synchronized: bool,
 ) -> None:
-    """See `Backend.all_to_all`; `synchronized`: this rank has tried it in one round."""
+    """See `Backend.all_to_all`; `synchronized` is True if this rank has tried it in a single round before."""
     me, length, data = runner.rank, runner.slot_block_bytes, source.view(np.uint8)
     sizes = _bytes(send_counts, source)
     parts = blocks(data, sizes)
@@ -165,8 +167,8 @@ def all_to_all(
         for rank in runner.others:
             copy(targets[rank], blocks(arrays[rank], sizes)[me])
 
-    # A rank finds its block in another's array only if all blocks have one size. After a
-    # round was tried, another rank has uneven ones.
+    # A rank can find its block in another rank's array only if all blocks have one size. If a single round was tried
+    # and failed, another rank has uneven blocks.
     even = not synchronized and len({*send_counts, *recv_counts}) == 1
     operation = ChunkedOperation(
         chunks=chunk_count(max(sizes), length),

@@ -1,6 +1,6 @@
-"""What one rank does with memory: cut arrays into chunks, copy them, reduce them.
+"""Memory operations of one rank: cutting arrays into chunks, copying and reducing them.
 
-Copies and sums of half precision use the native helper where it is built.
+Copies, and sums of half precision, use the native helper where it is built.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def chunk_count(size: int, length: int) -> int:
 
 
 def chunk(array: Array, k: int, length: int) -> Array:
-    """Slice chunk k; the last is shorter, and those beyond it are empty."""
+    """Slice chunk k; the last chunk may be shorter, and chunks beyond it are empty."""
     return array[k * length : (k + 1) * length]
 
 
@@ -36,7 +36,7 @@ def slot_block_bytes(slot_bytes: int, ranks: int) -> int:
 
 
 def slot_block(slot: Array, writer: int, reader: int, length: int) -> Array:
-    """Slice the block of the writer's slot that is for the reader; a rank has none for itself."""
+    """Slice the block of the writer's slot that is for the reader; a slot has no block for its own rank."""
     start = (reader - (reader > writer)) * length
     return slot[start : start + length]
 
@@ -54,7 +54,7 @@ def copy_cached(target: Array, source: Array) -> None:
 def copy_in_blocks(target: Array, source: Array) -> None:
     """Fill `target` from the beginning of `source`, block by block.
 
-    NumPy copies a large array past the caches, from where the data is needed next.
+    NumPy copies a large array past the caches, although the data is read again soon.
     """
     for start in range(0, target.size, _COPY_BLOCK_BYTES):
         block = target[start : start + _COPY_BLOCK_BYTES]
@@ -68,11 +68,11 @@ def copy_nontemporal(target: Array, source: Array) -> None:
 
 
 def choose_copies(nbytes: int) -> tuple[Copy, Copy]:
-    """Choose how to copy results of so many bytes on all ranks: from slots, and from arrays.
+    """Return two copy functions, from slots and from arrays, for results of `nbytes` on all ranks together.
 
-    Results larger than the caches are better written past them: then the processor need not read
-    lines before it overwrites them. Measured with 2 ranks: a broadcast of 16 MiB takes 1.0 ms
-    through the caches, 0.56 past them, an all_gather 1.25 and 0.99.
+    Results larger than the caches are written past them, so that the processor need not read lines before it overwrites
+    them. Measured with 2 ranks: a broadcast of 16 MiB takes 1.0 ms through the caches, 0.56 past them, an all_gather
+    1.25 and 0.99.
     """
     if NATIVE is not None and nbytes >= _CACHED_BYTES:
         return copy_nontemporal, copy_nontemporal

@@ -45,7 +45,7 @@ class NativeModule(Protocol):
             first: byte offset of the first counter.
             stride: bytes from one counter to the next, at least 16.
             count: how many counters.
-            value: the value that all of them are to reach.
+            value: the value that all of the counters are to reach.
             spins: how often to load again after a pause of tens of nanoseconds; at most a million.
             yields: how often, after that, to load again after a `sched_yield`; then it sleeps.
             seconds: the longest wait, at most a day.
@@ -55,7 +55,7 @@ class NativeModule(Protocol):
         """
 
     def copy(self, target: NDArray[np.generic], source: NDArray[np.generic], /) -> None:
-        """Copy past the caches, on x86-64; both are contiguous, of one size, and apart."""
+        """Copy past the caches, on x86-64; both arrays are contiguous, of one size, and do not overlap."""
 
     def sum_half(
         self, out: NDArray[np.generic], sources: Sequence[NDArray[np.generic]], brain: bool, divisor: float, /

@@ -1,6 +1,6 @@
 """Reductions of arrays that do not fit a slot or are uneven, in order of rank.
 
-Each function makes a `ChunkedOperation`, and takes the arguments of the method of `Backend`.
+Each function takes the arguments of the method of `Backend`, and runs a `ChunkedOperation` (see `data_movement`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner, Respond
 from ferro_gloo.shm.kernels import chunk, chunk_count, copy_cached, reduce_into, slot_block, write_slot
 
-_BLOCK_BYTES = 256 << 10  # so much is reduced in place at once: it stays in a core's cache
+_BLOCK_BYTES = 256 << 10  # reduced in place at once, so that it stays in a core's cache
 
 
 def all_reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, deadline: float) -> None:
@@ -24,7 +24,7 @@ def all_reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, deadl
     def in_place(arrays: Mapping[int, Array]) -> None:
         _reduce_in_place(runner, list(arrays.values()), buffer, reduction)
 
-    if runner.ranks == 2:  # each reduces it all: that takes one round a chunk
+    if runner.ranks == 2:  # each rank reduces everything, which takes one round per chunk
         operation = _one_phase(runner, buffer, reduction, reads=True)
         operation.source, operation.in_place = buffer.view(np.uint8), in_place
         runner.run(operation, deadline)
@@ -80,7 +80,7 @@ def reduce_scatter(
 
 
 def _one_phase(runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool) -> ChunkedOperation:
-    """Build the operation in which all ranks publish all they have, and readers reduce it."""
+    """Build the operation in which every rank publishes its whole array, and the ranks in `reads` reduce."""
     length = runner.slot_bytes // buffer.itemsize
 
     def write(k: int, slot: Array) -> None:

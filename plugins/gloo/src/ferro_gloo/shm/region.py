@@ -1,4 +1,4 @@
-"""Region: the memory through which a group's ranks on one host run collectives.
+"""Region: the shared memory in which a group's ranks on one host run collectives.
 
     | counters    n x 256 bytes          how far each rank has come (`counters`)
     | headers     n x SLOTS x 128 bytes  each rank's call, and the span of its array
@@ -37,7 +37,7 @@ class RegionLayout:
 
     @classmethod
     def of(cls, ranks: int) -> RegionLayout:
-        """Choose the layout for so many ranks."""
+        """Choose the layout for this number of ranks."""
         bounded = _MAX_BYTES // (ranks * SLOTS) // _PAGE * _PAGE
         least = -(-ranks * _MIN_BLOCK_BYTES // _PAGE) * _PAGE
         return cls(ranks, max(least, min(_SLOT_BYTES, bounded)))

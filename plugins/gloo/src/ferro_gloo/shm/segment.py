@@ -1,10 +1,10 @@
 """Shared-memory segments: memory that several processes of one host map, and that never leaks.
 
-A segment is a file in /dev/shm without a name, of mode 0600. Its owner gives it a name of 128
-random bits only while the others open it; then the name is unlinked, and Linux never gives the
-file another. A nameless segment goes with the last process that maps it, even if that is killed. A
-name stays behind only if all processes that know it are killed in that moment. The next job removes
-it: every process that has a segment open holds a lock on it, which a stale one lacks.
+A segment is a file in /dev/shm without a name, of mode 0600. Its owner gives it a name of 128 random bits only while
+the others open it; then the name is unlinked, and Linux never gives the file another. Linux frees a nameless segment
+with the last process that maps it, even if that process is killed. A name stays behind only if all processes that know
+it are killed while the segment has it. The next job removes such names: every process that has a segment open holds a
+lock on it, and a stale segment has no lock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not
 class ShmSegment:
     """Shared memory that this process has mapped.
 
-    Nobody may touch memory that is not reserved: where none is left, SIGBUS would end the process.
+    Memory must be reserved before it is used: otherwise SIGBUS ends the process where no memory is left.
 
     Attributes:
         memory: the mapping.
@@ -106,7 +106,7 @@ class ShmSegment:
             self.memory.madvise(_POPULATE_WRITE, offset, nbytes)
 
     def expose(self) -> bytes:
-        """Give the file a name for others to open, once in its life; return the name.
+        """Name the file, so that other processes can open it, and return the name; call it at most once.
 
         Raises:
             OSError: the system refuses.

@@ -1,7 +1,7 @@
-"""Collectives of arrays that fit a slot: all ranks publish all they have, mostly in one round.
+"""Collectives of arrays that fit a slot: every rank publishes its whole array, in most cases in one round.
 
-Blocks are even here; `data_movement` and `reductions` have the other cases. Methods take the
-arguments of those of `Backend`.
+All blocks have one size here; `data_movement` and `reductions` have the other cases. Methods take the arguments of the
+methods of `Backend`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ferro_gloo.shm.kernels import reduce_into
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import SlotRing
 
-# In groups of up to so many ranks each reduces all arrays; in larger ones rank 0 does, and
-# publishes the result. Measured with 8 ranks on 2 cores: 4 KiB take 90 us so, 110 if each reduces.
+# In groups of at most this many ranks, each rank reduces all arrays; in larger groups rank 0 reduces and publishes the
+# result. Measured with 8 ranks on 2 cores: 4 KiB take 90 us if rank 0 reduces, 110 if each does.
 _EACH_REDUCES_RANKS = 4
-# Blocks of up to this size are copied in one NumPy call, this rank's own among them.
+# Blocks of up to this size are copied in one NumPy call, together with this rank's own block.
 _GATHERED_AT_ONCE_BYTES = 8 << 10
 
 
@@ -95,7 +95,7 @@ class SingleRoundCollectives:
     def all_to_all(self, source: Array, out: Array, deadline: float) -> bool:
         """See `Backend.all_to_all`; return False where another rank's blocks are uneven.
 
-        Then the ranks have synchronized and nothing else; they go on in `data_movement`.
+        In that case the ranks have only synchronized, and `data_movement.all_to_all` does the work.
         """
         number = self._ring.next
         slot = self._publish(source, deadline)
@@ -129,7 +129,7 @@ class SingleRoundCollectives:
         buffer[...] = result
 
     def _reduce(self, out: Array, own: Array, start: int, reduction: Reduction, slot: int) -> None:
-        """Reduce the arrays in `slot` from element `start` on to `out`; `own` is this rank's."""
+        """Reduce the arrays in `slot`, from element `start` on, into `out`; `own` is this rank's array."""
         end = start + out.size
         parts = [array[start:end] for array in self._region.slots(out.dtype)[slot]]
         if own is not out or self._rank < 2:  # the first two are read before `out` is written

@@ -1,22 +1,21 @@
 """SlotRing: the slots of a region, used in turn for the chunks of one operation after another.
 
-Every rank writes its chunks into its slots in turn, and publishes a counter after each. A chunk is
-complete when all ranks have published it. Chunks are numbered through the whole life of the group,
-and all ranks count alike. So one wait per chunk is enough, and no operation needs a barrier before
-or after it:
+Every rank writes its chunks into its slots in turn, and publishes a counter after each chunk. A chunk is complete when
+all ranks have published it. All ranks give a chunk the same number, which never repeats during the life of the group.
+So one wait per chunk is enough, and no operation needs a barrier before or after it:
 
     number     0  1  2  3  4  5  6  7  …        operation A: chunks 0 to 2, B: 3, C: 4 to 7
     slot       0  1  2  3  0  1  2  3  …
 
-A slot is written again four chunks later. Within an operation a rank writes chunk k+1 before it
-waits for chunk k. Chunk k+1 goes into the slot of chunk k-3, which all ranks have read: the last
-wait found that they had published chunk k-1, and a rank publishes a chunk only when it has read
-the one two before. An operation's first chunk follows the last one's in the same way.
+A slot is written again four chunks later. Within an operation a rank writes chunk k+1 before it waits for chunk k.
+Chunk k+1 goes into the slot of chunk k-3, which all ranks have read by then: this rank has waited until all had
+published chunk k-1, and a rank publishes chunk k-1 only when it has read chunk k-3. The same holds from the last chunk
+of one operation to the first of the next.
 
-The first chunk of an operation has a header: the call's label, and the span of the caller's array
-if the others can use it in place. Ranks that call different things see it there.
+The first chunk of an operation has a header: the call's label, and the place of this rank's array (its `ArenaSpan`) if
+the others can use it in place. Ranks whose calls differ find the difference there.
 
-Ranks see counters and chunks in the order in which they were written (`counters`).
+All ranks see chunks and counters in the order in which they were written (see `counters`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _SPAN_END = LABEL_BYTES + PACKED_SPAN.size
 _CHUNK_COUNT_END = _SPAN_END + 8
 NO_SPAN = bytes(PACKED_SPAN.size)
 _ONLY_LABEL = NO_SPAN + bytes(8)
-# A rank that waits checks every so often that the others are still connected.
+# A waiting rank checks at this interval that the others are still connected.
 PEER_CHECK_S = 0.01
 
 
@@ -42,7 +41,7 @@ class SlotRing:
 
     Args:
         region: the memory.
-        tcp: the same ranks over TCP, where the loss of a rank or an abort is seen.
+        tcp: the same ranks over TCP, which notices a lost rank or an abort.
 
     Attributes:
         next: the number of the next chunk.
@@ -86,10 +85,10 @@ class SlotRing:
         return number
 
     def synchronize(self, number: int, deadline: float) -> None:
-        """Publish an operation's first chunk, wait for all ranks', and compare their labels.
+        """Publish an operation's first chunk, wait until all ranks have, and compare their labels.
 
         Raises:
-            CollectiveMismatch: a rank calls something else.
+            CollectiveMismatch: a rank makes another call.
         """
         self.publish(number)
         self.wait(number, deadline)
@@ -99,7 +98,7 @@ class SlotRing:
                 raise mismatch(names[self._rank], self.call, names[rank], bytes(label))
 
     def spans(self, number: int) -> tuple[bytes, ...]:
-        """Read each rank's packed span from its header; zeros where it has none."""
+        """Read each rank's packed span from its header; zeros where the header has none."""
         slot = number % SLOTS
         return tuple([bytes(row[slot][LABEL_BYTES:_SPAN_END]) for row in self._headers])
 
@@ -109,14 +108,11 @@ class SlotRing:
         return [int.from_bytes(row[slot][_SPAN_END:_CHUNK_COUNT_END], "little") for row in self._headers]
 
     def publish(self, number: int) -> None:
-        """Tell the others that this rank has written a chunk, and has read the one two before."""
+        """Tell the others that this rank has written chunk `number`, and has read chunk `number - 2`."""
         self._counters.publish(number + 1)
 
     def retract(self) -> None:
-        """Take back all published chunks, so that no late rank goes on with them.
-
-        A late rank finds this one behind, and looks for the reason.
-        """
+        """Take back all published chunks, so that a late rank waits for them, and finds the reason."""
         self._counters.publish(-1)
 
     def wait(self, number: int, deadline: float) -> None:

@@ -1,4 +1,4 @@
-"""Point-to-point transfers between ranks of one host: long messages go through shared memory.
+"""Point-to-point transfers between ranks of one host, through shared memory for long messages.
 
     sender                                   receiver
     copies the message into its arena
@@ -6,9 +6,10 @@
                                              copies the message from the span
                                        ←─    acknowledges
 
-A message that lies in an arena already (`ProcessGroup.empty`) is not copied by the sender. It waits
-for its receive, as any long message does. Short messages do not wait, and go over TCP; so do long
-ones when the sender's arena is full.
+A span is the place of the message in the sender's arena (`ArenaSpan`); it and the acknowledgement go over TCP. If the
+caller's array lies in the arena already (`ProcessGroup.empty`), the sender copies nothing. A long send returns when the
+message has been received. Short messages go over TCP and are buffered there; long ones also go over TCP when the
+sender's arena is full.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ _ACK_TAG = 1 << 34  # a bit above every user's tag, and above those of `TcpBacke
 _ACK_LABEL = transfer_call(_EMPTY).label()
 _NO_SPAN = ArenaSpan(0, 0)
 
-Item = tuple[int, Array]
+PeerBuffer = tuple[int, Array]
 
 
 class ShmTransfers:
     """The transfers of one rank in a group.
 
     Args:
-        flat: the group over TCP.
+        tcp: the group over TCP.
         host: this rank's host.
     """
 
-    def __init__(self, flat: TcpBackend, host: LocalHost) -> None:
-        self._flat = flat
+    def __init__(self, tcp: TcpBackend, host: LocalHost) -> None:
+        self._tcp = tcp
         self._host = host
 
-    def exchange(self, sends: Sequence[Item], recvs: Sequence[Item], *, tag: int, deadline: float) -> None:
-        """See `Backend.exchange`; messages for TCP follow those through shared memory."""
+    def exchange(self, sends: Sequence[PeerBuffer], recvs: Sequence[PeerBuffer], *, tag: int, deadline: float) -> None:
+        """See `Backend.exchange`; messages through shared memory come first, messages over TCP follow."""
         shm_sends = [item for item in sends if self._is_through_shm(*item)]
         shm_recvs = [item for item in recvs if self._is_through_shm(*item)]
         tcp_sends = [item for item in sends if not self._is_through_shm(*item)]
         tcp_recvs = [item for item in recvs if not self._is_through_shm(*item)]
         if shm_sends or shm_recvs:
-            # `staged` keeps the sender's memory until the receiver has acknowledged.
+            # `staged` keeps the spans' memory alive until the receivers have acknowledged.
             staged = [self._stage(buffer) for _, buffer in shm_sends]
             offers = [
                 (peer, np.frombuffer(PACKED_SPAN.pack(*span), np.uint8))
@@ -61,24 +62,24 @@ class ShmTransfers:
             ]
             received = [(peer, np.empty(PACKED_SPAN.size, np.uint8)) for peer, _ in shm_recvs]
             labels = [transfer_call(buffer).label() for _, buffer in (*shm_sends, *shm_recvs)]
-            self._flat.move(offers, received, labels, tag, deadline)
+            self._tcp.move(offers, received, labels, tag, deadline)
             spans = [ArenaSpan(*PACKED_SPAN.unpack(raw.data)) for _, raw in received]
             copied = [self._copy_from(*item, span) for item, span in zip(shm_recvs, spans, strict=True)]
             offered = [span != _NO_SPAN for span, _ in staged]
             acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_recvs, copied, strict=True) if yes]
             awaited_acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_sends, offered, strict=True) if yes]
-            self._flat.move(acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG, deadline)
+            self._tcp.move(acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG, deadline)
             tcp_sends += [item for item, yes in zip(shm_sends, offered, strict=True) if not yes]
             tcp_recvs += [item for item, yes in zip(shm_recvs, copied, strict=True) if not yes]
         if tcp_sends or tcp_recvs:
-            self._flat.exchange(tcp_sends, tcp_recvs, tag=tag, deadline=deadline)
+            self._tcp.exchange(tcp_sends, tcp_recvs, tag=tag, deadline=deadline)
 
     def _is_through_shm(self, peer: int, buffer: Array) -> bool:
-        """Return True if a message goes through shared memory; both ends find the same."""
-        return buffer.nbytes > MAX_BODY and self._host.arenas.is_peer(self._flat.ranks[peer])
+        """Return True if a message goes through shared memory; sender and receiver get the same answer."""
+        return buffer.nbytes > MAX_BODY and self._host.arenas.is_peer(self._tcp.ranks[peer])
 
     def _stage(self, buffer: Array) -> tuple[ArenaSpan, Array]:
-        """Copy a message into the arena, if it is not there; return no span if that is full."""
+        """Copy a message into the arena unless it is there already; return no span if the arena is full."""
         arenas, data = self._host.arenas, buffer.view(np.uint8)
         span = arenas.span_of(data)
         if span is not None:
@@ -91,10 +92,10 @@ class ShmTransfers:
         return span, memory
 
     def _copy_from(self, peer: int, buffer: Array, span: ArenaSpan) -> bool:
-        """Copy a message from a span of the peer's arena; return False if it has none."""
+        """Copy a message from a span of the peer's arena; return False if there is no span."""
         if span == _NO_SPAN:
             return False
         data = buffer.view(np.uint8)
         _, copy = choose_copies(data.size)
-        copy(data, self._host.arenas.view(self._flat.ranks[peer], span))
+        copy(data, self._host.arenas.view(self._tcp.ranks[peer], span))
         return True

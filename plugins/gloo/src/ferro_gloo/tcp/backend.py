@@ -30,7 +30,7 @@ from ferro_gloo.tcp.protocol import (
 )
 
 _EMPTY = np.empty(0, np.uint8)
-# A bit above every user's tag, for messages that a long transfer's memory is posted.
+# A bit above every user's tag, for the "clear to send" messages of long transfers.
 _CLEAR_TO_SEND_TAG = 1 << 32
 _CLEAR_TO_SEND_LABEL = transfer_call(_EMPTY).label()
 
@@ -40,12 +40,12 @@ class TcpBackend(Backend):
 
     Args:
         engine: drives the connections of this rank to all others of the world.
-        ranks: the members' ranks in the world.
+        ranks: the ranks of the members in the world.
         rank: this rank in the group.
         choice: the algorithm for each call.
         context: the group's number; 0 for the world.
-        names: the ranks by which errors name the members. Those of a subset are ranks in the
-            group that the user knows; None where this is that group.
+        names: the ranks by which errors name the members of a `subset`: their ranks in the group that the user knows.
+            None where this is that group.
 
     Attributes:
         ranks: see above.
@@ -95,7 +95,7 @@ class TcpBackend(Backend):
     def check_peers(self, peers: Iterable[int]) -> None:
         """Raise if the group was aborted or one of these ranks was lost; never wait.
 
-        A rank that waits on shared memory calls it from time to time.
+        A rank that waits on shared memory calls it repeatedly.
         """
         try:
             self._engine.check(self._context, [self.ranks[peer] for peer in peers])
@@ -146,7 +146,7 @@ class TcpBackend(Backend):
 
         Args:
             sends: (peer, buffer) of each send.
-            recvs: (peer, buffer) of each receive; the buffer has the size of what is sent.
+            recvs: (peer, buffer) of each receive; the buffer has the size of the sent one.
             labels: the labels of the sends, then of the receives.
             tag: the tag of all of them.
             deadline: absolute `time.monotonic()` second.

@@ -1,9 +1,8 @@
 """Connection: the frames that go out of and come into one peer's socket.
 
-Outgoing frames are queued as header and user memory, and never copied. Incoming bodies are read
-straight into the memory posted for them. A frame that comes before its receive is posted, an
-unexpected one in MPI's words, is kept up to a bound of bytes; beyond it the socket is not read
-until receives are posted.
+Outgoing frames are queued as header and user memory, and never copied. Incoming bodies are read straight into the
+memory posted for them. A frame that comes before its receive is posted (an unexpected message in MPI's terms) is kept,
+up to a limit of bytes in all; beyond it the socket is not read until receives are posted.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class TransferBatch:
 
     Attributes:
         context: the number of their group.
-        remaining: how many have not ended.
+        remaining: how many transfers have not ended.
         error: the first error, or None.
     """
 

@@ -95,8 +95,8 @@ class ProgressEngine:
                 if any(connection.sending for connection in touched):
                     self._wake()
             elif sum(memory.nbytes for _, _, memory in recvs) > _READ_FIRST_BYTES:
-                # The first bytes of a long transfer have mostly come already; for a short one a
-                # read costs more than being woken by poll.
+                # The first bytes of a long transfer have usually come already; for a short transfer a read costs more
+                # than being woken by poll.
                 read_events = ReadEvents()
                 for connection in touched:
                     connection.read(read_events)

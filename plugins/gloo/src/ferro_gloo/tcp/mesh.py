@@ -1,8 +1,8 @@
-"""The mesh: an authenticated connection from every rank to every other, made in parallel.
+"""The mesh: an authenticated connection between every two ranks, all made in parallel.
 
-Every rank listens on the address by which it reached the store, and puts its port into the store.
-It connects to all lower ranks while a thread accepts the higher ones. Both ends prove that they
-hold the job's secret before they read anything else (`ferro.rendezvous`).
+Every rank listens on the local address of its connection to the store, and publishes its port there. It connects to all
+lower ranks while a thread accepts the higher ones. Both ends prove that they hold the job's secret before they read
+anything else (`ferro.rendezvous`).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
 def _listening_host(config: BackendConfig) -> str:
     """Return this rank's own address, or "" for all interfaces.
 
-    Where this rank reached the store over loopback and others did not, they cannot reach its
-    loopback address, so it listens on all.
+    A rank that reached the store over loopback listens on all interfaces if another rank did not, because that one
+    cannot reach its loopback address.
     """
     own = config.addresses[config.rank]
     if _is_loopback(own) and not all(map(_is_loopback, config.addresses)):

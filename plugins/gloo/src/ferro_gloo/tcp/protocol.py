@@ -1,4 +1,4 @@
-"""The protocol of the mesh: what a frame looks like, and what can be wrong with one.
+"""The protocol of the mesh: the layout of a frame, and the errors of a transfer.
 
     | length 4 | kind 1 | 3 unused | tag 8 | label 56 | body: length bytes |
 
@@ -16,8 +16,8 @@ from ferro.collectives.label import LABEL_BYTES
 _HEADER = struct.Struct(f"<IB3xQ{LABEL_BYTES}s")
 HEADER_BYTES = _HEADER.size
 
-# A larger buffer travels as several frames, so that no group's transfer holds up another's for
-# long, and so that the reader can refuse a length that no rank would send.
+# A larger buffer is sent as several frames, so that no group's transfer delays another's for long, and so that the
+# reader can refuse a length that no rank would send.
 MAX_BODY = 4 << 20
 
 DATA = 0

@@ -1,4 +1,4 @@
-"""Buckets: the memory that holds gradients while they are summed up, reduced and used."""
+"""Buckets: the memory in which gradients are accumulated, reduced, and read by the optimizer."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ class Pending(Protocol):
         """Wait for the end of the operation; raises its error."""
 
 
-# A hook starts to average a bucket over the group, and returns an operation to wait for. When its
-# `wait()` returns, `bucket.buffer` must hold the mean, the same on every rank. Every rank calls
-# the hook with the same buckets in the same order, and also waits in that order, so both the
-# hook and `wait()` may use collectives.
+# A hook starts to average a bucket over the group, and returns an operation. When the operation's `wait()` returns,
+# `bucket.buffer` must hold the mean, the same on every rank. Every rank calls the hook with the same buckets in the
+# same order, and also waits in that order, so both the hook and `wait()` may use collectives.
 Hook: TypeAlias = Callable[[GradBucket, ProcessGroup], Pending]
 
 
@@ -51,8 +50,8 @@ class Bucket:
     Attributes:
         parameters: the parameters whose gradients are in the bucket.
         gradients: the gradients, as a hook gets them.
-        memory: the array that is sent. In the last bucket one element follows the gradients: the
-            flag by which a rank tells the others that it lacks gradients (see `reducer`).
+        memory: the array that is sent. In the last bucket one more element, a flag, follows the gradients: a rank that
+            lacks gradients sets it (see `reducer`).
 
             | gradient | gradient | … | gradient | flag |
             |--------------- buffer -------------|

@@ -31,7 +31,7 @@ class _JoinStep(enum.IntEnum):
 class _ModuleState:
     """Parameters and buffers of the wrapped module, so that a step need not walk its tree.
 
-    DDP has no attribute that is such a tuple, because the walk looks into tuples.
+    It is no tuple, because the walk would look into a tuple among DDP's attributes.
     """
 
     parameters: tuple[Parameter, ...]
@@ -49,20 +49,19 @@ class DDP(Module):
     Gradients live in buckets of memory from `group.empty`: a parameter's `grad` is a view, and
     there is no second copy. Each bucket is reduced as soon as its gradients are complete.
 
-    Accumulation. Each pullback outside `no_sync` averages the gradients accumulated since
-    `zero_grad()`. Without `zero_grad()` between two pullbacks, the second adds to the mean of the
-    first, which is the same on all ranks and so its own mean: `grad` is then the sum of both
-    means, as it should be. With `no_sync` for all but the last microbatch there is one reduction
-    instead of several. When several microbatches are in flight, only the last pullback reduces.
+    Accumulation. Each pullback outside `no_sync` averages the gradients accumulated since `zero_grad()`. Without
+    `zero_grad()` between two pullbacks, the second adds its gradients to the first one's mean, so `grad` becomes the
+    sum of both means. With `no_sync` for all but the last microbatch there is one reduction instead of several. When
+    several microbatches are in flight, only the last pullback reduces.
 
-    All ranks make the same passes in the same order. `model(x)` computes the output alone and
-    communicates nothing, so one rank may call it by itself.
+    All ranks run the same passes in the same order. `model(x)` computes the output alone and communicates nothing, so a
+    single rank may call it.
 
-    Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a
-    state fits the module with and without DDP.
+    Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a state dict fits the module
+    with and without DDP.
 
-    Parameters and buffers are looked up once, at the wrapping. Later their `data` may be replaced,
-    and modules that hold them; a parameter or buffer added later is neither averaged nor shared.
+    Parameters and buffers are looked up once, when the module is wrapped. Later their `data`, and the modules that hold
+    them, may be replaced; a parameter or buffer added later is neither averaged nor broadcast.
 
     Args:
         module: the model; parameters and buffers get rank 0's values.
@@ -73,9 +72,9 @@ class DDP(Module):
         broadcast_buffers: give rank 0's buffers to all ranks before each forward pass in training
             outside `no_sync`. Each rank's pass then updates its buffers from its own batch, so
             save those of rank 0.
-        find_unused: let forward passes leave parameters out. Where some ranks used a parameter,
-            the others count as zero in the mean; where no rank did, `grad` stays None. Costs one
-            more small reduction. Modules must announce their uses (`Parameter.use`).
+        find_unused: allow forward passes that do not use all parameters. If only some ranks use a parameter, the
+            gradients of the others count as zero in the mean; if no rank uses it, `grad` stays None. It costs one more
+            small reduction. Modules must announce their uses (`Parameter.use`).
 
     Attributes:
         module: the wrapped module.
@@ -201,9 +200,9 @@ class DDP(Module):
         with model.join():
             for x, labels in my_batches: ...            # vjp, pullback, step, zero_grad
 
-        A rank that leaves the block takes part in the others' reductions, with zeros, until all
-        have left; then all get the parameters and buffers of a rank that was among the last. The
-        optimizer's state stays as it was when the rank left. Do not call other collectives inside.
+        A rank that reaches the end of the block takes part in the other ranks' reductions, with zeros, until all ranks
+        have reached it; then all get the parameters and buffers of one of the last ranks. Its optimizer's state is not
+        updated meanwhile. Do not call other collectives inside.
 
         Args:
             divide_by_initial_world_size: always divide sums of gradients by `group.world_size`,
@@ -222,9 +221,9 @@ class DDP(Module):
             self._joining = None
 
     def sync_gradients(self) -> None:
-        """Average the gradients that were accumulated under `no_sync`.
+        """Average the gradients that were accumulated in `no_sync`.
 
-        A caller that runs all passes under `no_sync`, such as a pipeline, calls this on all ranks.
+        A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks.
 
         Raises:
             UsageError: as from a pullback.

@@ -24,7 +24,7 @@ class PendingBackward:
         self._pull: Pullback | None = pull
 
     def __call__(self, grad_y: Array) -> Array | None:
-        """Run the pullback, and let go of its activations."""
+        """Run the pullback, and drop its activations."""
         pull, self._pull = self._pull, None
         assert pull is not None
         return pull(grad_y)
@@ -36,12 +36,12 @@ class PendingBackward:
 
 
 class PendingBackwards:
-    """All pullbacks that were made and neither run nor dropped.
+    """All pullbacks that exist and have not run yet.
 
     Attributes:
         reduction_due: whether a forward pass was made outside `no_sync` since the last reduction,
             so that the gradients have to be reduced.
-        reduction_begun: whether a pullback has run since the reduction is due.
+        reduction_begun: whether a pullback has run since the reduction became due.
     """
 
     def __init__(self) -> None:

@@ -4,11 +4,11 @@ A bucket is launched when all its gradients are complete and all buckets before 
 every rank launches in the same order, whatever order its gradients come in. At the end of the
 backward pass the reducer launches the remaining buckets, and then waits for all of them.
 
-A rank that lacks a gradient must not leave the others waiting. It sends zeros in its place, and
-sets a flag: one element after the gradients of the last bucket, which such a rank launches
-at the end of its backward pass. So the agreement that no gradient is missing costs no message. (A
-hook does not see the flag; with a hook, the agreement is a reduction of one byte.) Where the
-mean of the flags is not zero, all ranks see that, and gather the names for the error.
+A rank that lacks a gradient must not leave the others waiting. It sends zeros in its place, and sets a flag: one
+element after the gradients of the last bucket, which such a rank launches at the end of its backward pass. So the ranks
+agree that no gradient is missing without another message. (A hook does not see the flag; with a hook, the agreement is
+a reduction of one byte.) If the mean of the flags is not zero, all ranks see it, and gather the names of the parameters
+for the error.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Reducer:
     def begin_step(self) -> None:
         """Count the gradients to come; called right after the forward pass.
 
-        With `find_unused`, a parameter without outstanding use took no part in the forward pass.
-        Its gradient counts as complete, so that its bucket and the later ones are sent early.
+        With `find_unused`, a parameter without outstanding use took no part in the forward pass. Its gradient counts as
+        complete, so that its bucket and later buckets need not wait.
         """
         self._ready.clear()
         self._incomplete = [len(bucket.parameters) for bucket in self._buckets]

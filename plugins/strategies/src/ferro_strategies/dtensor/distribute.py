@@ -9,10 +9,10 @@ import numpy as np
 
 from ferro import UsageError
 from ferro.arrays import dtype_from_name, dtype_problem
+from ferro.collectives.partition import even_sizes
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 from .local_shapes import Shape, local_shape
 from .placed_array import PlacedArray, coordinates_in, replicated
 from .placement import Partial, Placement, Placements, Shard, checked_placements
@@ -60,15 +60,15 @@ def _send_from_source(
 ) -> PlacedArray:
     """Send each rank its part of the array that rank `source` of the mesh's parent group has.
 
-    The axes follow one another. On each of them, the ranks that have data send it along the axis:
-    by a scatter where the axis shards, by a broadcast where it does not. For axes of 2 and 2, both
-    sharding, from rank 0: first 0 sends half to 2, then 0 and 2 send halves of that to 1 and 3.
+    One axis after the other, the ranks that have data send it along the axis: by a scatter if the axis shards,
+    otherwise by a broadcast. For two sharding axes of size 2, from rank 0: first 0 sends half of the array to 2, then 0
+    and 2 send half of their halves to 1 and 3.
 
     Args:
-        array: the whole at the source; elsewhere any array, whose library the result's is, or
-            None for NumPy.
+        array: the whole array at the source; elsewhere any array of the library (NumPy, CuPy) of the result, or None
+            for NumPy.
         mesh: the ranks.
-        placements: not checked yet, for only the source knows the number of dims.
+        placements: not checked yet, because only the source knows the number of dims.
         source: the rank that has the array.
 
     Raises:

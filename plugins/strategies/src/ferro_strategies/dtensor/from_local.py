@@ -1,4 +1,4 @@
-"""Make an array of the ranks' local parts, and check that the parts fit together."""
+"""Make a PlacedArray of the ranks' local parts, and check that the parts fit together."""
 
 from __future__ import annotations
 

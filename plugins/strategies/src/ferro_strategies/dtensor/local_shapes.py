@@ -1,4 +1,4 @@
-"""Compute which slices of a global array a rank holds, from its coordinates in the mesh."""
+"""Compute the slices of a global array that a rank holds, from its coordinates in the mesh."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""PlacedArray holds a rank's local array, and the mesh, placements and shape of the global array.
+"""PlacedArray: a rank's local array, with the mesh, placements and shape of the global array.
 
-The functions of this package compute on PlacedArrays. DTensor wraps one for users and adds the
-operators.
+The functions of this package compute on PlacedArrays. DTensor wraps a PlacedArray for users, and adds operators.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def coordinates_in(mesh: DeviceMesh) -> tuple[int, ...]:
 
 
 def same_mesh(one: DeviceMesh, other: DeviceMesh) -> bool:
-    """Tell if two meshes have the same axes; slicing a mesh twice gives two equal objects."""
+    """Return True if two meshes have the same axes; the same submesh may be two objects."""
     return one is other or (
         one.names == other.names
         and one.shape == other.shape

@@ -1,4 +1,4 @@
-"""Placements: Replicate, Shard and Partial state what the ranks along a mesh axis hold."""
+"""Placements: Replicate, Shard and Partial, which describe the parts of the ranks along a mesh axis."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Each rank along the axis holds an array of full size; the value is the reduction of them.
+    """Each rank along the axis holds an array of full size; the value is the reduction of these arrays.
 
     Attributes:
         op: "sum", "prod", "min" or "max".

@@ -1,15 +1,16 @@
 """Redistribute an array: run the steps of a plan with collectives along the axes of the mesh.
 
-Collectives split axis 0, so the dim of a step is moved there as a view. An array that must be
-contiguous is copied once, on its way into the collective or by the collective.
+Collectives split axis 0, so the dim of a step is moved there as a view. An array that must be contiguous is copied
+once, before the collective or by it.
 """
 
 from __future__ import annotations
 
 import math
 
+from ferro.collectives.partition import even_sizes
+
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 from .local_shapes import index_along, shard_slice
 from .placed_array import PlacedArray
 from .placement import Partial, Placements, Shard
@@ -20,12 +21,12 @@ _IDENTITY = {"sum": 0, "prod": 1}
 
 
 def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -> PlacedArray:
-    """Give an array other placements; all ranks of the mesh call it.
+    """Change an array's placements; all ranks of the mesh call it.
 
     Args:
         x: the array; unchanged.
         placements: the new ones, checked.
-        copy: make sure that the result shares no memory with `x`, unless nothing is to be done.
+        copy: make sure that the result shares no memory with `x`, unless the placements are the same.
     """
     if placements == x.placements:
         return x
@@ -39,7 +40,7 @@ def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -
 
 
 def identity_array(like: Array, shape: tuple[int, ...], op: str) -> Array:
-    """Return an array that changes nothing when it is reduced with others: zeros for a sum."""
+    """Return an array of the reduction's identity, such as zeros for a sum."""
     full: Array = namespace_of(like).full(shape, _IDENTITY[op], dtype=like.dtype)
     return full
 

@@ -51,17 +51,16 @@ class RedistributePlan:
 def plan_redistribute(source: Placements, target: Placements, shape: Shape, mesh_shape: Shape) -> RedistributePlan:
     """Find the steps from `source` to `target` that move the fewest bytes.
 
-    The plan is the one in which the busiest rank sends the fewest bytes; among equals the one with
-    the fewest collectives, then with the fewest steps. A plan may pass through placements that are
-    in neither `source` nor `target`: on axes of 4 and 4, from (Shard(0), Replicate()) to
-    (Replicate(), Shard(0)), for n elements:
+    It is the plan in which the busiest rank sends the fewest bytes; among equal plans the one with the fewest
+    collectives, then the fewest steps. A plan may pass through placements that are in neither `source` nor `target`: on
+    axes of 4 and 4, from (Shard(0), Replicate()) to (Replicate(), Shard(0)), for n elements:
 
         all_gather on axis 0; slice on 1                                      3/4 n
         slice on axis 1, to Shard(1); all_gather on 0; all_to_all on 1        3/16 n + 3/16 n
 
-    No plan costs more than replicating the array and then slicing it, for the search covers that
-    too. Every rank finds the same plan, because the search depends only on the arguments. A Partial
-    stays as it is until it is reduced, and a step to Partial is taken only if the target is one.
+    No plan costs more than replicating the array and then slicing it, because the search covers that plan too. Every
+    rank finds the same plan, because the search depends only on the arguments. A Partial stays as it is until it is
+    reduced, and only an axis whose target is Partial gets a step to Partial.
 
     Args:
         source: placements now, checked.

@@ -1,4 +1,4 @@
-"""Define the steps of a redistribution, and the number of elements that each step moves.
+"""The steps of a redistribution, and the number of elements that each step moves.
 
 A step changes the placement on one axis of the mesh:
 
@@ -23,13 +23,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..parts import even_sizes
+from ferro.collectives.partition import even_sizes
+
 from .local_shapes import Shape, local_shape
 from .placement import Partial, Placement, Placements, Replicate, Shard
 
 
 class StepKind(enum.StrEnum):
-    """The kinds of steps; the first four are collectives of the same name."""
+    """The kinds of steps; the first four are the collectives of the same names."""
 
     ALL_GATHER = "all_gather"
     ALL_TO_ALL = "all_to_all"
@@ -41,7 +42,7 @@ class StepKind(enum.StrEnum):
 
     @property
     def is_collective(self) -> bool:
-        """Tell if ranks communicate."""
+        """True if ranks communicate."""
         return self not in (StepKind.SLICE, StepKind.CONTRIBUTE, StepKind.RELABEL)
 
 
@@ -121,7 +122,7 @@ def _elements_exchanged(step: RedistributeStep, shape: Shape, mesh_shape: Shape)
     others = math.prod(size for dim, size in enumerate(before) if dim not in (source.dim, target.dim))
     rows, columns = even_sizes(length, ranks), even_sizes(width, ranks)
     busiest = 0
-    # The sizes of shards change at two ranks only. These two and the first represent all ranks.
+    # Shard sizes have at most two jumps along the ranks. The first rank and the ranks of the jumps cover all cases.
     for rank in {0, length % ranks, width % ranks}:
         sent = rows[rank] * (width - columns[rank])
         received = columns[rank] * (length - rows[rank])
@@ -154,7 +155,7 @@ def _step_kind(source: Placement, target: Placement, ranks: int) -> StepKind | N
 
 
 def _is_last_of_its_dim(placements: Placements, axis: int, mesh_shape: Shape) -> bool:
-    """Tell if no later axis shards the same dim as `axis`; true also if `axis` shards none."""
+    """Return True if no later axis shards the same dim as `axis`, or if `axis` shards none."""
     placement = placements[axis]
     if not isinstance(placement, Shard) or mesh_shape[axis] == 1:
         return True

@@ -161,7 +161,7 @@ class DTensor(NDArrayOperatorsMixin):
     # -- placements ------------------------------------------------------------------------------
 
     def redistribute(self, placements: Sequence[Placement]) -> DTensor:
-        """Return the same array with other placements; as few bytes as possible are moved.
+        """Return the same array with other placements, moving as few bytes as possible.
 
         All ranks of the mesh call it. The result has memory of its own, except that this DTensor
         itself is returned if it has these placements already.
@@ -245,11 +245,11 @@ class DTensor(NDArrayOperatorsMixin):
         return self._reduce("min", axis, None, keepdims)
 
     def any(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Tell if any element is true over dims; Partial("max") over sharded dims."""
+        """Reduce with "or" over dims; Partial("max") over sharded dims."""
         return self._reduce("any", axis, None, keepdims)
 
     def all(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Tell if all elements are true over dims; Partial("min") over sharded dims."""
+        """Reduce with "and" over dims; Partial("min") over sharded dims."""
         return self._reduce("all", axis, None, keepdims)
 
     def _reduce(self, name: Name, axis: Axis, dtype: npt.DTypeLike | None, keepdims: bool) -> DTensor:

@@ -1,4 +1,4 @@
-"""BufferPool: memory for unsharded units, which one unit after the other uses."""
+"""BufferPool: memory for unsharded parameters and gradients, reused by one unit after the other."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def unpooled(array: Array) -> PooledBuffer:
 
 
 class BufferPool:
-    """An allocator that uses memory again.
+    """An allocator that reuses freed memory.
 
-    It never holds more blocks than were in use at one time, and none is larger than the largest
-    request: a block that is too small is replaced by a larger one.
+    It never holds more blocks than were in use at one time, and no block is larger than the largest request: it
+    replaces a block that is too small by a larger one.
 
     Args:
-        group: the process group whose fastest memory is taken, where it suits the namespace.
+        group: the process group that allocates new memory (`group.empty`), where it fits the namespace.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -67,7 +67,7 @@ class BufferPool:
         self._draining: weakref.WeakSet[PooledBuffer] = weakref.WeakSet()
 
     def mark_draining(self, buffer: PooledBuffer) -> None:
-        """Note that only the operation that was queued last still needs this buffer."""
+        """Record that only the operation that was queued last still needs this buffer."""
         # A device operation begins with a copy that is not ordered with others in any queue.
         if namespace_of(buffer.array) is np:
             self._draining.add(buffer)
@@ -100,7 +100,7 @@ class BufferPool:
 
 
 def _pop_best_fit(free: list[Array], nbytes: int) -> Array | None:
-    """Remove the smallest array that suffices, or else the largest; None if the list is empty."""
+    """Remove and return the smallest array that is large enough, or else the largest; None if there is none."""
     sizes = [int(memory.size) for memory in free]
     if not sizes:
         return None
@@ -115,7 +115,7 @@ def copy_into(target: Array, source: Array) -> None:
 
 
 def to_namespace(array: Array, xp: ModuleType) -> Array:
-    """Give the array itself if it is in the namespace `xp`, otherwise a copy that is."""
+    """Return the array itself if it is in the namespace `xp`, otherwise a copy in that namespace."""
     source = namespace_of(array)
     if source is xp:
         return array

@@ -19,7 +19,7 @@ def check_wrappable(module: Module) -> None:
     """Check that a module has parameters, and that none is sharded already.
 
     Raises:
-        UsageError: it has none, or one is.
+        UsageError: it has no parameter, or one is sharded.
     """
     names = list(module.named_parameters())
     if not names:
@@ -39,7 +39,7 @@ def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> 
     """Compare the model and the options over all ranks.
 
     Raises:
-        UsageError: they differ; raised on every rank.
+        UsageError: ranks differ; raised on every rank.
     """
     precision = config.precision
     options = {
@@ -55,7 +55,7 @@ def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> 
     }
     fault = ""
     for group in config.groups:
-        # All ranks of a mesh's row have the same rank in their columns, and the other way round.
+        # All ranks of one row of the mesh have the same rank in their column groups, and vice versa.
         other_ranks = [other.rank for other in config.groups if other is not group]
         # The columns pass a fault found in one row of the mesh on to the other rows.
         faults: list[str] = group.all_gather_object(fault)

@@ -20,30 +20,29 @@ _BROADCAST_BYTES = 1 << 20
 
 
 class ShardingStrategy(StrEnum):
-    """The extent of sharding. "Unsharded in a half" means one unit at a time, while it computes.
+    """The extent of sharding. "While it computes": only one unit at a time is unsharded.
 
     | strategy        | parameters               | gradients           | optimizer | sent per step |
     |-----------------|--------------------------|---------------------|-----------|---------------|
-    | FULL_SHARD      | unsharded in each half   | unsharded in a half | sharded   | 2 g + r       |
-    | SHARD_GRAD_OP   | unsharded until backward | unsharded in a half | sharded   | g + r         |
+    | FULL_SHARD      | while it computes        | while it computes   | sharded   | 2 g + r       |
+    | SHARD_GRAD_OP   | unsharded until backward | while it computes   | sharded   | g + r         |
     | SHARD_OPTIMIZER | unsharded always         | unsharded always    | sharded   | g + r         |
     | NO_SHARD        | unsharded always         | unsharded always    | unsharded | a             |
-    | HYBRID_SHARD    | unsharded in each half   | unsharded in a half | sharded   | 2 g + r + a/n |
+    | HYBRID_SHARD    | while it computes        | while it computes   | sharded   | 2 g + r + a/n |
 
     g: all_gather, r: reduce_scatter, a: all_reduce of the whole model. The first three are also
     known as ZeRO-3, ZeRO-2 and ZeRO-1. HYBRID_SHARD is FULL_SHARD over `group`, with a copy of
     everything on each rank of `replicas`; its gradients are reduced over `group`, and then the
     shards of the gradients over `replicas`.
 
-    Memory. Besides shards, FULL_SHARD needs the memory of three units at most, the largest ones,
-    and keeps it for the next pass. In the forward half two are in use: the unit that computes and
-    the next one. The last two stay between the halves, for the backward half begins with them; so
-    they are gathered once. In the backward half the third is for the gradient of the unit that
-    computes: the next unit is gathered into the memory of the gradient before, because the gather
-    is queued after that gradient's reduction. (NumPy does so. CuPy's arrays, which are in no
-    queue, and a unit larger than the one before take a fourth.) `prefetch=False` saves one. While
-    other pullbacks are in flight, two more stay. To reduce on top of an earlier gradient takes the
-    memory of one more shard. SHARD_GRAD_OP holds all units between the halves.
+    Memory. Besides shards, FULL_SHARD needs the memory of three units at most, the largest ones, and keeps it for the
+    next pass. In the forward pass two are in use: the unit that computes and the next one. The last two units stay
+    gathered until the backward pass, which begins with them. In the backward pass the third is for the gradient of the
+    unit that computes: the next unit is gathered into the memory of the previous unit's gradient, because the gather is
+    queued after that gradient's reduction. (A fourth is needed for CuPy arrays, whose reuse no queue orders, and for a
+    unit that is larger than the one before.) `prefetch=False` saves one. Other pullbacks in flight keep two more.
+    Adding to an earlier reduced gradient takes the memory of one more shard. SHARD_GRAD_OP holds all units between the
+    forward and the backward pass.
 
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
     Models", 2020; Zhao et al., "PyTorch FSDP", 2023.
@@ -76,11 +75,11 @@ class MixedPrecision:
     cast_inputs: bool = True
 
     def compute_dtype_of(self, dtype: np.dtype) -> np.dtype:
-        """Find the dtype in which a parameter of this dtype takes part in the computation."""
+        """Return the dtype of the computation for a parameter of this dtype."""
         return _converted_dtype(self.param_dtype, dtype)
 
     def reduce_dtype_of(self, dtype: np.dtype) -> np.dtype:
-        """Find the dtype in which the gradient of a parameter of this dtype is reduced."""
+        """Return the dtype of the reduction for the gradient of a parameter of this dtype."""
         return _converted_dtype(self.reduce_dtype, self.compute_dtype_of(dtype))
 
     def cast_input(self, x: Array) -> Array:
@@ -123,7 +122,7 @@ class FSDPConfig:
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """The groups whose product is all ranks."""
+        """The groups, one or two, that together connect all ranks: shard group and replica group."""
         return tuple(group for group in (self.shard_group, self.replica_group) if group is not None)
 
     @property
@@ -138,21 +137,21 @@ class FSDPConfig:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank whose initial values all ranks get."""
+        """True on the rank whose initial values all ranks get."""
         return all(group.rank == 0 for group in self.groups)
 
     @property
     def keeps_unsharded(self) -> bool:
-        """Whether unsharded parameters and gradients stay between passes."""
+        """True if unsharded parameters and gradients stay in memory between passes."""
         return self.sharding in (ShardingStrategy.SHARD_OPTIMIZER, ShardingStrategy.NO_SHARD)
 
     @property
     def keeps_until_backward(self) -> bool:
-        """Whether parameters gathered in the forward half stay for the backward half."""
+        """True if parameters gathered in the forward pass stay for the backward pass."""
         return self.keeps_unsharded or self.sharding is ShardingStrategy.SHARD_GRAD_OP
 
     def broadcast(self, arrays: Iterable[Array], roots: Iterable[int]) -> None:
-        """Give all ranks the values of one, named by its rank in each of the groups."""
+        """Broadcast arrays from one rank to all; `roots` is its rank in each of `groups`."""
         held = list(arrays)
         for group, root in zip(self.groups, roots, strict=True):
             broadcast_arrays(group, held, root, _BROADCAST_BYTES)
@@ -161,7 +160,7 @@ class FSDPConfig:
         """Raise on every rank if any rank has found a fault; all ranks call it.
 
         Raises:
-            UsageError: a rank has; the message has the faults of the first such rank.
+            UsageError: a rank has found a fault; the message has the faults of the first such rank.
         """
         found = "; ".join(faults)
         for group in self.groups:

@@ -19,8 +19,8 @@ from .unsharded_gradient import UnshardedGradient
 class FlatParameter:
     """Parameters of one dtype, all trained or all frozen, one after the other.
 
-    Outside a pass, `parameter.data` and `grad` are views of this rank's shard. While the flat
-    parameter is unsharded they are whole: views of memory from the pool.
+    Outside a pass, `parameter.data` and `grad` are views of this rank's shard. While the flat parameter is unsharded,
+    they have their full shape and are views of memory from the pool.
 
     All ranks make it together. Afterwards the values are those of the configuration's first rank.
 
@@ -65,7 +65,7 @@ class FlatParameter:
 
     @property
     def is_unsharded(self) -> bool:
-        """Whether the parameters are whole at the moment."""
+        """True while the parameters view unsharded memory."""
         return self._saved is not None
 
     @property
@@ -76,7 +76,7 @@ class FlatParameter:
     # -- values ----------------------------------------------------------------------------------
 
     def allocate_unsharded(self) -> PooledBuffer:
-        """Allocate the memory for `all_gather`; until that has run, only queued work may use it."""
+        """Allocate the memory for `all_gather`; until the gather has run, only queued operations may use it."""
         if self._kept is None:
             return self._allocate(in_queue_order=True)
         return unpooled(self._kept.array)
@@ -101,12 +101,12 @@ class FlatParameter:
         return work, sent
 
     def use_unsharded(self, unsharded: Array, *, backward: bool, may_defer: bool = False) -> None:
-        """Let the parameters view the gathered array.
+        """Make the parameters views of the gathered array.
 
         Args:
             unsharded: the flat array, gathered.
-            backward: whether gradients will be added, which then needs memory for all of them.
-            may_defer: whether their products may wait until after the pass (`nn.deferring`).
+            backward: whether gradients will be added, which needs unsharded memory for them.
+            may_defer: whether gradients may be computed after the pass (`nn.deferring`).
         """
         assert self._saved is None, "a unit is unsharded already"
         self._saved = _ShardedState(self.parameters, backward=backward and self.trained)
@@ -119,7 +119,7 @@ class FlatParameter:
                 parameter.deferred = [] if may_defer else None
 
     def use_shards(self) -> None:
-        """Let the parameters view the shard again; the unsharded gradient keeps its content."""
+        """Make the parameters views of the shard again; the unsharded gradient keeps its content."""
         saved, self._saved = self._saved, None
         assert saved is not None
         for index, parameter in enumerate(self.parameters):
@@ -139,7 +139,7 @@ class FlatParameter:
         return [grad is not None for grad in self._shard_grads()]
 
     def allocate_reduced(self) -> PooledBuffer:
-        """Provide memory for the shard of a reduced gradient: that of `grad` itself if possible."""
+        """Allocate memory for the shard of a reduced gradient: the memory of `grad` itself if possible."""
         fits = self._dtype == self.reduce_dtype and self._shard_namespace is self.namespace
         if fits and not self._is_reducing_into_grad and not any(self.has_grad):
             self._is_reducing_into_grad = True
@@ -171,7 +171,7 @@ class FlatParameter:
     # -- inside ----------------------------------------------------------------------------------
 
     def _scatter_values(self) -> None:
-        """Fill the shard on all ranks from the first rank's parameters, with one unit's memory."""
+        """Fill the shards of all ranks from the first rank's parameters; this needs memory for one unit only."""
         config, xp = self._config, self.namespace
         # On a mesh, the first row scatters; the other rows get their shards along the columns.
         in_first_row = config.shard_group is None or config.replica_group is None or config.replica_group.rank == 0
@@ -215,7 +215,7 @@ class FlatParameter:
         return self._config.pool.allocate(self.namespace, self.layout.shard_size, dtype)
 
     def _shard_memory(self) -> Array:
-        """Provide memory for the shard: a part of the unsharded memory that stays, if possible."""
+        """Return memory for the shard: a part of the permanent unsharded memory, if there is one."""
         kept = None if self._kept is None else self._kept.array
         if kept is not None and kept.dtype == self._dtype and self._shard_namespace is self.namespace:
             return kept[self.layout.shard_slice(self._config.shard_rank)]
@@ -231,7 +231,7 @@ class FlatParameter:
 
 
 class _ShardedState:
-    """The gradients and queues of sharded parameters, saved while the parameters are whole."""
+    """The gradients and deferred products of sharded parameters, saved while the parameters are unsharded."""
 
     def __init__(self, parameters: Sequence[Parameter], *, backward: bool) -> None:
         self.backward = backward

@@ -20,7 +20,7 @@ from .unit_policy import owners
 
 
 class UnshardedParameters:
-    """The gathered parameters of a unit; the pool gets the memory back when this is dropped."""
+    """The gathered parameters of a unit; their memory goes back to the pool when this object is dropped."""
 
     def __init__(self, flat_parameters: Sequence[FlatParameter]) -> None:
         # The operations under way, and the memory that they send.
@@ -42,12 +42,12 @@ class UnshardedParameters:
         self._works = []
 
     def use_unsharded(self, *, backward: bool, may_defer: bool = False) -> None:
-        """Let the parameters be whole: see `FlatParameter.use_unsharded`."""
+        """Make the parameters views of gathered memory; see `FlatParameter.use_unsharded`."""
         for flat, buffer in zip(self._flat_parameters, self._buffers, strict=True):
             flat.use_unsharded(buffer.array, backward=backward, may_defer=may_defer)
 
     def use_shards(self) -> None:
-        """Let the parameters be shards again."""
+        """Make the parameters views of their shards again."""
         for flat in self._flat_parameters:
             if flat.is_unsharded:
                 flat.use_shards()
@@ -76,7 +76,7 @@ class FlatParameterGroup:
         self._last: weakref.ref[UnshardedParameters] | None = None
 
     def unshard(self) -> UnshardedParameters:
-        """Start to gather, into the memory that an earlier pass still holds, if one does."""
+        """Start to gather. If another pass still holds the gathered parameters, share its memory."""
         unsharded = None if self._last is None else self._last()
         if unsharded is None:
             unsharded = UnshardedParameters(self.flat_parameters)
@@ -86,22 +86,21 @@ class FlatParameterGroup:
 
     @property
     def is_unsharded(self) -> bool:
-        """Whether the parameters are whole at the moment."""
+        """True while the parameters view unsharded memory."""
         return any(flat.is_unsharded for flat in self.flat_parameters)
 
     @property
     def has_unsharded_grad(self) -> bool:
-        """Whether gradients are waiting to be reduced."""
+        """True if there are gradients that have not been reduced yet."""
         return any(flat.unsharded_grad.has_any for flat in self.trained)
 
 
 def shard_module(root: Module, unit_modules: Mapping[int, Module], config: FSDPConfig) -> dict[int, FlatParameterGroup]:
-    """Shard all parameters of a model; give the groups by the identity of their unit's module.
+    """Shard all parameters of a model; return the groups, keyed by the id of their unit's module.
 
     Args:
         root: the model, whose group comes first, even if it has no parameters of its own.
-        unit_modules: the submodules that are units, by identity; one without parameters of its
-            own gets no group.
+        unit_modules: the submodules that are units, keyed by id; a unit without parameters of its own gets no group.
         config: the settings of the FSDP module.
     """
     owner = owners(root, unit_modules)
@@ -120,7 +119,7 @@ def shard_module(root: Module, unit_modules: Mapping[int, Module], config: FSDPC
 
 
 def _flatten(named: Sequence[tuple[str, Parameter]], config: FSDPConfig) -> list[FlatParameter]:
-    """Make a flat parameter of those that agree in namespace, dtype and `requires_grad`."""
+    """Make one flat parameter for each namespace, dtype and value of `requires_grad`."""
     kinds: dict[tuple[ModuleType, np.dtype, bool], list[tuple[str, Parameter]]] = {}
     for name, parameter in named:
         kind = namespace_of(parameter.data), parameter.data.dtype, parameter.requires_grad

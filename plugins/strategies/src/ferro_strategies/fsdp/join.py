@@ -1,16 +1,15 @@
-"""FSDPJoin: ranks that have run out of batches go on serving and updating their shards.
+"""FSDPJoin: ranks that have run out of batches go on sending and updating their shards.
 
-A rank owns its shards of the parameters and of the optimizer's state, so the others cannot do
-without it. They announce every operation beforehand, on process groups used for nothing else,
-because operations launched earlier continue in the background. A rank that has left the `join`
-block answers each announcement:
+A rank owns its shards of the parameters and of the optimizer's state, so the other ranks need it until the end. They
+announce every operation beforehand, on process groups used for nothing else, because operations launched earlier
+continue in the background. A rank that has left the `join` block answers each announcement:
 
     GATHER  unit      it sends its shards
-    REDUCE  unit      it contributes zeros, and gets its shard of the sum like everyone
+    REDUCE  unit      it contributes zeros, and gets its shard of the sum as all ranks do
     DRAIN             it waits for the reductions
     CLIP    norm      it takes part in the norm, and scales its shards
     UNSCALE           it unscales its shards of the gradients
-    AGREE             it says whether these are finite
+    AGREE             it tells whether these gradients are finite
     STEP    lr        it updates its shards
 
 `zero_grad` communicates nothing and is not announced. Instead REDUCE, UNSCALE and STEP tell which
@@ -55,11 +54,11 @@ class FSDPJoin:
     Args:
         scheduler: the module's scheduler.
         parameters: the module's parameters.
-        groups: the groups for announcements; their product is all ranks.
+        groups: the groups for announcements, which together connect all ranks.
         optimizers: the optimizers that step inside the block.
         clip: scales this rank's gradients, together with the others.
-        scaler: the loss scaler by which they step, if any.
-        divide_by_all: divide by the number of all ranks instead of those that contribute.
+        scaler: the loss scaler that steps the optimizers, if any.
+        divide_by_all: divide by the number of all ranks instead of the number of contributing ranks.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class FSDPJoin:
 
     @property
     def scale(self) -> float:
-        """The factor from a mean over all ranks to the mean over those that contribute."""
+        """The factor that turns a mean over all ranks into the mean over the contributing ranks."""
         if self._divide_by_all:
             return 1.0
         return self._inputs.world_size / len(self._inputs.active)
@@ -99,7 +98,7 @@ class FSDPJoin:
         self._announce(_Operation.GATHER, unit.index)
 
     def announce_reduction(self, unit: FlatParameterGroup) -> None:
-        """Announce that a unit's gradients are reduced, and which are added to earlier ones."""
+        """Announce that a unit's gradients are reduced, and which of them are added to earlier gradients."""
         flags = [flag for flat in unit.trained for flag in flat.has_grad]
         self._announce(_Operation.REDUCE, unit.index, flags=flags)
 
@@ -118,7 +117,7 @@ class FSDPJoin:
         self._announce(_Operation.STEP, index, number=optimizer.lr, flags=flags)
 
     def before_unscale(self, optimizer: Optimizer) -> None:
-        """Announce that an optimizer's gradients are unscaled, and which there are."""
+        """Announce that an optimizer's gradients are unscaled, and which parameters have one."""
         flags = _grad_flags(optimizer.parameters)
         self._announce(_Operation.UNSCALE, self._index_of(optimizer), flags=flags)
 
@@ -149,7 +148,7 @@ class FSDPJoin:
     # -- operations of ranks without batches ------------------------------------------------------
 
     def finish(self, config: FSDPConfig, buffers: Iterable[Array]) -> None:
-        """Shadow the active ranks; then copy the buffers of one that was last.
+        """Take part in the operations of the active ranks to the end; then copy the buffers of one of the last.
 
         A gradient that is absent on that rank becomes absent here.
 
@@ -232,7 +231,7 @@ def _grad_flags(parameters: Sequence[Parameter]) -> list[bool]:
 
 
 def _drop_grads(parameters: Sequence[Parameter], flags: Sequence[bool]) -> None:
-    """Mark the gradients absent that active ranks do not have; further flags are ignored."""
+    """Drop the gradients that active ranks do not have; `flags` beyond the parameters are ignored."""
     for parameter, flag in zip(parameters, flags, strict=False):
         if not flag:
             parameter.zero_grad()

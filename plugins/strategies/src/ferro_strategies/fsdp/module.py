@@ -28,25 +28,21 @@ from .unit_scheduler import UnitScheduler
 class FSDP(StateDictMixin):
     """A sharded module, trained on each rank's part of every batch.
 
-    Each rank owns one shard of the parameters, of the gradients and of the optimizer's state
-    (`ShardingStrategy` says of which, and how much memory that takes). For each half of a
-    pass the parameters of one unit are gathered, while the unit before computes, and freed again;
-    gradients are reduced while the next unit computes. When a pullback returns, every
-    `parameter.grad` is this rank's shard of the mean over the ranks, and `optimizer.step()`
-    updates this rank's shard.
+    Each rank owns one shard of the parameters, of the gradients and of the optimizer's state (see `ShardingStrategy`
+    for variants and memory). In the forward and in the backward pass each unit's parameters are gathered while the unit
+    before computes, and then freed; gradients are reduced while the next unit computes. When a pullback returns, every
+    `parameter.grad` is this rank's shard of the mean over the ranks, and `optimizer.step()` updates this rank's shard.
 
-    The parameters stay the same objects, so an optimizer may be made before or after wrapping.
-    Outside a pass, `data` and `grad` are flat shards, perhaps empty. Layers that are units are
-    wrapped, in place, in the module given; names stay.
+    The parameters stay the same objects, so an optimizer may be made before or after wrapping. Outside a pass, `data`
+    and `grad` are flat shards, perhaps empty. Layers that are units are replaced by wrappers in the given module; names
+    stay.
 
-    All ranks make the same passes in the same order, also `model(x)`, which gathers. A parameter
-    that a pass leaves out in a unit that it uses gets zeros; if the whole unit is left out, on
-    all ranks, `grad` stays None.
+    All ranks run the same passes in the same order, also `model(x)`, which gathers. If a pass uses a unit but not all
+    of its parameters, the others get zeros as gradients; if no rank uses the unit, `grad` stays None.
 
-    Accumulation. Each pullback whose forward half was outside `no_sync` reduces, and adds to the
-    shard in `grad`. With `no_sync` for all but the last microbatch there is one reduction instead
-    of several, and each unit's unsharded gradient stays until then. Several pullbacks may be in
-    flight.
+    Accumulation. Each pullback of a forward pass outside `no_sync` reduces the gradients, and adds to the shard in
+    `grad`. With `no_sync` for all but the last microbatch there is one reduction instead of several, and each unit's
+    unsharded gradient stays until then. Several pullbacks may be in flight.
 
     Buffers are not sharded. All ranks start with rank 0's buffers, each rank updates its own from
     its own batches, and rank 0's are saved.
@@ -55,16 +51,15 @@ class FSDP(StateDictMixin):
         module: the model; parameters and buffers get rank 0's values. Gradients in it are lost.
         group: the ranks over which it is sharded.
         sharding: see `ShardingStrategy`.
-        units: submodules that are gathered by themselves, which may nest: a function
-            (name, module) -> bool, or the modules. None: elements of lists (layers of a
-            `Sequential`), see `choose_units`. Parameters in no unit stay gathered for the whole
-            pass.
+        units: the submodules that are gathered one by one: a function (name, module) -> bool, or the modules, which may
+            nest. None: elements of lists (layers of a `Sequential`), see `choose_units`. Parameters in no unit stay
+            gathered for the whole pass.
         mixed_precision: dtypes of the computation and of messages.
         replicas: for HYBRID_SHARD, the ranks that have the same shard: `group` and `replicas`
             are rows and columns of a mesh.
         prefetch: gather a unit while the one before it computes.
-        offload: keep shards in host memory, where the optimizer then works. The option is for
-            CuPy; NumPy's arrays are there already, and nothing changes.
+        offload: keep shards in host memory, and run the optimizer there. This is for CuPy arrays; it changes nothing
+            for NumPy arrays.
 
     Attributes:
         module: the wrapped module.
@@ -74,8 +69,8 @@ class FSDP(StateDictMixin):
             difference), the model is sharded already, or arguments do not fit each other.
             Nothing was changed.
 
-    Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel",
-    2023; but the parameters themselves hold the shards, and ranks may run out of batches.
+    Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023. Here, unlike there,
+        the original parameter objects hold the shards, and ranks may run out of batches.
     """
 
     transparent = True
@@ -137,14 +132,14 @@ class FSDP(StateDictMixin):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate unsharded gradients: passes that go forward inside do not reduce.
+        """Accumulate unsharded gradients: passes whose forward pass runs inside do not reduce.
 
         with model.no_sync():
             for x, labels in microbatches[:-1]: ...     # vjp and pullback
         ...                                             # the last one reduces the sum of all
 
-        Until they are reduced, `grad` does not show them; only the model's own `zero_grad`
-        forgets them. Only in such passes can products be deferred (`nn.deferring`).
+        Until the accumulated gradients are reduced, `grad` does not include them, and only the model's own `zero_grad`
+        clears them. Products can be deferred (`nn.deferring`) only in such passes.
         """
         before, self._scheduler.sync = self._scheduler.sync, False
         try:
@@ -155,7 +150,7 @@ class FSDP(StateDictMixin):
     def sync_gradients(self) -> None:
         """Reduce the gradients accumulated under `no_sync`. All ranks call it.
 
-        A pipeline, for example, runs all passes under `no_sync` and then calls this.
+        A pipeline, for example, runs all passes in `no_sync` and then calls this.
         """
         self._scheduler.check()
         self._scheduler.reduce_all()
@@ -167,13 +162,13 @@ class FSDP(StateDictMixin):
             sharded.flat.unsharded_grad.clear()
 
     def clip_grad_norm(self, max_norm: float) -> float:
-        """Scale all gradients so that together they are no longer than `max_norm`.
+        """Scale all gradients so that their global norm is at most `max_norm`.
 
         It does the same as `optim.clip_grad_norm`, and also works inside `join`. All ranks call
         it, after the pullback.
 
         Returns:
-            The norm before, of the whole model's gradient, the same on all ranks.
+            The norm of the whole model's gradient before scaling, the same on all ranks.
 
         Raises:
             UsageError: `max_norm` is not positive.
@@ -195,15 +190,14 @@ class FSDP(StateDictMixin):
         with model.join(optimizer):
             for x, labels in my_batches: ...            # vjp, pullback, step, zero_grad
 
-        A rank that leaves the block goes on sending its shards, and updates them as the others
-        do, until all have left. Gradients are means over the ranks that contributed. Afterwards
-        all ranks have the buffers of a rank that was last. Inside, clip by
-        `model.clip_grad_norm`; other collectives, also state dicts, and changes to gradients are
-        not allowed there, because ranks that have left would not take part.
+        A rank that reaches the end of the block goes on sending and updating its shards until all ranks have. Gradients
+        are means over the ranks that still have batches. Afterwards all ranks have the buffers of one of the last
+        ranks. Inside the block, clip by `model.clip_grad_norm`; other collectives, state dicts and changes of gradients
+        are not allowed, because ranks at its end would not take part.
 
         Args:
-            optimizers: all that step inside the block; of their settings, `lr` may change there.
-            scaler: the loss scaler by which they step, if any.
+            optimizers: all optimizers that step inside the block; of their settings only `lr` may change there.
+            scaler: the loss scaler that steps them, if any.
             divide_by_initial_world_size: divide sums of gradients by the number of all ranks
                 throughout, so that every batch has the same weight.
 
@@ -251,7 +245,7 @@ class FSDP(StateDictMixin):
 
 
 def _duplicate(group: ProcessGroup) -> ProcessGroup:
-    """Make a group of the same ranks whose operations run in an order of their own."""
+    """Make another group of the same ranks, whose operations are not ordered with the first group's."""
     duplicate = group.split(0)
     assert duplicate is not None
     return duplicate

@@ -97,7 +97,7 @@ def _states(
 
 
 def _is_sharded(item: ShardedParameter, array: Array) -> bool:
-    """Tell state that is sharded like its parameter from state that is one number for all of it."""
+    """Return True for state that is sharded like its parameter, False for one number per parameter."""
     if array.shape == item.shard_view.shape:
         return True
     if array.shape == ():
@@ -110,7 +110,7 @@ def _is_sharded(item: ShardedParameter, array: Array) -> bool:
 
 
 def _load_lr(state: Mapping[str, object]) -> tuple[list[str], dict[str, Array]]:
-    """Begin a load: give the faults, and the arguments of the optimizer's `load_state_dict`."""
+    """Begin a load: return a list of faults, and the arguments of the optimizer's `load_state_dict`."""
     lr = state.get("lr")
     if lr is None or isinstance(lr, FlatShard):
         return ["'lr' is missing or no single number"], {}

@@ -2,8 +2,8 @@
 
     unsharded --reduce_scatter over shards--> shard --all_reduce over replicas--> added to `grad`
 
-A step is left out where there is no such group. Both run in the background. All ranks call
-`advance` at the same places, so the steps of several reductions come in the same order everywhere.
+A step is left out where there is no such group. Both steps run in the background. All ranks call `advance` at the same
+places, so the steps of several reductions have the same order on all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .flat_parameter import FlatParameter
 
 
 class GradientReduction:
-    """One reduction under way; making it starts it.
+    """One reduction under way; the constructor starts it.
 
     Args:
         flat: the flat parameter. No gradient may be added to it until the first step has ended.
@@ -48,7 +48,7 @@ class GradientReduction:
             self._all_reduce()
 
     def advance(self) -> bool:
-        """Wait for the step under way and start the next; True if this was the last."""
+        """Wait for the step under way and start the next one; return True if there is none."""
         if self._work is not None:
             try:
                 self._work.wait()

@@ -1,4 +1,4 @@
-"""ShardedParameter: one parameter and its shards, as saving and loading need them."""
+"""ShardedParameter: one parameter and its shards, for saving and loading."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ShardedParameter:
         return whole.reshape(whole.size)[self._slice(config)].reshape(self.shard_view.shape)
 
     def shard_faults(self, key: str, part: Array, item: object, config: FSDPConfig) -> list[str]:
-        """Describe why `item` cannot be loaded where `part` is; empty if it can."""
+        """List the reasons why `item` cannot be loaded into `part`; empty if it can."""
         if not isinstance(item, FlatShard):
             return [f"{key!r} is in pieces, given a {type(item).__name__}"]
         own = self._slice(config)
@@ -101,7 +101,7 @@ class ShardedParameter:
 
 
 def array_faults(key: str, dtype: object, shape: tuple[int, ...], array: Array) -> list[str]:
-    """Describe why an array cannot be loaded where this dtype and shape are; empty if it can."""
+    """List the reasons why `array` cannot be loaded as this dtype and shape; empty if it can."""
     try:
         namespace_of(array)
     except UsageError as error:  # The other ranks must learn of it first.

@@ -19,7 +19,7 @@ from .unit_scheduler import UnitScheduler
 class StateDictMixin(Module):
     """The part of `FSDP` that saves and loads.
 
-    Full states fit any number of ranks, and programs without FSDP; sharded states fit as many
+    Full state dicts fit any number of ranks, and programs without FSDP; sharded state dicts fit the same number of
     ranks. Parameters are gathered one at a time.
     """
 
@@ -31,7 +31,7 @@ class StateDictMixin(Module):
         """Gather all parameters, one at a time, and rank 0's buffers; all ranks call it.
 
         Args:
-            rank0_only: give the others an empty dict, and spare them the memory.
+            rank0_only: return an empty dict on the other ranks, which saves their memory.
 
         Returns:
             The same as `state_dict()` of the module without FSDP.
@@ -51,7 +51,7 @@ class StateDictMixin(Module):
         return state | buffers
 
     def load_full_state_dict(self, state_dict: Mapping[str, Array]) -> None:
-        """Load whole arrays; all ranks call it with the same ones, and keep their shards.
+        """Load unsharded arrays; all ranks call it with the same arrays, and keep their shards.
 
         Raises:
             UsageError: a name is missing or unexpected, or a shape or dtype differs, on any
@@ -83,7 +83,7 @@ class StateDictMixin(Module):
         return shards | self._copied_buffers()
 
     def load_sharded_state_dict(self, state_dict: Mapping[str, FlatShard | Array]) -> None:
-        """Load a `sharded_state_dict` that was made on as many ranks; all ranks call it.
+        """Load a `sharded_state_dict` that was made on the same number of ranks; all ranks call it.
 
         Raises:
             UsageError: as from `load_full_state_dict`.
@@ -121,8 +121,8 @@ class StateDictMixin(Module):
         """Gather the state of an optimizer of this module's parameters; all ranks call it.
 
         Returns:
-            Arrays of the parameters' whole shapes by "<parameter name>.<name of state>", and
-            "lr". Parameters that have not been updated yet have none.
+            Arrays of the parameters' whole shapes by "<parameter name>.<name of state>", and "lr". Parameters that have
+            not been updated yet have no state.
         """
         self._check_between_passes("full_optimizer_state_dict")
         return optimizer_state.full(self._sharded, optimizer, self._config, rank0_only)
@@ -143,7 +143,7 @@ class StateDictMixin(Module):
     def load_sharded_optimizer_state_dict(
         self, optimizer: Optimizer, state_dict: Mapping[str, FlatShard | Array]
     ) -> None:
-        """Load a `sharded_optimizer_state_dict` made on as many ranks; all ranks call it.
+        """Load a `sharded_optimizer_state_dict` made on the same number of ranks; all ranks call it.
 
         Raises:
             UsageError: as from `load_full_state_dict`.

@@ -1,4 +1,4 @@
-"""UnitHooks and Unit: a module whose parameters are whole only while it computes."""
+"""UnitHooks and Unit: a module whose parameters are unsharded only while it computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .unit_scheduler import UnitScheduler
 
 
 class UnitHooks:
-    """Runs a module with its unit's parameters gathered, in each half of a pass.
+    """Runs a module's forward and backward pass with its unit's parameters gathered.
 
     Args:
         unit: the unit's parameters.

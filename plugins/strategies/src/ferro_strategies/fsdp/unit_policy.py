@@ -15,13 +15,13 @@ UnitPolicy: TypeAlias = Callable[[str, Module], bool]
 
 
 def choose_units(root: Module, units: UnitPolicy | Iterable[Module] | None) -> dict[int, Module]:
-    """Choose the submodules that are gathered by themselves; give them by identity.
+    """Choose the submodules that are units; return them keyed by id.
 
     Args:
         root: the model, which is always a unit.
-        units: a policy, or the submodules themselves. None: the outermost elements of lists,
-            tuples and dicts that have parameters; but of an element that has nothing outside its
-            own lists, such as a Sequential in a Sequential, the elements instead.
+        units: a policy, or the submodules themselves. None: the outermost elements, with parameters, of lists, tuples
+            and dicts; an element that consists only of such containers (a Sequential in a Sequential) is replaced by
+            its own elements.
 
     Raises:
         UsageError: a module given is not below `root`.
@@ -75,7 +75,7 @@ def _default_units(module: Module) -> Iterator[Module]:
 
 
 def _has_only_containers(module: Module) -> bool:
-    """Whether everything in a module is in its lists, tuples and dicts of modules."""
+    """Return True if all of a module's children are in its lists, tuples and dicts."""
     children = list(_children(module))
     return all(isinstance(child, Module) and in_container for child, in_container in children)
 

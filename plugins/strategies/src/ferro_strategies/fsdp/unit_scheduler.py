@@ -1,20 +1,19 @@
-"""UnitScheduler: when units are gathered and freed, and when their gradients are reduced.
+"""UnitScheduler decides when units (groups of parameters) are gathered and freed, and gradients reduced.
 
-A pass over units A, B, C and D, gathered (g) and reduced (r) in the background. The operations in
-one column are under way at the same time:
+The table shows a pass over units A, B, C and D, which are gathered (g) and reduced (r) in the background. The
+operations in one column are under way at the same time:
 
     forward                     backward
     compute     A  B  C  D      compute  D  C  B  A
     gather  gA gB gC gD         gather      gB gA
                                 reduce      rD rC rB rA
 
-Each column holds the parameters of two units at most. The last two units of the forward half, C
-and D, come first in the backward half, so they stay gathered. The group runs its operations in
-the order issued. Therefore the next unit is gathered when one is entered, and a unit is reduced
-when it is left: `rD gB rC gA rB rA`.
+Each column holds the parameters of two units at most. The last two units of the forward pass, C and D, come first in
+the backward pass, so they stay gathered. The group runs its operations in the order issued. Therefore the gather of the
+next unit starts when a unit begins to compute, and its own reduction starts when it ends: `rD gB rC gA rB rA`.
 
-The order of the units is predicted from the last pass. If another unit comes instead, the
-prefetched one is dropped. All ranks make the same passes, and so the same wrong predictions.
+The order of the units is predicted from the last pass. If another unit comes instead, the prefetched one is dropped.
+All ranks run the same passes, and so make the same wrong predictions.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Announcer(Protocol):
 
     @property
     def scale(self) -> float:
-        """The factor from a mean over all ranks to the mean over those that contribute."""
+        """The factor that turns a mean over all ranks into the mean over the contributing ranks."""
 
     def announce_gather(self, unit: FlatParameterGroup) -> None:
         """Announce that a unit is gathered."""
@@ -57,7 +56,7 @@ class UnitScheduler:
 
     Attributes:
         units: as given.
-        sync: whether backward passes reduce if their forward passes are made now.
+        sync: whether a forward pass that runs now has its gradients reduced later; False in `no_sync`.
         announcer: inside `join`, the object that announces operations; None elsewhere.
     """
 
@@ -77,29 +76,29 @@ class UnitScheduler:
         self.reset_order()
 
     def reset_order(self) -> None:
-        """Predict that units come in definition order, as at first."""
+        """Predict definition order for the next pass, as for the first one."""
         self._entered: list[FlatParameterGroup] = []
         self._left: list[FlatParameterGroup] = []
-        # Checkpoint makes the forward half of these units again in the backward half.
+        # Checkpoint runs the forward pass of these units again during the backward pass.
         self._recomputed: set[FlatParameterGroup] = set()
         self._predict(self.units, self.units[::-1])
 
     @property
     def syncs(self) -> bool:
-        """Whether a forward half made now is reduced; recomputing one keeps its first value."""
+        """`sync` for the forward pass of a unit; a recomputation has that of the running backward pass."""
         return self._backward_syncs if self._in_backward else self.sync
 
     @property
     def in_pass(self) -> bool:
-        """Whether a pass is under way."""
+        """True while a pass is under way."""
         return self._running
 
     @contextmanager
     def forward(self, unit: FlatParameterGroup) -> Iterator[UnshardedParameters | None]:
-        """Let a unit's parameters be whole for a forward half.
+        """Gather a unit's parameters for its forward pass.
 
         Yields:
-            The gathered parameters, if they stay for the backward half.
+            The gathered parameters, if they stay for the backward pass; None otherwise.
         """
         with self._pass(self._forward_order, backward=False):
             if self._in_backward:
@@ -107,7 +106,7 @@ class UnitScheduler:
             else:
                 self._entered.append(unit)
             unsharded = self._unshard(unit)
-            with _whole(unsharded, backward=False):
+            with _using_unsharded(unsharded, backward=False):
                 yield unsharded if self._stays(unit) else None
             if not self._in_backward:
                 self._left.append(unit)
@@ -116,7 +115,7 @@ class UnitScheduler:
     def backward(
         self, unit: FlatParameterGroup, unsharded: UnshardedParameters | None, *, sync: bool
     ) -> Iterator[None]:
-        """Let a unit's parameters be whole for a backward half, and then reduce its gradients."""
+        """Gather a unit's parameters for its backward pass, and then reduce its gradients."""
         with self._pass(self._backward_order, backward=True):
             self._backward_syncs = sync
             self._finish_sending(unit)
@@ -124,21 +123,21 @@ class UnitScheduler:
                 unsharded = self._unshard(unit)
             elif self._prefetched is None:
                 self._prefetch_after(unit)
-            with _whole(unsharded, backward=True, may_defer=not sync):
+            with _using_unsharded(unsharded, backward=True, may_defer=not sync):
                 yield
             del unsharded
             if sync:
                 self._reduce(unit)
 
     def reduce_all(self) -> None:
-        """Reduce all accumulated gradients, and wait for that."""
+        """Reduce all accumulated gradients; return when they are reduced."""
         with self._pass((), backward=True):
             for unit in self.units:
                 if unit.has_unsharded_grad:
                     self._reduce(unit)
 
     def check(self) -> None:
-        """Check that a pass may be made.
+        """Check that a pass may run.
 
         Raises:
             UsageError: an earlier backward pass failed.
@@ -150,7 +149,7 @@ class UnitScheduler:
                 "from a checkpoint."
             )
 
-    # -- operations that are announced, and that ranks without batches take part in --------------
+    # -- operations that are announced, so that ranks without batches take part ------------------
 
     def launch_gather(self, unit: FlatParameterGroup) -> UnshardedParameters:
         """Start to gather a unit."""
@@ -160,7 +159,7 @@ class UnitScheduler:
         return unit.unshard()
 
     def launch_reduction(self, unit: FlatParameterGroup) -> None:
-        """Start to reduce a unit's gradients, after older reductions have advanced by a step."""
+        """Advance older reductions by a step, and start to reduce a unit's gradients."""
         if self.announcer is not None:
             self.announcer.announce_reduction(unit)
         self._advance()
@@ -195,7 +194,7 @@ class UnitScheduler:
             self._failed = self._failed or backward
             raise
         finally:
-            # After an error nothing is waited for: the other ranks may be elsewhere.
+            # After an error this does not wait for operations, which the other ranks may never join.
             self._prefetched = None
             self._reductions.clear()
             self._entered, self._left = [], []
@@ -214,12 +213,12 @@ class UnitScheduler:
         return unsharded
 
     def _stays(self, unit: FlatParameterGroup) -> bool:
-        """Whether parameters gathered for a forward half serve the backward half."""
-        # A unit recomputed in a backward pass goes backward immediately.
+        """Return True if parameters gathered for the forward pass stay for the backward pass."""
+        # A unit that is recomputed during a backward pass runs its own backward pass at once.
         return self._config.keeps_until_backward or self._in_backward or unit in self._staying
 
     def _predict(self, forward: Sequence[FlatParameterGroup], backward: Sequence[FlatParameterGroup]) -> None:
-        """Set the expected order of each half, and the units that stay between the halves."""
+        """Set the expected order of the forward and the backward pass, and the units that stay in between."""
         self._forward_order, self._backward_order = forward, backward
         first = list(dict.fromkeys(unit for unit in backward if unit.flat_parameters))
         self._staying = {*first[: 1 + self._config.prefetch]} - self._recomputed
@@ -244,7 +243,7 @@ class UnitScheduler:
             self._prefetched = None
 
     def _finish_sending(self, unit: FlatParameterGroup) -> None:
-        """Wait for reductions that still send the memory in which gradients will be added."""
+        """Wait for reductions that still read the memory to which this pass will add gradients."""
         if self._config.keeps_unsharded:
             while any(reduction.flat in unit.trained for reduction in self._reductions):
                 self._advance()
@@ -261,7 +260,7 @@ class UnitScheduler:
 
 
 @contextmanager
-def _whole(unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False) -> Iterator[None]:
+def _using_unsharded(unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False) -> Iterator[None]:
     unsharded.use_unsharded(backward=backward, may_defer=may_defer)
     try:
         yield

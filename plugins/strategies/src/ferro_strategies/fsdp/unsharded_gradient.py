@@ -18,7 +18,7 @@ class UnshardedGradient:
         parameters: the parameters.
         layout: their positions in the flat array.
         allocate: returns memory for all of them.
-        keeps_memory: whether the memory stays when its content has been taken.
+        keeps_memory: whether the memory is kept after `take`.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class UnshardedGradient:
 
     @property
     def has_any(self) -> bool:
-        """Whether there is a gradient to be reduced."""
+        """True if there is a gradient to be reduced."""
         return any(self._is_set)
 
     def views(self) -> list[tuple[Array, Array | None]]:
-        """Give for each parameter the memory of its gradient, and the gradient if there is one."""
+        """Return for each parameter the memory of its gradient, and the gradient or None."""
         if self._buffer is None:
             self._buffer = self._allocate()
         memory = self._layout.views(self._buffer.array)
         return [(view, view if is_set else None) for view, is_set in zip(memory, self._is_set, strict=True)]
 
     def mark_if_set(self, index: int) -> None:
-        """Record whether a parameter, which holds its view now, has a gradient there."""
+        """Record whether a parameter, which views this memory now, has a gradient."""
         self._is_set[index] |= self._parameters[index].grad is not None
 
     def defer(self, index: int, products: Sequence[Callable[[], None]]) -> list[partial[None]]:
@@ -57,7 +57,7 @@ class UnshardedGradient:
         return [partial(self._add, index, product) for product in products]
 
     def take(self) -> PooledBuffer:
-        """Take all gradients, with zeros where none is, and start again without any."""
+        """Return all gradients, with zeros for absent ones, and start again without gradients."""
         if self._buffer is None:
             self._buffer = self._allocate()
         taken = self._buffer
@@ -71,7 +71,7 @@ class UnshardedGradient:
         return taken
 
     def still_uses(self, taken: PooledBuffer) -> bool:
-        """Whether further gradients will be added in the memory that was taken."""
+        """Return True if further gradients will be added in the memory that `take` returned."""
         return taken is self._buffer
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Hooks that average the elements of a bucket: exactly, or sent as float16 or bfloat16.
+"""Hooks that average the elements of a bucket in their own dtype, in float16 or in bfloat16.
 
 The mean of half-precision elements is computed in float32 and rounded once; every rank gets the
 same bits.

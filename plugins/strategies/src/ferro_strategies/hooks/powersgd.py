@@ -32,11 +32,10 @@ from .averaging import mean
 class PowerSGD:
     """A communication hook with state: make one for each DDP module, the same on every rank.
 
-    Gradients of at least two dimensions are matrices of shape (first dimension, all others). They
-    are compressed where that at least halves their size; other gradients are averaged exactly.
-    The result is the best matrix of rank `rank` that one iteration finds. It is exact where the
-    mean gradient and all ranks' gradients span at most `rank` dimensions. Half precision is
-    compressed in float32.
+    Gradients of at least two dimensions are matrices of shape (first dimension, all others). They are compressed where
+    compression at least halves their size; other gradients are averaged exactly. The result is the best matrix of rank
+    `rank` that one iteration finds. It is exact where the mean gradient and all ranks' gradients span at most `rank`
+    dimensions. Half precision is compressed in float32.
 
     Args:
         rank: number of columns of P and Q.
@@ -160,7 +159,7 @@ class _CompressedAverage:
             self._works.append(group.all_reduce(flat, "mean", out=flat, async_op=True))
 
     def wait(self) -> None:
-        """Make steps 3 to 5."""
+        """Run steps 3 to 5."""
         state = self._state
         xp = namespace_of(state.ps)
         self._works[0].wait()
@@ -187,7 +186,7 @@ class _CompressedAverage:
 
 
 def _worth_compressing(grad: Array, rank: int) -> bool:
-    """Tell whether compression at least halves a gradient, which must be a real matrix."""
+    """Return True if a gradient is a real matrix whose size compression at least halves."""
     if grad.ndim < 2 or grad.size == 0 or grad.dtype.kind == "c":
         return False
     n, m = grad.shape[0], grad.size // grad.shape[0]

@@ -160,10 +160,10 @@ class DeviceMesh:
         mesh._set_layout(layout, self.parent, existing)
         return mesh
 
-    def _own_coordinates(self, wish: str) -> tuple[int, ...]:
+    def _own_coordinates(self, purpose: str) -> tuple[int, ...]:
         if self.coordinates is None:
             raise UsageError(
-                f"DeviceMesh: rank {self.parent.rank} of group {self.parent.name!r} cannot {wish}: "
+                f"DeviceMesh: rank {self.parent.rank} of group {self.parent.name!r} cannot {purpose}: "
                 f"it is not among the mesh's ranks, {self.ranks.ravel().tolist()}. Ask "
                 "`mesh.coordinates is not None` first.",
                 group=self.parent.name,

@@ -1,4 +1,4 @@
-"""MeshLayout knows the rank at each coordinate of a mesh. It communicates nothing."""
+"""MeshLayout: the rank at each coordinate of a mesh, without process groups."""
 
 from __future__ import annotations
 

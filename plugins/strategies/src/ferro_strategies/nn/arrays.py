@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-# The type stands for CuPy arrays too: they have the same methods, and type-checking this code must
-# not need CuPy. Dtypes are checked at run time.
+# The type stands for CuPy arrays, too: they have the same methods, and type-checking this code must not need CuPy.
+# Dtypes are checked at run time.
 Array: TypeAlias = npt.NDArray[Any]
 
 # Layers accept as `rng` a random generator, a seed, or None for a new seed each time.
@@ -21,7 +21,7 @@ Rng: TypeAlias = np.random.Generator | int | None
 
 
 def namespace_of(array: Array) -> ModuleType:
-    """Give the module whose functions work on `array`: numpy, or cupy for a CuPy array.
+    """Return the module whose functions work on `array`: numpy, or cupy for a CuPy array.
 
     Raises:
         UsageError: `array` is neither a NumPy nor a CuPy array.

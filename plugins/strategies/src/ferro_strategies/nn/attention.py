@@ -91,7 +91,7 @@ class Attention(Module):
 def attend(
     query: Array, key: Array, value: Array, num_heads: int, *, causal: bool
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-    """Compute for each position and head the mean of values, weighted by how keys match the query.
+    """Compute for each position and head the mean of the values, weighted by softmax(query @ key.T).
 
     This takes one array of size (B, num_heads, T, T), which the pullback keeps, and another one
     while the pullback runs. The softmax of half precision is computed in float32.

@@ -81,8 +81,8 @@ class BatchNorm(Module):
 
         def pullback(grad_y: Array) -> Array:
             grad = grad_y.reshape(shape).astype(wide, copy=False)
-            # The sums of grad and grad * xhat are the gradients of bias and weight; the input's
-            # gradient needs them too, for the batch's mean and variance depend on every value.
+            # The sums of grad and grad * xhat are the gradients of bias and weight; the input's gradient needs them
+            # too, because the batch's mean and variance depend on every value.
             sums = namespace_of(grad).stack((_channel_sum(grad), _channel_dot(grad, normal.xhat)))
             whole = self._sum_over_batch(sums) if normal.count else sums
             scale = normal.inverse
@@ -169,7 +169,7 @@ class Moments:
 
 
 def merge_moments(counts: Array, means: Array, m2s: Array) -> Moments:
-    """Compute the moments of all values from those of n parts, of which some may be empty.
+    """Compute the moments of all values from the moments of n parts, some of which may be empty.
 
     No sums of squares are subtracted, so no digits cancel, however far the values are from zero.
 

@@ -18,12 +18,12 @@ from .parameter import Use
 class Checkpoint(Module):
     """Activation checkpointing: the function of `module`, in less memory and more time.
 
-    The forward pass keeps only its input; the pullback makes the forward pass again, and then runs
-    that pass's pullback. Output and gradients are those of `module`, bit for bit: the second pass
-    draws the same random numbers (from the NumPy generators that are attributes of modules), sees
-    every module's `training` as it was, and leaves buffers as they are.
+    The forward pass keeps only its input; the pullback runs the forward pass again, and then the second pass's
+    pullback. Output and gradients are those of `module`, bit for bit: the second pass draws the same random numbers
+    (from NumPy generators that are attributes of modules), runs with the same `training` flags, and leaves buffers
+    unchanged.
 
-    Names are those of the wrapped module, so a state fits with and without Checkpoint.
+    Names are those of the wrapped module, so a state dict fits with and without Checkpoint.
 
     Args:
         module: the module that is computed twice.
@@ -42,11 +42,12 @@ class Checkpoint(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Compute the wrapped module's output; `x` may not be changed before the pullback."""
-        # The set keeps old uses alive: counting could miss a new use if an old one were collected.
+        # The set keeps earlier uses alive, so that a rising count shows that this pass made a new one.
         before = [(item, frozenset(item._uses)) for item in self.module.parameters()]
         state = _ForwardState(self.module)
         y, dropped = self.module.vjp(x)
-        # One use of each parameter that took part stays until the second pass announces its own.
+        # Each parameter of this pass keeps a use until the second pass has made its own: without one, another
+        # pullback would find the gradient complete.
         uses = [item.use() for item, old in before if item.outstanding_uses > len(old)]
         del dropped
         kept = [(x, state, uses)]
@@ -73,7 +74,7 @@ class Checkpoint(Module):
 
 
 class _ForwardState:
-    """The state on which a forward pass depends beside input and parameters: modes, generators."""
+    """The state besides input and parameters on which a forward pass depends: `training`, generators."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
@@ -82,7 +83,7 @@ class _ForwardState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Restore the state inside the context, and undo that, and changes of buffers, after it."""
+        """Restore the state inside the block; afterwards undo this, and the block's changes of buffers."""
         training = [(item, item.training) for item, _ in self._training]
         generators = [(generator, generator.bit_generator.state) for generator, _ in self._generators]
         buffers = [(item.data, item.data.copy()) for item in self._module.buffers()]

@@ -23,10 +23,10 @@ def check_input(layer: object, x: Array, expected: str, *, fits: bool) -> None:
 
 
 def check_dtype(layer: object, x: Array, dtype: npt.DTypeLike) -> None:
-    """Refuse an input of another dtype, because all later layers would compute in that dtype.
+    """Refuse an input whose dtype is not `dtype`: all later layers would compute in the input's dtype.
 
     Raises:
-        UsageError: `x` is no array, or has another dtype than `dtype`.
+        UsageError: `x` is no array, or its dtype is not `dtype`.
     """
     namespace_of(x)
     if x.dtype != dtype:

@@ -15,10 +15,9 @@ from .windows import Windows, pair
 class Conv2d(Module):
     """Cross-correlate images (N, in_channels, H, W) with a kernel per output channel.
 
-    The output is (N, out_channels, H', W'), H' = (H + 2 * padding - kernel) // stride + 1.
-    The windows are gathered into a matrix of one column per output pixel. The matrix is as many
-    times larger than the input as the kernel has pixels, so the pullback does not keep it, but
-    gathers it again.
+    The output is (N, out_channels, H', W'), H' = (H + 2 * padding - kernel) // stride + 1. The windows are gathered
+    into a matrix of one column per output pixel. A kernel of k pixels makes the matrix k times larger than the input,
+    so the pullback gathers it again instead of keeping it.
 
     Args:
         kernel_size: size in pixels, one number or (vertical, horizontal), as are the next two.

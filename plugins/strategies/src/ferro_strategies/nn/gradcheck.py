@@ -15,9 +15,9 @@ from .module import Module
 def check_gradients(module: Module, x: Array, *, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     """Check the gradients of the input and of every parameter of `module`, element by element.
 
-    The check differentiates a sum of the output with random weights (of a fixed seed). It works for
-    modules in float64 on NumPy that give the same output each time. Points without derivative,
-    such as 0 for ReLU, must be farther from `x` than `step`. It zeroes parameters' gradients first.
+    The check differentiates a sum of the output with random weights (of a fixed seed). The module must compute in
+    float64 on NumPy, and give the same output each time. Points without derivative, such as 0 for ReLU, must be farther
+    from `x` than `step`. The parameters' gradients are cleared first.
 
     Args:
         module: the module to check, in float64.

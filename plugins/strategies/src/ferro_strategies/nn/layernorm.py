@@ -76,7 +76,7 @@ class LayerNorm(Module):
         return y.reshape(x_shape).astype(dtype, copy=False), pullback
 
     def _sum_over_positions(self, sums: Array) -> Callable[[], Array]:
-        """Start to sum over the positions of all ranks; `sums`, (2, D), are this rank's.
+        """Begin to add up `sums`, (2, D), over the ranks that share the positions: here, this rank alone.
 
         Returns:
             A function that waits for the sums.

@@ -1,4 +1,4 @@
-"""Linear, an affine map of the last dimension, and Flatten, which makes rows for it."""
+"""Linear, an affine map of the last dimension, and Flatten, which reshapes inputs to rows."""
 
 from __future__ import annotations
 

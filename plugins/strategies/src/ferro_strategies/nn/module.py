@@ -30,8 +30,8 @@ class Module(ABC):
 
     Attributes:
         training: whether layers behave as in training (True at first); see `train`, `eval`.
-        transparent: whether this is a wrapper that does not appear in qualified names: "0.weight"
-            of the module inside has the same name in the wrapper.
+        transparent: whether this is a wrapper that does not appear in qualified names: "0.weight" of the wrapped module
+            has the same name in the wrapper.
     """
 
     training: bool = True
@@ -142,7 +142,7 @@ class Buffer:
 
 
 def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:
-    """Replace modules by others, wherever the tree holds them; return the root.
+    """Replace modules wherever the module tree refers to them; return the root.
 
     Args:
         root: the tree, which is changed in place.

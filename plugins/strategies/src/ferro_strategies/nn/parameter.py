@@ -1,4 +1,4 @@
-"""Parameter: a trained array and its gradient, with notice when that gradient is complete.
+"""Parameter: a trained array and its gradient, with a notification when the gradient is complete.
 
 Each pullback adds a term to a parameter's gradient. A strategy that reduces gradients between ranks
 while the backward pass runs has to know which term was the last. So a layer announces each use of
@@ -16,17 +16,17 @@ The rule has these consequences:
   the k-th addition.
 - Uses are counted over all pullbacks in flight: when several microbatches go forward before the
   first goes backward, the gradient is complete after the last of them.
-- Dropping a pullback that was not run drops its uses, so evaluation through `vjp` and abandoned
-  microbatches have no effect; `module(x)` keeps no pullback and so no use.
+- Dropping a pullback that has not run drops its uses, so evaluation through `vjp` and abandoned microbatches have no
+  effect; `module(x)` keeps no pullback and so no use.
 - A pullback that is kept but never run keeps its parameters' gradients incomplete: drop it.
 - Right after a forward pass, a parameter with `outstanding_uses == 0` took no part in it.
 - A module that drops its pullback to run `vjp` again later holds a `use()` of each parameter in
   between, and drops it when the second `vjp` has announced its own.
 - `zero_grad()` keeps uses, so it may be called between the forward and the backward pass.
 
-A strategy that splits a parameter lets it `hold` the whole array during a pass, and this rank's
-piece otherwise; the object, which optimizers know, stays. So a pullback reads `data` through its
-use when it needs the value, and keeps no reference to the array.
+A strategy that splits a parameter makes it `hold` the whole array during a pass, and this rank's piece otherwise; the
+Parameter object, which optimizers refer to, stays the same. So a pullback reads `data` through its use when it needs
+the value, and keeps no reference to the array.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Parameter:
 
     @property
     def outstanding_uses(self) -> int:
-        """The number of uses, over all pullbacks alive, that have not added their gradient."""
+        """The number of uses, over all existing pullbacks, that have not added their gradient."""
         return len(self._uses)
 
     def use(self) -> Use:
@@ -298,7 +298,7 @@ class Use:
             deferred.append(lambda: self._add_product(a, b))
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:
-        """Add this use's gradient, rows only: see `Parameter.add_grad_rows`."""
+        """Add some rows of this use's gradient: see `Parameter.add_grad_rows`."""
         self._end()
         self._parameter.add_grad_rows(rows, grads)
 
@@ -333,10 +333,10 @@ class Split:
 def deferring(parameters: Iterable[Parameter]) -> Iterator[list[Callable[[], None]]]:
     """Queue the products that pullbacks add to these parameters' gradients, to add them later.
 
-    A pullback computes the gradient of its input, for which earlier layers wait, and those of its
-    parameters, which only the optimizer needs; most of the latter are matrix products. A pipeline
-    that defers these products sends the former sooner, and computes them while it would otherwise
-    wait (Qi et al., "Zero Bubble Pipeline Parallelism", 2023).
+    A pullback computes the gradient of its input, for which earlier layers wait, and the gradients of its parameters,
+    which only the optimizer needs; most of these are matrix products. A pipeline that defers the products sends the
+    input's gradient sooner, and computes the products while it would otherwise be idle (Qi et al., "Zero Bubble
+    Pipeline Parallelism", 2023).
 
     with deferring(module.parameters()) as products:
         grad_x = pullback(grad_y)

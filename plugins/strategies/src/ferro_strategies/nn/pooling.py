@@ -36,7 +36,7 @@ class MaxPool2d(Module):
             xp.maximum(y, tap, out=y)
 
         def pullback(grad_y: Array) -> Array:
-            # Searching the maxima again needs only x and y, which neighbouring layers mostly keep.
+            # Searching the maxima again needs only x and y, which neighbouring layers usually keep anyway.
             grad_x: Array = xp.zeros(x.shape, grad_y.dtype)
             taken = xp.zeros(y.shape, bool)
             taps = zip(self.windows.taps(x), self.windows.taps(grad_x), strict=True)

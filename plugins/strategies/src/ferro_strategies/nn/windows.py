@@ -33,7 +33,7 @@ class Windows:
             )
 
     def fit(self, height: int, width: int) -> bool:
-        """Tell whether an image of this size holds at least one window."""
+        """Return True if an image of this size holds at least one window."""
         return min(self.output_size(height, width)) >= 1
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from .optimizer import Optimizer, blocks, check_at_least_zero
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay; gives what torch.optim.AdamW gives.
+    """Adam with decoupled weight decay; its results are those of torch.optim.AdamW.
 
         p = p * (1 - lr * weight_decay)
         m = beta1 * m + (1 - beta1) * grad         v = beta2 * v + (1 - beta2) * grad**2

@@ -1,4 +1,4 @@
-"""clip_grad_norm: scale the gradients down when their common norm is too large."""
+"""clip_grad_norm: scale all gradients down when their global norm is too large."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .optimizer import blocks
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scale all gradients in place, so that their common norm is at most `max_norm`.
+    """Scale all gradients in place, so that their global norm is at most `max_norm`.
 
-    Call it between the pullback and the step, on every rank. A parameter that is split over
-    ranks (`Parameter.splits`) counts with all its pieces, and every parameter counts once, so the
-    norm is that of one process. Ranks communicate only where parameters are split. In a pipeline
-    a rank knows the parameters of its own stages only: call `Pipeline.clip_grad_norm` there.
+    Call it between the pullback and the step, on every rank. The norm is that of the whole model in one process: it
+    includes every piece of a parameter that is split over ranks (`Parameter.splits`), and every parameter once. Ranks
+    communicate only where parameters are split. In a pipeline call `Pipeline.clip_grad_norm`, because a rank has only
+    the parameters of its own stages.
 
     Args:
         parameters: the same ones on all ranks; a parameter without gradient counts as zero.
@@ -41,7 +41,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
 
 def check_max_norm(max_norm: float) -> None:
-    """Refuse a largest norm that only zeros could have.
+    """Refuse a `max_norm` that is zero, negative or NaN.
 
     Raises:
         UsageError: `max_norm` is not positive.

@@ -34,7 +34,7 @@ class LossScalerListener(Protocol):
 
 
 class LossScaler:
-    """A scale for the loss's gradient, by which the parameters' gradients are divided again.
+    """Scales the loss's gradient, and divides the parameters' gradients by the same number.
 
     In float16 a number below 6e-8 is zero, and gradients are often that small. So they are
     computed with a scale as large as possible: when a gradient overflows, the step is skipped and
@@ -47,15 +47,15 @@ class LossScaler:
         scaler.step(optimizer)
         optimizer.zero_grad()
 
-    Only `step` changes the scale, so all microbatches whose gradients are added have the same.
+    Only `step` changes the scale, so all microbatches of a step have the same scale.
 
     Args:
         initial_scale: the first scale.
         growth_factor: factor by which the scale grows, above 1.
         backoff_factor: factor by which the scale shrinks, between 0 and 1.
         growth_interval: number of steps in a row without overflow after which the scale grows.
-        group: the ranks that skip a step together: all ranks that hold pieces of the parameters.
-            None where every rank has the same gradients, as with DDP: then all decide alike.
+        group: the ranks that skip a step together: all ranks that hold pieces of the parameters. None where every rank
+            has the same gradients, as with DDP, so that all make the same decision.
 
     Attributes:
         current_scale: the scale.
@@ -92,7 +92,7 @@ class LossScaler:
 
     @contextmanager
     def notifying(self, listener: LossScalerListener) -> Iterator[None]:
-        """Call `listener` before each action inside, so that other ranks can do the same."""
+        """Call `listener` before each action in the block, so that other ranks can do the same."""
         self._listener = listener
         try:
             yield
@@ -133,7 +133,7 @@ class LossScaler:
         All ranks of the group call it; it takes one small reduction over them.
 
         Args:
-            optimizers: all optimizers with gradients of this loss; all of them step, or none.
+            optimizers: all optimizers with gradients of this loss; either all of them step, or none.
 
         Returns:
             Whether the step was made.
@@ -228,7 +228,7 @@ class LossScaler:
 
 
 def _unscale(grads: list[Array], inverse: float) -> bool:
-    """Multiply by `inverse` in place; tell whether all results are finite."""
+    """Multiply by `inverse` in place; return True if all results are finite."""
     # There is one flag for each kind of array, read at the end, because reading it waits for a GPU.
     flags: dict[ModuleType, Array] = {}
     for grad in grads:

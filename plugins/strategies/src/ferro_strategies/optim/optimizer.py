@@ -13,8 +13,8 @@ from ..nn.arrays import Array, namespace_of
 from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 
-# An update works on blocks of so many elements. On a CPU a block of each array stays in the cache
-# from one operation to the next, and the scratch memory is small; a GPU needs large operations.
+# An update works on blocks of this many elements. On a CPU a block of each array stays in the cache from one operation
+# to the next, and the scratch memory is small; a GPU needs large operations.
 _CPU_BLOCK = 1 << 15
 _GPU_BLOCK = 1 << 24
 
@@ -147,7 +147,7 @@ def check_at_least_zero(optimizer: str, **settings: float) -> None:
     """Refuse settings below zero or NaN.
 
     Raises:
-        UsageError: a setting is; the message names the optimizer and the setting.
+        UsageError: a setting is negative or NaN; the message names the optimizer and the setting.
     """
     for name, value in settings.items():
         if not value >= 0:

@@ -12,7 +12,7 @@ from .optimizer import Optimizer, blocks, check_at_least_zero
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent; gives what torch.optim.SGD gives (without dampening).
+    """Stochastic gradient descent; its results are those of torch.optim.SGD without dampening.
 
         d = grad + weight_decay * p
         m = momentum * m + d                       (m is 0 at first)

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng
 from ..nn.attention import Attention, attend
 from ..nn.checks import check_dtype, check_input
 from ..nn.module import Module, Pullback
-from ..parts import even_sizes
 from .column import ColumnParallelLinear, column_parallel_matmul
 from .conversion import check_serial_layer, check_shard_sizes
 from .row import RowParallelLinear

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError, Work
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
-from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
@@ -34,9 +34,9 @@ class ColumnParallelLinear(Module):
         group: the ranks; all make the layer, and call it with the same x.
         bias: whether to add a bias, which is divided as the outputs are.
         gather_output: return all columns, on every rank, for layers that are not parallel.
-        sequence_parallel: x is this rank's part (B, t, in_features) of sequences, of any length.
-            The parts are gathered, and gathered again in the backward pass, so that no rank
-            keeps the whole; the gradient of x is reduce-scattered instead of all-reduced.
+        sequence_parallel: x is this rank's part (B, t, in_features) of sequences, of any length. The parts are gathered
+            in the forward pass, and again in the backward pass, so that no rank keeps the whole x; the gradient of x is
+            reduce-scattered instead of all-reduced.
         dtype: of the parameters and of input and output.
         rng: generator or seed for the weight, the same on all ranks. The weight is that of a
             Linear made with it.
@@ -142,7 +142,7 @@ class ColumnParallelLinear(Module):
 
 
 class MatrixUse(Protocol):
-    """One use of a parameter as a matrix, in the manner of `Use`."""
+    """One use of a parameter as a matrix, with the methods of `Use` that a product needs."""
 
     @property
     def data(self) -> Array:
@@ -150,7 +150,7 @@ class MatrixUse(Protocol):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is wanted."""
+        """True if the pullback has to compute a gradient."""
 
     def add_grad_product(self, a: Array, b: Array) -> None:
         """Add the gradient of the matrix, `a @ b`."""

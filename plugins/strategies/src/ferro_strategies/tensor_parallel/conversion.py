@@ -1,4 +1,4 @@
-"""Conversion of a serial layer: checks, and this rank's copies of its parameters."""
+"""Conversion of a serial layer to a parallel one: checks, and this rank's copies of its parameters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SAMPLES = 16
 def check_serial_layer(
     maker: type[Module], layer: Module, kind: type[Layer], group: ProcessGroup, options: Mapping[str, object]
 ) -> Layer:
-    """Check that `layer` is of this kind, unsharded and the same on all ranks; all call it.
+    """Check that `layer` is of type `kind`, unsharded, and the same on all ranks, which all call this.
 
     Only a sample of the values is compared, which is enough to find seeds that differ.
 
     Raises:
-        UsageError: it is not; raised on every rank when ranks differ.
+        UsageError: a check fails; raised on every rank when ranks differ.
     """
     name = maker.__name__
     if type(layer) is not kind:
@@ -45,10 +45,10 @@ def check_serial_layer(
 
 
 def check_shard_sizes(maker: type[Module], what: str, total: int, sizes: tuple[int, ...], group: ProcessGroup) -> None:
-    """Check that the sizes are those of all ranks, at least 1 each, and add up to `total`.
+    """Check that there is one size for each rank, at least 1, and that the sizes add up to `total`.
 
     Raises:
-        UsageError: they do not.
+        UsageError: the sizes do not fit.
     """
     n = group.world_size
     if len(sizes) != n or sum(sizes) != total or min(sizes) < 1:

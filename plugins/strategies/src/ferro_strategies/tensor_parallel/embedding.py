@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, namespace_of
 from ..nn.checks import check_input
 from ..nn.embedding import Embedding
 from ..nn.module import Module, Pullback
-from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, from_rows, shard_slice, to_rows
 

@@ -17,8 +17,8 @@ def vocab_parallel_cross_entropy(logits: Array, labels: Array, group: ProcessGro
     gathered: ranks exchange three numbers for each row.
 
     Args:
-        logits: (..., this rank's classes), floating point; the ranks' classes follow each other,
-            as a ColumnParallelLinear makes them. All ranks call it.
+        logits: (..., this rank's classes), floating point; the classes are divided as a ColumnParallelLinear divides
+            its outputs. All ranks call it.
         labels: (...), integers from 0 to all classes - 1; the same on all ranks.
         group: the ranks.
 
@@ -42,9 +42,8 @@ def vocab_parallel_cross_entropy(logits: Array, labels: Array, group: ProcessGro
         return loss, grad[0]
     own = shard_slice(sizes, group.rank)
     greatest = group.all_reduce(logits.max(axis=-1), "max")
-    # One array holds, one after the other, the shifted logits, their exponentials, the softmax and
-    # the gradient. Its memory is laid out as the logits': time first if their layer gathered
-    # sequences.
+    # One array holds, one after the other, the shifted logits, their exponentials, the softmax and the gradient. Its
+    # memory layout is that of the logits: time first if their layer gathered sequences.
     grad = logits.astype(wide_dtype(logits.dtype))
     grad -= greatest[..., None]
     local = xp.nonzero((labels >= own.start) & (labels < own.stop))

@@ -26,14 +26,14 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
             "head": partial(ColumnParallelLinear.from_serial, gather_output=True),
         })
 
-    All ranks call it, with equal models. Make the optimizer afterwards: the parameters are new.
-    An Embedding and its Unembedding share their table afterwards, too, if both are replaced.
+    All ranks call it, with equal models. Make the optimizer afterwards: the parameters are new. If an Embedding and its
+    Unembedding are both replaced, the new layers share a table, too.
 
     Args:
         module: a serial model.
         group: the ranks that share each layer.
-        plan: maps patterns of qualified names (`*`, `?`, `[...]`) to functions that make the
-            parallel layer; of several patterns that match, the first counts.
+        plan: maps patterns of qualified names (`*`, `?`, `[...]`) to functions that make the parallel layer; if several
+            patterns match, the first one is used.
 
     Raises:
         UsageError: a pattern matches nothing, or a layer to be replaced shares a parameter with
@@ -44,7 +44,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     unused = set(plan)
     for name, layer in module.named_modules():
         if layer.transparent:
-            continue  # The name means the module inside, which has the same one.
+            continue  # The wrapped module has the same name, and is the one to replace.
         matching = [pattern for pattern in plan if fnmatchcase(name, pattern)]
         if matching:
             unused.difference_update(matching)
@@ -75,7 +75,7 @@ def _check_unshared(root: Module, name: str, layer: Module, chosen: Container[in
     for other_name, other in root.named_modules():
         if id(other) in inside or id(other) in chosen:
             continue
-        for held in _held(other).values():
+        for held in _own_parameters(other).values():
             if id(held) in own:
                 raise UsageError(
                     f"parallelize: {name!r} and {other_name!r} share parameter {held.name!r}; in "
@@ -86,7 +86,7 @@ def _check_unshared(root: Module, name: str, layer: Module, chosen: Container[in
 
 
 def _tie(name: str, layer: Module, made: Module, made_first: dict[int, Parameter | None]) -> None:
-    """Let a new layer share parameters with earlier ones as its serial layer did.
+    """Make a new layer share parameters with earlier new layers where its serial layer shared them.
 
     Args:
         name: the qualified name.
@@ -95,8 +95,8 @@ def _tie(name: str, layer: Module, made: Module, made_first: dict[int, Parameter
         made_first: maps the identity of a serial parameter to the first parallel parameter made
             from it; extended here.
     """
-    for key, whole in _held(layer).items():
-        parameter = _held(made).get(key)
+    for key, whole in _own_parameters(layer).items():
+        parameter = _own_parameters(made).get(key)
         if id(whole) not in made_first:
             made_first[id(whole)] = parameter
             continue
@@ -109,6 +109,6 @@ def _tie(name: str, layer: Module, made: Module, made_first: dict[int, Parameter
         setattr(made, key, first)
 
 
-def _held(layer: Module) -> dict[str, Parameter]:
+def _own_parameters(layer: Module) -> dict[str, Parameter]:
     """List the parameters that are a layer's own attributes."""
     return {key: value for key, value in vars(layer).items() if isinstance(value, Parameter)}

@@ -1,7 +1,7 @@
-"""Modules at the two ends of a tensor-parallel or sequence-parallel region.
+"""Modules for the beginning and the end of a tensor-parallel or sequence-parallel region.
 
-Each module is the adjoint of another, so the gradient of an activation that all ranks have is the
-same on all ranks, too.
+Each module is the adjoint of another one, so an activation that is the same on all ranks has a gradient that is the
+same on all ranks.
 
 | module     | forward            | backward           | adjoint of | in the papers           |
 |------------|--------------------|--------------------|------------|-------------------------|
@@ -12,10 +12,10 @@ same on all ranks, too.
 | SplitIn    | keep the own shard | all_gather         | GatherOut  |                         |
 | GatherOut  | all_gather         | keep the own shard | SplitIn    |                         |
 
-The names tell the end of the region. After CopyIn and GatherIn each rank computes its part of
-the results from the same input; before ReduceOut and ScatterOut it computes its part of a sum.
-SplitIn and GatherOut belong where one rank alone computes each element. The layers of this package
-need none of these modules; they are for code between the layers, and for layers of your own.
+Names end in In at the beginning of a region, in Out at its end. After CopyIn and GatherIn each rank computes its part
+of the results from the same input; before ReduceOut and ScatterOut it computes its part of a sum. SplitIn and GatherOut
+belong where one rank alone computes each element. The layers of this package need none of these modules; they are for
+code between the layers, and for layers of your own.
 
 Source: Shoeybi et al., "Megatron-LM", 2019, section 3; Korthikanti et al., "Reducing Activation
 Recomputation in Large Transformer Models", 2022, section 4.2.2.
@@ -24,11 +24,11 @@ Recomputation in Large Transformer Models", 2022, section 4.2.2.
 from __future__ import annotations
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array
 from ..nn.checks import check_input
 from ..nn.module import Module, Pullback
-from ..parts import even_sizes
 from .sharding import all_gather_along, all_gather_sizes, local_shard, reduce_scatter_along
 
 
@@ -48,13 +48,13 @@ class _ShardingRegion(Module):
 
 
 class CopyIn(Module):
-    """Pass on an x that all ranks have; its gradient is the sum of the ranks' gradients."""
+    """Return an x that all ranks have; its gradient is the sum of the ranks' gradients."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Give `x` unchanged."""
+        """Return `x` unchanged."""
 
         def pullback(grad_y: Array) -> Array:
             grad_x: Array = self.group.all_reduce(grad_y)

@@ -8,18 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
-from ..parts import even_sizes
 from .conversion import check_serial_layer, check_shard_sizes, replicated_copy, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
 
 class RowParallelLinear(Module):
-    """Compute y = x @ weight + bias as a sum over the ranks, which have some rows each.
+    """Compute y = x @ weight + bias as a sum over the ranks; each rank has some rows of the weight.
 
         x                   weight            y, on every rank
         [ 0 0 1 1 ]    @    [ 0 0 0 ]    =    [ . . . ]      inputs of ranks 0 and 1

@@ -1,11 +1,10 @@
 """Arrays and batches of sequences sharded over ranks: sizes, slices, gathering and scattering.
 
-Collectives divide and concatenate along axis 0. Another dimension is brought to the front as a
-view, so that the collective's own copy of its operand is the only one; the result is a view with
-the dimensions in their order again.
+Collectives divide and concatenate along axis 0. Another dimension is moved to the front as a view, so that only the
+collective copies its operand; the result is a view with the dimensions in their old order.
 
-Matrix products take rows in any order. With time first, the rows of one rank's positions lie
-together, so gathering and scattering sequences needs no copy besides the collective's own.
+Matrix products do not depend on the order of rows. With time first, the rows of one rank's positions are contiguous, so
+gathering and scattering sequences needs no further copy.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, namespace_of
-from ..parts import even_sizes
 
 
 def shard_slice(sizes: tuple[int, ...], rank: int) -> slice:
@@ -32,7 +31,7 @@ def local_shard(x: Array, group: ProcessGroup, dim: int, sizes: tuple[int, ...])
 
 
 def all_gather_sizes(size: int, group: ProcessGroup, like: Array) -> tuple[int, ...]:
-    """Tell all ranks each other's `size`, on the device of `like`; all call it."""
+    """All-gather the ranks' `size`, through an array on the device of `like`; all call it."""
     own = namespace_of(like).array([size])
     return tuple(int(count) for count in group.all_gather(own).tolist())
 
@@ -63,7 +62,7 @@ class SequenceSharding:
 
     @classmethod
     def of_shard(cls, x: Array, group: ProcessGroup) -> SequenceSharding:
-        """Ask all ranks for the lengths of their shards; `x` is this rank's, (B, t, D)."""
+        """All-gather the lengths of the ranks' shards; `x` is this rank's shard, (B, t, D)."""
         return cls(x.shape[0], all_gather_sizes(x.shape[1], group, x))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""State dicts of tensor-parallel modules, gathered to those of serial modules and sharded again."""
+"""Conversion between the state dicts of tensor-parallel modules and of serial modules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .sharding import all_gather_along, all_gather_sizes, local_shard
 
 
 def full_state_dict(module: Module, local: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """Gather all sharded parameters: the state of the serial module, on every rank.
+    """Gather all sharded parameters; return the serial module's state dict on every rank.
 
     All ranks call it. Parameters and buffers that are not sharded are taken from this rank.
 
     Args:
         module: with tensor-parallel layers.
-        local: this rank's state, needed if another strategy shards the module further and has a
-            method for it (`FSDP.full_state_dict`); None: `module.state_dict()`.
+        local: this rank's state; by default `module.state_dict()`. Where another strategy shards the module further,
+            give the state that this strategy gathers (`FSDP.full_state_dict`).
 
     Raises:
         UsageError: `local` is needed, or lacks a parameter.

@@ -1,14 +1,14 @@
-"""ParallelUnembedding: scores by the table of a ParallelEmbedding, which the two layers share."""
+"""ParallelUnembedding: output layer that shares the table of a ParallelEmbedding."""
 
 from __future__ import annotations
 
 from ferro import ProcessGroup
+from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
 from ..nn.unembedding import Unembedding
-from ..parts import even_sizes
 from .column import check_column_input, column_parallel_matmul
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .embedding import ParallelEmbedding

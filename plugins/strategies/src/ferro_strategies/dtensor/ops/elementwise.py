@@ -98,7 +98,7 @@ def assign(target: PlacedArray, value: Input) -> None:
 
 
 def _propagate(name: str, inputs: Sequence[Input], linear: Linearity) -> tuple[list[Argument], Shape, OpSharding]:
-    """Return the operands, the result's shape, and all placements; numbers have no placements."""
+    """Return the operands, the result's shape, and the sharding of operands and result (without numbers)."""
     first = next(one for one in inputs if isinstance(one, PlacedArray))
     arguments = [_as_argument(one, first) for one in inputs]
     arrays = [one for one in arguments if isinstance(one, PlacedArray)]
@@ -114,7 +114,7 @@ def _propagate(name: str, inputs: Sequence[Input], linear: Linearity) -> tuple[l
 
 
 def _linearity_with_scalars(linear: Linearity, arguments: Sequence[Argument]) -> Linearity:
-    """Return the linearity in the arrays alone when some operands are numbers."""
+    """Return the linearity as a function of the arrays alone, where some operands are numbers."""
     if linear is jointly_linear:
         return not_linear
     if linear is linear_in_first and not isinstance(arguments[0], PlacedArray):
@@ -123,7 +123,7 @@ def _linearity_with_scalars(linear: Linearity, arguments: Sequence[Argument]) ->
 
 
 def _as_argument(value: Input, like: PlacedArray) -> Argument:
-    """Place an array on all ranks; return a number as it is, for its type must stay weak."""
+    """Place an array on all ranks; return a number as it is, because NumPy promotes numbers weakly."""
     if isinstance(value, PlacedArray | bool | int | float | complex | np.generic):
         return value
     return replicated(namespace_of(like.local).asarray(value), like.mesh)

@@ -1,4 +1,4 @@
-"""List the NumPy functions that DTensors support, with their implementations on PlacedArrays.
+"""The NumPy functions that DTensors support, with their implementations on PlacedArrays.
 
 An argument that the implementation does not take (out=, where=, …) is not supported.
 """
@@ -22,7 +22,7 @@ from .sharding_propagation import jointly_linear, not_linear
 def cast_to(x: PlacedArray, dtype: npt.DTypeLike) -> PlacedArray:
     """Return a copy of another dtype; a sum stays Partial if the conversion is exact."""
     target = np.dtype(dtype)
-    # Widening commutes with a sum, truncating does not.
+    # Conversion to a wider dtype commutes with a sum, truncation does not.
     linear = jointly_linear if np.can_cast(x.local.dtype, target, "safe") else not_linear
     return apply("astype", lambda local: local.astype(target), [x], linear)
 
@@ -49,7 +49,7 @@ def copy(x: PlacedArray) -> PlacedArray:
 
 
 def full_like(x: PlacedArray, fill_value: Scalar, dtype: npt.DTypeLike | None = None) -> PlacedArray:
-    """Return an array of one value with the placements of `x`, but Replicate for Partial."""
+    """Return an array of one value with the placements of `x`, except that Partial becomes Replicate."""
     placements: Placements = tuple(Replicate() if isinstance(one, Partial) else one for one in x.placements)
     local = namespace_of(x.local).full(x.local.shape, fill_value, dtype=dtype or x.local.dtype)
     return x.with_local(local, placements=placements)

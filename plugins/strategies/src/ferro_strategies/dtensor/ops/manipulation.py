@@ -8,9 +8,9 @@ import operator
 from collections.abc import Sequence
 
 from ferro import UsageError
+from ferro.collectives.partition import even_sizes
 
 from ...nn.arrays import Array, namespace_of
-from ...parts import even_sizes
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray
 from ..placement import Shard, map_shard_dims
@@ -100,9 +100,9 @@ def stack(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
 def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
     """Return the same elements in another shape, if each rank keeps the elements that it has.
 
-    A sharded dim must stay as it is. Or it is the first of the dims that are joined or split, and
-    the shards of the new dim hold the same elements: (8, 6) sharded by rows on 2 ranks may become
-    (48,) or (4, 2, 6), sharded by rows; sharded by columns it may not become (48,).
+    A sharded dim must stay as it is, or be the first of the dims that are joined or split. In the second case the
+    shards of the new dim must hold the same elements: (8, 6) sharded by rows on 2 ranks may become (48,) or (4, 2, 6),
+    sharded by rows; sharded by columns it may not become (48,).
 
     Raises:
         UsageError: sizes do not fit, or parts would have to move.
@@ -139,8 +139,8 @@ def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
 def _matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     """Pair consecutive old dims with the consecutive new dims that hold the same elements.
 
-    From (2, 3, 4) to (6, 2, 2) the pairs are ([0, 1], [0]) and ([2], [1, 2]). Equal dims at the
-    start make a pair each. If the array has no elements, all other dims make one pair.
+    From (2, 3, 4) to (6, 2, 2) the pairs are ([0, 1], [0]) and ([2], [1, 2]). Each of the equal dims at the start makes
+    a pair. If the array has no elements, all other dims make one pair.
     """
     same = 0
     while same < min(len(old), len(new)) and old[same] == new[same]:

@@ -1,10 +1,10 @@
-"""Multiply matrices: each rank multiplies its local arrays; over a sharded dim results add up.
+"""Multiply matrices: each rank multiplies its local arrays. Summing over a sharded dim gives a Partial.
 
 left               right              result, on an axis of the mesh
 sharded by rows    Replicate          sharded by rows
 Replicate          sharded by columns sharded by columns
-sharded along the summed dim, both    Partial("sum")
-… one, the other Replicate            Partial("sum"); the other is sliced, which sends nothing
+both sharded along the summed dim     Partial("sum")
+one sharded so, the other Replicate   Partial("sum"); the other is sliced, which sends nothing
 sharded along a batch dim             sharded along it
 Partial("sum")     Replicate          Partial("sum"), and the other way round
 rows               columns            an error: on one axis only one of them can be sharded
@@ -31,8 +31,8 @@ def matmul(left: PlacedArray, right: PlacedArray) -> PlacedArray:
     shape, left_labels, right_labels = _shape_and_labels(left.shape, right.shape)
     operands = (Operand(array=left, labels=left_labels), Operand(array=right, labels=right_labels))
     sharding = propagate_sharding("matmul", operands, len(shape), multilinear)
-    one, other = (array.local for array in sharding.redistribute_operands())
-    product: Array = namespace_of(one).asarray(one @ other)  # NumPy returns 0-d results as numbers
+    left_local, right_local = (array.local for array in sharding.redistribute_operands())
+    product: Array = namespace_of(left_local).asarray(left_local @ right_local)  # NumPy returns 0-d results as numbers
     return left.with_local(product, shape=shape, placements=sharding.result)
 
 

@@ -3,9 +3,8 @@
     over a dim that an axis shards    sum, mean      prod      max, any      min, all
     the result on that axis is        Partial(sum)   (prod)    (max)         (min)
 
-A mean divides by the global number of elements, so uneven parts have the right weight. A Partial
-operand stays Partial if its reduction is the same operation (for a mean, a sum); otherwise it is
-reduced first.
+A mean divides by the global number of elements, so uneven parts have the right weight. A Partial operand stays Partial
+if its reduction is the same operation (a sum for a mean); otherwise it is reduced over the ranks first.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def reduce(
         keepdims: keep reduced dims, with size 1.
 
     Raises:
-        UsageError: there is no such dim, the dims of a max or min have no elements, or the dtype
-            of a mean is an integer's, which would cut off the fraction of each rank's share.
+        UsageError: there is no such dim, the dims of a max or min have no elements, or the dtype of a mean is an
+            integer dtype, which would truncate each rank's part.
         UnsupportedError: a max or min of complex numbers over a sharded dim.
     """
     dims = checked_dims(axis, len(x.shape), name)
@@ -87,7 +86,7 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
 
 
 def _stays_partial(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> bool:
-    """Tell if a rank may reduce its part of a Partial over dims before ranks reduce theirs."""
+    """Return True if each rank may reduce its part of a Partial over dims before the ranks add up the parts."""
     if name in ("any", "all"):
         return False  # the parts are numbers, not truth values
     if name in ("max", "min"):
@@ -128,7 +127,7 @@ def _reduce_local(
 
 
 def _mean(x: PlacedArray, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool) -> Array:
-    """Return this rank's share of a mean: its sum, divided by the number of all elements."""
+    """Return this rank's part of a mean: its sum, divided by the global number of elements."""
     kind = x.local.dtype
     exact = kind.kind in "iub"
     result_dtype = np.dtype(dtype) if dtype is not None else np.dtype(float) if exact else kind

@@ -1,4 +1,4 @@
-"""Sharding propagation finds the placements that an operation needs and that its result has.
+"""Sharding propagation: find the placements that an operation needs, and those of its result.
 
 With these placements each rank computes its part of the result from its parts of the operands.
 
@@ -16,7 +16,7 @@ Rules, for each axis of the mesh:
     Partial, otherwise; Shard of label a                   reduced to shards     as without Partial
     Partial, otherwise                                     reduced, replicated   as without Partial
 
-To shard a replicated operand sends nothing. The only communication is the reduction of a Partial.
+Sharding a replicated operand sends nothing. The only communication is the reduction of a Partial.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..placement import PARTIAL_SUM, Placement, Placements, Replicate, Shard
 from ..redistribute import redistribute
 from ..redistribute_plan import plan_redistribute
 
-# Takes the operands' placements on one axis; tells if the sum of the ranks' results is the result.
+# Takes the operands' placements on one axis; returns True if the sum of the ranks' results is the result.
 Linearity: TypeAlias = Callable[[Sequence[Placement]], bool]
 
 
@@ -57,18 +57,18 @@ def not_linear(on_axis: Sequence[Placement]) -> bool:
 
 
 def jointly_linear(on_axis: Sequence[Placement]) -> bool:
-    """Tell if a sum, which is linear in all operands together, may be computed per rank."""
+    """Return True if a sum, which is linear in all operands together, may be computed per rank."""
     return all(placement == PARTIAL_SUM for placement in on_axis)
 
 
 def multilinear(on_axis: Sequence[Placement]) -> bool:
-    """Tell if a product, which is linear in each operand, may be computed per rank."""
+    """Return True if a product, which is linear in each operand, may be computed per rank."""
     rest = [placement for placement in on_axis if placement != PARTIAL_SUM]
     return len(rest) == len(on_axis) - 1 and all(other == Replicate() for other in rest)
 
 
 def linear_in_first(on_axis: Sequence[Placement]) -> bool:
-    """Tell if a quotient, which is linear in the first operand, may be computed per rank."""
+    """Return True if a quotient, which is linear in the first operand, may be computed per rank."""
     return on_axis[0] == PARTIAL_SUM and multilinear(on_axis)
 
 
@@ -87,7 +87,7 @@ class OpSharding:
     result: Placements
 
     def redistribute_operands(self) -> list[PlacedArray]:
-        """Give the operands their target placements; reduces Partials, slices replicated ones."""
+        """Redistribute the operands to `targets`: reduce Partials, and slice replicated operands."""
         return [
             redistribute(operand.array, target, copy=False)
             for operand, target in zip(self.operands, self.targets, strict=True)
@@ -106,8 +106,8 @@ def propagate_sharding(
         linear: the operation's linearity.
 
     Raises:
-        UsageError: the operands are sharded in ways that do not fit, are on different meshes, or
-            would have to be moved. Every rank raises it, for all know the same placements.
+        UsageError: the operands are sharded in ways that do not fit, are on different meshes, or would have to be
+            moved. Every rank raises it, because all ranks know the same placements.
     """
     mesh = operands[0].array.mesh
     if not all(same_mesh(mesh, operand.array.mesh) for operand in operands):
@@ -175,7 +175,7 @@ def _sharded_label(op: str, axis_name: str, operands: Sequence[Operand], on_axis
 
 
 def _check_not_moved(op: str, index: int, array: PlacedArray, target: Placements) -> None:
-    """Refuse an operand that needs more than reducing Partials and slicing replicated axes.
+    """Refuse an operand that could get its target only by moving parts between ranks.
 
     If a later axis shards a dim already, an earlier axis can shard it only by moving the parts.
     """
@@ -199,7 +199,7 @@ def _check_not_moved(op: str, index: int, array: PlacedArray, target: Placements
 
 
 def _must_be_reduced_first(array: PlacedArray) -> bool:
-    """Tell if arithmetic on the parts of a sum may differ from arithmetic on the sum.
+    """Return True if arithmetic on the parts of a sum may differ from arithmetic on the sum.
 
     Boolean parts add up to "or", and unsigned parts may wrap around where their sum does not.
     """

@@ -71,7 +71,7 @@ def _schedule(given: argparse.Namespace) -> PipelineSchedule:
 
 
 def _figures(timeline: Timeline, expected: float | None) -> list[str]:
-    """Return the bubble, beside the formula's, and a line for each rank."""
+    """Return the bubble, the bubble by the formula, and a line for each rank."""
     schedule = timeline.schedule
     formula = "(p-1) / (m v + p-1)"
     if schedule.splits_backward:

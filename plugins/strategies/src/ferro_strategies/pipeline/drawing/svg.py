@@ -1,4 +1,4 @@
-"""SVG drawing of a timeline, a single file for documents."""
+"""SVG drawing of a timeline, as one file for documents."""
 
 from __future__ import annotations
 

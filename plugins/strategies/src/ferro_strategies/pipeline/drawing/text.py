@@ -127,7 +127,7 @@ def _time_axis(until: float, scale: float, width: int) -> str:
 
 
 def _cell(timeline: Timeline) -> int:
-    """Return the number of columns of the shortest action: its label and a blank."""
+    """Return the width in columns of the shortest action: its label and a blank."""
     digits = len(str(timeline.schedule.microbatches - 1))
     return 1 + digits + _has_stage_letters(timeline) + 1
 

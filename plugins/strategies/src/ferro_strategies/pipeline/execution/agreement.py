@@ -1,4 +1,4 @@
-"""Agreement: all ranks learn whether a pass has succeeded on all, and if not, why."""
+"""Agreement: all ranks learn whether a pass has succeeded on every rank, and why it failed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RankFailure:
 
 
 def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: Callable[[], str]) -> float:
-    """Call `attempt` on every rank; return the sum of its results, if it succeeded on all.
+    """Call `attempt` on every rank; return the sum of the results if it succeeds on all ranks.
 
     All ranks call `agree`. An attempt must not wait for a rank that has failed.
 
@@ -42,7 +42,7 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: 
         group: the ranks.
         op: name of the method that is attempted, for error messages.
         attempt: does the work of this rank.
-        activity: returns what this rank is doing, for error messages.
+        activity: returns a description of this rank's present action, for error messages.
 
     Raises:
         Exception: this rank's attempt raised it; a note says where.
@@ -65,7 +65,7 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: 
             raise _absence(group, op, activity(), end) from (failure.error if failure else end)
         if failure is None or not failure.message:
             raise
-        messages = []  # the group is dead; this rank's own failure says more than that
+        messages = []  # the group is dead; this rank's own failure tells more
     if failure is not None and failure.message:
         failure.error.add_note(f"({op}: on rank {group.rank}, in {failure.activity})")
         raise failure.error
@@ -81,7 +81,7 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: 
 
 
 def _only_waited(group: ProcessGroup, failure: RankFailure | None) -> bool:
-    """Return True if this rank did nothing worse than to wait for others."""
+    """Return True if this rank only failed because it waited for others."""
     if failure is None or not failure.message:
         return True
     # A timeout of a stage's own collective, on another group, says more by itself.
@@ -89,7 +89,7 @@ def _only_waited(group: ProcessGroup, failure: RankFailure | None) -> bool:
 
 
 def _absence(group: ProcessGroup, op: str, activity: str, end: CollectiveTimeout) -> CollectiveTimeout:
-    """Name the ranks that never came, for the peer of a transfer may itself wait for them."""
+    """Name the ranks that never came; the peer of a transfer may only be waiting for them."""
     missing = ", ".join(map(str, end.missing))
     within = "in time" if end.seconds is None else f"within {end.seconds:g} s"
     return CollectiveTimeout(

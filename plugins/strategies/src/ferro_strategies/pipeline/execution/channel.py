@@ -1,10 +1,9 @@
-"""StageChannel: packs and unpacks the messages that travel along one edge, pass after pass.
+"""StageChannel: packs and unpacks the messages from a stage's rank to the rank of a neighbouring stage.
 
-An array and its header go in one message, because each message costs time: it wakes two threads,
-which share their cores with the threads that compute. But the receiver must know the size of a
-message beforehand. So both ends remember the arrays that went before, and each message has the
-capacity for another as large. An array that needs more, or is on a GPU, follows as a message of
-its own:
+An array and its header go in one message, because each message costs time: it wakes two threads, which share their
+cores with the threads that compute. But the receiver must know the size of a message beforehand. So sender and receiver
+both derive it from the sizes of the arrays sent before: a message has room for an array as large as those. A larger
+array, or one on a GPU, is sent as a second message:
 
     arrays      24 bytes              24 bytes             20 bytes             30 bytes
     messages    header, capacity 0    header, capacity 24  header, capacity 24  header, capacity 24
@@ -26,13 +25,12 @@ from .plan import PipelineCall
 
 @dataclass(slots=True)
 class StageChannel:
-    """One end of the channel along an edge.
+    """One end of the channel of an edge (see `plan.Edge`).
 
     Attributes:
-        group: the sender and the receiver.
+        group: the group of two ranks, the sender and the receiver.
         pipeline: name of the group of all of the pipeline's ranks, for error messages.
-        capacity: the number of bytes of array that fit into the next message; the same at both
-            ends.
+        capacity: the largest array, in bytes, that fits into the next message; the same at both ends.
     """
 
     group: ProcessGroup
@@ -44,7 +42,7 @@ class StageChannel:
         return np.empty(self.capacity + HEADER_BYTES, np.uint8)
 
     def pack(self, call: PipelineCall, header: ArrayHeader, array: Array) -> Array:
-        """Return the next message: a header, and its array if that fits."""
+        """Return the next message: a header, and the array if it fits."""
         message = self.empty()
         message[self.capacity :] = encode(call, header)
         if self.fits(header):
@@ -52,7 +50,7 @@ class StageChannel:
         return message
 
     def pack_stop(self, call: PipelineCall) -> Array:
-        """Return the message that no more messages will come."""
+        """Return a message that tells the receiver that no more will come."""
         message = self.empty()
         message[self.capacity :] = encode(call, None)
         return message
@@ -71,11 +69,11 @@ class StageChannel:
         return call, header, array.copy() if 2 * header.nbytes < self.capacity else array
 
     def fits(self, header: ArrayHeader) -> bool:
-        """Return True if the array goes into the next message with its header."""
+        """Return True if the array fits into the next message, behind its header."""
         return not header.on_gpu and header.nbytes <= self.capacity
 
     def adapt_capacity(self, header: ArrayHeader) -> None:
-        """Grow to the size of this array, or shrink if it has left more than half unused."""
+        """Adapt the capacity to the last array: raise it to its size, or halve it if more than half was unused."""
         needed = 0 if header.on_gpu else header.nbytes
         kept = self.capacity if 2 * needed >= self.capacity else self.capacity // 2
         self.capacity = max(needed, kept)

@@ -1,4 +1,4 @@
-"""Error translation: errors of an edge's group of two ranks, told in the pipeline's ranks."""
+"""Error translation: make errors of an edge's two-rank group name the pipeline's ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .plan import Edge
 
 @contextmanager
 def translated_errors(edge: Edge, channel: StageChannel, microbatch: int) -> Iterator[None]:
-    """Let errors of a transfer name ranks as the user knows them. Not to be nested.
+    """Translate the errors of a transfer, so that they name ranks of the pipeline. Do not nest it.
 
     Args:
         edge: the edge along which the transfer goes.

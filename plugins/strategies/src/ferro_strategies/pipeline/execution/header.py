@@ -30,7 +30,7 @@ class ArrayHeader:
         microbatch: number of the microbatch to which the array belongs.
         dtype: dtype of the array.
         shape: shape of the array.
-        on_gpu: whether it is a CuPy array at the sender; then it becomes one at the receiver.
+        on_gpu: whether the array is a CuPy array, at the sender and so at the receiver.
     """
 
     microbatch: int
@@ -53,7 +53,7 @@ class ArrayHeader:
     def empty(self) -> Array:
         """Return memory for the array."""
         if self.on_gpu:
-            import cupy  # installed, for the sender and this rank's own stages use it
+            import cupy  # CuPy is installed, because the sender and this rank's stages use it
 
             memory: Array = cupy.empty(self.shape, self.dtype)
             return memory

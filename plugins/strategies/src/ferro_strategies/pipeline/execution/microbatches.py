@@ -14,7 +14,7 @@ Batch: TypeAlias = Array | Sequence[Array]
 
 
 def split_batch(batch: Batch | None, microbatches: int, role: str) -> list[Array]:
-    """Return the microbatches of a batch: those given, or the parts by `numpy.array_split`.
+    """Return the microbatches of a batch: the given ones, or the parts by `numpy.array_split`.
 
     Args:
         batch: (rows, …), or a sequence of as many arrays as there are microbatches, of any

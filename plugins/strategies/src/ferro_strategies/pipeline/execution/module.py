@@ -37,7 +37,7 @@ class DataParallelModule(Protocol):
 
 
 class Pipeline(Module):
-    """This rank's stages of a model, which together with the other ranks' are trained as one.
+    """This rank's stages of a model, which is trained as one together with the other ranks' stages.
 
     pipeline = Pipeline([stage], group, microbatches=8)
     optimizer = SGD(pipeline.parameters(), lr=0.1)
@@ -48,9 +48,8 @@ class Pipeline(Module):
     Loss and gradients are those of the whole batch in one process, where every row is computed
     by itself: a layer that looks at the whole batch, as BatchNorm does, sees one microbatch.
 
-    As a module it has the parameters, buffers and state of this rank's stages. Names begin with
-    the stage's number in the whole model, "3.layers.0.weight", so the ranks' states put together
-    are the whole model's.
+    As a module it has the parameters, buffers and state of this rank's stages. Names begin with the stage's number in
+    the whole model, "3.layers.0.weight", so the union of the ranks' state dicts is the whole model's state dict.
 
     A stage, or a part of it, may be wrapped in DDP or FSDP over ranks that hold the same stage:
     its gradients are reduced once a step. Wrap stages, not the pipeline.
@@ -61,10 +60,9 @@ class Pipeline(Module):
         group: the ranks that hold one copy of the model.
         schedule: a name (see `build`), or a schedule; checked before anything moves.
         microbatches: the number of parts into which a batch is split.
-        ties: parameters that stages share, each as a dict from stage to the name in it,
-            [{0: "weight", 3: "0.weight"}]. Each stage keeps a copy; the first copy's value is
-            given to the others now, and in each step their gradients are added up. In a model of
-            one stage, where a tie can name no other, it does nothing.
+        ties: parameters that stages share, each as a dict from stage to the name in it, [{0: "weight", 3: "0.weight"}].
+            Each stage keeps a copy; the first copy's value is broadcast to the others now, and in each step their
+            gradients are added up. A tie that names only one stage does nothing.
 
     Attributes:
         schedule: the order of a step's actions.
@@ -168,12 +166,11 @@ class Pipeline(Module):
         return whole
 
     def clip_grad_norm(self, max_norm: float) -> float:
-        """Scale all stages' gradients so that together they are no longer than `max_norm`.
+        """Scale all stages' gradients so that their global norm is at most `max_norm`.
 
-        This is `optim.clip_grad_norm` for the whole model: tied copies count once, and parameters
-        that a strategy has split count with all their pieces. All ranks call it after `step`.
-        Do not give this rank's parameters to `optim.clip_grad_norm` instead: it sees no other
-        rank's, so that each stage would be scaled by another norm.
+        This is `optim.clip_grad_norm` for the whole model: the norm includes tied copies once, and all pieces of
+        parameters that a strategy has split. All ranks call it after `step`. Do not use `optim.clip_grad_norm` instead:
+        it would scale each rank's stages by the norm of these stages alone.
 
         Returns:
             The norm before, the same on all ranks.
@@ -188,12 +185,12 @@ class Pipeline(Module):
         return norm
 
     def zero_grad(self) -> None:
-        """Mark every gradient absent, as each stage's own does it."""
+        """Call `zero_grad` of every stage."""
         for stage in self._stages().values():
             stage.zero_grad()
 
     def state_dict(self) -> dict[str, Array]:
-        """Copy the parameters and buffers of this rank's stages, as each stage's own does it."""
+        """Copy the parameters and buffers of this rank's stages, by `state_dict` of every stage."""
         return {
             f"{number}.{name}": array
             for number, stage in self._stages().items()

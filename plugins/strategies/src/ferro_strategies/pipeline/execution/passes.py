@@ -43,9 +43,8 @@ class PipelinePass(Protocol):
 class TrainingPass:
     """Forward and backward: gradients are added to the parameters' gradients.
 
-    The pass keeps one pullback for each microbatch that a stage has seen forward and not yet
-    backward, or, where the backward pass is split, the products that its WEIGHT action will
-    compute.
+    Between a microbatch's forward and backward action on a stage, the pass keeps the pullback; between BACKWARD and
+    WEIGHT action, it keeps the deferred products.
 
     Args:
         plan: this rank's actions and transfers.
@@ -56,7 +55,7 @@ class TrainingPass:
 
     Attributes:
         loss: the weighted sum of the losses so far; 0.0 on ranks without the last stage.
-        peak_activations: the most activations that were held at once, in stages × microbatches.
+        peak_activations: the largest number of activations held at once; one microbatch in one stage counts as one.
     """
 
     def __init__(

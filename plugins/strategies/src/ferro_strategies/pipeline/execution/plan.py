@@ -1,8 +1,8 @@
-"""The plan of a pass on one rank: its actions, its edges to other ranks, and when receives start.
+"""PassPlan: one rank's part of a pass: its actions, its edges to other ranks, and the start of receives.
 
-An edge leads from one stage to the next, forward or backward, where these are on different ranks.
-A message is named by the action that takes it: FORWARD of stage 2 takes the output of stage 1,
-BACKWARD of stage 2 takes the gradient of stage 3's input.
+An edge connects a stage to the next one, forward or backward, if the two are on different ranks. A message is
+identified by the action that needs it: FORWARD of stage 2 takes the output of stage 1, BACKWARD of stage 2 takes the
+gradient of stage 3's input.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ STEP = "Pipeline.step"
 FORWARD = "Pipeline.forward"
 OPS = (STEP, FORWARD)
 
-# A receive starts at most this many actions before the one that takes the message: early enough
-# to end before it, late enough that its deadline does not pass while this rank computes.
+# A receive starts at most this many actions before the action that needs the message: early enough to end before it,
+# late enough that its deadline does not pass while this rank computes.
 _ACTIONS_AHEAD = 2
 
-# Kind and stage of the actions that take the messages of an edge.
+# Kind and stage of the actions that need the messages of an edge.
 EdgeKey: TypeAlias = tuple[Kind, int]
 
 
@@ -126,7 +126,7 @@ def edges(schedule: PipelineSchedule) -> tuple[Edge, ...]:
 
 
 def _plan_receives(actions: tuple[Action, ...], incoming: tuple[Edge, ...]) -> tuple[tuple[Action, ...], ...]:
-    """Start each receive early, but not before the message that comes before it is taken."""
+    """Start each receive early, but not before the previous message of the edge has been used."""
     remote = {edge.key for edge in incoming}
     receives: list[list[Action]] = [[] for _ in actions]
     previous = 0

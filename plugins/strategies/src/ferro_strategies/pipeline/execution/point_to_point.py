@@ -28,11 +28,11 @@ def open_channels(schedule: PipelineSchedule, group: ProcessGroup) -> dict[EdgeK
 
 
 class PointToPoint:
-    """Passes arrays between stages in one pass: directly on this rank, else along edges.
+    """Hands arrays from stage to stage during one pass: directly on one rank, by messages between ranks.
 
     Args:
         plan: this rank's actions and edges.
-        channels: the channel of each of its edges.
+        channels: the channel of each edge of the plan.
 
     Attributes:
         spent_s: the time that `recv` and `send` have taken together, in seconds.
@@ -51,7 +51,7 @@ class PointToPoint:
             self._receivers[action.kind, action.stage].start(action.microbatch)
 
     def recv(self, action: Action) -> Array:
-        """Return the input of an action, once; wait for it if it comes from another rank.
+        """Return the input of an action (once for each action); wait for it if another rank sends it.
 
         Raises:
             PassStopped: the rank that was to send it has stopped.
@@ -66,7 +66,7 @@ class PointToPoint:
         return array
 
     def send(self, action: Action, array: Array) -> None:
-        """Pass the result of an action to the action that needs it, if one does."""
+        """Send the result of an action to the action that needs it, if there is one."""
         target = consumer(action, self._plan.stages)
         if target is None:
             return
@@ -79,12 +79,12 @@ class PointToPoint:
             self.spent_s += time.perf_counter() - start
 
     def finish(self) -> None:
-        """Wait until all has been sent; raise the error of a send that failed."""
+        """Wait until all messages have been sent; raise the error of a send that failed."""
         for sender in self._senders.values():
             sender.finish()
 
     def stop(self) -> None:
-        """End a pass that failed: tell the receivers, and receive all that is still sent."""
+        """End a pass that failed: send stop messages, and receive the messages that other ranks still send."""
         self._send_stops()
         for receiver in self._receivers.values():
             receiver.drain()
@@ -99,7 +99,7 @@ class PointToPoint:
         return any(receiver.other_call is not None for receiver in self._receivers.values())
 
     def _send_stops(self) -> None:
-        """Wake the ranks that wait for this one; where calls differ, any of them may wait."""
+        """Send stop messages: to the ranks that expect arrays, or to all if a rank executes another call."""
         for sender in self._senders.values():
             with suppress(FerroError):
                 sender.stop(always=self._calls_differ())

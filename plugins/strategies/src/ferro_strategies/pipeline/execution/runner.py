@@ -1,4 +1,4 @@
-"""PassRunner: runs the passes of a pipeline; a pass that fails on one rank ends on all."""
+"""PassRunner: runs the passes of a pipeline, and ends a pass on all ranks if it fails on one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .point_to_point import PointToPoint
 class PassRunner:
     """Runs passes of one pipeline on one rank.
 
-    A rank that fails sends a stop message instead of an array along each edge on which more is
-    expected, and receives the messages that others still send. A rank that gets a stop message does
-    the same. So all ranks soon come to the end of the pass, with no message left on the way, and
-    there learn what happened.
+    A rank that fails sends a stop message instead of an array along each edge on which more is expected, and receives
+    the messages that others still send. A rank that gets a stop message does the same. So all ranks soon reach the end
+    of the pass, with no message left in a channel, and learn there what failed.
 
     Args:
         group: the pipeline's ranks.

@@ -31,7 +31,7 @@ class _LocalTie:
 
 
 class ParameterTies:
-    """Keeps tied copies equal, by equal values at first and equal gradients ever after.
+    """Keeps tied copies equal: they start with equal values, and get equal gradients in every step.
 
     Args:
         group: the pipeline's ranks; all make this object, with the same ties.
@@ -73,9 +73,9 @@ class ParameterTies:
                 copy.data[...] = first
 
     def clear_duplicate_gradients(self) -> None:
-        """Keep the gradient that earlier steps have summed up in the first copy only.
+        """Clear the gradients of all copies but the first before a step.
 
-        Every copy has that sum; `sum_gradients` would count it once for each.
+        Every copy has the sum from earlier steps, which `sum_gradients` would otherwise add several times.
         """
         for tie in self._local_ties:
             for copy in tie.copies:
@@ -99,5 +99,5 @@ class ParameterTies:
                 copy.grad = first.grad
 
     def without_duplicates(self, parameters: Iterator[Parameter]) -> list[Parameter]:
-        """Leave out all copies of a tie but the first stage's, over all ranks."""
+        """Leave out every tied copy but the first stage's, so that over all ranks each tie counts once."""
         return [item for item in parameters if id(item) not in self._counted_elsewhere]

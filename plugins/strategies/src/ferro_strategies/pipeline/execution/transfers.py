@@ -1,7 +1,7 @@
 """Transfers: one pass's messages along one edge, sent and received while the ranks compute.
 
-Each edge has a group of its own, of two ranks. So no message waits for one of another edge, also
-on a backend that launches a group's operations one after the other on a device's queue.
+Each edge has a process group of its own, of two ranks. So no message waits for a message of another edge, even on a
+backend that runs a group's operations one after the other on a device stream.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .header import ArrayHeader
 from .plan import Edge, PipelineCall
 
 _SOURCE, _TARGET = 0, 1  # ranks in an edge's group
-_NO_MICROBATCH = -1  # given for the stop message, which belongs to none
+_NO_MICROBATCH = -1  # stands for the stop message, which has no microbatch
 
 
 class PassStopped(Exception):
-    """The rank at the other end has stopped this pass, because it or yet another one failed."""
+    """The rank at the other end has stopped this pass, because it or a third rank failed."""
 
 
 class StageSender:
@@ -52,13 +52,13 @@ class StageSender:
         self._unsent -= 1
 
     def stop(self, *, always: bool = False) -> None:
-        """Tell the receiver, once, that no more will come, if it expects more or if `always`."""
+        """Send one stop message if the receiver expects more arrays, or if `always`."""
         if (self._unsent or always) and not self._stopped:
             self._stopped = True
             self._start(_NO_MICROBATCH, self._channel.pack_stop(self._call))
 
     def finish(self) -> None:
-        """Wait until all has been sent; raise the error of a send that failed."""
+        """Wait until all messages have been sent; raise the error of a send that failed."""
         while self._pending:
             self._finish_first()
 
@@ -76,10 +76,10 @@ class StageSender:
 
 
 class StageReceiver:
-    """Receives a pass's arrays along one edge, as far as they have been asked for.
+    """Receives a pass's arrays along one edge, up to the last one that `start` has asked for.
 
-    The next message comes in while the rank computes. An array that follows its header as a
-    message of its own (see `channel`) is received when it is needed: its size is known only then.
+    The next message is received while the rank computes. An array that follows its header as a message of its own (see
+    `channel`) is received when it is needed: its size is known only then.
 
     Args:
         edge: the edge to receive along.
@@ -110,7 +110,7 @@ class StageReceiver:
             self._start_next()
 
     def recv(self, microbatch: int) -> Array:
-        """Wait for this microbatch's array and return it; each can be taken once.
+        """Wait for this microbatch's array and return it; call it once for each microbatch.
 
         Raises:
             PassStopped: the sender has stopped.
@@ -125,7 +125,7 @@ class StageReceiver:
         return self._arrived.pop(microbatch)
 
     def drain(self) -> None:
-        """Receive all that is still sent, so that no message of this pass meets a later one."""
+        """Receive all messages that are still sent, so that none is left for a later pass."""
         with suppress(FerroError):
             while self._received < self._total and not self._ended:
                 self._wanted = self._total
@@ -135,11 +135,11 @@ class StageReceiver:
     def _start_next(self) -> None:
         """Start to receive the next message, if it is wanted and not pending."""
         if self._pending is None and self._received < self._wanted:
-            # It is always asynchronous, which tells backends that the caller's thread computes.
+            # The receive is always asynchronous, which tells backends that the caller's thread computes.
             self._pending = self._channel.group.recv(self._channel.empty(), _SOURCE, async_op=True)
 
     def _finish_next(self) -> tuple[int, Array] | None:
-        """Wait for the pending message: its microbatch and array, or None if it says stop."""
+        """Wait for the pending message; return its microbatch and array, or None for a stop message."""
         assert self._pending is not None, "a receive is started before it is awaited"
         try:
             call, header, array = self._channel.unpack(self._pending.wait())

@@ -1,4 +1,4 @@
-"""Validation of a pipeline: all ranks must have been given parts of the same one."""
+"""Validation of a pipeline: the arguments of all ranks must describe parts of the same pipeline."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _describe_ties(ties: Sequence[Tie], modules: Mapping[int, Module], stages: i
     found: list[list[str]] = []
     seen: set[tuple[int, str]] = set()
     for tie in ties:
-        # {0: …, stages - 1: …} names one stage where there is but one: then nothing is tied.
+        # In a model of one stage, {0: …, stages - 1: …} names only one stage: then nothing is tied.
         if len(tie) < min(2, stages) or not all(0 <= stage < stages for stage in tie):
             raise UsageError(f"Pipeline: the tie {dict(tie)} must name two stages or more, of 0 to {stages - 1}.")
         for stage, name in tie.items():

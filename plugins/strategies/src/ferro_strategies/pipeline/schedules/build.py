@@ -19,7 +19,7 @@ class _ScheduleModule(Protocol):
         """Return the actions of a rank, in order."""
 
     def peak_activations(self, sizes: ScheduleSizes, rank: int) -> int:
-        """Return the most stage-microbatches that a rank holds."""
+        """Return the peak number of activations on a rank; one microbatch in one stage counts as one."""
 
     def idle_steps(self, sizes: ScheduleSizes) -> int | None:
         """Return each rank's idle time as a multiple of F + B - W, or None if it is not known.
@@ -94,7 +94,7 @@ def forward_only(schedule: PipelineSchedule, microbatches: int) -> PipelineSched
 
 
 def expected_peak_activations(schedule: PipelineSchedule) -> tuple[int, ...]:
-    """Return the most stage-microbatches that each rank holds at once, by the schedule's formula.
+    """Return the peak number of activations on each rank, by the schedule's formula (see `Timeline.activations`).
 
     `check` finds the same numbers by counting.
 

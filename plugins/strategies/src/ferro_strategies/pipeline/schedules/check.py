@@ -1,19 +1,19 @@
-"""The checker: it proves that a schedule works, before anything runs.
+"""The checker: it proves before anything runs that a schedule is complete and cannot deadlock.
 
 The proof assumes this model of the execution:
 
-- A rank takes its actions one at a time, in its order. Before an action that needs the result of
-  a stage on another rank, it waits for the message; a result of a stage on the same rank is there.
-- After an action whose result a stage on another rank needs, the rank starts to send the message
-  and goes on at once. The message leaves when the receiver takes it, and not before: no buffers
-  are assumed on the way. The sender keeps it until then, and waits for unsent messages at the end.
+- A rank takes its actions one at a time, in its order. Before an action that needs the result of a stage on another
+  rank, it waits for the message; a result of a stage on the same rank is there already.
+- After an action whose result a stage on another rank needs, the rank starts an asynchronous send, which ends only when
+  the receiver takes the message, as if the network had no buffers. At the end of the pass the rank waits for all its
+  sends.
 - Between any two ranks there are two channels each way, one for outputs and one for gradients. A
   channel carries messages in the order in which they were sent, and the receiver takes them in the
   order in which its actions need them; it may do so ahead of time.
 
-So the k-th message sent in a channel must be the k-th that is needed. As every channel has one
-order on both ends, and no rank chooses by time, a rank can still do later whatever it can do now:
-if one topological order contains all actions, every run comes to its end.
+So the k-th message sent in a channel must be the k-th that is needed. No rank chooses its next action by time, and an
+action that can run stays able to run until it does. Therefore one topological order of all actions proves that every
+run ends.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ class Verdict:
     """Figures of a schedule that works.
 
     Attributes:
-        peak_activations: for each rank, the most microbatches that its stages hold, summed over its
-            stages. A stage holds one from the start of its forward pass to the end of its backward
-            pass, or of the parameters' gradients where these are computed apart.
+        peak_activations: for each rank, the most microbatches that its stages hold, summed over its stages. A stage
+            holds one from the start of its forward pass to the end of its backward pass, or of its WEIGHT action where
+            there is one.
         messages: for each rank, the number of messages that it sends.
-        needs_tags: whether outputs and gradients between some two ranks are received in another
-            order than sent, so that they need tags or channels of their own. This is False for
-            all schedules that `build` makes.
+        needs_tags: whether two ranks exist between which outputs and gradients are received in another order than they
+            are sent, so that they need tags or separate channels. This is False for all schedules that `build` makes.
     """
 
     peak_activations: tuple[int, ...]

@@ -26,7 +26,7 @@ def rank_actions(sizes: ScheduleSizes, rank: int) -> list[Action]:
 
 
 def peak_activations(sizes: ScheduleSizes, rank: int) -> int:
-    """Return the most stage-microbatches that a rank holds: all of them."""
+    """Return the peak number of activations on a rank: every microbatch in every stage of the rank."""
     del rank  # all ranks are alike
     return sizes.stages_per_rank * sizes.microbatches
 

@@ -6,14 +6,14 @@
     rank 0  0 1 0'1'2 a'3 b'2'a 3'b . c'. d'c d
     rank 1  . 0 1 0'a'1'b'2 a 3 b 2'c'3'd'c d
 
-A rank makes forward passes in rounds: a group of as many microbatches as there are ranks through
-its first stage, the same group through its second, and so on; then the next group. Backward
-passes go the same way, last stage first. After a warm-up, forward and backward passes alternate.
+A rank runs forward passes by groups of as many microbatches as there are ranks: one group through its first stage, then
+the same group through its second stage, and so on; then the next group. Backward passes go the same way, last stage
+first. After a warm-up, forward and backward passes alternate.
 
-Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using
-Megatron-LM", 2021, section 2.2. There microbatches must come in whole groups. Here the last group
-is padded with microbatches that do not exist, whose actions are then left out: the rest keeps an
-order that was right before, so no rank waits for ever or holds more than before.
+Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", 2021,
+    section 2.2. There the number of microbatches must be a multiple of the group size. Here the last group is padded
+    with microbatches that do not exist, whose actions are then left out. The other actions keep their order, so no rank
+    can deadlock or hold more than with the padding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rank_actions(sizes: ScheduleSizes, rank: int) -> list[Action]:
 
 
 def peak_activations(sizes: ScheduleSizes, rank: int) -> int:
-    """Return the most stage-microbatches that a rank holds: its warm-up, and one.
+    """Return the peak number of activations on a rank: one more than its warm-up has forward passes.
 
     On rank r of p with v stages each, that is min(m v, 2 (p - r - 1) + (v - 1) p + 1), or
     min(m, p - r) if v is 1, where m microbatches fill whole groups; less where they do not.
@@ -62,7 +62,7 @@ def padded_passes(sizes: ScheduleSizes, rank: int) -> tuple[list[Action], list[A
 
 
 def warm_up_forwards(sizes: ScheduleSizes, rank: int) -> int:
-    """Return the number of forward passes that a rank makes before its first backward pass."""
+    """Return the number of forward passes that a rank runs before its first backward pass."""
     ranks_after = sizes.ranks - rank - 1
     if sizes.stages_per_rank == 1:
         return ranks_after

@@ -7,7 +7,7 @@
     rank 2  ..01.a2b3c4d5e.f
     rank 3  ...0a1b2c3d4e5f
 
-1F1B is as fast as GPipe, but a rank holds few activations, however many microbatches there are.
+1F1B is as fast as GPipe, but a rank holds the activations of few microbatches, however many there are.
 
 Source: Narayanan et al., "PipeDream: Generalized Pipeline Parallelism for DNN Training", 2019;
 with flushes as in "Memory-Efficient Pipeline-Parallel DNN Training", 2021.
@@ -46,7 +46,7 @@ def rank_actions(sizes: ScheduleSizes, rank: int) -> list[Action]:
 
 
 def peak_activations(sizes: ScheduleSizes, rank: int) -> int:
-    """Return the most stage-microbatches that a rank holds.
+    """Return the peak number of activations on a rank.
 
     With one stage per rank, that is min(m, p - r) on rank r of p, with m microbatches. With
     several it is at most the sum of min(m, S - s) over its stages s of S. It is found by counting:

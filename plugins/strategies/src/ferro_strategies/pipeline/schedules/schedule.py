@@ -1,8 +1,8 @@
 """PipelineSchedule: the actions of each rank of a pipeline, in order, as data.
 
-A schedule does not contain communication, for it follows from the actions. A forward action needs
-the output of the same microbatch from the stage before, a backward action needs the gradient from
-the stage after; if that stage is on another rank, its rank sends the array.
+A schedule does not list messages, because they follow from the actions. A forward action needs the output of the same
+microbatch from the stage before, a backward action needs the gradient from the stage after; if that stage is on another
+rank, its rank sends the array.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class Kind(enum.StrEnum):
     """Kind of an action: what it computes for one stage and one microbatch."""
 
     FORWARD = "F"  # the stage's output
-    BACKWARD = "B"  # the gradient of its input; that of its parameters too, unless split
-    WEIGHT = "W"  # the gradient of its parameters, where the schedule splits the backward pass
+    BACKWARD = "B"  # the gradient of its input, and those of its parameters unless WEIGHT computes them
+    WEIGHT = "W"  # the gradients of its parameters, where the schedule splits the backward pass
 
 
 _WORDS = {
@@ -53,7 +53,7 @@ class PipelineSchedule:
         microbatches: number of microbatches.
         rank_of: the rank of each stage, first to last.
         actions: for each rank, its actions in order.
-        splits_backward: whether WEIGHT actions are apart from BACKWARD ones.
+        splits_backward: whether separate WEIGHT actions compute the gradients of the parameters.
     """
 
     name: str
@@ -84,7 +84,7 @@ class PipelineSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleSizes:
-    """The three numbers from which a named schedule follows; stage s is on rank s % ranks.
+    """The three numbers that a named schedule is built from; stage s is on rank s % ranks.
 
     Attributes:
         ranks: number of ranks.

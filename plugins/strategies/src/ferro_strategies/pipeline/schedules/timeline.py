@@ -59,10 +59,10 @@ class Timeline:
         return zip(self.schedule.actions[rank], self.starts[rank], self.ends[rank], strict=True)
 
     def activations(self, rank: int) -> tuple[tuple[float, int], ...]:
-        """Return each change of the number of stage-microbatches that a rank holds: (time, number).
+        """Return each change of the number of activations that a rank holds, as (time, number).
 
-        One is held from the start of its forward pass to the end of its backward pass, or of the
-        parameters' gradients where these are computed apart.
+        The activations of one microbatch in one stage count as one. A rank holds them from the start of the forward
+        pass to the end of the backward pass, or of the WEIGHT action where there is one.
         """
         held, steps = 0, [(0.0, 0)]
         for action, start, end in self.timed_actions(rank):
@@ -74,7 +74,7 @@ class Timeline:
 
     @property
     def peak_activations(self) -> tuple[int, ...]:
-        """For each rank, the most stage-microbatches that the rank holds at a time."""
+        """For each rank, the largest number of activations that it holds at once; see `activations`."""
         return tuple(max(held for _, held in self.activations(rank)) for rank in range(self.schedule.ranks))
 
 
@@ -86,7 +86,7 @@ def simulate(
     weight: Durations | None = None,
     transfer: float = 0.0,
 ) -> Timeline:
-    """Compute the start and end of each action if every rank goes on as soon as it can.
+    """Compute the start and end of each action if every rank starts each one as early as it can.
 
     A schedule that splits the backward pass and one that does not can be compared: give the
     same `backward` for both.
@@ -95,8 +95,8 @@ def simulate(
         schedule: the schedule to time; it is checked first.
         forward: duration of the forward pass of a microbatch through a stage.
         backward: duration of the whole backward pass.
-        weight: the part of `backward` for the gradients of the parameters, which is computed apart
-            where the schedule splits the backward pass; half of `backward` when None.
+        weight: the part of `backward` that a WEIGHT action takes where the schedule splits the backward pass; half of
+            `backward` when None.
         transfer: duration of a message between two ranks; messages slow down neither each other
             nor the computing.
 

@@ -13,8 +13,8 @@ from .schedule import Action, Kind, PipelineSchedule
 def producer(action: Action, stages: int) -> Action | None:
     """Return the action of another stage whose result an action needs, or None.
 
-    A backward pass also needs its stage's own forward pass, and the parameters' gradients need
-    that backward pass. These are on the same rank, come first in its order, and are not named here.
+    A backward pass also needs its stage's own forward pass, and the parameters' gradients need that backward pass.
+    These dependencies within a rank are left out, because the order of its actions satisfies them.
     """
     if action.kind is Kind.WEIGHT:
         return None
@@ -35,8 +35,7 @@ def _at_stage(action: Action, stage: int, stages: int) -> Action | None:
 def topological_order(schedule: PipelineSchedule) -> Iterator[tuple[int, Action]]:
     """Yield every action with its rank: each rank's in its order, each after its `producer`.
 
-    Whether this comes to an end does not depend on how long anything takes: a rank that can go on
-    still can when others have gone on first.
+    If one order reaches the end, every order does, whatever the durations: an action that can run stays able to run.
 
     Args:
         schedule: contains each action once.

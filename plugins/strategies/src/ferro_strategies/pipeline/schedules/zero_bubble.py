@@ -8,10 +8,10 @@
     rank 2  ..01.a2b3cA4dB5eCfDEF
     rank 3  ...0a1b2c3dA4eB5fCDEF
 
-The stage before waits only for the gradient of the input, so it is sent after half the backward
-pass. Rank r delays the other half by r microbatches: it has the memory for that, as it would hold
-r microbatches fewer than rank 0. No rank holds more than rank 0 does with 1F1B, and each is idle
-for a third of the time of 1F1B if the three parts take equally long.
+The previous stage waits only for the gradient of the input, so it is sent before the gradients of the parameters are
+computed. Rank r delays these by r microbatches, for which it has memory, because it would otherwise hold r microbatches
+fewer than rank 0. No rank holds more than rank 0 does with 1F1B, and each is idle for a third of the time of 1F1B if
+the three parts take equally long.
 
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", 2023, the schedule ZB-H1. With several
 stages per rank, the same is done to interleaved 1F1B.
@@ -39,7 +39,7 @@ def rank_actions(sizes: ScheduleSizes, rank: int) -> list[Action]:
 
 
 def peak_activations(sizes: ScheduleSizes, rank: int) -> int:
-    """Return the most stage-microbatches that a rank holds: warm-up, delayed ones, and one.
+    """Return the peak number of activations on a rank: warm-up, delayed backward passes, and one.
 
     With one stage per rank, that is min(m, p) on every one of p ranks, with m microbatches. With
     v stages, it is min(m v, 2 (p - 1) - r + (v - 1) p + 1) on rank r, where microbatches fill
@@ -49,10 +49,10 @@ def peak_activations(sizes: ScheduleSizes, rank: int) -> int:
 
 
 def idle_steps(sizes: ScheduleSizes) -> int | None:
-    """Return the number of forward passes, and of B - W, that fit into each rank's idle time.
+    """Return n such that each rank is idle for n times the duration F + B - W.
 
-    That is p - 1 with p ranks; B and W are the durations of the two parts of a backward pass. It is
-    None where microbatches are fewer than ranks, or do not fill whole groups.
+    That is p - 1 with p ranks; B and W are the durations of the two parts of a backward pass. It is None where there
+    are fewer microbatches than ranks, or they do not fill whole groups.
     """
     if sizes.microbatches < sizes.ranks:
         return None

@@ -1,42 +1,99 @@
-"""Runs a collective on symbols in place of bytes: the checker's engine."""
+"""Run a collective on symbols in place of bytes, against its contract: the engine of the checker."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
-from ferro.collectives.contract import Contract
-from ferro.collectives.messages import Message, Subject
 from ferro.collectives.schedule import Schedule
 from ferro.errors import PluginError
+from ferro_testing.schedules.messages import AlgorithmInstance, Message
+
+Holding: TypeAlias = Callable[[int, int, int, int], range]
+"""(rank, world_size, root, chunks) -> the chunks that a rank holds, at the start or at the end."""
 
 
-class Term(NamedTuple):
-    """What a chunk holds: contributions of ranks, combined in a certain order.
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The state of a collective before and after: a line of the table in `ferro.collectives.schedule`.
 
     Attributes:
-        ranks: bit r is set when rank r's contribution is in it.
-        number: two terms of one run have the same number when they were combined alike, round by
-            round; a contribution by itself has its rank's.
-        order: the ranks, where the term is (((x_a op x_b) op x_c) …); None where it is bracketed
+        reduces: whether the ranks' chunks are contributions to be combined.
+        start: the chunks that a rank holds when the collective begins.
+        end: the chunks that a rank must hold, complete, when it ends.
+        chunks: the number of chunks of a schedule, given the world size; None: any number from 1 on.
+    """
+
+    reduces: bool
+    start: Holding
+    end: Holding
+    chunks: Callable[[int], int] | None = None
+
+
+def _all(rank: int, world_size: int, root: int, chunks: int) -> range:
+    return range(chunks)
+
+
+def _all_at_root(rank: int, world_size: int, root: int, chunks: int) -> range:
+    return range(chunks) if rank == root else range(0)
+
+
+def _own(rank: int, world_size: int, root: int, chunks: int) -> range:
+    return range(rank, rank + 1)
+
+
+def _row(rank: int, world_size: int, root: int, chunks: int) -> range:
+    return range(rank * world_size, (rank + 1) * world_size)
+
+
+def _column(rank: int, world_size: int, root: int, chunks: int) -> range:
+    return range(rank, world_size * world_size, world_size)
+
+
+CONTRACTS = {
+    "all_reduce": Contract(True, _all, _all),
+    "reduce": Contract(True, _all, _all_at_root),
+    "broadcast": Contract(False, _all_at_root, _all),
+    "all_gather": Contract(False, _own, _all, lambda n: n),
+    "gather": Contract(False, _own, _all_at_root, lambda n: n),
+    "scatter": Contract(False, _all_at_root, _own, lambda n: n),
+    "reduce_scatter": Contract(True, _all, _own, lambda n: n),
+    "all_to_all": Contract(False, _row, _column, lambda n: n * n),
+    "barrier": Contract(False, _all, _all, lambda n: 0),
+}
+
+
+class SymbolicValue(NamedTuple):
+    """The content of a chunk: contributions of ranks, combined in a certain order.
+
+    Attributes:
+        ranks: bit r is set when the contribution of rank r is in it.
+        number: two values of one run have the same number when they were combined alike, round by
+            round; the number of a single contribution is its rank.
+        order: the ranks, where the value is (((x_a op x_b) op x_c) …); None where it is bracketed
             in another way.
-        at_once: all contributions were combined in one round.
+        combined_once: all contributions were combined in one round.
     """
 
     ranks: int
     number: int
     order: tuple[int, ...] | None
-    at_once: bool
+    combined_once: bool
 
 
 class SymbolicRun:
     """All ranks of one collective, each going through its rounds as messages allow."""
 
     def __init__(
-        self, subject: Subject, contract: Contract, schedules: Sequence[Schedule], messages: Sequence[Message]
+        self,
+        instance: AlgorithmInstance,
+        contract: Contract,
+        schedules: Sequence[Schedule],
+        messages: Sequence[Message],
     ) -> None:
-        n = subject.world_size
-        self._subject = subject
+        n = instance.world_size
+        self._instance = instance
         self._contract = contract
         self._chunks = schedules[0].chunks
         self._rounds = [len(schedule.rounds) for schedule in schedules]
@@ -45,30 +102,30 @@ class SymbolicRun:
         for message in messages:
             self._outbox[message.source][message.sent_in].append(message)
             self._inbox[message.target][message.received_in].append(message)
-        # For each rank and round, how many of the messages it waits for are not sent yet.
+        # For each rank and round: the number of messages due in it that are not sent yet.
         self._unsent = [[len(inbox) for inbox in inboxes] for inboxes in self._inbox]
-        # What each message on its way carries: of whom its sender had heard, and its chunks.
-        self._payloads: dict[Message, tuple[int, list[Term]]] = {}
+        # The content of each message on its way: the ranks of which its sender had heard, and its chunks.
+        self._payloads: dict[Message, tuple[int, list[SymbolicValue]]] = {}
         # The round that each rank is in, and the ranks whose round can end.
         self._at = [-1] * n
         self._ready: list[int] = []
         self._heard = [1 << rank for rank in range(n)]
         self._held = [
             {
-                chunk: Term(1 << rank, rank, (rank,), at_once=True)
-                for chunk in contract.start(rank, n, subject.root, self._chunks)
+                chunk: SymbolicValue(1 << rank, rank, (rank,), combined_once=True)
+                for chunk in contract.start(rank, n, instance.root, self._chunks)
             }
             for rank in range(n)
         ]
         self._numbers: dict[tuple[int, ...], int] = {}
 
-    def to_the_end(self) -> None:
+    def run(self) -> None:
         """Let every rank go through all its rounds.
 
         Raises:
-            PluginError: ranks wait for each other, or a rank does what makes no sense.
+            PluginError: ranks wait for each other, or a rank sends or combines chunks wrongly.
         """
-        for rank in range(self._subject.world_size):
+        for rank in range(self._instance.world_size):
             self._enter(rank, 0)
         while self._ready:
             rank = self._ready.pop()
@@ -78,34 +135,34 @@ class SymbolicRun:
             if reached < self._rounds[rank]:
                 self._raise_deadlock(rank)
 
-    def results(self) -> list[list[Term]]:
-        """For each chunk, what the ranks that must hold it at the end do hold.
+    def results(self) -> list[list[SymbolicValue]]:
+        """List, for each chunk, its values on the ranks that must hold it at the end.
 
         Raises:
             PluginError: a rank that must hold a chunk does not, or not completely; or, in a
                 barrier, a rank ends before it has heard of all others.
         """
-        n, root = self._subject.world_size, self._subject.root
-        everybody = (1 << n) - 1
-        results: list[list[Term]] = [[] for _ in range(self._chunks)]
+        n, root = self._instance.world_size, self._instance.root
+        everyone = (1 << n) - 1
+        results: list[list[SymbolicValue]] = [[] for _ in range(self._chunks)]
         for rank, held in enumerate(self._held):
             for chunk in self._contract.end(rank, n, root, self._chunks):
-                term = held.get(chunk)
-                if term is None:
+                value = held.get(chunk)
+                if value is None:
                     raise self._error(f"ends without chunk {chunk}. Send it there.", rank)
-                if self._contract.reduces and term.ranks != everybody:
+                if self._contract.reduces and value.ranks != everyone:
                     raise self._error(
                         f"ends with chunk {chunk} lacking the contributions of ranks "
-                        f"{_ranks(everybody & ~term.ranks)}. Send them there, with reduce.",
+                        f"{_ranks(everyone & ~value.ranks)}. Send them there, with reduce.",
                         rank,
                     )
-                results[chunk].append(term)
+                results[chunk].append(value)
         if self._chunks == 0:
-            self._check_heard(everybody)
+            self._check_heard(everyone)
         return results
 
     def _enter(self, rank: int, index: int) -> None:
-        """Begin a round: send, and wake whoever waited for nothing else."""
+        """Begin a round: send its messages; a receiver that waited only for these can end its round."""
         self._at[rank] = index
         if index == self._rounds[rank]:
             return
@@ -129,15 +186,15 @@ class SymbolicRun:
             self._ready.append(rank)
 
     def _receive(self, rank: int, index: int) -> None:
-        """End a round: all its messages are here; overwrite and combine."""
-        overwritten: dict[int, Term] = {}
-        combined: dict[int, list[tuple[int, Term]]] = {}
+        """End a round, all of whose messages have arrived: overwrite and combine chunks."""
+        overwritten: dict[int, SymbolicValue] = {}
+        combined: dict[int, list[tuple[int, SymbolicValue]]] = {}
         for message in self._inbox[rank][index]:
-            heard, terms = self._payloads.pop(message)
+            heard, values = self._payloads.pop(message)
             self._heard[rank] |= heard
-            for chunk, term in zip(message.chunks, terms, strict=True):
+            for chunk, value in zip(message.chunks, values, strict=True):
                 if message.reduce:
-                    combined.setdefault(chunk, []).append((message.source, term))
+                    combined.setdefault(chunk, []).append((message.source, value))
                 elif chunk in overwritten:
                     raise self._error(
                         f"overwrites chunk {chunk} twice in one round. Receive it once, or with reduce.",
@@ -146,7 +203,7 @@ class SymbolicRun:
                         message.source,
                     )
                 else:
-                    overwritten[chunk] = term
+                    overwritten[chunk] = value
         held = self._held[rank]
         for chunk, operands in combined.items():
             if chunk in overwritten:
@@ -161,41 +218,41 @@ class SymbolicRun:
             held[chunk] = self._combine(rank, index, chunk, operands)
         held.update(overwritten)
 
-    def _combine(self, rank: int, index: int, chunk: int, operands: list[tuple[int, Term]]) -> Term:
-        """Combine what came from these ranks, and what was here, in order of rank."""
-        n = self._subject.world_size
+    def _combine(self, rank: int, index: int, chunk: int, operands: list[tuple[int, SymbolicValue]]) -> SymbolicValue:
+        """Combine the operands, each with the rank that it came from, in order of rank."""
+        n = self._instance.world_size
         operands.sort()
-        terms = [term for _, term in operands]
+        values = [value for _, value in operands]
         ranks = 0
-        for peer, term in operands:
-            if ranks & term.ranks:
+        for peer, value in operands:
+            if ranks & value.ranks:
                 raise self._error(
                     f"combines chunk {chunk} with the contributions of ranks "
-                    f"{_ranks(ranks & term.ranks)} twice. Let each arrive once.",
+                    f"{_ranks(ranks & value.ranks)} twice. Let each arrive once.",
                     rank,
                     index,
                     None if peer == rank else peer,
                 )
-            ranks |= term.ranks
-        numbers = tuple(term.number for term in terms)
-        return Term(
+            ranks |= value.ranks
+        numbers = tuple(value.number for value in values)
+        return SymbolicValue(
             ranks,
             self._numbers.setdefault(numbers, n + len(self._numbers)),
-            _order(terms),
-            at_once=all(number < n for number in numbers),
+            _order(values),
+            combined_once=all(number < n for number in numbers),
         )
 
-    def _check_heard(self, everybody: int) -> None:
+    def _check_heard(self, everyone: int) -> None:
         for rank, heard in enumerate(self._heard):
-            if heard != everybody:
+            if heard != everyone:
                 raise self._error(
                     f"ends before it has heard, even through others, of ranks "
-                    f"{_ranks(everybody & ~heard)}. Let their messages reach it.",
+                    f"{_ranks(everyone & ~heard)}. Let their messages reach it.",
                     rank,
                 )
 
     def _raise_deadlock(self, rank: int) -> None:
-        """Follow who waits for whom from a rank that is stuck until a rank comes again."""
+        """Follow the chain of ranks that wait for each other to its cycle, and raise an error that names it."""
         path = [rank]
         while True:
             index = self._at[path[-1]]
@@ -213,19 +270,18 @@ class SymbolicRun:
         )
 
     def _error(self, what: str, rank: int, index: int | None = None, peer: int | None = None) -> PluginError:
-        return self._subject.error(what, rank=rank, in_round=index, peer=peer)
+        return self._instance.error(what, rank=rank, in_round=index, peer=peer)
 
 
-def _order(terms: Sequence[Term]) -> tuple[int, ...] | None:
-    """The order of contributions if single ones are put to the right of the first term."""
+def _order(values: Sequence[SymbolicValue]) -> tuple[int, ...] | None:
+    """List the ranks in order if the values after the first are single contributions; None otherwise."""
     order: list[int] = []
-    for term in terms:
-        if term.order is None or (order and len(term.order) > 1):
+    for value in values:
+        if value.order is None or (order and len(value.order) > 1):
             return None
-        order.extend(term.order)
+        order.extend(value.order)
     return tuple(order)
 
 
 def _ranks(mask: int) -> list[int]:
-    """The ranks whose bits are set."""
     return [rank for rank in range(mask.bit_length()) if mask >> rank & 1]

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferro.collectives.cost import Network, cost_s
 from ferro.collectives.direct import (
     direct_all_gather,
     direct_gather,
@@ -14,10 +13,12 @@ from ferro.collectives.direct import (
     exchange_all_reduce,
     pairwise_all_to_all,
 )
+from ferro.collectives.network import Network
 from ferro.collectives.ring import ring_all_reduce
 from ferro.collectives.schedule import Recv, Round, Schedule
 from ferro.collectives.tree import dissemination_barrier, scatter_ring_broadcast, tree_broadcast, tree_scatter
 from ferro.errors import PluginError, UsageError
+from ferro_testing.schedules import cost_s
 
 L, B, M = 1e-5, 1e9, 1 << 20
 NETWORK = Network(L, B)
@@ -117,7 +118,7 @@ def test_ranks_that_wait_for_ever():
         cost_s(stuck, 2, M, NETWORK)
 
 
-def test_calls_that_make_no_sense():
+def test_arguments_out_of_range():
     with pytest.raises(UsageError, match="rates above 0"):
         Network(L, 0)
     with pytest.raises(UsageError, match="times of 0 or more"):

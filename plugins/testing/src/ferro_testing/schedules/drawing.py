@@ -1,12 +1,12 @@
-"""The picture: who sends what to whom, round by round, as aligned text."""
+"""Draw an algorithm as text: the messages of each round, in a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
 
-from ferro.collectives.messages import Message, Subject, pair
 from ferro.collectives.schedule import Build
+from ferro_testing.schedules.messages import AlgorithmInstance, Message, match_messages
 
 
 def table(build: Build, world_size: int, root: int = 0) -> str:
@@ -22,11 +22,13 @@ def table(build: Build, world_size: int, root: int = 0) -> str:
         The lines, joined by newlines; empty when nothing is sent.
 
     Raises:
-        PluginError: a send has no receive, or the like: see `check`.
-        UsageError: world size or root make no sense.
+        PluginError: a send has no receive, or a peer or chunk is out of range.
+        UsageError: the world size or the root is out of range.
     """
-    subject = Subject("table", build, world_size, root)
-    messages = sorted(pair(subject, subject.schedules()), key=lambda m: (m.sent_in, m.source, m.target, m.number))
+    instance = AlgorithmInstance("table", build, world_size, root)
+    messages = sorted(
+        match_messages(instance, instance.schedules()), key=lambda m: (m.sent_in, m.source, m.target, m.number)
+    )
     rows = [
         [f"r{index + 1}", *map(_cell, row)] for index, row in groupby(messages, key=lambda message: message.sent_in)
     ]

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from ferro.collectives.checker import check
 from ferro.collectives.ring import ring_all_gather, ring_all_reduce
 from ferro.collectives.schedule import Recv, Round, Schedule, Send
 from ferro.errors import PluginError, UsageError
+from ferro_testing.schedules import check
 
 
 def by_hand(chunks, *ranks):
@@ -146,7 +146,7 @@ def test_barrier_that_does_not_hear_of_all():
         (Send(1, (0, 0)), "round 1 sends to rank 1 chunks [0, 0]. Name each chunk once"),
     ],
 )
-def test_peer_or_chunk_that_makes_no_sense(send, says):
+def test_peer_or_chunk_out_of_range(send, says):
     refuse("broadcast", by_hand(1, [Round((send,))], []), 2, rank=0, says=says)
 
 
@@ -169,7 +169,7 @@ def test_algorithm_for_another_collective():
     refuse("reduce_scatter", ring_all_gather, 3, rank=0, says="lacking the contributions of")
 
 
-def test_call_that_makes_no_sense():
+def test_call_for_an_unknown_collective_or_root():
     with pytest.raises(UsageError, match="no collective 'sum'"):
         check("sum", ring_all_reduce, 2)
     with pytest.raises(UsageError, match="world_size is 2 and root is 2"):

@@ -133,6 +133,6 @@ class Elsewhere:
 def test_arrays_elsewhere_are_reduced_whole():
     operands = [Elsewhere(array) for array in numbers("float16", 2, 1000)]
     out = Elsewhere(np.zeros(1000, np.float16))
-    half.reduce_halves(np.add, operands, out, 2)
+    half.reduce_half_precision(np.add, operands, out, 2)
     expected = by_casts("mean", [operand.array for operand in operands], 2)
     assert out.array.tobytes() == expected.tobytes()

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferro.collectives import direct, ring, tree
-from ferro.collectives.checker import Proof, check
-from ferro.collectives.picture import table
 from ferro.collectives.schedule import Round, Schedule
 from ferro.errors import PluginError
+from ferro_testing.schedules import Proof, check, table
 
 SIZES = range(1, 65)
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
@@ -114,7 +113,7 @@ def test_docstring_shows_the_very_table(build, n, root):
     assert drawn == table(build, n, root).splitlines()
 
 
-def test_picture_of_ring_all_reduce():
+def test_drawing_of_ring_all_reduce():
     assert table(ring.ring_all_reduce, 3) == (
         "r1  0→1 [2]⊕  1→2 [0]⊕  2→0 [1]⊕\n"
         "r2  0→1 [1]⊕  1→2 [2]⊕  2→0 [0]⊕\n"
@@ -123,7 +122,7 @@ def test_picture_of_ring_all_reduce():
     )
 
 
-def test_picture_joins_neighbouring_chunks_and_is_empty_in_a_world_of_one():
+def test_drawing_joins_neighbouring_chunks_and_is_empty_in_a_world_of_one():
     assert table(tree.tree_gather, 6, 4) == ("r1  1→0 [1]    3→2 [3]  5→4 [5]\nr2  0→4 [0-1]\nr3  2→4 [2-3]")
     assert table(ring.ring_all_reduce, 1) == ""
 

@@ -1,8 +1,7 @@
-"""The messages of a collective: every rank's sends, each paired with its receive.
+"""The messages of a collective: the send of each, matched with its receive.
 
-What makes no sense before anything is run (a peer out of range, a send that nobody receives) is
-found here and raised as PluginError, in words for the algorithm's author. Rounds are counted from
-1 in words, from 0 in values.
+Mistakes that show before anything is run (a peer out of range, a send that nobody receives) are raised
+here as PluginError, in words for the algorithm's author. Texts count rounds from 1, values from 0.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from ferro.errors import PluginError, UsageError
 
 
 class Message(NamedTuple):
-    """One message: these chunks leave `source` in one of its rounds and reach `target` in one.
+    """A message from one rank to another, with the round in which each of them has it.
 
-    `number` counts the messages from this source to this target from 0.
+    `number` counts the messages from this source to this target, from 0.
     """
 
     source: int
@@ -32,8 +31,8 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is being looked at: one algorithm for one collective, world size and root."""
+class AlgorithmInstance:
+    """An algorithm for one collective, world size and root."""
 
     op: str
     build: Build
@@ -49,7 +48,7 @@ class Subject:
             )
 
     def schedules(self) -> list[Schedule]:
-        """Every rank's schedule; all must cut the buffer into the same number of chunks."""
+        """Build every rank's schedule; all must cut the buffer into the same number of chunks."""
         schedules = [self.build(rank, self.world_size, self.root) for rank in range(self.world_size)]
         for rank, schedule in enumerate(schedules):
             if schedule.chunks != schedules[0].chunks:
@@ -61,7 +60,7 @@ class Subject:
         return schedules
 
     def error(self, what: str, *, rank: int, in_round: int | None = None, peer: int | None = None) -> PluginError:
-        """An error that says where: algorithm, collective, world size, root, rank and round."""
+        """Make an error that names collective, algorithm, world size, root, rank and round."""
         name = getattr(self.build, "__name__", repr(self.build))
         where = f"rank {rank}" if in_round is None else f"rank {rank}, round {in_round + 1}"
         return PluginError(
@@ -72,8 +71,8 @@ class Subject:
         )
 
 
-def pair(subject: Subject, schedules: Sequence[Schedule]) -> list[Message]:
-    """Pair every send with its receive, in the order of rounds between each two ranks.
+def match_messages(instance: AlgorithmInstance, schedules: Sequence[Schedule]) -> list[Message]:
+    """Match every send with its receive, in the order of rounds between each two ranks.
 
     Raises:
         PluginError: a peer or chunk is out of range, a message names a chunk twice, a send has
@@ -84,26 +83,30 @@ def pair(subject: Subject, schedules: Sequence[Schedule]) -> list[Message]:
     for rank, schedule in enumerate(schedules):
         for index, current in enumerate(schedule.rounds):
             for send in current.sends:
-                _check_end(subject, schedule, rank, index, send)
+                _check_message_end(instance, schedule, rank, index, send)
                 sent.setdefault((rank, send.peer), []).append((index, send))
             for recv in current.recvs:
-                _check_end(subject, schedule, rank, index, recv)
+                _check_message_end(instance, schedule, rank, index, recv)
                 received.setdefault((recv.peer, rank), []).append((index, recv))
     return [
         message
         for source, target in dict.fromkeys((*sent, *received))
         for message in _between(
-            subject, source, target, sent.get((source, target), ()), received.get((source, target), ())
+            instance, source, target, sent.get((source, target), ()), received.get((source, target), ())
         )
     ]
 
 
 def _between(
-    subject: Subject, source: int, target: int, sent: Iterable[tuple[int, Send]], received: Iterable[tuple[int, Recv]]
+    instance: AlgorithmInstance,
+    source: int,
+    target: int,
+    sent: Iterable[tuple[int, Send]],
+    received: Iterable[tuple[int, Recv]],
 ) -> Iterable[Message]:
     for number, (left, right) in enumerate(zip_longest(sent, received)):
         if left is None:
-            raise subject.error(
+            raise instance.error(
                 f"receives chunks {list(right[1].chunks)} from rank {source}, which has no such "
                 f"Send left. Add the Send there or drop this Recv.",
                 rank=target,
@@ -111,7 +114,7 @@ def _between(
                 peer=source,
             )
         if right is None:
-            raise subject.error(
+            raise instance.error(
                 f"sends chunks {list(left[1].chunks)} to rank {target}, which has no such Recv "
                 f"left. Add the Recv there or drop this Send.",
                 rank=source,
@@ -119,7 +122,7 @@ def _between(
                 peer=target,
             )
         if left[1].chunks != right[1].chunks:
-            raise subject.error(
+            raise instance.error(
                 f"receives chunks {list(right[1].chunks)} from rank {source}, but the message "
                 f"due next is {list(left[1].chunks)}, sent in round {left[0] + 1}. Name the same "
                 f"chunks in the same order on both sides.",
@@ -130,10 +133,12 @@ def _between(
         yield Message(source, left[0], target, right[0], left[1].chunks, right[1].reduce, number)
 
 
-def _check_end(subject: Subject, schedule: Schedule, rank: int, in_round: int, end: Send | Recv) -> None:
-    """Check what one end of a message says by itself."""
+def _check_message_end(
+    instance: AlgorithmInstance, schedule: Schedule, rank: int, in_round: int, end: Send | Recv
+) -> None:
+    """Check the peer and the chunks of one end of a message."""
     verb = "sends to" if isinstance(end, Send) else "receives from"
-    if not 0 <= end.peer < subject.world_size or end.peer == rank:
+    if not 0 <= end.peer < instance.world_size or end.peer == rank:
         what = f"{verb} rank {end.peer}. A peer is another rank of the group."
     elif any(not 0 <= chunk < schedule.chunks for chunk in end.chunks):
         what = (
@@ -144,4 +149,4 @@ def _check_end(subject: Subject, schedule: Schedule, rank: int, in_round: int, e
         what = f"{verb} rank {end.peer} chunks {list(end.chunks)}. Name each chunk once."
     else:
         return
-    raise subject.error(what, rank=rank, in_round=in_round, peer=end.peer)
+    raise instance.error(what, rank=rank, in_round=in_round, peer=end.peer)
