@@ -75,8 +75,7 @@ class InputArray:
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Allocate an array of the same dtype, on the same device."""
         if self.device is _CUDA:
-            empty: Array = sys.modules["cupy"].empty(shape, self.array.dtype)
-            return empty
+            return cast("Array", sys.modules["cupy"].empty(shape, self.array.dtype))
         return np.empty(shape, self.array.dtype)
 
     def copy_to_host(self) -> None:

@@ -63,12 +63,9 @@ def probe(info: BackendInfo) -> Availability:
         return info.probe()
     except Exception as error:  # noqa: BLE001 - a plugin's probe may raise anything
         offers, _ = installed().survey("ferro_backends", BackendInfo)
-        authors = [offer.distribution for offer in offers if offer.item.name == info.name]
-        return Availability(
-            ok=False,
-            reason=f"its probe raised {type(error).__name__}: {error}",
-            hint=f"Report this to the authors of {' and '.join(authors) or info.name}.",
-        )
+        authors = " and ".join(offer.distribution for offer in offers if offer.item.name == info.name) or info.name
+        reason = f"its probe raised {type(error).__name__}: {error}"
+        return Availability(ok=False, reason=reason, hint=f"Report this to the authors of {authors}.")
 
 
 def supporting(device: Device) -> list[str]:
@@ -124,14 +121,11 @@ def _absent(name: str, plugins: Plugins, table: _Table) -> BackendUnavailable:
     """Make the error for a backend that no plugin offers: why, and what to do."""
     loaded = plugins.versions.get(name)
     offering = {offer.distribution for offer in plugins.offers("ferro_backends", BackendInfo)}
-    if loaded is not None and loaded not in offering:
-        return BackendUnavailable(
-            name,
-            f"plugin {name!r} of {loaded} is loaded, but offers no backend",
-            "Is its ferro_backends decorated with @ferro.hookimpl?",
-        )
-    remedy = f"Check the spelling, or install the distribution that offers {name!r}."
-    if name in own_extras():
-        remedy = f"Install it {how_to_install(name)}."
     reason = f"no plugin that offers it is installed (installed: {', '.join(sorted(table))})"
+    remedy = f"Check the spelling, or install the distribution that offers {name!r}."
+    if loaded is not None and loaded not in offering:
+        reason = f"plugin {name!r} of {loaded} is loaded, but offers no backend"
+        remedy = "Is its ferro_backends decorated with @ferro.hookimpl?"
+    elif name in own_extras():
+        remedy = f"Install it {how_to_install(name)}."
     return BackendUnavailable(name, reason, remedy)

@@ -35,9 +35,8 @@ _log = logging.getLogger("ferro")
 class World:
     """The world group of this process and its connection to the job's store.
 
-    `backend` is the name that the user gave, or None. `timeout_s` is for joining, and then for each operation. `number`
-    says how many worlds this process made before; all ranks count alike. `explicit` is True when the program itself
-    says where the ranks meet.
+    `timeout_s` is for joining, and then for each operation. `number` counts the worlds that this process made before,
+    alike on all ranks. `explicit` is True when the program itself says where the ranks meet.
     """
 
     group: ProcessGroup
@@ -66,12 +65,9 @@ class World:
         return meet(info, number, explicit=explicit, deadline=self._deadline)
 
     def join(
-        self,
-        deterministic: bool,
-        algorithms: Mapping[str, str],
-        options: Mapping[str, object],
+        self, deterministic: bool, algorithms: Mapping[str, str], options: Mapping[str, object],
         observers: Sequence[Observer],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Meet the other ranks, create the backend, make the group."""
         info, meeting, group_store = self._info, self._meeting, self._store.prefix("group/0")
         try:

@@ -82,12 +82,8 @@ def simulate(
         thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
     running = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if running:
-        raise CollectiveTimeout(
-            f"the simulation did not end within {run_timeout_s} s: ranks {running} are still running",
-            op="simulate",
-            seconds=run_timeout_s,
-            missing=running,
-        )
+        text = f"the simulation did not end within {run_timeout_s} s: ranks {running} are still running"
+        raise CollectiveTimeout(text, op="simulate", seconds=run_timeout_s, missing=running)
     if failures:
         raise _root_cause(failures)
     return results

@@ -51,12 +51,9 @@ class Placement(NamedTuple):
 
 
 def resolve(
-    environ: Mapping[str, str] | None = None,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
+    environ: Mapping[str, str] | None = None, *, rank: int | None = None, world_size: int | None = None,
     rendezvous: str | None = None,
-) -> LaunchInfo:
+) -> LaunchInfo:  # fmt: skip
     """Find this process's place in its job, or raise UsageError; the arguments beat the variables."""
     env = os.environ if environ is None else environ
     place = _agreed_placement(env, rank, world_size) or _unlaunched(rank, world_size)
