@@ -1,4 +1,4 @@
-"""The door: what comes in as an array, what is refused, and what goes out again."""
+"""ferro.arrays: the arrays that are taken in, those that are refused, and the kind of the results."""
 
 import numpy as np
 import pytest
