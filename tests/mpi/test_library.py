@@ -65,7 +65,7 @@ BOOTSTRAP_BROADCAST = """
 import time
 from ferro import backends
 from mpi4py import MPI
-received = backends.get("mpi").introduce(
+received = backends.get("mpi").bootstrap_broadcast(
     MPI.COMM_WORLD.rank, 2, b"rank 0's" if MPI.COMM_WORLD.rank == 0 else None, time.monotonic() + 20
 )
 assert received == b"rank 0's"

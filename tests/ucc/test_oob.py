@@ -12,6 +12,7 @@ import pytest
 
 from ferro.errors import GroupClosed
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer
+from ferro.rendezvous.store.wire import Reply, StoreOp
 from ferro_ucc.abi import UccStatus
 from ferro_ucc.oob import OobAllGather, OobCallbacks
 from ferro_ucc.waiting import AbortFlag, PeerLiveness, PollBackoff
@@ -33,17 +34,12 @@ class CountingStore(MemoryStore):
         super().__init__()
         self.keys: set[str] = set()
 
-    def set(self, key: str, value: bytes) -> None:
-        self.keys.add(key)
-        super().set(key, value)
-
-    def add(self, key: str, amount: int) -> int:
-        self.keys.add(key)
-        return super().add(key, amount)
-
-    def delete(self, key: str) -> bool:
-        self.keys.discard(key)
-        return super().delete(key)
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        if op is StoreOp.DELETE:
+            self.keys.discard(key)
+        else:
+            self.keys.add(key)
+        return super()._ask(op, key, number, value)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

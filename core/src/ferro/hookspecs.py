@@ -38,7 +38,6 @@ from ferro.observers import Observer
 from ferro.types import Availability, Device
 
 if TYPE_CHECKING:
-    from ferro.rendezvous.meeting.bootstrap import Introduce
     from ferro.rendezvous.store.interface import Store
 
 # The version of the contract between plugins and ferro: the hooks, the descriptions, and `ferro.Backend`. It grows when
@@ -50,6 +49,9 @@ hookimpl = pluggy.HookimplMarker("ferro")
 
 # (module, group, **options) -> module; each strategy has options of its own.
 Strategy: TypeAlias = Callable[..., Any]
+
+# (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
+BootstrapBroadcast: TypeAlias = Callable[[int, int, bytes | None, float], bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +114,9 @@ class BackendInfo:
         launcher: given a number of ranks, returns the command that starts so many processes for this backend, such as
             ("mpiexec", "-n", "4"). None when plain processes will do. Tools that start ranks themselves use it:
             `ferro_testing`, `ferro conformance`, `ferro bench`.
-        introduce: for a library whose ranks are connected from the start: given (rank, world_size, message, deadline)
-            with rank 0's message, None elsewhere, returns rank 0's message on all ranks. By it ranks on several hosts
-            find the store when their launcher tells them no address.
+        bootstrap_broadcast: for a library whose ranks are connected from the start: given (rank, world_size, message,
+            deadline) with rank 0's message, None elsewhere, returns rank 0's message on all ranks. By it ranks on
+            several hosts find the store when their launcher tells them no address.
     """
 
     name: str
@@ -125,7 +127,7 @@ class BackendInfo:
     default_under: tuple[str, ...] = ()
     composes: bool = False
     launcher: Callable[[int], Sequence[str]] | None = None
-    introduce: Introduce | None = None
+    bootstrap_broadcast: BootstrapBroadcast | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -282,15 +282,15 @@ def test_a_forked_child_leaves_its_parents_world_alone(ranks, store):
 
 def test_a_rank_of_another_version_with_other_fields_is_named():
     from ferro.rendezvous import MemoryStore
-    from ferro.rendezvous.meeting.membership import Record, call_roll
+    from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 
     shared = MemoryStore()
     shared.add("joined", 1)
     stranger = {"rank": 1, "world_size": 2, "version": "9.9", "host": "n02", "pid": 7, "new": 1}
     shared.set("join/1", json.dumps(stranger).encode())
-    mine = Record(rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo")
+    mine = RankRecord(rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo")
     with pytest.raises(ferro.RendezvousError, match="differ in the version of ferro") as caught:
-        call_roll(shared, mine, deadline=0.0)
+        check_membership(shared, mine, deadline=0.0)
     assert "rank 1 (host n02, pid 7) has '9.9'" in str(caught.value)
 
 
@@ -305,7 +305,7 @@ def test_who_leaves_by_an_exception_is_lost(ranks, store, how, lost):
     places = [(place(store, 0, 2), {"how": "well"}), (place(store, 1, 2), {"how": how})]
     assert ranks(*places, source=LEAVING) == [2.0, 2.0]
     deadline = time.monotonic() + 20
-    while len(store._members):  # until the server's thread has seen all connections end
+    while len(store._connections):  # until the server's thread has seen all connections end
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert store._table.get(b"world0/lost") == lost

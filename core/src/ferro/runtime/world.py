@@ -20,11 +20,10 @@ from ferro.group.process_group import ProcessGroup
 from ferro.hookspecs import BackendConfig, BackendInfo
 from ferro.observers import Observer
 from ferro.plugins import registry as plugins
-from ferro.rendezvous.meeting.bootstrap import meet_introduced
-from ferro.rendezvous.meeting.meeting import Meeting, meet
-from ferro.rendezvous.meeting.membership import Record, call_roll
+from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
+from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
-from ferro.rendezvous.store.lost import Lost
+from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
 from ferro.runtime.environment import LaunchInfo
 from ferro.runtime.environment.settings import Options
@@ -51,25 +50,24 @@ class World:
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._observers: tuple[Observer, ...] = ()
-        self._meeting = self._meet(number, explicit=explicit) if info.world_size > 1 else None
-        root: Store = MemoryStore() if self._meeting is None else self._meeting.store
+        self._job_store = self._open_job_store(number, explicit=explicit) if info.world_size > 1 else None
+        root: Store = MemoryStore() if self._job_store is None else self._job_store.store
         self._store = root.prefix(f"world{number}")
 
-    def _meet(self, number: int, *, explicit: bool) -> Meeting:
-        info = self._info
+    def _open_job_store(self, number: int, *, explicit: bool) -> JobStore:
+        info, broadcast = self._info, None
         if info.local_world_size != info.world_size and info.store is None and info.master is None:
             # No variable says where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
-            if name and (introduce := backends.get(name).introduce):
-                return meet_introduced(info, number, introduce, deadline=self._deadline)
-        return meet(info, number, explicit=explicit, deadline=self._deadline)
+            broadcast = backends.get(name).bootstrap_broadcast if name else None
+        return open_job_store(info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline)
 
     def join(
         self, deterministic: bool, algorithms: Mapping[str, str], options: Mapping[str, object],
         observers: Sequence[Observer],
     ) -> None:  # fmt: skip
         """Meet the other ranks, create the backend, make the group."""
-        info, meeting, group_store = self._info, self._meeting, self._store.prefix("group/0")
+        info, job_store, group_store = self._info, self._job_store, self._store.prefix("group/0")
         try:
             chosen = self._choose_backend()
             fixed = {name: collectives.get(name, algorithm) for name, algorithm in algorithms.items()}
@@ -78,20 +76,20 @@ class World:
             self._observers = _all_observers(observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
-                self._compare_ranks(self._backend or "none", "", str(error))
+                self._check_membership(self._backend or "none", "", str(error))
             raise
         requested = self._backend or chosen.name
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
-        records = self._compare_ranks(requested, settings)
+        records = self._check_membership(requested, settings)
         config = BackendConfig(
             rank=info.rank,
             world_size=info.world_size,
             store=group_store,
-            secret=b"" if meeting is None else meeting.secret,
+            secret=b"" if job_store is None else job_store.secret,
             addresses=tuple(record.address for record in records),
-            store_host="127.0.0.1" if meeting is None else meeting.store.remote_host,
+            store_host="127.0.0.1" if job_store is None else job_store.store.remote_host,
             # The store ends with the process that hosts it: a rank's, unless a launcher hosts the store.
-            lost=Lost(self._store, info.rank, 0 if info.store is None else None),
+            lost=FailureDetector(self._store, info.rank, 0 if info.store is None else None),
             timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
             host_id=self._settings.host_id,
@@ -132,14 +130,14 @@ class World:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
 
-    def _compare_ranks(self, backend: str, settings: str, problem: str = "") -> list[Record]:
+    def _check_membership(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
         """Exchange records with all ranks, by rank; raise where they do not fit together."""
-        record = Record(
+        record = RankRecord(
             rank=self._info.rank,
             world_size=self._info.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            address="127.0.0.1" if self._meeting is None else self._meeting.store.local_host,
+            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host,
             version=version("ferro"),
             backend=backend,
             plugins=plugins.installed().versions,
@@ -147,9 +145,9 @@ class World:
             problem=problem,
         )
         try:
-            return call_roll(self._store.prefix("roll"), record, deadline=self._deadline)
+            return check_membership(self._store.prefix("membership"), record, deadline=self._deadline)
         except RendezvousError as error:
-            server = None if self._meeting is None else self._meeting.server
+            server = None if self._job_store is None else self._job_store.server
             if server is not None and server.refused:
                 error.add_note(
                     f"The store turned away {server.refused} connections with another secret: "
@@ -170,19 +168,19 @@ class World:
                 observer.close()
             except Exception as error:  # noqa: BLE001 - the store must be left all the same
                 _log.error("ferro: observer %s: %s", type(observer).__name__, error)
-        meeting = self._meeting
-        if meeting is None:
+        job_store = self._job_store
+        if job_store is None:
             return
         if not orderly:  # first, for the others may wait for this rank
-            meeting.store.carry_out_will()
+            job_store.store.declare_lost()
         try:
             if self._store.add("goodbye", 1) == self._info.world_size:
                 self._store.set("all gone", b"1")
-            elif meeting.server is not None:
+            elif job_store.server is not None:
                 self._store.get("all gone", deadline=time.monotonic() + patience_s)
         except (RendezvousError, TimeoutError) as error:
             _log.debug("goodbye: %s", error)
-        meeting.close()
+        job_store.close()
 
 
 def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:

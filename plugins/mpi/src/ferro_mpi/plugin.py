@@ -28,7 +28,7 @@ def _create(config: BackendConfig) -> Backend:
     return backend
 
 
-def _introduce(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
+def _broadcast_bootstrap(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
     received: bytes = _world().broadcast_bootstrap(rank, world_size, message, deadline)
     return received
 
@@ -50,6 +50,6 @@ def ferro_backends() -> Sequence[BackendInfo]:
             create=_create,
             default_under=("openmpi", "mpich"),
             launcher=_launcher,
-            introduce=_introduce,
+            bootstrap_broadcast=_broadcast_bootstrap,
         ),
     )

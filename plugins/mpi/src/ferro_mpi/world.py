@@ -29,7 +29,7 @@ def connect(config: BackendConfig) -> MpiBackend:
 
 
 def broadcast_bootstrap(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
-    """Broadcast rank 0's message before any group exists; see `BackendInfo.introduce`."""
+    """Broadcast rank 0's message before any group exists; see `BackendInfo.bootstrap_broadcast`."""
     communicator = _world_communicator(rank, world_size, max(1.0, deadline - time.monotonic()))
     comm = communicator.comm
     length = np.array([len(message or b"")], np.int64)

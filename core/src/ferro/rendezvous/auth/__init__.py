@@ -1,1 +1,1 @@
-"""Authentication: the secret of a job, and connections that both sides have proved."""
+"""Authentication: the secret of a job, and connections whose two ends have proved that they hold it."""

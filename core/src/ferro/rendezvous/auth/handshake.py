@@ -1,22 +1,21 @@
-r"""Mutual authentication by a shared secret, as two small machines without a socket.
+r"""Mutual authentication by a shared secret, as a state machine for each side, without a socket.
 
-Four messages of fixed size, before anything else is read on a connection:
+Four messages of fixed size are exchanged before anything else is read on a connection:
 
     1. client -> server   b"\xf3FERROC" version   client nonce       8 + 32 bytes
     2. server -> client   b"\xf3FERROS" version   server nonce       8 + 32 bytes
     3. client -> server   client proof                              32 bytes
     4. server -> client   server proof, or 32 zeros: refused        32 bytes
 
-    proof = HMAC-SHA256(SHA256(secret), preamble | client nonce | server nonce | purpose)
-    where the preamble, the first 8 bytes of message 1 or 2, is that of the prover
+    proof = HMAC-SHA256(SHA256(secret), prover's preamble (8 bytes) | client nonce | server nonce | purpose)
 
-The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh,
-so a recorded handshake is worth nothing later; the role keeps a proof from being reflected to its
-sender; the purpose keeps a connection to one service from being spliced into another. The client
-proves first, so a server shows no proof to whoever does not hold the secret.
+The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh, so a recorded
+handshake is worth nothing later; the role keeps a proof from being reflected to its sender; the purpose keeps a
+connection to one service from being spliced into another. The client proves first, so a server shows no proof to a
+client that does not hold the secret.
 
-This authenticates the ends of a connection. It does not encrypt what follows: on a network where
-others can change packets, run the job inside a VPN or an SSH tunnel.
+The handshake authenticates the ends of a connection. It does not encrypt what follows: on a network where others can
+change packets, run the job inside a VPN or an SSH tunnel.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Generator
-from typing import NamedTuple
 
 from ferro.errors import AuthenticationError
 
@@ -42,11 +40,7 @@ _REFUSED = bytes(PROOF_BYTES)
 
 
 class HandshakeError(Exception):
-    """This handshake failed; stays inside the room, which adds who and where.
-
-    Attributes:
-        reply: what the other end should still be sent before the connection is closed.
-    """
+    """This handshake failed; `reply` should still be sent before the connection is closed."""
 
     def __init__(self, reason: str, reply: bytes = b"") -> None:
         super().__init__(reason)
@@ -61,97 +55,75 @@ class WrongSecretError(HandshakeError):
     """The other end does not hold the secret, or says that we do not."""
 
 
-class Step(NamedTuple):
-    """What a side wants next: these bytes sent, then exactly so many received."""
-
-    send: bytes
-    receive: int
-
-
-Steps = Generator[Step, bytes, bytes]
-"""One side's conversation; it returns the last bytes to send."""
+# A side yields the bytes to send and the number of bytes that it wants next, is sent these bytes, and returns the last
+# bytes to send.
+Steps = Generator[tuple[bytes, int], bytes, bytes]
 
 
 class Handshake:
-    """One side of one handshake: give `feed` what arrives, send what it returns.
+    """One side of one handshake: send `opening`, give `feed` the bytes that arrive, and send what it returns.
 
-    Never read more than `wants` bytes from the connection: what follows belongs to others.
-
-    Attributes:
-        opening: the bytes to send before anything is received.
-        replies: how many messages `feed` has returned so far.
+    Never read more than `wants` bytes from the connection: what follows belongs to others. `wants` is 0 when both ends
+    are authenticated; `replies` counts the messages that `feed` has returned so far.
     """
 
     def __init__(self, steps: Steps) -> None:
-        first = next(steps)
-        self.opening = first.send
+        self.opening, self._size = next(steps)
         self.replies = 0
         self._steps = steps
-        self._receive = first.receive
-        self._received = bytearray()
+        self._received = b""
 
     @property
     def wants(self) -> int:
-        """How many bytes are still missing; 0 when both ends are authenticated."""
-        return self._receive - len(self._received)
+        return self._size - len(self._received)
 
     def feed(self, data: bytes) -> bytes:
-        """Take at most `wants` bytes; return what must be sent now, often nothing.
-
-        Raises:
-            StrangerError: the bytes are not this protocol's.
-            WrongSecretError: the secrets or purposes differ.
-        """
+        """Take at most `wants` bytes; return the bytes to send now, often none, or raise HandshakeError."""
         assert len(data) <= self.wants
         self._received += data
         if self.wants:
             return b""
-        message = bytes(self._received)
-        self._received.clear()
+        message, self._received = self._received, b""
         try:
-            send, self._receive = self._steps.send(message)
+            send, self._size = self._steps.send(message)
         except StopIteration as finished:
-            send, self._receive = finished.value, 0
+            send, self._size = finished.value, 0
         self.replies += bool(send)
         return send
 
 
 def require_secret(secret: bytes) -> None:
-    """Refuse an empty secret, which everybody holds.
-
-    Raises:
-        AuthenticationError: it is empty.
-    """
+    """Refuse an empty secret, which everybody holds, with AuthenticationError."""
     if not secret:
         raise AuthenticationError(
-            "the job's secret is empty, so nobody could be told from a stranger. Start the job "
-            "with `ferro run`, which makes one, or set FERRO_SECRET to the same value on all ranks."
+            "the job's secret is empty, so nobody could be told from a stranger. Start the job with `ferro run`, "
+            "which makes one, or set FERRO_SECRET to the same value on all ranks."
         )
 
 
 def client(secret: bytes, purpose: bytes) -> Handshake:
-    """The side that connects."""
+    """Begin the handshake of the side that connects."""
     return Handshake(_client(secret, purpose))
 
 
 def server(secret: bytes, purpose: bytes) -> Handshake:
-    """The side that accepted the connection."""
+    """Begin the handshake of the side that accepted the connection."""
     return Handshake(_server(secret, purpose))
 
 
 def _client(secret: bytes, purpose: bytes) -> Steps:
     ours = secrets.token_bytes(NONCE_BYTES)
-    preamble = yield Step(_CLIENT_PREAMBLE + ours, PREAMBLE_BYTES)
+    preamble = yield _CLIENT_PREAMBLE + ours, PREAMBLE_BYTES
     if not preamble.startswith(_SERVER_MAGIC):
         raise StrangerError(f"what answers there is not ferro: it began with {preamble!r}")
     if preamble != _SERVER_PREAMBLE:
         raise StrangerError(
-            f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: "
-            f"install one ferro version everywhere"
+            f"it speaks version {preamble[-1]} of ferro's handshake and we speak {VERSION}: install one ferro version "
+            "everywhere"
         )
-    theirs = yield Step(b"", NONCE_BYTES)
+    theirs = yield b"", NONCE_BYTES
     nonces = ours + theirs
-    verdict = yield Step(_proof(secret, _CLIENT_PREAMBLE, nonces, purpose), PROOF_BYTES)
+    verdict = yield _proof(secret, _CLIENT_PREAMBLE, nonces, purpose), PROOF_BYTES
     if hmac.compare_digest(verdict, _REFUSED):
         raise WrongSecretError("it refused our secret")
     if not hmac.compare_digest(verdict, _proof(secret, _SERVER_PREAMBLE, nonces, purpose)):
@@ -160,22 +132,22 @@ def _client(secret: bytes, purpose: bytes) -> Steps:
 
 
 def _server(secret: bytes, purpose: bytes) -> Steps:
-    preamble = yield Step(b"", PREAMBLE_BYTES)
+    preamble = yield b"", PREAMBLE_BYTES
     if not preamble.startswith(_CLIENT_MAGIC):
         raise StrangerError(f"not a ferro client: it began with {preamble!r}")
-    theirs = yield Step(b"", NONCE_BYTES)
+    theirs = yield b"", NONCE_BYTES
     if preamble != _CLIENT_PREAMBLE:
         raise StrangerError(f"a client of handshake version {preamble[-1]}", _SERVER_PREAMBLE)
     ours = secrets.token_bytes(NONCE_BYTES)
     nonces = theirs + ours
-    proof = yield Step(_SERVER_PREAMBLE + ours, PROOF_BYTES)
+    proof = yield _SERVER_PREAMBLE + ours, PROOF_BYTES
     if not hmac.compare_digest(proof, _proof(secret, _CLIENT_PREAMBLE, nonces, purpose)):
         raise WrongSecretError("a client with another secret or purpose", _REFUSED)
     return _proof(secret, _SERVER_PREAMBLE, nonces, purpose)
 
 
 def _proof(secret: bytes, role: bytes, nonces: bytes, purpose: bytes) -> bytes:
-    r"""Every part but the last has a fixed size, so no two transcripts share one encoding.
+    r"""Compute a proof; every part but the last has a fixed size, so no two transcripts have one encoding.
 
     The secret is hashed first: HMAC pads short keys with zeros, so b"x" and b"x\0" would be one.
     """

@@ -1,8 +1,7 @@
-"""The listening end: lets members in, and keeps strangers from holding anything up.
+"""The listening end: hands on connections that hold the secret, and lets strangers hold nothing up.
 
-A gate lives on a selector that its owner drives: `for key, events in selector.select(t):
-key.data(events)`. All visitors are authenticated at once, without blocking; each costs one
-socket and at most 32 bytes of what it sent.
+A listener lives on a selector that its owner drives: `for key, events in selector.select(t): key.data(events)`. Pending
+connections are authenticated side by side, without blocking; each costs a socket and at most 32 bytes of what it sent.
 """
 
 from __future__ import annotations
@@ -12,201 +11,167 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.auth.addresses import show_address, tune
+from ferro.rendezvous.sockets import set_options, show_address
 
 _BACKLOG = 1024
-_ACCEPTS_PER_EVENT = 16  # then members get their turn
-_REST_S = 0.1  # after the system could not give us another socket
+_ACCEPTS_PER_EVENT = 16  # then the selector's other sockets get their turn
+_ACCEPT_PAUSE_S = 0.1  # after the system could not give us another socket
 
 _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open a listening socket.
-
-    Args:
-        host: the address to listen on, IPv4, IPv6 or a name; "" for all addresses.
-        port: 0 lets the system choose; `getsockname()` tells.
+    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one.
 
     Raises:
         RendezvousError: the address is taken, is not ours, or cannot be resolved.
     """
-    where = show_address(host, port)
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
+        with ExitStack() as stack:
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(sockaddr)
             sock.listen(_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
+            stack.pop_all()
+            return sock
     except OSError as exc:
         raise RendezvousError(
-            f"cannot listen on {where}: {exc.strerror or exc}. Another job may still use that "
-            f"port: end it or choose another port (0 takes a free one); and check that the host "
-            f"is an address of this machine."
+            f"cannot listen on {show_address(host, port)}: {exc.strerror or exc}. Another job may still use that port: "
+            "end it or choose another port (0 takes a free one); and check that the host is an address of this "
+            "machine."
         ) from exc
-    return sock
 
 
 @dataclass(slots=True, eq=False)
-class _Visitor:
+class _PendingConnection:
     """A connection that has not yet proved anything."""
 
     sock: socket.socket
-    conversation: handshake.Handshake
+    state: handshake.Handshake
     deadline: float
 
 
+@dataclass(eq=False, repr=False)
 class Listener:
     """Accepts connections, authenticates them, and hands on those that hold the secret.
 
-    Not thread-safe: the thread that drives the selector makes every call.
+    Not thread-safe: the thread that drives the selector makes every call. An empty secret raises AuthenticationError,
+    and leaves the socket untouched.
     """
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        secret: bytes,
-        *,
-        purpose: bytes,
-        selector: selectors.BaseSelector,
-        admit: Callable[[socket.socket], None],
-        handshake_timeout_s: float = 5.0,
-        limit: int = 128,
-    ) -> None:
-        """Start accepting, as soon as the selector is driven.
+    sock: socket.socket  # from `listen`; this object owns it from here on
+    secret: bytes
+    _: KW_ONLY
+    purpose: bytes  # the service that listens, such as b"store"
+    selector: selectors.BaseSelector
+    admit: Callable[[socket.socket], None]  # is given each authenticated socket: blocking, and no longer registered
+    handshake_timeout_s: float = 5.0
+    limit: int = 128  # of pending connections; one more, and the oldest is dropped
+    refused: int = field(default=0, init=False)  # counts the connections that came with another secret
+    _pending: dict[_PendingConnection, None] = field(default_factory=dict, init=False)  # in order of their deadlines
+    _paused_until: float | None = field(default=None, init=False)
 
-        Args:
-            listener: from `listen`; the gate owns it from here on.
-            secret: the job's.
-            purpose: the service behind this gate, such as b"store".
-            selector: driven by the caller, whose `key.data` are called with the events.
-            admit: is given each authenticated socket: blocking, and no longer registered.
-            handshake_timeout_s: how long a visitor may take to prove itself.
-            limit: how many visitors there may be; one more, and the oldest is dropped.
-
-        Raises:
-            AuthenticationError: `secret` is empty; the listener is untouched.
-        """
-        handshake.require_secret(secret)
-        self._listener = listener
-        self._secret = secret
-        self._purpose = purpose
-        self._selector = selector
-        self._admit = admit
-        self._timeout_s = handshake_timeout_s
-        self._limit = limit
-        # In order of arrival, and so of deadlines.
-        self._visitors: dict[_Visitor, None] = {}
-        self._rests_until: float | None = None
-        self.refused = 0  # how many came with another secret
-        listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+    def __post_init__(self) -> None:
+        handshake.require_secret(self.secret)
+        self.sock.setblocking(False)
+        self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
 
     def expire(self) -> float | None:
-        """Drop visitors that took too long; call it once per turn of the loop.
+        """Drop connections that took too long; return the second by which to call again, None when nothing is due.
 
-        Returns:
-            The `time.monotonic()` second by which to call again, or None when nothing is due.
+        The caller does this once per turn of its loop.
         """
         now = time.monotonic()
-        if self._rests_until is not None and self._rests_until <= now:
-            self._rests_until = None
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        while self._visitors and self._oldest().deadline <= now:
+        if self._paused_until is not None and self._paused_until <= now:
+            self._paused_until = None
+            self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
+        while self._pending and self._oldest().deadline <= now:
             self._drop(self._oldest())
-        due = [self._oldest().deadline] if self._visitors else []
-        if self._rests_until is not None:
-            due.append(self._rests_until)
+        due = [self._oldest().deadline] if self._pending else []
+        if self._paused_until is not None:
+            due.append(self._paused_until)
         return min(due, default=None)
 
     def close(self) -> None:
-        """Close the listener and every connection not yet admitted; idempotent."""
-        if self._listener.fileno() < 0:
+        """Close the listener and every pending connection; idempotent."""
+        if self.sock.fileno() < 0:
             return
-        for visitor in tuple(self._visitors):
-            self._drop(visitor)
-        if self._rests_until is None:
-            self._selector.unregister(self._listener)
-        self._listener.close()
+        for pending in tuple(self._pending):
+            self._drop(pending)
+        if self._paused_until is None:
+            self.selector.unregister(self.sock)
+        self.sock.close()
 
     def _accept(self, _events: int) -> None:
         for _ in range(_ACCEPTS_PER_EVENT):
             try:
-                sock, _address = self._listener.accept()
+                sock, _address = self.sock.accept()
             except BlockingIOError:
                 return
             except OSError as exc:
-                self._rest(exc)
+                self._pause(exc)
                 return
-            self._greet(sock)
+            if len(self._pending) >= self.limit:
+                self._drop(self._oldest())
+            sock.setblocking(False)
+            state = handshake.server(self.secret, self.purpose)
+            pending = _PendingConnection(sock, state, time.monotonic() + self.handshake_timeout_s)
+            self._pending[pending] = None
+            self.selector.register(sock, selectors.EVENT_READ, partial(self._read, pending))
 
-    def _rest(self, exc: OSError) -> None:
-        """Without a free file descriptor the listener stays readable, and the loop would spin."""
-        _log.warning("the %r gate rests for %s s: %s", self._purpose, _REST_S, exc)
-        if self._visitors:
+    def _pause(self, exc: OSError) -> None:
+        """Stop accepting for a while: without a free file descriptor the loop would spin."""
+        _log.warning("the %r listener pauses for %s s: %s", self.purpose, _ACCEPT_PAUSE_S, exc)
+        if self._pending:
             self._drop(self._oldest())
-        self._selector.unregister(self._listener)
-        self._rests_until = time.monotonic() + _REST_S
+        self.selector.unregister(self.sock)
+        self._paused_until = time.monotonic() + _ACCEPT_PAUSE_S
 
-    def _greet(self, sock: socket.socket) -> None:
-        if len(self._visitors) >= self._limit:
-            self._drop(self._oldest())
-        sock.setblocking(False)
-        conversation = handshake.server(self._secret, self._purpose)
-        visitor = _Visitor(sock, conversation, time.monotonic() + self._timeout_s)
-        self._visitors[visitor] = None
-        self._selector.register(sock, selectors.EVENT_READ, partial(self._hear, visitor))
-
-    def _hear(self, visitor: _Visitor, _events: int) -> None:
-        if visitor not in self._visitors:
-            return  # dropped by an earlier event of the same turn
-        conversation, sock = visitor.conversation, visitor.sock
+    def _read(self, pending: _PendingConnection, _events: int) -> None:
+        if pending not in self._pending:
+            return  # an earlier event of the same turn dropped it
+        state, sock = pending.state, pending.sock
         try:
-            data = sock.recv(conversation.wants)
-            reply = conversation.feed(data)
-            # At most 40 bytes into an empty buffer: whoever has no room for them stays out.
-            delivered = bool(data) and sock.send(reply) == len(reply)
+            data = sock.recv(state.wants)
+            reply = state.feed(data)
+            # At most 40 bytes go into an empty buffer: a connection without room for them is dropped.
+            good = bool(data) and sock.send(reply) == len(reply)
+            if good and state.wants:
+                return
+            if good:
+                set_options(sock)
         except BlockingIOError:
             return
-        except OSError:
-            delivered = False
+        except OSError:  # it may have left right after its proof
+            good = False
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)
-            _log.info("the %r gate turned a connection away: %s", self._purpose, exc)
+            _log.info("the %r listener turned a connection away: %s", self.purpose, exc)
             with suppress(OSError):
                 sock.send(exc.reply)
-            delivered = False
-        if not delivered:
-            self._drop(visitor)
-        elif not conversation.wants:
-            self._let_in(visitor)
+            good = False
+        self._forget(pending)
+        if good:
+            sock.setblocking(True)
+            self.admit(sock)
+        else:
+            sock.close()
 
-    def _let_in(self, visitor: _Visitor) -> None:
-        del self._visitors[visitor]
-        self._selector.unregister(visitor.sock)
-        visitor.sock.setblocking(True)
-        try:
-            tune(visitor.sock)
-        except OSError:  # it left right after its proof
-            visitor.sock.close()
-            return
-        self._admit(visitor.sock)
+    def _forget(self, pending: _PendingConnection) -> None:
+        del self._pending[pending]
+        self.selector.unregister(pending.sock)
 
-    def _oldest(self) -> _Visitor:
-        return next(iter(self._visitors))
+    def _oldest(self) -> _PendingConnection:
+        return next(iter(self._pending))
 
-    def _drop(self, visitor: _Visitor) -> None:
-        del self._visitors[visitor]
-        self._selector.unregister(visitor.sock)
-        visitor.sock.close()
+    def _drop(self, pending: _PendingConnection) -> None:
+        self._forget(pending)
+        pending.sock.close()

@@ -1,4 +1,4 @@
-"""Files that only this user can have written: how they are opened, checked and read."""
+"""Files that only this user can have written: how they are created, checked and read."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from pathlib import Path
 
 
 class NotPrivateError(Exception):
-    """Somebody else owns this, or can reach it; stays inside the room."""
+    """Another user owns this file, or can reach it; the callers in this package add the remedy."""
 
 
 def make_directory(path: Path) -> None:
-    """Create `path` for this user alone, or check that it is so.
-
-    Raises:
-        NotPrivateError: it is a link, another user's, or open to others.
-        OSError: it cannot be created.
-    """
+    """Create a directory for this user alone; NotPrivateError says that one is there which others can reach."""
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -26,26 +21,17 @@ def make_directory(path: Path) -> None:
 
 
 def create(path: Path, content: bytes) -> None:
-    """Create `path` for this user alone, with this content.
-
-    Raises:
-        FileExistsError: there is one already, or a link.
-    """
+    """Create a file for this user alone; FileExistsError says that there is a file or a link already."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)
 
 
 def read(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file.
-
-    Raises:
-        NotPrivateError: it is a link, no plain file, another user's, open to others, or too long.
-        FileNotFoundError: there is none.
-    """
+    """Read a small file; NotPrivateError says that it is no plain file of this user alone, or too long."""
     if path.is_symlink():
         raise NotPrivateError(f"{path} is a symbolic link")
-    # O_NOFOLLOW: it may have become one since; O_NONBLOCK: a pipe must not make us wait.
+    # O_NOFOLLOW: it may have become a link since; O_NONBLOCK: a pipe must not make us wait.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())

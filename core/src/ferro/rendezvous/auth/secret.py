@@ -1,7 +1,7 @@
-"""Where a job's secret comes from when no launcher made one: a file of the user's, and the job.
+"""The job's secret where no launcher made one: it is derived from a file of the user's and the job's name.
 
-Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`.
-Each job derives its own from it, so that jobs cannot connect to one another by mistake.
+Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`. Each job derives its
+own from it, so that jobs cannot connect to one another by mistake.
 """
 
 from __future__ import annotations
@@ -19,65 +19,51 @@ SECRET_BYTES = 32
 
 
 def per_user_secret(home: Path | None = None) -> bytes:
-    """Read this user's secret, or make it; ranks that make it at once end with the same.
+    """Read this user's 32 bytes from `.ferro/secret` under `home`, which holds them as hexadecimal digits, or make it.
 
-    Args:
-        home: in place of the user's home directory.
-
-    Returns:
-        32 bytes. The file, `.ferro/secret` under `home`, holds them as 64 hexadecimal digits.
+    Ranks that make the file at the same time end with the same secret.
 
     Raises:
-        AuthenticationError: others can read the file, another user owns it, or it is damaged or
-            cannot be written.
+        AuthenticationError: others can read the file or own it, or it is damaged or cannot be written.
     """
-    path = (home or _home()) / ".ferro" / "secret"
     try:
+        path = (home or Path.home()) / ".ferro" / "secret"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
             _make(path)
-        return _parse(private_file.read(path, 4 * SECRET_BYTES))
+        secret = bytes.fromhex(private_file.read(path, 4 * SECRET_BYTES).decode("ascii"))
+        if len(secret) != SECRET_BYTES:
+            raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
+        return secret
     except (private_file.NotPrivateError, ValueError) as exc:
         raise AuthenticationError(
-            f"the secret cannot be trusted: {exc}. If you made it yourself run "
-            f"`chmod 600 {path}`; else remove it, and the next job makes a new one."
+            f"the secret cannot be trusted: {exc}. If you made it yourself run `chmod 600 {path}`; else remove it, and "
+            "the next job makes a new one."
+        ) from exc
+    except RuntimeError as exc:
+        raise AuthenticationError(
+            "this user has no home directory to keep a secret in. Start the job with `ferro run`, or set FERRO_SECRET "
+            "to the same random value on all ranks."
         ) from exc
     except OSError as exc:
         raise AuthenticationError(
-            f"the secret in {path} cannot be read or made: {exc}. Start the job with "
-            f"`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+            f"the secret in {path} cannot be read or made: {exc}. Start the job with `ferro run`, or set FERRO_SECRET "
+            "to the same random value on all ranks."
         ) from exc
 
 
 def derive(secret: bytes, job: str) -> bytes:
-    """The secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
+    """Derive the secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
     return hmac.new(secret, job.encode(), hashlib.sha256).digest()
 
 
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError as exc:
-        raise AuthenticationError(
-            "this user has no home directory to keep a secret in. Start the job with "
-            "`ferro run`, or set FERRO_SECRET to the same random value on all ranks."
-        ) from exc
-
-
 def _make(path: Path) -> None:
-    """Write it aside, then link it: it appears whole, and the first of several writers wins."""
+    """Write a draft, then link it: the file appears whole, and the first of several writers wins."""
     draft = path.with_name(f"secret.{secrets.token_hex(8)}")
     try:
         private_file.create(draft, secrets.token_hex(SECRET_BYTES).encode() + b"\n")
         os.link(draft, path)
     except FileExistsError:
-        pass  # another rank was first: its secret counts
+        pass  # another rank was first, and its secret counts
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _parse(content: bytes) -> bytes:
-    secret = bytes.fromhex(content.decode("ascii"))
-    if len(secret) != SECRET_BYTES:
-        raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
-    return secret

@@ -1,1 +1,1 @@
-"""How the ranks of a job find each other, and check that they belong together."""
+"""How the ranks of a job find the store that they share, and check that they belong together."""

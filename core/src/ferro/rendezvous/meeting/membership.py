@@ -1,7 +1,7 @@
-"""The roll call: every rank sees every rank's record before any connection exists.
+"""The membership check: every rank sees every rank's record before they connect to each other.
 
-Ranks that do not fit together (a rank twice, another world size, version, backend or set of
-plugins) are an error on every rank, which names who differs.
+Ranks that do not fit together (a rank twice, another world size, version, backend or set of plugins) are an error on
+every rank, which names the ranks that differ.
 """
 
 from __future__ import annotations
@@ -14,92 +14,6 @@ from typing import Any
 from ferro.errors import RendezvousError
 from ferro.rendezvous.store.interface import Store
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """What one rank says of itself.
-
-    Attributes:
-        rank, world_size: its place.
-        host, pid: where it runs, for messages.
-        address: its own address on the way to the store.
-        version: its version of ferro.
-        backend: the backend it is to use.
-        plugins: entry point -> distribution and version of its plugins.
-        settings: what else must be equal, in words.
-        problem: why it cannot take part; "" when it can.
-    """
-
-    rank: int
-    world_size: int
-    host: str
-    pid: int
-    address: str
-    version: str
-    backend: str
-    plugins: dict[str, str] = field(default_factory=dict)
-    settings: str = ""
-    problem: str = ""
-
-    def who(self) -> str:
-        """Return rank, host and process for messages."""
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-
-def call_roll(store: Store, mine: Record, *, deadline: float) -> list[Record]:
-    """Give this rank's record, wait for the others'; return all, by rank.
-
-    Args:
-        store: the job's store, prefixed for this roll call.
-        mine: this rank's record.
-        deadline: absolute `time.monotonic()` second.
-
-    Raises:
-        RendezvousError: ranks are missing, or do not fit together; says who.
-    """
-    started = time.monotonic()
-    place = store.add("joined", 1)
-    store.set(f"join/{place}", json.dumps(asdict(mine)).encode())
-    records: list[Record] = []
-    for number in range(1, mine.world_size + 1):
-        try:
-            raw = store.get(f"join/{number}", deadline=deadline)
-        except TimeoutError as error:
-            raise _absent(mine, records, time.monotonic() - started) from error
-        record = _read(raw)
-        _compare(records[0] if records else mine, record)
-        _refuse_twice(records, record)
-        records.append(record)
-    if place > mine.world_size:
-        raise RendezvousError(
-            f"{mine.who()} came as number {place} to a world of {mine.world_size}, which is "
-            f"complete: {', '.join(r.who() for r in records)}. Is another job using this store?"
-        )
-    return sorted(records, key=lambda record: record.rank)
-
-
-def _read(raw: bytes) -> Record:
-    """Read a record, also one by another version of ferro, which may have other fields."""
-    said = json.loads(raw)
-    blank: dict[str, Any] = {"rank": -1, "world_size": 0, "host": "?", "pid": 0, "address": ""}
-    blank |= {"version": "unknown", "backend": ""}
-    return Record(**blank | {f.name: said[f.name] for f in fields(Record) if f.name in said})
-
-
-def _compare(reference: Record, record: Record) -> None:
-    """Raise where two records do not fit together."""
-    if record.problem:
-        raise RendezvousError(f"{record.who()} cannot take part: {record.problem}")
-    for name, what in _MUST_AGREE.items():
-        theirs, ours = getattr(record, name), getattr(reference, name)
-        if theirs != ours:
-            raise RendezvousError(
-                f"ranks differ in {what}: {record.who()} has {_difference(theirs, ours)}, but "
-                f"{reference.who()} has {_difference(ours, theirs)}. Start all ranks alike: the "
-                "same command, the same packages, the same arguments to ferro.init()."
-            )
-
-
 _MUST_AGREE = {
     "version": "the version of ferro",
     "world_size": "world size",
@@ -109,28 +23,87 @@ _MUST_AGREE = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRecord:
+    """One rank's description of itself."""
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    address: str  # its own, on the way to the store
+    version: str  # of ferro
+    backend: str
+    plugins: dict[str, str] = field(default_factory=dict)  # entry point -> distribution and version
+    settings: str = ""  # a text of all else that must be equal
+    problem: str = ""  # why it cannot take part
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+def check_membership(store: Store, mine: RankRecord, *, deadline: float) -> list[RankRecord]:
+    """Publish this rank's record, wait for the others' until `deadline`, check them, and return all, by rank.
+
+    Raises:
+        RendezvousError: ranks are missing, or do not fit together; the message names them.
+    """
+    started = time.monotonic()
+    place = store.add("joined", 1)
+    store.set(f"join/{place}", json.dumps(asdict(mine)).encode())
+    records: list[RankRecord] = []
+    for number in range(1, mine.world_size + 1):
+        try:
+            raw = store.get(f"join/{number}", deadline=deadline)
+        except TimeoutError as error:
+            present = sorted(record.rank for record in records)
+            raise RendezvousError(
+                f"after {time.monotonic() - started:.1f} s rank {mine.rank} still misses ranks "
+                f"{sorted(set(range(mine.world_size)) - set(present))} of {mine.world_size} (present: {present}). "
+                "Check that they were started, that they reach ferro.init(), and read their logs; allow more time "
+                "with timeout_s."
+            ) from error
+        record = _read(raw)
+        _compare(records[0] if records else mine, record)
+        for other in records:
+            if other.rank == record.rank:
+                raise RendezvousError(
+                    f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and pid {record.pid} on "
+                    f"host {record.host}. Give every process its own rank."
+                )
+        records.append(record)
+    if place > mine.world_size:
+        raise RendezvousError(
+            f"{mine} came as number {place} to a world of {mine.world_size}, which is complete: "
+            f"{', '.join(map(str, records))}. Is another job using this store?"
+        )
+    return sorted(records, key=lambda record: record.rank)
+
+
+def _read(raw: bytes) -> RankRecord:
+    """Read a record, also one by another version of ferro, which may have other fields."""
+    said = json.loads(raw)
+    blank: dict[str, Any] = {"rank": -1, "world_size": 0, "host": "?", "pid": 0, "address": ""}
+    blank |= {"version": "unknown", "backend": ""}
+    return RankRecord(**blank | {f.name: said[f.name] for f in fields(RankRecord) if f.name in said})
+
+
+def _compare(reference: RankRecord, record: RankRecord) -> None:
+    if record.problem:
+        raise RendezvousError(f"{record} cannot take part: {record.problem}")
+    for name, what in _MUST_AGREE.items():
+        theirs, ours = getattr(record, name), getattr(reference, name)
+        if theirs != ours:
+            raise RendezvousError(
+                f"ranks differ in {what}: {record} has {_difference(theirs, ours)}, but {reference} has "
+                f"{_difference(ours, theirs)}. Start all ranks alike: the same command, the same packages, the same "
+                "arguments to ferro.init()."
+            )
+
+
 def _difference(value: object, other: object) -> str:
-    """Return a value for a message; of a table, only the entries that differ."""
+    """Show a value in a message; of a table, only the entries that differ."""
     if isinstance(value, dict) and isinstance(other, dict):
         own = {name: v for name, v in value.items() if other.get(name) != v}
         return ", ".join(f"{name} from {v}" for name, v in sorted(own.items())) or "none of these"
     return repr(value)
-
-
-def _refuse_twice(records: list[Record], record: Record) -> None:
-    for other in records:
-        if other.rank == record.rank:
-            raise RendezvousError(
-                f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and "
-                f"pid {record.pid} on host {record.host}. Give every process its own rank."
-            )
-
-
-def _absent(mine: Record, records: list[Record], seconds: float) -> RendezvousError:
-    here = sorted(record.rank for record in records)
-    missing = sorted(set(range(mine.world_size)) - set(here))
-    return RendezvousError(
-        f"after {seconds:.1f} s rank {mine.rank} still misses ranks {missing} of "
-        f"{mine.world_size} (present: {here}). Check that they were started, that they reach "
-        "ferro.init(), and read their logs; allow more time with timeout_s."
-    )

@@ -1,4 +1,4 @@
-"""The store as a rank uses it: a thread-safe client over a few connections."""
+"""The store as a rank uses it: a thread-safe client over a pool of connections."""
 
 from __future__ import annotations
 
@@ -6,185 +6,178 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from types import TracebackType
 from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
-from ferro.rendezvous.auth.addresses import remaining_s, show_address
 from ferro.rendezvous.auth.connect import connect
+from ferro.rendezvous.sockets import remaining_s, show_address
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.exchange import exchange
-from ferro.rendezvous.store.interface import Store, StoreTimeout
-from ferro.rendezvous.store.liveness import Will
-from ferro.rendezvous.store.pool import ConnectionPool
-from ferro.rendezvous.store.prefix import PrefixStore
-from ferro.rendezvous.store.table import check_amount, check_value, check_will, encode_key
+from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
+from ferro.rendezvous.store.liveness import LivenessConnection
 
-# How much later than a get's deadline the store's word that nobody set the key may come.
-_GRACE_S = 2.0
+MAX_CONNECTIONS = 64
+
+_GRACE_S = 2.0  # that the store has after the deadline of a `get` to answer that nobody set the key
+# The store answered before, so a further connection comes at once or, after a retry or two, not at all.
+_CONNECT_S = 5.0
 
 
-class StoreClient:
-    """The `Store` protocol over TCP.
-
-    A thread that waits in `get` has a connection to itself, so it holds nobody up; there are at
-    most 64.
+class StoreClient(Store):
+    """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself.
 
     Attributes:
-        local_host: this machine's address on the way to the store: what others can reach us by.
+        local_host: this machine's address on the way to the store, by which others can reach it.
         remote_host: the address at which the store was reached.
     """
 
     def __init__(
         self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
     ) -> None:
-        """Connect, waiting for the store to start if need be.
+        """Connect before `deadline`, as `auth.connect.connect` does, waiting for the store to start if need be.
 
-        Args:
-            address: host and port of the store.
-            secret: the job's.
-            deadline: absolute `time.monotonic()` second by which to be connected.
-            request_timeout_s: how long a request may take, beyond what `get` is told to wait.
-
-        Raises:
-            RendezvousError: the store could not be reached.
-            AuthenticationError: it does not hold the same secret.
+        A request may take `request_timeout_s`, beyond the time that `get` is told to wait.
         """
         self._where = f"the store at {show_address(*address)}"
         self._request_timeout_s = request_timeout_s
-
         self._connect = partial(connect, address, secret, purpose=wire.PURPOSE)
         first = self._connect(deadline=deadline)
         self.local_host: str = first.getsockname()[0]
         self.remote_host: str = first.getpeername()[0]
-        self._will: Will | None = None
-        self._pool = ConnectionPool(self._open)
-        self._pool.put(first)
-        self._will_lock = threading.Lock()
+        self._liveness: LivenessConnection | None = None
+        self._liveness_lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._idle = [first]
+        self._in_use: set[socket.socket] = set()
+        self._users = 0
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def set(self, key: str, value: bytes) -> None:
-        """See `Store.set`."""
-        encoded = encode_key(key)
-        check_value(key, value)
-        self._ask(wire.Request(wire.Op.SET, encoded, value=value))
+    def declare_lost(self) -> None:
+        """Have the value of `append_on_disconnect` appended now, for a process that fails and yet does not die."""
+        with self._liveness_lock:
+            liveness, self._liveness = self._liveness, None
+        if liveness is not None:
+            liveness.break_off()
 
-    def get(self, key: str, *, deadline: float) -> bytes:
-        """See `Store.get`."""
-        encoded = encode_key(key)
+    def close(self) -> None:
+        """Close all connections in good order, and wake threads that wait on one; idempotent."""
+        with self._changed:
+            self._closed = True
+            for sock in self._idle:
+                sock.close()
+            self._idle.clear()
+            for sock in self._in_use:
+                with suppress(OSError):  # the store may have gone first
+                    sock.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+        with self._liveness_lock:
+            if self._liveness is not None:
+                self._liveness.cancel()
+
+    def _ask(self, op: wire.StoreOp, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
+        request = checked_request(op, key, number, value)
+        deadline = time.monotonic() + self._request_timeout_s
+        try:
+            if op is wire.StoreOp.APPEND_ON_DISCONNECT:
+                return self._register(request, deadline)
+            return self._exchange(request, deadline)
+        except TimeoutError as exc:
+            raise RendezvousError(
+                f"{self._where} did not answer {op.name.lower()} within {self._request_timeout_s} s ({exc}). "
+                "The process that hosts it is stopped or overloaded, or the network between is down."
+            ) from exc
+
+    def _wait(self, key: str, deadline: float) -> bytes:
         started = time.monotonic()
         wait_us = int(remaining_s(deadline) * 1e6)
-        request = wire.Request(wire.Op.GET, encoded, wait_us)
+        request = checked_request(wire.StoreOp.GET, key, wait_us)
         try:
             reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
         except TimeoutError as exc:
             where = f"{self._where}, which did not answer either ({exc})"
             raise StoreTimeout(key, time.monotonic() - started, where) from exc
-        if reply.status is wire.Status.TIMEOUT:
+        if reply.status is wire.ReplyStatus.TIMEOUT:
             raise StoreTimeout(key, time.monotonic() - started, self._where)
         return reply.value
 
-    def add(self, key: str, amount: int) -> int:
-        """See `Store.add`."""
-        encoded = encode_key(key)
-        check_amount(key, amount)
-        return self._ask(wire.Request(wire.Op.ADD, encoded, amount)).number
-
-    def delete(self, key: str) -> bool:
-        """See `Store.delete`."""
-        return bool(self._ask(wire.Request(wire.Op.DELETE, encode_key(key))).number)
-
-    def will(self, key: str, value: bytes) -> None:
-        """See `Store.will`; it has a connection to itself, which ends with this process."""
-        encoded = encode_key(key)
-        check_will(key, value)
-        deadline = time.monotonic() + self._request_timeout_s
-        with self._will_lock:
-            if self._pool.closed:
-                raise RendezvousError("this store client was closed")
-            if self._will is not None:
-                raise UsageError(f"will({key!r}): this store has a will already, and takes one")
-            self._will = Will(self._connect(deadline=deadline), encoded)
-            try:
-                with self._telling():
-                    reply = self._will.register(value, deadline)
-            except TimeoutError as exc:
-                raise self._slow("will", exc) from exc
-        self._check(reply)
-
-    def carry_out_will(self) -> None:
-        """Have the will carried out now, if there is one; the store may be used, and left, as ever.
-
-        For a process that fails and yet does not die at once.
-        """
-        with self._will_lock:
-            will, self._will = self._will, None
-        if will is not None:
-            will.carry_out()
-
-    def prefix(self, name: str) -> Store:
-        """See `Store.prefix`; the view shares this client's connections."""
-        return PrefixStore(self, name)
-
-    def close(self) -> None:
-        """Say farewell, close all connections, wake threads that wait on one; idempotent."""
-        self._pool.close()
-        with self._will_lock:
-            if self._will is not None:
-                self._will.withdraw()
-
-    def _open(self, deadline: float) -> socket.socket:
-        """Make a further connection, unless it is known that nobody is there any more."""
-        if self._will is not None and self._will.broken():
-            raise ConnectionResetError("it closed the connection")
-        return self._connect(deadline=deadline)
-
-    def _ask(self, request: wire.Request) -> wire.Reply:
-        """A request that the store answers at once."""
-        try:
-            return self._exchange(request, time.monotonic() + self._request_timeout_s)
-        except TimeoutError as exc:
-            raise self._slow(request.op.name.lower(), exc) from exc
-
-    def _slow(self, what: str, cause: TimeoutError) -> RendezvousError:
-        return RendezvousError(
-            f"{self._where} did not answer {what} within {self._request_timeout_s} s ({cause}). "
-            f"The process that hosts it is stopped or overloaded, or the network between is down."
-        )
+    def _register(self, request: wire.Request, deadline: float) -> wire.Reply:
+        """Make the request on a connection of its own, which ends with this process."""
+        with self._liveness_lock:
+            self._check_open()
+            if self._liveness is not None:
+                key = request.key.decode()
+                raise UsageError(f"append_on_disconnect({key!r}): this store has a value already, and takes one")
+            self._liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
+            with self._translating():
+                return self._check(self._liveness.register(request, deadline))
 
     def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
-        with self._telling(), self._pool.lend(deadline) as sock:
-            reply = exchange(sock, request, deadline)
-        self._check(reply)
-        return reply
+        with self._translating(), self._connection(deadline) as sock:
+            reply = wire.exchange(sock, request, deadline)
+        return self._check(reply)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tell a connection's failures as the store's."""
+    def _connection(self, deadline: float) -> Iterator[socket.socket]:
+        """Lend a connection to one request; an exception within closes it, for half a message may be under way."""
+        with self._changed:
+            free = self._changed.wait_for(lambda: self._closed or self._users < MAX_CONNECTIONS, remaining_s(deadline))
+            self._check_open()
+            if not free:
+                raise TimeoutError(f"all {MAX_CONNECTIONS} connections are in use")
+            self._users += 1
+            sock = self._idle.pop() if self._idle else None
+            if sock is not None:
+                self._in_use.add(sock)
+        usable = False
+        try:
+            if sock is None:
+                if self._liveness is not None and self._liveness.broken():  # the store is known to be gone
+                    raise ConnectionResetError("it closed the connection")
+                sock = self._connect(deadline=min(deadline, time.monotonic() + _CONNECT_S))
+                with self._changed:
+                    self._check_open()
+                    self._in_use.add(sock)
+            yield sock
+            usable = True
+        finally:
+            with self._changed:
+                self._users -= 1
+                if sock is not None:
+                    self._in_use.discard(sock)
+                    if usable and not self._closed:
+                        self._idle.append(sock)
+                    else:
+                        sock.close()
+                self._changed.notify()
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Translate a connection's errors to the store's."""
         try:
             yield
         except TimeoutError:
             raise
         except (OSError, wire.WireError) as exc:
-            if self._pool.closed:
-                raise RendezvousError("this store client was closed") from exc
+            self._check_open()
             raise RendezvousError(
-                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or "
-                f"`ferro run`, has ended: read its log first."
+                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or `ferro run`, has ended: "
+                "read its log first."
             ) from exc
 
-    def _check(self, reply: wire.Reply) -> None:
-        """Raise what the store says in place of an answer."""
-        if reply.status is wire.Status.MISUSED:
+    def _check(self, reply: wire.Reply) -> wire.Reply:
+        if reply.status is wire.ReplyStatus.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
-        if reply.status is wire.Status.REFUSED:
+        if reply.status is wire.ReplyStatus.REFUSED:
             raise RendezvousError(f"{self._where}: {reply.value.decode(errors='replace')}")
+        return reply
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RendezvousError("this store client was closed")

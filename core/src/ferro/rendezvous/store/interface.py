@@ -1,55 +1,47 @@
-"""What a store is: the few words that ranks share before they are connected."""
+"""The interface of a store, a view of a store under a prefix, and the checks of arguments that stores share."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
-from ferro.errors import FerroError
+from ferro.errors import FerroError, UsageError
+from ferro.rendezvous.store.wire import INT64, MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES, Reply, Request, StoreOp
 
 
 class StoreTimeout(FerroError, TimeoutError):
-    """`get` waited for a key that nobody set in time.
-
-    Attributes:
-        key: the key waited for, with its prefix.
-        seconds: how long `get` waited.
-    """
+    """`get` waited `seconds` for `key` (with its prefix), and nobody set it."""
 
     def __init__(self, key: str, seconds: float, where: str) -> None:
         super().__init__(
-            f"get({key!r}) waited {seconds:.1f} s and nobody set that key in {where}. The rank "
-            f"that should set it has not come so far: read its log first, or allow more time.",
+            f"get({key!r}) waited {seconds:.1f} s and nobody set that key in {where}. The rank that should set it has "
+            "not come so far: read its log first, or allow more time.",
             op="get",
         )
         self.key = key
         self.seconds = seconds
 
 
-class Store(Protocol):
+class Store(ABC):
     """A small key-value store that all ranks of a job see. Every method is thread-safe.
 
-    Keys hold 1 to 1024 bytes of UTF-8, values up to 16 MiB; a store holds up to 100,000 keys and
-    256 MiB in all. Keys of one application are kept apart from others' by `prefix`.
+    Keys hold 1 to 1024 bytes of UTF-8, values up to 16 MiB; a store holds up to 100,000 keys and 256 MiB in all. Keys
+    of one application are kept apart from others' by `prefix`.
 
-    Every method raises UsageError, before anything is sent, when an argument is out of these
-    bounds, and RendezvousError when the store is closed, gone or full.
+    Every method raises UsageError, before anything is sent, when an argument is out of these bounds, and
+    RendezvousError when the store is closed, gone or full.
     """
 
     def set(self, key: str, value: bytes) -> None:
-        """Give `key` this value, and wake whoever waits for it."""
-        ...
+        """Give `key` this value, and wake every `get` that waits for it."""
+        self._ask(StoreOp.SET, key, value=value)
 
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
 
-        Args:
-            key: what to look for.
-            deadline: absolute `time.monotonic()` second; one that has passed asks once.
-
         Raises:
-            StoreTimeout: nobody set it in time.
+            StoreTimeout: nobody set it before `deadline` (`time.monotonic()`); one that has passed asks once.
         """
-        ...
+        return self._wait(key, deadline)
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number that `key` holds, atomically; return the sum.
@@ -59,32 +51,84 @@ class Store(Protocol):
         Raises:
             UsageError: `key` holds something else, or the sum does not fit 64 bits.
         """
-        ...
+        return self._ask(StoreOp.ADD, key, amount).number
 
     def delete(self, key: str) -> bool:
-        """Remove `key`; return whether it was there."""
-        ...
+        """Remove `key`; return True if it was there."""
+        return bool(self._ask(StoreOp.DELETE, key).number)
 
-    def will(self, key: str, value: bytes) -> None:
-        """Have `value` appended to what `key` holds, should this process end without `close`.
+    def append_on_disconnect(self, key: str, value: bytes) -> None:
+        """Have up to 1 KiB appended to the value of `key`, should this process end without `close`.
 
-        Not even SIGKILL prevents it, and whoever waits for `key` is woken. Only a host that
-        vanishes from the network is noticed no sooner than TCP itself notices. `close` is the
-        farewell: nothing is appended then. There is one will for a store and all its views.
-
-        Args:
-            key: what to append to; missing, it counts as empty.
-            value: up to 1 KiB.
+        Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host that vanishes from the
+        network is noticed no sooner than TCP itself notices. A missing key counts as empty. A store and all its views
+        have one such value.
 
         Raises:
-            UsageError: this store has a will already.
+            UsageError: this store has such a value already.
         """
-        ...
+        self._ask(StoreOp.APPEND_ON_DISCONNECT, key, value=value)
 
     def prefix(self, name: str) -> Store:
-        """A view of this store whose keys all begin with `name/`; views nest."""
-        ...
+        """Return a view of this store whose keys all begin with `name/`; views nest."""
+        return PrefixStore(self, name)
 
+    @abstractmethod
     def close(self) -> None:
         """Release the connections; idempotent. Closing a view leaves its store open."""
-        ...
+
+    @abstractmethod
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        """Check and make a request that is answered at once, so any but a GET."""
+
+    @abstractmethod
+    def _wait(self, key: str, deadline: float) -> bytes:
+        """Check and make a GET."""
+
+
+class PrefixStore(Store):
+    """The keys of `store` that begin with `name/`; as thread-safe as `store` is."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+
+    def close(self) -> None:
+        """Do nothing: the store is closed by its owner."""
+
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        return self._store._ask(op, f"{self._name}/{key}", number, value)
+
+    def _wait(self, key: str, deadline: float) -> bytes:
+        return self._store._wait(f"{self._name}/{key}", deadline)
+
+
+def checked_request(op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Request:
+    """Make a request of arguments within a store's bounds; UsageError says that they are not."""
+    try:
+        encoded = key.encode()
+    except (AttributeError, UnicodeEncodeError) as exc:
+        raise UsageError(f"a store's key must be text that UTF-8 can hold, not {key!r}") from exc
+    if not 0 < len(encoded) <= MAX_KEY_BYTES:
+        raise UsageError(
+            f"a store's key takes 1 to {MAX_KEY_BYTES} bytes, this one {len(encoded)}: {key[:40]!r}. Shorten it; large "
+            "or many things belong in the value."
+        )
+    kind = type(value).__name__
+    if op is StoreOp.APPEND_ON_DISCONNECT:
+        if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
+            given = len(value) if isinstance(value, bytes) else kind
+            raise UsageError(
+                f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: a word that tells "
+                "who is gone is enough"
+            )
+    elif not isinstance(value, bytes):
+        raise UsageError(f"set({key!r}) takes bytes, not {kind}: encode it first")
+    elif len(value) > MAX_VALUE_BYTES:
+        raise UsageError(
+            f"set({key!r}) was given {len(value)} bytes; a store's value takes at most {MAX_VALUE_BYTES}. Send large "
+            "data with a collective, not through the store."
+        )
+    if not isinstance(number, int) or number not in INT64:
+        raise UsageError(f"add({key!r}) takes a 64-bit integer, not {number!r}")
+    return Request(op, encoded, number, value)

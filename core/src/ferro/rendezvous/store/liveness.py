@@ -1,76 +1,98 @@
-"""A client's last will: a connection whose end tells the store that this process has ended."""
+"""Liveness: a connection whose end tells the store that its process has ended, and the ranks so lost."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 import weakref
 from contextlib import suppress
 
+from ferro.errors import FerroError
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.exchange import exchange
+from ferro.rendezvous.store.interface import Store
 
-_FAREWELL_S = 1.0  # for a few bytes that the system takes at once, unless all is lost anyway
+_CANCEL_S = 1.0  # for a few bytes that the system takes at once, unless all is lost anyway
+_LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
-class Will:
-    """A connection kept for its end alone; the store acts when it breaks without a farewell.
-
-    Args:
-        sock: authenticated; the will owns it from here on.
-        key: what the store is to append to.
-    """
+class LivenessConnection:
+    """A connection kept for its end alone: the store appends a value to `key` when it breaks without `cancel`."""
 
     def __init__(self, sock: socket.socket, key: bytes) -> None:
-        self._sock = sock
+        self.sock = sock
         self._key = key
-        _wills.add(self)
+        _connections.add(self)
 
-    def register(self, value: bytes, deadline: float) -> wire.Reply:
-        """Ask the store to keep it; return the store's reply. See `exchange`."""
-        request = wire.Request(wire.Op.WILL, self._key, value=value)
-        reply = exchange(self._sock, request, deadline)
-        self._sock.setblocking(False)
+    def register(self, request: wire.Request, deadline: float) -> wire.Reply:
+        reply = wire.exchange(self.sock, request, deadline)
+        self.sock.setblocking(False)
         return reply
 
     def broken(self) -> bool:
-        """Say whether the store's end of the connection is closed: it closes all when it ends."""
+        """Tell whether the store closed its end of the connection, as it does with all when it ends."""
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK)
+            return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
             return True
 
-    def withdraw(self) -> None:
-        """Say farewell and close the connection. Idempotent; never raises.
-
-        The reply is not waited for: the store reads these bytes before it sees the end.
-        """
+    def cancel(self) -> None:
+        """Close the connection with nothing appended. Idempotent; never raises."""
         with suppress(OSError):  # the store went first, or this was closed before
-            self._sock.settimeout(_FAREWELL_S)
-            self._sock.sendall(wire.encode_request(wire.Request(wire.Op.WITHDRAW, self._key)))
-        self._sock.close()
+            self.sock.settimeout(_CANCEL_S)
+            # The reply is not waited for: the store reads these bytes before it sees the end.
+            self.sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.CANCEL_APPEND, self._key)))
+        self.sock.close()
 
-    def carry_out(self) -> None:
-        """Close the connection without a farewell, as this process's death would. Idempotent."""
+    def break_off(self) -> None:
+        """Close the connection as this process's death would. Idempotent."""
         with suppress(OSError):  # the store went first, or this was closed before
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-
-    def disown(self) -> None:
-        """Close this process's copy of the connection, which is another one's."""
-        self._sock.close()
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
 
-_wills: weakref.WeakSet[Will] = weakref.WeakSet()
+_connections: weakref.WeakSet[LivenessConnection] = weakref.WeakSet()
 
 
-def _disown_all() -> None:
-    for will in _wills:
-        will.disown()
+def _close_copies() -> None:
+    for connection in _connections:
+        connection.sock.close()
 
 
 if hasattr(os, "register_at_fork"):
     # A child that outlives its parent must not keep the parent's connection alive.
-    os.register_at_fork(after_in_child=_disown_all)
+    os.register_at_fork(after_in_child=_close_copies)
+
+
+class FailureDetector:
+    """Called, returns the ranks of a world that are lost; made, has the others learn of this rank's end.
+
+    A rank is lost when its process ends without closing its store, as one that is killed does, or when it fails: see
+    `ProcessGroup.abandon`. The store then appends it to one key, so that asking is one request.
+
+    `host` is the rank whose process hosts the store, and with which it ends; None where no rank does. Making one raises
+    RendezvousError when the store is gone.
+    """
+
+    def __init__(self, store: Store, rank: int, host: int | None) -> None:
+        self._store = store
+        self._rank = rank
+        self._host = host
+        self._store_gone = False
+        self._lost: frozenset[int] = frozenset()
+        store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
+
+    def __call__(self) -> frozenset[int]:
+        """Ask for the lost ranks but this one; never raises. A store that is gone is not asked again."""
+        if not self._store_gone:
+            try:
+                ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())
+                self._lost = frozenset(map(int, ranks.split()))
+            except TimeoutError:  # no rank is lost, or the store is slow: ask another time
+                pass
+            except FerroError:
+                self._store_gone = True
+                self._lost |= set() if self._host is None else {self._host}
+        return self._lost - {self._rank}

@@ -1,37 +1,115 @@
-"""A store inside one process, for simulated ranks and for a world of one."""
+"""The content of a store within its bounds, and a store inside one process for simulated ranks and a world of one."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
-from ferro.errors import RendezvousError
-from ferro.rendezvous.auth.addresses import remaining_s
-from ferro.rendezvous.store.interface import Store, StoreTimeout
-from ferro.rendezvous.store.prefix import PrefixStore
-from ferro.rendezvous.store.table import Table, check_amount, check_value, check_will, encode_key
+from ferro.errors import RendezvousError, UsageError
+from ferro.rendezvous.sockets import remaining_s
+from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
+from ferro.rendezvous.store.wire import INT64, MAX_VALUE_BYTES, Reply, ReplyStatus, Request, StoreOp
+
+MAX_TOTAL_BYTES = 256 << 20
+MAX_KEYS = 100_000
+
+_NUMBER = re.compile(rb"-?[0-9]{1,19}")
 
 
-class MemoryStore:
-    """The `Store` protocol over a dict; threads are its ranks."""
+class BoundedTable:
+    """Keys and values within the bounds above; a method that raises changes nothing. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._table = Table()
+        self._values: dict[bytes, bytes] = {}
+        self._total_bytes = 0
+
+    def perform(self, request: Request) -> Reply:
+        """Carry out a SET, GET, ADD or DELETE; do nothing for other requests."""
+        op, key, number, value = request
+        match op:
+            case StoreOp.SET:
+                self.set(key, value)
+            case StoreOp.GET:
+                return Reply(ReplyStatus.OK, value=self.get(key) or b"")
+            case StoreOp.ADD:
+                return Reply(ReplyStatus.OK, self.add(key, number))
+            case StoreOp.DELETE:
+                return Reply(ReplyStatus.OK, int(self.delete(key)))
+        return Reply(ReplyStatus.OK)
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._values.get(key)
+
+    def set(self, key: bytes, value: bytes) -> None:
+        old = self._values.get(key)
+        growth = len(value) - len(old) if old is not None else len(key) + len(value)
+        if self._total_bytes + growth > MAX_TOTAL_BYTES:
+            raise _full(key, f"{self._total_bytes} of {MAX_TOTAL_BYTES} bytes")
+        if old is None and len(self._values) >= MAX_KEYS:
+            raise _full(key, f"{len(self._values)} of {MAX_KEYS} keys")
+        self._values[key] = value
+        self._total_bytes += growth
+
+    def add(self, key: bytes, amount: int) -> int:
+        value = self._values.get(key, b"0")
+        if not _NUMBER.fullmatch(value):
+            raise UsageError(f"add({_text(key)!r}) failed: the key holds something else than a number")
+        total = int(value) + amount
+        if total not in INT64:
+            raise UsageError(f"add({_text(key)!r}) failed: the sum {total} does not fit 64 bits")
+        self.set(key, str(total).encode())
+        return total
+
+    def append(self, key: bytes, more: bytes) -> None:
+        value = self._values.get(key, b"") + more
+        if len(value) > MAX_VALUE_BYTES:
+            raise RendezvousError(f"{_text(key)!r} holds as much as a value may: nothing was added")
+        self.set(key, value)
+
+    def delete(self, key: bytes) -> bool:
+        value = self._values.pop(key, None)
+        if value is None:
+            return False
+        self._total_bytes -= len(key) + len(value)
+        return True
+
+
+def _full(key: bytes, used: str) -> RendezvousError:
+    return RendezvousError(
+        f"the store is full ({used} in use): {_text(key)!r} was not set. Delete keys that are no longer needed, and "
+        "send large data with a collective."
+    )
+
+
+def _text(key: bytes) -> str:
+    return key.decode(errors="replace")
+
+
+class MemoryStore(Store):
+    """The `Store` interface over a table of this process; threads are its ranks."""
+
+    def __init__(self) -> None:
+        self._table = BoundedTable()
         self._changed = threading.Condition()
         self._closed = False
 
-    def set(self, key: str, value: bytes) -> None:
-        """See `Store.set`."""
-        encoded = encode_key(key)
-        check_value(key, value)
+    def close(self) -> None:
+        """Wake every thread that waits in `get`, with RendezvousError; idempotent."""
         with self._changed:
-            self._check_open()
-            self._table.set(encoded, value)
+            self._closed = True
             self._changed.notify_all()
 
-    def get(self, key: str, *, deadline: float) -> bytes:
-        """See `Store.get`."""
-        encoded = encode_key(key)
+    def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
+        request = checked_request(op, key, number, value)
+        with self._changed:
+            self._check_open()
+            reply = self._table.perform(request)
+            self._changed.notify_all()
+            return reply
+
+    def _wait(self, key: str, deadline: float) -> bytes:
+        encoded = checked_request(StoreOp.GET, key).key
         started = time.monotonic()
         with self._changed:
             while True:
@@ -39,44 +117,10 @@ class MemoryStore:
                 value = self._table.get(encoded)
                 if value is not None:
                     return value
-                left = remaining_s(deadline)
-                if not left:
+                left_s = remaining_s(deadline)
+                if not left_s:
                     raise StoreTimeout(key, time.monotonic() - started, "this process's store")
-                self._changed.wait(left)
-
-    def add(self, key: str, amount: int) -> int:
-        """See `Store.add`."""
-        encoded = encode_key(key)
-        check_amount(key, amount)
-        with self._changed:
-            self._check_open()
-            total = self._table.add(encoded, amount)
-            self._changed.notify_all()
-            return total
-
-    def delete(self, key: str) -> bool:
-        """See `Store.delete`."""
-        encoded = encode_key(key)
-        with self._changed:
-            self._check_open()
-            return self._table.delete(encoded)
-
-    def will(self, key: str, value: bytes) -> None:
-        """See `Store.will`; there is nothing to do, for this store ends with the process."""
-        encode_key(key)
-        check_will(key, value)
-        with self._changed:
-            self._check_open()
-
-    def prefix(self, name: str) -> Store:
-        """See `Store.prefix`."""
-        return PrefixStore(self, name)
-
-    def close(self) -> None:
-        """Wake everybody who waits, with RendezvousError; idempotent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+                self._changed.wait(left_s)
 
     def _check_open(self) -> None:
         if self._closed:

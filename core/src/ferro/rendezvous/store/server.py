@@ -8,19 +8,17 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.auth.addresses import remaining_s, show_address
 from ferro.rendezvous.auth.listener import Listener, listen
+from ferro.rendezvous.sockets import remaining_s, show_address
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.connection import Member
-from ferro.rendezvous.store.table import Table
-from ferro.rendezvous.store.waiters import Parking
+from ferro.rendezvous.store.memory import BoundedTable
 
 _JOIN_S = 5.0
+_READ_BYTES = 256 << 10
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +31,7 @@ class StoreServer:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes) -> None:
-        """Listen and start serving.
-
-        Args:
-            host: address to listen on; "" for all.
-            port: 0 lets the system choose.
-            secret: the job's; clients must hold it.
+        """Listen at an address, "" meaning all of them, and at a port, 0 meaning a free one; start serving.
 
         Raises:
             RendezvousError: the address cannot be listened on.
@@ -46,15 +39,17 @@ class StoreServer:
         """
         handshake.require_secret(secret)
         listener = listen(host, port)
-        name = listener.getsockname()
-        self.address: tuple[str, int] = (name[0], name[1])
+        self.address: tuple[str, int] = listener.getsockname()[:2]
         self._selector = selectors.DefaultSelector()
-        self._gate = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
-        self._members: set[Member] = set()
-        self._parking = Parking()
-        self._table = Table()
-        self._alarm, self._alarm_heard = socket.socketpair()
-        self._selector.register(self._alarm_heard, selectors.EVENT_READ, self._on_alarm)
+        self._listener = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
+        self._connections: set[_Connection] = set()
+        self._waiting: dict[bytes, set[_Connection]] = {}  # for each key, the connections whose `get` waits for it
+        # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that would take a
+        # search each time, where one needless wake-up does.
+        self._next_deadline: float | None = None
+        self._table = BoundedTable()
+        self._wakeup, self._wakeup_read = socket.socketpair()
+        self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
         self._close_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
@@ -63,35 +58,27 @@ class StoreServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def refused(self) -> int:
-        """How many connections came with another secret and were turned away."""
-        return self._gate.refused
+        """The number of connections that came with another secret and were turned away."""
+        return self._listener.refused
 
     def close(self) -> None:
-        """Disconnect everybody and end the thread; idempotent.
-
-        Raises:
-            RendezvousError: the thread did not end within 5 s.
-        """
+        """Close all connections and end the thread, within 5 s; idempotent."""
         with self._close_lock:
+            self._closing = True
             with suppress(OSError):  # closed before, or the thread has ended on its own
-                self._alarm.send(b"\0")
+                self._wakeup.send(b"\0")
             self._thread.join(_JOIN_S)
             if self._thread.is_alive():
                 raise RendezvousError(
-                    f"the thread of the store at {show_address(*self.address)} did not end "
-                    f"within {_JOIN_S} s of close(); it ends with the process"
+                    f"the thread of the store at {show_address(*self.address)} did not end within {_JOIN_S} s of "
+                    "close(); it ends with the process"
                 )
-            self._alarm.close()
-
-    def _on_alarm(self, _events: int) -> None:
-        self._closing = True
+            self._wakeup.close()
 
     def _serve(self) -> None:
         try:
@@ -99,83 +86,169 @@ class StoreServer:
                 for key, events in self._selector.select(self._expire()):
                     key.data(events)
         finally:
-            self._gate.close()
-            for member in tuple(self._members):
-                member.close()
+            self._listener.close()
+            for connection in tuple(self._connections):
+                connection.close()
             self._selector.close()
-            self._alarm_heard.close()
+            self._wakeup_read.close()
 
     def _expire(self) -> float | None:
-        """Do what is due; return the seconds until something is again, None for never."""
-        for member in self._parking.expire(time.monotonic()):
-            member.reply(wire.Reply(wire.Status.TIMEOUT))
-        due = [at for at in (self._gate.expire(), self._parking.due) if at is not None]
+        """Answer each `get` whose deadline has passed; return the seconds until the next one, None for never."""
+        now = time.monotonic()
+        if self._next_deadline is not None and self._next_deadline <= now:
+            waiting = [connection for connections in self._waiting.values() for connection in connections]
+            for connection in waiting:
+                if connection.waits_for is not None and connection.deadline <= now:
+                    self._stop_waiting(connection)
+                    connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
+            self._next_deadline = min((c.deadline for c in waiting if c.waits_for is not None), default=None)
+        due = [at for at in (self._listener.expire(), self._next_deadline) if at is not None]
         return remaining_s(min(due)) if due else None
 
+    def _stop_waiting(self, connection: _Connection) -> None:
+        key, connection.waits_for = connection.waits_for, None
+        if key is not None:
+            self._waiting[key].discard(connection)
+            if not self._waiting[key]:
+                del self._waiting[key]
+
     def _admit(self, sock: socket.socket) -> None:
-        self._members.add(Member(sock, self._selector, answer=self._answer, forget=self._forget))
+        self._connections.add(_Connection(sock, self._selector, self))
 
-    def _forget(self, member: Member) -> None:
-        self._members.discard(member)
-        self._parking.forget(member)
-        if member.will is not None and not self._closing:
-            self._carry_out(*member.will)
+    def forget(self, connection: _Connection) -> None:
+        """Forget a connection that is about to be closed, and append what it registered for that case."""
+        self._connections.discard(connection)
+        self._stop_waiting(connection)
+        if connection.on_disconnect is not None and not self._closing:
+            key, value = connection.on_disconnect
+            try:
+                self._table.append(key, value)
+            except RendezvousError as exc:
+                _log.warning("the value of a disconnected client was not appended: %s", exc)
+            self._wake(key)
 
-    def _carry_out(self, key: bytes, value: bytes) -> None:
-        """Do what a member wanted done when it leaves without a farewell."""
-        try:
-            self._table.append(key, value)
-        except RendezvousError as exc:
-            _log.warning("a client's last will was not carried out: %s", exc)
-        self._wake(key)
-
-    def _answer(self, member: Member, request: wire.Request) -> None:
-        if request.op is wire.Op.GET and self._table.get(request.key) is None:
-            wait_s = max(request.number, 0) / 1e6
-            self._parking.park(member, request.key, time.monotonic() + wait_s)
+    def answer(self, connection: _Connection, request: wire.Request) -> None:
+        """Reply to a request, at once or, to a `get` of a missing key, when the key is set."""
+        op, key, number, value = request
+        if op is wire.StoreOp.GET and self._table.get(key) is None:
+            deadline = time.monotonic() + max(number, 0) / 1e6
+            connection.waits_for, connection.deadline = key, deadline
+            self._waiting.setdefault(key, set()).add(connection)
+            self._next_deadline = deadline if self._next_deadline is None else min(self._next_deadline, deadline)
             return
-        if request.op in (wire.Op.WILL, wire.Op.WITHDRAW):
-            member.reply(_keep_will(member, request))
-            return
-        member.reply(self._perform(request))
-        if request.op in (wire.Op.SET, wire.Op.ADD):
-            self._wake(request.key)
-
-    def _perform(self, request: wire.Request) -> wire.Reply:
-        table, key = self._table, request.key
-        number, value = 0, b""
         try:
-            match request.op:
-                case wire.Op.SET:
-                    table.set(key, request.value)
-                case wire.Op.GET:
-                    value = table.get(key) or b""
-                case wire.Op.ADD:
-                    number = table.add(key, request.number)
-                case wire.Op.DELETE:
-                    number = int(table.delete(key))
+            if op is wire.StoreOp.APPEND_ON_DISCONNECT:
+                if connection.on_disconnect is not None:
+                    raise UsageError("this connection has a value to append already")
+                connection.on_disconnect = (key, value)
+                reply = wire.Reply(wire.ReplyStatus.OK)
+            elif op is wire.StoreOp.CANCEL_APPEND:
+                found = connection.on_disconnect is not None and connection.on_disconnect[0] == key
+                if found:
+                    connection.on_disconnect = None
+                reply = wire.Reply(wire.ReplyStatus.OK, int(found))
+            else:
+                reply = self._table.perform(request)
         except UsageError as exc:
-            return wire.Reply(wire.Status.MISUSED, value=str(exc).encode())
+            reply = wire.Reply(wire.ReplyStatus.MISUSED, value=str(exc).encode())
         except RendezvousError as exc:
-            return wire.Reply(wire.Status.REFUSED, value=str(exc).encode())
-        return wire.Reply(wire.Status.OK, number, value)
+            reply = wire.Reply(wire.ReplyStatus.REFUSED, value=str(exc).encode())
+        connection.reply(reply)
+        if op in (wire.StoreOp.SET, wire.StoreOp.ADD):
+            self._wake(key)
 
     def _wake(self, key: bytes) -> None:
-        """Answer all who wait for `key`, if it is there (a refused `set` leaves it unset)."""
+        """Answer each `get` that waits for `key`, if it is there (a refused `set` leaves it unset)."""
         value = self._table.get(key)
         if value is not None:
-            for member in self._parking.release(key):
-                member.reply(wire.Reply(wire.Status.OK, value=value))
+            for connection in self._waiting.pop(key, ()):
+                connection.waits_for = None
+                connection.reply(wire.Reply(wire.ReplyStatus.OK, value=value))
 
 
-def _keep_will(member: Member, request: wire.Request) -> wire.Reply:
-    """Note a member's will, or its farewell."""
-    if request.op is wire.Op.WITHDRAW:
-        withdrawn = member.will is not None and member.will[0] == request.key
-        if withdrawn:
-            member.will = None
-        return wire.Reply(wire.Status.OK, int(withdrawn))
-    if member.will is not None:
-        return wire.Reply(wire.Status.MISUSED, value=b"this connection has a will already")
-    member.will = (request.key, request.value)
-    return wire.Reply(wire.Status.OK)
+class _Connection:
+    """One authenticated connection on the server's selector.
+
+    A client sends one request and waits for the reply. So there is never more to hold than one request or one reply,
+    and a client that sends ahead of its reply is disconnected.
+
+    Attributes:
+        on_disconnect: key, and the value to append to it when this connection ends; None for nothing.
+        waits_for: the key for which its `get` waits until `deadline`, or None.
+    """
+
+    def __init__(self, sock: socket.socket, selector: selectors.BaseSelector, server: StoreServer) -> None:
+        self.on_disconnect: tuple[bytes, bytes] | None = None
+        self.waits_for: bytes | None = None
+        self.deadline = 0.0
+        self._sock = sock
+        self._selector = selector
+        self._server = server
+        self._received = bytearray()
+        self._unsent: list[memoryview] = []
+        self._awaits_reply = False
+        self._closed = False
+        sock.setblocking(False)
+        selector.register(sock, selectors.EVENT_READ, self._on_event)
+
+    def reply(self, reply: wire.Reply) -> None:
+        """Send the reply, now as far as possible and the rest when there is room."""
+        if self._closed:
+            return
+        self._unsent = [memoryview(part) for part in (wire.encode_reply_header(reply), reply.value) if part]
+        try:
+            self._write()
+        except OSError:
+            self.close()
+            return
+        if self._unsent:
+            self._selector.modify(self._sock, selectors.EVENT_WRITE, self._on_event)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._server.forget(self)
+        self._selector.unregister(self._sock)
+        self._sock.close()
+
+    def _on_event(self, _events: int) -> None:
+        if self._closed:
+            return  # an earlier event of the same turn closed it
+        try:
+            if self._unsent:
+                self._write()
+                if not self._unsent:
+                    self._selector.modify(self._sock, selectors.EVENT_READ, self._on_event)
+            else:
+                self._read()
+        except BlockingIOError:
+            pass
+        except (OSError, wire.WireError):
+            self.close()
+
+    def _read(self) -> None:
+        data = self._sock.recv(_READ_BYTES)
+        if not data or self._awaits_reply:
+            raise wire.WireError("left, or sent something before its reply came")
+        self._received += data
+        size = wire.request_bytes(self._received)
+        if size is None or len(self._received) < size:
+            return
+        if len(self._received) > size:
+            raise wire.WireError("more than one request at a time")
+        request = wire.decode_request(self._received)
+        self._received = bytearray()
+        self._awaits_reply = True
+        self._server.answer(self, request)
+
+    def _write(self) -> None:
+        try:
+            sent = self._sock.sendmsg(self._unsent)
+        except BlockingIOError:
+            return
+        while self._unsent and sent >= len(self._unsent[0]):
+            sent -= len(self._unsent.pop(0))
+        if self._unsent:
+            self._unsent[0] = self._unsent[0][sent:]
+        self._awaits_reply = bool(self._unsent)

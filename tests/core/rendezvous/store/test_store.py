@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout
-from ferro.rendezvous.store import table
+from ferro.rendezvous.store import memory, wire
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once
@@ -47,7 +47,7 @@ def test_any_text_is_a_key(store, key):
 
 
 def test_a_large_value_goes_through_whole(store):
-    value = bytes(range(256)) * (table.MAX_VALUE_BYTES // 256)
+    value = bytes(range(256)) * (wire.MAX_VALUE_BYTES // 256)
     store.set("large", value)
     assert store.get("large", deadline=soon()) == value
 
@@ -201,8 +201,8 @@ def test_close_wakes_those_who_wait_and_ends_all_use(store):
 
 
 def test_a_full_store_says_so_and_keeps_what_it_has(store, monkeypatch):
-    monkeypatch.setattr(table, "MAX_TOTAL_BYTES", 100)
-    monkeypatch.setattr(table, "MAX_KEYS", 3)
+    monkeypatch.setattr(memory, "MAX_TOTAL_BYTES", 100)
+    monkeypatch.setattr(memory, "MAX_KEYS", 3)
     store.set("a", bytes(89))
     store.set("b", b"123456789")
     with pytest.raises(RendezvousError, match=r"full \(100 of 100 bytes in use\): 'c'"):
@@ -237,11 +237,11 @@ STEPS = st.lists(
 @given(steps=STEPS)
 @settings(max_examples=200, deadline=None)
 def test_the_table_knows_its_size_whatever_happens(steps):
-    content = table.Table()
+    content = memory.BoundedTable()
     model: dict[bytes, bytes] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "MAX_TOTAL_BYTES", 20)
-        patch.setattr(table, "MAX_KEYS", 2)
+        patch.setattr(memory, "MAX_TOTAL_BYTES", 20)
+        patch.setattr(memory, "MAX_KEYS", 2)
         for verb, key, argument in steps:
             wanted = dict(model)
             if verb == "set":

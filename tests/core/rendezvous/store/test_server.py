@@ -14,7 +14,6 @@ import pytest
 from ferro.errors import AuthenticationError, RendezvousError
 from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, connect
 from ferro.rendezvous.store import client as client_module
-from ferro.rendezvous.store import pool as pool_module
 from ferro.rendezvous.store import wire
 
 SECRET = b"a job's secret"
@@ -99,13 +98,13 @@ def test_over_ipv6():
 def test_requests_in_turn_use_one_connection(server, client):
     for _ in range(20):
         client.add("n", 1)
-    assert len(server._members) == 1
+    assert len(server._connections) == 1
 
 
 def test_a_waiting_get_holds_up_nobody(server, client):
     with ThreadPoolExecutor(1) as pool:
         get = pool.submit(client.get, "late", deadline=soon())
-        eventually(lambda: server._parking.due is not None)
+        eventually(lambda: server._next_deadline is not None)
         assert client.add("n", 1) == 1
         client.set("late", b"now")
         assert get.result(20) == b"now"
@@ -114,7 +113,7 @@ def test_a_waiting_get_holds_up_nobody(server, client):
 def test_each_get_times_out_on_its_own(server, client):
     with ThreadPoolExecutor(3) as pool:
         long = pool.submit(client.get, "key", deadline=soon())
-        eventually(lambda: server._parking.due is not None)
+        eventually(lambda: server._next_deadline is not None)
         for _ in range(2):
             with pytest.raises(StoreTimeout):
                 pool.submit(client.get, "key", deadline=soon(0.02)).result(20)
@@ -124,36 +123,35 @@ def test_each_get_times_out_on_its_own(server, client):
 
 
 def test_over_the_limit_of_connections_requests_wait_their_turn(server, monkeypatch):
-    monkeypatch.setattr(pool_module, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(client_module, "MAX_CONNECTIONS", 1)
     with (
         StoreClient(server.address, SECRET, deadline=soon(), request_timeout_s=0.05) as client,
         StoreClient(server.address, SECRET, deadline=soon()) as other,
         ThreadPoolExecutor(2) as pool,
     ):
         get = pool.submit(client.get, "late", deadline=soon())
-        eventually(lambda: server._parking.due is not None)
+        eventually(lambda: server._next_deadline is not None)
         with pytest.raises(RendezvousError, match=r"did not answer set within 0\.05 s.*in use"):
             client.set("key", b"value")
         queued = pool.submit(client.get, "late", deadline=soon())
         other.set("late", b"now")
         assert [get.result(20), queued.result(20)] == [b"now", b"now"]
         client.set("key", b"value")
-        assert len(server._members) == 2
+        assert len(server._connections) == 2
 
 
 def test_a_client_that_leaves_is_forgotten_with_its_parked_get(server):
     with raw(server) as sock:
-        sock.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 60_000_000)))
-        eventually(lambda: server._parking._by_key)
-    eventually(lambda: not server._members)
-    assert not server._parking._by_key
-    assert not server._parking._key_of
+        sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 60_000_000)))
+        eventually(lambda: server._waiting)
+    eventually(lambda: not server._connections)
+    assert not server._waiting
 
 
 def test_a_store_that_ends_wakes_its_waiting_clients(server, client):
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(client.get, "never", deadline=soon()) for _ in range(2)]
-        eventually(lambda: len(server._parking._key_of) == 2)
+        eventually(lambda: sum(map(len, server._waiting.values())) == 2)
         server.close()
         for get in waiting:
             with pytest.raises(RendezvousError, match=r"store at 127\.0\.0\.1:\d+ is gone.*rank 0"):
@@ -168,9 +166,9 @@ def test_a_store_that_is_gone_is_a_clear_error(server, client):
 
 
 def test_a_lost_connection_is_replaced_by_the_next_request(server, client):
-    eventually(lambda: server._members)
-    for member in tuple(server._members):
-        member._sock.shutdown(socket.SHUT_RDWR)
+    eventually(lambda: server._connections)
+    for connection in tuple(server._connections):
+        connection._sock.shutdown(socket.SHUT_RDWR)
     with pytest.raises(RendezvousError, match="gone"):
         client.add("n", 1)
     assert client.add("n", 1) == 1
@@ -178,7 +176,7 @@ def test_a_lost_connection_is_replaced_by_the_next_request(server, client):
 
 def test_a_store_that_hangs_is_given_up(server, monkeypatch):
     monkeypatch.setattr(client_module, "_GRACE_S", 0.02)
-    monkeypatch.setattr(server, "_answer", lambda _member, _request: None)
+    monkeypatch.setattr(server, "answer", lambda _member, _request: None)
     with StoreClient(server.address, SECRET, deadline=soon(), request_timeout_s=0.05) as client:
         with pytest.raises(RendezvousError, match=r"did not answer delete within 0\.05 s"):
             client.delete("key")
@@ -196,34 +194,34 @@ def test_a_slow_reader_of_large_values_holds_up_nobody(server, client):
     value = bytes(range(256)) * (1 << 16)  # 16 MiB: more than socket buffers take
     client.set("large", value)
     with raw(server) as slow:
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"large")))
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"large")))
         header = receive(slow, wire.REPLY_HEADER_BYTES)
-        eventually(lambda: any(member._unsent for member in server._members))
+        eventually(lambda: any(connection._unsent for connection in server._connections))
         assert [client.add("n", 1) for _ in range(5)] == [1, 2, 3, 4, 5]
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 0, len(value))
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 0, len(value))
         assert receive(slow, len(value)) == value
         # And the connection is good for the next request.
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.ADD, b"n", 1)))
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.ADD, b"n", 1)))
         header = receive(slow, wire.REPLY_HEADER_BYTES)
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 6, 0)
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 6, 0)
 
 
 def test_a_slow_reader_that_leaves_is_forgotten(server, client):
     client.set("large", bytes(16 << 20))
     with raw(server) as slow:
-        slow.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"large")))
-        eventually(lambda: any(member._unsent for member in server._members))
-    eventually(lambda: len(server._members) == 1)
+        slow.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"large")))
+        eventually(lambda: any(connection._unsent for connection in server._connections))
+    eventually(lambda: len(server._connections) == 1)
     assert client.add("n", 1) == 1
 
 
 def test_a_request_in_small_pieces_is_understood(server):
-    request = wire.encode_request(wire.Request(wire.Op.ADD, b"n", 7))
+    request = wire.encode_request(wire.Request(wire.StoreOp.ADD, b"n", 7))
     with raw(server) as sock:
         for first, last in pairwise(range(len(request) + 1)):
             sock.sendall(request[first:last])
         header = receive(sock, wire.REPLY_HEADER_BYTES)
-        assert wire.decode_reply_header(header) == (wire.Status.OK, 7, 0)
+        assert wire.decode_reply_header(header) == (wire.ReplyStatus.OK, 7, 0)
 
 
 @pytest.mark.parametrize("waiting", [0, 3])
@@ -231,8 +229,8 @@ def test_close_may_be_repeated_and_ends_the_thread(waiting):
     server = StoreServer(secret=SECRET)
     socks = [raw(server) for _ in range(waiting)]
     for sock in socks:
-        sock.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 60_000_000)))
-    eventually(lambda: len(server._parking._key_of) == waiting)
+        sock.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 60_000_000)))
+    eventually(lambda: sum(map(len, server._waiting.values())) == waiting)
     server.close()
     server.close()
     assert not server._thread.is_alive()

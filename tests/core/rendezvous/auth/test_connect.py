@@ -151,12 +151,12 @@ def test_a_server_that_reflects_our_proof_is_refused():
 def test_a_server_that_replays_a_recorded_one_is_refused():
     recorded = b""
     with StoreServer(secret=SECRET) as server, socket.create_connection(server.address, 20) as sock:
-        conversation = handshake.client(SECRET, b"store")
-        sock.sendall(conversation.opening)
-        while conversation.wants:
-            data = sock.recv(conversation.wants)
+        state = handshake.client(SECRET, b"store")
+        sock.sendall(state.opening)
+        while state.wants:
+            data = sock.recv(state.wants)
             recorded += data
-            sock.sendall(conversation.feed(data))
+            sock.sendall(state.feed(data))
 
     def replay(sock: socket.socket) -> None:
         receive(sock, 40)
@@ -188,9 +188,9 @@ def test_being_dropped_before_the_verdict_once_is_bad_luck():
         if len(calls) == 1:
             hang_up_after_proof(sock)
             return
-        conversation = handshake.server(SECRET, b"store")
-        while conversation.wants:
-            sock.sendall(conversation.feed(sock.recv(conversation.wants)))
+        state = handshake.server(SECRET, b"store")
+        while state.wants:
+            sock.sendall(state.feed(sock.recv(state.wants)))
 
     with service(drop_then_serve, times=2) as address:
         connect(address, SECRET, purpose=b"store", deadline=soon()).close()

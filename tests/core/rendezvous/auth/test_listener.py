@@ -18,7 +18,7 @@ from ferro.rendezvous.auth import listener as listener_module
 SECRET = b"a job's secret"
 
 
-class House:
+class Loop:
     """A selector, a listener on it, and what the listener let in."""
 
     def __init__(self, listener: socket.socket, timeout_s: float = 60.0, limit: int = 128) -> None:
@@ -26,7 +26,7 @@ class House:
         self.selector = selectors.DefaultSelector()
         self.admitted: list[socket.socket] = []
         self.strangers: list[socket.socket] = []
-        self.gate = Listener(
+        self.listener = Listener(
             listener,
             SECRET,
             purpose=b"store",
@@ -41,7 +41,7 @@ class House:
         deadline = time.monotonic() + 10
         while not until():
             assert time.monotonic() < deadline, "the listener never came to it"
-            self.gate.expire()
+            self.listener.expire()
             for key, events in self.selector.select(0.01):
                 key.data(events)
 
@@ -58,26 +58,26 @@ class House:
         """How many sockets besides the listener are on the selector."""
         return len(self.selector.get_map()) - 1
 
-    def member(self) -> socket.socket:
+    def client(self) -> socket.socket:
         """Authenticate over a new connection, turn by turn."""
         sock = socket.create_connection(self.address[:2], timeout=10)
         self.strangers.append(sock)
         sock.setblocking(False)
-        conversation = handshake.client(SECRET, b"store")
-        sock.sendall(conversation.opening)
+        state = handshake.client(SECRET, b"store")
+        sock.sendall(state.opening)
 
         def step() -> bool:
             try:
-                sock.sendall(conversation.feed(sock.recv(conversation.wants)))
+                sock.sendall(state.feed(sock.recv(state.wants)))
             except BlockingIOError:
                 return False
-            return conversation.wants == 0
+            return state.wants == 0
 
         self.turn(step)
         return sock
 
     def close(self) -> None:
-        self.gate.close()
+        self.listener.close()
         for sock in (*self.admitted, *self.strangers):
             sock.close()
         self.selector.close()
@@ -85,15 +85,15 @@ class House:
 
 @pytest.fixture
 def build():
-    houses: list[House] = []
+    loops: list[Loop] = []
 
-    def build(host: str = "127.0.0.1", **options: float) -> House:
-        houses.append(House(listen(host), **options))
-        return houses[-1]
+    def build(host: str = "127.0.0.1", **options: float) -> Loop:
+        loops.append(Loop(listen(host), **options))
+        return loops[-1]
 
     yield build
-    for house in houses:
-        house.close()
+    for loop in loops:
+        loop.close()
 
 
 def gone(sock: socket.socket) -> bool:
@@ -104,32 +104,32 @@ def gone(sock: socket.socket) -> bool:
         return True
 
 
-def test_a_member_is_handed_on_blocking_and_off_the_selector(build):
-    house = build()
-    member = house.member()
-    (admitted,) = house.admitted
+def test_a_client_is_handed_on_blocking_and_off_the_selector(build):
+    loop = build()
+    client = loop.client()
+    (admitted,) = loop.admitted
     assert admitted.getblocking()
     assert admitted.gettimeout() is None
     assert admitted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    assert house.accepted == 0
-    member.sendall(b"what follows is not the listener's")
+    assert loop.accepted == 0
+    client.sendall(b"what follows is not the listener's")
     admitted.settimeout(10)
     assert admitted.recv(64) == b"what follows is not the listener's"
 
 
 def test_bytes_sent_ahead_of_the_verdict_are_left_to_the_owner(build):
-    house = build()
-    sock = house.stranger()
-    conversation = handshake.client(SECRET, b"store")
-    sock.sendall(conversation.opening)
-    house.turn(lambda: bool(readable(sock)))
+    loop = build()
+    sock = loop.stranger()
+    state = handshake.client(SECRET, b"store")
+    sock.sendall(state.opening)
+    loop.turn(lambda: bool(readable(sock)))
     proof = b""
     while not proof:
-        proof = conversation.feed(sock.recv(conversation.wants))
+        proof = state.feed(sock.recv(state.wants))
     sock.sendall(proof + b"early")
-    house.turn(lambda: bool(house.admitted))
-    house.admitted[0].settimeout(10)
-    assert house.admitted[0].recv(64) == b"early"
+    loop.turn(lambda: bool(loop.admitted))
+    loop.admitted[0].settimeout(10)
+    assert loop.admitted[0].recv(64) == b"early"
 
 
 def readable(sock: socket.socket) -> bool:
@@ -139,49 +139,49 @@ def readable(sock: socket.socket) -> bool:
 
 
 def test_the_silent_are_dropped_when_their_time_is_up(build):
-    house = build(timeout_s=0.05)
-    assert house.gate.expire() is None
-    sock = house.stranger()
-    due = house.gate.expire()
+    loop = build(timeout_s=0.05)
+    assert loop.listener.expire() is None
+    sock = loop.stranger()
+    due = loop.listener.expire()
     assert due is None or due <= time.monotonic() + 0.05
-    house.turn(lambda: house.accepted == 0)
+    loop.turn(lambda: loop.accepted == 0)
     assert gone(sock)
-    assert house.gate.expire() is None
-    assert house.admitted == []
+    assert loop.listener.expire() is None
+    assert loop.admitted == []
 
 
-def test_over_the_limit_the_oldest_stranger_goes_and_members_still_come(build):
-    house = build(limit=3)
-    strangers = [house.stranger() for _ in range(3)]
-    house.member()
-    assert len(house.admitted) == 1
+def test_over_the_limit_the_oldest_stranger_goes_and_clients_still_come(build):
+    loop = build(limit=3)
+    strangers = [loop.stranger() for _ in range(3)]
+    loop.client()
+    assert len(loop.admitted) == 1
     assert gone(strangers[0])
-    assert house.accepted == 2
-    newest = socket.create_connection(house.address[:2], timeout=10)
-    house.strangers.append(newest)
-    house.turn(lambda: house.accepted == 3)
-    house.member()
+    assert loop.accepted == 2
+    newest = socket.create_connection(loop.address[:2], timeout=10)
+    loop.strangers.append(newest)
+    loop.turn(lambda: loop.accepted == 3)
+    loop.client()
     assert gone(strangers[1])
-    assert len(house.admitted) == 2
+    assert len(loop.admitted) == 2
 
 
-def test_a_visitor_that_leaves_is_forgotten(build):
-    house = build()
-    house.stranger().close()
-    house.turn(lambda: house.accepted == 0)
-    assert house.admitted == []
+def test_a_connection_that_leaves_is_forgotten(build):
+    loop = build()
+    loop.stranger().close()
+    loop.turn(lambda: loop.accepted == 0)
+    assert loop.admitted == []
 
 
-def test_a_visitor_dropped_in_the_same_turn_is_not_heard_again(build):
-    house = build(limit=1)
-    first = house.stranger()
-    # Both the first visitor's bytes and the second's arrival are ready in one select.
+def test_a_connection_dropped_in_the_same_turn_is_not_heard_again(build):
+    loop = build(limit=1)
+    first = loop.stranger()
+    # Both the first connection's bytes and the second's arrival are ready in one select.
     first.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    second = socket.create_connection(house.address[:2], timeout=10)
-    house.strangers.append(second)
-    house.turn(lambda: gone_now(first))
-    house.member()
-    assert len(house.admitted) == 1
+    second = socket.create_connection(loop.address[:2], timeout=10)
+    loop.strangers.append(second)
+    loop.turn(lambda: gone_now(first))
+    loop.client()
+    assert len(loop.admitted) == 1
 
 
 def gone_now(sock: socket.socket) -> bool:
@@ -200,27 +200,27 @@ class Exhausted(socket.socket):
         return super().accept()
 
 
-def test_without_file_descriptors_the_gate_rests_and_comes_back(monkeypatch):
-    monkeypatch.setattr(listener_module, "_REST_S", 0.01)
+def test_without_file_descriptors_the_listener_pauses_and_comes_back(monkeypatch):
+    monkeypatch.setattr(listener_module, "_ACCEPT_PAUSE_S", 0.01)
     listener = Exhausted(fileno=listen("127.0.0.1").detach())
-    house = House(listener)
+    loop = Loop(listener)
     try:
-        house.member()
+        loop.client()
         assert listener.failures == 0
-        assert len(house.admitted) == 1
+        assert len(loop.admitted) == 1
     finally:
-        house.close()
+        loop.close()
 
 
 def test_close_leaves_nothing_and_may_be_repeated(build):
-    house = build()
-    sock = house.stranger()
-    house.gate.close()
-    house.gate.close()
+    loop = build()
+    sock = loop.stranger()
+    loop.listener.close()
+    loop.listener.close()
     assert gone(sock)
-    assert len(house.selector.get_map()) == 0
+    assert len(loop.selector.get_map()) == 0
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(house.address[:2], timeout=10)
+        socket.create_connection(loop.address[:2], timeout=10)
 
 
 def test_an_empty_secret_guards_nothing():

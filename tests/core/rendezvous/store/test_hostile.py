@@ -1,6 +1,6 @@
-"""Third parties against a live store: none gets in, and none stops the members.
+"""Third parties against a live store: none gets in, and none stops the clients.
 
-Each test ends by asking a member that was there before, and one that comes new, whether all is
+Each test ends by asking a client that was there before, and one that comes new, whether all is
 as it was.
 """
 
@@ -29,20 +29,20 @@ def soon(seconds: float = 20.0) -> float:
 
 
 class Job:
-    """A live store with a member on it."""
+    """A live store with a client on it."""
 
     def __init__(self) -> None:
         self.server = StoreServer(secret=SECRET)
-        self.member = StoreClient(self.server.address, SECRET, deadline=soon())
-        self.member.set("state", b"as it was")
+        self.client = StoreClient(self.server.address, SECRET, deadline=soon())
+        self.client.set("state", b"as it was")
         self.rounds = 0
 
-    def serve_member(self) -> None:
+    def serve_client(self) -> None:
         self.rounds += 1
-        assert self.member.add("rounds", 1) == self.rounds
+        assert self.client.add("rounds", 1) == self.rounds
 
     def check_unharmed(self) -> None:
-        self.serve_member()
+        self.serve_client()
         with StoreClient(self.server.address, SECRET, deadline=soon()) as newcomer:
             assert newcomer.get("state", deadline=NOW) == b"as it was"
             assert newcomer.get("rounds", deadline=NOW) == str(self.rounds).encode()
@@ -52,7 +52,7 @@ class Job:
         return socket.create_connection(self.server.address, timeout=20)
 
     def close(self) -> None:
-        self.member.close()
+        self.client.close()
         self.server.close()
 
 
@@ -84,7 +84,7 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 HELLO = b"\xf3FERROC\1" + bytes(32)
-REQUEST = wire.encode_request(wire.Request(wire.Op.SET, b"state", value=b"stolen"))
+REQUEST = wire.encode_request(wire.Request(wire.StoreOp.SET, b"state", value=b"stolen"))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_byte_by_byte_without_the_secret(job):
     with job.stranger() as stranger:
         for i in range(len(HELLO)):
             stranger.sendall(HELLO[i : i + 1])
-            job.serve_member()
+            job.serve_client()
         assert len(receive(stranger, 40)) == 40
         for _ in range(32):
             stranger.sendall(b"\1")
-            job.serve_member()
+            job.serve_client()
         assert everything_from(stranger) == bytes(32)
     job.check_unharmed()
 
@@ -141,7 +141,7 @@ def test_two_hundred_silent_strangers_keep_nobody_out(job):
         job.check_unharmed()
         # The newcomer was accepted after them all, so the oldest have had to go.
         assert everything_from(strangers[0]) == b""
-        assert len(job.server._gate._visitors) <= 128
+        assert len(job.server._listener._pending) <= 128
         for _ in range(5):
             strangers += [stack.enter_context(job.stranger()) for _ in range(20)]
             job.check_unharmed()
@@ -206,13 +206,13 @@ def test_the_servers_nonce_played_into_a_second_connection(job):
 
 def test_a_recorded_handshake_replayed(job):
     sent = []
-    with job.stranger() as member:
-        conversation = handshake.client(SECRET, wire.PURPOSE)
-        sent.append(conversation.opening)
-        member.sendall(conversation.opening)
-        while conversation.wants:
-            sent.append(conversation.feed(member.recv(conversation.wants)))
-            member.sendall(sent[-1])
+    with job.stranger() as client:
+        state = handshake.client(SECRET, wire.PURPOSE)
+        sent.append(state.opening)
+        client.sendall(state.opening)
+        while state.wants:
+            sent.append(state.feed(client.recv(state.wants)))
+            client.sendall(sent[-1])
     recording = b"".join(sent)
     assert len(recording) == 72
     with job.stranger() as stranger:
@@ -230,41 +230,41 @@ def test_a_recorded_handshake_replayed(job):
         struct.pack("!BqHI", 1, 0, 0xFFFF, 0) + bytes(2000),
         struct.pack("!BqHI", 1, 0, 0, 0),
         struct.pack("!BqHI", 99, 0, 5, 0) + b"state",
-        wire.encode_request(wire.Request(wire.Op.GET, b"state")) * 2,
-        wire.encode_request(wire.Request(wire.Op.GET, b"never", 10**12)) + b"more",
+        wire.encode_request(wire.Request(wire.StoreOp.GET, b"state")) * 2,
+        wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 10**12)) + b"more",
     ],
     ids=["huge value", "huge key", "no key", "unknown op", "two at once", "ahead of the reply"],
 )
-def test_a_member_that_breaks_the_protocol_is_disconnected(job, breach):
-    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as member:
-        member.settimeout(20)
-        member.sendall(breach)
-        assert everything_from(member) == b""
+def test_a_client_that_breaks_the_protocol_is_disconnected(job, breach):
+    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
+        client.settimeout(20)
+        client.sendall(breach)
+        assert everything_from(client) == b""
     job.check_unharmed()
 
 
-def test_a_parked_member_that_sends_more_is_disconnected(job):
-    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as member:
-        member.settimeout(20)
-        member.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", 10**12)))
-        while not job.server._parking._by_key:
-            job.serve_member()
-        member.sendall(b"more")
-        assert everything_from(member) == b""
-    assert not job.server._parking._by_key
+def test_a_waiting_client_that_sends_more_is_disconnected(job):
+    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
+        client.settimeout(20)
+        client.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", 10**12)))
+        while not job.server._waiting:
+            job.serve_client()
+        client.sendall(b"more")
+        assert everything_from(client) == b""
+    assert not job.server._waiting
     job.check_unharmed()
 
 
 @pytest.mark.parametrize("wait_us", [-(2**63), 2**63 - 1])
 def test_a_wait_of_any_length_is_harmless(job, wait_us):
-    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as member:
-        member.sendall(wire.encode_request(wire.Request(wire.Op.GET, b"never", wait_us)))
+    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
+        client.sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"never", wait_us)))
         job.check_unharmed()
     job.check_unharmed()
 
 
 def test_half_a_request_then_silence_holds_up_nobody(job):
-    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as member:
-        member.sendall(REQUEST[:-1])
+    with connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) as client:
+        client.sendall(REQUEST[:-1])
         job.check_unharmed()
     job.check_unharmed()

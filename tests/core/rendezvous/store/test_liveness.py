@@ -1,4 +1,4 @@
-"""Last wills: carried out when a process dies, not when it leaves; and who is lost by them."""
+"""Liveness: a value is appended when a process dies, not when it closes its store; so lost ranks are found."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from ferro import BackendConfig
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, connect
-from ferro.rendezvous.store import table as table_module
+from ferro.rendezvous.store import memory as memory_module
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.lost import Lost
+from ferro.rendezvous.store.liveness import FailureDetector
 
 SECRET = b"a job's secret"
 NOW = 0.0  # a deadline long past: ask once
@@ -26,7 +26,7 @@ import os, sys, time
 from ferro.rendezvous import StoreClient
 host, port, key, how = sys.argv[1:]
 store = StoreClient((host, int(port)), b"a job's secret", deadline=time.monotonic() + 20)
-store.prefix("world").will(key, b"gone ")
+store.prefix("world").append_on_disconnect(key, b"gone ")
 if how == "fork":
     reading, writing = os.pipe()
     if not os.fork():
@@ -69,7 +69,7 @@ def client(server):
 
 @pytest.fixture
 def start(server):
-    """Start a process that has a will for `key`; return it once that is registered."""
+    """Start a process that registers a value for `key`; return it once that is done."""
     started: list[subprocess.Popen[str]] = []
 
     def one(key: str = "key", how: str = "wait") -> subprocess.Popen[str]:
@@ -101,22 +101,22 @@ def eventually(so) -> None:
     pytest.fail("the server never came to it")
 
 
-def test_it_is_carried_out_when_the_process_is_killed_and_wakes_who_waits(start, client):
+def test_a_value_is_appended_when_the_process_is_killed_and_wakes_those_that_wait(start, client):
     start().send_signal(signal.SIGKILL)
     assert client.get("world/key", deadline=soon()) == b"gone "
 
 
-def test_also_when_the_process_ends_without_a_word(start, client):
+def test_a_value_is_appended_when_the_process_exits_without_closing(start, client):
     process = start()
     process.communicate("x", timeout=20)
     assert client.get("world/key", deadline=soon()) == b"gone "
 
 
-def test_it_is_not_when_the_process_says_farewell(server, start, client):
+def test_no_value_is_appended_when_the_process_closes_its_store(server, start, client):
     client.add("n", 1)  # so the server's thread has taken it in
-    first = len(server._members)
+    first = len(server._connections)
     start(how="close").communicate("x", timeout=20)
-    eventually(lambda: len(server._members) == first)
+    eventually(lambda: len(server._connections) == first)
     with pytest.raises(StoreTimeout):
         client.get("world/key", deadline=NOW)
 
@@ -127,7 +127,7 @@ def test_children_do_not_keep_a_dead_process_alive(start, client):
     assert client.get("world/key", deadline=soon()) == b"gone "
 
 
-def test_wills_for_one_key_follow_each_other(start, client):
+def test_values_for_one_key_follow_each_other(start, client):
     for _ in range(2):
         start().kill()
     eventually(lambda: client.get("world/key", deadline=soon()) == b"gone gone ")
@@ -135,19 +135,19 @@ def test_wills_for_one_key_follow_each_other(start, client):
 
 def test_closing_the_client_closes_all_its_connections(server):
     with StoreClient(server.address, SECRET, deadline=soon()) as client:
-        client.will("key", b"gone")
+        client.append_on_disconnect("key", b"gone")
         client.close()
         with pytest.raises(RendezvousError, match="was closed"):
-            client.will("key", b"gone")
-    eventually(lambda: not server._members)
+            client.append_on_disconnect("key", b"gone")
+    eventually(lambda: not server._connections)
     assert server._table.get(b"key") is None
 
 
-def test_there_is_one_will_for_a_store_and_its_views(client):
-    client.prefix("a").will("key", b"1")
+def test_there_is_one_value_to_append_for_a_store_and_its_views(client):
+    client.prefix("a").append_on_disconnect("key", b"1")
     for store in (client, client.prefix("b")):
-        with pytest.raises(UsageError, match="has a will already"):
-            store.will("other", b"2")
+        with pytest.raises(UsageError, match="has a value already"):
+            store.append_on_disconnect("other", b"2")
 
 
 @pytest.mark.parametrize("store", ["memory", "tcp"])
@@ -155,18 +155,18 @@ def test_there_is_one_will_for_a_store_and_its_views(client):
 def test_what_is_out_of_bounds_is_a_usage_error(client, store, key, value):
     chosen = client if store == "tcp" else MemoryStore()
     with pytest.raises(UsageError):
-        chosen.will(key, value)
-    chosen.will("k", bytes(1024))
+        chosen.append_on_disconnect(key, value)
+    chosen.append_on_disconnect("k", bytes(1024))
     if store == "memory":
         chosen.close()
         with pytest.raises(RendezvousError):
-            chosen.will("k", b"")
+            chosen.append_on_disconnect("k", b"")
 
 
 def test_a_store_that_ended_is_not_looked_for_again(monkeypatch):
     with StoreServer(secret=SECRET) as server:
         client = StoreClient(server.address, SECRET, deadline=soon())
-        client.will("key", b"gone")
+        client.append_on_disconnect("key", b"gone")
         assert client.add("n", 1) == 1
     monkeypatch.setattr(client, "_connect", lambda **_: pytest.fail("it was looked for"))
     with client:
@@ -181,7 +181,7 @@ def raw(server):
     return sock
 
 
-def ask(sock, op, key=b"key", value=b"") -> wire.Status:
+def ask(sock, op, key=b"key", value=b"") -> wire.ReplyStatus:
     sock.sendall(wire.encode_request(wire.Request(op, key, value=value)))
     header = b""
     while len(header) < wire.REPLY_HEADER_BYTES:
@@ -194,82 +194,82 @@ def ask(sock, op, key=b"key", value=b"") -> wire.Status:
     return status, number
 
 
-def test_the_server_keeps_one_for_a_connection_and_takes_it_back(server, client):
+def test_the_server_keeps_one_value_for_a_connection_until_it_is_cancelled(server, client):
     with raw(server) as sock:
-        assert ask(sock, wire.Op.WITHDRAW) == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.WILL, value=b"1") == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.WILL, value=b"2")[0] == wire.Status.MISUSED
-        assert ask(sock, wire.Op.WITHDRAW, b"other") == (wire.Status.OK, 0)
-        assert ask(sock, wire.Op.WITHDRAW) == (wire.Status.OK, 1)
-        assert ask(sock, wire.Op.WILL, value=b"3") == (wire.Status.OK, 0)
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND) == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"1") == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"2")[0] == wire.ReplyStatus.MISUSED
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND, b"other") == (wire.ReplyStatus.OK, 0)
+        assert ask(sock, wire.StoreOp.CANCEL_APPEND) == (wire.ReplyStatus.OK, 1)
+        assert ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"3") == (wire.ReplyStatus.OK, 0)
     assert client.get("key", deadline=soon()) == b"3"
 
 
-def test_who_breaks_the_protocol_is_gone_as_well(server, client):
+def test_a_client_that_breaks_the_protocol_is_disconnected_as_well(server, client):
     with raw(server) as sock:
-        ask(sock, wire.Op.WILL, value=b"1")
+        ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=b"1")
         sock.sendall(b"\xff" * 100)
         assert client.get("key", deadline=soon()) == b"1"
 
 
-def test_one_too_large_is_refused_by_its_header(server, client):
+def test_a_value_too_large_is_refused_by_its_header(server, client):
     with raw(server) as sock:
-        request = wire.Request(wire.Op.WILL, b"key", value=bytes(1025))
+        request = wire.Request(wire.StoreOp.APPEND_ON_DISCONNECT, b"key", value=bytes(1025))
         sock.sendall(wire.encode_request(request)[:20])
         assert sock.recv(1) == b""
     assert client.add("key", 1) == 1
 
 
-def test_a_will_for_which_there_is_no_room_harms_nobody(server, client, monkeypatch, caplog):
+def test_a_value_for_which_there_is_no_room_harms_nobody(server, client, monkeypatch, caplog):
     client.set("key", bytes(90))
-    monkeypatch.setattr(table_module, "MAX_VALUE_BYTES", 100)
+    monkeypatch.setattr(memory_module, "MAX_VALUE_BYTES", 100)
     with raw(server) as sock:
-        ask(sock, wire.Op.WILL, value=bytes(11))
-    eventually(lambda: "was not carried out" in caplog.text)
+        ask(sock, wire.StoreOp.APPEND_ON_DISCONNECT, value=bytes(11))
+    eventually(lambda: "was not appended" in caplog.text)
     assert client.get("key", deadline=NOW) == bytes(90)
 
 
-def lost_on(server, rank: int, host: int | None = None) -> tuple[StoreClient, Lost]:
+def detector_on(server, rank: int, host: int | None = None) -> tuple[StoreClient, FailureDetector]:
     store = StoreClient(server.address, SECRET, deadline=soon())
-    return store, Lost(store.prefix("world0"), rank, host)
+    return store, FailureDetector(store.prefix("world0"), rank, host)
 
 
-def test_lost_are_those_that_died_and_nobody_else(server):
-    (zero, lost), (one, _), (_two, _) = (lost_on(server, rank) for rank in (0, 1, 12))
+def test_ranks_that_died_are_lost_and_no_others(server):
+    (zero, lost), (one, _), (_two, _) = (detector_on(server, rank) for rank in (0, 1, 12))
     assert lost() == frozenset()
     one.close()  # in good order
-    for member in tuple(server._members):
-        if member.will == (b"world0/lost", b"12 "):
-            member._sock.shutdown(2)  # as if its process had died
+    for connection in tuple(server._connections):
+        if connection.on_disconnect == (b"world0/lost", b"12 "):
+            connection._sock.shutdown(2)  # as if its process had died
     eventually(lambda: lost() == {12})
     zero.close()
     _two.close()
     assert server._table.get(b"world0/lost") == b"12 "
 
 
-def test_who_fails_is_lost_before_it_leaves_the_store(server):
-    (zero, lost), (one, _) = (lost_on(server, rank) for rank in (0, 1))
+def test_a_rank_that_fails_is_lost_before_it_leaves_the_store(server):
+    (zero, lost), (one, _) = (detector_on(server, rank) for rank in (0, 1))
     with zero, one:
-        one.carry_out_will()
+        one.declare_lost()
         eventually(lambda: lost() == {1})
-        one.carry_out_will()
+        one.declare_lost()
         assert one.add("n", 1) == 1
         one.close()
-        one.carry_out_will()
+        one.declare_lost()
     assert server._table.get(b"world0/lost") == b"1 "
 
 
 @pytest.mark.parametrize(("host", "told"), [(0, {0}), (None, set())])
-def test_a_store_that_is_gone_is_the_end_of_the_rank_that_hosts_it(host, told):
+def test_when_the_store_is_gone_the_rank_that_hosts_it_is_lost(host, told):
     with StoreServer(secret=SECRET) as server:
-        store, lost = lost_on(server, 1, host)
-        own, mine = lost_on(server, 0, host)
+        store, lost = detector_on(server, 1, host)
+        own, mine = detector_on(server, 0, host)
     with store, own:
         assert lost() == told
         assert lost() == told
         assert mine() == frozenset()
 
 
-def test_alone_or_without_a_store_nobody_is_lost():
-    assert Lost(MemoryStore(), 0, 0)() == frozenset()
+def test_alone_or_without_a_store_no_rank_is_lost():
+    assert FailureDetector(MemoryStore(), 0, 0)() == frozenset()
     assert BackendConfig(rank=0, world_size=1, store=MemoryStore()).lost() == frozenset()

@@ -1,4 +1,4 @@
-"""Meeting through a library that carries rank 0's message: who hosts, who visits, what fails."""
+"""Opening the job's store by a library that broadcasts rank 0's message."""
 
 import ipaddress
 import queue
@@ -10,15 +10,16 @@ from dataclasses import replace
 import pytest
 
 from ferro.errors import RendezvousError
-from ferro.rendezvous.meeting.bootstrap import meet_introduced
-from ferro.rendezvous.meeting.interfaces import own_addresses
+from ferro.rendezvous import codec
+from ferro.rendezvous.meeting.job_store import open_job_store
+from ferro.rendezvous.sockets import own_addresses
 from ferro.runtime.environment import LaunchInfo
 
 WAIT_S = 20.0
 
 
-class Carrier:
-    """Carries rank 0's message to the other ranks, as MPI would."""
+class Broadcast:
+    """Broadcasts rank 0's message to the other ranks, as MPI would."""
 
     def __init__(self, world_size):
         self._boxes = [queue.Queue() for _ in range(world_size)]
@@ -32,69 +33,69 @@ class Carrier:
         return self._boxes[rank].get(timeout=deadline - time.monotonic())
 
 
+def open_one(who, broadcast, deadline):
+    return open_job_store(who, 0, explicit=False, bootstrap_broadcast=broadcast, deadline=deadline)
+
+
 def info(rank, world_size=3):
     return LaunchInfo(rank=rank, world_size=world_size, local_rank=0, local_world_size=1, launcher="openmpi")
 
 
-def meet_all(carrier, infos, seconds=WAIT_S):
+def open_all(broadcast, infos, seconds=WAIT_S):
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(len(infos)) as pool:
-        return [pool.submit(meet_introduced, who, 0, carrier, deadline=deadline) for who in infos]
+        return [pool.submit(open_one, who, broadcast, deadline) for who in infos]
 
 
 def test_all_ranks_enter_the_store_that_rank_0_hosts():
-    meetings = [f.result() for f in meet_all(Carrier(3), [info(rank) for rank in range(3)])]
+    job_stores = [f.result() for f in open_all(Broadcast(3), [info(rank) for rank in range(3)])]
     try:
-        meetings[2].store.set("greeting", b"from 2")
+        job_stores[2].store.set("greeting", b"from 2")
         deadline = time.monotonic() + WAIT_S
-        assert [m.store.get("greeting", deadline=deadline) for m in meetings] == [b"from 2"] * 3
-        assert [m.server is not None for m in meetings] == [True, False, False]
-        assert len({m.secret for m in meetings}) == 1
+        assert [s.store.get("greeting", deadline=deadline) for s in job_stores] == [b"from 2"] * 3
+        assert [s.server is not None for s in job_stores] == [True, False, False]
+        assert len({s.secret for s in job_stores}) == 1
     finally:
-        for meeting in meetings[::-1]:
-            meeting.close()
+        for job_store in job_stores[::-1]:
+            job_store.close()
 
 
 def test_the_users_secret_is_kept():
     secret = bytes(range(32))
     infos = [replace(info(rank, 2), secret=secret if rank == 0 else None) for rank in range(2)]
-    meetings = [f.result() for f in meet_all(Carrier(2), infos)]
-    for meeting in meetings[::-1]:
-        assert meeting.secret == secret
-        meeting.close()
+    job_stores = [f.result() for f in open_all(Broadcast(2), infos)]
+    for job_store in job_stores[::-1]:
+        assert job_store.secret == secret
+        job_store.close()
 
 
 def test_addresses_that_do_not_answer_are_passed_over():
-    from ferro.rendezvous import codec
-
     def alter(message):
         told = codec.decode(message)
         return codec.encode({**told, "addresses": ["127.255.255.254", *told["addresses"]]})
 
-    carrier = Carrier(2)
-    carrier.alter = alter
-    meetings = [f.result() for f in meet_all(carrier, [info(0, 2), info(1, 2)])]
-    for meeting in meetings[::-1]:
-        meeting.close()
+    broadcast = Broadcast(2)
+    broadcast.alter = alter
+    job_stores = [f.result() for f in open_all(broadcast, [info(0, 2), info(1, 2)])]
+    for job_store in job_stores[::-1]:
+        job_store.close()
 
 
 def test_a_rank_that_reaches_no_address_says_which_it_tried():
-    from ferro.rendezvous import codec
-
-    def carrier(rank, world_size, message, deadline):
+    def broadcast(rank, world_size, message, deadline):
         return codec.encode({"addresses": ["127.0.0.1"], "port": 9, "secret": b"x" * 32})
 
     with pytest.raises(RendezvousError, match=r"port 9 of 127\.0\.0\.1.*MASTER_ADDR"):
-        meet_introduced(info(1, 2), 0, carrier, deadline=time.monotonic() + 0.3)
+        open_one(info(1, 2), broadcast, time.monotonic() + 0.3)
 
 
 def test_a_library_that_fails_leaves_no_store_behind():
-    def carrier(rank, world_size, message, deadline):
+    def broadcast(rank, world_size, message, deadline):
         raise RendezvousError("the library says no")
 
     before = threading.active_count()
     with pytest.raises(RendezvousError, match="says no"):
-        meet_introduced(info(0), 0, carrier, deadline=time.monotonic() + WAIT_S)
+        open_one(info(0), broadcast, time.monotonic() + WAIT_S)
     assert threading.active_count() == before
 
 

@@ -14,7 +14,10 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(
-    op=st.sampled_from(wire.Op), key=st.binary(min_size=1, max_size=1024), number=INT64, value=st.binary(max_size=200)
+    op=st.sampled_from(wire.StoreOp),
+    key=st.binary(min_size=1, max_size=1024),
+    number=INT64,
+    value=st.binary(max_size=200),
 )
 @settings(deadline=None)
 def test_a_request_arrives_as_it_was_sent(op, key, number, value):
@@ -24,7 +27,7 @@ def test_a_request_arrives_as_it_was_sent(op, key, number, value):
     assert wire.decode_request(message) == request
 
 
-@given(status=st.sampled_from(wire.Status), number=INT64, value=st.binary(max_size=200))
+@given(status=st.sampled_from(wire.ReplyStatus), number=INT64, value=st.binary(max_size=200))
 @settings(deadline=None)
 def test_a_reply_header_arrives_as_it_was_sent(status, number, value):
     header = wire.encode_reply_header(wire.Reply(status, number, value))
@@ -33,12 +36,12 @@ def test_a_reply_header_arrives_as_it_was_sent(status, number, value):
 
 
 def test_the_layout_is_the_documented_one():
-    request = wire.encode_request(wire.Request(wire.Op.ADD, b"key", -2, b"v"))
+    request = wire.encode_request(wire.Request(wire.StoreOp.ADD, b"key", -2, b"v"))
     assert request == b"\3" + b"\xff" * 7 + b"\xfe" + b"\0\3" + b"\0\0\0\1" + b"key" + b"v"
 
 
 def test_a_size_is_unknown_until_the_header_is_whole():
-    message = wire.encode_request(wire.Request(wire.Op.SET, b"k", value=b"v"))
+    message = wire.encode_request(wire.Request(wire.StoreOp.SET, b"k", value=b"v"))
     sizes = [wire.request_bytes(bytearray(message[:n])) for n in range(18)]
     assert sizes == [None] * 15 + [17] * 3
 

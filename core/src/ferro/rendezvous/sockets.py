@@ -1,0 +1,85 @@
+"""What sockets need: deadlines, options, addresses as text, and the addresses of this host."""
+
+from __future__ import annotations
+
+import array
+import ipaddress
+import socket
+import struct
+import sys
+import time
+
+_LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
+
+_SIOCGIFCONF = 0x8912  # the ioctl that lists the IPv4 addresses of all interfaces, on Linux
+_ENTRY_BYTES = 40
+_MOST_ENTRIES = 256
+# Addresses set aside for documentation: a route to them is the default one, and nobody answers.
+_REMOTE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+
+
+def show_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def remaining_s(deadline: float) -> float:
+    """Compute the seconds until `deadline` (`time.monotonic()`), from 0 to a week: a timeout cannot hold more."""
+    return min(max(deadline - time.monotonic(), 0.0), _LONGEST_TIMEOUT_S)
+
+
+def set_deadline(sock: socket.socket, deadline: float) -> None:
+    """Bound the next blocking call on `sock`.
+
+    Raises:
+        TimeoutError: the deadline has passed (a timeout of 0 would make the socket non-blocking).
+    """
+    timeout_s = remaining_s(deadline)
+    if not timeout_s:
+        raise TimeoutError("the deadline has passed")
+    sock.settimeout(timeout_s)
+
+
+def set_options(sock: socket.socket) -> None:
+    """Make small messages leave at once, and a host that vanished be noticed in the end."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def own_addresses() -> list[str]:
+    """List the addresses at which other hosts may find this one, those of the default routes first.
+
+    The host's name is not resolved: it often stands for a loopback address. Loopback addresses are listed only when
+    there are no others.
+    """
+    found = [*_on_default_routes(), *_on_interfaces()]
+    return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or ["127.0.0.1"]
+
+
+def _on_default_routes() -> list[str]:
+    found = []
+    for family, remote in _REMOTE:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((remote, 9))  # a datagram socket sends nothing to connect
+                found.append(str(sock.getsockname()[0]))
+        except OSError:
+            continue  # there is no such route
+    return found
+
+
+def _on_interfaces() -> list[str]:
+    """List the IPv4 addresses of all interfaces that are up, on Linux."""
+    if sys.platform != "linux":
+        return []
+    import fcntl  # other systems have none
+
+    entries = array.array("B", bytes(_ENTRY_BYTES * _MOST_ENTRIES))
+    where, length = entries.buffer_info()
+    request = struct.pack("iL", length, where)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            filled, _ = struct.unpack("iL", fcntl.ioctl(sock, _SIOCGIFCONF, request))
+    except OSError:
+        return []
+    # An entry is 16 bytes of name, then a sockaddr_in, whose address is its bytes 4 to 8.
+    return [socket.inet_ntoa(entries[start + 20 : start + 24].tobytes()) for start in range(0, filled, _ENTRY_BYTES)]
