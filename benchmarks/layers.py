@@ -58,7 +58,7 @@ def _idle_group(rank: int, world_size: int) -> ferro.ProcessGroup:
         backend_name="idle",
         global_ranks=tuple(range(world_size)),
         hosts=("localhost",) * world_size,
-        job=store,
+        job_store=store,
         store=store,
     )
     return ferro.ProcessGroup(IdleBackend(rank, world_size), members)

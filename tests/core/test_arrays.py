@@ -6,7 +6,7 @@ import pytest
 from ferro.arrays import InputArray, dtype_from_name, output_array
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
-from ferro.group.arguments import OutputBuffer, flat
+from ferro.group.arguments import OutputBuffer, flattened
 from ferro.types import Device
 
 
@@ -143,12 +143,12 @@ def test_an_outlet_gives_out_itself_or_new_memory():
 
 def test_flat_copies_only_where_it_must():
     array = np.arange(6).reshape(2, 3)
-    assert np.shares_memory(flat(array, private=False), array)
-    assert not np.shares_memory(flat(array, private=True), array)
-    turned = flat(array.T, private=False)
+    assert np.shares_memory(flattened(array, copy=False), array)
+    assert not np.shares_memory(flattened(array, copy=True), array)
+    turned = flattened(array.T, copy=False)
     assert turned.tolist() == [0, 3, 1, 4, 2, 5]
     assert not np.shares_memory(turned, array)
-    assert flat(np.array(3), private=False).tolist() == [3]
+    assert flattened(np.array(3), copy=False).tolist() == [3]
 
 
 @pytest.mark.parametrize("own", [0, 1, 3])

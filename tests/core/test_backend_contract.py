@@ -89,7 +89,7 @@ def run_threads(function, world_size, args, *, timeout_s, deterministic, choice=
             backend_name="minimal",
             global_ranks=tuple(range(world_size)),
             hosts=("here",) * world_size,
-            job=store,
+            job_store=store,
             store=store.prefix("group/0"),
             timeout_s=timeout_s,
         )

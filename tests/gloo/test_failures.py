@@ -109,7 +109,7 @@ def test_a_killed_rank_is_named_on_all_others(outcomes_of):
 def stay_away(group):
     if group.rank == 2:
         # Comes when the others have given up: they say so in the store.
-        group._dispatch._members.store.get("death/certificate", deadline=float("inf"))
+        group._dispatcher._info.store.get("failure/verdict", deadline=float("inf"))
     return caught(lambda: group.all_reduce(np.ones(3), timeout_s=0.5))
 
 
@@ -239,7 +239,7 @@ def go_on_without_the_dead(group):
     for victim in (1, 3):
         x[...] = me
         totals.append(float(group.all_reduce(x, out=x)[-1]))
-        store = group._dispatch._members.store
+        store = group._dispatcher._info.store
         store.set(f"has its total/{group.rank}", b"1")
         if me == victim:
             # Not before: what a killed rank sent last may be lost with it, and a total with that.

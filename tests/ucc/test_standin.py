@@ -75,7 +75,7 @@ class Ranks:
             backend_name="ucc",
             global_ranks=tuple(range(self.world_size)),
             hosts=("here",) * self.world_size,
-            job=self.store,
+            job_store=self.store,
             store=self.store.prefix("group/0"),
             timeout_s=self.timeout_s,
         )

@@ -1,12 +1,14 @@
-"""The collectives on arrays: what a call needs besides the backend, once for all backends.
+"""The collectives on arrays: argument checks, shapes, `out` and copies, once for all backends.
 
-Argument checks, shapes, `out`, views and copies; the dispatcher carries the operation out.
+`Dispatcher` runs the operation that a method prepares.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -15,54 +17,63 @@ from ferro.backend import Backend
 from ferro.collectives.label import Call, array_call, uneven_call
 from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
-from ferro.group.arguments import InPlace, Operands, OutputBuffer, fill, flat, takes_in_place
-from ferro.group.dispatcher import Dispatcher
+from ferro.group import uneven
+from ferro.group.arguments import ArgumentChecker, OutputBuffer, copy_elements, flattened, writable_in_place
+from ferro.group.dispatcher import Dispatcher, Finish
 from ferro.group.group_info import GroupInfo
-from ferro.group.uneven import (
-    RowExchange,
-    blank_header,
-    checked_sizes,
-    cut,
-    gathered,
-    reaches_beyond,
-    read_header,
-    write_header,
-)
-from ferro.types import Device, ReduceOp
+from ferro.types import Array, Device, ReduceOp
 
-# The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any
-# because two overloads for each of fifteen methods would bury the contract.
-Outcome: TypeAlias = Any
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+# The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any because two overloads
+# for each of fifteen methods would bury the contract.
+ResultOrWork: TypeAlias = Any
 Op: TypeAlias = "ReduceOp | str | ReduceFunction"
 
 _BARRIER = Call("barrier")
 
 
 class ArrayCollectives:
-    """The part of `ProcessGroup` in which all ranks take part with an array each.
+    """The methods of `ProcessGroup` in which all ranks take part with an array each.
+
+    They are a class of their own because one file could not be read in one sitting with the rest of `ProcessGroup`, and
+    because `coalesce()` builds on them alone.
 
     Arguments that all collectives take
-        out: where the result goes: contiguous, writable, of the result's shape and dtype. It may
-            be the input itself.
-        async_op: return a `Work` at once; its `wait()` returns the result. Any number may be
-            outstanding; they run in the order issued.
-        copy: False: an asynchronous operation uses the input where it is, instead of a copy of its
-            own; nothing of the input may be touched until it has ended.
+        out: the array that takes the result: contiguous, writable, of the result's shape and dtype. It may be the input
+            itself.
+        async_op: return a `Work` at once; its `wait()` returns the result. Any number may be outstanding; they run in
+            the order issued.
+        copy: False: an asynchronous operation uses the input where it is, instead of a copy of its own; nothing of the
+            input may be touched until the operation has ended.
         timeout_s: deadline of the whole operation in seconds; the group's when None.
     """
 
-    def __init__(self, backend: Backend, members: GroupInfo) -> None:
-        self.name = members.name
+    def __init__(self, backend: Backend, info: GroupInfo) -> None:
+        self.name = info.name
         self.rank = backend.rank
         self.world_size = backend.world_size
-        self.backend_name = members.backend_name
+        self.backend_name = info.backend_name
         self._backend = backend
-        self._dispatch = Dispatcher(backend, members)
-        operands = Operands(backend, members)
-        self._enter = operands.enter
-        self._on_cpu = Device.CPU in members.devices
-        self._check_rank = operands.check_rank
-        self._check_peer = operands.check_peer
+        self._dispatcher = Dispatcher(backend, info)
+        self._takes_cpu_arrays = Device.CPU in info.devices
+        checker = ArgumentChecker(backend, info)
+        self._check_input = checker.check_input
+        self._check_rank = checker.check_rank
+        self._check_peer = checker.check_peer
+
+    def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Return an uninitialised array in the memory that this backend moves fastest.
+
+        A late rank may write to it when a collective with it has failed: then take a new one.
+        """
+        sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        if any(size < 0 for size in sizes):
+            raise UsageError(f"empty: no size may be negative, but the shape is {sizes}")
+        kind = np.dtype(dtype)
+        nbytes = math.prod(sizes) * kind.itemsize
+        return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(sizes)
 
     def all_reduce(
         self,
@@ -72,35 +83,31 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         timeout_s: float | None = None,
-    ) -> Outcome:
+    ) -> ResultOrWork:
         """Reduce `x` over all ranks, elementwise; every rank gets op(x_0, …, x_{n-1}).
 
-        The result has the same bits on every rank. Half precision is accumulated in float32.
+        The result has the shape and dtype of `x` and the same bits on every rank. Half precision is accumulated in
+        float32.
 
         Args:
             x: any shape, the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
-            out: see the class; so `async_op` and `timeout_s`.
-
-        Returns:
-            An array of the shape and dtype of `x`.
+            out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        if out is x and self._on_cpu and takes_in_place(x):
-            result: InPlace | OutputBuffer = InPlace(x)
+        finish: Finish
+        if out is x and self._takes_cpu_arrays and writable_in_place(x):
+            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
         else:
-            result = self._result(x, out, filled=True)
-        flat = result.flat
-        dtype = flat.dtype
+            input_array = self._check_input(x)
+            shape = input_array.array.shape
+            finish = result = OutputBuffer(input_array, out, shape)
+            buffer, device = result.flat, result.device
+            copy_elements(input_array.array, result.array)
+        dtype = buffer.dtype
         reduction = reduction_for(op, dtype, self.world_size)
-        return self._dispatch.collective(
-            array_call("all_reduce", dtype, result.array.shape, reduction.name),
-            lambda deadline: self._backend.all_reduce(flat, reduction, deadline=deadline),
-            result,
-            flat.nbytes,
-            async_op,
-            timeout_s,
-            result.device,
-        )
+        call = array_call("all_reduce", dtype, shape, reduction.name)
+        action = partial(self._backend.all_reduce, buffer, reduction)
+        return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
     def reduce(
         self,
@@ -111,44 +118,38 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         timeout_s: float | None = None,
-    ) -> Outcome:
-        """Reduce `x` over all ranks; `root` gets the result, the others None."""
+    ) -> ResultOrWork:
+        """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
         self._check_rank(root, "root")
-        entry = self._enter(x)
-        array = entry.array
+        input_array = self._check_input(x)
+        array = input_array.array
         reduction = reduction_for(op, array.dtype, self.world_size)
         at_root = self.rank == root
-        result = OutputBuffer(entry, out if at_root else None, array.shape)
-        result.fill(array)
-        return self._dispatch.collective(
-            array_call("reduce", array.dtype, array.shape, reduction.name, root),
-            lambda deadline: self._backend.reduce(result.flat, reduction, root, deadline=deadline),
-            result if at_root else no_result,
-            array.nbytes,
-            async_op,
-            timeout_s,
-            entry.device,
-        )
+        result = OutputBuffer(input_array, out if at_root else None, array.shape)
+        copy_elements(array, result.array)
+        call = array_call("reduce", array.dtype, array.shape, reduction.name, root)
+        action = partial(self._backend.reduce, result.flat, reduction, root)
+        finish = result if at_root else no_result
+        return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, result.device)
 
     def broadcast(
         self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
-    ) -> Outcome:
+    ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
-        if out is x and self._on_cpu and takes_in_place(x):
-            result: InPlace | OutputBuffer = InPlace(x)
+        finish: Finish
+        if out is x and self._takes_cpu_arrays and writable_in_place(x):
+            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
         else:
-            result = self._result(x, out, filled=self.rank == root)
-        flat = result.flat
-        return self._dispatch.collective(
-            array_call("broadcast", flat.dtype, result.array.shape, root=root),
-            lambda deadline: self._backend.broadcast(flat, root, deadline=deadline),
-            result,
-            flat.nbytes,
-            async_op,
-            timeout_s,
-            result.device,
-        )
+            input_array = self._check_input(x)
+            shape = input_array.array.shape
+            finish = result = OutputBuffer(input_array, out, shape)
+            buffer, device = result.flat, result.device
+            if self.rank == root:
+                copy_elements(input_array.array, result.array)
+        call = array_call("broadcast", buffer.dtype, shape, root=root)
+        action = partial(self._backend.broadcast, buffer, root)
+        return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
     def all_gather(
         self,
@@ -159,42 +160,29 @@ class ArrayCollectives:
         async_op: bool = False,
         copy: bool = True,
         timeout_s: float | None = None,
-    ) -> Outcome:
-        """Concatenate every rank's `x` along axis 0, in order of rank.
+    ) -> ResultOrWork:
+        """Concatenate every rank's `x` along axis 0, in order of rank: an array of shape (sum of rows, …).
 
         Args:
-            x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d
-                array counts as one row: n of them give shape (n,).
+            x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d array counts as one
+                row: n of them give shape (n,).
             sizes: rows of every rank, the same list on every rank.
-            out: see the class; so `async_op`, `copy` and `timeout_s`. On a CPU, with copy=False,
+            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with copy=False,
                 `out` is not written to before operations issued earlier have ended.
-
-        Returns:
-            An array of shape (sum of rows, …).
         """
-        entry = self._enter(x)
-        array = entry.array
-        rows = checked_sizes(sizes, self.world_size)
-        layout = gathered(array.shape, rows, self.rank, self.world_size)
-        result = OutputBuffer(entry, out, layout.shape)
-        own, in_turn = result.array[layout.places[self.rank]], async_op and not copy
-        if not in_turn:
-            fill(own, array)
-
-        def action(deadline: float) -> None:
-            if in_turn:
-                fill(own, array)
-            self._backend.all_gather(result.flat, layout.counts, deadline=deadline)
-
-        return self._dispatch.collective(
-            array_call("all_gather", array.dtype, array.shape, sizes=rows),
-            action,
-            result,
-            result.flat.nbytes,
-            async_op,
-            timeout_s,
-            entry.device,
-        )
+        input_array = self._check_input(x)
+        array = input_array.array
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
+        result = OutputBuffer(input_array, out, layout.shape)
+        block, buffer = result.array[layout.slices[self.rank]], result.flat
+        action = partial(self._backend.all_gather, buffer, layout.counts)
+        if async_op and not copy:
+            action = partial(_copy_first, array, block, action)
+        else:
+            copy_elements(array, block)
+        call = array_call("all_gather", array.dtype, array.shape, sizes=rows)
+        return self._dispatcher.collective(call, action, result, buffer.nbytes, async_op, timeout_s, result.device)
 
     def gather(
         self,
@@ -206,30 +194,25 @@ class ArrayCollectives:
         async_op: bool = False,
         copy: bool = True,
         timeout_s: float | None = None,
-    ) -> Outcome:
+    ) -> ResultOrWork:
         """Concatenate every rank's `x` along axis 0 at `root`; the others get None.
 
         See `all_gather` for shapes and `sizes`.
         """
         self._check_rank(root, "root")
-        entry = self._enter(x)
-        array = entry.array
-        rows = checked_sizes(sizes, self.world_size)
-        layout = gathered(array.shape, rows, self.rank, self.world_size)
-        result = OutputBuffer(entry, out, layout.shape) if self.rank == root else None
-        block = flat(array, private=async_op and copy)
+        input_array = self._check_input(x)
+        array = input_array.array
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
+        result = OutputBuffer(input_array, out, layout.shape) if self.rank == root else None
+        block = flattened(array, copy=async_op and copy)
         whole = None if result is None else result.flat
-        if whole is not None and reaches_beyond(block, whole, layout, root):
+        if whole is not None and uneven.overlaps_other_blocks(block, whole, layout, root):
             block = block.copy()
-        return self._dispatch.collective(
-            array_call("gather", array.dtype, array.shape, root=root, sizes=rows),
-            lambda deadline: self._backend.gather(block, whole, layout.counts, root, deadline=deadline),
-            result or no_result,
-            array.nbytes,
-            async_op,
-            timeout_s,
-            entry.device,
-        )
+        call = array_call("gather", array.dtype, array.shape, root=root, sizes=rows)
+        action = partial(self._backend.gather, block, whole, layout.counts, root)
+        finish = result or no_result
+        return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, input_array.device)
 
     def scatter(
         self,
@@ -241,54 +224,43 @@ class ArrayCollectives:
         async_op: bool = False,
         copy: bool = True,
         timeout_s: float | None = None,
-    ) -> Outcome:
-        """Cut the root's `x` along axis 0 and give each rank its block.
+    ) -> ResultOrWork:
+        """Split the root's `x` along axis 0 and give each rank its block, of shape (this rank's rows, …).
 
-        Shape, dtype and sizes travel ahead from the root in a small broadcast that every rank
-        waits for.
+        The block is a NumPy array away from the root, but where `out` is given. The root sends shape, dtype and sizes
+        ahead in a small broadcast that every rank waits for.
 
         Args:
             x: the root's array, shape (rows, …); ignored elsewhere, where None will do.
             root: the rank that has it.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
-            out: see the class; so `async_op`, `copy` and `timeout_s`.
-
-        Returns:
-            An array of shape (this rank's rows, …), a NumPy one away from the root.
+            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         self._check_rank(root, "root")
-        left_s = self._dispatch.countdown(timeout_s)
-        entry, source, head = None, None, blank_header(self.world_size)
+        remaining_s = self._dispatcher.countdown(timeout_s)
+        input_array, source, header = None, None, uneven.blank_header(self.world_size)
         if self.rank == root:
             if x is None:
                 raise UsageError("scatter: the root must give an array", op="scatter")
-            entry = self._enter(x)
-            rows = checked_sizes(sizes, self.world_size)
-            layout = cut(entry.array.shape, rows, self.world_size, "scatter")
-            write_header(head, entry.array.dtype, layout)
-            source = flat(entry.array, private=async_op and copy)
-        self.broadcast(head, root, out=head, timeout_s=left_s())
-        dtype, layout = read_header(head, self.world_size)
-        entry = entry or self._elsewhere(out, dtype)
-        result = OutputBuffer(entry, out, layout.block_shape(self.rank))
-        if source is not None and reaches_beyond(result.flat, source, layout, root):
+            input_array = self._check_input(x)
+            rows = uneven.checked_sizes(sizes, self.world_size)
+            layout = uneven.split_layout(input_array.array.shape, rows, self.world_size, "scatter")
+            uneven.write_header(header, input_array.array.dtype, layout)
+            source = flattened(input_array.array, copy=async_op and copy)
+        self.broadcast(header, root, out=header, timeout_s=remaining_s())
+        dtype, layout = uneven.read_header(header, self.world_size)
+        if input_array is None:  # `out` alone tells which kind of array this rank gets
+            kind = cast("Input", out)
+            input_array = InputArray(np.empty(0, dtype)) if out is None else self._check_input(kind, what="out")
+            if input_array.array.dtype != dtype:
+                raise UsageError(f"out has dtype {input_array.array.dtype}; the result has dtype {dtype}")
+        result = OutputBuffer(input_array, out, layout.block_shape(self.rank))
+        block = result.flat
+        if source is not None and uneven.overlaps_other_blocks(block, source, layout, root):
             source = source.copy()
-        return self._dispatch.collective(
-            array_call("scatter", dtype, layout.shape, root=root),
-            lambda deadline: self._backend.scatter(result.flat, source, layout.counts, root, deadline=deadline),
-            result,
-            result.flat.nbytes,
-            async_op,
-            left_s(),
-            entry.device,
-        )
-
-    def _elsewhere(self, out: object, dtype: np.dtype) -> InputArray:
-        """Return what stands for the operand where a rank gives none: `out` says of which kind."""
-        entry = InputArray(np.empty(0, dtype)) if out is None else self._enter(cast(Input, out), what="out")
-        if entry.array.dtype != dtype:
-            raise UsageError(f"out has dtype {entry.array.dtype}; the result has dtype {dtype}")
-        return entry
+        call = array_call("scatter", dtype, layout.shape, root=root)
+        action = partial(self._backend.scatter, block, source, layout.counts, root)
+        return self._dispatcher.collective(call, action, result, block.nbytes, async_op, remaining_s(), result.device)
 
     def reduce_scatter(
         self,
@@ -300,38 +272,27 @@ class ArrayCollectives:
         async_op: bool = False,
         copy: bool = True,
         timeout_s: float | None = None,
-    ) -> Outcome:
+    ) -> ResultOrWork:
         """Reduce `x` over all ranks and keep this rank's block of axis 0.
 
-        Rank r gets op(x_0, …, x_{n-1})[start of block r : end of block r].
+        Rank r gets op(x_0, …, x_{n-1})[start of block r : end of block r], of shape (this rank's rows, …).
 
         Args:
             x: shape (rows, …), the same on every rank.
-            op: see `all_reduce`.
+            op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             sizes: rows of every rank's block, the same list on every rank; equal when None.
-            out: see the class; so `async_op`, `copy` and `timeout_s`.
-
-        Returns:
-            An array of shape (this rank's rows, …).
+            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        entry = self._enter(x)
-        array = entry.array
+        input_array = self._check_input(x)
+        array = input_array.array
         reduction = reduction_for(op, array.dtype, self.world_size)
-        rows = checked_sizes(sizes, self.world_size)
-        layout = cut(array.shape, rows, self.world_size, "reduce_scatter")
-        result = OutputBuffer(entry, out, layout.block_shape(self.rank))
-        source = result.apart(flat(array, private=async_op and copy))
-        return self._dispatch.collective(
-            array_call("reduce_scatter", array.dtype, array.shape, reduction.name, sizes=rows),
-            lambda deadline: self._backend.reduce_scatter(
-                source, result.flat, layout.counts, reduction, deadline=deadline
-            ),
-            result,
-            array.nbytes,
-            async_op,
-            timeout_s,
-            entry.device,
-        )
+        rows = uneven.checked_sizes(sizes, self.world_size)
+        layout = uneven.split_layout(array.shape, rows, self.world_size, "reduce_scatter")
+        result = OutputBuffer(input_array, out, layout.block_shape(self.rank))
+        source = result.copy_if_overlapping(flattened(array, copy=async_op and copy))
+        call = array_call("reduce_scatter", array.dtype, array.shape, reduction.name, sizes=rows)
+        action = partial(self._backend.reduce_scatter, source, result.flat, layout.counts, reduction)
+        return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, result.device)
 
     def all_to_all(
         self,
@@ -343,59 +304,46 @@ class ArrayCollectives:
         async_op: bool = False,
         copy: bool = True,
         timeout_s: float | None = None,
-    ) -> Outcome:
-        """Cut `x` along axis 0, send block j to rank j, concatenate what comes, in order of rank.
+    ) -> ResultOrWork:
+        """Split `x` along axis 0, send block j to rank j, concatenate the received blocks in order of rank.
+
+        The result has the shape (sum of received rows, …).
 
         Args:
             x: shape (rows, …); without sizes, the same on every rank and rows a multiple of n.
             send_sizes: rows for every rank. Given on one rank, it must be given on all.
-            recv_sizes: rows from every rank, if known, to be held against what is sent; the ranks
-                tell each other in any case.
-            out: see the class; so `async_op`, `copy` and `timeout_s`.
-
-        Returns:
-            An array of shape (sum of received rows, …).
+            recv_sizes: rows from every rank, if known, to be compared with the sent ones; the ranks exchange their
+                sizes in any case.
+            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         n = self.world_size
-        entry = self._enter(x)
-        array = entry.array
-        rows = checked_sizes(send_sizes, n, "send_sizes")
-        sending = cut(array.shape, rows, n, "all_to_all", "send_sizes")
-        if rows is not None:
-            expected = checked_sizes(recv_sizes, n, "recv_sizes")
-            exchange = RowExchange(self._backend, entry, sending, expected, out, private=async_op and copy)
-            call = uneven_call("all_to_all", array.dtype, array.shape[1:])
-            return self._dispatch.collective(
-                call, exchange.run, exchange, array.nbytes, async_op, timeout_s, entry.device
-            )
-        if recv_sizes is not None:
+        input_array = self._check_input(x)
+        array, device = input_array.array, input_array.device
+        send_rows = uneven.checked_sizes(send_sizes, n, "send_sizes")
+        sent = uneven.split_layout(array.shape, send_rows, n, "all_to_all", "send_sizes")
+        if send_rows is None and recv_sizes is not None:
             raise UsageError("all_to_all: recv_sizes needs send_sizes as well", op="all_to_all")
-        result = OutputBuffer(entry, out, array.shape)
-        source, counts = result.apart(flat(array, private=async_op and copy)), sending.counts
-        return self._dispatch.collective(
-            array_call("all_to_all", array.dtype, array.shape),
-            lambda deadline: self._backend.all_to_all(source, result.flat, counts, counts, deadline=deadline),
-            result,
-            array.nbytes,
-            async_op,
-            timeout_s,
-            entry.device,
-        )
+        source = flattened(array, copy=async_op and copy)
+        if send_rows is None:
+            result = OutputBuffer(input_array, out, array.shape)
+            source, counts = result.copy_if_overlapping(source), sent.counts
+            call = array_call("all_to_all", array.dtype, array.shape)
+            action = partial(self._backend.all_to_all, source, result.flat, counts, counts)
+            return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, device)
+        expected = uneven.checked_sizes(recv_sizes, n, "recv_sizes")
+        exchange = uneven.UnevenAllToAll(self._backend, input_array, source, sent, expected, out)
+        call = uneven_call("all_to_all", array.dtype, array.shape[1:])
+        return self._dispatcher.collective(call, exchange.run, exchange, array.nbytes, async_op, timeout_s, device)
 
-    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Outcome:
+    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
         """Return (None) when every rank has called it."""
-        return self._dispatch.collective(
-            _BARRIER, lambda deadline: self._backend.barrier(deadline=deadline), no_result, 0, async_op, timeout_s
-        )
+        return self._dispatcher.collective(_BARRIER, self._backend.barrier, no_result, 0, async_op, timeout_s)
 
-    def _result(self, x: Input, out: object, *, filled: bool) -> OutputBuffer:
-        """Return where a result of the operand's shape goes; with the operand in it if `filled`."""
-        entry = self._enter(x)
-        result = OutputBuffer(entry, out, entry.array.shape)
-        if filled:
-            result.fill(entry.array)
-        return result
+
+def _copy_first(source: Array, target: Array, action: partial[None], *, deadline: float) -> None:
+    copy_elements(source, target)
+    action(deadline=deadline)
 
 
 def no_result() -> None:
-    """Return what ranks get that have no result."""
+    """Stand for the result of ranks that get none."""

@@ -2,102 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from ferro.arrays import Input, InputArray
-from ferro.collectives.reduction import ReduceFunction, reduction_for
+from ferro.collectives.label import array_call
+from ferro.collectives.reduction import reduction_for
 from ferro.errors import UsageError
 from ferro.group.arguments import OutputBuffer
+from ferro.group.array_collectives import ArrayCollectives, Op, no_result
 from ferro.types import Array, Device, ReduceOp
-
-if TYPE_CHECKING:
-    from ferro.group.process_group import ProcessGroup
 
 
 class Coalescing:
     """Collects calls until the end of its `with` block, then makes one for each kind.
 
-    Calls are alike when they have the same operation, dtype, and reduction or root. All ranks
-    make the same calls in the same order; a difference is a `CollectiveMismatch`. Inputs are read
-    when the block ends, and the `Pending` that a call returns has its result then. When the
-    block raises, nothing is sent.
+    Calls are alike when they have the same operation, dtype, and reduction or root. All ranks make the same calls in
+    the same order; a difference is a `CollectiveMismatch`. Inputs are read when the block ends, and the
+    `CoalescedResult` that a call returns has its result then. When the block raises, nothing is sent.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ArrayCollectives) -> None:
         self._group = group
-        self._kinds: dict[tuple[str, np.dtype, Device, object], list[Pending]] = {}
+        self._kinds: dict[tuple[str, Any, np.dtype, Device], list[CoalescedResult]] = {}
         self._ended = False
 
-    def all_reduce(
-        self, x: Input, op: ReduceOp | str | ReduceFunction = ReduceOp.SUM, *, out: object = None
-    ) -> Pending:
+    def all_reduce(self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None) -> CoalescedResult:
         """See `ProcessGroup.all_reduce`."""
-        entry = self._group._enter(x)
-        reduction_for(op, entry.array.dtype, self._group.world_size)  # refuses now, not at the end
-        return self._add("all_reduce", op, entry, out)
+        input_array = self._group._check_input(x)
+        reduction_for(op, input_array.array.dtype, self._group.world_size)  # refuses now, not at the end
+        return self._add("all_reduce", op, input_array, out)
 
-    def broadcast(self, x: Input, root: int = 0, *, out: object = None) -> Pending:
+    def broadcast(self, x: Input, root: int = 0, *, out: object = None) -> CoalescedResult:
         """See `ProcessGroup.broadcast`."""
         self._group._check_rank(root, "root")
-        return self._add("broadcast", root, self._group._enter(x), out)
+        return self._add("broadcast", root, self._group._check_input(x), out)
 
-    def _add(self, op: str, how: object, entry: InputArray, out: object) -> Pending:
+    def _add(self, op: str, op_or_root: object, input_array: InputArray, out: object) -> CoalescedResult:
         if self._ended:
             raise UsageError("this coalesce() block has ended: open a new one")
-        pending = Pending(entry, OutputBuffer(entry, out, entry.array.shape))
-        kind = (op, entry.array.dtype, entry.device, how)
-        self._kinds.setdefault(kind, []).append(pending)
-        return pending
+        array = input_array.array
+        result = CoalescedResult(input_array, OutputBuffer(input_array, out, array.shape))
+        self._kinds.setdefault((op, op_or_root, array.dtype, input_array.device), []).append(result)
+        return result
 
     def __enter__(self) -> Coalescing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ended = True
         if error is not None:
             return
-        for (op, _, _, how), several in self._kinds.items():
-            ends = np.cumsum([0, *(pending.source.size for pending in several)])
-            together = self._memory(several, int(ends[-1]))
-            views = [together[start:end] for start, end in pairwise(ends)]
-            for view, pending in zip(views, several, strict=True):
-                view[...] = pending.source.reshape(-1)
-            shapes = ";".join("x".join(map(str, pending.source.shape)) for pending in several)
-            self._group._coalesced(op, how, together, shapes)  # type: ignore[arg-type]
-            for view, pending in zip(views, several, strict=True):
-                pending.land(view)
+        for (op, op_or_root, dtype, device), results in self._kinds.items():
+            sources = [result.input_array.array for result in results]
+            ends = np.cumsum([0, *(source.size for source in sources)])
+            size = int(ends[-1])
+            on_cpu = device is Device.CPU
+            buffer = self._group.empty(size, dtype) if on_cpu else results[0].input_array.empty((size,))
+            views = [buffer[start:end] for start, end in pairwise(ends)]
+            for view, source in zip(views, sources, strict=True):
+                view[...] = source.reshape(-1)
+            shapes = ";".join("x".join(map(str, source.shape)) for source in sources)
+            self._run(op, op_or_root, buffer, device, f"shapes {shapes}")
+            for view, result in zip(views, results, strict=True):
+                result.complete(view)
 
-    def _memory(self, several: Sequence[Pending], count: int) -> Array:
-        """Return memory for them together, where they are."""
-        entry = several[0].entry
-        if entry.device is Device.CPU:
-            return self._group.empty(count, entry.array.dtype)
-        return entry.empty((count,))
+    def _run(self, op: str, op_or_root: Any, buffer: Array, device: Device, detail: str) -> None:
+        """Run one collective in place for many calls, which `detail` names."""
+        backend = self._group._backend
+        if op == "all_reduce":
+            reduction = reduction_for(op_or_root, buffer.dtype, self._group.world_size)
+            call = array_call(op, buffer.dtype, buffer.shape, reduction.name)
+            action = partial(backend.all_reduce, buffer, reduction)
+        else:
+            call = array_call(op, buffer.dtype, buffer.shape, root=op_or_root)
+            action = partial(backend.broadcast, buffer, op_or_root)
+        call = replace(call, detail=detail)
+        self._group._dispatcher.collective(call, action, no_result, buffer.nbytes, False, None, device)
 
 
-class Pending:
+class CoalescedResult:
     """The result of a coalesced call, once its block has ended."""
 
-    def __init__(self, entry: InputArray, outlet: OutputBuffer) -> None:
-        self.entry = entry
-        self.source = entry.array
-        self._outlet = outlet
-        self._landed = False
+    def __init__(self, input_array: InputArray, buffer: OutputBuffer) -> None:
+        self.input_array = input_array
+        self._buffer = buffer
+        self._complete = False
 
-    def land(self, value: Array) -> None:
-        """Take the result in."""
-        self._outlet.flat[...] = value
-        self._landed = True
+    def complete(self, value: Array) -> None:
+        self._buffer.flat[...] = value
+        self._complete = True
 
     def result(self) -> object:
-        """Return the result."""
-        if not self._landed:
+        """Return the result as the caller's own kind of array, or `out`."""
+        if not self._complete:
             raise UsageError("the result is there when the coalesce() block has ended")
-        return self._outlet()
+        return self._buffer()

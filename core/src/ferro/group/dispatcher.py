@@ -1,8 +1,7 @@
-"""Dispatcher: carries out a group's operations, in order, by a deadline, and once it fails, ends.
+"""Dispatcher: runs a group's operations in order, by their deadlines, and fails the group on all ranks alike.
 
-`ProcessGroup` has checked the arguments before; a backend moves the bytes after. Between the
-two, this gives each operation its number and deadline, tells observers, and turns a failure
-into the one cause that every rank reports.
+`ProcessGroup` has checked the arguments before; a backend moves the bytes after. In between, the dispatcher gives each
+operation its number and deadline, notifies observers, and turns a failure into the one cause that every rank reports.
 """
 
 from __future__ import annotations
@@ -11,26 +10,32 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
-from ferro.errors import FerroError, GroupClosed, UnsupportedError, UsageError
+from ferro.errors import FerroError, GroupClosed, PeerLost, UnsupportedError, UsageError
 from ferro.group.failure_agreement import CallSite, FailureAgreement
 from ferro.group.group_info import GroupInfo
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor
-from ferro.group.work import LaunchedWork, Work
+from ferro.group.work import LaunchedWork
 from ferro.observers import Event
 from ferro.types import Array, Device
 
+# The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a backend's method costs
+# no Python call of its own.
+Action: TypeAlias = Callable[..., None]
+Finish: TypeAlias = Callable[[], object]
+Messages: TypeAlias = Sequence[tuple[int, Array]]  # each with its peer
+
 _CPU = Device.CPU  # looked up in each call
-_MOST_LANES = 256
-_LEAST_S = 1e-3  # what is left of a deadline that has passed: enough to fail properly
+_MAX_EXECUTORS = 256
+_MIN_TIMEOUT_S = 1e-3  # the time left by a deadline that has passed: enough to fail properly
 
 
 _forks = 0  # how often this process was forked since ferro was imported
@@ -46,40 +51,39 @@ if hasattr(os, "register_at_fork"):
 
 
 class ChannelKey(NamedTuple):
-    """What orders transfers: those with one peer, in one direction, with one tag."""
+    """One peer, one direction, one tag: transfers with the same key run in the order issued."""
 
-    direction: str
+    direction: str  # "send" or "recv"
     peer: int
     tag: int
 
 
 class Dispatcher:
-    """Carries out the operations of one group on one rank."""
+    """Runs the operations of one group on one rank."""
 
-    def __init__(self, backend: Backend, members: GroupInfo) -> None:
+    def __init__(self, backend: Backend, info: GroupInfo) -> None:
         self.backend = backend
-        self._members = members
-        self._observed = bool(members.observers)
+        self._info = info
+        self._observed = bool(info.observers)
         self._streams = backend.streams
-        self._postmortem = FailureAgreement(members, backend.rank)
-        self._collectives = SerialExecutor(f"ferro-{members.name}-collectives")
+        self._agreement = FailureAgreement(info, backend.rank)
+        self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
         self._transfers: dict[ChannelKey, SerialExecutor] = {}
         self._lock = threading.Lock()
-        self._dead: FerroError | None = None
+        self._failure: FerroError | None = None
         self._closed = False
         self._pid = os.getpid()
         self._forks = _forks
-        self._timeout_s = members.timeout_s
+        self._timeout_s = info.timeout_s
 
     @property
     def state(self) -> str:
-        """What can be done with the group: it is "open", "dead" or "closed"."""
-        return "closed" if self._closed else "dead" if self._dead else "open"
+        """The group's state: "open", "dead" or "closed"."""
+        return "closed" if self._closed else "dead" if self._failure else "open"
 
-    def seconds(self, timeout_s: float | None) -> float:
-        """Return the time that an operation is given."""
+    def checked_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
-            return self._members.timeout_s
+            return self._timeout_s
         number = isinstance(timeout_s, int | float | np.number)
         if not number or not 0 < timeout_s <= threading.TIMEOUT_MAX:
             raise UsageError(
@@ -89,276 +93,221 @@ class Dispatcher:
         return float(timeout_s)
 
     def countdown(self, timeout_s: float | None) -> Callable[[], float]:
-        """Return what tells the time left of a call that is made of several operations."""
-        deadline = time.monotonic() + self.seconds(timeout_s)
-        return lambda: max(_LEAST_S, deadline - time.monotonic())
+        """Begin a call made of several operations; the returned function gives the time left for each."""
+        deadline = time.monotonic() + self.checked_timeout(timeout_s)
+        return lambda: max(_MIN_TIMEOUT_S, deadline - time.monotonic())
 
     def collective(
         self,
         call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
+        action: Action,
+        finish: Finish,
         nbytes: int,
         async_op: bool,
         timeout_s: float | None,
         device: Device = _CPU,
     ) -> Any:
-        """Carry out a collective after all that were issued before it.
+        """Run a collective after all that were issued before it.
 
-        Args:
-            call: what every rank must call; its number is filled in here.
-            action: moves the data, given the deadline.
-            finish: makes the caller's result of it.
-            nbytes: size of this rank's data, for observers.
-            async_op: return a Work at once.
-            timeout_s: deadline in seconds from when it begins, None for the group's.
-            device: where the data is.
+        `call` is what every rank must call, without its number; `action` moves the data and `finish` makes the
+        caller's result of it; `nbytes` is the size of this rank's data, for observers. The time of `timeout_s`, the
+        group's when None, begins when the operation does.
         """
-        allowed = self._timeout_s if timeout_s is None else self.seconds(timeout_s)
-        if self._closed or self._dead is not None or self._forks is not _forks:
-            self._refuse(call.op)
-        launched = device in self._streams
-        lane = self._collectives
-        if async_op and not launched:
-            return self._start(lane, call.op, partial(self._collective, call, action, finish, nbytes, allowed))
-        # What `lane.run` does, written out: it is on the path of every collective.
-        if lane.pending:
-            lane.let_pending_begin()
-        with lane.turn:
-            if lane.closed:
-                self._refuse(call.op)
-            numbered = call.numbered(lane.number())
-            if not launched:
-                if self._observed:
-                    self._carry_out(numbered, action, nbytes, allowed)
-                else:
-                    self._attempt(numbered, action, allowed)
+        allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(call.op)
+        launches = device in self._streams
+        executor = self._collectives
+        if async_op and not launches:
+            # A closure would slow down every call: its variables would be cells.
+            operation = partial(self._perform, call.numbered, action, finish, nbytes, allowed_s, False, ())
+            return self._submit(executor.start, call.op, operation)
+        # The following is `executor.run`, written out: it is on the path of every collective.
+        if executor.pending:
+            executor.wait_for_pending()
+        with executor.lock:
+            if executor.closed:
+                self._raise_closed(call.op)
+            seq = executor.next_number()
+            if not launches and not self._observed:
+                self._execute(call.numbered(seq), action, allowed_s)
                 return finish()
-            work = self._launch(numbered, action, finish, nbytes, allowed)
-        return work if async_op else work.wait()
-
-    def _collective(
-        self,
-        call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
-        nbytes: int,
-        allowed: float,
-        seq: int,
-    ) -> object:
-        """Carry out an asynchronous collective when its turn has come."""
-        self._carry_out(call.numbered(seq), action, nbytes, allowed)
-        return finish()
+            result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, (), seq)
+        return result.wait() if launches and not async_op else result
 
     def transfer(
         self,
         op: str,
-        ways: tuple[ChannelKey, ...],
-        action: Callable[[float], None],
-        finish: Callable[[], object],
-        *,
-        nbytes: int,
+        sends: Messages,
+        recvs: Messages,
+        tag: int,
+        finish: Finish,
         async_op: bool,
         timeout_s: float | None,
-        device: Device = _CPU,
+        device: Device,
     ) -> Any:
-        """Carry out a transfer after those issued before it on the same ways."""
-        allowed = self.seconds(timeout_s)
-        self.check_open(op)
-        peers = tuple(dict.fromkeys([way.peer for way in ways]))
-        launched = device in self._streams
+        """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
+        allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(op)
+        executors, nbytes = [], 0
+        for direction, messages in (("send", sends), ("recv", recvs)):
+            for peer, buffer in messages:
+                executors.append(self._executor(ChannelKey(direction, peer, tag)))
+                nbytes += buffer.nbytes
+        peers = tuple(dict([*sends, *recvs]))
+        launches = device in self._streams
+        action = partial(self._move, sends, recvs, tag)
+        operation = partial(self._perform, partial(Call, op), action, finish, nbytes, allowed_s, launches, peers)
+        executor, *inner = executors
+        # The operation of a sendrecv runs in the receiving executor, within the sending one.
+        outer = (lambda _: inner[0].run(op, operation)) if inner else operation
+        result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
+        return result.wait() if launches and not async_op else result
 
-        def move(seq: int) -> object:
-            call = Call(op, seq=seq)
-            if launched:
-                return self._launch(call, action, finish, nbytes, allowed, peers)
-            self._carry_out(call, action, nbytes, allowed, peers)
-            return finish()
-
-        operation: Callable[[int], object] = move
-        for way in ways[1:]:
-            operation = partial(_run_in, self._lane(way), op, operation)
-        lane = self._lane(ways[0])
-        if launched:
-            work: LaunchedWork[object] = self._in_turn(lane, op, operation)
-            return work if async_op else work.wait()
-        start = self._start if async_op else self._in_turn
-        return start(lane, op, operation)
-
-    def send(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
-        """Send one message, after its label where the backend's frames carry none."""
+    def _move(self, sends: Messages, recvs: Messages, tag: int, *, deadline: float) -> None:
+        """Move messages, each after its label where the backend's frames carry none."""
         if not self.backend.labels_frames:
-            label = np.frombuffer(transfer_call(buffer).label(), np.uint8)
-            self.backend.send(label, peer, tag=tag, deadline=deadline)
-        self.backend.send(buffer, peer, tag=tag, deadline=deadline)
+            labels = [(peer, np.frombuffer(transfer_call(buffer).label(), np.uint8)) for peer, buffer in sends]
+            found = [(peer, np.empty(LABEL_BYTES, np.uint8)) for peer, _ in recvs]
+            self._exchange(labels, found, tag, deadline)
+            for (peer, buffer), (_, label) in zip(recvs, found, strict=True):
+                compare_labels(self.backend.rank, transfer_call(buffer), peer, label.tobytes())
+        self._exchange(sends, recvs, tag, deadline)
 
-    def recv(self, buffer: Array, peer: int, tag: int, deadline: float) -> None:
-        """Receive one message, comparing its label first."""
-        if not self.backend.labels_frames:
-            label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.recv(label, peer, tag=tag, deadline=deadline)
-            compare_labels(self.backend.rank, transfer_call(buffer), peer, label.tobytes())
-        self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
-
-    def exchange(self, source: Array, dst: int, target: Array, src: int, tag: int, deadline: float) -> None:
-        """Send one message and receive another at the same time."""
-        if not self.backend.labels_frames:
-            mine = transfer_call(source).label()
-            label = np.empty(LABEL_BYTES, np.uint8)
-            self.backend.exchange([(dst, np.frombuffer(mine, np.uint8))], [(src, label)], tag=tag, deadline=deadline)
-            compare_labels(self.backend.rank, transfer_call(target), src, label.tobytes())
-        self.backend.exchange([(dst, source)], [(src, target)], tag=tag, deadline=deadline)
+    def _exchange(self, sends: Messages, recvs: Messages, tag: int, deadline: float) -> None:
+        if sends and recvs:
+            self.backend.exchange(sends, recvs, tag=tag, deadline=deadline)
+            return
+        for peer, buffer in sends:
+            self.backend.send(buffer, peer, tag=tag, deadline=deadline)
+        for peer, buffer in recvs:
+            self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def check_open(self, op: str) -> None:
-        """Raise an error when no operation can be issued any more.
+        """Raise an error when no operation can be issued any more."""
+        if self._closed or self._failure is not None or self._forks is not _forks:
+            self._raise_closed(op)
 
-        Raises:
-            GroupClosed: the group was closed, or died.
-            UsageError: this process was forked from the one that made the group.
-        """
-        if self._closed or self._dead is not None or self._forks is not _forks:
-            self._refuse(op)
-
-    def cause_of_death(self, op: str) -> FerroError:
+    def failure(self, op: str) -> FerroError:
         """Return the error that ended the group, for a call that makes sense only afterwards."""
-        if self._closed or self._dead is None:
-            name = self._members.name
+        if self._closed or self._failure is None:
+            name = self._info.name
             raise UsageError(f"{op} on group {name!r}: the group is {self.state}", op=op, group=name)
-        return self._dead
+        return self._failure
 
     def abort(self) -> None:
         """End everything at once: blocked calls raise, here and on the other ranks."""
-        if self._dead is None and not self._closed:
-            name = self._members.name
-            self._dead = GroupClosed(f"group {name!r} was aborted", group=name)
-            self._postmortem.aborted()
+        if self._failure is None and not self._closed:
+            name = self._info.name
+            self._failure = GroupClosed(f"group {name!r} was aborted", group=name)
+            self._agreement.report(GroupClosed, "was aborted")
         self.backend.abort()
 
-    def close(self, patience_s: float) -> None:
-        """Let pending operations end, within `patience_s` seconds; then release the backend."""
+    def close(self, timeout_s: float) -> None:
+        """Let pending operations end, within `timeout_s` seconds; then release the backend."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            # A sendrecv goes through its sending lane into its receiving one: close in this order.
-            ways = sorted(self._transfers, key=lambda way: way.direction, reverse=True)
-            lanes = [self._collectives, *(self._transfers[way] for way in ways)]
+            # A sendrecv goes through its sending executor into its receiving one: they close in this order.
+            channels = sorted(self._transfers, key=lambda channel: channel.direction, reverse=True)
+            executors = [self._collectives, *(self._transfers[channel] for channel in channels)]
         if self._forks is not _forks:
             return  # the connections are the parent's
-        deadline = time.monotonic() + (0.0 if self._dead else patience_s)
-        drained = [lane.close(deadline) for lane in lanes]
+        deadline = time.monotonic() + (0.0 if self._failure else timeout_s)
+        drained = [executor.close(deadline) for executor in executors]
         if not all(drained):
-            if self._dead is None:
-                self._postmortem.left()
+            if self._failure is None:
+                self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
         self.backend.close()
 
-    def _refuse(self, op: str) -> NoReturn:
-        """Say why no operation can be issued any more."""
-        name = self._members.name
+    def _raise_closed(self, op: str) -> NoReturn:
+        """Tell the reason for which no operation can be issued any more."""
+        name = self._info.name
         if self._closed:
             raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
         if self._forks is not _forks:
-            raise UsageError(
-                f"{op} on group {name!r}: this process was forked from process {self._pid}, whose "
-                "connections it must not use: start ranks with `ferro run`, and workers with "
-                "multiprocessing's 'spawn'",
-                op=op,
-                group=name,
+            message = (
+                f"this process was forked from process {self._pid}, whose connections it must not use: "
+                "start ranks with `ferro run`, and workers with multiprocessing's 'spawn'"
             )
-        self._refuse_dead(op)
+            raise UsageError(f"{op} on group {name!r}: {message}", op=op, group=name)
+        self._raise_dead(op)
 
-    def _refuse_dead(self, op: str) -> NoReturn:
-        name = self._members.name
-        raise GroupClosed(
-            f"{op} on group {name!r}: the group died earlier: {self._dead}", op=op, group=name, rank=self.backend.rank
-        ) from self._dead
+    def _raise_dead(self, op: str) -> NoReturn:
+        name, rank = self._info.name, self.backend.rank
+        message = f"{op} on group {name!r}: the group died earlier: {self._failure}"
+        raise GroupClosed(message, op=op, group=name, rank=rank) from self._failure
 
-    def _lane(self, way: ChannelKey) -> SerialExecutor:
-        return self._transfers.get(way) or self._new_lane(way)
-
-    def _new_lane(self, way: ChannelKey) -> SerialExecutor:
+    def _executor(self, channel: ChannelKey) -> SerialExecutor:
+        executor = self._transfers.get(channel)
+        if executor is not None:
+            return executor
         with self._lock:
-            if len(self._transfers) >= _MOST_LANES:  # a tag for every message makes as many
-                self._transfers = {w: old for w, old in self._transfers.items() if not old.idle}
-            name = f"{way.direction} {way.peer} tag {way.tag}"
-            return self._transfers.setdefault(way, SerialExecutor(f"ferro-{self._members.name}-{name}"))
+            if len(self._transfers) >= _MAX_EXECUTORS:  # a tag for every message makes as many
+                self._transfers = {key: old for key, old in self._transfers.items() if not old.idle}
+            name = f"ferro-{self._info.name}-{channel.direction} {channel.peer} tag {channel.tag}"
+            return self._transfers.setdefault(channel, SerialExecutor(name))
 
-    def _in_turn(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Any:
+    def _submit(self, submit: Callable[..., Any], op: str, operation: Callable[[int], object]) -> Any:
+        """Hand an operation to an executor's `run` or `start`."""
         try:
-            return lane.run(op, operation)
+            return submit(op, operation)
         except ExecutorClosed:
-            self._refuse(op)
+            self._raise_closed(op)
 
-    def _start(self, lane: SerialExecutor, op: str, operation: Callable[[int], object]) -> Work[object]:
-        try:
-            return lane.start(op, operation)
-        except ExecutorClosed:
-            self._refuse(op)
-
-    def _launch(
+    def _perform(
         self,
-        call: Call,
-        action: Callable[[float], None],
-        finish: Callable[[], object],
+        numbered: Callable[[int], Call],
+        action: Action,
+        finish: Finish,
         nbytes: int,
-        allowed: float,
-        peers: tuple[int, ...] = (),
-    ) -> LaunchedWork[object]:
-        """Launch an operation on a device's queue, in this thread, whose queue it is."""
-        self._carry_out(call, action, nbytes, allowed, peers)
-        scene = CallSite(call, peers, allowed, allowed)
-        completion = self.backend.launched()
-        return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._die(error, scene))
+        timeout_s: float,
+        launches: bool,
+        peers: tuple[int, ...],
+        seq: int,
+    ) -> Any:
+        """Execute operation number `seq` and notify observers; return its result, or the Work of a launched one.
 
-    def _carry_out(
-        self, call: Call, action: Callable[[float], None], nbytes: int, allowed: float, peers: tuple[int, ...] = ()
-    ) -> None:
-        """Carry out an operation, telling observers; one without `peers` is a collective."""
+        An operation is launched on a device's queue in this thread, whose queue it is.
+        """
+        call = numbered(seq)
         if not self._observed:
-            self._attempt(call, action, allowed, peers)
-            return
-        event = self._event(call, nbytes)
-        self._tell("started", event)
-        started = time.monotonic()
-        failure = ""
-        try:
-            self._attempt(call, action, allowed, peers)
-        except BaseException as error:
-            failure = type(error).__name__
-            raise
-        finally:
-            seconds = time.monotonic() - started
-            self._tell("finished", replace(event, seconds=seconds, error=failure))
-
-    def _attempt(
-        self, call: Call, action: Callable[[float], None], allowed: float, peers: tuple[int, ...] = ()
-    ) -> None:
-        """Do it by its deadline; a failure ends the group with the cause that all report."""
-        if self._dead is not None:  # while this waited for its turn
-            self._refuse_dead(call.op)
-        started = time.monotonic()
-        deadline = started + allowed
-        try:
-            if not peers:
-                self.backend.agree(call, deadline=deadline)
-            action(deadline)
-        except UnsupportedError:  # by the backend, on all ranks alike
-            raise
-        except Exception as error:
-            scene = CallSite(call, peers, allowed, time.monotonic() - started)
-            raise self._die(error, scene) from error
-        except (KeyboardInterrupt, SystemExit) as error:
-            # The user's interrupt is told to the others; a simulated rank that is killed tells
-            # nobody, as a real one could not.
-            self._die(error, CallSite(call, peers, allowed, time.monotonic() - started))
-            raise
-
-    def _tell(self, what: Literal["started", "finished"], event: Event) -> None:
-        """Tell all observers; one that raises must not change what the ranks do."""
-        for observer in self._members.observers:
+            self._execute(call, action, timeout_s, peers)
+        else:
+            rank = self.backend.rank
+            event = Event(
+                op=call.op,
+                seq=seq,
+                group=self._info.name,
+                rank=rank,
+                global_rank=self._info.global_ranks[rank],
+                nbytes=nbytes,
+                start_s=time.time(),
+                thread=threading.current_thread().name,
+            )
+            self._notify("started", event)
+            started, error = time.monotonic(), ""
             try:
-                observer.started(event) if what == "started" else observer.finished(event)
+                self._execute(call, action, timeout_s, peers)
+            except BaseException as raised:
+                error = type(raised).__name__
+                raise
+            finally:
+                self._notify("finished", replace(event, seconds=time.monotonic() - started, error=error))
+        if not launches:
+            return finish()
+        site = CallSite(call, peers, timeout_s, timeout_s)
+        completion = self.backend.launched()
+        return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
+
+    def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
+        """Notify all observers; one that raises must not change what the ranks do."""
+        for observer in self._info.observers:
+            try:
+                observer.started(event) if method == "started" else observer.finished(event)
             except Exception as error:  # noqa: BLE001 - whatever a stranger's observer meets
                 warnings.warn(
                     f"observer {type(observer).__name__} failed at {event.op} #{event.seq}: "
@@ -367,30 +316,35 @@ class Dispatcher:
                     stacklevel=2,
                 )
 
-    def _die(self, error: BaseException, scene: CallSite) -> FerroError:
+    def _execute(self, call: Call, action: Action, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
+        """Run an operation by its deadline; a failure ends the group with the cause that all report.
+
+        An operation without `peers` is a collective.
+        """
+        if self._failure is not None:  # while this operation waited for those before it
+            self._raise_dead(call.op)
+        started = time.monotonic()
+        deadline = started + timeout_s
+        try:
+            if not peers:
+                self.backend.agree(call, deadline=deadline)
+            action(deadline=deadline)
+        except UnsupportedError:  # by the backend, on all ranks alike
+            raise
+        except Exception as error:
+            site = CallSite(call, peers, timeout_s, time.monotonic() - started)
+            raise self._fail(error, site) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            # The other ranks learn of the user's interrupt; a simulated rank that is killed reports nothing, as a real
+            # one could not.
+            self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            raise
+
+    def _fail(self, error: BaseException, site: CallSite) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
+        if self._failure is not None:
+            return self._failure
+        cause = self._agreement.agree(error, site, self.backend.abort)
         with self._lock:
-            known = self._dead
-        if known is not None:
-            return known
-        cause = self._postmortem.cause(error, scene, self.backend.abort)
-        with self._lock:
-            self._dead = self._dead or cause
+            self._failure = self._failure or cause
         return cause
-
-    def _event(self, call: Call, nbytes: int) -> Event:
-        return Event(
-            op=call.op,
-            seq=call.seq,
-            group=self._members.name,
-            rank=self.backend.rank,
-            global_rank=self._members.global_ranks[self.backend.rank],
-            nbytes=nbytes,
-            start_s=time.time(),
-            thread=threading.current_thread().name,
-        )
-
-
-def _run_in(lane: SerialExecutor, op: str, operation: Callable[[int], object], _: int) -> object:
-    """Run an operation of one lane within another's turn, by its number there."""
-    return lane.run(op, operation)

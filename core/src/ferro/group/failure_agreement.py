@@ -1,261 +1,182 @@
-"""What all ranks of a group learn about its death: one cause, told the same on every rank.
+"""The agreement of all ranks of a group on the cause of its failure, so that all report the same.
 
-The first rank that fails claims the certificate in the store, writes down the cause and aborts
-the backend, which wakes the others. Whoever fails afterwards, because it was woken or because a
-peer's connection closed, finds the certificate and raises the cause instead of its own symptom.
+The first rank that fails claims the verdict in the store, writes it and aborts the backend, which wakes the others. A
+rank that fails afterwards, because it was woken or because a peer's connection closed, reads the verdict and raises
+that error instead of its own symptom.
 
-For a deadline the cause needs the others: every rank that fails first notes that it was there
-and what it was doing; the claimant waits a moment for these notes before it writes the
-certificate. Whoever left no note had not come.
+For a deadline the verdict needs the others: every rank that fails first writes down which call it was in; the claimant
+waits a moment for these records before it writes the verdict. A rank without a record had not arrived.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
 from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import codec
 
-_NOTES_S = 1.0  # how long the claimant of a timeout waits for the others' notes
-_MOST_CHARACTERS = 8192
+_RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
+_VERDICT_S = 5.0  # how long the others wait for the verdict
+_MAX_CHARACTERS = 8192
 _SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
-_CERTIFICATE_S = 5.0  # how long the others wait for the certificate
 
 
 @dataclass(frozen=True, slots=True)
 class CallSite:
-    """Where it happened: one call on this rank.
-
-    Attributes:
-        call: what was called.
-        peers: the other ranks of a transfer; () for a collective, in which all take part.
-        timeout_s: the seconds allowed.
-        elapsed_s: the seconds gone.
-    """
+    """The call on this rank in which a failure was noticed."""
 
     call: Call
-    peers: tuple[int, ...]
+    peers: tuple[int, ...]  # the other ranks of a transfer; () for a collective, in which all take part
     timeout_s: float
     elapsed_s: float
 
-    def place(self) -> str:
-        """Return the call and its number, as ranks note it for each other."""
+    def record(self) -> str:
+        """Return the call and its number, as ranks write them down for each other."""
         return f"{self.call.op} #{self.call.seq}"
 
-    def is_partner(self, note: str) -> bool:
-        """Say whether a rank with this note was in the same operation."""
+    def is_same_operation(self, record: str) -> bool:
+        """Say whether a rank with this record was in the same operation."""
         if self.peers:  # the two ends of a transfer have names and numbers of their own
-            return note.startswith(("send", "recv"))
-        return note == self.place()
+            return record.startswith(("send", "recv"))
+        return record == self.record()
+
+    def describe(self, group: str) -> str:
+        if self.peers:
+            return f"{self.call.op} with rank {self.peers[0]} on group {group!r}"
+        return f"{self.record()} on group {group!r}"
+
+
+class FailureVerdict(NamedTuple):
+    """The cause of a group's failure, as it is written to the store."""
+
+    kind: str  # name of the error class
+    text: str
+    peer: int | None = None  # the rank that a PeerLost or CollectiveMismatch is about
+    arrived: Sequence[int] = ()  # ranks known to have entered the call that timed out
+    missing: Sequence[int] = ()
+
+    def error(self, site: CallSite, info: GroupInfo, rank: int) -> FerroError:
+        """Make the error that `rank` raises, with its own place."""
+        kinds: dict[str, type[FerroError]] = {
+            kind.__name__: kind for kind in (CollectiveMismatch, CollectiveTimeout, PeerLost)
+        }
+        error = kinds.get(self.kind, GroupClosed)(
+            self.text, op=site.call.op, group=info.name, rank=rank, peer=self.peer
+        )
+        if isinstance(error, PeerLost) and error.peer is not None:
+            error.host = info.hosts[error.peer]
+        elif isinstance(error, CollectiveTimeout):
+            error.seq, error.seconds = site.call.seq, site.timeout_s
+            error.peer = site.peers[0] if site.peers else None
+            error.arrived, error.missing = tuple(self.arrived), tuple(self.missing)
+        return error
 
 
 class FailureAgreement:
-    """Agrees on the cause of a group's death through the group's store.
+    """Agrees on the cause of a group's failure through the group's store."""
 
-    Args:
-        members: the group.
-        rank: this rank in it.
-    """
-
-    def __init__(self, members: GroupInfo, rank: int) -> None:
-        self._store = members.store.prefix("death")
-        self._members = members
+    def __init__(self, info: GroupInfo, rank: int) -> None:
+        self._store = info.store.prefix("failure")
+        self._info = info
         self._rank = rank
 
-    def cause(self, error: BaseException, scene: CallSite, wake: Callable[[], None]) -> FerroError:
-        """Return the error that this rank raises for `error`; wake the others if it is first.
+    def agree(self, error: BaseException, site: CallSite, abort: Callable[[], None]) -> FerroError:
+        """Return the error that this rank raises for the backend's `error`.
 
-        Args:
-            error: what the backend raised.
-            scene: the call in which it did.
-            wake: aborts the backend; called when the others may look for the certificate.
+        `abort` ends the backend's calls on all ranks; it is called when the others may look for the verdict.
         """
         try:
-            self._note(scene)
+            self._store.set(f"call/{self._rank}", site.record().encode())
             if self._store.add("claims", 1) > 1:
-                wake()
-                return self._read(scene)
-            return self._write(error, scene, wake)
-        except Exception:  # noqa: BLE001 - the group dies, whatever its store answers
-            wake()  # without a store every rank has only its own symptom to tell
-            return self._symptom(error, scene)
+                abort()
+                data = self._store.get("verdict", deadline=time.monotonic() + _VERDICT_S)
+                return FailureVerdict(*codec.decode(data)).error(site, self._info, self._rank)  # type: ignore[misc]
+            timed_out = isinstance(error, TimeoutError)
+            if timed_out:
+                abort()  # the others write down the calls they were in
+            verdict = self._timeout(site) if timed_out else self._symptom(error, site)
+            self._publish(verdict)
+            if not timed_out:
+                abort()
+        except Exception:  # noqa: BLE001 - the group fails, whatever its store answers
+            abort()  # without a store every rank knows only its own symptom
+            verdict = self._symptom(error, site)
+        return verdict.error(site, self._info, self._rank)
 
-    def aborted(self) -> None:
-        """Write the certificate of a group that its user aborts on this rank."""
-        self._certify("GroupClosed", "was aborted")
-
-    def left(self) -> None:
-        """Write the certificate of a group that this rank leaves in the middle of operations."""
-        self._certify("PeerLost", "was left, with operations under way,")
-
-    def _certify(self, kind: str, what: str) -> None:
-        text = f"group {self._members.name!r} {what} by {self._members.who(self._rank)}"
+    def report(self, kind: type[FerroError], event: str) -> None:
+        """Write the verdict of a group that ends by this rank's own doing, which `event` tells."""
+        text = f"group {self._info.name!r} {event} by {self._info.describe(self._rank)}"
+        peer = self._rank if kind is PeerLost else None
         try:
             if self._store.add("claims", 1) == 1:
-                record = {"kind": kind, "text": text, "peer": self._rank}
-                self._store.set("certificate", codec.encode(record))
+                self._publish(FailureVerdict(kind.__name__, text, peer))
         except (RendezvousError, OSError):
             return  # the others will see connections close
 
-    def _note(self, scene: CallSite) -> None:
-        self._store.set(f"note/{self._rank}", scene.place().encode())
+    def _publish(self, verdict: FailureVerdict) -> None:
+        text = verdict.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
+        self._store.set("verdict", codec.encode(verdict._replace(text=text)))
 
-    def _note_of(self, rank: int, deadline: float) -> str:
+    def _record_of(self, rank: int, deadline: float) -> str:
         try:
-            return self._store.get(f"note/{rank}", deadline=deadline).decode()
+            return self._store.get(f"call/{rank}", deadline=deadline).decode()
         except TimeoutError:
             return ""
 
-    def _write(self, error: BaseException, scene: CallSite, wake: Callable[[], None]) -> FerroError:
-        late = isinstance(error, TimeoutError)
-        if late:
-            wake()  # the others note that they were there
-        found = self._timeout(scene) if late else self._symptom(error, scene)
-        record = {
-            "kind": type(found).__name__,
-            "text": _writable(str(found)),
-            "peer": found.peer,
-            "arrived": getattr(found, "arrived", ()),
-            "missing": getattr(found, "missing", ()),
-        }
-        self._store.set("certificate", codec.encode(record))
-        if not late:
-            wake()
-        return found
-
-    def _read(self, scene: CallSite) -> FerroError:
-        raw = self._store.get("certificate", deadline=time.monotonic() + _CERTIFICATE_S)
-        record = codec.decode(raw)
-        assert isinstance(record, dict), "a certificate is a table"
-        return self._rebuild(record, scene)
-
-    def _timeout(self, scene: CallSite) -> CollectiveTimeout:
-        """Ask who was there; a rank that was in another call has not arrived, and says where."""
-        n = len(self._members.hosts)
-        others = scene.peers or [r for r in range(n) if r != self._rank]
-        arrived, missing, silent = [self._rank], [], []
-        absent = []
-        deadline = time.monotonic() + _NOTES_S
-        for rank in others:
-            note = self._note_of(rank, deadline)
-            if note and scene.is_partner(note):
-                arrived.append(rank)
-                continue
-            missing.append(rank)
-            absent.append(self._members.who(rank) + (f", which was in {note}" if note else ""))
-            if not note:
-                silent.append(rank)
+    def _timeout(self, site: CallSite) -> FailureVerdict:
+        """Find the ranks that arrived; one that was in another call has not, and its call is named."""
+        others = site.peers or [r for r in range(len(self._info.hosts)) if r != self._rank]
+        deadline = time.monotonic() + _RECORDS_S
+        records = {rank: self._record_of(rank, deadline) for rank in others}
+        missing = [rank for rank in others if not site.is_same_operation(records[rank])]
+        arrived = sorted({self._rank, *others}.difference(missing))
         if missing:
-            told = f"arrived: {_ranks(arrived)}; did not arrive: {', '.join(absent)}"
+            absent = [
+                self._info.describe(rank) + (f", which was in {records[rank]}" if records[rank] else "")
+                for rank in missing
+            ]
+            finding = f"arrived: rank {', '.join(map(str, arrived))}; did not arrive: {', '.join(absent)}"
+            silent = [rank for rank in missing if not records[rank]]
             remedy = f"Read the log of rank {(silent or missing)[0]} first"
         else:
-            told = "all ranks were there"
+            finding = "all ranks were there"
             remedy = "Raise timeout_s, or look for a slow or broken link"
-        return CollectiveTimeout(
-            f"{self._head(scene)} did not finish within {scene.timeout_s:g} s; {told}. "
-            f"The group can no longer be used. {remedy}.",
-            op=scene.call.op,
-            group=self._members.name,
-            rank=self._rank,
-            seq=scene.call.seq,
-            seconds=scene.timeout_s,
-            peer=scene.peers[0] if scene.peers else None,
-            arrived=sorted(arrived),
-            missing=missing,
+        text = (
+            f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {finding}. "
+            f"The group can no longer be used. {remedy}."
         )
+        return FailureVerdict("CollectiveTimeout", text, arrived=arrived, missing=missing)
 
-    def _symptom(self, error: BaseException, scene: CallSite) -> FerroError:
-        """Return what this rank can say by itself."""
-        members, op, rank = self._members, scene.call.op, self._rank
-        group, n = members.name, len(members.hosts)
+    def _symptom(self, error: BaseException, site: CallSite) -> FailureVerdict:
+        """Describe an error with what this rank alone knows."""
+        rank, name, n = self._rank, self._info.name, len(self._info.hosts)
         if isinstance(error, CollectiveMismatch):
-            number, remedy = f" (#{scene.call.seq})", _SAME_CALLS
-            if scene.peers:
+            number, remedy = f" (#{site.call.seq})", _SAME_CALLS
+            if site.peers:
                 number, remedy = "", "Receive with the dtype and number of elements that are sent"
-            return CollectiveMismatch(
-                f"ranks made different calls on group {group!r}{number}: {error}. "
-                f"The group can no longer be used. {remedy}.",
-                op=op,
-                group=group,
-                rank=rank,
-                peer=error.peer,
+            text = (
+                f"ranks made different calls on group {name!r}{number}: {error}. "
+                f"The group can no longer be used. {remedy}."
             )
+            return FailureVerdict("CollectiveMismatch", text, error.peer)
+        where = site.describe(name)
         if isinstance(error, PeerLost) and error.peer is not None:
-            return PeerLost(
-                f"{self._head(scene)} failed: {members.who(error.peer)} of {n} is gone, noticed by "
-                f"rank {rank} after {scene.elapsed_s:.1f} s of {scene.timeout_s:g} s "
-                f"({error}). The group can no longer be used. Read rank {error.peer}'s log first; "
-                "then restart the job, or go on without it through shrink().",
-                op=op,
-                group=group,
-                rank=rank,
-                peer=error.peer,
-                host=members.hosts[error.peer],
+            text = (
+                f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by rank {rank} after "
+                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error}). The group can no longer be used. Read rank "
+                f"{error.peer}'s log first; then restart the job, or go on without it through shrink()."
             )
+            return FailureVerdict("PeerLost", text, error.peer)
         if isinstance(error, TimeoutError):
-            return CollectiveTimeout(
-                f"{self._head(scene)} did not finish within {scene.timeout_s:g} s on rank {rank}, "
-                "and the store could not be reached to ask for the others. "
-                "The group can no longer be used.",
-                op=op,
-                group=group,
-                rank=rank,
-                seq=scene.call.seq,
-                seconds=scene.timeout_s,
-                arrived=(rank,),
+            text = (
+                f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, and the store could not be "
+                "reached to ask for the others. The group can no longer be used."
             )
-        return GroupClosed(
-            f"{self._head(scene)} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
-            "The group can no longer be used.",
-            op=op,
-            group=group,
-            rank=rank,
-        )
-
-    def _rebuild(self, record: Mapping[str, object], scene: CallSite) -> FerroError:
-        """Return the certificate's error as this rank's own."""
-        text, kind = str(record["text"]), record["kind"]
-        op, group, rank = scene.call.op, self._members.name, self._rank
-        peer = record.get("peer")
-        peer = peer if isinstance(peer, int) else None
-        if kind == "CollectiveMismatch":
-            return CollectiveMismatch(text, op=op, group=group, rank=rank, peer=peer)
-        if kind == "PeerLost":
-            host = None if peer is None else self._members.hosts[peer]
-            return PeerLost(text, op=op, group=group, rank=rank, peer=peer, host=host)
-        if kind == "CollectiveTimeout":
-            return CollectiveTimeout(
-                text,
-                op=op,
-                group=group,
-                rank=rank,
-                seq=scene.call.seq,
-                seconds=scene.timeout_s,
-                arrived=_numbers(record.get("arrived")),
-                missing=_numbers(record.get("missing")),
-            )
-        return GroupClosed(text, op=op, group=group, rank=rank)
-
-    def _head(self, scene: CallSite) -> str:
-        """Return the place in words."""
-        group = self._members.name
-        if scene.peers:
-            return f"{scene.call.op} with rank {scene.peers[0]} on group {group!r}"
-        return f"{scene.place()} on group {group!r}"
-
-
-def _numbers(value: object) -> list[int]:
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return "rank " + ", ".join(str(rank) for rank in sorted(ranks))
-
-
-def _writable(text: str) -> str:
-    """Return a text as a certificate can hold it: any characters, bounded."""
-    return text.encode(errors="replace").decode()[:_MOST_CHARACTERS]
+            return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
+        text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
+        return FailureVerdict("GroupClosed", text + "The group can no longer be used.")

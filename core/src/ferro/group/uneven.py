@@ -1,4 +1,4 @@
-"""Uneven sizes: an array cut along axis 0 into blocks, and how ranks exchange the sizes."""
+"""Uneven sizes: an array in blocks along axis 0, one a rank, and how ranks exchange the blocks' sizes."""
 
 from __future__ import annotations
 
@@ -15,54 +15,40 @@ import numpy as np
 from ferro.arrays import InputArray, dtype_from_name, dtype_name
 from ferro.backend import Backend
 from ferro.errors import CollectiveMismatch, UsageError
-from ferro.group.arguments import OutputBuffer, flat
+from ferro.group.arguments import OutputBuffer
 from ferro.types import Array
 
-_REMEMBERED = 128  # few, for with sizes of many ranks they are long
+_CACHED = 128  # few, for with sizes of many ranks they are long
+_MAX_AXES = 64  # that an array can have
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each rank's block lies in the whole, along axis 0, in order of rank.
+    """The place of each rank's block in the whole array, along axis 0, in order of rank."""
 
-    Attributes:
-        shape: the whole's shape.
-        rows: each block's size along axis 0.
-        counts: each block's number of elements.
-        places: where each block lies, in rows of the whole.
-    """
-
-    shape: tuple[int, ...]
-    rows: tuple[int, ...]
-    counts: tuple[int, ...]
-    places: tuple[slice, ...]
+    shape: tuple[int, ...]  # of the whole
+    rows: tuple[int, ...]  # each block's size along axis 0
+    counts: tuple[int, ...]  # each block's number of elements
+    slices: tuple[slice, ...]  # each block's rows in the whole
 
     @classmethod
     def of(cls, rows: Sequence[int], row_shape: tuple[int, ...]) -> Layout:
-        """Return the layout of blocks of so many rows, each row of one shape."""
-        row = math.prod(row_shape)
+        row_size = math.prod(row_shape)
         ends = [0, *accumulate(rows)]
         return cls(
-            shape=(sum(rows), *row_shape),
+            shape=(ends[-1], *row_shape),
             rows=tuple(rows),
-            counts=tuple(count * row for count in rows),
-            places=tuple(slice(start, end) for start, end in pairwise(ends)),
+            counts=tuple(count * row_size for count in rows),
+            slices=tuple(slice(start, end) for start, end in pairwise(ends)),
         )
 
     def block_shape(self, rank: int) -> tuple[int, ...]:
-        """Return the shape of a rank's block."""
         return (self.rows[rank], *self.shape[1:])
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def gathered(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, world_size: int) -> Layout:
-    """Return the layout of all ranks' blocks together, where this rank's has `shape`.
-
-    A 0-d array counts as one row.
-
-    Raises:
-        UsageError: `sizes` says something else of this rank.
-    """
+@lru_cache(maxsize=_CACHED)
+def gathered_layout(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, world_size: int) -> Layout:
+    """Lay out all ranks' blocks, where this rank's has `shape`; a 0-d array counts as one row."""
     own = shape[0] if shape else 1
     rows = (own,) * world_size if sizes is None else sizes
     if rows[rank] != own:
@@ -70,13 +56,11 @@ def gathered(shape: tuple[int, ...], sizes: tuple[int, ...] | None, rank: int, w
     return Layout.of(rows, shape[1:])
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def cut(shape: tuple[int, ...], sizes: tuple[int, ...] | None, world_size: int, op: str, name: str = "sizes") -> Layout:
-    """Return the layout of an array of `shape` that is cut into one block for every rank.
-
-    Raises:
-        UsageError: it cannot be cut so.
-    """
+@lru_cache(maxsize=_CACHED)
+def split_layout(
+    shape: tuple[int, ...], sizes: tuple[int, ...] | None, world_size: int, op: str, name: str = "sizes"
+) -> Layout:
+    """Lay out the blocks of an array of `shape`, one for every rank."""
     if not shape:
         raise UsageError(f"{op} cuts its input along axis 0, and a 0-d array has none")
     total = shape[0]
@@ -93,11 +77,7 @@ def cut(shape: tuple[int, ...], sizes: tuple[int, ...] | None, world_size: int, 
 
 
 def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "sizes") -> tuple[int, ...] | None:
-    """Return sizes as non-negative ints, one a rank; None where none are given.
-
-    Raises:
-        UsageError: they are something else.
-    """
+    """Return sizes as non-negative ints, one a rank; None when none are given."""
     if sizes is None:
         return None
     try:
@@ -109,45 +89,32 @@ def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "siz
     return rows
 
 
-_MOST_AXES = 64  # that an array can have
-
-
 def blank_header(world_size: int) -> Array:
-    """Return memory for the head of a scatter among so many ranks."""
-    return np.zeros(1 + _packing(_MOST_AXES, world_size).size, np.uint8)
+    return np.zeros(1 + _header_format(_MAX_AXES, world_size).size, np.uint8)
 
 
-def write_header(head: Array, dtype: np.dtype, layout: Layout) -> None:
-    """Write the head of a scatter: how many axes a row has, and after it what depends on that."""
+def write_header(header: Array, dtype: np.dtype, layout: Layout) -> None:
+    """Write a row's number of axes, then what depends on it: dtype, row shape and every rank's rows."""
     row_shape, rows = layout.shape[1:], layout.rows
-    head[0] = len(row_shape)
-    packing = _packing(len(row_shape), len(rows))
-    packing.pack_into(head.data, 1, dtype_name(dtype).encode(), *row_shape, *rows)
+    header[0] = len(row_shape)
+    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, dtype_name(dtype).encode(), *row_shape, *rows)
 
 
-def read_header(head: Array, world_size: int) -> tuple[np.dtype, Layout]:
-    """Return what the head of a scatter tells."""
-    axes = int(head[0])
-    name, *numbers = _packing(axes, world_size).unpack_from(head.data, 1)
-    row_shape, rows = tuple(numbers[:axes]), numbers[axes:]
-    return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(rows, row_shape)
+def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
+    axes = int(header[0])
+    name, *numbers = _header_format(axes, world_size).unpack_from(header.data, 1)
+    return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(numbers[axes:], tuple(numbers[:axes]))
 
 
 @lru_cache(maxsize=256)
-def _packing(axes: int, world_size: int) -> struct.Struct:
+def _header_format(axes: int, world_size: int) -> struct.Struct:
     return struct.Struct(f"<16s{axes}q{world_size}q")
 
 
-def reaches_beyond(block: Array, whole: Array, layout: Layout, rank: int) -> bool:
-    """Say whether a rank's block may share memory with the other ranks' blocks of `whole`.
+def overlaps_other_blocks(block: Array, whole: Array, layout: Layout, rank: int) -> bool:
+    """Say whether a rank's block may share memory with the other ranks' blocks of the flat `whole`.
 
-    Its own place in the whole is no other's: a block may lie there, and need not be copied.
-
-    Args:
-        block: the rank's block.
-        whole: all ranks' blocks, in one dimension.
-        layout: where they are in it.
-        rank: whose block it is.
+    A block that lies in its own place of the whole overlaps no other, and need not be copied.
     """
     if not np.may_share_memory(block, whole):
         return False
@@ -156,72 +123,53 @@ def reaches_beyond(block: Array, whole: Array, layout: Layout, rank: int) -> boo
     return np.may_share_memory(block, before) or np.may_share_memory(block, after)
 
 
-class RowExchange:
-    """An uneven all_to_all: its result's shape may be known only when the sizes have come."""
+class UnevenAllToAll:
+    """An all_to_all whose result may get its shape only when the ranks have exchanged their sizes."""
 
     def __init__(
         self,
         backend: Backend,
-        entry: InputArray,
-        sending: Layout,
+        input_array: InputArray,
+        source: Array,
+        sent: Layout,
         expected: tuple[int, ...] | None,
         out: object,
-        *,
-        private: bool,
     ) -> None:
-        """Prepare to send the blocks of `entry` as `sending` says, or, if `private`, of a copy.
-
-        Raises:
-            UsageError: the rows that are expected contradict those that are sent, or `out`.
-        """
+        """Prepare to send the blocks of the flat `source` of `input_array`, laid out as `sent`."""
         self._backend = backend
-        self._entry = entry
-        self._sending = sending
+        self._input = input_array
+        self._source = source
+        self._sent = sent
         self._out = out
-        self._source = flat(entry.array, private=private)
-        self._arrival: tuple[OutputBuffer, Layout] | None = None  # where what rows go, once known
+        self._received: tuple[OutputBuffer, Layout] | None = None
         if expected is not None:
-            own = sending.rows[backend.rank]
-            if expected[backend.rank] != own:
-                raise UsageError(
-                    f"all_to_all: rank {backend.rank} sends itself {own} rows but receives {expected[backend.rank]}",
-                    op="all_to_all",
-                )
-            self._prepare(expected)
+            rank = backend.rank
+            if expected[rank] != sent.rows[rank]:
+                message = f"rank {rank} sends itself {sent.rows[rank]} rows but receives {expected[rank]}"
+                raise UsageError(f"all_to_all: {message}", op="all_to_all")
+            self._received = self._allocate(expected)
 
-    def run(self, deadline: float) -> None:
-        """Tell each other the sizes, hold them against what was expected, move the rows."""
-        rows = self._sizes_told(deadline)
-        result, receiving = self._arrival or self._prepare(rows)
-        if rows != receiving.rows:
-            raise self._mismatch(rows, receiving.rows)
-        self._backend.all_to_all(self._source, result.flat, self._sending.counts, receiving.counts, deadline=deadline)
+    def run(self, *, deadline: float) -> None:
+        """Exchange the sizes, compare them with the expected ones, and move the rows."""
+        n, rank = self._backend.world_size, self._backend.rank
+        announced, ones = np.empty(n, np.int64), (1,) * n
+        self._backend.all_to_all(np.array(self._sent.rows, np.int64), announced, ones, ones, deadline=deadline)
+        rows = tuple(announced.tolist())
+        self._received = self._received or self._allocate(rows)
+        result, received = self._received
+        for peer, expected in enumerate(received.rows):
+            if rows[peer] != expected:
+                message = f"rank {peer} sends {rows[peer]} rows to rank {rank} in all_to_all; rank {rank} expects"
+                raise CollectiveMismatch(f"{message} {expected}", peer=peer)
+        self._backend.all_to_all(self._source, result.flat, self._sent.counts, received.counts, deadline=deadline)
 
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
-        assert self._arrival is not None, "the operation has not run"
-        return self._arrival[0]()
+        assert self._received is not None, "the operation has not run"
+        return self._received[0]()
 
-    def _sizes_told(self, deadline: float) -> tuple[int, ...]:
-        """Return the rows that come from every rank."""
-        n = self._backend.world_size
-        telling, told = np.array(self._sending.rows, np.int64), np.empty(n, np.int64)
-        ones = (1,) * n
-        self._backend.all_to_all(telling, told, ones, ones, deadline=deadline)
-        return tuple(told.tolist())
-
-    def _prepare(self, rows: Sequence[int]) -> tuple[OutputBuffer, Layout]:
-        """Make room for so many rows from every rank."""
-        receiving = Layout.of(rows, self._sending.shape[1:])
-        result = OutputBuffer(self._entry, self._out, receiving.shape)
-        self._source = result.apart(self._source)  # rows arrive before others have left
-        self._arrival = result, receiving
-        return self._arrival
-
-    def _mismatch(self, told: Sequence[int], expected: Sequence[int]) -> CollectiveMismatch:
-        rank = self._backend.rank
-        peer = next(r for r in range(len(told)) if told[r] != expected[r])
-        return CollectiveMismatch(
-            f"rank {peer} sends {told[peer]} rows to rank {rank} in all_to_all; rank {rank} expects {expected[peer]}",
-            peer=peer,
-        )
+    def _allocate(self, rows: Sequence[int]) -> tuple[OutputBuffer, Layout]:
+        layout = Layout.of(rows, self._sent.shape[1:])
+        result = OutputBuffer(self._input, self._out, layout.shape)
+        self._source = result.copy_if_overlapping(self._source)  # rows arrive before others have been sent
+        return result, layout

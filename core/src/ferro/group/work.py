@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from ferro.backend import Completion
 
 Result = TypeVar("Result")
-_IDLE_S = 5.0  # how long a lane's thread waits for more work
 
 
 class Work(Generic[Result]):
@@ -18,14 +17,14 @@ class Work(Generic[Result]):
 
     Attributes:
         op: name of the operation, such as "all_reduce".
-        seq: its number among the group's collectives, from 0; for a transfer, its number among
-            those in this direction, with this peer and tag, that are outstanding together.
+        seq: its number among the group's collectives, from 0; for a transfer, its number among those in this direction,
+            with this peer and tag, that are outstanding together.
     """
 
-    def __init__(self, op: str, seq: int, run: Callable[[], Result]) -> None:
+    def __init__(self, op: str, seq: int, operation: Callable[[], Result]) -> None:
         self.op = op
         self.seq = seq
-        self._run: Callable[[], Result] | None = run
+        self._operation: Callable[[], Result] | None = operation
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
@@ -35,11 +34,11 @@ class Work(Generic[Result]):
         return f"<Work {self.op} #{self.seq}, {state}>"
 
     def done(self) -> bool:
-        """Say whether it has ended, well or badly. Never blocks."""
+        """Say whether the operation has ended, with or without an error. Never blocks."""
         return self._ended.is_set()
 
     def wait(self) -> Result:
-        """Wait until it has ended; return its result, or raise its error.
+        """Wait until the operation has ended; return its result, or raise its error.
 
         May be called any number of times. It needs no timeout of its own: the operation has one.
         """
@@ -48,21 +47,21 @@ class Work(Generic[Result]):
             raise self._error
         return self._result  # type: ignore[return-value]
 
-    def _carry_out(self) -> None:
-        run, self._run = self._run, None
-        assert run is not None
+    def _run(self) -> None:
+        operation, self._operation = self._operation, None
+        assert operation is not None
         try:
-            self._result = run()
-        except BaseException as error:  # noqa: BLE001 - kept for wait(), whatever it is
+            self._result = operation()
+        except BaseException as error:  # noqa: BLE001 - wait() raises it, whatever it is
             self._error = error
         finally:
             self._ended.set()
 
 
 class LaunchedWork(Work[Result]):
-    """An operation that was launched on a device's queue and ends there, after `wait()` or not.
+    """An operation that was launched on a device's queue, where it ends with or without `wait()`.
 
-    `wait()` lets what the caller does next on the device come after it.
+    `wait()` orders the caller's next operations on the device after this one.
     """
 
     def __init__(
@@ -74,11 +73,11 @@ class LaunchedWork(Work[Result]):
         self._failed = failed
 
     def done(self) -> bool:
-        """Say whether it has ended, well or badly. Never blocks."""
+        """Say whether the operation has ended, with or without an error. Never blocks."""
         return self._completion.done()
 
     def wait(self) -> Result:
-        """Order what comes next after it; return its result, or raise its error."""
+        """Order what the device does next after the operation; return its result, or raise its error."""
         try:
             self._completion.wait()
         except Exception as error:

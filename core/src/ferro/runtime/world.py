@@ -104,7 +104,7 @@ class World:
             backend_name=chosen.name,
             global_ranks=tuple(range(info.world_size)),
             hosts=tuple(record.host for record in records),
-            job=self._store,
+            job_store=self._store,
             store=group_store,
             local_rank=info.local_rank,
             timeout_s=self._timeout_s,

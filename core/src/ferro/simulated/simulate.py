@@ -60,7 +60,7 @@ def simulate(
             backend_name="simulated",
             global_ranks=tuple(range(world_size)),
             hosts=("simulated",) * world_size,
-            job=store,
+            job_store=store,
             store=store.prefix("group/0"),
             local_rank=rank,
             timeout_s=timeout_s,

@@ -24,7 +24,7 @@ from ferro.arrays import device_of
 from ferro.backend import Completion
 from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
-from ferro.group.subgroup_backend import split_backend, subgroup_backend
+from ferro.group.subgroups import split_backend, subgroup_backend
 from ferro.types import Array
 
 from .routes import Routes

@@ -1,17 +1,29 @@
-"""Layout: where each rank's block lies, and which sizes are refused."""
+"""Uneven sizes: layouts of blocks, the sizes that are refused, and the header of a scatter."""
 
 import numpy as np
 import pytest
 
 from ferro.errors import UsageError
-from ferro.group.uneven import Layout, checked_sizes, cut, gathered
+from ferro.group.uneven import (
+    Layout,
+    blank_header,
+    checked_sizes,
+    gathered_layout,
+    read_header,
+    split_layout,
+    write_header,
+)
+from ferro.simulated import simulate
+from ferro_testing.samples import dtype_of
+
+RANKS = 3
 
 
 def test_blocks_follow_each_other():
     layout = Layout.of([2, 0, 3], (4, 5))
     assert layout.shape == (5, 4, 5)
     assert layout.counts == (40, 0, 60)
-    assert list(layout.places) == [slice(0, 2), slice(2, 2), slice(2, 5)]
+    assert list(layout.slices) == [slice(0, 2), slice(2, 2), slice(2, 5)]
     assert [layout.block_shape(rank) for rank in range(3)] == [(2, 4, 5), (0, 4, 5), (3, 4, 5)]
 
 
@@ -25,7 +37,7 @@ def test_blocks_follow_each_other():
     ],
 )
 def test_blocks_are_gathered(shape, sizes, expected):
-    layout = gathered(shape, sizes, 1, 3)
+    layout = gathered_layout(shape, sizes, 1, 3)
     assert (layout.shape, layout.rows, layout.counts) == expected
 
 
@@ -38,15 +50,15 @@ def test_blocks_are_gathered(shape, sizes, expected):
     ],
 )
 def test_an_array_is_cut(shape, sizes, expected):
-    layout = cut(shape, sizes, 3, "scatter")
+    layout = split_layout(shape, sizes, 3, "scatter")
     assert (layout.shape, layout.rows, layout.counts) == expected
 
 
 def test_a_wrong_size_of_this_rank_is_refused_each_time():
     for _ in range(2):
         with pytest.raises(UsageError, match=r"sizes\[1\] is 2, but x has 4 rows on this rank"):
-            gathered((4,), (4, 2), 1, 2)
-    assert gathered((4,), (4, 2), 0, 2).shape == (6,)
+            gathered_layout((4,), (4, 2), 1, 2)
+    assert gathered_layout((4,), (4, 2), 0, 2).shape == (6,)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +71,7 @@ def test_a_wrong_size_of_this_rank_is_refused_each_time():
 )
 def test_what_cannot_be_cut_is_refused(shape, sizes, match):
     with pytest.raises(UsageError, match=match):
-        cut(shape, sizes, 2, "scatter", "parts")
+        split_layout(shape, sizes, 2, "scatter", "parts")
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], (1, 2), np.array([1, 2]), (n for n in (1, 2))], ids=type)
@@ -73,3 +85,27 @@ def test_sizes_may_be_any_whole_numbers(sizes):
 def test_other_sizes_are_refused(sizes):
     with pytest.raises(UsageError, match="parts must be 2"):
         checked_sizes(sizes, 2, "parts")
+
+
+@pytest.mark.parametrize("row_shape", [(), (5,), (2, 0, 7), (1,) * 63], ids=len)
+@pytest.mark.parametrize("name", ["bool", "bfloat16", "c16"])
+def test_a_header_is_read_as_it_was_written(name, row_shape):
+    dtype, layout = dtype_of(name), Layout.of([4, 0, 1 << 40], row_shape)
+    header = blank_header(RANKS)
+    write_header(header, dtype, layout)
+    assert read_header(header, RANKS) == (dtype, layout)
+    assert header.shape == blank_header(RANKS).shape
+
+
+@pytest.mark.parametrize("sizes", [None, [1, 0, 5]])
+@pytest.mark.parametrize("root", range(RANKS))
+def test_the_other_ranks_learn_dtype_and_shape_from_the_root(root, sizes):
+    whole = np.arange(12, dtype=np.int16).reshape(6, 2)
+
+    def work(group):
+        block = group.scatter(whole if group.rank == root else None, root, sizes=sizes)
+        return block.dtype, block.tolist()
+
+    rows = sizes or [2, 2, 2]
+    expected = [(whole.dtype, block.tolist()) for block in np.split(whole, np.cumsum(rows)[:-1])]
+    assert simulate(work, RANKS, timeout_s=5, run_timeout_s=20) == expected

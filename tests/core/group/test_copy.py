@@ -66,36 +66,36 @@ def test_with_copy_false_all_gather_writes_when_its_turn_comes():
 
     def run(group):
         x, memory = np.arange(2.0) + group.rank, np.arange(4.0)
-        with BlockedLane(group) as lane:
+        with BlockedExecutor(group) as executor:
             reduced = group.reduce_scatter(memory, async_op=True, copy=False)
             work = group.all_gather(x, out=memory, async_op=True, copy=False)
             np.testing.assert_array_equal(memory, np.arange(4.0))
-            lane.go_on()
+            executor.go_on()
         return reduced.wait().tolist(), work.wait().tolist()
 
     results = ferro.simulate(run, 2, timeout_s=10, run_timeout_s=30)
     assert results == [([0.0, 2.0], [0, 1, 1, 2]), ([4.0, 6.0], [0, 1, 1, 2])]
 
 
-class BlockedLane:
+class BlockedExecutor:
     """Lets no collective of a group begin before `go_on`."""
 
     def __init__(self, group):
         self._group = group
-        self._gate = threading.Event()
+        self._release = threading.Event()
 
     def __enter__(self):
         original = self._group.backend.agree
 
         def agree(call, *, deadline):
-            assert self._gate.wait(10)
+            assert self._release.wait(10)
             original(call, deadline=deadline)
 
         self._group.backend.agree = agree
         return self
 
     def go_on(self):
-        self._gate.set()
+        self._release.set()
 
     def __exit__(self, *_):
-        self._gate.set()
+        self._release.set()

@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import threading
 
 import numpy as np
 import pytest
 
 from ferro.errors import GroupClosed, UnsupportedError, UsageError
+from ferro.group.serial_executor import SerialExecutor
 from ferro.simulated import simulate
 
 CupyArray = type("ndarray", (), {"__module__": "cupy", "dtype": np.dtype(float), "shape": (3,)})
@@ -248,11 +250,11 @@ def test_gpu_arrays_go_through_the_host_where_the_user_allowed_it(monkeypatch, c
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", Cupy)
     store = MemoryStore()
-    members = GroupInfo(
-        name="world", backend_name="simulated", global_ranks=(0,), hosts=("here",), job=store, store=store
+    info = GroupInfo(
+        name="world", backend_name="simulated", global_ranks=(0,), hosts=("here",), job_store=store, store=store
     )
     (backend,) = SimulatedBackend.create_group(1)
-    group = ProcessGroup(backend, replace(members, host_copies=True))
+    group = ProcessGroup(backend, replace(info, host_copies=True))
     given = Cupy.asarray(np.arange(3.0))
     with caplog.at_level(logging.WARNING, "ferro"):
         results = [group.all_reduce(given) for _ in range(2)]
@@ -339,7 +341,7 @@ def test_a_mean_by_an_algorithm_that_says_nothing_of_combining_once():
 
 
 def test_a_tag_for_every_message_does_not_disturb_the_order_of_collectives():
-    """More lanes of transfers than are kept: only idle ones go, and never the collectives'."""
+    """More executors of transfers than are kept: only idle ones go, and never the collectives'."""
 
     def work(group):
         group.barrier()
@@ -358,3 +360,28 @@ def test_a_copied_model_has_the_same_group():
         return copy.deepcopy({"group": group})["group"] is group
 
     assert simulate(run, 2) == [True, True]
+
+
+def test_a_sendrecv_under_way_ends_before_its_receiving_executor_is_closed(monkeypatch):
+    """Its operation runs in the sending executor first, and in the receiving one within."""
+    closing = threading.Event()
+    close = SerialExecutor.close
+
+    def announced_close(executor, deadline):
+        if "collectives" not in executor._name:
+            executor.closed = True  # as close() does first; announced only after that
+            closing.set()
+        return close(executor, deadline)
+
+    def work(group):
+        if group.rank == 1:
+            assert closing.wait(5)
+            group.send(np.array(1.0), 0)
+            return float(group.sendrecv(np.array(2.0), np.array(0.0), 0))
+        first = group.recv(np.array(0.0), 1, async_op=True)  # keeps the receiving executor busy
+        second = group.sendrecv(np.array(3.0), np.array(0.0), 1, async_op=True)
+        group.close()
+        return float(first.wait()), float(second.wait())
+
+    monkeypatch.setattr(SerialExecutor, "close", announced_close)
+    assert simulate(work, 2, timeout_s=5, run_timeout_s=20) == [(1.0, 2.0), 3.0]
