@@ -1,9 +1,9 @@
-"""The door: what comes in as an array, what is refused, and what goes out again."""
+"""ferro.arrays: the arrays that are taken in, those that are refused, and the kind of the results."""
 
 import numpy as np
 import pytest
 
-from ferro.arrays import InputArray, dtype_named, writable
+from ferro.arrays import InputArray, dtype_from_name, output_array
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
 from ferro.group.arguments import OutputBuffer, flattened
@@ -30,7 +30,7 @@ def test_numpy_arrays_come_in_as_they_are():
     entry = InputArray(array)
     assert entry.array is array
     assert entry.device is Device.CPU
-    assert entry.leave(array) is array
+    assert entry.convert_result(array) is array
 
 
 @pytest.mark.parametrize("value", [1, 2.5, True, 1j, [1, 2], ((1.0,), (2.0,)), np.int8(3)])
@@ -56,7 +56,7 @@ def test_a_result_leaves_as_the_callers_kind(monkeypatch):
     library.from_dlpack = Tensor
     monkeypatch.setitem(sys.modules, "otherlib", library)
     theirs = type("OtherTensor", (Tensor,), {"__module__": "otherlib.core"})
-    result = InputArray(theirs(np.arange(3.0))).leave(np.ones(3))
+    result = InputArray(theirs(np.arange(3.0))).convert_result(np.ones(3))
     assert type(result) is Tensor
     assert result.array.tolist() == [1.0, 1.0, 1.0]
 
@@ -85,7 +85,7 @@ def test_dtypes_are_known_by_name_on_other_ranks(dtype):
 
     kind = dtype_of(dtype)
     assert InputArray(np.zeros(2, kind)).array.dtype == kind
-    assert dtype_named(kind.name) == kind
+    assert dtype_from_name(kind.name) == kind
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_float8_is_refused():
 
 def test_out_is_taken_as_it_is():
     array = np.zeros((2, 3), np.int8)
-    assert writable(array, (2, 3), np.dtype("i1")) is array
-    shared = writable(Tensor(array), (2, 3), np.dtype("i1"))
+    assert output_array(array, (2, 3), np.dtype("i1")) is array
+    shared = output_array(Tensor(array), (2, 3), np.dtype("i1"))
     assert np.shares_memory(shared, array)
 
 
 def test_out_on_another_device_is_refused():
     with pytest.raises(UsageError, match="out is on device cpu, the result on cuda"):
-        writable(np.zeros(2), (2,), np.dtype(float), Device.CUDA)
+        output_array(np.zeros(2), (2,), np.dtype(float), Device.CUDA)
 
 
 def test_an_outlet_gives_out_itself_or_new_memory():
@@ -167,7 +167,7 @@ def test_operands_are_reduced_left_to_right_into_their_place(own):
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_halves_are_accumulated_in_float32(name):
-    dtype = dtype_named(name)
+    dtype = dtype_from_name(name)
     operands = [np.array([1.0], dtype)] + [np.array([2.0**-9], dtype) for _ in range(64)]
     reduction = Reduction("sum", dtype, 65)
     assert reduction.needs_all

@@ -12,7 +12,7 @@ from ferro import BackendConfig, ProcessGroup
 from ferro.collectives import Choice
 from ferro.group.group_info import GroupInfo
 from ferro.rendezvous import MemoryStore
-from ferro.simulated.board import RankKilled
+from ferro.simulated import RankKilled
 from ferro.types import Device
 from ferro_nccl.backend import NcclBackend
 

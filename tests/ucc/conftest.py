@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ferro_ucc.library import Absent, find
+from ferro_ucc.library import UnusableLibrary, find_library
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs libucc where there is none, with the probe's own words."""
     needing = [item for item in items if item.get_closest_marker("ucc")]
-    if needing and isinstance(found := find(), Absent):
+    if needing and isinstance(found := find_library(), UnusableLibrary):
         for item in needing:
             item.add_marker(pytest.mark.skip(reason=found.reason))
 

@@ -1,6 +1,6 @@
 """A stand-in for libucc among threads, which checks what it is given as UCC would.
 
-Only what `ferro_ucc.library.Library` offers is imitated. Ranks share memory here, so whoever posts
+Only what `ferro_ucc.library.UccLibrary` offers is imitated. Ranks share memory here, so whoever posts
 an operation last carries it out for all. As UCC may, a reduction takes another order on each rank.
 """
 
@@ -16,17 +16,17 @@ import numpy as np
 
 from ferro.errors import BackendError
 from ferro_ucc import abi
-from ferro_ucc.abi import CollType, Datatype, Op, Status
+from ferro_ucc.abi import CollType, UccDatatype, UccOp, UccStatus
 
-_TYPES = {code: np.dtype(code.name.lower()) for code in Datatype}
+_TYPES = {code: np.dtype(code.name.lower()) for code in UccDatatype}
 _UFUNCS = {
-    Op.SUM: np.add,
-    Op.PROD: np.multiply,
-    Op.MAX: np.maximum,
-    Op.MIN: np.minimum,
-    Op.BAND: np.bitwise_and,
-    Op.BOR: np.bitwise_or,
-    Op.BXOR: np.bitwise_xor,
+    UccOp.SUM: np.add,
+    UccOp.PROD: np.multiply,
+    UccOp.MAX: np.maximum,
+    UccOp.MIN: np.minimum,
+    UccOp.BAND: np.bitwise_and,
+    UccOp.BOR: np.bitwise_or,
+    UccOp.BXOR: np.bitwise_xor,
 }
 _REDUCING = (CollType.ALL_REDUCE, CollType.REDUCE, CollType.REDUCE_SCATTER_V)
 
@@ -36,7 +36,7 @@ class Post:
     """One rank's side of an operation."""
 
     args: abi.CollArgs
-    status: ctypes.c_int32 = field(default_factory=lambda: ctypes.c_int32(Status.INITIALIZED))
+    status: ctypes.c_int32 = field(default_factory=lambda: ctypes.c_int32(UccStatus.INITIALIZED))
     place: tuple[int, int] = (0, 0)
     rank: int = 0
     ranks: int = 0
@@ -64,8 +64,8 @@ class StandIn:
 
     version = (1, 8, 0)
 
-    def __init__(self, network: Network, *, gathers: bool = True) -> None:
-        self.gathers = gathers
+    def __init__(self, network: Network, *, has_gather: bool = True) -> None:
+        self.has_gather = has_gather
         self.closed = False
         self.misuse: list[str] = []
         self._network = network
@@ -74,7 +74,7 @@ class StandIn:
 
     def progress(self, context: ctypes.c_void_p) -> int:
         assert context.value == 1
-        return Status.OK
+        return UccStatus.OK
 
     def status(self, name: str, *arguments: object) -> int:
         status = getattr(self, "_" + name.removeprefix("ucc_"))(*arguments)
@@ -91,17 +91,17 @@ class StandIn:
     def _lib_config_read(self, prefix, file, config) -> int:
         assert prefix is None
         assert file is None
-        return Status.OK
+        return UccStatus.OK
 
     def _init_version(self, major, minor, params, config, lib) -> int:
         assert (major, minor) == (1, 8)
         assert (params._obj.mask, params._obj.thread_mode) == (1, 0)
         lib._obj.value = 1
-        return Status.OK
+        return UccStatus.OK
 
     def _context_config_read(self, lib, file, config) -> int:
         assert lib.value == 1
-        return Status.OK
+        return UccStatus.OK
 
     def _context_create(self, lib, params, config, handle) -> int:
         assert params._obj.mask == abi.CONTEXT_FIELD_TYPE | abi.CONTEXT_FIELD_OOB
@@ -109,14 +109,14 @@ class StandIn:
         addresses = ctypes.create_string_buffer(4 * oob.n_oob_eps)
         request = ctypes.c_void_p()
         oob.allgather(oob.oob_ep.to_bytes(4), addresses, 4, None, ctypes.byref(request))
-        while (status := oob.req_test(request)) == Status.IN_PROGRESS:
+        while (status := oob.req_test(request)) == UccStatus.IN_PROGRESS:
             continue
-        if status != Status.OK:
+        if status != UccStatus.OK:
             return status
         oob.req_free(request)
         assert addresses.raw == b"".join(rank.to_bytes(4) for rank in range(oob.n_oob_eps))
         handle._obj.value = 1
-        return Status.OK
+        return UccStatus.OK
 
     def _team_create_post(self, contexts, number, params, handle) -> int:
         assert (contexts._obj.value, number) == (1, 1)
@@ -130,12 +130,12 @@ class StandIn:
         mine.oob.allgather(bytes([mine.ep]), members, 1, None, ctypes.byref(team.request))
         handle._obj.value = len(self._teams) + 1
         self._teams[handle._obj.value] = team
-        return Status.OK
+        return UccStatus.OK
 
     def _team_create_test(self, handle) -> int:
         team = self._teams[handle.value]
         status = team.params.oob.req_test(team.request)
-        if status == Status.OK:
+        if status == UccStatus.OK:
             team.params.oob.req_free(team.request)
             assert team.members.raw == bytes(range(len(team.members)))
             team.made = True
@@ -147,7 +147,7 @@ class StandIn:
         if any(post.place[0] == place for post in self._posts.values()):
             self.misuse.append("a team was destroyed with an operation under way")
         self._teams[handle.value].made = False
-        return Status.OK
+        return UccStatus.OK
 
     def _collective_init(self, args, request, handle) -> int:
         team = self._teams[handle.value]
@@ -159,26 +159,26 @@ class StandIn:
         team.operations += 1
         request._obj.value = ctypes.addressof(post.status)
         self._posts[request._obj.value] = post
-        return Status.OK
+        return UccStatus.OK
 
     def _collective_post(self, request) -> int:
         post = self._posts[request.value]
-        post.status.value = Status.IN_PROGRESS
+        post.status.value = UccStatus.IN_PROGRESS
         network = self._network
         with network.lock:
             here = network.waiting.setdefault(post.place, {})
             here[post.rank] = post
             if len(here) < post.ranks:
-                return Status.OK
+                return UccStatus.OK
             del network.waiting[post.place]
         carry_out([here[rank] for rank in range(post.ranks)])
         for other in here.values():
-            other.status.value = Status.OK
-        return Status.OK
+            other.status.value = UccStatus.OK
+        return UccStatus.OK
 
     def _collective_finalize(self, request) -> int:
-        assert self._posts.pop(request.value).status.value == Status.OK
-        return Status.OK
+        assert self._posts.pop(request.value).status.value == UccStatus.OK
+        return UccStatus.OK
 
     def _context_destroy(self, handle) -> int:
         if any(team.made for team in self._teams.values()):
@@ -186,10 +186,10 @@ class StandIn:
         if self._posts:
             self.misuse.append("the context was destroyed with operations under way")
         self.closed = True
-        return Status.OK
+        return UccStatus.OK
 
     def _finalize(self, lib) -> int:
-        return Status.OK
+        return UccStatus.OK
 
 
 def carry_out(posts: Sequence[Post]) -> None:
@@ -211,18 +211,18 @@ def carry_out(posts: Sequence[Post]) -> None:
     }[kind](args)
 
 
-def _whole(side: abi.Buffer) -> np.ndarray:
+def _whole(side: abi.CollBuffer) -> np.ndarray:
     info = side.info
     assert info.mem_type == abi.MEMORY_HOST
-    dtype = _TYPES[Datatype(info.datatype)]
+    dtype = _TYPES[UccDatatype(info.datatype)]
     memory = (ctypes.c_uint8 * (info.count * dtype.itemsize)).from_address(info.buffer)
     return np.frombuffer(memory, dtype)
 
 
-def _blocks(side: abi.Buffer, ranks: int) -> list[np.ndarray]:
+def _blocks(side: abi.CollBuffer, ranks: int) -> list[np.ndarray]:
     info = side.info_v
     assert info.mem_type == abi.MEMORY_HOST
-    dtype = _TYPES[Datatype(info.datatype)]
+    dtype = _TYPES[UccDatatype(info.datatype)]
     counts = list((ctypes.c_uint64 * ranks).from_address(info.counts))
     starts = list((ctypes.c_uint64 * ranks).from_address(info.displacements))
     assert starts == list(accumulate(counts[:-1], initial=0))
@@ -292,7 +292,7 @@ def _reduced(wholes: Sequence[np.ndarray], op: int, first: int) -> np.ndarray:
     """Reduce in an order that begins with another rank."""
     assert len({(whole.size, whole.dtype) for whole in wholes}) == 1
     ordered = [*wholes[first:], *wholes[:first]]
-    result: np.ndarray = _UFUNCS[Op(op)].reduce(ordered, dtype=wholes[0].dtype)
+    result: np.ndarray = _UFUNCS[UccOp(op)].reduce(ordered, dtype=wholes[0].dtype)
     return result
 
 
@@ -319,7 +319,7 @@ def _reduce_scatter(args: Sequence[abi.CollArgs]) -> None:
     for rank, one in enumerate(args):
         counts = list((ctypes.c_uint64 * n).from_address(one.dst.info_v.counts))
         assert sum(counts) == result.size
-        assert Datatype(one.dst.info_v.datatype) == Datatype(one.src.info.datatype)
+        assert UccDatatype(one.dst.info_v.datatype) == UccDatatype(one.src.info.datatype)
         nbytes = counts[rank] * result.itemsize
         memory = (ctypes.c_uint8 * nbytes).from_address(one.dst.info_v.buffer)
         start = sum(counts[:rank])

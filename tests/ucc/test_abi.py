@@ -10,8 +10,8 @@ import pytest
 
 from ferro.collectives.reduction import reduction_for
 from ferro_ucc import abi, operations
-from ferro_ucc.natives import native_reduction
 from ferro_ucc.operations import Operation
+from ferro_ucc.reductions import native_reduction
 
 # ucc_coll_args_t once more, written down from UCC's documentation, and what tests ask of it.
 READER = """

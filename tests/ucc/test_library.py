@@ -8,7 +8,7 @@ import pytest
 
 import ferro
 from ferro.errors import BackendUnavailable
-from ferro_ucc.library import VARIABLE, Found, find
+from ferro_ucc.library import VARIABLE, UsableLibrary, find_library
 
 VERSION = "void ucc_get_version(unsigned *a, unsigned *b, unsigned *c) { *a = %d; *b = %d; *c = %d; }"
 
@@ -41,8 +41,8 @@ def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
 
 def test_without_the_variable_the_loader_is_asked(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    found = find()
-    if isinstance(found, Found):
+    found = find_library()
+    if isinstance(found, UsableLibrary):
         assert found.path == "libucc.so.1"
     else:
         assert "libucc.so.1" in found.reason

@@ -32,14 +32,14 @@ class Ranks:
     """Ranks of one world as threads."""
 
     def __init__(
-        self, world_size: int, *, deterministic: bool = False, gathers: bool = True, timeout_s: float = 10.0
+        self, world_size: int, *, deterministic: bool = False, has_gather: bool = True, timeout_s: float = 10.0
     ) -> None:
         self.store = MemoryStore()
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.choice = Choice(deterministic=deterministic)
         network = Network()
-        self.libraries = [StandIn(network, gathers=gathers) for _ in range(world_size)]
+        self.libraries = [StandIn(network, has_gather=has_gather) for _ in range(world_size)]
         self.lost: frozenset[int] = frozenset()  # as the store would tell
         self.results: dict[int, object] = {}
         self.errors: dict[int, BaseException] = {}
@@ -87,7 +87,7 @@ class Ranks:
             self.errors[rank] = error
 
 
-def case(*world_sizes: int, gathers: bool) -> Case:
+def case(*world_sizes: int, has_gather: bool) -> Case:
     def runner(
         function: Callable[..., object],
         world_size: int,
@@ -103,7 +103,7 @@ def case(*world_sizes: int, gathers: bool) -> Case:
             if error is not None:
                 raise error
 
-        ranks = Ranks(world_size, deterministic=deterministic, gathers=gathers, timeout_s=timeout_s)
+        ranks = Ranks(world_size, deterministic=deterministic, has_gather=has_gather, timeout_s=timeout_s)
         try:
             ranks.run(on_rank)
         except Exception as error:  # noqa: BLE001 - told rank by rank
@@ -114,7 +114,7 @@ def case(*world_sizes: int, gathers: bool) -> Case:
     return Case(backend="ucc", world_sizes=world_sizes, unsupported=NO_DEATHS, timeout_s=20, runner=runner)
 
 
-CASES = {"as in 1.8": case(1, 2, 3, gathers=True), "as in 1.1": case(3, gathers=False)}
+CASES = {"as in 1.8": case(1, 2, 3, has_gather=True), "as in 1.1": case(3, has_gather=False)}
 
 
 @pytest.mark.parametrize("which", CASES.values(), ids=CASES)

@@ -1,8 +1,8 @@
 """ferro: distributed training for NumPy and CuPy programs.
 
 import ferro
-group = ferro.init()
-total = group.all_reduce(x)
+group = ferro.init()                # the launcher's environment says which rank this is; alone, a world of one
+total = group.all_reduce(x)         # a new array, the sum over all ranks
 """
 
 from ferro import arrays, backends, collectives, strategies
@@ -31,39 +31,9 @@ from ferro.simulated.simulate import simulate
 from ferro.types import Availability, Device, ReduceOp
 
 __all__ = [
-    "AuthenticationError",
-    "Availability",
-    "Backend",
-    "BackendConfig",
-    "BackendError",
-    "BackendInfo",
-    "BackendUnavailable",
-    "CollectiveInfo",
-    "CollectiveMismatch",
-    "CollectiveTimeout",
-    "CommandInfo",
-    "Completion",
-    "Device",
-    "Event",
-    "FerroError",
-    "GroupClosed",
-    "Metrics",
-    "Observer",
-    "PeerLost",
-    "PluginError",
-    "ProcessGroup",
-    "ReduceOp",
-    "RendezvousError",
-    "StrategyInfo",
-    "UnsupportedError",
-    "UsageError",
-    "Work",
-    "arrays",
-    "backends",
-    "collectives",
-    "hookimpl",
-    "init",
-    "shutdown",
-    "simulate",
-    "strategies",
-]
+    "AuthenticationError", "Availability", "Backend", "BackendConfig", "BackendError", "BackendInfo",
+    "BackendUnavailable", "CollectiveInfo", "CollectiveMismatch", "CollectiveTimeout", "CommandInfo", "Completion",
+    "Device", "Event", "FerroError", "GroupClosed", "Metrics", "Observer", "PeerLost", "PluginError", "ProcessGroup",
+    "ReduceOp", "RendezvousError", "StrategyInfo", "UnsupportedError", "UsageError", "Work", "arrays", "backends",
+    "collectives", "hookimpl", "init", "shutdown", "simulate", "strategies",
+]  # fmt: skip

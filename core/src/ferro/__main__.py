@@ -1,4 +1,4 @@
-"""`python -m ferro`: the same as the `ferro` command."""
+"""`python -m ferro` runs the `ferro` command."""
 
 import sys
 

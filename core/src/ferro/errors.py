@@ -1,7 +1,8 @@
-"""Every error class of ferro, sorted by what the reader can do about it.
+"""The errors of ferro, sorted by what the reader can do about them.
 
-All derive from `FerroError` and carry where it happened: `op`, `group`, `rank`, `peer`.
-A message has three parts: what happened, where, and what to do.
+All derive from `FerroError` and carry where they happened: `op`, `group`, `rank`, `peer`. A message has three parts:
+what happened, where, and what to do. After an error "the group is good" means that further calls on it work; "the group
+is dead" means that each further call raises `GroupClosed`, and only `close()`, `abort()` and `shrink()` are of use.
 """
 
 from __future__ import annotations
@@ -20,14 +21,9 @@ class FerroError(Exception):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        op: str | None = None,
-        group: str | None = None,
-        rank: int | None = None,
-        peer: int | None = None,
-    ) -> None:
+        self, message: str, *,
+        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.op = op
         self.group = group
@@ -36,19 +32,23 @@ class FerroError(Exception):
 
 
 class UsageError(FerroError, ValueError):
-    """The call is wrong: fix the call. Nothing was sent, and the group is still good."""
+    """The call is wrong: fix the call. Nothing was sent, and the group is good."""
+
+
+class UnsupportedError(FerroError):
+    """The backend does not offer this operation, dtype or device: choose another one. The group is good."""
 
 
 class PluginError(FerroError):
-    """A plugin could not be loaded or broke its contract; the message names its distribution."""
+    """A plugin cannot be loaded or broke its contract: repair, update or uninstall the distribution that is named."""
 
 
 class BackendUnavailable(FerroError):
-    """A backend cannot be used here: install or configure what `hint` says.
+    """A backend cannot be used on this machine: install or configure what `hint` says.
 
     Attributes:
         backend: the backend's name.
-        reason: what was looked for and not found.
+        reason: what ferro looked for and did not find.
         hint: what to do about it.
     """
 
@@ -60,12 +60,8 @@ class BackendUnavailable(FerroError):
         self.hint = hint
 
 
-class UnsupportedError(FerroError):
-    """This backend, dtype or device does not offer that; choose another one."""
-
-
 class BackendError(FerroError):
-    """A native library failed; its own code is kept in `code`."""
+    """A native library failed; `code` is its own error code, or None. The group is dead."""
 
     def __init__(self, message: str, *, code: int | None = None, op: str | None = None) -> None:
         super().__init__(message, op=op)
@@ -73,40 +69,32 @@ class BackendError(FerroError):
 
 
 class RendezvousError(FerroError):
-    """The ranks could not find each other, or do not fit together; no group was made."""
+    """The ranks did not find each other, or do not fit together: start them alike. No group was made."""
 
 
 class AuthenticationError(RendezvousError):
-    """The other end of a connection does not hold this job's secret."""
+    """The other end of a connection does not hold this job's secret: give all ranks the same FERRO_SECRET."""
 
 
 class CollectiveMismatch(FerroError):
-    """Ranks made different calls; raised on every rank with both calls. The group is dead."""
+    """Ranks made different calls: fix the program. Every rank raises this error, with both calls. The group is dead."""
 
 
 class CollectiveTimeout(FerroError, TimeoutError):
-    """A deadline passed. The group is dead.
+    """A deadline passed: read the logs of the missing ranks first. The group is dead.
 
     Attributes:
-        seq: sequence number of the call in its group.
-        seconds: the time allowed.
+        seq: sequence number of the call in its group, or None.
+        seconds: the time allowed, or None.
         arrived: ranks known to have entered the call.
-        missing: ranks that had not.
+        missing: ranks that had not entered the call.
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        op: str | None = None,
-        group: str | None = None,
-        rank: int | None = None,
-        peer: int | None = None,
-        seq: int | None = None,
-        seconds: float | None = None,
-        arrived: Sequence[int] = (),
-        missing: Sequence[int] = (),
-    ) -> None:
+        self, message: str, *,
+        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
+        seq: int | None = None, seconds: float | None = None, arrived: Sequence[int] = (), missing: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         super().__init__(message, op=op, group=group, rank=rank, peer=peer)
         self.seq = seq
         self.seconds = seconds
@@ -115,21 +103,16 @@ class CollectiveTimeout(FerroError, TimeoutError):
 
 
 class PeerLost(FerroError, ConnectionError):
-    """A rank left or died: `peer` is its rank, `host` where it ran. The group is dead."""
+    """A rank left or died: read its log first. `peer` is its rank, `host` where it ran. The group is dead."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        op: str | None = None,
-        group: str | None = None,
-        rank: int | None = None,
-        peer: int | None = None,
+        self, message: str, *,
+        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
         host: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message, op=op, group=group, rank=rank, peer=peer)
         self.host = host
 
 
 class GroupClosed(FerroError):
-    """The group was closed, aborted, or died of an earlier failure (its `__cause__`)."""
+    """The group was closed or aborted, or died of an earlier failure, which is this error's `__cause__`."""

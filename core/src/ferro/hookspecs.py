@@ -1,20 +1,26 @@
-"""The hook specs: what a plugin may offer. The descriptions it returns are here, too.
+"""The hook specs: how a plugin offers backends, algorithms, strategies, observers and commands to ferro.
 
-A plugin is a distribution with one entry point in group "ferro" that names a light module of
-hook implementations:
+A plugin is a distribution with one entry point in group "ferro", which names a light module of hook implementations:
 
     [project.entry-points.ferro]
     pipes = "ferro_pipes.plugin"
 
     # ferro_pipes/plugin.py
+    import ferro
+
+    FERRO_API_VERSION = 1  # optional: the `API_VERSION` of ferro that this plugin was written for
+
     @ferro.hookimpl
     def ferro_backends():
         return [ferro.BackendInfo(name="pipes", …)]
 
-Hooks answer "what do you offer?". They are called once per process, return frozen descriptions
-and never stand on the path of a collective. Importing the module and calling its hooks must not
-import a native library, open a socket, start MPI or touch a device. If either raises, ferro
-stops with a PluginError that names the distribution (`available()` still lists the others).
+A hook answers "what do you offer?" and returns frozen descriptions; no hook stands on the path of a collective.
+Importing the module and calling its hooks must be quick, and must not import a native library, open a socket, start
+MPI, touch a device or call `ferro.init`: the functions in the descriptions do that when they are chosen.
+
+All ranks of a job need the same plugins in the same versions; ranks compare them when they meet. ferro raises a
+`PluginError` that names the distribution if its module fails to import, states another `FERRO_API_VERSION`, implements
+a hook that is not below, or if its hook raises or returns something else than the spec says.
 """
 
 from __future__ import annotations
@@ -34,15 +40,14 @@ from ferro.types import Availability, Device
 if TYPE_CHECKING:
     from ferro.rendezvous.store.interface import Store
 
-# The version of what plugins and ferro expect of each other: the hooks, the descriptions, the
-# backend contract. A plugin's module may state the version it was written for as FERRO_API_VERSION;
-# ferro refuses to load one that states another.
+# The version of the contract between plugins and ferro: the hooks, the descriptions, and `ferro.Backend`. It grows when
+# something is removed or changes its meaning. A plugin whose module states another FERRO_API_VERSION is not loaded.
 API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker("ferro")
 hookimpl = pluggy.HookimplMarker("ferro")
 
-# (module, group, **options) -> module; the options are each strategy's own.
+# (module, group, **options) -> module; each strategy has options of its own.
 Strategy: TypeAlias = Callable[..., Any]
 
 # (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
@@ -51,28 +56,27 @@ BootstrapBroadcast: TypeAlias = Callable[[int, int, bytes | None, float], bytes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendConfig:
-    """What a backend is created with.
+    """The arguments of `BackendInfo.create`: this rank's place in a new world, and how to reach the other ranks.
 
     Attributes:
         rank: this process's rank.
         world_size: number of ranks.
-        store: all that the ranks share before they are connected; keys are this group's own.
+        store: key-value store that all ranks share before they are connected; keys are this group's own.
         group_name: name of the group, for messages.
-        secret: the job's secret, with which every connection is authenticated.
-        addresses: for every rank the address of its own by which it reached the store.
-        store_host: address of the store as this rank reached it: where ranks live that reached
-            it over loopback.
+        secret: the job's secret, by which both ends of every connection authenticate.
+        addresses: by rank, each rank's own address on its connection to the store.
+        store_host: address of the store as this rank reached it. A rank whose own address is loopback runs on the
+            store's host, and the others reach that rank there.
         timeout_s: seconds that connecting may take.
-        choice: which algorithm serves which call.
-        host_id: what the user calls this rank's host, "" for nothing: ranks with different ones
-            share no memory.
-        local_rank: number of this process on its host.
-        launcher: what started it; see `BackendInfo.default_under`.
+        choice: which algorithm serves which call; also says whether reductions must be deterministic.
+        host_id: the user's name for this rank's host (FERRO_HOST_ID), or "". Ranks with different names share no
+            memory.
+        local_rank: number of this process among those of the job on its host.
+        launcher: the launcher that started this process, as in `BackendInfo.default_under`.
         requested: the backend as the user named it, such as "gloo" or "cpu:gloo,cuda:nccl".
-        lost: returns the world ranks whose process ended without closing its group, or that left
-            by an exception, as far as the job's store has noticed: for backends whose library never
-            notices. It costs a round trip, so it is for slow paths; it never raises.
-        options: the backend's own options, by name.
+        lost: returns the ranks whose process died or left by an exception, as the job's store has noticed. It is a
+            round trip to the store and never raises: for slow paths of backends whose library notices no death.
+        options: the user's `backend_options`. A backend raises UsageError for one that it does not know.
     """
 
     rank: int
@@ -94,26 +98,25 @@ class BackendConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendInfo:
-    """A backend on offer.
+    """A communication backend, as a plugin offers it.
 
     Attributes:
-        name: what users call it, unique among all plugins.
-        summary: one line for people.
-        devices: where its buffers may be.
-        probe: says whether it can be used here; quick, never raises, imports nothing native.
-        create: makes it, with the heavy imports; raises `BackendUnavailable` when it cannot.
-        default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …)
-            under which it is what `ferro.init()` takes; "*" for every launcher that no other
-            backend claims.
-        composes: it is made of other backends, and is what a map such as "cpu:gloo,cuda:nccl"
-            stands for (`BackendConfig.requested`).
-        launcher: given a number of ranks, the command that starts so many processes for it, such
-            as ("mpiexec", "-n", "4"); None when it needs nothing but processes. For tools that
-            start ranks themselves: `ferro_testing`, `ferro conformance`, `ferro bench`.
-        bootstrap_broadcast: for a library whose ranks are connected from the start: given rank,
-            world size, rank 0's message (None elsewhere) and a deadline, returns rank 0's message
-            on all ranks. By it ranks on several hosts find the store where the launcher gives no
-            address.
+        name: users' name for it, unique among all plugins.
+        summary: one line for `ferro backends`.
+        probe: says whether it can be used on this machine. It is quick, never raises, and imports nothing native.
+        create: connects this rank, on every rank, and returns its backend; it does the heavy imports. It raises
+            `BackendUnavailable` when the backend cannot be used here, `RendezvousError` when a rank is missing.
+        devices: the devices of the arrays that it takes.
+        default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …) under which
+            `ferro.init()` takes this backend; "*" for every launcher that no other backend claims.
+        composes: True for a backend that is made of other backends; it serves names that are maps, such as
+            "cpu:gloo,cuda:nccl" (`BackendConfig.requested`).
+        launcher: given a number of ranks, returns the command that starts so many processes for this backend, such as
+            ("mpiexec", "-n", "4"). None when plain processes will do. Tools that start ranks themselves use it:
+            `ferro_testing`, `ferro conformance`, `ferro bench`.
+        bootstrap_broadcast: for a library whose ranks are connected from the start: given (rank, world_size, message,
+            deadline) with rank 0's message, None elsewhere, returns rank 0's message on all ranks. By it ranks on
+            several hosts find the store when their launcher tells them no address.
     """
 
     name: str
@@ -129,15 +132,14 @@ class BackendInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyInfo:
-    """A parallel strategy on offer.
+    """A parallel strategy, as a plugin offers it.
 
     Attributes:
-        name: what users call it, unique among all plugins.
+        name: users' name for it, unique among all plugins.
         summary: one line for people.
-        load: imports and returns it, a callable (module, group, **options) -> module.
-        show: what `ferro show NAME ...` runs: given the arguments after the name, prints a
-            picture of what the strategy would do, and returns the exit status; may raise
-            UsageError. None when there is nothing to see.
+        load: imports and returns the strategy, a callable (module, group, **options) -> module.
+        show: the command `ferro show NAME …`: given the arguments after the name, prints a picture of what the strategy
+            would do and returns the exit status; it may raise UsageError. None when there is nothing to see.
     """
 
     name: str
@@ -148,13 +150,13 @@ class StrategyInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandInfo:
-    """A command on offer: `ferro NAME …`.
+    """A command of the `ferro` program, as a plugin offers it: `ferro NAME …`.
 
     Attributes:
         name: the word after `ferro`, unique among all plugins.
-        summary: one line for people, shown by `ferro --help`.
-        load: imports and returns the command. Called with the arguments after its name, the command
-            returns the exit status; it may raise UsageError, which ends it with status 2.
+        summary: one line for `ferro --help`.
+        load: imports and returns the command, a callable that is given the arguments after the name and returns the
+            exit status. It may raise UsageError, which ends the program with status 2.
     """
 
     name: str
@@ -166,8 +168,10 @@ class CommandInfo:
 def ferro_backends() -> Sequence[BackendInfo]:
     """Offer communication backends.
 
-    Called once per process, before any connection exists, on every rank. Return one
-    description per backend; () to offer none here.
+    `ferro.init` and `ferro.backends` call it once per process, on every rank, before any connection exists. Return one
+    description per backend, or () to offer none on this machine. Do not import the native library: `create` does so
+    when its backend is chosen. If this raises, `ferro.init` stops with a PluginError that names your distribution, and
+    the other ranks are told; `ferro.backends.available()` lists the error beside the other backends.
     """
     return ()
 
@@ -176,8 +180,10 @@ def ferro_backends() -> Sequence[BackendInfo]:
 def ferro_collectives() -> Sequence[CollectiveInfo]:
     """Offer algorithms for collectives.
 
-    Called once per process, on every rank. A user chooses one by name
-    (`ferro.init(algorithms={"all_reduce": "mine"})`), the same on all ranks.
+    ferro calls it once per process, on every rank that asks for an algorithm by name
+    (`ferro.init(algorithms={"all_reduce": "mine"})`). Return one description per collective and algorithm, the same
+    on all ranks. Do not build schedules: `CollectiveInfo.build` does so for each group, as a pure function. If this
+    raises, that `ferro.init` stops with a PluginError that names your distribution, and the other ranks are told.
     """
     return ()
 
@@ -186,17 +192,23 @@ def ferro_collectives() -> Sequence[CollectiveInfo]:
 def ferro_strategies() -> Sequence[StrategyInfo]:
     """Offer parallel strategies.
 
-    Called once per process, on every rank.
+    `ferro.strategies` calls it once per process, when a strategy is asked for by name or listed; ranks do not wait for
+    each other there. Return one description per strategy. Do not import the strategy: `load` does so when it is asked
+    for. If this raises, `ferro.strategies.get` raises a PluginError that names your distribution;
+    `ferro.strategies.available()` leaves your strategies out.
     """
     return ()
 
 
 @hookspec
 def ferro_observers() -> Sequence[Observer]:
-    """Offer observers, told of each operation's start and end.
+    """Offer observers, which are told of the start and the end of each operation.
 
-    Called once by `ferro.init`, on every rank. Return () when there is nothing to observe:
-    without observers the path of a collective does not change.
+    Each `ferro.init` calls it on every rank, before ranks meet. Return new observers, or () when there is nothing to
+    observe: only without any observer is the path of a collective as short as it can be. Ranks may return different
+    observers, and an observer must not communicate with other ranks. If this raises, `ferro.init` stops with a
+    PluginError that names your distribution, and the other ranks are told. If an observer raises later, ferro warns
+    and the operation goes on.
     """
     return ()
 
@@ -205,7 +217,8 @@ def ferro_observers() -> Sequence[Observer]:
 def ferro_commands() -> Sequence[CommandInfo]:
     """Offer commands of the `ferro` program.
 
-    Called by the program only, never on a rank. A name claimed twice is an error when that command
-    is asked for. If this raises, `ferro --help` and an unknown command name your distribution.
+    The program calls it once; ranks never do. Return one description per command. Do not import the command: `load`
+    does so when it is run. If this raises, `ferro --help` and an unknown command name your distribution, and all other
+    commands work; a name that two plugins claim is an error when that command is run.
     """
     return ()

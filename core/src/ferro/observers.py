@@ -1,27 +1,35 @@
-"""Observers: they are told of the start and the end of every operation on a group."""
+"""Observers: objects that are told of the start and the end of every operation on every group.
+
+    metrics = ferro.Metrics()
+    group = ferro.init(observers=[metrics])
+    ...
+    print(metrics.table())
+
+A plugin offers observers for every program by the hook `ferro_observers`.
+"""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One operation on one rank.
+    """The start or the end of one operation on one rank.
 
     Attributes:
-        op: its name, such as "all_reduce", "send".
-        seq: its number in the group.
+        op: name of the operation, such as "all_reduce" or "send".
+        seq: sequence number of the operation in its group.
         group: the group's name.
         rank: this rank in the group.
         global_rank: this rank in the world.
         nbytes: size of this rank's buffer.
-        start_s: when it began, in `time.time()` seconds.
-        seconds: how long it took; 0.0 at the start.
-        thread: name of the thread that carried it out.
-        error: class name of the error that ended it, or "".
+        start_s: when the operation began, in `time.time()` seconds.
+        seconds: how long the operation took; 0.0 at the start.
+        thread: name of the thread that carries the operation out.
+        error: class name of the error that ended the operation, or "".
     """
 
     op: str
@@ -37,13 +45,17 @@ class Event:
 
 
 class Observer(Protocol):
-    """Told of each operation, in the thread that carries it out; must be quick, not raise."""
+    """The methods that an observer has.
+
+    ferro calls them in the thread that carries the operation out, so several threads may call at once. They must be
+    quick and must not communicate. If one raises, ferro warns, and the operation goes on.
+    """
 
     def started(self, event: Event) -> None:
         """An operation begins."""
 
     def finished(self, event: Event) -> None:
-        """It has ended, well (`error` is "") or badly."""
+        """An operation has ended, well (`event.error` is "") or badly."""
 
     def close(self) -> None:
         """The world group closes: write down what is to be kept."""
@@ -51,7 +63,7 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Total:
-    """What one operation came to on one group: calls, bytes, seconds, and calls that failed."""
+    """The sums over all calls of one operation on one group; `errors` counts the calls that failed."""
 
     count: int = 0
     nbytes: int = 0
@@ -60,23 +72,17 @@ class Total:
 
 
 class Metrics:
-    """An observer that adds up.
-
-    metrics = Metrics()
-    group = ferro.init(observers=[metrics])
-    ...
-    print(metrics.table())
-    """
+    """An observer that adds up calls, bytes, seconds and errors for each group and operation."""
 
     def __init__(self) -> None:
         self._totals: dict[tuple[str, str], Total] = {}
         self._lock = threading.Lock()
 
     def started(self, event: Event) -> None:
-        """Do nothing: only what has ended counts."""
+        """Do nothing: an operation counts when it has ended."""
 
     def finished(self, event: Event) -> None:
-        """Add an operation."""
+        """Add an operation to the totals."""
         with self._lock:
             total = self._totals.setdefault((event.group, event.op), Total())
             total.count += 1
@@ -85,25 +91,19 @@ class Metrics:
             total.errors += bool(event.error)
 
     def close(self) -> None:
-        """Keep everything: it can still be read."""
+        """Keep the totals: they can still be read."""
 
     def totals(self) -> dict[tuple[str, str], Total]:
-        """Return (group, operation) -> its total so far, a copy."""
+        """Copy the totals so far: (group, operation) -> total."""
         with self._lock:
-            return {key: Total(t.count, t.nbytes, t.seconds, t.errors) for key, t in self._totals.items()}
+            return {key: replace(total) for key, total in self._totals.items()}
 
     def table(self) -> str:
-        """Return the totals as aligned text, the longest first."""
+        """Format the totals as an aligned table, the operation that took longest first."""
         rows = [("group", "operation", "calls", "MiB", "seconds", "errors")]
-        ordered = sorted(self.totals().items(), key=lambda item: -item[1].seconds)
-        for (group, op), t in ordered:
-            mib = f"{t.nbytes / 2**20:.1f}"
-            rows.append((group, op, str(t.count), mib, f"{t.seconds:.3f}", str(t.errors)))
+        for (group, op), t in sorted(self.totals().items(), key=lambda item: -item[1].seconds):
+            rows.append((group, op, str(t.count), f"{t.nbytes / 2**20:.1f}", f"{t.seconds:.3f}", str(t.errors)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
+            "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
         )

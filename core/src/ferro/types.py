@@ -1,4 +1,4 @@
-"""Values without behaviour that the contracts speak of."""
+"""Small values that users, plugins and ferro exchange: arrays' type, reduce operations, devices, availability."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# In quotes, for numpy.typing takes milliseconds to import that `import ferro` should not.
+# A NumPy or CuPy array. In quotes, for numpy.typing takes milliseconds to import that `import ferro` should not.
 Array: TypeAlias = "npt.NDArray[np.generic]"
 
 
 class ReduceOp(enum.StrEnum):
-    """The named reductions; anywhere one is accepted its string is, too."""
+    """The named reductions. Every argument that takes one takes its string as well: `op="sum"`."""
 
     SUM = "sum"
     MEAN = "mean"
     PROD = "prod"
     MIN = "min"
     MAX = "max"
-    BAND = "band"
+    BAND = "band"  # bitwise, as the next two: for integers and booleans
     BOR = "bor"
     BXOR = "bxor"
 
@@ -36,13 +36,13 @@ class Device(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Availability:
-    """Whether something installed can be used here, and if not, why and what to do.
+    """Whether an installed backend can be used on this machine, and if not, why and what to do.
 
     Attributes:
         ok: True when it can be used.
-        reason: one phrase: what was found, or what was looked for and not found.
+        reason: one phrase that says what was found, or what was looked for and not found.
         hint: what to do about it; empty when `ok`.
-        version: version of the library behind it, when known.
+        version: version of the native library behind it, where known.
     """
 
     ok: bool

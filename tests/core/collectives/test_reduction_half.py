@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from ferro.arrays import dtype_named
+from ferro.arrays import dtype_from_name
 from ferro.collectives import half
 from ferro.collectives.reduction import Reduction
 
@@ -21,13 +21,13 @@ quiet = np.errstate(over="ignore", invalid="ignore")
 def random_bits(name, ranks, count):
     """Return operands of all kinds: normal, subnormal, infinite and not a number."""
     bits = np.random.default_rng(count).integers(0, 1 << 16, (ranks, count), dtype=np.uint16)
-    return list(bits.view(dtype_named(name)))
+    return list(bits.view(dtype_from_name(name)))
 
 
 def numbers(name, ranks, count, scale=1.0):
     """Return operands of one magnitude."""
     values = np.random.default_rng(count).standard_normal((ranks, count)) * scale
-    return list(values.astype(np.float32).astype(dtype_named(name)))
+    return list(values.astype(np.float32).astype(dtype_from_name(name)))
 
 
 def by_casts(op, operands, ranks):

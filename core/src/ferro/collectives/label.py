@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ferro.arrays import name_of
+from ferro.arrays import dtype_name
 from ferro.errors import CollectiveMismatch
 from ferro.types import Array
 
@@ -148,7 +148,7 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 def transfer_call(buffer: Array) -> Call:
     """Describe the transfer of this buffer, alike on both of its ends."""
-    return Call("send", dtype=name_of(buffer.dtype), count=buffer.size)
+    return Call("send", dtype=dtype_name(buffer.dtype), count=buffer.size)
 
 
 def collective_tag(seq: int) -> int:

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from ferro.arrays import Input, InputArray, objection, writable
+from ferro.arrays import Input, InputArray, dtype_problem, output_array
 from ferro.backend import Backend
 from ferro.collectives.label import MAX_TAG
 from ferro.errors import UnsupportedError, UsageError
@@ -32,10 +32,10 @@ class OutputBuffer:
         if out is None:
             array = input_array.empty(shape)
         elif input_array.copied:
-            self._gpu_out = writable(out, shape, input_array.array.dtype, Device.CUDA, what)
+            self._gpu_out = output_array(out, shape, input_array.array.dtype, Device.CUDA, what)
             array = input_array.empty(shape)
         else:
-            array = writable(out, shape, input_array.array.dtype, input_array.device, what)
+            array = output_array(out, shape, input_array.array.dtype, input_array.device, what)
         self.array: Array = array
         self.flat: Array = array if array.ndim == 1 else array.reshape(-1)
 
@@ -47,13 +47,13 @@ class OutputBuffer:
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
         if self._gpu_out is not None:
-            self._gpu_out[...] = self._input.leave(self.array)  # type: ignore[assignment]
-        return self._input.leave(self.array) if self._out is None else self._out
+            self._gpu_out[...] = self._input.convert_result(self.array)  # type: ignore[assignment]
+        return self._input.convert_result(self.array) if self._out is None else self._out
 
 
 def writable_in_place(x: object) -> TypeGuard[Array]:
     """Say whether a result can be written to the input without any preparation."""
-    if type(x) is not np.ndarray or objection(x.dtype):
+    if type(x) is not np.ndarray or dtype_problem(x.dtype):
         return False
     flags = x.flags
     return flags.c_contiguous and flags.writeable
@@ -102,7 +102,7 @@ class ArgumentChecker:
             return input_array
         if input_array.device is Device.CUDA and self._info.host_copies:
             self._warn_of_host_copies()
-            input_array.through_host()
+            input_array.copy_to_host()
             return input_array
         raise UnsupportedError(
             f"backend {self._info.backend_name!r} takes arrays on {', '.join(self._devices)}, "
@@ -140,5 +140,5 @@ def _backends_for(device: Device) -> str:
     """Name the installed backends for arrays on a device."""
     from ferro import backends  # here, for it looks at all that is installed
 
-    names = backends.taking(device)
+    names = backends.supporting(device)
     return f"a backend for {device}" + (f" ({' or '.join(names)})" if names else "")

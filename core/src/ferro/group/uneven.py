@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from ferro.arrays import InputArray, dtype_named, name_of
+from ferro.arrays import InputArray, dtype_from_name, dtype_name
 from ferro.backend import Backend
 from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import OutputBuffer
@@ -97,13 +97,13 @@ def write_header(header: Array, dtype: np.dtype, layout: Layout) -> None:
     """Write a row's number of axes, then what depends on it: dtype, row shape and every rank's rows."""
     row_shape, rows = layout.shape[1:], layout.rows
     header[0] = len(row_shape)
-    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, name_of(dtype).encode(), *row_shape, *rows)
+    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, dtype_name(dtype).encode(), *row_shape, *rows)
 
 
 def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
     axes = int(header[0])
     name, *numbers = _header_format(axes, world_size).unpack_from(header.data, 1)
-    return dtype_named(name.rstrip(b"\0").decode()), Layout.of(numbers[axes:], tuple(numbers[:axes]))
+    return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(numbers[axes:], tuple(numbers[:axes]))
 
 
 @lru_cache(maxsize=256)

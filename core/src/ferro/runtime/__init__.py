@@ -1,1 +1,1 @@
-"""init and shutdown, the world group, and the environment of this process."""
+"""`init` and `shutdown`, the world group, and the environment of this process."""

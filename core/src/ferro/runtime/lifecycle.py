@@ -1,4 +1,4 @@
-"""init and shutdown: from the launcher's environment to the world group, and back."""
+"""init and shutdown: join a job as the launcher's environment says, and leave it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ferro.runtime.world import World
 
 TIMEOUT_S = 60.0
-_HASTE_S = 2.0  # how long the store is kept for the others after a failure
+_FAILED_S = 2.0  # how long the store is kept for the others after a failure
 
 _lock = threading.Lock()
 _world: World | None = None
@@ -36,20 +36,20 @@ def init(
     observers: Sequence[Observer] = (),
     backend_options: Mapping[str, object] | None = None,
 ) -> ProcessGroup:
-    """Join the job; return the group of all its ranks. Every rank calls it.
+    """Join the job, and return the group of all its ranks. Every rank calls it.
 
-    Rank and world size come from the launcher's variables (`ferro run`, torchrun, mpiexec,
-    Slurm, Kubeflow); without a launcher this is a world of one. Arguments beat the environment.
+    Rank and world size come from the launcher's variables (`ferro run`, torchrun, mpiexec, Slurm, Kubeflow); without a
+    launcher this is a world of one. Arguments beat the environment.
 
     Args:
-        backend: name of the backend; the launcher's default when None.
+        backend: name of the backend, or a map such as "cpu:gloo,cuda:nccl"; the launcher's default when None.
         rank: this process's rank.
         world_size: number of ranks.
         rendezvous: "host:port" where rank 0 is to host the store.
-        timeout_s: deadline of joining, and of each operation that gives none, in seconds;
-            FERRO_TIMEOUT_S or 60 when None.
-        deterministic: reduce in order of rank, whatever the size or transport, so that results
-            are the same bits on any machine.
+        timeout_s: deadline of joining, and of each operation that gives none, in seconds; FERRO_TIMEOUT_S or 60 when
+            None.
+        deterministic: reduce in order of rank, whatever the size or transport, so that results are the same bits on
+            any machine; the same on all ranks.
         algorithms: collective -> name of the algorithm to use; the same on all ranks.
         observers: told of each operation, besides those that plugins offer.
         backend_options: the backend's own options.
@@ -59,12 +59,12 @@ def init(
 
     Raises:
         UsageError: arguments or environment make no sense, or init was called before.
-        RendezvousError: the ranks did not find each other or do not fit together, with who.
-        BackendUnavailable: the backend cannot be used here; says what to do.
+        RendezvousError: the ranks did not find each other or do not fit together; the message names the ranks.
+        BackendUnavailable: the backend cannot be used here; the hint says what to do.
         PluginError: a plugin is broken.
     """
     global _world, _made
-    # Here, for sockets and the search for plugins cost time that `import ferro` should not.
+    # Here, for the network interfaces and the search for plugins cost time that `import ferro` should not.
     from ferro.runtime.environment import options, resolve
     from ferro.runtime.world import World
 
@@ -75,16 +75,16 @@ def init(
                 "call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
-        given = options()
-        seconds = timeout_s if timeout_s is not None else given.timeout_s or TIMEOUT_S
+        settings = options()
+        seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        world = World(info, given, backend, seconds, _made, explicit=rendezvous is not None)
+        world = World(info, settings, backend, seconds, _made, explicit=rendezvous is not None)
         _made += 1
         try:
             world.join(deterministic, algorithms or {}, backend_options or {}, observers)
         except BaseException:
-            world.close(_HASTE_S, farewell=False)
+            world.close(_FAILED_S, orderly=False)
             raise
         _world = world
     atexit.unregister(_at_exit)
@@ -94,27 +94,23 @@ def init(
 
 def shutdown() -> None:
     """Close the world group, if there is one. Idempotent; every rank calls it at its end."""
-    world = _world
-    if world is not None and not world.closed:
-        world.group.close()
+    if _world is not None and not _world.closed:
+        _world.group.close()
 
 
-def _forget() -> None:
-    """In a forked child: the world, with its connections, is the parent's."""
+def _forget_world() -> None:
+    """Forget the world in a forked child: its connections are the parent's."""
     global _world
     _world = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_forget_world)
 
 
 def _at_exit() -> None:
-    """At the end of the interpreter: after an uncaught exception nobody is waited for."""
-    world = _world
-    if world is None or world.closed:
-        return
-    if hasattr(sys, "last_value"):
-        world.group.abandon()
+    """Leave at the end of the interpreter; after an uncaught exception wait for no other rank."""
+    if _world is not None and hasattr(sys, "last_value") and not _world.closed:
+        _world.group.abandon()
     else:
-        world.group.close()
+        shutdown()

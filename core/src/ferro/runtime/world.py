@@ -1,4 +1,4 @@
-"""World: the group of all ranks, and what was opened for it: store, backend, observers."""
+"""World: the group of all ranks, and all that is opened for it: store, backend, observers."""
 
 from __future__ import annotations
 
@@ -25,112 +25,103 @@ from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
 from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
-from ferro.runtime.environment import LaunchInfo, Options
+from ferro.runtime.environment import LaunchInfo
+from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
 
 
 class World:
-    """The world group of this process and what was opened for it.
+    """The world group of this process and its connection to the job's store.
 
-    Args:
-        info: this process's place.
-        given: what the user set through variables.
-        backend: the backend that the user names, or None.
-        timeout_s: seconds that joining, and then each operation, may take.
-        number: how many worlds this process made before; all ranks count alike.
-        explicit: the program itself says where to meet.
-
-    Attributes:
-        group: the world group, once joined.
-        closed: whether it has been left.
+    `timeout_s` is for joining, and then for each operation. `number` counts the worlds that this process made before,
+    alike on all ranks. `explicit` is True when the program itself says where the ranks meet.
     """
 
     group: ProcessGroup
 
     def __init__(
-        self, info: LaunchInfo, given: Options, backend: str | None, timeout_s: float, number: int, *, explicit: bool
+        self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float, number: int, *, explicit: bool
     ) -> None:
         self.closed = False
         self._info = info
-        self._given = given
+        self._settings = settings
         self._backend = backend
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._meeting: JobStore | None = None
-        if info.world_size > 1:
-            self._meeting = self._meet(number, explicit=explicit)
-        root: Store = MemoryStore() if self._meeting is None else self._meeting.store
-        self._store = root.prefix(f"world{number}")
         self._observers: tuple[Observer, ...] = ()
+        self._job_store = self._open_job_store(number, explicit=explicit) if info.world_size > 1 else None
+        root: Store = MemoryStore() if self._job_store is None else self._job_store.store
+        self._store = root.prefix(f"world{number}")
 
-    def _meet(self, number: int, *, explicit: bool) -> JobStore:
+    def _open_job_store(self, number: int, *, explicit: bool) -> JobStore:
         info, broadcast = self._info, None
-        if info.nothing_to_meet_at:
+        if info.local_world_size != info.world_size and info.store is None and info.master is None:
+            # No variable says where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
         return open_job_store(info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline)
 
     def join(
-        self,
-        deterministic: bool,
-        algorithms: Mapping[str, str],
-        backend_options: Mapping[str, object],
+        self, deterministic: bool, algorithms: Mapping[str, str], options: Mapping[str, object],
         observers: Sequence[Observer],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Meet the other ranks, create the backend, make the group."""
+        info, job_store, group_store = self._info, self._job_store, self._store.prefix("group/0")
         try:
-            chosen, choice = self._choose(deterministic, algorithms, observers)
+            chosen = self._choose_backend()
+            fixed = {name: collectives.get(name, algorithm) for name, algorithm in algorithms.items()}
+            choice = Choice(deterministic=deterministic, fixed=fixed)
+            choice.check()
+            self._observers = _all_observers(observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
                 self._check_membership(self._backend or "none", "", str(error))
             raise
-        settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
         requested = self._backend or chosen.name
+        settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
         records = self._check_membership(requested, settings)
-        # With the process that hosts the store all of it ends: a rank's, but for a launcher's.
-        lost = FailureDetector(self._store, self._info.rank, 0 if self._info.store is None else None)
-        config = self._config(records, lost, choice, backend_options, requested)
-        made = chosen.create(config)
-        members = GroupInfo(
+        config = BackendConfig(
+            rank=info.rank,
+            world_size=info.world_size,
+            store=group_store,
+            secret=b"" if job_store is None else job_store.secret,
+            addresses=tuple(record.address for record in records),
+            store_host="127.0.0.1" if job_store is None else job_store.store.remote_host,
+            # The store ends with the process that hosts it: a rank's, unless a launcher hosts the store.
+            lost=FailureDetector(self._store, info.rank, 0 if info.store is None else None),
+            timeout_s=max(1.0, self._deadline - time.monotonic()),
+            choice=choice,
+            host_id=self._settings.host_id,
+            local_rank=info.local_rank,
+            launcher=info.launcher,
+            requested=requested,
+            options=options,
+        )
+        backend = chosen.create(config)
+        group_info = GroupInfo(
             name="world",
             backend_name=chosen.name,
-            global_ranks=tuple(range(self._info.world_size)),
+            global_ranks=tuple(range(info.world_size)),
             hosts=tuple(record.host for record in records),
             job_store=self._store,
-            store=self._store.prefix("group/0"),
-            local_rank=self._info.local_rank,
+            store=group_store,
+            local_rank=info.local_rank,
             timeout_s=self._timeout_s,
-            devices=chosen.devices if made.devices is None else made.devices,
-            host_copies=self._given.gpu_fallback,
+            devices=chosen.devices if backend.devices is None else backend.devices,
+            host_copies=self._settings.gpu_fallback,
             observers=self._observers,
         )
-        self.group = ProcessGroup(made, members, on_close=self.close)
-
-    def _choose(
-        self, deterministic: bool, algorithms: Mapping[str, str], observers: Sequence[Observer]
-    ) -> tuple[BackendInfo, Choice]:
-        """Return the backend and the rules for algorithms; keep the observers."""
-        chosen = self._choose_backend()
-        fixed = {name: collectives.get(name, value) for name, value in algorithms.items()}
-        choice = Choice(deterministic=deterministic, fixed=fixed)
-        choice.check()
-        offered, silent = plugins.installed().ask("ferro_observers", object)
-        if silent:
-            raise silent[0].error
-        self._observers = tuple(map(_observer, (*observers, *(o.item for o in offered))))
-        return chosen, choice
+        self.group = ProcessGroup(backend, group_info, on_close=self.close)
 
     def _choose_backend(self) -> BackendInfo:
-        info = self._info
-        name = self._backend or backends.default(info.launcher)
-        if name is None and info.world_size == 1:
+        name = self._backend or backends.default(self._info.launcher)
+        if name is None and self._info.world_size == 1:
             name = "simulated"  # core's own, enough for one rank
         if name is None:
-            there = ", ".join(backends.available())
             raise PluginError(
-                f"no backend between processes is installed (installed: {there}): install one of "
-                f"ferro's extras ({', '.join(plugins.own_extras())}), "
+                f"no backend between processes is installed (installed: {', '.join(backends.available())}): "
+                f"install one of ferro's extras ({', '.join(plugins.own_extras())}), "
                 f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
             )
         chosen = backends.get(name)
@@ -140,12 +131,13 @@ class World:
         return chosen
 
     def _check_membership(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
-        mine = RankRecord(
+        """Exchange records with all ranks, by rank; raise where they do not fit together."""
+        record = RankRecord(
             rank=self._info.rank,
             world_size=self._info.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            address="127.0.0.1" if self._meeting is None else self._meeting.store.local_host,
+            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host,
             version=version("ferro"),
             backend=backend,
             plugins=plugins.installed().versions,
@@ -153,9 +145,9 @@ class World:
             problem=problem,
         )
         try:
-            return check_membership(self._store.prefix("membership"), mine, deadline=self._deadline)
+            return check_membership(self._store.prefix("membership"), record, deadline=self._deadline)
         except RendezvousError as error:
-            server = None if self._meeting is None else self._meeting.server
+            server = None if self._job_store is None else self._job_store.server
             if server is not None and server.refused:
                 error.add_note(
                     f"The store turned away {server.refused} connections with another secret: "
@@ -163,39 +155,10 @@ class World:
                 )
             raise
 
-    def _config(
-        self,
-        records: Sequence[RankRecord],
-        lost: FailureDetector,
-        choice: Choice,
-        backend_options: Mapping[str, object],
-        requested: str,
-    ) -> BackendConfig:
-        meeting = self._meeting
-        return BackendConfig(
-            rank=self._info.rank,
-            world_size=self._info.world_size,
-            store=self._store.prefix("group/0"),
-            secret=b"" if meeting is None else meeting.secret,
-            addresses=tuple(record.address for record in records),
-            store_host="127.0.0.1" if meeting is None else meeting.store.remote_host,
-            timeout_s=max(1.0, self._deadline - time.monotonic()),
-            choice=choice,
-            host_id=self._given.host_id,
-            local_rank=self._info.local_rank,
-            launcher=self._info.launcher,
-            requested=requested,
-            lost=lost,
-            options=backend_options,
-        )
+    def close(self, patience_s: float, orderly: bool = True) -> None:
+        """Leave the store; the rank that hosts it waits up to `patience_s` for the others.
 
-    def close(self, patience_s: float, farewell: bool = True) -> None:
-        """Say goodbye and release the store.
-
-        Args:
-            patience_s: how long whoever hosts the store waits for the others, in seconds.
-            farewell: this rank leaves in good order; else it is lost, as if it had died: see
-                `BackendConfig.lost`.
+        Unless this rank leaves in good order, the others see it as lost, as if it had died.
         """
         if self.closed:
             return
@@ -205,30 +168,29 @@ class World:
                 observer.close()
             except Exception as error:  # noqa: BLE001 - the store must be left all the same
                 _log.error("ferro: observer %s: %s", type(observer).__name__, error)
-        if self._meeting is not None:
-            if not farewell:  # first, for the others may wait for this rank
-                self._meeting.store.declare_lost()
-            self._say_goodbye(self._meeting, patience_s)
-            self._meeting.close()
-
-    def _say_goodbye(self, meeting: JobStore, patience_s: float) -> None:
+        job_store = self._job_store
+        if job_store is None:
+            return
+        if not orderly:  # first, for the others may wait for this rank
+            job_store.store.declare_lost()
         try:
-            gone = self._store.add("goodbye", 1)
-            if gone == self._info.world_size:
+            if self._store.add("goodbye", 1) == self._info.world_size:
                 self._store.set("all gone", b"1")
-            elif meeting.server is not None:
+            elif job_store.server is not None:
                 self._store.get("all gone", deadline=time.monotonic() + patience_s)
         except (RendezvousError, TimeoutError) as error:
             _log.debug("goodbye: %s", error)
+        job_store.close()
 
 
-def _observer(item: object) -> Observer:
-    """Return an observer that has what is called.
-
-    Raises:
-        UsageError: it has not.
-    """
-    lacking = [name for name in ("started", "finished", "close") if not hasattr(item, name)]
-    if lacking:
-        raise UsageError(f"{item!r} is no observer: it has no {', '.join(lacking)}")
-    return cast(Observer, item)
+def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:
+    """Join the given observers and those of plugins; refuse objects that lack a method."""
+    offers, broken = plugins.installed().ask("ferro_observers", object)
+    if broken:
+        raise broken[0].error
+    observers = (*given, *(cast(Observer, offer.item) for offer in offers))
+    for item in observers:
+        lacking = [name for name in ("started", "finished", "close") if not hasattr(item, name)]
+        if lacking:
+            raise UsageError(f"{item!r} is no observer: it has no {', '.join(lacking)}")
+    return observers

@@ -1,7 +1,6 @@
-"""Ranks as threads of one process: real data through the same schedules, no socket."""
+"""Ranks as threads of one process: real data through the same schedules as elsewhere, and no socket."""
 
-from ferro.simulated.backend import SimulatedBackend
-from ferro.simulated.board import Fault
+from ferro.simulated.backend import Fault, RankKilled, SimulatedBackend
 from ferro.simulated.simulate import simulate
 
-__all__ = ["Fault", "SimulatedBackend", "simulate"]
+__all__ = ["Fault", "RankKilled", "SimulatedBackend", "simulate"]

@@ -1,78 +1,153 @@
-"""The simulated backend: ranks are threads of one process, messages are copies in memory.
+"""The simulated backend: ranks are threads of one process, and messages are copies in memory.
 
-It moves real data through the same schedules as a real backend, so it is where everything built
-on a group can be tried first, with many ranks, faults and a model of the network.
+Time is virtual. Every rank has a clock. The network model gives each message the second at which it arrives, and
+receiving the message moves the receiver's clock forward to that second. Nothing sleeps.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from ferro.backend import Backend
 from ferro.collectives.choice import Choice
-from ferro.collectives.label import in_context
+from ferro.collectives.label import context_of, in_context
 from ferro.collectives.network import Network
-from ferro.errors import CollectiveMismatch, PeerLost
-from ferro.simulated.board import Board, Fault
+from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, UsageError
 from ferro.types import Array
 
 
-class SimulatedBackend(Backend):
-    """One simulated rank of a group.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """An injected fault of one rank.
 
-    Args:
-        board: what the ranks share.
-        ranks: the group's members by their numbers on the board.
-        rank: this one's number in the group.
-        choice: which algorithm serves which call.
-        context: the group's number.
+    Attributes:
+        rank: the rank that fails.
+        after: how many messages the rank sends before.
+        kind: "kill": the rank is gone from then on. "drop": that message is lost. "delay": that message arrives
+            `seconds` of virtual time late.
+        seconds: the delay.
     """
 
+    rank: int
+    after: int
+    kind: Literal["kill", "drop", "delay"] = "kill"
+    seconds: float = 0.0
+
+
+class RankKilled(BaseException):
+    """Ends the thread of a rank that is killed on purpose; no `except Exception` stops it."""
+
+
+class SimulatedTransport:
+    """The message queues between all ranks of one simulated world, with their clocks and faults."""
+
+    def __init__(self, world_size: int, faults: Sequence[Fault] = (), network: Network | None = None) -> None:
+        if world_size < 1:
+            raise UsageError(f"world_size must be at least 1, not {world_size}")
+        self.clocks = [0.0] * world_size
+        self._network = network
+        self._faults = {(fault.rank, fault.after): fault for fault in faults}
+        self._sent = [0] * world_size
+        self._gone: set[int] = set()
+        self._aborted: set[int] = set()
+        self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
+        self._changed = threading.Condition()
+
+    def send(self, source: int, target: int, tag: int, message: Array) -> bool:
+        """Queue a copy of a message for another rank; False when that rank is gone."""
+        with self._changed:
+            fault = self._faults.get((source, self._sent[source]))
+            self._sent[source] += 1
+            if fault is not None and fault.kind == "kill":
+                self._gone.add(source)
+                self._changed.notify_all()
+                raise RankKilled(f"rank {source} was killed by its fault")
+            if target in self._gone:
+                return False
+            if fault is not None and fault.kind == "drop":
+                return True
+            arrival = self.clocks[source] + (fault.seconds if fault is not None else 0.0)
+            if self._network is not None:
+                latency_s, bandwidth = self._network.link(source, target)
+                arrival += latency_s + message.nbytes / bandwidth
+            self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival))
+            self._changed.notify_all()
+            return True
+
+    def recv(self, source: int, target: int, tag: int, deadline: float) -> Array | None:
+        """Wait for the next message from `source` with this tag; None when that rank is gone."""
+        key = (source, target, tag)
+        with self._changed:
+            while not self._queues.get(key):
+                if context_of(tag) in self._aborted:
+                    raise GroupClosed("the group was aborted")
+                if source in self._gone:
+                    return None
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"nothing came from rank {source}")
+                self._changed.wait(left)
+            queue = self._queues[key]
+            message, arrival = queue.popleft()
+            if not queue:  # every collective has a tag of its own: an empty queue is never used again
+                del self._queues[key]
+            self.clocks[target] = max(self.clocks[target], arrival)
+            return message
+
+    def remove(self, rank: int) -> None:
+        """Let a rank go; ranks that wait for it learn that it is gone."""
+        with self._changed:
+            self._gone.add(rank)
+            self._changed.notify_all()
+
+    def abort(self, context: int) -> None:
+        """Wake every rank that waits in a group."""
+        with self._changed:
+            self._aborted.add(context)
+            self._changed.notify_all()
+
+
+class SimulatedBackend(Backend):
+    """One simulated rank of a group, whose members are `ranks` of the world; `context` is the group's number."""
+
     def __init__(
-        self, board: Board, ranks: Sequence[int], rank: int, choice: Choice | None = None, context: int = 0
-    ) -> None:
+        self, transport: SimulatedTransport, ranks: Sequence[int], rank: int, choice: Choice | None = None,
+        context: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(rank, len(ranks), choice)
-        self._board = board
+        self._transport = transport
         self._ranks = tuple(ranks)
         self._context = context
 
     @classmethod
     def create_group(
-        cls,
-        world_size: int,
-        *,
-        choice: Choice | None = None,
-        faults: Sequence[Fault] = (),
+        cls, world_size: int, *, choice: Choice | None = None, faults: Sequence[Fault] = (),
         network: Network | None = None,
-    ) -> list[SimulatedBackend]:
-        """Return the backends of a whole world, one a rank, each to be used by its own thread.
-
-        Raises:
-            UsageError: `world_size` is less than 1.
-        """
-        board = Board(world_size, faults, network)
-        return [cls(board, range(world_size), rank, choice) for rank in range(world_size)]
+    ) -> list[SimulatedBackend]:  # fmt: skip
+        """Make the backends of a whole world, one for each rank's thread."""
+        transport = SimulatedTransport(world_size, faults, network)
+        return [cls(transport, range(world_size), rank, choice) for rank in range(world_size)]
 
     @property
     def clock_s(self) -> float:
         """This rank's virtual time in seconds: 0.0 at first, moved on by the network model."""
-        return self._board.clocks[self._ranks[self.rank]]
+        return self._transport.clocks[self._ranks[self.rank]]
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """Leave a copy; never blocks."""
-        me, to = self._ranks[self.rank], self._ranks[peer]
-        try:
-            self._board.put(me, to, in_context(tag, self._context), buffer)
-        except PeerLost as error:
-            raise PeerLost(str(error), peer=peer) from None
+        source, target = self._ranks[self.rank], self._ranks[peer]
+        if not self._transport.send(source, target, in_context(tag, self._context), buffer):
+            raise PeerLost("it has left the simulation", peer=peer)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """Wait for the message."""
-        me, source = self._ranks[self.rank], self._ranks[peer]
-        try:
-            message = self._board.take(source, me, in_context(tag, self._context), deadline)
-        except PeerLost as error:
-            raise PeerLost(str(error), peer=peer) from None
+        source, target = self._ranks[peer], self._ranks[self.rank]
+        message = self._transport.recv(source, target, in_context(tag, self._context), deadline)
+        if message is None:
+            raise PeerLost("it has left the simulation", peer=peer)
         if message.nbytes != buffer.nbytes:
             raise CollectiveMismatch(
                 f"rank {self.rank} expected {buffer.nbytes} bytes; rank {peer} sent {message.nbytes}", peer=peer
@@ -89,20 +164,18 @@ class SimulatedBackend(Backend):
             self.recv(buffer, peer, tag=tag, deadline=deadline)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the group with a context of its own, so that it can be aborted by itself."""
+        """Make the group with a context of its own, so that it can be aborted by itself."""
         members = [self._ranks[rank] for rank in ranks]
-        index = tuple(ranks).index(self.rank)
-        return SimulatedBackend(self._board, members, index, self.choice, context)
+        return SimulatedBackend(self._transport, members, tuple(ranks).index(self.rank), self.choice, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the survivors' group: connections between the living outlast a group."""
+        """Make the survivors' group: connections between the living outlast a group."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
-        """Wake every rank that waits in this group."""
-        self._board.abort(self._context)
+        self._transport.abort(self._context)
 
     def close(self) -> None:
         """Leave the world; a subgroup's end leaves the rank where it is."""
         if self._context == 0:
-            self._board.leave(self._ranks[self.rank])
+            self._transport.remove(self._ranks[self.rank])

@@ -1,4 +1,4 @@
-"""HybridBackend: a backend made of others, one for each kind of array and one for transfers."""
+"""HybridBackend: a backend made of other backends, one for the arrays on each device and one for transfers."""
 
 from .backend import HybridBackend
 

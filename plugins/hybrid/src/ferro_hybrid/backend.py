@@ -1,13 +1,14 @@
-"""HybridBackend: each operation goes to the backend for its array's device, or for transfers.
+"""HybridBackend: passes each operation to the part for its array's device, or for transfers.
 
-operation                array   goes to
-collectives              CPU     collectives[cpu]; p2p where there is none
-                         CUDA    collectives[cuda]
-send, recv, exchange     CPU     p2p
-                         CUDA    p2p, if it takes them; else collectives[cuda]
-barrier                          p2p
-memory                   CPU     collectives[cpu]
-groups, abort, close             every part
+operation                  array   part
+collectives                CPU     collectives[cpu]; p2p where there is none
+                           CUDA    collectives[cuda]
+send, recv, exchange       CPU     p2p
+                           CUDA    p2p, if it supports the device; else collectives[cuda]
+barrier                            p2p
+allocate                   CPU     collectives[cpu]
+subgroup, split, shrink            every part
+abort, close                       every part
 """
 
 from __future__ import annotations
@@ -26,187 +27,186 @@ from ferro.collectives.reduction import Reduction
 from ferro.group.subgroups import split_backend, subgroup_backend
 from ferro.types import Array
 
-from .launches import Launches
 from .routes import Routes
-from .transfers import Transfers
+from .transfers import LastLaunch, Transfers
 
 
 class HybridBackend(Backend):
-    """One rank of a group whose operations are shared out among several backends, its parts.
+    """One rank of a group whose operations are divided among several backends, its parts.
 
-    A part is told of a collective only when it is to carry it out. What it compares has the
-    group's number in it: ranks that come to one part with different calls of the group learn of
-    it, even if these look alike. Ranks that wait for each other in different parts, for they pass
-    arrays on different devices to one call, learn of it by the deadline.
+    The ranks agree on a collective only in the part that carries it out. The calls that they compare there contain the
+    group's sequence number: ranks that reach a part with different calls of the group raise `CollectiveMismatch`, even
+    if the calls look alike. Ranks that pass arrays on different devices to one call wait for each other in different
+    parts, and raise `CollectiveTimeout` at the deadline.
 
     Args:
-        collectives: what carries out collectives: a backend for each device; or just one, for the
-            arrays for which it is. Those on the CPU are p2p's where none is given.
-        p2p: what sends and receives, and carries out barriers; it takes arrays on the CPU.
+        collectives: the parts that carry out collectives, by device; or one part, for the devices that it supports.
+            Without a part for the CPU, `p2p` carries out the collectives of arrays there.
+        p2p: the part that sends and receives, and carries out barriers; it supports arrays on the CPU.
 
     Raises:
-        UsageError: the parts are of different groups, or do not take the arrays that they should.
+        UsageError: the parts are of different groups, or a part does not support its device.
     """
 
     def __init__(
         self, *, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend
     ) -> None:
         super().__init__(p2p.rank, p2p.world_size, p2p.choice)
-        self._routes = Routes.between(collectives, p2p)
+        self._routes = Routes.from_parts(collectives, p2p)
         self._parts = self._routes.parts
-        self._launches = Launches()
-        self._transfers = Transfers(self._routes, self._launches)
+        self._last_launch = LastLaunch()
+        self._transfers = Transfers(self._routes, self._last_launch)
         self._deadline = math.inf
-        self._told = set(self._parts)  # of the call under way; there is none so far
+        self._agreed = set(self._parts)  # parts that need not agree on the current call; so far there is none
         self.devices = tuple(self._routes.collectives)
         self.streams = self._routes.streams
         self.labels_frames = p2p.labels_frames
 
     @property
     def collectives(self) -> Mapping[Device, Backend]:
-        """The backends that carry out collectives, by device."""
+        """The parts that carry out collectives, by device."""
         return self._routes.collectives
 
     @property
     def p2p(self) -> Backend:
-        """The backend for transfers and barriers."""
+        """The part for transfers and barriers."""
         return self._routes.p2p
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """See `Backend.send`."""
+        """Send through the part for the array's device."""
         self._transfers.send(buffer, peer, tag, deadline)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        """See `Backend.recv`."""
+        """Receive through the part for the array's device."""
         self._transfers.recv(buffer, peer, tag, deadline)
 
     def exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
-        """See `Backend.exchange`."""
+        """Exchange through the parts for the arrays' devices."""
         self._transfers.exchange(sends, recvs, tag, deadline)
 
     def launched(self) -> Completion:
-        """See `Backend.launched`: of the part that this thread gave something last."""
-        return self._launches.completion()
+        """Return the completion of the operation that this thread gave to a part last."""
+        return self._last_launch.completion()
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """Begin a collective; the part that carries it out agrees on it when that is known."""
+        """Begin a collective; the part that will carry it out agrees on it later, when the array is known."""
         self.call = call
         self._deadline = deadline
-        self._told.clear()
+        self._agreed.clear()
 
     def barrier(self, *, deadline: float) -> None:
-        """See `Backend.barrier`. It does not wait for what was launched on a device."""
-        self._tell(self.p2p).barrier(deadline=deadline)
+        """Wait until every rank has called it, but not for operations launched on a device."""
+        self._agree_in(self.p2p).barrier(deadline=deadline)
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
-        """See `Backend.all_reduce`."""
+        """Reduce in the part for the array's device."""
         self._part(buffer).all_reduce(buffer, reduction, deadline=deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
-        """See `Backend.reduce`."""
+        """Reduce in the part for the array's device."""
         self._part(buffer).reduce(buffer, reduction, root, deadline=deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
-        """See `Backend.broadcast`."""
+        """Broadcast in the part for the array's device."""
         self._part(buffer).broadcast(buffer, root, deadline=deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
-        """See `Backend.all_gather`."""
+        """Gather in the part for the array's device."""
         self._part(buffer).all_gather(buffer, counts, deadline=deadline)
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
-        """See `Backend.gather`."""
+        """Gather in the part for the block's device."""
         self._part(block).gather(block, out, counts, root, deadline=deadline)
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
-        """See `Backend.scatter`. Away from the root blocks are on the CPU, whatever it has."""
-        one = len(self.collectives) == 1
-        part = self._part(block) if one else self._part_at(root, block, source)
+        """Scatter in the part for the root's array: blocks of the other ranks are on the CPU, wherever that is."""
+        single = len(self.collectives) == 1
+        part = self._part(block) if single else self._part_of_root(root, block, source)
         part.scatter(block, source, counts, root, deadline=deadline)
 
     def reduce_scatter(
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
-        """See `Backend.reduce_scatter`."""
+        """Reduce in the part for the source's device."""
         self._part(source).reduce_scatter(source, out, counts, reduction, deadline=deadline)
 
     def all_to_all(
         self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
     ) -> None:
-        """See `Backend.all_to_all`."""
+        """Exchange blocks in the part for the source's device."""
         self._part(source).all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
 
     def allocate(self, nbytes: int) -> Array:
-        """Return memory that collectives on the CPU move fastest."""
+        """Allocate memory that collectives on the CPU move fastest."""
         return self.collectives[Device.CPU].allocate(nbytes)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the group of every part's subgroup."""
-        return self._of(lambda part: subgroup_backend(part, ranks, context))
+        """Make a hybrid backend of every part's subgroup."""
+        return self._map_parts(lambda part: subgroup_backend(part, ranks, context))
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
-        """See `Backend.split`: every part splits, one after the other."""
+        """Split every part, one after the other."""
         if ranks is None:
             for part in self._parts:
-                split_backend(self._tell(part), None, context)
+                split_backend(self._agree_in(part), None, context)
             return None
 
         def split_part(part: Backend) -> Backend:
-            made = split_backend(self._tell(part), ranks, context)
+            made = split_backend(self._agree_in(part), ranks, context)
             assert made is not None, "this rank is in a group"
             return made
 
-        return self._of(split_part)
+        return self._map_parts(split_part)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Return the group of the survivors in every part.
+        """Make a hybrid backend of the survivors in every part.
 
         Raises:
             UnsupportedError: a part cannot go on after a rank is lost.
         """
-        return self._of(lambda part: part.shrink(ranks, context))
+        return self._map_parts(lambda part: part.shrink(ranks, context))
 
     def abort(self) -> None:
-        """Abort every part, also when one cannot."""
+        """Abort every part, even if one raises."""
         with ExitStack() as parts:
             for part in self._parts:
                 parts.callback(part.abort)
 
     def close(self) -> None:
-        """Close every part, also when one cannot."""
+        """Close every part, even if one raises."""
         with ExitStack() as parts:
             for part in self._parts:
                 parts.callback(part.close)
 
     def _part(self, buffer: Array) -> Backend:
-        """Return the part for a collective on this array, which all ranks have agreed on there."""
+        """Choose the part for a collective on this array, and let the ranks agree on the call there."""
         device = device_of(buffer)
         part = self.collectives[device]
-        self._launches.note(part, device)
-        return self._tell(part)
+        self._last_launch.record(part, device)
+        return self._agree_in(part)
 
-    def _part_at(self, root: int, block: Array, source: Array | None) -> Backend:
-        """Return the part for the root's array; where that is, it tells the others in a byte."""
-        devices, told = tuple(self.collectives), np.zeros(1, np.uint8)
+    def _part_of_root(self, root: int, block: Array, source: Array | None) -> Backend:
+        """Choose the part for the root's array; the root broadcasts the index of its array's device."""
+        devices, index = tuple(self.collectives), np.zeros(1, np.uint8)
         if source is not None:
-            told[0] = devices.index(device_of(source))
-        cpu = self._tell(self.collectives[Device.CPU])
-        cpu.broadcast(told, root, deadline=self._deadline)
-        part = self.collectives[devices[told[0]]]
-        self._launches.note(part, device_of(block))
-        return self._tell(part)
+            index[0] = devices.index(device_of(source))
+        cpu = self._agree_in(self.collectives[Device.CPU])
+        cpu.broadcast(index, root, deadline=self._deadline)
+        part = self.collectives[devices[index[0]]]
+        self._last_launch.record(part, device_of(block))
+        return self._agree_in(part)
 
-    def _tell(self, part: Backend) -> Backend:
-        """Let a part agree on the call under way, once, and return it."""
-        if part not in self._told:
-            self._told.add(part)
-            part.agree(_marked(self.call), deadline=self._deadline)
+    def _agree_in(self, part: Backend) -> Backend:
+        """Let the ranks agree on the current call in a part, once per call, and return the part."""
+        if part not in self._agreed:
+            self._agreed.add(part)
+            part.agree(_with_sequence_number(self.call), deadline=self._deadline)
         return part
 
-    def _of(self, make: Callable[[Backend], Backend]) -> HybridBackend:
-        """Return a backend with the same routes, of what is made of each part."""
+    def _map_parts(self, make: Callable[[Backend], Backend]) -> HybridBackend:
+        """Make a hybrid backend with the same routes from a new backend for each part."""
         made: dict[Backend, Backend] = {}
         with ExitStack() as undo:
             for part in self._parts:
@@ -218,7 +218,7 @@ class HybridBackend(Backend):
         return group
 
 
-def _marked(call: Call) -> Call:
-    """Return a call with its number among what the ranks compare."""
+def _with_sequence_number(call: Call) -> Call:
+    """Add the call's number in the group to the detail that ranks compare."""
     detail = f"#{call.seq} {call.detail}".rstrip()
     return Call(call.op, call.seq, call.dtype, call.count, call.reduction, call.root, detail)

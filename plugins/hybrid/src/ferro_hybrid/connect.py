@@ -1,4 +1,4 @@
-"""Connecting the parts of a hybrid backend, each in a corner of the store of its own."""
+"""Connecting: create the parts of a hybrid backend, each with a prefix of its own in the store."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from dataclasses import replace
 from ferro import Backend, BackendConfig, RendezvousError, backends
 
 from .backend import HybridBackend
-from .plan import Plan
+from .composition import Composition
 
 
 def connect(config: BackendConfig) -> HybridBackend:
-    """Make every part, one after the other, on all ranks in the same order.
+    """Create every part, one after the other, on all ranks in the same order.
 
     Raises:
-        UsageError, BackendUnavailable: see `Plan.of`.
-        RendezvousError: ranks are to be made of different backends; and see the parts.
+        UsageError: the options make no sense.
+        BackendUnavailable: a part is not installed or cannot be used here, or a device has no default.
+        RendezvousError: ranks would use different parts, or a part could not connect.
     """
     deadline = time.monotonic() + config.timeout_s
-    plan = Plan.of(config)
-    _compare(plan, config, deadline)
-    made: dict[str, Backend] = {}
+    composition = Composition.from_config(config)
+    _compare(composition, config, deadline)
+    created: dict[str, Backend] = {}
     with ExitStack() as undo:
-        for name in plan.names:
+        for name in composition.names:
             own = replace(
                 config,
                 store=config.store.prefix(f"hybrid/{name}"),
                 timeout_s=max(1.0, deadline - time.monotonic()),
                 requested=name,
-                options=plan.options.get(name, {}),
+                options=composition.options.get(name, {}),
             )
-            made[name] = backends.get(name).create(own)
-            undo.callback(made[name].close)
-        mapped, p2p = plan.collectives, made[plan.p2p]
-        if isinstance(mapped, str):
-            hybrid = HybridBackend(collectives=made[mapped], p2p=p2p)
+            created[name] = backends.get(name).create(own)
+            undo.callback(created[name].close)
+        named, p2p = composition.collectives, created[composition.p2p]
+        if isinstance(named, str):
+            hybrid = HybridBackend(collectives=created[named], p2p=p2p)
         else:
-            by_device = {device: made[name] for device, name in mapped.items()}
+            by_device = {device: created[name] for device, name in named.items()}
             hybrid = HybridBackend(collectives=by_device, p2p=p2p)
         undo.pop_all()
     return hybrid
 
 
-def _compare(plan: Plan, config: BackendConfig, deadline: float) -> None:
-    """Hold this rank's plan against rank 0's: what is found on their hosts may differ."""
-    key = "hybrid/plan"
+def _compare(composition: Composition, config: BackendConfig, deadline: float) -> None:
+    """Compare this rank's composition with rank 0's: the backends that can be used on their hosts may differ."""
+    key = "hybrid/composition"
     if config.rank == 0:
-        config.store.set(key, str(plan).encode())
+        config.store.set(key, str(composition).encode())
         return
     theirs = config.store.get(key, deadline=deadline).decode()
-    if theirs != str(plan):
+    if theirs != str(composition):
         raise RendezvousError(
-            f"rank {config.rank} would use hybrid with {plan}; rank 0 with {theirs}. Give all "
+            f"rank {config.rank} would use hybrid with {composition}; rank 0 with {theirs}. Give all "
             "ranks the same backend_options, or name the backends: ferro.init('cpu:…,cuda:…')",
             rank=config.rank,
             peer=0,

@@ -1,4 +1,4 @@
-"""What ferro-hybrid offers to ferro: a backend made of others."""
+"""The hook implementation of ferro-hybrid: it offers the backend "hybrid"."""
 
 from __future__ import annotations
 
@@ -17,30 +17,23 @@ from ferro import (
 )
 from ferro.runtime.environment import resolve
 
-from .defaults import cpu_backend, gpu_backend, installed_parts
+from .composition import default_cpu_backend, default_gpu_backend, possible_parts
 
 
-def _probe_hybrid() -> Availability:
-    """Say what "hybrid" is made of here; it can be used where any backend between processes can."""
+def _probe() -> Availability:
+    """Name the parts that "hybrid" has here; it can be used if any backend for CPU arrays can."""
     try:
-        infos = [info for info in installed_parts(Device.CPU) if info.default_under]
+        infos = [info for info in possible_parts(Device.CPU) if info.default_under]
         usable = [info.name for info in infos if backends.probe(info).ok]
-        cpu, cuda = _told(lambda: cpu_backend(_launcher())), _told(gpu_backend)
-    except FerroError as error:  # of a broken plugin
+        cpu, cuda = _name_or_reason(lambda: default_cpu_backend(_launcher())), _name_or_reason(default_gpu_backend)
+    except FerroError as error:  # a plugin is broken
         return Availability(ok=False, reason=str(error), hint="repair or uninstall it")
     if not usable:
         return Availability(ok=False, reason=f"cpu: {cpu}", hint="install a backend that can")
     return Availability(ok=True, reason=f"cpu: {cpu}; cuda: {cuda}")
 
 
-def _create_hybrid(config: BackendConfig) -> Backend:
-    from ferro_hybrid.connect import connect
-
-    return connect(config)
-
-
-def _told(choose: Callable[[], str]) -> str:
-    """Return what is chosen, or why nothing is."""
+def _name_or_reason(choose: Callable[[], str]) -> str:
     try:
         return choose()
     except BackendUnavailable as error:
@@ -48,22 +41,27 @@ def _told(choose: Callable[[], str]) -> str:
 
 
 def _launcher() -> str:
-    """Return what started this process; nothing known where the environment contradicts itself."""
     try:
         return resolve().launcher
-    except FerroError:  # for `ferro.init` to tell
+    except FerroError:  # `ferro.init` raises it
         return "single"
+
+
+def _create(config: BackendConfig) -> Backend:
+    from ferro_hybrid.connect import connect
+
+    return connect(config)
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer hybrid, which stands for maps such as "cpu:gloo,cuda:nccl"."""
+    """Offer hybrid, which also serves maps such as "cpu:gloo,cuda:nccl"."""
     return (
         BackendInfo(
             name="hybrid",
             summary="one backend for arrays on each device, one for transfers and barriers",
-            probe=_probe_hybrid,
-            create=_create_hybrid,
+            probe=_probe,
+            create=_create,
             devices=(Device.CPU, Device.CUDA),
             composes=True,
         ),

@@ -1,4 +1,4 @@
-"""Routes: which part of a hybrid backend serves which arrays."""
+"""Routes: the part of a hybrid backend that serves the arrays on each device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ferro import Backend, Device, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The parts of one rank's hybrid backend, by what they serve.
+    """The parts of one rank's hybrid backend.
 
     Attributes:
-        collectives: for every device the part that carries out its collectives, CPU first.
+        collectives: for every device the part that carries out collectives on its arrays, CPU first.
         transfers: for every device the part that sends and receives its arrays.
-        p2p: the part for transfers and barriers.
+        p2p: the part for barriers, and for transfers of all arrays that it supports.
     """
 
     collectives: Mapping[Device, Backend]
@@ -24,35 +24,37 @@ class Routes:
     p2p: Backend
 
     @classmethod
-    def between(cls, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend) -> Routes:
-        """Find the routes; see `HybridBackend`.
+    def from_parts(
+        cls, collectives: Backend | Mapping[Device, Backend] | Mapping[str, Backend], p2p: Backend
+    ) -> Routes:
+        """Choose a part for each device and kind of operation, from the arguments of `HybridBackend`.
 
         Raises:
-            UsageError: the parts do not fit together.
+            UsageError: the parts are of different groups, or a part does not support its device.
         """
-        if Device.CPU not in taken(p2p):
+        if Device.CPU not in supported_devices(p2p):
             raise UsageError(
-                f"p2p is {_name(p2p)}, which takes arrays on {', '.join(taken(p2p))}: it carries "
+                f"p2p is {_name(p2p)}, which takes arrays on {', '.join(supported_devices(p2p))}: it carries "
                 "barriers as well, and must take arrays on cpu"
             )
         if isinstance(collectives, Backend):
-            given = dict.fromkeys(taken(collectives), collectives)
+            given = dict.fromkeys(supported_devices(collectives), collectives)
         else:
-            given = {device_named(key): part for key, part in collectives.items()}
+            given = {device_from_name(key): part for key, part in collectives.items()}
         for device, part in given.items():
             _check_fits(device, part, p2p)
         by_device = {Device.CPU: given.pop(Device.CPU, p2p), **given}
-        movers = {d: p2p if d in taken(p2p) else part for d, part in by_device.items()}
-        return cls(MappingProxyType(by_device), MappingProxyType(movers), p2p)
+        transfers = {d: p2p if d in supported_devices(p2p) else part for d, part in by_device.items()}
+        return cls(MappingProxyType(by_device), MappingProxyType(transfers), p2p)
 
     @property
     def parts(self) -> tuple[Backend, ...]:
-        """Every part once, in an order that is the same on all ranks."""
+        """Every part once, in the same order on all ranks."""
         return tuple(dict.fromkeys((self.p2p, *self.collectives.values())))
 
     @property
     def streams(self) -> tuple[Device, ...]:
-        """Devices on which some part only launches."""
+        """The devices on which some part only launches operations."""
         return tuple(
             device
             for device, part in self.collectives.items()
@@ -60,16 +62,16 @@ class Routes:
         )
 
 
-def taken(part: Backend) -> tuple[Device, ...]:
-    """Return where a backend takes arrays; if it does not say, where it launches, else the CPU."""
+def supported_devices(part: Backend) -> tuple[Device, ...]:
+    """List the devices whose arrays a backend takes: `devices` if set, else `streams` if any, else the CPU."""
     return part.devices if part.devices is not None else part.streams or (Device.CPU,)
 
 
-def device_named(name: str) -> Device:
+def device_from_name(name: str) -> Device:
     """Return the device of this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such device.
     """
     try:
         return Device(name)

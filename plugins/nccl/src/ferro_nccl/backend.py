@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from ferro.arrays import name_of
+from ferro.arrays import dtype_name
 from ferro.backend import Backend, Completion
 from ferro.collectives.gathered_reduction import GatheredReduction
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, is_collective
@@ -260,7 +260,7 @@ class NcclBackend(Backend):
 
     def _native(self, reduction: Reduction) -> NativeReduction | None:
         deterministic = self.choice.deterministic
-        return native_reduction(name_of(reduction.dtype), reduction.op, deterministic=deterministic)
+        return native_reduction(dtype_name(reduction.dtype), reduction.op, deterministic=deterministic)
 
     @contextmanager
     def _operation(self, deadline: float, *arrays: Array | None) -> Iterator[StagedArrays]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ferro.simulated.board import RankKilled
+from ferro.simulated import RankKilled
 from ferro_testing.outcome import Outcome, RanksFailed
 
 _PATIENCE_S = 10.0  # plenty to notice a death on a busy machine

@@ -1,8 +1,8 @@
-"""What libucc's C interface looks like: its constants and structures, as ctypes need them.
+"""The C interface of libucc for ctypes: its constants and structures.
 
-From UCC's public headers `ucc.h`, `ucc_def.h` and `ucc_status.h` on a 64-bit machine. Between 1.1
-and 1.8 nothing moved; `ucc_coll_args_t` only grew at its end, from 184 to 200 bytes, so ours has
-zeros behind what we know. Offsets and sizes in bytes, as a test asserts them:
+They follow UCC's public headers `ucc.h`, `ucc_def.h` and `ucc_status.h` on a 64-bit machine. Between 1.1 and 1.8 no
+field moved; `ucc_coll_args_t` only grew at its end, from 184 to 200 bytes, so `CollArgs` ends in zeros. Offsets and
+sizes in bytes, as a test asserts them:
 
     LibParams          40   mask 0, thread_mode 8, coll_types 16, reduction_types 24, sync_type 32
     OobColl            40   allgather 0, req_test 8, req_free 16, coll_info 24, n_oob_eps 32,
@@ -27,8 +27,8 @@ import enum
 from ctypes import POINTER, c_double, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 
 
-class Status(enum.IntEnum):
-    """`ucc_status_t`: negative ones are errors."""
+class UccStatus(enum.IntEnum):
+    """`ucc_status_t`: negative values are errors."""
 
     OK = 0
     IN_PROGRESS = 1
@@ -52,7 +52,7 @@ class CollType(enum.IntEnum):
     SCATTER_V = 1 << 15
 
 
-class Op(enum.IntEnum):
+class UccOp(enum.IntEnum):
     """`ucc_reduction_op_t`, without the logical and located ones."""
 
     SUM = 0
@@ -64,7 +64,7 @@ class Op(enum.IntEnum):
     BXOR = 9
 
 
-class Datatype(enum.IntEnum):
+class UccDatatype(enum.IntEnum):
     """`ucc_datatype_t`: a predefined type's number, shifted past the 3 bits of its class."""
 
     INT8 = 0 << 3
@@ -89,11 +89,11 @@ class ArgsFlag(enum.IntFlag):
 
 THREAD_SINGLE = 0
 MEMORY_HOST = 0
-MEMORY_UNKNOWN = 5  # what a buffer has that a rank does not give
+MEMORY_UNKNOWN = 5  # for a buffer that a rank does not pass
 EP_RANGE_CONTIGUOUS = 0
 CONTEXT_SHARED = 1
 
-# Which fields of a structure are set: bits of its mask.
+# Bits of a structure's mask, which says which of its fields are set.
 LIB_FIELD_THREAD_MODE = 1 << 0
 CONTEXT_FIELD_TYPE = 1 << 0
 CONTEXT_FIELD_OOB = 1 << 2
@@ -122,7 +122,7 @@ class LibParams(ctypes.Structure):
 
 
 class OobColl(ctypes.Structure):
-    """`ucc_oob_coll_t`: an all-gather that the library borrows to find the other ranks."""
+    """`ucc_oob_coll_t`: the all-gather by which the library exchanges addresses before it is connected."""
 
     _fields_ = (
         ("allgather", AllGatherFunction),
@@ -175,7 +175,7 @@ class BufferInfo(ctypes.Structure):
 
 
 class BufferInfoV(ctypes.Structure):
-    """`ucc_coll_buffer_info_v_t`: a buffer of blocks, one a rank."""
+    """`ucc_coll_buffer_info_v_t`: a buffer of one block per rank."""
 
     _fields_ = (
         ("buffer", c_void_p),
@@ -186,8 +186,8 @@ class BufferInfoV(ctypes.Structure):
     )
 
 
-class Buffer(ctypes.Union):
-    """The two kinds of buffer that an operation may have."""
+class CollBuffer(ctypes.Union):
+    """A whole buffer, or a buffer of blocks."""
 
     _fields_ = (("info", BufferInfo), ("info_v", BufferInfoV))
 
@@ -198,8 +198,8 @@ class CollArgs(ctypes.Structure):
     _fields_ = (
         ("mask", c_uint64),
         ("coll_type", c_int),
-        ("src", Buffer),
-        ("dst", Buffer),
+        ("src", CollBuffer),
+        ("dst", CollBuffer),
         ("op", c_int),
         ("flags", c_uint64),
         ("root", c_uint64),

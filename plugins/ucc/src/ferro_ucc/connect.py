@@ -1,4 +1,4 @@
-"""Connecting: from a configuration to the backend of the world, or the reason why not."""
+"""Connecting: from a `BackendConfig` to the backend of the world."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import time
 
 from ferro import Backend, BackendConfig
 from ferro.errors import RendezvousError, UnsupportedError, UsageError
-from ferro_ucc.backend import UccBackend
+from ferro_ucc.backend import SingleRankBackend, UccBackend
 from ferro_ucc.context import Context
-from ferro_ucc.library import VARIABLE, Library, dotted
-from ferro_ucc.oob import OutOfBand
-from ferro_ucc.sole import SoleBackend
+from ferro_ucc.library import VARIABLE, UccLibrary, dotted
+from ferro_ucc.oob import OobAllGather
 
 
-def connect(config: BackendConfig, library: Library) -> Backend:
-    """Connect to all other ranks; every rank does.
+def connect(config: BackendConfig, library: UccLibrary) -> Backend:
+    """Connect this rank to all others. Every rank calls it.
 
     Raises:
-        BackendError: it could not connect.
-        RendezvousError: a rank did not come, or has another version.
-        UsageError: there is no such option.
-        UnsupportedError: algorithms were fixed.
+        BackendError: UCC failed to connect.
+        RendezvousError: a rank did not connect in time, or has another version of UCC.
+        UsageError: the user gave backend options; ucc has none.
+        UnsupportedError: the user chose algorithms; UCC has its own.
     """
     _check(config)
     if config.world_size == 1:
-        return SoleBackend(config.choice)
+        return SingleRankBackend(config.choice)
     store = config.store.prefix("ucc")
     deadline = time.monotonic() + config.timeout_s
-    ranks = OutOfBand(store, config.rank, config.world_size, deadline)
+    oob = OobAllGather(store, config.rank, config.world_size, deadline)
     try:
-        _compare_versions(library, ranks)
-        context = Context.create(library, ranks, config.lost)
+        _compare_versions(library, oob)
+        context = Context.create(library, oob, config.lost)
     except TimeoutError as error:
         raise RendezvousError(
             f"rank {config.rank} of {config.world_size} could not connect through UCC within "
@@ -51,15 +50,15 @@ def _check(config: BackendConfig) -> None:
         )
 
 
-def _compare_versions(library: Library, ranks: OutOfBand) -> None:
-    """Make sure that all ranks have one version, which decides what they call."""
+def _compare_versions(library: UccLibrary, oob: OobAllGather) -> None:
+    """Check that all ranks have the same version of UCC, on which the functions that they call depend."""
     mine = bytes(min(number, 255) for number in library.version)
-    versions = [tuple(told) for told in ranks.gather(mine)]
+    versions = [tuple(value) for value in oob.gather(mine)]
     for rank, version in enumerate(versions):
         if version != tuple(mine):
             raise RendezvousError(
-                f"rank {ranks.rank} has UCC {dotted(library.version)}, rank {rank} has UCC "
+                f"rank {oob.rank} has UCC {dotted(library.version)}, rank {rank} has UCC "
                 f"{dotted(version)}: install the same on all hosts, or set {VARIABLE}",
-                rank=ranks.rank,
+                rank=oob.rank,
                 peer=rank,
             )

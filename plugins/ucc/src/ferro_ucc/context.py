@@ -1,4 +1,4 @@
-"""Context: this process's end of UCC's connections, which all groups share."""
+"""Context: this process's UCC connections to the other ranks, which all groups share."""
 
 from __future__ import annotations
 
@@ -8,80 +8,79 @@ from collections.abc import Callable
 from ctypes import byref, c_void_p
 
 from ferro_ucc import abi
-from ferro_ucc.library import Library, is_running
-from ferro_ucc.oob import Callbacks, OutOfBand
+from ferro_ucc.library import UccLibrary, is_running
+from ferro_ucc.oob import OobAllGather, OobCallbacks
 
-_PATIENCE_S = 0.02  # of a question while the library waits for the answer only
-_GRACE_S = 1.0  # for the library to return once it was told that the deadline has passed
-_CLOSE_S = 2.0  # how long the end waits for the other ranks to come to theirs
-_DESTROY_S = 1.0  # how long a team may take to go
+_PATIENCE_S = 0.02  # for one test of an out-of-band all-gather, while the library waits for nothing else
+_GRACE_S = 1.0  # for the library to return after a callback told it that the deadline has passed
+_CLOSE_S = 2.0  # for the other ranks to close, too
+_DESTROY_S = 1.0  # for the destruction of a team
 
-# What libucc may still write to, though nobody waits for it any more: kept for ever.
+# libucc may still write to the memory of these objects, so they live until the process ends.
 _abandoned: list[object] = []
 
 
 class Context:
     """UCC's connections to the other ranks of the world.
 
-    All calls of the library are made under one lock: then it needs no thread safety of its own,
-    which some builds lack, and calls are short.
+    One lock is held in all calls of the library, which are short: some builds are not thread-safe.
 
     Args:
         library: libucc.
-        ranks: the world's all-gathers out of band.
-        lost: see `BackendConfig.lost`.
+        oob: the world's out-of-band all-gathers.
+        lost: returns the ranks that died; see `BackendConfig.lost`.
 
     Attributes:
         library: libucc.
         lost: as given.
         lock: held in every call of the library.
-        handle: the context.
+        handle: the `ucc_context_h`.
     """
 
-    def __init__(self, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]) -> None:
+    def __init__(self, library: UccLibrary, oob: OobAllGather, lost: Callable[[], frozenset[int]]) -> None:
         self.library = library
         self.lost = lost
         self.lock = threading.Lock()
         self.handle = c_void_p()
-        self._ranks = ranks
-        self._callbacks = Callbacks(ranks, _PATIENCE_S)
+        self._oob = oob
+        self._callbacks = OobCallbacks(oob, _PATIENCE_S)
         self._lib = c_void_p()
         self._teams: dict[int, object] = {}
         self._broken = False
 
     @classmethod
-    def create(cls, library: Library, ranks: OutOfBand, lost: Callable[[], frozenset[int]]) -> Context:
-        """Connect to the other ranks; every rank does.
+    def create(cls, library: UccLibrary, oob: OobAllGather, lost: Callable[[], frozenset[int]]) -> Context:
+        """Connect to the other ranks. Every rank calls it.
 
         Raises:
-            BackendError: the library could not.
+            BackendError: the library failed.
             RendezvousError: the store is gone.
-            TimeoutError: a rank did not come by the deadline of `ranks`.
+            TimeoutError: a rank did not connect by the deadline of `oob`.
         """
-        context = cls(library, ranks, lost)
-        ended = _bounded(context._open, ranks.deadline - time.monotonic())
-        if ended is None:
+        context = cls(library, oob, lost)
+        errors = _run_in_thread(context._open, oob.deadline - time.monotonic())
+        if errors is None:
             context.abandon(context)
-            raise TimeoutError(f"UCC did not connect rank {ranks.rank} in time")
-        if ended:
+            raise TimeoutError(f"UCC did not connect rank {oob.rank} in time")
+        if errors:
             context.abandon(context)
-            raise context._callbacks.error or ended[0]
+            raise context._callbacks.error or errors[0]
         return context
 
     def progress(self) -> None:
-        """Let the library move on with everything that is under way."""
+        """Let the library make progress with all operations that have begun."""
         with self.lock:
             status = self.library.progress(self.handle)
         if status < 0:
             raise self.library.error(status, "ucc_context_progress")
 
     def keep(self, team: c_void_p, used: object) -> None:
-        """Take a team over, with what it calls, until it is released or the context closed."""
+        """Keep a team and the callbacks that it uses until it is released or the context is closed."""
         assert team.value is not None
         self._teams[team.value] = used
 
     def release(self, team: int) -> None:
-        """Destroy a team, on this rank; the library must not be at work for it."""
+        """Destroy a team on this rank; none of its operations may be running."""
         used = self._teams.pop(team, None)
         deadline = time.monotonic() + _DESTROY_S
         while True:
@@ -95,21 +94,20 @@ class Context:
             self.progress()
 
     def abandon(self, *used: object) -> None:
-        """Keep what the library may still use after an operation that did not end well."""
+        """Keep objects until the process ends: after a failed operation the library may still use their memory."""
         self._broken = True
         _abandoned.append((self, used))
 
     def close(self) -> None:
-        """Disconnect, if all ranks come to do so soon; never waits long for them.
+        """Disconnect, if all ranks close within a short time.
 
-        Otherwise the connections stay until the process ends: UCC would wait without end for a
-        rank that is gone.
+        Otherwise the connections stay until the process ends: UCC would wait forever for a rank that is gone.
         """
-        if self._broken or not self._all_come():
+        if self._broken or not self._all_close():
             self.abandon(self)
             return
-        self._ranks.deadline = time.monotonic() + _CLOSE_S
-        if _bounded(self._destroy, _CLOSE_S) != []:
+        self._oob.deadline = time.monotonic() + _CLOSE_S
+        if _run_in_thread(self._destroy, _CLOSE_S) != []:
             self.abandon(self)
 
     def _open(self) -> None:
@@ -127,33 +125,33 @@ class Context:
         library.status("ucc_context_create", self._lib, byref(wanted), config, byref(self.handle))
         library.release("ucc_context_config_release", config)
 
-    def _all_come(self) -> bool:
-        """Let what others still wait for go out, until all ranks are here or time is up."""
-        self._ranks.deadline = time.monotonic() + _CLOSE_S
+    def _all_close(self) -> bool:
+        """Make progress, for other ranks may still wait for messages, until all ranks close or time is up."""
+        self._oob.deadline = time.monotonic() + _CLOSE_S
         try:
-            closing = self._ranks.start(b"c")
+            closing = self._oob.start(b"c")
             while not closing.poll(_PATIENCE_S):
                 self.progress()
-        except Exception:  # noqa: BLE001 - whatever it is, the end must not fail
+        except Exception:  # noqa: BLE001 - closing must not fail
             return False
         return True
 
     def _destroy(self) -> None:
-        for team in tuple(self._teams):  # of groups that nobody closed
+        for team in tuple(self._teams):  # their groups were not closed
             self.release(team)
         with self.lock:
             self.library.status("ucc_context_destroy", self.handle)
             self.library.status("ucc_finalize", self._lib)
 
 
-def _bounded(action: Callable[[], None], seconds: float) -> list[BaseException] | None:
-    """Run what may block in C in a thread; return its errors, None if it has not ended in time."""
+def _run_in_thread(action: Callable[[], None], seconds: float) -> list[BaseException] | None:
+    """Run an action that may block in C; return its errors, or None if it has not ended in time."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
             action()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - returned to the waiting thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="ferro-ucc", daemon=True)

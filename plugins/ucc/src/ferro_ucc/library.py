@@ -1,4 +1,4 @@
-"""Finding libucc and calling it: which file, which version, which functions."""
+"""Finding, loading and calling libucc."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import cast
 
 from ferro.errors import BackendError, BackendUnavailable
 from ferro.runtime.environment import variable
-from ferro_ucc.abi import CollArgs, ContextParams, LibParams, Status, TeamParams
+from ferro_ucc.abi import CollArgs, ContextParams, LibParams, TeamParams, UccStatus
 
 VARIABLE = "FERRO_LIBUCC"
 _NAME = "libucc.so.1"
@@ -22,16 +22,16 @@ _HINT = (
     f"where the loader does not find it, set {VARIABLE} to the path of {_NAME}"
 )
 
-# What a process of its own does to find out the version of the library it is given.
-_ASK = """
+# The program of a subprocess that prints the version of the library that it is given.
+_PRINT_VERSION = """
 import ctypes, sys
 numbers = [ctypes.c_uint() for _ in range(3)]
 ctypes.CDLL(sys.argv[1]).ucc_get_version(*map(ctypes.byref, numbers))
 print(*(number.value for number in numbers))
 """
-_ASK_S = 10.0
+_SUBPROCESS_S = 10.0
 
-# The functions that we call; all but the last three return a status.
+# The functions that ferro calls; all but the last three return a status.
 _FUNCTIONS = {
     "ucc_lib_config_read": CFUNCTYPE(c_int, c_char_p, c_char_p, POINTER(c_void_p)),
     "ucc_init_version": CFUNCTYPE(c_int, c_uint, c_uint, POINTER(LibParams), c_void_p, POINTER(c_void_p)),
@@ -52,7 +52,7 @@ _FUNCTIONS = {
 }
 
 
-class Library:
+class UccLibrary:
     """libucc, loaded.
 
     Args:
@@ -61,40 +61,40 @@ class Library:
 
     Attributes:
         version: major, minor and patch.
-        gathers: whether it has gather and scatter with sizes (1.1 has not).
-        progress: `ucc_context_progress`, which is called most.
+        has_gather: True when it has gather and scatter with sizes (1.1 has not).
+        progress: `ucc_context_progress`, which is called most often.
     """
 
     def __init__(self, handle: ctypes.CDLL, version: tuple[int, int, int]) -> None:
         self.version = version
-        self.gathers = version >= (1, 2, 0)
+        self.has_gather = version >= (1, 2, 0)
         self._functions: dict[str, Callable[..., int]] = {
             name: prototype((name, handle)) for name, prototype in _FUNCTIONS.items()
         }
         self.progress = self._functions["ucc_context_progress"]
 
     @classmethod
-    def load(cls) -> Library:
-        """Load what FERRO_LIBUCC names, or else what the loader finds.
+    def load(cls) -> UccLibrary:
+        """Load the file that FERRO_LIBUCC names, or else the one that the loader finds.
 
         Raises:
-            BackendUnavailable: there is none, or not one of the versions known.
+            BackendUnavailable: libucc cannot be loaded, or ferro-ucc does not know its version.
         """
-        path, asked = _wanted()
+        path, description = _path()
         try:
             handle = ctypes.CDLL(path)
             version = _version(handle)
-            if (unfit := _unfit(asked, version)) is None:
+            if (unusable := _check_version(description, version)) is None:
                 return cls(handle, version)
         except (OSError, AttributeError) as error:
-            unfit = _unloadable(asked, str(error))
-        raise BackendUnavailable("ucc", unfit.reason, unfit.hint)
+            unusable = _not_loaded(description, str(error))
+        raise BackendUnavailable("ucc", unusable.reason, unusable.hint)
 
     def status(self, name: str, *arguments: object) -> int:
-        """Call a function; return its status, which is no error.
+        """Call a function, and return its status, which is not negative.
 
         Raises:
-            BackendError: it failed.
+            BackendError: the function failed.
         """
         status = self._functions[name](*arguments)
         if status < 0:
@@ -102,11 +102,11 @@ class Library:
         return status
 
     def release(self, name: str, config: c_void_p) -> None:
-        """Give a configuration back."""
+        """Release a configuration by the function of this name."""
         self._functions[name](config)
 
     def error(self, status: int, what: str) -> BackendError:
-        """Return the error for a status, in the library's words."""
+        """Make the error for a negative status, in the library's words."""
         text = cast("bytes", self._functions["ucc_status_string"](status))
         return BackendError(
             f"UCC {dotted(self.version)}: {what} failed with {status} "
@@ -116,7 +116,7 @@ class Library:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class UsableLibrary:
     """A libucc that can be used."""
 
     path: str
@@ -124,73 +124,73 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
-    """No libucc that can be used: what was looked for, and what to do."""
+class UnusableLibrary:
+    """The reason why no libucc can be used, and what to do."""
 
     reason: str
     hint: str = _HINT
 
 
-def find() -> Found | Absent:
-    """Look for libucc, in a process of its own; never raises.
+def find_library() -> UsableLibrary | UnusableLibrary:
+    """Find libucc and its version in a subprocess; never raises.
 
-    Nothing but the library tells its version, and loading it is no small thing: UCX below it
-    installs signal handlers and starts a thread, which a program that only asks does not want.
+    Only the library itself tells its version, and loading it has side effects that a program which only asks does not
+    want: UCX below it installs signal handlers and starts a thread.
     """
     import subprocess  # here, for most programs never ask
 
-    path, asked = _wanted()
-    command = [sys.executable, "-I", "-S", "-c", _ASK, path]
+    path, description = _path()
+    command = [sys.executable, "-I", "-S", "-c", _PRINT_VERSION, path]
     try:
-        child = subprocess.run(  # noqa: S603 - this interpreter, our own lines
-            command, capture_output=True, text=True, errors="replace", timeout=_ASK_S, check=False
+        child = subprocess.run(  # noqa: S603 - this interpreter runs a constant program
+            command, capture_output=True, text=True, errors="replace", timeout=_SUBPROCESS_S, check=False
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return _unloadable(asked, str(error))
+        return _not_loaded(description, str(error))
     if child.returncode != 0:
         words = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        return _unloadable(asked, words[-1])
+        return _not_loaded(description, words[-1])
     major, minor, patch = map(int, child.stdout.split())
-    return _unfit(asked, (major, minor, patch)) or Found(path, (major, minor, patch))
+    return _check_version(description, (major, minor, patch)) or UsableLibrary(path, (major, minor, patch))
 
 
-def _wanted() -> tuple[str, str]:
-    """Return what to load, and how to speak of it."""
+def _path() -> tuple[str, str]:
+    """Return the library's path or file name, and its description for messages."""
     named = variable(VARIABLE)
     return (named, f"{VARIABLE}={named}") if named else (_NAME, f"{_NAME} ({VARIABLE} is not set)")
 
 
 def _version(handle: ctypes.CDLL) -> tuple[int, int, int]:
-    """Ask a library for its version, as `_ASK` does in its process."""
+    """Ask a library for its version, as `_PRINT_VERSION` does in its subprocess."""
     major, minor, patch = c_uint(), c_uint(), c_uint()
     handle.ucc_get_version(byref(major), byref(minor), byref(patch))
     return major.value, minor.value, patch.value
 
 
-def _unloadable(asked: str, why: str) -> Absent:
-    return Absent(f"looked for {asked}, which could not be loaded as libucc: {why}")
+def _not_loaded(description: str, why: str) -> UnusableLibrary:
+    return UnusableLibrary(f"looked for {description}, which could not be loaded as libucc: {why}")
 
 
-def _unfit(asked: str, version: tuple[int, int, int]) -> Absent | None:
-    """Say what is wrong with a version, if anything is."""
+def _check_version(description: str, version: tuple[int, int, int]) -> UnusableLibrary | None:
+    """Return None for a version that ferro-ucc knows, else the reason why it cannot be used."""
     if _OLDEST <= version[:2] <= _NEWEST:
         return None
-    return Absent(
-        f"{asked} is UCC {dotted(version)}; this ferro-ucc knows the interface of UCC "
+    return UnusableLibrary(
+        f"{description} is UCC {dotted(version)}; this ferro-ucc knows the interface of UCC "
         f"{dotted(_OLDEST)} to {dotted(_NEWEST)}"
     )
 
 
 def dotted(version: tuple[int, ...]) -> str:
-    """Return a version as people write it."""
+    """Format a version, such as "1.8.0"."""
     return ".".join(map(str, version))
 
 
 def request_status(request: int) -> c_int32:
-    """Return the place where a request's status is, which the library changes."""
+    """Return the status field of a request, which the library changes."""
     return c_int32.from_address(request)
 
 
 def is_running(status: int) -> bool:
-    """Say whether an operation with this status has not ended."""
-    return status in (Status.IN_PROGRESS, Status.INITIALIZED)
+    """Return True when an operation with this status has not ended."""
+    return status in (UccStatus.IN_PROGRESS, UccStatus.INITIALIZED)

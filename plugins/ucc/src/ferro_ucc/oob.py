@@ -1,8 +1,8 @@
-"""All-gathers out of band: how the ranks of a group find each other before UCC connects them.
+"""Out-of-band all-gathers, by which the ranks of a group exchange addresses before UCC connects them.
 
-Rank 0 collects what the others set in the store and sets it joined, so that n ranks need about 4n
-requests. `OutOfBand` is that in Python; `Callbacks` is the same as functions that libucc calls,
-which must neither raise nor wait for long.
+Every rank sets its value in the store. Rank 0 collects the values and sets the whole, so that n ranks need about 4n
+requests. `OobAllGather` offers this to Python, and `OobCallbacks` to libucc as C functions, which must neither raise
+nor wait for long.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ctypes import c_void_p
 from typing import TYPE_CHECKING, TypeAlias
 
-from ferro_ucc.abi import AllGatherFunction, OobColl, RequestFunction, Status
+from ferro_ucc.abi import AllGatherFunction, OobColl, RequestFunction, UccStatus
 
 if TYPE_CHECKING:
     from ctypes import _Pointer
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     _Request: TypeAlias = "_Pointer[c_void_p]"
 
 
-class OutOfBand:
-    """All-gathers of small values through a store; all ranks make the same ones in one order.
+class OobAllGather:
+    """All-gathers of small values through the store; all ranks make the same ones in the same order.
 
     Args:
-        store: the group's own part of it.
+        store: the store, with a prefix for the group.
         rank: this rank in the group.
         world_size: number of ranks.
-        deadline: absolute `time.monotonic()` second by which each must end; may be moved.
+        deadline: absolute `time.monotonic()` second by which each all-gather must end; it may be changed.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, deadline: float) -> None:
@@ -40,129 +40,129 @@ class OutOfBand:
         self._store = store
         self._number = 0
 
-    def start(self, mine: bytes) -> Gathering:
-        """Begin the next all-gather, with this rank's value, which is as long on all ranks."""
+    def start(self, mine: bytes) -> OobRequest:
+        """Begin the next all-gather with this rank's value; values of all ranks have the same length."""
         store = self._store.prefix(f"oob/{self._number}")
         self._number += 1
-        return Gathering(store, self, mine)
+        return OobRequest(store, self, mine)
 
     def gather(self, mine: bytes) -> list[bytes]:
-        """Return every rank's value, in order of rank.
+        """Gather every rank's value, in order of rank.
 
         Raises:
-            TimeoutError: some rank did not come by the deadline.
+            TimeoutError: a rank did not set its value by the deadline.
         """
-        gathering = self.start(mine)
-        while not gathering.poll(max(0.0, self.deadline - time.monotonic())):
+        request = self.start(mine)
+        while not request.poll(max(0.0, self.deadline - time.monotonic())):
             continue
         size = len(mine)
-        return [gathering.joined[i * size :][:size] for i in range(self.world_size)]
+        return [request.joined[i * size :][:size] for i in range(self.world_size)]
 
 
-class Gathering:
-    """One all-gather under way.
+class OobRequest:
+    """One all-gather that has begun.
 
     Attributes:
         joined: all values, in order of rank, once `poll` has returned True.
     """
 
-    def __init__(self, store: Store, ranks: OutOfBand, mine: bytes) -> None:
+    def __init__(self, store: Store, oob: OobAllGather, mine: bytes) -> None:
         self.joined = b""
         self._store = store
-        self._ranks = ranks
-        self._parts = [mine]
-        if ranks.rank != 0:
-            store.set(str(ranks.rank), mine)
+        self._oob = oob
+        self._values = [mine]  # rank 0 appends the values of the other ranks
+        if oob.rank != 0:
+            store.set(str(oob.rank), mine)
 
     def poll(self, patience_s: float) -> bool:
-        """Say whether it has ended, waiting at most about `patience_s` seconds for that.
+        """Wait at most about `patience_s` seconds for the end; return True when the all-gather has ended.
 
         Raises:
-            TimeoutError: it has not, and the deadline has passed.
+            TimeoutError: the all-gather has not ended, and the deadline has passed.
         """
         if self.joined:
             return True
-        ranks = self._ranks
-        until = min(ranks.deadline, time.monotonic() + patience_s)
+        oob = self._oob
+        until = min(oob.deadline, time.monotonic() + patience_s)
         try:
-            if ranks.rank == 0:
+            if oob.rank == 0:
                 self._collect(until)
             else:
                 self.joined = self._store.get("all", deadline=until)
         except TimeoutError as error:
-            if time.monotonic() < ranks.deadline:
+            if time.monotonic() < oob.deadline:
                 return False
-            waited = f"rank {len(self._parts)}" if ranks.rank == 0 else "rank 0, which collects"
-            raise TimeoutError(f"rank {ranks.rank} waited for {waited} to exchange addresses") from error
-        if self._store.add("read", 1) == ranks.world_size:  # the last one cleans up
+            missing = f"rank {len(self._values)}" if oob.rank == 0 else "rank 0, which collects"
+            raise TimeoutError(f"rank {oob.rank} waited for {missing} to exchange addresses") from error
+        if self._store.add("read", 1) == oob.world_size:  # the last rank deletes the keys
             self._store.delete("all")
             self._store.delete("read")
         return True
 
     def _collect(self, until: float) -> None:
-        while (rank := len(self._parts)) < self._ranks.world_size:
-            self._parts.append(self._store.get(str(rank), deadline=until))
+        while (rank := len(self._values)) < self._oob.world_size:
+            self._values.append(self._store.get(str(rank), deadline=until))
             self._store.delete(str(rank))
-        self.joined = b"".join(self._parts)
+        self.joined = b"".join(self._values)
         self._store.set("all", self.joined)
 
 
-class Callbacks:
-    """An `OutOfBand` as functions that libucc calls, from the thread that called it.
+class OobCallbacks:
+    """An `OobAllGather` as C functions that libucc calls, in the thread that called libucc.
 
-    Must live as long as the context or team that was made with its `table`.
+    The object must live as long as the context or team that was made with its `table`.
 
     Args:
-        ranks: the all-gathers.
-        patience_s: how long asking for the end of one may take, in seconds.
+        oob: the all-gathers.
+        patience_s: how long a test for the end of one may take, in seconds.
 
     Attributes:
-        table: what the library is given.
-        error: what went wrong first, for the library is told a number only.
+        table: the structure for libucc.
+        error: the first exception; libucc itself learns only a status.
     """
 
-    def __init__(self, ranks: OutOfBand, patience_s: float) -> None:
+    def __init__(self, oob: OobAllGather, patience_s: float) -> None:
         self.error: BaseException | None = None
-        self._ranks = ranks
+        self._oob = oob
         self._patience_s = patience_s
-        self._running: dict[int, tuple[Gathering, int]] = {}
+        self._running: dict[int, tuple[OobRequest, int]] = {}
         self._started = 0
         self.table = OobColl(
             allgather=AllGatherFunction(self._all_gather),
             req_test=RequestFunction(self._test),
             req_free=RequestFunction(self._free),
-            n_oob_eps=ranks.world_size,
-            oob_ep=ranks.rank,
+            n_oob_eps=oob.world_size,
+            oob_ep=oob.rank,
         )
 
     def _all_gather(self, source: int, target: int, size: int, _info: int, request: _Request) -> int:
         def begin() -> int:
             mine = ctypes.string_at(source, size)
             self._started += 1
-            self._running[self._started] = (self._ranks.start(mine), target)
+            self._running[self._started] = (self._oob.start(mine), target)
             request[0] = c_void_p(self._started)
-            return Status.OK
+            return UccStatus.OK
 
         return self._guarded(begin)
 
     def _test(self, request: int) -> int:
-        def look() -> int:
-            gathering, target = self._running[request]
-            if not gathering.poll(self._patience_s):
-                return Status.IN_PROGRESS
-            ctypes.memmove(target, gathering.joined, len(gathering.joined))
-            return Status.OK
+        def test() -> int:
+            gather, target = self._running[request]
+            if not gather.poll(self._patience_s):
+                return UccStatus.IN_PROGRESS
+            ctypes.memmove(target, gather.joined, len(gather.joined))
+            return UccStatus.OK
 
-        return self._guarded(look)
+        return self._guarded(test)
 
     def _free(self, request: int) -> int:
         self._running.pop(request, None)
-        return Status.OK
+        return UccStatus.OK
 
     def _guarded(self, act: Callable[[], int]) -> int:
-        """Return what `act` does, or an error's number: nothing may be raised through C."""
+        """Call `act` and return its status, or an error's: no exception may pass through C."""
         try:
             return act()
-        except BaseException as error:  # noqa: BLE001 - raised by whoever called the library
+        except BaseException as error:  # noqa: BLE001 - the caller of the library raises it
             self.error = self.error or error
-            return Status.TIMED_OUT if isinstance(error, TimeoutError) else Status.NO_MESSAGE
+            return UccStatus.TIMED_OUT if isinstance(error, TimeoutError) else UccStatus.NO_MESSAGE

@@ -9,19 +9,19 @@ from itertools import accumulate
 
 from ferro.types import Array
 from ferro_ucc import abi
-from ferro_ucc.natives import Native
+from ferro_ucc.reductions import UccReduction
 
-_BYTES = abi.Datatype.UINT8
+_BYTES = abi.UccDatatype.UINT8
 _WIDE = abi.ArgsFlag.COUNT_64BIT | abi.ArgsFlag.DISPLACEMENTS_64BIT
 
 
 @dataclass(slots=True)
 class Operation:
-    """One collective: its arguments, and what owns the memory that they point to.
+    """One collective: its arguments for UCC, and the objects that own the memory to which they point.
 
     Attributes:
-        args: for `Team.run`.
-        used: arrays that live until it has ended.
+        args: the arguments.
+        used: objects that must live until the operation has ended.
     """
 
     args: abi.CollArgs
@@ -29,18 +29,18 @@ class Operation:
 
     @classmethod
     def make(cls, kind: abi.CollType, flags: int = 0, root: int = 0) -> Operation:
-        """Return one without buffers."""
+        """Make an operation without buffers."""
         args = abi.CollArgs(mask=abi.ARGS_FIELD_FLAGS, coll_type=kind, flags=flags, root=root)
         args.src.info.mem_type = args.dst.info.mem_type = abi.MEMORY_UNKNOWN
         return cls(args)
 
-    def whole(self, side: abi.Buffer, buffer: Array, datatype: int, count: int) -> None:
-        """Make a side one buffer of `count` elements."""
+    def whole(self, side: abi.CollBuffer, buffer: Array, datatype: int, count: int) -> None:
+        """Set source or destination to one buffer of `count` elements."""
         side.info = abi.BufferInfo(_address(buffer), count, datatype, abi.MEMORY_HOST)
         self.used.append(buffer)
 
-    def blocks(self, side: abi.Buffer, buffer: Array, datatype: int, counts: Sequence[int]) -> None:
-        """Make a side a buffer of one block a rank, one behind the other."""
+    def blocks(self, side: abi.CollBuffer, buffer: Array, datatype: int, counts: Sequence[int]) -> None:
+        """Set source or destination to consecutive blocks, one per rank."""
         table = (ctypes.c_uint64 * (2 * len(counts)))(*counts, *accumulate(counts[:-1], initial=0))
         start = ctypes.addressof(table)
         side.info_v = abi.BufferInfoV(_address(buffer), start, start + 8 * len(counts), datatype, abi.MEMORY_HOST)
@@ -48,7 +48,7 @@ class Operation:
 
 
 def all_gather(buffer: Array, counts: Sequence[int]) -> Operation:
-    """Fill `buffer`, block by block; this rank's is in its place."""
+    """Fill `buffer` with a block from each rank; this rank's block is in its place."""
     if min(counts) == max(counts):
         operation = Operation.make(abi.CollType.ALL_GATHER, abi.ArgsFlag.IN_PLACE)
         operation.whole(operation.args.dst, buffer, _BYTES, buffer.nbytes)
@@ -61,7 +61,7 @@ def all_gather(buffer: Array, counts: Sequence[int]) -> Operation:
 def all_to_all(source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Operation:
     """Send block j of `source` to rank j; block i of `out` comes from rank i.
 
-    With sizes even where they are equal: only all ranks together know whether they are.
+    The operation has sizes even where they are equal, for one rank does not know whether they are equal on all.
     """
     operation = Operation.make(abi.CollType.ALL_TO_ALL_V, _WIDE)
     operation.blocks(operation.args.src, source, _BYTES, _in_bytes(send_counts, source))
@@ -77,7 +77,7 @@ def broadcast(buffer: Array, root: int) -> Operation:
 
 
 def gather(block: Array, out: Array | None, counts: Sequence[int], root: int) -> Operation:
-    """Collect blocks in `out` at the root, whose own is in its place."""
+    """Collect every rank's block in `out` at the root; the root's block is in its place."""
     flags = _WIDE if out is None else _WIDE | abi.ArgsFlag.IN_PLACE
     operation = Operation.make(abi.CollType.GATHER_V, flags, root)
     if out is None:
@@ -88,7 +88,7 @@ def gather(block: Array, out: Array | None, counts: Sequence[int], root: int) ->
 
 
 def scatter(block: Array, source: Array | None, counts: Sequence[int], root: int) -> Operation:
-    """Fill `block` with this rank's part of the root's `source`; not the root's own."""
+    """Fill `block` with this rank's block of the root's `source`, except on the root itself."""
     flags = _WIDE if source is None else _WIDE | abi.ArgsFlag.IN_PLACE
     operation = Operation.make(abi.CollType.SCATTER_V, flags, root)
     if source is None:
@@ -98,7 +98,7 @@ def scatter(block: Array, source: Array | None, counts: Sequence[int], root: int
     return operation
 
 
-def all_reduce(buffer: Array, native: Native) -> Operation:
+def all_reduce(buffer: Array, native: UccReduction) -> Operation:
     """Reduce `buffer` in place on all ranks."""
     operation = Operation.make(abi.CollType.ALL_REDUCE, abi.ArgsFlag.IN_PLACE)
     operation.args.op = native.op
@@ -106,7 +106,7 @@ def all_reduce(buffer: Array, native: Native) -> Operation:
     return operation
 
 
-def reduce(buffer: Array, native: Native, root: int, rank: int) -> Operation:
+def reduce(buffer: Array, native: UccReduction, root: int, rank: int) -> Operation:
     """Reduce `buffer` in place at the root."""
     flags = abi.ArgsFlag.IN_PLACE if rank == root else 0
     operation = Operation.make(abi.CollType.REDUCE, flags, root)
@@ -116,8 +116,8 @@ def reduce(buffer: Array, native: Native, root: int, rank: int) -> Operation:
     return operation
 
 
-def reduce_scatter(source: Array, out: Array, counts: Sequence[int], native: Native) -> Operation:
-    """Reduce `source`, block by block; this rank's goes into `out`."""
+def reduce_scatter(source: Array, out: Array, counts: Sequence[int], native: UccReduction) -> Operation:
+    """Reduce `source`, and put this rank's block into `out`."""
     operation = Operation.make(abi.CollType.REDUCE_SCATTER_V, _WIDE)
     operation.args.op = native.op
     operation.whole(operation.args.src, source, native.datatype, source.size)

@@ -1,4 +1,4 @@
-"""What this distribution offers: the ucc backend. Importing it loads no library."""
+"""The hook implementation of ferro-ucc: it offers the backend "ucc". Importing it loads no library."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from ferro import Availability, Backend, BackendConfig, BackendInfo, hookimpl
 
 
 def _probe() -> Availability:
-    from ferro_ucc.library import Absent, dotted, find
+    from ferro_ucc.library import UnusableLibrary, dotted, find_library
 
-    found = find()
-    if isinstance(found, Absent):
+    found = find_library()
+    if isinstance(found, UnusableLibrary):
         return Availability(ok=False, reason=found.reason, hint=found.hint)
     version = dotted(found.version)
     return Availability(ok=True, reason=f"UCC {version} in {found.path}", version=version)
@@ -17,14 +17,14 @@ def _probe() -> Availability:
 
 def _create(config: BackendConfig) -> Backend:
     from ferro_ucc.connect import connect
-    from ferro_ucc.library import Library
+    from ferro_ucc.library import UccLibrary
 
-    return connect(config, Library.load())
+    return connect(config, UccLibrary.load())
 
 
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
-    """Offer ucc, which must be asked for by name."""
+    """Offer ucc, which is never a default."""
     return (
         BackendInfo(
             name="ucc",

@@ -1,4 +1,4 @@
-"""Team: the ranks of one group in UCC, and how an operation is posted and waited for."""
+"""Team: UCC's side of one group, which posts the group's operations and waits for them."""
 
 from __future__ import annotations
 
@@ -10,64 +10,64 @@ from ferro.errors import GroupClosed
 from ferro_ucc import abi
 from ferro_ucc.context import Context
 from ferro_ucc.library import is_running, request_status
-from ferro_ucc.oob import Callbacks, OutOfBand
+from ferro_ucc.oob import OobAllGather, OobCallbacks
 from ferro_ucc.operations import Operation
-from ferro_ucc.waiting import Abort, Lost, Patience
+from ferro_ucc.waiting import AbortFlag, PeerLiveness, PollBackoff
 
 if TYPE_CHECKING:
     from ferro.rendezvous import Store
 
 
 class Team:
-    """One group, made together by its ranks when its first operation begins.
+    """A UCC team of at least two ranks, which creates itself when its first operation begins.
 
-    Until then nothing is needed of the others, so ranks may ask for groups in any order.
+    Until then a rank needs nothing of the others, so ranks may make groups in any order.
 
     Args:
         context: the connections.
-        store: the group's own part of the store.
+        store: the store, with a prefix for the group.
         rank: this rank in the group.
-        members: the ranks in the world of its ranks, which are at least 2.
-        number: the group's number, unique in the job.
+        members: the members' ranks in the world, by rank in the group.
+        number: the team's number, unique in the job.
 
     Attributes:
-        abort: whether the group was aborted.
+        abort: the group's abort flag.
     """
 
     def __init__(self, context: Context, store: Store, rank: int, members: Sequence[int], number: int) -> None:
-        self.abort = Abort(store)
-        self._lost = Lost(context.lost, members)
+        self.abort = AbortFlag(store)
+        self._liveness = PeerLiveness(context.lost, members)
         self._context = context
         self._library = context.library
         self._handle = c_void_p()
         self._number = number
         self._broken = False
-        self._ranks = OutOfBand(store, rank, len(members), 0.0)
-        self._callbacks = Callbacks(self._ranks, 0.0)  # the lock is held: no time for waiting
+        self._oob = OobAllGather(store, rank, len(members), 0.0)
+        self._callbacks = OobCallbacks(self._oob, 0.0)  # never waits, for the lock is held
 
     def create(self, deadline: float) -> None:
-        """Make the team together with its other ranks; once made, do nothing.
+        """Create the team together with the other members, unless it exists.
 
         Raises:
-            TimeoutError: they did not come.
-            GroupClosed: the group was aborted, or did not come about earlier.
-            PeerLost: one of them died.
-            BackendError: the library could not.
+            TimeoutError: a member did not take part by the deadline.
+            GroupClosed: the group was aborted, or an earlier operation failed.
+            PeerLost: a member died.
+            BackendError: the library failed.
         """
         if self._broken:
             raise GroupClosed("the group is broken: an operation did not end")
         if self._handle:
             return
-        self._ranks.deadline = deadline
-        ranks, library = self._ranks, self._library
+        self._oob.deadline = deadline
+        library = self._library
         params = abi.TeamParams(
             mask=abi.TEAM_FIELD_EP | abi.TEAM_FIELD_EP_RANGE | abi.TEAM_FIELD_OOB | abi.TEAM_FIELD_ID,
-            ep=ranks.rank,
+            ep=self._oob.rank,
             ep_range=abi.EP_RANGE_CONTIGUOUS,
             oob=self._callbacks.table,
             id=self._number,
         )
-        handle, patience = c_void_p(), Patience(deadline, self.abort, self._lost)
+        handle, backoff = c_void_p(), PollBackoff(deadline, self.abort, self._liveness)
         try:
             with self._context.lock:
                 status = library.status(
@@ -80,11 +80,11 @@ class Team:
                 if not is_running(status):
                     break
                 self._context.progress()
-                patience.pause()
+                backoff.pause()
         except BaseException as error:
-            self._break(handle, params)
+            self._abandon(handle, params)
             if self._callbacks.error is not None:
-                self._lost.check()  # a store that is gone is but the symptom
+                self._liveness.check()  # a dead rank 0 is the cause of a store that is gone
                 raise self._callbacks.error from error
             raise
         self._handle = handle
@@ -94,9 +94,9 @@ class Team:
         """Carry out an operation by a deadline, an absolute `time.monotonic()` second.
 
         Raises:
-            TimeoutError: it did not end; UCC may still write to its buffers, which are kept.
+            TimeoutError: the operation did not end; its buffers are kept, for UCC may still write to them.
             GroupClosed: the group was aborted meanwhile.
-            PeerLost: one of its ranks died.
+            PeerLost: a member died.
             BackendError: the library failed.
         """
         library, context = self._library, self._context
@@ -108,27 +108,27 @@ class Team:
                 library.status("ucc_collective_post", request)
             assert request.value is not None
             status = request_status(request.value)
-            patience = Patience(deadline, self.abort, self._lost)
+            backoff = PollBackoff(deadline, self.abort, self._liveness)
             while is_running(status.value):
                 context.progress()
-                patience.pause()
+                backoff.pause()
             if status.value < 0:
-                self._lost.check()  # a broken connection is but the symptom
+                self._liveness.check()  # a dead rank is the cause of a broken connection
                 raise library.error(status.value, abi.CollType(args.coll_type).name.lower())
             ended = True
         finally:
             if not ended:
-                self._break(operation, request)
+                self._abandon(operation, request)
         with context.lock:
             library.status("ucc_collective_finalize", request)
 
     def close(self) -> None:
-        """Release the team, unless the library may still be at work for it."""
+        """Release the team, unless one of its operations may still be running."""
         if self._broken or self._handle.value is None:
             return
         self._broken = True
         self._context.release(self._handle.value)
 
-    def _break(self, *used: object) -> None:
+    def _abandon(self, *used: object) -> None:
         self._broken = True
         self._context.abandon(self, *used)

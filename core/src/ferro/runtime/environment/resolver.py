@@ -1,135 +1,214 @@
-"""From variables and arguments to one frozen `LaunchInfo`."""
+"""Resolver: from the launcher's variables and the caller's arguments to one frozen `LaunchInfo`.
+
+The variables of one launcher are read whole or not at all. A part of them, a value that is no number and two launchers
+that disagree are errors, for guessing would start a job of the wrong size that hangs.
+
+A Slurm step or a Kubeflow node with one process each often starts a launcher of its own there
+(`srun --ntasks-per-node=1 torchrun …`). The outer variables then count launchers, not ranks: they are ignored when a
+launcher before theirs in `LAUNCHERS` knows its local world size.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from ferro.errors import UsageError
-from ferro.runtime.environment.address import Address, address_pair, parse_address
-from ferro.runtime.environment.families import Claim, agreed_claim
-from ferro.runtime.environment.info import LaunchInfo
-from ferro.runtime.environment.job import name_job
-from ferro.runtime.environment.number import Found
-from ferro.runtime.environment.settings import read_secret
+from ferro.runtime.environment.launch_info import (
+    LAUNCHERS,
+    Address,
+    LauncherVariables,
+    LaunchInfo,
+    SourcedInt,
+    address_pair,
+    format_address,
+    integer,
+    parse_address,
+    read_secret,
+)
+
+_FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0  # from here on: batch script, interactive shell, extern
+_MAX_ANCESTORS = 64  # a bound for a /proc that changes while it is read
+
+# Variables that name the job, tried in this order.
+_JOB_VARIABLES = {
+    "openmpi": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_ess_jobid"),
+    "mpich": ("PMI_JOBID",),
+}
+
+
+class Placement(NamedTuple):
+    """This process's place as one launcher tells it; arguments beat the launcher's rank and world size."""
+
+    launcher: str
+    rank: SourcedInt
+    world_size: SourcedInt
+    local_rank: SourcedInt | None
+    local_world_size: SourcedInt | None
 
 
 def resolve(
-    environ: Mapping[str, str] | None = None,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
+    environ: Mapping[str, str] | None = None, *, rank: int | None = None, world_size: int | None = None,
     rendezvous: str | None = None,
-) -> LaunchInfo:
-    """Find out who this process is.
-
-    Args:
-        environ: variables to read; the process's own by default.
-        rank: beats the environment's rank.
-        world_size: beats the environment's world size.
-        rendezvous: "host:port" where rank 0 hosts the store; beats FERRO_STORE and MASTER_ADDR.
-
-    Raises:
-        UsageError: a variable is missing, malformed or out of range, or two families disagree.
-    """
+) -> LaunchInfo:  # fmt: skip
+    """Find this process's place in its job, or raise UsageError; the arguments beat the variables."""
     env = os.environ if environ is None else environ
-    claim = agreed_claim(env, rank, world_size)
-    if claim is None:
-        claim = _unlaunched(rank, world_size)
-    _check_range("rank", claim.rank, claim.world_size)
-    single = claim.world_size.value == 1
-    store = None if rendezvous is not None else _store(env)
-    master, master_source = _master(env, claim.launcher, rendezvous, lone=single or bool(store))
-    local_rank, local_size = _local(claim, everyone_here=_all_here(claim, master))
+    place = _agreed_placement(env, rank, world_size) or _unlaunched(rank, world_size)
+    _check_range("rank", place.rank, place.world_size)
+    store = None
+    if rendezvous is None and "FERRO_STORE" in env:
+        store = parse_address(env["FERRO_STORE"], source="FERRO_STORE")
+    optional = place.world_size.value == 1 or store is not None
+    master, master_source = _master(env, place.launcher, rendezvous, optional)
+    local_rank, local_size = _local_pair(place, master)
     _check_range("local rank", local_rank, local_size)
-    sources = [
-        ("rank", claim.rank.source),
-        ("world_size", claim.world_size.source),
-        ("local_rank", local_rank.source),
-        ("local_world_size", local_size.source),
-        *([("store", "FERRO_STORE")] if store else []),
-        *([("master", master_source)] if master else []),
-    ]
+    numbers = {"rank": place.rank, "world_size": place.world_size}
+    numbers |= {"local_rank": local_rank, "local_world_size": local_size}
+    sources = {name: number.source for name, number in numbers.items()}
+    sources |= {"store": "FERRO_STORE" if store else "", "master": master_source}
     return LaunchInfo(
-        rank=claim.rank.value,
-        world_size=claim.world_size.value,
-        local_rank=local_rank.value,
-        local_world_size=local_size.value,
-        launcher=claim.launcher,
-        job=name_job(env, claim, store, master),
+        **{name: number.value for name, number in numbers.items()},
+        launcher=place.launcher,
+        job=_job_name(env, place, store, master),
         store=store,
         master=master,
         master_port_taken=master_source == "MASTER_ADDR, MASTER_PORT"
         and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         secret=read_secret(env),
-        provenance=tuple(sources),
+        provenance=tuple((name, source) for name, source in sources.items() if source),
     )
 
 
-def _unlaunched(rank: int | None, world_size: int | None) -> Claim:
-    """Without any launcher: the arguments' place, or a world of one."""
+def _agreed_placement(env: Mapping[str, str], rank: int | None, world_size: int | None) -> Placement | None:
+    """Read the first launcher's placement, and check that the others do not contradict it."""
+    found = [place for variables in LAUNCHERS if (place := _placement(variables, env, rank, world_size))]
+    for other in found[1:]:
+        first, size = found[0], other.local_world_size
+        counts_nodes = other.launcher in ("slurm", "kubeflow") and size is not None and size.value == 1
+        if counts_nodes and first.local_world_size is not None:
+            continue
+        for ours, theirs in ((first.rank, other.rank), (first.world_size, other.world_size)):
+            if ours.value != theirs.value:
+                raise UsageError(
+                    f"two launchers disagree: {ours.source}={ours.value}, but "
+                    f"{theirs.source}={theirs.value}; unset the variables of the one that did "
+                    "not start this process, or pass rank= and world_size="
+                )
+    return found[0] if found else None
+
+
+def _placement(
+    variables: LauncherVariables, env: Mapping[str, str], rank: int | None, world_size: int | None
+) -> Placement | None:
+    """Read one launcher's placement; None where this launcher did not start this process."""
+    if not _started_this_process(variables, env):
+        return None
+    given = {variables.rank: rank, variables.world_size: world_size}
+    for name, other in ((variables.rank, variables.world_size), (variables.world_size, variables.rank)):
+        if given[name] is None and name not in env:
+            there = [n for n in (other, variables.local_rank, variables.local_world_size) if n in env]
+            raise UsageError(
+                f"{name} is not set, but {' and '.join(there) or 'FERRO_STORE'} "
+                f"{'are' if len(there) > 1 else 'is'}: the launcher's variables are incomplete; "
+                f"set {name}, unset the others, or pass rank= and world_size="
+            )
+    ranks = integer(env, variables.rank) if rank is None else SourcedInt(rank, "rank=")
+    sizes = integer(env, variables.world_size) if world_size is None else SourcedInt(world_size, "world_size=")
+    if any(value is not None and env.get(name) != str(value) for name, value in given.items()):
+        return Placement("arguments", ranks, sizes, None, None)  # the launcher's local rank belongs to its own rank
+    launcher = variables.launcher
+    if launcher == "kubeflow":
+        one_here = "PET_NPROC_PER_NODE"
+        return Placement(launcher, ranks, sizes, SourcedInt(0, one_here), SourcedInt(1, one_here))
+    local_rank = _optional_integer(env, variables.local_rank)
+    if launcher == "slurm":
+        return Placement(launcher, ranks, sizes, local_rank, _slurm_tasks_here(env))
+    if launcher == "torchrun" and "FERRO_STORE" in env:
+        launcher = "ferro"
+    return Placement(launcher, ranks, sizes, local_rank, _optional_integer(env, variables.local_world_size))
+
+
+def _optional_integer(env: Mapping[str, str], name: str) -> SourcedInt | None:
+    return integer(env, name) if name in env else None
+
+
+def _started_this_process(variables: LauncherVariables, env: Mapping[str, str]) -> bool:
+    if variables.launcher == "kubeflow":
+        # For any other count per node the variables are about the launcher on this node.
+        return env.get("PET_NPROC_PER_NODE") == "1" and "PET_NODE_RANK" in env
+    if variables.launcher == "slurm":
+        # A batch script or a shell within an allocation sees the allocation's numbers, yet is one process: only a
+        # process that srun started belongs to a step with an ordinary number.
+        step = env.get("SLURM_STEP_ID", "")
+        return step.isdecimal() and int(step) < _FIRST_RESERVED_SLURM_STEP and "SLURM_PROCID" in env
+    return any(name in env for name in variables[1:]) or (variables.launcher == "torchrun" and "FERRO_STORE" in env)
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> SourcedInt | None:
+    """Read the number of the step's tasks on this node; Slurm writes lists such as "2(x3),1", by node."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    if name not in env:
+        return _optional_integer(env, "SLURM_NTASKS_PER_NODE")
+    counts: list[tuple[int, int]] = []
+    for part in env[name].split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if match is None:
+            raise UsageError(f"{name}={env[name]!r} is not a list such as 2(x3),1; unset it")
+        counts.append((int(match[1]), int(match[2] or 1)))
+    node = integer(env, "SLURM_NODEID").value if "SLURM_NODEID" in env else 0
+    for tasks, nodes in counts:
+        if node < nodes:
+            return SourcedInt(tasks, name)
+        node -= nodes
+    raise UsageError(f"{name}={env[name]!r} has no entry for SLURM_NODEID={env['SLURM_NODEID']}")
+
+
+def _unlaunched(rank: int | None, world_size: int | None) -> Placement:
+    """Without any launcher: take the arguments, or a world of one."""
     if rank is None and world_size is None:
-        nobody = "no launcher: a world of one"
-        return Claim("single", Found(0, nobody), Found(1, nobody), Found(0, nobody), Found(1, nobody))
+        zero, one = (SourcedInt(value, "no launcher: a world of one") for value in (0, 1))
+        return Placement("single", zero, one, zero, one)
     if rank is None or world_size is None:
         given, missing = ("rank", "world_size") if world_size is None else ("world_size", "rank")
         raise UsageError(
             f"{given}= is given, but neither {missing}= nor a launcher's variables are there; "
             f"pass {missing}= too, or start the program with `ferro run`"
         )
-    return Claim("arguments", Found(rank, "rank="), Found(world_size, "world_size="), None, None)
+    return Placement("arguments", SourcedInt(rank, "rank="), SourcedInt(world_size, "world_size="), None, None)
 
 
-def _local(claim: Claim, *, everyone_here: bool) -> tuple[Found, Found]:
-    """Fill in what the launcher left open: all ranks here, or else the least that fits."""
-    assumed = f"assumed, as {'all ranks seem to be' if everyone_here else 'nobody says who is'} here"
-    local_rank = claim.local_rank
-    if local_rank is None:
-        local_rank = Found(claim.rank.value if everyone_here else 0, assumed)
-    size = claim.local_world_size
-    if size is None:
-        fits = claim.world_size.value if everyone_here else local_rank.value + 1
-        size = Found(fits, assumed)
-    return local_rank, size
-
-
-def _all_here(claim: Claim, master: Address | None) -> bool:
-    """Whether nothing speaks of a second host."""
-    if claim.launcher not in ("torchrun", "ferro", "arguments"):
-        return False
+def _local_pair(place: Placement, master: Address | None) -> tuple[SourcedInt, SourcedInt]:
+    """Assume what the launcher left open: all ranks are here, or else as few as fit."""
     host = master[0] if master else "localhost"
-    return host in ("localhost", "::1") or host.startswith("127.")
+    all_here = place.launcher in ("torchrun", "ferro", "arguments") and (
+        host in ("localhost", "::1") or host.startswith("127.")
+    )
+    assumed = f"assumed, as {'all ranks seem to be' if all_here else 'nobody says who is'} here"
+    local_rank = place.local_rank or SourcedInt(place.rank.value if all_here else 0, assumed)
+    fitting = place.world_size.value if all_here else local_rank.value + 1
+    return local_rank, place.local_world_size or SourcedInt(fitting, assumed)
 
 
-def _store(env: Mapping[str, str]) -> Address | None:
-    text = env.get("FERRO_STORE")
-    return None if text is None else parse_address(text, source="FERRO_STORE")
-
-
-def _master(env: Mapping[str, str], launcher: str, rendezvous: str | None, *, lone: bool) -> tuple[Address | None, str]:
-    """Where rank 0 hosts the store, and the source of that.
-
-    Args:
-        env: the variables.
-        launcher: who started this process.
-        rendezvous: the caller's address, or None.
-        lone: no host for the store is needed, so half an address is no error.
-    """
+def _master(
+    env: Mapping[str, str], launcher: str, rendezvous: str | None, optional: bool
+) -> tuple[Address | None, str]:
+    """Find where rank 0 hosts the store, and the source of that; half an address is no error if `optional`."""
     if rendezvous is not None:
         return parse_address(rendezvous, source="rendezvous"), "rendezvous="
-    port = "FERRO_MASTER_PORT" if "FERRO_MASTER_PORT" in env else "MASTER_PORT"
-    pairs = [("MASTER_ADDR", port)]
+    pairs = [("MASTER_ADDR", "FERRO_MASTER_PORT" if "FERRO_MASTER_PORT" in env else "MASTER_PORT")]
     if launcher == "kubeflow":
         pairs.append(("PET_MASTER_ADDR", "PET_MASTER_PORT"))
     for pair in pairs:
         there = [name in env for name in pair]
-        if all(there) or (any(there) and not lone):
+        if all(there) or (any(there) and not optional):
             return address_pair(env, *pair), ", ".join(pair)
     return None, ""
 
 
-def _check_range(what: str, place: Found, size: Found) -> None:
-    """Hold 0 <= place < size, or say which variable breaks it."""
+def _check_range(what: str, place: SourcedInt, size: SourcedInt) -> None:
     if size.value < 1:
         raise UsageError(f"{_assignment(size)} is too small: a world has at least one rank; correct it")
     if not 0 <= place.value < size.value:
@@ -139,8 +218,63 @@ def _check_range(what: str, place: Found, size: Found) -> None:
         )
 
 
-def _assignment(found: Found) -> str:
-    """How the reader sees the value: "RANK=3", "rank=3", or "3 (assumed, …)"."""
-    if found.source.startswith("assumed"):
-        return f"{found.value} ({found.source})"
-    return f"{found.source.removesuffix('=')}={found.value}"
+def _assignment(number: SourcedInt) -> str:
+    """Format a number as its user wrote it: "RANK=3", "rank=3", or "3 (assumed, …)"."""
+    if number.source.startswith("assumed"):
+        return f"{number.value} ({number.source})"
+    return f"{number.source.removesuffix('=')}={number.value}"
+
+
+def _job_name(env: Mapping[str, str], place: Placement, store: Address | None, master: Address | None) -> str:
+    """Name the job; see `LaunchInfo.job`."""
+    launcher = place.launcher
+    if launcher == "single":
+        return f"single:{_process_name(os.getpid())}"
+    if store is not None:
+        return f"{launcher}:{format_address(store)}:{env.get('FERRO_RESTART', '0')}"
+    if launcher == "slurm":
+        return f"slurm:{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
+    for name in _JOB_VARIABLES.get(launcher, ()):
+        if name in env:
+            return f"{launcher}:{env[name]}"
+    if master is not None and launcher not in _JOB_VARIABLES:
+        run, attempt = env.get("TORCHELASTIC_RUN_ID", ""), env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return f"{launcher}:{run}:{format_address(master)}:{attempt}"
+    return f"{launcher}:{_launching_process(place.rank.source)}"
+
+
+def _launching_process(variable: str) -> str:
+    """Name the nearest ancestor that was itself started without `variable`: it gave the variable to the ranks.
+
+    Hydra's proxy is one for all ranks on a host. A wrapper between it and Python (a shell, `uv run`) has the variable
+    and is passed over. Where the caller gave the rank, no process has such a variable, and the parent is named.
+    """
+    pid = os.getppid()
+    for _ in range(_MAX_ANCESTORS):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            break
+        fields = _stat(pid)
+        if not any(entry.startswith(f"{variable}=".encode()) for entry in environment) or not fields:
+            break
+        if int(fields[1]) <= 1:
+            break
+        pid = int(fields[1])
+    return _process_name(pid)
+
+
+def _process_name(pid: int) -> str:
+    """Name a process by id and, as ids are used again, by start time where /proc tells it."""
+    fields = _stat(pid)
+    return f"{pid}.{fields[19]}" if fields else str(pid)
+
+
+def _stat(pid: int) -> list[str]:
+    """Read the fields of /proc/<pid>/stat from the third on; empty where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    # The second field is the program's name in parentheses: spaces and parentheses included.
+    return text.rpartition(")")[2].split()

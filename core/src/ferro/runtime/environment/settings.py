@@ -1,43 +1,36 @@
-"""What the user set for ferro itself, and what Kubeflow set for a node."""
+"""The user's settings, Kubeflow's settings of a node, and the environment of the ranks that `ferro run` starts."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ferro.errors import UsageError
-from ferro.runtime.environment.address import Address, address_pair
-from ferro.runtime.environment.number import integer
+from ferro.runtime.environment.launch_info import LAUNCHERS, Address, LaunchInfo, address_pair, format_address, integer
 
-_MIN_SECRET_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a user may set for ferro through variables.
-
-    Attributes:
-        trace: directory for this job's per-rank trace parts (FERRO_TRACE), or None.
-        gpu_fallback: a CPU backend may copy GPU arrays through the host
-            (FERRO_ENABLE_GPU_FALLBACK, exactly "1").
-        timeout_s: seconds that a collective may take (FERRO_TIMEOUT_S), or None.
-        host_id: what the user calls this process's host (FERRO_HOST_ID), "" when not at all.
-        trace_hooks: print each question to a plugin (FERRO_TRACE_HOOKS, exactly "1").
-    """
-
-    trace: str | None
-    gpu_fallback: bool
-    timeout_s: float | None
-    host_id: str
-    trace_hooks: bool
+# The ranks of `ferro run` do not get the variables by which another launcher tells a process its place.
+_FOREIGN_PREFIXES = ("OMPI_COMM_WORLD_", "PET_", "PMI_", "PMIX_", "TORCHELASTIC_")
+_FOREIGN = frozenset(
+    {name for variables in LAUNCHERS for name in (variables.rank, variables.local_rank)}
+    | {"FERRO_MASTER_PORT", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
+    | {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeDefaults:
-    """What Kubeflow's PET_* variables say about this node; None where they say nothing."""
+class Options(NamedTuple):
+    """The variables by which a user sets ferro."""
+
+    trace: str | None  # FERRO_TRACE: directory for this job's per-rank trace parts
+    gpu_fallback: bool  # FERRO_ENABLE_GPU_FALLBACK, exactly "1": a CPU backend may copy GPU arrays through the host
+    timeout_s: float | None  # FERRO_TIMEOUT_S: seconds that a collective may take
+    host_id: str  # FERRO_HOST_ID: the user's name for this process's host, or ""
+    trace_hooks: bool  # FERRO_TRACE_HOOKS, exactly "1": print each call of a plugin's hook
+
+
+class NodeDefaults(NamedTuple):
+    """Kubeflow's PET_* variables for this node; None where one is not set."""
 
     nnodes: int | None
     node_rank: int | None
@@ -46,11 +39,7 @@ class NodeDefaults:
 
 
 def options(environ: Mapping[str, str] | None = None) -> Options:
-    """Read what the user set for ferro itself.
-
-    Raises:
-        UsageError: FERRO_TIMEOUT_S is not a positive number of seconds.
-    """
+    """Read the user's settings."""
     env = os.environ if environ is None else environ
     timeout_s = None
     if text := env.get("FERRO_TIMEOUT_S"):
@@ -72,44 +61,18 @@ def options(environ: Mapping[str, str] | None = None) -> Options:
 
 
 def variable(name: str) -> str | None:
-    """Return a variable that a plugin's library or the plugin itself is set by; None if not set.
-
-    For authors of plugins: an argument or a backend's option should beat it.
-    """
+    """Read one variable of a plugin or its library; an argument or a backend's option should beat it."""
     return os.environ.get(name)
 
 
-def read_secret(environ: Mapping[str, str] | None = None) -> bytes | None:
-    """The job's secret from FERRO_SECRET, or None where it is not set.
-
-    Raises:
-        UsageError: it is not hexadecimal or too short; the message does not show it.
-    """
-    text = (os.environ if environ is None else environ).get("FERRO_SECRET")
-    if text is None:
-        return None
-    # bytes.fromhex would allow white space between the digits.
-    if not re.fullmatch(rf"(?:[0-9a-fA-F]{{2}}){{{_MIN_SECRET_BYTES},}}", text):
-        raise UsageError(
-            f"FERRO_SECRET is not at least {2 * _MIN_SECRET_BYTES} hexadecimal digits, two for "
-            "each byte; make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
-        )
-    return bytes.fromhex(text)
-
-
 def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
-    """Read what Kubeflow says about this node, as defaults for `ferro run`.
-
-    "auto", "cpu" and "gpu", which PET_NPROC_PER_NODE allows for, say nothing here.
-
-    Raises:
-        UsageError: a variable is no number, or one of the address pair is missing.
-    """
+    """Read Kubeflow's variables for this node, as defaults for `ferro run`."""
     env = os.environ if environ is None else environ
 
     def number(name: str) -> int | None:
         return integer(env, name).value if name in env else None
 
+    # With one of these words Kubeflow leaves the number to the launcher.
     automatic = env.get("PET_NPROC_PER_NODE") in ("auto", "cpu", "gpu")
     pair = ("PET_MASTER_ADDR", "PET_MASTER_PORT")
     return NodeDefaults(
@@ -118,3 +81,43 @@ def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
         nproc_per_node=None if automatic else number("PET_NPROC_PER_NODE"),
         endpoint=address_pair(env, *pair) if any(name in env for name in pair) else None,
     )
+
+
+def child_environment(
+    info: LaunchInfo, *, restart: int = 0, trace: str | None = None, timeout_s: float | None = None,
+    base: Mapping[str, str] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Make the environment of a rank that `ferro run` starts, from which `resolve` reads `info`.
+
+    The rank variables of other launchers in `base` (this process's environment by default) are dropped, so that
+    `ferro run` works within a Slurm allocation or under mpiexec. OMP_NUM_THREADS shares the cores among the local ranks
+    unless the user set it. `restart` is the number of attempts before this one.
+    """
+    env = {
+        name: value
+        for name, value in (os.environ if base is None else base).items()
+        if name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
+    }
+    env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // info.local_world_size)))
+    passed = {
+        "RANK": info.rank,
+        "WORLD_SIZE": info.world_size,
+        "LOCAL_RANK": info.local_rank,
+        "LOCAL_WORLD_SIZE": info.local_world_size,
+        "FERRO_RESTART": restart,
+        "PYTHONUNBUFFERED": 1,
+        "MASTER_ADDR": info.master and info.master[0],
+        "MASTER_PORT": info.master and info.master[1],
+        "FERRO_STORE": info.store and format_address(info.store),
+        "FERRO_SECRET": None if info.secret is None else info.secret.hex(),
+        "FERRO_TRACE": trace,
+        "FERRO_TIMEOUT_S": timeout_s,
+    }
+    return env | {name: str(value) for name, value in passed.items() if value is not None}
+
+
+def usable_cores() -> int:
+    """Count the CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

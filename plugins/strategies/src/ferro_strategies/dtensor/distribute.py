@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ferro import UsageError
-from ferro.arrays import dtype_named, objection
+from ferro.arrays import dtype_from_name, dtype_problem
 from ferro.collectives.partition import even_sizes
 
 from ..mesh import DeviceMesh
@@ -116,7 +116,7 @@ def _broadcast_shape_and_dtype(array: Array | None, mesh: DeviceMesh, source: in
             f"distribute: rank {source} is the source and must give the array: {message}", op="distribute", peer=source
         )
     shape, dtype = message
-    return tuple(shape), dtype_named(dtype)
+    return tuple(shape), dtype_from_name(dtype)
 
 
 def _shape_and_dtype_or_error(array: Array | None) -> list[object] | str:
@@ -127,5 +127,5 @@ def _shape_and_dtype_or_error(array: Array | None) -> list[object] | str:
         namespace_of(array)
     except UsageError as error:
         return str(error)
-    wrong = objection(array.dtype)
+    wrong = dtype_problem(array.dtype)
     return f"it has {wrong}" if wrong else [list(array.shape), array.dtype.name]

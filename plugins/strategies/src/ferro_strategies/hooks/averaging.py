@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ferro import ProcessGroup
-from ferro.arrays import dtype_named
+from ferro.arrays import dtype_from_name
 
 from ..ddp.bucket import GradBucket, Pending
 from ..nn.arrays import Array
@@ -28,7 +28,7 @@ def float16(bucket: GradBucket, group: ProcessGroup) -> Pending:
 
 def bfloat16(bucket: GradBucket, group: ProcessGroup) -> Pending:
     """Average in bfloat16, with 8 bits of precision and the range of float32."""
-    return _average_as(dtype_named("bfloat16"), bucket, group)
+    return _average_as(dtype_from_name("bfloat16"), bucket, group)
 
 
 def _average_as(dtype: np.dtype, bucket: GradBucket, group: ProcessGroup) -> Pending:

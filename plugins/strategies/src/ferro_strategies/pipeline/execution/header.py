@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ferro import CollectiveMismatch
-from ferro.arrays import dtype_named, name_of, objection
+from ferro.arrays import dtype_from_name, dtype_name, dtype_problem
 
 from ...nn.arrays import Array
 from .plan import OPS, PipelineCall
@@ -71,7 +71,7 @@ def encode(call: PipelineCall, header: ArrayHeader | None) -> Array:
     if header is None:
         raw = _LAYOUT.pack(_STOPPED, 0, 0, *call_fields, 0, b"", *[0] * _MOST_DIMS)
     else:
-        ndim, name = len(header.shape), name_of(header.dtype).encode()
+        ndim, name = len(header.shape), dtype_name(header.dtype).encode()
         dims = header.shape + (0,) * (_MOST_DIMS - ndim)
         raw = _LAYOUT.pack(_ARRAY, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims)
     return np.frombuffer(raw, np.uint8)
@@ -91,8 +91,8 @@ def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None]:
         return call, None
     shape = tuple(dims[:ndim])
     try:
-        dtype = dtype_named(name.rstrip(b"\0").decode())
-        fault = objection(dtype)
+        dtype = dtype_from_name(name.rstrip(b"\0").decode())
+        fault = dtype_problem(dtype)
     except (TypeError, ValueError) as error:
         raise _unreadable(f"its dtype is {name!r}") from error
     if kind != _ARRAY or ndim > _MOST_DIMS or on_gpu > 1:

@@ -7,8 +7,8 @@ import pytest
 
 from ferro.collectives.reduction import reduction_for
 from ferro_testing.samples import DTYPES, dtype_of, reductions
-from ferro_ucc.abi import Op
-from ferro_ucc.natives import native_reduction
+from ferro_ucc.abi import UccOp
+from ferro_ucc.reductions import native_reduction
 
 WHOLE = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
 
@@ -47,4 +47,4 @@ def test_codes_are_those_of_the_header():
     codes = [int(native(name, "sum").datatype) >> 3 for name in sorted(WHOLE)]
     assert codes == [1, 2, 3, 0, 6, 7, 8, 5]  # int16, int32, int64, int8, uint16, …
     assert [int(native(name, "sum").datatype) for name in ("float32", "float64")] == [88, 96]
-    assert native("float32", "mean").op is Op.SUM
+    assert native("float32", "mean").op is UccOp.SUM

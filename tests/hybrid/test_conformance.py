@@ -1,4 +1,4 @@
-"""hybrid passes the kit, of two real gloos and as `ferro.init` makes it."""
+"""The hybrid backend passes the conformance kit, made of two gloo backends and as `ferro.init` makes it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ferro_testing.case import Case, attempt
 from ferro_testing.outcome import Outcome
 
 from ..gloo.conftest import Ranks
-from .hybrid_ranks import connect_two
+from .ranks import connect_two
 
-# gloo's own tests cover the others: what is asked here is who is asked.
+# gloo's own tests cover the other dtypes; these tests are about which part carries out an operation.
 DTYPES = ("bool", "int8", "bfloat16", "float32", "complex64")
 
 

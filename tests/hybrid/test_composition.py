@@ -1,17 +1,17 @@
-"""What "hybrid" and maps of devices stand for: chosen, refused, connected."""
+"""Composition and connect: the parts that "hybrid" and maps of devices name, chosen, refused and connected."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from ferro_strategies.hybrid.connect import connect
-from ferro_strategies.hybrid.plan import Plan, parse_map
 
 import ferro
-import ferro_strategies_plugin
 from ferro import Availability, BackendConfig, BackendInfo, Device, backends
 from ferro.rendezvous import MemoryStore
 from ferro.simulated import SimulatedBackend
+from ferro_hybrid import plugin
+from ferro_hybrid.composition import Composition, parse_map
+from ferro_hybrid.connect import connect
 from ferro_testing import run_ranks
 
 CPU, CUDA = Device.CPU, Device.CUDA
@@ -25,7 +25,7 @@ class Installed:
         self.configs = {}
         self.made = {}
         monkeypatch.setattr(backends, "get", self.get)
-        monkeypatch.setattr(backends, "taking", self.taking)
+        monkeypatch.setattr(backends, "supporting", self.supporting)
         monkeypatch.setattr(backends, "default", lambda launcher: self.defaults.get(launcher))
         self.defaults = {"single": "wire", "openmpi": "passing"}
         self.add("wire", (CPU,), default_under=("*",))
@@ -53,7 +53,7 @@ class Installed:
             raise ferro.BackendUnavailable(name, "it is not installed")
         return self.infos[name]
 
-    def taking(self, device):
+    def supporting(self, device):
         return sorted(name for name, info in self.infos.items() if device in info.devices)
 
     def fail(self, name):
@@ -98,9 +98,9 @@ def config(requested="hybrid", launcher="single", **options):
         (config(collectives="cards"), "cards", "wire"),
     ],
 )
-def test_what_is_asked_for_is_what_is_planned(installed, given, collectives, p2p):
-    plan = Plan.of(given)
-    assert (plan.collectives, plan.p2p) == (collectives, p2p)
+def test_the_parts_are_those_that_the_user_names_or_the_defaults(installed, given, collectives, p2p):
+    composition = Composition.from_config(given)
+    assert (composition.collectives, composition.p2p) == (collectives, p2p)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_is_asked_for_is_what_is_planned(installed, given, collectives, p2p
 )
 def test_what_makes_no_sense_is_refused(installed, given, error, words):
     with pytest.raises(error, match=words):
-        Plan.of(given)
+        Composition.from_config(given)
 
 
 def test_a_map_is_read_in_the_order_given():
@@ -138,7 +138,7 @@ def test_a_map_is_read_in_the_order_given():
 def test_without_a_gpu_hybrid_says_what_is_missing(installed):
     installed.add("cards", (CUDA,), ok=False)
     with pytest.raises(ferro.BackendUnavailable) as caught:
-        Plan.of(config())
+        Composition.from_config(config())
     assert "cards: cards is broken; mixed: mixed is broken" in caught.value.reason
     assert "ferro.init('cpu:" in caught.value.hint
 
@@ -146,23 +146,23 @@ def test_without_a_gpu_hybrid_says_what_is_missing(installed):
 def test_two_backends_for_gpus_must_be_told_apart(installed):
     installed.add("mixed", (CUDA, CPU))
     with pytest.raises(ferro.BackendUnavailable, match=r"several .*\(cards, mixed\)"):
-        Plan.of(config())
+        Composition.from_config(config())
 
 
 def test_a_default_that_cannot_be_used_is_told(installed):
     installed.add("wire", (CPU,), ok=False)
     with pytest.raises(ferro.BackendUnavailable, match="wire is broken"):
-        Plan.of(config())
+        Composition.from_config(config())
     installed.defaults.clear()
     with pytest.raises(ferro.BackendUnavailable, match="no installed backend is the default"):
-        Plan.of(config())
+        Composition.from_config(config())
 
 
 # -- what `ferro backends` says ------------------------------------------------------------------
 
 
 def probe():
-    [info] = ferro_strategies_plugin.ferro_backends()
+    [info] = plugin.ferro_backends()
     return info.probe()
 
 
@@ -194,7 +194,7 @@ def test_a_broken_plugin_is_told_by_the_probe(installed, monkeypatch):
     def broken(device):
         raise ferro.PluginError("two plugins claim it")
 
-    monkeypatch.setattr(backends, "taking", broken)
+    monkeypatch.setattr(backends, "supporting", broken)
     found = probe()
     assert not found.ok
     assert "two plugins claim it" in found.reason
@@ -235,7 +235,7 @@ def test_what_was_made_is_closed_when_another_cannot_be(installed):
 
 def test_ranks_that_find_different_backends_learn_of_it(installed):
     given = config()
-    given.store.set("hybrid/plan", b"collectives cpu:wire, p2p wire")
+    given.store.set("hybrid/composition", b"collectives cpu:wire, p2p wire")
     other = BackendConfig(rank=1, world_size=2, store=given.store, requested="hybrid")
     with pytest.raises(ferro.RendezvousError, match=r"rank 1 would .*cuda:cards.*; rank 0 with"):
         connect(other)

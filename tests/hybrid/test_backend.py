@@ -1,4 +1,4 @@
-"""HybridBackend: who is asked for what, and what all ranks learn when something goes wrong."""
+"""HybridBackend: which part carries out which operation, and what all ranks learn when something goes wrong."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ferro.collectives.label import Call
 from ferro.collectives.reduction import reduction_for
 from ferro.simulated import SimulatedBackend
 from ferro_gloo.backend import GlooBackend
-from ferro_strategies import HybridBackend
+from ferro_hybrid import HybridBackend
 from ferro_testing import run_ranks_outcomes
 
-from .hybrid_ranks import COLLECTIVES, TRANSFERS, DeviceArray, DeviceBackend, run, start
+from .ranks import COLLECTIVES, TRANSFERS, DeviceArray, DeviceBackend, run, start
 
 SUM = reduction_for("sum", np.dtype(np.float64), 2)
 
@@ -303,14 +303,19 @@ def test_shrink_says_which_part_cannot():
 
 
 def abort_while_waiting(group):
-    """Abort while rank 1 waits in one part and rank 2 in the other."""
-    group.barrier()
+    """Abort while rank 1 waits in one part and rank 2 in the other, or still in the barrier."""
     if group.rank == 0:
+        group.barrier()
         group.abort()
         return caught(group.barrier)
-    if group.rank == 1:
-        return caught(lambda: group.recv(np.empty(1), 0))
-    return caught(lambda: group.all_reduce(np.ones(1)))
+
+    def wait():
+        group.barrier()
+        if group.rank == 1:
+            group.recv(np.empty(1), 0)
+        group.all_reduce(np.ones(1))
+
+    return caught(wait)
 
 
 def test_abort_wakes_those_who_wait_in_any_part():

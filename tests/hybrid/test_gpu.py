@@ -1,4 +1,4 @@
-"""hybrid of gloo and NCCL on a real GPU, two ranks on one."""
+"""A hybrid backend of gloo and NCCL on a real GPU that two ranks share."""
 
 from __future__ import annotations
 

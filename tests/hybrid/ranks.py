@@ -10,7 +10,7 @@ import numpy as np
 
 from ferro import Backend, BackendConfig, Device
 from ferro_gloo.backend import GlooBackend
-from ferro_strategies import HybridBackend
+from ferro_hybrid import HybridBackend
 
 from ..gloo.conftest import Ranks
 
