@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from ferro.cli.parser import Parser
 from ferro.errors import UsageError
-from ferro.runtime.environment import Address, NodeDefaults, node_defaults, parse_address
+from ferro.runtime.environment import Address, node_defaults, parse_address
+from ferro.runtime.environment.settings import NodeDefaults
 
 _MAX_RANKS = 1_000_000
 
