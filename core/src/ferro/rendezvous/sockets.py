@@ -18,23 +18,15 @@ _MOST_ENTRIES = 256
 _REMOTE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
-def show_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def remaining_s(deadline: float) -> float:
     """Compute the seconds until `deadline` (`time.monotonic()`), from 0 to a week: a timeout cannot hold more."""
     return min(max(deadline - time.monotonic(), 0.0), _LONGEST_TIMEOUT_S)
 
 
 def set_deadline(sock: socket.socket, deadline: float) -> None:
-    """Bound the next blocking call on `sock`.
-
-    Raises:
-        TimeoutError: the deadline has passed (a timeout of 0 would make the socket non-blocking).
-    """
+    """Bound the next blocking call on `sock`, or raise TimeoutError when the deadline has passed."""
     timeout_s = remaining_s(deadline)
-    if not timeout_s:
+    if not timeout_s:  # as a timeout, 0 would make the socket non-blocking
         raise TimeoutError("the deadline has passed")
     sock.settimeout(timeout_s)
 

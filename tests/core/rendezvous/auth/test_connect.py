@@ -151,7 +151,7 @@ def test_a_server_that_reflects_our_proof_is_refused():
 def test_a_server_that_replays_a_recorded_one_is_refused():
     recorded = b""
     with StoreServer(secret=SECRET) as server, socket.create_connection(server.address, 20) as sock:
-        state = handshake.client(SECRET, b"store")
+        state = handshake.Handshake(handshake.client(SECRET, b"store"))
         sock.sendall(state.opening)
         while state.wants:
             data = sock.recv(state.wants)
@@ -188,7 +188,7 @@ def test_being_dropped_before_the_verdict_once_is_bad_luck():
         if len(calls) == 1:
             hang_up_after_proof(sock)
             return
-        state = handshake.server(SECRET, b"store")
+        state = handshake.Handshake(handshake.server(SECRET, b"store"))
         while state.wants:
             sock.sendall(state.feed(sock.recv(state.wants)))
 

@@ -31,8 +31,8 @@ def challenged(client: Handshake, server: Handshake) -> bytes:
 @given(piece=st.integers(1, 64), purpose=st.binary(max_size=20))
 @settings(deadline=None)
 def test_both_ends_finish_however_the_bytes_arrive(piece, purpose):
-    client = handshake.client(SECRET, purpose)
-    server = handshake.server(SECRET, purpose)
+    client = Handshake(handshake.client(SECRET, purpose))
+    server = Handshake(handshake.server(SECRET, purpose))
     assert server.opening == b""
     challenge = deliver(server, client.opening, piece)
     proof = deliver(client, challenge, piece)
@@ -45,16 +45,16 @@ def test_both_ends_finish_however_the_bytes_arrive(piece, purpose):
 
 
 def test_the_server_says_nothing_before_a_whole_hello():
-    server = handshake.server(SECRET, b"store")
-    hello = handshake.client(SECRET, b"store").opening
+    server = Handshake(handshake.server(SECRET, b"store"))
+    hello = Handshake(handshake.client(SECRET, b"store")).opening
     assert [server.feed(hello[i : i + 1]) for i in range(39)] == [b""] * 39
     assert len(server.feed(hello[39:])) == 40
 
 
 @pytest.mark.parametrize(("secret", "purpose"), [(b"another", b"store"), (SECRET, b"mesh"), (SECRET + b"\0", b"store")])
 def test_another_secret_or_purpose_is_refused_and_learns_no_proof(secret, purpose):
-    client = handshake.client(secret, purpose)
-    server = handshake.server(SECRET, b"store")
+    client = Handshake(handshake.client(secret, purpose))
+    server = Handshake(handshake.server(SECRET, b"store"))
     proof = challenged(client, server)
     with pytest.raises(WrongSecretError) as refusal:
         deliver(server, proof)
@@ -64,22 +64,22 @@ def test_another_secret_or_purpose_is_refused_and_learns_no_proof(secret, purpos
 
 
 def test_secret_and_purpose_do_not_run_into_each_other():
-    client = handshake.client(b"ab", b"c")
-    server = handshake.server(b"a", b"bc")
+    client = Handshake(handshake.client(b"ab", b"c"))
+    server = Handshake(handshake.server(b"a", b"bc"))
     with pytest.raises(WrongSecretError):
         deliver(server, challenged(client, server))
 
 
 def test_a_server_without_the_secret_is_noticed():
-    client = handshake.client(SECRET, b"store")
-    challenged(client, handshake.server(b"another", b"store"))
+    client = Handshake(handshake.client(SECRET, b"store"))
+    challenged(client, Handshake(handshake.server(b"another", b"store")))
     with pytest.raises(WrongSecretError, match="could not prove"):
         deliver(client, b"\1" * 32)
 
 
 def test_a_proof_reflected_to_the_client_is_worth_nothing():
-    client = handshake.client(SECRET, b"store")
-    preamble = handshake.server(SECRET, b"store")
+    client = Handshake(handshake.client(SECRET, b"store"))
+    preamble = Handshake(handshake.server(SECRET, b"store"))
     challenge = deliver(preamble, client.opening)[:8] + client.opening[8:]  # its own nonce
     proof = deliver(client, challenge)
     with pytest.raises(WrongSecretError):
@@ -87,18 +87,20 @@ def test_a_proof_reflected_to_the_client_is_worth_nothing():
 
 
 def test_a_proof_from_one_connection_does_not_fit_another():
-    recorded = challenged(handshake.client(SECRET, b"store"), first := handshake.server(SECRET, b"store"))
+    recorded = challenged(
+        Handshake(handshake.client(SECRET, b"store")), first := Handshake(handshake.server(SECRET, b"store"))
+    )
     deliver(first, recorded)
     assert first.wants == 0
-    second = handshake.server(SECRET, b"store")
-    deliver(second, handshake.client(SECRET, b"store").opening)
+    second = Handshake(handshake.server(SECRET, b"store"))
+    deliver(second, Handshake(handshake.client(SECRET, b"store")).opening)
     with pytest.raises(WrongSecretError):
         deliver(second, recorded)
 
 
 @pytest.mark.parametrize("noise", [b"GET / HT", bytes(8), b"\xff" * 8, b"\xf3FERROS\1"])
 def test_a_stranger_is_known_by_its_first_eight_bytes(noise):
-    server = handshake.server(SECRET, b"store")
+    server = Handshake(handshake.server(SECRET, b"store"))
     assert server.wants == 8
     with pytest.raises(StrangerError) as error:
         server.feed(noise)
@@ -106,16 +108,16 @@ def test_a_stranger_is_known_by_its_first_eight_bytes(noise):
 
 
 def test_a_foreign_service_is_known_by_its_first_eight_bytes():
-    client = handshake.client(SECRET, b"store")
+    client = Handshake(handshake.client(SECRET, b"store"))
     with pytest.raises(StrangerError, match=r"not ferro.*HTTP/1\.1"):
         client.feed(b"HTTP/1.1")
 
 
 def test_another_version_is_named_to_the_client(monkeypatch):
-    client = handshake.client(SECRET, b"store")
+    client = Handshake(handshake.client(SECRET, b"store"))
     monkeypatch.setattr(handshake, "_CLIENT_PREAMBLE", b"\xf3FERROC\2")
     monkeypatch.setattr(handshake, "_SERVER_PREAMBLE", b"\xf3FERROS\2")
-    server = handshake.server(SECRET, b"store")
+    server = Handshake(handshake.server(SECRET, b"store"))
     with pytest.raises(StrangerError, match="version 1") as error:
         deliver(server, client.opening)
     monkeypatch.undo()

@@ -63,7 +63,7 @@ class Loop:
         sock = socket.create_connection(self.address[:2], timeout=10)
         self.strangers.append(sock)
         sock.setblocking(False)
-        state = handshake.client(SECRET, b"store")
+        state = handshake.Handshake(handshake.client(SECRET, b"store"))
         sock.sendall(state.opening)
 
         def step() -> bool:
@@ -120,7 +120,7 @@ def test_a_client_is_handed_on_blocking_and_off_the_selector(build):
 def test_bytes_sent_ahead_of_the_verdict_are_left_to_the_owner(build):
     loop = build()
     sock = loop.stranger()
-    state = handshake.client(SECRET, b"store")
+    state = handshake.Handshake(handshake.client(SECRET, b"store"))
     sock.sendall(state.opening)
     loop.turn(lambda: bool(readable(sock)))
     proof = b""

@@ -207,7 +207,7 @@ def test_the_servers_nonce_played_into_a_second_connection(job):
 def test_a_recorded_handshake_replayed(job):
     sent = []
     with job.stranger() as client:
-        state = handshake.client(SECRET, wire.PURPOSE)
+        state = handshake.Handshake(handshake.client(SECRET, wire.PURPOSE))
         sent.append(state.opening)
         client.sendall(state.opening)
         while state.wants:

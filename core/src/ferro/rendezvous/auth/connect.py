@@ -9,7 +9,8 @@ from contextlib import ExitStack
 
 from ferro.errors import AuthenticationError, RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import remaining_s, set_deadline, set_options, show_address
+from ferro.rendezvous.sockets import remaining_s, set_deadline, set_options
+from ferro.runtime.environment import format_address
 
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
@@ -55,7 +56,7 @@ class _Attempts:
         self._secret = secret
         self._purpose = purpose
         self._service = purpose.decode(errors="replace")
-        self._what = f"the {self._service} at {show_address(*address)}"
+        self._what = f"the {self._service} at {format_address(address)}"
         self._started = time.monotonic()
         self._tried: dict[str, None] = {}
         self._reason = "the deadline had already passed"
@@ -69,14 +70,14 @@ class _Attempts:
             self._reason = f"the host name could not be resolved ({exc})"
             return None
         for family, _, _, _, sockaddr in found:
-            self._tried[show_address(str(sockaddr[0]), self._address[1])] = None
+            self._tried[format_address((str(sockaddr[0]), self._address[1]))] = None
             sock = self._try_one(family, sockaddr, min(deadline, time.monotonic() + _ATTEMPT_S))
             if sock is not None:
                 return sock
         return None
 
     def _try_one(self, family: int, sockaddr: tuple[object, ...], deadline: float) -> socket.socket | None:
-        state = handshake.client(self._secret, self._purpose)
+        state = handshake.Handshake(handshake.client(self._secret, self._purpose))
         try:
             with ExitStack() as stack:
                 sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))

@@ -63,8 +63,9 @@ Steps = Generator[tuple[bytes, int], bytes, bytes]
 class Handshake:
     """One side of one handshake: send `opening`, give `feed` the bytes that arrive, and send what it returns.
 
-    Never read more than `wants` bytes from the connection: what follows belongs to others. `wants` is 0 when both ends
-    are authenticated; `replies` counts the messages that `feed` has returned so far.
+    `steps` are those of `client` or `server`. Never read more than `wants` bytes from the connection: what follows
+    belongs to others. `wants` is 0 when both ends are authenticated; `replies` counts the messages that `feed` has
+    returned so far.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -101,17 +102,7 @@ def require_secret(secret: bytes) -> None:
         )
 
 
-def client(secret: bytes, purpose: bytes) -> Handshake:
-    """Begin the handshake of the side that connects."""
-    return Handshake(_client(secret, purpose))
-
-
-def server(secret: bytes, purpose: bytes) -> Handshake:
-    """Begin the handshake of the side that accepted the connection."""
-    return Handshake(_server(secret, purpose))
-
-
-def _client(secret: bytes, purpose: bytes) -> Steps:
+def client(secret: bytes, purpose: bytes) -> Steps:
     ours = secrets.token_bytes(NONCE_BYTES)
     preamble = yield _CLIENT_PREAMBLE + ours, PREAMBLE_BYTES
     if not preamble.startswith(_SERVER_MAGIC):
@@ -131,7 +122,7 @@ def _client(secret: bytes, purpose: bytes) -> Steps:
     return b""
 
 
-def _server(secret: bytes, purpose: bytes) -> Steps:
+def server(secret: bytes, purpose: bytes) -> Steps:
     preamble = yield b"", PREAMBLE_BYTES
     if not preamble.startswith(_CLIENT_MAGIC):
         raise StrangerError(f"not a ferro client: it began with {preamble!r}")

@@ -17,7 +17,8 @@ from functools import partial
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import set_options, show_address
+from ferro.rendezvous.sockets import set_options
+from ferro.runtime.environment import format_address
 
 _BACKLOG = 1024
 _ACCEPTS_PER_EVENT = 16  # then the selector's other sockets get their turn
@@ -27,11 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one.
-
-    Raises:
-        RendezvousError: the address is taken, is not ours, or cannot be resolved.
-    """
+    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
@@ -44,19 +41,10 @@ def listen(host: str, port: int = 0) -> socket.socket:
             return sock
     except OSError as exc:
         raise RendezvousError(
-            f"cannot listen on {show_address(host, port)}: {exc.strerror or exc}. Another job may still use that port: "
-            "end it or choose another port (0 takes a free one); and check that the host is an address of this "
+            f"cannot listen on {format_address((host, port))}: {exc.strerror or exc}. Another job may still use that "
+            "port: end it or choose another port (0 takes a free one); and check that the host is an address of this "
             "machine."
         ) from exc
-
-
-@dataclass(slots=True, eq=False)
-class _PendingConnection:
-    """A connection that has not yet proved anything."""
-
-    sock: socket.socket
-    state: handshake.Handshake
-    deadline: float
 
 
 @dataclass(eq=False, repr=False)
@@ -76,7 +64,8 @@ class Listener:
     handshake_timeout_s: float = 5.0
     limit: int = 128  # of pending connections; one more, and the oldest is dropped
     refused: int = field(default=0, init=False)  # counts the connections that came with another secret
-    _pending: dict[_PendingConnection, None] = field(default_factory=dict, init=False)  # in order of their deadlines
+    # The connections that have proved nothing yet, each with its deadline, and in the order of these.
+    _pending: dict[socket.socket, float] = field(default_factory=dict, init=False)
     _paused_until: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -93,19 +82,17 @@ class Listener:
         if self._paused_until is not None and self._paused_until <= now:
             self._paused_until = None
             self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
-        while self._pending and self._oldest().deadline <= now:
-            self._drop(self._oldest())
-        due = [self._oldest().deadline] if self._pending else []
-        if self._paused_until is not None:
-            due.append(self._paused_until)
-        return min(due, default=None)
+        for sock, deadline in tuple(self._pending.items()):
+            if deadline <= now:
+                self._drop(sock)
+        return min((at for at in (*self._pending.values(), self._paused_until) if at is not None), default=None)
 
     def close(self) -> None:
         """Close the listener and every pending connection; idempotent."""
         if self.sock.fileno() < 0:
             return
-        for pending in tuple(self._pending):
-            self._drop(pending)
+        for sock in tuple(self._pending):
+            self._drop(sock)
         if self._paused_until is None:
             self.selector.unregister(self.sock)
         self.sock.close()
@@ -120,58 +107,54 @@ class Listener:
                 self._pause(exc)
                 return
             if len(self._pending) >= self.limit:
-                self._drop(self._oldest())
+                self._drop_oldest()
             sock.setblocking(False)
-            state = handshake.server(self.secret, self.purpose)
-            pending = _PendingConnection(sock, state, time.monotonic() + self.handshake_timeout_s)
-            self._pending[pending] = None
-            self.selector.register(sock, selectors.EVENT_READ, partial(self._read, pending))
+            self._pending[sock] = time.monotonic() + self.handshake_timeout_s
+            state = handshake.Handshake(handshake.server(self.secret, self.purpose))
+            self.selector.register(sock, selectors.EVENT_READ, partial(self._read, sock, state))
 
     def _pause(self, exc: OSError) -> None:
         """Stop accepting for a while: without a free file descriptor the loop would spin."""
         _log.warning("the %r listener pauses for %s s: %s", self.purpose, _ACCEPT_PAUSE_S, exc)
         if self._pending:
-            self._drop(self._oldest())
+            self._drop_oldest()
         self.selector.unregister(self.sock)
         self._paused_until = time.monotonic() + _ACCEPT_PAUSE_S
 
-    def _read(self, pending: _PendingConnection, _events: int) -> None:
-        if pending not in self._pending:
+    def _read(self, sock: socket.socket, state: handshake.Handshake, _events: int) -> None:
+        if sock not in self._pending:
             return  # an earlier event of the same turn dropped it
-        state, sock = pending.state, pending.sock
         try:
             data = sock.recv(state.wants)
             reply = state.feed(data)
             # At most 40 bytes go into an empty buffer: a connection without room for them is dropped.
-            good = bool(data) and sock.send(reply) == len(reply)
-            if good and state.wants:
+            if not data or sock.send(reply) != len(reply):
+                raise ConnectionResetError
+            if state.wants:
                 return
-            if good:
-                set_options(sock)
+            set_options(sock)
         except BlockingIOError:
             return
         except OSError:  # it may have left right after its proof
-            good = False
+            self._drop(sock)
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)
             _log.info("the %r listener turned a connection away: %s", self.purpose, exc)
             with suppress(OSError):
                 sock.send(exc.reply)
-            good = False
-        self._forget(pending)
-        if good:
+            self._drop(sock)
+        else:
+            self._forget(sock)
             sock.setblocking(True)
             self.admit(sock)
-        else:
-            sock.close()
 
-    def _forget(self, pending: _PendingConnection) -> None:
-        del self._pending[pending]
-        self.selector.unregister(pending.sock)
+    def _forget(self, sock: socket.socket) -> None:
+        del self._pending[sock]
+        self.selector.unregister(sock)
 
-    def _oldest(self) -> _PendingConnection:
-        return next(iter(self._pending))
+    def _drop(self, sock: socket.socket) -> None:
+        self._forget(sock)
+        sock.close()
 
-    def _drop(self, pending: _PendingConnection) -> None:
-        self._forget(pending)
-        pending.sock.close()
+    def _drop_oldest(self) -> None:
+        self._drop(next(iter(self._pending)))

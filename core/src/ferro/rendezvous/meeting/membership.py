@@ -43,20 +43,19 @@ class RankRecord:
 
 
 def check_membership(store: Store, mine: RankRecord, *, deadline: float) -> list[RankRecord]:
-    """Publish this rank's record, wait for the others' until `deadline`, check them, and return all, by rank.
+    """Publish this rank's record, wait for the others' until `deadline`, and return all, by rank.
 
-    Raises:
-        RendezvousError: ranks are missing, or do not fit together; the message names them.
+    RendezvousError names the ranks that are missing or do not fit together.
     """
     started = time.monotonic()
     place = store.add("joined", 1)
     store.set(f"join/{place}", json.dumps(asdict(mine)).encode())
-    records: list[RankRecord] = []
+    records: dict[int, RankRecord] = {}
     for number in range(1, mine.world_size + 1):
         try:
             raw = store.get(f"join/{number}", deadline=deadline)
         except TimeoutError as error:
-            present = sorted(record.rank for record in records)
+            present = sorted(records)
             raise RendezvousError(
                 f"after {time.monotonic() - started:.1f} s rank {mine.rank} still misses ranks "
                 f"{sorted(set(range(mine.world_size)) - set(present))} of {mine.world_size} (present: {present}). "
@@ -64,20 +63,19 @@ def check_membership(store: Store, mine: RankRecord, *, deadline: float) -> list
                 "with timeout_s."
             ) from error
         record = _read(raw)
-        _compare(records[0] if records else mine, record)
-        for other in records:
-            if other.rank == record.rank:
-                raise RendezvousError(
-                    f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and pid {record.pid} on "
-                    f"host {record.host}. Give every process its own rank."
-                )
-        records.append(record)
+        _compare(next(iter(records.values()), mine), record)
+        if other := records.get(record.rank):
+            raise RendezvousError(
+                f"rank {record.rank} is there twice: pid {other.pid} on host {other.host} and pid {record.pid} on "
+                f"host {record.host}. Give every process its own rank."
+            )
+        records[record.rank] = record
     if place > mine.world_size:
         raise RendezvousError(
             f"{mine} came as number {place} to a world of {mine.world_size}, which is complete: "
-            f"{', '.join(map(str, records))}. Is another job using this store?"
+            f"{', '.join(map(str, records.values()))}. Is another job using this store?"
         )
-    return sorted(records, key=lambda record: record.rank)
+    return [records[rank] for rank in sorted(records)]
 
 
 def _read(raw: bytes) -> RankRecord:

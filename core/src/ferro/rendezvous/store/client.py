@@ -12,10 +12,11 @@ from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
-from ferro.rendezvous.sockets import remaining_s, show_address
+from ferro.rendezvous.sockets import remaining_s
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
 from ferro.rendezvous.store.liveness import LivenessConnection
+from ferro.runtime.environment import format_address
 
 MAX_CONNECTIONS = 64
 
@@ -39,7 +40,7 @@ class StoreClient(Store):
 
         A request may take `request_timeout_s`, beyond the time that `get` is told to wait.
         """
-        self._where = f"the store at {show_address(*address)}"
+        self._where = f"the store at {format_address(address)}"
         self._request_timeout_s = request_timeout_s
         self._connect = partial(connect, address, secret, purpose=wire.PURPOSE)
         first = self._connect(deadline=deadline)
@@ -94,7 +95,7 @@ class StoreClient(Store):
                 "The process that hosts it is stopped or overloaded, or the network between is down."
             ) from exc
 
-    def _wait(self, key: str, deadline: float) -> bytes:
+    def get(self, key: str, *, deadline: float) -> bytes:
         started = time.monotonic()
         wait_us = int(remaining_s(deadline) * 1e6)
         request = checked_request(wire.StoreOp.GET, key, wait_us)

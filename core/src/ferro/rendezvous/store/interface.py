@@ -35,13 +35,13 @@ class Store(ABC):
         """Give `key` this value, and wake every `get` that waits for it."""
         self._ask(StoreOp.SET, key, value=value)
 
+    @abstractmethod
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
 
         Raises:
             StoreTimeout: nobody set it before `deadline` (`time.monotonic()`); one that has passed asks once.
         """
-        return self._wait(key, deadline)
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number that `key` holds, atomically; return the sum.
@@ -81,10 +81,6 @@ class Store(ABC):
     def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
         """Check and make a request that is answered at once, so any but a GET."""
 
-    @abstractmethod
-    def _wait(self, key: str, deadline: float) -> bytes:
-        """Check and make a GET."""
-
 
 class PrefixStore(Store):
     """The keys of `store` that begin with `name/`; as thread-safe as `store` is."""
@@ -99,8 +95,8 @@ class PrefixStore(Store):
     def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
         return self._store._ask(op, f"{self._name}/{key}", number, value)
 
-    def _wait(self, key: str, deadline: float) -> bytes:
-        return self._store._wait(f"{self._name}/{key}", deadline)
+    def get(self, key: str, *, deadline: float) -> bytes:
+        return self._store.get(f"{self._name}/{key}", deadline=deadline)
 
 
 def checked_request(op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Request:

@@ -108,7 +108,7 @@ class MemoryStore(Store):
             self._changed.notify_all()
             return reply
 
-    def _wait(self, key: str, deadline: float) -> bytes:
+    def get(self, key: str, *, deadline: float) -> bytes:
         encoded = checked_request(StoreOp.GET, key).key
         started = time.monotonic()
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import socket
 import threading
@@ -13,9 +14,10 @@ from typing import Self
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth import handshake
 from ferro.rendezvous.auth.listener import Listener, listen
-from ferro.rendezvous.sockets import remaining_s, show_address
+from ferro.rendezvous.sockets import remaining_s
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.memory import BoundedTable
+from ferro.runtime.environment import format_address
 
 _JOIN_S = 5.0
 _READ_BYTES = 256 << 10
@@ -31,12 +33,7 @@ class StoreServer:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes) -> None:
-        """Listen at an address, "" meaning all of them, and at a port, 0 meaning a free one; start serving.
-
-        Raises:
-            RendezvousError: the address cannot be listened on.
-            AuthenticationError: the secret is empty.
-        """
+        """Listen at an address, "" meaning all of them, and at a port, 0 meaning a free one; start serving."""
         handshake.require_secret(secret)
         listener = listen(host, port)
         self.address: tuple[str, int] = listener.getsockname()[:2]
@@ -46,7 +43,7 @@ class StoreServer:
         self._waiting: dict[bytes, set[_Connection]] = {}  # for each key, the connections whose `get` waits for it
         # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that would take a
         # search each time, where one needless wake-up does.
-        self._next_deadline: float | None = None
+        self._next_deadline = math.inf
         self._table = BoundedTable()
         self._wakeup, self._wakeup_read = socket.socketpair()
         self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
@@ -75,7 +72,7 @@ class StoreServer:
             self._thread.join(_JOIN_S)
             if self._thread.is_alive():
                 raise RendezvousError(
-                    f"the thread of the store at {show_address(*self.address)} did not end within {_JOIN_S} s of "
+                    f"the thread of the store at {format_address(self.address)} did not end within {_JOIN_S} s of "
                     "close(); it ends with the process"
                 )
             self._wakeup.close()
@@ -92,18 +89,17 @@ class StoreServer:
             self._selector.close()
             self._wakeup_read.close()
 
-    def _expire(self) -> float | None:
-        """Answer each `get` whose deadline has passed; return the seconds until the next one, None for never."""
+    def _expire(self) -> float:
+        """Answer each `get` whose deadline has passed; return the seconds until the next deadline, at most a week."""
         now = time.monotonic()
-        if self._next_deadline is not None and self._next_deadline <= now:
+        if self._next_deadline <= now:
             waiting = [connection for connections in self._waiting.values() for connection in connections]
             for connection in waiting:
                 if connection.waits_for is not None and connection.deadline <= now:
                     self._stop_waiting(connection)
                     connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
-            self._next_deadline = min((c.deadline for c in waiting if c.waits_for is not None), default=None)
-        due = [at for at in (self._listener.expire(), self._next_deadline) if at is not None]
-        return remaining_s(min(due)) if due else None
+            self._next_deadline = min((c.deadline for c in waiting if c.waits_for is not None), default=math.inf)
+        return remaining_s(min(self._listener.expire() or math.inf, self._next_deadline))
 
     def _stop_waiting(self, connection: _Connection) -> None:
         key, connection.waits_for = connection.waits_for, None
@@ -134,7 +130,7 @@ class StoreServer:
             deadline = time.monotonic() + max(number, 0) / 1e6
             connection.waits_for, connection.deadline = key, deadline
             self._waiting.setdefault(key, set()).add(connection)
-            self._next_deadline = deadline if self._next_deadline is None else min(self._next_deadline, deadline)
+            self._next_deadline = min(self._next_deadline, deadline)
             return
         try:
             if op is wire.StoreOp.APPEND_ON_DISCONNECT:
@@ -200,9 +196,6 @@ class _Connection:
             self._write()
         except OSError:
             self.close()
-            return
-        if self._unsent:
-            self._selector.modify(self._sock, selectors.EVENT_WRITE, self._on_event)
 
     def close(self) -> None:
         if self._closed:
@@ -218,8 +211,6 @@ class _Connection:
         try:
             if self._unsent:
                 self._write()
-                if not self._unsent:
-                    self._selector.modify(self._sock, selectors.EVENT_READ, self._on_event)
             else:
                 self._read()
         except BlockingIOError:
@@ -243,12 +234,12 @@ class _Connection:
         self._server.answer(self, request)
 
     def _write(self) -> None:
-        try:
+        with suppress(BlockingIOError):
             sent = self._sock.sendmsg(self._unsent)
-        except BlockingIOError:
-            return
-        while self._unsent and sent >= len(self._unsent[0]):
-            sent -= len(self._unsent.pop(0))
-        if self._unsent:
-            self._unsent[0] = self._unsent[0][sent:]
+            while self._unsent and sent >= len(self._unsent[0]):
+                sent -= len(self._unsent.pop(0))
+            if self._unsent:
+                self._unsent[0] = self._unsent[0][sent:]
         self._awaits_reply = bool(self._unsent)
+        events = selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ
+        self._selector.modify(self._sock, events, self._on_event)

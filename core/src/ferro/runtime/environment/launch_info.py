@@ -115,9 +115,9 @@ def address_pair(env: Mapping[str, str], host: str, port: str) -> Address:
     return env[host].strip("[]"), number
 
 
-def read_secret(environ: Mapping[str, str] | None = None) -> bytes | None:
+def read_secret(env: Mapping[str, str] = os.environ) -> bytes | None:
     """Read the job's secret from FERRO_SECRET; None where it is not set. An error does not show it."""
-    text = (os.environ if environ is None else environ).get("FERRO_SECRET")
+    text = env.get("FERRO_SECRET")
     if text is None:
         return None
     # bytes.fromhex would allow white space between the digits.

@@ -51,11 +51,13 @@ class Placement(NamedTuple):
 
 
 def resolve(
-    environ: Mapping[str, str] | None = None, *, rank: int | None = None, world_size: int | None = None,
+    env: Mapping[str, str] = os.environ,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
     rendezvous: str | None = None,
-) -> LaunchInfo:  # fmt: skip
+) -> LaunchInfo:
     """Find this process's place in its job, or raise UsageError; the arguments beat the variables."""
-    env = os.environ if environ is None else environ
     place = _agreed_placement(env, rank, world_size) or _unlaunched(rank, world_size)
     _check_range("rank", place.rank, place.world_size)
     store = None
@@ -256,9 +258,8 @@ def _launching_process(variable: str) -> str:
         except OSError:
             break
         fields = _stat(pid)
-        if not any(entry.startswith(f"{variable}=".encode()) for entry in environment) or not fields:
-            break
-        if int(fields[1]) <= 1:
+        given = any(entry.startswith(f"{variable}=".encode()) for entry in environment)
+        if not given or not fields or int(fields[1]) <= 1:
             break
         pid = int(fields[1])
     return _process_name(pid)

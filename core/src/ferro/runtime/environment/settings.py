@@ -38,9 +38,8 @@ class NodeDefaults(NamedTuple):
     endpoint: Address | None
 
 
-def options(environ: Mapping[str, str] | None = None) -> Options:
+def options(env: Mapping[str, str] = os.environ) -> Options:
     """Read the user's settings."""
-    env = os.environ if environ is None else environ
     timeout_s = None
     if text := env.get("FERRO_TIMEOUT_S"):
         try:
