@@ -159,15 +159,11 @@ class _Reader:
         return [self.value(depth + 1) for _ in range(length)]
 
     def mapping(self, length: int, depth: int) -> dict[object, object]:
-        if 2 * length > self.left():
-            raise UsageError("the encoded value is cut short")
-        result: dict[object, object] = {}
-        for _ in range(length):
-            key = self.value(depth + 1)
+        items = self.sequence(2 * length, depth)
+        for key in items[::2]:
             if isinstance(key, (list, dict, np.ndarray)):
                 raise UsageError(f"an encoded dict has a {type(key).__name__} as key")
-            result[key] = self.value(depth + 1)
-        return result
+        return dict(zip(items[::2], items[1::2], strict=True))
 
     def extension(self, length: int, depth: int) -> object:
         kind = self.number("b")

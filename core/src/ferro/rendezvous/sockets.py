@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 _LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
 
@@ -43,20 +44,13 @@ def own_addresses() -> list[str]:
     The host's name is not resolved: it often stands for a loopback address. Loopback addresses are listed only when
     there are no others.
     """
-    found = [*_on_default_routes(), *_on_interfaces()]
-    return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or ["127.0.0.1"]
-
-
-def _on_default_routes() -> list[str]:
     found = []
     for family, remote in _REMOTE:
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((remote, 9))  # a datagram socket sends nothing to connect
-                found.append(str(sock.getsockname()[0]))
-        except OSError:
-            continue  # there is no such route
-    return found
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:  # there may be no such route
+            sock.connect((remote, 9))  # a datagram socket sends nothing to connect
+            found.append(str(sock.getsockname()[0]))
+    found += _on_interfaces()
+    return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback] or ["127.0.0.1"]
 
 
 def _on_interfaces() -> list[str]:

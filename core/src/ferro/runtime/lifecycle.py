@@ -79,7 +79,7 @@ def init(
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        world = World(info, settings, backend, seconds, _made, explicit=rendezvous is not None)
+        world = World(info, settings, backend, seconds, _made)
         _made += 1
         try:
             world.join(deterministic, algorithms or {}, backend_options or {}, observers)

@@ -35,14 +35,12 @@ class World:
     """The world group of this process and its connection to the job's store.
 
     `timeout_s` is for joining, and then for each operation. `number` counts the worlds that this process made before,
-    alike on all ranks. `explicit` is True when the program itself says where the ranks meet.
+    alike on all ranks.
     """
 
     group: ProcessGroup
 
-    def __init__(
-        self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float, number: int, *, explicit: bool
-    ) -> None:
+    def __init__(self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float, number: int) -> None:
         self.closed = False
         self._info = info
         self._settings = settings
@@ -50,22 +48,25 @@ class World:
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._observers: tuple[Observer, ...] = ()
-        self._job_store = self._open_job_store(number, explicit=explicit) if info.world_size > 1 else None
+        self._job_store = self._open_job_store(number) if info.world_size > 1 else None
         root: Store = MemoryStore() if self._job_store is None else self._job_store.store
         self._store = root.prefix(f"world{number}")
 
-    def _open_job_store(self, number: int, *, explicit: bool) -> JobStore:
+    def _open_job_store(self, number: int) -> JobStore:
         info, broadcast = self._info, None
         if info.local_world_size != info.world_size and info.store is None and info.master is None:
             # No variable says where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
-        return open_job_store(info, number, explicit=explicit, bootstrap_broadcast=broadcast, deadline=self._deadline)
+        return open_job_store(info, number, deadline=self._deadline, broadcast=broadcast)
 
     def join(
-        self, deterministic: bool, algorithms: Mapping[str, str], options: Mapping[str, object],
+        self,
+        deterministic: bool,
+        algorithms: Mapping[str, str],
+        options: Mapping[str, object],
         observers: Sequence[Observer],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Meet the other ranks, create the backend, make the group."""
         info, job_store, group_store = self._info, self._job_store, self._store.prefix("group/0")
         try:

@@ -116,9 +116,8 @@ class SimulatedBackend(Backend):
     """One simulated rank of a group, whose members are `ranks` of the world; `context` is the group's number."""
 
     def __init__(
-        self, transport: SimulatedTransport, ranks: Sequence[int], rank: int, choice: Choice | None = None,
-        context: int = 0,
-    ) -> None:  # fmt: skip
+        self, transport: SimulatedTransport, ranks: Sequence[int], rank: int, choice: Choice | None, context: int
+    ) -> None:
         super().__init__(rank, len(ranks), choice)
         self._transport = transport
         self._ranks = tuple(ranks)
@@ -126,12 +125,16 @@ class SimulatedBackend(Backend):
 
     @classmethod
     def create_group(
-        cls, world_size: int, *, choice: Choice | None = None, faults: Sequence[Fault] = (),
+        cls,
+        world_size: int,
+        *,
+        choice: Choice | None = None,
+        faults: Sequence[Fault] = (),
         network: Network | None = None,
-    ) -> list[SimulatedBackend]:  # fmt: skip
+    ) -> list[SimulatedBackend]:
         """Make the backends of a whole world, one for each rank's thread."""
         transport = SimulatedTransport(world_size, faults, network)
-        return [cls(transport, range(world_size), rank, choice) for rank in range(world_size)]
+        return [cls(transport, range(world_size), rank, choice, 0) for rank in range(world_size)]
 
     @property
     def clock_s(self) -> float:

@@ -239,7 +239,7 @@ def test_ranks_that_died_are_lost_and_no_others(server):
     assert lost() == frozenset()
     one.close()  # in good order
     for connection in tuple(server._connections):
-        if connection.on_disconnect == (b"world0/lost", b"12 "):
+        if connection.on_disconnect == {b"world0/lost": b"12 "}:
             connection._sock.shutdown(2)  # as if its process had died
     eventually(lambda: lost() == {12})
     zero.close()

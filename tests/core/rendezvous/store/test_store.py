@@ -252,7 +252,10 @@ def test_the_table_knows_its_size_whatever_happens(steps):
                 wanted[key] = str(int(model.get(key, b"0")) + argument).encode()
             fits = len(wanted) <= 2 and sum(len(k) + len(v) for k, v in wanted.items()) <= 20
             try:
-                getattr(content, verb)(*([key] if verb == "delete" else [key, argument]))
+                if verb == "delete":
+                    content.perform(wire.Request(wire.StoreOp.DELETE, key))
+                else:
+                    getattr(content, verb)(key, argument)
                 assert fits
                 model = wanted
             except RendezvousError:

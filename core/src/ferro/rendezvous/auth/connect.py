@@ -26,26 +26,19 @@ def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline
     """Connect to a ferro service, such as b"store", before `deadline` (`time.monotonic()`); authenticate both ends.
 
     A refused connection, an unknown host and a dropped connection are retried, with growing pauses: the service may
-    start later than we do. A wrong secret and a foreign service are not retried.
-
-    Returns:
-        A blocking socket without timeout, with TCP_NODELAY, on which no byte has been read beyond the handshake.
-
-    Raises:
-        AuthenticationError: the other end does not hold the secret, or says that we do not.
-        RendezvousError: nothing answered in time, or what answered is not ferro.
+    start later than we do. AuthenticationError, at once, says that one end does not hold the other's secret,
+    RendezvousError that nothing answered in time or, at once, that what answered is not ferro. The socket returned is
+    blocking, without timeout, with TCP_NODELAY, and no byte has been read from it beyond the handshake.
     """
     handshake.require_secret(secret)
     attempts = _Attempts(address, secret, purpose)
     pause_s = _FIRST_PAUSE_S
-    while True:
-        sock = attempts.try_all(deadline)
-        if sock is not None:
-            return sock
+    while (sock := attempts.try_all(deadline)) is None:
         if remaining_s(deadline) <= pause_s:
             raise attempts.unreachable()
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return sock
 
 
 class _Attempts:
@@ -71,8 +64,7 @@ class _Attempts:
             return None
         for family, _, _, _, sockaddr in found:
             self._tried[format_address((str(sockaddr[0]), self._address[1]))] = None
-            sock = self._try_one(family, sockaddr, min(deadline, time.monotonic() + _ATTEMPT_S))
-            if sock is not None:
+            if sock := self._try_one(family, sockaddr, min(deadline, time.monotonic() + _ATTEMPT_S)):
                 return sock
         return None
 

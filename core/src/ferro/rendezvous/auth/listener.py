@@ -74,10 +74,7 @@ class Listener:
         self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
 
     def expire(self) -> float | None:
-        """Drop connections that took too long; return the second by which to call again, None when nothing is due.
-
-        The caller does this once per turn of its loop.
-        """
+        """Drop, in each turn of the owner's loop, connections that took too long; return when the next one is due."""
         now = time.monotonic()
         if self._paused_until is not None and self._paused_until <= now:
             self._paused_until = None

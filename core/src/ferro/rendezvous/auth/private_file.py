@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,11 +22,16 @@ def make_directory(path: Path) -> None:
     _check(path, found)
 
 
-def create(path: Path, content: bytes) -> None:
-    """Create a file for this user alone; FileExistsError says that there is a file or a link already."""
+def write(path: Path, content: bytes, put: Callable[[Path, Path], None]) -> None:
+    """Write a draft for this user alone, then `put` it in place by os.link or os.replace: the file appears whole."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "wb") as file:
-        file.write(content)
+    try:
+        with open(os.open(draft, flags, 0o600), "wb") as file:
+            file.write(content)
+        put(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read(path: Path, limit_bytes: int) -> bytes:

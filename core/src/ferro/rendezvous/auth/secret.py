@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from ferro.errors import AuthenticationError
@@ -17,20 +18,21 @@ from ferro.rendezvous.auth import private_file
 
 SECRET_BYTES = 32
 
+_REMEDY = "Start the job with `ferro run`, or set FERRO_SECRET to the same random value on all ranks."
+
 
 def per_user_secret(home: Path | None = None) -> bytes:
     """Read this user's 32 bytes from `.ferro/secret` under `home`, which holds them as hexadecimal digits, or make it.
 
-    Ranks that make the file at the same time end with the same secret.
-
-    Raises:
-        AuthenticationError: others can read the file or own it, or it is damaged or cannot be written.
+    Ranks that make the file at the same time end with the same secret. AuthenticationError says that others can read
+    the file or own it, or that it is damaged or cannot be written.
     """
     try:
         path = (home or Path.home()) / ".ferro" / "secret"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
-            _make(path)
+            with suppress(FileExistsError):  # another rank was first, and its secret counts
+                private_file.write(path, secrets.token_hex(SECRET_BYTES).encode() + b"\n", os.link)
         secret = bytes.fromhex(private_file.read(path, 4 * SECRET_BYTES).decode("ascii"))
         if len(secret) != SECRET_BYTES:
             raise ValueError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}")
@@ -41,29 +43,11 @@ def per_user_secret(home: Path | None = None) -> bytes:
             "the next job makes a new one."
         ) from exc
     except RuntimeError as exc:
-        raise AuthenticationError(
-            "this user has no home directory to keep a secret in. Start the job with `ferro run`, or set FERRO_SECRET "
-            "to the same random value on all ranks."
-        ) from exc
+        raise AuthenticationError(f"this user has no home directory to keep a secret in. {_REMEDY}") from exc
     except OSError as exc:
-        raise AuthenticationError(
-            f"the secret in {path} cannot be read or made: {exc}. Start the job with `ferro run`, or set FERRO_SECRET "
-            "to the same random value on all ranks."
-        ) from exc
+        raise AuthenticationError(f"the secret in {path} cannot be read or made: {exc}. {_REMEDY}") from exc
 
 
 def derive(secret: bytes, job: str) -> bytes:
     """Derive the secret of one job: HMAC-SHA256(secret, job), 32 bytes."""
     return hmac.new(secret, job.encode(), hashlib.sha256).digest()
-
-
-def _make(path: Path) -> None:
-    """Write a draft, then link it: the file appears whole, and the first of several writers wins."""
-    draft = path.with_name(f"secret.{secrets.token_hex(8)}")
-    try:
-        private_file.create(draft, secrets.token_hex(SECRET_BYTES).encode() + b"\n")
-        os.link(draft, path)
-    except FileExistsError:
-        pass  # another rank was first, and its secret counts
-    finally:
-        draft.unlink(missing_ok=True)

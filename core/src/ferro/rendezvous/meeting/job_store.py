@@ -53,41 +53,27 @@ class JobStore:
         self.store.close()
         if self.file_name:
             rendezvous_file.remove(self.file_name)
-            self.file_name = ""
         if self.server is not None:
             self.server.close()
 
 
 def open_job_store(
-    info: LaunchInfo,
-    number: int,
-    *,
-    explicit: bool,
-    deadline: float,
-    bootstrap_broadcast: BootstrapBroadcast | None = None,
+    info: LaunchInfo, number: int, *, deadline: float, broadcast: BootstrapBroadcast | None = None
 ) -> JobStore:
-    """Connect to the job's store, hosting it where this rank has to.
+    """Connect to the job's store before `deadline`, hosting it where this rank has to.
 
-    Args:
-        info: this process's place.
-        number: how many stores this process opened before; all ranks count alike. It keeps a rank that comes back early
-            from entering the last world's store, which is about to close.
-        explicit: the program itself named `info.master`, so no other place is tried.
-        deadline: absolute `time.monotonic()` second by which to be connected.
-        bootstrap_broadcast: see `BackendInfo`; given where the launcher tells no address.
-
-    Raises:
-        RendezvousError, AuthenticationError: the store cannot be hosted or reached.
-        UsageError: ranks are on several hosts, and nothing says where to meet.
+    `number` counts the stores that this process opened before, alike on all ranks: it keeps a rank that comes back
+    early from entering the last world's store, which is about to close. `broadcast` is the backend's
+    `bootstrap_broadcast`, given where the launcher tells no address.
     """
-    if bootstrap_broadcast is not None:
-        return _open_by_broadcast(info, number, bootstrap_broadcast, deadline)
+    if broadcast is not None:
+        return _open_by_broadcast(info, number, broadcast, deadline)
     one_host = info.local_world_size == info.world_size
     job = info.job if one_host or info.master is None else f"{info.launcher}:{format_address(info.master)}"
     secret = info.secret or derive(per_user_secret(), job)
     if info.store is not None:
         return JobStore(store=StoreClient(info.store, secret, deadline=deadline), secret=secret)
-    if one_host and not explicit and (info.master is None or info.master_port_taken):
+    if one_host and (info.master is None or info.master_port_taken):
         return _open_by_file(info, number, secret, deadline)
     if info.master is None:
         raise UsageError(
@@ -152,8 +138,8 @@ def _join_first(info: LaunchInfo, message: bytes, number: int, deadline: float) 
                 StoreClient((address, port), secret, deadline=until).close()
             except (FerroError, TimeoutError) as error:
                 failure = f"{address}: {error}"
-                continue
-            return _join((address, port), number, secret, deadline)
+            else:
+                return _join((address, port), number, secret, deadline)
         if time.monotonic() >= deadline:
             raise RendezvousError(
                 f"{info.describe()}: rank 0 hosts the store at port {port} of {', '.join(addresses)}, and none of "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import tempfile
 import time
 from contextlib import suppress
@@ -31,22 +30,19 @@ def write(name: str, text: str, *, directory: Path | None = None) -> None:
     """Write up to 4 KiB to a file, replacing one of the same name; readers see the old or the new one, whole.
 
     `name` is any text, the same on all ranks of the job; `directory` is by default `ferro-<user id>` in the system's
-    temporary directory.
-
-    Raises:
-        RendezvousError: the directory cannot be used, or is not this user's alone.
+    temporary directory. RendezvousError says that the directory cannot be used, or is not this user's alone.
     """
     content = text.encode()
     if len(content) > MAX_TEXT_BYTES:
         raise UsageError(f"a rendezvous file takes at most {MAX_TEXT_BYTES} bytes, this one {len(content)}")
     path = _path(name, directory)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        _remove_old(path.parent)
-        private_file.create(draft, content)
-        os.replace(draft, path)
+        for old in path.parent.iterdir():  # files of jobs that ended without removing them
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > _KEPT_S:
+                    old.unlink()
+        private_file.write(path, content, os.replace)
     except OSError as exc:
-        draft.unlink(missing_ok=True)
         raise RendezvousError(f"cannot write a rendezvous file in {path.parent}: {exc}") from exc
 
 
@@ -79,14 +75,6 @@ def remove(name: str, *, directory: Path | None = None) -> None:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise RendezvousError(f"cannot remove a rendezvous file in {path.parent}: {exc}") from exc
-
-
-def _remove_old(directory: Path) -> None:
-    """Remove files of jobs that ended without doing so themselves."""
-    for old in directory.iterdir():
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > _KEPT_S:
-                old.unlink()
 
 
 def _path(name: str, directory: Path | None) -> Path:

@@ -26,12 +26,7 @@ _CONNECT_S = 5.0
 
 
 class StoreClient(Store):
-    """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself.
-
-    Attributes:
-        local_host: this machine's address on the way to the store, by which others can reach it.
-        remote_host: the address at which the store was reached.
-    """
+    """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself."""
 
     def __init__(
         self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
@@ -44,7 +39,7 @@ class StoreClient(Store):
         self._request_timeout_s = request_timeout_s
         self._connect = partial(connect, address, secret, purpose=wire.PURPOSE)
         first = self._connect(deadline=deadline)
-        self.local_host: str = first.getsockname()[0]
+        self.local_host: str = first.getsockname()[0]  # an address by which others can reach this machine
         self.remote_host: str = first.getpeername()[0]
         self._liveness: LivenessConnection | None = None
         self._liveness_lock = threading.Lock()

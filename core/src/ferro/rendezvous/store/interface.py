@@ -39,17 +39,14 @@ class Store(ABC):
     def get(self, key: str, *, deadline: float) -> bytes:
         """Wait until `key` is set; return its value.
 
-        Raises:
-            StoreTimeout: nobody set it before `deadline` (`time.monotonic()`); one that has passed asks once.
+        StoreTimeout says that nobody set it before `deadline` (`time.monotonic()`); one that has passed asks once.
         """
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number that `key` holds, atomically; return the sum.
 
-        A missing key counts as 0. `get` returns the number as decimal ASCII.
-
-        Raises:
-            UsageError: `key` holds something else, or the sum does not fit 64 bits.
+        A missing key counts as 0. `get` returns the number as decimal ASCII. UsageError says that `key` holds something
+        else, or that the sum does not fit 64 bits.
         """
         return self._ask(StoreOp.ADD, key, amount).number
 
@@ -62,10 +59,7 @@ class Store(ABC):
 
         Not even SIGKILL prevents it, and every `get` that waits for `key` is woken. Only a host that vanishes from the
         network is noticed no sooner than TCP itself notices. A missing key counts as empty. A store and all its views
-        have one such value.
-
-        Raises:
-            UsageError: this store has such a value already.
+        have one such value; UsageError says that they have it already.
         """
         self._ask(StoreOp.APPEND_ON_DISCONNECT, key, value=value)
 
@@ -110,17 +104,14 @@ def checked_request(op: StoreOp, key: str, number: int = 0, value: bytes = b"") 
             f"a store's key takes 1 to {MAX_KEY_BYTES} bytes, this one {len(encoded)}: {key[:40]!r}. Shorten it; large "
             "or many things belong in the value."
         )
-    kind = type(value).__name__
-    if op is StoreOp.APPEND_ON_DISCONNECT:
-        if not isinstance(value, bytes) or len(value) > MAX_APPEND_BYTES:
-            given = len(value) if isinstance(value, bytes) else kind
-            raise UsageError(
-                f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {given}: a word that tells "
-                "who is gone is enough"
-            )
-    elif not isinstance(value, bytes):
-        raise UsageError(f"set({key!r}) takes bytes, not {kind}: encode it first")
-    elif len(value) > MAX_VALUE_BYTES:
+    if not isinstance(value, bytes):
+        raise UsageError(f"{op.name.lower()}({key!r}) takes bytes, not {type(value).__name__}: encode it first")
+    if op is StoreOp.APPEND_ON_DISCONNECT and len(value) > MAX_APPEND_BYTES:
+        raise UsageError(
+            f"append_on_disconnect({key!r}) takes up to {MAX_APPEND_BYTES} bytes, not {len(value)}: a word that tells "
+            "who is gone is enough"
+        )
+    if len(value) > MAX_VALUE_BYTES:
         raise UsageError(
             f"set({key!r}) was given {len(value)} bytes; a store's value takes at most {MAX_VALUE_BYTES}. Send large "
             "data with a collective, not through the store."

@@ -34,8 +34,9 @@ class BoundedTable:
                 return Reply(ReplyStatus.OK, value=self.get(key) or b"")
             case StoreOp.ADD:
                 return Reply(ReplyStatus.OK, self.add(key, number))
-            case StoreOp.DELETE:
-                return Reply(ReplyStatus.OK, int(self.delete(key)))
+            case StoreOp.DELETE if (old := self._values.pop(key, None)) is not None:
+                self._total_bytes -= len(key) + len(old)
+                return Reply(ReplyStatus.OK, 1)
         return Reply(ReplyStatus.OK)
 
     def get(self, key: bytes) -> bytes | None:
@@ -66,13 +67,6 @@ class BoundedTable:
         if len(value) > MAX_VALUE_BYTES:
             raise RendezvousError(f"{_text(key)!r} holds as much as a value may: nothing was added")
         self.set(key, value)
-
-    def delete(self, key: bytes) -> bool:
-        value = self._values.pop(key, None)
-        if value is None:
-            return False
-        self._total_bytes -= len(key) + len(value)
-        return True
 
 
 def _full(key: bytes, used: str) -> RendezvousError:

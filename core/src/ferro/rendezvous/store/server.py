@@ -26,17 +26,13 @@ _log = logging.getLogger(__name__)
 
 
 class StoreServer:
-    """Hosts a store in a daemon thread of this process, until `close`.
-
-    Attributes:
-        address: host and port it listens on; the port is the one that was chosen for port 0.
-    """
+    """Hosts a store in a daemon thread of this process, until `close`."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, secret: bytes) -> None:
         """Listen at an address, "" meaning all of them, and at a port, 0 meaning a free one; start serving."""
         handshake.require_secret(secret)
         listener = listen(host, port)
-        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self.address: tuple[str, int] = listener.getsockname()[:2]  # with the port that was chosen for port 0
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
         self._connections: set[_Connection] = set()
@@ -115,8 +111,7 @@ class StoreServer:
         """Forget a connection that is about to be closed, and append what it registered for that case."""
         self._connections.discard(connection)
         self._stop_waiting(connection)
-        if connection.on_disconnect is not None and not self._closing:
-            key, value = connection.on_disconnect
+        for key, value in () if self._closing else connection.on_disconnect.items():
             try:
                 self._table.append(key, value)
             except RendezvousError as exc:
@@ -134,14 +129,12 @@ class StoreServer:
             return
         try:
             if op is wire.StoreOp.APPEND_ON_DISCONNECT:
-                if connection.on_disconnect is not None:
+                if connection.on_disconnect:
                     raise UsageError("this connection has a value to append already")
-                connection.on_disconnect = (key, value)
+                connection.on_disconnect[key] = value
                 reply = wire.Reply(wire.ReplyStatus.OK)
             elif op is wire.StoreOp.CANCEL_APPEND:
-                found = connection.on_disconnect is not None and connection.on_disconnect[0] == key
-                if found:
-                    connection.on_disconnect = None
+                found = connection.on_disconnect.pop(key, None) is not None
                 reply = wire.Reply(wire.ReplyStatus.OK, int(found))
             else:
                 reply = self._table.perform(request)
@@ -169,12 +162,12 @@ class _Connection:
     and a client that sends ahead of its reply is disconnected.
 
     Attributes:
-        on_disconnect: key, and the value to append to it when this connection ends; None for nothing.
+        on_disconnect: a key, and the value to append to it when this connection ends; or nothing.
         waits_for: the key for which its `get` waits until `deadline`, or None.
     """
 
     def __init__(self, sock: socket.socket, selector: selectors.BaseSelector, server: StoreServer) -> None:
-        self.on_disconnect: tuple[bytes, bytes] | None = None
+        self.on_disconnect: dict[bytes, bytes] = {}
         self.waits_for: bytes | None = None
         self.deadline = 0.0
         self._sock = sock

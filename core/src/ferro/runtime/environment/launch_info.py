@@ -76,6 +76,12 @@ class SourcedInt(NamedTuple):
     value: int
     source: str
 
+    def __str__(self) -> str:
+        """Format the number as its user wrote it: "RANK=3", "rank=3", or "3 (assumed, …)"."""
+        if self.source.startswith("assumed"):
+            return f"{self.value} ({self.source})"
+        return f"{self.source.removesuffix('=')}={self.value}"
+
 
 def integer(env: Mapping[str, str], name: str) -> SourcedInt:
     text = env[name]

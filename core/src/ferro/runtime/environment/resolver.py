@@ -95,9 +95,8 @@ def _agreed_placement(env: Mapping[str, str], rank: int | None, world_size: int 
         for ours, theirs in ((first.rank, other.rank), (first.world_size, other.world_size)):
             if ours.value != theirs.value:
                 raise UsageError(
-                    f"two launchers disagree: {ours.source}={ours.value}, but "
-                    f"{theirs.source}={theirs.value}; unset the variables of the one that did "
-                    "not start this process, or pass rank= and world_size="
+                    f"two launchers disagree: {ours}, but {theirs}; unset the variables of the one that did not start "
+                    "this process, or pass rank= and world_size="
                 )
     return found[0] if found else None
 
@@ -212,19 +211,12 @@ def _master(
 
 def _check_range(what: str, place: SourcedInt, size: SourcedInt) -> None:
     if size.value < 1:
-        raise UsageError(f"{_assignment(size)} is too small: a world has at least one rank; correct it")
+        raise UsageError(f"{size} is too small: a world has at least one rank; correct it")
     if not 0 <= place.value < size.value:
         raise UsageError(
-            f"{_assignment(place)} is out of range: with {_assignment(size)} "
-            f"a {what} goes from 0 to {size.value - 1}; correct the one or the other"
+            f"{place} is out of range: with {size} a {what} goes from 0 to {size.value - 1}; correct the one or the "
+            "other"
         )
-
-
-def _assignment(number: SourcedInt) -> str:
-    """Format a number as its user wrote it: "RANK=3", "rank=3", or "3 (assumed, …)"."""
-    if number.source.startswith("assumed"):
-        return f"{number.value} ({number.source})"
-    return f"{number.source.removesuffix('=')}={number.value}"
 
 
 def _job_name(env: Mapping[str, str], place: Placement, store: Address | None, master: Address | None) -> str:

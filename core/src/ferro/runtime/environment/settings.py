@@ -83,9 +83,13 @@ def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
 
 
 def child_environment(
-    info: LaunchInfo, *, restart: int = 0, trace: str | None = None, timeout_s: float | None = None,
+    info: LaunchInfo,
+    *,
+    restart: int = 0,
+    trace: str | None = None,
+    timeout_s: float | None = None,
     base: Mapping[str, str] | None = None,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Make the environment of a rank that `ferro run` starts, from which `resolve` reads `info`.
 
     The rank variables of other launchers in `base` (this process's environment by default) are dropped, so that
