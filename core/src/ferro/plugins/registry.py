@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
 
@@ -20,12 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = "ferro"
 Item = TypeVar("Item")
-Named = TypeVar("Named", bound="_HasName")
-
-
-class _HasName(Protocol):
-    @property
-    def name(self) -> str: ...
+Named = TypeVar("Named", "hookspecs.BackendInfo", "hookspecs.StrategyInfo", "hookspecs.CommandInfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +61,29 @@ class Plugins:
         self.broken: list[Broken] = []
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._answers: dict[str, tuple[list[Offer[Any]], list[Broken]]] = {}
-        claims: dict[str, list[EntryPoint]] = {}
-        for entry in entries:
-            claims.setdefault(entry.name, []).append(entry)
-        for name, claimants in sorted(claims.items()):
+        name_of = attrgetter("name")
+        for name, claimants in itertools.groupby(sorted(entries, key=name_of), key=name_of):
             try:
-                self._load(name, claimants)
+                self._load(name, list(claimants))
             except PluginError as error:
                 self.broken.append(Broken(name, error))
 
-    def require_all(self) -> None:
-        """Raise the error of the first plugin that failed to load, if any did."""
-        if self.broken:
-            raise self.broken[0].error
-
     def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
-        """List everything that plugins offer through a hook; raise the error of one that failed to tell."""
+        """List everything that plugins offer through a hook; raise the error of the first that is broken, if any is."""
         found, broken = self.survey(hook, kind)
         if broken:
             raise broken[0].error
         return found
 
     def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """As `offers`, and list the plugins that failed to tell; each is asked once per process."""
+        """As `offers`, but list the plugins that failed to load or to tell; each is asked once per process."""
         if hook not in self._answers:
-            self._answers[hook] = self.ask(hook, kind)
+            found, silent = self.ask(hook, kind)
+            self._answers[hook] = found, [*self.broken, *silent]
         return self._answers[hook]
 
     def ask(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """As `survey`, but ask every plugin anew."""
+        """Ask every loaded plugin anew; return its offers, and the plugins that failed to tell."""
         found: list[Offer[Item]] = []
         broken: list[Broken] = []
         for name, manager in self._managers.items():
@@ -106,7 +97,7 @@ class Plugins:
     def _load(self, name: str, claimants: Sequence[EntryPoint]) -> None:
         distributions = sorted({_distribution(entry) for entry in claimants})
         if len(distributions) > 1:
-            raise _claimed_twice("plugin", name, distributions)
+            raise _claimed_twice(f"plugin name {name!r}", distributions)
         entry, distribution = claimants[0], distributions[0]
         started = time.perf_counter()
         try:
@@ -152,21 +143,23 @@ def installed() -> Plugins:
     return Plugins(entry_points(group=GROUP))
 
 
-def by_name(offers: Iterable[Offer[Named]], what: str) -> dict[str, Offer[Named] | PluginError]:
-    """Return offers by name; for a name that is claimed twice, the error that says so."""
-    claims: dict[str, list[Offer[Named]]] = {}
+def by_name(offers: Iterable[Offer[Named]]) -> dict[str, list[Offer[Named]]]:
+    """Collect the offers that claim each name, in the order of the names."""
+    found: dict[str, list[Offer[Named]]] = {}
     for offer in offers:
-        claims.setdefault(offer.item.name, []).append(offer)
-    return {
-        name: found[0] if len(found) == 1 else _claimed_twice(what, name, [it.distribution for it in found])
-        for name, found in claims.items()
-    }
+        found.setdefault(offer.item.name, []).append(offer)
+    return dict(sorted(found.items()))
 
 
-def _claimed_twice(what: str, name: str, distributions: Iterable[str]) -> PluginError:
-    return PluginError(
-        f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
-    )
+def sole(claimants: Sequence[Offer[Item]], what: str) -> Offer[Item]:
+    """Return the one offer that claims a name; raise PluginError where there are more."""
+    if len(claimants) > 1:
+        raise _claimed_twice(what, [offer.distribution for offer in claimants])
+    return claimants[0]
+
+
+def _claimed_twice(what: str, distributions: Iterable[str]) -> PluginError:
+    return PluginError(f"the {what} is claimed by {' and by '.join(distributions)}: uninstall one of them")
 
 
 def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
