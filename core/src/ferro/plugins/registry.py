@@ -95,7 +95,8 @@ class Plugins:
         return found, broken
 
     def _load(self, name: str, claimants: Sequence[EntryPoint]) -> None:
-        distributions = sorted({_distribution(entry) for entry in claimants})
+        dists = [entry.dist for entry in claimants]
+        distributions = sorted({f"{it.name} {it.version}" if it else "an unknown distribution" for it in dists})
         if len(distributions) > 1:
             raise _claimed_twice(f"plugin name {name!r}", distributions)
         entry, distribution = claimants[0], distributions[0]
@@ -178,10 +179,6 @@ def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distributi
         if kind is not object and not isinstance(item, kind):
             raise PluginError(f"{hook}() of {distribution} returned a {type(item).__name__}, not a {kind.__name__}")
     return items
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
 def own_extras() -> list[str]:
