@@ -115,10 +115,6 @@ def _extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
     """Look up, for each command that ferro's extras bring and that is not present, the extra."""
     from importlib_metadata import entry_points  # as late as possible
 
+    known = {it.name: it.value.removeprefix("ferro_").replace("_", "-") for it in entry_points(group=_KNOWN_COMMANDS)}
     extras = own_extras()
-    found = {}
-    for entry in entry_points(group=_KNOWN_COMMANDS):
-        extra = entry.value.removeprefix("ferro_").replace("_", "-")
-        if entry.name not in present and extra in extras:
-            found[entry.name] = extra
-    return found
+    return {name: extra for name, extra in known.items() if name not in present and extra in extras}

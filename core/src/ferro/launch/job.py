@@ -68,14 +68,14 @@ def _run_attempt(options: LaunchOptions, number: int, console: Console, nodes: N
     with _open_endpoint(number, nodes) as endpoint, contextlib.ExitStack() as stack:
         parts = None
         if options.trace is not None:
-            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-")))
+            parts = stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-"))
         failure = _Attempt(options, number, console, endpoint, nodes, parts).run()
         if options.trace is not None and parts is not None:
             target = options.trace
             if options.node_rank > 0:
                 target = target.with_suffix(f".node{options.node_rank}{target.suffix}")
             first = options.node_rank * options.nproc_per_node
-            for problem in merge_parts(parts, range(first, first + options.nproc_per_node), target):
+            for problem in merge_parts(Path(parts), range(first, first + options.nproc_per_node), target):
                 console.say(problem)
         return failure
 
@@ -105,8 +105,7 @@ def _free_port(host: str) -> int:
     family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.bind(address)
-        port: int = probe.getsockname()[1]
-    return port
+        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -118,7 +117,7 @@ class _Attempt:
     console: Console
     endpoint: tuple[Address, Address, bytes]  # as `_open_endpoint` yields it
     nodes: NodeRendezvous | None
-    trace: Path | None
+    trace: str | None  # the directory for its parts
     ranks: list[RankProcess] = field(default_factory=list)
 
     def run(self) -> Failure | None:
@@ -159,8 +158,7 @@ class _Attempt:
                 master=master,
                 secret=secret,
             )
-            trace = None if self.trace is None else str(self.trace)
-            env = child_environment(info, restart=self.number, trace=trace, timeout_s=options.timeout_s)
+            env = child_environment(info, restart=self.number, trace=self.trace, timeout_s=options.timeout_s)
             files: list[IO[bytes]] = []
             if options.log_dir is not None:  # later attempts append to the logs
                 for name in (f"rank{info.rank}.out", f"rank{info.rank}.err"):

@@ -20,7 +20,6 @@ from ferro.runtime.environment import options
 if TYPE_CHECKING:
     from importlib_metadata import EntryPoint
 
-GROUP = "ferro"
 Item = TypeVar("Item")
 Named = TypeVar("Named", "hookspecs.BackendInfo", "hookspecs.StrategyInfo", "hookspecs.CommandInfo")
 
@@ -35,8 +34,6 @@ class Offer(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plugin that was loaded."""
-
     distribution: str  # "name version"
     module: str
     hooks: tuple[str, ...]
@@ -46,7 +43,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A plugin that could not be loaded."""
+    """A plugin that could not be loaded, or a hook of which failed."""
 
     name: str
     error: PluginError
@@ -141,7 +138,7 @@ def installed() -> Plugins:
     # Here, so that `import ferro` does not pay for an import that only looking for plugins needs.
     from importlib_metadata import entry_points
 
-    return Plugins(entry_points(group=GROUP))
+    return Plugins(entry_points(group="ferro"))
 
 
 def by_name(offers: Iterable[Offer[Named]]) -> dict[str, list[Offer[Named]]]:
