@@ -69,9 +69,7 @@ def test_a_layer_that_is_added_later_is_noticed_by_the_next_step(copied):
         model.vjp(np.ones((4, 2), np.float32))
         layer = deepcopy(model.module.layers[0]) if copied else Linear(2, 3, rng=1)
         model.module.layers[0] = layer
-        with pytest.raises(
-            ferro.UsageError, match=r"'layers.0.weight' was frozen or absent when the module was wrapped"
-        ):
+        with pytest.raises(ferro.UsageError, match=r"'layers\.0\.weight' was frozen or absent"):
             model.vjp(np.ones((4, 2), np.float32))
 
     ferro.simulate(run, 2)
