@@ -35,7 +35,7 @@ from ferro.backend import Backend
 from ferro.collectives.choice import Choice
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.observers import Observer
-from ferro.types import Availability, Device
+from ferro.types import Availability, BootstrapBroadcast, Device
 
 if TYPE_CHECKING:
     from ferro.rendezvous.store.interface import Store
@@ -49,9 +49,6 @@ hookimpl = pluggy.HookimplMarker("ferro")
 
 # (module, group, **options) -> module; each strategy has options of its own.
 Strategy: TypeAlias = Callable[..., Any]
-
-# (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
-BootstrapBroadcast: TypeAlias = Callable[[int, int, bytes | None, float], bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 # A NumPy or CuPy array. In quotes, for numpy.typing takes milliseconds to import that `import ferro` should not.
 Array: TypeAlias = "npt.NDArray[np.generic]"
+
+# (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
+BootstrapBroadcast: TypeAlias = Callable[[int, int, bytes | None, float], bytes]
 
 
 class ReduceOp(enum.StrEnum):

@@ -2,6 +2,6 @@
 
 from ferro.collectives.choice import Choice
 from ferro.collectives.registry import available, get
-from ferro.collectives.schedule import CollectiveInfo, Recv, Round, Schedule, Send
+from ferro.collectives.schedule import Build, CollectiveInfo, Recv, Round, Schedule, Send
 
-__all__ = ["Choice", "CollectiveInfo", "Recv", "Round", "Schedule", "Send", "available", "get"]
+__all__ = ["Build", "Choice", "CollectiveInfo", "Recv", "Round", "Schedule", "Send", "available", "get"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ferro.collectives.schedule import CollectiveInfo
-from ferro.errors import PluginError, UsageError
-from ferro.plugins.registry import Offer, installed
+from ferro.errors import UsageError
+from ferro.plugins.registry import installed, sole
 
 
 def available() -> dict[str, tuple[str, ...]]:
     """List, for each collective, the names of the algorithms that installed plugins offer."""
     found: dict[str, list[str]] = {}
     offers, _ = installed().survey("ferro_collectives", CollectiveInfo)
-    for collective, algorithm in sorted(_table(offers)):
+    for collective, algorithm in sorted({(it.item.collective, it.item.algorithm) for it in offers}):
         found.setdefault(collective, []).append(algorithm)
     return {collective: tuple(names) for collective, names in found.items()}
 
@@ -25,24 +23,12 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
         UsageError: no plugin offers it; the message lists those on offer.
         PluginError: two plugins offer it under one name, or a plugin is broken.
     """
-    installed().require_all()
-    claims = _table(installed().offers("ferro_collectives", CollectiveInfo)).get((collective, algorithm), [])
-    if not claims:
+    offers = installed().offers("ferro_collectives", CollectiveInfo)
+    claimants = [it for it in offers if (it.item.collective, it.item.algorithm) == (collective, algorithm)]
+    if not claimants:
         offered = available()
         if collective not in offered:
             raise UsageError(f"there is no collective {collective!r}; there are: {', '.join(offered)}")
         others = ", ".join(offered[collective])
         raise UsageError(f"no algorithm {algorithm!r} for {collective!r}; there are: {others}")
-    if len(claims) > 1:
-        distributions = " and by ".join(offer.distribution for offer in claims)
-        raise PluginError(
-            f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: uninstall one of them"
-        )
-    return claims[0].item
-
-
-def _table(offers: Iterable[Offer[CollectiveInfo]]) -> dict[tuple[str, str], list[Offer[CollectiveInfo]]]:
-    table: dict[tuple[str, str], list[Offer[CollectiveInfo]]] = {}
-    for offer in offers:
-        table.setdefault((offer.item.collective, offer.item.algorithm), []).append(offer)
-    return table
+    return sole(claimants, f"algorithm {algorithm!r} for {collective!r}").item

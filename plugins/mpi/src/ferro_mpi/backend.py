@@ -8,7 +8,7 @@ import numpy as np
 
 from ferro import PeerLost, RendezvousError
 from ferro.backend import Backend
-from ferro.collectives.choice import Choice
+from ferro.collectives import Choice
 from ferro.collectives.gathered_reduction import GatheredReduction
 from ferro.collectives.label import Call
 from ferro.collectives.partition import blocks

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro.collectives.choice import Choice
-from ferro.collectives.schedule import CollectiveInfo
+from ferro import ProcessGroup
+from ferro.collectives import Choice, CollectiveInfo
 from ferro.errors import PluginError
-from ferro.group.process_group import ProcessGroup
-from ferro.simulated.simulate import simulate
+from ferro.simulated import simulate
 from ferro_testing.samples import Findings
 from ferro_testing.schedules import check
 from ferro_testing.single_call import call_once, expected_result

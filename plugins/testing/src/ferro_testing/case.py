@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ferro import ProcessGroup
 from ferro.errors import UnsupportedError
-from ferro.group.process_group import ProcessGroup
-from ferro.simulated.simulate import simulate
+from ferro.simulated import simulate
 from ferro_testing.differences import check_keys, supported
 from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.ranks import run_ranks_outcomes

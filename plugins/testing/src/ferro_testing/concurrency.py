@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferro.group.process_group import ProcessGroup
-from ferro.group.work import Work
+from ferro import ProcessGroup, Work
 from ferro_testing.case import Case
 from ferro_testing.samples import Findings, reduced, sample
 

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
+from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, FerroError
-from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
 from ferro_testing.killing import patience_s
 

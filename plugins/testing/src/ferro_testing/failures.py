@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ferro import ProcessGroup
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost
-from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
 from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 

@@ -7,7 +7,7 @@ from itertools import cycle
 
 import numpy as np
 
-from ferro.group.process_group import ProcessGroup
+from ferro import ProcessGroup
 from ferro_testing.case import Case
 from ferro_testing.differences import MOVING, without
 from ferro_testing.samples import LARGE, SHAPES, Findings, Shape, in_blocks, preferred, rows, sample

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ferro.group.process_group import ProcessGroup
+from ferro import ProcessGroup
 from ferro_testing.case import Case
 from ferro_testing.samples import Findings
 

@@ -17,11 +17,10 @@ from typing import NoReturn
 
 import pytest
 
-from ferro import backends
+from ferro import ProcessGroup, backends
 from ferro.errors import CollectiveTimeout, FerroError, GroupClosed, PeerLost, UsageError
-from ferro.group.process_group import ProcessGroup
 from ferro.rendezvous import codec
-from ferro.simulated.simulate import simulate
+from ferro.simulated import simulate
 from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.ranks import run_ranks

@@ -8,7 +8,7 @@ from itertools import cycle
 
 import numpy as np
 
-from ferro.group.process_group import ProcessGroup
+from ferro import ProcessGroup
 from ferro.types import Array
 from ferro_testing.case import Case
 from ferro_testing.differences import REDUCING, without

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ferro import ProcessGroup
 from ferro.errors import FerroError, UnsupportedError, UsageError
-from ferro.group.process_group import ProcessGroup
 from ferro.types import Array
 from ferro_testing.case import Case
 from ferro_testing.differences import FEATURES

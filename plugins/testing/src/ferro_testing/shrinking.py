@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, PeerLost
-from ferro.group.process_group import ProcessGroup
 from ferro_testing.case import Case, require
 from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 from ferro_testing.samples import Findings, reduced, sample

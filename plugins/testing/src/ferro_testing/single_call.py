@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ferro.group.process_group import ProcessGroup
+from ferro import ProcessGroup
 from ferro.types import Array
 from ferro_testing.samples import reduced, sample
 

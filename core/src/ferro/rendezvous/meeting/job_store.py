@@ -33,7 +33,7 @@ from ferro.rendezvous.store.server import StoreServer
 from ferro.runtime.environment import Address, LaunchInfo, format_address, parse_address
 
 if TYPE_CHECKING:
-    from ferro.hookspecs import BootstrapBroadcast
+    from ferro.types import BootstrapBroadcast
 
 _OPEN_S = 1.0  # how long a store may be there before its host has opened it
 _ATTEMPT_S = 3.0  # for one of the addresses that rank 0 broadcast, as long as there are others

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+from ferro import Work
 from ferro.collectives.label import Call
 from ferro.collectives.partition import near_equal
 from ferro.group.serial_executor import SerialExecutor
-from ferro.group.work import Work
 from ferro.types import Array
 from ferro_gloo.hierarchy.topology import Topology
 from ferro_gloo.shm.backend import ShmBackend

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from ferro.group.process_group import ProcessGroup
+from ferro import ProcessGroup
 from ferro_testing.case import Case, attempt
 from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ferro import ProcessGroup
 from ferro.errors import UnsupportedError, UsageError
-from ferro.group.process_group import ProcessGroup
 from ferro.types import Array, Device
 from ferro_testing.samples import Findings
 from ferro_testing.single_call import Placement, expected_result, prepare_call, unchanged

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ferro.collectives.schedule import Build, Send
+from ferro.collectives import Build, Send
 from ferro.errors import UsageError
 from ferro_testing.schedules.messages import AlgorithmInstance, match_messages
 from ferro_testing.schedules.symbolic import CONTRACTS, Contract, SymbolicRun

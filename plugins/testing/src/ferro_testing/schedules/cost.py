@@ -22,8 +22,8 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Sequence
 from typing import NamedTuple, TypeAlias
 
+from ferro.collectives import Build, Schedule
 from ferro.collectives.network import Network
-from ferro.collectives.schedule import Build, Schedule
 from ferro.errors import PluginError, UsageError
 
 

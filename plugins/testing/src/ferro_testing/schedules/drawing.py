@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from ferro.collectives.schedule import Build
+from ferro.collectives import Build
 from ferro_testing.schedules.messages import AlgorithmInstance, Message, match_messages
 
 

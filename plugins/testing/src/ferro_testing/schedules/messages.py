@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-from ferro.collectives.schedule import Build, Recv, Schedule, Send
+from ferro.collectives import Build, Recv, Schedule, Send
 from ferro.errors import PluginError, UsageError
 
 

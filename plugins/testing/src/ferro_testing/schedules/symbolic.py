@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from ferro.collectives.schedule import Schedule
+from ferro.collectives import Schedule
 from ferro.errors import PluginError
 from ferro_testing.schedules.messages import AlgorithmInstance, Message
 
