@@ -20,7 +20,6 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ferro.errors import FerroError, RendezvousError, UsageError
 from ferro.rendezvous import codec
@@ -31,9 +30,7 @@ from ferro.rendezvous.store.client import StoreClient
 from ferro.rendezvous.store.interface import StoreTimeout
 from ferro.rendezvous.store.server import StoreServer
 from ferro.runtime.environment import Address, LaunchInfo, format_address, parse_address
-
-if TYPE_CHECKING:
-    from ferro.types import BootstrapBroadcast
+from ferro.types import BootstrapBroadcast
 
 _OPEN_S = 1.0  # how long a store may be there before its host has opened it
 _ATTEMPT_S = 3.0  # for one of the addresses that rank 0 broadcast, as long as there are others
