@@ -77,21 +77,22 @@ class FailureDetector:
     """
 
     def __init__(self, store: Store, rank: int, host: int | None) -> None:
-        self._store: Store | None = store  # None once it is gone
+        self._store = store
         self._rank = rank
         self._host = host
+        self._store_gone = False
         self._lost: frozenset[int] = frozenset()
         store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
 
     def __call__(self) -> frozenset[int]:
         """Ask for the lost ranks but this one; never raises. A store that is gone is not asked again."""
-        if self._store is not None:
+        if not self._store_gone:
             try:
                 ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())
                 self._lost = frozenset(map(int, ranks.split()))
             except TimeoutError:  # no rank is lost, or the store is slow: ask another time
                 pass
             except FerroError:
-                self._store = None
+                self._store_gone = True
                 self._lost |= set() if self._host is None else {self._host}
         return self._lost - {self._rank}
