@@ -218,7 +218,7 @@ def test_a_store_that_cannot_be_reached(ranks, store):
 
 
 def test_a_rank_that_never_comes(ranks, store):
-    places = [(place(store, rank, 3), {"timeout_s": 1}) for rank in range(2)]
+    places = [(place(store, rank, 3), {"timeout_s": 5}) for rank in range(2)]
     for kind, text in ranks(*places):
         assert kind == "RendezvousError"
         assert "still misses ranks [2] of 3 (present: [0, 1])" in text
