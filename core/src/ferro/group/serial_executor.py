@@ -92,10 +92,6 @@ class SerialExecutor:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    @property
-    def idle(self) -> bool:
-        return not self.pending and not self.lock.locked()
-
     def run(self, op: str, operation: Callable[[int], Result]) -> Result:
         """Run an operation, given its number, after all that are pending; or raise ExecutorClosed."""
         if self.pending:
@@ -134,6 +130,15 @@ class SerialExecutor:
             return False
         self.lock.release()
         return True
+
+    def close_if_idle(self) -> bool:
+        """Take no more operations unless one is under way or pending; say whether the executor is closed."""
+        if self.lock.acquire(blocking=False):
+            with self._changed:
+                self.closed = self.closed or not self.pending
+                self._changed.notify_all()
+            self.lock.release()
+        return self.closed
 
     def _run_pending(self) -> None:
         _THREAD_STATE.on_executor_thread = True
