@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError, UsageError
-from ferro.plugins.registry import Offer, installed
+from ferro.plugins.registry import installed
 
 
 def available() -> dict[str, tuple[str, ...]]:
     """List, for each collective, the names of the algorithms that installed plugins offer."""
-    found: dict[str, list[str]] = {}
-    offers, _ = installed().survey("ferro_collectives", CollectiveInfo)
-    for collective, algorithm in sorted(_table(offers)):
-        found.setdefault(collective, []).append(algorithm)
-    return {collective: tuple(names) for collective, names in found.items()}
+    found: dict[str, set[str]] = {}
+    for offer in installed().survey("ferro_collectives", CollectiveInfo)[0]:
+        found.setdefault(offer.item.collective, set()).add(offer.item.algorithm)
+    return {collective: tuple(sorted(names)) for collective, names in sorted(found.items())}
 
 
 def get(collective: str, algorithm: str) -> CollectiveInfo:
@@ -26,7 +23,8 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
         PluginError: two plugins offer it under one name, or a plugin is broken.
     """
     installed().require_all()
-    claims = _table(installed().offers("ferro_collectives", CollectiveInfo)).get((collective, algorithm), [])
+    offers = installed().offers("ferro_collectives", CollectiveInfo)
+    claims = [offer for offer in offers if (offer.item.collective, offer.item.algorithm) == (collective, algorithm)]
     if not claims:
         offered = available()
         if collective not in offered:
@@ -39,10 +37,3 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
             f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: uninstall one of them"
         )
     return claims[0].item
-
-
-def _table(offers: Iterable[Offer[CollectiveInfo]]) -> dict[tuple[str, str], list[Offer[CollectiveInfo]]]:
-    table: dict[tuple[str, str], list[Offer[CollectiveInfo]]] = {}
-    for offer in offers:
-        table.setdefault((offer.item.collective, offer.item.algorithm), []).append(offer)
-    return table
