@@ -83,12 +83,9 @@ class Dispatcher:
     def checked_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
             return self._timeout_s
-        number = isinstance(timeout_s, int | float | np.number)
-        if not number or not 0 < timeout_s <= threading.TIMEOUT_MAX:
-            raise UsageError(
-                f"timeout_s must be a positive number of seconds, at most "
-                f"{threading.TIMEOUT_MAX:.0f}, not {timeout_s!r}"
-            )
+        most = threading.TIMEOUT_MAX
+        if not isinstance(timeout_s, int | float | np.number) or not 0 < timeout_s <= most:
+            raise UsageError(f"timeout_s must be a positive number of seconds, at most {most:.0f}, not {timeout_s!r}")
         return float(timeout_s)
 
     def countdown(self, timeout_s: float | None) -> Callable[[], float]:
@@ -151,17 +148,15 @@ class Dispatcher:
         """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
         allowed_s = self.checked_timeout(timeout_s)
         self.check_open(op)
-        channels, nbytes = [], 0
-        for direction, messages in (("send", sends), ("recv", recvs)):
-            for peer, buffer in messages:
-                channels.append(ChannelKey(direction, peer, tag))
-                nbytes += buffer.nbytes
+        # The operation of a sendrecv runs in the receiving executor, within the sending one.
+        channels = [ChannelKey("send", peer, tag) for peer, _ in sends]
+        channels += [ChannelKey("recv", peer, tag) for peer, _ in recvs]
+        nbytes = sum(buffer.nbytes for _, buffer in (*sends, *recvs))
         peers = tuple(dict([*sends, *recvs]))
         launches = device in self._streams
         action = partial(self._move, sends, recvs, tag)
         operation = partial(self._perform, partial(Call, op), action, finish, nbytes, allowed_s, launches, peers)
         channel, *inner = channels
-        # The operation of a sendrecv runs in the receiving executor, within the sending one.
         outer = (lambda _: self._submit(inner[0], op, operation)) if inner else operation
         result = self._submit(channel, op, outer, in_background=async_op and not launches)
         return result.wait() if launches and not async_op else result
@@ -336,13 +331,12 @@ class Dispatcher:
             action(deadline=deadline)
         except UnsupportedError:  # by the backend, on all ranks alike
             raise
-        except Exception as error:
-            site = CallSite(call, peers, timeout_s, time.monotonic() - started)
-            raise self._fail(error, site) from error
-        except (KeyboardInterrupt, SystemExit) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             # The other ranks learn of the user's interrupt; a simulated rank that is killed reports nothing, as a real
             # one could not.
-            self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            cause = self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            if isinstance(error, Exception):
+                raise cause from error
             raise
 
     def _fail(self, error: BaseException, site: CallSite) -> FerroError:
