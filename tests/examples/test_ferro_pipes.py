@@ -73,7 +73,7 @@ def installed(tmp_path_factory):
     venv.create(folder / "env", with_pip=True)
     bin_folder = folder / "env" / "bin"
     pip = [bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "--quiet", "--no-deps", source], check=True, timeout=120)
+    subprocess.run([*pip, "--quiet", "--no-deps", source], check=True, timeout=300)
     [packages] = (folder / "env").glob("lib/python*/site-packages")
     here = sysconfig.get_path("purelib")
     (packages / "tests_environment.pth").write_text(f"import site; site.addsitedir({here!r})\n")
@@ -89,7 +89,7 @@ def call(installed, *arguments):
         env={**inherited, "TMPDIR": str(_empty(installed))},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterable
 
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendInfo
-from ferro.plugins.registry import Offer, Plugins, by_name, how_to_install, installed, own_extras
+from ferro.plugins.registry import Offer, by_name, how_to_install, installed, own_extras, sole
 from ferro.types import Availability, Device
 
-_Table: TypeAlias = Mapping[str, Offer[BackendInfo] | PluginError]
+_HOOK = "ferro_backends"
 
 
 def available() -> dict[str, Availability]:
@@ -19,17 +18,13 @@ def available() -> dict[str, Availability]:
     A broken plugin has an entry that says what is wrong; nothing is raised for it. No native library is imported, no
     socket opened, no MPI started.
     """
-    plugins = installed()
-    offers, silent = plugins.survey("ferro_backends", BackendInfo)
-    found = {
-        broken.name: Availability(ok=False, reason=str(broken.error), hint="repair or uninstall it")
-        for broken in (*plugins.broken, *silent)
-    }
-    for name, offer in sorted(by_name(offers, "backend").items()):
-        if isinstance(offer, PluginError):
-            found[name] = Availability(ok=False, reason=str(offer), hint="uninstall one of them")
-        else:
-            found[name] = probe(offer.item)
+    offers, broken = installed().survey(_HOOK, BackendInfo)
+    found = {it.name: Availability(ok=False, reason=str(it.error), hint="repair or uninstall it") for it in broken}
+    for name, claimants in by_name(offers).items():
+        try:
+            found[name] = probe(sole(claimants, f"backend name {name!r}").item)
+        except PluginError as error:
+            found[name] = Availability(ok=False, reason=str(error), hint="uninstall one of them")
     return found
 
 
@@ -44,17 +39,13 @@ def get(name: str) -> BackendInfo:
         BackendUnavailable: it is not installed; the hint says what to install.
         PluginError: two plugins claim the name, or a plugin could not be loaded.
     """
-    plugins = installed()
-    plugins.require_all()
-    table = _table(plugins)
+    offers = installed().offers(_HOOK, BackendInfo)
     if ":" in name:
-        return _composing(table, name)
-    offer = table.get(name)
-    if isinstance(offer, PluginError):
-        raise offer
-    if offer is None:
-        raise _absent(name, plugins, table)
-    return offer.item
+        return _composing(_sole_infos(offers), name)
+    claimants = by_name(offers).get(name)
+    if claimants is None:
+        raise _absent(name, offers)
+    return sole(claimants, f"backend name {name!r}").item
 
 
 def probe(info: BackendInfo) -> Availability:
@@ -62,7 +53,7 @@ def probe(info: BackendInfo) -> Availability:
     try:
         return info.probe()
     except Exception as error:  # noqa: BLE001 - a plugin's probe may raise anything
-        offers, _ = installed().survey("ferro_backends", BackendInfo)
+        offers, _ = installed().survey(_HOOK, BackendInfo)
         authors = " and ".join(offer.distribution for offer in offers if offer.item.name == info.name) or info.name
         reason = f"its probe raised {type(error).__name__}: {error}"
         return Availability(ok=False, reason=reason, hint=f"Report this to the authors of {authors}.")
@@ -70,7 +61,8 @@ def probe(info: BackendInfo) -> Availability:
 
 def supporting(device: Device) -> list[str]:
     """List the names of the installed backends, usable or not, that take arrays on a device."""
-    return sorted(info.name for info in _infos(_table(installed())) if device in info.devices)
+    offers, _ = installed().survey(_HOOK, BackendInfo)
+    return sorted(info.name for info in _sole_infos(offers) if device in info.devices)
 
 
 def default(launcher: str) -> str | None:
@@ -79,9 +71,7 @@ def default(launcher: str) -> str | None:
     Raises:
         PluginError: two backends offer to be the default, or a plugin could not be loaded.
     """
-    plugins = installed()
-    plugins.require_all()
-    infos = _infos(_table(plugins))
+    infos = _sole_infos(installed().offers(_HOOK, BackendInfo))
     for wanted in (launcher, "*"):
         names = sorted(info.name for info in infos if wanted in info.default_under)
         if len(names) > 1:
@@ -94,17 +84,13 @@ def default(launcher: str) -> str | None:
     return None
 
 
-def _table(plugins: Plugins) -> _Table:
-    return by_name(plugins.offers("ferro_backends", BackendInfo), "backend")
+def _sole_infos(offers: Iterable[Offer[BackendInfo]]) -> list[BackendInfo]:
+    return [claimants[0].item for claimants in by_name(offers).values() if len(claimants) == 1]
 
 
-def _infos(table: _Table) -> list[BackendInfo]:
-    return [offer.item for offer in table.values() if not isinstance(offer, PluginError)]
-
-
-def _composing(table: _Table, name: str) -> BackendInfo:
+def _composing(installed_infos: Iterable[BackendInfo], name: str) -> BackendInfo:
     """Find the one backend that is made of other backends."""
-    infos = [info for info in _infos(table) if info.composes]
+    infos = [info for info in installed_infos if info.composes]
     if len(infos) > 1:
         both = " and ".join(sorted(info.name for info in infos))
         raise PluginError(f"backends {both} both take a map such as {name!r}: uninstall one")
@@ -117,13 +103,12 @@ def _composing(table: _Table, name: str) -> BackendInfo:
     return infos[0]
 
 
-def _absent(name: str, plugins: Plugins, table: _Table) -> BackendUnavailable:
+def _absent(name: str, offers: Iterable[Offer[BackendInfo]]) -> BackendUnavailable:
     """Make the error for a backend that no plugin offers: why, and what to do."""
-    loaded = plugins.versions.get(name)
-    offering = {offer.distribution for offer in plugins.offers("ferro_backends", BackendInfo)}
-    reason = f"no plugin that offers it is installed (installed: {', '.join(sorted(table))})"
+    loaded = installed().versions.get(name)
+    reason = f"no plugin that offers it is installed (installed: {', '.join(by_name(offers))})"
     remedy = f"Check the spelling, or install the distribution that offers {name!r}."
-    if loaded is not None and loaded not in offering:
+    if loaded is not None and loaded not in {offer.distribution for offer in offers}:
         reason = f"plugin {name!r} of {loaded} is loaded, but offers no backend"
         remedy = "Is its ferro_backends decorated with @ferro.hookimpl?"
     elif name in own_extras():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from ferro.errors import PluginError
 from ferro.hookspecs import Strategy, StrategyInfo
-from ferro.plugins.registry import by_name, how_to_install, installed
+from ferro.plugins.registry import by_name, how_to_install, installed, sole
 
 
 def available() -> dict[str, str]:
     """List the installed strategies: name -> one-line summary. A broken plugin's are left out; nothing is imported."""
     offers, _ = installed().survey("ferro_strategies", StrategyInfo)
-    named = sorted(by_name(offers, "strategy").items())
-    return {name: offer.item.summary for name, offer in named if not isinstance(offer, PluginError)}
+    return {name: found[0].item.summary for name, found in by_name(offers).items() if len(found) == 1}
 
 
 def get(name: str) -> Strategy:
@@ -25,14 +24,10 @@ def get(name: str) -> Strategy:
 
 def info(name: str) -> StrategyInfo:
     """Return the description of a strategy, without importing it; raises as `get` does."""
-    plugins = installed()
-    plugins.require_all()
-    offer = by_name(plugins.offers("ferro_strategies", StrategyInfo), "strategy").get(name)
-    if isinstance(offer, PluginError):
-        raise offer
-    if offer is None:
+    claimants = [it for it in installed().offers("ferro_strategies", StrategyInfo) if it.item.name == name]
+    if not claimants:
         remedy = f"none is installed; ferro's own are installed {how_to_install('strategies')}"
         if others := ", ".join(available()):
             remedy = f"there are: {others}; check the spelling, or install the plugin that offers it"
         raise PluginError(f"no installed plugin offers the strategy {name!r}: {remedy}")
-    return offer.item
+    return sole(claimants, f"strategy name {name!r}").item

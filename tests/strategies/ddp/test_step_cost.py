@@ -2,13 +2,14 @@
 
 import sys
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
 
 import ferro
 from ferro_strategies import DDP
-from ferro_strategies.nn import BatchNorm, Linear, ReLU, Sequential
+from ferro_strategies.nn import BatchNorm, Buffer, Linear, ReLU, Sequential
 from ferro_strategies.optim import SGD
 
 
@@ -59,3 +60,27 @@ def test_a_step_does_not_walk_the_tree_of_modules(broadcast_buffers, find_unused
         assert abs(overhead(group, 1000) - overhead(group, 10)) < 500
 
     ferro.simulate(run, 1, timeout_s=10, run_timeout_s=30)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_layer_that_is_added_later_is_noticed_by_the_next_step(copied):
+    def run(group):
+        model = DDP(Sequential(Linear(2, 3, rng=0), BatchNorm(3)), group)
+        model.vjp(np.ones((4, 2), np.float32))
+        layer = deepcopy(model.module.layers[0]) if copied else Linear(2, 3, rng=1)
+        model.module.layers[0] = layer
+        with pytest.raises(ferro.UsageError, match=r"'layers\.0\.weight' was frozen or absent"):
+            model.vjp(np.ones((4, 2), np.float32))
+
+    ferro.simulate(run, 2)
+
+
+def test_a_buffer_that_is_added_later_is_broadcast():
+    def run(group):
+        model = DDP(Sequential(Linear(2, 3, rng=0), ReLU()), group)
+        model.vjp(np.ones((4, 2), np.float32))
+        model.module.layers[1].seen = Buffer(np.full(2, float(group.rank)))
+        model.vjp(np.ones((4, 2), np.float32))
+        return model.module.layers[1].seen.data.tolist()
+
+    assert ferro.simulate(run, 2) == [[0.0, 0.0]] * 2

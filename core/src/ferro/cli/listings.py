@@ -17,23 +17,20 @@ _CELL_CHARACTERS = 44
 
 def show_backends(arguments: Sequence[str]) -> int:
     """Print the installed backends, and whether each can be used here; return the exit status."""
-    as_json = _wants_json("backends", "Show which backends are installed, and whether they can be used.", arguments)
-    found = available()
-    if as_json:
-        print(json.dumps({name: asdict(it) for name, it in found.items()}, indent=2))  # noqa: T201 - a command talks
-        return 0
-    rows = [("backend", "usable", "version", "why", "what to do")]
-    for name, it in found.items():
-        rows.append((name, "yes" if it.ok else "no", it.version or "-", it.reason or "-", it.hint or "-"))
-    print(_table(rows))  # noqa: T201 - a command talks
+    if _wants_json("backends", "Show which backends are installed, and whether they can be used.", arguments):
+        print(json.dumps({name: asdict(it) for name, it in available().items()}, indent=2))  # noqa: T201 - a command talks
+    else:
+        rows = [("backend", "usable", "version", "why", "what to do")]
+        for name, it in available().items():
+            rows.append((name, "yes" if it.ok else "no", it.version or "-", it.reason or "-", it.hint or "-"))
+        print(_table(rows))  # noqa: T201 - a command talks
     return 0
 
 
 def show_plugins(arguments: Sequence[str]) -> int:
     """Print every installed plugin with its hooks and versions; return 1 when one is broken."""
-    as_json = _wants_json("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments)
     plugins = installed()
-    if as_json:
+    if _wants_json("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments):
         loaded = {name: asdict(it) for name, it in plugins.loaded.items()}
         broken = {it.name: str(it.error) for it in plugins.broken}
         print(json.dumps({"loaded": loaded, "broken": broken}, indent=2))  # noqa: T201 - a command talks

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 
 from ferro.errors import FerroError, PluginError, UsageError
 from ferro.hookspecs import CommandInfo
-from ferro.plugins.registry import by_name, how_to_install, installed
+from ferro.plugins.registry import by_name, how_to_install, installed, own_extras, sole
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
@@ -56,7 +55,7 @@ def _help() -> str:
     """Describe every installed command, and name the extras that bring the absent ones."""
     found, errors = _available()
     absent = _extras_of_absent_commands(found)
-    lines = {name: info.summary for name, info in sorted(found.items())}
+    lines = {name: info.summary for name, info in found.items()}
     lines |= {name: f"not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())}
     width = max(map(len, lines))
     return "\n".join(
@@ -71,16 +70,15 @@ def _help() -> str:
 
 
 def _available() -> tuple[dict[str, CommandInfo], list[PluginError]]:
-    """List the installed commands by name, and the errors of plugins that could not tell theirs."""
-    plugins = installed()
-    offers, silent = plugins.survey("ferro_commands", CommandInfo)
-    errors = [broken.error for broken in (*plugins.broken, *silent)]
+    """List the installed commands by name, and the errors of broken plugins and of names claimed twice."""
+    offers, broken = installed().survey("ferro_commands", CommandInfo)
+    errors = [it.error for it in broken]
     found: dict[str, CommandInfo] = {}
-    for name, offer in by_name(offers, "command").items():
-        if isinstance(offer, PluginError):
-            errors.append(offer)
-        else:
-            found[name] = offer.item
+    for name, claimants in by_name(offers).items():
+        try:
+            found[name] = sole(claimants, f"command name {name!r}").item
+        except PluginError as error:
+            errors.append(error)
     return found, errors
 
 
@@ -93,10 +91,8 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
             distribution.
     """
     offers, _ = installed().survey("ferro_commands", CommandInfo)
-    offer = by_name(offers, "command").get(name)
-    if isinstance(offer, PluginError):
-        raise offer
-    if offer is not None:
+    if claimants := by_name(offers).get(name):
+        offer = sole(claimants, f"command name {name!r}")
         try:
             return offer.item.load()
         except ImportError as error:
@@ -112,20 +108,13 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
         raise UsageError(
             f"the command {name!r} is not installed: the extra {extra!r} brings it, {how_to_install(extra)}"
         )
-    raise UsageError(f"there is no command {name!r}; there are: {', '.join(sorted(found))}; see `ferro --help`")
+    raise UsageError(f"there is no command {name!r}; there are: {', '.join(found)}; see `ferro --help`")
 
 
 def _extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
     """Look up, for each command that ferro's extras bring and that is not present, the extra."""
-    from importlib_metadata import PackageNotFoundError, distribution  # as late as possible
+    from importlib_metadata import entry_points  # as late as possible
 
-    try:
-        ferro = distribution("ferro")
-    except PackageNotFoundError:
-        return {}
-    extras = {}
-    for requirement in ferro.requires or []:
-        if match := re.match(r"ferro-([\w-]+)(?![\w-]).*extra == ['\"]\1['\"]", requirement):
-            extras[f"ferro_{match[1].replace('-', '_')}"] = match[1]
-    known = ferro.entry_points.select(group=_KNOWN_COMMANDS)
-    return {entry.name: extras[entry.value] for entry in known if entry.name not in present and entry.value in extras}
+    known = {it.name: it.value.removeprefix("ferro_").replace("_", "-") for it in entry_points(group=_KNOWN_COMMANDS)}
+    extras = own_extras()
+    return {name: extra for name, extra in known.items() if name not in present and extra in extras}

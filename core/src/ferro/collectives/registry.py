@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ferro.collectives.schedule import CollectiveInfo
-from ferro.errors import PluginError, UsageError
-from ferro.plugins.registry import installed
+from ferro.errors import UsageError
+from ferro.plugins.registry import installed, sole
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -22,18 +22,12 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
         UsageError: no plugin offers it; the message lists those on offer.
         PluginError: two plugins offer it under one name, or a plugin is broken.
     """
-    installed().require_all()
     offers = installed().offers("ferro_collectives", CollectiveInfo)
-    claims = [offer for offer in offers if (offer.item.collective, offer.item.algorithm) == (collective, algorithm)]
-    if not claims:
+    claimants = [it for it in offers if (it.item.collective, it.item.algorithm) == (collective, algorithm)]
+    if not claimants:
         offered = available()
         if collective not in offered:
             raise UsageError(f"there is no collective {collective!r}; there are: {', '.join(offered)}")
         others = ", ".join(offered[collective])
         raise UsageError(f"no algorithm {algorithm!r} for {collective!r}; there are: {others}")
-    if len(claims) > 1:
-        distributions = " and by ".join(offer.distribution for offer in claims)
-        raise PluginError(
-            f"the algorithm {algorithm!r} for {collective!r} is claimed by {distributions}: uninstall one of them"
-        )
-    return claims[0].item
+    return sole(claimants, f"algorithm {algorithm!r} for {collective!r}").item

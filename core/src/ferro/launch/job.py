@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from ferro.errors import FerroError, UsageError
 from ferro.launch.nodes import NodeRendezvous
@@ -24,8 +24,6 @@ from ferro.launch.trace import merge_parts
 from ferro.rendezvous import StoreServer, derive, per_user_secret
 from ferro.runtime.environment import Address, LaunchInfo, child_environment, read_secret
 
-_LOOPBACK = "127.0.0.1"
-_SECRET_BYTES = 32
 # A rank that lost a peer may end before that peer does: the peer has this long to say what happened.
 _CULPRIT_S = 1.0
 
@@ -54,7 +52,8 @@ def run(options: LaunchOptions) -> int:
     with contextlib.ExitStack() as stack:
         nodes = None
         if options.nnodes > 1:
-            nodes = stack.enter_context(NodeRendezvous(options, derive(_shared_secret(), "launchers")))
+            # All nodes have FERRO_SECRET, or the user's secret in a shared home directory.
+            nodes = stack.enter_context(NodeRendezvous(options, read_secret() or per_user_secret()))
         restarts = 0
         while (failure := _run_attempt(options, restarts, console, nodes)) is not None:
             if restarts == options.max_restarts or not failure.restart:
@@ -69,49 +68,36 @@ def _run_attempt(options: LaunchOptions, number: int, console: Console, nodes: N
     with _open_endpoint(number, nodes) as endpoint, contextlib.ExitStack() as stack:
         parts = None
         if options.trace is not None:
-            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-")))
+            parts = stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-"))
         failure = _Attempt(options, number, console, endpoint, nodes, parts).run()
         if options.trace is not None and parts is not None:
             target = options.trace
             if options.node_rank > 0:
                 target = target.with_suffix(f".node{options.node_rank}{target.suffix}")
             first = options.node_rank * options.nproc_per_node
-            for problem in merge_parts(parts, range(first, first + options.nproc_per_node), target):
+            for problem in merge_parts(Path(parts), range(first, first + options.nproc_per_node), target):
                 console.say(problem)
         return failure
 
 
-class _Endpoint(NamedTuple):
-    """The addresses of an attempt's store, and of a free port for programs that use torch.distributed; its secret."""
-
-    store: Address
-    master: Address
-    secret: bytes
-
-
 @contextlib.contextmanager
-def _open_endpoint(attempt: int, nodes: NodeRendezvous | None) -> Iterator[_Endpoint]:
+def _open_endpoint(attempt: int, nodes: NodeRendezvous | None) -> Iterator[tuple[Address, Address, bytes]]:
     """Host the attempt's store here, or learn where node 0 hosts it.
 
+    Yields the store's address, that of a free port for programs that use torch.distributed, and the store's secret.
     Nothing is kept between attempts, so no key or secret of one is left over in the next.
     """
-    host, secret = _LOOPBACK, secrets.token_bytes(_SECRET_BYTES)
+    host, secret = "127.0.0.1", secrets.token_bytes(32)
     if nodes is not None:
-        host, secret = nodes.host, derive(_shared_secret(), f"ranks of attempt {attempt}")
+        host, secret = nodes.host, derive(nodes.secret, f"ranks of attempt {attempt}")
         if nodes.node_rank > 0:
-            store, master = nodes.read_endpoint(attempt)
-            yield _Endpoint(store, master, secret)
+            yield *nodes.read_endpoint(attempt), secret
             return
     with StoreServer(host, secret=secret) as server:
         store, master = (host, server.address[1]), (host, _free_port(host))
         if nodes is not None:
             nodes.publish_endpoint(attempt, store, master)
-        yield _Endpoint(store, master, secret)
-
-
-def _shared_secret() -> bytes:
-    """Return the secret that all nodes have: FERRO_SECRET, or the user's in a shared home directory."""
-    return read_secret() or per_user_secret()
+        yield store, master, secret
 
 
 def _free_port(host: str) -> int:
@@ -119,8 +105,7 @@ def _free_port(host: str) -> int:
     family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.bind(address)
-        port: int = probe.getsockname()[1]
-    return port
+        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -130,9 +115,9 @@ class _Attempt:
     options: LaunchOptions
     number: int
     console: Console
-    endpoint: _Endpoint
+    endpoint: tuple[Address, Address, bytes]  # as `_open_endpoint` yields it
     nodes: NodeRendezvous | None
-    trace: Path | None
+    trace: str | None  # the directory for its parts
     ranks: list[RankProcess] = field(default_factory=list)
 
     def run(self) -> Failure | None:
@@ -161,6 +146,7 @@ class _Attempt:
 
     def _start(self, supervisor: Supervisor, logs: contextlib.ExitStack) -> None:
         options = self.options
+        store, master, secret = self.endpoint
         for local_rank in range(options.nproc_per_node):
             info = LaunchInfo(
                 rank=options.node_rank * options.nproc_per_node + local_rank,
@@ -168,12 +154,11 @@ class _Attempt:
                 local_rank=local_rank,
                 local_world_size=options.nproc_per_node,
                 launcher="ferro",
-                store=self.endpoint.store,
-                master=self.endpoint.master,
-                secret=self.endpoint.secret,
+                store=store,
+                master=master,
+                secret=secret,
             )
-            trace = None if self.trace is None else str(self.trace)
-            env = child_environment(info, restart=self.number, trace=trace, timeout_s=options.timeout_s)
+            env = child_environment(info, restart=self.number, trace=self.trace, timeout_s=options.timeout_s)
             files: list[IO[bytes]] = []
             if options.log_dir is not None:  # later attempts append to the logs
                 for name in (f"rank{info.rank}.out", f"rank{info.rank}.err"):
@@ -184,8 +169,8 @@ class _Attempt:
                 process = supervisor.start(
                     [sys.executable, *options.python_arguments()],
                     env=env,
-                    stdout=output.receive_out,
-                    stderr=output.receive_err,
+                    stdout=output.out.receive,
+                    stderr=output.err.receive,
                     on_end=output.finish,
                     dies_with_parent=True,
                 )

@@ -27,7 +27,7 @@ from typing import Self
 from ferro.errors import RendezvousError, UsageError
 from ferro.launch.options import LaunchOptions
 from ferro.launch.report import Failure
-from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout
+from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, derive
 from ferro.runtime.environment import Address, format_address, parse_address
 
 JOIN_S = 300.0  # the nodes wait so long for one another to start
@@ -45,22 +45,24 @@ class NodeRendezvous:
     """
 
     def __init__(self, options: LaunchOptions, secret: bytes) -> None:
+        """Join the other nodes, which have the same secret."""
         assert options.endpoint is not None
         self.node_rank = options.node_rank
         self.host = options.endpoint[0]  # node 0's, as all nodes reach it
+        self.secret = secret
         self._nnodes = options.nnodes
         self._next_heartbeat = 0.0
         self._stopped = False
         self._joined = 1
         self._joined_at = time.monotonic()
         self._heartbeats: dict[int, tuple[int, float]] = {}
-        address = options.endpoint
+        address, store_secret = options.endpoint, derive(secret, "launchers")
         with contextlib.ExitStack() as resources:
             if self.node_rank == 0:
-                address = resources.enter_context(StoreServer(*address, secret=secret)).address
+                address = resources.enter_context(StoreServer(*address, secret=store_secret)).address
             deadline = time.monotonic() + JOIN_S
             self._store = resources.enter_context(
-                StoreClient(address, secret, deadline=deadline, request_timeout_s=_REQUEST_S)
+                StoreClient(address, store_secret, deadline=deadline, request_timeout_s=_REQUEST_S)
             )
             self._compare_specs(_job_spec(options), deadline)
             self._resources = resources.pop_all()
@@ -78,9 +80,7 @@ class NodeRendezvous:
         with contextlib.suppress(RendezvousError):
             self._store.add("left", 1)
             deadline = time.monotonic() + _FAREWELL_S
-            while self.node_rank == 0 and time.monotonic() < deadline:
-                if self._store.add("left", 0) >= self._joined:
-                    break
+            while self.node_rank == 0 and self._store.add("left", 0) < self._joined and time.monotonic() < deadline:
                 time.sleep(_FAREWELL_POLL_S)
 
     def publish_endpoint(self, attempt: int, store: Address, master: Address) -> None:

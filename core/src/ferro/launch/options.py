@@ -60,11 +60,7 @@ class _RunParser(Parser):
 
 
 def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> LaunchOptions:
-    """Read the command line after `ferro run`.
-
-    Args:
-        arguments: the command line.
-        environ: variables to take defaults from; the process's own by default.
+    """Read the command line after `ferro run`; defaults come from `environ`, or this process's environment.
 
     Raises:
         UsageError: an option is unknown, malformed or missing.

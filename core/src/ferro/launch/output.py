@@ -28,13 +28,10 @@ class Console:
     def __init__(self, world_size: int, stdout: BinaryIO, stderr: BinaryIO) -> None:
         """Write prefixes as wide as the largest of `world_size` ranks; none for a world of one."""
         self.prefixed = world_size > 1
-        self._width = len(str(world_size - 1))
+        self.rank_width = len(str(world_size - 1))
         self._stdout = stdout
         self._stderr = stderr
         self._at_line_start = True
-
-    def prefix(self, rank: int) -> bytes:
-        return b"[%*d] " % (self._width, rank) if self.prefixed else b""
 
     def write(self, data: bytes, *, to_stderr: bool) -> None:
         stream = self._stderr if to_stderr else self._stdout
@@ -83,7 +80,6 @@ class HeldTraceback:
         self.holding = False  # the traceback, and the lines that followed it, have not been shown
         self.began: float | None = None  # `time.monotonic()` of the latest traceback
         self.error = ""  # its line after the frames, such as "ValueError: no such key"
-        self._error_follows = False
         self._held: list[bytes] = []
         self._held_bytes = 0
 
@@ -92,12 +88,10 @@ class HeldTraceback:
         if _HEADER.match(line):
             self.began = now
             self.error = ""
-            self._error_follows = True
             self.holding = True
-        elif self._error_follows and line.strip() and not line[:1].isspace():
+        elif self.began is not None and not self.error and line.strip() and not line[:1].isspace():
             # Frames are indented: the first line that is not names the exception.
             self.error = line.decode(errors="replace").strip()
-            self._error_follows = False
         if not self.holding:
             return [line]
         self._held.append(line)
@@ -121,21 +115,37 @@ class HeldTraceback:
 
 
 class _Stream:
-    """One of a rank's two streams."""
+    """One of a rank's two streams: stderr where `traceback` is given, by which its lines are held back."""
 
-    def __init__(self, console: Console, rank: int, *, is_stderr: bool, log: IO[bytes] | None) -> None:
+    def __init__(self, console: Console, rank: int, log: IO[bytes] | None, traceback: HeldTraceback | None) -> None:
         self._console = console
-        self._prefix = console.prefix(rank)
-        self._is_stderr = is_stderr
+        self._prefix = b"[%*d] " % (console.rank_width, rank)
         self._log = log
+        self._traceback = traceback
         self._after_return = False
-        self.splitter = LineSplitter()
+        self._splitter = LineSplitter()
 
-    def receive(self, data: bytes) -> list[bytes]:
-        """Log a piece; return the lines to show."""
+    def receive(self, data: bytes) -> None:
+        """Log a piece, and show or hold its lines; a rank that is alone shows it as it is.
+
+        Alone, nobody else's failure can hide the traceback.
+        """
         if self._log is not None:
             self._log.write(data)
-        return self.splitter.feed(data) if self._console.prefixed else [data]
+        if not self._console.prefixed:
+            self.show(data)
+            return
+        for line in self._splitter.feed(data):
+            self._show_or_hold(line)
+
+    def finish(self) -> None:
+        """Show or hold the unfinished last line."""
+        if rest := self._splitter.flush():
+            self._show_or_hold(rest)
+
+    def _show_or_hold(self, line: bytes) -> None:
+        for shown in [line] if self._traceback is None else self._traceback.take(line, time.monotonic()):
+            self.show(shown)
 
     def show(self, line: bytes) -> None:
         r"""Write a line with its prefix; one without an end gets a "\n"."""
@@ -146,33 +156,22 @@ class _Stream:
             bare = line == b"\r" or (line == b"\n" and self._after_return)
             self._after_return = line.endswith(b"\r")
             line = line if bare else self._prefix + line
-        self._console.write(line, to_stderr=self._is_stderr)
+        self._console.write(line, to_stderr=self._traceback is not None)
 
 
 class RankOutput:
     """One rank's output: stdout as it comes, stderr with tracebacks held back; logs without prefixes, if any."""
 
     def __init__(self, console: Console, rank: int, logs: Sequence[IO[bytes]] = ()) -> None:
-        self.traceback = HeldTraceback()
         out, err = logs or (None, None)
-        self._out = _Stream(console, rank, is_stderr=False, log=out)
-        self._err = _Stream(console, rank, is_stderr=True, log=err)
-        self._holds = console.prefixed
-
-    def receive_out(self, data: bytes) -> None:
-        for line in self._out.receive(data):
-            self._out.show(line)
-
-    def receive_err(self, data: bytes) -> None:
-        for line in self._err.receive(data):
-            self._show_or_hold(line)
+        self.traceback = HeldTraceback()
+        self.out = _Stream(console, rank, out, None)
+        self.err = _Stream(console, rank, err, self.traceback)
 
     def finish(self, process: ChildProcess) -> None:
         """Show the unfinished last lines of a rank that has ended; held lines only where it ended well."""
-        if rest := self._out.splitter.flush():
-            self._out.show(rest)
-        if rest := self._err.splitter.flush():
-            self._show_or_hold(rest)
+        self.out.finish()
+        self.err.finish()
         if process.returncode == 0:
             self.release()
 
@@ -180,7 +179,7 @@ class RankOutput:
         """Show the held lines; return whether there were any."""
         held = self.traceback.release()
         for line in held:
-            self._err.show(line)
+            self.err.show(line)
         return bool(held)
 
     def release_due(self) -> None:
@@ -188,8 +187,3 @@ class RankOutput:
         due = self.traceback.release_at()
         if due is not None and due <= time.monotonic():
             self.release()
-
-    def _show_or_hold(self, line: bytes) -> None:
-        # Alone, nobody else's failure can hide the traceback.
-        for shown in self.traceback.take(line, time.monotonic()) if self._holds else [line]:
-            self._err.show(shown)

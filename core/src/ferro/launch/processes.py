@@ -100,11 +100,9 @@ class Supervisor:
     """Starts processes and watches them; leaving the context ends all that is left of them."""
 
     def __init__(self, *, wake: socket.socket | None = None, orphan_grace_s: float = 0.0) -> None:
-        """Start the guard.
+        """Start the guard, which gives the processes `orphan_grace_s` to end in order after this one's death.
 
-        Args:
-            wake: ends a `wait` when it is readable.
-            orphan_grace_s: seconds that the processes have to end in order after this one's death.
+        A `wait` ends when `wake` is readable.
         """
         self.children: list[ChildProcess] = []
         self._receivers: dict[int, Receiver] = {}  # by descriptor

@@ -109,19 +109,14 @@ def show_report(
     if console.prefixed and first is not None and first.output.traceback.error and not shown_now:
         text += " (its traceback is above)"
     others = [rank for rank in ranks if rank is not first]
-    ended = [str(rank.rank) for rank in others if rank.was_signalled]
-    if ended:
+    if ended := [str(rank.rank) for rank in others if rank.was_signalled]:
         text += f"; ended rank{'s' if len(ended) > 1 else ''} {', '.join(ended)}"
     console.say(text + ".")
     for rank in others:
-        held = rank.output.traceback
-        text = ""
-        if rank.failed:
-            text = f"rank {rank.rank} failed later: {describe_code(rank.code)}"
-            text += f": {held.error}" if held.error else ""
-        elif held.holding:
-            text = f"rank {rank.rank} was ended in the middle of a traceback: {held.error}"
+        error, was_held = rank.output.traceback.error, rank.output.traceback.holding
         if verbose:
             rank.output.release()
-        if text:
-            console.say(text)
+        if rank.failed:
+            console.say(f"rank {rank.rank} failed later: {describe_code(rank.code)}" + (f": {error}" if error else ""))
+        elif was_held:
+            console.say(f"rank {rank.rank} was ended in the middle of a traceback: {error}")

@@ -59,11 +59,9 @@ def part_path(directory: Path, rank: int) -> Path:
 
 
 def merge_parts(directory: Path, ranks: Iterable[int], target: Path) -> list[str]:
-    """Write the events of all parts to `target`, which appears whole or not at all.
+    """Write the events of all parts to `target`, which appears whole or not at all; return a line for each problem.
 
-    Returns:
-        A line for each problem: for a part that is absent or malformed, which is left out, and for a `target` that
-        cannot be written.
+    A problem is a part that is absent or malformed, which is left out, or a `target` that cannot be written.
     """
     problems = []
     events: list[object] = []

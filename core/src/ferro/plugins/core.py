@@ -3,9 +3,9 @@
 It is registered through the same hooks as everyone's, and as light: each part is imported when it is asked for.
 """
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pkgutil import resolve_name
 
 from ferro.backend import Backend
 from ferro.collectives.schedule import CollectiveInfo
@@ -13,10 +13,6 @@ from ferro.errors import BackendUnavailable
 from ferro.hookspecs import BackendConfig, BackendInfo, CommandInfo, hookimpl
 from ferro.observers import Observer
 from ferro.types import Availability
-
-
-def _probe_simulated() -> Availability:
-    return Availability(ok=True, reason="ranks are threads of one process")
 
 
 def _create_simulated(config: BackendConfig) -> Backend:
@@ -34,8 +30,9 @@ def _create_simulated(config: BackendConfig) -> Backend:
 @hookimpl
 def ferro_backends() -> Sequence[BackendInfo]:
     """Offer ranks as threads of one process."""
-    summary = "ranks are threads of one process; for tests, faults and scale"
-    return (BackendInfo(name="simulated", summary=summary, probe=_probe_simulated, create=_create_simulated),)
+    threads = "ranks are threads of one process"
+    summary, probe = f"{threads}; for tests, faults and scale", partial(Availability, ok=True, reason=threads)
+    return (BackendInfo(name="simulated", summary=summary, probe=probe, create=_create_simulated),)
 
 
 @hookimpl
@@ -56,25 +53,14 @@ def ferro_observers() -> Sequence[Observer]:
     return () if directory is None else (Trace(directory),)
 
 
-def _load_command(module: str, name: str) -> Callable[[Sequence[str]], int]:
-    command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
-    return command
-
-
 @hookimpl
 def ferro_commands() -> Sequence[CommandInfo]:
     """Offer the commands that need no other distribution."""
-    commands = (
-        ("run", "run a program as several ranks", "ferro.launch", "main"),
-        (
-            "backends",
-            "show which backends are installed, and whether they can be used",
-            "ferro.cli.listings",
-            "show_backends",
-        ),
-        ("plugins", "show every installed plugin, with its hooks and versions", "ferro.cli.listings", "show_plugins"),
-    )
+    run = "run a program as several ranks"
+    backends = "show which backends are installed, and whether they can be used"
+    plugins = "show every installed plugin, with its hooks and versions"
     return [
-        CommandInfo(name=name, summary=summary, load=partial(_load_command, module, function))
-        for name, summary, module, function in commands
+        CommandInfo(name="run", summary=run, load=partial(resolve_name, "ferro.launch:main")),
+        CommandInfo(name="backends", summary=backends, load=partial(resolve_name, "ferro.cli.listings:show_backends")),
+        CommandInfo(name="plugins", summary=plugins, load=partial(resolve_name, "ferro.cli.listings:show_plugins")),
     ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
 
@@ -18,14 +20,8 @@ from ferro.runtime.environment import options
 if TYPE_CHECKING:
     from importlib_metadata import EntryPoint
 
-GROUP = "ferro"
 Item = TypeVar("Item")
-Named = TypeVar("Named", bound="_HasName")
-
-
-class _HasName(Protocol):
-    @property
-    def name(self) -> str: ...
+Named = TypeVar("Named", "hookspecs.BackendInfo", "hookspecs.StrategyInfo", "hookspecs.CommandInfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +34,6 @@ class Offer(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plugin that was loaded."""
-
     distribution: str  # "name version"
     module: str
     hooks: tuple[str, ...]
@@ -49,7 +43,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A plugin that could not be loaded."""
+    """A plugin that could not be loaded, or a hook of which failed."""
 
     name: str
     error: PluginError
@@ -64,35 +58,29 @@ class Plugins:
         self.broken: list[Broken] = []
         self._managers: dict[str, pluggy.PluginManager] = {}
         self._answers: dict[str, tuple[list[Offer[Any]], list[Broken]]] = {}
-        claims: dict[str, list[EntryPoint]] = {}
-        for entry in entries:
-            claims.setdefault(entry.name, []).append(entry)
-        for name, claimants in sorted(claims.items()):
+        name_of = attrgetter("name")
+        for name, claimants in itertools.groupby(sorted(entries, key=name_of), key=name_of):
             try:
-                self._load(name, claimants)
+                self._load(name, list(claimants))
             except PluginError as error:
                 self.broken.append(Broken(name, error))
 
-    def require_all(self) -> None:
-        """Raise the error of the first plugin that failed to load, if any did."""
-        if self.broken:
-            raise self.broken[0].error
-
     def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
-        """List everything that plugins offer through a hook; raise the error of one that failed to tell."""
+        """List everything that plugins offer through a hook; raise the error of the first that is broken, if any is."""
         found, broken = self.survey(hook, kind)
         if broken:
             raise broken[0].error
         return found
 
     def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """As `offers`, and list the plugins that failed to tell; each is asked once per process."""
+        """As `offers`, but list the plugins that failed to load or to tell; each is asked once per process."""
         if hook not in self._answers:
-            self._answers[hook] = self.ask(hook, kind)
+            found, silent = self.ask(hook, kind)
+            self._answers[hook] = found, [*self.broken, *silent]
         return self._answers[hook]
 
     def ask(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """As `survey`, but ask every plugin anew."""
+        """Ask every loaded plugin anew; return its offers, and the plugins that failed to tell."""
         found: list[Offer[Item]] = []
         broken: list[Broken] = []
         for name, manager in self._managers.items():
@@ -104,9 +92,10 @@ class Plugins:
         return found, broken
 
     def _load(self, name: str, claimants: Sequence[EntryPoint]) -> None:
-        distributions = sorted({_distribution(entry) for entry in claimants})
+        dists = [entry.dist for entry in claimants]
+        distributions = sorted({f"{it.name} {it.version}" if it else "an unknown distribution" for it in dists})
         if len(distributions) > 1:
-            raise _claimed_twice("plugin", name, distributions)
+            raise _claimed_twice(f"plugin name {name!r}", distributions)
         entry, distribution = claimants[0], distributions[0]
         started = time.perf_counter()
         try:
@@ -149,24 +138,26 @@ def installed() -> Plugins:
     # Here, so that `import ferro` does not pay for an import that only looking for plugins needs.
     from importlib_metadata import entry_points
 
-    return Plugins(entry_points(group=GROUP))
+    return Plugins(entry_points(group="ferro"))
 
 
-def by_name(offers: Iterable[Offer[Named]], what: str) -> dict[str, Offer[Named] | PluginError]:
-    """Return offers by name; for a name that is claimed twice, the error that says so."""
-    claims: dict[str, list[Offer[Named]]] = {}
+def by_name(offers: Iterable[Offer[Named]]) -> dict[str, list[Offer[Named]]]:
+    """Collect the offers that claim each name, in the order of the names."""
+    found: dict[str, list[Offer[Named]]] = {}
     for offer in offers:
-        claims.setdefault(offer.item.name, []).append(offer)
-    return {
-        name: found[0] if len(found) == 1 else _claimed_twice(what, name, [it.distribution for it in found])
-        for name, found in claims.items()
-    }
+        found.setdefault(offer.item.name, []).append(offer)
+    return dict(sorted(found.items()))
 
 
-def _claimed_twice(what: str, name: str, distributions: Iterable[str]) -> PluginError:
-    return PluginError(
-        f"the {what} name {name!r} is claimed by {' and by '.join(distributions)}: uninstall one of them"
-    )
+def sole(claimants: Sequence[Offer[Item]], what: str) -> Offer[Item]:
+    """Return the one offer that claims a name; raise PluginError where there are more."""
+    if len(claimants) > 1:
+        raise _claimed_twice(what, [offer.distribution for offer in claimants])
+    return claimants[0]
+
+
+def _claimed_twice(what: str, distributions: Iterable[str]) -> PluginError:
+    return PluginError(f"the {what} is claimed by {' and by '.join(distributions)}: uninstall one of them")
 
 
 def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
@@ -185,10 +176,6 @@ def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distributi
         if kind is not object and not isinstance(item, kind):
             raise PluginError(f"{hook}() of {distribution} returned a {type(item).__name__}, not a {kind.__name__}")
     return items
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
 def own_extras() -> list[str]:

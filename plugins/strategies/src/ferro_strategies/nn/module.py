@@ -11,7 +11,7 @@ from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
 from .checks import first_few
-from .parameter import Parameter
+from .parameter import Parameter, count_made
 
 # A function from the output's gradient to the input's, or to None for an input such as indices.
 Pullback: TypeAlias = Callable[[Array], Array | None]
@@ -132,6 +132,11 @@ class Buffer:
     Attributes:
         data: NumPy or CuPy array of any dtype; layers change it in place.
     """
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        """Count the buffer, also one that `copy.deepcopy` makes."""
+        count_made()
+        return super().__new__(cls)
 
     def __init__(self, data: Array) -> None:
         namespace_of(data)
