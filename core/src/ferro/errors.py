@@ -21,9 +21,14 @@ class FerroError(Exception):
     """
 
     def __init__(
-        self, message: str, *,
-        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        message: str,
+        *,
+        op: str | None = None,
+        group: str | None = None,
+        rank: int | None = None,
+        peer: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.op = op
         self.group = group
@@ -91,10 +96,18 @@ class CollectiveTimeout(FerroError, TimeoutError):
     """
 
     def __init__(
-        self, message: str, *,
-        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
-        seq: int | None = None, seconds: float | None = None, arrived: Sequence[int] = (), missing: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        message: str,
+        *,
+        op: str | None = None,
+        group: str | None = None,
+        rank: int | None = None,
+        peer: int | None = None,
+        seq: int | None = None,
+        seconds: float | None = None,
+        arrived: Sequence[int] = (),
+        missing: Sequence[int] = (),
+    ) -> None:
         super().__init__(message, op=op, group=group, rank=rank, peer=peer)
         self.seq = seq
         self.seconds = seconds
@@ -106,10 +119,15 @@ class PeerLost(FerroError, ConnectionError):
     """A rank left or died: read its log first. `peer` is its rank, `host` where it ran. The group is dead."""
 
     def __init__(
-        self, message: str, *,
-        op: str | None = None, group: str | None = None, rank: int | None = None, peer: int | None = None,
+        self,
+        message: str,
+        *,
+        op: str | None = None,
+        group: str | None = None,
+        rank: int | None = None,
+        peer: int | None = None,
         host: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message, op=op, group=group, rank=rank, peer=peer)
         self.host = host
 

@@ -1,7 +1,7 @@
 """The defaults of a backend: agreement on the call, concurrent transfers, and each collective as a schedule.
 
 `ferro.Backend` calls these functions where a backend has nothing better; each collective here is the default of the
-method with its name. They use only the part of a backend that `Transport` lists.
+method with its name.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ferro.collectives.choice import Choice, build
-from ferro.collectives.executor import Exchanger, Execution, Transfer
+from ferro.collectives.choice import build
+from ferro.collectives.executor import Execution, Transfer, Transport
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels
 from ferro.collectives.partition import blocks, near_equal
 from ferro.collectives.reduction import Reduction
@@ -33,20 +33,6 @@ _ROOT_SENDS = ("broadcast", "scatter")
 _ROOT_RECEIVES = ("reduce", "gather")
 _STAR_RANKS = 16  # up to this many ranks, all of them can report to rank 0 at once
 _EMPTY = np.empty(0, np.uint8)
-
-
-class Transport(Exchanger, Protocol):
-    """The part of a backend that the defaults use; see `ferro.Backend` for each attribute and method."""
-
-    world_size: int
-    choice: Choice
-    call: Call
-    labels_frames: bool
-
-    @property
-    def tag(self) -> int: ...
-    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
-    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
 
 
 class SenderThreads:
@@ -182,8 +168,7 @@ def reduce_scatter(
         chunks[number] = chunks[number].copy()  # the schedule writes into it, and `source` must not change
     out[...] = chunks[me]
     chunks[me] = out
-    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
-    execution.run(tag=transport.tag, deadline=deadline)
+    Execution(transport, schedule, chunks, reduction, info.combines_once).run(deadline)
     if not info.combines_once:
         reduction.finish(out)
 
@@ -217,8 +202,7 @@ def _run(
     info = transport.choice.algorithm(collective, transport.world_size, nbytes, at_once=at_once)
     schedule = build(info, transport.rank, transport.world_size, root)
     chunks = near_equal(data, schedule.chunks) if isinstance(data, np.ndarray) else data
-    execution = Execution(schedule, chunks, transport, reduction, at_once=info.combines_once)
-    execution.run(tag=transport.tag, deadline=deadline)
+    Execution(transport, schedule, chunks, reduction, info.combines_once).run(deadline)
     if reduction is not None and not info.combines_once and isinstance(data, np.ndarray):
         reduction.finish(data)
 

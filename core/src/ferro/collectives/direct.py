@@ -10,6 +10,8 @@ Gropp 2005, "Optimization of collective communication operations in MPICH".
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ferro.collectives.schedule import Recv, Round, Schedule, Send
 
 
@@ -37,7 +39,9 @@ def exchange_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
         communications in multiport message-passing systems", section on concatenation, with n-1 ports and a reduction
         in place of the concatenation.
     """
-    return _schedule(1, Round(_send_whole(rank, world_size), _reduce_whole(rank, world_size)))
+    return _schedule(
+        1, Round(_sends(rank, world_size, lambda peer: 0), _recvs(rank, world_size, lambda peer: 0, reduce=True))
+    )
 
 
 def star_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -79,10 +83,7 @@ def direct_all_to_all(rank: int, world_size: int, root: int = 0) -> Schedule:
     Source: Thakur 2005, section on all-to-all, the algorithm for medium messages that posts all sends and receives at
         once, each rank starting with its successor.
     """
-    n = world_size
-    sends = tuple(Send(peer, (rank * n + peer,)) for peer in _successors(rank, n))
-    recvs = tuple(Recv(peer, (peer * n + rank,)) for peer in _predecessors(rank, n))
-    return _schedule(n * n, Round(sends, recvs))
+    return _schedule(world_size**2, _all_to_all_round(rank, world_size))
 
 
 def pairwise_all_to_all(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -97,10 +98,9 @@ def pairwise_all_to_all(rank: int, world_size: int, root: int = 0) -> Schedule:
     Source: Thakur 2005, section on all-to-all, the pairwise algorithm for long messages. Theirs pairs ranks by
         exclusive or where n is a power of two; ours shifts for every n.
     """
-    n = world_size
-    pairs = zip(_successors(rank, n), _predecessors(rank, n), strict=True)
-    rounds = [Round((Send(to, (rank * n + to,)),), (Recv(source, (source * n + rank,)),)) for to, source in pairs]
-    return Schedule(n * n, tuple(rounds))
+    at_once = _all_to_all_round(rank, world_size)
+    pairs = zip(at_once.sends, at_once.recvs, strict=True)
+    return Schedule(world_size**2, tuple(Round((send,), (recv,)) for send, recv in pairs))
 
 
 def direct_broadcast(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -110,7 +110,7 @@ def direct_broadcast(rank: int, world_size: int, root: int = 0) -> Schedule:
     """
     if rank != root:
         return _schedule(1, Round(recvs=(Recv(root, (0,)),)))
-    return _schedule(1, Round(_send_whole(rank, world_size)))
+    return _schedule(1, Round(_sends(rank, world_size, lambda peer: 0)))
 
 
 def direct_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -122,7 +122,7 @@ def direct_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
     """
     if rank != root:
         return _schedule(1, Round((Send(root, (0,)),)))
-    return _schedule(1, Round(recvs=_reduce_whole(rank, world_size)))
+    return _schedule(1, Round(recvs=_recvs(rank, world_size, lambda peer: 0, reduce=True)))
 
 
 def direct_gather(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -132,7 +132,7 @@ def direct_gather(rank: int, world_size: int, root: int = 0) -> Schedule:
     """
     if rank != root:
         return _schedule(world_size, Round((Send(root, (rank,)),)))
-    return _schedule(world_size, Round(recvs=tuple(Recv(peer, (peer,)) for peer in _predecessors(rank, world_size))))
+    return _schedule(world_size, Round(recvs=_recvs(rank, world_size, lambda peer: peer)))
 
 
 def direct_scatter(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -142,35 +142,29 @@ def direct_scatter(rank: int, world_size: int, root: int = 0) -> Schedule:
     """
     if rank != root:
         return _schedule(world_size, Round(recvs=(Recv(root, (rank,)),)))
-    return _schedule(world_size, Round(tuple(Send(peer, (peer,)) for peer in _successors(rank, world_size))))
-
-
-def _send_whole(rank: int, n: int) -> tuple[Send, ...]:
-    return tuple(Send(peer, (0,)) for peer in _successors(rank, n))
-
-
-def _reduce_whole(rank: int, n: int) -> tuple[Recv, ...]:
-    return tuple(Recv(peer, (0,), reduce=True) for peer in _predecessors(rank, n))
+    return _schedule(world_size, Round(_sends(rank, world_size, lambda peer: peer)))
 
 
 def _reduce_scatter_round(rank: int, n: int) -> Round:
-    sends = tuple(Send(peer, (peer,)) for peer in _successors(rank, n))
-    return Round(sends, tuple(Recv(peer, (rank,), reduce=True) for peer in _predecessors(rank, n)))
+    return Round(_sends(rank, n, lambda peer: peer), _recvs(rank, n, lambda peer: rank, reduce=True))
 
 
 def _all_gather_round(rank: int, n: int) -> Round:
-    sends = tuple(Send(peer, (rank,)) for peer in _successors(rank, n))
-    return Round(sends, tuple(Recv(peer, (peer,)) for peer in _predecessors(rank, n)))
+    return Round(_sends(rank, n, lambda peer: rank), _recvs(rank, n, lambda peer: peer))
 
 
-def _successors(rank: int, n: int) -> tuple[int, ...]:
-    """List the other ranks, from the successor on."""
-    return tuple((rank + step) % n for step in range(1, n))
+def _all_to_all_round(rank: int, n: int) -> Round:
+    return Round(_sends(rank, n, lambda peer: rank * n + peer), _recvs(rank, n, lambda peer: peer * n + rank))
 
 
-def _predecessors(rank: int, n: int) -> tuple[int, ...]:
-    """List the other ranks, from the predecessor back, which is the order in which their messages come."""
-    return tuple((rank - step) % n for step in range(1, n))
+def _sends(rank: int, n: int, chunk: Callable[[int], int]) -> tuple[Send, ...]:
+    """Send each other rank its chunk, from the successor on."""
+    return tuple(Send(peer, (chunk(peer),)) for peer in ((rank + step) % n for step in range(1, n)))
+
+
+def _recvs(rank: int, n: int, chunk: Callable[[int], int], *, reduce: bool = False) -> tuple[Recv, ...]:
+    """Receive a chunk from each other rank, from the predecessor back, the order in which the messages come."""
+    return tuple(Recv(peer, (chunk(peer),), reduce) for peer in ((rank - step) % n for step in range(1, n)))
 
 
 def _schedule(chunks: int, *rounds: Round) -> Schedule:

@@ -15,10 +15,13 @@ the same chunk sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
+from ferro.collectives.choice import Choice
+from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 
@@ -36,14 +39,23 @@ _Combinations: TypeAlias = dict[tuple[int, int], tuple[Array, list[Transfer]]]
 _Copy: TypeAlias = tuple[Array, Array]  # a segment, and the staging memory that holds its new value
 
 
-class Exchanger(Protocol):
-    """The part of a backend that the executor uses; see `ferro.Backend.exchange`."""
+class Transport(Protocol):
+    """The part of a backend that its default methods use; see `ferro.Backend` for each attribute and method."""
 
     rank: int
+    world_size: int
+    choice: Choice
+    call: Call
+    labels_frames: bool
 
+    @property
+    def tag(self) -> int: ...
+    def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
+    def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None: ...
     def exchange(self, sends: Sequence[Transfer], recvs: Sequence[Transfer], *, tag: int, deadline: float) -> None: ...
 
 
+@dataclass(slots=True)
 class Execution:
     """One run of a schedule over `chunks`, an array for each chunk number.
 
@@ -51,27 +63,18 @@ class Execution:
     where `at_once` is set.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        chunks: Sequence[Array | None],
-        backend: Exchanger,
-        reduction: Reduction | None,
-        *,
-        at_once: bool,
-    ) -> None:
-        self._rounds = schedule.rounds
-        self._chunks = chunks
-        self._backend = backend
-        self._reduction = reduction
-        self._at_once = at_once
-        self._staging: dict[tuple[int, int, int], Array] = {}
+    transport: Transport
+    schedule: Schedule
+    chunks: Sequence[Array | None]
+    reduction: Reduction | None
+    at_once: bool
+    staging: dict[tuple[int, int, int], Array] = field(default_factory=dict, init=False)
 
-    def run(self, *, tag: int, deadline: float) -> None:
+    def run(self, deadline: float) -> None:
         """Carry out every round; the chunks then hold the schedule's result."""
-        sizes = (chunk.nbytes for chunk in self._chunks if chunk is not None)
+        sizes = (chunk.nbytes for chunk in self.chunks if chunk is not None)
         segments = max(1, -(-max(sizes, default=0) // SEGMENT_BYTES))
-        last_round = len(self._rounds) - 1
+        last_round, tag = len(self.schedule.rounds) - 1, self.transport.tag
         for step in range(segments + last_round):
             sends: list[Transfer] = []
             recvs: list[Transfer] = []
@@ -81,14 +84,14 @@ class Execution:
                 self._plan_sends(index, step - index, sends)
                 self._plan_recvs(index, step - index, recvs, combines, copies)
             if sends or recvs:
-                self._backend.exchange(sends, recvs, tag=tag, deadline=deadline)
+                self.transport.exchange(sends, recvs, tag=tag, deadline=deadline)
                 for own, parts in combines.values():
                     self._combine(own, parts)
                 for view, staged in copies:
                     view[...] = staged
 
     def _plan_sends(self, index: int, segment: int, sends: list[Transfer]) -> None:
-        for send in self._rounds[index].sends:
+        for send in self.schedule.rounds[index].sends:
             if not send.chunks and segment == 0:
                 sends.append((send.peer, _NOTHING))
             for chunk in send.chunks:
@@ -99,8 +102,8 @@ class Execution:
     def _plan_recvs(
         self, index: int, segment: int, recvs: list[Transfer], combines: _Combinations, copies: list[_Copy]
     ) -> None:
-        sent = {chunk for send in self._rounds[index].sends for chunk in send.chunks}
-        for recv in self._rounds[index].recvs:
+        sent = {chunk for send in self.schedule.rounds[index].sends for chunk in send.chunks}
+        for recv in self.schedule.rounds[index].recvs:
             if not recv.chunks and segment == 0:
                 recvs.append((recv.peer, _NOTHING))
             for chunk in recv.chunks:
@@ -118,7 +121,7 @@ class Execution:
 
     def _segment(self, chunk: int, index: int) -> Array | None:
         """View segment `index` of a chunk, or give None beyond its end; segment 0 always exists, even if empty."""
-        array = self._chunks[chunk]
+        array = self.chunks[chunk]
         assert array is not None, f"the schedule moves chunk {chunk}, which this rank has not"
         if index == 0 and array.nbytes <= SEGMENT_BYTES:
             return array
@@ -130,14 +133,14 @@ class Execution:
 
     def _staged(self, key: tuple[int, int, int], like: Array) -> Array:
         """Give memory to receive a message in; the next segment with this round, peer and chunk uses it again."""
-        memory = self._staging.get(key)
+        memory = self.staging.get(key)
         if memory is None or memory.size < like.size:
-            memory = self._staging[key] = np.empty_like(like)
+            memory = self.staging[key] = np.empty_like(like)
         return memory[: like.size]
 
     def _combine(self, own: Array, parts: list[Transfer]) -> None:
         """Reduce contributions into `own`, in order of rank."""
-        assert self._reduction is not None, "a schedule without reduction received one"
-        ordered = sorted([*parts, (self._backend.rank, own)], key=lambda part: part[0])
+        assert self.reduction is not None, "a schedule without reduction received one"
+        ordered = sorted([*parts, (self.transport.rank, own)], key=lambda part: part[0])
         place = next(i for i, part in enumerate(ordered) if part[1] is own)
-        self._reduction.combine([part[1] for part in ordered], place, at_once=self._at_once)
+        self.reduction.combine([part[1] for part in ordered], place, at_once=self.at_once)

@@ -17,6 +17,7 @@ So the memory that a large reduction takes is one segment, whatever the number o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -46,44 +47,39 @@ class ReductionTransfers(Protocol):
         """Send each rank r `counts[r]` elements of `source` from `offsets[r]` on; `out` takes equal blocks, by rank."""
 
 
+@dataclass(slots=True)
 class GatheredReduction:
-    """One reduction over all ranks, which combines their contributions in order of rank.
+    """One reduction over all ranks, which combines their contributions in order of rank."""
 
-    Args:
-        transfers: moves the contributions.
-        rank: this rank.
-        world_size: number of ranks.
-        reduction: the arithmetic.
-        segment_bytes: bounds the memory that a large buffer takes; the same on all ranks.
-    """
-
-    def __init__(
-        self, transfers: ReductionTransfers, rank: int, world_size: int, reduction: Reduction, *, segment_bytes: int
-    ) -> None:
-        self._transfers = transfers
-        self._rank = rank
-        self._world_size = world_size
-        self._reduction = reduction
-        self._segment_bytes = segment_bytes
+    transfers: ReductionTransfers
+    rank: int
+    world_size: int
+    reduction: Reduction
+    segment_bytes: int = field(kw_only=True)  # bounds the memory that a large buffer takes; the same on all ranks
 
     def all_reduce(self, buffer: Array) -> None:
         """Reduce `buffer` in place, on all ranks."""
-        n = self._world_size
+        n = self.world_size
         if buffer.nbytes * n <= SMALL_BYTES:
-            self._all_reduce_small(buffer)
+            if buffer.size:
+                gathered = self.transfers.empty(n * buffer.size, buffer.dtype)
+                contributions = near_equal(gathered, n)
+                contributions[self.rank][...] = buffer
+                self.transfers.all_gather(gathered, [buffer.size] * n)
+                self.reduction.into(buffer, contributions, at_once=True)
             return
         for segment in near_equal(buffer, self._segments(buffer.nbytes)):
             blocks = near_equal(segment, n)
             counts = [block.size for block in blocks]
-            self._combine(segment, _starts(counts), counts, blocks[self._rank])
-            self._transfers.all_gather(segment, counts)
+            self._combine(segment, _starts(counts), counts, blocks[self.rank])
+            self.transfers.all_gather(segment, counts)
 
     def reduce(self, buffer: Array, root: int) -> None:
         """Reduce `buffer` in place at `root`; the other ranks' buffers stay as they are."""
-        n = self._world_size
+        n = self.world_size
         for segment in near_equal(buffer, self._segments(buffer.nbytes * n)):
             counts = [segment.size if rank == root else 0 for rank in range(n)]
-            self._combine(segment, [0] * n, counts, segment[: counts[self._rank]])
+            self._combine(segment, [0] * n, counts, segment[: counts[self.rank]])
 
     def reduce_scatter(self, source: Array, out: Array, counts: Sequence[int]) -> None:
         """Reduce `source`, which is not changed, block by block of `counts` elements; put this rank's into `out`."""
@@ -96,25 +92,15 @@ class GatheredReduction:
             sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
             self._combine(source, offsets, sizes, segment)
 
-    def _all_reduce_small(self, buffer: Array) -> None:
-        n, count = self._world_size, buffer.size
-        if not count:
-            return
-        gathered = self._transfers.empty(n * count, buffer.dtype)
-        contributions = near_equal(gathered, n)
-        contributions[self._rank][...] = buffer
-        self._transfers.all_gather(gathered, [count] * n)
-        self._reduction.into(buffer, contributions, at_once=True)
-
     def _combine(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """Send each rank its part of `source`; combine the parts that arrive into `out`."""
-        received = self._transfers.empty(self._world_size * out.size, source.dtype)
-        self._transfers.all_to_all(source, offsets, counts, received)
+        received = self.transfers.empty(self.world_size * out.size, source.dtype)
+        self.transfers.all_to_all(source, offsets, counts, received)
         if out.size:
-            self._reduction.into(out, near_equal(received, self._world_size), at_once=True)
+            self.reduction.into(out, near_equal(received, self.world_size), at_once=True)
 
     def _segments(self, nbytes: int) -> int:
-        return max(1, -(-nbytes // self._segment_bytes))
+        return max(1, -(-nbytes // self.segment_bytes))
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

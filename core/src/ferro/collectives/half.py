@@ -100,23 +100,18 @@ def _values() -> npt.NDArray[np.float32]:
 
 
 def _narrow(numbers: npt.NDArray[np.float32], out: Array) -> None:
-    """Round float32 to float16; `numbers` is scratch memory."""
-    signed = numbers.view(np.uint32)
-    bits = np.bitwise_and(signed, _MAGNITUDE, out=_scratch.bits[: signed.size])
-    if bits.max() >= _TOO_LARGE:
-        _cast(numbers, out)
-    else:
-        _round(signed, bits, out.view(np.uint16))
-
-
-def _round(signed: npt.NDArray[np.uint32], bits: npt.NDArray[np.uint32], out: npt.NDArray[np.uint16]) -> None:
-    """Round float32 numbers below 65520 to float16; `signed` and their magnitudes `bits` are scratch memory.
+    """Round float32 to float16; `numbers` is scratch memory.
 
     A number with exponent e is rounded to the nearest multiple of 2**(e-10), or of 2**-24 where it is subnormal in
     float16. That is the last place of m = 2**(e+13), so adding m rounds the number, and the multiple is the difference
     between the bits of the sum and those of m. The difference contains the leading bit, which counts as one more in the
     exponent, so the exponent added to it is e + 14.
     """
+    signed = numbers.view(np.uint32)
+    bits = np.bitwise_and(signed, _MAGNITUDE, out=_scratch.bits[: signed.size])
+    if bits.max() >= _TOO_LARGE:
+        _cast(numbers, out)
+        return
     magic = np.bitwise_and(bits, _EXPONENT, out=_scratch.magic[: bits.size])
     np.maximum(magic, _LEAST_NORMAL, out=magic)
     np.add(magic, _THIRTEEN << np.uint32(23), out=magic)
@@ -128,4 +123,4 @@ def _round(signed: npt.NDArray[np.uint32], bits: npt.NDArray[np.uint32], out: np
     np.right_shift(signed, np.uint32(16), out=signed)
     np.bitwise_and(signed, _SIGN, out=signed)
     np.bitwise_or(bits, signed, out=bits)
-    np.copyto(out, bits, casting="unsafe")
+    np.copyto(out.view(np.uint16), bits, casting="unsafe")

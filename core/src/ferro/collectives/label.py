@@ -104,16 +104,13 @@ class Call:
         )
 
     def __str__(self) -> str:
-        words = []
-        if self.dtype:
-            words.append(f"{self.count} x {self.dtype}")
-        if self.reduction:
-            words.append(f"op={self.reduction}")
-        if self.root >= 0:
-            words.append(f"root={self.root}")
-        if self.detail:
-            words.append(self.detail[:_DETAIL_BYTES])
-        return f"{self.op}({', '.join(words)})"
+        words = (
+            self.dtype and f"{self.count} x {self.dtype}",
+            self.reduction and f"op={self.reduction}",
+            f"root={self.root}" if self.root >= 0 else "",
+            self.detail[:_DETAIL_BYTES],
+        )
+        return f"{self.op}({', '.join(filter(None, words))})"
 
 
 @lru_cache(maxsize=512)

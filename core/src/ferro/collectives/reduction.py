@@ -61,13 +61,13 @@ class Reduction:
         self.ranks = ranks
         self.op = _named(op)
         self.name = "callable" if self.op is None else self.op.value
-        self._function = _function(op if self.op is None else _UFUNCS[self.op])
+        ufunc = None if self.op is None else _UFUNCS[self.op]
+        self._function = _function(ufunc or op)
         if self.op is not None:
             _check(self.op, dtype)
         self._is_mean = self.op is ReduceOp.MEAN
-        self._widened: np.ufunc | None = None  # the function on float32 by which half precision is reduced
-        if self.op in _WIDENED and dtype.name in _HALF_PRECISION:
-            self._widened = _UFUNCS[self.op]
+        # The function on float32 by which half precision is reduced.
+        self._widened = ufunc if self.op in _WIDENED and dtype.name in _HALF_PRECISION else None
         self.needs_all = self._widened is not None or self.op is None
 
     def combine(self, operands: Sequence[Array], own: int, *, at_once: bool) -> None:

@@ -9,11 +9,10 @@ from ferro.plugins.registry import installed, sole
 
 def available() -> dict[str, tuple[str, ...]]:
     """List, for each collective, the names of the algorithms that installed plugins offer."""
-    found: dict[str, list[str]] = {}
-    offers, _ = installed().survey("ferro_collectives", CollectiveInfo)
-    for collective, algorithm in sorted({(it.item.collective, it.item.algorithm) for it in offers}):
-        found.setdefault(collective, []).append(algorithm)
-    return {collective: tuple(names) for collective, names in found.items()}
+    found: dict[str, set[str]] = {}
+    for offer in installed().survey("ferro_collectives", CollectiveInfo)[0]:
+        found.setdefault(offer.item.collective, set()).add(offer.item.algorithm)
+    return {collective: tuple(sorted(names)) for collective, names in sorted(found.items())}
 
 
 def get(collective: str, algorithm: str) -> CollectiveInfo:

@@ -37,7 +37,7 @@ def tree_broadcast(rank: int, world_size: int, root: int = 0) -> Schedule:
         r1  0→2 [0]
         r2  0→1 [0]  2→3 [0]
     """
-    return Schedule(1, _rounds_from_root(rank, world_size, root, _whole_buffer))
+    return Schedule(1, _rounds(rank, world_size, root, lambda subtree: (0,), to_root=False))
 
 
 def tree_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -49,7 +49,7 @@ def tree_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
         r1  1→0 [0]⊕  3→2 [0]⊕
         r2  2→0 [0]⊕
     """
-    return Schedule(1, _rounds_to_root(rank, world_size, root, _whole_buffer, reduce=True))
+    return Schedule(1, _rounds(rank, world_size, root, lambda subtree: (0,), to_root=True, reduce=True))
 
 
 def tree_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -72,12 +72,12 @@ def tree_scatter(rank: int, world_size: int, root: int = 0) -> Schedule:
 
     MPICH keeps the chunks in order of relative rank in a temporary; ours names them by rank, so no chunk is copied.
     """
-    return Schedule(world_size, _rounds_from_root(rank, world_size, root, _own_chunks(world_size, root)))
+    return Schedule(world_size, _rounds(rank, world_size, root, _own_chunks(world_size, root), to_root=False))
 
 
 def tree_gather(rank: int, world_size: int, root: int = 0) -> Schedule:
     """Run `tree_scatter` with the arrows and the order of the rounds reversed, at the same cost."""
-    return Schedule(world_size, _rounds_to_root(rank, world_size, root, _own_chunks(world_size, root), reduce=False))
+    return Schedule(world_size, _rounds(rank, world_size, root, _own_chunks(world_size, root), to_root=True))
 
 
 def scatter_ring_broadcast(rank: int, world_size: int, root: int = 0) -> Schedule:
@@ -96,7 +96,7 @@ def scatter_ring_broadcast(rank: int, world_size: int, root: int = 0) -> Schedul
         (InterCom)"; Thakur, Rabenseifner & Gropp 2005, section on broadcast. Like theirs, the ring sends again chunks
         that inner ranks of the tree already have.
     """
-    scatter = _rounds_from_root(rank, world_size, root, tuple)
+    scatter = _rounds(rank, world_size, root, tuple, to_root=False)
     return Schedule(world_size, scatter + gather_rounds(rank, world_size, first=(rank - root) % world_size))
 
 
@@ -116,21 +116,18 @@ def dissemination_barrier(rank: int, world_size: int, root: int = 0) -> Schedule
     return Schedule(0, tuple(rounds))
 
 
-def _rounds_from_root(rank: int, n: int, root: int, chunks: _SubtreeChunks) -> tuple[Round, ...]:
-    return tuple(_round(rank, n, root, span, chunks, to_root=False) for span in reversed(_spans(n)))
-
-
-def _rounds_to_root(rank: int, n: int, root: int, chunks: _SubtreeChunks, *, reduce: bool) -> tuple[Round, ...]:
-    return tuple(_round(rank, n, root, span, chunks, to_root=True, reduce=reduce) for span in _spans(n))
+def _rounds(
+    rank: int, n: int, root: int, chunks: _SubtreeChunks, *, to_root: bool, reduce: bool = False
+) -> tuple[Round, ...]:
+    spans = _spans(n) if to_root else reversed(_spans(n))
+    return tuple(_round(rank, n, root, span, chunks, to_root, reduce) for span in spans)
 
 
 def _spans(n: int) -> list[int]:
     return [1 << bit for bit in range((n - 1).bit_length())]
 
 
-def _round(
-    rank: int, n: int, root: int, span: int, chunks: _SubtreeChunks, *, to_root: bool, reduce: bool = False
-) -> Round:
+def _round(rank: int, n: int, root: int, span: int, chunks: _SubtreeChunks, to_root: bool, reduce: bool) -> Round:
     """Make the round of one rank in which subtrees of `span` ranks talk to their parents."""
     relative = (rank - root) % n
     offset = relative % (2 * span)
@@ -144,10 +141,6 @@ def _round(
     if is_parent != to_root:
         return Round(sends=(Send(peer, moved),))
     return Round(recvs=(Recv(peer, moved, reduce),))
-
-
-def _whole_buffer(subtree: range) -> tuple[int, ...]:
-    return (0,)
 
 
 def _own_chunks(n: int, root: int) -> _SubtreeChunks:

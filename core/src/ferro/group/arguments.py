@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,16 +28,12 @@ class OutputBuffer:
         self._input = input_array
         self._out = out
         self.device = input_array.device
-        self._gpu_out: Array | None = None  # `out` on a GPU, of which `array` is the host's copy
-        if out is None:
-            array = input_array.empty(shape)
-        elif input_array.copied:
-            self._gpu_out = output_array(out, shape, input_array.array.dtype, Device.CUDA, what)
-            array = input_array.empty(shape)
-        else:
-            array = output_array(out, shape, input_array.array.dtype, input_array.device, what)
-        self.array: Array = array
-        self.flat: Array = array if array.ndim == 1 else array.reshape(-1)
+        copied = input_array.copied
+        out_device = Device.CUDA if copied else self.device
+        given = None if out is None else output_array(out, shape, input_array.array.dtype, out_device, what)
+        self._gpu_out = given if copied else None  # `out`, of which `array` is the host's copy
+        array = self.array = input_array.empty(shape) if copied or given is None else given
+        self.flat = array if array.ndim == 1 else array.reshape(-1)
 
     def copy_if_overlapping(self, source: Array) -> Array:
         """Return a flat input, or a copy of it where the result may share its memory."""
@@ -49,14 +45,6 @@ class OutputBuffer:
         if self._gpu_out is not None:
             self._gpu_out[...] = self._input.convert_result(self.array)  # type: ignore[assignment]
         return self._input.convert_result(self.array) if self._out is None else self._out
-
-
-def writable_in_place(x: object) -> TypeGuard[Array]:
-    """Say whether a result can be written to the input without any preparation."""
-    if type(x) is not np.ndarray or dtype_problem(x.dtype):
-        return False
-    flags = x.flags
-    return flags.c_contiguous and flags.writeable
 
 
 def copy_elements(source: Array, target: Array) -> None:
@@ -91,6 +79,7 @@ class ArgumentChecker:
     def __init__(self, backend: Backend, info: GroupInfo) -> None:
         self._info = info
         self._devices = info.devices
+        self._takes_cpu_arrays = Device.CPU in info.devices
         self._rank = backend.rank
         self._world_size = backend.world_size
         self._warned_of_host_copies = False
@@ -98,17 +87,29 @@ class ArgumentChecker:
     def check_input(self, value: Input, *, what: str = "input") -> InputArray:
         """Convert an argument to an array on a device from which the backend moves it, or refuse it."""
         input_array = InputArray(value, what=what)
-        if input_array.device in self._devices:
-            return input_array
-        if input_array.device is Device.CUDA and self._info.host_copies:
-            self._warn_of_host_copies()
-            input_array.copy_to_host()
-            return input_array
-        raise UnsupportedError(
-            f"backend {self._info.backend_name!r} takes arrays on {', '.join(self._devices)}, "
-            f"and this one is on {input_array.device}: use {_backends_for(input_array.device)}, or set "
-            "FERRO_ENABLE_GPU_FALLBACK=1 to copy through the host"
-        )
+        if input_array.device not in self._devices:
+            self._copy_to_host(input_array)
+        return input_array
+
+    def result_buffer(
+        self, x: Input, out: object, *, copy: bool = True
+    ) -> tuple[Array, tuple[int, ...], Device, Callable[[], object]]:
+        """Prepare the flat memory of a result that has the shape of `x`, and copy `x` to it.
+
+        Return that memory, the shape, the device, and a function that makes the caller's result.
+        """
+        if out is x and type(x) is np.ndarray and self._takes_cpu_arrays and not dtype_problem(x.dtype):
+            flags = x.flags
+            if flags.c_contiguous and flags.writeable:  # nothing is to be prepared
+                return x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
+        input_array = InputArray(x)
+        if input_array.device not in self._devices:
+            self._copy_to_host(input_array)
+        array = input_array.array
+        result = OutputBuffer(input_array, out, array.shape)
+        if copy:
+            copy_elements(array, result.array)
+        return result.flat, array.shape, result.device, result
 
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a value that is no rank of the group; the message calls it `what`."""
@@ -126,19 +127,22 @@ class ArgumentChecker:
         if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
             raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")
 
-    def _warn_of_host_copies(self) -> None:
+    def _copy_to_host(self, input_array: InputArray) -> None:
+        """Copy a GPU array that the backend does not take, where the user allows it; or refuse the array."""
+        device, backend_name = input_array.device, self._info.backend_name
+        if device is not Device.CUDA or not self._info.host_copies:
+            from ferro import backends  # here, for it looks at all that is installed
+
+            names = " or ".join(backends.supporting(device))
+            raise UnsupportedError(
+                f"backend {backend_name!r} takes arrays on {', '.join(self._devices)}, and this one is on {device}: "
+                f"use a backend for {device}{f' ({names})' if names else ''}, or set "
+                "FERRO_ENABLE_GPU_FALLBACK=1 to copy through the host"
+            )
         if not self._warned_of_host_copies:
             self._warned_of_host_copies = True
             import logging  # here, for it is slow to import and seldom needed
 
-            logging.getLogger("ferro").warning(
-                "group %r (%s) copies GPU arrays through the host", self._info.name, self._info.backend_name
-            )
-
-
-def _backends_for(device: Device) -> str:
-    """Name the installed backends for arrays on a device."""
-    from ferro import backends  # here, for it looks at all that is installed
-
-    names = backends.supporting(device)
-    return f"a backend for {device}" + (f" ({' or '.join(names)})" if names else "")
+            message = "group %r (%s) copies GPU arrays through the host"
+            logging.getLogger("ferro").warning(message, self._info.name, backend_name)
+        input_array.copy_to_host()

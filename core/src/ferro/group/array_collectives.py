@@ -18,10 +18,10 @@ from ferro.collectives.label import Call, array_call, uneven_call
 from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
 from ferro.group import uneven
-from ferro.group.arguments import ArgumentChecker, OutputBuffer, copy_elements, flattened, writable_in_place
-from ferro.group.dispatcher import Dispatcher, Finish
+from ferro.group.arguments import ArgumentChecker, OutputBuffer, copy_elements, flattened
+from ferro.group.dispatcher import Dispatcher
 from ferro.group.group_info import GroupInfo
-from ferro.types import Array, Device, ReduceOp
+from ferro.types import Array, ReduceOp
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -57,9 +57,9 @@ class ArrayCollectives:
         self.backend_name = info.backend_name
         self._backend = backend
         self._dispatcher = Dispatcher(backend, info)
-        self._takes_cpu_arrays = Device.CPU in info.devices
         checker = ArgumentChecker(backend, info)
         self._check_input = checker.check_input
+        self._result_buffer = checker.result_buffer
         self._check_rank = checker.check_rank
         self._check_peer = checker.check_peer
 
@@ -94,15 +94,7 @@ class ArrayCollectives:
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        finish: Finish
-        if out is x and self._takes_cpu_arrays and writable_in_place(x):
-            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
-        else:
-            input_array = self._check_input(x)
-            shape = input_array.array.shape
-            finish = result = OutputBuffer(input_array, out, shape)
-            buffer, device = result.flat, result.device
-            copy_elements(input_array.array, result.array)
+        buffer, shape, device, finish = self._result_buffer(x, out)
         dtype = buffer.dtype
         reduction = reduction_for(op, dtype, self.world_size)
         call = array_call("all_reduce", dtype, shape, reduction.name)
@@ -121,32 +113,20 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
         self._check_rank(root, "root")
-        input_array = self._check_input(x)
-        array = input_array.array
-        reduction = reduction_for(op, array.dtype, self.world_size)
         at_root = self.rank == root
-        result = OutputBuffer(input_array, out if at_root else None, array.shape)
-        copy_elements(array, result.array)
-        call = array_call("reduce", array.dtype, array.shape, reduction.name, root)
-        action = partial(self._backend.reduce, result.flat, reduction, root)
-        finish = result if at_root else no_result
-        return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, result.device)
+        buffer, shape, device, finish = self._result_buffer(x, out if at_root else None)
+        reduction = reduction_for(op, buffer.dtype, self.world_size)
+        call = array_call("reduce", buffer.dtype, shape, reduction.name, root)
+        action = partial(self._backend.reduce, buffer, reduction, root)
+        finish = finish if at_root else no_result
+        return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
     def broadcast(
         self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
-        finish: Finish
-        if out is x and self._takes_cpu_arrays and writable_in_place(x):
-            buffer, shape, device, finish = x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
-        else:
-            input_array = self._check_input(x)
-            shape = input_array.array.shape
-            finish = result = OutputBuffer(input_array, out, shape)
-            buffer, device = result.flat, result.device
-            if self.rank == root:
-                copy_elements(input_array.array, result.array)
+        buffer, shape, device, finish = self._result_buffer(x, out, copy=self.rank == root)
         call = array_call("broadcast", buffer.dtype, shape, root=root)
         action = partial(self._backend.broadcast, buffer, root)
         return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
@@ -331,7 +311,8 @@ class ArrayCollectives:
             action = partial(self._backend.all_to_all, source, result.flat, counts, counts)
             return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, device)
         expected = uneven.checked_sizes(recv_sizes, n, "recv_sizes")
-        exchange = uneven.UnevenAllToAll(self._backend, input_array, source, sent, expected, out)
+        make_result = partial(OutputBuffer, input_array, out)
+        exchange = uneven.UnevenAllToAll(self._backend, source, sent, expected, make_result)
         call = uneven_call("all_to_all", array.dtype, array.shape[1:])
         return self._dispatcher.collective(call, exchange.run, exchange, array.nbytes, async_op, timeout_s, device)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ferro.arrays import Input, InputArray
-from ferro.collectives.label import array_call
+from ferro.collectives.label import Call
+from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import reduction_for
 from ferro.errors import UsageError
 from ferro.group.arguments import OutputBuffer
@@ -59,29 +58,28 @@ class Coalescing:
             return
         for (op, op_or_root, dtype, device), results in self._kinds.items():
             sources = [result.input_array.array for result in results]
-            ends = np.cumsum([0, *(source.size for source in sources)])
-            size = int(ends[-1])
+            sizes = [source.size for source in sources]
             on_cpu = device is Device.CPU
-            buffer = self._group.empty(size, dtype) if on_cpu else results[0].input_array.empty((size,))
-            views = [buffer[start:end] for start, end in pairwise(ends)]
+            buffer = self._group.empty(sum(sizes), dtype) if on_cpu else results[0].input_array.empty((sum(sizes),))
+            views = blocks(buffer, sizes)
             for view, source in zip(views, sources, strict=True):
                 view[...] = source.reshape(-1)
             shapes = ";".join("x".join(map(str, source.shape)) for source in sources)
             self._run(op, op_or_root, buffer, device, f"shapes {shapes}")
             for view, result in zip(views, results, strict=True):
-                result.complete(view)
+                result.buffer.flat[...] = view
+                result.complete = True
 
     def _run(self, op: str, op_or_root: Any, buffer: Array, device: Device, detail: str) -> None:
         """Run one collective in place for many calls, which `detail` names."""
         backend = self._group._backend
         if op == "all_reduce":
             reduction = reduction_for(op_or_root, buffer.dtype, self._group.world_size)
-            call = array_call(op, buffer.dtype, buffer.shape, reduction.name)
+            call = Call(op, 0, buffer.dtype.name, buffer.size, reduction.name, detail=detail)
             action = partial(backend.all_reduce, buffer, reduction)
         else:
-            call = array_call(op, buffer.dtype, buffer.shape, root=op_or_root)
+            call = Call(op, 0, buffer.dtype.name, buffer.size, root=op_or_root, detail=detail)
             action = partial(backend.broadcast, buffer, op_or_root)
-        call = replace(call, detail=detail)
         self._group._dispatcher.collective(call, action, no_result, buffer.nbytes, False, None, device)
 
 
@@ -90,15 +88,11 @@ class CoalescedResult:
 
     def __init__(self, input_array: InputArray, buffer: OutputBuffer) -> None:
         self.input_array = input_array
-        self._buffer = buffer
-        self._complete = False
-
-    def complete(self, value: Array) -> None:
-        self._buffer.flat[...] = value
-        self._complete = True
+        self.buffer = buffer
+        self.complete = False
 
     def result(self) -> object:
         """Return the result as the caller's own kind of array, or `out`."""
-        if not self._complete:
+        if not self.complete:
             raise UsageError("the result is there when the coalesce() block has ended")
-        return self._buffer()
+        return self.buffer()

@@ -46,8 +46,7 @@ def _count_fork() -> None:
     _forks += 1
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
+os.register_at_fork(after_in_child=_count_fork)
 
 
 class ChannelKey(NamedTuple):
@@ -84,12 +83,9 @@ class Dispatcher:
     def checked_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
             return self._timeout_s
-        number = isinstance(timeout_s, int | float | np.number)
-        if not number or not 0 < timeout_s <= threading.TIMEOUT_MAX:
-            raise UsageError(
-                f"timeout_s must be a positive number of seconds, at most "
-                f"{threading.TIMEOUT_MAX:.0f}, not {timeout_s!r}"
-            )
+        most = threading.TIMEOUT_MAX
+        if not isinstance(timeout_s, int | float | np.number) or not 0 < timeout_s <= most:
+            raise UsageError(f"timeout_s must be a positive number of seconds, at most {most:.0f}, not {timeout_s!r}")
         return float(timeout_s)
 
     def countdown(self, timeout_s: float | None) -> Callable[[], float]:
@@ -121,7 +117,10 @@ class Dispatcher:
         if async_op and not launches:
             # A closure would slow down every call: its variables would be cells.
             operation = partial(self._perform, call.numbered, action, finish, nbytes, allowed_s, False, ())
-            return self._submit(executor.start, call.op, operation)
+            try:
+                return executor.start(call.op, operation)
+            except ExecutorClosed:
+                self._raise_closed(call.op)
         # The following is `executor.run`, written out: it is on the path of every collective.
         if executor.pending:
             executor.wait_for_pending()
@@ -147,22 +146,19 @@ class Dispatcher:
         device: Device,
     ) -> Any:
         """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
-        allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
-        if self._closed or self._failure is not None or self._forks is not _forks:
-            self._raise_closed(op)
-        executors, nbytes = [], 0
-        for direction, messages in (("send", sends), ("recv", recvs)):
-            for peer, buffer in messages:
-                executors.append(self._executor(ChannelKey(direction, peer, tag)))
-                nbytes += buffer.nbytes
+        allowed_s = self.checked_timeout(timeout_s)
+        self.check_open(op)
+        # The operation of a sendrecv runs in the receiving executor, within the sending one.
+        channels = [ChannelKey("send", peer, tag) for peer, _ in sends]
+        channels += [ChannelKey("recv", peer, tag) for peer, _ in recvs]
+        nbytes = sum(buffer.nbytes for _, buffer in (*sends, *recvs))
         peers = tuple(dict([*sends, *recvs]))
         launches = device in self._streams
         action = partial(self._move, sends, recvs, tag)
         operation = partial(self._perform, partial(Call, op), action, finish, nbytes, allowed_s, launches, peers)
-        executor, *inner = executors
-        # The operation of a sendrecv runs in the receiving executor, within the sending one.
-        outer = (lambda _: inner[0].run(op, operation)) if inner else operation
-        result = self._submit(executor.start if async_op and not launches else executor.run, op, outer)
+        channel, *inner = channels
+        outer = (lambda _: self._submit(inner[0], op, operation)) if inner else operation
+        result = self._submit(channel, op, outer, in_background=async_op and not launches)
         return result.wait() if launches and not async_op else result
 
     def _move(self, sends: Messages, recvs: Messages, tag: int, *, deadline: float) -> None:
@@ -241,22 +237,26 @@ class Dispatcher:
         message = f"{op} on group {name!r}: the group died earlier: {self._failure}"
         raise GroupClosed(message, op=op, group=name, rank=rank) from self._failure
 
-    def _executor(self, channel: ChannelKey) -> SerialExecutor:
-        executor = self._transfers.get(channel)
-        if executor is not None:
-            return executor
+    def _submit(
+        self, channel: ChannelKey, op: str, operation: Callable[[int], object], *, in_background: bool = False
+    ) -> Any:
+        """Hand an operation to the executor of its channel, which is made where there is none."""
+        while True:
+            executor = self._transfers.get(channel) or self._new_executor(channel)
+            try:
+                return executor.start(op, operation) if in_background else executor.run(op, operation)
+            except ExecutorClosed:
+                with self._lock:
+                    if self._transfers.get(channel) is executor:  # otherwise the channel has a new one
+                        self._raise_closed(op)
+
+    def _new_executor(self, channel: ChannelKey) -> SerialExecutor:
         with self._lock:
             if len(self._transfers) >= _MAX_EXECUTORS:  # a tag for every message makes as many
-                self._transfers = {key: old for key, old in self._transfers.items() if not old.idle}
+                # Another thread may have looked up an idle executor: closed, it sends that thread to the new one.
+                self._transfers = {key: old for key, old in self._transfers.items() if not old.close_if_idle()}
             name = f"ferro-{self._info.name}-{channel.direction} {channel.peer} tag {channel.tag}"
             return self._transfers.setdefault(channel, SerialExecutor(name))
-
-    def _submit(self, submit: Callable[..., Any], op: str, operation: Callable[[int], object]) -> Any:
-        """Hand an operation to an executor's `run` or `start`."""
-        try:
-            return submit(op, operation)
-        except ExecutorClosed:
-            self._raise_closed(op)
 
     def _perform(
         self,
@@ -331,13 +331,12 @@ class Dispatcher:
             action(deadline=deadline)
         except UnsupportedError:  # by the backend, on all ranks alike
             raise
-        except Exception as error:
-            site = CallSite(call, peers, timeout_s, time.monotonic() - started)
-            raise self._fail(error, site) from error
-        except (KeyboardInterrupt, SystemExit) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             # The other ranks learn of the user's interrupt; a simulated rank that is killed reports nothing, as a real
             # one could not.
-            self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            cause = self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            if isinstance(error, Exception):
+                raise cause from error
             raise
 
     def _fail(self, error: BaseException, site: CallSite) -> FerroError:

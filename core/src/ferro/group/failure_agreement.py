@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
-from ferro.group.group_info import GroupInfo
+from ferro.group.group_info import GroupInfo, get_in_time
 from ferro.rendezvous import codec
 
 _RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
 _VERDICT_S = 5.0  # how long the others wait for the verdict
 _MAX_CHARACTERS = 8192
+_DEAD = "The group can no longer be used."
 _SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
 
 
@@ -62,12 +63,9 @@ class FailureVerdict(NamedTuple):
 
     def error(self, site: CallSite, info: GroupInfo, rank: int) -> FerroError:
         """Make the error that `rank` raises, with its own place."""
-        kinds: dict[str, type[FerroError]] = {
-            kind.__name__: kind for kind in (CollectiveMismatch, CollectiveTimeout, PeerLost)
-        }
-        error = kinds.get(self.kind, GroupClosed)(
-            self.text, op=site.call.op, group=info.name, rank=rank, peer=self.peer
-        )
+        kinds: tuple[type[FerroError], ...] = (CollectiveMismatch, CollectiveTimeout, PeerLost)
+        kind = next((kind for kind in kinds if kind.__name__ == self.kind), GroupClosed)
+        error = kind(self.text, op=site.call.op, group=info.name, rank=rank, peer=self.peer)
         if isinstance(error, PeerLost) and error.peer is not None:
             error.host = info.hosts[error.peer]
         elif isinstance(error, CollectiveTimeout):
@@ -122,17 +120,11 @@ class FailureAgreement:
         text = verdict.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
         self._store.set("verdict", codec.encode(verdict._replace(text=text)))
 
-    def _record_of(self, rank: int, deadline: float) -> str:
-        try:
-            return self._store.get(f"call/{rank}", deadline=deadline).decode()
-        except TimeoutError:
-            return ""
-
     def _timeout(self, site: CallSite) -> FailureVerdict:
         """Find the ranks that arrived; one that was in another call has not, and its call is named."""
         others = site.peers or [r for r in range(len(self._info.hosts)) if r != self._rank]
         deadline = time.monotonic() + _RECORDS_S
-        records = {rank: self._record_of(rank, deadline) for rank in others}
+        records = {rank: get_in_time(self._store, f"call/{rank}", deadline).decode() for rank in others}
         missing = [rank for rank in others if not site.is_same_operation(records[rank])]
         arrived = sorted({self._rank, *others}.difference(missing))
         if missing:
@@ -146,11 +138,8 @@ class FailureAgreement:
         else:
             finding = "all ranks were there"
             remedy = "Raise timeout_s, or look for a slow or broken link"
-        text = (
-            f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {finding}. "
-            f"The group can no longer be used. {remedy}."
-        )
-        return FailureVerdict("CollectiveTimeout", text, arrived=arrived, missing=missing)
+        text = f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {finding}"
+        return FailureVerdict("CollectiveTimeout", f"{text}. {_DEAD} {remedy}.", arrived=arrived, missing=missing)
 
     def _symptom(self, error: BaseException, site: CallSite) -> FailureVerdict:
         """Describe an error with what this rank alone knows."""
@@ -159,24 +148,21 @@ class FailureAgreement:
             number, remedy = f" (#{site.call.seq})", _SAME_CALLS
             if site.peers:
                 number, remedy = "", "Receive with the dtype and number of elements that are sent"
-            text = (
-                f"ranks made different calls on group {name!r}{number}: {error}. "
-                f"The group can no longer be used. {remedy}."
-            )
-            return FailureVerdict("CollectiveMismatch", text, error.peer)
+            text = f"ranks made different calls on group {name!r}{number}: {error}"
+            return FailureVerdict("CollectiveMismatch", f"{text}. {_DEAD} {remedy}.", error.peer)
         where = site.describe(name)
         if isinstance(error, PeerLost) and error.peer is not None:
             text = (
                 f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by rank {rank} after "
-                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error}). The group can no longer be used. Read rank "
-                f"{error.peer}'s log first; then restart the job, or go on without it through shrink()."
+                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error})"
             )
-            return FailureVerdict("PeerLost", text, error.peer)
+            remedy = f"Read rank {error.peer}'s log first; then restart the job, or go on without it through shrink()"
+            return FailureVerdict("PeerLost", f"{text}. {_DEAD} {remedy}.", error.peer)
         if isinstance(error, TimeoutError):
             text = (
                 f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, and the store could not be "
-                "reached to ask for the others. The group can no longer be used."
+                f"reached to ask for the others. {_DEAD}"
             )
             return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
-        text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. "
-        return FailureVerdict("GroupClosed", text + "The group can no longer be used.")
+        text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. {_DEAD}"
+        return FailureVerdict("GroupClosed", text)

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from ferro.rendezvous.store.interface import Store
 
 
+def get_in_time(store: Store, key: str, deadline: float) -> bytes:
+    """Return the value that another rank stores, or b"" if there is none at the deadline."""
+    try:
+        return store.get(key, deadline=deadline)
+    except TimeoutError:
+        return b""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupInfo:
     """All that a group knows besides its backend."""

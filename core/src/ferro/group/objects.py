@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ferro.collectives.partition import blocks
 from ferro.errors import UsageError
 from ferro.rendezvous import codec as msgpack
 from ferro.types import Array
@@ -46,5 +47,4 @@ def decode(data: Array, codec: Codec) -> Any:
 
 def decode_all(data: Array, sizes: Sequence[int], codec: Codec) -> list[Any]:
     """Decode values that lie one after the other."""
-    ends = np.cumsum(sizes)
-    return [decode(data[end - size : end], codec) for end, size in zip(ends, sizes, strict=True)]
+    return [decode(block, codec) for block in blocks(data, sizes)]

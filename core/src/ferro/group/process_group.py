@@ -83,10 +83,7 @@ class ProcessGroup(ArrayCollectives):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abandon()
+        self._end(in_good_order=error is None)
 
     @property
     def backend(self) -> Backend:
@@ -310,18 +307,11 @@ class ProcessGroup(ArrayCollectives):
 
         Subgroups share their parent's connections, and are closed with it.
         """
-        for child in self._living_children():
-            child.close()
-        wait_s = _FAILED_CLOSE_TIMEOUT_S if self._dispatcher.state == "dead" else _CLOSE_TIMEOUT_S
-        self._dispatcher.close(self.timeout_s)
-        self._closed(wait_s, in_good_order=True)
+        self._end(in_good_order=True)
 
     def abandon(self) -> None:
         """Release the connections at once; peers that still wait for this rank lose it."""
-        for child in self._living_children():
-            child.abandon()
-        self._dispatcher.close(0.0)
-        self._closed(_FAILED_CLOSE_TIMEOUT_S, in_good_order=False)
+        self._end(in_good_order=False)
 
     def abort(self) -> None:
         """End all operations at once, on every rank; the group is dead afterwards."""
@@ -332,13 +322,15 @@ class ProcessGroup(ArrayCollectives):
         self._children.append(weakref.ref(group))
         return group
 
-    def _living_children(self) -> list[ProcessGroup]:
-        return [child for ref in self._children if (child := ref()) is not None]
-
-    def _closed(self, wait_s: float, *, in_good_order: bool) -> None:
+    def _end(self, *, in_good_order: bool) -> None:
+        for ref in self._children:
+            if (child := ref()) is not None:
+                child._end(in_good_order=in_good_order)
+        works = in_good_order and self._dispatcher.state != "dead"
+        self._dispatcher.close(self.timeout_s if in_good_order else 0.0)
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
-            on_close(wait_s, in_good_order)
+            on_close(_CLOSE_TIMEOUT_S if works else _FAILED_CLOSE_TIMEOUT_S, in_good_order)
 
     def _output(self, buffer: Input) -> OutputBuffer:
         input_array = self._check_input(buffer)

@@ -18,9 +18,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ferro.group.work import Work
 
@@ -85,16 +84,13 @@ class SerialExecutor:
 
     def __init__(self, name: str) -> None:
         self.lock = threading.Lock()  # held by the thread that carries out an operation
-        self.pending: deque[Work[object]] = deque()  # operations that wait for the executor's thread
+        # The operations that wait for the executor's thread, each with its handle.
+        self.pending: deque[tuple[Work[Any], Callable[[int], object]]] = deque()
         self.closed = False
         self.next_number = count().__next__
         self._name = name
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-
-    @property
-    def idle(self) -> bool:
-        return not self.pending and not self.lock.locked()
 
     def run(self, op: str, operation: Callable[[int], Result]) -> Result:
         """Run an operation, given its number, after all that are pending; or raise ExecutorClosed."""
@@ -115,9 +111,8 @@ class SerialExecutor:
         with self._changed:
             if self.closed:
                 raise ExecutorClosed(op)
-            seq = self.next_number()
-            work = Work(op, seq, partial(operation, seq))
-            self.pending.append(work)  # type: ignore[arg-type]
+            work: Work[Result] = Work(op, self.next_number())
+            self.pending.append((work, operation))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run_pending, name=self._name, daemon=True)
                 self._thread.start()
@@ -135,25 +130,31 @@ class SerialExecutor:
         self.lock.release()
         return True
 
+    def close_if_idle(self) -> bool:
+        """Take no more operations unless one is under way or pending; say whether the executor is closed."""
+        if self.lock.acquire(blocking=False):
+            with self._changed:
+                self.closed = self.closed or not self.pending
+                self._changed.notify_all()
+            self.lock.release()
+        return self.closed
+
     def _run_pending(self) -> None:
+        """Run operations as they come, until there has been none for a while or the executor is closed."""
         _THREAD_STATE.on_executor_thread = True
-        while self._wait_for_work():
+        while True:
+            with self._changed:
+                while not self.pending:
+                    if (self.closed or not self._changed.wait(_IDLE_S)) and not self.pending:
+                        self._thread = None
+                        return
             with self.lock:
                 with self._changed:  # only under the lock: until then a new caller must see pending work
-                    work = self.pending.popleft()
+                    work, operation = self.pending.popleft()
                     self._changed.notify_all()
                 with _SHORT_SWITCH_INTERVAL:
-                    work._run()
-            del work  # only the holders of the handle keep its result alive
-
-    def _wait_for_work(self) -> bool:
-        """Wait for pending work; return False when there is none and the thread is to end."""
-        with self._changed:
-            while not self.pending:
-                if (self.closed or not self._changed.wait(_IDLE_S)) and not self.pending:
-                    self._thread = None
-                    return False
-            return True
+                    work._run(operation)
+            del work, operation  # only the holders of the handle keep its result alive
 
 
 def _remaining_s(deadline: float) -> float:

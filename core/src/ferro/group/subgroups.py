@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ferro.backend import Backend, Completion
 from ferro.collectives.label import MAX_CONTEXT, in_context
 from ferro.errors import PeerLost, RendezvousError, UsageError
-from ferro.group.group_info import GroupInfo
+from ferro.group.group_info import GroupInfo, get_in_time
 from ferro.rendezvous import codec
 from ferro.types import Array
-
-if TYPE_CHECKING:
-    from ferro.rendezvous.store.interface import Store
 
 
 def subgroup_backend(parent: Backend, ranks: Sequence[int], context: int) -> Backend:
@@ -40,7 +36,14 @@ class Subgroups:
 
     def subgroup(self, ranks: Sequence[int], name: str | None, timeout_s: float) -> tuple[Backend, GroupInfo]:
         """Make the group of these ranks, of which this is one."""
-        ranks = self._checked(ranks)
+        ranks = tuple(int(rank) for rank in ranks)
+        n, me = self._backend.world_size, self._backend.rank
+        if any(not 0 <= rank < n for rank in ranks):
+            raise UsageError(f"subgroup {ranks}: group {self._info.name!r} has ranks 0 to {n - 1}")
+        if len(set(ranks)) != len(ranks):
+            raise UsageError(f"subgroup {ranks} names a rank twice")
+        if me not in ranks:
+            raise UsageError(f"subgroup {ranks} does not include this rank, {me}: only members call it")
         context = self.agree_on_context(ranks, timeout_s)
         name = name or f"{self._info.name}[{','.join(map(str, ranks))}]"
         return subgroup_backend(self._backend, ranks, context), self._info.subgroup(ranks, name, context)
@@ -56,7 +59,7 @@ class Subgroups:
         self._shrunk += 1
         store.set(f"present/{rank}", b"1")
         if store.add("first", 1) == 1:
-            ranks = [r for r in range(n) if r == rank or (r != lost and _is_present(store, r, deadline))]
+            ranks = [r for r in range(n) if r == rank or (r != lost and get_in_time(store, f"present/{r}", deadline))]
             context = self._new_context()
             store.set("members", codec.encode([context, ranks]))
         else:
@@ -71,17 +74,6 @@ class Subgroups:
             raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank)
         info = self._info.subgroup(ranks, f"{name}-{n - len(ranks)}", context)
         return self._backend.shrink(ranks, context), info
-
-    def _checked(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        chosen = tuple(int(rank) for rank in ranks)
-        n, me, name = self._backend.world_size, self._backend.rank, self._info.name
-        if any(not 0 <= rank < n for rank in chosen):
-            raise UsageError(f"subgroup {chosen}: group {name!r} has ranks 0 to {n - 1}")
-        if len(set(chosen)) != len(chosen):
-            raise UsageError(f"subgroup {chosen} names a rank twice")
-        if me not in chosen:
-            raise UsageError(f"subgroup {chosen} does not include this rank, {me}: only members call it")
-        return chosen
 
     def _new_context(self) -> int:
         """Take a number that no other group of the job has."""
@@ -111,14 +103,6 @@ class Subgroups:
                 raise RendezvousError(message, op="subgroup", rank=self._backend.rank, peer=ranks[0]) from error
         self._made[ranks] = made + 1
         return context
-
-
-def _is_present(store: Store, rank: int, deadline: float) -> bool:
-    try:
-        store.get(f"present/{rank}", deadline=deadline)
-    except TimeoutError:
-        return False
-    return True
 
 
 class SubgroupBackend(Backend):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from ferro.arrays import InputArray, dtype_from_name, dtype_name
+from ferro.arrays import dtype_from_name, dtype_name
 from ferro.backend import Backend
 from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import OutputBuffer
@@ -129,18 +129,16 @@ class UnevenAllToAll:
     def __init__(
         self,
         backend: Backend,
-        input_array: InputArray,
         source: Array,
         sent: Layout,
         expected: tuple[int, ...] | None,
-        out: object,
+        make_result: Callable[[tuple[int, ...]], OutputBuffer],
     ) -> None:
-        """Prepare to send the blocks of the flat `source` of `input_array`, laid out as `sent`."""
+        """Prepare to send the blocks of the flat `source`, laid out as `sent`; `make_result` is given a shape."""
         self._backend = backend
-        self._input = input_array
         self._source = source
         self._sent = sent
-        self._out = out
+        self._make_result = make_result
         self._received: tuple[OutputBuffer, Layout] | None = None
         if expected is not None:
             rank = backend.rank
@@ -170,6 +168,6 @@ class UnevenAllToAll:
 
     def _allocate(self, rows: Sequence[int]) -> tuple[OutputBuffer, Layout]:
         layout = Layout.of(rows, self._sent.shape[1:])
-        result = OutputBuffer(self._input, self._out, layout.shape)
+        result = self._make_result(layout.shape)
         self._source = result.copy_if_overlapping(self._source)  # rows arrive before others have been sent
         return result, layout

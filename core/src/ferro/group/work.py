@@ -21,10 +21,9 @@ class Work(Generic[Result]):
             with this peer and tag, that are outstanding together.
     """
 
-    def __init__(self, op: str, seq: int, operation: Callable[[], Result]) -> None:
+    def __init__(self, op: str, seq: int) -> None:
         self.op = op
         self.seq = seq
-        self._operation: Callable[[], Result] | None = operation
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
@@ -47,11 +46,9 @@ class Work(Generic[Result]):
             raise self._error
         return self._result  # type: ignore[return-value]
 
-    def _run(self) -> None:
-        operation, self._operation = self._operation, None
-        assert operation is not None
+    def _run(self, operation: Callable[[int], Result]) -> None:
         try:
-            self._result = operation()
+            self._result = operation(self.seq)
         except BaseException as error:  # noqa: BLE001 - wait() raises it, whatever it is
             self._error = error
         finally:
@@ -67,13 +64,12 @@ class LaunchedWork(Work[Result]):
     def __init__(
         self, op: str, seq: int, result: Result, completion: Completion, failed: Callable[[Exception], BaseException]
     ) -> None:
-        super().__init__(op, seq, lambda: result)
+        super().__init__(op, seq)
         self._result = result
         self._completion = completion
         self._failed = failed
 
     def done(self) -> bool:
-        """Say whether the operation has ended, with or without an error. Never blocks."""
         return self._completion.done()
 
     def wait(self) -> Result:
