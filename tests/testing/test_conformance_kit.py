@@ -280,7 +280,7 @@ def test_more_that_can_go_wrong_is_found_out(check, spoil, words):
 
 
 def test_a_backend_that_is_deaf_to_abort_is_found_out(monkeypatch):
-    monkeypatch.setattr(failures, "_DEAF_S", 0.3)
+    monkeypatch.setattr(failures, "_WAKE_S", 0.3)
     with pytest.raises(AssertionError, match=r"rank 1 was not woken: it waited 0\.\d s"):
         check_abort(sabotaged(deaf_to_abort))
 

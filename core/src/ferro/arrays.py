@@ -35,14 +35,14 @@ class SupportsDLPack(Protocol):
 Input: TypeAlias = "npt.ArrayLike | SupportsDLPack"
 
 _KINDS = "biufc"
-_EXTENDED = ("bfloat16",)  # a name, for the package that defines this dtype may be absent
+_EXTENDED = ("bfloat16",)  # names, since the package that defines the dtype may be absent
 _CPU_DLPACK = 1
 
-# Globals, for each call looks them up; as attributes of a module or an enumeration they take several times as long.
+# Globals, since each call looks them up: an attribute of a module or an enumeration takes several times as long.
 _ndarray = np.ndarray
 _CPU, _CUDA = Device.CPU, Device.CUDA
 
-# Converts a result to the kind of the user's array; None where that is NumPy's or CuPy's own.
+# Converts a result to the kind of the user's array; None for NumPy's and CuPy's own arrays.
 _Converter: TypeAlias = "Callable[[Array], object] | None"
 
 

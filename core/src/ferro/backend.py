@@ -47,7 +47,7 @@ class Backend(ABC):
     Attributes:
         rank: this process's rank in the group.
         world_size: number of ranks in the group.
-        choice: the rules by which the defaults choose an algorithm; `choice.deterministic` holds for overrides, too.
+        choice: the rules by which the defaults choose an algorithm; `choice.deterministic` binds overrides, too.
         call: the collective that is under way, as every rank must call it.
         devices: the devices whose buffers this backend takes; None for all that its `BackendInfo` names.
         streams: the devices on which a method only launches its operation before it returns. The operation ends later,
@@ -93,8 +93,8 @@ class Backend(ABC):
     ) -> None:
         """Do all these (peer, buffer) transfers at the same time; return when all are done.
 
-        Messages between two ranks match in the order given. The call never deadlocks, whatever the order in which the
-        peers make theirs.
+        Messages between two ranks match in the order given. The call never deadlocks, whatever the order of the
+        peers' calls.
         """
         self._sender_threads.exchange(self, sends, recvs, tag=tag, deadline=deadline)
 
@@ -166,11 +166,11 @@ class Backend(ABC):
         defaults.all_reduce(self, buffer, reduction, deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
-        """Reduce `buffer` over all ranks, in place at `root`; elsewhere it is scratch memory."""
+        """Reduce `buffer` over all ranks, in place at `root`; on other ranks `buffer` is scratch memory."""
         defaults.reduce(self, buffer, reduction, root, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
-        """Fill `buffer` with that of the root."""
+        """Copy the root's `buffer` into `buffer` on every rank."""
         defaults.broadcast(self, buffer, root, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:

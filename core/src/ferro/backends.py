@@ -1,4 +1,4 @@
-"""The backends of the installed plugins: which can be used on this machine, and one by name."""
+"""The backends of the installed plugins: list them, probe them, and get one by name."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def get(name: str) -> BackendInfo:
     """Return the description of an installed backend, usable or not.
 
     Args:
-        name: a backend's name, such as "gloo"; or a map from devices to backends, such as "cpu:gloo,cuda:nccl", for
-            which the description of the installed backend that is made of other backends is returned.
+        name: a backend's name, such as "gloo"; or a map from devices to backends, such as "cpu:gloo,cuda:nccl":
+            the result then describes the installed backend that is made of other backends.
 
     Raises:
         BackendUnavailable: it is not installed; the hint says what to install.

@@ -8,7 +8,7 @@ from ferro.plugins.registry import by_name, how_to_install, installed, sole
 
 
 def available() -> dict[str, str]:
-    """List the installed strategies: name -> one-line summary. A broken plugin's are left out; nothing is imported."""
+    """List the installed strategies: name -> one-line summary. Broken plugins are left out; nothing is imported."""
     offers, _ = installed().survey("ferro_strategies", StrategyInfo)
     return {name: found[0].item.summary for name, found in by_name(offers).items() if len(found) == 1}
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# A NumPy or CuPy array. In quotes, for numpy.typing takes milliseconds to import that `import ferro` should not.
+# A NumPy or CuPy array. It is a string, since importing numpy.typing would add milliseconds to `import ferro`.
 Array: TypeAlias = "npt.NDArray[np.generic]"
 
 # (rank, world_size, rank 0's message and elsewhere None, deadline) -> rank 0's message
@@ -26,13 +26,13 @@ class ReduceOp(enum.StrEnum):
     PROD = "prod"
     MIN = "min"
     MAX = "max"
-    BAND = "band"  # bitwise, as the next two: for integers and booleans
+    BAND = "band"  # this one and the next two are bitwise, for integers and booleans
     BOR = "bor"
     BXOR = "bxor"
 
 
 class Device(enum.StrEnum):
-    """Where an array's memory is."""
+    """The device that holds an array's memory."""
 
     CPU = "cpu"
     CUDA = "cuda"

@@ -1,6 +1,6 @@
 """The hook implementation of ferro-testing: it offers the command `ferro conformance`.
 
-The module lies beside the package, for the package's own first lines import what starts processes.
+The module lies beside the package because importing the package imports the code that starts processes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The pytest plugin: `@pytest.mark.ranks(4)` runs a test on so many ranks, `group` in each.
+"""The pytest plugin: `@pytest.mark.ranks(4)` runs a test on 4 ranks, each with its `group`.
 
     @pytest.mark.ranks(1, 2, 4)
     def test_sum(group):
         assert group.all_reduce(1) == group.world_size
 
-`pytest --ferro-backend gloo` runs the same test on processes. Nothing of ferro is imported until a
-test is marked.
+`pytest --ferro-backend gloo` runs the same test on processes. ferro is imported only if a test is
+marked.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _check(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
 
 
 def _backends(config: pytest.Config) -> list[str]:
-    """Return the backends asked for; a map from devices to backends has commas of its own."""
+    """Return the backends asked for; a map from devices to backends contains commas, too."""
     given = config.getoption("--ferro-backend") or [_SIMULATED]
     names = [name for text in given for name in ([text] if ":" in text else text.split(","))]
     return list(dict.fromkeys(name.strip() for name in names))

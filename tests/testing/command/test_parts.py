@@ -144,7 +144,7 @@ def test_a_check_whose_needs_are_refused_is_skipped():
 )
 def test_a_launcher_may_end_the_job_where_a_backend_may_not(launched, status, words):
     def runner(function, world_size, args, *, timeout_s, deterministic):
-        if function.__name__ in ("_die", "_go_on"):
+        if function.__name__ in ("_die", "_shrink_after_deaths"):
             return [Outcome(rank=rank, error_type="Killed") for rank in range(world_size)]
         return run_simulated(function, world_size, args, timeout_s=timeout_s, deterministic=deterministic)
 

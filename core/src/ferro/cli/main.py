@@ -12,8 +12,8 @@ from ferro.plugins.registry import by_name, how_to_install, installed, own_extra
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
-# An entry-point group of ferro's own: the name of each command that an extra of ferro brings, and the package that
-# offers it. So `ferro --help` knows commands that are not installed, and core's source names no plugin.
+# This entry-point group of ferro's own maps each command that an extra of ferro brings to the package that offers it.
+# So `ferro --help` knows commands that are not installed, and core's source names no plugin.
 _KNOWN_COMMANDS = "ferro.known_commands"
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
     except BrokenPipeError:
-        # The reader of the output has left; the interpreter must not trip over it again at exit.
+        # Nobody reads the output any more; without this the interpreter would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -86,7 +86,7 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
     """Import one command.
 
     Raises:
-        UsageError: nobody offers the command; the message says which extra brings it, or what there is.
+        UsageError: no plugin offers the command; the message names the extra that brings it, or all commands.
         PluginError: two plugins claim the name, or the command's plugin could not be imported; the message names the
             distribution.
     """
@@ -112,8 +112,8 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
-    """Look up, for each command that ferro's extras bring and that is not present, the extra."""
-    from importlib_metadata import entry_points  # as late as possible
+    """Map each absent command that an extra of ferro brings to that extra."""
+    from importlib_metadata import entry_points  # as in `installed`
 
     known = {it.name: it.value.removeprefix("ferro_").replace("_", "-") for it in entry_points(group=_KNOWN_COMMANDS)}
     extras = own_extras()

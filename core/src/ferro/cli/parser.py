@@ -1,4 +1,4 @@
-"""Parser: a command line's mistakes are ferro's errors."""
+"""Parser: a command-line parser that raises ferro's errors."""
 
 from __future__ import annotations
 

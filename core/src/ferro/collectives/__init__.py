@@ -1,4 +1,4 @@
-"""Collectives as data: what algorithms are on offer, and what can be done with one."""
+"""Collectives as data: the algorithms that installed plugins offer, and the types in which they are written."""
 
 from ferro.collectives.choice import Choice
 from ferro.collectives.registry import available, get

@@ -1,7 +1,7 @@
 """The choice of the algorithm that serves a call.
 
-All ranks must choose alike, so the choice depends only on what they share: the collective, the number of ranks, the
-size of the whole call, and whether all contributions must be combined at once.
+All ranks must choose the same algorithm, so the choice depends only on what they share: the collective, the number of
+ranks, the size of the whole call, and whether all contributions must be combined at once.
 """
 
 from __future__ import annotations

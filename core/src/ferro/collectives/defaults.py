@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # hold up the senders of another group.
 _MAX_SENDERS = 4096
 
-# In these calls some ranks only send, and so would not notice a rank that calls something else: the root where it sends
-# to all, the other ranks where the root collects.
+# In these calls some ranks only send (the root in the first two, the other ranks in the last two), so they would not
+# notice a rank that makes another call.
 _ROOT_SENDS = ("broadcast", "scatter")
 _ROOT_RECEIVES = ("reduce", "gather")
 _STAR_RANKS = 16  # up to this many ranks, all of them can report to rank 0 at once
@@ -73,10 +73,9 @@ class SenderThreads:
 def agree(transport: Transport, call: Call, deadline: float) -> None:
     """Compare this rank's call with the other ranks' calls, and raise CollectiveMismatch if they differ.
 
-    Labels pass round in log2(n) rounds (the dissemination barrier), so that a rank returns only when all ranks have
-    come. A backend that labels its frames needs this for rooted calls of many ranks only. With few ranks, all report to
-    rank 0, which then lets the root of a call that sends go on, and at the end of a call that collects (`release`) lets
-    all ranks go.
+    The ranks exchange labels in log2(n) rounds (the dissemination barrier), so a rank returns only when all ranks have
+    called this. A backend that labels its frames needs that for rooted calls of many ranks only. With few ranks, all
+    report to rank 0, which then lets a sending root begin; in a call in which the root receives, `release` follows.
     """
     rooted = call.op in _ROOT_SENDS or call.op in _ROOT_RECEIVES
     few = transport.world_size <= _STAR_RANKS
@@ -95,7 +94,7 @@ def agree(transport: Transport, call: Call, deadline: float) -> None:
 
 
 def _report(transport: Transport, call: Call, deadline: float) -> None:
-    """Send rank 0 an empty frame, which carries the label, from every rank."""
+    """Send an empty frame, which carries the label, from every rank to rank 0."""
     answered = call.op in _ROOT_SENDS and call.root != 0
     if transport.rank != 0:
         awaited = [(0, _EMPTY)] if answered and transport.rank == call.root else []
@@ -108,7 +107,7 @@ def _report(transport: Transport, call: Call, deadline: float) -> None:
 
 
 def release(transport: Transport, deadline: float) -> None:
-    """End a call that collects: no rank leaves before rank 0 has seen that all agree."""
+    """End a call in which the root receives: no rank returns before rank 0 has received every rank's label."""
     if not transport.labels_frames or transport.world_size > _STAR_RANKS:
         return
     others = [(rank, _EMPTY) for rank in range(1, transport.world_size)]
@@ -208,7 +207,7 @@ def _run(
 
 
 def _rooted_chunks(transport: Transport, block: Array, whole: Array | None, counts: Sequence[int]) -> Sequence[Array]:
-    """List all ranks' blocks; away from the root, the others' are memory to relay them."""
+    """List all ranks' blocks; on other ranks than the root, the others' blocks are memory for relaying."""
     if whole is not None:
         return blocks(whole, counts)
     empty = [np.empty(count, block.dtype) for count in counts]

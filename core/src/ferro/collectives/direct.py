@@ -47,9 +47,9 @@ def exchange_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
 def star_all_reduce(rank: int, world_size: int, root: int = 0) -> Schedule:
     """Send the whole buffer to the root, which reduces in rank order and sends the result back.
 
-    Two rounds; 2(n-1) messages in all, where `exchange_all_reduce` has n(n-1) in one round. Where a message costs its
-    ends more time than it spends on the way (TCP within a host), that counts for more than the second latency. Any root
-    gives the same bits.
+    Two rounds; 2(n-1) messages in all, where `exchange_all_reduce` has n(n-1) in one round. Where sending and receiving
+    a message takes longer than its transmission (TCP within a host), fewer messages outweigh the second latency. Any
+    root gives the same bits.
 
     Source: `direct_reduce`, then `direct_broadcast`.
     """

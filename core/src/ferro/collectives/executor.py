@@ -34,7 +34,7 @@ _NOTHING = np.empty(0, np.uint8)
 Transfer: TypeAlias = tuple[int, Array]
 """A peer, and the array that goes to it or comes from it."""
 
-# By round and chunk: this rank's own segment, and the contributions to combine with it.
+# (round, chunk) -> this rank's own segment, and the contributions to combine with it.
 _Combinations: TypeAlias = dict[tuple[int, int], tuple[Array, list[Transfer]]]
 _Copy: TypeAlias = tuple[Array, Array]  # a segment, and the staging memory that holds its new value
 
@@ -59,8 +59,8 @@ class Transport(Protocol):
 class Execution:
     """One run of a schedule over `chunks`, an array for each chunk number.
 
-    Chunks that this rank neither sends nor receives are None. The algorithm combines all contributions in one round
-    where `at_once` is set.
+    Chunks that this rank neither sends nor receives are None. `at_once` says that the algorithm combines all
+    contributions in one round.
     """
 
     transport: Transport
@@ -120,7 +120,7 @@ class Execution:
                 recvs.append((recv.peer, target))
 
     def _segment(self, chunk: int, index: int) -> Array | None:
-        """View segment `index` of a chunk, or give None beyond its end; segment 0 always exists, even if empty."""
+        """View segment `index` of a chunk, or return None beyond its end; segment 0 always exists, even if empty."""
         array = self.chunks[chunk]
         assert array is not None, f"the schedule moves chunk {chunk}, which this rank has not"
         if index == 0 and array.nbytes <= SEGMENT_BYTES:
@@ -132,7 +132,7 @@ class Execution:
         return array[start : start + length]
 
     def _staged(self, key: tuple[int, int, int], like: Array) -> Array:
-        """Give memory to receive a message in; the next segment with this round, peer and chunk uses it again."""
+        """Allocate memory to receive a message; the next segment with this round, peer and chunk uses it again."""
         memory = self.staging.get(key)
         if memory is None or memory.size < like.size:
             memory = self.staging[key] = np.empty_like(like)

@@ -1,6 +1,6 @@
-"""Reductions that need every rank's contribution at once, written for any library's transfers.
+"""Reductions that combine every rank's contribution at once, on the transfers of any library.
 
-A backend uses them where its library has no such reduction: each rank gathers all contributions to some elements and
+A backend uses them where its library lacks a reduction. Each rank gathers all contributions to some of the elements and
 combines them in order of rank, by NumPy's arithmetic (`Reduction.into`).
 
     small buffer    every rank gathers all contributions and combines them all

@@ -45,7 +45,7 @@ MAX_TAG = (1 << 31) - 1
 MAX_CONTEXT = (1 << 24) - 1
 
 
-@dataclass(slots=True, unsafe_hash=True)  # frozen, `numbered` takes four times as long
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, since `numbered` would take four times as long
 class Call:
     """One call on a group, as every rank must make it; calls are shared, so nothing changes one.
 
@@ -53,12 +53,12 @@ class Call:
         op: name of the operation, one of `OPS` ("send" stands for both ends of a transfer).
         seq: number of the collective in its group, from 0.
         dtype: NumPy name of the element type, "" where there are no elements.
-        count: elements in each rank's buffer; in all of them, where they have uneven sizes.
+        count: elements in each rank's buffer; in all buffers together, where their sizes are uneven.
         reduction: name of the reduction, "callable" for a user's function, "" for none.
         root: the root, or -1.
         detail: the shape, or uneven sizes, as text. The label carries its beginning, for messages, and a checksum of
             all of it.
-        packed: the label, once it is known; calls that differ by their number only share it.
+        packed: the label, once it is computed; calls that differ only in `seq` share it.
     """
 
     op: str
@@ -122,7 +122,7 @@ def array_call(
     root: int = -1,
     sizes: tuple[int, ...] | None = None,
 ) -> Call:
-    """Describe a collective on arrays; `sizes` are the rows of every rank's block, where ranks have different rows.
+    """Describe a collective on arrays; `sizes` are the rows of every rank's block, where they differ.
 
     The calls are cached, since programs repeat them.
     """
@@ -144,7 +144,7 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 def transfer_call(buffer: Array) -> Call:
-    """Describe the transfer of this buffer, alike on both of its ends."""
+    """Describe the transfer of this buffer, in the same way on both of its ends."""
     return Call("send", dtype=dtype_name(buffer.dtype), count=buffer.size)
 
 
@@ -159,7 +159,7 @@ def in_context(tag: int, context: int) -> int:
 
 
 def is_collective(tag: int) -> bool:
-    """Tell the tags of collectives from those of transfers."""
+    """Say whether a tag belongs to a collective, and not to a transfer."""
     return bool(tag >> _NUMBER_BITS & 1)
 
 

@@ -1,4 +1,4 @@
-"""The model of a network: latency, bandwidth and hosts, by which simulated ranks and the cost of algorithms go."""
+"""The network model of simulated ranks and of the cost of algorithms: latency, bandwidth and hosts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Network:
 
     Attributes:
         latency_s: seconds from the departure of the first byte to its arrival.
-        bandwidth_bytes_per_s: of each rank's link, each way.
+        bandwidth_bytes_per_s: bandwidth of each rank's link, in each direction.
         overhead_s: seconds of work for each message, on both of its ends.
         reduce_bytes_per_s: the rate at which a rank combines contributions.
-        hosts: for each rank the number of its host; None: all are on one.
-        inter_host_latency_s: `latency_s` between ranks of different hosts; None: the same.
-        inter_host_bandwidth_bytes_per_s: the bandwidth between them; None: the same.
+        hosts: for each rank the number of its host; None when all ranks are on one host.
+        inter_host_latency_s: latency between ranks of different hosts; None when it is `latency_s`.
+        inter_host_bandwidth_bytes_per_s: bandwidth between them; None when it is `bandwidth_bytes_per_s`.
 
     Raises:
         UsageError: a time is negative, or a rate not above zero.
@@ -41,7 +41,7 @@ class Network:
             raise UsageError(f"{self}: give times of 0 or more and rates above 0.")
 
     def link(self, source: int, target: int) -> tuple[float, float]:
-        """Give the latency in seconds and the bandwidth in bytes per second from one rank to another."""
+        """Look up the latency in seconds and the bandwidth in bytes per second from one rank to another."""
         if self.hosts is not None and self.hosts[source] != self.hosts[target]:
             return self._between_hosts()
         return self.latency_s, self.bandwidth_bytes_per_s

@@ -16,7 +16,7 @@ from ferro.collectives.half import reduce_half_precision
 from ferro.errors import UnsupportedError, UsageError
 from ferro.types import Array, ReduceOp
 
-# (a, b, out), given one-dimensional pieces of the arrays: out is a or b, or apart from both.
+# A function (a, b, out) of one-dimensional pieces of the arrays; `out` is `a` or `b`, or overlaps neither.
 ReduceFunction: TypeAlias = "Callable[[Array, Array, Array], object]"
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
@@ -36,7 +36,7 @@ _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 
 def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
-    """Make the reduction `op`, or take it from a cache where it is named."""
+    """Make the reduction `op`, or take it from a cache if `op` is a name."""
     return _named_reduction(op, dtype, ranks) if isinstance(op, str) else Reduction(op, dtype, ranks)
 
 
@@ -93,9 +93,9 @@ class Reduction:
         """Reduce `operands`, left to right, into `out`, with the same bits as `combine`.
 
         Args:
-            out: takes the result. It is apart from all operands, or one of the first two itself.
-            operands: at least one; one-dimensional, of equal length, in order of rank. None is changed, except one that
-                is `out`.
+            out: takes the result. It overlaps no operand, or is one of the first two itself.
+            operands: at least one; one-dimensional, of equal length, in order of rank. No operand but `out` is
+                changed.
             at_once: the operands are all contributions; a mean is completed.
         """
         if self._widened is not None:

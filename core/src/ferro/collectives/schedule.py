@@ -76,7 +76,7 @@ class CollectiveInfo:
     """An algorithm that a plugin offers.
 
     Attributes:
-        collective: the collective that it does: "all_reduce", "broadcast", … (see `ferro.collectives.schedule`).
+        collective: the collective that it carries out: "all_reduce", "broadcast", … (see `ferro.collectives.schedule`).
         algorithm: its name, unique for the collective.
         build: pure function (rank, world_size, root) -> Schedule.
         combines_once: True when every reduced chunk is made in one round from the contributions of all ranks, and so in

@@ -1,4 +1,4 @@
-"""What a call is given and gives back: checked input arrays, ranks and tags, and output buffers."""
+"""The arguments and the result of a call: checked input arrays, ranks and tags, and output buffers."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class OutputBuffer:
 def copy_elements(source: Array, target: Array) -> None:
     """Copy elements, unless `target` is `source`: `out` is often the input itself.
 
-    A large array is copied block by block and so stays in the caches. Copied all at once it would be written past them:
-    of 4 MiB, an all_gather that reads them next then takes more than twice as long.
+    A large array is copied block by block, so that the copy stays in the caches. A copy of 4 MiB in one piece bypasses
+    the caches, and an all_gather that reads it next takes more than twice as long.
     """
     if target is source:
         return
@@ -67,7 +67,7 @@ def copy_elements(source: Array, target: Array) -> None:
 
 
 def flattened(array: Array, *, copy: bool = False) -> Array:
-    """Return the elements in one contiguous dimension; copied if `copy`, or where they must be."""
+    """View the elements in one contiguous dimension; copy them if `copy` is true or no such view exists."""
     if copy or not array.flags.c_contiguous:
         array = array.copy()
     return array if array.ndim == 1 else array.reshape(-1)  # a reshape costs even where it changes nothing
@@ -85,7 +85,7 @@ class ArgumentChecker:
         self._warned_of_host_copies = False
 
     def check_input(self, value: Input, *, what: str = "input") -> InputArray:
-        """Convert an argument to an array on a device from which the backend moves it, or refuse it."""
+        """Convert an argument to an array that the backend can move, or refuse it."""
         input_array = InputArray(value, what=what)
         if input_array.device not in self._devices:
             self._copy_to_host(input_array)
@@ -100,7 +100,7 @@ class ArgumentChecker:
         """
         if out is x and type(x) is np.ndarray and self._takes_cpu_arrays and not dtype_problem(x.dtype):
             flags = x.flags
-            if flags.c_contiguous and flags.writeable:  # nothing is to be prepared
+            if flags.c_contiguous and flags.writeable:  # `x` itself is the memory of the result
                 return x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
         input_array = InputArray(x)
         if input_array.device not in self._devices:
@@ -131,7 +131,7 @@ class ArgumentChecker:
         """Copy a GPU array that the backend does not take, where the user allows it; or refuse the array."""
         device, backend_name = input_array.device, self._info.backend_name
         if device is not Device.CUDA or not self._info.host_copies:
-            from ferro import backends  # here, for it looks at all that is installed
+            from ferro import backends  # here, since it looks at all installed plugins
 
             names = " or ".join(backends.supporting(device))
             raise UnsupportedError(
@@ -141,7 +141,7 @@ class ArgumentChecker:
             )
         if not self._warned_of_host_copies:
             self._warned_of_host_copies = True
-            import logging  # here, for it is slow to import and seldom needed
+            import logging  # here, since it is slow to import and seldom needed
 
             message = "group %r (%s) copies GPU arrays through the host"
             logging.getLogger("ferro").warning(message, self._info.name, backend_name)

@@ -37,8 +37,8 @@ _BARRIER = Call("barrier")
 class ArrayCollectives:
     """The methods of `ProcessGroup` in which all ranks take part with an array each.
 
-    They are a class of their own because one file could not be read in one sitting with the rest of `ProcessGroup`, and
-    because `coalesce()` builds on them alone.
+    They are a class of their own because they would make the file of `ProcessGroup` too long, and because `coalesce()`
+    builds on them alone.
 
     Arguments that all collectives take
         out: the array that takes the result: contiguous, writable, of the result's shape and dtype. It may be the input
@@ -66,7 +66,7 @@ class ArrayCollectives:
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array in the memory that this backend moves fastest.
 
-        A late rank may write to it when a collective with it has failed: then take a new one.
+        After a failed collective a late rank may still write to the array, so allocate a new one.
         """
         sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
         if any(size < 0 for size in sizes):
@@ -144,7 +144,7 @@ class ArrayCollectives:
         """Concatenate every rank's `x` along axis 0, in order of rank: an array of shape (sum of rows, …).
 
         Args:
-            x: shape (rows, …), the same on every rank but for rows when `sizes` is given. A 0-d array counts as one
+            x: shape (rows, …), the same on every rank; rows may differ if `sizes` is given. A 0-d array counts as one
                 row: n of them give shape (n,).
             sizes: rows of every rank, the same list on every rank.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with copy=False,
@@ -207,12 +207,12 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Split the root's `x` along axis 0 and give each rank its block, of shape (this rank's rows, …).
 
-        The block is a NumPy array away from the root, but where `out` is given. The root sends shape, dtype and sizes
-        ahead in a small broadcast that every rank waits for.
+        On other ranks than the root, the block is a NumPy array unless `out` is given. The root first sends shape,
+        dtype and sizes in a small broadcast that every rank waits for.
 
         Args:
-            x: the root's array, shape (rows, …); ignored elsewhere, where None will do.
-            root: the rank that has it.
+            x: the root's array, shape (rows, …); ignored on other ranks, which may give None.
+            root: the rank whose `x` is split.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
@@ -317,7 +317,7 @@ class ArrayCollectives:
         return self._dispatcher.collective(call, exchange.run, exchange, array.nbytes, async_op, timeout_s, device)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
-        """Return (None) when every rank has called it."""
+        """Wait until every rank has called it; return None."""
         return self._dispatcher.collective(_BARRIER, self._backend.barrier, no_result, 0, async_op, timeout_s)
 
 
@@ -327,4 +327,4 @@ def _copy_first(source: Array, target: Array, action: partial[None], *, deadline
 
 
 def no_result() -> None:
-    """Stand for the result of ranks that get none."""
+    """Make the result of ranks that get none."""

@@ -18,10 +18,10 @@ from ferro.types import Array, Device, ReduceOp
 
 
 class Coalescing:
-    """Collects calls until the end of its `with` block, then makes one for each kind.
+    """Collects calls until the end of its `with` block, then runs one collective for each kind.
 
-    Calls are alike when they have the same operation, dtype, and reduction or root. All ranks make the same calls in
-    the same order; a difference is a `CollectiveMismatch`. Inputs are read when the block ends, and the
+    Calls are of one kind when they have the same operation, dtype, and reduction or root. All ranks make the same calls
+    in the same order; a difference is a `CollectiveMismatch`. Inputs are read when the block ends, and the
     `CoalescedResult` that a call returns has its result then. When the block raises, nothing is sent.
     """
 

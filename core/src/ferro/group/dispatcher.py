@@ -1,6 +1,6 @@
-"""Dispatcher: runs a group's operations in order, by their deadlines, and fails the group on all ranks alike.
+"""Dispatcher: runs a group's operations in order, within their deadlines, and fails the group on all ranks.
 
-`ProcessGroup` has checked the arguments before; a backend moves the bytes after. In between, the dispatcher gives each
+`ProcessGroup` checks the arguments, and a backend moves the bytes. In between, the dispatcher gives each
 operation its number and deadline, notifies observers, and turns a failure into the one cause that every rank reports.
 """
 
@@ -31,11 +31,11 @@ from ferro.types import Array, Device
 # no Python call of its own.
 Action: TypeAlias = Callable[..., None]
 Finish: TypeAlias = Callable[[], object]
-Messages: TypeAlias = Sequence[tuple[int, Array]]  # each with its peer
+Messages: TypeAlias = Sequence[tuple[int, Array]]  # (peer, buffer)
 
-_CPU = Device.CPU  # looked up in each call
+_CPU = Device.CPU  # a global, since each call looks it up
 _MAX_EXECUTORS = 256
-_MIN_TIMEOUT_S = 1e-3  # the time left by a deadline that has passed: enough to fail properly
+_MIN_TIMEOUT_S = 1e-3  # what a passed deadline leaves to the next operation, which then reports the timeout
 
 
 _forks = 0  # how often this process was forked since ferro was imported
@@ -105,7 +105,7 @@ class Dispatcher:
     ) -> Any:
         """Run a collective after all that were issued before it.
 
-        `call` is what every rank must call, without its number; `action` moves the data and `finish` makes the
+        `call` is the call that every rank must make, without its number; `action` moves the data and `finish` makes the
         caller's result of it; `nbytes` is the size of this rank's data, for observers. The time of `timeout_s`, the
         group's when None, begins when the operation does.
         """
@@ -121,7 +121,7 @@ class Dispatcher:
                 return executor.start(call.op, operation)
             except ExecutorClosed:
                 self._raise_closed(call.op)
-        # The following is `executor.run`, written out: it is on the path of every collective.
+        # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
         with executor.lock:
@@ -148,7 +148,7 @@ class Dispatcher:
         """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
         allowed_s = self.checked_timeout(timeout_s)
         self.check_open(op)
-        # The operation of a sendrecv runs in the receiving executor, within the sending one.
+        # A sendrecv holds the sending executor, and runs its operation in the receiving one.
         channels = [ChannelKey("send", peer, tag) for peer, _ in sends]
         channels += [ChannelKey("recv", peer, tag) for peer, _ in recvs]
         nbytes = sum(buffer.nbytes for _, buffer in (*sends, *recvs))
@@ -206,7 +206,7 @@ class Dispatcher:
             if self._closed:
                 return
             self._closed = True
-            # A sendrecv goes through its sending executor into its receiving one: they close in this order.
+            # A sendrecv enters its sending executor, then its receiving one: the executors close in that order.
             channels = sorted(self._transfers, key=lambda channel: channel.direction, reverse=True)
             executors = [self._collectives, *(self._transfers[channel] for channel in channels)]
         if self._forks is not _forks:
@@ -220,7 +220,7 @@ class Dispatcher:
         self.backend.close()
 
     def _raise_closed(self, op: str) -> NoReturn:
-        """Tell the reason for which no operation can be issued any more."""
+        """Raise the error that says why no operation can be issued any more."""
         name = self._info.name
         if self._closed:
             raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
@@ -252,8 +252,8 @@ class Dispatcher:
 
     def _new_executor(self, channel: ChannelKey) -> SerialExecutor:
         with self._lock:
-            if len(self._transfers) >= _MAX_EXECUTORS:  # a tag for every message makes as many
-                # Another thread may have looked up an idle executor: closed, it sends that thread to the new one.
+            if len(self._transfers) >= _MAX_EXECUTORS:  # reached by programs with a new tag for every message
+                # Another thread may have looked up an idle executor; finding it closed, that thread takes a new one.
                 self._transfers = {key: old for key, old in self._transfers.items() if not old.close_if_idle()}
             name = f"ferro-{self._info.name}-{channel.direction} {channel.peer} tag {channel.tag}"
             return self._transfers.setdefault(channel, SerialExecutor(name))
@@ -271,7 +271,7 @@ class Dispatcher:
     ) -> Any:
         """Execute operation number `seq` and notify observers; return its result, or the Work of a launched one.
 
-        An operation is launched on a device's queue in this thread, whose queue it is.
+        A launched operation goes into the device's queue of the thread that calls this.
         """
         call = numbered(seq)
         if not self._observed:
@@ -304,7 +304,7 @@ class Dispatcher:
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
 
     def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
-        """Notify all observers; one that raises must not change what the ranks do."""
+        """Notify all observers; an observer that raises must not disturb the operation."""
         for observer in self._info.observers:
             try:
                 observer.started(event) if method == "started" else observer.finished(event)
@@ -317,11 +317,11 @@ class Dispatcher:
                 )
 
     def _execute(self, call: Call, action: Action, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
-        """Run an operation by its deadline; a failure ends the group with the cause that all report.
+        """Run an operation by its deadline; a failure ends the group with the cause that all ranks report.
 
         An operation without `peers` is a collective.
         """
-        if self._failure is not None:  # while this operation waited for those before it
+        if self._failure is not None:  # the group died while this operation waited for earlier ones
             self._raise_dead(call.op)
         started = time.monotonic()
         deadline = started + timeout_s
@@ -329,11 +329,11 @@ class Dispatcher:
             if not peers:
                 self.backend.agree(call, deadline=deadline)
             action(deadline=deadline)
-        except UnsupportedError:  # by the backend, on all ranks alike
+        except UnsupportedError:  # raised by the backend, on all ranks
             raise
         except (Exception, KeyboardInterrupt, SystemExit) as error:
-            # The other ranks learn of the user's interrupt; a simulated rank that is killed reports nothing, as a real
-            # one could not.
+            # The other ranks are told of the user's interrupt. A killed simulated rank raises no Exception and reports
+            # nothing, as a killed process would.
             cause = self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
             if isinstance(error, Exception):
                 raise cause from error

@@ -4,8 +4,9 @@ The first rank that fails claims the verdict in the store, writes it and aborts 
 rank that fails afterwards, because it was woken or because a peer's connection closed, reads the verdict and raises
 that error instead of its own symptom.
 
-For a deadline the verdict needs the others: every rank that fails first writes down which call it was in; the claimant
-waits a moment for these records before it writes the verdict. A rank without a record had not arrived.
+The verdict on a missed deadline needs the other ranks: every rank that fails writes a record of the call that it was
+in, and the claimant waits a moment for these records before it writes the verdict. A rank without a record had not
+arrived.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class CallSite:
     elapsed_s: float
 
     def record(self) -> str:
-        """Return the call and its number, as ranks write them down for each other."""
+        """Format the call and its number as the record that other ranks read."""
         return f"{self.call.op} #{self.call.seq}"
 
     def is_same_operation(self, record: str) -> bool:
@@ -62,7 +63,7 @@ class FailureVerdict(NamedTuple):
     missing: Sequence[int] = ()
 
     def error(self, site: CallSite, info: GroupInfo, rank: int) -> FerroError:
-        """Make the error that `rank` raises, with its own place."""
+        """Make the error that `rank` raises, with its own call site."""
         kinds: tuple[type[FerroError], ...] = (CollectiveMismatch, CollectiveTimeout, PeerLost)
         kind = next((kind for kind in kinds if kind.__name__ == self.kind), GroupClosed)
         error = kind(self.text, op=site.call.op, group=info.name, rank=rank, peer=self.peer)
@@ -84,9 +85,9 @@ class FailureAgreement:
         self._rank = rank
 
     def agree(self, error: BaseException, site: CallSite, abort: Callable[[], None]) -> FerroError:
-        """Return the error that this rank raises for the backend's `error`.
+        """Agree with the other ranks on the cause of the backend's `error`; return the error that this rank raises.
 
-        `abort` ends the backend's calls on all ranks; it is called when the others may look for the verdict.
+        `abort` ends the backend's calls on all ranks; it is called as soon as the others may ask for the verdict.
         """
         try:
             self._store.set(f"call/{self._rank}", site.record().encode())
@@ -96,7 +97,7 @@ class FailureAgreement:
                 return FailureVerdict(*codec.decode(data)).error(site, self._info, self._rank)  # type: ignore[misc]
             timed_out = isinstance(error, TimeoutError)
             if timed_out:
-                abort()  # the others write down the calls they were in
+                abort()  # makes the others write their records
             verdict = self._timeout(site) if timed_out else self._symptom(error, site)
             self._publish(verdict)
             if not timed_out:
@@ -107,21 +108,21 @@ class FailureAgreement:
         return verdict.error(site, self._info, self._rank)
 
     def report(self, kind: type[FerroError], event: str) -> None:
-        """Write the verdict of a group that ends by this rank's own doing, which `event` tells."""
+        """Write the verdict of a group that this rank itself ends; `event` says how."""
         text = f"group {self._info.name!r} {event} by {self._info.describe(self._rank)}"
         peer = self._rank if kind is PeerLost else None
         try:
             if self._store.add("claims", 1) == 1:
                 self._publish(FailureVerdict(kind.__name__, text, peer))
         except (RendezvousError, OSError):
-            return  # the others will see connections close
+            return  # the others notice closed connections
 
     def _publish(self, verdict: FailureVerdict) -> None:
         text = verdict.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
         self._store.set("verdict", codec.encode(verdict._replace(text=text)))
 
     def _timeout(self, site: CallSite) -> FailureVerdict:
-        """Find the ranks that arrived; one that was in another call has not, and its call is named."""
+        """Find the ranks that arrived; a rank that was in another call has not arrived, and its call is named."""
         others = site.peers or [r for r in range(len(self._info.hosts)) if r != self._rank]
         deadline = time.monotonic() + _RECORDS_S
         records = {rank: get_in_time(self._store, f"call/{rank}", deadline).decode() for rank in others}

@@ -15,7 +15,7 @@ from ferro.types import Array
 
 Codec: TypeAlias = Literal["msgpack", "pickle"]
 
-# These are for small values; arrays have better ways. No rank can make another allocate more.
+# These functions are for small values. The bound also limits the memory that one rank can make another allocate.
 MAX_BYTES = 1 << 30
 
 
@@ -41,7 +41,7 @@ def allocate(size: Array) -> Array:
 
 def decode(data: Array, codec: Codec) -> Any:
     raw = data.tobytes()
-    # Only where the caller asked for pickle by name; msgpack is the default everywhere.
+    # pickle is used only where the caller asked for it by name; msgpack is the default everywhere.
     return msgpack.decode(raw) if codec == "msgpack" else pickle.loads(raw)  # noqa: S301
 
 

@@ -24,8 +24,8 @@ from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
 from ferro.group.subgroups import Subgroups, split_backend
 
-# How long a rank that others still need at the end, for it hosts the store, waits for them: in a group that works, and
-# in one that has failed.
+# How long the rank that hosts the store waits at the end for the ranks that still need it: in a group that works, and
+# in a group that has failed.
 _CLOSE_TIMEOUT_S = 10.0
 _FAILED_CLOSE_TIMEOUT_S = 2.0
 _SPLIT = Call("barrier", detail="split")
@@ -34,11 +34,11 @@ _SPLIT = Call("barrier", detail="split")
 class ProcessGroup(ArrayCollectives):
     """The ranks that work together, as one of them sees it.
 
-    All ranks make the same collective calls in the same order, with the same shapes (but for sizes declared uneven),
+    All ranks make the same collective calls in the same order, with the same shapes (except sizes declared uneven),
     dtypes, reductions and roots. Inputs are never modified and may be reused as soon as a call returns, even an
-    asynchronous one (but with `copy=False`); an array given as `out` may not be touched before the operation has ended.
-    Arrays are NumPy's, CuPy's, or any library's that speaks DLPack; the result is of the same kind, or `out` itself
-    where that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
+    asynchronous one (unless with `copy=False`); an array given as `out` may not be touched before the operation has
+    ended. Arrays are NumPy's, CuPy's, or any library's that supports DLPack; the result is of the same kind, or `out`
+    itself where that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
 
     Errors that all may raise
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group is still good.
@@ -66,7 +66,7 @@ class ProcessGroup(ArrayCollectives):
         self.timeout_s = info.timeout_s
         self._subgroups = Subgroups(backend, info)
         self._on_close = on_close
-        # In the order made: on all ranks the same, as some libraries need when groups are closed.
+        # The order of creation, the same on all ranks, in which some libraries need their groups to be closed.
         self._children: list[weakref.ref[ProcessGroup]] = []
 
     def __repr__(self) -> str:
@@ -87,11 +87,11 @@ class ProcessGroup(ArrayCollectives):
 
     @property
     def backend(self) -> Backend:
-        """The group's backend, for what it alone offers; a group's calls go through the group."""
+        """The group's backend, for features that only it has; collectives and transfers go through the group."""
         return self._backend
 
     def coalesce(self) -> Coalescing:
-        """Collect all_reduce and broadcast calls in a `with` block; send them as few.
+        """Collect all_reduce and broadcast calls in a `with` block; send them as a few large ones.
 
         with group.coalesce() as together:
             for array in many:
@@ -250,8 +250,8 @@ class ProcessGroup(ArrayCollectives):
         """Return the group of all ranks that gave the same `color`; all ranks call it.
 
         Args:
-            color: which group to be in, not negative; None for none (and None is returned).
-            key: members are ordered by it, then by their rank here.
+            color: number of the group to join, not negative; None joins no group and returns None.
+            key: members are ordered by key, then by their rank in this group.
         """
         if color is not None and (not isinstance(color, int | np.integer) or color < 0):
             raise UsageError(f"split: color must be None or a number from 0, not {color!r}")

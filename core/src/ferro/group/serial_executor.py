@@ -5,10 +5,10 @@ for each direction, peer and tag, so that a receive that waits delays only the t
 
 CPython lets a computing thread keep the interpreter lock for `sys.getswitchinterval()`, 5 ms, when another thread asks
 for it, and a thread that carries out a collective asks again and again. Therefore the interval is 0.1 ms while an
-executor's own thread carries out an operation. Measured with 2 ranks on 2 cores that others used too, interleaved, and
-together with shorter spins of the backend in such a thread: 16 all_reduces of 1 MiB beside NumPy on small arrays ended
-after 160 to 300 ms with 5 ms, after 17 ms with 0.1 ms; beside pure Python after 10 to 130 ms, and 15 to 18 ms. Two
-threads of pure Python took as long in all with both, within 7 %.
+executor's own thread carries out an operation. Measured with 2 ranks on 2 busy cores, together with shorter spins of
+the backend in such a thread: beside a thread that computes with NumPy on small arrays, 16 all_reduces of 1 MiB took 160
+to 300 ms at 5 ms and 17 ms at 0.1 ms; beside a thread of pure Python, 10 to 130 ms and 15 to 18 ms. Two threads of pure
+Python took equally long at both intervals, within 7 %.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class SerialExecutor:
                     self._changed.notify_all()
                 with _SHORT_SWITCH_INTERVAL:
                     work._run(operation)
-            del work, operation  # only the holders of the handle keep its result alive
+            del work, operation  # so that only holders of the handle keep its result alive
 
 
 def _remaining_s(deadline: float) -> float:

@@ -51,7 +51,7 @@ class Subgroups:
     def shrink(self, lost: int | None, timeout_s: float) -> tuple[Backend, GroupInfo]:
         """Make the group of all ranks that call this in time.
 
-        The first to come waits for the others, all but the one known to be lost, and then publishes the members.
+        The first rank to call it waits for the others, except the one known to be lost, and publishes the members.
         """
         n, rank, name = self._backend.world_size, self._backend.rank, self._info.name
         deadline = time.monotonic() + timeout_s
@@ -84,7 +84,7 @@ class Subgroups:
 
     def agree_on_context(self, ranks: tuple[int, ...], timeout_s: float) -> int:
         """Agree on the group's number: its first rank takes one and publishes it."""
-        import hashlib  # here, for it costs milliseconds that `import ferro` should not
+        import hashlib  # here, since it would add milliseconds to `import ferro`
 
         made = self._made.get(ranks, 0)
         digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:32]
@@ -108,8 +108,8 @@ class Subgroups:
 class SubgroupBackend(Backend):
     """A group inside a group: the parent's transfers, with ranks and tags translated.
 
-    The default for backends that have nothing better. Aborting it aborts the parent as well, for the two share what
-    blocks.
+    It is the default for backends that have nothing better. Aborting it aborts the parent as well, since its calls
+    block in the parent's.
     """
 
     def __init__(self, parent: Backend, ranks: Sequence[int], context: int) -> None:

@@ -1,4 +1,4 @@
-"""Uneven sizes: an array in blocks along axis 0, one a rank, and how ranks exchange the blocks' sizes."""
+"""Uneven sizes: an array in one block for each rank, along axis 0, and the exchange of the blocks' sizes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import OutputBuffer
 from ferro.types import Array
 
-_CACHED = 128  # few, for with sizes of many ranks they are long
-_MAX_AXES = 64  # that an array can have
+_CACHED = 128  # few, since layouts of many ranks are long
+_MAX_AXES = 64  # NumPy's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ def split_layout(
 
 
 def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "sizes") -> tuple[int, ...] | None:
-    """Return sizes as non-negative ints, one a rank; None when none are given."""
+    """Return sizes as non-negative ints, one for each rank; None when none are given."""
     if sizes is None:
         return None
     try:
-        rows = tuple(int(operator.index(size)) for size in sizes)  # int: True is one row
+        rows = tuple(int(operator.index(size)) for size in sizes)  # int() turns True into 1
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be {world_size} whole numbers, not {sizes!r}") from None
     if len(rows) != world_size or min(rows) < 0:

@@ -73,7 +73,7 @@ class LaunchedWork(Work[Result]):
         return self._completion.done()
 
     def wait(self) -> Result:
-        """Order what the device does next after the operation; return its result, or raise its error."""
+        """Order the device's next operations after this one; return its result, or raise its error."""
         try:
             self._completion.wait()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""`ferro run`: start a program as several ranks, and see them all to their end."""
+"""`ferro run`: start a program as several ranks, and wait for all of them."""
 
 from ferro.launch.job import main, run
 from ferro.launch.options import LaunchOptions, parse_options

@@ -24,8 +24,8 @@ from ferro.launch.trace import merge_parts
 from ferro.rendezvous import StoreServer, derive, per_user_secret
 from ferro.runtime.environment import Address, LaunchInfo, child_environment, read_secret
 
-# A rank that lost a peer may end before that peer does: the peer has this long to say what happened.
-_CULPRIT_S = 1.0
+# A rank that lost a peer may end before the peer does: the launcher waits so long for the peer's own error.
+_PEER_ERROR_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,7 +85,7 @@ def _open_endpoint(attempt: int, nodes: NodeRendezvous | None) -> Iterator[tuple
     """Host the attempt's store here, or learn where node 0 hosts it.
 
     Yields the store's address, that of a free port for programs that use torch.distributed, and the store's secret.
-    Nothing is kept between attempts, so no key or secret of one is left over in the next.
+    Attempts share nothing, so no key or secret of one is left over in the next.
     """
     host, secret = "127.0.0.1", secrets.token_bytes(32)
     if nodes is not None:
@@ -117,7 +117,7 @@ class _Attempt:
     console: Console
     endpoint: tuple[Address, Address, bytes]  # as `_open_endpoint` yields it
     nodes: NodeRendezvous | None
-    trace: str | None  # the directory for its parts
+    trace: str | None  # the directory for the ranks' traces
     ranks: list[RankProcess] = field(default_factory=list)
 
     def run(self) -> Failure | None:
@@ -138,7 +138,7 @@ class _Attempt:
         try:
             if self.nodes is not None:
                 agreed = self.nodes.first_failure(self.number, failure)
-        finally:  # with node 0 gone, too, the failures of this node are to be told
+        finally:  # this node's failures are reported even if node 0 is gone
             if agreed is not None:
                 local = first if agreed == failure else None
                 show_report(self.console, self.ranks, local, agreed, verbose=self.options.verbose)
@@ -182,10 +182,10 @@ class _Attempt:
             self.ranks.append(RankProcess(info.rank, process, output))
 
     def _watch(self, supervisor: Supervisor, signals: socket.socket) -> signal.Signals | None:
-        """Wait until the ranks are done or to be ended; return the signal that stopped the launcher."""
+        """Wait until the ranks have ended, or end them; return the signal that stopped the launcher."""
 
-        def attend() -> list[signal.Signals]:
-            """Do all that is due whenever something happened; return the signals to stop at."""
+        def handle_events() -> list[signal.Signals]:
+            """Show held output that is due, and forward signals; return the signals that stop the launcher."""
             if not any(rank.failed for rank in self.ranks):
                 for rank in self.ranks:
                     rank.output.release_due()
@@ -198,16 +198,16 @@ class _Attempt:
 
         while supervisor.running():
             supervisor.wait()
-            if stopping := attend():
-                supervisor.end(stopping[0], hurry=attend)
+            if stopping := handle_events():
+                supervisor.end(stopping[0], hurry=handle_events)
                 return stopping[0]
             if self.nodes is not None and self.nodes.stopped(self.number):
                 break
             failed = [rank for rank in self.ranks if rank.failed]
             if failed:
-                blameless = all(rank.output.traceback.is_consequence() for rank in failed)
+                only_lost_peers = all(rank.output.traceback.is_consequence() for rank in failed)
                 since = min(rank.process.ended_at or 0.0 for rank in failed)
-                if not blameless or time.monotonic() > since + _CULPRIT_S:
+                if not only_lost_peers or time.monotonic() > since + _PEER_ERROR_S:
                     break
-        supervisor.end(hurry=attend)
+        supervisor.end(hurry=handle_events)
         return None

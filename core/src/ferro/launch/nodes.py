@@ -1,4 +1,4 @@
-"""How the launchers of several nodes agree: on the job, on each attempt's store, on how it ended.
+"""The launchers of several nodes agree on the job, and on the store and the outcome of each attempt.
 
 They meet in a store that node 0's launcher hosts at the endpoint. Keys:
 
@@ -12,7 +12,7 @@ They meet in a store that node 0's launcher hosts at the endpoint. Keys:
     <attempt>/result/<r>  node r's failure, or nothing
     <attempt>/first       the failure that node 0 chose as the first, or nothing
 
-Only node 0 watches the others; they watch node 0 by the answers of its store.
+Only node 0 watches the others; they notice that node 0 is gone when its store does not answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ferro.launch.report import Failure
 from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, derive
 from ferro.runtime.environment import Address, format_address, parse_address
 
-JOIN_S = 300.0  # the nodes wait so long for one another to start
+JOIN_S = 300.0  # how long the nodes wait for one another to start
 _HEARTBEAT_S = 0.5
 _LOST_S = 60.0
 _REQUEST_S = 10.0
@@ -76,7 +76,7 @@ class NodeRendezvous:
                 self._leave()
 
     def _leave(self) -> None:
-        """Tell that this node needs nothing more; node 0 gives the others a moment to read its last answer."""
+        """Announce that this node needs nothing more; node 0 gives the others a moment to read its last answer."""
         with contextlib.suppress(RendezvousError):
             self._store.add("left", 1)
             deadline = time.monotonic() + _FAREWELL_S
@@ -94,7 +94,7 @@ class NodeRendezvous:
         return store, master
 
     def stopped(self, attempt: int) -> bool:
-        """Return True once something failed elsewhere; frequent calls show that this launcher lives."""
+        """Say whether something failed elsewhere; frequent calls show that this launcher lives."""
         now = time.monotonic()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + _HEARTBEAT_S
@@ -134,14 +134,14 @@ class NodeRendezvous:
         return min(failures, key=lambda f: (f.consequence, f.after_s), default=None)
 
     def _poll(self, key: str, attempt: int) -> bytes | None:
-        """Wait a moment for a key that is set once some rank somewhere ends, whenever that is."""
+        """Wait a moment for a key that is set once a rank of any node has ended."""
         with contextlib.suppress(StoreTimeout):
             return self._store.get(key, deadline=time.monotonic() + _HEARTBEAT_S)
         self.stopped(attempt)
         return None
 
     def _lost_node(self, now: float) -> int | None:
-        """On node 0: find a node whose launcher has not been heard of for a long time."""
+        """On node 0: find a node whose launcher has sent no heartbeat for a long time."""
         for node in range(1, self._nnodes):
             count = self._store.add(f"heartbeat/{node}", 0)
             before, since = self._heartbeats.get(node, (-1, now))

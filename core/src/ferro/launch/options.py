@@ -51,7 +51,7 @@ class LaunchOptions:
 
 
 class _RunParser(Parser):
-    """Tells what to do where the program is missing."""
+    """Explains the remedy when the program is missing."""
 
     def error(self, message: str) -> NoReturn:
         if "PROGRAM" in message:

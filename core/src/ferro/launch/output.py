@@ -1,8 +1,8 @@
 """The ranks' output on its way to the terminal and to the logs: by lines, with tracebacks held back.
 
-When one rank fails the others lose their peer and fail too, a moment later; printed as they come, the tracebacks would
-bury the one that matters. So from the line that begins a traceback on, a rank's stderr is held: until the launcher's
-report, until the rank ends well, or for a second, as many a traceback is only logged.
+When one rank fails, the others lose their peer and fail a moment later, too; printed at once, their tracebacks would
+bury the one that matters. So a rank's stderr is held back from the first line of a traceback on: until the launcher's
+report, until the rank ends well, or for one second, since a program may only log a traceback.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Console:
 
 
 class LineSplitter:
-    r"""Cuts a stream after each "\n" and each "\r", by which progress bars redraw theirs, and after 64 KiB.
+    r"""Cuts a stream after each "\n", after each "\r" (which ends each state of a progress bar), and after 64 KiB.
 
     No byte is lost or changed. A "\r\n" that arrives in one piece ends one line; a "\r" at the end of a piece ends one,
     too, since a progress bar must not wait for the next piece.
@@ -110,12 +110,12 @@ class HeldTraceback:
         return self.began + HOLD_S if self.holding and self.began is not None else None
 
     def is_consequence(self) -> bool:
-        """Whether the traceback says that another rank is to blame."""
+        """Say whether the traceback names another rank's failure as its cause."""
         return _CONSEQUENCES.match(self.error) is not None
 
 
 class _Stream:
-    """One of a rank's two streams: stderr where `traceback` is given, by which its lines are held back."""
+    """One of a rank's two streams: stderr if there is a `traceback`, which holds lines back."""
 
     def __init__(self, console: Console, rank: int, log: IO[bytes] | None, traceback: HeldTraceback | None) -> None:
         self._console = console
@@ -126,9 +126,9 @@ class _Stream:
         self._splitter = LineSplitter()
 
     def receive(self, data: bytes) -> None:
-        """Log a piece, and show or hold its lines; a rank that is alone shows it as it is.
+        """Log a piece, and show or hold its lines; the only rank of a job shows it at once.
 
-        Alone, nobody else's failure can hide the traceback.
+        Without other ranks, no other failure can bury the traceback.
         """
         if self._log is not None:
             self._log.write(data)

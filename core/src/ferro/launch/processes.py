@@ -30,10 +30,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # for programs that handle them, as under Slurm
 END_GRACE_S = 2.5  # between the signal that asks processes to end and the one that kills them
 _TICK_S = 0.5
-_POLL_S = 0.02  # between looks at what no file descriptor tells
+_POLL_S = 0.02  # between two checks for changes that no file descriptor reports
 _REAP_S = 5.0  # a killed process ends at once, unless the kernel holds it
 _READ_BYTES = 64 * 1024
-_DRAIN_READS = 64  # more than a pipe holds, yet an end where a grandchild goes on writing
+_DRAIN_READS = 64  # more than a pipe holds, yet bounded, since a grandchild may go on writing
 
 _BARE_PYTHON = (sys.executable, "-I", "-S", "-c")
 _STARTER = """
@@ -87,11 +87,11 @@ class ChildProcess(subprocess.Popen[bytes]):
                 os.killpg(self.pid, signum)
 
     def check_group(self) -> bool:
-        """Look whether the process and all others in its group have ended."""
+        """Check whether the process and all others in its group have ended."""
         if not self.group_gone and self.ended_at is not None:
             try:
                 os.killpg(self.pid, 0)
-            except (ProcessLookupError, PermissionError):  # the latter: zombies, on macOS
+            except (ProcessLookupError, PermissionError):  # macOS raises PermissionError for zombies
                 self.group_gone = True
         return self.group_gone
 
@@ -194,7 +194,7 @@ class Supervisor:
         if any(child.pidfd is None for child in self.running()):
             timeout_s = min(timeout_s, _POLL_S)
         for key, _ in self._selector.select(max(timeout_s, 0.0)):
-            # One piece per turn, so that a process that writes without end starves nobody.
+            # One piece per turn, so that a process that writes without end does not delay the others.
             if self._receive(key.fd) == 0:
                 self._selector.unregister(key.fd)
         for child in self.running():
@@ -229,7 +229,7 @@ class Supervisor:
                 for child in self.children:
                     child.signal_group(signal.SIGKILL)
                 self.wait_all(END_GRACE_S)
-                for child in self.children:  # descendants die as surely, though nobody may ever reap them
+                for child in self.children:  # descendants are dead, too, but may stay zombies
                     child.group_gone = child.ended_at is not None
                 return
 
@@ -259,7 +259,7 @@ class Supervisor:
             self._tell_guard(-child.pid)
 
     def _tell_guard(self, group: int) -> None:
-        """Have a group guarded; a negative one no longer, for its id may be given to others."""
+        """Make the guard watch a group; a negated id ends that, since the system may reuse the id."""
         assert self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._guard.stdin.write(b"%d\n" % group)
@@ -267,9 +267,9 @@ class Supervisor:
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[socket.socket]:
-    """While entered, signals to this process become bytes in a socket instead of being acted upon.
+    """Make a context in which signals to this process only become bytes in a socket.
 
-    What was ignored before (SIGHUP under nohup) stays ignored. Only for the main thread.
+    Signals that were ignored before (SIGHUP under nohup) stay ignored. Only for the main thread.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
@@ -294,7 +294,7 @@ def take_signals(reader: socket.socket) -> list[signal.Signals]:
 
 
 def exit_on_signals() -> contextlib.AbstractContextManager[None]:
-    """While entered, SIGTERM and SIGHUP leave through every `with`, so that no process stays behind."""
+    """Make a context in which SIGTERM and SIGHUP raise SystemExit, so that every `with` ends its processes."""
 
     def leave(signum: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)
@@ -304,7 +304,7 @@ def exit_on_signals() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _handled(signums: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handle signals, but for those that are ignored."""
+    """Handle signals, except those that are ignored."""
     handled = [signum for signum in signums if signal.getsignal(signum) is not signal.SIG_IGN]
     previous = {signum: signal.signal(signum, handler) for signum in handled}
     try:

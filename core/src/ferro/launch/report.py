@@ -1,4 +1,4 @@
-"""Who failed first, and what the user is told about it."""
+"""The report on a failed attempt: the rank that failed first, and the text for the user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Failure:
     what: str  # "rank 2 failed first: exit code 1", "the launcher of node 1 was stopped by SIGTERM"
     status: int  # the exit status that `ferro run` takes over from it
     after_s: float  # seconds after the start of the attempt
-    consequence: bool = False  # the rank itself put it down to another rank
+    consequence: bool = False  # the rank itself reported another rank's failure as the cause
     restart: bool = True  # starting again could help
 
 
@@ -31,22 +31,22 @@ class RankProcess:
 
     @property
     def code(self) -> int:
-        """Its exit status; 0 until its end was noticed."""
+        """The exit status; 0 until the end was noticed."""
         return 0 if self.process.ended_at is None else self.process.returncode or 0
 
     @property
     def was_signalled(self) -> bool:
-        """Whether it ran until the launcher ended it."""
+        """Whether the rank ran until the launcher ended it."""
         return self.process.signalled_at is not None
 
     @property
     def failed(self) -> bool:
-        """Whether it ended badly, by itself."""
+        """Whether the rank ended badly, by itself."""
         return self.code != 0 and not self.was_signalled
 
     @property
-    def blame(self) -> tuple[bool, bool, float]:
-        """A key to sort by: the smaller, the more this rank is to blame."""
+    def order(self) -> tuple[bool, bool, float]:
+        """A sort key; the smallest belongs to the rank that failed first."""
         held = self.output.traceback
         consequence = held.is_consequence() and (self.was_signalled or self.code > 0)
         began = held.began if held.holding else None
@@ -54,30 +54,30 @@ class RankProcess:
 
 
 def first_failure(ranks: Sequence[RankProcess]) -> RankProcess | None:
-    """Find the rank that is to blame, if any did not end well or as told.
+    """Find the rank that failed first; None if all ended well or because the launcher ended them.
 
-    A rank that says it lost a peer comes after one that says anything else. A rank that was in the middle of its
-    traceback when the launcher ended it counts too, after those that ended by themselves. Among equals the first sign
-    of failure decides: the traceback's beginning, or else the end of the process.
+    A rank that reports a lost peer comes after one with any other error. A rank that was in the middle of its traceback
+    when the launcher ended it counts, too, after those that ended by themselves. Among equals the first sign of failure
+    decides: the traceback's beginning, or else the end of the process.
     """
-    return min((rank for rank in ranks if rank.failed or _was_failing(rank)), key=lambda rank: rank.blame, default=None)
+    return min((rank for rank in ranks if rank.failed or _was_failing(rank)), key=lambda rank: rank.order, default=None)
 
 
 def _was_failing(rank: RankProcess) -> bool:
-    """Whether a traceback had begun when the launcher told the rank to end."""
+    """Say whether a traceback had begun when the launcher told the rank to end."""
     held, signalled_at = rank.output.traceback, rank.process.signalled_at
     return bool(rank.code and held.holding and signalled_at and held.began and held.began < signalled_at)
 
 
 def describe_failure(rank: RankProcess, started: float, *, alone: bool) -> Failure:
     """Describe the rank that failed first, or that is `alone`."""
-    # Where the launcher's signal cut the traceback short, the rank would have ended with Python's 1.
+    # Where the launcher's signal cut the traceback short, the rank would have ended with Python's exit code 1.
     code = 1 if rank.was_signalled else rank.code
     return Failure(
         what=f"rank {rank.rank} failed{'' if alone else ' first'}: {describe_code(code)}",
         status=exit_status(code),
         after_s=(rank.process.ended_at or started) - started,
-        consequence=rank.blame[0],
+        consequence=rank.order[0],
     )
 
 
@@ -100,9 +100,9 @@ def exit_status(code: int) -> int:
 def show_report(
     console: Console, ranks: Sequence[RankProcess], first: RankProcess | None, failure: Failure, *, verbose: bool
 ) -> None:
-    """Print the traceback of the rank that failed first, who failed and how, and a line for each that failed later.
+    """Print the traceback and the failure of the rank that failed first, and a line for each that failed later.
 
-    `failure` is the first in the whole job; `first` is None where that was not a rank of this node.
+    `failure` is the first in the whole job; `first` is None if no rank of this node failed first.
     """
     shown_now = first is not None and first.output.release()
     text = f"{failure.what} after {failure.after_s:.1f} s"

@@ -24,7 +24,7 @@ class Trace:
         self._lock = threading.Lock()
 
     def started(self, event: Event) -> None:
-        """Do nothing: the end knows when it began."""
+        """Do nothing: the event of the end has the start time, too."""
 
     def finished(self, event: Event) -> None:
         with self._lock:

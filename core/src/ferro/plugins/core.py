@@ -1,6 +1,6 @@
 """Core's own plugin: the simulated backend, the built-in algorithms, the trace, the commands.
 
-It is registered through the same hooks as everyone's, and as light: each part is imported when it is asked for.
+It is registered through the same hooks as every plugin; each part is imported when it is asked for.
 """
 
 from collections.abc import Sequence

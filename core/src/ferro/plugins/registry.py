@@ -43,14 +43,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A plugin that could not be loaded, or a hook of which failed."""
+    """A plugin that could not be loaded, or whose hook failed."""
 
     name: str
     error: PluginError
 
 
 class Plugins:
-    """All installed plugins: those that loaded, by entry-point name, and those that failed to."""
+    """All installed plugins: those that loaded, by entry-point name, and those that failed to load."""
 
     def __init__(self, entries: Iterable[EntryPoint]) -> None:
         self.versions: dict[str, str] = {}  # "distribution version", for ranks to compare
@@ -66,21 +66,21 @@ class Plugins:
                 self.broken.append(Broken(name, error))
 
     def offers(self, hook: str, kind: type[Item]) -> list[Offer[Item]]:
-        """List everything that plugins offer through a hook; raise the error of the first that is broken, if any is."""
+        """List everything that plugins offer through a hook; if a plugin is broken, raise its error."""
         found, broken = self.survey(hook, kind)
         if broken:
             raise broken[0].error
         return found
 
     def survey(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """As `offers`, but list the plugins that failed to load or to tell; each is asked once per process."""
+        """As `offers`, but list the broken plugins; each plugin is asked once per process."""
         if hook not in self._answers:
             found, silent = self.ask(hook, kind)
             self._answers[hook] = found, [*self.broken, *silent]
         return self._answers[hook]
 
     def ask(self, hook: str, kind: type[Item]) -> tuple[list[Offer[Item]], list[Broken]]:
-        """Ask every loaded plugin anew; return its offers, and the plugins that failed to tell."""
+        """Ask every loaded plugin anew; return the offers, and the plugins whose hook failed."""
         found: list[Offer[Item]] = []
         broken: list[Broken] = []
         for name, manager in self._managers.items():
@@ -135,7 +135,7 @@ class Plugins:
 @lru_cache(maxsize=1)
 def installed() -> Plugins:
     """Return the plugins of this environment, loaded once per process."""
-    # Here, so that `import ferro` does not pay for an import that only looking for plugins needs.
+    # Imported here, since only the search for plugins needs it, and `import ferro` should be quick.
     from importlib_metadata import entry_points
 
     return Plugins(entry_points(group="ferro"))
@@ -179,7 +179,7 @@ def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distributi
 
 
 def own_extras() -> list[str]:
-    """Return the names of ferro's extras: of the plugins that come with it."""
+    """Return the names of ferro's extras, which are the plugins that come with it."""
     from importlib_metadata import PackageNotFoundError, metadata  # as in `installed`
 
     try:
@@ -189,7 +189,7 @@ def own_extras() -> list[str]:
 
 
 def how_to_install(extra: str) -> str:
-    """Say how one of ferro's own plugins is installed; the public index has another "ferro"."""
+    """Explain the installation of one of ferro's own plugins; the public index has another "ferro"."""
     return (
         f"from where ferro came from: a checkout (pip install ./plugins/{extra}) or wheels "
         f"(pip install --find-links dist 'ferro[{extra}]')"

@@ -1,7 +1,7 @@
 """Small Python values as bytes: the MessagePack format, and nothing that could run code.
 
 Takes None, bool, int (64 bits), float, complex, str, bytes, list, tuple (comes back as a list), dict and NumPy arrays.
-Depth, number of items and size are bounded on the way in, so a hostile message costs at most what it weighs.
+Depth, number of items and size are bounded in decoding, so a hostile message takes about as much memory as its size.
 
 Source: the MessagePack specification; arrays and complex numbers are extension types 1 and 2.
 """

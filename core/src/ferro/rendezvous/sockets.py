@@ -1,4 +1,4 @@
-"""What sockets need: deadlines, options, addresses as text, and the addresses of this host."""
+"""Helpers for sockets: deadlines, options, and the addresses of this host."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def set_deadline(sock: socket.socket, deadline: float) -> None:
 
 
 def set_options(sock: socket.socket) -> None:
-    """Make small messages leave at once, and a host that vanished be noticed in the end."""
+    """Send small messages at once (TCP_NODELAY), and notice in the end when the other host vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ferro.runtime.world import World
 
 TIMEOUT_S = 60.0
-_FAILED_S = 2.0  # how long the store is kept for the others after a failure
+_FAILED_S = 2.0  # how long this rank hosts the store for the others after a failure
 
 _lock = threading.Lock()
 _world: World | None = None
@@ -64,7 +64,7 @@ def init(
         PluginError: a plugin is broken.
     """
     global _world, _made
-    # Here, for the network interfaces and the search for plugins cost time that `import ferro` should not.
+    # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
     from ferro.runtime.environment import options, resolve
     from ferro.runtime.world import World
 

@@ -1,4 +1,4 @@
-"""World: the group of all ranks, and all that is opened for it: store, backend, observers."""
+"""World: the group of all ranks, with its store, backend and observers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class World:
     """The world group of this process and its connection to the job's store.
 
     `timeout_s` is for joining, and then for each operation. `number` counts the worlds that this process made before,
-    alike on all ranks.
+    the same on all ranks.
     """
 
     group: ProcessGroup
@@ -172,7 +172,7 @@ class World:
         job_store = self._job_store
         if job_store is None:
             return
-        if not orderly:  # first, for the others may wait for this rank
+        if not orderly:  # first, since the others may wait for this rank
             job_store.store.declare_lost()
         try:
             if self._store.add("goodbye", 1) == self._info.world_size:

@@ -100,7 +100,7 @@ class SimulatedTransport:
             return message
 
     def remove(self, rank: int) -> None:
-        """Let a rank go; ranks that wait for it learn that it is gone."""
+        """Mark a rank as gone, and wake the ranks that wait for it."""
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
@@ -172,13 +172,13 @@ class SimulatedBackend(Backend):
         return SimulatedBackend(self._transport, members, tuple(ranks).index(self.rank), self.choice, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
-        """Make the survivors' group: connections between the living outlast a group."""
+        """Make the survivors' group: messages between them do not depend on the dead group."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
         self._transport.abort(self._context)
 
     def close(self) -> None:
-        """Leave the world; a subgroup's end leaves the rank where it is."""
+        """Leave the world; closing a subgroup does not leave it."""
         if self._context == 0:
             self._transport.remove(self._ranks[self.rank])

@@ -1,4 +1,4 @@
-"""`ferro bench`: measure, show each result as it comes, write all of them down."""
+"""`ferro bench`: measure, print each result at once, and write all results to a file."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _run(options: BenchOptions) -> int:
     stream = sys.stderr if options.json == "-" else sys.stdout
     with open_worlds(plans) as worlds:
         versions = {name: world.version for name, world in worlds.items()}
-        _say(stream, f"# {options.ranks} ranks; " + "; ".join(versions.values()))
+        _print(stream, f"# {options.ranks} ranks; " + "; ".join(versions.values()))
         records = [r for name in options.collectives for r in _rows(options, name, worlds, stream)]
     wrong = sum(result["wrong"] for record in records for result in record["results"].values())
     if options.check:
-        _say(stream, f"# wrong elements: {wrong}")
-    _keep(options, versions, records)
+        _print(stream, f"# wrong elements: {wrong}")
+    _write_results(options, versions, records)
     return 1 if wrong else 0
 
 
@@ -56,7 +56,7 @@ def _rows(
     ours = [Contestant("ferro", memory) for memory in options.memories]
     peers = list(options.peers) if collective != "copy" else []
     contestants = [*ours, *(Contestant(name) for name in peers)]
-    _say(stream, f"# {collective}")
+    _print(stream, f"# {collective}")
     table = ResultTable(stream, collective, ours, peers)
     records = []
     for nbytes in options.sizes if collective != "barrier" else options.sizes[:1]:
@@ -77,11 +77,11 @@ def _rows(
     return records
 
 
-def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[BenchRecord]) -> None:
+def _write_results(options: BenchOptions, versions: Mapping[str, str], records: Sequence[BenchRecord]) -> None:
     if options.json is not None:
         text = json.dumps({"versions": versions, "records": records}, indent=1)
         if options.json == "-":
-            _say(sys.stdout, text)
+            _print(sys.stdout, text)
         else:
             try:
                 Path(options.json).write_text(text + "\n")
@@ -91,5 +91,5 @@ def _keep(options: BenchOptions, versions: Mapping[str, str], records: Sequence[
         plot(records, options.plot)
 
 
-def _say(stream: TextIO, line: str) -> None:
+def _print(stream: TextIO, line: str) -> None:
     print(line, file=stream, flush=True)

@@ -11,21 +11,21 @@ from ferro_bench.peers import Installed
 
 Memory = Literal["private", "group"]
 
-# The rank's package is handed to peers' interpreters as a top-level one: they have no ferro.
+# Peers' interpreters import the rank's package as a top-level one, since they have no ferro.
 _START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); import rank; del sys.path[0]; "
     "from rank.__main__ import main; main()"
 )
-_ROOM = str(Path(__file__).parent)
+_PACKAGE_FOLDER = str(Path(__file__).parent)
 _ONE_THREAD = ("OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", "MKL_NUM_THREADS=1")
 _LOOPBACK = "GLOO_SOCKET_IFNAME=" + ("lo" if sys.platform == "linux" else "lo0")
-# Open MPI refuses to run as root unless it is told twice, as containers do.
+# Open MPI runs as root, the usual user in a container, only if both variables are set.
 _AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One column of the results: a world's library with arrays in one kind of memory.
+    """One column of the results: a library with its arrays in one kind of memory.
 
     Attributes:
         world: the world's name.
@@ -37,7 +37,7 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        """Its name in the results, which tells ferro's two memories apart."""
+        """The name in the results, which distinguishes ferro's two kinds of memory."""
         return f"ferro-{self.memory}" if self.world == "ferro" else self.world
 
 
@@ -64,7 +64,7 @@ class WorldPlan:
         if self.peer is None:
             launch = [sys.executable, "-m", "ferro", "run", "-n", n, "-m", "ferro_bench.rank"]
             return [[*settings, *launch, str(task), "ferro"]]
-        rank = [self.peer.python, "-c", _START, _ROOM, str(task)]
+        rank = [self.peer.python, "-c", _START, _PACKAGE_FOLDER, str(task)]
         if self.peer.mpiexec is None:
             return [[*settings, *rank, "torch", str(r)] for r in range(self.world_size)]
         launch = [self.peer.mpiexec, "-n", n]

@@ -19,14 +19,14 @@ from ferro_bench.world import BenchWorld
 
 _HOST = "127.0.0.1"
 _SECRET_BYTES = 32
-_CONNECT_S = 120.0  # importing torch in many ranks on few cores takes its time
+_CONNECT_S = 120.0  # long, since many ranks import torch on few cores
 _LEAVE_S = 10.0
 _TICK_S = 0.2
 
 
 @contextlib.contextmanager
 def open_worlds(plans: Sequence[WorldPlan]) -> Iterator[dict[str, BenchWorld]]:
-    """Start worlds; yield them by name when all their ranks wait for orders; end them.
+    """Start worlds; yield them by name once all their ranks wait for orders; end them afterwards.
 
     Raises:
         BackendError: a world could not be started, or ended at once, or took too long.
@@ -45,7 +45,7 @@ def open_worlds(plans: Sequence[WorldPlan]) -> Iterator[dict[str, BenchWorld]]:
             worlds[plan.name] = world
         ranks.wait_for(worlds)
         yield worlds
-        # Not where something failed: ranks that wait for a dead one would only use up the time.
+        # After a failure the worlds are only closed: ranks that wait for a dead one would use up the time.
         for world in worlds.values():
             world.shut_down(_LEAVE_S)
 

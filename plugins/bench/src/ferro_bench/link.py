@@ -39,7 +39,7 @@ class Link:
 
         Raises:
             EOFError: the rank has left.
-            BackendError: it announces more than a message may have.
+            BackendError: the rank announces a message that is too large.
         """
         try:
             data = self._sock.recv(_READ_BYTES)
@@ -55,7 +55,7 @@ class Link:
             raise BackendError(f"a rank announced a message of {size} bytes; it is damaged")
         if len(self._received) < LENGTH.size + size:
             return None
-        # A rank speaks only when asked, so nothing can follow.
+        # A rank sends only replies, so no further message can follow.
         message: dict[str, Any] = json.loads(self._received[LENGTH.size :])
         self._received.clear()
         return message

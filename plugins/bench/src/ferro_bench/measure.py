@@ -1,14 +1,14 @@
-"""How cases are measured: contestants take turns, each going first as often as last.
+"""The measurement of a case: contestants take turns, in an order that is reversed after each round.
 
     turn 0   [ferro] [torch-gloo] [openmpi]      not counted
     turn 1   [openmpi] [torch-gloo] [ferro]
     turn 2   [ferro] [torch-gloo] [openmpi]
     …
 
-In a turn the ranks of one contestant write fresh numbers, meet in their library's barrier, make
-one call to settle and then the timed calls, back to back, and check every result; all others
-wait in `recv`. Where a call takes so long that a turn has only one, there is none to settle.
-A call takes as long as on its slowest rank.
+In a turn the ranks of one contestant write fresh numbers, enter their library's barrier, make a
+warm-up call and then the timed calls, back to back, and check every result; all other ranks wait
+in `recv`. A turn with a single long call has no warm-up call. The time of a call is that of its
+slowest rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ferro_bench.world import BenchWorld
 
 Seconds: TypeAlias = "npt.NDArray[np.float64]"
 
-_TURN_S = 120.0  # longest time a turn, or making its buffers, may take
+_TURN_S = 120.0  # how long a turn, or the allocation of its buffers, may take
 _TURN_BYTES = 8 << 20
 _SMALL_BYTES = 4 << 10
 _SMALL_CALLS = 60
@@ -58,7 +58,7 @@ def make_case(
     check: bool = True,
     async_op: bool = False,
 ) -> BenchCase:
-    """Make the case of a size, rounded down to a multiple that the ranks can cut, but not to nothing.
+    """Make the case of a size, rounded down to a multiple of what the ranks can cut, but not to 0.
 
     Args:
         collective: its name.
@@ -83,7 +83,7 @@ def make_case(
 
 
 def default_rounds(nbytes: int) -> int:
-    """Choose a number of turns that settles the medians of a size without taking too long."""
+    """Choose a number of turns that gives stable medians for a size without taking too long."""
     if nbytes <= 4 << 20:
         return 16
     return 10 if nbytes <= 64 << 20 else 5

@@ -14,7 +14,7 @@ from ferro_bench.peers import PEERS
 from ferro_bench.rank.case import COLLECTIVES, OPS, REDUCING
 from ferro_bench.sizes import parse_sizes, size_text
 
-_MAX_RANKS = 128  # of one host; sums over more would not be exact in half precision
+_MAX_RANKS = 128  # sums over more ranks would not be exact in half precision
 _MAX_TURN_BYTES = 4 << 30
 _MEMORIES: tuple[Memory, ...] = ("private", "group")
 _DTYPES = (
@@ -46,7 +46,7 @@ class BenchOptions:
     """The options of `ferro bench`.
 
     Attributes:
-        collectives: those to measure, in this order.
+        collectives: the collectives to measure, in this order.
         ranks: processes to start for each library.
         backend: ferro's backend, None for the launcher's choice.
         sizes: in bytes.

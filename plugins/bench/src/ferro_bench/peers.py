@@ -1,4 +1,4 @@
-"""The other libraries, and how an installed one is found."""
+"""The libraries that ferro is measured beside, and the search for an installed one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Peer:
 
     Attributes:
         needs: distributions that its interpreter must have.
-        install: distributions that make it complete, the MPI itself included.
+        install: distributions to install for it, including the MPI itself.
         family: a lower-case word in the output of `mpiexec --version` and in its ranks' version; empty where there is
             no mpiexec.
         dtypes: names of those that it can reduce.

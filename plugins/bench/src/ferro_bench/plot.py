@@ -17,7 +17,7 @@ _MOST_TICKS = 8
 
 
 def require_matplotlib() -> None:
-    """Refuse to start a measurement that could not be drawn in the end.
+    """Refuse a measurement whose plot could not be drawn in the end.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -31,7 +31,7 @@ def plot(records: Sequence[BenchRecord], target: Path) -> None:
 
     Args:
         records: at least one.
-        target: file to write; its ending says the format.
+        target: file to write; its suffix chooses the format.
 
     Raises:
         UsageError: the file cannot be written in that format.

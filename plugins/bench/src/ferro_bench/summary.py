@@ -18,7 +18,7 @@ class Result(TypedDict):
     """One contestant's times, in seconds, over all calls of all counted turns.
 
     `algbw_gb_s` is the whole buffer's size over the median, in 1e9 bytes a second; `busbw_gb_s`
-    is that times nccl-tests' factor. `wrong` counts elements of wrong results.
+    is `algbw_gb_s` times nccl-tests' factor. `wrong` counts elements of wrong results.
     """
 
     median_s: float

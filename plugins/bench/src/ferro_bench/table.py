@@ -15,11 +15,11 @@ class ResultTable:
     """One collective's rows: one for each size and each memory of ferro's arrays."""
 
     def __init__(self, stream: TextIO, collective: str, ours: Sequence[Contestant], peers: Sequence[str]) -> None:
-        """Write the head.
+        """Write the header.
 
         Args:
             stream: where to write.
-            collective: the one that is measured.
+            collective: the collective that is measured.
             ours: ferro's contestants.
             peers: names of the others.
         """
@@ -51,7 +51,7 @@ class ResultTable:
             row += [f"{ours['algbw_gb_s']:.2f}", f"{ours['busbw_gb_s']:.2f}"]
             row.append(str(ours["wrong"]) if record["checked"] else "-")
             for peer in self._peers:
-                row += _beside(record["results"][peer], ours)
+                row += _peer_cells(record["results"][peer], ours)
             self._write(row)
 
     def _write(self, cells: Sequence[str]) -> None:
@@ -59,13 +59,13 @@ class ResultTable:
         print("  ".join(parts), file=self._stream, flush=True)
 
 
-def _beside(theirs: Result, ours: Result) -> list[str]:
+def _peer_cells(theirs: Result, ours: Result) -> list[str]:
     wrong = " !" if theirs["wrong"] else ""
     ratio = theirs["median_s"] / ours["median_s"]
     return [_microseconds(theirs["median_s"]) + wrong, f"{ratio:.2f}"]
 
 
 def _microseconds(seconds: float) -> str:
-    """Three digits, but never an exponent."""
+    """Format microseconds with three digits, but never an exponent."""
     value = seconds * 1e6
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""The processes of one library's ranks, and orders to all of them."""
+"""The processes of one library's ranks, and the orders that the driver sends them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ferro_bench.contestants import WorldPlan
 from ferro_bench.link import Link
 from ferro_bench.peers import PEERS
 
-# How long processes have to report why they end, to leave in order when their driver is gone, and
-# to end when asked to.
+# How long processes may take to report why they end (_REPORT_S), to leave in order when the driver
+# is gone (_LEAVE_S), and to end when asked to (_GRACE_S).
 _REPORT_S = 2.0
 _LEAVE_S = 2.0
 _GRACE_S = 5.0
@@ -29,7 +29,7 @@ class BenchWorld:
 
     Attributes:
         plan: how the ranks were started.
-        version: name and version of their library, as the ranks tell it.
+        version: name and version of their library, as the ranks report it.
     """
 
     def __init__(self, plan: WorldPlan, folder: Path, endpoint: Mapping[str, object]) -> None:
@@ -37,7 +37,7 @@ class BenchWorld:
 
         Args:
             plan: how to start the ranks.
-            folder: private to us; output and task are written there.
+            folder: private to this user; output and task are written there.
             endpoint: "host", "port" and "secret" of the driver.
 
         Raises:
@@ -137,7 +137,7 @@ class BenchWorld:
 
         Args:
             what: the event, as a predicate: "lost rank 0".
-            ending: the processes are about to end by themselves: a launcher's report takes a moment.
+            ending: the processes are about to end by themselves, and get a moment to report why.
         """
         if ending:
             deadline = time.monotonic() + _REPORT_S
@@ -150,14 +150,14 @@ class BenchWorld:
         )
 
     def shut_down(self, timeout_s: float) -> None:
-        """Let the ranks leave their library in order; `close` ends those that do not."""
+        """Let the ranks leave their library in order; `close` ends the others."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.send({"do": "end"})
         self._supervisor.wait_all(timeout_s)
 
     def close(self) -> None:
-        """End all processes, however they are. Idempotent."""
+        """End all processes, whatever state they are in. Idempotent."""
         for link in self._links.values():
             link.close()
         self._links.clear()

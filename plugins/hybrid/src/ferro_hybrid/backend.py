@@ -57,7 +57,7 @@ class HybridBackend(Backend):
         self._last_launch = LastLaunch()
         self._transfers = Transfers(self._routes, self._last_launch)
         self._deadline = math.inf
-        self._agreed = set(self._parts)  # parts that need not agree on the current call; so far there is none
+        self._agreed = set(self._parts)  # parts that need not agree on the current call (before any call, all parts)
         self.devices = tuple(self._routes.collectives)
         self.streams = self._routes.streams
         self.labels_frames = p2p.labels_frames
@@ -87,7 +87,7 @@ class HybridBackend(Backend):
         self._transfers.exchange(sends, recvs, tag, deadline)
 
     def launched(self) -> Completion:
-        """Return the completion of the operation that this thread gave to a part last."""
+        """Return the completion of the operation that this thread last gave to a part."""
         return self._last_launch.completion()
 
     def agree(self, call: Call, *, deadline: float) -> None:
@@ -121,7 +121,7 @@ class HybridBackend(Backend):
         self._part(block).gather(block, out, counts, root, deadline=deadline)
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
-        """Scatter in the part for the root's array: blocks of the other ranks are on the CPU, wherever that is."""
+        """Scatter in the part for the root's array: the other ranks' blocks are on the CPU even if it is not."""
         single = len(self.collectives) == 1
         part = self._part(block) if single else self._part_of_root(root, block, source)
         part.scatter(block, source, counts, root, deadline=deadline)

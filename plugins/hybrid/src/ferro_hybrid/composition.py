@@ -1,10 +1,10 @@
-"""Composition: the installed backends of which a hybrid backend is made, named by the user or chosen by default.
+"""Composition: the backends of which a hybrid backend is made, as the user names them, or by default.
 
 ferro.init("hybrid")                        the CPU's default, and the one backend for GPUs that can be used
-ferro.init("cpu:gloo,cuda:nccl")            these; transfers use the CPU's
+ferro.init("cpu:gloo,cuda:nccl")            the named ones; transfers use the CPU's
 ferro.init("hybrid", backend_options={
-    "collectives": {"cpu": "gloo"},         these; or one name, see `routes.supported_devices`
-    "p2p": "mpi",                           transfers and barriers
+    "collectives": {"cpu": "gloo"},         for collectives; or one name, see `routes.supported_devices`
+    "p2p": "mpi",                           for transfers and barriers
     "options": {"gloo": {…}},               each backend's own options
 })
 """
@@ -129,7 +129,7 @@ def _usable_part(name: str) -> BackendInfo:
 
     Raises:
         BackendUnavailable: the backend is not installed, or cannot be used here.
-        UsageError: the backend is made of others itself.
+        UsageError: the backend is itself made of others.
     """
     info = backends.get(name)
     if info.composes:

@@ -14,8 +14,8 @@ class Routes:
     """The parts of one rank's hybrid backend.
 
     Attributes:
-        collectives: for every device the part that carries out collectives on its arrays, CPU first.
-        transfers: for every device the part that sends and receives its arrays.
+        collectives: device -> the part that carries out collectives on its arrays; the CPU is first.
+        transfers: device -> the part that sends and receives its arrays.
         p2p: the part for barriers, and for transfers of all arrays that it supports.
     """
 

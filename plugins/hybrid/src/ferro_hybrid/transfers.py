@@ -19,7 +19,7 @@ Item = tuple[int, Array]  # the peer and the buffer of one transfer
 
 
 class LastLaunch(threading.local):
-    """The part that this thread last gave an operation on a device's queue; every thread has its own."""
+    """The part to which this thread last gave an operation on a device's queue."""
 
     _part: Backend | None = None
 
@@ -93,7 +93,7 @@ class Transfers:
         devices = {device_of(buffer) for _, buffer in (*sends, *recvs)}
         for device in devices:
             self._last_launch.record(self._by_device[device], device)
-            if len(devices) > 1:  # the group takes the exchange for an operation on the source's device
+            if len(devices) > 1:  # for the group, an exchange is an operation on the source's device alone
                 self._last_launch.completion().wait()
 
     def _exchange_by_p2p(self, sends: Sequence[Item], recvs: Sequence[Item], tag: int, deadline: float) -> None:

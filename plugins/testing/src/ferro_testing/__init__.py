@@ -1,7 +1,7 @@
 """The testing kit: ranks as processes with deadlines, conformance checks, parity.
 
-The conformance checks for authors of backends are in `ferro_testing.conformance`, which
-`import ferro` leaves alone.
+The conformance checks for authors of backends are in `ferro_testing.conformance`, which importing
+this package does not import.
 """
 
 from ferro_testing.outcome import Outcome, RanksFailed

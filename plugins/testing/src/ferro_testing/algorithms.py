@@ -18,10 +18,10 @@ _RUN_S = 30.0
 
 
 def check_collective(info: CollectiveInfo, world_sizes: Sequence[int] = (1, 2, 3, 4, 5, 8)) -> None:
-    """Check an algorithm on offer: as data with every root, then moving data on simulated ranks.
+    """Prove an algorithm right with every root, then run it on simulated ranks and compare the results.
 
     Raises:
-        PluginError: it is wrong, or claims what it does not do; names world size, rank and round.
+        PluginError: it is wrong, or lacks a property that it claims; names world size, rank and round.
         AssertionError: a result of running it is wrong.
         UsageError: there is no such collective.
     """

@@ -31,11 +31,11 @@ def check_allocate(case: Case) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Collective:
-    """A way to call one collective, and the shapes of its input and output, in blocks of rows.
+    """A function that calls one collective, and the sizes of its input and output, in blocks of rows.
 
     Attributes:
-        call: (group, input, out) -> result; rooted ones have the last rank as root.
-        blocks_in: 1 for one block, None for one block a rank.
+        call: (group, input, out) -> result; the last rank is the root of rooted ones.
+        blocks_in: 1 for one block, None for one block for each rank.
         blocks_out: the same of the result.
         at_root: only the root has a result.
     """
@@ -72,7 +72,7 @@ def _use_buffers(group: ProcessGroup, ops: Sequence[str]) -> list[str]:
 
 
 def _use_out(group: ProcessGroup, op: str, rows: int, found: Findings) -> None:
-    """Compare `out=`, apart from the input and overlapping it, with a call without it."""
+    """Compare calls with `out=`, apart from the input and overlapping it, with a call without `out`."""
     how = _COLLECTIVES[op]
     n, what = group.world_size, f"{op} of {rows} rows"
     given = sample(group.rank, (rows * (how.blocks_in or n),), _DTYPE)
@@ -82,7 +82,7 @@ def _use_out(group: ProcessGroup, op: str, rows: int, found: Findings) -> None:
     result = how.call(group, given, out)
     if how.at_root and group.rank != _last(group):
         found.true(result is None, f"{what}: not None away from the root")
-        how.call(group, given, None)  # the root's call in place
+        how.call(group, given, None)  # the root calls in place
         return
     assert isinstance(wanted, np.ndarray)
     found.true(result is out, f"{what}: does not return out itself")

@@ -37,26 +37,26 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A backend that is to conform.
+    """A backend to check for conformance.
 
     Attributes:
         backend: its name.
         world_sizes: numbers of ranks to check it with.
         dtypes: names of the element types it carries; without ml_dtypes bfloat16 is left out.
-        unsupported: what it does not do -> reason; see `ferro_testing.differences` for the keys.
-            A check proves it where that can be; the others leave it out. Whatever else raises
-            UnsupportedError is a failure.
+        unsupported: operation or feature that it does not have -> reason; see
+            `ferro_testing.differences` for the keys. One check proves the refusals, and the others
+            leave them out. UnsupportedError from anything else is a failure.
         timeout_s: deadline of each run.
         init_options: more arguments of `ferro.init`, for ranks that are processes.
         backend_options: the backend's own options, for ranks that are processes.
-        launcher: the command that starts the ranks, such as ("mpiexec", "-n", "3"), or what gives
-            it for a number of ranks; None for the backend's own, if it has one.
+        launcher: the command that starts the ranks, such as ("mpiexec", "-n", "3"), or a
+            function from a number of ranks to it; None for the backend's own, if it has one.
         python: interpreter for the ranks; None for this one.
         runner: how to run its ranks; None for threads with the backend "simulated", else for
             processes in which the backend is installed.
 
     Raises:
-        UsageError: `unsupported` names nothing that there is.
+        UsageError: a key of `unsupported` names no operation or feature.
     """
 
     backend: str
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def largest(self) -> int:
-        """The largest world size: failures, of which each needs a run, are checked there."""
+        """The largest world size, the only one with which failures are checked, since each needs a run."""
         return max(self.world_sizes)
 
     @property
@@ -150,10 +150,10 @@ class Case:
 
 
 def require(what: str, outcomes: Sequence[Outcome], lost: Sequence[int] = ()) -> None:
-    """Raise when a rank failed, but for those that were to be lost.
+    """Raise when a rank failed, except the ranks that were to be lost.
 
     Raises:
-        RanksFailed: with every rank's traceback, and a word on refusals.
+        RanksFailed: with every rank's traceback, and advice on refusals.
     """
     left = [it for it in outcomes if it.rank not in lost]
     failed = [it for it in left if not it.ok]

@@ -1,4 +1,4 @@
-"""Conformance of operations at the same time: async ones, and those of groups that share ranks."""
+"""Conformance of concurrent operations: asynchronous ones, and those of groups that share ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_async(case: Case) -> None:
 
 
 def check_groups(case: Case) -> None:
-    """`split` and `subgroup` give the groups asked for, also within one another."""
+    """`split` and `subgroup` make the groups asked for, also inside one another."""
     ways = [op for op in ("split", "subgroup") if case.supports(op)]
     if ways and case.supports("all_gather"):
         case.verify_all(_make_groups, ways)
@@ -106,7 +106,7 @@ def _split(group: ProcessGroup, ways: Sequence[str], found: Findings) -> None:
 
 
 def _overlap_groups(group: ProcessGroup) -> list[str]:
-    """Every group is one rank short of the world; ranks issue on them in different orders."""
+    """Use groups that each lack one rank of the world; ranks issue operations on them in different orders."""
     found = Findings(group.rank)
     n, me = group.world_size, group.rank
     members = {left: [rank for rank in range(n) if rank != left] for left in range(n)}

@@ -6,9 +6,9 @@ CASE = Case(backend="pipes", world_sizes=(1, 2, 3))
 def test_pipes_conforms(check):
     check(CASE)
 
-`Case.unsupported` declares differences, `check_collective` is for authors of algorithms.
+`Case.unsupported` declares missing operations; `check_collective` is for authors of algorithms.
 A check runs many calls in one run of the ranks and raises an AssertionError (or RanksFailed) that
-names op, dtype, shape, root and rank of what is wrong.
+names op, dtype, shape, root and rank of each mistake.
 """
 
 from ferro_testing.algorithms import check_collective

@@ -13,15 +13,15 @@ from ferro_testing.case import Case, require
 from ferro_testing.killing import patience_s
 
 _SHORT_S = 0.5
-_NBYTES = 64 << 20  # more than sockets, pipes and libraries keep
+_NBYTES = 64 << 20  # more than sockets, pipes and libraries buffer
 
 
 def check_send_deadline(case: Case) -> None:
-    """A send that nobody receives ends by its deadline: with CollectiveTimeout, or kept."""
+    """A send that nobody receives ends by its deadline: with CollectiveTimeout, or buffered."""
     if case.largest < 2 or not case.supports("timeout", "send", "subgroup", "barrier"):
         return
     allowed_s = patience_s(case.timeout_s)
-    outcomes = case.outcomes(_send_in_vain, case.largest, allowed_s)
+    outcomes = case.outcomes(_send_unreceived, case.largest, allowed_s)
     what = f"a send that nobody receives, on {case.largest} ranks of {case.backend}"
     require(what, outcomes)
     told = outcomes[0].result
@@ -34,10 +34,10 @@ def check_send_deadline(case: Case) -> None:
     assert error in ("", CollectiveTimeout.__name__), f"{what}: rank 0 raised {error}: {text}"
 
 
-def _send_in_vain(group: ProcessGroup, allowed_s: float) -> list[object]:
+def _send_unreceived(group: ProcessGroup, allowed_s: float) -> list[object]:
     """Send from rank 0 to the last, which does not receive; return error, text and seconds.
 
-    All stay until that has ended: the end of the receiver would end it as well.
+    All ranks stay until the send has ended: the end of the receiver would end it as well.
     """
     side = group.subgroup(range(group.world_size))
     assert side is not None

@@ -8,8 +8,8 @@ A key of `Case.unsupported` is one of
     all_reduce:int8:bxor     … with both
     lost_peer                a feature, from the table below
 
-and its value the reason, for people. Operations are proven to raise UnsupportedError on every
-rank; so are the features of which that can be asked.
+and its value is the reason, for people. A check proves that declared operations, and declared features
+that have a call, raise UnsupportedError on every rank.
 """
 
 from __future__ import annotations

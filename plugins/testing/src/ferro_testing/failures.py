@@ -1,4 +1,4 @@
-"""Conformance of failing: every rank learns one cause, by its deadline, and nobody hangs."""
+"""Conformance after failures: every rank raises the same cause within its deadline, and none hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferro_testing.case import Case, require
 from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 
 _SHORT_S = 0.5
-_DEAF_S = 3.0  # a rank that should have been woken gives up after so long
+_WAKE_S = 3.0  # the deadline of a rank that another rank's abort should wake before
 
 
 def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
@@ -23,15 +23,15 @@ def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
 
     Args:
         case: the backend.
-        kinds: in what the calls differ, such as "op" or "dtype"; each needs a run; all when empty.
+        kinds: the differences between the calls, such as "op" or "dtype", one run each; all when empty.
     """
     if case.largest < 2:
         return
     for kind, (needed, words) in _MISMATCHES.items():
         if kind in (kinds or _MISMATCHES) and case.supports("mismatch", *needed):
-            told = _told(case, _differ, kind)
+            reports = _rank_reports(case, _differ, kind)
             wanted = range(case.largest)
-            _compare(told, wanted, CollectiveMismatch, f"mismatch of {kind}", words)
+            _compare(reports, wanted, CollectiveMismatch, f"mismatch of {kind}", words)
 
 
 def check_timeout(case: Case) -> None:
@@ -39,10 +39,10 @@ def check_timeout(case: Case) -> None:
     if case.largest < 2 or not case.supports("timeout", "all_reduce", "subgroup", "barrier"):
         return
     absent = case.largest - 1
-    told = _told(case, _stay_away)
-    _compare(told, range(absent), CollectiveTimeout, "a rank that stays away", (str(absent),))
+    reports = _rank_reports(case, _stay_away)
+    _compare(reports, range(absent), CollectiveTimeout, "a rank that stays away", (str(absent),))
     for rank in range(absent):
-        missing, seconds = told[rank]["missing"], told[rank]["seconds"]
+        missing, seconds = reports[rank]["missing"], reports[rank]["seconds"]
         assert missing == [absent], f"rank {rank}: missing is {missing}, not [{absent}]"
         assert seconds == _SHORT_S, f"rank {rank}: seconds is {seconds}, not {_SHORT_S}"
 
@@ -51,34 +51,34 @@ def check_lost_peer(case: Case) -> None:
     """When a rank dies, the others raise PeerLost, which names it; its group is dead.
 
     Raises:
-        DeathNoticedLate: they all named it rightly, but only when their deadline had passed.
+        DeathNoticedLate: all survivors named it correctly, but only after their deadline.
     """
     if case.largest < 2 or not case.supports("lost_peer", "all_reduce"):
         return
     victim = 1
     survivors = [rank for rank in range(case.largest) if rank != victim]
-    told = _told(case, _die, patience_s(case.timeout_s), lost=(victim,))
-    late = [told[rank].get("missing") == [victim] for rank in survivors]
+    reports = _rank_reports(case, _die, patience_s(case.timeout_s), lost=(victim,))
+    late = [reports[rank].get("missing") == [victim] for rank in survivors]
     kind = CollectiveTimeout if all(late) else PeerLost
-    _compare(told, survivors, kind, "a rank that dies", (f"rank {victim} ",))
+    _compare(reports, survivors, kind, "a rank that dies", (f"rank {victim} ",))
     if kind is CollectiveTimeout:
         raise DeathNoticedLate(f"a rank that dies, of {case.largest} of {case.backend}", victim)
     for rank in survivors:
-        peer, later = told[rank]["peer"], told[rank]["later"]
+        peer, later = reports[rank]["peer"], reports[rank]["later"]
         assert peer == victim, f"rank {rank}: peer is {peer}, not {victim}"
         assert later == GroupClosed.__name__, f"rank {rank}: the dead group raised {later}"
 
 
 def check_abort(case: Case) -> None:
-    """abort() on one rank ends what the others wait for."""
+    """abort() on one rank ends the operations in which the others wait."""
     if case.largest < 2 or not case.supports("abort", "all_reduce"):
         return
-    told = _told(case, _abort, case.supports("subgroup", "barrier"))
+    reports = _rank_reports(case, _abort, case.supports("subgroup", "barrier"))
     woken = range(1, case.largest)
-    _compare(told, woken, GroupClosed, "abort()", ("aborted", "rank 0"))
+    _compare(reports, woken, GroupClosed, "abort()", ("aborted", "rank 0"))
     for rank in woken:
-        waited_s = told[rank]["waited_s"]
-        assert waited_s < _DEAF_S, f"abort(): rank {rank} was not woken: it waited {waited_s:.1f} s"
+        waited_s = reports[rank]["waited_s"]
+        assert waited_s < _WAKE_S, f"abort(): rank {rank} was not woken: it waited {waited_s:.1f} s"
 
 
 _MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -93,7 +93,7 @@ _MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def _differ(group: ProcessGroup, kind: str) -> dict[str, Any]:
-    """Make a call that the last rank makes in another way."""
+    """Make a call that differs on the last rank."""
     odd = group.rank == group.world_size - 1
     plain = np.ones(4, np.float32)
     calls: dict[str, Callable[[], object]] = {
@@ -124,14 +124,14 @@ def _stay_away(group: ProcessGroup) -> dict[str, Any]:
     if group.rank == last:
         assert side is not None
         group.all_reduce(np.ones(3))
-        with contextlib.suppress(FerroError):  # rank 0's word, or the end of rank 0
+        with contextlib.suppress(FerroError):  # rank 0 calls it, too, or has ended
             side.barrier()
         return {}
-    told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_SHORT_S))
+    report = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_SHORT_S))
     if side is not None:
         with contextlib.suppress(FerroError):  # it may have died along with the group
             side.barrier()
-    return told
+    return report
 
 
 def _die(group: ProcessGroup, allowed_s: float) -> dict[str, Any]:
@@ -145,26 +145,26 @@ def _die(group: ProcessGroup, allowed_s: float) -> dict[str, Any]:
 def _abort(group: ProcessGroup, stay: bool) -> dict[str, Any]:
     """Abort on rank 0 while the others wait for it.
 
-    With `stay` rank 0 does not leave before they have been woken: its end would wake them as well.
+    With `stay`, rank 0 leaves only after they have been woken, since its end would wake them as well.
     """
     side = group.subgroup(range(group.world_size)) if stay else None
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     if group.rank == 0:
         group.all_reduce(np.ones(3))
         group.abort()
     else:
-        told = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_DEAF_S))
+        report = _failed(group, lambda: group.all_reduce(np.ones(3), timeout_s=_WAKE_S))
     if side is not None:
         with contextlib.suppress(FerroError):  # it may have died along with the group
-            side.barrier(timeout_s=2 * _DEAF_S)
-    return told
+            side.barrier(timeout_s=2 * _WAKE_S)
+    return report
 
 
 def _failed(group: ProcessGroup, call: Callable[[], object], timeout_s: float | None = None) -> dict[str, Any]:
-    """Make a good call, then one that is to fail; return the error, in values that travel.
+    """Make a correct call, then a call that is to fail; return the error as plain values.
 
-    A rank may still be in the good one, by `timeout_s`, when another has failed in the next: that
-    counts, too.
+    A rank may still be in the first call, which has `timeout_s`, when another has failed in the
+    second; that error counts, too.
     """
     started = time.monotonic()
     try:
@@ -190,7 +190,7 @@ def _failed(group: ProcessGroup, call: Callable[[], object], timeout_s: float | 
     return {"error": "nothing", "text": ""}
 
 
-def _told(
+def _rank_reports(
     case: Case, function: Callable[..., object], *args: object, lost: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
     """Run a function on the largest world; return the result of each rank, {} for a lost one."""
@@ -199,22 +199,22 @@ def _told(
     if lost:
         require_survivors(what, outcomes, lost)
     require(what, outcomes, lost)
-    told: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     for outcome in outcomes:
         result = {} if outcome.rank in lost else outcome.result
         assert isinstance(result, dict), f"{what}: rank {outcome.rank} tells {result!r}"
-        told.append(result)
-    return told
+        reports.append(result)
+    return reports
 
 
 def _compare(
-    told: Sequence[dict[str, Any]], ranks: Sequence[int], kind: type[FerroError], what: str, words: Sequence[str]
+    reports: Sequence[dict[str, Any]], ranks: Sequence[int], kind: type[FerroError], what: str, words: Sequence[str]
 ) -> None:
     """Check that these ranks raised one kind of error with one text, which has these words."""
     for rank in ranks:
-        error, text = told[rank]["error"], told[rank]["text"]
+        error, text = reports[rank]["error"], reports[rank]["text"]
         assert error == kind.__name__, f"{what}: rank {rank} raised {error}: {text}"
         for word in words:
             assert word in text, f"{what}: rank {rank} does not name {word!r}: {text}"
-    texts = {told[rank]["text"] for rank in ranks}
+    texts = {reports[rank]["text"] for rank in ranks}
     assert len(texts) == 1, f"{what}: ranks tell different causes: {sorted(texts)}"

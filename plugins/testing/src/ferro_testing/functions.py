@@ -1,4 +1,4 @@
-"""Functions by module, file and name, by which another process finds the function to run."""
+"""The place of a function (module, file and name), by which another process finds and runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOADED_AS = "ferro_rank_functions"
 
 
 def locate(function: Callable[..., object]) -> dict[str, str]:
-    """Return the module, file and name by which `function` is found again.
+    """Return the module, file and name by which another process finds `function`.
 
     Raises:
         UsageError: it is not a function at the top level of a file.
@@ -65,6 +65,6 @@ def _from_file(path: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[_LOADED_AS] = module  # dataclasses look their module up
+    sys.modules[_LOADED_AS] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""Killing a rank on purpose, and failures of the others that are then no fault of the backend."""
+"""Killing a rank on purpose, and the other ranks' failures that are then no fault of the backend."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import NoReturn
 from ferro.simulated import RankKilled
 from ferro_testing.outcome import Outcome, RanksFailed
 
-_PATIENCE_S = 10.0  # plenty to notice a death on a busy machine
+_PATIENCE_S = 10.0  # long enough to notice a death on a busy machine
 _ENDED = ("Killed", "Exited")
 
 
 class JobEnded(RanksFailed):
-    """Ranks that were to survive another's death were ended themselves, from outside.
+    """Ranks that should have survived another's death were ended from outside.
 
-    So does a launcher (a plain mpiexec) that ends a job with its first rank.
+    A launcher such as a plain mpiexec does so: it ends the job when the first rank ends.
     """
 
 
 class DeathNoticedLate(AssertionError):
-    """Ranks were told that another one died by nothing but their own deadline.
+    """Ranks noticed the death of another only by their own deadline.
 
-    So it is where the library below never notices.
+    It is raised for backends whose library never notices a death.
     """
 
     def __init__(self, what: str, lost: int) -> None:
@@ -36,9 +36,9 @@ class DeathNoticedLate(AssertionError):
 
 
 def patience_s(run_s: float) -> float:
-    """Return the seconds that operations are given in which a death is to be noticed.
+    """Return the timeout of operations that should notice a death.
 
-    Well within the deadline of the run, `run_s`, after which nobody is left to tell of it.
+    It is well below the deadline of the run, `run_s`, after which no rank could report.
     """
     return min(_PATIENCE_S, run_s / 3)
 

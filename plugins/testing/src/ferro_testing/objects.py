@@ -12,7 +12,7 @@ from ferro_testing.samples import Findings
 
 
 def check_objects(case: Case) -> None:
-    """Values of every kind and size arrive, from every root and, where it can send, every rank."""
+    """Values of every kind and size arrive from every root and, if the backend has send, every rank."""
     if case.supports("broadcast", "all_gather", "gather", "scatter"):
         case.verify_all(_move_values, case.supports("send", "recv"))
 

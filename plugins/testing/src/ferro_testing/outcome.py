@@ -1,4 +1,4 @@
-"""The outcome of each rank of a test, and the error that tells all of them."""
+"""The outcome of each rank of a test, and the error that shows all outcomes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ferro.errors import FerroError
 
-# Errors that other ranks raise when one has failed: never the first cause where there is another.
+# Errors that ranks raise when another rank has failed: the first cause only if there is no other error.
 _CONSEQUENCES = ("PeerLost", "GroupClosed", "CollectiveTimeout")
 
 
@@ -18,12 +18,12 @@ class Outcome:
     Attributes:
         rank: the rank.
         result: the function's; None where it returned none.
-        error_type: class name of the error that ended it, "" when it ended well. "Killed" when a
-            signal did, "Late" when the deadline did, "Exited" when it left without a report.
+        error_type: class name of the error that ended the rank, "" if it ended well, "Killed" by a
+            signal, "Late" at the deadline, "Exited" if it ended without a report.
         error_text: the traceback, or all that is known in its place.
         exit_code: the process's, None for a simulated rank or after a signal.
         signal: name of the signal that ended the process, or "".
-        ended_s: when it failed or ended, in `time.monotonic()` seconds of this host.
+        ended_s: time when the rank failed or ended, in `time.monotonic()` seconds of this host.
         output: the end of what it printed, standard output and error together.
     """
 
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether the function returned and the process ended well."""
+        """True when the function returned and the process ended well."""
         return not self.error_type
 
     def describe(self) -> str:
@@ -67,5 +67,5 @@ class RanksFailed(FerroError):
 
 
 def _order(outcome: Outcome) -> tuple[bool, bool, bool, float]:
-    """Sort causes before consequences, before ranks that were merely late, before good ends."""
+    """Sort causes first, then their consequences, then ranks that were only late, then ranks that ended well."""
     return (outcome.ok, outcome.error_type == "Late", outcome.error_type in _CONSEQUENCES, outcome.ended_s)

@@ -18,7 +18,7 @@ def assert_same_parameters(
         reference: name -> array, after the one-process run.
         others: the same of each rank, by rank.
         rtol: allowed difference relative to the reference's largest absolute value; within one
-            array small elements are sums of large ones, so they are measured alike.
+            array small elements are sums of large ones, so all elements have the same tolerance.
         atol: allowed absolute difference, in addition.
 
     Raises:

@@ -1,8 +1,8 @@
 """The processes of one `run_ranks`: started, watched until all have ended, ended by force.
 
 Every rank leaves files in the run's private folder, named by the rank: its report, its output, its process id. The
-ranks of a launcher such as mpiexec, which mixes their output, meet as they would under the launcher alone, for no
-FERRO_STORE tells them where.
+ranks of a launcher such as mpiexec, which mixes their output, meet as they would under the launcher alone, since
+no FERRO_STORE is set.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ferro.rendezvous import StoreServer, codec
 from ferro.runtime.environment import LaunchInfo, child_environment
 from ferro_testing.outcome import Outcome
 
-_GRACE_S = 5.0  # for the others to end by themselves when one has failed
-_REAP_S = 5.0  # for a process to end after a signal
-_POLL_S = 0.02  # between looks at the reports of a launcher's ranks
+_GRACE_S = 5.0  # how long the others may take to end after one has failed
+_REAP_S = 5.0  # how long a process may take to end after a signal
+_POLL_S = 0.02  # between two looks at the reports of a launcher's ranks
 _OUTPUT_BYTES = 8 * 1024
-# Variables that tell a process its place, and that a launcher's ranks are to be told by their launcher.
+# Variables that tell a process its rank; a launcher's ranks must receive them from the launcher.
 _PLACE = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "FERRO_STORE"),
     *("MASTER_ADDR", "MASTER_PORT", "FERRO_MASTER_PORT", "FERRO_RESTART"),
@@ -84,7 +84,7 @@ def run_processes(
         for child in late:
             child.signal_group(signal.SIGABRT)  # so that every stack is in its output
         supervisor.wait_all(_REAP_S)
-        supervisor.end(signal.SIGKILL, grace_s=0.0)  # the processes that ranks may have started and left behind, too
+        supervisor.end(signal.SIGKILL, grace_s=0.0)  # ranks may have left processes behind
         return [
             _process_outcome(folder, rank, child, late_because if child in late else "")
             for rank, child in enumerate(supervisor.children)
@@ -161,7 +161,7 @@ def run_launcher(
                 late = {rank for rank in ranks if not _report(folder, rank)}
                 _signal_ranks(folder, ranks, signal.SIGABRT)  # so that every stack is in its output
                 supervisor.wait_all(_REAP_S)
-        finally:  # the launcher ends its ranks when it is asked to; the ranks of one that does not are killed
+        finally:  # a launcher that is asked to end ends its ranks; ranks that remain are killed
             if supervisor.running():
                 child.signal_group(signal.SIGTERM)
                 if not supervisor.wait_all(_REAP_S):
@@ -180,9 +180,9 @@ def run_launcher(
 def _launched_outcome(
     folder: Path, rank: int, report: dict[str, Any], code: int | None, late_because: str, *, all_well: bool
 ) -> Outcome:
-    """Tell the outcome of a rank as well as can be done without its exit status.
+    """Make the outcome of a rank without its exit status.
 
-    Where the launcher failed and no rank says that it did, each may have.
+    Where the launcher failed and no rank reports a failure, any rank may have failed.
     """
     kind, text = str(report.get("error_type", "")), str(report.get("error_text", ""))
     ended_by, launcher_output = "", ""
@@ -246,7 +246,7 @@ def _wait(
     """Wait until all processes have ended, or until a deadline that comes early once a rank has failed.
 
     Returns:
-        The reason for which a process that is still running is late.
+        The reason why a process that still runs is late.
     """
     early = False
     while supervisor.running() and (left_s := deadline - time.monotonic()) > 0:
@@ -276,7 +276,7 @@ def _tail(output: Path) -> str:
 def _signal_ranks(folder: Path, ranks: Sequence[int], signum: signal.Signals) -> None:
     """Send a signal to a launcher's ranks: SIGKILL to all, others to those that have not reported.
 
-    Launchers put ranks into process groups, even sessions, of their own. The ids are theirs while the launcher lives.
+    Launchers may put ranks into their own process groups or sessions. Ids are not reused while the launcher runs.
     """
     for rank in ranks:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
-"""The running of one marked test on its ranks.
+"""Run one marked test on its ranks.
 
-On the simulated backend ranks are threads, and a failing assertion is shown as pytest shows it
-anywhere. On others they are processes, which load the test's function by file and name and get
+Ranks of the simulated backend are threads, and pytest shows a failing assertion as in any test.
+Ranks of other backends are processes, which load the test's function by file and name and receive
 its other arguments by `ferro.rendezvous.codec`; their tracebacks come as text.
 """
 
@@ -26,8 +26,8 @@ from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.ranks import run_ranks
 
 _SIMULATED = "simulated"
-_MARGIN_S = 2.0  # collectives time out before the test does, so that they tell who is missing
-_CONSEQUENCES = (PeerLost, GroupClosed, CollectiveTimeout)  # of another rank's failure
+_MARGIN_S = 2.0  # collectives time out before the test does, so that their errors name the missing ranks
+_CONSEQUENCES = (PeerLost, GroupClosed, CollectiveTimeout)  # errors that follow from another rank's failure
 _PATH = "pathlib.Path"
 
 
@@ -35,7 +35,7 @@ def check_backends(names: Sequence[str]) -> None:
     """Make sure that all of these backends can be used here.
 
     Raises:
-        pytest.UsageError: one cannot; says why and what to do.
+        pytest.UsageError: one of them cannot be used; the message says why and what to do.
     """
     for name in names:
         try:
@@ -53,7 +53,7 @@ def run_test(item: pytest.Function, backend: str, world_size: int, timeout_s: fl
         item: the test.
         backend: name of the backend.
         world_size: number of ranks.
-        timeout_s: seconds that all of it may take.
+        timeout_s: deadline of the whole test in seconds.
     """
     function = item.obj
     names = [name for name in inspect.signature(function).parameters if name != "group"]
@@ -67,7 +67,7 @@ def run_test(item: pytest.Function, backend: str, world_size: int, timeout_s: fl
 def _on_threads(
     function: Callable[..., object], arguments: Mapping[str, object], world_size: int, timeout_s: float
 ) -> None:
-    """Run it on simulated ranks; raise the first cause, with the other ranks' in its notes."""
+    """Run the function on simulated ranks; raise the first cause, with the other ranks' in its notes."""
     __tracebackhide__ = True
     failures: dict[int, BaseException] = {}
     running: dict[int, int] = {}  # rank -> its thread
@@ -87,10 +87,10 @@ def _on_threads(
         simulate(on_rank, world_size, timeout_s=_collective_s(timeout_s), run_timeout_s=timeout_s)
     except _RankFailed:
         pass
-    except CollectiveTimeout:  # of the simulation itself
+    except CollectiveTimeout:  # `run_timeout_s` passed
         late = _stacks(dict(running), timeout_s)
     if failures:
-        raise _told_together(dict(failures), late, world_size)
+        raise _combined_failure(dict(failures), late, world_size)
     if late:
         pytest.fail(late, pytrace=False)
 
@@ -99,8 +99,8 @@ class _RankFailed(BaseException):
     """Ends a simulated rank whose failure is known."""
 
 
-def _told_together(failures: Mapping[int, BaseException], late: str, world_size: int) -> BaseException:
-    """Return the first cause; skips come after failures, and before the consequences of one."""
+def _combined_failure(failures: Mapping[int, BaseException], late: str, world_size: int) -> BaseException:
+    """Return the first cause: failures come before skips, and skips before consequences of a failure."""
     skips = (pytest.skip.Exception, pytest.xfail.Exception)
 
     def order(rank: int) -> tuple[bool, bool]:
@@ -135,10 +135,10 @@ def _stacks(running: Mapping[int, int], timeout_s: float) -> str:
 def _on_processes(
     function: Callable[..., object], arguments: Mapping[str, object], backend: str, world_size: int, timeout_s: float
 ) -> None:
-    """Run it on processes; fail with every rank's traceback."""
+    """Run the function on processes; fail with every rank's traceback."""
     __tracebackhide__ = True
     try:
-        task = [locate(function), {name: _travelling(arguments[name], name) for name in arguments}]
+        task = [locate(function), {name: _encode_argument(arguments[name], name) for name in arguments}]
         codec.encode(task)
     except UsageError as error:
         pytest.fail(f"this test cannot run on {backend}, whose ranks are processes: {error}", False)
@@ -156,35 +156,35 @@ def _on_processes(
         failed = error.outcomes
         results = [outcome.result for outcome in failed]
     left_early = [result for result in results if isinstance(result, list)]
-    if failed and not (left_early and _only_follows(failed)):
+    if failed and not (left_early and _are_consequences(failed)):
         what = f"{function.__name__} on {world_size} ranks of {backend}"
         pytest.fail(str(RanksFailed(what, failed)), pytrace=False)
     if left_early:
-        _leave(*left_early[0])
+        _skip_test(*left_early[0])
 
 
-def _only_follows(outcomes: Sequence[Outcome]) -> bool:
-    """Say whether all ranks that failed did so because another one left."""
+def _are_consequences(outcomes: Sequence[Outcome]) -> bool:
+    """Say whether all ranks that failed did so because another rank left early."""
     consequences = {"", "Late", *(kind.__name__ for kind in _CONSEQUENCES)}
     return {outcome.error_type for outcome in outcomes} <= consequences
 
 
 def _collective_s(timeout_s: float) -> float:
-    """Return the seconds that one collective may take in a test of so many."""
+    """Return the timeout of one collective in a test with this timeout."""
     return max(timeout_s - _MARGIN_S, timeout_s / 2)
 
 
 def run_on_rank(group: ProcessGroup, place: dict[str, str], arguments: dict[str, object]) -> list[str] | None:
-    """Run a test's function in a rank's process; return the way in which it was left early, None if not."""
+    """Run a test's function in a rank's process; return "skip" or "xfail" with its reason if it left early."""
     function = load(place)
     try:
-        function(group=group, **{name: _arrived(value) for name, value in arguments.items()})
+        function(group=group, **{name: _decode_argument(value) for name, value in arguments.items()})
     except (pytest.skip.Exception, pytest.xfail.Exception) as left:
         return ["skip" if isinstance(left, pytest.skip.Exception) else "xfail", str(left.msg)]
     return None
 
 
-def _leave(how: str, why: str) -> NoReturn:
+def _skip_test(how: str, why: str) -> NoReturn:
     """Leave the test as one of its ranks did."""
     __tracebackhide__ = True
     if how == "skip":
@@ -192,11 +192,11 @@ def _leave(how: str, why: str) -> NoReturn:
     pytest.xfail(why)
 
 
-def _travelling(value: object, name: str) -> object:
-    """Return an argument as it travels to another process.
+def _encode_argument(value: object, name: str) -> object:
+    """Encode an argument for another process.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the argument cannot be encoded.
     """
     if isinstance(value, Path):
         return {_PATH: str(value)}
@@ -210,8 +210,8 @@ def _travelling(value: object, name: str) -> object:
     return value
 
 
-def _arrived(value: object) -> object:
-    """Return an argument as the test expects it."""
+def _decode_argument(value: object) -> object:
+    """Decode an argument that `_encode_argument` made."""
     if isinstance(value, dict) and value.keys() == {_PATH}:
         return Path(value[_PATH])
     return value

@@ -1,7 +1,7 @@
 """One rank of `run_ranks`, as a process: `python -m ferro_testing.rank TASK FOLDER [RANK]`.
 
-TASK is a file that names the function and its arguments. FOLDER takes this rank's files, named by RANK, which under a
-launcher only the launcher tells: the report, the output, the process id. Task and report are encoded by
+TASK is a file that names the function and its arguments. FOLDER takes this rank's files (report, output and process
+id), named by RANK, which under a launcher the environment tells. Task and report are encoded by
 `ferro.rendezvous.codec`.
 """
 
@@ -23,7 +23,7 @@ from ferro_testing.functions import load
 
 
 def main(task_path: str, folder_path: str, rank_text: str | None = None) -> int:
-    """Do the task; return the exit status."""
+    """Carry out the task; return the exit status."""
     folder = Path(folder_path)
     rank = resolve().rank if rank_text is None else int(rank_text)
     output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -1,4 +1,4 @@
-"""run_ranks: a function on every rank of a job of real processes, with a deadline for all."""
+"""run_ranks: run a function on every rank of a job of real processes, within one deadline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ferro_testing.functions import locate
 from ferro_testing.outcome import Outcome, RanksFailed
 from ferro_testing.processes import run_launcher, run_processes
 
-# Variables to set for the processes; given by rank where they differ.
+# Variables to set for the processes, or a function from the rank to them.
 Variables: TypeAlias = "Mapping[str, str] | Callable[[int], Mapping[str, str]]"
 
 
@@ -44,7 +44,7 @@ def run_ranks(
         env: variables to set for the processes, besides this process's own: a mapping for all, or
             a function of the rank.
         launcher: the command that starts so many ranks, up to the program, such as ("mpiexec",
-            "-n", "4"): they find each other as they do under it. By default the backend's own
+            "-n", "4"), under which they find each other. By default the backend's own
             (`BackendInfo.launcher`), if it needs one.
         python: the interpreter of the ranks; this process's own when None.
 
@@ -73,7 +73,7 @@ def run_ranks_outcomes(
 ) -> list[Outcome]:
     """Run the ranks and return their outcomes, for tests in which some are meant to fail or be killed.
 
-    As `run_ranks`, but a rank that fails ends no other: all have until the deadline.
+    As `run_ranks`, but a rank that fails ends no other rank before the deadline.
     """
     return _run(function, world_size, backend, args, timeout_s, init_options, env, launcher, python, stop=False)
 
@@ -109,7 +109,7 @@ def _run(
 
 
 def _launcher_of(backend: str, world_size: int) -> Sequence[str] | None:
-    """Look up the command that starts ranks of a backend; an unusable one is left for the ranks to tell."""
+    """Look up the command that starts ranks of a backend; the ranks report a backend that is unusable."""
     try:
         launcher = backends.get(backend).launcher
     except (BackendUnavailable, PluginError):

@@ -1,4 +1,4 @@
-"""Conformance of refusing: wrong calls raise before anything moves, and the group is still good."""
+"""Conformance of refusals: wrong calls raise before data moves, and the group stays usable."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ferro_testing.differences import FEATURES
 from ferro_testing.samples import DTYPES, Findings, known, preferred, reductions
 from ferro_testing.single_call import call_once
 
-# Features that a backend can refuse; the others have no call that it could refuse.
+# Features with a call that a backend can refuse.
 _PROVABLE = ("functions", "uneven", "shrink")
 _FOR_TWO = ("send", "recv", "sendrecv", "shrink")
-_SHORT_S = 5.0  # for a call that is to be refused, and may hang
+_SHORT_S = 5.0  # timeout of a call that should be refused, but may hang
 
 
 def check_usage_errors(case: Case) -> None:
@@ -27,11 +27,11 @@ def check_usage_errors(case: Case) -> None:
 
 
 def check_unsupported(case: Case) -> None:
-    """An operation that is declared unsupported raises UnsupportedError on every rank, where it can be called."""
+    """An operation that is declared unsupported raises UnsupportedError on every rank."""
     declared = [key for key in case.unsupported if key.partition(":")[0] not in FEATURES]
     declared += [key for key in _PROVABLE if key in case.unsupported]
-    declared = [key for key in declared if _askable(key)]
-    if case.largest == 1:  # there is nobody to send to, and nobody to be lost
+    declared = [key for key in declared if _has_dtypes(key)]
+    if case.largest == 1:  # one rank has no peer to send to or to lose
         declared = [key for key in declared if key.partition(":")[0] not in _FOR_TWO]
     if declared:
         case.verify(_call_unsupported, case.largest, declared, list(case.dtypes))
@@ -39,14 +39,14 @@ def check_unsupported(case: Case) -> None:
         _require_refusal(case)
 
 
-def _askable(key: str) -> bool:
+def _has_dtypes(key: str) -> bool:
     """Say whether the dtypes that a key names are installed."""
     names = key.split(":")
     return len(known(names)) == len(names)
 
 
 def _require_refusal(case: Case) -> None:
-    """Prove that with deterministic=True ranks are refused, at the start or at the call."""
+    """Prove that deterministic=True is refused, by `ferro.init` or by the collective."""
     outcomes = case.outcomes(_add, case.largest, deterministic=True)
     for outcome in outcomes:
         refused = ("UnsupportedError", "BackendUnavailable", "UsageError")
@@ -104,7 +104,7 @@ def _misuse(group: ProcessGroup) -> list[str]:
 
 
 def _call_unsupported(group: ProcessGroup, keys: Sequence[str], dtypes: Sequence[str]) -> list[str]:
-    """Make the calls that `keys` declare and that are to be refused; shrink last, for it needs a dead group."""
+    """Make the calls that `keys` declare and that are to be refused; shrink last, since it needs a dead group."""
     found = Findings(group.rank)
     for key in sorted(keys, key=lambda key: key == "shrink"):
         try:
@@ -149,7 +149,7 @@ def _second(a: Array, b: Array, out: Array) -> None:
 
 
 def _use_sizes(group: ProcessGroup) -> None:
-    """Give sizes to all operations that take them; one that refuses them is enough."""
+    """Call all operations that take sizes, until one refuses them."""
     n, me = group.world_size, group.rank
     sizes = [rank + 1 for rank in range(n)]
     mine, whole = np.ones(sizes[me]), np.ones(sum(sizes))

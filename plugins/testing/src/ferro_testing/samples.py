@@ -1,4 +1,4 @@
-"""Samples: arrays that follow from rank and size, and what collectives must make of them.
+"""Samples: arrays that are determined by rank and size, and the results that collectives must give.
 
 Elements are small whole numbers, so every sum and product that the checks form is exact in every
 dtype and the results can be compared bit for bit.
@@ -19,7 +19,7 @@ from ferro.types import Array
 
 Shape: TypeAlias = tuple[int, ...]
 
-BFLOAT16 = "bfloat16"  # which NumPy knows by the package ml_dtypes only
+BFLOAT16 = "bfloat16"  # NumPy knows it only with the package ml_dtypes
 DTYPES = (
     "bool",
     "int8",
@@ -37,9 +37,9 @@ DTYPES = (
     "complex64",
     "complex128",
 )
-# 0-d, empty, one element, sizes that few world sizes divide, more dimensions, an empty one of them.
+# 0-d, empty, one element, sizes that few world sizes divide, several dimensions, one of them empty.
 SHAPES: tuple[Shape, ...] = ((), (0,), (1,), (7,), (3, 5), (2, 3, 5), (3, 0, 2))
-LARGE = 300_001  # elements: several segments, of which the last is not full
+LARGE = 300_001  # elements: several segments, the last of them shorter
 
 _UFUNCS: dict[str, np.ufunc] = {
     "sum": np.add,
@@ -62,7 +62,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names without those of dtypes that are not here: bfloat16 needs ml_dtypes."""
+    """Return the names whose dtypes are installed: bfloat16 needs ml_dtypes."""
     has_brain = importlib.util.find_spec("ml_dtypes") is not None
     return tuple(name for name in names if name != BFLOAT16 or has_brain)
 
@@ -84,7 +84,7 @@ def preferred(dtype: str, dtypes: Sequence[str]) -> str:
 def sample(rank: int, shape: Shape, dtype: str, salt: int = 0) -> Array:
     """Return the array that `rank` gives: 1, 2, 3 in an order that depends on rank and salt.
 
-    It is read-only, so that whoever writes to it is found out.
+    It is read-only, so that writing to it raises.
     """
     whole = (np.arange(math.prod(shape)) * 5 + rank * 7 + salt * 3) % 11 % 3
     values = whole % 2 == 0 if dtype == "bool" else whole + 1
@@ -96,7 +96,7 @@ def sample(rank: int, shape: Shape, dtype: str, salt: int = 0) -> Array:
 
 
 def reduced(arrays: Sequence[Array], op: str) -> Array:
-    """Return the reduction of one array a rank, in order of rank; halves by way of float32."""
+    """Reduce one array of each rank, in order of rank; half precision is accumulated in float32."""
     dtype = arrays[0].dtype
     half = dtype.name in _HALF and op in ("sum", "mean", "prod")
     operands = [array.astype(np.float32) if half else array for array in arrays]
@@ -108,7 +108,7 @@ def reduced(arrays: Sequence[Array], op: str) -> Array:
 
 
 def rows(array: Array) -> Array:
-    """Return an array with an axis 0 to concatenate along: a 0-d one is one row."""
+    """Return an array with an axis 0 to concatenate along: a 0-d array becomes one row."""
     return array.reshape(1) if array.ndim == 0 else array
 
 
@@ -127,7 +127,7 @@ def noise(rank: int, count: int, dtype: str) -> Array:
 
 
 class Findings:
-    """The mistakes that a rank found; the first few are kept, for one mistake tends to show often."""
+    """The mistakes that a rank found; only the first few are kept, since one mistake tends to show often."""
 
     KEPT = 5
 
@@ -137,7 +137,7 @@ class Findings:
         self._count = 0
 
     def same(self, found: object, wanted: Array, what: str) -> None:
-        """Note a mistake where a result is not, bit for bit, of the shape, dtype and values wanted."""
+        """Note a mistake unless a result has the shape, dtype and values wanted, bit for bit."""
         if not isinstance(found, np.ndarray):
             self.note(f"{what}: got {type(found).__name__} in place of an array")
         elif found.shape != wanted.shape or found.dtype != wanted.dtype:

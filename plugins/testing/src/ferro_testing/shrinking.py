@@ -1,4 +1,4 @@
-"""Conformance of going on after a rank died, in the group of the survivors."""
+"""Conformance of shrink(): survivors of a dead rank continue in a new group."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LATE = "only the deadline told that a rank had died"
 
 
 def check_shrink(case: Case) -> None:
-    """After a rank was killed the others go on in shrink()'s group; twice where four begin.
+    """After a rank was killed, the others continue in shrink()'s group; twice if there are four ranks.
 
     Raises:
-        DeathNoticedLate: they were told by their deadline only, and so did not come to that.
+        DeathNoticedLate: the survivors noticed the death only by their deadline, so none shrank.
     """
     if case.largest < 2 or not case.supports("shrink", "lost_peer", "all_reduce", "all_gather"):
         return
     lost = (1, case.largest - 1) if case.largest >= 4 else (1,)
-    outcomes = case.outcomes(_go_on, case.largest, lost, patience_s(case.timeout_s))
+    outcomes = case.outcomes(_shrink_after_deaths, case.largest, lost, patience_s(case.timeout_s))
     what = f"shrink after ranks {list(lost)} of {case.largest} of {case.backend} were killed"
     require_survivors(what, outcomes, lost)
     require(what, outcomes, lost)
@@ -37,14 +37,14 @@ def check_shrink(case: Case) -> None:
     assert not found, "\n".join([f"{what}:", *found])
 
 
-def _go_on(group: ProcessGroup, lost: list[int], allowed_s: float) -> list[str]:
+def _shrink_after_deaths(group: ProcessGroup, lost: list[int], allowed_s: float) -> list[str]:
     """Lose the ranks `lost` of the world, one after the other; compute with the rest each time."""
     found = Findings(group.rank)
     me, left = group.rank, list(range(group.world_size))
     for victim in lost:
         lost_as = left.index(victim)
         try:
-            if not _outlives(group, lost_as, allowed_s, found):
+            if not _survives(group, lost_as, allowed_s, found):
                 return found.report()
         except CollectiveTimeout as error:
             if victim == lost[0] and error.missing == (lost_as,):
@@ -57,10 +57,10 @@ def _go_on(group: ProcessGroup, lost: list[int], allowed_s: float) -> list[str]:
     return found.report()
 
 
-def _outlives(group: ProcessGroup, victim: int, allowed_s: float, found: Findings) -> bool:
-    """Die as rank `victim`; as another, use the group until that is noticed."""
+def _survives(group: ProcessGroup, victim: int, allowed_s: float, found: Findings) -> bool:
+    """On rank `victim`, die; on other ranks, use the group until the death is noticed."""
     try:
-        for _ in range(3):  # the last message of the victim may come, or go with it
+        for _ in range(3):  # the victim's last messages may arrive or be lost
             group.all_reduce(np.ones(3), timeout_s=allowed_s)
             if group.rank == victim:
                 end_this_rank()
@@ -72,7 +72,7 @@ def _outlives(group: ProcessGroup, victim: int, allowed_s: float, found: Finding
 
 
 def _compute(group: ProcessGroup, left: list[int], me: int, found: Findings) -> None:
-    """Use the group of the survivors as any other."""
+    """Run collectives in the group of the survivors, and compare the results."""
     n = len(left)
     found.true(group.world_size == n and group.rank == left.index(me), "shrink: wrong rank or size")
     for shape in ((7,), (70_000,)):

@@ -16,7 +16,7 @@ Placement: TypeAlias = Callable[[Any], Any]
 
 
 def unchanged(array: Any) -> Any:
-    """Return the array itself: samples are in host memory already."""
+    """Return the array itself, for samples that stay in host memory."""
     return array
 
 
@@ -40,11 +40,11 @@ def prepare_call(
     """Return a function that does `op` with this rank's sample, as often as it is called.
 
     Args:
-        group: the ranks, which all make this call.
-        op: its name; "send" and "recv" do the one half of a transfer only.
+        group: the ranks, all of which make this call.
+        op: its name; "send" and "recv" do only their half of a transfer.
         dtype: name of the elements' type.
         reduction: of the operations that reduce.
-        count: elements of a block, of which there are as many as ranks in what is cut.
+        count: elements of a block; an array that is cut has one block for each rank.
         place: moves the arrays to their device.
         timeout_s: deadline of the operation in seconds; the group's when None.
     """

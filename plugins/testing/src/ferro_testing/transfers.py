@@ -1,4 +1,4 @@
-"""Conformance of transfers between two ranks, and of the tags that keep them apart."""
+"""Conformance of transfers between two ranks, and of their tags."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from ferro_ucc.team import Team
 if TYPE_CHECKING:
     from ferro.rendezvous import Store
 
-# Up to so many bytes from all ranks together, each rank receives all contributions and combines them itself.
+# Up to this size of all contributions together, each rank receives all of them and combines them itself.
 _SMALL_BYTES = 256 * 1024
 
 
@@ -106,7 +106,7 @@ class UccBackend(CollectivesOnlyBackend):
         """Do nothing: `agree` was a barrier."""
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
-        """Reduce such that every element is rounded on one rank only, or in one order on all ranks."""
+        """Reduce so that every element is rounded on one rank only, or in the same order on all ranks."""
         native = self._native(reduction)
         if buffer.size == 0:
             return
@@ -217,7 +217,7 @@ class UccBackend(CollectivesOnlyBackend):
     def close(self) -> None:
         """Release the team, and for the world the connections, if the other ranks close soon.
 
-        After a failure the connections stay until the process ends, for other ranks may be gone.
+        After a failure the connections stay until the process ends, since other ranks may be gone.
         """
         if self._closed:
             return

@@ -11,10 +11,10 @@ from ferro_ucc import abi
 from ferro_ucc.library import UccLibrary, is_running
 from ferro_ucc.oob import OobAllGather, OobCallbacks
 
-_PATIENCE_S = 0.02  # for one test of an out-of-band all-gather, while the library waits for nothing else
-_GRACE_S = 1.0  # for the library to return after a callback told it that the deadline has passed
-_CLOSE_S = 2.0  # for the other ranks to close, too
-_DESTROY_S = 1.0  # for the destruction of a team
+_PATIENCE_S = 0.02  # how long one test of an out-of-band all-gather may take
+_GRACE_S = 1.0  # how long the library may take to return after a callback reported a passed deadline
+_CLOSE_S = 2.0  # how long the other ranks may take to close, too
+_DESTROY_S = 1.0  # how long the destruction of a team may take
 
 # libucc may still write to the memory of these objects, so they live until the process ends.
 _abandoned: list[object] = []
@@ -126,7 +126,7 @@ class Context:
         library.release("ucc_context_config_release", config)
 
     def _all_close(self) -> bool:
-        """Make progress, for other ranks may still wait for messages, until all ranks close or time is up."""
+        """Make progress until all ranks close or time is up, since other ranks may still wait for messages."""
         self._oob.deadline = time.monotonic() + _CLOSE_S
         try:
             closing = self._oob.start(b"c")

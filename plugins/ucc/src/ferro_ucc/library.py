@@ -134,10 +134,10 @@ class UnusableLibrary:
 def find_library() -> UsableLibrary | UnusableLibrary:
     """Find libucc and its version in a subprocess; never raises.
 
-    Only the library itself tells its version, and loading it has side effects that a program which only asks does not
-    want: UCX below it installs signal handlers and starts a thread.
+    Only the library itself tells its version, and loading it has side effects that a mere question must not
+    have: UCX below it installs signal handlers and starts a thread.
     """
-    import subprocess  # here, for most programs never ask
+    import subprocess  # here, since most programs never probe for UCC
 
     path, description = _path()
     command = [sys.executable, "-I", "-S", "-c", _PRINT_VERSION, path]
@@ -187,10 +187,10 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 def request_status(request: int) -> c_int32:
-    """Return the status field of a request, which the library changes."""
+    """View the status field of a request, which the library changes."""
     return c_int32.from_address(request)
 
 
 def is_running(status: int) -> bool:
-    """Return True when an operation with this status has not ended."""
+    """Say whether an operation with this status has not ended."""
     return status in (UccStatus.IN_PROGRESS, UccStatus.INITIALIZED)

@@ -61,7 +61,7 @@ def all_gather(buffer: Array, counts: Sequence[int]) -> Operation:
 def all_to_all(source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Operation:
     """Send block j of `source` to rank j; block i of `out` comes from rank i.
 
-    The operation has sizes even where they are equal, for one rank does not know whether they are equal on all.
+    The operation has sizes even where they are equal, since one rank does not know whether they are equal on all ranks.
     """
     operation = Operation.make(abi.CollType.ALL_TO_ALL_V, _WIDE)
     operation.blocks(operation.args.src, source, _BYTES, _in_bytes(send_counts, source))
@@ -70,7 +70,7 @@ def all_to_all(source: Array, out: Array, send_counts: Sequence[int], recv_count
 
 
 def broadcast(buffer: Array, root: int) -> Operation:
-    """Fill `buffer` with the root's."""
+    """Copy the root's `buffer` into `buffer` on every rank."""
     operation = Operation.make(abi.CollType.BROADCAST, root=root)
     operation.whole(operation.args.src, buffer, _BYTES, buffer.nbytes)
     return operation

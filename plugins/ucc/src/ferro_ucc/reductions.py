@@ -1,4 +1,4 @@
-"""The reductions that UCC carries out: those that it has for host memory, and whose results are NumPy's.
+"""The reductions that UCC carries out: it has them for host memory, and their results equal NumPy's.
 
     dtype               sum, mean   prod     min, max   band, bor, bxor
     int8 … uint64       exact       exact    exact      exact
@@ -6,7 +6,7 @@
 
 "exact" reductions give the same bits in any order. "rounded" ones depend on the order, which is UCC's own, so only one
 rank may compute each element. NumPy carries out all others: UCC fails silently in float16, rounds bfloat16 at every
-step, orders NaN otherwise than NumPy, and takes no functions.
+step, treats NaN in min and max unlike NumPy, and takes no functions.
 """
 
 from __future__ import annotations

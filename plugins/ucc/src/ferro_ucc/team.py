@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Team:
     """A UCC team of at least two ranks, which creates itself when its first operation begins.
 
-    Until then a rank needs nothing of the others, so ranks may make groups in any order.
+    Before that a rank needs no other rank, so ranks may make groups in any order.
 
     Args:
         context: the connections.
@@ -43,7 +43,7 @@ class Team:
         self._number = number
         self._broken = False
         self._oob = OobAllGather(store, rank, len(members), 0.0)
-        self._callbacks = OobCallbacks(self._oob, 0.0)  # never waits, for the lock is held
+        self._callbacks = OobCallbacks(self._oob, 0.0)  # never waits, since the lock is held
 
     def create(self, deadline: float) -> None:
         """Create the team together with the other members, unless it exists.
@@ -94,7 +94,7 @@ class Team:
         """Carry out an operation by a deadline, an absolute `time.monotonic()` second.
 
         Raises:
-            TimeoutError: the operation did not end; its buffers are kept, for UCC may still write to them.
+            TimeoutError: the operation did not end; its buffers are kept, since UCC may still write to them.
             GroupClosed: the group was aborted meanwhile.
             PeerLost: a member died.
             BackendError: the library failed.

@@ -39,11 +39,11 @@ class AbortFlag:
         """Abort: waits on this rank end at once, those on other ranks within half a second."""
         if not self._here.is_set():
             self._here.set()
-            with suppress(FerroError, OSError):  # without a store the others' deadlines remain
+            with suppress(FerroError, OSError):  # without a store the others end at their deadlines
                 self._store.set(_ABORTED, b"1")
 
     def is_set(self) -> bool:
-        """Return True when this rank knows of an abort; nothing is asked."""
+        """Say whether this rank knows of an abort, without asking the store."""
         return self._here.is_set()
 
     def poll(self) -> None:
@@ -54,7 +54,7 @@ class AbortFlag:
             self._store.get(_ABORTED, deadline=time.monotonic())
         except TimeoutError:
             return
-        except FerroError:  # the deadline remains
+        except FerroError:  # the wait still ends at its deadline
             self._reachable = False
             return
         self._here.set()

@@ -14,11 +14,11 @@ from ferro.runtime.environment import format_address
 
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
-# One address that swallows packets, or a service that never answers, must not use up the time in which another address
-# of the same host could have been tried.
+# The bound of one attempt. An address that drops packets, or a service that never answers, must not use up the time for
+# the other addresses of the host.
 _ATTEMPT_S = 10.0
-# A listener flooded by strangers may drop us between our proof and its verdict, as may one that is closing; a listener
-# that refuses us says so. So silence counts as a refusal only when repeated.
+# A listener that refuses a client says so. A listener that is overloaded or closing may drop the connection after the
+# client's proof without a word, so only repeated drops count as a refusal.
 _DROPS_THAT_REFUSE = 3
 
 
@@ -26,8 +26,8 @@ def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline
     """Connect to a ferro service, such as b"store", before `deadline` (`time.monotonic()`); authenticate both ends.
 
     A refused connection, an unknown host and a dropped connection are retried, with growing pauses: the service may
-    start later than we do. AuthenticationError, at once, says that one end does not hold the other's secret,
-    RendezvousError that nothing answered in time or, at once, that what answered is not ferro. The socket returned is
+    start later than we do. AuthenticationError is raised at once when one end does not hold the other's secret,
+    RendezvousError at once when the service is not ferro, and when nothing answered in time. The socket returned is
     blocking, without timeout, with TCP_NODELAY, and no byte has been read from it beyond the handshake.
     """
     handshake.require_secret(secret)

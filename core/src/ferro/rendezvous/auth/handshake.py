@@ -9,9 +9,9 @@ Four messages of fixed size are exchanged before anything else is read on a conn
 
     proof = HMAC-SHA256(SHA256(secret), prover's preamble (8 bytes) | client nonce | server nonce | purpose)
 
-The first eight bytes tell a stranger (a browser, torch's TCPStore, noise). The nonces are fresh, so a recorded
-handshake is worth nothing later; the role keeps a proof from being reflected to its sender; the purpose keeps a
-connection to one service from being spliced into another. The client proves first, so a server shows no proof to a
+The first eight bytes expose a foreign client (a browser, torch's TCPStore, noise). The nonces are fresh, so a recorded
+handshake is worth nothing later; the prover's preamble in the proof prevents reflecting it to its sender; the purpose
+prevents splicing a connection to one service into another. The client proves first, so a server shows no proof to a
 client that does not hold the secret.
 
 The handshake authenticates the ends of a connection. It does not encrypt what follows: on a network where others can
@@ -63,9 +63,9 @@ Steps = Generator[tuple[bytes, int], bytes, bytes]
 class Handshake:
     """One side of one handshake: send `opening`, give `feed` the bytes that arrive, and send what it returns.
 
-    `steps` are those of `client` or `server`. Never read more than `wants` bytes from the connection: what follows
-    belongs to others. `wants` is 0 when both ends are authenticated; `replies` counts the messages that `feed` has
-    returned so far.
+    `steps` are those of `client` or `server`. Never read more than `wants` bytes from the connection: the bytes after
+    them belong to the service. `wants` is 0 when both ends are authenticated; `replies` counts the messages that `feed`
+    has returned so far.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -137,10 +137,10 @@ def server(secret: bytes, purpose: bytes) -> Steps:
     return _proof(secret, _SERVER_PREAMBLE, nonces, purpose)
 
 
-def _proof(secret: bytes, role: bytes, nonces: bytes, purpose: bytes) -> bytes:
-    r"""Compute a proof; every part but the last has a fixed size, so no two transcripts have one encoding.
+def _proof(secret: bytes, preamble: bytes, nonces: bytes, purpose: bytes) -> bytes:
+    r"""Compute a proof; every part but the last has a fixed size, so no two transcripts have the same encoding.
 
-    The secret is hashed first: HMAC pads short keys with zeros, so b"x" and b"x\0" would be one.
+    The secret is hashed first: HMAC pads short keys with zeros, so b"x" and b"x\0" would be the same key.
     """
     key = hashlib.sha256(secret).digest()
-    return hmac.new(key, role + nonces + purpose, hashlib.sha256).digest()
+    return hmac.new(key, preamble + nonces + purpose, hashlib.sha256).digest()

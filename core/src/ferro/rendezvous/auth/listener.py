@@ -1,7 +1,7 @@
-"""The listening end: hands on connections that hold the secret, and lets strangers hold nothing up.
+"""The server's end of a connection: accept many side by side, and hand on those whose client holds the secret.
 
 A listener lives on a selector that its owner drives: `for key, events in selector.select(t): key.data(events)`. Pending
-connections are authenticated side by side, without blocking; each costs a socket and at most 32 bytes of what it sent.
+connections are authenticated without blocking, so none delays another; each costs a socket and at most 32 bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ferro.rendezvous.sockets import set_options
 from ferro.runtime.environment import format_address
 
 _BACKLOG = 1024
-_ACCEPTS_PER_EVENT = 16  # then the selector's other sockets get their turn
+_ACCEPTS_PER_EVENT = 16  # afterwards the selector's other sockets are served
 _ACCEPT_PAUSE_S = 0.1  # after the system could not give us another socket
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 @dataclass(eq=False, repr=False)
 class Listener:
-    """Accepts connections, authenticates them, and hands on those that hold the secret.
+    """Accepts connections, authenticates them, and hands on those whose client holds the secret.
 
     Not thread-safe: the thread that drives the selector makes every call. An empty secret raises AuthenticationError,
     and leaves the socket untouched.
@@ -60,11 +60,11 @@ class Listener:
     _: KW_ONLY
     purpose: bytes  # the service that listens, such as b"store"
     selector: selectors.BaseSelector
-    admit: Callable[[socket.socket], None]  # is given each authenticated socket: blocking, and no longer registered
+    admit: Callable[[socket.socket], None]  # takes each authenticated socket: blocking, and no longer registered
     handshake_timeout_s: float = 5.0
-    limit: int = 128  # of pending connections; one more, and the oldest is dropped
+    limit: int = 128  # of pending connections; a further one replaces the oldest
     refused: int = field(default=0, init=False)  # counts the connections that came with another secret
-    # The connections that have proved nothing yet, each with its deadline, and in the order of these.
+    # The connections that are not authenticated yet, each with its deadline, the earliest first.
     _pending: dict[socket.socket, float] = field(default_factory=dict, init=False)
     _paused_until: float | None = field(default=None, init=False)
 
@@ -74,7 +74,7 @@ class Listener:
         self.selector.register(self.sock, selectors.EVENT_READ, self._accept)
 
     def expire(self) -> float | None:
-        """Drop, in each turn of the owner's loop, connections that took too long; return when the next one is due."""
+        """Drop connections that took too long; return the next deadline. The owner's loop calls it in each turn."""
         now = time.monotonic()
         if self._paused_until is not None and self._paused_until <= now:
             self._paused_until = None
@@ -132,7 +132,7 @@ class Listener:
             set_options(sock)
         except BlockingIOError:
             return
-        except OSError:  # it may have left right after its proof
+        except OSError:  # the client may have left right after its proof
             self._drop(sock)
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)

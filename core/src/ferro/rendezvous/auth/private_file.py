@@ -14,7 +14,7 @@ class NotPrivateError(Exception):
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory for this user alone; NotPrivateError says that one is there which others can reach."""
+    """Create a directory for this user alone; NotPrivateError says that others can reach an existing one."""
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
@@ -23,7 +23,7 @@ def make_directory(path: Path) -> None:
 
 
 def write(path: Path, content: bytes, put: Callable[[Path, Path], None]) -> None:
-    """Write a draft for this user alone, then `put` it in place by os.link or os.replace: the file appears whole."""
+    """Write a draft for this user alone, then `put` it in place by os.link or os.replace: readers see it whole."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -35,10 +35,10 @@ def write(path: Path, content: bytes, put: Callable[[Path, Path], None]) -> None
 
 
 def read(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file; NotPrivateError says that it is no plain file of this user alone, or too long."""
+    """Read a small file; NotPrivateError says that it is too long, or no plain file of this user alone."""
     if path.is_symlink():
         raise NotPrivateError(f"{path} is a symbolic link")
-    # O_NOFOLLOW: it may have become a link since; O_NONBLOCK: a pipe must not make us wait.
+    # O_NOFOLLOW: the path may have become a link since; O_NONBLOCK: opening a pipe must not block.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())

@@ -1,4 +1,4 @@
-"""The job's secret where no launcher made one: it is derived from a file of the user's and the job's name.
+"""The secret of a job whose launcher made none: it is derived from a file of the user's and the job's name.
 
 Ranks that one user started on hosts with a shared home directory hold the same `~/.ferro/secret`. Each job derives its
 own from it, so that jobs cannot connect to one another by mistake.
@@ -31,7 +31,7 @@ def per_user_secret(home: Path | None = None) -> bytes:
         path = (home or Path.home()) / ".ferro" / "secret"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
-            with suppress(FileExistsError):  # another rank was first, and its secret counts
+            with suppress(FileExistsError):  # another rank was first; its secret is read below
                 private_file.write(path, secrets.token_hex(SECRET_BYTES).encode() + b"\n", os.link)
         secret = bytes.fromhex(private_file.read(path, 4 * SECRET_BYTES).decode("ascii"))
         if len(secret) != SECRET_BYTES:

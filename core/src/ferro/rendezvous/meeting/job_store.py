@@ -32,7 +32,7 @@ from ferro.rendezvous.store.server import StoreServer
 from ferro.runtime.environment import Address, LaunchInfo, format_address, parse_address
 from ferro.types import BootstrapBroadcast
 
-_OPEN_S = 1.0  # how long a store may be there before its host has opened it
+_OPEN_S = 1.0  # how long a store may run before its host opens it
 _ATTEMPT_S = 3.0  # for one of the addresses that rank 0 broadcast, as long as there are others
 
 
@@ -59,8 +59,8 @@ def open_job_store(
 ) -> JobStore:
     """Connect to the job's store before `deadline`, hosting it where this rank has to.
 
-    `number` counts the stores that this process opened before, alike on all ranks: it keeps a rank that comes back
-    early from entering the last world's store, which is about to close. `broadcast` is the backend's
+    `number` counts the stores that this process opened before, the same on all ranks: it keeps a rank that is
+    early from entering the previous world's store, which is about to close. `broadcast` is the backend's
     `bootstrap_broadcast`, given where the launcher tells no address.
     """
     if broadcast is not None:
@@ -118,7 +118,7 @@ def _open_by_broadcast(info: LaunchInfo, number: int, broadcast: BootstrapBroadc
     except BaseException:
         server.close()
         raise
-    # Not over loopback: the others are told the address by which this rank reached the store.
+    # This rank does not use loopback, since the others learn the address by which it reached the store.
     return _open_hosted(server, (addresses[0], port), number, secret, deadline)
 
 

@@ -31,11 +31,11 @@ class RankRecord:
     world_size: int
     host: str
     pid: int
-    address: str  # its own, on the way to the store
+    address: str  # its own, on its connection to the store
     version: str  # of ferro
     backend: str
     plugins: dict[str, str] = field(default_factory=dict)  # entry point -> distribution and version
-    settings: str = ""  # a text of all else that must be equal
+    settings: str = ""  # all other things that must be equal, as text
     problem: str = ""  # why it cannot take part
 
     def __str__(self) -> str:

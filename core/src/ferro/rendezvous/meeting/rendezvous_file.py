@@ -1,4 +1,4 @@
-"""Rendezvous files: by them ranks of one host find a store whose port was chosen freely.
+"""Rendezvous files, by which the ranks of one host find a store on a free port.
 
 Where a launcher gives its ranks nothing but their numbers (mpiexec, torchrun), rank 0 writes its store's address to a
 file whose name all ranks of the job can derive, and the others read it. The directory belongs to this user alone, so
@@ -78,7 +78,7 @@ def remove(name: str, *, directory: Path | None = None) -> None:
 
 
 def _path(name: str, directory: Path | None) -> Path:
-    """Make the directory, or check it; a file's name is a digest, so no name can lead out of it."""
+    """Make the directory, or check it; a file's name is a digest, so no name leads out of the directory."""
     directory = directory or Path(tempfile.gettempdir()) / f"ferro-{os.getuid()}"
     try:
         private_file.make_directory(directory)

@@ -20,7 +20,7 @@ from ferro.runtime.environment import format_address
 
 MAX_CONNECTIONS = 64
 
-_GRACE_S = 2.0  # that the store has after the deadline of a `get` to answer that nobody set the key
+_GRACE_S = 2.0  # how long the store may take after the deadline of a `get` to answer that nobody set the key
 # The store answered before, so a further connection comes at once or, after a retry or two, not at all.
 _CONNECT_S = 5.0
 
@@ -56,7 +56,7 @@ class StoreClient(Store):
         self.close()
 
     def declare_lost(self) -> None:
-        """Have the value of `append_on_disconnect` appended now, for a process that fails and yet does not die."""
+        """Have the value of `append_on_disconnect` appended now, for a process that fails without dying."""
         with self._liveness_lock:
             liveness, self._liveness = self._liveness, None
         if liveness is not None:
@@ -121,7 +121,7 @@ class StoreClient(Store):
 
     @contextmanager
     def _connection(self, deadline: float) -> Iterator[socket.socket]:
-        """Lend a connection to one request; an exception within closes it, for half a message may be under way."""
+        """Lend a connection to one request; an exception closes it, since half a message may have been sent."""
         with self._changed:
             free = self._changed.wait_for(lambda: self._closed or self._users < MAX_CONNECTIONS, remaining_s(deadline))
             self._check_open()

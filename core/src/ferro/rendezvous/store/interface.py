@@ -73,7 +73,7 @@ class Store(ABC):
 
     @abstractmethod
     def _ask(self, op: StoreOp, key: str, number: int = 0, value: bytes = b"") -> Reply:
-        """Check and make a request that is answered at once, so any but a GET."""
+        """Check and make a request that is answered at once, which is any request but a GET."""
 
 
 class PrefixStore(Store):

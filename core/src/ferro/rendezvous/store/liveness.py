@@ -1,4 +1,4 @@
-"""Liveness: a connection whose end tells the store that its process has ended, and the ranks so lost."""
+"""Liveness: a connection that tells the store when its process ends, and the detection of lost ranks by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ferro.errors import FerroError
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store
 
-_CANCEL_S = 1.0  # for a few bytes that the system takes at once, unless all is lost anyway
+_CANCEL_S = 1.0  # for a few bytes, which a working system takes at once
 _LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
@@ -30,7 +30,7 @@ class LivenessConnection:
         return reply
 
     def broken(self) -> bool:
-        """Tell whether the store closed its end of the connection, as it does with all when it ends."""
+        """Say whether the store closed its end of the connection, as it does with all when it ends."""
         try:
             return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -67,13 +67,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class FailureDetector:
-    """Called, returns the ranks of a world that are lost; made, has the others learn of this rank's end.
+    """Lists the lost ranks of a world when called, and registers this rank, so that the others learn of its end.
 
     A rank is lost when its process ends without closing its store, as one that is killed does, or when it fails: see
-    `ProcessGroup.abandon`. The store then appends it to one key, so that asking is one request.
+    `ProcessGroup.abandon`. The store then appends it to one key, so that one request finds all lost ranks.
 
-    `host` is the rank whose process hosts the store, and with which it ends; None where no rank does. Making one raises
-    RendezvousError when the store is gone.
+    `host` is the rank whose process hosts the store, which ends with it; None where no rank hosts the store. The
+    constructor raises RendezvousError when the store is gone.
     """
 
     def __init__(self, store: Store, rank: int, host: int | None) -> None:
@@ -85,12 +85,12 @@ class FailureDetector:
         store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
 
     def __call__(self) -> frozenset[int]:
-        """Ask for the lost ranks but this one; never raises. A store that is gone is not asked again."""
+        """Ask for the lost ranks other than this one; never raises. A store that is gone is not asked again."""
         if not self._store_gone:
             try:
                 ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())
                 self._lost = frozenset(map(int, ranks.split()))
-            except TimeoutError:  # no rank is lost, or the store is slow: ask another time
+            except TimeoutError:  # no rank is lost, or the store is slow
                 pass
             except FerroError:
                 self._store_gone = True

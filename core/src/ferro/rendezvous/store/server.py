@@ -37,8 +37,8 @@ class StoreServer:
         self._listener = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
         self._connections: set[_Connection] = set()
         self._waiting: dict[bytes, set[_Connection]] = {}  # for each key, the connections whose `get` waits for it
-        # A lower bound of the deadlines of all that wait. It is not raised when one stops waiting: that would take a
-        # search each time, where one needless wake-up does.
+        # A lower bound of the deadlines of all waiting connections. It is not raised when one stops waiting: a needless
+        # wake-up costs less than a search each time.
         self._next_deadline = math.inf
         self._table = BoundedTable()
         self._wakeup, self._wakeup_read = socket.socketpair()
@@ -108,7 +108,7 @@ class StoreServer:
         self._connections.add(_Connection(sock, self._selector, self))
 
     def forget(self, connection: _Connection) -> None:
-        """Forget a connection that is about to be closed, and append what it registered for that case."""
+        """Forget a connection that is about to be closed, and append the value that it registered for that case."""
         self._connections.discard(connection)
         self._stop_waiting(connection)
         for key, value in () if self._closing else connection.on_disconnect.items():

@@ -32,7 +32,7 @@ MAX_VALUE_BYTES = 16 << 20
 MAX_APPEND_BYTES = 1024
 
 INT64 = range(-(1 << 63), 1 << 63)
-PURPOSE = b"store"  # of a handshake on the way to the store
+PURPOSE = b"store"  # the purpose of handshakes with the store
 
 _REQUEST = struct.Struct("!BqHI")
 _REPLY = struct.Struct("!BqI")

@@ -1,7 +1,7 @@
 """Resolver: from the launcher's variables and the caller's arguments to one frozen `LaunchInfo`.
 
 The variables of one launcher are read whole or not at all. A part of them, a value that is no number and two launchers
-that disagree are errors, for guessing would start a job of the wrong size that hangs.
+that disagree are errors, since a guess could start a job of the wrong size, which hangs.
 
 A Slurm step or a Kubeflow node with one process each often starts a launcher of its own there
 (`srun --ntasks-per-node=1 torchrun …`). The outer variables then count launchers, not ranks: they are ignored when a
@@ -138,7 +138,7 @@ def _optional_integer(env: Mapping[str, str], name: str) -> SourcedInt | None:
 
 def _started_this_process(variables: LauncherVariables, env: Mapping[str, str]) -> bool:
     if variables.launcher == "kubeflow":
-        # For any other count per node the variables are about the launcher on this node.
+        # With any other count per node, the variables describe the launcher on this node.
         return env.get("PET_NPROC_PER_NODE") == "1" and "PET_NODE_RANK" in env
     if variables.launcher == "slurm":
         # A batch script or a shell within an allocation sees the allocation's numbers, yet is one process: only a
@@ -168,7 +168,7 @@ def _slurm_tasks_here(env: Mapping[str, str]) -> SourcedInt | None:
 
 
 def _unlaunched(rank: int | None, world_size: int | None) -> Placement:
-    """Without any launcher: take the arguments, or a world of one."""
+    """Take the arguments, or a world of one, where there is no launcher."""
     if rank is None and world_size is None:
         zero, one = (SourcedInt(value, "no launcher: a world of one") for value in (0, 1))
         return Placement("single", zero, one, zero, one)
@@ -182,7 +182,7 @@ def _unlaunched(rank: int | None, world_size: int | None) -> Placement:
 
 
 def _local_pair(place: Placement, master: Address | None) -> tuple[SourcedInt, SourcedInt]:
-    """Assume what the launcher left open: all ranks are here, or else as few as fit."""
+    """Complete the local rank and local world size: assume all ranks on this host, or the fewest possible."""
     host = master[0] if master else "localhost"
     all_here = place.launcher in ("torchrun", "ferro", "arguments") and (
         host in ("localhost", "::1") or host.startswith("127.")

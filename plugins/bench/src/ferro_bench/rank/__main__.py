@@ -2,8 +2,8 @@
 
     python -m ferro_bench.rank TASK LIBRARY [RANK]
 
-TASK is the file that the driver wrote for this world. While other libraries have their turn this
-process waits in `recv` and takes no core.
+TASK is the file that the driver wrote for this world. During other libraries' turns this
+process waits in `recv` and uses no CPU time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         _serve(channel, library)
     except ConnectionError:
         # The driver left or died. Some libraries clean up only where all ranks leave in order;
-        # but others may be dead or in the middle of a call, so this one does not wait for long.
+        # but others may be dead or in the middle of a call, so this rank does not wait for long.
         hurry = threading.Timer(_LEAVE_S, os._exit, (1,))
         hurry.daemon = True
         hurry.start()
@@ -44,10 +44,10 @@ def main() -> None:
 
 
 def _serve(channel: Channel, library: MeasuredLibrary) -> None:
-    """Obey until the driver says "end".
+    """Carry out orders until the driver says "end".
 
     Raises:
-        ConnectionError: the driver has left without a word.
+        ConnectionError: the driver left without saying so.
     """
     prepared: dict[str, PreparedCase] = {}
     while (order := channel.receive())["do"] != "end":

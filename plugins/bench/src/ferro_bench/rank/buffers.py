@@ -1,6 +1,6 @@
 """The memory of one call on one rank: its input, and the check of its result.
 
-collective       source         target           must come out
+collective       source         target           expected result
 all_reduce       whole, the same memory          the reduction
 broadcast        whole, the same memory          rank 0's
 reduce           whole          whole            the reduction, on rank 0
@@ -27,7 +27,7 @@ _IN_PLACE = ("all_reduce", "broadcast")
 _BLOCK_IN = ("all_gather", "gather")
 _BLOCK_OUT = ("scatter", "reduce_scatter")
 _AT_ROOT = ("reduce", "gather")
-_STALE = 99  # written over the last result; no tile consists of it
+_STALE = 99  # overwrites the last result; no tile consists of this number alone
 
 
 class Buffers:
@@ -51,7 +51,7 @@ class Buffers:
         self.target = self.source if in_place else allocate(outputs, case.dtype)
 
     def renew(self, call: int) -> None:
-        """Write the input of a call, and over the last result."""
+        """Write the input of a call, and overwrite the last result."""
         self.target[...] = _STALE
         pattern.write(self.source, self._tile(self._rank), pattern.start_of(call))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# By how many bytes each rank's whole array passes over the busiest link, relative to its size and
-# for n ranks: nccl-tests' factors from algorithm to bus bandwidth. For `copy`, which is no
-# collective, it is what all n ranks together read and write in memory.
+# nccl-tests' factors from algorithm bandwidth to bus bandwidth for n ranks: the bytes that pass the
+# busiest link, relative to the array's size. For `copy`, which is no collective, the factor counts
+# the bytes that all n ranks together read and write in memory.
 BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -52,5 +52,5 @@ class BenchCase:
 
     @property
     def settles(self) -> int:
-        """Calls before those that are timed: none where a turn is a single long call."""
+        """The number of warm-up calls: none where a turn is a single long call."""
         return 1 if self.calls > 1 else 0

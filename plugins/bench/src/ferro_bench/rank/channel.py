@@ -1,7 +1,7 @@
 """A rank's connection to the driver: authenticated both ways, then JSON messages.
 
-The handshake is the client's side of `ferro.rendezvous.auth.handshake`, and said here once more for
-environments that have no ferro: preamble and nonce, the server's, our proof, the server's.
+The handshake repeats the client's side of `ferro.rendezvous.auth.handshake` for environments that
+have no ferro: this rank sends preamble and nonce, then its proof; the server answers each in kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CLIENT = b"\xf3FERROC\x01"
 _SERVER = b"\xf3FERROS\x01"
 _NONCE_BYTES = _PROOF_BYTES = 32
 _HANDSHAKE_S = 20.0
-# Between orders other worlds have their turns, each within the driver's own deadline.
+# Between two orders other worlds have their turns, each within the driver's own deadline.
 _ORDER_S = 1800.0
 
 
@@ -92,6 +92,6 @@ def encode(message: dict[str, Any]) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def _proof(secret: bytes, role: bytes, nonces: bytes) -> bytes:
+def _proof(secret: bytes, preamble: bytes, nonces: bytes) -> bytes:
     key = hashlib.sha256(secret).digest()
-    return hmac.new(key, role + nonces + PURPOSE, hashlib.sha256).digest()
+    return hmac.new(key, preamble + nonces + PURPOSE, hashlib.sha256).digest()

@@ -27,7 +27,7 @@ class MPI:
         self._world = self._mpi.COMM_WORLD
         self.rank: int = self._world.Get_rank()
         self.world_size: int = self._world.Get_size()
-        # Open MPI separates what follows its version by commas, MPICH by lines.
+        # After the version, Open MPI writes a comma and MPICH a new line.
         version = self._mpi.Get_library_version().splitlines()[0].partition(",")[0]
         self.version = " ".join(version.replace("Version:", "").split())
 

@@ -53,7 +53,7 @@ class Torch:
         dist, later = self._dist, case.async_op
         op = getattr(dist.ReduceOp, _OPS[case.op])
         root, n = self.rank == 0, self.world_size
-        if case.collective == "reduce":  # in place: the input is copied before, as part of it
+        if case.collective == "reduce":  # torch reduces in place, so the time includes a copy of the input
             return lambda: dist.reduce(result.copy_(given), 0, op, async_op=later)
         if case.collective == "gather":
             parts = list(result.chunk(n)) if root else None

@@ -1,4 +1,4 @@
-"""Numbers to send: exact under every reduction, different at every place, rank, turn and call.
+"""The numbers to send: exact under every reduction, and different at every place, rank, turn and call.
 
 Rank r sends `tile[(start + place) % TILE]` of a tile of its own, whole numbers from 1 to m:
 

@@ -1,4 +1,4 @@
-"""A turn: the timed calls that one library makes while all others rest."""
+"""A turn: the timed calls that one library makes while the other libraries wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .library import MeasuredLibrary, Operation
 
 
 class PreparedCase:
-    """One case on one rank of one library: its memory, its prepared calls, turn after turn."""
+    """One case on one rank of one library: its memory and its prepared calls, for all turns."""
 
     def __init__(self, library: MeasuredLibrary, case: BenchCase, memory: str) -> None:
         """Allocate everything.
@@ -36,7 +36,7 @@ class PreparedCase:
         self._calls = [_prepared(library, case, buffers) for buffers in self._memory]
 
     def run(self, turn: int) -> dict[str, Any]:
-        """Renew the memory, meet, call, check.
+        """Write new inputs, wait for all ranks in a barrier, time the calls, and check the results.
 
         Args:
             turn: its number, from 0.

@@ -1,4 +1,4 @@
-"""`ferro conformance`: try an installed backend; show its operations, its refusals, its mistakes."""
+"""`ferro conformance`: try an installed backend; show the operations that work, are refused or are wrong."""
 
 from ferro_testing.command.command import run
 from ferro_testing.command.options import ConformanceOptions, parse_options

@@ -1,7 +1,8 @@
-"""Several checks in one run of the ranks, for starting processes takes most of the time.
+"""Several checks in one run of the ranks, since starting processes takes most of the time.
 
-Each check is called twice: first with a runner that only notes which functions it wants run, and,
-when one run of the ranks has run all of them, with one that hands out the outcomes.
+Each check is called twice: first with a runner that only records the functions that the check
+passes to it, and, after one run of the ranks has run all of them, with a runner that replays the
+outcomes.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ Check: TypeAlias = Callable[[Case], None]
 
 
 def bundled(checks: Sequence[Check], case: Case, world_size: int) -> dict[Check, Case]:
-    """Run at once all functions that these checks want run; return for each check the case to call it with.
+    """Run all functions of these checks at once; return for each check the case to call it with.
 
-    The checks must be such as run functions that return findings, without `deterministic`.
+    The functions of these checks must return findings, and run without `deterministic`.
     """
     wanted: list[tuple[Check, list[object]]] = []
     for check in checks:
-        check(replace(case, runner=_noting(check, wanted)))
+        check(replace(case, runner=_recording_runner(check, wanted)))
     items = [item for _, item in wanted]
     ranks = case.outcomes(run_bundle, world_size, items)
     outcomes = [[_outcome(rank, index) for rank in ranks] for index in range(len(items))]
     cases = {}
     for check in checks:
         own = [outcomes[index] for index, (by, _) in enumerate(wanted) if by is check]
-        cases[check] = replace(case, runner=_handing_out(own))
+        cases[check] = replace(case, runner=_replaying_runner(own))
     return cases
 
 
 def run_bundle(group: ProcessGroup, items: Sequence[Any]) -> list[dict[str, object]]:
-    """Run the functions of `items`, place and arguments of each; return the outcomes."""
+    """Run the functions of `items`, each given by place and arguments; return the outcomes."""
     results: list[dict[str, object]] = []
     for place, args in items:
         outcome, _ = attempt(load(place), group, args)
@@ -45,8 +46,8 @@ def run_bundle(group: ProcessGroup, items: Sequence[Any]) -> list[dict[str, obje
     return results
 
 
-def _noting(check: Check, wanted: list[tuple[Check, list[object]]]) -> Callable[..., list[Outcome]]:
-    """Return a runner that runs nothing, and says that nothing was wrong."""
+def _recording_runner(check: Check, wanted: list[tuple[Check, list[object]]]) -> Callable[..., list[Outcome]]:
+    """Make a runner that records the function, runs nothing, and reports no mistake."""
 
     def runner(
         function: Callable[..., object],
@@ -63,8 +64,8 @@ def _noting(check: Check, wanted: list[tuple[Check, list[object]]]) -> Callable[
     return runner
 
 
-def _handing_out(outcomes: Sequence[list[Outcome]]) -> Callable[..., list[Outcome]]:
-    """Return a runner that hands out the outcomes of the runs, in the order in which they were noted."""
+def _replaying_runner(outcomes: Sequence[list[Outcome]]) -> Callable[..., list[Outcome]]:
+    """Make a runner that replays the outcomes of the runs, in the order in which they were recorded."""
     left = iter(outcomes)
 
     def runner(
@@ -81,7 +82,7 @@ def _handing_out(outcomes: Sequence[list[Outcome]]) -> Callable[..., list[Outcom
 
 
 def _outcome(rank: Outcome, index: int) -> Outcome:
-    """Return the outcome of one function on a rank, which is the rank's own end when it died."""
+    """Return the outcome of one function on a rank; of a rank that died, the rank's own outcome."""
     if not rank.ok or not isinstance(rank.result, list):
         return rank
     return Outcome(rank=rank.rank, **rank.result[index])

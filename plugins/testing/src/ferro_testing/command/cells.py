@@ -1,4 +1,4 @@
-"""Cells of the tables: one kind of call each, with its result on all ranks."""
+"""Cells of the tables: each cell is one kind of call, with its result on all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cell:
         reduction: name of the reduction; "" where there is none.
         status: "ok", "refused" (by UnsupportedError, on all ranks), "wrong", or "unknown" when
             the group had died before.
-        text: why it is not ok.
+        text: the reason for a status other than "ok".
     """
 
     op: str
@@ -37,7 +37,7 @@ class Cell:
 
 
 def all_cells(dtypes: Sequence[str]) -> list[Cell]:
-    """Return every kind of call that is to be tried, in this order, as yet unknown."""
+    """Return every kind of call to try, in order, each with the status "unknown"."""
     cells = [Cell(op=op) for op in PLAIN]
     for dtype in dtypes:
         for op in COLUMNS:
@@ -51,16 +51,16 @@ def merge(cells: Sequence[Cell], told: Sequence[Sequence[Sequence[str]]]) -> lis
 
     Args:
         cells: the calls that were tried.
-        told: by rank: status and text of every cell.
+        told: for each rank, the status and text of every cell.
     """
     merged = []
     for index, cell in enumerate(cells):
-        status, text = _together([(rank[index][0], rank[index][1]) for rank in told])
+        status, text = _combined_status([(rank[index][0], rank[index][1]) for rank in told])
         merged.append(Cell(op=cell.op, dtype=cell.dtype, reduction=cell.reduction, status=status, text=text))
     return merged
 
 
-def _together(answers: Sequence[tuple[str, str]]) -> tuple[Status, str]:
+def _combined_status(answers: Sequence[tuple[str, str]]) -> tuple[Status, str]:
     """Return the status of a cell, and its reason, from the results of all ranks."""
     statuses = [status for status, _ in answers]
     for status, text in answers:
@@ -75,7 +75,7 @@ def _together(answers: Sequence[tuple[str, str]]) -> tuple[Status, str]:
 
 
 def gaps(cells: Iterable[Cell]) -> dict[str, str]:
-    """Return all refusals, as the fewest keys for `Case.unsupported`, with the reasons."""
+    """Return all refusals as the fewest keys for `Case.unsupported`, with the reasons."""
     by_op: dict[str, list[Cell]] = {}
     for cell in cells:
         by_op.setdefault(cell.op, []).append(cell)
@@ -86,7 +86,7 @@ def gaps(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _gaps_of(op: str, cells: Sequence[Cell]) -> Mapping[str, str]:
-    """Return one operation's gaps: all of it, else whole dtypes, whole reductions, single calls."""
+    """Return one operation's gaps: the operation, or else whole dtypes, reductions, single calls."""
     found: dict[str, str] = {}
     if all(cell.status == "refused" for cell in cells):
         return {op: cells[0].text}

@@ -1,4 +1,4 @@
-"""`ferro conformance`: try a backend, show the findings, write them down."""
+"""`ferro conformance`: try a backend, print the findings, and write them to a file."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run(options: ConformanceOptions) -> int:
         with exit_on_signals():
             survey = _survey(options)
     except (BackendUnavailable, PluginError) as error:
-        _say(sys.stderr, f"ferro: {error}")
+        _print(sys.stderr, f"ferro: {error}")
         return _UNAVAILABLE_STATUS
-    _say(sys.stderr if options.json == "-" else sys.stdout, report(survey))
-    _keep(options, survey)
+    _print(sys.stderr if options.json == "-" else sys.stdout, report(survey))
+    _write_results(options, survey)
     return 1 if survey.findings() else 0
 
 
@@ -60,12 +60,12 @@ def _survey(options: ConformanceOptions) -> Survey:
         versions[options.backend] = available.version
     case = Case(backend=options.backend, world_sizes=(options.ranks,), timeout_s=options.timeout_s)
     if BFLOAT16 not in case.dtypes:
-        _say(sys.stderr, f"{BFLOAT16} was not asked for: ml_dtypes is not installed")
+        _print(sys.stderr, f"{BFLOAT16} was not asked for: ml_dtypes is not installed")
     device = options.device or info.devices[0]
     cells, timings, failure = _probe(case, options.ranks, device)
     verdicts: Mapping[str, CheckVerdict] = {}
     if not failure:
-        verdicts = judge(_with_gaps(case, cells), launched=info.launcher is not None, quick=options.quick, told=_tell)
+        verdicts = judge(_with_gaps(case, cells), launched=info.launcher is not None, quick=options.quick, told=_show)
     return Survey(
         backend=options.backend,
         versions=versions,
@@ -83,7 +83,7 @@ def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Tim
     """Make every call once; return the cells, timings, and the reason where there are none."""
     cells = all_cells(case.dtypes)
     calls = [[cell.op, cell.dtype, cell.reduction] for cell in cells]
-    _say(sys.stderr, f"{len(calls)} kinds of calls on {ranks} ranks …")
+    _print(sys.stderr, f"{len(calls)} kinds of calls on {ranks} ranks …")
     outcomes = case.outcomes(probe, ranks, calls, str(device))
     if not all(outcome.ok for outcome in outcomes):
         _require_available(case.backend, outcomes)
@@ -94,12 +94,12 @@ def _probe(case: Case, ranks: int, device: Device) -> tuple[list[Cell], list[Tim
 
 
 def _require_available(name: str, outcomes: Sequence[Outcome]) -> None:
-    """Raise when the backend could not be used on the ranks, which is no fault of its own.
+    """Raise when the backend could not be used on the ranks, which is no fault of the backend.
 
-    One that cannot have it is enough: what the others raise then is a consequence.
+    One rank without the backend is enough: the other ranks' errors are a consequence.
 
     Raises:
-        BackendUnavailable: with the reason that the ranks had.
+        BackendUnavailable: with the reason that the ranks gave.
     """
     absent = [it for it in outcomes if it.error_type == BackendUnavailable.__name__]
     if not absent and any(it.error_type != UnsupportedError.__name__ for it in outcomes):
@@ -111,22 +111,22 @@ def _require_available(name: str, outcomes: Sequence[Outcome]) -> None:
 
 
 def _with_gaps(case: Case, cells: Sequence[Cell]) -> Case:
-    """Return the case with all refusals declared, as its author would."""
+    """Return the case with all refusals declared, as the backend's author would declare them."""
     found = {key: text or "it gives no reason" for key, text in gaps(cells).items()}
     return replace(case, unsupported=found)
 
 
-def _tell(verdict: CheckVerdict) -> None:
+def _show(verdict: CheckVerdict) -> None:
     reason = f": {verdict.text.splitlines()[0]}" if verdict.text else ""
-    _say(sys.stderr, f"{verdict.name:<28} {verdict.status:<8} {verdict.seconds:5.1f} s{reason}")
+    _print(sys.stderr, f"{verdict.name:<28} {verdict.status:<8} {verdict.seconds:5.1f} s{reason}")
 
 
-def _keep(options: ConformanceOptions, survey: Survey) -> None:
+def _write_results(options: ConformanceOptions, survey: Survey) -> None:
     if options.json is None:
         return
     text = survey.as_json()
     if options.json == "-":
-        _say(sys.stdout, text)
+        _print(sys.stdout, text)
         return
     try:
         Path(options.json).write_text(text + "\n", encoding="utf-8")
@@ -134,5 +134,5 @@ def _keep(options: ConformanceOptions, survey: Survey) -> None:
         raise UsageError(f"--json {options.json}: {exc.strerror}") from exc
 
 
-def _say(stream: TextIO, line: str) -> None:
+def _print(stream: TextIO, line: str) -> None:
     print(line, file=stream, flush=True)

@@ -28,7 +28,7 @@ class ConformanceOptions:
     Attributes:
         backend: name of the backend.
         ranks: how many to start.
-        quick: leave out the checks that no line of the tables needs.
+        quick: leave out the checks that the tables do not need.
         device: where the arrays of the collectives are, None for the backend's first.
         timeout_s: deadline of each run of the ranks in seconds.
         json: file for the findings, "-" for stdout, None for no file.

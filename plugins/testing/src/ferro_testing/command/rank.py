@@ -1,4 +1,4 @@
-"""The function that the ranks of `ferro conformance` run: each call once, and a few of them often."""
+"""The function that the ranks of `ferro conformance` run: every call once, and some calls for timings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def probe(group: ProcessGroup, cells: Sequence[Sequence[str]], device: str) -> d
     """Do every call of `cells` once and compare; return their statuses, and timings.
 
     Args:
-        group: the ranks, which all do this.
+        group: the ranks, all of which run this.
         cells: op, dtype and reduction of each.
         device: where the arrays are to be.
     """
@@ -105,7 +105,7 @@ def _measure(
 
 
 def _median_s(group: ProcessGroup, op: str, nbytes: int, place: Placement) -> float:
-    """Return the median seconds of a call that gives `nbytes` bytes of this rank's."""
+    """Return the median seconds of a call in which this rank gives `nbytes` bytes."""
     parts = group.world_size if op in ("reduce_scatter", "scatter", "all_to_all") else 1
     count = max(1, nbytes // 4 // parts)
     call = prepare_call(group, op, _TIMED, "sum", count=count, place=place, timeout_s=_CALL_S)

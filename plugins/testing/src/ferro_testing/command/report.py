@@ -59,7 +59,7 @@ def _reductions(survey: Survey) -> str:
 
 
 def _mark(status: Status | None, note: str = "") -> str:
-    """Return the mark of a status; of a refusal with the number of its reason, "– ¹"."""
+    """Return the mark of a status; for a refusal, with the number of its reason: "– ¹"."""
     if status is None:
         return ""
     if status == "refused" and note:

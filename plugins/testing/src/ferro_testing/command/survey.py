@@ -12,7 +12,7 @@ from ferro_testing.command.verdicts import FEATURES, CheckVerdict
 from ferro_testing.differences import REDUCING
 
 _STATUS: Mapping[str, Status] = {"ok": "ok", "refused": "refused", "wrong": "wrong", "skipped": "unknown"}
-_OF_TRANSFERS = ("transfers", "tags")  # features that are gone with them
+_NEED_TRANSFERS = ("transfers", "tags")  # features that need transfers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class Survey:
     Attributes:
         backend: its name.
         versions: of ferro, of the distribution that offers it and of the library below.
-        ranks: how many there were.
-        device: where the arrays of `cells` were.
+        ranks: number of ranks.
+        device: device of the arrays of `cells`.
         dtypes: names of those that were tried.
         cells: every kind of call.
         verdicts: by name of the check.
@@ -51,11 +51,11 @@ class Survey:
     failure: str = ""
 
     def collectives(self) -> dict[str, dict[str, Status]]:
-        """Return operation -> dtype -> status, a reduction's being that of any that works."""
+        """Return operation -> dtype -> status, which is refused only if all reductions are."""
         return {op: {dtype: self._status(op=op, dtype=dtype) for dtype in self.dtypes} for op in COLUMNS}
 
     def reductions(self) -> dict[str, dict[str, Status]]:
-        """Return reduction -> dtype for which it is defined -> status, of all that reduce."""
+        """Return reduction -> dtype for which it is defined -> status, over all reducing operations."""
         found: dict[str, dict[str, Status]] = {}
         for name in ReduceOp:
             for cell in self.cells:
@@ -78,7 +78,7 @@ class Survey:
             if plain.get(name, "ok") != "ok":
                 found[name] = plain[name]
         if "sendrecv" in gaps(self.cells):  # none of their checks ran
-            found |= dict.fromkeys(_OF_TRANSFERS, "refused")
+            found |= dict.fromkeys(_NEED_TRANSFERS, "refused")
         return found
 
     def reasons(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Survey:
         return found
 
     def as_json(self) -> str:
-        """Return all that is true of the backend wherever it runs: no times, no places."""
+        """Format the findings that hold on every machine: no times, no paths."""
         return json.dumps(
             {
                 "backend": self.backend,

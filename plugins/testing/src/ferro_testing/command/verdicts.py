@@ -1,4 +1,4 @@
-"""The verdict of each check of the kit on a backend whose gaps nobody declared."""
+"""The verdict of each conformance check on a backend whose author has declared no gaps."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ FEATURES: dict[str, Check] = {
     "lost_peer": kit.check_lost_peer,
     "shrink": kit.check_shrink,
 }
-# Checks that end their group, or need another one.
-_ALONE = (
+# Checks that end their group, or need a group with other options.
+_NEED_OWN_GROUP = (
     kit.check_deterministic,
     kit.check_mismatch,
     kit.check_timeout,
@@ -56,9 +56,9 @@ class CheckVerdict:
 
     Attributes:
         name: the check's.
-        status: "ok"; "refused" by UnsupportedError on every rank, or for what a backend may leave
-            out without a word; "wrong"; "skipped" when an operation that it needs is refused.
-        text: why it is not ok.
+        status: "ok"; "refused" by UnsupportedError on every rank, or lacking a feature that a
+            backend may lack without refusing; "wrong"; "skipped" when an operation that it needs is refused.
+        text: the reason for a status other than "ok".
         seconds: how long it took; 0.0 where several checks ran at once.
     """
 
@@ -74,27 +74,27 @@ def judge(case: Case, *, launched: bool, quick: bool, told: Callable[[CheckVerdi
     Args:
         case: the backend, with the gaps that were found.
         launched: its ranks are started by a launcher of its own.
-        quick: run only what the tables need, and most of it at once.
-        told: called with each verdict as it is known.
+        quick: run only the checks that the tables need, most of them at once.
+        told: is called with each verdict at once.
     """
     case = _without_transfers(case)
     checks = list(dict.fromkeys(FEATURES.values())) if quick else list(kit.CHECKS)
-    together = [check for check in checks if check not in _ALONE] if quick else []
+    together = [check for check in checks if check not in _NEED_OWN_GROUP] if quick else []
     cases = bundled(together, case, case.largest)
     verdicts: dict[str, CheckVerdict] = {}
     for check in checks:
         few = quick and check is kit.check_mismatch  # each kind needs a run of the ranks
-        doing = partial(kit.check_mismatch, kinds=("op", "transfer")) if few else check
-        verdict = _judge(check.__name__, doing, cases.get(check, case), launched)
-        if check in cases and verdict.status in ("refused", "wrong"):
-            verdict = _judge(check.__name__, check, case, launched)  # by itself: another may have broken the group
+        chosen = partial(kit.check_mismatch, kinds=("op", "transfer")) if few else check
+        verdict = _judge(check.__name__, chosen, cases.get(check, case), launched)
+        if check in cases and verdict.status in ("refused", "wrong"):  # maybe only since another check broke the group
+            verdict = _judge(check.__name__, check, case, launched)
         verdicts[verdict.name] = verdict
         told(verdict)
     return verdicts
 
 
 def _without_transfers(case: Case) -> Case:
-    """Declare `send` and `recv` where `sendrecv` is, which was tried for all three."""
+    """Declare `send` and `recv` if `sendrecv` is declared, which was tried in place of all three."""
     reason = case.unsupported.get("sendrecv")
     if reason is None:
         return case
@@ -135,7 +135,7 @@ def _judge(name: str, check: Check, case: Case, launched: bool) -> CheckVerdict:
 
 
 def refusal(outcomes: Sequence[Outcome]) -> str:
-    """Return the reason that all ranks were refused with, by UnsupportedError; "" when any was not.
+    """Return the reason with which all ranks raised UnsupportedError; "" if any did not raise it.
 
     Ranks that were killed on purpose are left out.
     """

@@ -16,14 +16,14 @@ from ferro_testing.schedules.symbolic import CONTRACTS, Contract, SymbolicRun
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The properties of an algorithm that the checker found besides its being right.
+    """The properties of an algorithm that was proved right.
 
     Attributes:
         rank_order: every result is (((x_0 op x_1) op x_2) … op x_(n-1)), the same bits as reducing
             in rank order; True where nothing is reduced.
         combines_once: every result is made in one round from the contributions of single ranks,
             and so in rank order and with a single rounding; True where nothing is reduced.
-        same_everywhere: ranks that end with the same chunk combined it alike, so that their copies
+        same_everywhere: ranks that end with the same chunk combined it in the same way, so that their copies
             are equal bit for bit; True where nothing is reduced.
         rounds: the largest number of rounds of a rank.
         messages: the largest number of messages that a rank sends.
@@ -52,7 +52,7 @@ def check(collective: str, build: Build, world_size: int, root: int = 0) -> Proo
         collective: its name, such as "all_reduce".
         build: the algorithm, called for every rank as `build(rank, world_size, root)`.
         world_size: number of ranks, at least 1.
-        root: the root; without effect where the collective has none.
+        root: the root; ignored if the collective has none.
 
     Raises:
         PluginError: the algorithm is wrong; names collective, world size, rank and round.

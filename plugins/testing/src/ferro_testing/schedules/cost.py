@@ -11,7 +11,7 @@ o = `overhead_s` and G = 1/bandwidth:
     3. The rank combines contributions one after the other, at `reduce_bytes_per_s`, while the next message may come in.
     4. The round ends when all sends, receives and combinations have ended.
 
-Ours differs from LogGP in that the two links and the arithmetic are busy side by side, where LogGP has one processor.
+This model differs from LogGP: the two links and the arithmetic work in parallel, where LogGP has one processor.
 The gap g between short messages is taken to be o. Links inside the network are never shared, so ranks of one host do
 not share its network card.
 """
@@ -30,16 +30,16 @@ from ferro.errors import PluginError, UsageError
 def cost_s(build: Build, world_size: int, nbytes: int, network: Network, root: int = 0) -> float:
     """Predict the seconds from the start, the same on all ranks, to the last rank's end.
 
-    Schedules that are the same for every rank but for a shift (a ring) are recognised by comparing a few ranks. One
-    rank, or one host of ranks, is then run in place of all, so that thousands of ranks take milliseconds. Other
-    schedules take some microseconds for each message.
+    Schedules that differ between ranks only by a shift (a ring) are recognised by comparing a few ranks. One rank, or
+    one host of ranks, is then run in place of all, so that thousands of ranks take milliseconds. Other schedules take
+    some microseconds for each message.
 
     Args:
         build: a right algorithm, one that passes `check`.
         world_size: number of ranks.
         nbytes: bytes in all chunks of a rank's buffer together; all chunks are taken to be equal.
         network: the network model; its `hosts` must have an entry for every rank.
-        root: the root, where there is one.
+        root: the root; ignored if the collective has none.
 
     Raises:
         PluginError: the schedules wait for each other for ever.
@@ -110,7 +110,7 @@ def _programs(build: Build, n: int, root: int, network: Network) -> list[_Progra
 
 
 def _period(n: int, hosts: Sequence[int] | None) -> int:
-    """Find the least shift of ranks that leaves the network as it is; n unless hosts are equal blocks of ranks."""
+    """Find the least shift of ranks that leaves the network as it is; n if hosts are not equal blocks of ranks."""
     if hosts is None:
         return 1
     size = hosts.count(hosts[0])
@@ -155,7 +155,7 @@ class _Simulation:
             outgoing = self._send(rank, sends, now)  # 1
             for recv in recvs:  # 2
                 source = (rank + recv.offset) % n
-                channel = source % len(self._programs), -recv.offset % n  # that of the rank that runs in its place
+                channel = source % len(self._programs), -recv.offset % n  # that of the rank run in its place
                 arrivals = self._arrivals[channel]
                 if not arrivals:
                     yield channel

@@ -1,6 +1,6 @@
-"""The messages of a collective: the send of each, matched with its receive.
+"""The messages of a collective: each send, matched with its receive.
 
-Mistakes that show before anything is run (a peer out of range, a send that nobody receives) are raised
+Mistakes that are found before anything runs (a peer out of range, a send that nobody receives) are raised
 here as PluginError, in words for the algorithm's author. Texts count rounds from 1, values from 0.
 """
 
@@ -16,7 +16,7 @@ from ferro.errors import PluginError, UsageError
 
 
 class Message(NamedTuple):
-    """A message from one rank to another, with the round in which each of them has it.
+    """A message from one rank to another, with its round on each of them.
 
     `number` counts the messages from this source to this target, from 0.
     """

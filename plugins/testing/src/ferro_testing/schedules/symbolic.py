@@ -1,4 +1,4 @@
-"""Run a collective on symbols in place of bytes, against its contract: the engine of the checker."""
+"""Run a collective on symbols in place of bytes, and compare the result with the collective's contract."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class SymbolicValue(NamedTuple):
 
     Attributes:
         ranks: bit r is set when the contribution of rank r is in it.
-        number: two values of one run have the same number when they were combined alike, round by
-            round; the number of a single contribution is its rank.
+        number: two values of one run have the same number when they were combined in the
+            same way; the number of a single contribution is its rank.
         order: the ranks, where the value is (((x_a op x_b) op x_c) …); None where it is bracketed
             in another way.
         combined_once: all contributions were combined in one round.
@@ -104,7 +104,7 @@ class SymbolicRun:
             self._inbox[message.target][message.received_in].append(message)
         # For each rank and round: the number of messages due in it that are not sent yet.
         self._unsent = [[len(inbox) for inbox in inboxes] for inboxes in self._inbox]
-        # The content of each message on its way: the ranks of which its sender had heard, and its chunks.
+        # The content of each message in flight: the ranks that its sender had heard of, and its chunks.
         self._payloads: dict[Message, tuple[int, list[SymbolicValue]]] = {}
         # The round that each rank is in, and the ranks whose round can end.
         self._at = [-1] * n
