@@ -207,7 +207,8 @@ def ignore_tags(backend):
 
 def test_messages_that_overtake_each_other_are_found_out():
     check_transfers(sabotaged(ignore_tags, dtypes=("float32",)))
-    with pytest.raises(AssertionError, match=r"recv of \[.*\] from rank \d, tag 7"):
+    # Which message comes first is chance: the check finds wrong numbers, or the ranks a wrong size.
+    with pytest.raises((AssertionError, RanksFailed), match=r"recv of \[.*\] from rank \d, tag 7|CollectiveMismatch"):
         check_tags(sabotaged(ignore_tags))
     check_tags(sabotaged(ignore_tags, unsupported={"tags": "messages come as they are sent"}))
 

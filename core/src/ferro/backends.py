@@ -105,11 +105,11 @@ def _composing(installed_infos: Iterable[BackendInfo], name: str) -> BackendInfo
 
 def _absent(name: str, offers: Iterable[Offer[BackendInfo]]) -> BackendUnavailable:
     """Make the error for a backend that no plugin offers: why, and what to do."""
-    loaded = installed().versions.get(name)
+    loaded = installed().loaded.get(name)
     reason = f"no plugin that offers it is installed (installed: {', '.join(by_name(offers))})"
     remedy = f"Check the spelling, or install the distribution that offers {name!r}."
-    if loaded is not None and loaded not in {offer.distribution for offer in offers}:
-        reason = f"plugin {name!r} of {loaded} is loaded, but offers no backend"
+    if loaded is not None and loaded.distribution not in {offer.distribution for offer in offers}:
+        reason = f"plugin {name!r} of {loaded.distribution} is loaded, but offers no backend"
         remedy = "Is its ferro_backends decorated with @ferro.hookimpl?"
     elif name in own_extras():
         remedy = f"Install it {how_to_install(name)}."

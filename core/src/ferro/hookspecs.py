@@ -18,7 +18,8 @@ A hook answers "what do you offer?" and returns frozen descriptions; no hook sta
 Importing the module and calling its hooks must be quick, and must not import a native library, open a socket, start
 MPI, touch a device or call `ferro.init`: the functions in the descriptions do that when they are chosen.
 
-All ranks of a job need the same plugins in the same versions; ranks compare them when they meet. ferro raises a
+All ranks of a job need the same plugins in the same versions, but for plugins that offer commands only; ranks compare
+them when they meet. ferro raises a
 `PluginError` that names the distribution if its module fails to import, states another `FERRO_API_VERSION`, implements
 a hook that is not below, or if its hook raises or returns something else than the spec says.
 """

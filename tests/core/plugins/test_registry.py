@@ -25,7 +25,7 @@ def test_a_good_plugin_offers_its_backend(site):
     assert found["pipes"].ok
     assert found["pipes"].reason == "it is there"
     assert backends.get("pipes").summary == "pipes"
-    assert plugins.installed().versions["pipes"] == "ferro-pipes 1.5"
+    assert plugins.installed().versions()["pipes"] == "ferro-pipes 1.5"
     assert plugins.installed().broken == []
 
 
@@ -287,3 +287,11 @@ def test_hooks_are_traced_where_the_environment_says_so(site, monkeypatch, capsy
         f"ferro: ferro_observers() of {own}: nothing",
         "ferro: ferro_observers() of ferro-pipes 1.5: nothing",
     ]
+
+
+def test_ranks_do_not_compare_plugins_that_offer_commands_only(site):
+    site.install("ferro-pipes", "pipes", GOOD)
+    site.install("ferro-tool", "tool", "@hookimpl\ndef ferro_commands():\n    return []")
+    loaded = plugins.installed().loaded
+    assert set(loaded) == {"core", "pipes", "tool"}
+    assert set(plugins.installed().versions()) == {"core", "pipes"}

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
+from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
-from ferro.rendezvous import codec
 
 _RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
 _VERDICT_S = 5.0  # how long the others wait for the verdict

@@ -10,7 +10,7 @@ import numpy as np
 
 from ferro.collectives.partition import blocks
 from ferro.errors import UsageError
-from ferro.rendezvous import codec as msgpack
+from ferro.group import codec as msgpack
 from ferro.types import Array
 
 Codec: TypeAlias = Literal["msgpack", "pickle"]

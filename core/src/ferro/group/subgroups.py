@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from ferro.backend import Backend, Completion
 from ferro.collectives.label import MAX_CONTEXT, in_context
 from ferro.errors import PeerLost, RendezvousError, UsageError
+from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
-from ferro.rendezvous import codec
 from ferro.types import Array
 
 

@@ -12,6 +12,7 @@ from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import BackendUnavailable
 from ferro.hookspecs import BackendConfig, BackendInfo, CommandInfo, hookimpl
 from ferro.observers import Observer
+from ferro.runtime.environment import options
 from ferro.types import Availability
 
 
@@ -46,11 +47,12 @@ def ferro_collectives() -> Sequence[CollectiveInfo]:
 @hookimpl
 def ferro_observers() -> Sequence[Observer]:
     """Offer a trace where `ferro run --trace` asked for one."""
-    from ferro.launch.trace import Trace
-    from ferro.runtime.environment import options
-
     directory = options().trace
-    return () if directory is None else (Trace(directory),)
+    if directory is None:
+        return ()
+    from ferro.launch.trace import Trace
+
+    return (Trace(directory),)
 
 
 @hookimpl

@@ -15,7 +15,6 @@ import pluggy
 
 from ferro import hookspecs
 from ferro.errors import PluginError
-from ferro.runtime.environment import options
 
 if TYPE_CHECKING:
     from importlib_metadata import EntryPoint
@@ -53,7 +52,6 @@ class Plugins:
     """All installed plugins: those that loaded, by entry-point name, and those that failed to load."""
 
     def __init__(self, entries: Iterable[EntryPoint]) -> None:
-        self.versions: dict[str, str] = {}  # "distribution version", for ranks to compare
         self.loaded: dict[str, Loaded] = {}
         self.broken: list[Broken] = []
         self._managers: dict[str, pluggy.PluginManager] = {}
@@ -84,12 +82,16 @@ class Plugins:
         found: list[Offer[Item]] = []
         broken: list[Broken] = []
         for name, manager in self._managers.items():
-            distribution = self.versions[name]
+            distribution = self.loaded[name].distribution
             try:
                 found += [Offer(item, distribution) for item in _call(manager, hook, kind, distribution)]
             except PluginError as error:
                 broken.append(Broken(name, error))
         return found, broken
+
+    def versions(self) -> dict[str, str]:
+        """Map plugins to "distribution version", for ranks to compare: without those that offer commands only."""
+        return {name: it.distribution for name, it in self.loaded.items() if it.hooks != ("ferro_commands",)}
 
     def _load(self, name: str, claimants: Sequence[EntryPoint]) -> None:
         dists = [entry.dist for entry in claimants]
@@ -126,7 +128,6 @@ class Plugins:
                 f"plugin {name!r} of {distribution} implements a hook that ferro does not "
                 f"specify, or with other arguments: {error}. The hooks are {', '.join(hooks)}."
             ) from error
-        self.versions[name] = distribution
         self._managers[name] = manager
         implemented = tuple(sorted(call.name for call in manager.get_hookcallers(module) or ()))
         self.loaded[name] = Loaded(distribution, entry.value, implemented, stated, import_s)
@@ -161,6 +162,8 @@ def _claimed_twice(what: str, distributions: Iterable[str]) -> PluginError:
 
 
 def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
+    from ferro.runtime.environment import options  # as in `installed`
+
     started = time.perf_counter()
     try:
         results = getattr(manager.hook, hook)()

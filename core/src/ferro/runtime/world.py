@@ -141,7 +141,7 @@ class World:
             address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host,
             version=version("ferro"),
             backend=backend,
-            plugins=plugins.installed().versions,
+            plugins=plugins.installed().versions(),
             settings=settings,
             problem=problem,
         )

@@ -14,7 +14,6 @@ from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost
 from ferro.group.group_info import GroupInfo
 from ferro.group.process_group import ProcessGroup
 from ferro.observers import Observer
-from ferro.rendezvous.store.memory import MemoryStore
 from ferro.simulated.backend import Fault, RankKilled, SimulatedBackend
 
 Result = TypeVar("Result")
@@ -50,6 +49,8 @@ def simulate(
     """
     choice = Choice(deterministic=deterministic)
     backends = SimulatedBackend.create_group(world_size, choice=choice, faults=faults, network=network)
+    from ferro.rendezvous import MemoryStore  # imported here, for `import ferro` does without the rendezvous
+
     store = MemoryStore()
     results: list[Result | None] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []

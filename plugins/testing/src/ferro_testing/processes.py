@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ferro.group import codec
 from ferro.launch.processes import ChildProcess, Supervisor
-from ferro.rendezvous import StoreServer, codec
+from ferro.rendezvous import StoreServer
 from ferro.runtime.environment import LaunchInfo, child_environment
 from ferro_testing.outcome import Outcome
 

@@ -2,7 +2,7 @@
 
 Ranks of the simulated backend are threads, and pytest shows a failing assertion as in any test.
 Ranks of other backends are processes, which load the test's function by file and name and receive
-its other arguments by `ferro.rendezvous.codec`; their tracebacks come as text.
+its other arguments by `ferro.group.codec`; their tracebacks come as text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from ferro import ProcessGroup, backends
 from ferro.errors import CollectiveTimeout, FerroError, GroupClosed, PeerLost, UsageError
-from ferro.rendezvous import codec
+from ferro.group import codec
 from ferro.simulated import simulate
 from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome, RanksFailed

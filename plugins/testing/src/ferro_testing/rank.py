@@ -2,7 +2,7 @@
 
 TASK is a file that names the function and its arguments. FOLDER takes this rank's files (report, output and process
 id), named by RANK, which under a launcher the environment tells. Task and report are encoded by
-`ferro.rendezvous.codec`.
+`ferro.group.codec`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ferro
-from ferro.rendezvous import codec
+from ferro.group import codec
 from ferro.runtime.environment import resolve
 from ferro_testing.functions import load
 

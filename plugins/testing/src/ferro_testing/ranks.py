@@ -32,7 +32,7 @@ def run_ranks(
 
     Each process loads the file that defines `function`, joins the others by
     `ferro.init(backend, **init_options)` and calls it. Arguments and results travel by
-    `ferro.rendezvous.codec`: numbers, strings, bytes, lists, dicts and NumPy arrays, never pickled.
+    `ferro.group.codec`: numbers, strings, bytes, lists, dicts and NumPy arrays, never pickled.
 
     Args:
         function: defined at the top level of a file.

@@ -1,6 +1,7 @@
 """Opening the job's store by a library that broadcasts rank 0's message."""
 
 import ipaddress
+import json
 import queue
 import threading
 import time
@@ -10,7 +11,6 @@ from dataclasses import replace
 import pytest
 
 from ferro.errors import RendezvousError
-from ferro.rendezvous import codec
 from ferro.rendezvous.meeting.job_store import open_job_store
 from ferro.rendezvous.sockets import own_addresses
 from ferro.runtime.environment import LaunchInfo
@@ -71,8 +71,8 @@ def test_the_users_secret_is_kept():
 
 def test_addresses_that_do_not_answer_are_passed_over():
     def alter(message):
-        told = codec.decode(message)
-        return codec.encode({**told, "addresses": ["127.255.255.254", *told["addresses"]]})
+        told = json.loads(message)
+        return json.dumps({**told, "addresses": ["127.255.255.254", *told["addresses"]]}).encode()
 
     broadcast = Broadcast(2)
     broadcast.alter = alter
@@ -83,7 +83,7 @@ def test_addresses_that_do_not_answer_are_passed_over():
 
 def test_a_rank_that_reaches_no_address_says_which_it_tried():
     def broadcast(rank, world_size, message, deadline):
-        return codec.encode({"addresses": ["127.0.0.1"], "port": 9, "secret": b"x" * 32})
+        return json.dumps({"addresses": ["127.0.0.1"], "port": 9, "secret": "78" * 32}).encode()
 
     with pytest.raises(RendezvousError, match=r"port 9 of 127\.0\.0\.1.*MASTER_ADDR"):
         open_one(info(1, 2), broadcast, time.monotonic() + 0.3)

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import secrets
 import socket
@@ -22,7 +23,6 @@ import time
 from dataclasses import dataclass, field
 
 from ferro.errors import FerroError, RendezvousError, UsageError
-from ferro.rendezvous import codec
 from ferro.rendezvous.auth.secret import SECRET_BYTES, derive, per_user_secret
 from ferro.rendezvous.meeting import rendezvous_file
 from ferro.rendezvous.sockets import own_addresses
@@ -113,8 +113,9 @@ def _open_by_broadcast(info: LaunchInfo, number: int, broadcast: BootstrapBroadc
     secret = info.secret or secrets.token_bytes(SECRET_BYTES)
     server = StoreServer("", secret=secret)
     addresses, port = own_addresses(), server.address[1]
+    message = json.dumps({"addresses": addresses, "port": port, "secret": secret.hex()}).encode()
     try:
-        broadcast(0, info.world_size, codec.encode({"addresses": addresses, "port": port, "secret": secret}), deadline)
+        broadcast(0, info.world_size, message, deadline)
     except BaseException:
         server.close()
         raise
@@ -124,9 +125,8 @@ def _open_by_broadcast(info: LaunchInfo, number: int, broadcast: BootstrapBroadc
 
 def _join_first(info: LaunchInfo, message: bytes, number: int, deadline: float) -> JobStore:
     """Join rank 0's store at the first of its addresses that answers."""
-    fields = codec.decode(message)
-    assert isinstance(fields, dict), "rank 0 broadcasts a table"
-    addresses, port, secret = [str(a) for a in fields["addresses"]], int(fields["port"]), bytes(fields["secret"])
+    fields = json.loads(message)
+    addresses, port, secret = fields["addresses"], fields["port"], bytes.fromhex(fields["secret"])
     failure = ""
     while True:
         for address in addresses:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from ferro.errors import UsageError
-from ferro.rendezvous.codec import MAX_DEPTH, decode, encode
+from ferro.group.codec import MAX_DEPTH, decode, encode
 
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=40) | st.binary(max_size=40)
