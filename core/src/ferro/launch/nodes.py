@@ -34,8 +34,8 @@ JOIN_S = 300.0  # how long the nodes wait for one another to start
 _HEARTBEAT_S = 0.5
 _LOST_S = 60.0
 _REQUEST_S = 10.0
-_FAREWELL_S = 5.0
-_FAREWELL_POLL_S = 0.02
+_LEAVE_S = 5.0
+_LEAVE_POLL_S = 0.02
 
 
 class NodeRendezvous:
@@ -79,9 +79,9 @@ class NodeRendezvous:
         """Announce that this node needs nothing more; node 0 gives the others a moment to read its last answer."""
         with contextlib.suppress(RendezvousError):
             self._store.add("left", 1)
-            deadline = time.monotonic() + _FAREWELL_S
+            deadline = time.monotonic() + _LEAVE_S
             while self.node_rank == 0 and self._store.add("left", 0) < self._joined and time.monotonic() < deadline:
-                time.sleep(_FAREWELL_POLL_S)
+                time.sleep(_LEAVE_POLL_S)
 
     def publish_endpoint(self, attempt: int, store: Address, master: Address) -> None:
         """On node 0: tell the address of this attempt's store, and that for torch.distributed."""

@@ -15,7 +15,7 @@ _LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
 _SIOCGIFCONF = 0x8912  # the ioctl that lists the IPv4 addresses of all interfaces, on Linux
 _ENTRY_BYTES = 40
 _MOST_ENTRIES = 256
-# Addresses set aside for documentation: a route to them is the default one, and nobody answers.
+# Addresses reserved for documentation: only the default route leads to them, and nothing is sent there.
 _REMOTE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 

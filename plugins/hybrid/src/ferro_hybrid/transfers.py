@@ -28,7 +28,7 @@ class LastLaunch(threading.local):
         self._part = part if device in part.streams else None
 
     def completion(self) -> Completion:
-        """Return the completion of that operation."""
+        """Return the completion of the operation recorded last."""
         return _COMPLETED if self._part is None else self._part.launched()
 
 

@@ -1,8 +1,7 @@
 """One rank of `run_ranks`, as a process: `python -m ferro_testing.rank TASK FOLDER [RANK]`.
 
 TASK is a file that names the function and its arguments. FOLDER takes this rank's files (report, output and process
-id), named by RANK, which under a launcher the environment tells. Task and report are encoded by
-`ferro.group.codec`.
+id), named by RANK, which under a launcher the environment tells. Task and report are encoded by `ferro.group.codec`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
 class LivenessConnection:
-    """A connection kept for its end alone: the store appends a value to `key` when it breaks without `cancel`."""
+    """A connection whose end makes the store append a value to `key`, unless `cancel` was called before."""
 
     def __init__(self, sock: socket.socket, key: bytes) -> None:
         self.sock = sock
@@ -30,7 +30,7 @@ class LivenessConnection:
         return reply
 
     def broken(self) -> bool:
-        """Say whether the store closed its end of the connection, as it does with all when it ends."""
+        """Say whether the store closed its end of the connection, as it closes all connections when it ends."""
         try:
             return not self.sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
