@@ -5,14 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, quiet_overflow
-from ..nn.module import Buffer, Module, Pullback
-from ..nn.parameter import Parameter, made
+from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
+from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
 from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
@@ -60,8 +60,8 @@ class DDP(Module):
     Names in `named_parameters`, `state_dict` and so on are those of the wrapped module, so a state dict fits the module
     with and without DDP.
 
-    Parameters and buffers are looked up when the module is wrapped. Later their `data`, and the modules that hold them,
-    may be replaced. A parameter that is added later and requires a gradient is refused by the next forward pass.
+    Parameters and buffers are looked up when the module is wrapped, and again when its tree of modules has changed. A
+    parameter that is added later and requires a gradient is refused by the next forward pass.
 
     Args:
         module: the model; parameters and buffers get rank 0's values.
@@ -126,7 +126,8 @@ class DDP(Module):
         self._joining: UnevenInputs | None = None
         self._divide_by_all = False
         self._pending = PendingBackwards()
-        self._made = made()
+        self._tree = TreeSnapshot(module)
+        self._trained = frozenset(map(id, trained.values()))
         self._state = _ModuleState(
             parameters=tuple(named.values()),
             frozen=tuple(item for item in named.values() if not item.requires_grad),
@@ -152,9 +153,9 @@ class DDP(Module):
                 parameter has no gradient on some rank (raised on every rank, with the names).
         """
         self._pending.check_forward_allowed()
-        self._check_frozen(self._state.frozen)
-        if self._made != made():
+        if not self._tree.is_current():
             self._look_up_again()
+        self._check_frozen(self._state.frozen)
         if self._sync and self.training and self._broadcast_buffers:
             self._broadcast_buffers_of_root()
         y, pull = self.module.vjp(x)
@@ -285,17 +286,16 @@ class DDP(Module):
         self._copy_buffers_from(root)
 
     def _look_up_again(self) -> None:
-        """Refuse new parameters that require a gradient; take up new buffers.
-
-        Called when a parameter or buffer was made somewhere in this process since the last look.
-        """
-        known = {id(item) for item in self._state.parameters}
-        for name, parameter in self.module.named_parameters():
-            if id(parameter) not in known:
-                parameter.name = name
-                self._check_frozen((parameter,))
-        self._state = replace(self._state, buffers=tuple(self.module.buffers()))
-        self._made = made()
+        """Look up parameters and buffers after the module's tree has changed; refuse new ones that are trained."""
+        named = dict(self.module.named_parameters())
+        frozen = {name: item for name, item in named.items() if id(item) not in self._trained}
+        for name, parameter in frozen.items():
+            parameter.name = name
+        self._check_frozen(frozen.values())
+        self._state = _ModuleState(
+            parameters=tuple(named.values()), frozen=tuple(frozen.values()), buffers=tuple(self.module.buffers())
+        )
+        self._tree = TreeSnapshot(self.module)
 
     def _check_frozen(self, parameters: Iterable[Parameter]) -> None:
         """Refuse parameters that require a gradient and are in no bucket."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from itertools import chain
 from typing import ClassVar, Self, TypeAlias
 
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
 from .checks import first_few
-from .parameter import Parameter, count_made
+from .parameter import Parameter
 
 # A function from the output's gradient to the input's, or to None for an input such as indices.
 Pullback: TypeAlias = Callable[[Array], Array | None]
@@ -133,11 +135,6 @@ class Buffer:
         data: NumPy or CuPy array of any dtype; layers change it in place.
     """
 
-    def __new__(cls, *_: object, **__: object) -> Self:
-        """Count the buffer, also one that `copy.deepcopy` makes."""
-        count_made()
-        return super().__new__(cls)
-
     def __init__(self, data: Array) -> None:
         namespace_of(data)
         self.data = data
@@ -184,6 +181,41 @@ def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) 
 
 def _state(root: Module) -> Iterator[tuple[str, Parameter | Buffer]]:
     return ((name, item) for name, item in _walk(root) if not isinstance(item, Module))
+
+
+class TreeSnapshot:
+    """The members of all containers in a module tree, to notice at little cost that the tree has changed.
+
+    Containers are modules, lists, tuples and dicts. Members are compared by identity, in one pass that calls no Python
+    function.
+    """
+
+    _END = object()
+
+    def __init__(self, root: Module) -> None:
+        self._root = root
+        self._containers: list[Iterable[object]] = []
+        seen: set[int] = set()
+
+        def visit(value: object) -> None:
+            if isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
+                seen.add(id(value))
+                members = vars(value) if isinstance(value, Module) else value
+                container = members.values() if isinstance(members, dict) else members
+                self._containers.append(container)
+                for member in container:
+                    visit(member)
+
+        visit(root)
+        self._members = (*chain.from_iterable(self._containers), self._END)
+
+    def is_current(self) -> bool:
+        """Say whether every container still holds the same objects."""
+        present = chain(chain.from_iterable(self._containers), (self._END,))
+        return all(map(operator.is_, present, self._members))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TreeSnapshot:
+        return TreeSnapshot(deepcopy(self._root, memo))
 
 
 def _walk(root: Module) -> Iterator[tuple[str, Module | Parameter | Buffer]]:

@@ -40,19 +40,6 @@ from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
 
-_made = 0  # parameters and buffers that this process has made
-
-
-def count_made() -> None:
-    """Count a parameter or buffer that is being made."""
-    global _made
-    _made += 1
-
-
-def made() -> int:
-    """Return the count of parameters and buffers made: while it stays the same, no module can have got a new one."""
-    return _made
-
 
 class Parameter:
     """A trained array and its gradient.
@@ -75,7 +62,6 @@ class Parameter:
     """
 
     def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
-        count_made()
         self.name = name
         self.data = data
         self.requires_grad = requires_grad
