@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendInfo
-from ferro.plugins.registry import Offer, by_name, how_to_install, installed, own_extras, sole
+from ferro.plugins.registry import Offer, backend_extras, by_name, how_to_install, installed, own_extras, sole
 from ferro.types import Availability, Device
 
 _HOOK = "ferro_backends"
@@ -98,7 +98,7 @@ def _composing(installed_infos: Iterable[BackendInfo], name: str) -> BackendInfo
         raise BackendUnavailable(
             name,
             "it maps devices to backends, and no installed backend is made of others",
-            f"Install a distribution that offers one; ferro's own: {', '.join(own_extras())}.",
+            f"Install a distribution that offers one; ferro's own: {', '.join(backend_extras())}.",
         )
     return infos[0]
 

@@ -204,3 +204,33 @@ def test_backends_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["fast"] == {"ok": True, "reason": "found", "hint": "", "version": "1.2"}
     assert found["slow"]["hint"] == "pip install slow"
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        ("lambda: 1 / 0", "failed to import: ZeroDivisionError"),
+        ("lambda: __import__('json').no_such", "failed to import: AttributeError"),
+        ("lambda: None", "is no function"),
+    ],
+)
+def test_a_command_that_cannot_be_loaded_is_named_with_its_distribution(site, capsys, load, words):
+    source = f"""
+        from ferro.hookspecs import CommandInfo
+
+        @hookimpl
+        def ferro_commands():
+            return [CommandInfo(name="paint", summary="paint", load={load})]
+    """
+    site.install("ferro-paint", "paint", source)
+    assert main(["paint"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ferro: the command 'paint' of ferro-paint 1.5 ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_plugin_with_a_failing_hook_is_shown_as_broken(site, capsys):
+    site.install("ferro-bad", "bad", "@hookimpl\ndef ferro_commands():\n    raise ValueError('boom')")
+    assert main(["plugins"]) == 1
+    assert "bad: ferro_commands() of ferro-bad 1.5 raised ValueError: boom" in capsys.readouterr().out

@@ -295,3 +295,40 @@ def test_ranks_do_not_compare_plugins_that_offer_commands_only(site):
     loaded = plugins.installed().loaded
     assert set(loaded) == {"core", "pipes", "tool"}
     assert set(plugins.installed().versions()) == {"core", "pipes"}
+
+
+ODD = {
+    "no word": ("my pipes", "a name is one word"),
+    "empty": ("", "a name is one word"),
+    "an option": ("--help", "a name is one word"),
+    "a number": (7, "a name is one word"),
+}
+
+
+@pytest.mark.parametrize(("name", "words"), ODD.values(), ids=ODD)
+def test_a_name_that_is_no_word_is_an_error_of_its_plugin(site, name, words):
+    site.install("ferro-pipes", "pipes", f"@hookimpl\ndef ferro_backends():\n    return [backend({name!r})]")
+    with pytest.raises(PluginError, match=f"ferro-pipes 1.5.*{words}"):
+        backends.get("pipes")
+    assert "ferro-pipes 1.5" in backends.available()["pipes"].reason
+
+
+def test_a_hook_that_returns_none_is_an_error(site):
+    site.install("ferro-pipes", "pipes", "@hookimpl\ndef ferro_backends():\n    return None")
+    with pytest.raises(PluginError, match=r"ferro_backends\(\) of ferro-pipes 1.5 returned None"):
+        backends.get("pipes")
+
+
+def test_a_truth_is_no_version_of_the_contract(site):
+    site.install("ferro-pipes", "pipes", "FERRO_API_VERSION = True\n" + GOOD)
+    with pytest.raises(PluginError, match="states FERRO_API_VERSION = True"):
+        backends.get("pipes")
+
+
+def test_hooks_that_fail_are_traced_and_listed(site, capsys, monkeypatch):
+    monkeypatch.setenv("FERRO_TRACE_HOOKS", "1")
+    site.install("ferro-bad", "bad", "@hookimpl\ndef ferro_strategies():\n    raise ValueError('boom')")
+    [broken] = plugins.installed().failing()
+    assert broken.name == "bad"
+    assert "ValueError: boom" in str(broken.error)
+    assert "ferro: ferro_strategies() of ferro-bad 1.5: an error" in capsys.readouterr().err

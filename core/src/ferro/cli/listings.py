@@ -29,18 +29,20 @@ def show_backends(arguments: Sequence[str]) -> int:
 
 def show_plugins(arguments: Sequence[str]) -> int:
     """Print every installed plugin with its hooks and versions; return 1 when one is broken."""
+    as_json = _wants_json("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments)
     plugins = installed()
-    if _wants_json("plugins", "Show every installed plugin: distribution, hooks, versions, time.", arguments):
+    failing = plugins.failing()
+    if as_json:
         loaded = {name: asdict(it) for name, it in plugins.loaded.items()}
-        broken = {it.name: str(it.error) for it in plugins.broken}
+        broken = {it.name: str(it.error) for it in failing}
         print(json.dumps({"loaded": loaded, "broken": broken}, indent=2))  # noqa: T201 - a command talks
     else:
         rows = [("plugin", "distribution", "hooks", "contract", "import")]
         for name, it in plugins.loaded.items():
             contract = "-" if it.api_version is None else str(it.api_version)
             rows.append((name, it.distribution, ", ".join(it.hooks) or "-", contract, f"{1e3 * it.import_s:.1f} ms"))
-        print("\n".join([_table(rows), *(f"{it.name}: {it.error}" for it in plugins.broken)]))  # noqa: T201
-    return 1 if plugins.broken else 0
+        print("\n".join([_table(rows), *(f"{it.name}: {it.error}" for it in failing)]))  # noqa: T201
+    return 1 if failing else 0
 
 
 def _wants_json(name: str, description: str, arguments: Sequence[str]) -> bool:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from ferro.errors import FerroError, PluginError, UsageError
 from ferro.hookspecs import CommandInfo
-from ferro.plugins.registry import by_name, how_to_install, installed, own_extras, sole
+from ferro.plugins.registry import by_name, how_to_install, installed, known_commands, sole
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
-# This entry-point group of ferro's own maps each command that an extra of ferro brings to the package that offers it.
-# So `ferro --help` knows commands that are not installed, and core's source names no plugin.
-_KNOWN_COMMANDS = "ferro.known_commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +51,7 @@ def _run(arguments: list[str]) -> int:
 def _help() -> str:
     """Describe every installed command, and name the extras that bring the absent ones."""
     found, errors = _available()
-    absent = _extras_of_absent_commands(found)
+    absent = {name: extra for name, extra in known_commands().items() if name not in found}
     lines = {name: info.summary for name, info in found.items()}
     lines |= {name: f"not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())}
     width = max(map(len, lines))
@@ -94,27 +91,23 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
     if claimants := by_name(offers).get(name):
         offer = sole(claimants, f"command name {name!r}")
         try:
-            return offer.item.load()
-        except ImportError as error:
+            command = offer.item.load()
+        except Exception as error:
             raise PluginError(
                 f"the command {name!r} of {offer.distribution} failed to import: "
                 f"{type(error).__name__}: {error}. Repair or uninstall {offer.distribution}."
             ) from error
+        if not callable(command):
+            raise PluginError(
+                f"the command {name!r} of {offer.distribution} is a {type(command).__name__}, no callable"
+            )
+        return command
     found, errors = _available()
     if errors:  # the command may well be one that a broken plugin would offer
         raise PluginError(f"no installed plugin offers the command {name!r}; {errors[0]}")
-    extra = _extras_of_absent_commands(found).get(name)
+    extra = known_commands().get(name)
     if extra is not None:
         raise UsageError(
             f"the command {name!r} is not installed: the extra {extra!r} brings it, {how_to_install(extra)}"
         )
     raise UsageError(f"there is no command {name!r}; there are: {', '.join(found)}; see `ferro --help`")
-
-
-def _extras_of_absent_commands(present: Collection[str]) -> dict[str, str]:
-    """Map each absent command that an extra of ferro brings to that extra."""
-    from importlib_metadata import entry_points  # as in `installed`
-
-    known = {it.name: it.value.removeprefix("ferro_").replace("_", "-") for it in entry_points(group=_KNOWN_COMMANDS)}
-    extras = own_extras()
-    return {name: extra for name, extra in known.items() if name not in present and extra in extras}

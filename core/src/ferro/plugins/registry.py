@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import pluggy
 
 from ferro import hookspecs
+from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import PluginError
 
 if TYPE_CHECKING:
@@ -89,6 +91,17 @@ class Plugins:
                 broken.append(Broken(name, error))
         return found, broken
 
+    def failing(self) -> list[Broken]:
+        """Ask every hook of every plugin; list the plugins that failed to load or to tell."""
+        kinds = {
+            "ferro_backends": hookspecs.BackendInfo,
+            "ferro_collectives": CollectiveInfo,
+            "ferro_commands": hookspecs.CommandInfo,
+            "ferro_observers": object,
+            "ferro_strategies": hookspecs.StrategyInfo,
+        }
+        return [*self.broken, *(it for hook, kind in kinds.items() for it in self.ask(hook, kind)[1])]
+
     def versions(self) -> dict[str, str]:
         """Map plugins to "distribution version", for ranks to compare: without those that offer commands only."""
         return {name: it.distribution for name, it in self.loaded.items() if it.hooks != ("ferro_commands",)}
@@ -109,7 +122,7 @@ class Plugins:
             ) from error
         import_s = time.perf_counter() - started
         stated = getattr(module, "FERRO_API_VERSION", None)
-        if stated not in (None, hookspecs.API_VERSION):
+        if stated is not None and (type(stated) is not int or stated != hookspecs.API_VERSION):
             from importlib_metadata import version  # as in `installed`
 
             raise PluginError(
@@ -164,20 +177,35 @@ def _claimed_twice(what: str, distributions: Iterable[str]) -> PluginError:
 def _call(manager: pluggy.PluginManager, hook: str, kind: type[Item], distribution: str) -> list[Item]:
     from ferro.runtime.environment import options  # as in `installed`
 
+    caller = getattr(manager.hook, hook)
+    if not caller.get_hookimpls():
+        return []
     started = time.perf_counter()
+    answer = "an error"
     try:
-        results = getattr(manager.hook, hook)()
-        items = [item for result in results for item in result]
+        results = caller()
+        if not results:  # pluggy leaves None out
+            raise PluginError(f"{hook}() of {distribution} returned None, not a sequence of descriptions")
+        items = list(results[0])
+        answer = ", ".join(str(getattr(item, "name", type(item).__name__)) for item in items) or "nothing"
+    except PluginError:
+        raise
     except Exception as error:
         raise PluginError(f"{hook}() of {distribution} raised {type(error).__name__}: {error}") from error
-    if results and options().trace_hooks:
-        names = ", ".join(str(getattr(item, "name", type(item).__name__)) for item in items)
-        took_ms = 1e3 * (time.perf_counter() - started)
-        line = f"ferro: {hook}() of {distribution}: {names or 'nothing'} ({took_ms:.1f} ms)"
-        print(line, file=sys.stderr)  # noqa: T201 - FERRO_TRACE_HOOKS=1 asks for it
+    finally:
+        if options().trace_hooks:
+            took_ms = 1e3 * (time.perf_counter() - started)
+            line = f"ferro: {hook}() of {distribution}: {answer} ({took_ms:.1f} ms)"
+            print(line, file=sys.stderr)  # noqa: T201 - FERRO_TRACE_HOOKS=1 asks for it
     for item in items:
         if kind is not object and not isinstance(item, kind):
             raise PluginError(f"{hook}() of {distribution} returned a {type(item).__name__}, not a {kind.__name__}")
+        name = getattr(item, "name", "unnamed")  # observers and algorithms are not found by one name
+        if kind is not object and not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
+            raise PluginError(
+                f"{hook}() of {distribution} offers something by the name {name!r}: a name is one word of letters, "
+                "digits, '_', '.', '+' and '-'"
+            )
     return items
 
 
@@ -189,6 +217,23 @@ def own_extras() -> list[str]:
         return metadata("ferro").get_all("Provides-Extra") or []
     except PackageNotFoundError:
         return []
+
+
+def known_commands() -> dict[str, str]:
+    """Map each command that one of ferro's extras brings, installed or not, to the extra.
+
+    An entry-point group of ferro's own says which package offers each, so that core's source names no plugin.
+    """
+    from importlib_metadata import entry_points  # as in `installed`
+
+    entries = entry_points(group="ferro.known_commands")
+    extras = {it.name: it.value.removeprefix("ferro_").replace("_", "-") for it in entries}
+    return {name: extra for name, extra in extras.items() if extra in own_extras()}
+
+
+def backend_extras() -> list[str]:
+    """Return the names of ferro's extras that bring a backend."""
+    return [extra for extra in own_extras() if extra not in {"all", *known_commands().values()}]
 
 
 def how_to_install(extra: str) -> str:

@@ -122,7 +122,7 @@ class World:
         if name is None:
             raise PluginError(
                 f"no backend between processes is installed (installed: {', '.join(backends.available())}): "
-                f"install one of ferro's extras ({', '.join(plugins.own_extras())}), "
+                f"install one of ferro's extras ({', '.join(plugins.backend_extras())}), "
                 f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
             )
         chosen = backends.get(name)
