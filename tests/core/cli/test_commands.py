@@ -211,7 +211,7 @@ def test_backends_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("lambda: 1 / 0", "failed to import: ZeroDivisionError"),
         ("lambda: __import__('json').no_such", "failed to import: AttributeError"),
-        ("lambda: None", "is no function"),
+        ("lambda: None", "is a NoneType, no callable"),
     ],
 )
 def test_a_command_that_cannot_be_loaded_is_named_with_its_distribution(site, capsys, load, words):
