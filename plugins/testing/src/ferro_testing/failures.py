@@ -14,8 +14,8 @@ from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, Grou
 from ferro_testing.case import Case, require
 from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 
-_SHORT_S = 0.5
-_WAKE_S = 3.0  # the deadline of a rank that another rank's abort should wake before
+_SHORT_S = 2.0  # long enough for ranks of a busy machine to make their calls
+_WAKE_S = 8.0  # the deadline of a rank that another rank's abort should wake before
 
 
 def check_mismatch(case: Case, kinds: Sequence[str] = ()) -> None:
