@@ -19,8 +19,9 @@ _MAX_RANKS = 1_000_000
 _EPILOG = """\
 Several nodes: start the same command on each, with its own --node-rank; node 0 hosts the store
 at --rdzv-endpoint, and each attempt's ranks meet on another free port of that host. All nodes
-need the same FERRO_SECRET (64 hexadecimal digits), or one home directory. Kubeflow's PET_NNODES,
-PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT are defaults.
+need the same FERRO_SECRET (64 hexadecimal digits), or one home directory. Where Slurm, Flux, PBS,
+SkyPilot, a JobSet, a LeaderWorkerSet or Kubeflow (PET_*) started one launcher on each node, its
+variables are the defaults of --nnodes, --node-rank and --rdzv-endpoint; --nnodes 1 is this node alone.
 """
 
 
@@ -71,6 +72,8 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = 
     if given.rdzv_endpoint is not None:
         endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")
     del given.rdzv_endpoint
+    if given.node_rank is None:  # the scheduler's number is one among its own nodes
+        given.node_rank = (defaults.node_rank or 0) if given.nnodes == (defaults.nnodes or 1) else 0
     given.arguments = tuple(given.arguments)
     options = LaunchOptions(endpoint=endpoint, **vars(given))
     _check(options)
@@ -87,11 +90,10 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    nproc, nnodes, node_rank = defaults.nproc_per_node, defaults.nnodes, defaults.node_rank
-    nproc, nnodes = (1 if number is None else number for number in (nproc, nnodes))
+    nproc, nnodes = (1 if number is None else number for number in (defaults.nproc_per_node, defaults.nnodes))
     add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
     add("--nnodes", type=int, default=nnodes, metavar="K", help="nodes (default 1)")
-    add("--node-rank", type=int, default=node_rank or 0, metavar="R", help="this node, from 0 (default 0)")
+    add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
     add("-m", dest="module", action="store_true", help="PROGRAM is a module, not a file")
     add("--log-dir", type=Path, metavar="DIR", help="also write DIR/rank<r>.out and .err")

@@ -214,9 +214,10 @@ def own_extras() -> list[str]:
     from importlib_metadata import PackageNotFoundError, metadata  # as in `installed`
 
     try:
-        return metadata("ferro").get_all("Provides-Extra") or []
+        extras = metadata("ferro").get_all("Provides-Extra") or []
     except PackageNotFoundError:
         return []
+    return [extra for extra in extras if extra != "notebook"]  # brings a library only
 
 
 def known_commands() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60.0
 _FAILED_S = 2.0  # how long this rank hosts the store for the others after a failure
 
+_log = logging.getLogger("ferro")
 _lock = threading.Lock()
 _world: World | None = None
 _made = 0
@@ -38,8 +40,8 @@ def init(
 ) -> ProcessGroup:
     """Join the job, and return the group of all its ranks. Every rank calls it.
 
-    Rank and world size come from the launcher's variables (`ferro run`, torchrun, mpiexec, Slurm, Kubeflow); without a
-    launcher this is a world of one. Arguments beat the environment.
+    Rank and world size come from the variables of the launcher or scheduler (`ferro run`, torchrun, mpiexec, Slurm,
+    Flux, PBS, SkyPilot, Kubernetes); without one this is a world of one. Arguments beat the environment.
 
     Args:
         backend: name of the backend, or a map such as "cpu:gloo,cuda:nccl"; the launcher's default when None.
@@ -65,7 +67,7 @@ def init(
     """
     global _world, _made
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
-    from ferro.runtime.environment import options, resolve
+    from ferro.runtime.environment import options, resolve, thread_advice
     from ferro.runtime.world import World
 
     with _lock:
@@ -75,6 +77,8 @@ def init(
                 "call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
+        if advice := thread_advice(info):
+            _log.warning("ferro: %s", advice)
         settings = options()
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:

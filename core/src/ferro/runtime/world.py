@@ -54,8 +54,9 @@ class World:
 
     def _open_job_store(self, number: int) -> JobStore:
         info, broadcast = self._info, None
-        if info.local_world_size != info.world_size and info.store is None and info.master is None:
-            # No variable says where the ranks of several hosts meet; a library that connects them may tell.
+        nowhere = info.store is None and (info.master is None or info.master_derived)
+        if info.local_world_size != info.world_size and nowhere:
+            # Nobody named a place where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
         return open_job_store(info, number, deadline=self._deadline, broadcast=broadcast)
@@ -148,6 +149,8 @@ class World:
         try:
             return check_membership(self._store.prefix("membership"), record, deadline=self._deadline)
         except RendezvousError as error:
+            if self._info.world_size > 1:
+                error.add_note(f"This process takes itself for {self._info.describe()}.")
             server = None if self._job_store is None else self._job_store.server
             if server is not None and server.refused:
                 error.add_note(
