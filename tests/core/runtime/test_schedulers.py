@@ -251,7 +251,7 @@ def test_contradictions_are_named(environ: dict[str, str], words: list[str]) -> 
     ("text", "hosts"),
     [
         ("n01", ["n01"]),
-        ("n[01-03,07],gpu-[1-2]x[0-1]", "n01 n02 n03 n07 gpu-1x0 gpu-1x1 gpu-2x0 gpu-2x1".split()),
+        ("n[01-03,07],gpu-[1-2]x[0-1]", ["n01", "n02", "n03", "n07", "gpu-1x0", "gpu-1x1", "gpu-2x0", "gpu-2x1"]),
         ("n[8-11]", ["n8", "n9", "n10", "n11"]),
         ("a,b.example.com,c[1]", ["a", "b.example.com", "c1"]),
         ("r[1-2]n[01-02]-ib", ["r1n01-ib", "r1n02-ib", "r2n01-ib", "r2n02-ib"]),
