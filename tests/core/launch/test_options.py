@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ferro.errors import UsageError
-from ferro.launch import parse_options
+from ferro.launch.options import parse_options
 
 from .conftest import ferro
 

@@ -86,6 +86,11 @@ class ProcessGroup(ArrayCollectives):
         self._end(in_good_order=error is None)
 
     @property
+    def state(self) -> str:
+        """The group's state: "open", "dead" after a failure, or "closed"."""
+        return self._dispatcher.state
+
+    @property
     def backend(self) -> Backend:
         """The group's backend, for features that only it has; collectives and transfers go through the group."""
         return self._backend

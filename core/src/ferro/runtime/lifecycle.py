@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 import threading
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60.0
 _FAILED_S = 2.0  # how long this rank hosts the store for the others after a failure
 
-_log = logging.getLogger("ferro")
 _lock = threading.Lock()
 _world: World | None = None
 _made = 0
+_arguments: tuple[object, ...] = ()  # those that the world was made with
 
 
 def init(
@@ -57,28 +56,33 @@ def init(
         backend_options: the backend's own options.
 
     Returns:
-        The world group. Closing it, leaving its `with` block or `ferro.shutdown()` ends it.
+        The world group. Closing it, leaving its `with` block or `ferro.shutdown()` ends it. While it is open and
+        good, a further call with the same arguments returns it again, as for a cell of a notebook that is run again.
 
     Raises:
-        UsageError: arguments or environment make no sense, or init was called before.
+        UsageError: arguments or environment make no sense, or the group of an earlier call is still open, and has
+            failed or was made with other arguments.
         RendezvousError: the ranks did not find each other or do not fit together; the message names the ranks.
         BackendUnavailable: the backend cannot be used here; the hint says what to do.
         PluginError: a plugin is broken.
     """
-    global _world, _made
+    global _world, _made, _arguments
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
-    from ferro.runtime.environment import options, resolve, thread_advice
+    from ferro.runtime.environment import options, resolve
     from ferro.runtime.world import World
 
+    mappings = (dict(algorithms or {}), dict(backend_options or {}))
+    arguments = (backend, rank, world_size, rendezvous, timeout_s, deterministic, *mappings, *observers)
     with _lock:
         if _world is not None and not _world.closed:
+            good = _world.group.state == "open"
+            if good and arguments == _arguments:
+                return _world.group
             raise UsageError(
-                "ferro.init() was called before in this process: use the group it returned, or "
-                "call ferro.shutdown() first"
+                f"ferro.init() was called before in this process{' with other arguments' if good else ''}, and its "
+                f"group {'is still open' if good else 'has failed'}: use that, or call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
-        if advice := thread_advice(info):
-            _log.warning("ferro: %s", advice)
         settings = options()
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
@@ -90,7 +94,7 @@ def init(
         except BaseException:
             world.close(_FAILED_S, orderly=False)
             raise
-        _world = world
+        _world, _arguments = world, arguments
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
     return world.group
@@ -100,6 +104,12 @@ def shutdown() -> None:
     """Close the world group, if there is one. Idempotent; every rank calls it at its end."""
     if _world is not None and not _world.closed:
         _world.group.close()
+
+
+def abandon() -> None:
+    """Leave the world group at once, if there is one: ranks that wait for this one lose it."""
+    if _world is not None and not _world.closed:
+        _world.group.abandon()
 
 
 def _forget_world() -> None:
@@ -114,7 +124,7 @@ if hasattr(os, "register_at_fork"):
 
 def _at_exit() -> None:
     """Leave at the end of the interpreter; after an uncaught exception wait for no other rank."""
-    if _world is not None and hasattr(sys, "last_value") and not _world.closed:
-        _world.group.abandon()
+    if hasattr(sys, "last_value"):
+        abandon()
     else:
         shutdown()

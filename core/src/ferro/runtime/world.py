@@ -25,7 +25,7 @@ from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
 from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
-from ferro.runtime.environment import LaunchInfo
+from ferro.runtime.environment import LaunchInfo, thread_advice
 from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
@@ -46,6 +46,8 @@ class World:
         self._settings = settings
         self._backend = backend
         self._timeout_s = timeout_s
+        if advice := thread_advice(info):
+            _log.warning("ferro: %s", advice)
         self._deadline = time.monotonic() + timeout_s
         self._observers: tuple[Observer, ...] = ()
         self._job_store = self._open_job_store(number) if info.world_size > 1 else None

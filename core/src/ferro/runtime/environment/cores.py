@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 from ferro.runtime.environment.launch_info import LaunchInfo
 
 # Each of these limits the threads of a library for linear algebra that NumPy may have been built with.
-_THREAD_VARIABLES = tuple(f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "GOTO")) + (
-    "VECLIB_MAXIMUM_THREADS",
+_THREAD_VARIABLES = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("BLIS_NUM_THREADS", "GOTO_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
 )
 
 
@@ -35,7 +36,7 @@ def thread_advice(info: LaunchInfo, env: Mapping[str, str] = os.environ) -> str:
     threads, cores = _affinity(), usable_cores()  # libraries know nothing of quotas
     if cores == threads:  # without a quota each rank may be bound to cores of its own
         cores = os.cpu_count() or 1
-    crowded = info.local_world_size > 1 and 1 < threads and threads * info.local_world_size > cores
+    crowded = info.local_world_size > 1 and threads > 1 and threads * info.local_world_size > cores
     if info.local_rank or info.launcher == "ferro" or not crowded or any(name in env for name in _THREAD_VARIABLES):
         return ""
     return (

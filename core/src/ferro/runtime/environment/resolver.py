@@ -165,8 +165,8 @@ def _placement(
         source = f"{variables.rank}: one process a node"
         return Placement(variables.launcher, ranks, sizes, SourcedInt(0, source), SourcedInt(1, source), scheduler)
     launcher = "ferro" if variables.launcher == "torchrun" and "FERRO_STORE" in env else variables.launcher
-    local = (_optional_integer(env, name) for name in (variables.local_rank, variables.local_world_size))
-    return Placement(launcher, ranks, sizes, *local, scheduler)
+    local_rank = _optional_integer(env, variables.local_rank)
+    return Placement(launcher, ranks, sizes, local_rank, _optional_integer(env, variables.local_world_size), scheduler)
 
 
 def _optional_integer(env: Mapping[str, str], name: str) -> SourcedInt | None:
