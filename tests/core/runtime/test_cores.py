@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ferro.runtime.environment import usable_cores
+from ferro.runtime.environment import resolve, thread_advice, usable_cores
 
 AFFINITY = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 VERSION_1 = "32 31 0:29 {root} {mount} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
@@ -77,3 +77,29 @@ def test_without_cgroups_the_affinity_counts(tmp_path: Path) -> None:
 
 def test_this_process() -> None:
     assert 1 <= usable_cores() <= max(AFFINITY, 16)
+
+
+MPICH = {"PMI_RANK": "0", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "4"}
+FERRO = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4", "FERRO_STORE": "h:1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores", "advised"),
+    [
+        (MPICH, 16, True),
+        (MPICH, 64, False),  # each rank is bound to cores of its own
+        (MPICH | {"OMP_NUM_THREADS": "16"}, 16, False),
+        (MPICH | {"OPENBLAS_NUM_THREADS": "1"}, 16, False),
+        (MPICH | {"PMI_RANK": "1", "MPI_LOCALRANKID": "1"}, 16, False),
+        (FERRO, 16, False),
+        ({}, 16, False),
+    ],
+)
+def test_advice_on_threads_under_other_launchers(
+    environ: dict[str, str], cores: int, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("ferro.runtime.environment.cores._quotas", lambda _: [])
+    advice = thread_advice(resolve(environ), environ)
+    assert ("4 ranks on this host" in advice) == advised
+    assert ("OMP_NUM_THREADS=4" in advice) == advised

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,3 +134,15 @@ def _check(options: LaunchOptions) -> None:
         raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
     if options.trace is not None and not options.trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {options.trace}: its directory does not exist; make it first")
+    files, limit = _open_files(options), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and files > limit:
+        raise UsageError(
+            f"-n {options.nproc_per_node} takes about {files} open files, and the limit is {limit}: raise it "
+            f"(ulimit -n {files}), or start fewer ranks"
+        )
+
+
+def _open_files(options: LaunchOptions) -> int:
+    """Estimate how many files and sockets the launcher has open at once."""
+    each = 5 if options.log_dir is None else 7  # output, end of the process, two connections to the store; logs
+    return 20 + each * options.nproc_per_node
