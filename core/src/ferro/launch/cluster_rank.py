@@ -22,8 +22,7 @@ def main() -> None:
         inbox = Inbox()
         while data := channel.recv(_READ_BYTES):
             inbox.receive(data)
-            while inbox.messages:
-                message = inbox.messages.pop(0)
+            for message in inbox.take():
                 if message:
                     channel.sendall(frame(_answer(message)))
                 else:  # another rank failed
@@ -46,7 +45,7 @@ def _answer(message: bytes) -> bytes:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             function, arguments = unpack(message)
-            packed = pack((None, function(*arguments)), "the result")
+            packed = pack((function(*arguments), "", "", None), "the result")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except BaseException as error:  # noqa: BLE001 - raised again by the process at the other end
@@ -62,7 +61,7 @@ def _answer(message: bytes) -> bytes:
 def _packed_error(error: BaseException) -> bytes:
     text, line = "".join(traceback.format_exception(error)), traceback.format_exception_only(error)[0].strip()
     with contextlib.suppress(Exception):  # an exception that cannot be pickled, or not be made again
-        packed = pack((text, line, error if isinstance(error, Exception) else None), line)
+        packed = pack((None, text, line, error if isinstance(error, Exception) else None), line)
         unpack(packed)
         return packed
-    return pack((text, line, None), line)
+    return pack((None, text, line, None), line)

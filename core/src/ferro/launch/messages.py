@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from ferro.errors import UsageError
@@ -67,14 +67,17 @@ class Inbox:
     """Cuts what comes from a socket into messages."""
 
     def __init__(self) -> None:
-        self.messages: list[bytes] = []
         self._data = bytearray()
 
     def receive(self, data: bytes) -> None:
         self._data += data
+
+    def take(self) -> Iterator[bytes]:
+        """Take out the messages that are complete."""
         while len(self._data) >= _HEADER.size:
             end = _HEADER.size + int(_HEADER.unpack_from(self._data)[0])
             if len(self._data) < end:
                 return
-            self.messages.append(bytes(self._data[_HEADER.size : end]))
+            message = bytes(self._data[_HEADER.size : end])
             del self._data[:end]
+            yield message

@@ -1,13 +1,6 @@
-"""What the variables of schedulers tell besides rank and size: the tasks of this node, rank 0's host, and a port there.
+"""What schedulers tell besides rank and size: the tasks of this node, rank 0's host, and a job's id, for a port there.
 
-| scheduler       | rank 0's host                                                  | the id of a job                |
-|-----------------|----------------------------------------------------------------|--------------------------------|
-| Slurm           | the first node of SLURM_STEP_NODELIST (or SLURM_JOB_NODELIST)  | SLURM_JOB_ID and SLURM_STEP_ID |
-| Flux            | the first line of `flux hostlist`                              | FLUX_JOB_ID                    |
-| PBS, Torque     | the first line of the file PBS_NODEFILE                        | PBS_JOBID                      |
-| SkyPilot        | the first line of SKYPILOT_NODE_IPS                            | SKYPILOT_TASK_ID               |
-| LeaderWorkerSet | LWS_LEADER_ADDRESS                                             | none: pods have their own ports|
-| JobSet          | $JOBSET_NAME-$REPLICATED_JOB_NAME-0-0.$JOBSET_NAME             | none                           |
+docs/schedulers.md has the variables of each as a table.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import os
 import re
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +20,7 @@ from ferro.runtime.environment.launch_info import Address, LauncherVariables, ad
 
 _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0  # from here on: batch script, interactive shell, extern
 _FLUX_S = 10.0
+_MAX_HOSTS = 1_000_000
 # A job's port lies below those that Linux gives to connections (from 32768 on). The number of ports is a prime, so that
 # the ids of jobs that run at the same time, which lie close together, have different ones.
 _FIRST_PORT, _PORTS, _STEPS = 20000, 11987, 64
@@ -35,22 +29,24 @@ _POD_PORT = 29400
 Environment = Mapping[str, str]
 
 
-def expand_hosts(text: str, source: str) -> Iterator[str]:
+def expand_hosts(text: str, source: str) -> list[str]:
     """Expand a list such as "n[01-03,07],gpu-[1-2]x[0-1]" as Slurm means it; an error names the source."""
+    hosts: list[str] = []
     for entry in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+|[\[\]]", text):
         pieces = [_numbers(piece, text, source) for piece in re.findall(r"\[[^\[\]]*\]|[^\[\]]+|[\[\]]", entry)]
-        yield from ("".join(parts).strip() for parts in itertools.product(*pieces))
+        hosts += ("".join(parts).strip() for parts in itertools.islice(itertools.product(*pieces), _MAX_HOSTS))
+    return hosts
 
 
 def _numbers(piece: str, text: str, source: str) -> list[str]:
     """Expand one "[01-03,07]"; other text stands for itself."""
     if "[" not in piece and "]" not in piece:
         return [piece]
-    ranges = [re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part) for part in piece[1:-1].split(",")]
-    bounds = [(match[1], int(match[1]), int(match[2] or match[1])) for match in ranges if match]
-    if len(bounds) < len(ranges) or any(not 0 <= last - first < 1_000_000 for _, first, last in bounds):
+    matches = [re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part) for part in piece[1:-1].split(",")]
+    ranges = [(match[1], range(int(match[1]), int(match[2] or match[1]) + 1)) for match in matches if match]
+    if len(ranges) < len(matches) or not all(0 < len(numbers) <= _MAX_HOSTS for _, numbers in ranges):
         raise UsageError(f"{source}={text!r} is not a list of hosts such as n[01-03,07]; correct it, or unset it")
-    return [str(n).zfill(len(first)) for first, start, stop in bounds for n in range(start, stop + 1)]
+    return [str(number).zfill(len(first)) for first, numbers in ranges for number in numbers]
 
 
 def started_this_process(variables: LauncherVariables, env: Environment) -> bool:
@@ -77,28 +73,17 @@ def one_task_on_each_node(variables: LauncherVariables, env: Environment) -> boo
 
 
 def _in_slurm_step(env: Environment) -> bool:
-    """Say whether srun started this process, as a task of a step.
-
-    A batch script or a shell within an allocation sees the allocation's numbers, yet is one process: only a process
-    that srun started belongs to a step with an ordinary number.
-    """
+    """Say whether srun started this process: what a batch script or a shell starts is no task, whatever it sees."""
     step = env.get("SLURM_STEP_ID", "")
-    started = step.isdecimal() and int(step) < _FIRST_RESERVED_SLURM_STEP and "SLURM_PROCID" in env
-    return started and not _in_shell_of_srun(env)
-
-
-def _in_shell_of_srun(env: Environment) -> bool:
-    """Say whether this process was started by hand in a shell that is the task itself (`srun --pty bash`).
-
-    Such a shell has a terminal, and gives each command a process group of its own. The variable alone tells nothing:
-    an srun that is called in this shell hands it on to its tasks.
-    """
-    task = env.get("SLURM_TASK_PID", "")
-    if "SLURM_PTY_PORT" not in env or not task.isdecimal():
+    if not step.isdecimal() or int(step) >= _FIRST_RESERVED_SLURM_STEP or "SLURM_PROCID" not in env:
         return False
+    task = env.get("SLURM_TASK_PID", "")
     with contextlib.suppress(OSError):
-        return int(task) != os.getpid() and os.getpgid(int(task)) != os.getpgrp() and os.isatty(0)
-    return False
+        # `srun --pty bash`: the shell is the task. It has a terminal, and gives each command a process group of its
+        # own. The variable alone tells nothing, since an srun that is called there hands it on to its tasks.
+        if "SLURM_PTY_PORT" in env and task.isdecimal() and int(task) != os.getpid() and os.isatty(0):
+            return os.getpgid(int(task)) == os.getpgrp()
+    return True
 
 
 def _slurm_tasks_here(env: Environment) -> str | None:
@@ -125,18 +110,14 @@ def _slurm_tasks_here(env: Environment) -> str | None:
 
 def _slurm_host(env: Environment) -> tuple[str, str]:
     """Find the first node of the step, or of the allocation; "" where a heterogeneous job does not tell."""
-    name = next((n for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if env.get(n)), "")
-    if not name:
-        return "", ""
-    nodes = list(itertools.islice(expand_hosts(env[name], name), 1_000_000))
+    name = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if env.get(name)), "")
+    nodes = expand_hosts(env.get(name, ""), name)
     for kind in ("HET", "PACK"):
         if f"SLURM_{kind}_SIZE" in env and env.get("SLURM_NNODES") != str(len(nodes)):
             # The list is that of this task's component; a step of all components begins in the first.
             lists = [f"SLURM_JOB_NODELIST_{kind}_GROUP_{i}" for i in range(integer(env, f"SLURM_{kind}_SIZE").value)]
-            nodes = [host for n in lists for host in expand_hosts(env.get(n, ""), n)]
-            if env.get("SLURM_NNODES") != str(len(nodes)):
-                return "", ""
-            name = lists[0]
+            name, nodes = lists[0], [host for each in lists for host in expand_hosts(env.get(each, ""), each)]
+            nodes = nodes if env.get("SLURM_NNODES") == str(len(nodes)) else []
     return (nodes[0], name) if nodes else ("", "")
 
 
@@ -151,8 +132,8 @@ def _flux_host(env: Environment) -> tuple[str, str]:
         return "", ""
     command = ["flux", "hostlist", "--expand", "--delimiter=\n", "local"]  # the hosts of FLUX_JOB_ID
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_FLUX_S, check=True, env=dict(env))  # noqa: S603
-        return _first_line(done.stdout), "`flux hostlist`"
+        hosts = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=_FLUX_S, env=dict(env))  # noqa: S603
+        return _first_line(hosts), "`flux hostlist`"
     return "", ""
 
 
@@ -170,10 +151,8 @@ def _is_pbs_script(env: Environment) -> bool:
 
 def _pod_host(env: Environment) -> tuple[str, str]:
     """Name the first pod of a JobSet, which has a host name below the JobSet's own service."""
-    if not (env.get("JOBSET_NAME") and env.get("REPLICATED_JOB_NAME")):
-        return "", ""
-    name = env["JOBSET_NAME"]
-    return f"{name}-{env['REPLICATED_JOB_NAME']}-0-0.{name}", "JOBSET_NAME, REPLICATED_JOB_NAME"
+    name, job = env.get("JOBSET_NAME"), env.get("REPLICATED_JOB_NAME")
+    return (f"{name}-{job}-0-0.{name}" if name and job else "", "JOBSET_NAME, REPLICATED_JOB_NAME")
 
 
 def _first_line(text: str) -> str:
@@ -237,19 +216,17 @@ def completed(env: Environment) -> Environment:
     if _in_slurm_step(env) and (tasks := _slurm_tasks_here(env)):
         found["SLURM_STEP_TASKS_PER_NODE"] = tasks
     if "FLUX_JOB_SIZE" in env and env.get("FLUX_JOB_NNODES", "").isdecimal():
-        size, nodes = integer(env, "FLUX_JOB_SIZE").value, int(env["FLUX_JOB_NNODES"])
-        if nodes and size % nodes == 0:  # Flux spreads the tasks evenly
-            found["FLUX_JOB_SIZE / FLUX_JOB_NNODES"] = str(size // nodes)
+        each, rest = divmod(integer(env, "FLUX_JOB_SIZE").value, max(1, int(env["FLUX_JOB_NNODES"])))
+        if not rest:  # Flux spreads the tasks evenly
+            found["FLUX_JOB_SIZE / FLUX_JOB_NNODES"] = str(each)
     task = env.get("PBS_VNODENUM", env.get("PBS_NODENUM", ""))
     if task.isdecimal() and not _is_pbs_script(env):
-        hosts = _pbs_hosts(env)
         found["PBS_VNODENUM"] = task
-        if size_text := str(len(hosts) or env.get("PBS_NP", "")):
-            found["PBS_NP"] = size_text
-        if int(task) < len(hosts):
-            here = hosts[int(task)]
+        if hosts := _pbs_hosts(env):
+            found["PBS_NP"] = str(len(hosts))
+            here = (hosts[int(task) :] or [""])[0]
             found["earlier tasks of this host"] = str(hosts[: int(task)].count(here))
-            found["tasks of this host"] = str(hosts.count(here))
+            found["tasks of this host"] = str(max(1, hosts.count(here)))
     if env.get("SKYPILOT_NODE_IPS"):
         found["SKYPILOT_NUM_NODES"] = env.get("SKYPILOT_NUM_NODES") or str(len(env["SKYPILOT_NODE_IPS"].split()))
     if "JOBSET_NAME" in env and "JOB_COMPLETION_INDEX" in env and (jobs := env.get("GLOBAL_REPLICAS", "1")) != "1":
