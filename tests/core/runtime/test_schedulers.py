@@ -209,6 +209,7 @@ def test_pbsdsh_with_one_task_on_each_node(tmp_path: Path) -> None:
     )
     assert found[:2] == (2, 1)
     assert found.endpoint == ("n03", 20000 + 64 * 5)
+    assert node_defaults(PBS | {"PBS_NODEFILE": "elsewhere"})[:2] == (None, 3)  # not a job of one node
 
 
 def test_options_beat_the_scheduler(tmp_path: Path) -> None:
@@ -220,6 +221,12 @@ def test_options_beat_the_scheduler(tmp_path: Path) -> None:
     assert (alone.nnodes, alone.node_rank) == (1, 0)
     other = parse_options(["--rdzv-endpoint", "h:1", "--node-rank", "0", program], SKYPILOT)
     assert (other.node_rank, other.endpoint) == (0, ("h", 1))
+    unnumbered = {name: value for name, value in JOBSET.items() if name != "NNODES"}
+    with pytest.raises(UsageError, match=r"this is node 1 by the scheduler, .* give --nnodes"):
+        parse_options([program], unnumbered)
+    given = parse_options(["--nnodes", "2", program], unnumbered)
+    assert (given.nnodes, given.node_rank, given.endpoint) == (2, 1, ("train-workers-0-0.train", 29400))
+    assert parse_options(["--nnodes", "1", program], unnumbered).node_rank == 0
     three = parse_options(["--nnodes", "3", "--node-rank", "2", program], SKYPILOT)
     assert (three.nnodes, three.node_rank) == (3, 2)
 

@@ -73,8 +73,15 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = 
     if given.rdzv_endpoint is not None:
         endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")
     del given.rdzv_endpoint
+    if given.nnodes is None:
+        if defaults.nnodes is None and defaults.node_rank is not None:
+            raise UsageError(
+                f"this is node {defaults.node_rank} by the scheduler, which does not say of how many: give --nnodes"
+            )
+        given.nnodes = defaults.nnodes or 1
     if given.node_rank is None:  # the scheduler's number is one among its own nodes
-        given.node_rank = (defaults.node_rank or 0) if given.nnodes == (defaults.nnodes or 1) else 0
+        its_own = given.nnodes == defaults.nnodes or (defaults.nnodes is None and given.nnodes > 1)
+        given.node_rank = defaults.node_rank or 0 if its_own else 0
     given.arguments = tuple(given.arguments)
     options = LaunchOptions(endpoint=endpoint, **vars(given))
     _check(options)
@@ -91,9 +98,9 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    nproc, nnodes = (1 if number is None else number for number in (defaults.nproc_per_node, defaults.nnodes))
+    nproc = 1 if defaults.nproc_per_node is None else defaults.nproc_per_node
     add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
-    add("--nnodes", type=int, default=nnodes, metavar="K", help="nodes (default 1)")
+    add("--nnodes", type=int, metavar="K", help="nodes (default 1)")
     add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
     add("-m", dest="module", action="store_true", help="PROGRAM is a module, not a file")

@@ -66,7 +66,9 @@ def started_this_process(variables: LauncherVariables, env: Environment) -> bool
 
 
 def one_task_on_each_node(variables: LauncherVariables, env: Environment) -> bool:
-    """Say whether a scheduler of tasks started one on each node, as it does for launchers."""
+    """Say whether a scheduler of tasks started one on each node, as it does for launchers; or may have."""
+    if variables.world_size not in env:
+        return True
     if variables.launcher == "slurm" and "SLURM_NNODES" in env:
         return env["SLURM_NNODES"] == env.get(variables.world_size)
     return env.get(variables.local_world_size) == "1"

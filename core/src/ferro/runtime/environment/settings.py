@@ -94,7 +94,7 @@ def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
     for variables in LAUNCHERS:
         if variables.launcher in SCHEDULERS and started_this_process(variables, env):
             nnodes, node_rank = number(variables.world_size), number(variables.rank)
-            if nnodes is not None and nnodes > 1 and (variables.per_node or one_task_on_each_node(variables, env)):
+            if nnodes != 1 and (variables.per_node or one_task_on_each_node(variables, env)):
                 address = scheduled_address(env, variables.launcher)
                 return NodeDefaults(nnodes, node_rank, None, address and address[0])
     return found
