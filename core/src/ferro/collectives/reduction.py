@@ -1,12 +1,16 @@
 """The arithmetic of every reduction.
 
 Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the number of ranks, before that
-rounding.
+rounding. Infinities and NaN are results like others: neither `np.errstate` nor the warnings filter of the program
+changes what a named reduction does. A function of the user's runs as it would elsewhere in the program.
 """
 
 from __future__ import annotations
 
+import builtins
+import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -29,6 +33,13 @@ _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.BOR: np.bitwise_or,
     ReduceOp.BXOR: np.bitwise_xor,
 }
+# Functions that users pass for a named reduction; each but NumPy's ufuncs would fail with the arguments (a, b, out).
+_SAME: dict[object, ReduceOp] = {ufunc: op for op, ufunc in _UFUNCS.items() if op is not ReduceOp.MEAN}
+_SAME |= {function: op for op in ReduceOp for module in (np, builtins) if (function := getattr(module, op, None))}
+_SAME |= {np.amin: ReduceOp.MIN, np.amax: ReduceOp.MAX, operator.add: ReduceOp.SUM, operator.mul: ReduceOp.PROD}
+_SAME |= {operator.and_: ReduceOp.BAND, operator.or_: ReduceOp.BOR, operator.xor: ReduceOp.BXOR}
+_FUNCTION = "a function (a, b, out) that writes its result into out"
+_AS_IS = nullcontext()
 _HALF_PRECISION = ("float16", "bfloat16")
 _WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 _ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
@@ -63,6 +74,7 @@ class Reduction:
         self.name = "callable" if self.op is None else self.op.value
         ufunc = None if self.op is None else _UFUNCS[self.op]
         self._function = _function(ufunc or op)
+        self._may_warn = self.op is not None and dtype.kind not in "iub"
         if self.op is not None:
             _check(self.op, dtype)
         self._is_mean = self.op is ReduceOp.MEAN
@@ -82,10 +94,11 @@ class Reduction:
             self.into(operands[own], operands, at_once=at_once)
             return
         total = operands[0]
-        for index in range(1, len(operands)):
-            out = operands[own] if index >= own else total
-            self._function(total, operands[index], out)
-            total = out
+        with np.errstate(all="ignore") if self._may_warn else _AS_IS:
+            for index in range(1, len(operands)):
+                out = operands[own] if index >= own else total
+                self._function(total, operands[index], out)
+                total = out
         if at_once:
             self.finish(total)
 
@@ -103,9 +116,10 @@ class Reduction:
             return
         count = len(operands)
         if count > 1:
-            self._function(operands[0], operands[1], out)
-            for index in range(2, count):
-                self._function(out, operands[index], out)
+            with np.errstate(all="ignore") if self._may_warn else _AS_IS:
+                self._function(operands[0], operands[1], out)
+                for index in range(2, count):
+                    self._function(out, operands[index], out)
         elif out is not operands[0]:
             out[...] = operands[0]
         if at_once and self._is_mean:
@@ -114,7 +128,8 @@ class Reduction:
     def finish(self, result: Array) -> None:
         """Complete a mean of which `result` is the sum, in place."""
         if self._is_mean:
-            np.true_divide(result, self.ranks, out=result)
+            with np.errstate(all="ignore"):
+                np.true_divide(result, self.ranks, out=result)
 
 
 def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
@@ -123,25 +138,45 @@ def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
             return ReduceOp(op)
         except ValueError:
             names = ", ".join(ReduceOp)
-            raise UsageError(f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)") from None
-    if callable(op):
-        return None
-    raise UsageError(f"a reduction is a name or a function (a, b, out), not {type(op).__name__}")
+            raise UsageError(f"unknown reduction {op!r}: use one of {names}, or {_FUNCTION}") from None
+    if not callable(op):
+        raise UsageError(f"a reduction is a name, such as 'sum', or {_FUNCTION}, not {op!r}")
+    return next((named for function, named in _SAME.items() if function is op), None)
 
 
 def _function(op: object) -> ReduceFunction:
     """Make a function (a, b, out) of a ufunc, which takes `out` by its name only, or of a user's function."""
-    if isinstance(op, np.ufunc):
-        return lambda a, b, out: op(a, b, out=out)
     assert callable(op)
+    name = getattr(op, "__qualname__", None) or getattr(op, "__name__", None) or repr(op)
+    if isinstance(op, np.ufunc):
+        if (op.nin, op.nout) != (2, 1):
+            raise UsageError(f"op={name} takes {op.nin} arrays and gives {op.nout}: use a name, or {_FUNCTION}")
+        return lambda a, b, out: op(a, b, out=out)
+    _check_parameters(op, name)
 
     def call_function(a: Array, b: Array, out: Array) -> None:
         try:
-            op(a, b, out)
-        except UnsupportedError as error:  # it must not be taken for the backend's refusal
-            raise RuntimeError(f"the function given as op raised {error!r}") from error
+            result = op(a, b, out)
+        except Exception as error:  # an UnsupportedError must not be taken for the backend's refusal
+            raise RuntimeError(f"the function given as op, {name}, raised {type(error).__name__}: {error}") from error
+        if result is not out and isinstance(result, np.ndarray) and not np.may_share_memory(result, out):
+            raise RuntimeError(f"the function given as op, {name}, returned a new array; it must write into out")
 
     return call_function
+
+
+def _check_parameters(op: Callable[..., object], name: str) -> None:
+    """Refuse a function that does not take the three arguments (a, b, out)."""
+    from inspect import signature  # here, since it is slow to import and seldom needed
+
+    try:
+        parameters = signature(op)
+    except (TypeError, ValueError):
+        return  # some built-in functions do not tell theirs
+    try:
+        parameters.bind(None, None, None)
+    except TypeError:
+        raise UsageError(f"op={name}{parameters}: a reduction is a name, such as 'sum', or {_FUNCTION}") from None
 
 
 def _check(op: ReduceOp, dtype: np.dtype) -> None:
