@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from ferro.errors import UsageError
 from ferro.group.arguments import OutputBuffer, flattened
 from ferro.group.array_collectives import ArrayCollectives, Op, ResultOrWork
 from ferro.types import Array, ReduceOp
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class BlockwiseCollectives(ArrayCollectives):
@@ -158,7 +161,7 @@ def _scan(
     source: Array,
     out: Array,
     reduction: Reduction,
-    first: object,
+    first: Any,
     allocate: Allocate,
     *,
     deadline: float,
@@ -183,7 +186,7 @@ def _search(
     backend: Backend,
     source: Array,
     values: Array,
-    ranks: Array,
+    ranks: npt.NDArray[np.int64],
     search: Callable[..., Array],
     allocate: Allocate,
     *,
@@ -203,7 +206,7 @@ def _both(values: OutputBuffer, ranks: OutputBuffer) -> tuple[object, object]:
     return values(), ranks()
 
 
-def _identity(op: ReduceOp, dtype: np.dtype) -> object:
+def _identity(op: ReduceOp, dtype: np.dtype) -> Any:
     """Return the value that changes no other value in a reduction."""
     if op in (ReduceOp.SUM, ReduceOp.BOR, ReduceOp.BXOR, ReduceOp.PROD):
         return op is ReduceOp.PROD

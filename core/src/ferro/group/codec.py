@@ -34,7 +34,7 @@ def encode(value: object) -> bytes:
     return bytes(out)
 
 
-def decode(data: bytes | bytearray | memoryview | np.ndarray) -> object:
+def decode(data: bytes | bytearray | memoryview) -> object:
     """Decode the value that `encode` was given; UsageError says that the bytes are not such a value."""
     reader = _Reader(memoryview(data))
     value = reader.value(0)

@@ -44,8 +44,8 @@ def encode_all(values: Sequence[object] | None, count: int, codec: Codec) -> lis
     return [encode(value, codec) for value in values]
 
 
-def decode(data: Array | bytearray, codec: Codec) -> Any:
-    pickled = bytes(data[:1]) == _PICKLED
+def decode(data: bytearray, codec: Codec) -> Any:
+    pickled = data[:1] == _PICKLED
     if len(data) and pickled != (codec == "pickle"):
         theirs = "pickle" if pickled else "msgpack"
         raise UsageError(f"the value was encoded with codec={theirs!r}, and this rank expects {codec!r}: give all one")

@@ -232,8 +232,8 @@ class ProcessGroup(BlockwiseCollectives):
         remaining_s = self._dispatcher.countdown(timeout_s)
         objects.check_codec(codec)
         parts = objects.encode_all(values, self.world_size, codec) if self.rank == root else None
-        sizes = np.array([part.size for part in parts]) if parts else np.empty(self.world_size, np.int64)
-        sizes = objects.checked_sizes(self.broadcast(sizes, root, timeout_s=remaining_s()))
+        own = np.array([part.size for part in parts]) if parts else np.empty(self.world_size, np.int64)
+        sizes = objects.checked_sizes(self.broadcast(own, root, timeout_s=remaining_s()))
 
         def move(place: slice, counts: list[int]) -> Array:
             pieces = np.concatenate([part[place] for part in parts]) if parts else None
