@@ -137,7 +137,8 @@ class BlockwiseCollectives(ArrayCollectives):
         values = OutputBuffer(input_array, out_values, array.shape)
         ranks = OutputBuffer(input_array.with_dtype(np.dtype(np.int64)), out_ranks, array.shape)
         source = values.copy_if_overlapping(flattened(array, copy=async_op))
-        action = partial(_search, self._backend, source, values.flat, ranks.flat, search, input_array.empty)
+        places: npt.NDArray[np.int64] = ranks.flat  # type: ignore[assignment]
+        action = partial(_search, self._backend, source, values.flat, places, search, input_array.empty)
         call = Call(name, 0, array.dtype.name, 0, detail=f"shape {array.shape}")
         finish = partial(_both, values, ranks)
         return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, values.device)
