@@ -127,19 +127,20 @@ class _Reader:
         return len(self._data) - self._at
 
     def take(self, count: int) -> memoryview:
-        if count > self.left():
+        start, self._at = self._at, self._at + count
+        if self._at > len(self._data):
             raise UsageError("the encoded value is cut short")
-        self._at += count
-        return self._data[self._at - count : self._at]
+        return self._data[start : self._at]
 
     def number(self, form: str) -> Any:
         """Read a big-endian number of the form that `struct` gives it."""
-        return struct.unpack(">" + form, self.take(struct.calcsize(form)))[0]
+        structure = _STRUCTURES[form]
+        return structure.unpack(self.take(structure.size))[0]
 
     def value(self, depth: int) -> object:
         if depth > MAX_DEPTH:
             raise UsageError(f"the encoded value is nested deeper than {MAX_DEPTH} levels")
-        code = self.number("B")
+        code = self.take(1)[0]
         if code < 0x80:
             return code
         if code >= 0xE0:
@@ -207,6 +208,7 @@ class _Reader:
             raise UsageError(f"an encoded array does not fit its shape: {error}") from None
 
 
+_STRUCTURES = {form: struct.Struct(">" + form) for form in "fdBHIQbhiq"}
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq", strict=True))
 # Each kind has consecutive codes, one for each size of its length field.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +11,6 @@ from ferro.arrays import lost_meaning
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
-
-if TYPE_CHECKING:
-    from .module import Pullback
 
 
 def check_input(layer: object, x: Array, expected: str, *, fits: bool) -> None:
@@ -63,7 +59,9 @@ def check_gradient(layer: object, grad: Array, shape: tuple[int, ...]) -> None:
     )
 
 
-def checked_pullback(layer: object, shape: tuple[int, ...], pull: Pullback) -> Pullback:
+def checked_pullback(
+    layer: object, shape: tuple[int, ...], pull: Callable[[Array], Array | None]
+) -> Callable[[Array], Array | None]:
     """Put a check of the gradient of an output of `shape` before a pullback."""
 
     def pullback(grad_y: Array) -> Array | None:
