@@ -25,11 +25,13 @@ def code(page, first_words):
 
 
 @pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
-@pytest.mark.parametrize(("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py"), ("docs/resuming.md", "resume.py")]
+)
 def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     program = tmp_path / name
     program.write_text(code(page, f"# {name}"))
-    ended = subprocess.run([*launch, program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*launch, program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
 
 
