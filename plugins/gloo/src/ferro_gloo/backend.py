@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ class GlooBackend(Backend):
         self._transfers = ShmTransfers(flat, host)
         self._collectives: Backend | None = None
         self._selected: Backend = flat
+        self._pid = os.getpid()
 
     @classmethod
     def connect(cls, config: BackendConfig) -> GlooBackend:
@@ -90,8 +92,11 @@ class GlooBackend(Backend):
         self._selected = self._collectives
         if self.choice.fixed:  # algorithms that the user asked for run over TCP
             self._flat.begin(call)  # a rank that makes another call may wait for this one on TCP
-            self._selected = self._flat if call.op in self.choice.fixed else self._collectives
         self._selected.agree(call, deadline=deadline)
+        if call.op in self.choice.fixed and self._collectives is not self._flat:
+            self._collectives.barrier(deadline=deadline)  # or for this one in shared memory
+            self._selected = self._flat
+            self._flat.agree(call, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
@@ -146,7 +151,9 @@ class GlooBackend(Backend):
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
-        """End this group's operations on all its ranks; other groups go on."""
+        """End this group's operations on all its ranks, while other groups go on; a forked child ends nothing."""
+        if os.getpid() != self._pid:
+            return
         if self._collectives is not None:
             self._collectives.abort()
         self._flat.abort()
@@ -154,8 +161,10 @@ class GlooBackend(Backend):
     def close(self) -> None:
         """Close the connections, unless this is a subgroup, which owns none.
 
-        Afterwards only the user's arrays refer to shared memory.
+        Afterwards only the user's arrays refer to shared memory. A forked child leaves all that to its parent.
         """
+        if os.getpid() != self._pid:
+            return
         if self._collectives is not None:
             self._collectives.close()
         self._collectives = self._selected = self._flat
