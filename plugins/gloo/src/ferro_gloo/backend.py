@@ -33,17 +33,19 @@ class GlooBackend(Backend):
     Args:
         flat: the group over TCP.
         host: this rank's host, and the memory of its ranks.
+        is_world: True for the group of all ranks, with which the host's memory is closed.
     """
 
     labels_frames = True
 
-    def __init__(self, flat: TcpBackend, host: LocalHost) -> None:
+    def __init__(self, flat: TcpBackend, host: LocalHost, *, is_world: bool = False) -> None:
         super().__init__(flat.rank, flat.world_size, flat.choice)
         self._flat = flat
         self._host = host
         self._transfers = ShmTransfers(flat, host)
         self._collectives: Backend | None = None
         self._selected: Backend = flat
+        self._is_world = is_world
         self._pid = os.getpid()
 
     @classmethod
@@ -60,10 +62,13 @@ class GlooBackend(Backend):
         # The bootstrap has a group of its own, so that only the world's first operation reports a
         # failure of the world.
         bootstrap = flat.subgroup(range(config.world_size), MAX_CONTEXT)
+        world: GlooBackend | None = None
         try:
-            world = cls(flat, LocalHost.discover(bootstrap, config, deadline))
+            world = cls(flat, LocalHost.discover(bootstrap, config, deadline), is_world=True)
             world._collectives = world._choose_collectives(bootstrap, deadline)
         except BaseException as error:
+            if world is not None:
+                world.close()
             flat.close()
             if isinstance(error, TimeoutError | PeerLost):
                 raise _bootstrap_error(error, config) from error
@@ -168,6 +173,8 @@ class GlooBackend(Backend):
         if self._collectives is not None:
             self._collectives.close()
         self._collectives = self._selected = self._flat
+        if self._is_world:
+            self._host.close()
         self._host = LocalHost.of_single_rank()
         self._transfers = ShmTransfers(self._flat, self._host)
         self._flat.close()

@@ -130,7 +130,7 @@ class HierarchicalBackend(Backend):
         self._flat.abort()
 
     def close(self) -> None:
-        """End the network thread; close the flat group."""
+        """End the network thread; close the local and the flat group."""
         self._groups.close()
         self._flat.close()
 
