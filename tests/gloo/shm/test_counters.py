@@ -158,7 +158,8 @@ def test_a_signal_ends_the_wait_whenever_it_comes(make: Make):
     def ring(number: int, frame: object) -> None:
         raise Rang
 
-    def wait() -> None:
+    def wait(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         make(2, 0).wait(1, LONG_S)
         make(2, 0).wait(1, 0.0)  # by now the handler has run
 
@@ -166,9 +167,8 @@ def test_a_signal_ends_the_wait_whenever_it_comes(make: Make):
     began = time.monotonic()
     try:
         for number in range(40):
-            signal.setitimer(signal.ITIMER_REAL, 0.02 if number == 0 else 1e-5 * number)
             with pytest.raises(Rang):
-                wait()
+                wait(0.02 if number == 0 else 1e-5 * number)
         assert time.monotonic() - began < LONG_S
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
