@@ -67,6 +67,27 @@ def die_and_close(group, how, hosts):
     return [len(before) > 2, len(with_array), last, held(), [type(error).__name__ for error in errors]]
 
 
+def fork_children(group):
+    """Return what a child has with and without an array that it shares with its parent."""
+    x = group.empty(100_000)
+    x[...] = 1
+    group.all_reduce(x, out=x)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        found = [len(held()), float(x[-1])]
+        del x
+        os.write(theirs, repr([*found, len(held())]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return os.read(ours, 1000).decode(), float(group.all_reduce(x, out=x)[-1])
+
+
+def test_a_forked_child_keeps_only_the_arrays():
+    outcomes = run_ranks_outcomes(fork_children, 3, backend="gloo", timeout_s=60)
+    assert [outcome.result for outcome in outcomes] == [["[1, 3.0, 0]", 9.0]] * 3, [o.describe() for o in outcomes]
+
+
 @pytest.mark.parametrize(("how", "hosts"), [("abort", ""), ("death", "aab"), ("timeout", ""), ("mismatch", "aab")])
 def test_closing_gives_all_back_but_the_users_arrays(how, hosts):
     outcomes = run_ranks_outcomes(

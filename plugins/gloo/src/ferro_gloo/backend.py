@@ -95,11 +95,15 @@ class GlooBackend(Backend):
         if self._collectives is None:
             self._collectives = self._choose_collectives(self._flat, deadline)
         self._selected = self._collectives
-        if self.choice.fixed:  # algorithms that the user asked for run over TCP
-            self._flat.begin(call)  # a rank that makes another call may wait for this one on TCP
+        if not self.choice.fixed:
+            self._selected.agree(call, deadline=deadline)
+            return
+        # The algorithms that the user asked for run over TCP. A rank that makes another call may wait for this one there,
+        # or in shared memory.
+        self._flat.begin(call)
         self._selected.agree(call, deadline=deadline)
-        if call.op in self.choice.fixed and self._collectives is not self._flat:
-            self._collectives.barrier(deadline=deadline)  # or for this one in shared memory
+        if call.op in self.choice.fixed and self._selected is not self._flat:
+            self._selected.barrier(deadline=deadline)
             self._selected = self._flat
             self._flat.agree(call, deadline=deadline)
 

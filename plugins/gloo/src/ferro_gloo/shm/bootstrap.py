@@ -7,6 +7,7 @@ tells the others its name over TCP, and tries to open theirs.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import sys
 import weakref
@@ -67,6 +68,7 @@ class LocalHost:
     def __init__(self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool) -> None:
         self._native = native
         self._lowest_ranks = tuple(lowest_ranks)
+        _hosts.add(self)
         self._regions: weakref.WeakSet[ShmSegment] = weakref.WeakSet()
         self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()
         self.arenas = arenas
@@ -170,9 +172,26 @@ class LocalHost:
         While another thread is in a collective, the memory is given back when no object refers to it.
         """
         if not is_used_by_other_threads():
-            self.arenas.close()
-            for segment in list(self._regions):
-                segment.close()
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give back the memory, whoever uses it."""
+        self.arenas.close()
+        for segment in list(self._regions):
+            segment.close()
+
+
+_hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
+
+
+def _give_back_in_child() -> None:
+    """Keep in a forked child only the arrays that it shares with its parent: it may outlive the parent for long."""
+    for host in list(_hosts):
+        host.give_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def _create_arena(ranks: int) -> tuple[ShmSegment | None, bytes, str]:
