@@ -98,8 +98,8 @@ class GlooBackend(Backend):
         if not self.choice.fixed:
             self._selected.agree(call, deadline=deadline)
             return
-        # The algorithms that the user asked for run over TCP. A rank that makes another call may wait for this one there,
-        # or in shared memory.
+        # The algorithms that the user asked for run over TCP. A rank that makes another call may wait for this one
+        # there, or in shared memory.
         self._flat.begin(call)
         self._selected.agree(call, deadline=deadline)
         if call.op in self.choice.fixed and self._selected is not self._flat:

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from functools import lru_cache
+from types import FrameType
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Mapping:
         self._released = False
         array = (ctypes.c_ubyte * nbytes).from_address(self._address)
         weakref.finalize(array, _libc().munmap, self._address, nbytes).atexit = False
-        self.memory: memoryview = np.frombuffer(array, np.uint8).data
+        self.memory: memoryview = np.frombuffer(memoryview(array), np.uint8).data
 
     def advise(self, advice: int, offset: int, nbytes: int) -> None:
         """Call madvise for a part of the memory; raise OSError if that fails."""
@@ -64,12 +65,12 @@ class Mapping:
 def is_used_by_other_threads() -> bool:
     """Return True if another thread is in a collective, which may still read shared memory."""
     own = threading.get_ident()
-    for thread, frame in sys._current_frames().items():
-        inner = frame
-        while thread != own and inner is not None:
-            if inner.f_globals.get("__package__") == __package__:
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while thread != own and frame is not None:
+            if frame.f_globals.get("__package__") == __package__:
                 return True
-            inner = inner.f_back
+            frame = frame.f_back
     return False
 
 
