@@ -161,7 +161,7 @@ class CommandInfo:
     """A command of the `ferro` program, as a plugin offers it: `ferro NAME …`.
 
     Attributes:
-        name: the word after `ferro`, unique among all plugins.
+        name: the word after `ferro`, unique among all plugins. "show-x" is what `ferro show x` runs.
         summary: one line for `ferro --help`.
         load: imports and returns the command, a callable that is given the arguments after the name and returns the
             exit status. It may raise UsageError, which ends the program with status 2.

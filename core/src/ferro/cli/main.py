@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ferro.errors import FerroError, PluginError, UsageError
+from ferro.errors import BackendUnavailable, FerroError, PluginError, UsageError
 from ferro.hookspecs import CommandInfo
 from ferro.plugins.extras import how_to_install, known_commands
 from ferro.plugins.registry import by_name, installed, load, sole
@@ -18,15 +18,15 @@ _INTERRUPTED_STATUS = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    A mistake in the command line or the environment is one line on stderr and status 2; any other failure of ferro's
-    own is one line and status 1.
+    A mistake in the command line or the environment, such as a backend that is not there, is one line on stderr and
+    status 2; any other failure of ferro's own is one line and status 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
     except FerroError as exc:
         print(f"ferro: {exc}", file=sys.stderr)  # noqa: T201 - a command talks
-        return _USAGE_STATUS if isinstance(exc, UsageError) else 1
+        return _USAGE_STATUS if isinstance(exc, UsageError | BackendUnavailable) else 1
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
     except BrokenPipeError:
@@ -46,7 +46,10 @@ def _run(arguments: list[str]) -> int:
         return 0 if arguments else _USAGE_STATUS
     if arguments[0].startswith("-"):
         raise UsageError(f"unrecognized argument {arguments[0]}; see `ferro --help`")
-    return _load(arguments[0])(arguments[1:])
+    words = (
+        2 if "-".join(arguments[:2]) in _available()[0] else 1
+    )  # `ferro show x` is the command show-x, if there is one
+    return _load("-".join(arguments[:words]))(arguments[words:])
 
 
 def _help() -> str:

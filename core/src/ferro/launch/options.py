@@ -89,7 +89,7 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
     add = parser.add_argument
     nproc, nnodes, node_rank = defaults.nproc_per_node, defaults.nnodes, defaults.node_rank
     nproc, nnodes = (1 if number is None else number for number in (nproc, nnodes))
-    add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
+    add("-n", "-np", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
     add("--nnodes", type=int, default=nnodes, metavar="K", help="nodes (default 1)")
     add("--node-rank", type=int, default=node_rank or 0, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
