@@ -1,4 +1,4 @@
-"""A build of the distribution leaves nothing in the source tree: the next one would ship modules that are gone since."""
+"""A build leaves nothing in the source tree: the next one would ship modules that are gone since."""
 
 import os
 import shutil
