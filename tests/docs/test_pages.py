@@ -129,3 +129,13 @@ def test_the_strategy_of_the_page_passes_the_kit(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_strategy.averaged", module)
     [info] = module.ferro_strategies()
     assert info.load() is module.Averaged
+
+
+def test_every_block_of_python_is_python():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")]
+    blocks = [
+        (page, block) for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    assert len(blocks) > 50
+    for page, block in blocks:
+        compile(block, page, "exec")

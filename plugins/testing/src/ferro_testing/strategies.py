@@ -22,6 +22,8 @@ from ferro import CollectiveTimeout, FerroError, ProcessGroup, simulate
 from ferro.types import Array
 from ferro_testing.parity import assert_same_parameters
 
+__all__ = ["CHECKS", "InjectedFailure", "StrategyCase", "check_failure", "check_parity", "check_uneven_batches"]
+
 # One rank's share of a batch: the arrays, and the weight of its gradient in the average over ranks, which is 1 where
 # all ranks have equally many samples.
 Share: TypeAlias = tuple[tuple[Array, ...], float]
