@@ -10,7 +10,7 @@ from ferro.backend import Backend
 from ferro.errors import BackendUnavailable, PluginError
 from ferro.hookspecs import BackendConfig, BackendInfo
 from ferro.plugins.checks import ignored_fields, problem_of
-from ferro.plugins.registry import Offer, by_name, installed, sole
+from ferro.plugins.registry import Offer, by_name, installed, probing, sole
 from ferro.types import Availability, Device
 
 _HOOK = "ferro_backends"
@@ -114,7 +114,8 @@ def _probe_all(offers: Sequence[Offer[BackendInfo]]) -> list[Availability]:
 
 
 def _ask(number: int, offer: Offer[BackendInfo], answers: dict[int, Availability]) -> None:
-    ignored_fields.set(set() if offer.newer else None)  # of this thread
+    probing.set(True)  # this and the next are of this thread
+    ignored_fields.set(set() if offer.newer else None)
     try:
         answer = offer.item.probe()
         problem = problem_of(answer, Availability)

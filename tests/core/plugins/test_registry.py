@@ -378,6 +378,21 @@ def test_what_create_returns_is_checked(site, made):
         ferro.init("pipes")
 
 
+def test_a_probe_that_asks_for_other_backends_warns_of_nothing(site):
+    source = """
+    from ferro import backends
+
+    @hookimpl
+    def ferro_backends():
+        return [backend("pipes", lambda: backends.probe(backends.get("simulated")))]
+    """
+    site.install("ferro-pipes", "pipes", source)
+    site.install("ferro-bad", "bad", "1 / 0")
+    assert backends.available()["pipes"].ok
+    with pytest.warns(RuntimeWarning, match="ferro-bad 1.5"):
+        backends.get("pipes")
+
+
 def test_probes_that_hang_are_told_and_not_waited_for(site, monkeypatch):
     source = """
     import threading

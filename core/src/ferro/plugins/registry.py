@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Named = TypeVar("Named", "hookspecs.BackendInfo", "hookspecs.StrategyInfo", "hookspecs.CommandInfo")
+
+
+# True in a probe, which may ask for other backends: nobody has chosen one yet, so that no broken plugin is warned of.
+probing: ContextVar[bool] = ContextVar("probing", default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class Plugins:
             reason = broken[0].error
             raise PluginError(f"no plugin that works offers the {what}; and {reason}") from reason
         for it in broken:
-            if it.name not in self._told:
+            if it.name not in self._told and not probing.get():
                 self._told.add(it.name)
                 _warn(f"{it.error} (The {what} is another plugin's, and can be used.)")
         return sole(claimants, what) if claimants else None
@@ -238,7 +243,7 @@ def load(offer: Offer[Any], what: str) -> Callable[..., Any]:
 def _warn(text: str) -> None:
     """Warn at the line of the program that called ferro."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ferro":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("ferro"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
