@@ -13,8 +13,10 @@ from importlib_metadata import PackageNotFoundError, distribution, entry_points,
 
 
 def own_extras() -> list[str]:
-    """Return the names of ferro's extras, which are the plugins that come with it."""
-    return _metadata("Provides-Extra")
+    """Return the names of ferro's extras that bring plugins of its own."""
+    return [
+        extra for extra in _metadata("Provides-Extra") if any(it.startswith("ferro-") for it in _requirements(extra))
+    ]
 
 
 def known_commands() -> dict[str, str]:
@@ -38,11 +40,14 @@ def how_to_install(extra: str) -> str:
     The public index has another project called "ferro". The command therefore names what lies beside this ferro, in
     its checkout or in its folder of wheels; where that is unknown, it names exact versions.
     """
-    of_extra = re.compile(rf"(.*?)\s*;.*extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    requirements = [found[1] for line in _metadata("Requires-Dist") if (found := of_extra.match(line))]
     origin = _origin()
-    command = f"pip install {' '.join(shlex.quote(_beside(origin, it)) for it in requirements)}"
+    command = f"pip install {' '.join(shlex.quote(_beside(origin, it)) for it in _requirements(extra))}"
     return command if origin else f"{command} (with --find-links FOLDER, where ferro came from a folder of wheels)"
+
+
+def _requirements(extra: str) -> list[str]:
+    of_extra = re.compile(rf"(.*?)\s*;.*extra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    return [found[1] for line in _metadata("Requires-Dist") if (found := of_extra.match(line))]
 
 
 def _metadata(key: str) -> list[str]:
