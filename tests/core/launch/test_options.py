@@ -28,6 +28,12 @@ def test_defaults() -> None:
     assert options.python_arguments() == [__file__]
 
 
+@pytest.mark.parametrize("given", [["-n", "3"], ["-n3"], ["-np", "3"], ["-np=3"], ["--nproc-per-node", "3"]])
+def test_the_number_of_ranks_is_written_as_for_other_launchers(given: list[str]) -> None:
+    options = parse_options([*given, __file__, "-np", "7"], {})
+    assert (options.nproc_per_node, options.arguments) == (3, ("-np", "7"))
+
+
 def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
     options = parse_options([__file__], PET)
     assert (options.nproc_per_node, options.nnodes, options.node_rank) == (2, 4, 3)

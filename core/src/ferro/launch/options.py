@@ -99,7 +99,7 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     nproc = 1 if defaults.nproc_per_node is None else defaults.nproc_per_node
-    add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
+    add("-n", "-np", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
     add("--nnodes", type=int, metavar="K", help="nodes (default 1)")
     add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")

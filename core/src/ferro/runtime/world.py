@@ -20,6 +20,7 @@ from ferro.group.process_group import ProcessGroup
 from ferro.hookspecs import BackendConfig, BackendInfo
 from ferro.observers import Observer
 from ferro.plugins import registry as plugins
+from ferro.plugins.checks import observer_problem
 from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
 from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
@@ -101,7 +102,7 @@ class World:
             requested=requested,
             options=options,
         )
-        backend = chosen.create(config)
+        backend = backends.create(chosen, config)
         group_info = GroupInfo(
             name="world",
             backend_name=chosen.name,
@@ -122,10 +123,13 @@ class World:
         if name is None and self._info.world_size == 1:
             name = "simulated"  # core's own, enough for one rank
         if name is None:
+            from ferro.plugins.extras import backend_extras, how_to_install  # they are needed here only
+
+            extras = backend_extras()
+            such = f", such as: {how_to_install(extras[0])};" if extras else ","
             raise PluginError(
                 f"no backend between processes is installed (installed: {', '.join(backends.available())}): "
-                f"install one of ferro's extras ({', '.join(plugins.backend_extras())}), "
-                f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
+                f"install one of ferro's extras ({', '.join(extras)}){such} or name one in ferro.init()"
             )
         chosen = backends.get(name)
         found = backends.probe(chosen)
@@ -196,7 +200,6 @@ def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:
         raise broken[0].error
     observers = (*given, *(cast(Observer, offer.item) for offer in offers))
     for item in observers:
-        lacking = [name for name in ("started", "finished", "close") if not hasattr(item, name)]
-        if lacking:
-            raise UsageError(f"{item!r} is no observer: it has no {', '.join(lacking)}")
+        if problem := observer_problem(item):
+            raise UsageError(f"observers={problem}")
     return observers
