@@ -53,7 +53,8 @@ def test_the_first_cause_is_raised_with_a_line_for_the_others():
     assert sorted(line.partition(",")[0] for line in followed) == ["rank 4", "ranks 0"]
     [line] = [line for line in followed if line.startswith("ranks 0")]
     assert line.startswith(f"ranks 0, 2, 3, 6, 7, {__file__}:")
-    assert ": PeerLost: barrier #0 on group 'world'" in line
+    assert ": PeerLost: " in line
+    assert "barrier #0 on group 'world'" in line
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 12])
