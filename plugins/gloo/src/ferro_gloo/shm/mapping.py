@@ -64,10 +64,11 @@ class Mapping:
 
 def is_used_by_other_threads() -> bool:
     """Return True if another thread is in a collective, which may still read shared memory."""
-    own = threading.get_ident()
-    for thread, top in sys._current_frames().items():
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]  # a variable of this frame that held it would keep it, and its callers' arrays
+    for top in frames.values():
         frame: FrameType | None = top
-        while thread != own and frame is not None:
+        while frame is not None:
             if frame.f_globals.get("__package__") == __package__:
                 return True
             frame = frame.f_back
