@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,20 +28,79 @@ for turn in range(3):
 print("ok")
 """
 FORKING = """
-import os, sys
+import os, signal, sys, threading
 import ferro
 group = ferro.init(timeout_s=20)
-child = os.fork()
-if not child:
-    try:
-        group.all_reduce(1.0)
-    except ferro.UsageError as error:
-        print(error, flush=True)
-    sys.exit(0)
-os.waitpid(child, 0)
-assert group.all_reduce(1.0) == 2.0
+world = ferro.runtime.lifecycle._world
+store, server = world._job_store.store, world._job_store.server
+
+def leave(how):
+    with group:
+        if how == "use":
+            for call in (lambda: group.all_reduce(1.0), lambda: store.add("n", 1)):
+                try:
+                    call()
+                except ferro.UsageError as error:
+                    print(error, flush=True)
+            with ferro.init(rank=0, world_size=1) as own:
+                assert own.all_reduce(1.0) == 1.0
+        if how == "exit":
+            sys.exit(3)
+        if how == "raise":
+            raise ValueError(how)
+        if how == "close":
+            group.close(), group.abort(), group.abandon(), ferro.shutdown(), store.close()
+            server and server.close()
+
+for how in ("use", "exit", "return", "raise", "close"):
+    # Whatever another thread holds at this moment is held for ever in the child.
+    held = [ferro.runtime.lifecycle._lock, store._changed, store._liveness_lock, group._dispatcher._lock]
+    if server:
+        held.append(server._close_lock)
+    ready, done = threading.Event(), threading.Event()
+    def hold():
+        for lock in held:
+            lock.acquire()
+        ready.set(), done.wait()
+        for lock in held:
+            lock.release()
+    thread = threading.Thread(target=hold)
+    thread.start(), ready.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        sys.stderr = open(os.devnull, "w")
+        leave(how)
+        sys.exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done.set(), thread.join()
+    assert status == {"exit": 3, "raise": 1}.get(how, 0), (how, status)
+    assert group.all_reduce(1.0) == 2.0, how
+    assert group.subgroup([0, 1]).all_reduce(1.0) == 2.0, how
+    assert store.add(f"after {how}", 1) <= 2
 ferro.shutdown()
 print("ok")
+"""
+ORPHAN = """
+import os, signal, sys, time
+import ferro
+group = ferro.init(timeout_s=50)
+store = ferro.runtime.lifecycle._world._job_store.store
+seen = os.path.join(os.environ["HOME"], "seen")
+group.barrier()
+if group.rank == 0:
+    if not os.fork():
+        signal.alarm(60)
+        os.close(1), os.close(2)
+        while not os.path.exists(seen):
+            time.sleep(0.01)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    store.get("never", deadline=time.monotonic() + 50)
+except ferro.FerroError as error:
+    print(type(error).__name__, error.peer, error)
+open(seen, "w").close()
 """
 PROGRAM = """
 import json, sys
@@ -98,8 +158,8 @@ def ranks(tmp_path):
         finally:
             for process in started:
                 process.kill()
-        for output, errors in ended:
-            assert output, errors
+        for process, (output, errors) in zip(started, ended, strict=True):
+            assert output or process.returncode == -signal.SIGKILL, errors
         return [read(output) for output, _ in ended]
 
     return run
@@ -115,6 +175,13 @@ def arguments_of(arguments):
 def place(store, rank, size, **others):
     host, port = store.address
     return {"RANK": rank, "WORLD_SIZE": size, "FERRO_STORE": f"{host}:{port}", "FERRO_SECRET": SECRET.hex(), **others}
+
+
+def of_one_host(tmp_path, size=2):
+    """As under torchrun on one host, where rank 0 hosts the store."""
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": str(tmp_path)}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(size)]
 
 
 def test_alone_it_is_a_world_of_one(ranks):
@@ -265,19 +332,21 @@ def test_several_hosts_need_to_be_told_where_to_meet(ranks):
 
 
 def test_meeting_again_and_again_where_rank_zero_hosts_the_store(ranks, tmp_path):
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": f"again {tmp_path}"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    places = [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(2)]
-    assert ranks(*places, source=AGAIN, read=str.strip) == ["ok", "ok"]
+    assert ranks(*of_one_host(tmp_path), source=AGAIN, read=str.strip) == ["ok", "ok"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_leaves_its_parents_world_alone(ranks, store):
-    places = [(place(store, rank, 2), rank) for rank in range(2)]
-    for output in ranks(*places, source=FORKING, read=str):
-        assert "this process was forked from process" in output
+def test_a_forked_child_leaves_its_parents_world_alone_however_it_ends(ranks, tmp_path):
+    for output in ranks(*of_one_host(tmp_path), source=FORKING, read=str):
+        assert output.count("this process was forked from process") == 2
         assert output.endswith("ok\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_death_of_the_rank_that_hosts_the_store_is_noticed_though_its_forked_worker_lives_on(ranks, tmp_path):
+    _, told = ranks(*of_one_host(tmp_path), source=ORPHAN, read=str)
+    assert told.startswith("StoreGone 0 the store at 127.0.0.1:")
+    assert "rank 0, which hosts it, has ended: read its log first" in told
 
 
 def test_a_rank_of_another_version_with_other_fields_is_named():

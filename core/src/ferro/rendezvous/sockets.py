@@ -1,13 +1,15 @@
-"""Helpers for sockets: deadlines, options, and the addresses of this host."""
+"""Helpers for sockets: deadlines, options, forked children, and the addresses of this host."""
 
 from __future__ import annotations
 
 import array
 import ipaddress
+import os
 import socket
 import struct
 import sys
 import time
+import weakref
 from contextlib import suppress
 
 _LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
@@ -36,6 +38,26 @@ def set_options(sock: socket.socket) -> None:
     """Send small messages at once (TCP_NODELAY), and notice in the end when the other host vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def close_in_children(sock: socket.socket) -> socket.socket:
+    """Have every forked child close its copy of a socket, and return the socket.
+
+    The other end would not notice the death of this process as long as a child held a copy, and a port would stay
+    taken. Closing a copy neither ends the connection nor changes what this process's selectors watch.
+    """
+    _not_inherited.add(sock)
+    return sock
+
+
+def _close_copies() -> None:
+    for sock in _not_inherited:
+        sock.close()
+
+
+_not_inherited: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def own_addresses() -> list[str]:

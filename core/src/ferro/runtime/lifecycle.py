@@ -100,8 +100,9 @@ def shutdown() -> None:
 
 def _forget_world() -> None:
     """Forget the world in a forked child: its connections are the parent's."""
-    global _world
+    global _world, _lock
     _world = None
+    _lock = threading.Lock()  # another thread of the parent may hold the old one
 
 
 if hasattr(os, "register_at_fork"):

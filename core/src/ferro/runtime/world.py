@@ -42,6 +42,7 @@ class World:
 
     def __init__(self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float, number: int) -> None:
         self.closed = False
+        self._pid = os.getpid()
         self._info = info
         self._settings = settings
         self._backend = backend
@@ -158,9 +159,10 @@ class World:
     def close(self, patience_s: float, orderly: bool = True) -> None:
         """Leave the store; the rank that hosts it waits up to `patience_s` for the others.
 
-        Unless this rank leaves in good order, the others see it as lost, as if it had died.
+        Unless this rank leaves in good order, the others see it as lost, as if it had died. A forked child leaves its
+        parent's world alone.
         """
-        if self.closed:
+        if self.closed or os.getpid() != self._pid:
             return
         self.closed = True
         for observer in self._observers:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from ferro.errors import AuthenticationError, RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import remaining_s, set_deadline, set_options
+from ferro.rendezvous.sockets import close_in_children, remaining_s, set_deadline, set_options
 from ferro.runtime.environment import format_address
 
 _FIRST_PAUSE_S = 0.01
@@ -76,7 +76,7 @@ class _Attempts:
         state = handshake.Handshake(handshake.client(self._secret, self._purpose))
         try:
             with ExitStack() as stack:
-                sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                sock = close_in_children(stack.enter_context(socket.socket(family, socket.SOCK_STREAM)))
                 set_deadline(sock, deadline)
                 sock.connect(sockaddr)
                 if sock.getsockname() == sock.getpeername():

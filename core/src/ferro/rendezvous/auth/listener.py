@@ -17,7 +17,7 @@ from functools import partial
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import set_options
+from ferro.rendezvous.sockets import close_in_children, set_options
 from ferro.runtime.environment import format_address
 
 _BACKLOG = 1024
@@ -33,7 +33,7 @@ def listen(host: str, port: int = 0) -> socket.socket:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, sockaddr = found[0]
         with ExitStack() as stack:
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock = close_in_children(stack.enter_context(socket.socket(family, socket.SOCK_STREAM)))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(sockaddr)
             sock.listen(_BACKLOG)
@@ -105,7 +105,7 @@ class Listener:
                 return
             if len(self._pending) >= self.limit:
                 self._drop_oldest()
-            sock.setblocking(False)
+            close_in_children(sock).setblocking(False)
             self._pending[sock] = time.monotonic() + self.handshake_timeout_s
             state = handshake.Handshake(handshake.server(self.secret, self.purpose))
             self.selector.register(sock, selectors.EVENT_READ, partial(self._read, sock, state))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-import weakref
 from contextlib import suppress
 
 from ferro.errors import FerroError
@@ -23,7 +21,6 @@ class LivenessConnection:
         self.sock = sock
         self._key = key
         self.store_left = False  # the store said, before it ended, that its host leaves in good order
-        _connections.add(self)
 
     def register(self, request: wire.Request, deadline: float) -> wire.Reply:
         reply = wire.exchange(self.sock, request, deadline)
@@ -54,19 +51,6 @@ class LivenessConnection:
         with suppress(OSError):  # the store went first, or this was closed before
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
-
-
-_connections: weakref.WeakSet[LivenessConnection] = weakref.WeakSet()
-
-
-def _close_copies() -> None:
-    for connection in _connections:
-        connection.sock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    # A child that outlives its parent must not keep the parent's connection alive.
-    os.register_at_fork(after_in_child=_close_copies)
 
 
 class FailureDetector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import selectors
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Self
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth import handshake
 from ferro.rendezvous.auth.listener import Listener, listen
-from ferro.rendezvous.sockets import remaining_s
+from ferro.rendezvous.sockets import close_in_children, remaining_s
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.memory import BoundedTable
 from ferro.runtime.environment import format_address
@@ -41,11 +42,12 @@ class StoreServer:
         # wake-up costs less than a search each time.
         self._next_deadline = math.inf
         self._table = BoundedTable()
-        self._wakeup, self._wakeup_read = socket.socketpair()
+        self._wakeup, self._wakeup_read = map(close_in_children, socket.socketpair())
         self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
         self._says_closed = False
         self._close_lock = threading.Lock()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
         self._thread.start()
 
@@ -63,8 +65,11 @@ class StoreServer:
     def close(self, *, orderly: bool = True) -> None:
         """Close all connections and end the thread, within 5 s; idempotent.
 
-        Unless this is `orderly`, clients see the end as they would see the death of this process.
+        Unless this is `orderly`, clients see the end as they would see the death of this process. A forked child
+        leaves the store to its parent.
         """
+        if os.getpid() != self._pid:
+            return
         with self._close_lock:
             self._says_closed = orderly
             self._closing = True
