@@ -122,7 +122,10 @@ class Listener:
         if sock not in self._pending:
             return  # an earlier event of the same turn dropped it
         try:
-            data = sock.recv(state.wants)
+            try:
+                data = sock.recv(state.wants)
+            except BlockingIOError:
+                return
             reply = state.feed(data)
             # At most 40 bytes go into an empty buffer: a connection without room for them is dropped.
             if not data or sock.send(reply) != len(reply):
@@ -130,9 +133,7 @@ class Listener:
             if state.wants:
                 return
             set_options(sock)
-        except BlockingIOError:
-            return
-        except OSError:  # the client may have left right after its proof
+        except OSError:  # the client may have left right after its proof, or there was no room for the reply
             self._drop(sock)
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)

@@ -130,9 +130,15 @@ class StoreClient(Store):
             if self._liveness is not None:
                 key = request.key.decode()
                 raise UsageError(f"append_on_disconnect({key!r}): this store has a value already, and takes one")
-            self._liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
             with self._translating():
-                return self._check(self._liveness.register(request, deadline))
+                liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
+                try:
+                    reply = self._check(liveness.register(request, deadline))
+                except BaseException:
+                    liveness.sock.close()
+                    raise
+            self._liveness = liveness
+            return reply
 
     def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
         with self._translating(), self._connection(deadline) as sock:
