@@ -21,7 +21,6 @@ _FAILED_S = 2.0  # how long this rank hosts the store for the others after a fai
 
 _lock = threading.Lock()
 _world: World | None = None
-_made = 0
 
 
 def init(
@@ -63,7 +62,7 @@ def init(
         BackendUnavailable: the backend cannot be used here; the hint says what to do.
         PluginError: a plugin is broken.
     """
-    global _world, _made
+    global _world
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
     from ferro.runtime.environment import options, resolve
     from ferro.runtime.world import World
@@ -79,8 +78,7 @@ def init(
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        world = World(info, settings, backend, seconds, _made)
-        _made += 1
+        world = World(info, settings, backend, seconds)
         try:
             world.join(deterministic, algorithms or {}, backend_options or {}, observers)
         except BaseException:

@@ -11,7 +11,7 @@ from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store, StoreGone
 
 _CANCEL_S = 1.0  # for a few bytes, which a working system takes at once
-_LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
+LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
 class LivenessConnection:
@@ -68,13 +68,13 @@ class FailureDetector:
         self._rank = rank
         self._store_gone = False
         self._lost: frozenset[int] = frozenset()
-        store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
+        store.append_on_disconnect(LOST_KEY, b"%d " % rank)
 
     def __call__(self) -> frozenset[int]:
         """Ask for the lost ranks other than this one; never raises. A store that is gone is not asked again."""
         if not self._store_gone:
             try:
-                ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())
+                ranks = self._store.get(LOST_KEY, deadline=time.monotonic())
                 self._lost = frozenset(map(int, ranks.split()))
             except TimeoutError:  # no rank is lost, or the store is slow
                 pass

@@ -154,7 +154,10 @@ class StoreServer:
         """Reply to a request, at once or, to a `get` of a missing key, when the key is set."""
         op, key, number, value = request
         if op is wire.StoreOp.GET and self._table.get(key) is None:
-            deadline = time.monotonic() + max(number, 0) / 1e6
+            if number <= 0:
+                connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
+                return
+            deadline = time.monotonic() + number / 1e6
             connection.waits_for, connection.deadline = key, deadline
             self._waiting.setdefault(key, set()).add(connection)
             self._next_deadline = min(self._next_deadline, deadline)
