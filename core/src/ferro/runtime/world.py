@@ -88,7 +88,7 @@ class World:
             world_size=info.world_size,
             store=group_store,
             secret=b"" if job_store is None else job_store.secret,
-            addresses=tuple(record.address for record in records),
+            addresses=tuple(self._reached(record.address) for record in records),
             store_host="127.0.0.1" if job_store is None else job_store.store.remote_host,
             lost=lost,
             timeout_s=max(1.0, self._deadline - time.monotonic()),
@@ -138,7 +138,7 @@ class World:
             world_size=self._info.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host,
+            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host.partition("%")[0],
             version=version("ferro"),
             backend=backend,
             plugins=plugins.installed().versions(),
@@ -165,6 +165,11 @@ class World:
         job_store.close()
         self._store, self._job_store = None, self._open_job_store()
         return self._enter(backend, settings, problem)
+
+    def _reached(self, address: str) -> str:
+        """Complete another rank's link-local address by the interface that leads from here to the store."""
+        own = "" if self._job_store is None else self._job_store.store.local_host
+        return address + "".join(own.partition("%")[1:]) if address.startswith("fe80:") else address
 
     def _begin(self, store: Store) -> None:
         """Take a world's part of the store, and leave that of a world which was over before it was complete."""

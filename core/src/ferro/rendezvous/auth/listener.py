@@ -17,7 +17,7 @@ from functools import partial
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import close_in_children, set_options
+from ferro.rendezvous.sockets import bound_socket, close_in_children, set_options
 from ferro.runtime.environment import format_address
 
 _BACKLOG = 1024
@@ -28,22 +28,18 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one."""
+    """Open a listening socket; host and port are as in `bound_socket`, and port 0 is a free one."""
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, sockaddr = found[0]
         with ExitStack() as stack:
-            sock = close_in_children(stack.enter_context(socket.socket(family, socket.SOCK_STREAM)))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(sockaddr)
+            sock = stack.enter_context(bound_socket(host, port))
             sock.listen(_BACKLOG)
             stack.pop_all()
             return sock
     except OSError as exc:
+        where = format_address((host, port)) if host else f"port {port} of all addresses"
         raise RendezvousError(
-            f"cannot listen on {format_address((host, port))}: {exc.strerror or exc}. Another job may still use that "
-            "port: end it or choose another port (0 takes a free one); and check that the host is an address of this "
-            "machine."
+            f"cannot listen on {where}: {exc.strerror or exc}. Another job may still use that port: end it or choose "
+            "another port (0 takes a free one); and check that the host is an address of this machine."
         ) from exc
 
 

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import secrets
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from ferro.errors import FerroError, RendezvousError, UsageError
 from ferro.rendezvous.auth.secret import SECRET_BYTES, derive, per_user_secret
 from ferro.rendezvous.meeting import rendezvous_file
-from ferro.rendezvous.sockets import own_addresses
+from ferro.rendezvous.sockets import is_loopback, own_address, own_addresses
 from ferro.rendezvous.store.client import StoreClient
 from ferro.rendezvous.store.server import StoreServer
 from ferro.runtime.environment import Address, LaunchInfo, format_address, parse_address
@@ -77,8 +76,14 @@ def open_job_store(info: LaunchInfo, *, deadline: float, broadcast: BootstrapBro
         )
     address = (info.master[0], info.master[1] + info.master_port_taken)
     if info.rank == 0:
-        server = StoreServer(_listening_host(address[0]), address[1], secret=secret)
-        return _open_hosted(server, address, secret, deadline)
+        host = address[0]
+        # `localhost` may be all that rank 0 is told though others are elsewhere, unless the launcher says otherwise.
+        here = one_host and is_loopback(host)
+        server = StoreServer(
+            "" if not here or (host == "localhost" and info.assumed) else host, address[1], secret=secret
+        )
+        # The others learn the address by which this rank reached the store.
+        return _open_hosted(server, (host if here else own_address(host), address[1]), secret, deadline)
     return _join(address, secret, deadline)
 
 
@@ -165,17 +170,3 @@ def _open_hosted(
 def _join(address: Address, secret: bytes, deadline: float) -> JobStore:
     """Connect to the store that rank 0 hosts."""
     return JobStore(store=StoreClient(address, secret, deadline=deadline, host=0), secret=secret, reopens=True)
-
-
-def _listening_host(host: str) -> str:
-    """Choose where rank 0 listens: at the address asked for, but never at a host name's loopback.
-
-    Debian gives a host's own name the address 127.0.1.1, which no other host can reach.
-    """
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        if host != "localhost" and ipaddress.ip_address(str(found[0][4][0])).is_loopback:
-            return ""
-    return host

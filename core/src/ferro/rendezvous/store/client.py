@@ -13,7 +13,7 @@ from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
-from ferro.rendezvous.sockets import remaining_s
+from ferro.rendezvous.sockets import numeric_host, remaining_s
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store, StoreGone, StoreTimeout, checked_request
 from ferro.rendezvous.store.liveness import LivenessConnection
@@ -49,8 +49,8 @@ class StoreClient(Store):
         self.request_timeout_s = request_timeout_s
         first = connect(address, secret, purpose=wire.PURPOSE, deadline=deadline)
         self._connect = partial(connect, address, secret, purpose=wire.PURPOSE, started=True)
-        self.local_host: str = first.getsockname()[0]  # an address by which others can reach this machine
-        self.remote_host: str = first.getpeername()[0]
+        self.local_host = numeric_host(first.getsockname())  # an address by which others can reach this machine
+        self.remote_host = numeric_host(first.getpeername())
         self._liveness: LivenessConnection | None = None
         self._liveness_lock = threading.Lock()
         self._changed = threading.Condition()
