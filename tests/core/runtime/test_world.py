@@ -140,6 +140,22 @@ with ferro.init(timeout_s=40) as group:
     assert group.subgroup([0, 1]).all_reduce(1.0) == 2.0
 print("ok")
 """
+HELPER = """
+import subprocess, sys
+import ferro
+helper = (
+    "import ferro, multiprocessing\\ntry: ferro.init(timeout_s=20)\\nexcept ferro.UsageError as error: print(error)"
+    "\\nwith ferro.init(rank=0, world_size=1) as alone: print(alone.all_reduce(1.0))")
+def help():
+    if sys.argv[1] == "1":
+        print(subprocess.run([sys.executable, "-c", helper], capture_output=True, text=True).stdout)
+help()
+with ferro.init(timeout_s=40) as group:
+    help()
+    assert group.all_reduce(1.0) == 2.0
+    group.barrier()
+print("ok")
+"""
 PROGRAM = """
 import json, sys
 import ferro
@@ -381,6 +397,22 @@ def test_processes_with_different_pasts_meet(ranks, store, tmp_path, hosted):
         first, second = (place(store, rank, 2) for rank in range(2))
     places = [(first, "0"), (second, "1"), (second, "replacement")]
     assert ranks(*places, source=PASTS, read=str.strip) == ["ok", "", "ok"]
+
+
+def test_a_program_that_a_rank_starts_does_not_take_its_place(ranks, store):
+    places = [(place(store, rank, 2), rank) for rank in range(2)]
+    first, second = ranks(*places, source=HELPER, read=str)
+    assert first == "ok\n"
+    assert second.count("has inherited the variables of rank 1 of 2 (from RANK, WORLD_SIZE)") == 2
+    assert second.count("ferro.init(rank=0, world_size=1) here") == 2
+    assert second.count("\n1.0\n") == 2
+    assert second.endswith("ok\n")
+
+
+def test_a_program_that_starts_a_rank_is_not_the_rank(ranks, store):
+    source = f"import subprocess, sys\nsys.exit(subprocess.call([sys.executable, '-c', {PROGRAM!r}, sys.argv[1]]))"
+    results = ranks(*((place(store, rank, 2), {}) for rank in range(2)), source=source)
+    assert results == [["ok", 2.0, rank, "gloo"] for rank in range(2)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -65,6 +65,7 @@ def init(
     global _world
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
     from ferro.runtime.environment import options, resolve
+    from ferro.runtime.environment.inherited import check_not_inherited, mark_rank
     from ferro.runtime.world import World
 
     with _lock:
@@ -74,6 +75,7 @@ def init(
                 "call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
+        check_not_inherited(info)
         settings = options()
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
@@ -85,6 +87,7 @@ def init(
             world.close(_FAILED_S, orderly=False)
             raise
         _world = world
+        mark_rank(info)
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
     return world.group

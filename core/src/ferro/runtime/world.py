@@ -26,6 +26,7 @@ from ferro.rendezvous.store.interface import Store, StoreGone
 from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
 from ferro.runtime.environment import LaunchInfo
+from ferro.runtime.environment.inherited import unmark_rank
 from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
@@ -186,6 +187,7 @@ class World:
         if self.closed or os.getpid() != self._pid:
             return
         self.closed = True
+        unmark_rank()
         for observer in self._observers:
             try:
                 observer.close()

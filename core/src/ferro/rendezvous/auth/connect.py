@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -98,6 +99,10 @@ class _Attempts:
             if self._started and isinstance(exc, ConnectionRefusedError):
                 raise
             self._reason = str(exc) or type(exc).__name__
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                self._reason += ": allow this process more open files (ulimit -n)"
+            elif state.replies == 0 and isinstance(exc, ConnectionResetError):
+                self._reason += "; it may lack open files (ulimit -n) for so many ranks: see its log"
             self._drops += state.replies > 0 and isinstance(exc, ConnectionError)
             if self._drops == _DROPS_THAT_REFUSE:
                 raise self._refused("it closes the connection after our proof") from exc

@@ -7,6 +7,7 @@ connections are authenticated without blocking, so none delays another; each cos
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import socket
 import time
@@ -63,6 +64,7 @@ class Listener:
     # The connections that are not authenticated yet, each with its deadline, the earliest first.
     _pending: dict[socket.socket, float] = field(default_factory=dict, init=False)
     _paused_until: float | None = field(default=None, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         handshake.require_secret(self.secret)
@@ -108,7 +110,13 @@ class Listener:
 
     def _pause(self, exc: OSError) -> None:
         """Stop accepting for a while: without a free file descriptor the loop would spin."""
-        _log.warning("the %r listener pauses for %s s: %s", self.purpose, _ACCEPT_PAUSE_S, exc)
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "ferro: the %s at port %d cannot take another connection (%s), and tries again: allow this process, "
+                "%d, more open files (ulimit -n), or start fewer ranks",
+                *(self.purpose.decode(errors="replace"), self.sock.getsockname()[1], exc, os.getpid()),
+            )
         if self._pending:
             self._drop_oldest()
         self.selector.unregister(self.sock)

@@ -14,7 +14,7 @@ from ferro.runtime.environment.launch_info import LAUNCHERS, Address, LaunchInfo
 _FOREIGN_PREFIXES = ("OMPI_COMM_WORLD_", "PET_", "PMI_", "PMIX_", "TORCHELASTIC_")
 _FOREIGN = frozenset(
     {name for variables in LAUNCHERS for name in (variables.rank, variables.local_rank)}
-    | {"FERRO_MASTER_PORT", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
+    | {"FERRO_MASTER_PORT", "FERRO_RANK_PROCESS", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
     | {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
 )
 
