@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -108,6 +109,28 @@ def test_ranks_that_wait_follow_to_the_next_world_when_one_dies(processes, pool)
     dying.client.declare_lost()  # as its death would
     others = [pool.submit(replacement.enter, record(1, 3)), pool.submit(two.enter, record(2, 3))]
     assert {future.result(20) for future in (waiting, *others)} == {1}
+
+
+def test_a_rank_enters_the_world_that_another_entered_and_died_in(processes, pool, monkeypatch):
+    zero, one, *_ = processes
+    gave_up = membership._is_over
+    slow, goes_on = threading.Event(), threading.Event()
+
+    def wait_before_the_last_look(world: Store) -> bool:
+        if world._store is one.client and one.world is not None:
+            slow.set()
+            goes_on.wait(20)
+        return gave_up(world)
+
+    monkeypatch.setattr(membership, "_is_over", wait_before_the_last_look)
+    entering = pool.submit(one.enter, record(1))
+    assert zero.enter(record(0)) == 0
+    assert slow.wait(20)
+    zero.client.declare_lost()  # as its death would
+    while not gave_up(zero.world):
+        time.sleep(0.01)
+    goes_on.set()
+    assert entering.result(20) == 0
 
 
 def test_a_rank_that_gave_up_is_named_with_the_one_that_never_came(processes, pool):

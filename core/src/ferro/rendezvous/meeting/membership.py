@@ -111,7 +111,12 @@ def _enter(
         if not isinstance(error, StoreGone):
             world.set("misfit", str(error).encode())
         raise
-    return None if _is_over(world) else (lost, [records[rank] for rank in sorted(records)])
+    # Where a rank has left since, the others may have given up before they saw the last one come. But where one of them
+    # entered, all do, and learn of the loss there.
+    if _is_over(world) and not world.add("entered", 0):
+        return None
+    world.add("entered", 1)
+    return lost, [records[rank] for rank in sorted(records)]
 
 
 def _missing(mine: RankRecord, records: Mapping[int, RankRecord], gone: Mapping[int, RankRecord]) -> str:

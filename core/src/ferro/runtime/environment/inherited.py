@@ -66,13 +66,17 @@ def _ancestor_of_same_rank() -> int | None:
     pid = os.getppid()
     for _ in range(_MAX_ANCESTORS):
         try:
-            with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/maps", "rb") as maps:
-                if not entries or not entries <= set(environ.read().split(b"\0")):
-                    return None
-                if b"_multiarray_umath" in maps.read():
-                    return pid
-            with open(f"/proc/{pid}/stat", "rb") as stat:
-                pid = int(stat.read().rpartition(b")")[2].split()[1])
+            if not entries or not entries <= set(_read(pid, "environ").split(b"\0")):
+                return None
+            # A process that was forked has the same vector: the ancestor's own program chose it as the rank.
+            if b"_multiarray_umath" in _read(pid, "maps") and _read(pid, "auxv") != _read(os.getpid(), "auxv"):
+                return pid
+            pid = int(_read(pid, "stat").rpartition(b")")[2].split()[1])
         except (OSError, ValueError):
             return None
     return None
+
+
+def _read(pid: int, name: str) -> bytes:
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
