@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,19 +28,132 @@ for turn in range(3):
 print("ok")
 """
 FORKING = """
-import os, sys
+import os, signal, sys, threading
 import ferro
 group = ferro.init(timeout_s=20)
-child = os.fork()
-if not child:
+world = ferro.runtime.lifecycle._world
+store, server = world._job_store.store, world._job_store.server
+
+def leave(how):
+    with group:
+        if how == "use":
+            for call in (lambda: group.all_reduce(1.0), lambda: store.add("n", 1)):
+                try:
+                    call()
+                except ferro.UsageError as error:
+                    print(error, flush=True)
+            with ferro.init(rank=0, world_size=1) as own:
+                assert own.all_reduce(1.0) == 1.0
+        if how == "exit":
+            sys.exit(3)
+        if how == "raise":
+            raise ValueError(how)
+        if how == "close":
+            group.close(), group.abort(), group.abandon(), ferro.shutdown(), store.close()
+            server and server.close()
+
+for how in ("use", "exit", "return", "raise", "close"):
+    # Whatever another thread holds at this moment is held for ever in the child.
+    held = [ferro.runtime.lifecycle._lock, store._changed, store._liveness_lock, group._dispatcher._lock]
+    if server:
+        held.append(server._close_lock)
+    ready, done = threading.Event(), threading.Event()
+    def hold():
+        for lock in held:
+            lock.acquire()
+        ready.set(), done.wait()
+        for lock in held:
+            lock.release()
+    thread = threading.Thread(target=hold)
+    thread.start(), ready.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        sys.stderr = open(os.devnull, "w")
+        leave(how)
+        sys.exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done.set(), thread.join()
+    assert status == {"exit": 3, "raise": 1}.get(how, 0), (how, status)
+    assert group.all_reduce(1.0) == 2.0, how
+    assert group.subgroup([0, 1]).all_reduce(1.0) == 2.0, how
+    assert store.add(f"after {how}", 1) <= 2
+ferro.shutdown()
+print("ok")
+"""
+ORPHAN = """
+import os, signal, sys, time
+import ferro
+group = ferro.init(timeout_s=50)
+store = ferro.runtime.lifecycle._world._job_store.store
+seen = os.path.join(os.environ["HOME"], "seen")
+group.barrier()
+if group.rank == 0:
+    if not os.fork():
+        signal.alarm(60)
+        os.close(1), os.close(2)
+        while not os.path.exists(seen):
+            time.sleep(0.01)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    store.get("never", deadline=time.monotonic() + 50)
+except ferro.FerroError as error:
+    print(type(error).__name__, error.peer, error)
+open(seen, "w").close()
+"""
+PASTS = """
+import os, signal, sys, time
+import ferro
+who = sys.argv[1]
+def await_file(name):
+    deadline = time.monotonic() + 60
+    while not os.path.exists(os.path.join(os.environ["HOME"], name)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+def make_file(name):
+    open(os.path.join(os.environ["HOME"], name), "w").close()
+if who == "0":
+    with ferro.init(rank=0, world_size=1) as alone:  # a world of its own before
+        alone.subgroup([0])
+    for _ in range(2):  # two attempts that fail
+        try:
+            ferro.init(timeout_s=0.2)
+        except ferro.RendezvousError as error:
+            assert "still misses ranks [1] of 2" in str(error), error
+    make_file("failed")
+await_file("failed")
+if who == "replacement":
+    await_file("died")
+else:
+    group = ferro.init(timeout_s=40)
+    group.subgroup([0, 1]).barrier()
+    if who == "1":
+        make_file("died")
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
         group.all_reduce(1.0)
-    except ferro.UsageError as error:
-        print(error, flush=True)
-    sys.exit(0)
-os.waitpid(child, 0)
-assert group.all_reduce(1.0) == 2.0
-ferro.shutdown()
+    except ferro.PeerLost:
+        ferro.shutdown()
+with ferro.init(timeout_s=40) as group:
+    assert group.all_reduce(1.0) == 2.0
+    assert group.subgroup([0, 1]).all_reduce(1.0) == 2.0
+print("ok")
+"""
+HELPER = """
+import subprocess, sys
+import ferro
+helper = (
+    "import ferro, multiprocessing\\ntry: ferro.init(timeout_s=20)\\nexcept ferro.UsageError as error: print(error)"
+    "\\nwith ferro.init(rank=0, world_size=1) as alone: print(alone.all_reduce(1.0))")
+def help():
+    if sys.argv[1] == "1":
+        print(subprocess.run([sys.executable, "-c", helper], capture_output=True, text=True).stdout)
+help()
+with ferro.init(timeout_s=40) as group:
+    help()
+    assert group.all_reduce(1.0) == 2.0
+    group.barrier()
 print("ok")
 """
 PROGRAM = """
@@ -98,16 +212,16 @@ def ranks(tmp_path):
         finally:
             for process in started:
                 process.kill()
-        for output, errors in ended:
-            assert output, errors
+        for process, (output, errors) in zip(started, ended, strict=True):
+            assert output or process.returncode == -signal.SIGKILL, errors
         return [read(output) for output, _ in ended]
 
     return run
 
 
 def arguments_of(arguments):
-    """Return a program's argument: init's as JSON, or just the rank."""
-    if isinstance(arguments, int):
+    """Return a program's argument: init's as JSON, or just the rank or role."""
+    if isinstance(arguments, int | str):
         return str(arguments)
     return json.dumps({"timeout_s": 10, **arguments})
 
@@ -115,6 +229,13 @@ def arguments_of(arguments):
 def place(store, rank, size, **others):
     host, port = store.address
     return {"RANK": rank, "WORLD_SIZE": size, "FERRO_STORE": f"{host}:{port}", "FERRO_SECRET": SECRET.hex(), **others}
+
+
+def of_one_host(tmp_path, size=2):
+    """As under torchrun on one host, where rank 0 hosts the store."""
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": str(tmp_path)}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(size)]
 
 
 def test_alone_it_is_a_world_of_one(ranks):
@@ -221,7 +342,7 @@ def test_a_rank_that_never_comes(ranks, store):
     places = [(place(store, rank, 3), {"timeout_s": 5}) for rank in range(2)]
     for kind, text in ranks(*places):
         assert kind == "RendezvousError"
-        assert "still misses ranks [2] of 3 (present: [0, 1])" in text
+        assert "still misses ranks [2] of 3 (present: [" in text
 
 
 def test_a_port_in_use(ranks):
@@ -265,33 +386,47 @@ def test_several_hosts_need_to_be_told_where_to_meet(ranks):
 
 
 def test_meeting_again_and_again_where_rank_zero_hosts_the_store(ranks, tmp_path):
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": f"again {tmp_path}"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    places = [({**shared, "RANK": rank, "LOCAL_RANK": rank}, rank) for rank in range(2)]
-    assert ranks(*places, source=AGAIN, read=str.strip) == ["ok", "ok"]
+    assert ranks(*of_one_host(tmp_path), source=AGAIN, read=str.strip) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("hosted", [True, False])
+def test_processes_with_different_pasts_meet(ranks, store, tmp_path, hosted):
+    """One was alone, and tried in vain, and lost the other, whose replacement is in its first world."""
+    first, second = [variables for variables, _ in of_one_host(tmp_path)]
+    if not hosted:
+        first, second = (place(store, rank, 2) for rank in range(2))
+    places = [(first, "0"), (second, "1"), (second, "replacement")]
+    assert ranks(*places, source=PASTS, read=str.strip) == ["ok", "", "ok"]
+
+
+def test_a_program_that_a_rank_starts_does_not_take_its_place(ranks, store):
+    places = [(place(store, rank, 2), rank) for rank in range(2)]
+    first, second = ranks(*places, source=HELPER, read=str)
+    assert first == "ok\n"
+    assert second.count("has inherited the variables of rank 1 of 2 (from RANK, WORLD_SIZE)") == 2
+    assert second.count("ferro.init(rank=0, world_size=1) here") == 2
+    assert second.count("\n1.0\n") == 2
+    assert second.endswith("ok\n")
+
+
+def test_a_program_that_starts_a_rank_is_not_the_rank(ranks, store):
+    source = f"import subprocess, sys\nsys.exit(subprocess.call([sys.executable, '-c', {PROGRAM!r}, sys.argv[1]]))"
+    results = ranks(*((place(store, rank, 2), {}) for rank in range(2)), source=source)
+    assert results == [["ok", 2.0, rank, "gloo"] for rank in range(2)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_leaves_its_parents_world_alone(ranks, store):
-    places = [(place(store, rank, 2), rank) for rank in range(2)]
-    for output in ranks(*places, source=FORKING, read=str):
-        assert "this process was forked from process" in output
+def test_a_forked_child_leaves_its_parents_world_alone_however_it_ends(ranks, tmp_path):
+    for output in ranks(*of_one_host(tmp_path), source=FORKING, read=str):
+        assert output.count("this process was forked from process") == 2
         assert output.endswith("ok\n")
 
 
-def test_a_rank_of_another_version_with_other_fields_is_named():
-    from ferro.rendezvous import MemoryStore
-    from ferro.rendezvous.meeting.membership import RankRecord, check_membership
-
-    shared = MemoryStore()
-    shared.add("joined", 1)
-    stranger = {"rank": 1, "world_size": 2, "version": "9.9", "host": "n02", "pid": 7, "new": 1}
-    shared.set("join/1", json.dumps(stranger).encode())
-    mine = RankRecord(rank=0, world_size=2, host="n01", pid=6, address="::1", version="0.1", backend="gloo")
-    with pytest.raises(ferro.RendezvousError, match="differ in the version of ferro") as caught:
-        check_membership(shared, mine, deadline=0.0)
-    assert "rank 1 (host n02, pid 7) has '9.9'" in str(caught.value)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_death_of_the_rank_that_hosts_the_store_is_noticed_though_its_forked_worker_lives_on(ranks, tmp_path):
+    _, told = ranks(*of_one_host(tmp_path), source=ORPHAN, read=str)
+    assert told.startswith("StoreGone 0 the store at 127.0.0.1:")
+    assert "rank 0, which hosts it, has ended: read its log first" in told
 
 
 def test_determinism_refuses_an_algorithm_that_reduces_in_another_order():

@@ -195,7 +195,9 @@ class Dispatcher:
         return self._failure
 
     def abort(self) -> None:
-        """End everything at once: blocked calls raise, here and on the other ranks."""
+        """End everything at once: blocked calls raise, here and on the other ranks. A forked child ends nothing."""
+        if self._forks is not _forks:
+            return
         if self._failure is None and not self._closed:
             name = self._info.name
             self._failure = GroupClosed(f"group {name!r} was aborted", group=name)
@@ -207,6 +209,9 @@ class Dispatcher:
 
         The other ranks are told how a rank that is `leaving` the world leaves each of its groups.
         """
+        if self._forks is not _forks:
+            self._closed = True  # the connections are the parent's, and a thread of its own may hold the lock
+            return
         with self._lock:
             if self._closed:
                 return
@@ -214,8 +219,6 @@ class Dispatcher:
             # A sendrecv enters its sending executor, then its receiving one: the executors close in that order.
             channels = sorted(self._transfers, key=lambda channel: channel.direction, reverse=True)
             executors = [self._collectives, *(self._transfers[channel] for channel in channels)]
-        if self._forks is not _forks:
-            return  # the connections are the parent's
         deadline = time.monotonic() + (0.0 if self._failure else timeout_s)
         drained = [executor.close(deadline) for executor in executors]
         if not all(drained):

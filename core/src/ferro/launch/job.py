@@ -21,6 +21,7 @@ from ferro.launch.processes import FORWARDED, STOPPING, Supervisor, collected_si
 from ferro.launch.report import Failure, RankProcess, describe_failure, first_failure, show_report
 from ferro.launch.trace import merge_parts, parts_directory
 from ferro.rendezvous import StoreServer, derive, per_user_secret
+from ferro.rendezvous.sockets import bound_socket, is_loopback
 from ferro.runtime.environment import Address, LaunchInfo, child_environment, read_secret
 
 # A rank that lost a peer may end before the peer does: the launcher waits so long for the peer's own error.
@@ -92,19 +93,13 @@ def _open_endpoint(attempt: int, nodes: NodeRendezvous | None) -> Iterator[tuple
         if nodes.node_rank > 0:
             yield *nodes.read_endpoint(attempt), secret
             return
-    with StoreServer(host, secret=secret) as server:
-        store, master = (host, server.address[1]), (host, _free_port(host))
+    listening = host if is_loopback(host) else ""
+    with StoreServer(listening, secret=secret) as server, bound_socket(listening, 0) as free:
+        store, master = (host, server.address[1]), (host, int(free.getsockname()[1]))
+        free.close()
         if nodes is not None:
             nodes.publish_endpoint(attempt, store, master)
         yield store, master, secret
-
-
-def _free_port(host: str) -> int:
-    """Find a port on which nobody listens now."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.bind(address)
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -28,6 +28,7 @@ from ferro.errors import RendezvousError, UsageError
 from ferro.launch.options import LaunchOptions
 from ferro.launch.report import Failure
 from ferro.rendezvous import StoreClient, StoreServer, StoreTimeout, derive
+from ferro.rendezvous.sockets import is_elsewhere, is_loopback, own_address, own_addresses
 from ferro.runtime.environment import Address, format_address, parse_address
 
 JOIN_S = 300.0  # how long the nodes wait for one another to start
@@ -49,6 +50,8 @@ class NodeRendezvous:
         assert options.endpoint is not None
         self.node_rank = options.node_rank
         self.host = options.endpoint[0]  # node 0's, as all nodes reach it
+        if self.node_rank == 0 and is_elsewhere(self.host):  # a machine there may forward this one port alone
+            self.host = own_addresses()[0]
         self.secret = secret
         self._nnodes = options.nnodes
         self._next_heartbeat = 0.0
@@ -59,7 +62,10 @@ class NodeRendezvous:
         address, store_secret = options.endpoint, derive(secret, "launchers")
         with contextlib.ExitStack() as resources:
             if self.node_rank == 0:
-                address = resources.enter_context(StoreServer(*address, secret=store_secret)).address
+                host, port = address
+                host = host if is_loopback(host) else ""
+                server = resources.enter_context(StoreServer(host, port, secret=store_secret))
+                address = host or own_address(address[0]), server.address[1]
             deadline = time.monotonic() + JOIN_S
             self._store = resources.enter_context(
                 StoreClient(address, store_secret, deadline=deadline, request_timeout_s=_REQUEST_S)

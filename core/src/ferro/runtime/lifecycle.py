@@ -21,7 +21,6 @@ _FAILED_S = 2.0  # how long this rank hosts the store for the others after a fai
 
 _lock = threading.Lock()
 _world: World | None = None
-_made = 0
 _arguments: tuple[object, ...] = ()  # those that the world was made with
 
 
@@ -66,9 +65,10 @@ def init(
         BackendUnavailable: the backend cannot be used here; the hint says what to do.
         PluginError: a plugin is broken.
     """
-    global _world, _made, _arguments
+    global _world, _arguments
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
     from ferro.runtime.environment import options, resolve
+    from ferro.runtime.environment.inherited import check_not_inherited, mark_rank
     from ferro.runtime.world import World
 
     mappings = (dict(algorithms or {}), dict(backend_options or {}))
@@ -83,18 +83,19 @@ def init(
                 f"group {'is still open' if good else 'has failed'}: use that, or call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
+        check_not_inherited(info)
         settings = options()
         seconds = timeout_s if timeout_s is not None else settings.timeout_s or TIMEOUT_S
         if not 0 < seconds <= threading.TIMEOUT_MAX:
             raise UsageError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
-        world = World(info, settings, backend, seconds, _made)
-        _made += 1
+        world = World(info, settings, backend, seconds)
         try:
             world.join(deterministic, algorithms or {}, backend_options or {}, observers)
         except BaseException:
             world.close(_FAILED_S, orderly=False)
             raise
         _world, _arguments = world, arguments
+        mark_rank(info)
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
     return world.group
@@ -114,8 +115,9 @@ def abandon() -> None:
 
 def _forget_world() -> None:
     """Forget the world in a forked child: its connections are the parent's."""
-    global _world
+    global _world, _lock
     _world = None
+    _lock = threading.Lock()  # another thread of the parent may hold the old one
 
 
 if hasattr(os, "register_at_fork"):

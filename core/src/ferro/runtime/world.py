@@ -22,11 +22,12 @@ from ferro.observers import Observer
 from ferro.plugins import registry as plugins
 from ferro.plugins.checks import observer_problem
 from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
-from ferro.rendezvous.meeting.membership import RankRecord, check_membership
-from ferro.rendezvous.store.interface import Store
+from ferro.rendezvous.meeting.membership import RankRecord, enter_world
+from ferro.rendezvous.store.interface import Store, StoreGone
 from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
 from ferro.runtime.environment import LaunchInfo, thread_advice
+from ferro.runtime.environment.inherited import unmark_rank
 from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
@@ -35,14 +36,14 @@ _log = logging.getLogger("ferro")
 class World:
     """The world group of this process and its connection to the job's store.
 
-    `timeout_s` is for joining, and then for each operation. `number` counts the worlds that this process made before,
-    the same on all ranks.
+    `timeout_s` is for joining, and then for each operation.
     """
 
     group: ProcessGroup
 
-    def __init__(self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float, number: int) -> None:
+    def __init__(self, info: LaunchInfo, settings: Options, backend: str | None, timeout_s: float) -> None:
         self.closed = False
+        self._pid = os.getpid()
         self._info = info
         self._settings = settings
         self._backend = backend
@@ -51,18 +52,17 @@ class World:
             _log.warning("ferro: %s", advice)
         self._deadline = time.monotonic() + timeout_s
         self._observers: tuple[Observer, ...] = ()
-        self._job_store = self._open_job_store(number) if info.world_size > 1 else None
-        root: Store = MemoryStore() if self._job_store is None else self._job_store.store
-        self._store = root.prefix(f"world{number}")
+        self._job_store = self._open_job_store() if info.world_size > 1 else None
+        self._store: Store | None = None  # the part of the store that belongs to the world which this rank entered
 
-    def _open_job_store(self, number: int) -> JobStore:
+    def _open_job_store(self) -> JobStore:
         info, broadcast = self._info, None
         nowhere = info.store is None and (info.master is None or info.master_derived)
         if info.local_world_size != info.world_size and nowhere:
             # Nobody named a place where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
-        return open_job_store(info, number, deadline=self._deadline, broadcast=broadcast)
+        return open_job_store(info, deadline=self._deadline, broadcast=broadcast)
 
     def join(
         self,
@@ -72,7 +72,7 @@ class World:
         observers: Sequence[Observer],
     ) -> None:
         """Meet the other ranks, create the backend, make the group."""
-        info, job_store, group_store = self._info, self._job_store, self._store.prefix("group/0")
+        info = self._info
         try:
             chosen = self._choose_backend()
             fixed = {name: collectives.get(name, algorithm) for name, algorithm in algorithms.items()}
@@ -81,19 +81,21 @@ class World:
             self._observers = _all_observers(observers)
         except FerroError as error:
             with suppress(FerroError):  # the others are told why this rank does not come
-                self._check_membership(self._backend or "none", "", str(error))
+                self._enter(self._backend or "none", "", str(error))
             raise
         requested = self._backend or chosen.name
         settings = f"deterministic={deterministic}, algorithms={dict(sorted(algorithms.items()))}"
-        records = self._check_membership(requested, settings)
+        lost, records = self._enter(requested, settings)
+        assert self._store is not None
+        job_store, group_store = self._job_store, self._store.prefix("group/0")
         config = BackendConfig(
             rank=info.rank,
             world_size=info.world_size,
             store=group_store,
             secret=b"" if job_store is None else job_store.secret,
-            addresses=tuple(record.address for record in records),
+            addresses=tuple(self._reached(record.address) for record in records),
             store_host="127.0.0.1" if job_store is None else job_store.store.remote_host,
-            lost=FailureDetector(self._store, info.rank),
+            lost=lost,
             timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
             host_id=self._settings.host_id,
@@ -137,41 +139,64 @@ class World:
             raise BackendUnavailable(name, found.reason, found.hint)
         return chosen
 
-    def _check_membership(self, backend: str, settings: str, problem: str = "") -> list[RankRecord]:
-        """Exchange records with all ranks, by rank; raise where they do not fit together."""
+    def _enter(self, backend: str, settings: str, problem: str = "") -> tuple[FailureDetector, list[RankRecord]]:
+        """Enter the newest world with all ranks: see `enter_world`."""
         record = RankRecord(
             rank=self._info.rank,
             world_size=self._info.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host,
+            address="127.0.0.1" if self._job_store is None else self._job_store.store.local_host.partition("%")[0],
             version=version("ferro"),
             backend=backend,
             plugins=plugins.installed().versions(),
             settings=settings,
             problem=problem,
         )
+        job_store = self._job_store
+        if job_store is None:
+            return enter_world(MemoryStore(), record, begin=self._begin, deadline=self._deadline)
         try:
-            return check_membership(self._store.prefix("membership"), record, deadline=self._deadline)
+            return enter_world(job_store.store, record, begin=self._begin, deadline=self._deadline)
+        except StoreGone:
+            if not job_store.reopens or time.monotonic() >= self._deadline:
+                raise
         except RendezvousError as error:
             if self._info.world_size > 1:
                 error.add_note(f"This process takes itself for {self._info.describe()}.")
-            server = None if self._job_store is None else self._job_store.server
+            server = job_store.server
             if server is not None and server.refused:
                 error.add_note(
                     f"The store turned away {server.refused} connections with another secret: "
                     "is FERRO_SECRET the same on all ranks?"
                 )
             raise
+        # This rank was early, and found the store of the world before, which has ended meanwhile.
+        job_store.close()
+        self._store, self._job_store = None, self._open_job_store()
+        return self._enter(backend, settings, problem)
+
+    def _reached(self, address: str) -> str:
+        """Complete another rank's link-local address by the interface that leads from here to the store."""
+        own = "" if self._job_store is None else self._job_store.store.local_host
+        return address + "".join(own.partition("%")[1:]) if address.startswith("fe80:") else address
+
+    def _begin(self, store: Store) -> None:
+        """Take a world's part of the store, and leave that of a world which was over before it was complete."""
+        if self._job_store is not None and self._store is not None:
+            self._job_store.store.declare_lost()
+        self._store = store
 
     def close(self, patience_s: float, orderly: bool = True) -> None:
         """Leave the store; the rank that hosts it waits up to `patience_s` for the others.
 
-        Unless this rank leaves in good order, the others see it as lost, as if it had died.
+        Unless this rank leaves in good order, the others see it as lost, as if it had died. A forked child leaves its
+        parent's world alone.
         """
-        if self.closed:
+        if self.closed or os.getpid() != self._pid:
             return
         self.closed = True
+        unmark_rank()
         for observer in self._observers:
             try:
                 observer.close()
@@ -184,7 +209,9 @@ class World:
         if not orderly:  # first, since the others may wait for this rank
             job_store.store.declare_lost()
         try:
-            if self._store.add("goodbye", 1) == self._info.world_size:
+            if self._store is None:  # this rank never entered a world
+                pass
+            elif self._store.add("goodbye", 1) == self._info.world_size:
                 self._store.set("all gone", b"1")
             elif job_store.server is not None:
                 self._store.get("all gone", deadline=time.monotonic() + patience_s)

@@ -212,6 +212,28 @@ def test_without_file_descriptors_the_listener_pauses_and_comes_back(monkeypatch
         loop.close()
 
 
+class Full(socket.socket):
+    """An accepted socket without room for even a small reply."""
+
+    def send(self, data: bytes) -> int:
+        raise BlockingIOError
+
+
+def test_a_connection_without_room_for_the_reply_is_dropped(build):
+    loop = build()
+    sock = loop.stranger()
+    (accepted,) = loop.listener._pending
+    full = Full(fileno=accepted.detach())
+    loop.listener._pending = {full: loop.listener._pending.pop(accepted)}
+    state = handshake.Handshake(handshake.server(SECRET, b"store"))
+    loop.selector._fd_to_key[full.fileno()] = loop.selector.get_map()[full.fileno()]._replace(
+        fileobj=full, data=lambda events: loop.listener._read(full, state, events)
+    )
+    sock.sendall(handshake.Handshake(handshake.client(SECRET, b"store")).opening)
+    loop.turn(lambda: loop.accepted == 0)
+    assert gone(sock)
+
+
 def test_close_leaves_nothing_and_may_be_repeated(build):
     loop = build()
     sock = loop.stranger()

@@ -34,7 +34,7 @@ class Broadcast:
 
 
 def open_one(who, broadcast, deadline):
-    return open_job_store(who, 0, broadcast=broadcast, deadline=deadline)
+    return open_job_store(who, broadcast=broadcast, deadline=deadline)
 
 
 def info(rank, world_size=3):

@@ -136,6 +136,16 @@ def test_a_file_that_is_a_pipe_does_not_make_readers_wait(directory):
         rendezvous_file.read("x", deadline=NOW, directory=directory)
 
 
+def test_without_any_place_to_write_the_error_names_what_helps(tmp_path, monkeypatch):
+    def no_directory() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    for place in (no_directory, lambda: str(tmp_path / "absent")):
+        monkeypatch.setattr(rendezvous_file.tempfile, "gettempdir", place)
+        with pytest.raises(RendezvousError, match=r"TMPDIR.*MASTER_ADDR=127\.0\.0\.1"):
+            rendezvous_file.write("x", "t")
+
+
 def test_the_default_directory_is_in_the_temporary_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous_file.tempfile, "gettempdir", lambda: str(tmp_path))
     rendezvous_file.write("x", "t")

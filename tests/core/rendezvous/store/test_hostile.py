@@ -18,6 +18,7 @@ import pytest
 from ferro.errors import AuthenticationError
 from ferro.rendezvous import StoreClient, StoreServer, connect
 from ferro.rendezvous.auth import handshake
+from ferro.rendezvous.store import server as server_module
 from ferro.rendezvous.store import wire
 
 SECRET = b"a job's secret"
@@ -268,3 +269,29 @@ def test_half_a_request_then_silence_holds_up_nobody(job):
         client.sendall(REQUEST[:-1])
         job.check_unharmed()
     job.check_unharmed()
+
+
+def test_incomplete_requests_are_bounded_in_sum(job, monkeypatch):
+    """A request that finds no room is refused at its end; the store holds nothing of it, and its client may go on."""
+    monkeypatch.setattr(server_module, "MAX_TOTAL_BYTES", 100_000)
+    whole = wire.encode_request(wire.Request(wire.StoreOp.SET, b"large", value=bytes(60_000)))
+    with ExitStack() as stack:
+        clients = [connect(job.server.address, SECRET, purpose=wire.PURPOSE, deadline=soon()) for _ in range(8)]
+        for client in clients:
+            stack.enter_context(client).settimeout(20)
+            client.sendall(whole[:40_000])
+        deadline = soon()
+        while job.server.unfinished_bytes < 40_000 or not any(c._to_discard for c in job.server._connections):
+            assert time.monotonic() < deadline
+            job.serve_client()
+        assert job.server.unfinished_bytes <= 100_000
+        statuses = []
+        for client in clients:
+            client.sendall(whole[40_000:])
+            statuses.append(wire.decode_reply_header(receive(client, wire.REPLY_HEADER_BYTES))[::2])
+            receive(client, statuses[-1][1])
+        assert {status for status, _ in statuses} == {wire.ReplyStatus.OK, wire.ReplyStatus.REFUSED}
+        client.sendall(wire.encode_request(wire.Request(wire.StoreOp.DELETE, b"large")))
+        assert wire.decode_reply_header(receive(client, wire.REPLY_HEADER_BYTES))[:2] == (wire.ReplyStatus.OK, 1)
+    job.check_unharmed()
+    assert job.server.unfinished_bytes == 0

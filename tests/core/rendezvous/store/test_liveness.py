@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -257,6 +260,48 @@ def test_a_value_for_which_there_is_no_room_harms_nobody(server, client, monkeyp
     assert client.get("key", deadline=NOW) == bytes(90)
 
 
+def test_a_thousand_members_that_die_together_wake_each_other_and_the_store_lives_on(server, client, monkeypatch):
+    """Each waits for the value that the one before it leaves, and its connection has ended when that wakes it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 8192, hard))
+    held, release = threading.Event(), threading.Event()
+    perform = server._table.perform
+
+    def hold_up(request: wire.Request) -> wire.Reply:
+        if request.key == b"hold":
+            held.set()
+            release.wait(60)
+        return perform(request)
+
+    monkeypatch.setattr(server._table, "perform", hold_up)
+    members = []
+    for number in range(1000):
+        members.append(raw(server))
+        ask(members[-1], wire.StoreOp.APPEND_ON_DISCONNECT, b"%d" % (number + 1), b"gone")
+        members[-1].sendall(wire.encode_request(wire.Request(wire.StoreOp.GET, b"%d" % number, 60_000_000)))
+    eventually(lambda: len(server._waiting) == 1000)
+    thread = threading.Thread(target=client.set, args=("hold", b""))
+    thread.start()
+    assert held.wait(20)
+    for sock in members:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+    release.set()
+    thread.join(20)
+    eventually(lambda: len(server._connections) == 1)
+    assert all(client.get(str(number + 1), deadline=NOW) == b"gone" for number in range(1000))
+    assert not server._waiting
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_value_that_could_not_be_registered_leaves_no_connection_behind(server, client, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_APPEND_BYTES", 2)  # the server hangs up on the header
+    with pytest.raises(RendezvousError):
+        client.append_on_disconnect("key", b"long")
+    eventually(lambda: len(server._connections) == 1)
+    client.append_on_disconnect("key", b"ok")  # is not refused as a second one
+
+
 def detector_on(server, rank: int, host: int | None = None) -> tuple[StoreClient, FailureDetector]:
     store = StoreClient(server.address, SECRET, deadline=soon(), host=host)
     return store, FailureDetector(store.prefix("world0"), rank)
@@ -268,7 +313,7 @@ def test_ranks_that_died_are_lost_and_no_others(server):
     one.close()  # in good order
     for connection in tuple(server._connections):
         if connection.on_disconnect == {b"world0/lost": b"12 "}:
-            connection._sock.shutdown(2)  # as if its process had died
+            connection.sock.shutdown(2)  # as if its process had died
     eventually(lambda: lost() == {12})
     zero.close()
     _two.close()

@@ -168,7 +168,7 @@ def test_a_store_that_is_gone_is_a_clear_error(server, client):
 def test_a_lost_connection_is_replaced_by_the_next_request(server, client):
     eventually(lambda: server._connections)
     for connection in tuple(server._connections):
-        connection._sock.shutdown(socket.SHUT_RDWR)
+        connection.sock.shutdown(socket.SHUT_RDWR)
     with pytest.raises(RendezvousError, match="gone"):
         client.add("n", 1)
     assert client.add("n", 1) == 1

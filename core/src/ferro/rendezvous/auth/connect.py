@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 
 from ferro.errors import AuthenticationError, RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import remaining_s, set_deadline, set_options
+from ferro.rendezvous.sockets import close_in_children, remaining_s, set_deadline, set_options
 from ferro.runtime.environment import format_address
 
 _FIRST_PAUSE_S = 0.01
@@ -76,7 +77,7 @@ class _Attempts:
         state = handshake.Handshake(handshake.client(self._secret, self._purpose))
         try:
             with ExitStack() as stack:
-                sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                sock = close_in_children(stack.enter_context(socket.socket(family, socket.SOCK_STREAM)))
                 set_deadline(sock, deadline)
                 sock.connect(sockaddr)
                 if sock.getsockname() == sock.getpeername():
@@ -98,6 +99,10 @@ class _Attempts:
             if self._started and isinstance(exc, ConnectionRefusedError):
                 raise
             self._reason = str(exc) or type(exc).__name__
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                self._reason += ": allow this process more open files (ulimit -n)"
+            elif state.replies == 0 and isinstance(exc, ConnectionResetError):
+                self._reason += "; it may lack open files (ulimit -n) for so many ranks: see its log"
             self._drops += state.replies > 0 and isinstance(exc, ConnectionError)
             if self._drops == _DROPS_THAT_REFUSE:
                 raise self._refused("it closes the connection after our proof") from exc

@@ -7,6 +7,7 @@ connections are authenticated without blocking, so none delays another; each cos
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import socket
 import time
@@ -17,7 +18,7 @@ from functools import partial
 
 from ferro.errors import RendezvousError
 from ferro.rendezvous.auth import handshake
-from ferro.rendezvous.sockets import set_options
+from ferro.rendezvous.sockets import bound_socket, close_in_children, set_options
 from ferro.runtime.environment import format_address
 
 _BACKLOG = 1024
@@ -28,22 +29,18 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """Open a listening socket at an IPv4 or IPv6 address or a name; "" means all addresses, port 0 a free one."""
+    """Open a listening socket; host and port are as in `bound_socket`, and port 0 is a free one."""
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, sockaddr = found[0]
         with ExitStack() as stack:
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(sockaddr)
+            sock = stack.enter_context(bound_socket(host, port))
             sock.listen(_BACKLOG)
             stack.pop_all()
             return sock
     except OSError as exc:
+        where = format_address((host, port)) if host else f"port {port} of all addresses"
         raise RendezvousError(
-            f"cannot listen on {format_address((host, port))}: {exc.strerror or exc}. Another job may still use that "
-            "port: end it or choose another port (0 takes a free one); and check that the host is an address of this "
-            "machine."
+            f"cannot listen on {where}: {exc.strerror or exc}. Another job may still use that port: end it or choose "
+            "another port (0 takes a free one); and check that the host is an address of this machine."
         ) from exc
 
 
@@ -67,6 +64,7 @@ class Listener:
     # The connections that are not authenticated yet, each with its deadline, the earliest first.
     _pending: dict[socket.socket, float] = field(default_factory=dict, init=False)
     _paused_until: float | None = field(default=None, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         handshake.require_secret(self.secret)
@@ -105,14 +103,20 @@ class Listener:
                 return
             if len(self._pending) >= self.limit:
                 self._drop_oldest()
-            sock.setblocking(False)
+            close_in_children(sock).setblocking(False)
             self._pending[sock] = time.monotonic() + self.handshake_timeout_s
             state = handshake.Handshake(handshake.server(self.secret, self.purpose))
             self.selector.register(sock, selectors.EVENT_READ, partial(self._read, sock, state))
 
     def _pause(self, exc: OSError) -> None:
         """Stop accepting for a while: without a free file descriptor the loop would spin."""
-        _log.warning("the %r listener pauses for %s s: %s", self.purpose, _ACCEPT_PAUSE_S, exc)
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "ferro: the %s at port %d cannot take another connection (%s), and tries again: allow this process, "
+                "%d, more open files (ulimit -n), or start fewer ranks",
+                *(self.purpose.decode(errors="replace"), self.sock.getsockname()[1], exc, os.getpid()),
+            )
         if self._pending:
             self._drop_oldest()
         self.selector.unregister(self.sock)
@@ -122,7 +126,10 @@ class Listener:
         if sock not in self._pending:
             return  # an earlier event of the same turn dropped it
         try:
-            data = sock.recv(state.wants)
+            try:
+                data = sock.recv(state.wants)
+            except BlockingIOError:
+                return
             reply = state.feed(data)
             # At most 40 bytes go into an empty buffer: a connection without room for them is dropped.
             if not data or sock.send(reply) != len(reply):
@@ -130,9 +137,7 @@ class Listener:
             if state.wants:
                 return
             set_options(sock)
-        except BlockingIOError:
-            return
-        except OSError:  # the client may have left right after its proof
+        except OSError:  # the client may have left right after its proof, or there was no room for the reply
             self._drop(sock)
         except handshake.HandshakeError as exc:
             self.refused += isinstance(exc, handshake.WrongSecretError)

@@ -21,6 +21,10 @@ from ferro.rendezvous.sockets import remaining_s
 
 MAX_TEXT_BYTES = 4096
 
+_REMEDY = (
+    "Set TMPDIR to a directory where you may write, the same for all ranks of this host; or start them with "
+    "`ferro run`; or set MASTER_ADDR=127.0.0.1 and MASTER_PORT to a free port."
+)
 _KEPT_S = 24 * 3600.0
 _FIRST_PAUSE_S = 0.002
 _LONGEST_PAUSE_S = 0.05
@@ -43,7 +47,7 @@ def write(name: str, text: str, *, directory: Path | None = None) -> None:
                     old.unlink()
         private_file.write(path, content, os.replace)
     except OSError as exc:
-        raise RendezvousError(f"cannot write a rendezvous file in {path.parent}: {exc}") from exc
+        raise RendezvousError(f"cannot write a rendezvous file in {path.parent}: {exc}. {_REMEDY}") from exc
 
 
 def read(name: str, *, deadline: float, directory: Path | None = None) -> str:
@@ -79,12 +83,17 @@ def remove(name: str, *, directory: Path | None = None) -> None:
 
 def _path(name: str, directory: Path | None) -> Path:
     """Make the directory, or check it; a file's name is a digest, so no name leads out of the directory."""
-    directory = directory or Path(tempfile.gettempdir()) / f"ferro-{os.getuid()}"
+    try:
+        directory = directory or Path(tempfile.gettempdir()) / f"ferro-{os.getuid()}"
+    except OSError as exc:  # such as a container whose root directory is read-only
+        raise RendezvousError(
+            f"ranks of one host meet through a file, and there is no place for it: {exc}. {_REMEDY}"
+        ) from exc
     try:
         private_file.make_directory(directory)
     except (OSError, private_file.NotPrivateError) as exc:
         raise RendezvousError(
             f"ranks on this host cannot meet in {directory}: {exc}. It must be a directory of yours alone (mode 0700): "
-            "remove it, or have its owner do so."
+            f"remove it, or have its owner do so. {_REMEDY}"
         ) from exc
     return directory / hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
-from ferro.rendezvous.sockets import remaining_s
+from ferro.rendezvous.sockets import numeric_host, remaining_s
 from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store, StoreGone, StoreTimeout, checked_request
 from ferro.rendezvous.store.liveness import LivenessConnection
@@ -48,8 +49,8 @@ class StoreClient(Store):
         self.request_timeout_s = request_timeout_s
         first = connect(address, secret, purpose=wire.PURPOSE, deadline=deadline)
         self._connect = partial(connect, address, secret, purpose=wire.PURPOSE, started=True)
-        self.local_host: str = first.getsockname()[0]  # an address by which others can reach this machine
-        self.remote_host: str = first.getpeername()[0]
+        self.local_host = numeric_host(first.getsockname())  # an address by which others can reach this machine
+        self.remote_host = numeric_host(first.getpeername())
         self._liveness: LivenessConnection | None = None
         self._liveness_lock = threading.Lock()
         self._changed = threading.Condition()
@@ -57,6 +58,7 @@ class StoreClient(Store):
         self._in_use: set[socket.socket] = set()
         self._users = 0
         self._closed = False
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -66,13 +68,20 @@ class StoreClient(Store):
 
     def declare_lost(self) -> None:
         """Have the value of `append_on_disconnect` appended now, for a process that fails without dying."""
+        if os.getpid() != self._pid:
+            return
         with self._liveness_lock:
             liveness, self._liveness = self._liveness, None
         if liveness is not None:
             liveness.break_off()
 
     def close(self) -> None:
-        """Close all connections in good order, and wake threads that wait on one; idempotent."""
+        """Close all connections in good order, and wake threads that wait on one; idempotent.
+
+        A forked child leaves them to its parent.
+        """
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._closed = True
             for sock in self._idle:
@@ -88,6 +97,7 @@ class StoreClient(Store):
 
     def _ask(self, op: wire.StoreOp, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
         request = checked_request(op, key, number, value)
+        self._check_open()
         deadline = time.monotonic() + self.request_timeout_s
         try:
             if op is wire.StoreOp.APPEND_ON_DISCONNECT:
@@ -103,6 +113,7 @@ class StoreClient(Store):
         started = time.monotonic()
         wait_us = int(remaining_s(deadline) * 1e6)
         request = checked_request(wire.StoreOp.GET, key, wait_us)
+        self._check_open()
         try:
             reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
         except TimeoutError as exc:
@@ -119,9 +130,15 @@ class StoreClient(Store):
             if self._liveness is not None:
                 key = request.key.decode()
                 raise UsageError(f"append_on_disconnect({key!r}): this store has a value already, and takes one")
-            self._liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
             with self._translating():
-                return self._check(self._liveness.register(request, deadline))
+                liveness = LivenessConnection(self._connect(deadline=deadline), request.key)
+                try:
+                    reply = self._check(liveness.register(request, deadline))
+                except BaseException:
+                    liveness.sock.close()
+                    raise
+            self._liveness = liveness
+            return reply
 
     def _exchange(self, request: wire.Request, deadline: float) -> wire.Reply:
         with self._translating(), self._connection(deadline) as sock:
@@ -186,5 +203,7 @@ class StoreClient(Store):
         return reply
 
     def _check_open(self) -> None:
+        if os.getpid() != self._pid:  # a lock may be held by a thread that the child does not have
+            raise UsageError(f"this process was forked from process {self._pid}, whose store it must not use")
         if self._closed:
             raise RendezvousError("this store client was closed")

@@ -29,7 +29,11 @@ class StoreGone(RendezvousError):
 
     def __init__(self, where: str, host: int | None, reason: object, *, orderly: bool) -> None:
         who = "the process that hosts it, usually `ferro run`," if host is None else f"rank {host}, which hosts it,"
-        how = "has left in good order" if orderly else "has ended: read its log first"
+        how = (
+            "has left in good order: let it leave last, or use `ferro run`"
+            if orderly
+            else "has ended: read its log first"
+        )
         super().__init__(f"{where} is gone ({reason}): {who} {how}.", peer=host)
         self.orderly = orderly
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-import weakref
 from contextlib import suppress
 
 from ferro.errors import FerroError
@@ -13,7 +11,7 @@ from ferro.rendezvous.store import wire
 from ferro.rendezvous.store.interface import Store, StoreGone
 
 _CANCEL_S = 1.0  # for a few bytes, which a working system takes at once
-_LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
+LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
 
 
 class LivenessConnection:
@@ -23,7 +21,6 @@ class LivenessConnection:
         self.sock = sock
         self._key = key
         self.store_left = False  # the store said, before it ended, that its host leaves in good order
-        _connections.add(self)
 
     def register(self, request: wire.Request, deadline: float) -> wire.Reply:
         reply = wire.exchange(self.sock, request, deadline)
@@ -56,19 +53,6 @@ class LivenessConnection:
         self.sock.close()
 
 
-_connections: weakref.WeakSet[LivenessConnection] = weakref.WeakSet()
-
-
-def _close_copies() -> None:
-    for connection in _connections:
-        connection.sock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    # A child that outlives its parent must not keep the parent's connection alive.
-    os.register_at_fork(after_in_child=_close_copies)
-
-
 class FailureDetector:
     """Lists the lost ranks of a world when called, and registers this rank, so that the others learn of its end.
 
@@ -84,13 +68,13 @@ class FailureDetector:
         self._rank = rank
         self._store_gone = False
         self._lost: frozenset[int] = frozenset()
-        store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
+        store.append_on_disconnect(LOST_KEY, b"%d " % rank)
 
     def __call__(self) -> frozenset[int]:
         """Ask for the lost ranks other than this one; never raises. A store that is gone is not asked again."""
         if not self._store_gone:
             try:
-                ranks = self._store.get(_LOST_KEY, deadline=time.monotonic())
+                ranks = self._store.get(LOST_KEY, deadline=time.monotonic())
                 self._lost = frozenset(map(int, ranks.split()))
             except TimeoutError:  # no rank is lost, or the store is slow
                 pass

@@ -22,7 +22,7 @@ class BoundedTable:
 
     def __init__(self) -> None:
         self._values: dict[bytes, bytes] = {}
-        self._total_bytes = 0
+        self.total_bytes = 0
 
     def perform(self, request: Request) -> Reply:
         """Carry out a SET, GET, ADD or DELETE; do nothing for other requests."""
@@ -35,7 +35,7 @@ class BoundedTable:
             case StoreOp.ADD:
                 return Reply(ReplyStatus.OK, self.add(key, number))
             case StoreOp.DELETE if (old := self._values.pop(key, None)) is not None:
-                self._total_bytes -= len(key) + len(old)
+                self.total_bytes -= len(key) + len(old)
                 return Reply(ReplyStatus.OK, 1)
         return Reply(ReplyStatus.OK)
 
@@ -45,12 +45,12 @@ class BoundedTable:
     def set(self, key: bytes, value: bytes) -> None:
         old = self._values.get(key)
         growth = len(value) - len(old) if old is not None else len(key) + len(value)
-        if self._total_bytes + growth > MAX_TOTAL_BYTES:
-            raise _full(key, f"{self._total_bytes} of {MAX_TOTAL_BYTES} bytes")
+        if self.total_bytes + growth > MAX_TOTAL_BYTES:
+            raise _full(key, f"{self.total_bytes} of {MAX_TOTAL_BYTES} bytes")
         if old is None and len(self._values) >= MAX_KEYS:
             raise _full(key, f"{len(self._values)} of {MAX_KEYS} keys")
         self._values[key] = value
-        self._total_bytes += growth
+        self.total_bytes += growth
 
     def add(self, key: bytes, amount: int) -> int:
         value = self._values.get(key, b"0")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import selectors
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Self
 
 from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth import handshake
 from ferro.rendezvous.auth.listener import Listener, listen
-from ferro.rendezvous.sockets import remaining_s
+from ferro.rendezvous.sockets import close_in_children, remaining_s
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.memory import BoundedTable
+from ferro.rendezvous.store.memory import MAX_TOTAL_BYTES, BoundedTable
 from ferro.runtime.environment import format_address
 
 _JOIN_S = 5.0
@@ -36,16 +38,19 @@ class StoreServer:
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(listener, secret, purpose=wire.PURPOSE, selector=self._selector, admit=self._admit)
         self._connections: set[_Connection] = set()
+        self._ended: deque[_Connection] = deque()  # not yet forgotten
         self._waiting: dict[bytes, set[_Connection]] = {}  # for each key, the connections whose `get` waits for it
         # A lower bound of the deadlines of all waiting connections. It is not raised when one stops waiting: a needless
         # wake-up costs less than a search each time.
         self._next_deadline = math.inf
         self._table = BoundedTable()
-        self._wakeup, self._wakeup_read = socket.socketpair()
+        self.unfinished_bytes = 0  # of all requests that are still incomplete
+        self._wakeup, self._wakeup_read = map(close_in_children, socket.socketpair())
         self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
         self._says_closed = False
         self._close_lock = threading.Lock()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
         self._thread.start()
 
@@ -63,8 +68,11 @@ class StoreServer:
     def close(self, *, orderly: bool = True) -> None:
         """Close all connections and end the thread, within 5 s; idempotent.
 
-        Unless this is `orderly`, clients see the end as they would see the death of this process.
+        Unless this is `orderly`, clients see the end as they would see the death of this process. A forked child
+        leaves the store to its parent.
         """
+        if os.getpid() != self._pid:
+            return
         with self._close_lock:
             self._says_closed = orderly
             self._closing = True
@@ -83,12 +91,14 @@ class StoreServer:
             while not self._closing:
                 for key, events in self._selector.select(self._expire()):
                     key.data(events)
+                self._forget_ended()
         finally:
             self._listener.close()
             for connection in tuple(self._connections):
                 if self._says_closed:
                     connection.say_closed()
                 connection.close()
+            self._forget_ended()
             self._selector.close()
             self._wakeup_read.close()
 
@@ -102,6 +112,7 @@ class StoreServer:
                     self._stop_waiting(connection)
                     connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
             self._next_deadline = min((c.deadline for c in waiting if c.waits_for is not None), default=math.inf)
+            self._forget_ended()
         return remaining_s(min(self._listener.expire() or math.inf, self._next_deadline))
 
     def _stop_waiting(self, connection: _Connection) -> None:
@@ -114,22 +125,39 @@ class StoreServer:
     def _admit(self, sock: socket.socket) -> None:
         self._connections.add(_Connection(sock, self._selector, self))
 
-    def forget(self, connection: _Connection) -> None:
-        """Forget a connection that is about to be closed, and append the value that it registered for that case."""
-        self._connections.discard(connection)
-        self._stop_waiting(connection)
-        for key, value in () if self._closing else connection.on_disconnect.items():
-            try:
-                self._table.append(key, value)
-            except RendezvousError as exc:
-                _log.warning("the value of a disconnected client was not appended: %s", exc)
-            self._wake(key)
+    def ended(self, connection: _Connection) -> None:
+        """Forget a connection, and close its socket, as soon as the current event has been dealt with."""
+        self._ended.append(connection)
+
+    def _forget_ended(self) -> None:
+        """Forget the connections that ended, and append the values that they registered for that case.
+
+        A value wakes other clients, whose connections may turn out to have ended as well: these queue up here.
+        """
+        while self._ended:
+            connection = self._ended.popleft()
+            self._connections.discard(connection)
+            self._stop_waiting(connection)
+            for key, value in () if self._closing else connection.on_disconnect.items():
+                try:
+                    self._table.append(key, value)
+                except RendezvousError as exc:
+                    _log.warning("the value of a disconnected client was not appended: %s", exc)
+                self._wake(key)
+            connection.sock.close()
+
+    def has_room(self) -> bool:
+        """Say whether the incomplete requests and the values in the store are within the store's bound, together."""
+        return self._table.total_bytes + self.unfinished_bytes <= MAX_TOTAL_BYTES
 
     def answer(self, connection: _Connection, request: wire.Request) -> None:
         """Reply to a request, at once or, to a `get` of a missing key, when the key is set."""
         op, key, number, value = request
         if op is wire.StoreOp.GET and self._table.get(key) is None:
-            deadline = time.monotonic() + max(number, 0) / 1e6
+            if number <= 0:
+                connection.reply(wire.Reply(wire.ReplyStatus.TIMEOUT))
+                return
+            deadline = time.monotonic() + number / 1e6
             connection.waits_for, connection.deadline = key, deadline
             self._waiting.setdefault(key, set()).add(connection)
             self._next_deadline = min(self._next_deadline, deadline)
@@ -177,10 +205,11 @@ class _Connection:
         self.on_disconnect: dict[bytes, bytes] = {}
         self.waits_for: bytes | None = None
         self.deadline = 0.0
-        self._sock = sock
+        self.sock = sock
         self._selector = selector
         self._server = server
         self._received = bytearray()
+        self._to_discard = 0  # bytes of a request that found no room
         self._unsent: list[memoryview] = []
         self._awaits_reply = False
         self._closed = False
@@ -206,9 +235,9 @@ class _Connection:
         if self._closed:
             return
         self._closed = True
-        self._server.forget(self)
-        self._selector.unregister(self._sock)
-        self._sock.close()
+        self._server.unfinished_bytes -= len(self._received)
+        self._selector.unregister(self.sock)
+        self._server.ended(self)
 
     def _on_event(self, _events: int) -> None:
         if self._closed:
@@ -222,29 +251,56 @@ class _Connection:
             pass
         except (OSError, wire.WireError):
             self.close()
+        except Exception:  # noqa: BLE001 - no request may end the store
+            _log.exception("a client's request failed, and it was disconnected")
+            self.close()
 
     def _read(self) -> None:
-        data = self._sock.recv(_READ_BYTES)
+        data = self.sock.recv(_READ_BYTES)
         if not data or self._awaits_reply:
             raise wire.WireError("left, or sent something before its reply came")
+        if self._to_discard:
+            self._discard(len(data))
+            return
         self._received += data
+        self._server.unfinished_bytes += len(data)
         size = wire.request_bytes(self._received)
         if size is None or len(self._received) < size:
+            if size is not None and not self._server.has_room():
+                self._to_discard = size
+                self._discard(self._take_received())
             return
         if len(self._received) > size:
             raise wire.WireError("more than one request at a time")
         request = wire.decode_request(self._received)
-        self._received = bytearray()
+        self._take_received()
         self._awaits_reply = True
         self._server.answer(self, request)
 
+    def _take_received(self) -> int:
+        """Release the bytes received so far; return their number."""
+        count = len(self._received)
+        self._server.unfinished_bytes -= count
+        self._received = bytearray()
+        return count
+
+    def _discard(self, received: int) -> None:
+        """Pass over bytes of a request that found no room, and refuse it at its end: its client sends it all first."""
+        self._to_discard -= received
+        if self._to_discard < 0:
+            raise wire.WireError("more than one request at a time")
+        if not self._to_discard:
+            self._awaits_reply = True
+            message = b"too many large values are on their way to it at once. Send large data with a collective."
+            self.reply(wire.Reply(wire.ReplyStatus.REFUSED, value=message))
+
     def _write(self) -> None:
         with suppress(BlockingIOError):
-            sent = self._sock.sendmsg(self._unsent)
+            sent = self.sock.sendmsg(self._unsent)
             while self._unsent and sent >= len(self._unsent[0]):
                 sent -= len(self._unsent.pop(0))
             if self._unsent:
                 self._unsent[0] = self._unsent[0][sent:]
         self._awaits_reply = bool(self._unsent)
         events = selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ
-        self._selector.modify(self._sock, events, self._on_event)
+        self._selector.modify(self.sock, events, self._on_event)

@@ -36,6 +36,11 @@ class LaunchInfo:
     secret: bytes | None = field(default=None, repr=False)
     provenance: tuple[tuple[str, str], ...] = ()  # (attribute, variable or argument that it came from), for messages
 
+    @property
+    def assumed(self) -> bool:
+        """Whether no variable said how many ranks this host has."""
+        return dict(self.provenance).get("local_world_size", "").startswith("assumed")
+
     def describe(self) -> str:
         """Format rank, world size and the local pair, each with its source, for messages."""
         return (

@@ -23,7 +23,7 @@ _FOREIGN_PREFIXES = ("OMPI_COMM_WORLD_", "PET_", "PMI_", "PMIX_", "TORCHELASTIC_
 _FOREIGN = frozenset(
     # A number of the node is left to the program: it fits to the ranks there.
     {name for variables in LAUNCHERS if not variables.per_node for name in (variables.rank, variables.local_rank)}
-    | {"PBS_TASKNUM", "FERRO_MASTER_PORT", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
+    | {"PBS_TASKNUM", "FERRO_MASTER_PORT", "FERRO_RANK_PROCESS", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
     | {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
 )
 

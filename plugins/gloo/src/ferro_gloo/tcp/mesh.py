@@ -55,15 +55,8 @@ def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
 
 
 def _listening_host(config: BackendConfig) -> str:
-    """Return this rank's own address, or "" for all interfaces.
-
-    A rank that reached the store over loopback listens on all interfaces if another rank did not, because that one
-    cannot reach its loopback address.
-    """
-    own = config.addresses[config.rank]
-    if _is_loopback(own) and not all(map(_is_loopback, config.addresses)):
-        return ""
-    return own
+    """Return this rank's own address where all ranks reached the store over loopback, or "" for all addresses."""
+    return config.addresses[config.rank] if all(map(_is_loopback, config.addresses)) else ""
 
 
 def _connect_to(config: BackendConfig, peer: int, deadline: float) -> socket.socket:
