@@ -52,6 +52,7 @@ def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
         (["--timeout-s", "nan", __file__], "--timeout-s nan"),
         (["--timeout-s", "0", __file__], "--timeout-s 0"),
         (["--grace-s", "-1", __file__], "--grace-s -1"),
+        (["/"], "'/' is a directory without a file __main__.py"),
         (["-np", "two", __file__], "'two'"),
         (["-m", "no_such_module.at_all"], "there is no module 'no_such_module.at_all'"),
         (["--nproc", "2", __file__], "--nproc"),

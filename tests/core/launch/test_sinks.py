@@ -4,6 +4,7 @@ import os
 import pty
 import signal
 import subprocess
+import time
 import tty
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,15 @@ def test_a_reader_that_does_not_read_makes_the_launcher_deaf_to_nothing(
             until(lambda: len(list(tmp_path.glob("pid*"))) == 2, "the ranks to start")
             ranks = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
 
-            def blocked() -> bool:
-                return all("pipe_w" in Path(f"/proc/{pid}/wchan").read_text() or alive(pid) for pid in ranks)
+            def written() -> list[str]:
+                return [Path(f"/proc/{pid}/io").read_text() for pid in ranks]
 
-            until(blocked, "the ranks to write")
+            def blocked() -> bool:
+                before = written()
+                time.sleep(0.2)
+                return written() == before
+
+            until(blocked, "the ranks to wait for a reader")
             if end == "signal":
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(TIMEOUT_S) == 143

@@ -145,8 +145,11 @@ def _check(options: LaunchOptions) -> None:
         raise UsageError(f"--timeout-s {options.timeout_s}: give a positive number of seconds")
     if not 0 <= options.grace_s < math.inf:
         raise UsageError(f"--grace-s {options.grace_s}: give 0 or more seconds")
-    if not options.module and not Path(options.program).exists():
+    program = Path(options.program)
+    if not options.module and not program.exists():
         raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
+    if not options.module and program.is_dir() and not (program / "__main__.py").exists():
+        raise UsageError(f"{options.program!r} is a directory without a file __main__.py; name the file to run")
     if options.module and not _module_exists(options.program.partition(".")[0]):
         raise UsageError(f"there is no module {options.program!r}; for a file leave -m away")
     if options.trace is not None and not options.trace.absolute().parent.is_dir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections import deque
 
 _ROOM_BYTES = 1024 * 1024  # with so much unwritten, the ranks' pipes are left unread
 _ENDING_ROOM_BYTES = 16 * _ROOM_BYTES  # while ranks are ending, so that a rank that prints as it saves is not held up
@@ -27,7 +26,7 @@ class BackgroundWriter:
         self.ending = False
         self._descriptor = descriptor
         self._changed = threading.Condition()
-        self._pieces: deque[bytes] = deque()
+        self._pieces: list[bytes] = []
         self._pending_bytes = 0
         threading.Thread(target=self._run, name="ferro-run-writer", daemon=True).start()
 
@@ -35,9 +34,10 @@ class BackgroundWriter:
         """Have `data` written soon."""
         with self._changed:
             if data and not self.reader_left:
+                if not self._pieces:
+                    self._changed.notify_all()
                 self._pieces.append(data)
                 self._pending_bytes += len(data)
-                self._changed.notify_all()
 
     def flush(self) -> None:
         """Do nothing: the thread writes as soon as it can."""
@@ -63,7 +63,8 @@ class BackgroundWriter:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pieces)
-                data = self._pieces.popleft()
+                data = b"".join(self._pieces)
+                self._pieces.clear()
             for start in range(0, len(data), _WRITE_BYTES):
                 piece = data[start : start + _WRITE_BYTES]
                 try:
