@@ -40,7 +40,7 @@ def test_a_signal_leaves_the_ranks_time_to_save_and_its_duplicate_does_not_hurry
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert sorted(out.decode().splitlines()) == ["[0] saved", "[1] saved"]
     assert process.returncode == 143
-    assert "ranks 0, 1 may take up to 30 s to end (--grace-s)" in err.decode()
+    assert "waiting up to 30 s (--grace-s) for ranks 0, 1 to end" in err.decode()
 
 
 def test_a_survivor_saves_while_the_failure_is_shown(script: Script, tmp_path: Path, start: Callable) -> None:
@@ -57,7 +57,7 @@ def test_a_survivor_saves_while_the_failure_is_shown(script: Script, tmp_path: P
     process = start("run", "-n", 2, program, stdin=True)
     lines = iter(process.stderr.readline, b"")
     assert any(b"KeyError: 'the cause'" in line for line in lines)
-    assert b"rank 1 failed first: exit code 1; rank 0 may take up to 30 s" in next(lines)
+    assert b"rank 1 failed first: exit code 1; waiting up to 30 s (--grace-s) for rank 0 to end" in next(lines)
     process.stdin.close()
     assert process.wait(TIMEOUT_S) == 1
     assert process.stdout.read() == b"[0] saved\n"

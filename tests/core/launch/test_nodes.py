@@ -199,3 +199,27 @@ def test_the_rank_that_ended_early_on_another_node_is_named(options: Callable[..
         found = node.first_failure(0, None, {0: 0.5})
     assert found is not None
     assert found.what.startswith("rank 0 ended with exit code 0 after 0.5 s")
+
+
+def test_a_network_that_is_down_does_not_hold_up_the_launcher(
+    options: Callable[..., LaunchOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request to node 0 that is not answered delays neither the watch over the ranks nor ends the job."""
+    monkeypatch.setattr(nodes, "_HEARTBEAT_S", 0.01)
+    down, up = threading.Event(), threading.Event()
+    with (
+        OtherNode(options(1), lambda node: node.first_failure(0, None)),
+        nodes.NodeRendezvous(options(0), SECRET) as node,
+    ):
+        add = node._shared.add
+
+        def unanswered(key: str, amount: int) -> int:
+            down.set()
+            assert up.wait(TIMEOUT_S)
+            return add(key, amount)
+
+        monkeypatch.setattr(node._shared, "add", unanswered)
+        assert down.wait(TIMEOUT_S)
+        assert not node.stopped(0)
+        up.set()
+        assert node.first_failure(0, None) is None

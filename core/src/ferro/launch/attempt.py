@@ -242,8 +242,8 @@ class Attempt:
         elif (first := first_failure(self.ranks)) is not None:
             first.output.release()
             why = describe_failure(first, self.started, alone=self.options.world_size == 1).what
-        grace = f"{self.options.grace_s:g} s to end (--grace-s)"
-        self.console.say(f"{why}; {busy} may take up to {grace}, and is killed at a second signal")
+        grace = f"{self.options.grace_s:g} s (--grace-s)"
+        self.console.say(f"{why}; waiting up to {grace} for {busy} to end, or for a second signal")
 
     def _wait_s(self) -> float:
         """Compute how long to wait for events until the ranks' output has to be looked after."""

@@ -126,7 +126,9 @@ class NodeRendezvous:
         with contextlib.suppress(RendezvousError):
             self._shared.add("left", 1)
             deadline = time.monotonic() + _LEAVE_S
-            while self.node_rank == 0 and self._shared.add("left", 0) < self._joined and time.monotonic() < deadline:
+            while self.node_rank == 0 and time.monotonic() < deadline:
+                if self._shared.add("left", 0) + len(self._lost_nodes()) >= self._joined:
+                    break
                 time.sleep(_LEAVE_POLL_S)
 
     def publish_endpoint(self, attempt: int, store: Address, master: Address) -> None:
