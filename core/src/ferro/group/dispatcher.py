@@ -7,6 +7,7 @@ operation its number and deadline, notifies observers, and turns a failure into 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import warnings
@@ -20,9 +21,10 @@ import numpy as np
 from ferro.backend import Backend
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
 from ferro.errors import FerroError, GroupClosed, PeerLost, UnsupportedError, UsageError
-from ferro.group.failure_agreement import CallSite, FailureAgreement
+from ferro.group.failure_agreement import FailureAgreement
+from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
-from ferro.group.serial_executor import ExecutorClosed, SerialExecutor
+from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, issuing_thread
 from ferro.group.work import LaunchedWork
 from ferro.observers import Event
 from ferro.types import Array, Device
@@ -200,8 +202,11 @@ class Dispatcher:
             self._agreement.report(GroupClosed, "was aborted")
         self.backend.abort()
 
-    def close(self, timeout_s: float) -> None:
-        """Let pending operations end, within `timeout_s` seconds; then release the backend."""
+    def close(self, timeout_s: float, *, leaving: bool = False) -> None:
+        """Let pending operations end, within `timeout_s` seconds; then release the backend.
+
+        The other ranks are told how a rank that is `leaving` the world leaves each of its groups.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -217,6 +222,9 @@ class Dispatcher:
             if self._failure is None:
                 self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
+        elif leaving and self._failure is None and self.backend.world_size > 1:
+            error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+            self._agreement.report_leaving(self._collectives.next_number(), None if timeout_s > 0 else error)
         self.backend.close()
 
     def _raise_closed(self, op: str) -> NoReturn:
@@ -335,6 +343,8 @@ class Dispatcher:
             # The other ranks are told of the user's interrupt. A killed simulated rank raises no Exception and reports
             # nothing, as a killed process would.
             cause = self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
+            if isinstance(error, FerroError | TimeoutError):  # its text is in that of the cause
+                raise cause from None
             if isinstance(error, Exception):
                 raise cause from error
             raise
@@ -343,7 +353,12 @@ class Dispatcher:
         """Find the cause that all ranks report, and let no further operation begin."""
         if self._failure is not None:
             return self._failure
+        # The group makes no collective after this one, so a number may be taken to learn how many there were.
+        user_call = find_user_call(issuing_thread())
+        site = replace(site, user_call=user_call, collectives=self._collectives.next_number())
         cause = self._agreement.agree(error, site, self.backend.abort)
         with self._lock:
             self._failure = self._failure or cause
+        lost = self._info.global_ranks[cause.peer] if isinstance(cause, PeerLost) and cause.peer is not None else None
+        self._info.failures.append((f"{type(cause).__name__}: {cause}", lost))
         return cause

@@ -61,6 +61,7 @@ class _ShortSwitchInterval:
 
 class _ThreadState(threading.local):
     on_executor_thread = False
+    issuing_thread = 0  # of the operation that an executor's thread runs
 
 
 _SHORT_SWITCH_INTERVAL = _ShortSwitchInterval()
@@ -73,6 +74,11 @@ def on_executor_thread() -> bool:
     The caller's thread may then be computing and need its core: a backend that waits does better to sleep than to poll.
     """
     return _THREAD_STATE.on_executor_thread
+
+
+def issuing_thread() -> int:
+    """Identify the thread that issued the operation which runs in this one."""
+    return _THREAD_STATE.issuing_thread or threading.get_ident()
 
 
 class SerialExecutor:
@@ -153,6 +159,7 @@ class SerialExecutor:
                     work, operation = self.pending.popleft()
                     self._changed.notify_all()
                 with _SHORT_SWITCH_INTERVAL:
+                    _THREAD_STATE.issuing_thread = work.thread
                     work._run(operation)
             del work, operation  # so that only holders of the handle keep its result alive
 
