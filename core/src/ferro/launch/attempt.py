@@ -14,20 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import IO
 
 from ferro.errors import FerroError, UsageError
+from ferro.launch import report
 from ferro.launch.nodes import NodeRendezvous
 from ferro.launch.options import LaunchOptions
 from ferro.launch.output import Console, RankOutput
 from ferro.launch.processes import FORWARDED, STOPPING, SUSPENDING, Supervisor, collected_signals, take_signals
-from ferro.launch.report import (
-    Failure,
-    RankProcess,
-    describe_code,
-    describe_failure,
-    first_failure,
-    join_ranks,
-    name_early_ranks,
-    show_report,
-)
+from ferro.launch.report import Failure, RankProcess, join_ranks
 from ferro.launch.terminal import TerminalInput
 from ferro.launch.writer import BackgroundWriter
 from ferro.runtime.environment import Address, LaunchInfo, child_environment
@@ -58,7 +50,7 @@ class Attempt:
     lost: list[RankProcess] = field(default_factory=list)  # those that failed while the others went on
     stops: list[signal.Signals] = field(default_factory=list)  # the requests to end the job
     stopped_by: signal.Signals | None = None  # the request that came before any failure
-    ending_since: float | None = None
+    ending: bool = False  # the ranks have been told to end
     started: float = 0.0
 
     def run(self) -> Failure | None:
@@ -78,18 +70,18 @@ class Attempt:
             finally:  # this node's failures are reported even if node 0 is gone
                 if agreed is not None:
                     here = failure is not None and agreed.what.endswith(failure.what)
-                    show_report(self.console, self.ranks, first if here else None, agreed, self.options)
+                    report.show_report(self.console, self.ranks, first if here else None, agreed, self.options)
         return agreed
 
     def _find_failure(self) -> tuple[RankProcess | None, Failure | None]:
         """Say whether the attempt failed on this node: the rank that failed first, if any, and the failure."""
-        first = first_failure(self.ranks)
+        first = report.first_failure(self.ranks)
         if self.stopped_by is not None:
             return None, self._describe_stop(self.stopped_by)
         if first is None or self._survivors_ended_well():
             return None, None
-        failure = describe_failure(first, self.started, alone=self.options.world_size == 1)
-        return first, failure if self.nodes is not None else name_early_ranks(failure, self._early_ends())
+        failure = report.describe_failure(first, self.started, alone=self.options.world_size == 1)
+        return first, failure if self.nodes is not None else report.name_early_ranks(failure, self._early_ends())
 
     def _describe_stop(self, signum: signal.Signals) -> Failure:
         launcher = "the launcher" + ("" if self.nodes is None else f" of node {self.options.node_rank}")
@@ -133,7 +125,7 @@ class Attempt:
             if len(self.stops) > stops:
                 return replace(failure or self._describe_stop(self.stops[-1]), restart=False)
             if time.monotonic() > notice_at and not answers:
-                if (first := first_failure(self.ranks)) is not None:
+                if (first := report.first_failure(self.ranks)) is not None:
                     first.output.release()
                 self.console.say(nodes.describe_unfinished(self.number))
                 notice_at += _NEXT_NOTICE_S
@@ -211,16 +203,15 @@ class Attempt:
                 since = min(rank.process.ended_at or 0.0 for rank in failed)
                 if not only_lost_peers or time.monotonic() > since + _PEER_ERROR_S:
                     break
-        self.ending_since = time.monotonic()
+        began, self.ending = time.monotonic(), True
         for writer in self.writers:
             writer.ending = True
-        told: list[float] = []
+        told: list[bool] = []
 
         def hurry() -> bool:
             self._handle_events(supervisor, signals)
-            assert self.ending_since is not None
-            if supervisor.running() and not told and time.monotonic() > self.ending_since + _QUICK_END_S:
-                told.append(time.monotonic())
+            if supervisor.running() and not told and time.monotonic() > began + _QUICK_END_S:
+                told.append(True)
                 self._tell_ending()
             return len(self.stops) > 1
 
@@ -231,7 +222,9 @@ class Attempt:
         for rank in failed:
             self.lost.append(rank)
             rank.output.release()
-            self.console.say(f"lost rank {rank.rank}: {describe_code(rank.code)}; the others go on (--keep-going)")
+            self.console.say(
+                f"lost rank {rank.rank}: {report.describe_code(rank.code)}; the others go on (--keep-going)"
+            )
 
     def _tell_ending(self) -> None:
         """Tell the user why the ranks are ended, and that some take their time; show the first failure at once."""
@@ -239,9 +232,9 @@ class Attempt:
         why = "something failed on another node"
         if self.stopped_by is not None:
             why = self._describe_stop(self.stopped_by).what
-        elif (first := first_failure(self.ranks)) is not None:
+        elif (first := report.first_failure(self.ranks)) is not None:
             first.output.release()
-            why = describe_failure(first, self.started, alone=self.options.world_size == 1).what
+            why = report.describe_failure(first, self.started, alone=self.options.world_size == 1).what
         grace = f"{self.options.grace_s:g} s (--grace-s)"
         self.console.say(f"{why}; waiting up to {grace} for {busy} to end, or for a second signal")
 
@@ -263,7 +256,7 @@ class Attempt:
                     rank.output.release_due()
         for writer, name in zip(self.writers, ("stdout", "stderr"), strict=True):
             if writer.reader_left:
-                if name == "stdout" and not self.stops and self.ending_since is None:
+                if name == "stdout" and not self.stops and not self.ending:
                     self.stops.append(signal.SIGPIPE)
             elif writer.error is not None and not writer.error_told:
                 writer.error_told = True

@@ -70,7 +70,7 @@ class NodeRendezvous:
         self._joined = 1
         self._joined_at = time.monotonic()
         self._heartbeats: dict[int, tuple[int, float]] = {}
-        self._store: StoreClient | None = None
+        self._connected = False
         address, store_secret = options.endpoint, derive(secret, "launchers")
         with contextlib.ExitStack() as resources:
             with _notices(say, lambda: self._describe_waiting(address)):
@@ -83,26 +83,20 @@ class NodeRendezvous:
                         own, store_secret, deadline=deadline, request_timeout_s=max(self._patience_s, _REQUEST_S)
                     )
                 )
+                self._connected = True
                 self._compare_specs(_job_spec(options), deadline)
             if self.node_rank > 0:
-                self._shared.append_on_disconnect("gone", b"%d " % self.node_rank)
+                self._store.append_on_disconnect("gone", b"%d " % self.node_rank)
             resources.callback(self._over.set)
             threading.Thread(target=self._watch, name="ferro-run-nodes", daemon=True).start()
             self._resources = resources.pop_all()
 
-    @property
-    def _shared(self) -> StoreClient:
-        """The launchers' store."""
-        assert self._store is not None
-        return self._store
-
     def _describe_waiting(self, address: Address) -> str:
         """Describe for the user which nodes are waited for, and where."""
         others = [node for node in range(self._nnodes) if node != self.node_rank]
-        if self._store is None:
-            missing = [0] if self.node_rank > 0 else []
-        else:
-            missing = [node for node in others if self._read(f"node/{node}") is None]
+        missing = [node for node in others if self._connected and self._read(f"node/{node}") is None]
+        if not self._connected and self.node_rank > 0:
+            missing = [0]
         nodes = f"for node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self._nnodes}"
         text = f"waiting {nodes if missing else 'to listen'} at {format_address(address)}"
         try:
@@ -119,25 +113,25 @@ class NodeRendezvous:
             if error is None:
                 self._leave()
             else:
-                self._shared.declare_lost()
+                self._store.declare_lost()
 
     def _leave(self) -> None:
         """Announce that this node needs nothing more; node 0 gives the others a moment to read its last answer."""
         with contextlib.suppress(RendezvousError):
-            self._shared.add("left", 1)
+            self._store.add("left", 1)
             deadline = time.monotonic() + _LEAVE_S
             while self.node_rank == 0 and time.monotonic() < deadline:
-                if self._shared.add("left", 0) + len(self._lost_nodes()) >= self._joined:
+                if self._store.add("left", 0) + len(self._lost_nodes()) >= self._joined:
                     break
                 time.sleep(_LEAVE_POLL_S)
 
     def publish_endpoint(self, attempt: int, store: Address, master: Address) -> None:
         """On node 0: tell the address of this attempt's store, and that for torch.distributed."""
-        self._shared.set(f"{attempt}/endpoint", f"{format_address(store)} {format_address(master)}".encode())
+        self._store.set(f"{attempt}/endpoint", f"{format_address(store)} {format_address(master)}".encode())
 
     def read_endpoint(self, attempt: int) -> tuple[Address, Address]:
         """On other nodes: return the addresses that node 0 published."""
-        text = self._shared.get(f"{attempt}/endpoint", deadline=time.monotonic() + JOIN_S).decode()
+        text = self._store.get(f"{attempt}/endpoint", deadline=time.monotonic() + JOIN_S).decode()
         store, master = (parse_address(part, source="endpoint") for part in text.split(" "))
         return store, master
 
@@ -152,13 +146,13 @@ class NodeRendezvous:
         try:
             while not self._over.wait(_HEARTBEAT_S):
                 attempt = self._attempt
-                self._shared.add(f"heartbeat/{self.node_rank}", 1)
+                self._store.add(f"heartbeat/{self.node_rank}", 1)
                 if self.node_rank == 0 and (lost := self._lost_nodes()):
-                    self._shared.add(f"{attempt}/stop", int(not self._keep_going))
+                    self._store.add(f"{attempt}/stop", int(not self._keep_going))
                     for node in lost.keys() - told if self._keep_going else ():
                         self._say(f"the launcher of node {node} {lost[node]}; the others go on (--keep-going)")
                     told |= lost.keys()
-                if self._shared.add(f"{attempt}/stop", 0) > 0:
+                if self._store.add(f"{attempt}/stop", 0) > 0:
                     self._stopped_attempt = attempt
         except RendezvousError as error:
             self._error = error
@@ -170,12 +164,12 @@ class NodeRendezvous:
 
         `early` are this node's ranks that ended with exit code 0, and after how many seconds.
         """
-        self._shared.set(f"{attempt}/early/{self.node_rank}", json.dumps(early or {}).encode())
-        self._shared.set(f"{attempt}/result/{self.node_rank}", _encode(failure))
+        self._store.set(f"{attempt}/early/{self.node_rank}", json.dumps(early or {}).encode())
+        self._store.set(f"{attempt}/result/{self.node_rank}", _encode(failure))
         if failure is not None and not self._keep_going:
-            self._shared.add(f"{attempt}/stop", 1)
+            self._store.add(f"{attempt}/stop", 1)
         if self.node_rank == 0:
-            self._shared.set(f"{attempt}/first", _encode(self._choose_first(attempt)))
+            self._store.set(f"{attempt}/first", _encode(self._choose_first(attempt)))
         while (data := self._read(f"{attempt}/first", _HEARTBEAT_S)) is None:
             if self._error is not None:
                 raise self._error
@@ -185,16 +179,12 @@ class NodeRendezvous:
         return replace(found, named=tuple(found.named))
 
     def describe_unfinished(self, attempt: int) -> str:
-        """Describe for the user which nodes have not ended the attempt."""
+        """Describe for the user which nodes have not ended the attempt, and how long they have been silent."""
         if self.node_rank > 0:
             return "waiting for node 0, which collects the failures of all nodes"
-        missing = [node for node in range(1, self._nnodes) if self._read(f"{attempt}/result/{node}") is None]
-        now = time.monotonic()
-        silent = [
-            f"node {node} (last heard of {now - self._heartbeats[node][1]:.0f} s ago)"
-            for node in missing
-            if node in self._heartbeats
-        ]
+        since = {n: time.monotonic() - heard for n, (_, heard) in self._heartbeats.items()}
+        missing = [n for n in since if self._read(f"{attempt}/result/{n}") is None]
+        silent = [f"node {n} (silent for {since[n]:.0f} s)" for n in missing]
         return f"waiting for {', '.join(silent) or 'the other nodes'} to end, up to {self._patience_s:.0f} s of silence"
 
     def _choose_first(self, attempt: int) -> Failure | None:
@@ -223,7 +213,7 @@ class NodeRendezvous:
     def _read(self, key: str, wait_s: float = 0.0) -> bytes | None:
         """Wait a moment for a key; None where it is not set."""
         with contextlib.suppress(StoreTimeout):
-            return self._shared.get(key, deadline=time.monotonic() + wait_s)
+            return self._store.get(key, deadline=time.monotonic() + wait_s)
         return None
 
     def _lost_nodes(self) -> dict[int, str]:
@@ -231,7 +221,7 @@ class NodeRendezvous:
         gone = {int(node) for node in (self._read("gone") or b"").split()}
         lost = dict.fromkeys(gone, "is gone: it was killed, or its host went down")
         for node in range(1, self._nnodes):
-            count, now = self._shared.add(f"heartbeat/{node}", 0), time.monotonic()
+            count, now = self._store.add(f"heartbeat/{node}", 0), time.monotonic()
             before, since = self._heartbeats.get(node, (-1, now))
             if count != before:
                 self._heartbeats[node] = (count, now)
@@ -241,12 +231,12 @@ class NodeRendezvous:
 
     def _compare_specs(self, spec: str, deadline: float) -> None:
         """Compare the job specs of all nodes, and fail on all where they differ."""
-        if self._shared.add(f"node/{self.node_rank}/taken", 1) > 1:
+        if self._store.add(f"node/{self.node_rank}/taken", 1) > 1:
             raise UsageError(f"another launcher already is node {self.node_rank}; give each node its own --node-rank")
-        self._shared.set(f"node/{self.node_rank}", spec.encode())
+        self._store.set(f"node/{self.node_rank}", spec.encode())
         if self.node_rank == 0:
-            self._shared.set("spec", self._await_specs(spec, deadline).encode())
-        answer = self._shared.get("spec", deadline=deadline).decode()
+            self._store.set("spec", self._await_specs(spec, deadline).encode())
+        answer = self._store.get("spec", deadline=deadline).decode()
         if answer != spec:
             # The answer is a sentence, or the job spec of a node 0 that knows nothing of this node.
             self._leave()
@@ -258,7 +248,7 @@ class NodeRendezvous:
         """On node 0: return its job spec, or a sentence on the first other node that differs."""
         for node in range(1, self._nnodes):
             try:
-                theirs = self._shared.get(f"node/{node}", deadline=deadline).decode()
+                theirs = self._store.get(f"node/{node}", deadline=deadline).decode()
             except StoreTimeout:
                 return f"node {node} did not come within {JOIN_S:.0f} s; read its launcher's output"
             self._joined += 1

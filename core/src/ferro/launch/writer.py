@@ -12,18 +12,12 @@ _WRITE_BYTES = 64 * 1024
 
 
 class BackgroundWriter:
-    """Writes bytes to a descriptor, in the order given; bytes that cannot be written are dropped.
-
-    Attributes:
-        error: why the latest bytes were dropped, if any were.
-        error_told: the user knows of it.
-        ending: the job is ending, and more may wait to be written.
-    """
+    """Writes bytes to a descriptor, in the order given; bytes that cannot be written are dropped."""
 
     def __init__(self, descriptor: int) -> None:
-        self.error: OSError | None = None
-        self.error_told = False
-        self.ending = False
+        self.error: OSError | None = None  # why the latest bytes were dropped, if any were
+        self.error_told = False  # the user knows of it
+        self.ending = False  # the job is ending, and more may wait to be written
         self._descriptor = descriptor
         self._changed = threading.Condition()
         self._pieces: list[bytes] = []
