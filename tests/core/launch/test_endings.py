@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,3 +163,37 @@ def test_ctrl_z_stops_the_ranks_too_until_the_job_goes_on(script: Script, tmp_pa
     until(lambda: "T" not in states(), "all to go on")
     (tmp_path / "over").touch()
     assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_signal_to_one_launcher_gives_the_ranks_of_all_nodes_time_to_save_at_once(
+    script: Script, tmp_path: Path, start: Callable
+) -> None:
+    """Each rank has saved only when the other is saving, too."""
+    both = f"""
+deadline = time.monotonic() + 20
+def save(*_):
+    open("{tmp_path}/saving" + str(rank), "w")
+    while not os.path.exists(f"{tmp_path}/saving{{1 - rank}}") and time.monotonic() < deadline: time.sleep(0.01)
+    print("saved", time.monotonic() < deadline, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+open("{tmp_path}/ready" + str(rank), "w")
+"""
+    program = script("import signal, time\n" + both + WAIT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    nodes = [
+        start(
+            *("run", "--nnodes", 2, "--keep-going", "--node-rank", r, "--rdzv-endpoint", endpoint, program),
+            FERRO_SECRET="5e" * 32,
+        )
+        for r in range(2)
+    ]
+    until(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks to start")
+    nodes[0].send_signal(signal.SIGTERM)
+    for rank, node in enumerate(nodes):
+        out, err = node.communicate(timeout=TIMEOUT_S)
+        assert out.decode() == f"[{rank}] saved True\n"
+        assert "the launcher of node 0 was stopped by SIGTERM" in err.decode()
+        assert node.returncode == 143

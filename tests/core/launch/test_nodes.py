@@ -211,14 +211,14 @@ def test_a_network_that_is_down_does_not_hold_up_the_launcher(
         OtherNode(options(1), lambda node: node.first_failure(0, None)),
         nodes.NodeRendezvous(options(0), SECRET) as node,
     ):
-        add = node._shared.add
+        add = node._store.add
 
         def unanswered(key: str, amount: int) -> int:
             down.set()
             assert up.wait(TIMEOUT_S)
             return add(key, amount)
 
-        monkeypatch.setattr(node._shared, "add", unanswered)
+        monkeypatch.setattr(node._store, "add", unanswered)
         assert down.wait(TIMEOUT_S)
         assert not node.stopped(0)
         up.set()

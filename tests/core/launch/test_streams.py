@@ -117,7 +117,7 @@ def failure(error: str, after_s: float = 2.0) -> Failure:
         ("PeerLost: rank 1 (host n) of 3 is gone", {1: 0.5}, [1]),
         ("CollectiveTimeout: arrived: rank 0, 2; did not arrive: rank 1, 3", {1: 0.5, 3: 0.6}, [1, 3]),
         ("PeerLost: rank 1 is gone", {0: 0.5}, []),
-        ("PeerLost: rank 1 is gone", {1: 2.5}, []),
+        ("PeerLost: rank 1 is gone", {1: 2.5}, [1]),
         ("ValueError: rank 1 is odd", {1: 0.5}, []),
     ],
 )

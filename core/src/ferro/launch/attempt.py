@@ -91,8 +91,8 @@ class Attempt:
         return Failure(what=what, status=128 + signum, after_s=time.monotonic() - self.started, restart=False)
 
     def _early_ends(self) -> dict[int, float]:
-        """Tell which ranks have ended with exit code 0, and after how many seconds."""
-        ends = {rank.rank: rank.process.ended_at for rank in self.ranks if rank.code == 0}
+        """Tell which ranks have ended by themselves with exit code 0, and after how many seconds."""
+        ends = {rank.rank: rank.process.ended_at for rank in self.ranks if rank.code == 0 and not rank.was_signalled}
         return {rank: ended_at - self.started for rank, ended_at in ends.items() if ended_at is not None}
 
     def _survivors_ended_well(self) -> bool:
@@ -119,7 +119,7 @@ class Attempt:
         asking = threading.Thread(target=ask, name="ferro-run-agreement", daemon=True)
         asking.start()
         stops, notice_at = len(self.stops), time.monotonic() + _AGREEMENT_S
-        while not answers:
+        while asking.is_alive():
             asking.join(_POLL_S)
             self._handle_events(None, signals)
             if len(self.stops) > stops:
@@ -129,9 +129,10 @@ class Attempt:
                     first.output.release()
                 self.console.say(nodes.describe_unfinished(self.number))
                 notice_at += _NEXT_NOTICE_S
-        if isinstance(answers[0], FerroError):
-            raise answers[0]
-        return answers[0]
+        answer = answers[0] if answers else failure
+        if isinstance(answer, FerroError):
+            raise answer
+        return answer
 
     def _start(self, supervisor: Supervisor, resources: contextlib.ExitStack) -> None:
         options = self.options
@@ -206,6 +207,8 @@ class Attempt:
         began, self.ending = time.monotonic(), True
         for writer in self.writers:
             writer.ending = True
+        if self.nodes is not None and supervisor.running() and (self.stops or not self.options.keep_going):
+            self.nodes.request_stop()
         told: list[bool] = []
 
         def hurry() -> bool:

@@ -64,7 +64,7 @@ class NodeRendezvous:
         self._say = say
         self._patience_s = max(_LOST_S, options.timeout_s or environment_options().timeout_s or 0.0)
         self._attempt = 0
-        self._stopped_attempt = -1
+        self._stopped_attempt = self._stop_requested = -1
         self._error: RendezvousError | None = None  # why this node has lost node 0
         self._over = threading.Event()
         self._joined = 1
@@ -140,6 +140,10 @@ class NodeRendezvous:
         self._attempt = attempt
         return self._error is not None or self._stopped_attempt == attempt
 
+    def request_stop(self) -> None:
+        """Have the other nodes end their ranks, too, while those of this node are ending."""
+        self._stop_requested = self._attempt
+
     def _watch(self) -> None:
         """Show that this launcher lives, and watch the others, until the job is over."""
         told: set[int] = set()
@@ -152,7 +156,7 @@ class NodeRendezvous:
                     for node in lost.keys() - told if self._keep_going else ():
                         self._say(f"the launcher of node {node} {lost[node]}; the others go on (--keep-going)")
                     told |= lost.keys()
-                if self._store.add(f"{attempt}/stop", 0) > 0:
+                if self._store.add(f"{attempt}/stop", int(self._stop_requested == attempt)) > 0:
                     self._stopped_attempt = attempt
         except RendezvousError as error:
             self._error = error
@@ -191,7 +195,7 @@ class NodeRendezvous:
         """On node 0: collect the results; a node that is lost is a failure, too."""
         failures: list[Failure] = []
         early: dict[int, float] = {}
-        ended_well = False
+        forgiven = stopped = False  # ranks of some node went on and ended well; a launcher was told to end the job
         for node in range(self._nnodes):
             while (data := self._read(f"{attempt}/result/{node}", _HEARTBEAT_S)) is None:
                 if (lost := self._lost_nodes().get(node)) is not None:
@@ -203,10 +207,11 @@ class NodeRendezvous:
                     int(rank): after_s
                     for rank, after_s in json.loads(self._read(f"{attempt}/early/{node}") or b"{}").items()
                 }
-                ended_well = ended_well or not data
+                forgiven = forgiven or (self._keep_going and not data)
             if data:
                 failures.append(Failure(**json.loads(data)))
-        if not failures or (self._keep_going and ended_well):
+                stopped = stopped or not failures[-1].restart
+        if not failures or (forgiven and not stopped):
             return None
         return name_early_ranks(min(failures, key=lambda f: (f.consequence, f.after_s)), early)
 

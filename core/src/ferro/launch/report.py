@@ -94,12 +94,10 @@ def _named_ranks(error: str) -> tuple[int, ...]:
 def name_early_ranks(failure: Failure, early: Mapping[int, float]) -> Failure:
     """Name the ranks whose early end explains a failure.
 
-    `early` are the ranks that ended with exit code 0, and after how many seconds. They explain the failure if nothing
-    but a lost peer or a deadline was reported, and the report names them.
+    `early` are the ranks that ended by themselves with exit code 0, and after how many seconds. They explain a failure
+    that reports nothing but a lost peer or a deadline, and names them; their processes may have ended last.
     """
-    causes = [
-        rank for rank in failure.named if failure.consequence and early.get(rank, failure.after_s) < failure.after_s
-    ]
+    causes = [rank for rank in failure.named if failure.consequence and rank in early]
     if not causes:
         return failure
     ends = ", ".join(f"rank {rank} ended with exit code 0 after {early[rank]:.1f} s" for rank in causes)
