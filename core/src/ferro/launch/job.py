@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ferro.launch.nodes import NodeRendezvous
 from ferro.launch.options import LaunchOptions, parse_options
 from ferro.launch.output import Console
 from ferro.launch.report import Failure
-from ferro.launch.trace import merge_parts
+from ferro.launch.trace import merge_parts, parts_directory
 from ferro.launch.writer import BackgroundWriter, open_writers
 from ferro.rendezvous import StoreServer, derive, per_user_secret
 from ferro.runtime.environment import Address, read_secret
@@ -86,7 +85,7 @@ def _run_attempt(
     with _open_endpoint(number, nodes) as endpoint, contextlib.ExitStack() as stack:
         parts = None
         if options.trace is not None:
-            parts = stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-"))
+            parts = stack.enter_context(parts_directory())
         failure = Attempt(options, number, console, writers, endpoint, nodes, parts).run()
         if options.trace is not None and parts is not None:
             target = options.trace

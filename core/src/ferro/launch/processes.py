@@ -206,6 +206,11 @@ class Supervisor:
             self._selector.register(child.pidfd, selectors.EVENT_READ)
         return child
 
+    def watch(self, descriptor: int, receiver: Receiver) -> None:
+        """Receive from a further descriptor while waiting, until its end; it must stay open as long."""
+        self._receivers[descriptor] = receiver
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
     def running(self) -> list[ChildProcess]:
         """List the processes whose end was not noticed yet."""
         return [child for child in self.children if child.ended_at is None]
