@@ -66,18 +66,22 @@ def start() -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Start `ferro` in the background, with a line of Python that patches it; end it after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def begin(*arguments: object, patch: str = "", **env: str) -> "subprocess.Popen[bytes]":
+    def begin(*arguments: object, patch: str = "", stdin: bool = False, **env: str) -> "subprocess.Popen[bytes]":
         command = ferro_command(*arguments)
         if patch:
             program = f"import sys, ferro.cli.main, ferro.launch.processes\n{patch}\nsys.exit(ferro.cli.main.main())"
             command[1:3] = ["-c", program]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(**env)
+            command,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=clean_environment(**env),
         )
         started.append(process)
         return process
 
     yield begin
     for process in started:
-        process.kill()
-        process.communicate(timeout=TIMEOUT_S)
+        with process:
+            process.kill()

@@ -138,8 +138,9 @@ def test_ranks_that_ignore_sigterm_are_killed(script: Script, started: Path) -> 
             if rank == 1 and len(list(here.iterdir())) == 2: sys.exit(3)
             time.sleep(0.01)
         """)
-    result = ferro("run", "-n", 2, program)
+    result = ferro("run", "-n", 2, "--grace-s", 0.5, program)
     assert result.returncode == 3
+    assert "rank 0 did not end in time and had to be killed (--grace-s 0.5)" in result.stderr
     assert not any(map(alive, pids(started, 2)))
 
 
@@ -214,7 +215,7 @@ def test_signals_that_are_the_programs_own_reach_every_rank_and_end_nothing(
 
 @pytest.mark.usefixtures("default_sigint")
 def test_a_second_signal_does_not_wait(script: Script, started: Path, start: Callable) -> None:
-    """The launcher is patched to wait for a minute between SIGINT and SIGKILL, longer than the test waits."""
+    """The launcher waits for longer between SIGINT and SIGKILL than the test does."""
     program = script(
         SLEEP
         + f"""
@@ -224,9 +225,7 @@ open(os.path.join({str(started)!r}, str(os.getpid())), "w")
 sleep()
 """
     )
-    process = start(
-        "run", "-n", 1, program, patch="ferro.launch.processes.Supervisor.end.__kwdefaults__['grace_s'] = 60"
-    )
+    process = start("run", "-n", 1, "--grace-s", 3600, program)
     (rank,) = pids(started, 1)
     process.send_signal(signal.SIGINT)
     pids(started, 2)

@@ -60,6 +60,10 @@ def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
         (["--max-restarts", "-1", __file__], "--max-restarts -1"),
         (["--timeout-s", "nan", __file__], "--timeout-s nan"),
         (["--timeout-s", "0", __file__], "--timeout-s 0"),
+        (["--grace-s", "-1", __file__], "--grace-s -1"),
+        (["/"], "'/' is a directory without a file __main__.py"),
+        (["-np", "two", __file__], "'two'"),
+        (["-m", "no_such_module.at_all"], "there is no module 'no_such_module.at_all'"),
         (["--nproc", "2", __file__], "--nproc"),
         (["no/such/file.py"], "no/such/file.py"),
         (["--trace", "no/such/directory/t.json", __file__], "no/such/directory"),
@@ -69,6 +73,10 @@ def test_mistakes_are_named(arguments: list[str], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(arguments, {})
     assert words in str(caught.value)
+
+
+def test_mpiexec_spells_the_number_of_ranks_otherwise() -> None:
+    assert parse_options(["-np", "3", __file__, "-np", "5"], {}).nproc_per_node == 3
 
 
 def test_run_help_names_the_options(tmp_path: Path) -> None:

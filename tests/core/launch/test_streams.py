@@ -1,11 +1,24 @@
 """Lines and tracebacks, without any process."""
 
+import io
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferro.launch.output import HOLD_S, MAX_HELD_BYTES, MAX_LINE_BYTES, HeldTraceback, LineSplitter
-from ferro.launch.report import describe_code, exit_status
+from ferro.launch import output, report
+from ferro.launch.output import (
+    HOLD_S,
+    LONG_PARTIAL_S,
+    MAX_HELD_BYTES,
+    PARTIAL_S,
+    Console,
+    HeldTraceback,
+    LineSplitter,
+    RankOutput,
+)
+from ferro.launch.report import Failure, describe_code, exit_status, name_early_ranks
 
 HEADER = b"Traceback (most recent call last):\n"
 FRAME = b'  File "x.py", line 1, in <module>\n'
@@ -21,12 +34,97 @@ def test_lines_lose_nothing_and_end_at_line_ends(pieces: list[bytes]) -> None:
         assert not set(line.removesuffix(b"\r\n")[:-1]) & set(b"\r\n")
 
 
-@pytest.mark.parametrize("size", [MAX_LINE_BYTES, MAX_LINE_BYTES + 1, 5 * MAX_LINE_BYTES])
-def test_lines_are_bounded(size: int) -> None:
+def test_only_what_no_line_holds_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "MAX_LINE_BYTES", 10)
     splitter = LineSplitter()
-    found = [*splitter.feed(b"x" * size), *splitter.feed(b"y" * size + b"\n")]
-    assert b"".join(found) == b"x" * size + b"y" * size + b"\n"
-    assert max(map(len, found)) <= MAX_LINE_BYTES
+    found = [line for _ in range(5) for line in splitter.feed(b"1234")]
+    assert found == [b"1234" * 3]
+    assert splitter.feed(b"\nrest") == [b"1234" * 2 + b"\n"]
+    assert splitter.flush() == b"rest"
+
+
+def test_an_unfinished_line_is_shown_soon_unless_it_is_being_written() -> None:
+    splitter = LineSplitter()
+    assert splitter.partial_due() is None
+    splitter.feed(b"name? ", 1.0)
+    splitter.feed(b"[bob] ", 1.05)
+    assert splitter.partial_due() == 1.0 + PARTIAL_S
+    splitter.feed(b"x" * 5000, 1.5)
+    assert splitter.partial_due() == 1.5 + LONG_PARTIAL_S
+
+
+class TestConsole:
+    """The bytes on a screen that ranks 0 and 1 share; a piece is (rank, bytes)."""
+
+    @staticmethod
+    def shown(*pieces: tuple[int, bytes]) -> bytes:
+        screen = io.BytesIO()
+        console = Console(2, screen, screen)
+        for rank, data in pieces:
+            console.write(data, to_stderr=False, source=rank, prefix=b"[%d] " % rank)
+        console.say("done")
+        return screen.getvalue().removesuffix(b"ferro run: done\n")
+
+    def test_a_line_goes_on_where_it_stopped(self) -> None:
+        assert self.shown((0, b"."), (0, b"."), (0, b"\n"), (0, b"end\n")) == b"[0] ..\n[0] end\n"
+
+    def test_another_rank_begins_a_line_of_its_own(self) -> None:
+        assert self.shown((0, b"..."), (1, b"x\n"), (0, b".\n")) == b"[0] ...\n[1] x\n[0] .\n"
+        assert self.shown((0, b"...")) == b"[0] ...\n"
+
+    def test_progress_bars_overwrite_one_another_and_nothing_else(self) -> None:
+        bars = ((0, b"\r"), (0, b"1%"), (1, b"\r"), (1, b"2%"), (0, b"\r"), (0, b"3%\r"), (1, b"4%\r"))
+        assert self.shown(*bars) == b"\r[0] 1%\r[1] 2%\r[0] 3%\r[1] 4%\r\n"
+        assert self.shown((0, b"name? "), (1, b"5%\r")) == b"[0] name? \n[1] 5%\r\n"
+        assert self.shown((0, b"5%\r"), (1, b"line\n")) == b"[0] 5%\r\n[1] line\n"
+
+
+def test_retries_do_not_withhold_what_came_before() -> None:
+    held = HeldTraceback()
+    for now in (1.0, 1.4, 1.8):
+        for line in (HEADER, FRAME, b"ConnectionError: try\n"):
+            held.take(line, now)
+        assert held.release_at() == 1.0 + HOLD_S
+    assert held.began == 1.8
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing() -> None:
+    screen = io.BytesIO()
+    with open("/dev/full", "wb", buffering=0) as full:
+        rank = RankOutput(Console(2, screen, screen), 1, [full, full])
+        rank.out.receive(b"one\n")
+        rank.out.receive(b"two\n")
+    assert screen.getvalue().count(b"ferro run: /dev/full cannot be written") == 1
+    assert screen.getvalue().endswith(b"[1] one\n[1] two\n")
+
+
+def failure(error: str, after_s: float = 2.0) -> Failure:
+    held = HeldTraceback()
+    held.take(HEADER, 0.0)
+    held.take(error.encode() + b"\n", 0.0)
+    return Failure(
+        what="rank 2 failed first",
+        status=1,
+        after_s=after_s,
+        consequence=held.is_consequence(),
+        named=report._named_ranks(held.error),
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "early", "blamed"),
+    [
+        ("PeerLost: rank 1 (host n) of 3 is gone", {1: 0.5}, [1]),
+        ("CollectiveTimeout: arrived: rank 0, 2; did not arrive: rank 1, 3", {1: 0.5, 3: 0.6}, [1, 3]),
+        ("PeerLost: rank 1 is gone", {0: 0.5}, []),
+        ("PeerLost: rank 1 is gone", {1: 2.5}, [1]),
+        ("ValueError: rank 1 is odd", {1: 0.5}, []),
+    ],
+)
+def test_ranks_that_ended_too_early_are_the_cause(error: str, early: dict[int, float], blamed: list[int]) -> None:
+    what = name_early_ranks(failure(error), early).what
+    assert re.findall(r"rank (\d) ended with exit code 0 after", what) == list(map(str, blamed))
+    assert what.endswith("rank 2 failed first")
 
 
 def test_a_traceback_is_held_from_its_first_line() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
+import importlib.util
 import math
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,8 @@ class LaunchOptions:
     arguments: tuple[str, ...]
     log_dir: Path | None
     max_restarts: int
+    keep_going: bool
+    grace_s: float
     trace: Path | None
     timeout_s: float | None
     verbose: bool
@@ -107,6 +112,10 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
     add("--log-dir", type=Path, metavar="DIR", help="also write DIR/rank<r>.out and .err")
     restarts = "after a failure start all ranks again, up to M times (default 0)"
     add("--max-restarts", type=int, default=0, metavar="M", help=restarts)
+    going = "let the ranks that are left go on after one has failed, for programs that call group.shrink()"
+    add("--keep-going", action="store_true", help=going)
+    grace = "seconds that ranks have to end, to save their work, after they were told to (default 30)"
+    add("--grace-s", type=float, default=30.0, metavar="S", help=grace)
     trace = "write a Chrome trace of all ranks; node r > 0 writes OUT.node<r>.json"
     add("--trace", type=Path, metavar="OUT.json", help=trace)
     add("--timeout-s", type=float, metavar="S", help="seconds that a collective may take")
@@ -114,6 +123,12 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
     add("program", metavar="PROGRAM", help="Python file to run")
     add("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="passed to it untouched")
     return parser
+
+
+def _module_exists(name: str) -> bool:
+    """Say whether the ranks would find a top-level module; they look in the working directory first."""
+    here = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd())])
+    return here is not None or name in sys.modules or (name != "" and importlib.util.find_spec(name) is not None)
 
 
 def _check(options: LaunchOptions) -> None:
@@ -137,8 +152,15 @@ def _check(options: LaunchOptions) -> None:
         raise UsageError(f"--max-restarts {options.max_restarts}: give 0 or more")
     if options.timeout_s is not None and not 0 < options.timeout_s < math.inf:
         raise UsageError(f"--timeout-s {options.timeout_s}: give a positive number of seconds")
-    if not options.module and not Path(options.program).exists():
+    if not 0 <= options.grace_s < math.inf:
+        raise UsageError(f"--grace-s {options.grace_s}: give 0 or more seconds")
+    program = Path(options.program)
+    if not options.module and not program.exists():
         raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
+    if not options.module and program.is_dir() and not (program / "__main__.py").exists():
+        raise UsageError(f"{options.program!r} is a directory without a file __main__.py; name the file to run")
+    if options.module and not _module_exists(options.program.partition(".")[0]):
+        raise UsageError(f"there is no module {options.program!r}; for a file leave -m away")
     if options.trace is not None and not options.trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {options.trace}: its directory does not exist; make it first")
     files, limit = _open_files(options), resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -2,7 +2,8 @@
 
 When one rank fails, the others lose their peer and fail a moment later, too; printed at once, their tracebacks would
 bury the one that matters. So a rank's stderr is held back from the first line of a traceback on: until the launcher's
-report, until the rank ends well, or for one second, since a program may only log a traceback.
+report, until the rank ends well, or for a moment, since a program may only log a traceback. A line that is not
+complete (a prompt, a row of dots) is shown after a moment, too, and goes on where it stopped unless another was shown.
 """
 
 from __future__ import annotations
@@ -10,66 +11,126 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from typing import IO, BinaryIO
+from dataclasses import dataclass
+from typing import IO, Protocol
 
 from ferro.launch.processes import ChildProcess
 
 HOLD_S = 1.0
+CONSEQUENCE_HOLD_S = 3.0  # for a traceback that names another rank's failure, whose own should come first
 MAX_HELD_BYTES = 1024 * 1024
-MAX_LINE_BYTES = 64 * 1024
+MAX_LINE_BYTES = 16 * 1024 * 1024
+PARTIAL_S = 0.1  # a short line that does not end is shown after so long
+LONG_PARTIAL_S = 2.0  # a long one is still being written, and is shown once nothing more came for so long
+_SHORT_BYTES = 4096
 
 _HEADER = re.compile(rb"(?:  \+ Exception Group )?Traceback \(most recent call last\)")
 _CONSEQUENCES = re.compile(r"(?:ferro\.errors\.)?(?:PeerLost|GroupClosed|CollectiveTimeout)\b")
 
 
-class Console:
-    """The launcher's own stdout and stderr, shared by all ranks a line at a time."""
+class OutputStream(Protocol):
+    """A binary stream, as far as it is written to."""
 
-    def __init__(self, world_size: int, stdout: BinaryIO, stderr: BinaryIO) -> None:
-        """Write prefixes as wide as the largest of `world_size` ranks; none for a world of one."""
+    def write(self, data: bytes, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenLine:
+    """The unfinished last line of a stream."""
+
+    source: object  # the output that it belongs to
+    returned: bool  # the cursor is at its beginning, after "\r"
+    overwritable: bool  # it is one state of a progress bar
+
+
+class Console:
+    """The launcher's own stdout and stderr, shared by all ranks."""
+
+    def __init__(self, world_size: int, stdout: OutputStream, stderr: OutputStream) -> None:
+        """Write prefixes as wide as the largest of `world_size` ranks; none for a world of one.
+
+        Where both streams are one object, their lines share a screen.
+        """
         self.prefixed = world_size > 1
         self.rank_width = len(str(world_size - 1))
-        self._stdout = stdout
-        self._stderr = stderr
-        self._at_line_start = True
+        self._streams = (stdout, stderr)
+        self._open: dict[int, _OpenLine] = {}  # by the stream's id
 
-    def write(self, data: bytes, *, to_stderr: bool) -> None:
-        stream = self._stderr if to_stderr else self._stdout
-        stream.write(data)
+    def write(self, data: bytes, *, to_stderr: bool, source: object = None, prefix: bytes = b"") -> None:
+        """Write a line, or a piece of one, with the prefix where it begins a line.
+
+        The unfinished line of another source is ended first, unless both are states of progress bars, which overwrite
+        one another.
+        """
+        stream = self._streams[to_stderr]
+        line = self._open.pop(id(stream), None)
+        own = line is not None and line.source is source
+        # A lone "\r" shows nothing, and a "\n" may be the second half of an "\r\n".
+        start = b"" if data == b"\r" or (data == b"\n" and own) else prefix
+        if line is not None and own and not line.returned:
+            start = b""
+        elif line is not None and not own and not (line.overwritable and data.endswith(b"\r")):
+            start = b"\n" + start
+        elif line is not None and not own and not line.returned and start:
+            start = b"\r" + start
+        if not data.endswith(b"\n"):
+            overwritable = b"\r" in data or (line is not None and own and line.overwritable)
+            self._open[id(stream)] = _OpenLine(source, data.endswith(b"\r"), overwritable)
+        stream.write(start + data)
         stream.flush()
-        self._at_line_start = data.endswith(b"\n")
+
+    def end_line(self, source: object, *, to_stderr: bool) -> None:
+        """End the line that a source left unfinished."""
+        line = self._open.get(id(self._streams[to_stderr]))
+        if line is not None and line.source is source and not line.returned:
+            self.write(b"\n", to_stderr=to_stderr, source=source)
+
+    def forget_lines(self) -> None:
+        """Take all lines as ended, after the user ended one at the terminal."""
+        self._open.clear()
 
     def say(self, message: str) -> None:
         """Write a line of the launcher's own, below whatever a rank left unfinished."""
-        start = b"" if self._at_line_start else b"\n"
-        self.write(start + f"ferro run: {message}\n".encode(), to_stderr=True)
+        self.write(f"ferro run: {message}\n".encode(errors="replace"), to_stderr=True, source=self)
 
 
 class LineSplitter:
-    r"""Cuts a stream after each "\n", after each "\r" (which ends each state of a progress bar), and after 64 KiB.
+    r"""Cuts a stream after each "\n" and after each "\r" (which ends each state of a progress bar).
 
     No byte is lost or changed. A "\r\n" that arrives in one piece ends one line; a "\r" at the end of a piece ends one,
-    too, since a progress bar must not wait for the next piece.
+    too, since a progress bar must not wait for the next piece. A line of more than 16 MiB comes in pieces.
     """
 
     def __init__(self) -> None:
-        self._partial = b""
+        self._partial: list[bytes] = []
+        self._size = 0
+        self._began = self._grew = 0.0
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take a piece; return the lines that are complete, each with its end."""
-        data = self._partial + data
-        lines = [
-            line[start : start + MAX_LINE_BYTES]
-            for line in data.splitlines(keepends=True)
-            for start in range(0, len(line), MAX_LINE_BYTES)
-        ]
-        complete = not lines or lines[-1].endswith((b"\n", b"\r"))
-        self._partial = b"" if complete else lines.pop()
-        return lines
+    def feed(self, data: bytes, now: float = 0.0) -> list[bytes]:
+        """Take a piece that came `now`; return the lines that are complete, each with its end."""
+        lines = data.splitlines(keepends=True)
+        rest = lines.pop() if lines and not lines[-1].endswith((b"\n", b"\r")) else b""
+        if lines:
+            lines[0] = self.flush() + lines[0]
+        if rest:
+            self._began = self._began if self._partial else now
+            self._grew = now
+            self._partial.append(rest)
+            self._size += len(rest)
+        return [*lines, self.flush()] if self._size > MAX_LINE_BYTES else lines
+
+    def partial_due(self) -> float | None:
+        """Return the time at which the unfinished last line is to be shown; None if there is none."""
+        if not self._partial:
+            return None
+        return self._began + PARTIAL_S if self._size < _SHORT_BYTES else self._grew + LONG_PARTIAL_S
 
     def flush(self) -> bytes:
         """Return the unfinished last line."""
-        rest, self._partial = self._partial, b""
+        rest = b"".join(self._partial)
+        self._partial, self._size = [], 0
         return rest
 
 
@@ -82,10 +143,12 @@ class HeldTraceback:
         self.error = ""  # its line after the frames, such as "ValueError: no such key"
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._held_since = 0.0
 
     def take(self, line: bytes, now: float) -> list[bytes]:
         """Take a line; return the lines to be shown now."""
         if _HEADER.match(line):
+            self._held_since = self._held_since if self.holding else now
             self.began = now
             self.error = ""
             self.holding = True
@@ -107,7 +170,9 @@ class HeldTraceback:
 
     def release_at(self) -> float | None:
         """Return the time at which held lines are to be shown if the rank has not failed by then."""
-        return self.began + HOLD_S if self.holding and self.began is not None else None
+        if not self.holding:
+            return None
+        return self._held_since + (CONSEQUENCE_HOLD_S if self.is_consequence() else HOLD_S)
 
     def is_consequence(self) -> bool:
         """Say whether the traceback names another rank's failure as its cause."""
@@ -121,8 +186,8 @@ class _Stream:
         self._console = console
         self._prefix = b"[%*d] " % (console.rank_width, rank)
         self._log = log
+        self._log_failed = False
         self._traceback = traceback
-        self._after_return = False
         self._splitter = LineSplitter()
 
     def receive(self, data: bytes) -> None:
@@ -131,32 +196,56 @@ class _Stream:
         Without other ranks, no other failure can bury the traceback.
         """
         if self._log is not None:
-            self._log.write(data)
+            self._write_log(self._log, data)
         if not self._console.prefixed:
-            self.show(data)
+            self._console.write(data, to_stderr=self._traceback is not None)
             return
-        for line in self._splitter.feed(data):
+        for line in self._splitter.feed(data, time.monotonic()):
             self._show_or_hold(line)
 
     def finish(self) -> None:
-        """Show or hold the unfinished last line."""
+        """Show or hold the unfinished last line, and end it."""
         if rest := self._splitter.flush():
-            self._show_or_hold(rest)
+            self._show_or_hold(rest + b"\n")
+        elif self._console.prefixed:
+            self._console.end_line(self, to_stderr=self._traceback is not None)
+
+    def due(self) -> float | None:
+        """Return the time at which more is to be shown, whether or not more comes."""
+        held_until = None if self._traceback is None else self._traceback.release_at()
+        return self._splitter.partial_due() if held_until is None else held_until
+
+    def show_due(self) -> None:
+        """Show the lines that were held long enough, and an unfinished line after a while."""
+        due = self.due()
+        if due is None or due > time.monotonic():
+            return
+        if not self.release():
+            self._show_or_hold(self._splitter.flush())
+
+    def release(self) -> bool:
+        """Show the held lines; return whether there were any."""
+        held = self._traceback.release() if self._traceback is not None else []
+        for line in held:
+            self._show(line)
+        return bool(held)
+
+    def _write_log(self, log: IO[bytes], data: bytes) -> None:
+        """Write to the log; one that cannot be written, on a full disk, does not end the job."""
+        try:
+            while data:
+                data = data[log.write(data) :]
+        except OSError as exc:
+            if not self._log_failed:
+                self._console.say(f"{log.name} cannot be written, and has gaps: {exc.strerror}; the job goes on")
+            self._log_failed = True
 
     def _show_or_hold(self, line: bytes) -> None:
         for shown in [line] if self._traceback is None else self._traceback.take(line, time.monotonic()):
-            self.show(shown)
+            self._show(shown)
 
-    def show(self, line: bytes) -> None:
-        r"""Write a line with its prefix; one without an end gets a "\n"."""
-        if self._console.prefixed:
-            if not line.endswith((b"\n", b"\r")):
-                line += b"\n"
-            # A lone "\r" shows nothing, and a "\n" may be the second half of an "\r\n".
-            bare = line == b"\r" or (line == b"\n" and self._after_return)
-            self._after_return = line.endswith(b"\r")
-            line = line if bare else self._prefix + line
-        self._console.write(line, to_stderr=self._traceback is not None)
+    def _show(self, line: bytes) -> None:
+        self._console.write(line, to_stderr=self._traceback is not None, source=self, prefix=self._prefix)
 
 
 class RankOutput:
@@ -177,13 +266,13 @@ class RankOutput:
 
     def release(self) -> bool:
         """Show the held lines; return whether there were any."""
-        held = self.traceback.release()
-        for line in held:
-            self.err.show(line)
-        return bool(held)
+        return self.err.release()
+
+    def due(self) -> float | None:
+        """Return the time at which `release_due` has something to show; None if more must come first."""
+        return min((due for due in (self.out.due(), self.err.due()) if due is not None), default=None)
 
     def release_due(self) -> None:
-        """Show lines that were held long enough."""
-        due = self.traceback.release_at()
-        if due is not None and due <= time.monotonic():
-            self.release()
+        """Show lines that were held long enough, and unfinished ones."""
+        self.out.show_due()
+        self.err.show_due()

@@ -8,6 +8,9 @@ it dies:
   what is left of the groups, grandchildren too, on any POSIX system;
 - the starter, for processes started with `dies_with_parent`, asks Linux to kill it when this process dies, and then
   executes the program in its place.
+
+Signals to the group do not reach a descendant that leads a session of its own. A supervisor that adopts orphans becomes
+its parent, on Linux, once its own parent has ended, and ends it, too.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import BinaryIO, NoReturn, Self, TypeAlias
 
-Receiver: TypeAlias = Callable[[bytes], None]
+from ferro.launch.orphans import Orphans
+
+Receiver: TypeAlias = Callable[[bytes], object]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+SUSPENDING = signal.SIGTSTP  # Ctrl-Z
 FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # for programs that handle them, as under Slurm
 END_GRACE_S = 2.5  # between the signal that asks processes to end and the one that kills them
 _TICK_S = 0.5
+_NO_ROOM_POLL_S = 0.05  # between two checks whether output can be received again
 _POLL_S = 0.02  # between two checks for changes that no file descriptor reports
 _REAP_S = 5.0  # a killed process ends at once, unless the kernel holds it
 _READ_BYTES = 64 * 1024
@@ -99,13 +106,19 @@ class ChildProcess(subprocess.Popen[bytes]):
 class Supervisor:
     """Starts processes and watches them; leaving the context ends all that is left of them."""
 
-    def __init__(self, *, wake: socket.socket | None = None, orphan_grace_s: float = 0.0) -> None:
+    def __init__(
+        self, *, wake: socket.socket | None = None, orphan_grace_s: float = 0.0, adopt_orphans: bool = False
+    ) -> None:
         """Start the guard, which gives the processes `orphan_grace_s` to end in order after this one's death.
 
-        A `wait` ends when `wake` is readable.
+        A `wait` ends when `wake` is readable. `adopt_orphans`, on Linux, makes this process the parent of descendants
+        that lose theirs, and is for programs that start no other processes meanwhile.
         """
         self.children: list[ChildProcess] = []
+        self._orphans = Orphans() if adopt_orphans else None
         self._receivers: dict[int, Receiver] = {}  # by descriptor
+        self._has_room: dict[int, Callable[[], bool]] = {}  # by descriptor
+        self._unread: set[int] = set()  # descriptors that are not read for want of room
         self._on_end: dict[ChildProcess, Callable[[ChildProcess], object]] = {}
         self._selector = selectors.DefaultSelector()
         if wake is not None:
@@ -145,6 +158,8 @@ class Supervisor:
         stdout: BinaryIO | Receiver,
         stderr: Receiver | None = None,
         stdin: int = subprocess.DEVNULL,
+        stdout_room: Callable[[], bool] | None = None,
+        stderr_room: Callable[[], bool] | None = None,
         env: Mapping[str, str] | None = None,
         on_end: Callable[[ChildProcess], object] = lambda _: None,
         dies_with_parent: bool = False,
@@ -156,6 +171,8 @@ class Supervisor:
             stdout: a file, or a function that is given the bytes as they come.
             stderr: a function that is given the bytes; None to write them where `stdout` goes.
             stdin: a descriptor to read from; empty by default.
+            stdout_room: says whether `stdout` can take more; while it cannot, the pipe is left unread.
+            stderr_room: the same for `stderr`.
             env: its environment; this process's own by default.
             on_end: called once with the process, when its end was noticed and all output received.
             dies_with_parent: on Linux, the kernel kills the process when the thread that started it ends.
@@ -177,8 +194,10 @@ class Supervisor:
         self.children.append(child)
         self._on_end[child] = on_end
         self._tell_guard(child.pid)
-        for stream, receiver in ((child.stdout, stdout), (child.stderr, stderr)):
+        for stream, receiver, room in ((child.stdout, stdout, stdout_room), (child.stderr, stderr, stderr_room)):
             if stream is not None and callable(receiver):
+                if room is not None:
+                    self._has_room[stream.fileno()] = room
                 os.set_blocking(stream.fileno(), False)
                 self._receivers[stream.fileno()] = receiver
                 self._selector.register(stream, selectors.EVENT_READ)
@@ -200,13 +219,29 @@ class Supervisor:
         """Wait for output, the end of a process or `wake`, and receive all that has come."""
         if any(child.pidfd is None for child in self.running()):
             timeout_s = min(timeout_s, _POLL_S)
+        if self._leave_unread():
+            timeout_s = min(timeout_s, _NO_ROOM_POLL_S)
         for key, _ in self._selector.select(max(timeout_s, 0.0)):
             # One piece per turn, so that a process that writes without end does not delay the others.
             if self._receive(key.fd) == 0:
                 self._selector.unregister(key.fd)
+                self._has_room.pop(key.fd, None)
         for child in self.running():
             if child.poll() is not None:
                 self._notice_end(child)
+        if self._orphans is not None:
+            self._orphans.reap(self._own())
+
+    def _leave_unread(self) -> bool:
+        """Watch the pipes whose receivers have room; return whether there are others."""
+        for pipe, has_room in self._has_room.items():
+            if has_room() and pipe in self._unread:
+                self._unread.discard(pipe)
+                self._selector.register(pipe, selectors.EVENT_READ)
+            elif pipe not in self._unread and not has_room():
+                self._unread.add(pipe)
+                self._selector.unregister(pipe)
+        return bool(self._unread)
 
     def wait_all(self, timeout_s: float) -> bool:
         """Wait until all processes have ended; return False where some have not by then."""
@@ -224,7 +259,8 @@ class Supervisor:
     ) -> None:
         """Signal all groups, wait until they are gone, and kill what is left after `grace_s`.
 
-        `hurry` is called while waiting; a true result ends the wait.
+        Descendants that outlive the processes have a few seconds. `hurry` is called while waiting; a true result ends
+        the wait.
         """
         self.wait(0)  # a process that has failed by now has failed by itself
         for child in self.children:
@@ -232,13 +268,29 @@ class Supervisor:
         deadline = time.monotonic() + grace_s
         while not all(child.check_group() for child in self.children):
             self.wait(_POLL_S)
-            if time.monotonic() > deadline or hurry():
+            if not self.running():
+                deadline = min(deadline, time.monotonic() + END_GRACE_S)
+            if hurry() or time.monotonic() > deadline:
                 for child in self.children:
                     child.signal_group(signal.SIGKILL)
                 self.wait_all(END_GRACE_S)
                 for child in self.children:  # descendants are dead, too, but may stay zombies
                     child.group_gone = child.ended_at is not None
-                return
+        if self._orphans is not None:
+            self._orphans.end(self._own(), min(grace_s, END_GRACE_S), self.wait)
+
+    def suspend(self) -> None:
+        """Stop all groups and this process, as Ctrl-Z does to a job; let them go on when this process does."""
+        for signum in (signal.SIGSTOP, signal.SIGCONT):
+            for child in self.running():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.pid, signum)
+            if signum == signal.SIGSTOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _own(self) -> set[int]:
+        """List the children of this process that are not orphans."""
+        return {self._guard.pid, *(child.pid for child in self.running())}
 
     def _receive(self, pipe: int) -> int | None:
         """Pass on one piece of output; return its size: 0 at the end, None when there is nothing yet."""
@@ -285,7 +337,7 @@ def collected_signals() -> Iterator[socket.socket]:
         previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             # Python writes to the socket only for signals that have a handler.
-            with _handled((*STOPPING, *FORWARDED), lambda *_: None):
+            with _handled((*STOPPING, *FORWARDED, SUSPENDING), lambda *_: None):
                 yield reader
         finally:
             signal.set_wakeup_fd(previous_fd)
@@ -297,7 +349,7 @@ def take_signals(reader: socket.socket) -> list[signal.Signals]:
     with contextlib.suppress(BlockingIOError):
         while chunk := reader.recv(4096):
             received += chunk
-    return [signal.Signals(number) for number in received if number in (*STOPPING, *FORWARDED)]
+    return [signal.Signals(number) for number in received if number in (*STOPPING, *FORWARDED, SUSPENDING)]
 
 
 def exit_on_signals() -> contextlib.AbstractContextManager[None]:

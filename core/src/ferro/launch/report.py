@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from ferro.launch.options import LaunchOptions
 from ferro.launch.output import Console, RankOutput
 from ferro.launch.processes import ChildProcess
+
+_RANKS = re.compile(r"\branks? \[?(\d+(?:, \d+)*)")  # as errors name them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +23,7 @@ class Failure:
     after_s: float  # seconds after the start of the attempt
     consequence: bool = False  # the rank itself reported another rank's failure as the cause
     restart: bool = True  # starting again could help
+    named: tuple[int, ...] = ()  # the ranks that the rank's own error names
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,25 @@ def describe_failure(rank: RankProcess, started: float, *, alone: bool) -> Failu
         status=exit_status(code),
         after_s=(rank.process.ended_at or started) - started,
         consequence=rank.order[0],
+        named=_named_ranks(rank.output.traceback.error),
     )
+
+
+def _named_ranks(error: str) -> tuple[int, ...]:
+    return tuple(sorted({int(rank) for ranks in _RANKS.findall(error) for rank in ranks.split(", ")}))
+
+
+def name_early_ranks(failure: Failure, early: Mapping[int, float]) -> Failure:
+    """Name the ranks whose early end explains a failure.
+
+    `early` are the ranks that ended by themselves with exit code 0, and after how many seconds. They explain a failure
+    that reports nothing but a lost peer or a deadline, and names them; their processes may have ended last.
+    """
+    causes = [rank for rank in failure.named if failure.consequence and rank in early]
+    if not causes:
+        return failure
+    ends = ", ".join(f"rank {rank} ended with exit code 0 after {early[rank]:.1f} s" for rank in causes)
+    return replace(failure, what=f"{ends}, while others still waited for it; then {failure.what}")
 
 
 def describe_code(code: int) -> str:
@@ -97,8 +120,13 @@ def exit_status(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def join_ranks(ranks: Sequence[RankProcess]) -> str:
+    """Put ranks in words, such as "ranks 0, 3"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(it.rank) for it in ranks)}"
+
+
 def show_report(
-    console: Console, ranks: Sequence[RankProcess], first: RankProcess | None, failure: Failure, *, verbose: bool
+    console: Console, ranks: Sequence[RankProcess], first: RankProcess | None, failure: Failure, options: LaunchOptions
 ) -> None:
     """Print the traceback and the failure of the rank that failed first, and a line for each that failed later.
 
@@ -109,14 +137,19 @@ def show_report(
     if console.prefixed and first is not None and first.output.traceback.error and not shown_now:
         text += " (its traceback is above)"
     others = [rank for rank in ranks if rank is not first]
-    if ended := [str(rank.rank) for rank in others if rank.was_signalled]:
-        text += f"; ended rank{'s' if len(ended) > 1 else ''} {', '.join(ended)}"
-    console.say(text + ".")
+    ended = [rank for rank in others if rank.was_signalled]
+    console.say(text + (f"; ended {join_ranks(ended)}." if ended else "."))
+    if killed := [rank for rank in ended if rank.code == -signal.SIGKILL]:
+        console.say(f"{join_ranks(killed)} did not end in time and had to be killed (--grace-s {options.grace_s:g})")
     for rank in others:
         error, was_held = rank.output.traceback.error, rank.output.traceback.holding
-        if verbose:
+        # A traceback that the launcher's own signal caused tells why a rank could not save its work.
+        interesting = first is None and rank.was_signalled and not error.startswith("KeyboardInterrupt")
+        if options.verbose or (interesting and not rank.output.traceback.is_consequence()):
             rank.output.release()
         if rank.failed:
             console.say(f"rank {rank.rank} failed later: {describe_code(rank.code)}" + (f": {error}" if error else ""))
         elif was_held:
             console.say(f"rank {rank.rank} was ended in the middle of a traceback: {error}")
+    if ended and first is not None and first.code < 0:
+        console.say("with --keep-going the ranks that are left go on, for programs that call group.shrink()")
