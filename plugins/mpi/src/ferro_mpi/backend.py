@@ -324,7 +324,7 @@ class MpiBackend(Backend):
         """Agree, and make a reduction that gathers all contributions and reduces them with NumPy."""
         self._agree()
         communicator = self._communicator
-        transfers = MpiTransfers(self._comm, lambda request, buffers: communicator.wait_for(request, buffers, deadline))
+        transfers = MpiTransfers(self._comm, lambda method, arguments: communicator.run(method, arguments, deadline))
         return GatheredReduction(transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES)
 
     def _pieces(self, buffer: Array) -> Sequence[Array]:

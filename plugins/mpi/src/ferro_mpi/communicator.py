@@ -22,7 +22,7 @@ from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.library import MpiLibrary
 from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.reductions import mpi_view
-from ferro_mpi.requests import PendingMessages, wait_for
+from ferro_mpi.requests import PendingMessages, begin, release, wait_for
 from ferro_mpi.shared_memory import open_group_memory
 from ferro_mpi.waiting import WaitMonitor
 
@@ -129,14 +129,9 @@ class MpiCommunicator:
     def run(self, nonblocking: Callable[..., MPI.Request], arguments: tuple[object, ...], deadline: float) -> None:
         """Run a collective on which all ranks have agreed; the wait for it can end with an error."""
         try:
-            self.wait_for(nonblocking(*arguments), arguments, deadline)
-        except MPI.Exception as error:
-            raise self._translated(error) from error
-
-    def wait_for(self, request: MPI.Request, buffers: object, deadline: float) -> None:
-        """Wait for a nonblocking collective, which uses `buffers`."""
-        try:
-            wait_for(request, buffers, self.monitor, deadline, self._ranks)
+            kept = begin(nonblocking, arguments)
+            wait_for(cast(MPI.Request, kept[-1]), arguments, self.monitor, deadline, self._ranks)
+            release(kept)
         except MPI.Exception as error:
             raise self._translated(error) from error
 
@@ -166,15 +161,30 @@ class MpiCommunicator:
     ) -> None:
         messages = PendingMessages(self.monitor)
         try:
-            for peer, buffer in recvs:
-                for piece in _pieces(buffer):
-                    messages.receive(comm, piece, peer, tag)
-            for peer, buffer in sends:
-                for piece in _pieces(buffer):
-                    messages.send(comm, piece, peer, tag)
-            messages.wait(deadline)
+            self._begin_and_wait(messages, comm, sends, recvs, tag, deadline)
         except MPI.Exception as error:
+            messages.abandon()
             raise self._translated(error) from error
+        except BaseException:
+            messages.abandon()
+            raise
+
+    def _begin_and_wait(
+        self,
+        messages: PendingMessages,
+        comm: MPI.Intracomm,
+        sends: Sequence[tuple[int, Array]],
+        recvs: Sequence[tuple[int, Array]],
+        tag: int,
+        deadline: float,
+    ) -> None:
+        for peer, buffer in recvs:
+            for piece in _pieces(buffer):
+                messages.receive(comm, piece, peer, tag)
+        for peer, buffer in sends:
+            for piece in _pieces(buffer):
+                messages.send(comm, piece, peer, tag)
+        messages.wait(deadline)
 
     def _translated(self, error: MPI.Exception) -> Exception:
         if not self._ready:
