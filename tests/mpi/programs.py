@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from ferro_testing.samples import dtype_of
 
 def native_and_gathered(group):
     """Reduce natively and by gathered contributions: the results are NumPy's on all ranks."""
+    group.backend._share_bytes = 0
     n, found = group.world_size, []
     nan = np.array([np.nan, -0.0, 1.0]) if group.rank == n - 1 else np.array([1.0, 0.0, np.nan])
     for op in ("min", "max"):
@@ -32,6 +35,7 @@ def native_and_gathered(group):
 def cut(group):
     """Let MPI count to 1000 only, and move more than that by every collective."""
     group.backend.largest = 1000
+    group.backend._share_bytes = 0
     n, me, found = group.world_size, group.rank, {}
     big = np.arange(3001.0) + me
     total = sum(np.arange(3001.0) + r for r in range(n))
@@ -105,10 +109,11 @@ def two_groups(group):
 
 
 def many_groups(group):
-    """Make and close more groups than MPI has communicators at a time."""
-    for _ in range(700):
+    """Make more groups than MPI has communicators at a time; close some, and drop the others."""
+    for k in range(1200):
         part = group.split(group.rank % 2)
-        part.close()
+        if k % 8 == 0:
+            part.close()
     return int(group.all_reduce(1))
 
 
@@ -233,3 +238,97 @@ def leave(group):
     except ferro.PeerLost as error:
         return got.tolist() == [0, 1, 2, 3, 4] and error.peer == 1
     return False
+
+
+def late(group, count, how):
+    """Come to a collective after the other rank has given up, at its deadline or by an abort."""
+    part = group.subgroup(range(2))
+    part.barrier()
+    if group.rank == 1:
+        group.barrier()
+    elif how == "abort":
+        threading.Timer(0.2, part.abort).start()
+    try:
+        part.all_reduce(np.ones(count), timeout_s=0.3 if group.rank == 0 and how == "timeout" else None)
+    except ferro.FerroError as error:
+        if group.rank == 0:
+            group.barrier()
+        return [type(error).__name__, int(group.all_reduce(1))]
+    return ["nothing", 0]
+
+
+class Interrupt(BaseException):
+    """A program's own exception, as a signal handler raises it."""
+
+
+def interrupted(group):
+    """Be interrupted between the agreement on a collective and MPI's part of it."""
+    part = group.subgroup(range(2))
+    part.backend._share_bytes = 0
+    if group.rank == 0:
+        agreement = part.backend._agreement
+        agree = agreement.agree_on_blocking
+
+        def agree_and_interrupt(*args):
+            agree(*args)
+            raise Interrupt
+
+        agreement.agree_on_blocking = agree_and_interrupt
+    outcome = "nothing"
+    try:
+        outcome = float(part.all_reduce(np.ones(5))[0])
+    except Interrupt:
+        part.abort()
+    except ferro.GroupClosed:
+        outcome = "closed"
+    return [outcome, int(group.all_reduce(1))]
+
+
+def mixed(group):
+    """Wait for a collective at once on one rank, later on the other."""
+    group.backend._share_bytes = 0
+    found = []
+    for count in (10, 200_000):
+        result = group.all_reduce(np.ones(count), async_op=group.rank == 0)
+        found.append(float((result.wait() if group.rank == 0 else result)[-1]))
+    return found
+
+
+def polls_in_threads(group):
+    """Look for ended ranks in several threads at once."""
+    memory, errors = group.backend._communicator.memory, []
+
+    def poll():
+        try:
+            for _ in range(300):
+                memory.ended_ranks()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=poll) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def shrink_without_a_late_rank(group):
+    """Lose rank 1, and go on without the last rank, which comes once the others have gone on."""
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with contextlib.suppress(ferro.PeerLost):
+        group.all_reduce(1)
+    store = group._info.job_store
+    if group.rank == group.world_size - 1:
+        store.get("gone on", deadline=time.monotonic() + 30)
+    try:
+        rest = group.shrink(timeout_s=0.5)
+    except ferro.RendezvousError as error:
+        store.set("told", b"1")
+        return "go on without it" in str(error)
+    total = int(rest.all_reduce(1))
+    if rest.rank == 0:
+        store.set("gone on", b"1")
+    store.get("told", deadline=time.monotonic() + 30)
+    return total

@@ -39,8 +39,16 @@ def test_two_groups_work_in_two_threads(mpi):
     assert mpi.results(programs.two_groups, 2) == [[200.0, 200.0]] * 2
 
 
-def test_groups_that_were_closed_leave_room_for_others(mpich):
+def test_groups_that_were_closed_or_dropped_leave_room_for_others(mpich):
     assert mpich.results(programs.many_groups, 2) == [2] * 2
+
+
+def test_a_rank_that_waits_at_once_meets_one_that_waits_later(mpi):
+    assert mpi.results(programs.mixed, 2) == [[2.0, 2.0]] * 2
+
+
+def test_ended_ranks_are_found_in_several_threads_at_once(mpich):
+    assert mpich.results(programs.polls_in_threads, 2) == [[], []]
 
 
 def test_an_algorithm_of_the_users_runs_beside_native_collectives(mpich):

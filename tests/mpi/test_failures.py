@@ -43,6 +43,24 @@ def test_there_are_no_options(mpich):
     assert "mpi has no options: fast" in outcomes[0].error_text
 
 
+@pytest.mark.parametrize("how", ["timeout", "abort"])
+def test_a_late_rank_does_not_go_on_alone(mpi, how):
+    expected = "CollectiveTimeout" if how == "timeout" else "GroupClosed"
+    for count in (3, 100_000):  # shared operands, and MPI's own collective
+        assert mpi.results(programs.late, 2, count, how) == [[expected, 2]] * 2
+
+
+def test_an_interrupt_just_before_mpis_collective_holds_no_other_rank(mpi):
+    (first, total), (second, _) = mpi.results(programs.interrupted, 2)
+    assert (first, total) == ("nothing", 2)
+    assert second == (2.0 if mpi.name == "openmpi" else "closed")
+
+
+def test_with_ulfm_the_survivors_shrink_without_a_late_rank(openmpi):
+    outcomes = openmpi.with_options("--with-ft", "ulfm").outcomes(programs.shrink_without_a_late_rank, 4)
+    assert [outcomes[rank].result for rank in (0, 2, 3)] == [2, 2, True], outcomes
+
+
 ONE_RAISES = """
 import time
 import ferro
@@ -69,3 +87,53 @@ def test_a_program_that_ends_well_has_exit_status_0(mpi, tmp_path, world_size):
     assert (ended.returncode, ended.stderr) == (0, "")
     # mpiexec may run the lines of two ranks together.
     assert "".join(ended.stdout.split()) == str(world_size) * world_size
+
+
+ONE_IS_STUCK = """
+import atexit, time
+atexit.register(lambda: print("the last handler", flush=True))
+import numpy as np
+import ferro
+group = ferro.init(timeout_s=1)
+from ferro_mpi import library
+library._EXCEPTION_S = 0.5
+group.barrier()
+if group.rank == 1:
+    time.sleep(600)
+group.all_reduce(np.ones(3))
+"""
+
+
+def test_a_failed_rank_ends_although_another_is_stuck(mpi, tmp_path):
+    (tmp_path / "program.py").write_text(ONE_IS_STUCK)
+    ended = mpi.program(2, tmp_path / "program.py")
+    assert ended.returncode != 0
+    assert "rank 1 has not ended 0.5 s after a failure here" in ended.stderr
+    assert "the last handler" in ended.stdout
+
+
+ONE_SAVES = """
+import time
+import numpy as np
+import ferro
+group = ferro.init()
+group.barrier()
+if group.rank == 1:
+    time.sleep(0.5)
+try:
+    group.all_reduce(np.ones(3), timeout_s=0.1 if group.rank == 0 else None)
+except ferro.CollectiveTimeout:
+    pass
+if group.rank == 0:
+    memory = group.backend._communicator.memory
+    while memory.awaited_ranks():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    print("saved", flush=True)
+"""
+
+
+def test_a_rank_that_is_done_after_a_failure_waits_for_one_that_saves(mpi, tmp_path):
+    (tmp_path / "program.py").write_text(ONE_SAVES)
+    ended = mpi.program(2, tmp_path / "program.py")
+    assert (ended.returncode, ended.stdout.strip()) == (0, "saved"), ended.stderr

@@ -373,7 +373,7 @@ def test_rank_zero_of_this_host_never_comes(ranks, tmp_path):
 
 
 def test_an_observer_that_is_none_is_refused():
-    with pytest.raises(ferro.UsageError, match="3 is no observer: it has no started, finished"):
+    with pytest.raises(ferro.UsageError, match="3, which is no observer: it has no started, finished"):
         ferro.init(observers=[3])
 
 

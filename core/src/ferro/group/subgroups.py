@@ -11,7 +11,11 @@ from ferro.collectives.label import MAX_CONTEXT, in_context
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
+from ferro.rendezvous.store.interface import Store
+from ferro.rendezvous.store.liveness import lost_ranks
 from ferro.types import Array
+
+_ASK_S = 0.25  # how often a rank that waits for another one asks whether that one has died
 
 
 def subgroup_backend(parent: Backend, ranks: Sequence[int], context: int) -> Backend:
@@ -62,22 +66,35 @@ class Subgroups:
         store = self._info.store.prefix(f"shrink/{self._shrunk}")
         self._shrunk += 1
         store.set(f"present/{rank}", b"1")
-        if store.add("first", 1) == 1:
-            ranks = [r for r in range(n) if r == rank or (r != lost and get_in_time(store, f"present/{r}", deadline))]
-            context = self._new_context()
-            store.set("members", codec.encode([context, ranks]))
-        else:
-            try:
-                members = store.get("members", deadline=deadline + timeout_s)
-            except TimeoutError as error:
+        members, attempt = b"", 0
+        while not members and store.add(f"first/{attempt}", 1) > 1:  # another rank decides, unless it dies meanwhile
+            decider = int(get_in_time(store, f"decider/{attempt}", deadline + timeout_s) or -1)
+            members = self._get_from(decider, store, "members", deadline + timeout_s)
+            attempt += 1
+            if not members and time.monotonic() > deadline + timeout_s:
                 message = f"nobody decided who is left within {2 * timeout_s:g} s; another rank may have died meanwhile"
-                raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank) from error
+                raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank)
+        if members:
             context, ranks = codec.decode(members)  # type: ignore[misc]
+        else:
+            store.set(f"decider/{attempt}", str(rank).encode())
+            others = [r for r in range(n) if r not in (rank, lost)]
+            present = [r for r in others if self._get_from(r, store, f"present/{r}", deadline)]
+            context, ranks = self._new_context(), sorted((rank, *present))
+            store.set("members", codec.encode([context, ranks]))
         if rank not in ranks:
             message = f"rank {rank} came later than {timeout_s:g} s after the first, and ranks {ranks} go on without it"
             raise RendezvousError(f"shrink of group {name!r}: {message}", op="shrink", rank=rank)
         info = self._info.subgroup(ranks, f"{name}-{n - len(ranks)}", context)
         return self._backend.shrink(ranks, context), info
+
+    def _get_from(self, rank: int, store: Store, key: str, deadline: float) -> bytes:
+        """Return the value that a rank stores, or b"" once it has died, or at the deadline."""
+        while not (value := get_in_time(store, key, min(deadline, time.monotonic() + _ASK_S))):
+            dead = rank >= 0 and self._info.global_ranks[rank] in lost_ranks(self._info.job_store)
+            if dead or time.monotonic() >= deadline:
+                return get_in_time(store, key, time.monotonic())  # it may have come before the death
+        return value
 
     def _new_context(self) -> int:
         """Take a number that no other group of the job has."""

@@ -1,7 +1,7 @@
 """Agreement: the ranks of one host compare their calls in shared memory before they exchange data.
 
-When `agree` returns on a rank, all other ranks are in the same call. MPI's collectives need that, because they neither
-notice a different call nor stop waiting.
+When `agree` returns on a rank, all other ranks are in the same call, and go on with it. MPI's collectives need that,
+because they neither notice a different call nor stop waiting.
 
 Each rank writes one word, the digest of its call and the call's number, and reads the other ranks'
 words. The words are double-buffered by the parity of the number: before a rank writes its word for
@@ -12,8 +12,18 @@ call k + 2, it has seen the words of all ranks for call k + 1, so all have read 
     rank 1     word 0   →    word 1   →    …
 
 Small operands can be shared in the same step: a rank writes its operand into its slot before its word, and reads the
-others' operands once all words are there. So a collective needs one synchronisation of the ranks, not two, which is
-faster where there are more ranks than cores and each synchronisation costs switches between processes.
+others' operands once all words are there. So a collective needs one synchronisation of the ranks, not two.
+
+A rank that gives up waiting, at its deadline or after an abort, takes its word back, or else a late rank would go on
+alone. It may do so only if no rank has seen all words:
+
+    1  the rank writes TAKING_BACK in place of its word; ranks that read this wait until it is replaced
+    2  it pauses, so that all see this, and then reads the other ranks' words
+    3  if a word is missing, nobody has gone on: it writes TAKEN_BACK, and ranks that read this give up
+    4  if all words are there, other ranks may have gone on: it writes its word again, and goes on as well
+
+A rank that has seen all words looks at them once more before it goes on, as a word may have been taken back before the
+last one was written. Of several ranks that take their words back, the lowest goes first.
 
 Where ranks share no memory they use the default agreement of `ferro.Backend`, which sends messages.
 """
@@ -21,11 +31,12 @@ Where ranks share no memory they use the default agreement of `ferro.Backend`, w
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from ferro import PeerLost
+from ferro import GroupClosed, PeerLost
 from ferro.collectives.label import Call, mismatch
 from ferro.types import Array
 from ferro_mpi.shared_memory import GroupMemory
@@ -36,6 +47,9 @@ _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _DIGEST_BYTES = 5  # with the bits of the call's number, a word is a positive 64-bit number
 _MOST_CACHED = 1024
 _PROGRESS_EVERY = 16  # reads between calls of MPI's progress
+_TAKING_BACK, _TAKEN_BACK = -1, -2  # in place of a word, which is positive
+_PAUSE_S = 1e-3  # a processor shows its writes to the others within microseconds
+_TAKE_BACK_S = 2.0  # after which a rank that is still taking its word back has stopped
 
 
 class SharedMemoryAgreement:
@@ -46,6 +60,9 @@ class SharedMemoryAgreement:
         monitor: ends the waits.
         rank: this rank.
         world_size: number of ranks.
+
+    Attributes:
+        number: number of calls begun.
     """
 
     def __init__(self, memory: GroupMemory, monitor: WaitMonitor, rank: int, world_size: int) -> None:
@@ -54,7 +71,8 @@ class SharedMemoryAgreement:
         self._monitor = monitor
         self._rank = rank
         self._world_size = world_size
-        self._number = 0
+        self.number = 0
+        self._word = 0
         self._slot_views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
         self._digests: dict[bytes, int] = {}
         self._written_labels = [b"", b""]
@@ -62,7 +80,8 @@ class SharedMemoryAgreement:
         self._own = [memory.word_index(rank, parity) for parity in (0, 1)]
         others = [other for other in range(world_size) if other != rank]
         self._others = [[(memory.word_index(r, parity), r) for r in others] for parity in (0, 1)]
-        self._other_indices = [[index for index, _ in words] for words in self._others]
+        # The words to look at before this rank goes on; of one other rank's word, the second look would be the first.
+        self._looks = [[index for index, _ in words] * min(2, len(words)) for words in self._others]
 
     def agree_with_operands(self, call: Call, operand: Array, deadline: float) -> Sequence[Array]:
         """Agree, and view all ranks' operands, which are read-only and valid until the next call.
@@ -72,7 +91,7 @@ class SharedMemoryAgreement:
             operand: at most `GroupMemory.slot_bytes` long, of the same dtype and size on all ranks of one call.
             deadline: absolute `time.monotonic()` second.
         """
-        parity = (self._number + 1) & 1
+        parity = (self.number + 1) & 1
         key = (operand.dtype, operand.size)
         views = self._slot_views[parity].get(key) or self._view_slots(parity, operand)
         views[self._rank][...] = operand
@@ -83,35 +102,78 @@ class SharedMemoryAgreement:
         """See `Backend.agree`."""
         label = call.packed or call.label()
         digest = self._digests.get(label) or self._compute_digest(label)
-        self._number = number = self._number + 1
+        number = self.number + 1
         parity = number & 1
         if self._written_labels[parity] is not label:
             self._memory.write_label(label, parity)
             self._written_labels[parity] = label
-        word = digest | (number & _NUMBER_MASK)
+        self._word = word = digest | (number & _NUMBER_MASK)
+        self.number = number
         words = self._words
         words[self._own[parity]] = word
-        for index in self._other_indices[parity]:
+        for index in self._looks[parity]:
             if words[index] != word:
                 self._wait_for_all(call, word, parity, deadline)
                 return
 
+    def agree_on_blocking(self, call: Call, may_block: bool, deadline: float) -> bool:
+        """Agree; say whether every rank may use MPI's blocking call, which does not match a nonblocking one."""
+        self._words[self._own[(self.number + 1) & 1] + 1] = may_block
+        self.agree(call, deadline)
+        return self.all_may_block()
+
+    def all_may_block(self) -> bool:
+        """Say whether all ranks that agreed on the current call may block."""
+        parity = self.number & 1
+        return all(self._words[index + 1] for index in (self._own[parity], *self._looks[parity]))
+
+    def take_back(self) -> bool:
+        """Take this rank's word for the current call back; return False if other ranks may have gone on with the call.
+
+        Then the word is there again, and this rank has to go on as well.
+        """
+        words, parity, give_up = self._words, self.number & 1, time.monotonic() + _TAKE_BACK_S
+        own, word = self._own[parity], self._word
+        while words[own] != _TAKEN_BACK:
+            words[own] = _TAKING_BACK
+            time.sleep(_PAUSE_S)
+            found = [(rank, words[index]) for index, rank in self._others[parity]]
+            undecided = [rank for rank, value in found if value == _TAKING_BACK]
+            if not undecided or time.monotonic() > give_up:
+                all_here = all(value == word for _, value in found)
+                words[own] = word if all_here else _TAKEN_BACK
+                return not all_here
+            if undecided[0] < self._rank:
+                words[own] = word
+                lower = self._memory.word_index(undecided[0], parity)
+                while words[lower] == _TAKING_BACK and time.monotonic() <= give_up:
+                    time.sleep(_PAUSE_S)
+        return True
+
     def _wait_for_all(self, call: Call, word: int, parity: int, deadline: float) -> None:
         words, spins, yield_core = self._words, self._monitor.spins, self._monitor.yield_core
-        for index, rank in self._others[parity]:
-            for _ in range(spins):
-                if words[index] == word:
-                    break
-                yield_core()
-            else:
-                self._wait_for_rank(call, word, parity, index, rank, deadline)
+        try:
+            while any(words[index] != word for index in self._looks[parity]):
+                for index, rank in self._others[parity]:
+                    for _ in range(spins):
+                        if words[index] == word:
+                            break
+                        yield_core()
+                    else:
+                        self._wait_for_rank(call, word, parity, index, rank, deadline)
+        except (TimeoutError, GroupClosed) as error:
+            of_program = isinstance(error, TimeoutError) and time.monotonic() <= deadline
+            if of_program or self.take_back():
+                raise
 
     def _wait_for_rank(self, call: Call, word: int, parity: int, index: int, rank: int, deadline: float) -> None:
         words, check = self._words, self._monitor.check
         backoff = Backoff()
         count = 0
         while (found := words[index]) != word:
-            if found & _NUMBER_MASK == word & _NUMBER_MASK:
+            if found == _TAKEN_BACK:
+                raise GroupClosed(f"rank {rank} has given up")
+            if found > 0 and found & _NUMBER_MASK == word & _NUMBER_MASK:
                 raise mismatch(self._rank, call, rank, self._memory.label(rank, parity))
             check(deadline, (rank,))
             if self._memory.has_left(rank) and words[index] == found:

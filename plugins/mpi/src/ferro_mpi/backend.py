@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,16 +23,15 @@ from ferro_mpi.reductions import MpiTransfers, all_equal, buffer_spec, mpi_view,
 _LARGEST = (1 << 31) - 1
 _MOST_CACHED = 1024
 _SEGMENT_BYTES = 8 << 20  # of a gathered reduction
-_WITH_OPERANDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+_MOST_BYTES_READ = 128 << 10  # by each of the ranks that share operands and have a core each
 
 
 class MpiBackend(Backend):
     """One rank of a group.
 
     A collective begins when all ranks agree on it; then MPI's own collective runs. Algorithms that the user has fixed,
-    and blocks too large for MPI's counts, run as schedules of messages instead. Where there are more ranks than cores,
-    small operands are shared with the agreement, and NumPy reduces or copies them: that is quicker than to agree and
-    then synchronise again in MPI.
+    and blocks too large for MPI's counts, run as schedules of messages instead. On one host small operands are shared
+    with the agreement, and NumPy reduces or copies them: that is quicker than to agree and then to synchronise in MPI.
 
     Args:
         communicator: the group's communicators.
@@ -48,42 +48,60 @@ class MpiBackend(Backend):
         super().__init__(communicator.rank, communicator.world_size, choice)
         self._communicator = communicator
         self._comm = communicator.comm
-        self._run_native = communicator.run
         self._fixed = frozenset(choice.fixed)
         self._native_ops: dict[Reduction, MPI.Op | None] = {}
-        # The subset of `_native_ops` with which all_reduce always calls MPI.
-        self._direct_ops: dict[Reduction, MPI.Op] = {}
         self._agreement: SharedMemoryAgreement | None = None
-        self._shares_operands = False
+        self._agreed, self._deadline = False, 0.0  # of the current call
         self._share_bytes = 0
         if communicator.memory is not None:
             self._agreement = SharedMemoryAgreement(
                 communicator.memory, communicator.monitor, self.rank, self.world_size
             )
-            self._shares_operands = communicator.monitor.oversubscribed
-            self._share_bytes = communicator.memory.slot_bytes
+            # A rank reads the operands of all: with a core each, many ranks are quicker in MPI, which reads fewer.
+            most = _MOST_BYTES_READ if not communicator.monitor.oversubscribed else math.inf
+            self._share_bytes = int(min(communicator.memory.slot_bytes, most // self.world_size))
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """See `Backend.agree`; a call that may share operands agrees later, in `_share`."""
+        """See `Backend.agree`; ranks that share memory agree later, with operands or just before MPI's collective."""
         self.call = call
+        self._agreed, self._deadline = False, deadline
         if self._agreement is None:
             super().agree(call, deadline=deadline)
-        elif not (self._shares_operands and call.op in _WITH_OPERANDS):
-            self._agreement.agree(call, deadline)
+
+    def _agree(self) -> None:
+        """Agree on the current call, unless that was done."""
+        if self._agreement is not None and not self._agreed:
+            self._agreed = True
+            self._agreement.agree(self.call, self._deadline)
 
     def _share(self, operand: Array | None, deadline: float) -> Sequence[Array] | None:
-        """Agree, and share all ranks' operands if they are small.
+        """Agree, and share all ranks' operands.
 
-        The result is None, and the ranks have only agreed, if operands are large or differ in size (`operand` is None).
+        The result is None, and the ranks have not agreed, if operands are large or differ in size (`operand` is None).
         """
-        if not self._shares_operands:
+        if operand is None or operand.nbytes > self._share_bytes or self._agreement is None:
             return None
-        assert self._agreement is not None, "ranks that share operands share memory"
-        small = operand is not None and operand.nbytes <= self._share_bytes
-        if operand is not None and small and self.call.op not in self._fixed:
-            return self._agreement.agree_with_operands(self.call, operand, deadline)
-        self._agreement.agree(self.call, deadline)
-        return None
+        return (
+            None if self.call.op in self._fixed else self._agreement.agree_with_operands(self.call, operand, deadline)
+        )
+
+    def _run_native(
+        self,
+        blocking: Callable[..., object],
+        nonblocking: Callable[..., MPI.Request],
+        arguments: tuple[object, ...],
+        deadline: float,
+    ) -> None:
+        """Run a collective of MPI; ranks that share memory agree just before each, since it may block."""
+        self._agreed = True
+        if self._agreement is None:
+            self._communicator.run(nonblocking, arguments, deadline)
+        else:
+            self._communicator.agree_and_run(self._agreement, self.call, blocking, nonblocking, arguments, deadline)
+
+    def barrier(self, *, deadline: float) -> None:
+        """See `Backend.barrier`: the agreement is one."""
+        self._agree()
 
     # -- transfers -------------------------------------------------------------------------------
 
@@ -105,23 +123,13 @@ class MpiBackend(Backend):
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
-        op = self._direct_ops.get(reduction)
-        if op is None or buffer.size > self.largest:
-            self._all_reduce(buffer, reduction, deadline)
-            return
-        comm = self._comm
-        arguments = (MPI.IN_PLACE, buffer, op)
-        self._run_native(comm.Allreduce, comm.Iallreduce, arguments, deadline)
-        reduction.finish(buffer)
-
-    def _all_reduce(self, buffer: Array, reduction: Reduction, deadline: float) -> None:
-        """Reduce by MPI, NumPy or a schedule; remember the reductions that MPI always does."""
         shared = self._share(buffer, deadline)
         if shared is not None:
             reduction.into(buffer, shared, at_once=True)
             return
         op = self._native_op(reduction)
         if "all_reduce" in self._fixed:
+            self._agree()
             super().all_reduce(buffer, reduction, deadline=deadline)
         elif op is None:
             self._gathered(reduction, deadline).all_reduce(buffer)
@@ -131,13 +139,12 @@ class MpiBackend(Backend):
                 arguments = (MPI.IN_PLACE, piece, op)
                 self._run_native(comm.Allreduce, comm.Iallreduce, arguments, deadline)
             reduction.finish(buffer)
-            if not self._shares_operands:
-                self._direct_ops[reduction] = op
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
         op = self._native_op(reduction)
         if "reduce" in self._fixed:
+            self._agree()
             super().reduce(buffer, reduction, root, deadline=deadline)
         elif op is None:
             self._gathered(reduction, deadline).reduce(buffer, root)
@@ -160,6 +167,7 @@ class MpiBackend(Backend):
             return
         op, comm = self._native_op(reduction), self._comm
         if "reduce_scatter" in self._fixed or source.size > self.largest:
+            self._agree()
             super().reduce_scatter(source, out, counts, reduction, deadline=deadline)
         elif op is None:
             self._gathered(reduction, deadline).reduce_scatter(source, out, counts)
@@ -180,6 +188,7 @@ class MpiBackend(Backend):
         if shared is not None:
             buffer[...] = shared[root]
         elif "broadcast" in self._fixed:
+            self._agree()
             super().broadcast(buffer, root, deadline=deadline)
         else:
             comm = self._comm
@@ -189,13 +198,14 @@ class MpiBackend(Backend):
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
         even = all_equal(counts)
-        parts = blocks(buffer, counts) if self._shares_operands else []
-        shared = self._share(parts[self.rank] if parts and even else None, deadline)
+        parts = blocks(buffer, counts) if even and self._share_bytes else []
+        shared = self._share(parts[self.rank] if parts else None, deadline)
         if shared is not None:
             for part, operand in zip(parts, shared, strict=True):
                 part[...] = operand
             return
         if "all_gather" in self._fixed or buffer.size > self.largest:
+            self._agree()
             super().all_gather(buffer, counts, deadline=deadline)
             return
         comm = self._comm
@@ -209,6 +219,7 @@ class MpiBackend(Backend):
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if "gather" in self._fixed or sum(counts) > self.largest:
+            self._agree()
             super().gather(block, out, counts, root, deadline=deadline)
             return
         comm = self._comm
@@ -225,6 +236,7 @@ class MpiBackend(Backend):
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if "scatter" in self._fixed or sum(counts) > self.largest:
+            self._agree()
             super().scatter(block, source, counts, root, deadline=deadline)
             return
         comm = self._comm
@@ -244,6 +256,7 @@ class MpiBackend(Backend):
         """See `Backend.all_to_all`."""
         comm, even = self._comm, self.call.count > 0
         if "all_to_all" in self._fixed or self._largest_count(source, out, even, deadline) > self.largest:
+            self._agree()
             super().all_to_all(source, out, send_counts, recv_counts, deadline=deadline)
         elif even:
             arguments: tuple[object, ...] = (mpi_view(source), mpi_view(out))
@@ -278,12 +291,13 @@ class MpiBackend(Backend):
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
         """Split all ranks into groups; make the group of this rank."""
+        self._agree()
         part = self._communicator.split(ranks)
         return None if part is None else MpiBackend(part, self.choice)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
         """Make the survivors' group, with an MPI that can go on after a death (ULFM)."""
-        return MpiBackend(self._communicator.shrink(ranks), self.choice)
+        return MpiBackend(self._communicator.shrink(ranks, context), self.choice)
 
     def abort(self) -> None:
         """Wake every blocked call of this group, here and on the other ranks."""
@@ -303,14 +317,14 @@ class MpiBackend(Backend):
                 return op
             if len(self._native_ops) >= _MOST_CACHED:
                 self._native_ops.clear()
-                self._direct_ops.clear()
             self._native_ops[reduction] = op
         return self._native_ops[reduction]
 
     def _gathered(self, reduction: Reduction, deadline: float) -> GatheredReduction:
-        """Make a reduction that gathers all contributions and reduces them with NumPy."""
+        """Agree, and make a reduction that gathers all contributions and reduces them with NumPy."""
+        self._agree()
         communicator = self._communicator
-        transfers = MpiTransfers(self._comm, lambda request, buffers: communicator.wait_for(request, buffers, deadline))
+        transfers = MpiTransfers(self._comm, lambda method, arguments: communicator.run(method, arguments, deadline))
         return GatheredReduction(transfers, self.rank, self.world_size, reduction, segment_bytes=_SEGMENT_BYTES)
 
     def _pieces(self, buffer: Array) -> Sequence[Array]:

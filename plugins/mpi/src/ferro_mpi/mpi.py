@@ -25,16 +25,16 @@ _PROCESS_FAILURES = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_R
 
 def to_ferro_error(error: MPI.Exception, comm: MPI.Intracomm) -> FerroError:
     """Translate MPI's exception, raised in a group whose ranks are those of `comm`."""
-    kind, text = error.Get_error_class(), error.Get_error_string()
-    # ERR_IN_STATUS: one of several requests failed, and may have failed by a rank's death.
-    if kind in (*_PROCESS_FAILURES, MPI.ERR_IN_STATUS):
-        failed = _failed_ranks(comm)
-        if failed:
-            return PeerLost(f"MPI says that rank {failed[0]} has failed", peer=failed[0])
-    if kind in _PROCESS_FAILURES:
-        return GroupClosed("the group was aborted: MPI has revoked its communicator")
+    kind, text = error.Get_error_class(), " ".join(error.Get_error_string().split())
     if kind == MPI.ERR_TRUNCATE:
         return CollectiveMismatch("a message came that is longer than expected")
+    failed = _failed_ranks(comm)  # whatever the kind: a death shows as ERR_OTHER and ERR_IN_STATUS, too
+    if failed:
+        return PeerLost(f"MPI says that rank {failed[0]} has failed", peer=failed[0])
+    if kind in _PROCESS_FAILURES:
+        return GroupClosed("the group was aborted: MPI has revoked its communicator")
+    if "Too many communicators" in text:
+        text += ". Every group takes two of MPI's communicators: close() the groups that you are done with"
     return BackendError(f"MPI failed: {text}", code=error.Get_error_code())
 
 

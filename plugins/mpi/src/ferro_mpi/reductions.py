@@ -24,8 +24,8 @@ from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
 
-# Waits for a request that uses buffers: (request, buffers).
-WaitFor: TypeAlias = Callable[[MPI.Request, object], None]
+# Runs a nonblocking collective until it is done: (method, its arguments).
+RunNonblocking: TypeAlias = Callable[[Callable[..., MPI.Request], tuple[object, ...]], None]
 # A buffer in blocks, as mpi4py takes it: the buffer, (sizes of blocks, offsets of blocks).
 BufferSpec: TypeAlias = tuple[Array, tuple[Sequence[int], Sequence[int]]]
 
@@ -84,12 +84,12 @@ def all_equal(counts: Sequence[int]) -> bool:
 class MpiTransfers:
     """MPI's transfers for a `GatheredReduction`; see `ReductionTransfers`.
 
-    They use nonblocking calls: if the arithmetic raises on one rank, `wait_for` ends the waits of the others.
+    They use nonblocking calls: if the arithmetic raises on one rank, `run` ends the waits of the others.
     """
 
-    def __init__(self, comm: MPI.Intracomm, wait_for: WaitFor) -> None:
+    def __init__(self, comm: MPI.Intracomm, run: RunNonblocking) -> None:
         self._comm = comm
-        self._wait_for = wait_for
+        self._run = run
 
     def empty(self, count: int, dtype: np.dtype) -> Array:
         """See `ReductionTransfers.empty`."""
@@ -98,14 +98,13 @@ class MpiTransfers:
     def all_gather(self, buffer: Array, counts: Sequence[int]) -> None:
         """See `ReductionTransfers.all_gather`."""
         if all_equal(counts):
-            request = self._comm.Iallgather(MPI.IN_PLACE, mpi_view(buffer))
+            self._run(self._comm.Iallgather, (MPI.IN_PLACE, mpi_view(buffer)))
         else:
-            request = self._comm.Iallgatherv(MPI.IN_PLACE, buffer_spec(buffer, counts))
-        self._wait_for(request, buffer)
+            self._run(self._comm.Iallgatherv, (MPI.IN_PLACE, buffer_spec(buffer, counts)))
 
     def all_to_all(self, source: Array, offsets: Sequence[int], counts: Sequence[int], out: Array) -> None:
         """See `ReductionTransfers.all_to_all`."""
         sent = mpi_view(source), (counts, offsets)
         n = len(counts)
         received = buffer_spec(out, [out.size // n] * n)
-        self._wait_for(self._comm.Ialltoallv(sent, received), (source, out))
+        self._run(self._comm.Ialltoallv, (sent, received))

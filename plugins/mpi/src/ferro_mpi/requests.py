@@ -1,15 +1,17 @@
 """Wait for MPI's requests until a deadline.
 
 MPI uses the buffers of a request until the request is done, and mpi4py does not keep all of them alive. So this module
-keeps references to them until then; it keeps the buffers of abandoned requests for ever.
+keeps references to them until then; it keeps the buffers of abandoned requests for ever. A signal handler may raise an
+exception after any step of Python's, so the step that begins a request also keeps it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import starmap
 
 from ferro import CollectiveMismatch, PeerLost
 from ferro.types import Array
@@ -18,6 +20,20 @@ from ferro_mpi.waiting import Backoff, WaitMonitor
 
 _LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _abandoned: list[object] = []
+_running: dict[int, list[object]] = {}
+
+
+def begin(nonblocking: Callable[..., MPI.Request], arguments: tuple[object, ...]) -> list[object]:
+    """Begin a collective; return what is kept for it, of which the last is the request, until `release`."""
+    kept: list[object] = [arguments]
+    _running[id(kept)] = kept
+    kept.extend(starmap(nonblocking, (arguments,)))
+    return kept
+
+
+def release(kept: list[object]) -> None:
+    """Keep no longer what a collective that is done has used."""
+    del _running[id(kept)]
 
 
 def wait_for(
@@ -66,17 +82,17 @@ class PendingMessages:
 
     def receive(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
         """Begin to receive a message of exactly the buffer's size. Call it before any `send`."""
-        self._add(comm.Irecv(buffer, peer, tag), buffer, peer)
         self._receives += 1
+        self._begin(comm.Irecv, buffer, peer, tag)
 
     def send(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
         """Begin to send a message."""
-        self._add(comm.Isend(buffer, peer, tag), buffer, peer)
+        self._begin(comm.Isend, buffer, peer, tag)
 
-    def _add(self, request: MPI.Request, buffer: Array, peer: int) -> None:
-        self._requests.append(request)
+    def _begin(self, nonblocking: Callable[..., MPI.Request], buffer: Array, peer: int, tag: int) -> None:
         self._buffers.append(buffer)
         self._peers.append(peer)
+        self._requests.extend(starmap(nonblocking, ((buffer, peer, tag),)))
 
     def wait(self, deadline: float) -> None:
         """Wait until all messages are sent and received.
@@ -87,11 +103,7 @@ class PendingMessages:
             MPI.Exception: a transfer failed.
         """
         statuses = [MPI.Status() for _ in self._requests]
-        try:
-            self._wait(statuses, deadline)
-        except BaseException:
-            self._abandon()
-            raise
+        self._wait(statuses, deadline)
         for status, buffer, peer in zip(statuses[: self._receives], self._buffers, self._peers, strict=False):
             received = status.Get_count(MPI.BYTE)
             if received != buffer.nbytes:
@@ -116,7 +128,7 @@ class PendingMessages:
                     raise PeerLost(f"rank {left} has left the group", peer=left)
             backoff()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Cancel receives, which MPI allows, and keep the buffers that MPI may still use."""
         for request in self._requests[: self._receives]:
             with suppress(MPI.Exception):

@@ -1,13 +1,14 @@
 """GroupMemory: memory shared by the ranks of a group on one host, for agreements and small operands.
 
-    one rank's area, 512 bytes    0        64       128        192        256       320
-                                  word 0   word 1   has left   process    label 0   label 1
+    one rank's area, 512 bytes    0        64       128                   192        256       320
+                                  word 0   word 1   has left, at exit     process    label 0   label 1
 
     first area: the group's       a token by which it is known, whether it was aborted
     areas of all ranks            each rank writes to its own only
     slots of all ranks            two of `slot_bytes` for each, for small operands
 
-Words, labels and slots are double-buffered: a call uses those of its parity (see `agreement`).
+Words, labels and slots are double-buffered: a call uses those of its parity (see `agreement`). Behind a word stands
+whether its rank may block in MPI.
 
 The group's first rank makes the memory as a file without a name, which the others open through /proc.
 (`MPI.Win.Allocate_shared` would do, but warns on stderr in the wheel of Open MPI.) All ranks must see what one rank
@@ -22,6 +23,7 @@ import os
 import platform
 import secrets
 import select
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +34,7 @@ from ferro_mpi.mpi import MPI
 
 _AREA_BYTES = 512
 _AREA_WORDS = _AREA_BYTES // 8
-_LEFT, _PROCESS = 16, 24  # in words
+_LEFT, _AT_EXIT, _PROCESS = 16, 17, 24  # in words
 _LABELS = 256  # in bytes
 _TOKEN_BYTES = 16
 _ABORTED = 8  # in words
@@ -59,6 +61,7 @@ class GroupMemory:
         self._rank = rank
         self._world_size = world_size
         self._poll = select.poll()
+        self._poll_lock = threading.Lock()  # one thread at a time may use a poll object
         self._rank_of: dict[int, int] = {}
 
     def word_index(self, rank: int, parity: int) -> int:
@@ -97,6 +100,27 @@ class GroupMemory:
         """Return True if a rank has left the group."""
         return bool(self.words[(rank + 1) * _AREA_WORDS + _LEFT])
 
+    def end(self) -> None:
+        """Tell the others that this rank's process is about to end."""
+        self.words[(self._rank + 1) * _AREA_WORDS + _AT_EXIT] = 1
+
+    def awaited_ranks(self) -> list[int]:
+        """List the other ranks whose processes neither have ended nor are about to."""
+        ended = self.ended_ranks()
+        others = (rank for rank in range(self._world_size) if rank != self._rank and rank not in ended)
+        return [rank for rank in others if not self._is_at_exit(rank)]
+
+    def all_at_exit(self) -> bool:
+        """Say whether no other rank is awaited."""
+        return not self.awaited_ranks()
+
+    def died_ranks(self) -> list[int]:
+        """List the ranks whose processes have ended by other means than an exit of the interpreter."""
+        return [rank for rank in self.ended_ranks() if not self._is_at_exit(rank)]
+
+    def _is_at_exit(self, rank: int) -> bool:
+        return bool(self.words[(rank + 1) * _AREA_WORDS + _AT_EXIT])
+
     def write_process(self) -> None:
         """Tell the others the id of this rank's process."""
         self.words[(self._rank + 1) * _AREA_WORDS + _PROCESS] = os.getpid()
@@ -118,7 +142,12 @@ class GroupMemory:
 
     def ended_ranks(self) -> list[int]:
         """List the ranks whose processes have ended."""
-        return [self._rank_of[descriptor] for descriptor, _ in self._poll.poll(0)]
+        with self._poll_lock:
+            return sorted(self._rank_of[descriptor] for descriptor, _ in self._poll.poll(0))
+
+    def lost_ranks(self) -> list[int]:
+        """List the ranks whose processes have ended without leaving the group."""
+        return [rank for rank in self.ended_ranks() if not self.has_left(rank)]
 
 
 def open_group_memory(comm: MPI.Intracomm) -> GroupMemory | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from ferro import GroupClosed, PeerLost
+from ferro import CollectiveMismatch, FerroError, GroupClosed, PeerLost
 from ferro.group.serial_executor import on_executor_thread
 from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.shared_memory import GroupMemory
@@ -24,6 +24,8 @@ _YIELDS_ON_EXECUTOR = 20
 _SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 500e-6
 _POLL_PEERS_S = 0.02
+_POLL_STORE_S = 0.5
+_FIND_LOST_S = 0.5  # for the system or the store to notice the death that an error of MPI may be about
 _ABORT_TAG = 0  # on a group's control communicator
 
 
@@ -53,6 +55,7 @@ class WaitMonitor:
     Args:
         control_comm: the group's communicator for messages of ferro's own.
         memory: the group's shared memory, if it has one.
+        lost: returns the ranks of the group that died, as far as the job's store has noticed.
         oversubscribed: this host has more ranks than cores.
 
     Attributes:
@@ -61,12 +64,20 @@ class WaitMonitor:
             cores of their own.
     """
 
-    def __init__(self, control_comm: MPI.Intracomm, memory: GroupMemory | None, *, oversubscribed: bool) -> None:
+    def __init__(
+        self,
+        control_comm: MPI.Intracomm,
+        memory: GroupMemory | None,
+        lost: Callable[[], Sequence[int]],
+        *,
+        oversubscribed: bool,
+    ) -> None:
         self._control_comm = control_comm
         self._memory = memory
+        self._lost = lost
         self._aborted = False
         self._abort_requests: list[MPI.Request] = []
-        self._next_poll = 0.0
+        self._next_poll = self._next_store_poll = 0.0
         self.oversubscribed = oversubscribed
         self.yield_core: Callable[[], object] = os.sched_yield if oversubscribed else int
 
@@ -101,19 +112,46 @@ class WaitMonitor:
         Raises:
             TimeoutError: the deadline has passed.
             GroupClosed: the group was aborted.
-            PeerLost: the process of one of them has ended.
+            PeerLost: the process of one of them has ended, or the group was aborted because a process ended.
         """
         now = time.monotonic()
-        if self._memory is not None:
-            if self._aborted or self._memory.aborted:
-                raise GroupClosed("the group was aborted")
-        elif self._aborted:
-            raise GroupClosed("the group was aborted")
+        if self.aborted:
+            raise self._abort_error()
         if now > deadline:
             raise TimeoutError
         if now >= self._next_poll:
             self._next_poll = now + _POLL_PEERS_S
             self._poll_peers(awaited)
+
+    def has_failed(self) -> bool:
+        """Say whether the group was aborted, or a rank died."""
+        if self.aborted or self.lost_rank() is not None:
+            return True
+        try:
+            return self._memory is None and self.progress()
+        except FerroError:
+            return True
+
+    def lost_rank(self, wait_s: float = 0.0) -> int | None:
+        """Find a rank whose process ended without leaving the group; give others `wait_s` seconds to notice its end."""
+        give_up = time.monotonic() + wait_s
+        while True:
+            lost = self._memory.lost_ranks() if self._memory is not None else self._lost()
+            if lost:
+                return lost[0]
+            if time.monotonic() >= give_up:
+                return None
+            time.sleep(_POLL_PEERS_S)
+
+    def error_of(self, error: MPI.Exception, comm: MPI.Intracomm) -> FerroError:
+        """Translate MPI's exception, raised in a call on `comm`: a rank's death has many error codes."""
+        translated = to_ferro_error(error, comm)
+        if isinstance(translated, PeerLost | CollectiveMismatch):
+            return translated
+        lost = self.lost_rank(0.0 if self.aborted else _FIND_LOST_S)
+        if lost is not None:
+            return PeerLost(f"the process of rank {lost} has ended: {translated}", peer=lost)
+        return self._abort_error() if self.aborted else translated
 
     def departed_rank(self, ranks: Iterable[int]) -> int | None:
         """Return one of these ranks that is known to have left the group, or None."""
@@ -130,14 +168,26 @@ class WaitMonitor:
         try:
             return self._control_comm.Iprobe(MPI.ANY_SOURCE, _ABORT_TAG)
         except MPI.Exception as error:
-            raise to_ferro_error(error, self._control_comm) from error
+            raise self.error_of(error, self._control_comm) from error
+
+    def _abort_error(self) -> FerroError:
+        lost = self._memory.lost_ranks() if self._memory is not None else ()
+        if lost:
+            return PeerLost(f"the process of rank {lost[0]} has ended", peer=lost[0])
+        return GroupClosed("the group was aborted")
 
     def _poll_peers(self, awaited: Iterable[int]) -> None:
         if self.progress():
             self._aborted = True
             raise GroupClosed("the group was aborted by another rank")
+        ended: Sequence[int] = ()
         if self._memory is not None:
             ended = self._memory.ended_ranks()
-            for rank in awaited:
-                if rank in ended:
-                    raise PeerLost(f"the process of rank {rank} has ended", peer=rank)
+        elif time.monotonic() >= self._next_store_poll:
+            self._next_store_poll = time.monotonic() + _POLL_STORE_S
+            ended = self._lost()
+        for rank in awaited:
+            if rank in ended:
+                if self.aborted:  # that rank aborted the group before it ended
+                    raise self._abort_error()
+                raise PeerLost(f"the process of rank {rank} has ended", peer=rank)

@@ -1,14 +1,12 @@
 """Watchdog: a thread that ends blocking calls of MPI after their deadline, which nothing else can do.
 
 All ranks make the same blocking call at the same time (`agreement` makes sure of it), so the call ends by itself unless
-a rank died or stopped in the middle, or MPI is being finalized after a failure. The watchdog costs a call no more than
-setting one attribute to its deadline.
+a rank died or stopped in the middle. The watchdog costs a call no more than setting one attribute to its deadline.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 import time
@@ -30,8 +28,11 @@ class BlockingCaller(Protocol):
 
     blocked_until: float
 
+    def has_failed(self) -> bool:
+        """Say whether a rank of its group died or aborted it, so that the call may not end."""
+
     def interrupt(self) -> None:
-        """Make the call fail; the watchdog calls this only if MPI can recover (ULFM)."""
+        """Make its call fail, and let its group shrink; the watchdog calls this only if MPI can recover (ULFM)."""
 
     def describe(self) -> str:
         """Describe the caller in words."""
@@ -48,7 +49,6 @@ class Watchdog:
         self._recovers = recovers
         self._lock = threading.Lock()
         self._callers: weakref.WeakSet[BlockingCaller] = weakref.WeakSet()
-        self._exit_by = math.inf
         threading.Thread(target=self._loop, name="ferro-mpi-watchdog", daemon=True).start()
 
     def watch(self, caller: BlockingCaller) -> None:
@@ -56,23 +56,18 @@ class Watchdog:
         with self._lock:
             self._callers.add(caller)
 
-    def exit_within(self, seconds: float) -> None:
-        """End the process if it still runs after `seconds`: finalizing MPI may hang."""
-        self._exit_by = time.monotonic() + seconds
-
     def _loop(self) -> None:
         while True:
             time.sleep(_CHECK_S)
-            now = time.monotonic()
-            if now > self._exit_by:
-                _warn("MPI could not be ended after a failure; this process leaves without")
-                os._exit(1)
-            with self._lock:
-                callers = list(self._callers)
-            for caller in callers:
-                if now > caller.blocked_until + _GRACE_S:
-                    self._end_call(caller)
-            del callers
+            self._check()
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            callers = [c for c in self._callers if self._recovers or c.blocked_until < math.inf]
+        for caller in callers:
+            if now > caller.blocked_until + _GRACE_S or (self._recovers and caller.has_failed()):
+                self._end_call(caller)
 
     def _end_call(self, caller: BlockingCaller) -> None:
         if self._recovers:

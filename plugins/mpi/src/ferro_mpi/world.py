@@ -9,7 +9,7 @@ import numpy as np
 
 from ferro import BackendConfig, BackendUnavailable, RendezvousError, UsageError
 from ferro_mpi.backend import MpiBackend
-from ferro_mpi.communicator import MpiCommunicator
+from ferro_mpi.communicator import LostRanks, MpiCommunicator
 from ferro_mpi.library import load
 from ferro_mpi.mpi import MPI
 
@@ -25,17 +25,18 @@ def connect(config: BackendConfig) -> MpiBackend:
     if config.options:
         raise UsageError(f"mpi has no options: {', '.join(sorted(config.options))}")
     _await_other_starts(config)
-    return MpiBackend(_world_communicator(config.rank, config.world_size, config.timeout_s), config.choice)
+    communicator = _world_communicator(config.rank, config.world_size, config.timeout_s, config.lost)
+    return MpiBackend(communicator, config.choice)
 
 
 def broadcast_bootstrap(rank: int, world_size: int, message: bytes | None, deadline: float) -> bytes:
     """Broadcast rank 0's message before any group exists; see `BackendInfo.bootstrap_broadcast`."""
-    communicator = _world_communicator(rank, world_size, max(1.0, deadline - time.monotonic()))
+    communicator = _world_communicator(rank, world_size, max(1.0, deadline - time.monotonic()), frozenset)
     comm = communicator.comm
     length = np.array([len(message or b"")], np.int64)
-    communicator.run(comm.Bcast, comm.Ibcast, (length, 0), deadline)
+    communicator.run(comm.Ibcast, (length, 0), deadline)
     received = np.frombuffer(bytearray(message or bytes(length[0])), np.uint8)
-    communicator.run(comm.Bcast, comm.Ibcast, (received, 0), deadline)
+    communicator.run(comm.Ibcast, (received, 0), deadline)
     communicator.close()
     return received.tobytes()
 
@@ -59,7 +60,7 @@ def _await_other_starts(config: BackendConfig) -> None:
             ) from error
 
 
-def _world_communicator(rank: int, world_size: int, timeout_s: float) -> MpiCommunicator:
+def _world_communicator(rank: int, world_size: int, timeout_s: float, lost: LostRanks) -> MpiCommunicator:
     """Make ferro's own communicators of all ranks, in the order of ferro's ranks."""
     library = load()
     size = MPI.COMM_WORLD.Get_size()
@@ -72,4 +73,6 @@ def _world_communicator(rank: int, world_size: int, timeout_s: float) -> MpiComm
             "Python where MPI came as a wheel: another one gives worlds of one.",
         )
     comm = cast(MPI.Intracomm, MPI.COMM_WORLD.Split(0, rank))
-    return MpiCommunicator(library, comm, timeout_s)
+    communicator = MpiCommunicator(library, comm, timeout_s, lost)
+    library.world_memory = communicator.memory
+    return communicator

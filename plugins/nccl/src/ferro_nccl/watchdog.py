@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ferro import BackendError
+
 _POLL_S = 0.02
 _LINGER_S = 1.0  # an idle thread goes on polling this long, because waking it costs the launching thread time
 
@@ -75,6 +77,7 @@ def call_with_deadline(function: Callable[[], Result], deadline: float, name: st
 
     Raises:
         TimeoutError: the call has not ended by then; its thread is abandoned.
+        BackendError: the system lets this process start no more threads.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -88,8 +91,11 @@ def call_with_deadline(function: Callable[[], Result], deadline: float, name: st
     thread = threading.Thread(target=run, name=f"ferro-nccl-{name}", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # from Python 3.12 on no thread may start in an exit handler
-        run()
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            limits = "raise the limit of processes (ulimit -u) or of the container's threads (pids.max)"
+            raise BackendError(f"{name} needs a thread, and none can be started ({error}): {limits}") from error
+        run()  # from Python 3.12 on no thread may start in an exit handler
     else:
         thread.join(max(0.0, deadline - time.monotonic()))
     if errors:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from ctypes import byref, c_void_p
 
+from ferro import BackendError
 from ferro_ucc import abi
 from ferro_ucc.library import UccLibrary, is_running
 from ferro_ucc.oob import OobAllGather, OobCallbacks
@@ -155,6 +156,10 @@ def _run_in_thread(action: Callable[[], None], seconds: float) -> list[BaseExcep
             errors.append(error)
 
     thread = threading.Thread(target=run, name="ferro-ucc", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # at the limit of threads, or in an exit handler from Python 3.12 on
+        limits = "raise the limit of processes (ulimit -u) or of the container's threads (pids.max)"
+        return [BackendError(f"UCC needs a thread, and none can be started ({error}): {limits}")]
     thread.join(max(0.0, seconds) + _GRACE_S)
     return None if thread.is_alive() else errors

@@ -53,6 +53,14 @@ class LivenessConnection:
         self.sock.close()
 
 
+def lost_ranks(store: Store) -> frozenset[int]:
+    """Ask a world's store for the lost ranks; none if the store is slow. Raises RendezvousError when it is gone."""
+    try:
+        return frozenset(map(int, store.get(LOST_KEY, deadline=time.monotonic()).split()))
+    except TimeoutError:  # no rank is lost, or the store is slow
+        return frozenset()
+
+
 class FailureDetector:
     """Lists the lost ranks of a world when called, and registers this rank, so that the others learn of its end.
 
@@ -74,10 +82,7 @@ class FailureDetector:
         """Ask for the lost ranks other than this one; never raises. A store that is gone is not asked again."""
         if not self._store_gone:
             try:
-                ranks = self._store.get(LOST_KEY, deadline=time.monotonic())
-                self._lost = frozenset(map(int, ranks.split()))
-            except TimeoutError:  # no rank is lost, or the store is slow
-                pass
+                self._lost |= lost_ranks(self._store)
             except FerroError as error:
                 self._store_gone = True
                 if isinstance(error, StoreGone) and error.peer is not None and not error.orderly:
