@@ -19,6 +19,7 @@ from ferro.errors import (
     PeerLost,
     PluginError,
     RendezvousError,
+    ThreadLimitError,
     UnsupportedError,
     UsageError,
 )
@@ -34,6 +35,6 @@ __all__ = [
     "AuthenticationError", "Availability", "Backend", "BackendConfig", "BackendError", "BackendInfo",
     "BackendUnavailable", "CollectiveInfo", "CollectiveMismatch", "CollectiveTimeout", "CommandInfo", "Completion",
     "Device", "Event", "FerroError", "GroupClosed", "Metrics", "Observer", "PeerLost", "PluginError", "ProcessGroup",
-    "ReduceOp", "RendezvousError", "StrategyInfo", "UnsupportedError", "UsageError", "Work", "arrays", "backends",
-    "collectives", "hookimpl", "init", "shutdown", "simulate", "strategies",
+    "ReduceOp", "RendezvousError", "StrategyInfo", "ThreadLimitError", "UnsupportedError", "UsageError", "Work",
+    "arrays", "backends", "collectives", "hookimpl", "init", "shutdown", "simulate", "strategies",
 ]  # fmt: skip

@@ -122,7 +122,9 @@ class ArgumentChecker:
         """Refuse a peer that is no other rank of the group, and a wrong tag."""
         self.check_rank(peer, "peer")
         if peer == self._rank:
-            message = f"rank {self._rank} cannot {verb} itself: copy the array instead"
+            message = (
+                f"rank {self._rank} cannot {verb} itself: copy the array, or use sendrecv with itself at both ends"
+            )
             raise UsageError(message, group=self._info.name, rank=self._rank, peer=peer)
         if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
             raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -217,7 +217,19 @@ class ArrayCollectives:
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
+        with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
+            return self._scatter(x, root, sizes, out, async_op, copy, remaining_s)
+
+    def _scatter(
+        self,
+        x: Input | None,
+        root: int,
+        sizes: Sequence[int] | None,
+        out: object,
+        async_op: bool,
+        copy: bool,
+        remaining_s: Callable[[], float],
+    ) -> ResultOrWork:
         input_array, source, header = None, None, uneven.blank_header(self.world_size)
         if self.rank == root:
             if x is None:

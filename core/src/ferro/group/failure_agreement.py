@@ -24,6 +24,7 @@ from ferro.group.group_info import GroupInfo, get_in_time
 _RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
 _VERDICT_S = 5.0  # how long the others wait for the verdict
 _MAX_CHARACTERS = 8192
+_CLOCK_S = 0.01  # how much too early a backend may notice a deadline
 _DEAD = "The group can no longer be used."
 _SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
 
@@ -36,6 +37,11 @@ class CallSite:
     peers: tuple[int, ...]  # the other ranks of a transfer; () for a collective, in which all take part
     timeout_s: float
     elapsed_s: float
+    messages: str = ""  # of a transfer: how many bytes move to or from which rank
+
+    def missed_deadline(self, error: BaseException) -> bool:
+        """Say whether an error is the backend's for a missed deadline, and not a TimeoutError of the program's own."""
+        return isinstance(error, TimeoutError) and self.elapsed_s >= self.timeout_s - _CLOCK_S
 
     def record(self) -> str:
         """Format the call and its number as the record that other ranks read."""
@@ -95,7 +101,7 @@ class FailureAgreement:
                 abort()
                 data = self._store.get("verdict", deadline=time.monotonic() + _VERDICT_S)
                 return FailureVerdict(*codec.decode(data)).error(site, self._info, self._rank)  # type: ignore[misc]
-            timed_out = isinstance(error, TimeoutError)
+            timed_out = site.missed_deadline(error)
             if timed_out:
                 abort()  # makes the others write their records
             verdict = self._timeout(site) if timed_out else self._symptom(error, site)
@@ -159,7 +165,7 @@ class FailureAgreement:
             )
             remedy = f"Read rank {error.peer}'s log first; then restart the job, or go on without it through shrink()"
             return FailureVerdict("PeerLost", f"{text}. {_DEAD} {remedy}.", error.peer)
-        if isinstance(error, TimeoutError):
+        if site.missed_deadline(error):
             text = (
                 f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, and the store could not be "
                 f"reached to ask for the others. {_DEAD}"

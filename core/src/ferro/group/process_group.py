@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ferro.arrays import Input
+from ferro.arrays import Input, InputArray
 from ferro.backend import Backend
 from ferro.collectives.label import Call
 from ferro.errors import PeerLost, UsageError
@@ -23,6 +23,7 @@ from ferro.group.coalescing import Coalescing
 from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
 from ferro.group.subgroups import Subgroups, split_backend
+from ferro.group.work import Work
 
 # How long the rank that hosts the store waits at the end for the ranks that still need it: in a group that works, and
 # in a group that has failed.
@@ -151,12 +152,16 @@ class ProcessGroup(ArrayCollectives):
     ) -> ResultOrWork:
         """Send `x` to `dst` and fill `buffer` from `src` (or `dst`) at the same time.
 
-        Never deadlocks, whatever the ranks' order. Returns `buffer`, or a Work.
+        Never deadlocks, whatever the ranks' order. It has its place among the sends and among the receives from the
+        moment it is called, and neither waits for the other. A rank that is its own `dst` and `src` copies. Returns
+        `buffer`, or a Work.
         """
         src = dst if src is None else src
+        input_array = self._check_input(x)
+        if dst == src == self.rank:  # as in a ring of one rank
+            return self._copy_to_itself(input_array, self._output(buffer), async_op)
         self._check_peer(dst, "send to", tag)
         self._check_peer(src, "receive from", tag)
-        input_array = self._check_input(x)
         source = flattened(input_array.array, copy=async_op and copy)
         result = self._output(buffer)
         if input_array.device is result.device and np.may_share_memory(source, result.flat):
@@ -179,32 +184,34 @@ class ProcessGroup(ArrayCollectives):
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        objects.check_codec(codec)
-        data = objects.encode(value, codec) if self.rank == root else np.empty(0, np.uint8)
-        size = self.broadcast(np.array(data.size), root, timeout_s=remaining_s())
-        if self.rank != root:
-            data = objects.allocate(size)
-        return objects.decode(self.broadcast(data, root, timeout_s=remaining_s()), codec)
+        with self._dispatcher.sequence("broadcast_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            data = objects.encode(value, codec) if self.rank == root else np.empty(0, np.uint8)
+            size = self.broadcast(np.array(data.size), root, timeout_s=remaining_s())
+            if self.rank != root:
+                data = objects.allocate(size)
+            data = self.broadcast(data, root, timeout_s=remaining_s())
+        return objects.decode(data, codec)
 
     def all_gather_object(
         self, value: object, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        data = objects.encode(value, codec)
-        sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
-        return objects.decode_all(self.all_gather(data, sizes=sizes, timeout_s=remaining_s()), sizes, codec)
+        with self._dispatcher.sequence("all_gather_object", timeout_s) as remaining_s:
+            data = objects.encode(value, codec)
+            sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
+            gathered = self.all_gather(data, sizes=sizes, timeout_s=remaining_s())
+        return objects.decode_all(gathered, sizes, codec)
 
     def gather_object(
         self, value: object, root: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        data = objects.encode(value, codec)
-        sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
-        gathered = self.gather(data, root, sizes=sizes, timeout_s=remaining_s())
+        with self._dispatcher.sequence("gather_object", timeout_s) as remaining_s:
+            data = objects.encode(value, codec)
+            sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
+            gathered = self.gather(data, root, sizes=sizes, timeout_s=remaining_s())
         return None if gathered is None else objects.decode_all(gathered, sizes, codec)
 
     def scatter_object(
@@ -217,7 +224,6 @@ class ProcessGroup(ArrayCollectives):
     ) -> Any:
         """Return this rank's item of the root's list of n `values`."""
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
         objects.check_codec(codec)
         data, sizes = None, None
         if self.rank == root:
@@ -226,23 +232,26 @@ class ProcessGroup(ArrayCollectives):
                 raise UsageError(f"scatter_object needs {self.world_size} values at the root, got {given}")
             parts = [objects.encode(value, codec) for value in values]
             data, sizes = np.concatenate(parts), [part.size for part in parts]
-        return objects.decode(self.scatter(data, root, sizes=sizes, timeout_s=remaining_s()), codec)
+        return objects.decode(self.scatter(data, root, sizes=sizes, timeout_s=timeout_s), codec)
 
     def send_object(
         self, value: object, dst: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> None:
         """Send a small Python value to rank `dst`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
         data = objects.encode(value, codec)
-        self.send(np.array(data.size), dst, tag, timeout_s=remaining_s())
-        self.send(data, dst, tag, timeout_s=remaining_s())
+        with self._dispatcher.sequence("send_object", timeout_s) as remaining_s:
+            self._check_peer(dst, "send to", tag)
+            self.send(np.array(data.size), dst, tag, timeout_s=remaining_s())
+            self.send(data, dst, tag, timeout_s=remaining_s())
 
     def recv_object(self, src: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
         objects.check_codec(codec)
-        size = self.recv(np.array(0), src, tag, timeout_s=remaining_s())
-        return objects.decode(self.recv(objects.allocate(size), src, tag, timeout_s=remaining_s()), codec)
+        with self._dispatcher.sequence("recv_object", timeout_s) as remaining_s:
+            self._check_peer(src, "receive from", tag)
+            size = self.recv(np.array(0), src, tag, timeout_s=remaining_s())
+            data = self.recv(objects.allocate(size), src, tag, timeout_s=remaining_s())
+        return objects.decode(data, codec)
 
     # -- groups inside the group, and its end ----------------------------------------------------
 
@@ -256,17 +265,17 @@ class ProcessGroup(ArrayCollectives):
         if color is not None and (not isinstance(color, int | np.integer) or color < 0):
             raise UsageError(f"split: color must be None or a number from 0, not {color!r}")
         own = np.array([[-1 if color is None else color, key]])
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        table = self.all_gather(own, timeout_s=remaining_s())
-        members = [r for r in range(self.world_size) if color is not None and table[r, 0] == color]
-        ranks = tuple(sorted(members, key=lambda r: (table[r, 1], r)))
-        context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
-        made: list[Backend | None] = []
+        with self._dispatcher.sequence("split", timeout_s) as remaining_s:
+            table = self.all_gather(own, timeout_s=remaining_s())
+            members = [r for r in range(self.world_size) if color is not None and table[r, 0] == color]
+            ranks = tuple(sorted(members, key=lambda r: (table[r, 1], r)))
+            context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
+            made: list[Backend | None] = []
 
-        def split(*, deadline: float) -> None:
-            made.append(split_backend(self._backend, ranks or None, context))
+            def split(*, deadline: float) -> None:
+                made.append(split_backend(self._backend, ranks or None, context))
 
-        backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
+            backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
         if backend is None:
             return None
         return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))
@@ -331,6 +340,18 @@ class ProcessGroup(ArrayCollectives):
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close(_CLOSE_TIMEOUT_S if works else _FAILED_CLOSE_TIMEOUT_S, in_good_order)
+
+    def _copy_to_itself(self, source: InputArray, result: OutputBuffer, async_op: bool) -> ResultOrWork:
+        array, target = source.array, result.array
+        if array.dtype != target.dtype or array.size != target.size:
+            sizes = f"{array.size} x {array.dtype} do not fit into {target.size} x {target.dtype}"
+            raise UsageError(f"sendrecv of rank {self.rank} with itself: {sizes}", op="sendrecv")
+        result.flat[...] = flattened(array, copy=np.may_share_memory(array, target))
+        if not async_op:
+            return result()
+        work: Work[object] = Work("sendrecv", 0)
+        work._run(lambda _: result())
+        return work
 
     def _output(self, buffer: Input) -> OutputBuffer:
         input_array = self._check_input(buffer)

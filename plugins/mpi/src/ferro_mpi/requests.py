@@ -63,19 +63,19 @@ class PendingMessages:
         self._buffers: list[Array] = []
         self._peers: list[int] = []
         self._receives = 0
+        self._abandoned = False
 
     def receive(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
         """Begin to receive a message of exactly the buffer's size. Call it before any `send`."""
-        self._add(comm.Irecv(buffer, peer, tag), buffer, peer)
+        self._buffers.append(buffer)  # first, for an interrupt may come when MPI has begun
+        self._requests.append(comm.Irecv(buffer, peer, tag))
+        self._peers.append(peer)
         self._receives += 1
 
     def send(self, comm: MPI.Intracomm, buffer: Array, peer: int, tag: int) -> None:
         """Begin to send a message."""
-        self._add(comm.Isend(buffer, peer, tag), buffer, peer)
-
-    def _add(self, request: MPI.Request, buffer: Array, peer: int) -> None:
-        self._requests.append(request)
         self._buffers.append(buffer)
+        self._requests.append(comm.Isend(buffer, peer, tag))
         self._peers.append(peer)
 
     def wait(self, deadline: float) -> None:
@@ -90,7 +90,7 @@ class PendingMessages:
         try:
             self._wait(statuses, deadline)
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         for status, buffer, peer in zip(statuses[: self._receives], self._buffers, self._peers, strict=False):
             received = status.Get_count(MPI.BYTE)
@@ -116,12 +116,14 @@ class PendingMessages:
                     raise PeerLost(f"rank {left} has left the group", peer=left)
             backoff()
 
-    def _abandon(self) -> None:
-        """Cancel receives, which MPI allows, and keep the buffers that MPI may still use."""
+    def abandon(self) -> None:
+        """Cancel receives, which MPI allows, and keep the buffers that MPI may still use. Idempotent."""
+        if self._abandoned:
+            return
+        self._abandoned = True
+        _abandoned.append((self._requests, self._buffers))
         for request in self._requests[: self._receives]:
             with suppress(MPI.Exception):
                 request.Cancel()
         with suppress(MPI.Exception):
-            if MPI.Request.Testall(self._requests):
-                return
-        _abandoned.append((self._requests, self._buffers))
+            MPI.Request.Testall(self._requests)

@@ -182,6 +182,8 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError as error:
+                if error.errno is None:
+                    raise  # it comes from a signal handler of the program
                 self.lose(f"sending failed: {error}")
                 return
             self._remove_sent(count)
@@ -221,6 +223,8 @@ class Connection:
         except BlockingIOError:
             return
         except OSError as error:
+            if error.errno is None:
+                raise  # it comes from a signal handler of the program
             self.lose(f"receiving failed: {error}")
 
     def lose(self, reason: str, error: Exception | None = None) -> None:
