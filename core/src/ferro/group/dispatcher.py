@@ -86,10 +86,11 @@ class Dispatcher:
         return float(timeout_s)
 
     @contextmanager
-    def sequence(self, op: str, timeout_s: float | None) -> Iterator[Callable[[], float]]:
+    def sequence(self, op: str, timeout_s: float | None, operations: int = 0) -> Iterator[Callable[[], float]]:
         """Make a call of several operations; the function given to the block gives the time left for each.
 
-        An error between two of them would leave the other ranks in the middle, so it ends the group.
+        An error between two of them would leave the other ranks in the middle, so it ends the group. After the last of
+        so many `operations`, only an error in the use of their results does not.
         """
         allowed_s, started = self.checked_timeout(timeout_s), time.monotonic()
         issued = 0
@@ -102,7 +103,8 @@ class Dispatcher:
         try:
             yield time_left_s
         except BaseException as error:
-            if issued > 1 or (issued and not isinstance(error, UnsupportedError | GroupClosed)):
+            harmless = UnsupportedError | GroupClosed if issued == 1 else UsageError if issued == operations else ()
+            if issued and not isinstance(error, harmless):
                 self._fail(error, CallSite(Call(op), (), allowed_s, time.monotonic() - started))
             raise
 
@@ -142,23 +144,25 @@ class Dispatcher:
         # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
-        with executor.lock:
-            if executor.closed:
-                self._raise_closed(call.op)
-            # An exception that leaves this block after the number was taken ends the group: the caller cannot know
-            # whether the call took effect, and its next calls would meet other calls of the other ranks.
-            try:
+        # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether the
+        # call took effect, and its next calls would meet other calls of the other ranks.
+        begun = False
+        try:
+            with executor.lock:
+                if executor.closed:
+                    self._raise_closed(call.op)
+                begun = True
                 seq = executor.next_number()
                 if not launches and not self._observed:
                     self._execute(call.numbered(seq), action, allowed_s)
                     return finish()
                 result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, None, seq)
-            except UnsupportedError:
-                raise
-            except BaseException as error:
-                if self._failure is None:
-                    self._fail(error, CallSite(call, (), allowed_s, 0.0))
-                raise
+        except UnsupportedError:
+            raise
+        except BaseException as error:
+            if begun:
+                self._fail(error, CallSite(call, (), allowed_s, 0.0))
+            raise
         return result.wait() if launches and not async_op else result
 
     def transfer(

@@ -45,13 +45,17 @@ class CallSite:
 
     def record(self) -> str:
         """Format the call and its number as the record that other ranks read."""
-        return f"{self.call.op} #{self.call.seq}"
+        return f"{self.call.op} #{self.call.seq}" + (f" ({self.messages})" if self.messages else "")
 
     def is_same_operation(self, record: str) -> bool:
         """Say whether a rank with this record was in the same operation."""
         if self.peers:  # the two ends of a transfer have names and numbers of their own
             return record.startswith(("send", "recv"))
         return record == self.record()
+
+    def is_deadlock(self, record: str, rank: int) -> bool:
+        """Say whether the peer with this record waits for `rank` to do what `rank` itself waits to do."""
+        return self.call.op in ("send", "recv") and record.startswith(self.call.op) and f" rank {rank}," in record
 
     def describe(self, group: str) -> str:
         if self.peers:
@@ -142,6 +146,13 @@ class FailureAgreement:
             finding = f"arrived: rank {', '.join(map(str, arrived))}; did not arrive: {', '.join(absent)}"
             silent = [rank for rank in missing if not records[rank]]
             remedy = f"Read the log of rank {(silent or missing)[0]} first"
+        elif site.peers and site.is_deadlock(record := records[site.peers[0]], self._rank):
+            both = "sending" if site.call.op == "send" else "receiving"
+            finding = (
+                f"deadlock: both ranks are {both}; use sendrecv, or async_op=True. Rank {self._rank} was in "
+                f"{site.record()}, rank {site.peers[0]} in {record}"
+            )
+            remedy = "With sendrecv neither waits for the other"
         else:
             finding = "all ranks were there"
             remedy = "Raise timeout_s, or look for a slow or broken link"

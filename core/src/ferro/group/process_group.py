@@ -184,35 +184,33 @@ class ProcessGroup(ArrayCollectives):
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
-        with self._dispatcher.sequence("broadcast_object", timeout_s) as remaining_s:
+        with self._dispatcher.sequence("broadcast_object", timeout_s, 2) as remaining_s:
             objects.check_codec(codec)
             data = objects.encode(value, codec) if self.rank == root else np.empty(0, np.uint8)
             size = self.broadcast(np.array(data.size), root, timeout_s=remaining_s())
             if self.rank != root:
                 data = objects.allocate(size)
-            data = self.broadcast(data, root, timeout_s=remaining_s())
-        return objects.decode(data, codec)
+            return objects.decode(self.broadcast(data, root, timeout_s=remaining_s()), codec)
 
     def all_gather_object(
         self, value: object, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
-        with self._dispatcher.sequence("all_gather_object", timeout_s) as remaining_s:
+        with self._dispatcher.sequence("all_gather_object", timeout_s, 2) as remaining_s:
             data = objects.encode(value, codec)
             sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
-            gathered = self.all_gather(data, sizes=sizes, timeout_s=remaining_s())
-        return objects.decode_all(gathered, sizes, codec)
+            return objects.decode_all(self.all_gather(data, sizes=sizes, timeout_s=remaining_s()), sizes, codec)
 
     def gather_object(
         self, value: object, root: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
-        with self._dispatcher.sequence("gather_object", timeout_s) as remaining_s:
+        with self._dispatcher.sequence("gather_object", timeout_s, 2) as remaining_s:
             data = objects.encode(value, codec)
             sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
             gathered = self.gather(data, root, sizes=sizes, timeout_s=remaining_s())
-        return None if gathered is None else objects.decode_all(gathered, sizes, codec)
+            return None if gathered is None else objects.decode_all(gathered, sizes, codec)
 
     def scatter_object(
         self,
@@ -247,11 +245,10 @@ class ProcessGroup(ArrayCollectives):
     def recv_object(self, src: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
         objects.check_codec(codec)
-        with self._dispatcher.sequence("recv_object", timeout_s) as remaining_s:
+        with self._dispatcher.sequence("recv_object", timeout_s, 2) as remaining_s:
             self._check_peer(src, "receive from", tag)
             size = self.recv(np.array(0), src, tag, timeout_s=remaining_s())
-            data = self.recv(objects.allocate(size), src, tag, timeout_s=remaining_s())
-        return objects.decode(data, codec)
+            return objects.decode(self.recv(objects.allocate(size), src, tag, timeout_s=remaining_s()), codec)
 
     # -- groups inside the group, and its end ----------------------------------------------------
 

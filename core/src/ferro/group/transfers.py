@@ -208,6 +208,7 @@ class TransferQueue:
         """Take back a transfer, unless some of it may have moved; say whether it was."""
         with self._lock:
             if not transfer.begun:
+                self._ready = [half for half in self._ready if half.transfer is not transfer]
                 self._leave(transfer.halves)
             return not transfer.begun
 

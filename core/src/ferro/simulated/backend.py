@@ -53,11 +53,13 @@ class SimulatedTransport:
         self._aborted: set[int] = set()
         self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
         self._awaited: dict[tuple[int, int, int], SimulatedPostedTransfers] = {}
-        self._changed = threading.Condition()
+        # Ranks enter the lock itself, since an interrupt inside Condition.__enter__ would leave it locked.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def send(self, source: int, target: int, tag: int, message: Array) -> bool:
         """Queue a copy of a message for another rank; False when that rank is gone."""
-        with self._changed:
+        with self._lock:
             fault = self._faults.get((source, self._sent[source]))
             self._sent[source] += 1
             if fault is not None and fault.kind == "kill":
@@ -82,7 +84,7 @@ class SimulatedTransport:
     def recv(self, source: int, target: int, tag: int, deadline: float) -> Array | None:
         """Wait for the next message from `source` with this tag; None when that rank is gone."""
         key = (source, target, tag)
-        with self._changed:
+        with self._lock:
             while not self._queues.get(key):
                 if context_of(tag) in self._aborted:
                     raise GroupClosed("the group was aborted")
@@ -101,7 +103,7 @@ class SimulatedTransport:
 
     def wait_any(self, posted: SimulatedPostedTransfers, context: int, until: float) -> list[tuple[int, int, int]]:
         """Wait until messages have come, ranks have gone, or the wait is to end; return the keys to receive now."""
-        with self._changed:
+        with self._lock:
             left = max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX))
             self._changed.wait_for(
                 lambda: posted.arrived or posted.woken or context in self._aborted or len(self._gone) > posted.gone,
@@ -122,7 +124,7 @@ class SimulatedTransport:
 
     def expect(self, key: tuple[int, int, int], posted: SimulatedPostedTransfers) -> None:
         """Tell `posted` when a message with this key has come, which may be now."""
-        with self._changed:
+        with self._lock:
             if self._queues.get(key) or key[0] in self._gone:
                 posted.arrived.append(key)
             else:
@@ -130,19 +132,19 @@ class SimulatedTransport:
 
     def wake(self, posted: SimulatedPostedTransfers) -> None:
         """End a wait in `wait_any`, or the next one."""
-        with self._changed:
+        with self._lock:
             posted.woken = True
             self._changed.notify_all()
 
     def remove(self, rank: int) -> None:
         """Mark a rank as gone, and wake the ranks that wait for it."""
-        with self._changed:
+        with self._lock:
             self._gone.add(rank)
             self._changed.notify_all()
 
     def abort(self, context: int) -> None:
         """Wake every rank that waits in a group."""
-        with self._changed:
+        with self._lock:
             self._aborted.add(context)
             self._changed.notify_all()
 
