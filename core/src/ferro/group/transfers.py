@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -35,14 +35,7 @@ from ferro.observers import Event
 from ferro.types import Array
 
 Messages: TypeAlias = Sequence[tuple[int, Array]]  # (peer, buffer)
-
-
-class ChannelKey(NamedTuple):
-    """One peer, one direction, one tag: messages on one channel move in the order issued."""
-
-    direction: str  # "send" or "recv"
-    peer: int
-    tag: int
+Channel: TypeAlias = tuple[str, int, int]  # "send" or "recv", peer, tag: its messages move in the order issued
 
 
 class Half:
@@ -57,7 +50,7 @@ class Half:
 
     def __init__(self, transfer: Transfer, direction: str, peer: int, tag: int, buffer: Array) -> None:
         self.transfer = transfer
-        self.channel = ChannelKey(direction, peer, tag)
+        self.channel: Channel = (direction, peer, tag)
         self.buffer = buffer
         self.deadline = 0.0
         self.offered = False
@@ -67,12 +60,12 @@ class Half:
         """Give what moves on the channel: the buffer, after its label where the backend's frames carry none."""
         if not backend.labels_frames:
             call = transfer_call(self.buffer)
-            if self.channel.direction == "send":
+            if self.channel[0] == "send":
                 yield np.frombuffer(call.label(), np.uint8)
             else:
                 label = np.empty(LABEL_BYTES, np.uint8)
                 yield label
-                compare_labels(backend.rank, call, self.channel.peer, label.tobytes())
+                compare_labels(backend.rank, call, self.channel[1], label.tobytes())
         yield self.buffer
 
 
@@ -109,7 +102,7 @@ class Transfer:
 
     @property
     def peers(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(half.channel.peer for half in self.halves))
+        return tuple(dict.fromkeys(half.channel[1] for half in self.halves))
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +115,8 @@ class Transfer:
     def describe(self) -> str:
         """Say which messages move between which ranks, for other ranks' messages."""
         return ", ".join(
-            f"{half.buffer.nbytes} bytes {'to' if half.channel.direction == 'send' else 'from'} "
-            f"rank {half.channel.peer}, tag {half.channel.tag}"
+            f"{half.buffer.nbytes} bytes {'to' if half.channel[0] == 'send' else 'from'} "
+            f"rank {half.channel[1]}, tag {half.channel[2]}"
             for half in self.halves
         )
 
@@ -132,6 +125,9 @@ class Transfer:
         (direction, peer, tag), buffer = self.halves[0].channel, self.halves[0].buffer
         if len(self.halves) == 1:
             move = backend.send if direction == "send" else backend.recv
+            if backend.labels_frames:
+                move(buffer, peer, tag=tag, deadline=deadline)
+                return
             for message in self.halves[0].messages(backend):
                 move(message, peer, tag=tag, deadline=deadline)
             return
@@ -158,7 +154,7 @@ class TransferQueue:
         # Callers enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._channels: dict[ChannelKey, deque[Half]] = {}
+        self._channels: dict[Channel, deque[Half]] = {}
         self._ready: list[Half] = []  # for the group's thread to begin
         self._moving: dict[Half, None] = {}  # begun by it
         self._deadlines: list[tuple[float, int, Half]] = []  # a heap
@@ -202,7 +198,9 @@ class TransferQueue:
             ThreadLimitError: there is no such thread, and none can be started.
         """
         with self._lock:
-            return self._hand_over(transfer, self._take_places(transfer))
+            self._hand_over(transfer, self._take_places(transfer))
+        assert transfer.work is not None
+        return transfer.work
 
     def withdraw(self, transfer: Transfer) -> bool:
         """Take back a transfer, unless some of it may have moved; say whether it was."""
@@ -237,7 +235,7 @@ class TransferQueue:
             self._channels.setdefault(half.channel, deque()).append(half)
         return len(self._channels[transfer.halves[0].channel]) - 1
 
-    def _hand_over(self, transfer: Transfer, seq: int) -> Work[Any]:
+    def _hand_over(self, transfer: Transfer, seq: int) -> None:
         if self._thread is None:
             try:
                 self._thread = start_thread(self._carry_out, f"ferro-{self._name}-transfers")
@@ -249,7 +247,6 @@ class TransferQueue:
         for half in transfer.halves:
             if self._channels[half.channel][0] is half:
                 self._offer(half)
-        return transfer.work
 
     def _is_first(self, transfer: Transfer) -> bool:
         return all(self._channels[half.channel][0] is half for half in transfer.halves)
