@@ -144,8 +144,8 @@ class Dispatcher:
         # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
-        # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether the
-        # call took effect, and its next calls would meet other calls of the other ranks.
+        # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether
+        # the call took effect, and its next calls would meet other calls of the other ranks.
         begun = False
         try:
             with executor.lock:
