@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from ferro_testing.forked_ranks import PRELOADED
+
 from .namespaces import CannotMakeHosts, Hosts
+
+PRELOADED.extend(["pytest", "ferro_gloo.backend", "ferro_strategies"])
 
 
 @pytest.fixture

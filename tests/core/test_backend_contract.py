@@ -171,4 +171,5 @@ def test_a_lost_peer_is_named_by_its_rank_in_the_subgroup():
     for rank in (1, 2):
         peer, text = outcomes[rank].result
         assert peer == 0
-        assert "rank 0 (host here) of 3 is gone" in text
+        assert "rank 0 (rank 3 of the world, host here) of 3 is gone" in text
+        assert "Read the log of rank 3 of the world first" in text

@@ -1,12 +1,19 @@
 """Groups that fail: one cause on every rank, a dead group that says so, and nobody hangs."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, GroupClosed, PeerLost, RendezvousError, UnsupportedError
 from ferro.simulated import Fault, simulate
+from ferro_testing import run_ranks_outcomes
 
 
 def caught(call):
@@ -153,7 +160,7 @@ def test_a_timeout_names_the_missing_rank_and_where_another_one_was():
     assert "all_reduce #1 on group 'world' did not finish within 0.3 s" in text
     assert "arrived: rank 0, 1; did not arrive: rank 2 (host simulated), which was in recv" in text
     assert ", rank 3 (host simulated)." in text
-    assert "Read the log of rank 3 first" in text
+    assert "Read rank 3's log first" in text
     for error in errors:
         assert (error.missing, error.arrived) == ((2, 3), (0, 1))
         assert isinstance(error, TimeoutError)
@@ -263,3 +270,97 @@ def test_a_reduction_that_refuses_in_the_middle_ends_the_group_and_not_only_the_
         assert type(first) is (GroupClosed if rank else RuntimeError)  # the program's own where it was raised
         assert "the function given as op raised UnsupportedError('not these numbers')" in str(first)
         assert isinstance(then, GroupClosed)
+
+
+def test_a_mismatch_shows_whole_calls_and_the_lines_of_the_program():
+    def work(group):
+        if group.rank == 0:
+            return caught(lambda: group.all_gather(np.ones((3, 1)), sizes=[3, 20, 300, 4000]))  # first line
+        return caught(lambda: group.all_gather_object("x"))  # second line
+
+    text = str(simulate(work, 4, timeout_s=5)[0])
+    calls = "all_gather(4323 x float64, sizes 3,20,300,4000 of shape 1) #0", "all_gather_object (all_gather("
+    assert all(call in text for call in calls)
+    assert all(f":{line_of(words)}" in text for words in ("first line", "second line"))
+
+
+def line_of(words):
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.endswith(f"# {words}"))
+
+
+def test_a_rank_that_is_done_is_not_taken_for_a_dead_one():
+    outcomes = run_ranks_outcomes(do_as_many_steps_as_rank, 2, backend="gloo", timeout_s=60)
+    assert [outcome.error_type for outcome in outcomes] == ["", "PeerLost"]
+    text = outcomes[1].error_text
+    assert "rank 0 (host " in text
+    assert "left the group in good order after 3 collectives; this is number 4 here" in text
+    assert "different numbers of batches?" in text
+
+
+def do_as_many_steps_as_rank(group):
+    for _ in range(3 + group.rank):
+        group.all_reduce(1)
+
+
+def test_a_rank_that_leaves_after_an_error_says_which():
+    outcomes = run_ranks_outcomes(raise_on_rank_1, 2, backend="gloo", timeout_s=60)
+    assert [outcome.error_type for outcome in outcomes] == ["PeerLost", "ValueError"]
+    assert "rank 1 (host " in outcomes[0].error_text
+    assert "left after an error of its own (ValueError: bad data in shard 1)" in outcomes[0].error_text
+
+
+def raise_on_rank_1(group):
+    if group.rank == 1:
+        raise ValueError("bad data in shard 1")
+    group.all_reduce(1)
+
+
+def test_a_rank_that_leaves_because_of_a_death_is_not_named_as_dead():
+    # Rank 1 learns in one group that rank 2 is dead, and leaves; rank 0 waits for it in another group of all.
+    outcomes = run_ranks_outcomes(learn_of_a_death_elsewhere, 3, backend="gloo", timeout_s=60)
+    assert [outcome.error_type for outcome in outcomes] == ["", "PeerLost", "Killed"]
+    assert outcomes[0].result[0] == 2, outcomes[0].result
+    assert "rank 2" in outcomes[1].error_text
+
+
+def learn_of_a_death_elsewhere(group):
+    pair = group.subgroup([1, 2]) if group.rank else None
+    everyone = group.subgroup([0, 1, 2], name="everyone")
+    group.barrier()
+    if group.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if pair is not None:
+        pair.all_reduce(1)
+    try:
+        everyone.recv(np.empty(1), 1)
+    except PeerLost as error:
+        return [error.peer, str(error)]
+
+
+def test_a_death_of_the_store_s_host_is_named_by_all_survivors(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    variables = [{"RANK": str(rank), "WORLD_SIZE": "3", "MEETING": address} for rank in range(3)]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, ferro\n"
+        "group = ferro.init('gloo', rendezvous=os.environ['MEETING'], timeout_s=60)\n"
+        "group.barrier()\n"
+        "if group.rank == 0:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "try:\n"
+        "    group.all_reduce(1)\n"
+        "except ferro.PeerLost as error:\n"
+        "    print(error.peer)\n"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, program], env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True)
+        for extra in variables
+    ]
+    assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["", "0\n", "0\n"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -100,7 +100,7 @@ class Call:
             count=count,
             reduction=_REDUCTIONS[reduction] if reduction < len(_REDUCTIONS) else "?",
             root=root,
-            detail=detail.rstrip(b"\0").decode("ascii", "replace"),
+            detail=detail.rstrip(b"\0").decode("ascii", "replace") + "…" * (detail[-1] != 0),
         )
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Call:
             self.dtype and f"{self.count} x {self.dtype}",
             self.reduction and f"op={self.reduction}",
             f"root={self.root}" if self.root >= 0 else "",
-            self.detail[:_DETAIL_BYTES],
+            self.detail,
         )
         return f"{self.op}({', '.join(filter(None, words))})"
 

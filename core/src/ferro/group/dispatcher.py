@@ -7,6 +7,7 @@ operation its number and deadline, notifies observers, and turns a failure into 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import warnings
@@ -21,9 +22,10 @@ import numpy as np
 from ferro.backend import Backend
 from ferro.collectives.label import Call
 from ferro.errors import FerroError, GroupClosed, PeerLost, RankKilled, ThreadLimitError, UnsupportedError, UsageError
-from ferro.group.failure_agreement import CallSite, FailureAgreement
+from ferro.group.failure_agreement import FailureAgreement
+from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
-from ferro.group.serial_executor import ExecutorClosed, SerialExecutor
+from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, issuing_thread
 from ferro.group.transfers import Messages, Transfer, TransferQueue
 from ferro.group.work import LaunchedWork
 from ferro.observers import Event
@@ -242,8 +244,11 @@ class Dispatcher:
             self._agreement.report(GroupClosed, "was aborted")
         self.backend.abort()
 
-    def close(self, timeout_s: float) -> None:
-        """Let pending operations end, within `timeout_s` seconds; then release the backend."""
+    def close(self, timeout_s: float, *, leaving: bool = False) -> None:
+        """Let pending operations end, within `timeout_s` seconds; then release the backend.
+
+        The other ranks are told how a rank that is `leaving` the world leaves each of its groups.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -256,6 +261,9 @@ class Dispatcher:
             if self._failure is None:
                 self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
+        elif leaving and self._failure is None and self.backend.world_size > 1:
+            error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+            self._agreement.report_leaving(self._collectives.next_number(), None if timeout_s > 0 else error)
         self.backend.close()
 
     def _raise_closed(self, op: str) -> NoReturn:
@@ -357,7 +365,9 @@ class Dispatcher:
             raised = self._raised(error, self._site(call, timeout_s, time.monotonic() - started, transfer))
             if raised is error:
                 raise
-            raise raised from error
+            raise raised from (
+                None if isinstance(error, FerroError | TimeoutError) else error
+            )  # the cause has its text
 
     def _site(self, call: Call, timeout_s: float, elapsed_s: float, transfer: Transfer | None) -> CallSite:
         if transfer is None:
@@ -382,11 +392,14 @@ class Dispatcher:
         """Find the cause that all ranks report, and let no further operation begin."""
         if self._failure is not None:
             return self._failure
-        cause = GroupClosed(f"{site.describe(self._info.name)} was interrupted by {type(error).__name__}")
+        # The group makes no collective after this one, so a number may be taken to learn how many there were.
+        user_call = find_user_call(issuing_thread())
+        site = replace(site, user_call=user_call, collectives=self._collectives.next_number())
+        cause: FerroError = GroupClosed(f"{site.describe(self._info.name)} was interrupted by {type(error).__name__}")
         aborted = isinstance(error, RankKilled)  # as a killed process, this rank tells nobody
         try:
             if not aborted:
-                cause = self._agreement.agree(error, site, self.backend.abort)  # type: ignore[assignment]
+                cause = self._agreement.agree(error, site, self.backend.abort)
                 aborted = True
         finally:  # a second interrupt may end the agreement
             with self._lock:
@@ -394,4 +407,6 @@ class Dispatcher:
             self._transfers.fail()
             if not aborted:
                 self.backend.abort()
-        return self._failure
+        lost = self._info.global_ranks[cause.peer] if isinstance(cause, PeerLost) and cause.peer is not None else None
+        self._info.failures.append((f"{type(cause).__name__}: {cause}", lost))
+        return cause

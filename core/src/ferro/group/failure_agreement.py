@@ -4,63 +4,30 @@ The first rank that fails claims the verdict in the store, writes it and aborts 
 rank that fails afterwards, because it was woken or because a peer's connection closed, reads the verdict and raises
 that error instead of its own symptom.
 
-The verdict on a missed deadline needs the other ranks: every rank that fails writes a record of the call that it was
-in, and the claimant waits a moment for these records before it writes the verdict. A rank without a record had not
-arrived.
+The verdict on a missed deadline, or on calls that differ, needs the other ranks: every rank that fails writes a report
+of the call that it was in, and the claimant waits a moment for these reports before it writes the verdict. A rank that
+leaves writes how it left, so that a rank that is done is not taken for one that died.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import NamedTuple
 
-from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost, RendezvousError
 from ferro.group import codec
+from ferro.group.failure_report import CallSite, FailureReport
 from ferro.group.group_info import GroupInfo, get_in_time
+from ferro.group.timeout_diagnosis import diagnose
 
-_RECORDS_S = 1.0  # how long the claimant of a timeout waits for the others' records
+_REPORTS_S = 1.0  # how long the claimant waits for the others' reports
 _VERDICT_S = 5.0  # how long the others wait for the verdict
 _MAX_CHARACTERS = 8192
-_CLOCK_S = 0.01  # how much too early a backend may notice a deadline
+_MAX_REASON = 500
 _DEAD = "The group can no longer be used."
 _SAME_CALLS = "Make every rank issue the same calls in the same order, with the same dtype, size, reduction and root"
-
-
-@dataclass(frozen=True, slots=True)
-class CallSite:
-    """The call on this rank in which a failure was noticed."""
-
-    call: Call
-    peers: tuple[int, ...]  # the other ranks of a transfer; () for a collective, in which all take part
-    timeout_s: float
-    elapsed_s: float
-    messages: str = ""  # of a transfer: how many bytes move to or from which rank
-
-    def missed_deadline(self, error: BaseException) -> bool:
-        """Say whether an error is the backend's for a missed deadline, and not a TimeoutError of the program's own."""
-        return isinstance(error, TimeoutError) and self.elapsed_s >= self.timeout_s - _CLOCK_S
-
-    def record(self) -> str:
-        """Format the call and its number as the record that other ranks read."""
-        return f"{self.call.op} #{self.call.seq}" + (f" ({self.messages})" if self.messages else "")
-
-    def is_same_operation(self, record: str) -> bool:
-        """Say whether a rank with this record was in the same operation."""
-        if self.peers:  # the two ends of a transfer have names and numbers of their own
-            return record.startswith(("send", "recv"))
-        return record == self.record()
-
-    def is_deadlock(self, record: str, rank: int) -> bool:
-        """Say whether the peer with this record waits for `rank` to do what `rank` itself waits to do."""
-        return self.call.op in ("send", "recv") and record.startswith(self.call.op) and f" rank {rank}," in record
-
-    def describe(self, group: str) -> str:
-        if self.peers:
-            return f"{self.call.op} with rank {self.peers[0]} on group {group!r}"
-        return f"{self.record()} on group {group!r}"
 
 
 class FailureVerdict(NamedTuple):
@@ -99,22 +66,23 @@ class FailureAgreement:
 
         `abort` ends the backend's calls on all ranks; it is called as soon as the others may ask for the verdict.
         """
+        own = FailureReport.of(site, error)
         try:
-            self._store.set(f"call/{self._rank}", site.record().encode())
+            self._store.set(f"report/{self._rank}", own.encode())
             if self._store.add("claims", 1) > 1:
                 abort()
                 data = self._store.get("verdict", deadline=time.monotonic() + _VERDICT_S)
                 return FailureVerdict(*codec.decode(data)).error(site, self._info, self._rank)  # type: ignore[misc]
-            timed_out = site.missed_deadline(error)
-            if timed_out:
-                abort()  # makes the others write their records
-            verdict = self._timeout(site) if timed_out else self._symptom(error, site)
+            needs_reports = site.missed_deadline(error) or isinstance(error, CollectiveMismatch)
+            if needs_reports:
+                abort()  # makes the others write their reports
+            verdict = self._timeout(site, own) if site.missed_deadline(error) else self._symptom(error, site, own)
             self._publish(verdict)
-            if not timed_out:
+            if not needs_reports:
                 abort()
-        except Exception:  # noqa: BLE001 - the group fails, whatever its store answers
-            abort()  # without a store every rank knows only its own symptom
-            verdict = self._symptom(error, site)
+        except Exception as reason:  # noqa: BLE001 - the group fails, whatever its store answers
+            abort()  # without a store every rank knows only its own symptom, or that the store's host died
+            verdict = self._store_lost(reason, site) or self._symptom(error, site, own, ask=False)
         return verdict.error(site, self._info, self._rank)
 
     def report(self, kind: type[FerroError], event: str) -> None:
@@ -127,55 +95,46 @@ class FailureAgreement:
         except (RendezvousError, OSError):
             return  # the others notice closed connections
 
+    def report_leaving(self, collectives: int, error: BaseException | None) -> None:
+        """Tell the others how this rank leaves a group that works: in good order, or because of an error elsewhere."""
+        reason, cause = "", None
+        if self._info.failures:
+            reason, cause = self._info.failures[-1]
+        elif error is not None:
+            reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
+        leaving = FailureReport(collectives=collectives, left=True, reason=reason, cause=cause)
+        with suppress(RendezvousError, OSError):  # without a store the others notice closed connections only
+            self._store.set(f"report/{self._rank}", leaving.encode())
+
     def _publish(self, verdict: FailureVerdict) -> None:
         text = verdict.text.encode(errors="replace").decode()[:_MAX_CHARACTERS]
         self._store.set("verdict", codec.encode(verdict._replace(text=text)))
 
-    def _timeout(self, site: CallSite) -> FailureVerdict:
-        """Find the ranks that arrived; a rank that was in another call has not arrived, and its call is named."""
-        others = site.peers or [r for r in range(len(self._info.hosts)) if r != self._rank]
-        deadline = time.monotonic() + _RECORDS_S
-        records = {rank: get_in_time(self._store, f"call/{rank}", deadline).decode() for rank in others}
-        missing = [rank for rank in others if not site.is_same_operation(records[rank])]
-        arrived = sorted({self._rank, *others}.difference(missing))
-        if missing:
-            absent = [
-                self._info.describe(rank) + (f", which was in {records[rank]}" if records[rank] else "")
-                for rank in missing
-            ]
-            finding = f"arrived: rank {', '.join(map(str, arrived))}; did not arrive: {', '.join(absent)}"
-            silent = [rank for rank in missing if not records[rank]]
-            remedy = f"Read the log of rank {(silent or missing)[0]} first"
-        elif site.peers and site.is_deadlock(record := records[site.peers[0]], self._rank):
-            both = "sending" if site.call.op == "send" else "receiving"
-            finding = (
-                f"deadlock: both ranks are {both}; use sendrecv, or async_op=True. Rank {self._rank} was in "
-                f"{site.record()}, rank {site.peers[0]} in {record}"
-            )
-            remedy = "With sendrecv neither waits for the other"
-        else:
-            finding = "all ranks were there"
-            remedy = "Raise timeout_s, or look for a slow or broken link"
-        text = f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {finding}"
-        return FailureVerdict("CollectiveTimeout", f"{text}. {_DEAD} {remedy}.", arrived=arrived, missing=missing)
+    def _reports(self, ranks: Sequence[int], wait_s: float) -> dict[int, FailureReport]:
+        """Read the reports of other ranks, those that come within `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        return {rank: FailureReport.decode(get_in_time(self._store, f"report/{rank}", deadline)) for rank in ranks}
 
-    def _symptom(self, error: BaseException, site: CallSite) -> FailureVerdict:
-        """Describe an error with what this rank alone knows."""
-        rank, name, n = self._rank, self._info.name, len(self._info.hosts)
+    def _timeout(self, site: CallSite, own: FailureReport) -> FailureVerdict:
+        """Find the ranks that were missing when the deadline of this rank's call passed."""
+        reports = self._reports([r for r in range(len(self._info.hosts)) if r != self._rank], _REPORTS_S)
+        found = diagnose(self._info, self._rank, own, reports)
+        text = f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {found.finding}"
+        text = f"{text}. {_DEAD} {found.remedy}."
+        return FailureVerdict("CollectiveTimeout", text, arrived=found.arrived, missing=found.missing)
+
+    def _symptom(self, error: BaseException, site: CallSite, own: FailureReport, *, ask: bool = True) -> FailureVerdict:
+        """Describe an error with what this rank knows, and with the report of the rank that it is about."""
+        peer = error.peer if isinstance(error, CollectiveMismatch | PeerLost) else None
+        report = FailureReport()
+        if ask and peer is not None:
+            wait_s = _REPORTS_S if isinstance(error, CollectiveMismatch) else 0.0
+            report = self._reports([peer], wait_s)[peer]
         if isinstance(error, CollectiveMismatch):
-            number, remedy = f" (#{site.call.seq})", _SAME_CALLS
-            if site.peers:
-                number, remedy = "", "Receive with the dtype and number of elements that are sent"
-            text = f"ranks made different calls on group {name!r}{number}: {error}"
-            return FailureVerdict("CollectiveMismatch", f"{text}. {_DEAD} {remedy}.", error.peer)
-        where = site.describe(name)
-        if isinstance(error, PeerLost) and error.peer is not None:
-            text = (
-                f"{where} failed: {self._info.describe(error.peer)} of {n} is gone, noticed by rank {rank} after "
-                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error})"
-            )
-            remedy = f"Read rank {error.peer}'s log first; then restart the job, or go on without it through shrink()"
-            return FailureVerdict("PeerLost", f"{text}. {_DEAD} {remedy}.", error.peer)
+            return self._mismatch(error, site, own, report)
+        where, rank, n = site.describe(self._info.name), self._rank, len(self._info.hosts)
+        if isinstance(error, PeerLost) and peer is not None:
+            return self._peer_lost(f"{where} failed", peer, error, site, report)
         if site.missed_deadline(error):
             text = (
                 f"{where} did not finish within {site.timeout_s:g} s on rank {rank}, and the store could not be "
@@ -184,3 +143,49 @@ class FailureAgreement:
             return FailureVerdict("CollectiveTimeout", text, arrived=(rank,))
         text = f"{where} failed on rank {rank} of {n}: {type(error).__name__}: {error}. {_DEAD}"
         return FailureVerdict("GroupClosed", text)
+
+    def _mismatch(
+        self, error: CollectiveMismatch, site: CallSite, own: FailureReport, report: FailureReport
+    ) -> FailureVerdict:
+        """Describe two calls that differ, each with its line of the program where its rank reported it."""
+        number, remedy = f" (#{site.call.seq})", _SAME_CALLS
+        if site.peers:
+            number, remedy = "", "Receive with the dtype and number of elements that are sent"
+        calls = str(error)
+        if report.label and report.label in calls:  # the label of the very call that the report is about
+            calls = f"rank {self._rank} called {own.text}; rank {error.peer} called {report.text}"
+        text = f"ranks made different calls on group {self._info.name!r}{number}: {calls}"
+        return FailureVerdict("CollectiveMismatch", f"{text}. {_DEAD} {remedy}.", error.peer)
+
+    def _peer_lost(
+        self, event: str, peer: int, error: Exception, site: CallSite, report: FailureReport
+    ) -> FailureVerdict:
+        """Describe a lost rank by the way in which it left: in good order, by an error of its own, or none known."""
+        info, n = self._info, len(self._info.hosts)
+        go_on = "or go on without it through shrink()"
+        if report.left and not report.reason:
+            here = f"this is number {site.call.seq + 1} here" if not site.peers else "this rank still waits for it"
+            text = f"{event}: {info.describe(peer)} {report.how_it_left()}; {here}"
+            remedy = f"Do the ranks have different numbers of batches? Give all the same, or see join(); {go_on}"
+            return FailureVerdict("PeerLost", f"{text}. {_DEAD} {remedy}.", peer)
+        if report.left:
+            text = f"{event}: {info.describe(peer)} {report.how_it_left()}"
+            if report.cause in info.global_ranks:  # the rank left because another one of this group was lost
+                peer = info.global_ranks.index(report.cause)
+        else:
+            text = (
+                f"{event}: {info.describe(peer)} of {n} is gone, noticed by rank {self._rank} after "
+                f"{site.elapsed_s:.1f} s of {site.timeout_s:g} s ({error})"
+            )
+        remedy = f"Read {info.log_of(peer)} first; then restart the job, {go_on}"
+        return FailureVerdict("PeerLost", f"{text}. {_DEAD} {remedy}.", peer)
+
+    def _store_lost(self, reason: Exception, site: CallSite) -> FailureVerdict | None:
+        """Name the rank that hosted the store as the lost one, if it died: all survivors reach this verdict alone."""
+        from ferro.rendezvous.store.interface import StoreGone  # here, since it would slow down `import ferro`
+
+        if not isinstance(reason, StoreGone) or reason.orderly or reason.peer not in self._info.global_ranks:
+            return None
+        peer = self._info.global_ranks.index(reason.peer)
+        event = f"{site.describe(self._info.name)} failed"
+        return self._peer_lost(event, peer, PeerLost("the store that it hosted ended"), site, FailureReport())

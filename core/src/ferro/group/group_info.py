@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ferro.observers import Observer
@@ -36,10 +36,17 @@ class GroupInfo:
     devices: tuple[Device, ...] = (Device.CPU,)  # the devices whose buffers the backend takes
     host_copies: bool = False  # GPU arrays are copied through the host where the backend takes none
     observers: tuple[Observer, ...] = ()
+    failures: list[tuple[str, int | None]] = field(default_factory=list)  # of this rank's groups; shared by all of them
 
     def describe(self, rank: int) -> str:
-        """Name a rank with its host, for messages."""
-        return f"rank {rank} (host {self.hosts[rank]})"
+        """Name a rank with its host, for messages, and with its rank in the world where that is another."""
+        world = self.global_ranks[rank]
+        return f"rank {rank} ({f'rank {world} of the world, ' if world != rank else ''}host {self.hosts[rank]})"
+
+    def log_of(self, rank: int) -> str:
+        """Name the log of a rank: logs have the ranks of the world."""
+        world = self.global_ranks[rank]
+        return f"rank {rank}'s log" if world == rank else f"the log of rank {world} of the world"
 
     def subgroup(self, ranks: Sequence[int], name: str, context: int) -> GroupInfo:
         """Make the info of the group numbered `context` of these ranks."""

@@ -328,12 +328,13 @@ class ProcessGroup(ArrayCollectives):
         self._children.append(weakref.ref(group))
         return group
 
-    def _end(self, *, in_good_order: bool) -> None:
+    def _end(self, *, in_good_order: bool, leaving: bool = False) -> None:
+        leaving = leaving or self._on_close is not None  # only the world has it
         for ref in self._children:
             if (child := ref()) is not None:
-                child._end(in_good_order=in_good_order)
+                child._end(in_good_order=in_good_order, leaving=leaving)
         works = in_good_order and self._dispatcher.state != "dead"
-        self._dispatcher.close(self.timeout_s if in_good_order else 0.0)
+        self._dispatcher.close(self.timeout_s if in_good_order else 0.0, leaving=leaving)
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close(_CLOSE_TIMEOUT_S if works else _FAILED_CLOSE_TIMEOUT_S, in_good_order)

@@ -62,6 +62,7 @@ class _ShortSwitchInterval:
 
 class _ThreadState(threading.local):
     on_executor_thread = False
+    issuing_thread = 0  # of the operation that an executor's thread runs
 
 
 SHORT_SWITCH_INTERVAL = _ShortSwitchInterval()
@@ -76,9 +77,15 @@ def on_executor_thread() -> bool:
     return _THREAD_STATE.on_executor_thread
 
 
-def enter_executor_thread() -> None:
-    """Declare this thread an executor's own."""
+def issuing_thread() -> int:
+    """Identify the thread that issued the operation which runs in this one."""
+    return _THREAD_STATE.issuing_thread or threading.get_ident()
+
+
+def enter_executor_thread(issued_by: int = 0) -> None:
+    """Declare this thread an executor's own, which runs an operation that another thread issued."""
     _THREAD_STATE.on_executor_thread = True
+    _THREAD_STATE.issuing_thread = issued_by
 
 
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
@@ -177,6 +184,7 @@ class SerialExecutor:
                     work, operation = self.pending.popleft()
                     self._changed.notify_all()
                 with SHORT_SWITCH_INTERVAL:
+                    enter_executor_thread(work.thread)
                     work._run(operation)
             del work, operation  # so that only holders of the handle keep its result alive
 

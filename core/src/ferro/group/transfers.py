@@ -332,6 +332,7 @@ class TransferQueue:
                 error = raised
         self._moving.pop(half, None)
         if error is not None:  # before the next half in the channel begins, the group is dead
+            enter_executor_thread(transfer.work.thread if transfer.work is not None else 0)
             transfer.conclude(error)
         with self._lock:
             self._leave([half])

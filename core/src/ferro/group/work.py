@@ -24,6 +24,7 @@ class Work(Generic[Result]):
     def __init__(self, op: str, seq: int) -> None:
         self.op = op
         self.seq = seq
+        self.thread = threading.get_ident()  # that issued it
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None

@@ -110,7 +110,21 @@ if hasattr(os, "register_at_fork"):
 
 def _at_exit() -> None:
     """Leave at the end of the interpreter; after an uncaught exception wait for no other rank."""
-    if _world is not None and hasattr(sys, "last_value") and not _world.closed:
+    if _world is not None and not _world.closed and _ended_by_exception():
         _world.group.abandon()
     else:
         shutdown()
+
+
+def _ended_by_exception() -> bool:
+    """Say whether an exception ended the program.
+
+    `sys.last_value` alone does not tell: interactive sessions and pytest set it for errors after which they go on.
+    """
+    error = getattr(sys, "last_value", None)
+    if error is None or error.__traceback__ is None or sys.flags.interactive or hasattr(sys, "ps1"):
+        return False
+    outermost = error.__traceback__.tb_frame
+    typed = outermost.f_code.co_filename in ("<stdin>", "<input>", "<console>")
+    program = outermost.f_globals.get("__name__") in ("__main__", "runpy")
+    return program and outermost.f_code.co_name in ("<module>", "_run_module_as_main") and not typed

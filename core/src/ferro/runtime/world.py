@@ -89,8 +89,7 @@ class World:
             secret=b"" if job_store is None else job_store.secret,
             addresses=tuple(record.address for record in records),
             store_host="127.0.0.1" if job_store is None else job_store.store.remote_host,
-            # The store ends with the process that hosts it: a rank's, unless a launcher hosts the store.
-            lost=FailureDetector(self._store, info.rank, 0 if info.store is None else None),
+            lost=FailureDetector(self._store, info.rank),
             timeout_s=max(1.0, self._deadline - time.monotonic()),
             choice=choice,
             host_id=self._settings.host_id,
@@ -172,6 +171,7 @@ class World:
         job_store = self._job_store
         if job_store is None:
             return
+        job_store.store.request_timeout_s = patience_s  # the process that hosts the store may be stopped
         if not orderly:  # first, since the others may wait for this rank
             job_store.store.declare_lost()
         try:
@@ -181,7 +181,7 @@ class World:
                 self._store.get("all gone", deadline=time.monotonic() + patience_s)
         except (RendezvousError, TimeoutError) as error:
             _log.debug("goodbye: %s", error)
-        job_store.close()
+        job_store.close(orderly)
 
 
 def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:

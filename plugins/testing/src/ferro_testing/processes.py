@@ -23,7 +23,8 @@ from typing import Any
 from ferro.group import codec
 from ferro.launch.processes import ChildProcess, Supervisor
 from ferro.rendezvous import StoreServer
-from ferro.runtime.environment import LaunchInfo, child_environment
+from ferro.runtime.environment import Address, LaunchInfo, child_environment
+from ferro_testing.forked_ranks import ForkedRank, ForkedRanks, can_fork
 from ferro_testing.outcome import Outcome
 
 _GRACE_S = 5.0  # how long the others may take to end after one has failed
@@ -57,42 +58,53 @@ def run_processes(
     deadline = time.monotonic() + timeout_s
     secret = secrets.token_bytes(32)
     failed: list[int] = []
-    with _folder(task) as folder, StoreServer(secret=secret) as server, Supervisor() as supervisor:
+    with _folder(task) as folder, StoreServer(secret=secret) as server:
+        environments = [
+            {**child_environment(_place(rank, len(variables), server.address, secret), timeout_s=timeout_s), **extra}
+            for rank, extra in enumerate(variables)
+        ]
+        fork = can_fork(python, environments)
 
-        def note_end(rank: int, child: ChildProcess) -> None:
+        def note_end(rank: int, child: ChildProcess | ForkedRank) -> None:
             if child.returncode != 0 or "result" not in _report(folder, rank):
                 failed.append(rank)
 
-        for rank, extra in enumerate(variables):
-            info = LaunchInfo(
-                rank=rank,
-                world_size=len(variables),
-                local_rank=rank,
-                local_world_size=len(variables),
-                launcher="ferro",
-                store=server.address,
-                secret=secret,
-            )
-            with (folder / f"output{rank}").open("wb") as output:
-                supervisor.start(
-                    [python, "-m", "ferro_testing.rank", str(folder / "task"), str(folder), str(rank)],
-                    stdout=output,
-                    env={**child_environment(info, timeout_s=timeout_s), **extra},
-                    on_end=partial(note_end, rank),
-                )
-        late_because = _wait(supervisor, deadline, timeout_s, lambda: stop_on_failure and failed)
-        late = supervisor.running()
-        for child in late:
-            child.signal_group(signal.SIGABRT)  # so that every stack is in its output
-        supervisor.wait_all(_REAP_S)
-        supervisor.end(signal.SIGKILL, grace_s=0.0)  # ranks may have left processes behind
-        return [
-            _process_outcome(folder, rank, child, late_because if child in late else "")
-            for rank, child in enumerate(supervisor.children)
-        ]
+        with ForkedRanks(environments[0]) if fork else Supervisor() as supervisor:
+            for rank, env in enumerate(environments):
+                arguments, on_end = [str(folder / "task"), str(folder), str(rank)], partial(note_end, rank)
+                if isinstance(supervisor, ForkedRanks):
+                    supervisor.start(arguments, env=env, on_end=on_end)
+                    continue
+                command = [python, "-m", "ferro_testing.rank", *arguments]
+                with (folder / f"output{rank}").open("wb") as output:
+                    supervisor.start(command, stdout=output, env=env, on_end=on_end)
+            late_because = _wait(supervisor, deadline, timeout_s, lambda: stop_on_failure and failed)
+            late: Sequence[ChildProcess | ForkedRank] = supervisor.running()
+            for child in late:
+                child.signal_group(signal.SIGABRT)  # so that every stack is in its output
+            supervisor.wait_all(_REAP_S)
+            supervisor.end(signal.SIGKILL, grace_s=0.0)  # ranks may have left processes behind
+            children: Sequence[ChildProcess | ForkedRank] = supervisor.children
+            return [
+                _process_outcome(folder, rank, child, late_because if child in late else "")
+                for rank, child in enumerate(children)
+            ]
 
 
-def _process_outcome(folder: Path, rank: int, child: ChildProcess, late_because: str) -> Outcome:
+def _place(rank: int, world_size: int, store: Address, secret: bytes) -> LaunchInfo:
+    """Describe the place of a rank that is started here."""
+    return LaunchInfo(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        launcher="ferro",
+        store=store,
+        secret=secret,
+    )
+
+
+def _process_outcome(folder: Path, rank: int, child: ChildProcess | ForkedRank, late_because: str) -> Outcome:
     report, code = _report(folder, rank), child.returncode
     ended_by = signal.Signals(-code).name if code is not None and code < 0 else ""
     kind, text = str(report.get("error_type", "")), str(report.get("error_text", ""))
@@ -242,7 +254,11 @@ def _folder(task: Mapping[str, object]) -> Iterator[Path]:
 
 
 def _wait(
-    supervisor: Supervisor, deadline: float, timeout_s: float, failed: Callable[[], object], poll_s: float = math.inf
+    supervisor: Supervisor | ForkedRanks,
+    deadline: float,
+    timeout_s: float,
+    failed: Callable[[], object],
+    poll_s: float = math.inf,
 ) -> str:
     """Wait until all processes have ended, or until a deadline that comes early once a rank has failed.
 

@@ -17,6 +17,7 @@ from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous import MemoryStore, StoreClient, StoreServer, StoreTimeout, connect
 from ferro.rendezvous.store import memory as memory_module
 from ferro.rendezvous.store import wire
+from ferro.rendezvous.store.interface import StoreGone
 from ferro.rendezvous.store.liveness import FailureDetector
 
 SECRET = b"a job's secret"
@@ -171,8 +172,35 @@ def test_a_store_that_ended_is_not_looked_for_again(monkeypatch):
     monkeypatch.setattr(client, "_connect", lambda **_: pytest.fail("it was looked for"))
     with client:
         for _ in range(2):
-            with pytest.raises(RendezvousError, match="is gone"):
+            with pytest.raises(StoreGone, match="is gone"):
                 client.add("n", 1)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("orderly", [True, False])
+def test_clients_of_a_store_that_ended_know_its_host_and_how_it_ended(orderly, registered, monkeypatch):
+    monkeypatch.setattr("ferro.rendezvous.auth.connect.time.sleep", lambda _: pytest.fail("it was waited for"))
+    server = StoreServer(secret=SECRET)
+    with StoreClient(server.address, SECRET, deadline=soon(), host=3) as client:
+        if registered:
+            client.append_on_disconnect("key", b"gone")
+        waiting = []
+        thread = threading.Thread(target=lambda: waiting.append(gone_error(lambda: client.get("k", deadline=soon()))))
+        thread.start()
+        eventually(lambda: server._waiting)
+        assert client.add("n", 1) == 1  # so there is an idle connection, too
+        server.close(orderly=orderly)
+        thread.join(20)
+        errors = [*waiting, *(gone_error(lambda: client.add("n", 1)) for _ in range(2))]
+        assert [error.peer for error in errors] == [3, 3, 3]
+        assert [error.orderly for error in errors] == [orderly, orderly, orderly]
+        assert ("in good order" in str(errors[0])) is orderly
+
+
+def gone_error(request) -> StoreGone:
+    with pytest.raises(StoreGone) as caught:
+        request()
+    return caught.value
 
 
 def raw(server):
@@ -230,8 +258,8 @@ def test_a_value_for_which_there_is_no_room_harms_nobody(server, client, monkeyp
 
 
 def detector_on(server, rank: int, host: int | None = None) -> tuple[StoreClient, FailureDetector]:
-    store = StoreClient(server.address, SECRET, deadline=soon())
-    return store, FailureDetector(store.prefix("world0"), rank, host)
+    store = StoreClient(server.address, SECRET, deadline=soon(), host=host)
+    return store, FailureDetector(store.prefix("world0"), rank)
 
 
 def test_ranks_that_died_are_lost_and_no_others(server):
@@ -259,11 +287,14 @@ def test_a_rank_that_fails_is_lost_before_it_leaves_the_store(server):
     assert server._table.get(b"world0/lost") == b"1 "
 
 
-@pytest.mark.parametrize(("host", "told"), [(0, {0}), (None, set())])
-def test_when_the_store_is_gone_the_rank_that_hosts_it_is_lost(host, told):
-    with StoreServer(secret=SECRET) as server:
-        store, lost = detector_on(server, 1, host)
-        own, mine = detector_on(server, 0, host)
+@pytest.mark.parametrize(
+    ("host", "orderly", "told"), [(0, False, {0}), (0, True, set()), (None, False, set()), (None, True, set())]
+)
+def test_when_the_store_is_gone_the_rank_that_hosted_it_is_lost_unless_it_left_in_good_order(host, orderly, told):
+    server = StoreServer(secret=SECRET)
+    store, lost = detector_on(server, 1, host)
+    own, mine = detector_on(server, 0, host)
+    server.close(orderly=orderly)
     with store, own:
         assert lost() == told
         assert lost() == told
@@ -271,5 +302,5 @@ def test_when_the_store_is_gone_the_rank_that_hosts_it_is_lost(host, told):
 
 
 def test_alone_or_without_a_store_no_rank_is_lost():
-    assert FailureDetector(MemoryStore(), 0, 0)() == frozenset()
+    assert FailureDetector(MemoryStore(), 0)() == frozenset()
     assert BackendConfig(rank=0, world_size=1, store=MemoryStore()).lost() == frozenset()

@@ -22,16 +22,19 @@ _ATTEMPT_S = 10.0
 _DROPS_THAT_REFUSE = 3
 
 
-def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float) -> socket.socket:
+def connect(
+    address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline: float, started: bool = False
+) -> socket.socket:
     """Connect to a ferro service, such as b"store", before `deadline` (`time.monotonic()`); authenticate both ends.
 
     A refused connection, an unknown host and a dropped connection are retried, with growing pauses: the service may
-    start later than we do. AuthenticationError is raised at once when one end does not hold the other's secret,
+    start later than we do; when it is known to have `started`, ConnectionRefusedError is raised at once, since the
+    service must have ended. AuthenticationError is raised at once when one end does not hold the other's secret,
     RendezvousError at once when the service is not ferro, and when nothing answered in time. The socket returned is
     blocking, without timeout, with TCP_NODELAY, and no byte has been read from it beyond the handshake.
     """
     handshake.require_secret(secret)
-    attempts = _Attempts(address, secret, purpose)
+    attempts = _Attempts(address, secret, purpose, started)
     pause_s = _FIRST_PAUSE_S
     while (sock := attempts.try_all(deadline)) is None:
         if remaining_s(deadline) <= pause_s:
@@ -44,13 +47,14 @@ def connect(address: tuple[str, int], secret: bytes, *, purpose: bytes, deadline
 class _Attempts:
     """The attempts of one call of `connect`: the addresses tried, and why the last one failed."""
 
-    def __init__(self, address: tuple[str, int], secret: bytes, purpose: bytes) -> None:
+    def __init__(self, address: tuple[str, int], secret: bytes, purpose: bytes, started: bool) -> None:
+        self._started = started
         self._address = address
         self._secret = secret
         self._purpose = purpose
         self._service = purpose.decode(errors="replace")
         self._what = f"the {self._service} at {format_address(address)}"
-        self._started = time.monotonic()
+        self._since = time.monotonic()
         self._tried: dict[str, None] = {}
         self._reason = "the deadline had already passed"
         self._drops = 0
@@ -91,6 +95,8 @@ class _Attempts:
                 "that nothing else took it."
             ) from exc
         except OSError as exc:
+            if self._started and isinstance(exc, ConnectionRefusedError):
+                raise
             self._reason = str(exc) or type(exc).__name__
             self._drops += state.replies > 0 and isinstance(exc, ConnectionError)
             if self._drops == _DROPS_THAT_REFUSE:
@@ -100,7 +106,7 @@ class _Attempts:
     def unreachable(self) -> RendezvousError:
         return RendezvousError(
             f"{self._what} could not be reached from {socket.gethostname()} (pid {os.getpid()}): tried "
-            f"{', '.join(self._tried) or 'no address'} for {time.monotonic() - self._started:.1f} s; last reason: "
+            f"{', '.join(self._tried) or 'no address'} for {time.monotonic() - self._since:.1f} s; last reason: "
             f"{self._reason}. Check that the process that hosts it (rank 0 or `ferro run`) is alive, that host and "
             "port are right, and that no firewall is between."
         )

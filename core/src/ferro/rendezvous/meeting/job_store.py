@@ -45,13 +45,13 @@ class JobStore:
     server: StoreServer | None = None  # where this rank hosts the store
     file_name: str = ""  # of the rendezvous file that holds the store's address, if there is one
 
-    def close(self) -> None:
-        """Disconnect, and end the store where this rank hosts it. Idempotent."""
+    def close(self, orderly: bool = True) -> None:
+        """Disconnect, and end the store where this rank hosts it: see `StoreServer.close`. Idempotent."""
         self.store.close()
         if self.file_name:
             rendezvous_file.remove(self.file_name)
         if self.server is not None:
-            self.server.close()
+            self.server.close(orderly=orderly)
 
 
 def open_job_store(
@@ -153,7 +153,7 @@ def _open_hosted(
     try:
         if file_name:
             rendezvous_file.write(file_name, format_address(address))
-        store = StoreClient(address, secret, deadline=deadline)
+        store = StoreClient(address, secret, deadline=deadline, host=0)
         store.set(f"open/{number}", b"1")
     except BaseException:
         server.close()
@@ -164,7 +164,7 @@ def _open_hosted(
 def _join(address: Address, number: int, secret: bytes, deadline: float) -> JobStore:
     """Connect to the store that rank 0 hosts, once it has opened the one of this number."""
     while True:
-        store = StoreClient(address, secret, deadline=deadline)
+        store = StoreClient(address, secret, deadline=deadline, host=0)
         try:
             store.get(f"open/{number}", deadline=min(deadline, time.monotonic() + _OPEN_S))
         except (RendezvousError, StoreTimeout):

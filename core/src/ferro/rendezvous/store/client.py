@@ -14,7 +14,7 @@ from ferro.errors import RendezvousError, UsageError
 from ferro.rendezvous.auth.connect import connect
 from ferro.rendezvous.sockets import remaining_s
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.interface import Store, StoreTimeout, checked_request
+from ferro.rendezvous.store.interface import Store, StoreGone, StoreTimeout, checked_request
 from ferro.rendezvous.store.liveness import LivenessConnection
 from ferro.runtime.environment import format_address
 
@@ -29,16 +29,25 @@ class StoreClient(Store):
     """The `Store` interface over TCP; a thread that waits in `get` has one of at most 64 connections to itself."""
 
     def __init__(
-        self, address: tuple[str, int], secret: bytes, *, deadline: float, request_timeout_s: float = 30.0
+        self,
+        address: tuple[str, int],
+        secret: bytes,
+        *,
+        deadline: float,
+        request_timeout_s: float = 30.0,
+        host: int | None = None,
     ) -> None:
         """Connect before `deadline`, as `auth.connect.connect` does, waiting for the store to start if need be.
 
-        A request may take `request_timeout_s`, beyond the time that `get` is told to wait.
+        A request may take `request_timeout_s`, beyond the time that `get` is told to wait. `host` is the rank whose
+        process hosts the store, which StoreGone names.
         """
+        self._host = host
+        self._host_left = False  # it said that it leaves in good order
         self._where = f"the store at {format_address(address)}"
-        self._request_timeout_s = request_timeout_s
-        self._connect = partial(connect, address, secret, purpose=wire.PURPOSE)
-        first = self._connect(deadline=deadline)
+        self.request_timeout_s = request_timeout_s
+        first = connect(address, secret, purpose=wire.PURPOSE, deadline=deadline)
+        self._connect = partial(connect, address, secret, purpose=wire.PURPOSE, started=True)
         self.local_host: str = first.getsockname()[0]  # an address by which others can reach this machine
         self.remote_host: str = first.getpeername()[0]
         self._liveness: LivenessConnection | None = None
@@ -79,14 +88,14 @@ class StoreClient(Store):
 
     def _ask(self, op: wire.StoreOp, key: str, number: int = 0, value: bytes = b"") -> wire.Reply:
         request = checked_request(op, key, number, value)
-        deadline = time.monotonic() + self._request_timeout_s
+        deadline = time.monotonic() + self.request_timeout_s
         try:
             if op is wire.StoreOp.APPEND_ON_DISCONNECT:
                 return self._register(request, deadline)
             return self._exchange(request, deadline)
         except TimeoutError as exc:
             raise RendezvousError(
-                f"{self._where} did not answer {op.name.lower()} within {self._request_timeout_s} s ({exc}). "
+                f"{self._where} did not answer {op.name.lower()} within {self.request_timeout_s} s ({exc}). "
                 "The process that hosts it is stopped or overloaded, or the network between is down."
             ) from exc
 
@@ -134,7 +143,7 @@ class StoreClient(Store):
         usable = False
         try:
             if sock is None:
-                if self._liveness is not None and self._liveness.broken():  # the store is known to be gone
+                if self._liveness is not None and self._liveness.ended():  # the store is known to be gone
                     raise ConnectionResetError("it closed the connection")
                 sock = self._connect(deadline=min(deadline, time.monotonic() + _CONNECT_S))
                 with self._changed:
@@ -162,12 +171,14 @@ class StoreClient(Store):
             raise
         except (OSError, wire.WireError) as exc:
             self._check_open()
-            raise RendezvousError(
-                f"{self._where} is gone ({exc}). Usually the process that hosts it, rank 0 or `ferro run`, has ended: "
-                "read its log first."
-            ) from exc
+            if self._liveness is not None and self._liveness.ended():
+                self._host_left |= self._liveness.store_left
+            raise StoreGone(self._where, self._host, exc, orderly=self._host_left) from exc
 
     def _check(self, reply: wire.Reply) -> wire.Reply:
+        if reply.status is wire.ReplyStatus.CLOSED:
+            self._host_left = True
+            raise StoreGone(self._where, self._host, "it was closed", orderly=True)
         if reply.status is wire.ReplyStatus.MISUSED:
             raise UsageError(reply.value.decode(errors="replace"))
         if reply.status is wire.ReplyStatus.REFUSED:

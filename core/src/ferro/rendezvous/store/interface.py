@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ferro.errors import FerroError, UsageError
+from ferro.errors import FerroError, RendezvousError, UsageError
 from ferro.rendezvous.store.wire import INT64, MAX_APPEND_BYTES, MAX_KEY_BYTES, MAX_VALUE_BYTES, Reply, Request, StoreOp
 
 
@@ -21,6 +21,19 @@ class StoreTimeout(FerroError, TimeoutError):
         self.seconds = seconds
 
 
+class StoreGone(RendezvousError):
+    """The process that hosts the store has ended: `peer` is its rank in the world, or None where it is no rank.
+
+    `orderly` says that it left in good order; otherwise it died or failed.
+    """
+
+    def __init__(self, where: str, host: int | None, reason: object, *, orderly: bool) -> None:
+        who = "the process that hosts it, usually `ferro run`," if host is None else f"rank {host}, which hosts it,"
+        how = "has left in good order" if orderly else "has ended: read its log first"
+        super().__init__(f"{where} is gone ({reason}): {who} {how}.", peer=host)
+        self.orderly = orderly
+
+
 class Store(ABC):
     """A small key-value store that all ranks of a job see. Every method is thread-safe.
 
@@ -28,7 +41,7 @@ class Store(ABC):
     of one application are kept apart from others' by `prefix`.
 
     Every method raises UsageError, before anything is sent, when an argument is out of these bounds, and
-    RendezvousError when the store is closed, gone or full.
+    RendezvousError when the store is closed, gone (StoreGone) or full.
     """
 
     def set(self, key: str, value: bytes) -> None:

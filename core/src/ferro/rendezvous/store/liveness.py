@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from ferro.errors import FerroError
 from ferro.rendezvous.store import wire
-from ferro.rendezvous.store.interface import Store
+from ferro.rendezvous.store.interface import Store, StoreGone
 
 _CANCEL_S = 1.0  # for a few bytes, which a working system takes at once
 _LOST_KEY = "lost"  # holds ranks in decimal, each followed by a blank
@@ -22,6 +22,7 @@ class LivenessConnection:
     def __init__(self, sock: socket.socket, key: bytes) -> None:
         self.sock = sock
         self._key = key
+        self.store_left = False  # the store said, before it ended, that its host leaves in good order
         _connections.add(self)
 
     def register(self, request: wire.Request, deadline: float) -> wire.Reply:
@@ -29,14 +30,16 @@ class LivenessConnection:
         self.sock.setblocking(False)
         return reply
 
-    def broken(self) -> bool:
-        """Say whether the store closed its end of the connection, as it closes all connections when it ends."""
+    def ended(self) -> bool:
+        """Say whether the store has ended, which closes all its connections."""
         try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
+            # A store sends nothing here but a CLOSED reply.
+            self.store_left = bool(self.sock.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return False
         except OSError:
-            return True
+            pass
+        return True
 
     def cancel(self) -> None:
         """Close the connection with nothing appended. Idempotent; never raises."""
@@ -70,16 +73,15 @@ class FailureDetector:
     """Lists the lost ranks of a world when called, and registers this rank, so that the others learn of its end.
 
     A rank is lost when its process ends without closing its store, as one that is killed does, or when it fails: see
-    `ProcessGroup.abandon`. The store then appends it to one key, so that one request finds all lost ranks.
+    `ProcessGroup.abandon`. The store then appends it to one key, so that one request finds all lost ranks. When the
+    store is gone, the rank that hosted it is lost, unless it left in good order.
 
-    `host` is the rank whose process hosts the store, which ends with it; None where no rank hosts the store. The
-    constructor raises RendezvousError when the store is gone.
+    The constructor raises RendezvousError when the store is gone.
     """
 
-    def __init__(self, store: Store, rank: int, host: int | None) -> None:
+    def __init__(self, store: Store, rank: int) -> None:
         self._store = store
         self._rank = rank
-        self._host = host
         self._store_gone = False
         self._lost: frozenset[int] = frozenset()
         store.append_on_disconnect(_LOST_KEY, b"%d " % rank)
@@ -92,7 +94,8 @@ class FailureDetector:
                 self._lost = frozenset(map(int, ranks.split()))
             except TimeoutError:  # no rank is lost, or the store is slow
                 pass
-            except FerroError:
+            except FerroError as error:
                 self._store_gone = True
-                self._lost |= set() if self._host is None else {self._host}
+                if isinstance(error, StoreGone) and error.peer is not None and not error.orderly:
+                    self._lost |= {error.peer}
         return self._lost - {self._rank}

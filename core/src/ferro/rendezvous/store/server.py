@@ -44,6 +44,7 @@ class StoreServer:
         self._wakeup, self._wakeup_read = socket.socketpair()
         self._selector.register(self._wakeup_read, selectors.EVENT_READ, lambda _events: None)
         self._closing = False
+        self._says_closed = False
         self._close_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name=f"ferro-store-{self.address[1]}", daemon=True)
         self._thread.start()
@@ -59,9 +60,13 @@ class StoreServer:
         """The number of connections that came with another secret and were turned away."""
         return self._listener.refused
 
-    def close(self) -> None:
-        """Close all connections and end the thread, within 5 s; idempotent."""
+    def close(self, *, orderly: bool = True) -> None:
+        """Close all connections and end the thread, within 5 s; idempotent.
+
+        Unless this is `orderly`, clients see the end as they would see the death of this process.
+        """
         with self._close_lock:
+            self._says_closed = orderly
             self._closing = True
             with suppress(OSError):  # closed before, or the thread has ended on its own
                 self._wakeup.send(b"\0")
@@ -81,6 +86,8 @@ class StoreServer:
         finally:
             self._listener.close()
             for connection in tuple(self._connections):
+                if self._says_closed:
+                    connection.say_closed()
                 connection.close()
             self._selector.close()
             self._wakeup_read.close()
@@ -189,6 +196,11 @@ class _Connection:
             self._write()
         except OSError:
             self.close()
+
+    def say_closed(self) -> None:
+        """Send a CLOSED reply to a client that has all of its last reply."""
+        if not self._unsent:
+            self.reply(wire.Reply(wire.ReplyStatus.CLOSED))
 
     def close(self) -> None:
         if self._closed:

@@ -14,6 +14,8 @@ one message of the other's. Sizes are checked as soon as the header is there, be
     APPEND_ON_DISCONNECT   0                    up to 1 KiB   0               nothing
     CANCEL_APPEND          0                    nothing       1 or 0          nothing
 
+A server that is closed in good order sends a CLOSED reply on every connection, asked or not.
+
 A connection has at most one APPEND_ON_DISCONNECT: when it ends, however that happens, the store appends the value to
 that of `key`, unless CANCEL_APPEND (of the same key) came before.
 """
@@ -56,12 +58,13 @@ class StoreOp(enum.IntEnum):
 
 
 class ReplyStatus(enum.IntEnum):
-    """The status of a reply; with the last two the value is a message in UTF-8."""
+    """The status of a reply; with MISUSED and REFUSED the value is a message in UTF-8."""
 
     OK = 0
     TIMEOUT = 1
     MISUSED = 2
     REFUSED = 3
+    CLOSED = 4
 
 
 class Request(NamedTuple):

@@ -2,9 +2,16 @@
 
 from ferro.runtime.environment.launch_info import Address, LaunchInfo, format_address, parse_address, read_secret
 from ferro.runtime.environment.resolver import resolve
-from ferro.runtime.environment.settings import child_environment, node_defaults, options, usable_cores, variable
+from ferro.runtime.environment.settings import (
+    child_environment,
+    node_defaults,
+    options,
+    replace_environment,
+    usable_cores,
+    variable,
+)
 
 __all__ = [
     "Address", "LaunchInfo", "child_environment", "format_address", "node_defaults", "options", "parse_address",
-    "read_secret", "resolve", "usable_cores", "variable",
+    "read_secret", "replace_environment", "resolve", "usable_cores", "variable",
 ]  # fmt: skip

@@ -82,6 +82,12 @@ def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
     )
 
 
+def replace_environment(variables: Mapping[str, str]) -> None:
+    """Give this process the variables of another, which it stands for from now on."""
+    os.environ.clear()
+    os.environ.update(variables)
+
+
 def child_environment(
     info: LaunchInfo,
     *,
