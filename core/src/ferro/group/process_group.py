@@ -45,6 +45,9 @@ class ProcessGroup(ArrayCollectives):
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group is still good.
         CollectiveMismatch, CollectiveTimeout, PeerLost: on every rank, with one cause. The group is dead, `out` is
             undefined.
+        ThreadLimitError: with async_op, no thread can be started. Nothing was sent; the group is still good.
+        Any other exception, such as one that the program's signal handler raises: as it is, on this rank; the others
+            get GroupClosed. The group is dead, unless the call was still waiting for its turn; `Work.wait` only waits.
         GroupClosed: it was closed or aborted, or died before.
 
     Attributes:

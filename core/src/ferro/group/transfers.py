@@ -268,8 +268,8 @@ class TransferQueue:
 
     def _leave(self, halves: Sequence[Half]) -> None:
         for half in halves:
-            channel = self._channels.get(half.channel, ())
-            if half in channel:
+            channel = self._channels.get(half.channel)
+            if channel is not None and half in channel:
                 channel.remove(half)
                 if channel:
                     self._offer(channel[0])
