@@ -19,7 +19,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types"
 	@echo "make bench   measure against torch gloo, Open MPI and MPICH; writes benchmarks/results/"
-	@echo "make docs    write the generated tables and pictures of docs/ again"
+	@echo "make docs    write the generated parts of docs/ again, and the site of all pages into site/"
 	@echo "make wheels  build one wheel per distribution into dist/"
 
 .tools/bin/uv:
@@ -63,10 +63,11 @@ bench: $(BENCH)/torchrun $(MPIS:%=.bench-%/bin/mpiexec)
 
 docs: setup
 	.venv/bin/python docs/generate.py
+	.venv/bin/python docs/build_site.py
 
 wheels: $(filter .tools/bin/uv,$(UV))
 	$(UV) build --quiet --all-packages --wheel --out-dir dist
 
 clean:
 	rm -rf .venv .venv-openmpi .bench-venv .bench-openmpi .bench-mpich .tools dist build demo.png
-	rm -rf plugins/gloo/build plugins/gloo/src/*.egg-info plugins/gloo/src/ferro_gloo/shm/*.so
+	rm -rf site plugins/gloo/build plugins/gloo/src/*.egg-info plugins/gloo/src/ferro_gloo/shm/*.so

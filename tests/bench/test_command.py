@@ -1,6 +1,8 @@
 """`ferro bench` as a user runs it: real ranks over gloo, and every way that it can refuse."""
 
+import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -9,10 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ferro.cli.main import main
+from ferro_bench.command import busy
+from ferro_bench.contestants import Contestant
+from ferro_bench.measure import Measured, make_case
 from ferro_bench.rank.case import COLLECTIVES
+from ferro_bench.summary import summarize
+from ferro_bench.table import ResultTable, legend, spread
 
 DEADLINE_S = 60
 
@@ -28,7 +36,7 @@ def bench(*arguments):
 def test_a_table_comes_with_a_row_for_each_size():
     ended = bench("all_reduce", "-n", 2, "--backend", "gloo", "--sizes", "4B:16KiB:64")
     assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
+    lines = [line for line in ended.stdout.splitlines() if "busy" not in line and "slow calls" not in line]
     assert lines[0].startswith("# 2 ranks; ferro ")
     assert lines[2].split()[:5] == ["size", "count", "dtype", "op", "time"]
     assert [line.split()[:5] for line in lines[3:6]] == [
@@ -36,7 +44,57 @@ def test_a_table_comes_with_a_row_for_each_size():
         ["256", "B", "64", "float32", "sum"],
         ["16", "KiB", "4096", "float32", "sum"],
     ]
-    assert lines[6:] == ["# wrong elements: 0"]
+    assert [line.partition(":")[0] for line in lines[6:]] == ["# time, min", "# algbw", "# wrong", "# wrong elements"]
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("peers", [[], ["torch-gloo"], ["torch-gloo", "openmpi", "mpich"]])
+@pytest.mark.parametrize("algorithms", [[""], ["", "ring", "dissemination"]])
+@pytest.mark.parametrize("memories", [["private"], ["private", "group"]])
+def test_a_table_fits_a_hundred_columns_and_its_rows_their_header(peers, algorithms, memories):
+    ours = [Contestant("ferro", memory, algorithm) for memory in memories for algorithm in algorithms]
+    stream = io.StringIO()
+    table = ResultTable(stream, "all_reduce", ours, peers)
+    times = np.full((2, 2), 1.25)
+    measured = {name: Measured(times, 0) for name in [*(it.name for it in ours), *peers]}
+    table.add(summarize(make_case("all_reduce", 256 << 20, 2, dtype="bfloat16"), 2, measured))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 1 + len(ours)
+    assert max(map(len, lines)) <= 100
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert max(map(len, legend(peers))) <= 98
+    assert "256 MiB" in lines[1]
+
+
+def test_samples_that_spread_widely_are_told_as_a_busy_machine():
+    case = make_case("all_reduce", 64, 2)
+    even, wide = np.full((1, 10), 1.0), np.array([[1.0] * 5 + [9.0] * 5])
+    assert spread([summarize(case, 2, {"ferro-private": Measured(even, 0)})]) == []
+    told = spread([summarize(case, 2, {"ferro-private": Measured(even, 0), "mpich": Measured(wide, 0)})])
+    assert told[0].startswith("in 1 of 2 results slow calls took up to 9 times")
+    assert "busy" in told[1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed here")
+def test_a_backend_with_a_launcher_is_measured_under_it_and_algorithms_beside_each_other():
+    few = ("--sizes", "4KiB", "--rounds", 1, "--json", "-")
+    ended = bench("all_reduce", "--backend", "mpi", "-np", 2, "--algorithms", "auto,ring", *few)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert set(found["versions"].values()) == {f"ferro {importlib.metadata.version('ferro')}, mpi"}
+    [record] = found["records"]
+    assert set(record["results"]) == {"ferro-private", "ferro-private-ring"}
+    header = next(line for line in ended.stderr.splitlines() if "algbw" in line)
+    assert header.split()[:5] == ["size", "count", "dtype", "op", "algorithm"]
+
+
+def test_a_machine_that_was_busy_before_is_told(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
+    [line] = busy()
+    assert line.startswith("this machine was busy before the start: load average 1000.0 on ")
+    assert len(line) <= 98
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 1000.0, 1000.0))
+    assert busy() == []
 
 
 def test_every_collective_is_right_in_both_memories():
@@ -103,6 +161,11 @@ def test_half_precision_and_products_are_exact():
         (["all_reduce", "--sizes", "4X"], "'4X' is no size"),
         (["all_reduce", "--rounds", "0"], "--rounds 0"),
         (["all_reduce", "--memory", "shared"], "--memory shared"),
+        (["all_reduce", "--backend", "nope"], "backend 'nope' cannot be used here: no plugin that offers it"),
+        (["all_reduce", "--op", "nope"], "invalid choice: 'nope'"),
+        (["all_reduce", "--algorithms", "ring,nope"], "all_reduce has no 'nope'; there are: auto, direct"),
+        (["sendrecv", "--algorithms", "ring"], "sendrecv has no 'ring'; there are: auto"),
+        (["all_reduce", "-np", "0"], "-n 0: give 1 to 128 ranks"),
         (["all_reduce", "--compare", "nccl"], "the peers are torch-gloo, openmpi, mpich"),
         (["all_reduce", "--compare", "mpich", "--dtype", "float16"], "does not reduce float16"),
         (["all_reduce", "--compare", "mpich=/no/python"], "/no/python is no Python that runs"),
@@ -149,10 +212,11 @@ def test_mpich_is_measured_beside_ferro():
 
 
 def test_a_backend_that_cannot_start_shows_its_ranks_last_words():
-    ended = bench("all_reduce", "--backend", "no-such-backend")
+    ended = bench("all_reduce", "--backend", "simulated")
     assert ended.returncode == 1
     assert "ended before all its ranks were connected" in ended.stderr
-    assert "no-such-backend" in ended.stderr
+    assert "its ranks are threads of one process" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.usefixtures("default_sigint")

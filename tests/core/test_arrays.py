@@ -113,6 +113,47 @@ def test_float8_is_refused():
         InputArray(np.zeros(2, ml_dtypes.float8_e4m3fn))
 
 
+class Metres(np.ndarray):
+    """An array with a unit."""
+
+
+class Quantity:
+    """Numbers with a unit, in a class of its own that passes on what it is asked for, as pint's does."""
+
+    __array_ufunc__ = None
+
+    def __getattr__(self, name):
+        return getattr(np.ones(2), name)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), "a MaskedArray, whose mask would be lost: pass x.filled"),
+        (np.ma.masked, "a MaskedArray, whose mask would be lost"),
+        ([1.0, np.ma.masked], "a MaskedArray, whose mask would be lost"),
+        ([[1.0], (np.ma.array([1.0]),)], "a MaskedArray, whose mask would be lost"),
+        (np.ones((1, 1)).view(np.matrix), "a matrix, of which only the numbers would travel: pass np.asarray"),
+        (np.ones(2).view(Metres), "a Metres, of which only the numbers"),
+        (Quantity(), "a Quantity, of which only the numbers"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arrays_that_mean_more_than_their_numbers_are_refused(value, words):
+    with pytest.raises(UsageError, match=f"input is {words}"):
+        InputArray(value)
+    if isinstance(value, np.ndarray):
+        with pytest.raises(UsageError, match=f"out is {words}"):
+            output_array(value, value.shape, value.dtype)
+
+
+def test_maps_of_files_and_views_are_plain(tmp_path):
+    mapped = np.memmap(tmp_path / "m", np.float64, "w+", shape=(4,))
+    for plain in (mapped, mapped[1:], np.arange(6.0)[::2], np.ma.array([1.0]).data, np.float32(1)):
+        np.testing.assert_array_equal(InputArray(plain).array, plain)
+    assert output_array(mapped, (4,), np.dtype(np.float64)).base is mapped
+
+
 def test_out_is_taken_as_it_is():
     array = np.zeros((2, 3), np.int8)
     assert output_array(array, (2, 3), np.dtype("i1")) is array

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ def code(page, first_words):
 
 
 @pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
-@pytest.mark.parametrize(("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py"), ("docs/resuming.md", "resume.py")]
+)
 def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     program = tmp_path / name
     program.write_text(code(page, f"# {name}"))
-    ended = subprocess.run([*launch, program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*launch, program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -88,11 +92,12 @@ def test_the_readmes_collectives_run():
 
 def test_the_algorithm_of_the_collectives_page_is_one():
     scope = {}
-    exec(code("docs/collectives.md", "def star("), scope)
+    exec(code("docs/collectives.md", "def fan("), scope)
     for ranks in range(1, 9):
-        check("all_reduce", scope["star"], ranks)
+        check("all_reduce", scope["fan"], ranks)
     [info] = scope["ferro_collectives"]()
-    assert info.algorithm == "star"
+    assert info.algorithm == "fan"
+    assert info.algorithm not in ferro.collectives.available()["all_reduce"]  # it can be installed as it stands
 
 
 def test_the_programs_of_the_testing_page_run():
@@ -113,3 +118,26 @@ def test_generated_parts_are_up_to_date():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_strategy_of_the_page_passes_the_kit(monkeypatch):
+    page = (ROOT / "docs" / "writing-a-strategy.md").read_text()
+    module = types.ModuleType("my_strategy.averaged")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, module.__dict__)
+    for check_strategy in module.CHECKS:
+        check_strategy(module.CASE)
+    monkeypatch.setitem(sys.modules, "my_strategy", types.ModuleType("my_strategy"))
+    monkeypatch.setitem(sys.modules, "my_strategy.averaged", module)
+    [info] = module.ferro_strategies()
+    assert info.load() is module.Averaged
+
+
+def test_every_block_of_python_is_python():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")]
+    blocks = [
+        (page, block) for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    assert len(blocks) > 50
+    for page, block in blocks:
+        compile(block, page, "exec")

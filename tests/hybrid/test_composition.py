@@ -200,6 +200,16 @@ def test_a_broken_plugin_is_told_by_the_probe(installed, monkeypatch):
     assert "two plugins claim it" in found.reason
 
 
+def test_the_broken_plugin_of_others_is_not_told_as_the_fault_of_hybrid(installed, monkeypatch):
+    def broken(launcher):
+        raise ferro.PluginError("ferro_backends() of strangers 1.0 raised KeyError")
+
+    monkeypatch.setattr(backends, "default", broken)
+    found = probe()
+    assert found.ok
+    assert found.reason.startswith("cpu: no default beside a broken plugin, name one; cuda: ")
+
+
 def test_what_is_really_installed_can_be_asked():
     found = ferro.backends.available()["hybrid"]
     assert found.ok

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ferro
+from ferro import UsageError
 from ferro_strategies import ShardedSampler
 
 lengths, world_sizes = st.integers(0, 40), st.integers(1, 7)
@@ -85,3 +86,39 @@ def test_a_group_gives_rank_and_size():
 def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ferro.UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"pad": True}, {"shuffle": False}], ids=str)
+def test_the_rest_of_an_epoch_follows_a_loaded_state(options):
+    for batches in range(5):
+        sampler = ShardedSampler(23, (1, 3), **options)
+        sampler.set_epoch(2)
+        batch_of = sampler.batches(2)
+        for _ in range(batches):
+            next(batch_of, None)
+        resumed = ShardedSampler(23, (1, 3), seed=5, **options)
+        resumed.load_state_dict(sampler.state_dict())
+        assert resumed.state_dict() == sampler.state_dict()
+        resumed.set_epoch(2)
+        assert list(resumed) == sampler.indices()[2 * batches :].tolist()
+        assert list(resumed) == sampler.indices().tolist()  # only one iteration goes on in the middle
+        resumed.set_epoch(3)
+        assert resumed.state_dict()["taken"] == 0
+
+
+def test_other_ranks_take_over_the_rest_of_an_epoch():
+    before = [ShardedSampler(24, (rank, 3)) for rank in range(3)]
+    taken = [next(sampler.batches(2)).tolist() for sampler in before]
+    after = [ShardedSampler(24, (rank, 2)) for rank in range(2)]
+    for sampler in after:
+        sampler.load_state_dict(before[0].state_dict())
+    rest = [list(sampler) for sampler in after]
+    assert sorted(item for part in taken + rest for item in part) == list(range(24))
+
+
+def test_a_state_of_another_data_set_is_refused():
+    sampler = ShardedSampler(24, (0, 1))
+    with pytest.raises(UsageError, match="the state is of 25 items; this sampler has 24"):
+        sampler.load_state_dict(ShardedSampler(25, (0, 1)).state_dict())
+    with pytest.raises(UsageError, match="the state lacks seed, taken"):
+        sampler.load_state_dict({"length": 24, "epoch": 0})

@@ -44,7 +44,7 @@ def test_help_says_what_there_is(capsys, option):
 
 
 def test_what_is_not_installed_is_named(capsys):
-    assert main(["show", "magic"]) == 1
+    assert main(["show", "magic"]) == 2
     assert "'magic'" in capsys.readouterr().err
     with pytest.raises(PluginError):
         strategies.info("magic")

@@ -26,6 +26,7 @@ from ferro.errors import (
 from ferro.group.process_group import ProcessGroup
 from ferro.group.work import Work
 from ferro.hookspecs import BackendConfig, BackendInfo, CommandInfo, StrategyInfo, hookimpl
+from ferro.launch.cluster import Cluster, cluster, spawn
 from ferro.observers import Event, Metrics, Observer
 from ferro.runtime.lifecycle import init, shutdown
 from ferro.simulated.simulate import simulate
@@ -33,8 +34,9 @@ from ferro.types import Availability, Device, ReduceOp
 
 __all__ = [
     "AuthenticationError", "Availability", "Backend", "BackendConfig", "BackendError", "BackendInfo",
-    "BackendUnavailable", "CollectiveInfo", "CollectiveMismatch", "CollectiveTimeout", "CommandInfo", "Completion",
-    "Device", "Event", "FerroError", "GroupClosed", "Metrics", "Observer", "PeerLost", "PluginError", "ProcessGroup",
-    "ReduceOp", "RendezvousError", "StrategyInfo", "ThreadLimitError", "UnsupportedError", "UsageError", "Work",
-    "arrays", "backends", "collectives", "hookimpl", "init", "shutdown", "simulate", "strategies",
+    "BackendUnavailable", "Cluster", "CollectiveInfo", "CollectiveMismatch", "CollectiveTimeout", "CommandInfo",
+    "Completion", "Device", "Event", "FerroError", "GroupClosed", "Metrics", "Observer", "PeerLost", "PluginError",
+    "ProcessGroup", "ReduceOp", "RendezvousError", "StrategyInfo", "ThreadLimitError", "UnsupportedError", "UsageError",
+    "Work", "arrays", "backends", "cluster", "collectives", "hookimpl", "init", "shutdown", "simulate", "spawn",
+    "strategies",
 ]  # fmt: skip

@@ -1,9 +1,11 @@
 """Arrays that users pass in, and the kind of array that they get back.
 
 NumPy and CuPy arrays are taken as they are. Any other array that supports DLPack (a torch tensor, a JAX array) is taken
-without a copy if it is in CPU memory, and results are of its kind. Numbers and lists become NumPy arrays.
+without a copy if it is in CPU memory, and results are of its kind. Numbers and lists become NumPy arrays. Arrays that
+mean more than their numbers (masks, units, labels) are refused, since the rest would be lost without a word.
 
-Collectives carry all integer, floating, complex and boolean dtypes in native byte order, and bfloat16.
+Collectives carry all integer, floating, complex and boolean dtypes in native byte order, and bfloat16. Those that only
+move data also take dates, time spans and structured dtypes, as integers or bytes (`InputArray.dtype` is their own).
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from copy import copy
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
@@ -37,6 +40,10 @@ Input: TypeAlias = "npt.ArrayLike | SupportsDLPack"
 _KINDS = "biufc"
 _EXTENDED = ("bfloat16",)  # names, since the package that defines the dtype may be absent
 _CPU_DLPACK = 1
+_TIMES = "mM"  # the kinds that travel as 64-bit integers
+# Kinds of NumPy arrays and scalars that mean nothing but their numbers.
+_PLAIN = (np.generic, np.memmap, np.recarray)
+_NUMBERS = frozenset((bool, int, float, complex))
 
 # Globals, since each call looks them up: an attribute of a module or an enumeration takes several times as long.
 _ndarray = np.ndarray
@@ -52,9 +59,12 @@ class InputArray:
     Args:
         value: the user's array, number or list.
         what: the argument's name, for messages.
+        moved: the call moves the array and computes nothing, so that dates and structured dtypes are taken as well.
 
     Attributes:
-        array: the same memory as a NumPy (or CuPy) array.
+        array: the same memory as a NumPy (or CuPy) array, of a dtype that backends take.
+        dtype: the dtype of the user's array. Dates are 64-bit integers in `array`, and structured elements are rows of
+            bytes in one axis more.
         device: where that memory is.
         copied: True when `array` is a copy on the host of the user's array on a GPU.
 
@@ -63,13 +73,21 @@ class InputArray:
         UnsupportedError: no collective carries its dtype, or memory on its device.
     """
 
-    __slots__ = ("_converter", "array", "copied", "device")
+    __slots__ = ("_converter", "array", "copied", "device", "dtype")
 
-    def __init__(self, value: Input, *, what: str = "input") -> None:
+    def __init__(self, value: Input, *, what: str = "input", moved: bool = False) -> None:
         if type(value) is _ndarray and not dtype_problem(value.dtype):
-            self.array, self.device, self._converter = value, _CPU, None
+            self.array, self.device, self._converter, self.dtype = value, _CPU, None, value.dtype
         else:
             self.array, self.device, self._converter = _imported(value, what)
+            self.dtype = self.array.dtype
+            if problem := dtype_problem(self.dtype):
+                if not _is_only_moved(self.dtype):
+                    raise UnsupportedError(f"{what} has {problem}")
+                if not moved:
+                    raise UnsupportedError(f"{what} has dtype {self.dtype}, {_how_to_reduce(self.dtype)}")
+                self._converter = partial(_restored, self.dtype)
+                self.array = _as_carried(self.array, what)
         self.copied = False
 
     def empty(self, shape: tuple[int, ...]) -> Array:
@@ -77,6 +95,19 @@ class InputArray:
         if self.device is _CUDA:
             return cast("Array", sys.modules["cupy"].empty(shape, self.array.dtype))
         return np.empty(shape, self.array.dtype)
+
+    def with_dtype(self, dtype: np.dtype) -> InputArray:
+        """Describe an array of the same kind and device, of another dtype and without elements."""
+        other = copy(self)
+        other.array, other.dtype = self.empty((0,)).astype(dtype), dtype
+        return other
+
+    def output(self, out: object, shape: tuple[int, ...], device: Device, what: str) -> Array:
+        """Check a user's `out` for a result that has `shape` as backends see it, and return its memory as they do."""
+        if self.dtype is self.array.dtype:
+            return output_array(out, shape, self.dtype, device, what)
+        own_shape = shape if self.dtype.kind in _TIMES else shape[:-1]
+        return _as_carried(output_array(out, own_shape, self.dtype, device, what), what)
 
     def copy_to_host(self) -> None:
         """Replace a GPU array by a copy in CPU memory; results are copied back to the GPU."""
@@ -131,12 +162,18 @@ def device_of(array: Array) -> Device:
 
 @lru_cache(maxsize=256)
 def dtype_name(dtype: np.dtype) -> str:
-    """Return `dtype.name` from a cache: NumPy takes microseconds to compose it."""
-    return dtype.name
+    """Return the name that `dtype_from_name` understands, from a cache: NumPy takes microseconds to compose it."""
+    if dtype.type in (np.void, np.record):
+        return repr(np.lib.format.dtype_to_descr(dtype)) if dtype.names else dtype.str
+    return dtype.str if dtype.kind in _TIMES else dtype.name
 
 
 def dtype_from_name(name: str) -> np.dtype:
     """Return the dtype of this name; for bfloat16 import its package."""
+    if name.startswith("["):
+        import ast  # here, since it is slow to import and seldom needed
+
+        return np.lib.format.descr_to_dtype(ast.literal_eval(name))
     if name in _EXTENDED and name not in np.sctypeDict:
         importlib.import_module("ml_dtypes")  # it registers the dtype with NumPy
     return np.dtype(name)
@@ -154,10 +191,54 @@ def dtype_problem(dtype: np.dtype) -> str:
     return ""
 
 
+def lost_meaning(value: object) -> str:
+    """Explain what a plain array of the value's numbers would lose, and the remedy; "" when it loses nothing."""
+    kind = type(value)
+    if kind is _ndarray or issubclass(kind, _PLAIN):
+        return ""
+    if issubclass(kind, (list, tuple)):
+        others = (item for item in cast("list[object]", value) if type(item) not in _NUMBERS)
+        return next(filter(None, map(lost_meaning, others)), "")
+    if not issubclass(kind, np.ndarray):
+        # A class that redefines NumPy's arithmetic means more than numbers, such as units; CuPy's has to.
+        if not hasattr(kind, "__array_ufunc__") or kind.__module__.partition(".")[0] == "cupy":
+            return ""
+    elif isinstance(value, np.ma.MaskedArray):
+        return "a MaskedArray, whose mask would be lost: pass x.filled(0), or np.asarray(x) and the mask by itself"
+    return f"a {kind.__qualname__}, of which only the numbers would travel: pass np.asarray(x)"
+
+
+def _is_only_moved(dtype: np.dtype) -> bool:
+    return not dtype.hasobject and (dtype.kind in _TIMES or (dtype.type in (np.void, np.record) and dtype.itemsize > 0))
+
+
+def _how_to_reduce(dtype: np.dtype) -> str:
+    if dtype.kind in _TIMES:
+        return "which is moved but not reduced: pass x.view('int64'), in which NaT is the least number"
+    return "which is moved but not reduced: pass its fields one by one, as x['name']"
+
+
+def _as_carried(array: Array, what: str) -> Array:
+    """View dates as 64-bit integers, and structured elements as bytes in a last axis."""
+    if array.dtype.kind in _TIMES:
+        return array.view(np.int64)
+    if not array.ndim:
+        raise UnsupportedError(f"{what} is a 0-d array of dtype {array.dtype}: pass x.reshape(1)")
+    return np.ascontiguousarray(array).view(np.uint8).reshape(*array.shape, array.dtype.itemsize)
+
+
+def _restored(dtype: np.dtype, carried: Array) -> Array:
+    """View a result as the user's dtype again."""
+    result: Array = carried.view(dtype)
+    return result if dtype.kind in _TIMES else result.reshape(carried.shape[:-1])
+
+
 def _imported(value: Input, what: str) -> tuple[Array, Device, _Converter]:
     """Return the memory of a user's array, its device, and the converter of results."""
     device, converter = _CPU, None
     array: Array
+    if problem := lost_meaning(value):
+        raise UsageError(f"{what} is {problem}")
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif (library := type(value).__module__.partition(".")[0]) == "cupy":
@@ -166,8 +247,6 @@ def _imported(value: Input, what: str) -> tuple[Array, Device, _Converter]:
         array, converter = _from_dlpack(value, library, what), _exporter(library)
     else:
         array = _from_values(value, what)
-    if problem := dtype_problem(array.dtype):
-        raise UnsupportedError(f"{what} has {problem}")
     return array, device, converter
 
 
@@ -199,8 +278,6 @@ def _from_values(value: object, what: str) -> Array:
     except ValueError as error:
         raise UsageError(f"{what} is not an array: {error}") from None
     if array.dtype == object:
-        raise UsageError(
-            f"{what} is a {type(value).__name__}, not an array of numbers; Python values travel "
-            "with the *_object methods"
-        )
+        kind = "None" if value is None else f"a {type(value).__name__}"
+        raise UsageError(f"{what} is {kind}, not an array of numbers; Python values travel with the *_object methods")
     return array

@@ -8,7 +8,8 @@ A plugin is a distribution with one entry point in group "ferro", which names a 
     # ferro_pipes/plugin.py
     import ferro
 
-    FERRO_API_VERSION = 1  # optional: the `API_VERSION` of ferro that this plugin was written for
+    FERRO_API_VERSION = 1  # optional: the `API_VERSION` of ferro that this plugin was written for, or with its
+                           # `API_REVISION` as well: (1, 1)
 
     @ferro.hookimpl
     def ferro_backends():
@@ -19,9 +20,15 @@ Importing the module and calling its hooks must be quick, and must not import a 
 MPI, touch a device or call `ferro.init`: the functions in the descriptions do that when they are chosen.
 
 All ranks of a job need the same plugins in the same versions, but for plugins that offer commands only; ranks compare
-them when they meet. ferro raises a
-`PluginError` that names the distribution if its module fails to import, states another `FERRO_API_VERSION`, implements
-a hook that is not below, or if its hook raises or returns something else than the spec says.
+them when they meet. A plugin is broken if its module fails to import, states another `FERRO_API_VERSION`, implements a
+hook that is not below, or if its hook raises or returns something else than the spec says. What is asked for by name
+and is offered by a sound plugin can be had beside a broken one, with a RuntimeWarning that names the broken one's
+distribution. What could be the broken plugin's, such as a name that no other offers, and the choice of a default
+backend, raises a `PluginError` that names it.
+
+A plugin that states a newer `API_REVISION` than this ferro has is loaded: its hooks, and the fields of its
+descriptions, that this ferro does not know are ignored, with a RuntimeWarning. Write such a plugin so that it is right
+without them.
 """
 
 from __future__ import annotations
@@ -32,18 +39,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
-from ferro.backend import Backend
 from ferro.collectives.choice import Choice
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.observers import Observer
 from ferro.types import Availability, BootstrapBroadcast, Device
 
 if TYPE_CHECKING:
+    from ferro.backend import Backend
     from ferro.rendezvous.store.interface import Store
 
 # The version of the contract between plugins and ferro: the hooks, the descriptions, and `ferro.Backend`. It grows when
 # something is removed or changes its meaning. A plugin whose module states another FERRO_API_VERSION is not loaded.
+# The revision grows when a hook or a field is added.
 API_VERSION = 1
+API_REVISION = 0
 
 hookspec = pluggy.HookspecMarker("ferro")
 hookimpl = pluggy.HookimplMarker("ferro")
@@ -101,10 +110,11 @@ class BackendInfo:
     Attributes:
         name: users' name for it, unique among all plugins.
         summary: one line for `ferro backends`.
-        probe: says whether it can be used on this machine. It is quick, never raises, and imports nothing native.
+        probe: says whether it can be used on this machine. It is quick, never raises, and imports nothing native. It
+            is called on a thread of its own; a backend whose probe takes longer than seconds counts as unusable.
         create: connects this rank, on every rank, and returns its backend; it does the heavy imports. It raises
             `BackendUnavailable` when the backend cannot be used here, `RendezvousError` when a rank is missing.
-        devices: the devices of the arrays that it takes.
+        devices: the devices of the arrays that it takes, at least one.
         default_under: launchers ("ferro", "torchrun", "openmpi", "mpich", "slurm", "single", …) under which
             `ferro.init()` takes this backend; "*" for every launcher that no other backend claims.
         composes: True for a backend that is made of other backends; it serves names that are maps, such as
@@ -151,7 +161,7 @@ class CommandInfo:
     """A command of the `ferro` program, as a plugin offers it: `ferro NAME …`.
 
     Attributes:
-        name: the word after `ferro`, unique among all plugins.
+        name: the word after `ferro`, unique among all plugins. "show-x" is what `ferro show x` runs.
         summary: one line for `ferro --help`.
         load: imports and returns the command, a callable that is given the arguments after the name and returns the
             exit status. It may raise UsageError, which ends the program with status 2.
@@ -168,8 +178,9 @@ def ferro_backends() -> Sequence[BackendInfo]:
 
     `ferro.init` and `ferro.backends` call it once per process, on every rank, before any connection exists. Return one
     description per backend, or () to offer none on this machine. Do not import the native library: `create` does so
-    when its backend is chosen. If this raises, `ferro.init` stops with a PluginError that names your distribution, and
-    the other ranks are told; `ferro.backends.available()` lists the error beside the other backends.
+    when its backend is chosen. If this raises, a `ferro.init` that names another plugin's backend warns and goes on;
+    every other one stops with a PluginError that names your distribution, and the other ranks are told.
+    `ferro.backends.available()` lists the error beside the other backends.
     """
     return ()
 
@@ -181,7 +192,8 @@ def ferro_collectives() -> Sequence[CollectiveInfo]:
     ferro calls it once per process, on every rank that asks for an algorithm by name
     (`ferro.init(algorithms={"all_reduce": "mine"})`). Return one description per collective and algorithm, the same
     on all ranks. Do not build schedules: `CollectiveInfo.build` does so for each group, as a pure function. If this
-    raises, that `ferro.init` stops with a PluginError that names your distribution, and the other ranks are told.
+    raises, a `ferro.init` that names another plugin's algorithm warns and goes on; one that names an algorithm which
+    nobody else offers stops with a PluginError that names your distribution, and the other ranks are told.
     """
     return ()
 
@@ -192,8 +204,8 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
 
     `ferro.strategies` calls it once per process, when a strategy is asked for by name or listed; ranks do not wait for
     each other there. Return one description per strategy. Do not import the strategy: `load` does so when it is asked
-    for. If this raises, `ferro.strategies.get` raises a PluginError that names your distribution;
-    `ferro.strategies.available()` leaves your strategies out.
+    for. If this raises, `ferro.strategies.get` warns, or raises a PluginError that names your distribution where no
+    other plugin offers what is asked for; `ferro.strategies.available()` leaves your strategies out.
     """
     return ()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.errors import PluginError
 from ferro.hookspecs import Strategy, StrategyInfo
-from ferro.plugins.registry import by_name, how_to_install, installed, sole
+from ferro.plugins.registry import Offer, by_name, installed, load
 
 
 def available() -> dict[str, str]:
@@ -17,17 +17,25 @@ def get(name: str) -> Strategy:
     """Import a strategy, such as "ddp": a callable (module, group, **options) -> module.
 
     Raises:
-        PluginError: it is not installed, two plugins claim the name, or a plugin is broken.
+        PluginError: it is not installed, two plugins claim the name, or its plugin is broken.
     """
-    return info(name).load()
+    return load(_offer(name), f"strategy {name!r}")
 
 
 def info(name: str) -> StrategyInfo:
     """Return the description of a strategy, without importing it; raises as `get` does."""
-    claimants = [it for it in installed().offers("ferro_strategies", StrategyInfo) if it.item.name == name]
-    if not claimants:
-        remedy = f"none is installed; ferro's own are installed {how_to_install('strategies')}"
+    return _offer(name).item
+
+
+def _offer(name: str) -> Offer[StrategyInfo]:
+    what = f"strategy name {name!r}"
+    offer = installed().named("ferro_strategies", StrategyInfo, lambda info: info.name == name, what)
+    if offer is None:
         if others := ", ".join(available()):
             remedy = f"there are: {others}; check the spelling, or install the plugin that offers it"
+        else:
+            from ferro.plugins.extras import how_to_install  # here, for `import ferro` does without its imports
+
+            remedy = f"none is installed; install ferro's own: {how_to_install('strategies')}"
         raise PluginError(f"no installed plugin offers the strategy {name!r}: {remedy}")
-    return sole(claimants, f"strategy name {name!r}").item
+    return offer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ferro import strategies
-from ferro.errors import UsageError
+from ferro.errors import PluginError, UsageError
 from ferro.hookspecs import CommandInfo, Strategy, StrategyInfo, hookimpl
 
 
@@ -81,15 +81,15 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
 _SHOW_HELP = """\
 usage: ferro show NAME ...
 
-Draw what a strategy would do, before anything runs; `ferro show NAME --help` tells the rest."""
+Draw what a strategy would do, before anything runs; `ferro show NAME --help` tells the rest. The testing kit draws
+collectives: `ferro show collective NAME`."""
 
 
 def _show(arguments: Sequence[str]) -> int:
     """Run the drawing command of the strategy in the first argument, or print help; return the exit status.
 
     Raises:
-        UsageError: no strategy is named, or the named one draws nothing.
-        PluginError: no such strategy is installed.
+        UsageError: no strategy is named, it is not installed, or it draws nothing.
     """
     drawing = [name for name in strategies.available() if strategies.info(name).show is not None]
     there_is = f"There is: {', '.join(drawing) or 'nothing'}"
@@ -99,7 +99,10 @@ def _show(arguments: Sequence[str]) -> int:
     question = f"what is to be shown? {there_is}"
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(f"{question}; say `ferro show NAME --help`")
-    show = strategies.info(arguments[0]).show
+    try:
+        show = strategies.info(arguments[0]).show
+    except PluginError as error:
+        raise UsageError(f"{error}; {question}") from error
     if show is None:
         raise UsageError(f"{arguments[0]} draws nothing; {question}")
     return show(arguments[1:])

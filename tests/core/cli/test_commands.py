@@ -7,6 +7,7 @@ import importlib_metadata
 import pytest
 
 from ferro.cli.main import main
+from ferro.plugins import extras
 from ferro.types import Availability
 
 COMMAND = """
@@ -43,11 +44,9 @@ def test_help_lists_installed_commands_and_the_extras_that_bring_others(site, ca
     assert listed["time"] == "tell the time"
     absent = {name: text for name, text in listed.items() if text.startswith("not installed")}
     assert absent == {
-        "bench": "not installed; the extra 'bench' brings it",
-        "conformance": "not installed; the extra 'testing' brings it",
-        "show": "not installed; the extra 'strategies' brings it",
+        name: f"not installed: {extras.how_to_install(extra)}"
+        for name, extra in {"bench": "bench", "conformance": "testing", "show": "strategies"}.items()
     }
-    assert "pip install --find-links dist 'ferro[EXTRA]'" in lines[-1]
 
 
 def test_an_installed_command_is_not_called_absent(site, capsys):
@@ -56,7 +55,6 @@ def test_an_installed_command_is_not_called_absent(site, capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "not installed" not in out
-    assert "Extras" not in out
     assert "tell the bench" in out
 
 
@@ -81,10 +79,7 @@ def test_a_command_is_given_its_arguments_and_gives_the_status(site, capsys):
     [
         (["frob"], "there is no command 'frob'; there are: backends, plugins, run; see `ferro --help`"),
         (["--frob"], "unrecognized argument --frob; see `ferro --help`"),
-        (
-            ["bench"],
-            "the command 'bench' is not installed: the extra 'bench' brings it, from where ferro came from: a ",
-        ),
+        (["bench"], "the command 'bench' is not installed: the extra 'bench' brings it: pip install /"),
     ],
 )
 def test_an_unknown_command_is_a_mistake_that_says_what_there_is(site, capsys, arguments, words):
@@ -151,6 +146,8 @@ def test_plugins_are_shown_as_json_and_a_broken_one_gives_status_1(site, capsys)
         "module": "throwaway_ferro_clock",
         "hooks": ["ferro_commands"],
         "api_version": None,
+        "unmarked": [],
+        "newer": False,
     }
     assert set(found["loaded"]) == {"clock", "core"}
     assert "ferro-bad 1.5 failed to import" in found["broken"]["bad"]

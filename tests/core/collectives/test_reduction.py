@@ -1,9 +1,14 @@
 """Reduction.into: the bits that `combine` gives, in memory of the caller's, operands unchanged."""
 
+import operator
+import warnings
+from functools import partial
+
 import numpy as np
 import pytest
 
 from ferro.collectives.reduction import Reduction
+from ferro.errors import UsageError
 
 NAMED = [
     ("sum", "f4"),
@@ -92,3 +97,83 @@ def test_nothing_is_reduced_to_nothing(dtype):
     out = np.empty(0, dtype)
     Reduction("sum", np.dtype(dtype), 2).into(out, [out.copy(), out.copy()], at_once=True)
     assert out.size == 0
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "bfloat16"])
+@pytest.mark.parametrize("op", ["sum", "mean", "prod", "min", "max"])
+@pytest.mark.parametrize("count", [3, 70_000])
+def test_a_result_depends_on_no_setting_of_the_program(dtype, op, count):
+    if dtype == "c8" and op in ("min", "max"):
+        pytest.skip("complex numbers have no order")
+    pytest.importorskip("ml_dtypes")
+    kind = np.dtype(dtype)
+    largest = np.full(count, 3e38 if dtype != "f8" else 1.7e308)
+    with np.errstate(all="ignore"):
+        operands = [largest.astype(kind), largest.astype(kind), np.full(count, 1e-38).astype(kind)]
+        operands[2][0] = np.nan
+        reduction = Reduction(op, kind, 3)
+        wanted = combined(reduction, operands, at_once=True)
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert combined(reduction, operands, at_once=True).tobytes() == wanted.tobytes()
+        out = np.empty_like(wanted)
+        reduction.into(out, operands, at_once=True)
+        assert out.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (max, "max"),
+        (min, "min"),
+        (sum, "sum"),
+        (np.add, "sum"),
+        (np.multiply, "prod"),
+        (np.maximum, "max"),
+        (np.bitwise_or, "bor"),
+        (np.sum, "sum"),
+        (np.mean, "mean"),
+        (np.amax, "max"),
+        (operator.add, "sum"),
+        (operator.xor, "bxor"),
+    ],
+)
+def test_well_known_functions_stand_for_named_reductions(function, name):
+    assert Reduction(function, np.dtype("i4" if name[0] == "b" else "f4"), 2).name == name
+
+
+class Callable:
+    def __call__(self, a, b):
+        return a + b
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda a, b: a + b, r"<lambda>\(a, b\): a reduction is a name, such as 'sum', or a function \(a, b, out\)"),
+        (Callable(), "a reduction is a name"),
+        (any, "a reduction is a name"),
+        (np.sin, "op=sin takes 1 arrays and gives 1"),
+        (np.divmod, "op=divmod takes 2 arrays and gives 2"),
+        (None, "not None"),
+        (1.5, "not 1.5"),
+    ],
+    ids=repr,
+)
+def test_a_function_that_cannot_be_called_is_refused(function, words):
+    with pytest.raises(UsageError, match=words):
+        Reduction(function, np.dtype("f4"), 2)
+
+
+def test_functions_with_defaults_and_partial_ones_are_taken():
+    def scaled(factor, a, b, out, *, shift=0):
+        np.add(a, b * factor + shift, out=out)
+
+    reduction = Reduction(partial(scaled, 2), np.dtype("f8"), 2)
+    assert combined(reduction, [np.ones(2), np.ones(2)], at_once=True).tolist() == [3.0, 3.0]
+
+
+def test_a_function_that_forgets_out_is_an_error():
+    reduction = Reduction(lambda a, b, out: a + b, np.dtype("f8"), 2)
+    with pytest.raises(RuntimeError, match="<lambda>, returned a new array; it must write into out"):
+        combined(reduction, [np.ones(2), np.ones(2)], at_once=True)

@@ -103,8 +103,8 @@ def nested(depth):
         (object(), "value is a object, which has no safe encoding"),
         ({"a": [1, {2}]}, r"value\['a'\]\[1\] is a set"),
         (len, "value is a builtin_function_or_method"),
-        (2**64, "integer of more than 64 bits"),
-        (-(2**63) - 1, "integer of more than 64 bits"),
+        (np.ma.array([1]), r"value is a MaskedArray, whose mask would be lost: pass x.filled\(0\)"),
+        ({"a": [np.ones((1, 1)).view(np.matrix)]}, r"value\['a'\]\[0\] is a matrix"),
         (np.array([None]), "array of object, which has no safe encoding"),
         (np.array(["a"]), "array of <U1"),
         (np.zeros(1, [("a", "i4")]), "no safe encoding"),
@@ -117,6 +117,29 @@ def nested(depth):
 def test_what_has_no_safe_form_is_refused_with_its_place(value, words):
     with pytest.raises(UsageError, match=words):
         encode(value)
+
+
+@pytest.mark.parametrize(
+    "value", [2**64, -(2**63) - 1, 1 << 100, -(1 << 127), 255 << 120, 10**5000], ids=int.bit_length
+)
+def test_integers_have_any_size(value):
+    assert decode(encode(value)) == value
+    assert decode(encode({value: value})) == {value: value}
+
+
+def test_the_place_of_an_item_stays_short():
+    value = {"k" * 1000: {10**5000: [object()]}}
+    with pytest.raises(UsageError, match=r"large integer\)\]\[0\] is a object") as caught:
+        encode(value)
+    assert len(str(caught.value)) < 400
+
+
+def test_keys_that_all_collide_are_refused():
+    colliding = {index * (2**61 - 1): None for index in range(1, 200)}
+    with pytest.raises(UsageError, match="too many have the same hash"):
+        decode(encode(colliding))
+    harmless = dict.fromkeys(range(-1000, 1000)) | {2**61 - 1 + index: None for index in range(20)}
+    assert decode(encode(harmless)) == harmless
 
 
 def test_the_deepest_value_passes():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ferro.errors import UsageError
+from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.uneven import (
     Layout,
     blank_header,
@@ -109,3 +109,31 @@ def test_the_other_ranks_learn_dtype_and_shape_from_the_root(root, sizes):
     rows = sizes or [2, 2, 2]
     expected = [(whole.dtype, block.tolist()) for block in np.split(whole, np.cumsum(rows)[:-1])]
     assert simulate(work, RANKS, timeout_s=5, run_timeout_s=20) == expected
+
+
+def test_ranks_exchange_their_rows_by_themselves():
+    def work(group):
+        mine = np.full((group.rank, 2), group.rank)
+        expected = np.repeat(np.arange(3), np.arange(3))[:, None] * [1, 1]
+        np.testing.assert_array_equal(group.all_gather(mine, sizes="any"), expected)
+        out = np.empty_like(expected)
+        assert group.all_gather(mine, sizes="any", out=out, async_op=True).wait() is out
+        np.testing.assert_array_equal(out, expected)
+        gathered = group.gather(mine, 1, sizes="any")
+        assert (gathered is None) == (group.rank != 1)
+        if gathered is not None:
+            np.testing.assert_array_equal(gathered, expected)
+        assert group.all_gather(group.rank, sizes="any").tolist() == [0, 1, 2]
+        with pytest.raises(UsageError, match="sizes must be 3 whole numbers, not 'all'"):
+            group.all_gather(mine, sizes="all")
+
+    simulate(work, 3)
+
+
+@pytest.mark.parametrize("method", ["all_gather", "gather"])
+def test_the_error_for_different_rows_names_sizes(method):
+    def work(group):
+        with pytest.raises(CollectiveMismatch, match='different numbers of rows, give sizes="any"'):
+            getattr(group, method)(np.ones((group.rank + 1, 2)))
+
+    simulate(work, 2)

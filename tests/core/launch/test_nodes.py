@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ferro.errors import RendezvousError, UsageError
-from ferro.launch import LaunchOptions, nodes, parse_options
+from ferro.launch import nodes
+from ferro.launch.options import LaunchOptions, parse_options
 from ferro.launch.report import Failure
 
 from .conftest import TIMEOUT_S, alive, until

@@ -1,11 +1,14 @@
 """The command line of `ferro run`: options, defaults from Kubeflow, mistakes."""
 
+import resource
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from ferro.errors import UsageError
-from ferro.launch import parse_options
+from ferro.launch.options import parse_options
+from ferro.launch.trace import parts_directory
 
 from .conftest import ferro
 
@@ -23,6 +26,12 @@ def test_defaults() -> None:
     assert (options.nproc_per_node, options.nnodes, options.node_rank) == (1, 1, 0)
     assert options.world_size == 1
     assert options.python_arguments() == [__file__]
+
+
+@pytest.mark.parametrize("given", [["-n", "3"], ["-n3"], ["-np", "3"], ["-np=3"], ["--nproc-per-node", "3"]])
+def test_the_number_of_ranks_is_written_as_for_other_launchers(given: list[str]) -> None:
+    options = parse_options([*given, __file__, "-np", "7"], {})
+    assert (options.nproc_per_node, options.arguments) == (3, ("-np", "7"))
 
 
 def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
@@ -67,3 +76,18 @@ def test_run_help_names_the_options(tmp_path: Path) -> None:
     assert result.returncode == 0
     for option in ("--nproc-per-node", "--rdzv-endpoint", "--max-restarts", "--trace", "PET_"):
         assert option in result.stdout
+
+
+def test_too_few_open_files_are_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "p.py"
+    program.touch()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 1024))
+    assert parse_options(["-n", "4", str(program)], {}).nproc_per_node == 4
+    with pytest.raises(UsageError, match=r"-n 8 takes about 60 open files, and the limit is 40: .*ulimit -n 60"):
+        parse_options(["-n", "8", str(program)], {})
+
+
+def test_without_a_temporary_directory_a_trace_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UsageError, match=r"--trace needs a temporary directory: .*TMPDIR"):
+        parts_directory()

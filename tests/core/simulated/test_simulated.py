@@ -29,19 +29,31 @@ def test_a_world_of_no_ranks_is_refused():
         simulate(lambda group: None, 0)
 
 
-def test_the_first_cause_is_raised_with_the_other_ranks_tracebacks():
-    def fail_on_rank_1(group):
+def test_the_first_cause_is_raised_with_a_line_for_the_others():
+    def fail(group):
         if group.rank == 1:
             raise KeyError("the cause")
-        group.barrier()
+        if group.rank == 5:
+            raise OSError("another") from None
+        try:
+            group.barrier()
+        except ferro.PeerLost as error:
+            if group.rank == 4:
+                raise ValueError("made of it") from error
+            raise
 
-    with pytest.raises(KeyError, match="the cause") as caught:
-        simulate(fail_on_rank_1, 3, timeout_s=5)
-    notes = "\n".join(caught.value.__notes__)
-    assert "(raised on rank 1 of the simulation)" in notes
-    assert "--- rank 0:" in notes
-    assert "--- rank 2:" in notes
-    assert "PeerLost" in notes
+    with pytest.raises((KeyError, OSError)) as caught:
+        simulate(fail, 8, timeout_s=5)
+    first, *others = caught.value.__notes__
+    cause, other = (1, 5) if isinstance(caught.value, KeyError) else (5, 1)
+    assert first == f"(raised on rank {cause} of the simulation)"
+    assert len(others) == 3
+    own, *followed = others
+    assert own.startswith(f"rank {other}, {__file__}:")
+    assert sorted(line.partition(",")[0] for line in followed) == ["rank 4", "ranks 0"]
+    [line] = [line for line in followed if line.startswith("ranks 0")]
+    assert line.startswith(f"ranks 0, 2, 3, 6, 7, {__file__}:")
+    assert ": PeerLost: barrier #0 on group 'world'" in line
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 12])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_gloo.tcp import connection, protocol
+from ferro.collectives.label import in_context
+from ferro_gloo.tcp import connection, engine, matching, protocol
 from ferro_gloo.tcp.protocol import DATA, HEADER_BYTES, MAX_BODY, pack
+
+LABEL = b"L" * 56
 
 
 def test_messages_that_come_before_their_receive_are_kept_by_tag(on_ranks):
@@ -140,35 +144,100 @@ def test_survivors_go_on_after_shrink(on_ranks):
     assert results[3] == (2, (0, 2, 3), 3.0)
 
 
-def test_what_nobody_receives_is_kept_up_to_a_bound_and_then_not_read():
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    frame = pack(1 << 12, DATA, 8, bytes(56)) + bytes(1 << 12)
-    with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 16)
-        sent = 0
-        for _ in range(200):
-            try:
-                sent += theirs.send(frame[sent % len(frame) :])
-            except BlockingIOError:
-                receiver.read(connection.ReadEvents())
-                if not receiver.readable:
-                    break
-        assert not receiver.readable
-        memory, batch = bytearray(1 << 12), connection.TransferBatch(0, 16)
-        for _ in range(16):
-            receiver.post(8, connection.PostedReceive(memoryview(memory), bytes(56), batch))
-        assert receiver.readable, "receiving what came makes room again"
-        receiver.read(connection.ReadEvents())  # the rest of the frame at which reading stopped
-        assert batch.remaining == 0
+@pytest.fixture
+def two_ends():
+    """Both ends of a connection that keeps 64 KiB for each side."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            connection.Connection(stack.enter_context(sock), peer, set(), kept_limit=1 << 16)
+            for peer, sock in enumerate(socket.socketpair())
+        ]
+
+
+def send(sender, tag, body, batch):
+    sender.queue(pack(len(body), DATA, tag, LABEL), memoryview(body), batch)
+    sender.flush()
+
+
+def receive(receiver, tag, nbytes, batch):
+    memory = bytearray(nbytes)
+    receiver.post(tag, matching.PostedReceive(memoryview(memory), LABEL, batch))
+    receiver.flush()
+    return memory
+
+
+def move(*ends):
+    """Carry all that can go, in both directions."""
+    for _ in range(3):
+        for end in ends:
+            end.flush()
+            end.read(connection.ReadEvents())
+
+
+@pytest.mark.parametrize("nbytes", [0, 8, 4096])
+def test_messages_that_nobody_has_received_take_no_more_than_the_limit(two_ends, nbytes):
+    sender, receiver = two_ends
+    count = 3 * (1 << 16) // (nbytes + connection.KEPT_FRAME_BYTES)
+    sent, received = matching.TransferBatch(0, count), matching.TransferBatch(0, count)
+    for number in range(count):
+        send(sender, number % 7, bytes([number % 256]) * nbytes, sent)
+        receiver.read(connection.ReadEvents())
+    assert (1 << 15) < receiver.kept_bytes <= 1 << 16
+    assert sender.holds_back
+    assert sent.remaining > count // 2
+    bodies = [receive(receiver, number % 7, nbytes, received) for number in range(count)]
+    move(sender, receiver)
+    assert (sent.remaining, received.remaining, receiver.kept_bytes) == (0, 0, 0)
+    assert bodies == [bytes([number % 256]) * nbytes for number in range(count)]
+    send(sender, 1, bytes(1000), sent)
+    assert not sender.holds_back, "credit for what was received has come back"
+
+
+def test_a_receive_gets_its_message_past_any_number_of_others(two_ends):
+    sender, receiver = two_ends
+    sent, received = matching.TransferBatch(0, 201), matching.TransferBatch(0, 201)
+    for number in range(200):
+        send(sender, number, bytes(4096), sent)
+        receiver.read(connection.ReadEvents())
+    memory = receive(receiver, 999, 4096, received)
+    send(sender, 999, b"x" * 4096, sent)
+    move(receiver, sender)
+    assert memory == b"x" * 4096
+    assert received.remaining == 200
+    assert receiver.kept_bytes <= 1 << 16
+    for number in reversed(range(200)):
+        receive(receiver, number, 4096, received)
+        move(sender, receiver)
+    assert (sent.remaining, received.remaining) == (0, 0)
+
+
+def test_what_is_held_back_ends_with_its_group_and_with_the_connection(two_ends):
+    sender, receiver = two_ends
+    sent, received = matching.TransferBatch(0, 100), matching.TransferBatch(0, 2)
+    for _ in range(100):
+        send(sender, 5, bytes(4096), sent)
+        receiver.read(connection.ReadEvents())
+    sender.drop_group(0)
+    assert not sender.holds_back
+    in_another_group = in_context(5, 1)
+    send(sender, in_another_group, bytes(1 << 16), matching.TransferBatch(1, 1))
+    move(sender, receiver)
+    receive(receiver, in_another_group, 1 << 16, received)
+    sender.sock.close()
+    receiver.read(connection.ReadEvents())
+    assert isinstance(received.error, protocol.ConnectionLostError)
+    late = matching.TransferBatch(0, 1)
+    for _ in range(100):  # those that came whole are still given out
+        receive(receiver, 5, 4096, late)
+    assert isinstance(late.error, protocol.ConnectionLostError)
 
 
 def test_a_frame_that_is_none_of_ours_loses_the_connection():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 7, set(), unexpected_limit=1 << 20)
-        batch = connection.TransferBatch(0, 1)
-        receiver.post(5, connection.PostedReceive(memoryview(bytearray(8)), bytes(56), batch))
+        receiver = connection.Connection(ours, 7, set(), kept_limit=1 << 20)
+        batch = matching.TransferBatch(0, 1)
+        receiver.post(5, matching.PostedReceive(memoryview(bytearray(8)), bytes(56), batch))
         theirs.sendall(pack(MAX_BODY + 1, DATA, 5, bytes(56)))
         receiver.read(connection.ReadEvents())
         assert isinstance(batch.error, protocol.ConnectionLostError)
@@ -178,12 +247,12 @@ def test_a_frame_that_is_none_of_ours_loses_the_connection():
 def test_frames_cut_at_every_byte_arrive_whole():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 20)
+        receiver = connection.Connection(ours, 1, set(), kept_limit=1 << 20)
         bodies = [bytes([i]) * i for i in range(6)]
         memory = [bytearray(i) for i in range(6)]
-        batch = connection.TransferBatch(0, 6)
+        batch = matching.TransferBatch(0, 6)
         for i in range(6):
-            receiver.post(3, connection.PostedReceive(memoryview(memory[i]), b"L" * 56, batch))
+            receiver.post(3, matching.PostedReceive(memoryview(memory[i]), b"L" * 56, batch))
         stream = b"".join(pack(len(b), DATA, 3, b"L" * 56) + b for b in bodies)
         assert len(stream) == 6 * HEADER_BYTES + sum(map(len, bodies))
         for i in range(len(stream)):
@@ -196,13 +265,13 @@ def test_frames_cut_at_every_byte_arrive_whole():
 def test_memory_of_an_aborted_receive_is_not_written_afterwards():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        receiver = connection.Connection(ours, 1, set(), unexpected_limit=1 << 20)
+        receiver = connection.Connection(ours, 1, set(), kept_limit=1 << 20)
         memory = bytearray(b"." * 64)
-        receiver.post(5, connection.PostedReceive(memoryview(memory), bytes(56), connection.TransferBatch(0, 1)))
+        receiver.post(5, matching.PostedReceive(memoryview(memory), bytes(56), matching.TransferBatch(0, 1)))
         frame = pack(64, DATA, 5, bytes(56)) + b"x" * 64
         theirs.sendall(frame[:-32])
         receiver.read(connection.ReadEvents())
-        receiver.drop(receiver.tags())
+        receiver.drop_group(0)
         memory[:] = b"mine" * 16  # its owner has it back
         theirs.sendall(frame[-32:])
         receiver.read(connection.ReadEvents())
@@ -220,8 +289,8 @@ def test_a_long_send_that_nobody_receives_yet_holds_nobody_up(on_ranks):
             sending.wait()
             return total
         total = float(group.all_reduce(1.0))
-        early = group._backend._flat._engine._connections[0]._unexpected_bytes
-        assert early <= MAX_BODY
+        early = group._backend._flat._engine._connections[0].kept_bytes
+        assert early <= MAX_BODY + connection.KEPT_FRAME_BYTES
         assert not group.recv(long, 0).any()
         return total
 
@@ -251,3 +320,35 @@ def test_rows_that_one_rank_sends_and_the_other_does_not_expect_are_a_mismatch(o
     results = on_ranks(2, exchange)
     assert results[0] == results[1]
     assert "rank 0 sends 2 rows to rank 1 in all_to_all; rank 1 expects 1" in results[0]
+
+
+def test_a_send_beyond_the_limit_that_nobody_receives_is_an_error_that_names_the_limit(on_ranks, monkeypatch):
+    monkeypatch.setattr(engine, "KEPT_LIMIT_BYTES", 1 << 20)
+
+    def send_and_send(group):
+        for _ in range(3000):
+            group.send(np.ones(1), 1, timeout_s=0.5)
+
+    def exchange(group):
+        with pytest.raises(ferro.CollectiveTimeout) as caught:
+            send_and_send(group) if group.rank == 0 else group.recv(np.ones(1), 0, tag=9, timeout_s=20)
+        return str(caught.value.__cause__)
+
+    results = on_ranks(2, exchange)
+    assert "rank 1 has not received what rank 0 sent: a rank keeps up to" in results[0]
+
+
+def test_more_than_the_limit_is_sent_in_the_background_and_received_last_first(on_ranks, monkeypatch):
+    monkeypatch.setattr(engine, "KEPT_LIMIT_BYTES", 1 << 20)
+
+    def exchange(group):
+        if group.rank == 0:
+            works = [group.send(np.full(40_000, tag), 1, tag, async_op=True) for tag in range(20)]
+            group.barrier()
+            for work in works:
+                work.wait()
+            return True
+        group.barrier()
+        return all((group.recv(np.empty(40_000, int), 0, tag) == tag).all() for tag in reversed(range(20)))
+
+    assert on_ranks(2, exchange) == {0: True, 1: True}

@@ -211,6 +211,7 @@ def test_options_are_read_or_refused(tmp_path):
     assert (given.backend, given.ranks, given.device) == ("pipes", 3, Device.CUDA)
     assert (given.timeout_s, given.quick, given.json) == (5.0, True, None)
     assert parse_options(["pipes"]).device is None
+    assert parse_options(["pipes", "-np", "3"]).ranks == 3
     for wrong, words in (
         (["pipes", "-n", "65"], "-n 65: give 2 to 64 ranks"),
         (["pipes", "--timeout", "0"], "--timeout 0"),

@@ -39,9 +39,11 @@ def show_plugins(arguments: Sequence[str]) -> int:
     else:
         rows = [("plugin", "distribution", "hooks", "contract", "import")]
         for name, it in plugins.loaded.items():
-            contract = "-" if it.api_version is None else str(it.api_version)
+            stated = it.api_version if isinstance(it.api_version, tuple) else (it.api_version or "-",)
+            contract = ".".join(map(str, stated))
             rows.append((name, it.distribution, ", ".join(it.hooks) or "-", contract, f"{1e3 * it.import_s:.1f} ms"))
-        print("\n".join([_table(rows), *(f"{it.name}: {it.error}" for it in failing)]))  # noqa: T201
+        silent = [f"{name}: {it.distribution}: {it.silence}" for name, it in plugins.loaded.items() if it.silence]
+        print("\n".join([_table(rows), *silent, *(f"{it.name}: {it.error}" for it in failing)]))  # noqa: T201
     return 1 if failing else 0
 
 

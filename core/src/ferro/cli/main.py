@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ferro.errors import FerroError, PluginError, UsageError
+from ferro.errors import BackendUnavailable, FerroError, PluginError, UsageError
 from ferro.hookspecs import CommandInfo
-from ferro.plugins.registry import by_name, how_to_install, installed, known_commands, sole
+from ferro.plugins.extras import how_to_install, known_commands
+from ferro.plugins.registry import by_name, installed, load, sole
 
 _USAGE_STATUS = 2
 _INTERRUPTED_STATUS = 130
@@ -17,15 +18,15 @@ _INTERRUPTED_STATUS = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    A mistake in the command line or the environment is one line on stderr and status 2; any other failure of ferro's
-    own is one line and status 1.
+    A mistake in the command line or the environment, such as a backend that is not there, is one line on stderr and
+    status 2; any other failure of ferro's own is one line and status 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
     except FerroError as exc:
         print(f"ferro: {exc}", file=sys.stderr)  # noqa: T201 - a command talks
-        return _USAGE_STATUS if isinstance(exc, UsageError) else 1
+        return _USAGE_STATUS if isinstance(exc, UsageError | BackendUnavailable) else 1
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
     except BrokenPipeError:
@@ -45,7 +46,10 @@ def _run(arguments: list[str]) -> int:
         return 0 if arguments else _USAGE_STATUS
     if arguments[0].startswith("-"):
         raise UsageError(f"unrecognized argument {arguments[0]}; see `ferro --help`")
-    return _load(arguments[0])(arguments[1:])
+    words = (
+        2 if "-".join(arguments[:2]) in _available()[0] else 1
+    )  # `ferro show x` is the command show-x, if there is one
+    return _load("-".join(arguments[:words]))(arguments[words:])
 
 
 def _help() -> str:
@@ -53,14 +57,13 @@ def _help() -> str:
     found, errors = _available()
     absent = {name: extra for name, extra in known_commands().items() if name not in found}
     lines = {name: info.summary for name, info in found.items()}
-    lines |= {name: f"not installed; the extra {extra!r} brings it" for name, extra in sorted(absent.items())}
+    lines |= {name: f"not installed: {how_to_install(extra)}" for name, extra in sorted(absent.items())}
     width = max(map(len, lines))
     return "\n".join(
         [
             "usage: ferro COMMAND ...\n\nDistributed training for NumPy and CuPy.\n\ncommands:",
             *(f"  {name:<{width}}  {text}" for name, text in lines.items()),
             "\n`ferro COMMAND --help` tells the rest; `ferro --version` prints the version.",
-            *([f"Extras are installed {how_to_install('EXTRA')}."] if absent else []),
             *(f"ferro: {error}" for error in errors),
         ]
     )
@@ -89,25 +92,13 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
     """
     offers, _ = installed().survey("ferro_commands", CommandInfo)
     if claimants := by_name(offers).get(name):
-        offer = sole(claimants, f"command name {name!r}")
-        try:
-            command = offer.item.load()
-        except Exception as error:
-            raise PluginError(
-                f"the command {name!r} of {offer.distribution} failed to import: "
-                f"{type(error).__name__}: {error}. Repair or uninstall {offer.distribution}."
-            ) from error
-        if not callable(command):
-            raise PluginError(
-                f"the command {name!r} of {offer.distribution} is a {type(command).__name__}, no callable"
-            )
-        return command
+        return load(sole(claimants, f"command name {name!r}"), f"command {name!r}")
     found, errors = _available()
     if errors:  # the command may well be one that a broken plugin would offer
         raise PluginError(f"no installed plugin offers the command {name!r}; {errors[0]}")
     extra = known_commands().get(name)
     if extra is not None:
         raise UsageError(
-            f"the command {name!r} is not installed: the extra {extra!r} brings it, {how_to_install(extra)}"
+            f"the command {name!r} is not installed: the extra {extra!r} brings it: {how_to_install(extra)}"
         )
     raise UsageError(f"there is no command {name!r}; there are: {', '.join(found)}; see `ferro --help`")

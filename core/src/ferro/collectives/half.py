@@ -51,7 +51,7 @@ def reduce_half_precision(function: np.ufunc, operands: Sequence[Array], out: Ar
     The operands are one-dimensional and of equal length. No operand but `out` is changed.
     """
     # Infinities and NaN are results like others, without a warning.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         if out.size <= _SMALL or not isinstance(out, np.ndarray):
             _reduce_whole(function, operands, out, divisor)
         else:

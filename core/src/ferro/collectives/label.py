@@ -36,6 +36,10 @@ OPS = (
     "reduce_scatter",
     "all_to_all",
     "send",
+    "scan",
+    "exscan",
+    "min_loc",
+    "max_loc",
 )
 _REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "callable")
 
@@ -130,13 +134,19 @@ def array_call(
     if sizes is not None:
         detail = f"sizes {','.join(map(str, sizes))} of {_shape_text(shape[1:])}"
         count = sum(sizes) * math.prod(shape[1:])
+    detail += _whole_name(dtype)
     return Call(op, 0, dtype.name, count, reduction, root, detail)
 
 
 @lru_cache(maxsize=128)
 def uneven_call(op: str, dtype: np.dtype, row_shape: tuple[int, ...]) -> Call:
     """Describe a collective on arrays whose numbers of rows only their own ranks know."""
-    return Call(op, dtype=dtype.name, detail=f"uneven rows of {_shape_text(row_shape)}")
+    return Call(op, dtype=dtype.name, detail=f"uneven rows of {_shape_text(row_shape)}{_whole_name(dtype)}")
+
+
+def _whole_name(dtype: np.dtype) -> str:
+    """Name a dtype of dates or structures, for which the label's field is too short."""
+    return f" of {name}" if (name := dtype_name(dtype)) != dtype.name else ""
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -178,4 +188,12 @@ def mismatch(rank: int, mine: Call, peer: int, label: bytes) -> CollectiveMismat
     """Make the error for a label of `peer` that differs from this rank's call."""
     if mine.op == "send":  # one label stands for both ends of a transfer, and the receiver compares
         mine = replace(mine, op="recv")
-    return CollectiveMismatch(f"rank {rank} called {mine}; rank {peer} called {Call.from_label(label)}", peer=peer)
+    theirs = Call.from_label(label)
+    text = f"rank {rank} called {mine}; rank {peer} called {theirs}"
+    if mine.op in ("all_gather", "gather") and (mine.op, mine.dtype, mine.root) == (
+        theirs.op,
+        theirs.dtype,
+        theirs.root,
+    ):
+        text += ': where the ranks have different numbers of rows, give sizes="any", or the list of all ranks\' rows'
+    return CollectiveMismatch(text, peer=peer)

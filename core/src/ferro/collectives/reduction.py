@@ -1,19 +1,24 @@
 """The arithmetic of every reduction.
 
 Half precision is accumulated in float32 and rounded once. A mean is a sum divided by the number of ranks, before that
-rounding.
+rounding. Infinities and NaN are results like others: neither `np.errstate` nor the warnings filter of the program
+changes what a named reduction does. A function of the user's runs as it would elsewhere in the program.
 """
 
 from __future__ import annotations
 
+import builtins
+import operator
+import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
 
 from ferro.collectives.half import reduce_half_precision
-from ferro.errors import UnsupportedError, UsageError
+from ferro.errors import FerroError, UnsupportedError, UsageError
 from ferro.types import Array, ReduceOp
 
 # A function (a, b, out) of one-dimensional pieces of the arrays; `out` is `a` or `b`, or overlaps neither.
@@ -29,10 +34,38 @@ _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.BOR: np.bitwise_or,
     ReduceOp.BXOR: np.bitwise_xor,
 }
+# Functions that users pass for a named reduction; each but NumPy's ufuncs would fail with the arguments (a, b, out).
+_SAME: dict[object, ReduceOp] = {ufunc: op for op, ufunc in _UFUNCS.items() if op is not ReduceOp.MEAN}
+_SAME |= {function: op for op in ReduceOp for module in (np, builtins) if (function := getattr(module, op, None))}
+_SAME |= {np.amin: ReduceOp.MIN, np.amax: ReduceOp.MAX, operator.add: ReduceOp.SUM, operator.mul: ReduceOp.PROD}
+_SAME |= {operator.and_: ReduceOp.BAND, operator.or_: ReduceOp.BOR, operator.xor: ReduceOp.BXOR}
+_FUNCTION = "a function (a, b, out) that writes its result into out"
 _HALF_PRECISION = ("float16", "bfloat16")
 _WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 _ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
 _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+def _run_quietly(function: Callable[..., object], *arguments: object, **options: object) -> object:
+    with np.errstate(all="ignore"):
+        return function(*arguments, **options)
+
+
+class _Quiet(threading.local):
+    """Runs a ufunc without warnings and errors of floating-point numbers; each thread has its own.
+
+    NumPy 2 keeps its settings in context variables, and a context that is ready takes a quarter of the time of
+    `np.errstate`. It must run nothing but a ufunc, for a context cannot be entered twice.
+    """
+
+    def __init__(self) -> None:
+        self.run: Callable[..., object] = _run_quietly
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+            self.run = Context().run
+            self.run(np.seterr, all="ignore")
+
+
+_quiet = _Quiet()
 
 
 def reduction_for(op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> Reduction:
@@ -62,7 +95,7 @@ class Reduction:
         self.op = _named(op)
         self.name = "callable" if self.op is None else self.op.value
         ufunc = None if self.op is None else _UFUNCS[self.op]
-        self._function = _function(ufunc or op)
+        self._function = _function(op) if ufunc is None else _quiet_function(ufunc, dtype)
         if self.op is not None:
             _check(self.op, dtype)
         self._is_mean = self.op is ReduceOp.MEAN
@@ -114,7 +147,7 @@ class Reduction:
     def finish(self, result: Array) -> None:
         """Complete a mean of which `result` is the sum, in place."""
         if self._is_mean:
-            np.true_divide(result, self.ranks, out=result)
+            _quiet.run(np.true_divide, result, self.ranks, out=result)
 
 
 def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
@@ -123,25 +156,55 @@ def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
             return ReduceOp(op)
         except ValueError:
             names = ", ".join(ReduceOp)
-            raise UsageError(f"unknown reduction {op!r}: use one of {names}, or a function (a, b, out)") from None
-    if callable(op):
-        return None
-    raise UsageError(f"a reduction is a name or a function (a, b, out), not {type(op).__name__}")
+            raise UsageError(f"unknown reduction {op!r}: use one of {names}, or {_FUNCTION}") from None
+    if not callable(op):
+        raise UsageError(f"a reduction is a name, such as 'sum', or {_FUNCTION}, not {op!r}")
+    return next((named for function, named in _SAME.items() if function is op), None)
+
+
+def _quiet_function(ufunc: np.ufunc, dtype: np.dtype) -> ReduceFunction:
+    """Make a function (a, b, out) of a named reduction's ufunc, which takes `out` by its name only."""
+    if dtype.kind in "iub":  # integers never warn here
+        return lambda a, b, out: ufunc(a, b, out=out)
+    return lambda a, b, out: _quiet.run(ufunc, a, b, out=out)
 
 
 def _function(op: object) -> ReduceFunction:
-    """Make a function (a, b, out) of a ufunc, which takes `out` by its name only, or of a user's function."""
-    if isinstance(op, np.ufunc):
-        return lambda a, b, out: op(a, b, out=out)
+    """Make a function (a, b, out) of a user's function or ufunc."""
     assert callable(op)
+    name = getattr(op, "__qualname__", None) or getattr(op, "__name__", None) or repr(op)
+    if isinstance(op, np.ufunc):
+        if (op.nin, op.nout) != (2, 1):
+            raise UsageError(f"op={name} takes {op.nin} arrays and gives {op.nout}: use a name, or {_FUNCTION}")
+        return lambda a, b, out: op(a, b, out=out)
+    _check_parameters(op, name)
 
     def call_function(a: Array, b: Array, out: Array) -> None:
         try:
-            op(a, b, out)
-        except UnsupportedError as error:  # it must not be taken for the backend's refusal
-            raise RuntimeError(f"the function given as op raised {error!r}") from error
+            result = op(a, b, out)
+        except FerroError as error:  # it must not be taken for the backend's
+            raise RuntimeError(f"the function given as op, {name}, raised {type(error).__name__}: {error}") from error
+        except Exception as error:
+            error.add_note(f"(in the function given as op, {name})")
+            raise
+        if result is not out and isinstance(result, np.ndarray) and not np.may_share_memory(result, out):
+            raise RuntimeError(f"the function given as op, {name}, returned a new array; it must write into out")
 
     return call_function
+
+
+def _check_parameters(op: Callable[..., object], name: str) -> None:
+    """Refuse a function that does not take the three arguments (a, b, out)."""
+    from inspect import signature  # here, since it is slow to import and seldom needed
+
+    try:
+        parameters = signature(op)
+    except (TypeError, ValueError):
+        return  # some built-in functions do not tell theirs
+    try:
+        parameters.bind(None, None, None)
+    except TypeError:
+        raise UsageError(f"op={name}{parameters}: a reduction is a name, such as 'sum', or {_FUNCTION}") from None
 
 
 def _check(op: ReduceOp, dtype: np.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferro.collectives.schedule import CollectiveInfo
 from ferro.errors import UsageError
-from ferro.plugins.registry import installed, sole
+from ferro.plugins.registry import installed
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -20,14 +20,15 @@ def get(collective: str, algorithm: str) -> CollectiveInfo:
 
     Raises:
         UsageError: no plugin offers it; the message lists those on offer.
-        PluginError: two plugins offer it under one name, or a plugin is broken.
+        PluginError: two plugins offer it under one name; or none does, and a plugin is broken.
     """
-    offers = installed().offers("ferro_collectives", CollectiveInfo)
-    claimants = [it for it in offers if (it.item.collective, it.item.algorithm) == (collective, algorithm)]
-    if not claimants:
+    what = f"algorithm {algorithm!r} for {collective!r}"
+    offer = installed().named(
+        "ferro_collectives", CollectiveInfo, lambda it: (it.collective, it.algorithm) == (collective, algorithm), what
+    )
+    if offer is None:
         offered = available()
         if collective not in offered:
             raise UsageError(f"there is no collective {collective!r}; there are: {', '.join(offered)}")
-        others = ", ".join(offered[collective])
-        raise UsageError(f"no algorithm {algorithm!r} for {collective!r}; there are: {others}")
-    return sole(claimants, f"algorithm {algorithm!r} for {collective!r}").item
+        raise UsageError(f"no {what}; there are: {', '.join(offered[collective])}")
+    return offer.item

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ferro.arrays import Input, InputArray, dtype_problem, output_array
+from ferro.arrays import Input, InputArray, dtype_name, dtype_problem
 from ferro.backend import Backend
 from ferro.collectives.label import MAX_TAG
 from ferro.errors import UnsupportedError, UsageError
@@ -30,7 +30,7 @@ class OutputBuffer:
         self.device = input_array.device
         copied = input_array.copied
         out_device = Device.CUDA if copied else self.device
-        given = None if out is None else output_array(out, shape, input_array.array.dtype, out_device, what)
+        given = None if out is None else input_array.output(out, shape, out_device, what)
         self._gpu_out = given if copied else None  # `out`, of which `array` is the host's copy
         array = self.array = input_array.empty(shape) if copied or given is None else given
         self.flat = array if array.ndim == 1 else array.reshape(-1)
@@ -45,6 +45,29 @@ class OutputBuffer:
         if self._gpu_out is not None:
             self._gpu_out[...] = self._input.convert_result(self.array)  # type: ignore[assignment]
         return self._input.convert_result(self.array) if self._out is None else self._out
+
+
+class NamedDtypeBuffer:
+    """The buffer of a received message that begins with its dtype, which the bytes that follow do not tell."""
+
+    def __init__(self, result: OutputBuffer, dtype: np.dtype) -> None:
+        self._result = result
+        self._blank = named_dtype(result.flat, dtype)
+        self._name_bytes = self._blank.size - result.flat.nbytes
+        self.flat, self.device = np.empty_like(self._blank), result.device
+
+    def __call__(self) -> object:
+        """Return the caller's buffer with the elements received."""
+        name, expected = (array[: self._name_bytes].tobytes().decode() for array in (self.flat, self._blank))
+        if name != expected:
+            raise UsageError(f"the message received has dtype {name}, and the buffer {expected}")
+        self._result.flat[...] = self.flat[self._name_bytes :].view(self._result.flat.dtype)
+        return self._result()
+
+
+def named_dtype(flat: Array, dtype: np.dtype) -> Array:
+    """Copy elements to bytes that begin with the name of their dtype."""
+    return np.concatenate([np.frombuffer(dtype_name(dtype).encode(), np.uint8), flat.view(np.uint8)])
 
 
 def copy_elements(source: Array, target: Array) -> None:
@@ -84,32 +107,30 @@ class ArgumentChecker:
         self._world_size = backend.world_size
         self._warned_of_host_copies = False
 
-    def check_input(self, value: Input, *, what: str = "input") -> InputArray:
-        """Convert an argument to an array that the backend can move, or refuse it."""
-        input_array = InputArray(value, what=what)
+    def check_input(self, value: Input, *, what: str = "input", moved: bool = False) -> InputArray:
+        """Convert an argument to an array that the backend can move, or refuse it; see `InputArray` for `moved`."""
+        input_array = InputArray(value, what=what, moved=moved)
         if input_array.device not in self._devices:
             self._copy_to_host(input_array)
         return input_array
 
     def result_buffer(
-        self, x: Input, out: object, *, copy: bool = True
-    ) -> tuple[Array, tuple[int, ...], Device, Callable[[], object]]:
+        self, x: Input, out: object, *, copy: bool = True, moved: bool = False
+    ) -> tuple[Array, np.dtype, tuple[int, ...], Device, Callable[[], object]]:
         """Prepare the flat memory of a result that has the shape of `x`, and copy `x` to it.
 
-        Return that memory, the shape, the device, and a function that makes the caller's result.
+        Return that memory, the dtype of `x`, the shape, the device, and a function that makes the caller's result.
         """
         if out is x and type(x) is np.ndarray and self._takes_cpu_arrays and not dtype_problem(x.dtype):
             flags = x.flags
             if flags.c_contiguous and flags.writeable:  # `x` itself is the memory of the result
-                return x if x.ndim == 1 else x.reshape(-1), x.shape, Device.CPU, lambda: x
-        input_array = InputArray(x)
-        if input_array.device not in self._devices:
-            self._copy_to_host(input_array)
+                return x if x.ndim == 1 else x.reshape(-1), x.dtype, x.shape, Device.CPU, lambda: x
+        input_array = self.check_input(x, moved=moved)
         array = input_array.array
         result = OutputBuffer(input_array, out, array.shape)
         if copy:
             copy_elements(array, result.array)
-        return result.flat, array.shape, result.device, result
+        return result.flat, input_array.dtype, array.shape, result.device, result
 
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a value that is no rank of the group; the message calls it `what`."""
@@ -122,9 +143,7 @@ class ArgumentChecker:
         """Refuse a peer that is no other rank of the group, and a wrong tag."""
         self.check_rank(peer, "peer")
         if peer == self._rank:
-            message = (
-                f"rank {self._rank} cannot {verb} itself: copy the array, or use sendrecv with itself at both ends"
-            )
+            message = f"rank {self._rank} cannot {verb} itself: copy the array instead, or use sendrecv in both roles"
             raise UsageError(message, group=self._info.name, rank=self._rank, peer=peer)
         if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
             raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")

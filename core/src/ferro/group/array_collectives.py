@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
-from ferro.arrays import Input, InputArray
+from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.collectives.label import Call, array_call, uneven_call
 from ferro.collectives.reduction import ReduceFunction, reduction_for
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # for each of fifteen methods would bury the contract.
 ResultOrWork: TypeAlias = Any
 Op: TypeAlias = "ReduceOp | str | ReduceFunction"
+Sizes: TypeAlias = Sequence[int] | Literal["any"] | None
 
 _BARRIER = Call("barrier")
 
@@ -94,8 +95,7 @@ class ArrayCollectives:
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        buffer, shape, device, finish = self._result_buffer(x, out)
-        dtype = buffer.dtype
+        buffer, dtype, shape, device, finish = self._result_buffer(x, out)
         reduction = reduction_for(op, dtype, self.world_size)
         call = array_call("all_reduce", dtype, shape, reduction.name)
         action = partial(self._backend.all_reduce, buffer, reduction)
@@ -114,9 +114,9 @@ class ArrayCollectives:
         """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
         self._check_rank(root, "root")
         at_root = self.rank == root
-        buffer, shape, device, finish = self._result_buffer(x, out if at_root else None)
-        reduction = reduction_for(op, buffer.dtype, self.world_size)
-        call = array_call("reduce", buffer.dtype, shape, reduction.name, root)
+        buffer, dtype, shape, device, finish = self._result_buffer(x, out if at_root else None)
+        reduction = reduction_for(op, dtype, self.world_size)
+        call = array_call("reduce", dtype, shape, reduction.name, root)
         action = partial(self._backend.reduce, buffer, reduction, root)
         finish = finish if at_root else no_result
         return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
@@ -126,8 +126,14 @@ class ArrayCollectives:
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
         self._check_rank(root, "root")
-        buffer, shape, device, finish = self._result_buffer(x, out, copy=self.rank == root)
-        call = array_call("broadcast", buffer.dtype, shape, root=root)
+        if x is None:
+            raise UsageError(
+                "broadcast: every rank must give an array of the root's shape and dtype, and this one gives None: "
+                "pass np.empty(shape, dtype), or use broadcast_object, which needs nothing but the root's value",
+                op="broadcast",
+            )
+        buffer, dtype, shape, device, finish = self._result_buffer(x, out, copy=self.rank == root, moved=True)
+        call = array_call("broadcast", dtype, shape, root=root)
         action = partial(self._backend.broadcast, buffer, root)
         return self._dispatcher.collective(call, action, finish, buffer.nbytes, async_op, timeout_s, device)
 
@@ -135,7 +141,7 @@ class ArrayCollectives:
         self,
         x: Input,
         *,
-        sizes: Sequence[int] | None = None,
+        sizes: Sizes = None,
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
@@ -146,13 +152,14 @@ class ArrayCollectives:
         Args:
             x: shape (rows, …), the same on every rank; rows may differ if `sizes` is given. A 0-d array counts as one
                 row: n of them give shape (n,).
-            sizes: rows of every rank, the same list on every rank.
+            sizes: rows of every rank, the same list on every rank; or "any", on every rank, to let the ranks exchange
+                their rows first, in a small all_gather that every rank waits for.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with copy=False,
                 `out` is not written to before operations issued earlier have ended.
         """
-        input_array = self._check_input(x)
+        input_array = self._check_input(x, moved=True)
         array = input_array.array
-        rows = uneven.checked_sizes(sizes, self.world_size)
+        rows, timeout_s = self._gathered_rows(sizes, array, timeout_s)
         layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
         result = OutputBuffer(input_array, out, layout.shape)
         block, buffer = result.array[layout.slices[self.rank]], result.flat
@@ -161,7 +168,7 @@ class ArrayCollectives:
             action = partial(_copy_first, array, block, action)
         else:
             copy_elements(array, block)
-        call = array_call("all_gather", array.dtype, array.shape, sizes=rows)
+        call = array_call("all_gather", input_array.dtype, array.shape, sizes=rows)
         return self._dispatcher.collective(call, action, result, buffer.nbytes, async_op, timeout_s, result.device)
 
     def gather(
@@ -169,7 +176,7 @@ class ArrayCollectives:
         x: Input,
         root: int = 0,
         *,
-        sizes: Sequence[int] | None = None,
+        sizes: Sizes = None,
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
@@ -180,16 +187,16 @@ class ArrayCollectives:
         See `all_gather` for shapes and `sizes`.
         """
         self._check_rank(root, "root")
-        input_array = self._check_input(x)
+        input_array = self._check_input(x, moved=True)
         array = input_array.array
-        rows = uneven.checked_sizes(sizes, self.world_size)
+        rows, timeout_s = self._gathered_rows(sizes, array, timeout_s)
         layout = uneven.gathered_layout(array.shape, rows, self.rank, self.world_size)
         result = OutputBuffer(input_array, out, layout.shape) if self.rank == root else None
         block = flattened(array, copy=async_op and copy)
         whole = None if result is None else result.flat
         if whole is not None and uneven.overlaps_other_blocks(block, whole, layout, root):
             block = block.copy()
-        call = array_call("gather", array.dtype, array.shape, root=root, sizes=rows)
+        call = array_call("gather", input_array.dtype, array.shape, root=root, sizes=rows)
         action = partial(self._backend.gather, block, whole, layout.counts, root)
         finish = result or no_result
         return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, input_array.device)
@@ -234,18 +241,19 @@ class ArrayCollectives:
         if self.rank == root:
             if x is None:
                 raise UsageError("scatter: the root must give an array", op="scatter")
-            input_array = self._check_input(x)
+            input_array = self._check_input(x, moved=True)
             rows = uneven.checked_sizes(sizes, self.world_size)
             layout = uneven.split_layout(input_array.array.shape, rows, self.world_size, "scatter")
-            uneven.write_header(header, input_array.array.dtype, layout)
+            uneven.write_header(header, input_array.dtype, layout)
             source = flattened(input_array.array, copy=async_op and copy)
         self.broadcast(header, root, out=header, timeout_s=remaining_s())
         dtype, layout = uneven.read_header(header, self.world_size)
         if input_array is None:  # `out` alone tells which kind of array this rank gets
             kind = cast("Input", out)
-            input_array = InputArray(np.empty(0, dtype)) if out is None else self._check_input(kind, what="out")
-            if input_array.array.dtype != dtype:
-                raise UsageError(f"out has dtype {input_array.array.dtype}; the result has dtype {dtype}")
+            like = np.empty(0, dtype) if out is None else kind
+            input_array = self._check_input(like, what="out", moved=True)
+            if input_array.dtype != dtype:
+                raise UsageError(f"out has dtype {input_array.dtype}; the result has dtype {dtype}")
         result = OutputBuffer(input_array, out, layout.block_shape(self.rank))
         block = result.flat
         if source is not None and uneven.overlaps_other_blocks(block, source, layout, root):
@@ -309,7 +317,7 @@ class ArrayCollectives:
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         n = self.world_size
-        input_array = self._check_input(x)
+        input_array = self._check_input(x, moved=True)
         array, device = input_array.array, input_array.device
         send_rows = uneven.checked_sizes(send_sizes, n, "send_sizes")
         sent = uneven.split_layout(array.shape, send_rows, n, "all_to_all", "send_sizes")
@@ -319,18 +327,28 @@ class ArrayCollectives:
         if send_rows is None:
             result = OutputBuffer(input_array, out, array.shape)
             source, counts = result.copy_if_overlapping(source), sent.counts
-            call = array_call("all_to_all", array.dtype, array.shape)
+            call = array_call("all_to_all", input_array.dtype, array.shape)
             action = partial(self._backend.all_to_all, source, result.flat, counts, counts)
             return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, device)
         expected = uneven.checked_sizes(recv_sizes, n, "recv_sizes")
         make_result = partial(OutputBuffer, input_array, out)
         exchange = uneven.UnevenAllToAll(self._backend, source, sent, expected, make_result)
-        call = uneven_call("all_to_all", array.dtype, array.shape[1:])
+        call = uneven_call("all_to_all", input_array.dtype, array.shape[1:])
         return self._dispatcher.collective(call, exchange.run, exchange, array.nbytes, async_op, timeout_s, device)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
         return self._dispatcher.collective(_BARRIER, self._backend.barrier, no_result, 0, async_op, timeout_s)
+
+    def _gathered_rows(
+        self, sizes: Sizes, array: Array, timeout_s: float | None
+    ) -> tuple[tuple[int, ...] | None, float | None]:
+        """Check the rows of all ranks, or exchange them where `sizes` is "any"; return them and the time left."""
+        if not isinstance(sizes, str) or sizes != "any":
+            return uneven.checked_sizes(sizes, self.world_size), timeout_s
+        with self._dispatcher.sequence("all_gather", timeout_s) as remaining_s:
+            own = array.shape[0] if array.ndim else 1
+            return tuple(self.all_gather(np.array(own), timeout_s=remaining_s()).tolist()), remaining_s()
 
 
 def _copy_first(source: Array, target: Array, action: partial[None], *, deadline: float) -> None:

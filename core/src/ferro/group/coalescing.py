@@ -34,13 +34,13 @@ class Coalescing:
     def all_reduce(self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None) -> CoalescedResult:
         """See `ProcessGroup.all_reduce`."""
         input_array = self._group._check_input(x)
-        reduction_for(op, input_array.array.dtype, self._group.world_size)  # refuses now, not at the end
-        return self._add("all_reduce", op, input_array, out)
+        reduction = reduction_for(op, input_array.array.dtype, self._group.world_size)  # refuses now, not at the end
+        return self._add("all_reduce", reduction.op or op, input_array, out)
 
     def broadcast(self, x: Input, root: int = 0, *, out: object = None) -> CoalescedResult:
         """See `ProcessGroup.broadcast`."""
         self._group._check_rank(root, "root")
-        return self._add("broadcast", root, self._group._check_input(x), out)
+        return self._add("broadcast", int(root), self._group._check_input(x), out)
 
     def _add(self, op: str, op_or_root: object, input_array: InputArray, out: object) -> CoalescedResult:
         if self._ended:

@@ -1,9 +1,11 @@
 """Small Python values as bytes: the MessagePack format, and nothing that could run code.
 
-Takes None, bool, int (64 bits), float, complex, str, bytes, list, tuple (comes back as a list), dict and NumPy arrays.
-Depth, number of items and size are bounded in decoding, so a hostile message takes about as much memory as its size.
+Takes None, bool, int, float, complex, str, bytes, list, tuple (comes back as a list), dict and NumPy arrays. Depth,
+number of items, size and the keys' collisions are bounded in decoding, so a hostile message takes time and memory in
+proportion to its size.
 
-Source: the MessagePack specification; arrays and complex numbers are extension types 1 and 2.
+Source: the MessagePack specification; arrays, complex numbers and integers of more than 64 bits are extension types 1
+to 3.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from ferro.arrays import lost_meaning
 from ferro.errors import UsageError
 
 MAX_DEPTH = 32
-_ARRAY, _COMPLEX = 1, 2
+_ARRAY, _COMPLEX, _INTEGER = 1, 2, 3
+_MAX_COLLISIONS = 64  # of a dict's keys: equal hashes, each of which is compared with all others
 _DTYPE = re.compile(r"[|<][biufc]\d{1,2}")
 
 
@@ -48,10 +52,11 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
         out.append(0xC3 if value else 0xC2)
     elif isinstance(value, (int, np.integer)):
         number = int(value)
-        if not -(1 << 63) <= number < 1 << 64:
-            raise UsageError(f"{place} is an integer of more than 64 bits")
         if 0 <= number < 128:
             out.append(number)
+        elif not -(1 << 63) <= number < 1 << 64:  # such as the state of a random generator
+            body = number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True)
+            out += struct.pack(">BIb", 0xC9, len(body), _INTEGER) + body
         else:
             out += struct.pack(">Bq", 0xD3, number) if number < 1 << 63 else struct.pack(">BQ", 0xCF, number)
     elif isinstance(value, (float, np.floating)):
@@ -74,15 +79,25 @@ def _put(value: object, out: bytearray, place: str, depth: int) -> None:
         for key, item in value.items():
             if isinstance(key, tuple):
                 raise UsageError(f"key {key!r} of {place} is a tuple, which comes back as a list")
-            _put(key, out, f"key {key!r} of {place}", depth + 1)
-            _put(item, out, f"{place}[{key!r}]", depth + 1)
+            shown = _shown(key)
+            _put(key, out, f"key {shown} of {place}", depth + 1)
+            _put(item, out, f"{place}[{shown}]", depth + 1)
     elif isinstance(value, np.ndarray):
+        if problem := lost_meaning(value):
+            raise UsageError(f"{place} is {problem}, or pass codec='pickle' where you trust every rank")
         _put_array(value, out, place)
     else:
         raise UsageError(
             f"{place} is a {type(value).__name__}, which has no safe encoding: send numbers, strings, bytes, lists, "
             "dicts and NumPy arrays, or pass codec='pickle' where you trust every rank"
         )
+
+
+def _shown(key: object) -> str:
+    """Show a key in the place of an item, in few characters, for every item below it has them in its place."""
+    if isinstance(key, (str, bytes)):
+        return repr(key[:40])
+    return repr(key)[:40] if not isinstance(key, int) or key.bit_length() < 100 else "(a large integer)"
 
 
 def _put_sized(code: int, data: bytes, out: bytearray, place: str) -> None:
@@ -112,19 +127,20 @@ class _Reader:
         return len(self._data) - self._at
 
     def take(self, count: int) -> memoryview:
-        if count > self.left():
+        start, self._at = self._at, self._at + count
+        if self._at > len(self._data):
             raise UsageError("the encoded value is cut short")
-        self._at += count
-        return self._data[self._at - count : self._at]
+        return self._data[start : self._at]
 
     def number(self, form: str) -> Any:
         """Read a big-endian number of the form that `struct` gives it."""
-        return struct.unpack(">" + form, self.take(struct.calcsize(form)))[0]
+        structure = _STRUCTURES[form]
+        return structure.unpack(self.take(structure.size))[0]
 
     def value(self, depth: int) -> object:
         if depth > MAX_DEPTH:
             raise UsageError(f"the encoded value is nested deeper than {MAX_DEPTH} levels")
-        code = self.number("B")
+        code = self.take(1)[0]
         if code < 0x80:
             return code
         if code >= 0xE0:
@@ -163,6 +179,8 @@ class _Reader:
         for key in items[::2]:
             if isinstance(key, (list, dict, np.ndarray)):
                 raise UsageError(f"an encoded dict has a {type(key).__name__} as key")
+        if length > _MAX_COLLISIONS and length - len(set(map(hash, items[::2]))) > _MAX_COLLISIONS:
+            raise UsageError(f"an encoded dict has {length} keys of which too many have the same hash")
         return dict(zip(items[::2], items[1::2], strict=True))
 
     def extension(self, length: int, depth: int) -> object:
@@ -172,6 +190,8 @@ class _Reader:
             return complex(body.number("d"), body.number("d"))
         if kind == _ARRAY:
             return body.array(depth + 1)
+        if kind == _INTEGER:
+            return int.from_bytes(body.take(length), "big", signed=True)
         raise UsageError(f"extension type {kind} is not one that ferro reads")
 
     def array(self, depth: int) -> np.ndarray:
@@ -188,6 +208,7 @@ class _Reader:
             raise UsageError(f"an encoded array does not fit its shape: {error}") from None
 
 
+_STRUCTURES = {form: struct.Struct(">" + form) for form in "fdBHIQbhiq"}
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _NUMBERS = dict(zip(range(0xCA, 0xD4), "fdBHIQbhiq", strict=True))
 # Each kind has consecutive codes, one for each size of its length field.

@@ -88,11 +88,10 @@ class Dispatcher:
         return float(timeout_s)
 
     @contextmanager
-    def sequence(self, op: str, timeout_s: float | None, operations: int = 0) -> Iterator[Callable[[], float]]:
+    def sequence(self, op: str, timeout_s: float | None) -> Iterator[Callable[[], float]]:
         """Make a call of several operations; the function given to the block gives the time left for each.
 
-        An error between two of them would leave the other ranks in the middle, so it ends the group. After the last of
-        so many `operations`, only an error in the use of their results does not.
+        An interrupt between two of them would leave the other ranks in the middle, so it ends the group.
         """
         allowed_s, started = self.checked_timeout(timeout_s), time.monotonic()
         issued = 0
@@ -105,8 +104,7 @@ class Dispatcher:
         try:
             yield time_left_s
         except BaseException as error:
-            harmless = UnsupportedError | GroupClosed if issued == 1 else UsageError if issued == operations else ()
-            if issued and not isinstance(error, harmless):
+            if issued and not isinstance(error, UsageError | UnsupportedError | GroupClosed):
                 self._fail(error, CallSite(Call(op), (), allowed_s, time.monotonic() - started))
             raise
 

@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from ferro.arrays import Input, InputArray
+from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.collectives.label import Call
 from ferro.errors import PeerLost, UsageError
 from ferro.group import objects
-from ferro.group.arguments import OutputBuffer, flattened
-from ferro.group.array_collectives import ArrayCollectives, ResultOrWork, no_result
+from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, flattened, named_dtype
+from ferro.group.array_collectives import ResultOrWork, no_result
+from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.coalescing import Coalescing
 from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
 from ferro.group.subgroups import Subgroups, split_backend
 from ferro.group.work import Work
+from ferro.types import Array, Device
 
 # How long the rank that hosts the store waits at the end for the ranks that still need it: in a group that works, and
 # in a group that has failed.
@@ -32,7 +34,7 @@ _FAILED_CLOSE_TIMEOUT_S = 2.0
 _SPLIT = Call("barrier", detail="split")
 
 
-class ProcessGroup(ArrayCollectives):
+class ProcessGroup(BlockwiseCollectives):
     """The ranks that work together, as one of them sees it.
 
     All ranks make the same collective calls in the same order, with the same shapes (except sizes declared uneven),
@@ -45,9 +47,6 @@ class ProcessGroup(ArrayCollectives):
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group is still good.
         CollectiveMismatch, CollectiveTimeout, PeerLost: on every rank, with one cause. The group is dead, `out` is
             undefined.
-        ThreadLimitError: with async_op, no thread can be started. Nothing was sent; the group is still good.
-        Any other exception, such as one that the program's signal handler raises: as it is, on this rank; the others
-            get GroupClosed. The group is dead, unless the call was still waiting for its turn; `Work.wait` only waits.
         GroupClosed: it was closed or aborted, or died before.
 
     Attributes:
@@ -90,6 +89,11 @@ class ProcessGroup(ArrayCollectives):
         self._end(in_good_order=error is None)
 
     @property
+    def state(self) -> str:
+        """The group's state: "open", "dead" after a failure, or "closed"."""
+        return self._dispatcher.state
+
+    @property
     def backend(self) -> Backend:
         """The group's backend, for features that only it has; collectives and transfers go through the group."""
         return self._backend
@@ -121,9 +125,7 @@ class ProcessGroup(ArrayCollectives):
         None, or a Work.
         """
         self._check_peer(dst, "send to", tag)
-        input_array = self._check_input(x)
-        buffer = flattened(input_array.array, copy=async_op and copy)
-        device = input_array.device
+        buffer, device = self._message(x, copy=async_op and copy)
         return self._dispatcher.transfer("send", [(dst, buffer)], [], tag, no_result, async_op, timeout_s, device)
 
     def recv(
@@ -155,21 +157,20 @@ class ProcessGroup(ArrayCollectives):
     ) -> ResultOrWork:
         """Send `x` to `dst` and fill `buffer` from `src` (or `dst`) at the same time.
 
-        Never deadlocks, whatever the ranks' order. It has its place among the sends and among the receives from the
-        moment it is called, and neither waits for the other. A rank that is its own `dst` and `src` copies. Returns
-        `buffer`, or a Work.
+        Never deadlocks, whatever the ranks' order. Both may be this rank itself. Returns `buffer`, or a Work.
         """
         src = dst if src is None else src
-        input_array = self._check_input(x)
-        if dst == src == self.rank:  # as in a ring of one rank
-            return self._copy_to_itself(input_array, self._output(buffer), async_op)
-        self._check_peer(dst, "send to", tag)
-        self._check_peer(src, "receive from", tag)
-        source = flattened(input_array.array, copy=async_op and copy)
+        alone = dst == src == self.rank  # as in a ring of one rank
+        if not alone:
+            self._check_peer(dst, "send to", tag)
+            self._check_peer(src, "receive from", tag)
+        source, device = self._message(x, copy=async_op and copy)
         result = self._output(buffer)
-        if input_array.device is result.device and np.may_share_memory(source, result.flat):
+        if device is result.device and np.may_share_memory(source, result.flat):
             source = source.copy()
-        sends, recvs, device = [(dst, source)], [(src, result.flat)], input_array.device
+        if alone:
+            return self._send_to_itself(source, result, async_op)
+        sends, recvs = [(dst, source)], [(src, result.flat)]
         return self._dispatcher.transfer("sendrecv", sends, recvs, tag, result, async_op, timeout_s, device)
 
     # -- small Python values; each call is made of several operations ----------------------------
@@ -181,39 +182,47 @@ class ProcessGroup(ArrayCollectives):
 
         Args:
             value: None, numbers, strings, bytes, lists, dicts, NumPy arrays, nested; anything with codec="pickle".
-                Tuples come back as lists.
+                Tuples come back as lists. At most 8 GiB, which travel in pieces.
             root: the rank that gives it.
             codec: "msgpack" runs no code. "pickle" lets every rank run code on every other: only where all are trusted.
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
-        with self._dispatcher.sequence("broadcast_object", timeout_s, 2) as remaining_s:
+        with self._dispatcher.sequence("broadcast_object", timeout_s) as remaining_s:
             objects.check_codec(codec)
-            data = objects.encode(value, codec) if self.rank == root else np.empty(0, np.uint8)
-            size = self.broadcast(np.array(data.size), root, timeout_s=remaining_s())
-            if self.rank != root:
-                data = objects.allocate(size)
-            return objects.decode(self.broadcast(data, root, timeout_s=remaining_s()), codec)
+            data = objects.encode(value, codec) if self.rank == root else None
+            size = self.broadcast(np.array(0 if data is None else data.size), root, timeout_s=remaining_s())
+
+            def move(place: slice, counts: list[int]) -> Array:
+                piece = np.empty(counts[0], np.uint8) if data is None else data[place]
+                return self.broadcast(piece, root, timeout_s=remaining_s())  # type: ignore[no-any-return]
+
+            return objects.decode(objects.in_pieces(objects.checked_sizes(size), move)[0], codec)
 
     def all_gather_object(
         self, value: object, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
-        with self._dispatcher.sequence("all_gather_object", timeout_s, 2) as remaining_s:
+        with self._dispatcher.sequence("all_gather_object", timeout_s) as remaining_s:
             data = objects.encode(value, codec)
-            sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
-            return objects.decode_all(self.all_gather(data, sizes=sizes, timeout_s=remaining_s()), sizes, codec)
+            sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
+            values = objects.in_pieces(
+                sizes, lambda place, counts: self.all_gather(data[place], sizes=counts, timeout_s=remaining_s())
+            )
+            return [objects.decode(gathered, codec) for gathered in values]
 
     def gather_object(
         self, value: object, root: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
-        with self._dispatcher.sequence("gather_object", timeout_s, 2) as remaining_s:
+        with self._dispatcher.sequence("gather_object", timeout_s) as remaining_s:
             data = objects.encode(value, codec)
-            sizes = self.all_gather(np.array(data.size), timeout_s=remaining_s()).tolist()
-            gathered = self.gather(data, root, sizes=sizes, timeout_s=remaining_s())
-            return None if gathered is None else objects.decode_all(gathered, sizes, codec)
+            sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
+            values = objects.in_pieces(
+                sizes, lambda place, counts: self.gather(data[place], root, sizes=counts, timeout_s=remaining_s())
+            )
+            return [objects.decode(gathered, codec) for gathered in values] if self.rank == root else None
 
     def scatter_object(
         self,
@@ -225,50 +234,56 @@ class ProcessGroup(ArrayCollectives):
     ) -> Any:
         """Return this rank's item of the root's list of n `values`."""
         self._check_rank(root, "root")
-        objects.check_codec(codec)
-        data, sizes = None, None
-        if self.rank == root:
-            if values is None or len(values) != self.world_size:
-                given = "none" if values is None else str(len(values))
-                raise UsageError(f"scatter_object needs {self.world_size} values at the root, got {given}")
-            parts = [objects.encode(value, codec) for value in values]
-            data, sizes = np.concatenate(parts), [part.size for part in parts]
-        return objects.decode(self.scatter(data, root, sizes=sizes, timeout_s=timeout_s), codec)
+        with self._dispatcher.sequence("scatter_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            parts = objects.encode_all(values, self.world_size, codec) if self.rank == root else None
+            own = np.array([part.size for part in parts]) if parts else np.empty(self.world_size, np.int64)
+            sizes = objects.checked_sizes(self.broadcast(own, root, timeout_s=remaining_s()))
+
+            def move(place: slice, counts: list[int]) -> Array:
+                pieces = np.concatenate([part[place] for part in parts]) if parts else None
+                return self.scatter(pieces, root, sizes=counts, timeout_s=remaining_s())  # type: ignore[no-any-return]
+
+            return objects.decode(objects.in_pieces(sizes, move, [self.rank])[0], codec)
 
     def send_object(
         self, value: object, dst: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> None:
         """Send a small Python value to rank `dst`."""
-        data = objects.encode(value, codec)
         with self._dispatcher.sequence("send_object", timeout_s) as remaining_s:
-            self._check_peer(dst, "send to", tag)
+            data = objects.encode(value, codec)
             self.send(np.array(data.size), dst, tag, timeout_s=remaining_s())
-            self.send(data, dst, tag, timeout_s=remaining_s())
+            objects.in_pieces([data.size], lambda place, _: self.send(data[place], dst, tag, timeout_s=remaining_s()))
 
     def recv_object(self, src: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
-        objects.check_codec(codec)
-        with self._dispatcher.sequence("recv_object", timeout_s, 2) as remaining_s:
-            self._check_peer(src, "receive from", tag)
-            size = self.recv(np.array(0), src, tag, timeout_s=remaining_s())
-            return objects.decode(self.recv(objects.allocate(size), src, tag, timeout_s=remaining_s()), codec)
+        with self._dispatcher.sequence("recv_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            sizes = objects.checked_sizes(self.recv(np.array(0), src, tag, timeout_s=remaining_s()))
+
+            def move(_: slice, counts: list[int]) -> Array:
+                buffer = np.empty(counts[0], np.uint8)
+                return self.recv(buffer, src, tag, timeout_s=remaining_s())  # type: ignore[no-any-return]
+
+            return objects.decode(objects.in_pieces(sizes, move)[0], codec)
 
     # -- groups inside the group, and its end ----------------------------------------------------
 
-    def split(self, color: int | None, *, key: int = 0, timeout_s: float | None = None) -> ProcessGroup | None:
+    def split(self, color: int | None, *, key: float = 0, timeout_s: float | None = None) -> ProcessGroup | None:
         """Return the group of all ranks that gave the same `color`; all ranks call it.
 
         Args:
             color: number of the group to join, not negative; None joins no group and returns None.
-            key: members are ordered by key, then by their rank in this group.
+            key: any number; members are ordered by key, then by their rank in this group.
         """
         if color is not None and (not isinstance(color, int | np.integer) or color < 0):
             raise UsageError(f"split: color must be None or a number from 0, not {color!r}")
-        own = np.array([[-1 if color is None else color, key]])
+        if not isinstance(key, int | float | np.integer | np.floating) or key != key:
+            raise UsageError(f"split: key must be a number, by which the members are ordered, not {key!r}")
         with self._dispatcher.sequence("split", timeout_s) as remaining_s:
-            table = self.all_gather(own, timeout_s=remaining_s())
-            members = [r for r in range(self.world_size) if color is not None and table[r, 0] == color]
-            ranks = tuple(sorted(members, key=lambda r: (table[r, 1], r)))
+            table = self.all_gather_object([color, key], timeout_s=remaining_s())
+            members = [r for r in range(self.world_size) if color is not None and table[r][0] == color]
+            ranks = tuple(sorted(members, key=lambda r: (table[r][1], r)))
             context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
             made: list[Backend | None] = []
 
@@ -276,9 +291,9 @@ class ProcessGroup(ArrayCollectives):
                 made.append(split_backend(self._backend, ranks or None, context))
 
             backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
-        if backend is None:
-            return None
-        return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))
+            if backend is None:
+                return None
+            return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))
 
     def subgroup(
         self, ranks: Sequence[int], *, name: str | None = None, timeout_s: float | None = None
@@ -342,18 +357,25 @@ class ProcessGroup(ArrayCollectives):
         if on_close is not None:
             on_close(_CLOSE_TIMEOUT_S if works else _FAILED_CLOSE_TIMEOUT_S, in_good_order)
 
-    def _copy_to_itself(self, source: InputArray, result: OutputBuffer, async_op: bool) -> ResultOrWork:
-        array, target = source.array, result.array
-        if array.dtype != target.dtype or array.size != target.size:
-            sizes = f"{array.size} x {array.dtype} do not fit into {target.size} x {target.dtype}"
-            raise UsageError(f"sendrecv of rank {self.rank} with itself: {sizes}", op="sendrecv")
-        result.flat[...] = flattened(array, copy=np.may_share_memory(array, target))
-        if not async_op:
-            return result()
+    def _message(self, x: Input, *, copy: bool) -> tuple[Array, Device]:
+        """Prepare the flat memory of a message, which names the dtype where that is none that backends take."""
+        input_array = self._check_input(x, moved=True)
+        flat, dtype = flattened(input_array.array, copy=copy), input_array.dtype
+        return (flat if dtype is flat.dtype else named_dtype(flat, dtype)), input_array.device
+
+    def _output(self, buffer: Input) -> OutputBuffer | NamedDtypeBuffer:
+        input_array = self._check_input(buffer, what="buffer", moved=True)
+        result, dtype = OutputBuffer(input_array, buffer, input_array.array.shape, what="buffer"), input_array.dtype
+        return result if dtype is result.flat.dtype else NamedDtypeBuffer(result, dtype)
+
+    def _send_to_itself(self, source: Array, result: OutputBuffer | NamedDtypeBuffer, async_op: bool) -> ResultOrWork:
+        self._dispatcher.check_open("sendrecv")
+        if (source.size, source.dtype) != (result.flat.size, result.flat.dtype):
+            raise UsageError(
+                f"sendrecv of rank {self.rank} with itself: the buffer takes {result.flat.size} x {result.flat.dtype}, "
+                f"the message has {source.size} x {source.dtype}"
+            )
+        result.flat[...] = source
         work: Work[object] = Work("sendrecv", 0)
         work._run(lambda _: result())
-        return work
-
-    def _output(self, buffer: Input) -> OutputBuffer:
-        input_array = self._check_input(buffer)
-        return OutputBuffer(input_array, buffer, input_array.array.shape, what="buffer")
+        return work if async_op else work.wait()

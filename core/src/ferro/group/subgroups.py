@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 
@@ -37,7 +38,10 @@ class Subgroups:
 
     def subgroup(self, ranks: Sequence[int], name: str | None, timeout_s: float) -> tuple[Backend, GroupInfo]:
         """Make the group of these ranks, of which this is one."""
-        ranks = tuple(int(rank) for rank in ranks)
+        try:
+            ranks = tuple(operator.index(rank) for rank in ranks)
+        except TypeError:
+            raise UsageError(f"subgroup: ranks are whole numbers, not {ranks!r}") from None
         n, me = self._backend.world_size, self._backend.rank
         if any(not 0 <= rank < n for rank in ranks):
             raise UsageError(f"subgroup {ranks}: group {self._info.name!r} has ranks 0 to {n - 1}")

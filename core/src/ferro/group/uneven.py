@@ -14,12 +14,13 @@ import numpy as np
 
 from ferro.arrays import dtype_from_name, dtype_name
 from ferro.backend import Backend
-from ferro.errors import CollectiveMismatch, UsageError
+from ferro.errors import CollectiveMismatch, UnsupportedError, UsageError
 from ferro.group.arguments import OutputBuffer
 from ferro.types import Array
 
 _CACHED = 128  # few, since layouts of many ranks are long
 _MAX_AXES = 64  # NumPy's limit
+_DTYPE_BYTES = 256  # of the name of a dtype, of which that of a structured one may be long
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,11 @@ def blank_header(world_size: int) -> Array:
 
 def write_header(header: Array, dtype: np.dtype, layout: Layout) -> None:
     """Write a row's number of axes, then what depends on it: dtype, row shape and every rank's rows."""
-    row_shape, rows = layout.shape[1:], layout.rows
+    row_shape, rows, name = layout.shape[1:], layout.rows, dtype_name(dtype).encode()
+    if len(name) > _DTYPE_BYTES:
+        raise UnsupportedError(f"scatter: the fields' names are too long ({len(name)} bytes): scatter x.view('u1')")
     header[0] = len(row_shape)
-    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, dtype_name(dtype).encode(), *row_shape, *rows)
+    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, name, *row_shape, *rows)
 
 
 def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
@@ -108,7 +111,7 @@ def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
 
 @lru_cache(maxsize=256)
 def _header_format(axes: int, world_size: int) -> struct.Struct:
-    return struct.Struct(f"<16s{axes}q{world_size}q")
+    return struct.Struct(f"<{_DTYPE_BYTES}s{axes}q{world_size}q")
 
 
 def overlaps_other_blocks(block: Array, whole: Array, layout: Layout, rank: int) -> bool:

@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ferro.launch.options import LaunchOptions, parse_options
 from ferro.launch.output import Console, RankOutput
 from ferro.launch.processes import FORWARDED, STOPPING, Supervisor, collected_signals, take_signals
 from ferro.launch.report import Failure, RankProcess, describe_failure, first_failure, show_report
-from ferro.launch.trace import merge_parts
+from ferro.launch.trace import merge_parts, parts_directory
 from ferro.rendezvous import StoreServer, derive, per_user_secret
 from ferro.runtime.environment import Address, LaunchInfo, child_environment, read_secret
 
@@ -68,7 +67,7 @@ def _run_attempt(options: LaunchOptions, number: int, console: Console, nodes: N
     with _open_endpoint(number, nodes) as endpoint, contextlib.ExitStack() as stack:
         parts = None
         if options.trace is not None:
-            parts = stack.enter_context(tempfile.TemporaryDirectory(prefix="ferro-trace-"))
+            parts = stack.enter_context(parts_directory())
         failure = _Attempt(options, number, console, endpoint, nodes, parts).run()
         if options.trace is not None and parts is not None:
             target = options.trace

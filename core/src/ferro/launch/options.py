@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ _MAX_RANKS = 1_000_000
 _EPILOG = """\
 Several nodes: start the same command on each, with its own --node-rank; node 0 hosts the store
 at --rdzv-endpoint, and each attempt's ranks meet on another free port of that host. All nodes
-need the same FERRO_SECRET (64 hexadecimal digits), or one home directory. Kubeflow's PET_NNODES,
-PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT are defaults.
+need the same FERRO_SECRET (64 hexadecimal digits), or one home directory. Where Slurm, Flux, PBS,
+SkyPilot, a JobSet, a LeaderWorkerSet or Kubeflow (PET_*) started one launcher on each node, its
+variables are the defaults of --nnodes, --node-rank and --rdzv-endpoint; --nnodes 1 is this node alone.
 """
 
 
@@ -71,6 +73,15 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = 
     if given.rdzv_endpoint is not None:
         endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")
     del given.rdzv_endpoint
+    if given.nnodes is None:
+        if defaults.nnodes is None and defaults.node_rank is not None:
+            raise UsageError(
+                f"this is node {defaults.node_rank} by the scheduler, which does not say of how many: give --nnodes"
+            )
+        given.nnodes = defaults.nnodes or 1
+    if given.node_rank is None:  # the scheduler's number is one among its own nodes
+        its_own = given.nnodes == defaults.nnodes or (defaults.nnodes is None and given.nnodes > 1)
+        given.node_rank = defaults.node_rank or 0 if its_own else 0
     given.arguments = tuple(given.arguments)
     options = LaunchOptions(endpoint=endpoint, **vars(given))
     _check(options)
@@ -87,11 +98,10 @@ def _parser(defaults: NodeDefaults) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    nproc, nnodes, node_rank = defaults.nproc_per_node, defaults.nnodes, defaults.node_rank
-    nproc, nnodes = (1 if number is None else number for number in (nproc, nnodes))
-    add("-n", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
-    add("--nnodes", type=int, default=nnodes, metavar="K", help="nodes (default 1)")
-    add("--node-rank", type=int, default=node_rank or 0, metavar="R", help="this node, from 0 (default 0)")
+    nproc = 1 if defaults.nproc_per_node is None else defaults.nproc_per_node
+    add("-n", "-np", "--nproc-per-node", type=int, default=nproc, metavar="N", help="ranks on each node (default 1)")
+    add("--nnodes", type=int, metavar="K", help="nodes (default 1)")
+    add("--node-rank", type=int, metavar="R", help="this node, from 0 (default 0)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 listens, with several nodes")
     add("-m", dest="module", action="store_true", help="PROGRAM is a module, not a file")
     add("--log-dir", type=Path, metavar="DIR", help="also write DIR/rank<r>.out and .err")
@@ -131,3 +141,15 @@ def _check(options: LaunchOptions) -> None:
         raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
     if options.trace is not None and not options.trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {options.trace}: its directory does not exist; make it first")
+    files, limit = _open_files(options), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and files > limit:
+        raise UsageError(
+            f"-n {options.nproc_per_node} takes about {files} open files, and the limit is {limit}: raise it "
+            f"(ulimit -n {files}), or start fewer ranks"
+        )
+
+
+def _open_files(options: LaunchOptions) -> int:
+    """Estimate how many files and sockets the launcher has open at once."""
+    each = 5 if options.log_dir is None else 7  # output, end of the process, two connections to the store; logs
+    return 20 + each * options.nproc_per_node

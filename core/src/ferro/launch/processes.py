@@ -144,16 +144,18 @@ class Supervisor:
         *,
         stdout: BinaryIO | Receiver,
         stderr: Receiver | None = None,
+        stdin: int = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
         on_end: Callable[[ChildProcess], object] = lambda _: None,
         dies_with_parent: bool = False,
     ) -> ChildProcess:
-        """Start a process whose standard input is empty.
+        """Start a process.
 
         Args:
             command: program and arguments.
             stdout: a file, or a function that is given the bytes as they come.
             stderr: a function that is given the bytes; None to write them where `stdout` goes.
+            stdin: a descriptor to read from; empty by default.
             env: its environment; this process's own by default.
             on_end: called once with the process, when its end was noticed and all output received.
             dies_with_parent: on Linux, the kernel kills the process when the thread that started it ends.
@@ -166,7 +168,7 @@ class Supervisor:
         child = ChildProcess(
             command,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE if callable(stdout) else stdout,
             stderr=subprocess.STDOUT if stderr is None else subprocess.PIPE,
             start_new_session=True,
@@ -184,6 +186,11 @@ class Supervisor:
             child.pidfd = os.pidfd_open(child.pid)
             self._selector.register(child.pidfd, selectors.EVENT_READ)
         return child
+
+    def watch(self, descriptor: int, receiver: Receiver) -> None:
+        """Receive from a further descriptor while waiting, until its end; it must stay open as long."""
+        self._receivers[descriptor] = receiver
+        self._selector.register(descriptor, selectors.EVENT_READ)
 
     def running(self) -> list[ChildProcess]:
         """List the processes whose end was not noticed yet."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from ferro.errors import UsageError
 from ferro.observers import Event
 
 
@@ -51,6 +53,16 @@ class Trace:
             lines.append({"ph": "X", **place, "ts": event.start_s * 1e6, "dur": event.seconds * 1e6, "args": args})
         self._directory.mkdir(parents=True, exist_ok=True)
         _write_whole(part_path(self._directory, rank), {"traceEvents": lines})
+
+
+def parts_directory() -> tempfile.TemporaryDirectory[str]:
+    """Make the directory for the parts, and remove it at the end of the context."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="ferro-trace-")
+    except OSError as exc:
+        raise UsageError(
+            f"--trace needs a temporary directory: {exc}; set TMPDIR to one that can be written to"
+        ) from exc
 
 
 def part_path(directory: Path, rank: int) -> Path:

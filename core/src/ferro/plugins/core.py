@@ -62,7 +62,7 @@ def ferro_commands() -> Sequence[CommandInfo]:
     backends = "show which backends are installed, and whether they can be used"
     plugins = "show every installed plugin, with its hooks and versions"
     return [
-        CommandInfo(name="run", summary=run, load=partial(resolve_name, "ferro.launch:main")),
+        CommandInfo(name="run", summary=run, load=partial(resolve_name, "ferro.launch.job:main")),
         CommandInfo(name="backends", summary=backends, load=partial(resolve_name, "ferro.cli.listings:show_backends")),
         CommandInfo(name="plugins", summary=plugins, load=partial(resolve_name, "ferro.cli.listings:show_plugins")),
     ]

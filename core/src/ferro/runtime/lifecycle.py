@@ -22,6 +22,7 @@ _FAILED_S = 2.0  # how long this rank hosts the store for the others after a fai
 _lock = threading.Lock()
 _world: World | None = None
 _made = 0
+_arguments: tuple[object, ...] = ()  # those that the world was made with
 
 
 def init(
@@ -38,8 +39,8 @@ def init(
 ) -> ProcessGroup:
     """Join the job, and return the group of all its ranks. Every rank calls it.
 
-    Rank and world size come from the launcher's variables (`ferro run`, torchrun, mpiexec, Slurm, Kubeflow); without a
-    launcher this is a world of one. Arguments beat the environment.
+    Rank and world size come from the variables of the launcher or scheduler (`ferro run`, torchrun, mpiexec, Slurm,
+    Flux, PBS, SkyPilot, Kubernetes); without one this is a world of one. Arguments beat the environment.
 
     Args:
         backend: name of the backend, or a map such as "cpu:gloo,cuda:nccl"; the launcher's default when None.
@@ -55,24 +56,31 @@ def init(
         backend_options: the backend's own options.
 
     Returns:
-        The world group. Closing it, leaving its `with` block or `ferro.shutdown()` ends it.
+        The world group. Closing it, leaving its `with` block or `ferro.shutdown()` ends it. While it is open and
+        good, a further call with the same arguments returns it again, as for a cell of a notebook that is run again.
 
     Raises:
-        UsageError: arguments or environment make no sense, or init was called before.
+        UsageError: arguments or environment make no sense, or the group of an earlier call is still open, and has
+            failed or was made with other arguments.
         RendezvousError: the ranks did not find each other or do not fit together; the message names the ranks.
         BackendUnavailable: the backend cannot be used here; the hint says what to do.
         PluginError: a plugin is broken.
     """
-    global _world, _made
+    global _world, _made, _arguments
     # Imported here, since the network interfaces and the search for plugins would slow down `import ferro`.
     from ferro.runtime.environment import options, resolve
     from ferro.runtime.world import World
 
+    mappings = (dict(algorithms or {}), dict(backend_options or {}))
+    arguments = (backend, rank, world_size, rendezvous, timeout_s, deterministic, *mappings, *observers)
     with _lock:
         if _world is not None and not _world.closed:
+            good = _world.group.state == "open"
+            if good and arguments == _arguments:
+                return _world.group
             raise UsageError(
-                "ferro.init() was called before in this process: use the group it returned, or "
-                "call ferro.shutdown() first"
+                f"ferro.init() was called before in this process{' with other arguments' if good else ''}, and its "
+                f"group {'is still open' if good else 'has failed'}: use that, or call ferro.shutdown() first"
             )
         info = resolve(rank=rank, world_size=world_size, rendezvous=rendezvous)
         settings = options()
@@ -86,7 +94,7 @@ def init(
         except BaseException:
             world.close(_FAILED_S, orderly=False)
             raise
-        _world = world
+        _world, _arguments = world, arguments
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
     return world.group
@@ -96,6 +104,12 @@ def shutdown() -> None:
     """Close the world group, if there is one. Idempotent; every rank calls it at its end."""
     if _world is not None and not _world.closed:
         _world.group.close()
+
+
+def abandon() -> None:
+    """Leave the world group at once, if there is one: ranks that wait for this one lose it."""
+    if _world is not None and not _world.closed:
+        _world.group.abandon()
 
 
 def _forget_world() -> None:
@@ -110,8 +124,8 @@ if hasattr(os, "register_at_fork"):
 
 def _at_exit() -> None:
     """Leave at the end of the interpreter; after an uncaught exception wait for no other rank."""
-    if _world is not None and not _world.closed and _ended_by_exception():
-        _world.group.abandon()
+    if _ended_by_exception():
+        abandon()
     else:
         shutdown()
 

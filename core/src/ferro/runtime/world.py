@@ -20,12 +20,13 @@ from ferro.group.process_group import ProcessGroup
 from ferro.hookspecs import BackendConfig, BackendInfo
 from ferro.observers import Observer
 from ferro.plugins import registry as plugins
+from ferro.plugins.checks import observer_problem
 from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
 from ferro.rendezvous.meeting.membership import RankRecord, check_membership
 from ferro.rendezvous.store.interface import Store
 from ferro.rendezvous.store.liveness import FailureDetector
 from ferro.rendezvous.store.memory import MemoryStore
-from ferro.runtime.environment import LaunchInfo
+from ferro.runtime.environment import LaunchInfo, thread_advice
 from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
@@ -46,6 +47,8 @@ class World:
         self._settings = settings
         self._backend = backend
         self._timeout_s = timeout_s
+        if advice := thread_advice(info):
+            _log.warning("ferro: %s", advice)
         self._deadline = time.monotonic() + timeout_s
         self._observers: tuple[Observer, ...] = ()
         self._job_store = self._open_job_store(number) if info.world_size > 1 else None
@@ -54,8 +57,9 @@ class World:
 
     def _open_job_store(self, number: int) -> JobStore:
         info, broadcast = self._info, None
-        if info.local_world_size != info.world_size and info.store is None and info.master is None:
-            # No variable says where the ranks of several hosts meet; a library that connects them may tell.
+        nowhere = info.store is None and (info.master is None or info.master_derived)
+        if info.local_world_size != info.world_size and nowhere:
+            # Nobody named a place where the ranks of several hosts meet; a library that connects them may tell.
             name = self._backend or backends.default(info.launcher)
             broadcast = backends.get(name).bootstrap_broadcast if name else None
         return open_job_store(info, number, deadline=self._deadline, broadcast=broadcast)
@@ -98,7 +102,7 @@ class World:
             requested=requested,
             options=options,
         )
-        backend = chosen.create(config)
+        backend = backends.create(chosen, config)
         group_info = GroupInfo(
             name="world",
             backend_name=chosen.name,
@@ -119,10 +123,13 @@ class World:
         if name is None and self._info.world_size == 1:
             name = "simulated"  # core's own, enough for one rank
         if name is None:
+            from ferro.plugins.extras import backend_extras, how_to_install  # they are needed here only
+
+            extras = backend_extras()
+            such = f", such as: {how_to_install(extras[0])};" if extras else ","
             raise PluginError(
                 f"no backend between processes is installed (installed: {', '.join(backends.available())}): "
-                f"install one of ferro's extras ({', '.join(plugins.backend_extras())}), "
-                f"{plugins.how_to_install('EXTRA')}, or name one in ferro.init()"
+                f"install one of ferro's extras ({', '.join(extras)}){such} or name one in ferro.init()"
             )
         chosen = backends.get(name)
         found = backends.probe(chosen)
@@ -147,6 +154,8 @@ class World:
         try:
             return check_membership(self._store.prefix("membership"), record, deadline=self._deadline)
         except RendezvousError as error:
+            if self._info.world_size > 1:
+                error.add_note(f"This process takes itself for {self._info.describe()}.")
             server = None if self._job_store is None else self._job_store.server
             if server is not None and server.refused:
                 error.add_note(
@@ -191,7 +200,6 @@ def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:
         raise broken[0].error
     observers = (*given, *(cast(Observer, offer.item) for offer in offers))
     for item in observers:
-        lacking = [name for name in ("started", "finished", "close") if not hasattr(item, name)]
-        if lacking:
-            raise UsageError(f"{item!r} is no observer: it has no {', '.join(lacking)}")
+        if problem := observer_problem(item):
+            raise UsageError(f"observers={problem}")
     return observers

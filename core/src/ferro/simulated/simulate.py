@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import threading
 import time
 import traceback
@@ -45,7 +46,7 @@ def simulate(
     Raises:
         UsageError: `world_size` is less than 1.
         CollectiveTimeout: a rank has not ended by `run_timeout_s`.
-        Exception: the error of the rank that failed first of itself, with every other rank's traceback in its notes.
+        Exception: the error of the rank that failed first of itself, with a line for the others' errors in its notes.
     """
     choice = Choice(deterministic=deterministic)
     backends = SimulatedBackend.create_group(world_size, choice=choice, faults=faults, network=network)
@@ -91,11 +92,31 @@ def simulate(
 
 
 def _root_cause(failures: list[tuple[int, BaseException]]) -> BaseException:
-    """Choose the error of the function itself before errors that follow from it; note the others in it."""
-    followed = (PeerLost, GroupClosed, CollectiveTimeout)
-    rank, error = min(failures, key=lambda item: isinstance(item[1], followed))
-    error.add_note(f"(raised on rank {rank} of the simulation)")
-    for other, also in failures:
-        if also is not error:
-            error.add_note(f"--- rank {other}:\n{''.join(traceback.format_exception(also))}")
-    return error
+    """Choose the error of the function itself before errors that follow from it; note the others in it, a line each."""
+    (rank, cause), *others = sorted(failures, key=lambda item: _follows(item[1]))
+    cause.add_note(f"(raised on rank {rank} of the simulation)")
+    alike: dict[tuple[str, str], list[tuple[int, BaseException]]] = {}
+    for other, error in others:
+        alike.setdefault((type(error).__name__, _place(error)), []).append((other, error))
+    for (name, place), group in alike.items():
+        ranks = sorted(other for other, _ in group)
+        text = str(group[0][1]).partition("\n")[0]
+        cause.add_note(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}, {place}: {name}: {text}")
+    return cause
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Say whether an error, or one that it was raised from or during, is the consequence of another rank's."""
+    while error is not None:
+        if isinstance(error, PeerLost | GroupClosed | CollectiveTimeout):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _place(error: BaseException) -> str:
+    """Find the last line outside of ferro that led to an error."""
+    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith(own)] or frames
+    return f"{outside[-1].filename}:{outside[-1].lineno}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ferro.errors import UsageError
+from ferro import backends
+from ferro.errors import BackendUnavailable, UsageError
 from ferro.launch.processes import exit_on_signals
+from ferro.runtime.environment import usable_cores
 from ferro_bench.contestants import Contestant, WorldPlan
 from ferro_bench.driver import open_worlds
 from ferro_bench.measure import default_rounds, make_case, measure
@@ -17,7 +20,7 @@ from ferro_bench.options import BenchOptions
 from ferro_bench.peers import find
 from ferro_bench.plot import plot, require_matplotlib
 from ferro_bench.summary import BenchRecord, summarize
-from ferro_bench.table import ResultTable
+from ferro_bench.table import ResultTable, legend, spread
 from ferro_bench.world import BenchWorld
 
 
@@ -35,14 +38,19 @@ def run(options: BenchOptions) -> int:
 def _run(options: BenchOptions) -> int:
     if options.plot is not None:
         require_matplotlib()
-    plans = [WorldPlan(name="ferro", world_size=options.ranks, backend=options.backend or "")]
+    if options.backend is not None:
+        _require_usable(options.backend)
+    plans = [_own_world(options, algorithm) for algorithm in options.algorithms]
     for name, python in options.peers.items():
         plans.append(WorldPlan(name=name, world_size=options.ranks, peer=find(name, python)))
     stream = sys.stderr if options.json == "-" else sys.stdout
+    was_busy = busy()
     with open_worlds(plans) as worlds:
         versions = {name: world.version for name, world in worlds.items()}
-        _print(stream, f"# {options.ranks} ranks; " + "; ".join(versions.values()))
+        _print(stream, f"# {options.ranks} ranks; " + "; ".join(dict.fromkeys(versions.values())))
         records = [r for name in options.collectives for r in _rows(options, name, worlds, stream)]
+    for line in [*legend(list(options.peers)), *was_busy, *spread(records)]:
+        _print(stream, f"# {line}")
     wrong = sum(result["wrong"] for record in records for result in record["results"].values())
     if options.check:
         _print(stream, f"# wrong elements: {wrong}")
@@ -50,10 +58,39 @@ def _run(options: BenchOptions) -> int:
     return 1 if wrong else 0
 
 
+def _require_usable(backend: str) -> None:
+    """Refuse a backend that is not there, before any rank starts."""
+    found = backends.probe(backends.get(backend))
+    if not found.ok:
+        raise BackendUnavailable(backend, found.reason, found.hint)
+
+
+def _own_world(options: BenchOptions, algorithm: str) -> WorldPlan:
+    fixed = tuple((name, algorithm) for name in dict.fromkeys(options.collectives)) if algorithm else ()
+    name = _world_name(algorithm)
+    return WorldPlan(name=name, world_size=options.ranks, backend=options.backend or "", algorithms=fixed)
+
+
+def _world_name(algorithm: str) -> str:
+    return f"ferro-{algorithm}" if algorithm else "ferro"
+
+
+def busy() -> list[str]:
+    """Say that the machine is busy, where others use half of its cores or more; in a line, or none."""
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load < cores / 2:
+        return []
+    return [f"this machine was busy before the start: load average {load:.1f} on {cores} cores; try it when it is idle"]
+
+
 def _rows(
     options: BenchOptions, collective: str, worlds: Mapping[str, BenchWorld], stream: TextIO
 ) -> list[BenchRecord]:
-    ours = [Contestant("ferro", memory) for memory in options.memories]
+    ours = [
+        Contestant(_world_name(algorithm), memory, algorithm)
+        for algorithm in options.algorithms
+        for memory in options.memories
+    ]
     peers = list(options.peers) if collective != "copy" else []
     contestants = [*ours, *(Contestant(name) for name in peers)]
     _print(stream, f"# {collective}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ferro import backends
 from ferro_bench.peers import Installed
 
 Memory = Literal["private", "group"]
@@ -30,14 +31,18 @@ class Contestant:
     Attributes:
         world: the world's name.
         memory: "private" for NumPy's memory, "group" for the library's own.
+        algorithm: the algorithm that ferro's world was told to use, "" where it chooses.
     """
 
     world: str
     memory: Memory = "private"
+    algorithm: str = ""
 
     @property
     def name(self) -> str:
-        """The name in the results, which distinguishes ferro's two kinds of memory."""
+        """The name in the results, which distinguishes ferro's two kinds of memory, and its algorithms."""
+        if self.algorithm:
+            return f"ferro-{self.memory}-{self.algorithm}"
         return f"ferro-{self.memory}" if self.world == "ferro" else self.world
 
 
@@ -50,20 +55,22 @@ class WorldPlan:
         world_size: number of ranks.
         backend: ferro's backend, "" for the launcher's choice and for peers.
         peer: the installed peer, None for ferro itself.
+        algorithms: for ferro, which algorithm serves which collective; (collective, algorithm) pairs.
     """
 
     name: str
     world_size: int
     backend: str = ""
     peer: Installed | None = None
+    algorithms: tuple[tuple[str, str], ...] = ()
 
     def commands(self, task: Path) -> list[list[str]]:
         """Return the command line of every process that the driver is to start."""
         n = str(self.world_size)
         settings = ["env", *_ONE_THREAD, _LOOPBACK]
         if self.peer is None:
-            launch = [sys.executable, "-m", "ferro", "run", "-n", n, "-m", "ferro_bench.rank"]
-            return [[*settings, *launch, str(task), "ferro"]]
+            fixed = [f"{collective}={algorithm}" for collective, algorithm in self.algorithms]
+            return [[*settings, *self._launch(), "-m", "ferro_bench.rank", str(task), "ferro", *fixed]]
         rank = [self.peer.python, "-c", _START, _PACKAGE_FOLDER, str(task)]
         if self.peer.mpiexec is None:
             return [[*settings, *rank, "torch", str(r)] for r in range(self.world_size)]
@@ -72,3 +79,10 @@ class WorldPlan:
             settings += _AS_ROOT
             launch += ["--oversubscribe", "--bind-to", "none"]
         return [[*settings, *launch, *rank, "mpi4py"]]
+
+    def _launch(self) -> list[str]:
+        """Write the command that starts ferro's ranks, up to their module: the backend's launcher or `ferro run`."""
+        launcher = backends.get(self.backend).launcher if self.backend else None
+        if launcher is None:
+            return [sys.executable, "-m", "ferro", "run", "-n", str(self.world_size)]
+        return [*launcher(self.world_size), sys.executable]

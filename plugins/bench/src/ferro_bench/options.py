@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ferro
 from ferro.cli.parser import Parser
 from ferro.errors import UsageError
 from ferro_bench.contestants import Memory
@@ -53,6 +54,7 @@ class BenchOptions:
         dtype: name of the elements' dtype.
         op: name of the reduction.
         memories: where ferro's arrays are; each is measured.
+        algorithms: ferro's algorithms, each of which is measured; "" for its own choice.
         async_op: start calls asynchronously, then wait.
         rounds: turns that count, None for a number by size.
         calls: timed calls in a turn, None for a number by size.
@@ -69,6 +71,7 @@ class BenchOptions:
     dtype: str
     op: str
     memories: tuple[Memory, ...]
+    algorithms: tuple[str, ...]
     async_op: bool
     rounds: int | None
     calls: int | None
@@ -93,6 +96,7 @@ def parse_options(arguments: Sequence[str]) -> BenchOptions:
         dtype=given.dtype,
         op=given.op,
         memories=_memories(given.memory),
+        algorithms=_algorithms(given.algorithms, given.collectives),
         async_op=given.async_op,
         rounds=given.rounds,
         calls=given.calls,
@@ -116,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("collectives", nargs="+", choices=COLLECTIVES, metavar="COLLECTIVE", help=", ".join(COLLECTIVES))
-    add("-n", dest="ranks", type=int, default=2, metavar="N", help="ranks (default 2)")
+    add("-n", "-np", dest="ranks", type=int, default=2, metavar="N", help="ranks (default 2)")
     add("--backend", metavar="NAME", help="ferro's backend (default: as ferro.init chooses)")
     add(
         "--sizes",
@@ -131,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         default="private",
         metavar="KIND",
         help="ferro's arrays: private (NumPy's), group (from group.empty), or private,group",
+    )
+    add(
+        "--algorithms",
+        default="auto",
+        metavar="NAME,...",
+        help="ferro's algorithms to compare, such as ring,tree,auto; auto (default) is ferro's own choice",
     )
     add("--async", dest="async_op", action="store_true", help="async_op=True, then wait()")
     add("--rounds", type=int, metavar="K", help="turns that count (default by size)")
@@ -153,6 +163,18 @@ def _memories(text: str) -> tuple[Memory, ...]:
     if len(chosen) != len(named):
         raise UsageError(f"--memory {text}: give private, group, or private,group")
     return chosen
+
+
+def _algorithms(text: str, collectives: Sequence[str]) -> tuple[str, ...]:
+    """Read the names of algorithms, which every collective that is measured must have; "" stands for auto."""
+    offered = ferro.collectives.available()
+    named = tuple(dict.fromkeys(text.split(",")))
+    for name in (name for name in named if name != "auto"):
+        for collective in collectives:
+            if name not in offered.get(collective, ()):
+                known = ", ".join(("auto", *offered.get(collective, ())))
+                raise UsageError(f"--algorithms {text}: {collective} has no {name!r}; there are: {known}")
+    return tuple("" if name == "auto" else name for name in named)
 
 
 def parse_peers(text: str) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The table on the terminal, a row as soon as its case is measured."""
+"""The table on the terminal, a row as soon as its case is measured; its legend, and how far its samples spread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ from ferro_bench.rank.case import REDUCING
 from ferro_bench.sizes import size_text
 from ferro_bench.summary import BenchRecord, Result
 
+_MOST_COLUMNS = 100
+_WIDTHS = {"size": 8, "count": 9, "dtype": 8, "op": 4, "time us": 8, "min us": 8, "algbw": 6, "busbw": 6, "wrong": 5}
+_LEAST_NEEDED = (
+    "dtype",
+    "op",
+    "count",
+    "min us",
+    "algbw",
+)  # columns that a table goes without where it would be too wide
+_WIDE_SPREAD = 3.0
+
 
 class ResultTable:
-    """One collective's rows: one for each size and each memory of ferro's arrays."""
+    """One collective's rows: one for each size, and each memory and algorithm of ferro's."""
 
     def __init__(self, stream: TextIO, collective: str, ours: Sequence[Contestant], peers: Sequence[str]) -> None:
         """Write the header.
@@ -26,43 +37,71 @@ class ResultTable:
         self._stream = stream
         self._ours = ours
         self._peers = peers
-        self._reduces = collective in REDUCING
-        head = ["size", "count", "dtype"]
-        head += ["op"] if self._reduces else []
-        head += ["memory"] if len(ours) > 1 else []
-        head += ["time us", "min us", "algbw GB/s", "busbw GB/s", "wrong"]
+        widths = dict(_WIDTHS)
+        if collective not in REDUCING:
+            del widths["op"]
+        if len({contestant.memory for contestant in ours}) > 1:
+            widths["memory"] = 7
+        if any(contestant.algorithm for contestant in ours):
+            widths["algorithm"] = max(len("algorithm"), *(len(contestant.algorithm) for contestant in ours))
         for peer in peers:
-            head += [f"{peer} us", "ratio"]
-        self._widths = [max(len(name), 10) for name in head]
-        self._widths[head.index("wrong")] = 5
-        for index, name in enumerate(head):
-            if name == "ratio":
-                self._widths[index] = 6
-        self._write(head)
+            widths |= {peer: max(len(peer), 8), f"{peer} ratio": 5}
+        self._separator = "  "
+        for name in (None, "", *_LEAST_NEEDED):  # as it is, then closer together, then without the least needed
+            if name is not None:
+                self._separator = " "
+                widths.pop(name, 0)
+            if sum(widths.values()) + len(self._separator) * (len(widths) - 1) <= _MOST_COLUMNS:
+                break
+        order = ["size", "count", "dtype", "op", "memory", "algorithm"]
+        self._widths = {
+            name: widths[name] for name in sorted(widths, key=lambda it: order.index(it) if it in order else 9)
+        }
+        self._write({name: "ratio" if name.endswith(" ratio") else name for name in self._widths})
 
     def add(self, record: BenchRecord) -> None:
         """Write the rows of a case."""
         for contestant in self._ours:
             ours = record["results"][contestant.name]
-            row = [size_text(record["nbytes"]), str(record["count"]), record["dtype"]]
-            row += [record["op"]] if self._reduces else []
-            row += [contestant.memory] if len(self._ours) > 1 else []
-            row += [_microseconds(ours["median_s"]), _microseconds(ours["min_s"])]
-            row += [f"{ours['algbw_gb_s']:.2f}", f"{ours['busbw_gb_s']:.2f}"]
-            row.append(str(ours["wrong"]) if record["checked"] else "-")
+            cells = {"size": size_text(record["nbytes"]), "count": str(record["count"]), "dtype": record["dtype"]}
+            cells |= {"op": record["op"], "memory": contestant.memory, "algorithm": contestant.algorithm or "auto"}
+            cells |= {"time us": _microseconds(ours["median_s"]), "min us": _microseconds(ours["min_s"])}
+            cells |= {"algbw": f"{ours['algbw_gb_s']:.2f}", "busbw": f"{ours['busbw_gb_s']:.2f}"}
+            cells["wrong"] = str(ours["wrong"]) if record["checked"] else "-"
             for peer in self._peers:
-                row += _peer_cells(record["results"][peer], ours)
-            self._write(row)
+                theirs = record["results"][peer]
+                mark = " !" if theirs["wrong"] else ""
+                cells[peer] = _microseconds(theirs["median_s"]) + mark
+                cells[f"{peer} ratio"] = f"{theirs['median_s'] / ours['median_s']:.2f}"
+            self._write(cells)
 
-    def _write(self, cells: Sequence[str]) -> None:
-        parts = [cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)]
-        print("  ".join(parts), file=self._stream, flush=True)
+    def _write(self, cells: dict[str, str]) -> None:
+        parts = [cells[name].rjust(width) for name, width in self._widths.items()]
+        print(self._separator.join(parts), file=self._stream, flush=True)
 
 
-def _peer_cells(theirs: Result, ours: Result) -> list[str]:
-    wrong = " !" if theirs["wrong"] else ""
-    ratio = theirs["median_s"] / ours["median_s"]
-    return [_microseconds(theirs["median_s"]) + wrong, f"{ratio:.2f}"]
+def legend(peers: Sequence[str]) -> list[str]:
+    """Explain the columns, in lines of at most 100 characters."""
+    lines = [
+        "time, min: median and minimum of all calls; a call takes as long as on its slowest rank",
+        "algbw: size / time, in GB/s (1e9 bytes a second); busbw: algbw x what the busiest link carries",
+        "wrong: elements of all results that are not what they must be",
+    ]
+    if peers:
+        lines.append(
+            "the others: median time in us, ! with wrong results; ratio: it / ferro's, above 1 ferro is faster"
+        )
+    return lines
+
+
+def spread(records: Sequence[BenchRecord]) -> list[str]:
+    """Say where the samples spread so far that something else used the machine."""
+    results: list[Result] = [result for record in records for result in record["results"].values()]
+    wide = [result["p90_s"] / result["p10_s"] for result in results if result["p90_s"] > _WIDE_SPREAD * result["p10_s"]]
+    if not wide:
+        return []
+    times = f"slow calls took up to {max(wide):.0f} times as long as quick ones (90th and 10th of 100)"
+    return [f"in {len(wide)} of {len(results)} results {times}:", "the machine was busy with something else"]
 
 
 def _microseconds(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 
@@ -33,17 +34,20 @@ class GlooBackend(Backend):
     Args:
         flat: the group over TCP.
         host: this rank's host, and the memory of its ranks.
+        is_world: True for the group of all ranks, with which the host's memory is closed.
     """
 
     labels_frames = True
 
-    def __init__(self, flat: TcpBackend, host: LocalHost) -> None:
+    def __init__(self, flat: TcpBackend, host: LocalHost, *, is_world: bool = False) -> None:
         super().__init__(flat.rank, flat.world_size, flat.choice)
         self._flat = flat
         self._host = host
         self._transfers = ShmTransfers(flat, host)
         self._collectives: Backend | None = None
         self._selected: Backend = flat
+        self._is_world = is_world
+        self._pid = os.getpid()
 
     @classmethod
     def connect(cls, config: BackendConfig) -> GlooBackend:
@@ -59,10 +63,13 @@ class GlooBackend(Backend):
         # The bootstrap has a group of its own, so that only the world's first operation reports a
         # failure of the world.
         bootstrap = flat.subgroup(range(config.world_size), MAX_CONTEXT)
+        world: GlooBackend | None = None
         try:
-            world = cls(flat, LocalHost.discover(bootstrap, config, deadline))
+            world = cls(flat, LocalHost.discover(bootstrap, config, deadline), is_world=True)
             world._collectives = world._choose_collectives(bootstrap, deadline)
         except BaseException as error:
+            if world is not None:
+                world.close()
             flat.close()
             if isinstance(error, TimeoutError | PeerLost):
                 raise _bootstrap_error(error, config) from error
@@ -93,10 +100,17 @@ class GlooBackend(Backend):
         if self._collectives is None:
             self._collectives = self._choose_collectives(self._flat, deadline)
         self._selected = self._collectives
-        if self.choice.fixed:  # algorithms that the user asked for run over TCP
-            self._flat.begin(call)  # a rank that makes another call may wait for this one on TCP
-            self._selected = self._flat if call.op in self.choice.fixed else self._collectives
+        if not self.choice.fixed:
+            self._selected.agree(call, deadline=deadline)
+            return
+        # The algorithms that the user asked for run over TCP. A rank that makes another call may wait for this one
+        # there, or in shared memory.
+        self._flat.begin(call)
         self._selected.agree(call, deadline=deadline)
+        if call.op in self.choice.fixed and self._selected is not self._flat:
+            self._selected.barrier(deadline=deadline)
+            self._selected = self._flat
+            self._flat.agree(call, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
@@ -151,7 +165,9 @@ class GlooBackend(Backend):
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
-        """End this group's operations on all its ranks; other groups go on."""
+        """End this group's operations on all its ranks, while other groups go on; a forked child ends nothing."""
+        if os.getpid() != self._pid:
+            return
         if self._collectives is not None:
             self._collectives.abort()
         self._flat.abort()
@@ -159,11 +175,15 @@ class GlooBackend(Backend):
     def close(self) -> None:
         """Close the connections, unless this is a subgroup, which owns none.
 
-        Afterwards only the user's arrays refer to shared memory.
+        Afterwards only the user's arrays refer to shared memory. A forked child leaves all that to its parent.
         """
+        if os.getpid() != self._pid:
+            return
         if self._collectives is not None:
             self._collectives.close()
         self._collectives = self._selected = self._flat
+        if self._is_world:
+            self._host.close()
         self._host = LocalHost.of_single_rank()
         self._transfers = ShmTransfers(self._flat, self._host)
         self._flat.close()

@@ -33,7 +33,7 @@ def connect(config: BackendConfig) -> HybridBackend:
                 requested=name,
                 options=composition.options.get(name, {}),
             )
-            created[name] = backends.get(name).create(own)
+            created[name] = backends.create(backends.get(name), own)
             undo.callback(created[name].close)
         named, p2p = composition.collectives, created[composition.p2p]
         if isinstance(named, str):

@@ -12,6 +12,7 @@ from ferro import (
     BackendUnavailable,
     Device,
     FerroError,
+    PluginError,
     backends,
     hookimpl,
 )
@@ -26,8 +27,8 @@ def _probe() -> Availability:
         infos = [info for info in possible_parts(Device.CPU) if info.default_under]
         usable = [info.name for info in infos if backends.probe(info).ok]
         cpu, cuda = _name_or_reason(lambda: default_cpu_backend(_launcher())), _name_or_reason(default_gpu_backend)
-    except FerroError as error:  # a plugin is broken
-        return Availability(ok=False, reason=str(error), hint="repair or uninstall it")
+    except FerroError as error:  # two plugins claim one name
+        return Availability(ok=False, reason=str(error), hint="Uninstall one of them.")
     if not usable:
         return Availability(ok=False, reason=f"cpu: {cpu}", hint="install a backend that can")
     return Availability(ok=True, reason=f"cpu: {cpu}; cuda: {cuda}")
@@ -38,6 +39,8 @@ def _name_or_reason(choose: Callable[[], str]) -> str:
         return choose()
     except BackendUnavailable as error:
         return error.reason
+    except PluginError:  # of another plugin, which has a row of its own
+        return "no default beside a broken plugin, name one"
 
 
 def _launcher() -> str:

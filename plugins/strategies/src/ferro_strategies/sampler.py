@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ class ShardedSampler:
     If `length` is no multiple of n, the first ranks get one item more by default: no item is lost or repeated, and
     numbers of batches may differ by one between ranks (see `DDP.join`). With `drop_last` or `pad` every rank gets the
     same number of items.
+
+    `state_dict` tells which items of the epoch have been handed out, and after `load_state_dict` the next iteration
+    goes on with those that follow, also where the number of ranks has changed.
 
     Args:
         length: items in the data set.
@@ -56,6 +59,8 @@ class ShardedSampler:
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        # Items of the epoch, of all ranks, that were handed out: in all, and before the next iteration begins.
+        self._taken = self._resume_at = 0
         rest = length % self.world_size
         if drop_last:
             self._used = length - rest
@@ -65,23 +70,55 @@ class ShardedSampler:
             self._used = length
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew; call it on every rank before each epoch."""
+        """Shuffle anew; call it on every rank before each epoch.
+
+        The epoch of a loaded state goes on where it was left, if that epoch is given here.
+        """
+        if epoch != self.epoch:
+            self._taken = self._resume_at = 0
         self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how much of it was handed out, the same on every rank after equal numbers of batches.
+
+        Items count from the moment at which the sampler hands them out, so a program that reads batches ahead saves the
+        state that it had when it took the batch it trains on.
+        """
+        return {"length": self.length, "seed": self.seed, "epoch": self.epoch, "taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on in the epoch of a saved state: the next iteration begins with the items that were not handed out.
+
+        Raises:
+            UsageError: the state belongs to a data set of another length, or lacks something.
+        """
+        missing = {"length", "seed", "epoch", "taken"} - state.keys()
+        if missing or state["length"] != self.length:
+            found = f"lacks {', '.join(sorted(missing))}" if missing else f"is of {state['length']} items"
+            raise UsageError(
+                f"ShardedSampler.load_state_dict: the state {found}; this sampler has {self.length} items."
+            )
+        self.seed, self.epoch = state["seed"], state["epoch"]
+        self._taken = self._resume_at = state["taken"]
 
     def __len__(self) -> int:
         return len(range(self.rank, self._used, self.world_size))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.indices().tolist())
+        return (int(batch[0]) for batch in self.batches(1))
 
     def indices(self) -> npt.NDArray[np.int64]:
         """Compute this rank's indices of this epoch, of shape (len(self),)."""
+        return self._indices_from(0)
+
+    def _indices_from(self, taken: int) -> npt.NDArray[np.int64]:
+        """Compute this rank's indices of this epoch after the first `taken` items of all ranks."""
         order = np.arange(self.length)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
         # np.resize pads by repeating from the start; an empty array has nothing to repeat.
         used = np.resize(order, self._used) if self._used else order[:0]
-        return used[self.rank :: self.world_size]
+        return used[taken + self.rank :: self.world_size]
 
     def batches(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
         """Yield this rank's indices in batches of `batch_size`; the last may be smaller.
@@ -91,8 +128,15 @@ class ShardedSampler:
         """
         if batch_size < 1:
             raise UsageError(f"ShardedSampler: batch_size must be at least 1, not {batch_size}.")
-        indices = self.indices()
-        return (indices[at : at + batch_size] for at in range(0, len(indices), batch_size))
+        return self._batches(batch_size)
+
+    def _batches(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+        self._taken, self._resume_at = self._resume_at, 0
+        indices = self._indices_from(self._taken)
+        for at in range(0, len(indices), batch_size):
+            batch = indices[at : at + batch_size]
+            self._taken = min(self._taken + len(batch) * self.world_size, self._used)
+            yield batch
 
     def __repr__(self) -> str:
         return f"ShardedSampler({self.length}, rank {self.rank} of {self.world_size}, epoch {self.epoch})"

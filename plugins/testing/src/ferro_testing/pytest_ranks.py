@@ -112,7 +112,10 @@ def _combined_failure(failures: Mapping[int, BaseException], late: str, world_si
         return cause
     cause.add_note(f"(on rank {first} of {world_size}, {_SIMULATED})")
     for rank in others:
-        if failures[rank] is not cause:
+        if isinstance(failures[rank], _CONSEQUENCES) and not isinstance(cause, _CONSEQUENCES):
+            line = str(failures[rank]).partition("\n")[0]
+            cause.add_note(f"--- rank {rank}: {type(failures[rank]).__name__}: {line}")
+        elif failures[rank] is not cause:
             text = "".join(traceback.format_exception(failures[rank]))
             cause.add_note(f"--- rank {rank}:\n{text}")
     if late:

@@ -1,17 +1,11 @@
 """This process's place in its job, and the user's settings: the only reader of `os.environ` in ferro."""
 
+from ferro.runtime.environment.cores import thread_advice, usable_cores
 from ferro.runtime.environment.launch_info import Address, LaunchInfo, format_address, parse_address, read_secret
 from ferro.runtime.environment.resolver import resolve
-from ferro.runtime.environment.settings import (
-    child_environment,
-    node_defaults,
-    options,
-    replace_environment,
-    usable_cores,
-    variable,
-)
+from ferro.runtime.environment.settings import child_environment, node_defaults, options, replace_environment, variable
 
 __all__ = [
     "Address", "LaunchInfo", "child_environment", "format_address", "node_defaults", "options", "parse_address",
-    "read_secret", "replace_environment", "resolve", "usable_cores", "variable",
+    "read_secret", "replace_environment", "resolve", "thread_advice", "usable_cores", "variable",
 ]  # fmt: skip

@@ -24,8 +24,7 @@ class LaunchInfo:
     world_size: int
     local_rank: int  # among the processes of the job on this host
     local_world_size: int
-    # "ferro", "torchrun", "openmpi", "mpich", "slurm", "kubeflow", "arguments" (the caller gave rank or world size), or
-    # "single" (no launcher)
+    # "ferro", a launcher in `LAUNCHERS`, "arguments" (the caller gave rank or world size), or "single" (no launcher)
     launcher: str
     # A name that all ranks of this job on one host share, and no other job there has. Ranks on other hosts have it too,
     # unless the launcher names no job (Hydra's mpiexec; RANK and WORLD_SIZE set by hand without MASTER_ADDR).
@@ -33,6 +32,7 @@ class LaunchInfo:
     store: Address | None = None  # where a store runs already
     master: Address | None = None  # where rank 0 is to host the store
     master_port_taken: bool = False  # torchrun's agent listens on the master's port itself
+    master_derived: bool = False  # nobody named the master: it is the first node of the scheduler's list
     secret: bytes | None = field(default=None, repr=False)
     provenance: tuple[tuple[str, str], ...] = ()  # (attribute, variable or argument that it came from), for messages
 
@@ -50,23 +50,31 @@ class LaunchInfo:
 
 
 class LauncherVariables(NamedTuple):
-    """The names of the variables of one launcher."""
+    """The names of the variables of one launcher; `schedulers.completed` adds those that it computes."""
 
     launcher: str
     rank: str
     world_size: str
-    local_rank: str
-    local_world_size: str
+    local_rank: str = ""
+    local_world_size: str = ""
+    per_node: bool = False  # the numbers count nodes or pods, each with one process: a rank, or a launcher of its own
 
 
 _OMPI = "OMPI_COMM_WORLD_"
-# "torchrun" is called "ferro" where FERRO_STORE is set. For Slurm and Kubeflow see `resolver._started_this_process`.
+# A launcher stands before those that may start it. "torchrun" is called "ferro" where FERRO_STORE is set.
 LAUNCHERS = (
     LauncherVariables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     LauncherVariables("openmpi", f"{_OMPI}RANK", f"{_OMPI}SIZE", f"{_OMPI}LOCAL_RANK", f"{_OMPI}LOCAL_SIZE"),
     LauncherVariables("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     LauncherVariables("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-    LauncherVariables("kubeflow", "PET_NODE_RANK", "PET_NNODES", "", "PET_NPROC_PER_NODE"),
+    LauncherVariables(
+        "flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE / FLUX_JOB_NNODES"
+    ),
+    LauncherVariables("pbs", "PBS_VNODENUM", "PBS_NP", "earlier tasks of this host", "tasks of this host"),
+    LauncherVariables("kubeflow", "PET_NODE_RANK", "PET_NNODES", per_node=True),
+    LauncherVariables("skypilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", per_node=True),
+    LauncherVariables("leaderworkerset", "LWS_WORKER_INDEX", "LWS_GROUP_SIZE", per_node=True),
+    LauncherVariables("jobset", "JOB_COMPLETION_INDEX", "NNODES", per_node=True),
 )
 
 

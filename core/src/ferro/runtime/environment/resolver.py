@@ -3,15 +3,14 @@
 The variables of one launcher are read whole or not at all. A part of them, a value that is no number and two launchers
 that disagree are errors, since a guess could start a job of the wrong size, which hangs.
 
-A Slurm step or a Kubeflow node with one process each often starts a launcher of its own there
-(`srun --ntasks-per-node=1 torchrun …`). The outer variables then count launchers, not ranks: they are ignored when a
-launcher before theirs in `LAUNCHERS` knows its local world size.
+A scheduler that starts one process on each node often starts a launcher there (`srun --ntasks-per-node=1 torchrun …`).
+The outer variables then count launchers, not ranks: they are ignored when a launcher before theirs in `LAUNCHERS` knows
+its local world size, or its numbers fit to that many nodes.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +28,12 @@ from ferro.runtime.environment.launch_info import (
     parse_address,
     read_secret,
 )
+from ferro.runtime.environment.schedulers import SCHEDULERS, completed, scheduled_address, started_this_process
 
-_FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0  # from here on: batch script, interactive shell, extern
 _MAX_ANCESTORS = 64  # a bound for a /proc that changes while it is read
 
+# The launchers whose numbers are compared with those of a launcher that knows its local world size.
+_COMPARED = ("openmpi", "mpich", "slurm")
 # Variables that name the job, tried in this order.
 _JOB_VARIABLES = {
     "openmpi": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_ess_jobid"),
@@ -48,6 +49,7 @@ class Placement(NamedTuple):
     world_size: SourcedInt
     local_rank: SourcedInt | None
     local_world_size: SourcedInt | None
+    scheduler: str = ""  # the one that started this process as a task with these numbers
 
 
 def resolve(
@@ -58,14 +60,22 @@ def resolve(
     rendezvous: str | None = None,
 ) -> LaunchInfo:
     """Find this process's place in its job, or raise UsageError; the arguments beat the variables."""
+    env = completed(env)
     place = _agreed_placement(env, rank, world_size) or _unlaunched(rank, world_size)
     _check_range("rank", place.rank, place.world_size)
     store = None
     if rendezvous is None and "FERRO_STORE" in env:
         store = parse_address(env["FERRO_STORE"], source="FERRO_STORE")
-    optional = place.world_size.value == 1 or store is not None
-    master, master_source = _master(env, place.launcher, rendezvous, optional)
+    settled = place.world_size.value == 1 or store is not None
+    # Under a scheduler half an address is enough: it knows the host, and the port can be derived.
+    half = settled or bool(place.scheduler)
+    master, master_source = _master(env, place.launcher, rendezvous, half)
     local_rank, local_size = _local_pair(place, master)
+    derived = None
+    if master is None and not settled and local_size.value != place.world_size.value:
+        derived = scheduled_address(env, place.scheduler)
+    if derived is not None:
+        master, master_source = derived
     _check_range("local rank", local_rank, local_size)
     numbers = {"rank": place.rank, "world_size": place.world_size}
     numbers |= {"local_rank": local_rank, "local_world_size": local_size}
@@ -79,6 +89,7 @@ def resolve(
         master=master,
         master_port_taken=master_source == "MASTER_ADDR, MASTER_PORT"
         and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        master_derived=derived is not None,
         secret=read_secret(env),
         provenance=tuple((name, source) for name, source in sources.items() if source),
     )
@@ -86,26 +97,54 @@ def resolve(
 
 def _agreed_placement(env: Mapping[str, str], rank: int | None, world_size: int | None) -> Placement | None:
     """Read the first launcher's placement, and check that the others do not contradict it."""
-    found = [place for variables in LAUNCHERS if (place := _placement(variables, env, rank, world_size))]
-    for other in found[1:]:
-        first, size = found[0], other.local_world_size
-        counts_nodes = other.launcher in ("slurm", "kubeflow") and size is not None and size.value == 1
-        if counts_nodes and first.local_world_size is not None:
-            continue
-        for ours, theirs in ((first.rank, other.rank), (first.world_size, other.world_size)):
-            if ours.value != theirs.value:
-                raise UsageError(
-                    f"two launchers disagree: {ours}, but {theirs}; unset the variables of the one that did not start "
-                    "this process, or pass rank= and world_size="
-                )
-    return found[0] if found else None
+    first: Placement | None = None
+    for variables in LAUNCHERS:
+        if first is not None and first.local_world_size is not None and variables.launcher not in _COMPARED:
+            continue  # the others start nodes' launchers and daemons of mpiexec as they start ranks
+        other = _placement(variables, env, rank, world_size)
+        if first is None or other is None:
+            first = first or other
+        elif (first.rank.value, first.world_size.value) == (other.rank.value, other.world_size.value):
+            first = _joined(first, other)
+        elif _is_inside(first, other):
+            if first.local_world_size is None:
+                first = first._replace(scheduler=other.scheduler)
+        else:
+            ours, theirs = next(
+                pair
+                for pair in ((first.rank, other.rank), (first.world_size, other.world_size))
+                if pair[0].value != pair[1].value
+            )
+            raise UsageError(
+                f"two launchers disagree: {ours}, but {theirs}; unset the variables of the one that did not start "
+                "this process, or pass rank= and world_size="
+            )
+    return first
+
+
+def _joined(inner: Placement, outer: Placement) -> Placement:
+    """Complete a placement without local rank by an equal one of the scheduler around it."""
+    if inner.local_world_size is not None or outer.local_world_size is None:
+        return inner
+    if inner.launcher == "torchrun" and outer.launcher not in ("openmpi", "mpich"):
+        return outer  # RANK and WORLD_SIZE were set by hand from the scheduler's numbers; the scheduler names the job
+    return outer._replace(launcher=inner.launcher, rank=inner.rank, world_size=inner.world_size)
+
+
+def _is_inside(inner: Placement, outer: Placement) -> bool:
+    """Say whether the outer launcher counts nodes, and the inner one the ranks that were started on each."""
+    if outer.local_world_size is None or outer.local_world_size.value != 1:
+        return False
+    each, rest = divmod(inner.world_size.value, max(1, outer.world_size.value))
+    fits = each > 0 and rest == 0 and inner.rank.value // each == outer.rank.value
+    return fits or inner.local_world_size is not None
 
 
 def _placement(
     variables: LauncherVariables, env: Mapping[str, str], rank: int | None, world_size: int | None
 ) -> Placement | None:
     """Read one launcher's placement; None where this launcher did not start this process."""
-    if not _started_this_process(variables, env):
+    if not started_this_process(variables, env):
         return None
     given = {variables.rank: rank, variables.world_size: world_size}
     for name, other in ((variables.rank, variables.world_size), (variables.world_size, variables.rank)):
@@ -118,53 +157,20 @@ def _placement(
             )
     ranks = integer(env, variables.rank) if rank is None else SourcedInt(rank, "rank=")
     sizes = integer(env, variables.world_size) if world_size is None else SourcedInt(world_size, "world_size=")
+    scheduler = variables.launcher if variables.launcher in SCHEDULERS else ""
     if any(value is not None and env.get(name) != str(value) for name, value in given.items()):
-        return Placement("arguments", ranks, sizes, None, None)  # the launcher's local rank belongs to its own rank
-    launcher = variables.launcher
-    if launcher == "kubeflow":
-        one_here = "PET_NPROC_PER_NODE"
-        return Placement(launcher, ranks, sizes, SourcedInt(0, one_here), SourcedInt(1, one_here))
+        # The launcher's local rank belongs to its own rank.
+        return Placement("arguments", ranks, sizes, None, None, scheduler)
+    if variables.per_node:
+        source = f"{variables.rank}: one process a node"
+        return Placement(variables.launcher, ranks, sizes, SourcedInt(0, source), SourcedInt(1, source), scheduler)
+    launcher = "ferro" if variables.launcher == "torchrun" and "FERRO_STORE" in env else variables.launcher
     local_rank = _optional_integer(env, variables.local_rank)
-    if launcher == "slurm":
-        return Placement(launcher, ranks, sizes, local_rank, _slurm_tasks_here(env))
-    if launcher == "torchrun" and "FERRO_STORE" in env:
-        launcher = "ferro"
-    return Placement(launcher, ranks, sizes, local_rank, _optional_integer(env, variables.local_world_size))
+    return Placement(launcher, ranks, sizes, local_rank, _optional_integer(env, variables.local_world_size), scheduler)
 
 
 def _optional_integer(env: Mapping[str, str], name: str) -> SourcedInt | None:
     return integer(env, name) if name in env else None
-
-
-def _started_this_process(variables: LauncherVariables, env: Mapping[str, str]) -> bool:
-    if variables.launcher == "kubeflow":
-        # With any other count per node, the variables describe the launcher on this node.
-        return env.get("PET_NPROC_PER_NODE") == "1" and "PET_NODE_RANK" in env
-    if variables.launcher == "slurm":
-        # A batch script or a shell within an allocation sees the allocation's numbers, yet is one process: only a
-        # process that srun started belongs to a step with an ordinary number.
-        step = env.get("SLURM_STEP_ID", "")
-        return step.isdecimal() and int(step) < _FIRST_RESERVED_SLURM_STEP and "SLURM_PROCID" in env
-    return any(name in env for name in variables[1:]) or (variables.launcher == "torchrun" and "FERRO_STORE" in env)
-
-
-def _slurm_tasks_here(env: Mapping[str, str]) -> SourcedInt | None:
-    """Read the number of the step's tasks on this node; Slurm writes lists such as "2(x3),1", by node."""
-    name = "SLURM_STEP_TASKS_PER_NODE"
-    if name not in env:
-        return _optional_integer(env, "SLURM_NTASKS_PER_NODE")
-    counts: list[tuple[int, int]] = []
-    for part in env[name].split(","):
-        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
-        if match is None:
-            raise UsageError(f"{name}={env[name]!r} is not a list such as 2(x3),1; unset it")
-        counts.append((int(match[1]), int(match[2] or 1)))
-    node = integer(env, "SLURM_NODEID").value if "SLURM_NODEID" in env else 0
-    for tasks, nodes in counts:
-        if node < nodes:
-            return SourcedInt(tasks, name)
-        node -= nodes
-    raise UsageError(f"{name}={env[name]!r} has no entry for SLURM_NODEID={env['SLURM_NODEID']}")
 
 
 def _unlaunched(rank: int | None, world_size: int | None) -> Placement:
@@ -226,8 +232,8 @@ def _job_name(env: Mapping[str, str], place: Placement, store: Address | None, m
         return f"single:{_process_name(os.getpid())}"
     if store is not None:
         return f"{launcher}:{format_address(store)}:{env.get('FERRO_RESTART', '0')}"
-    if launcher == "slurm":
-        return f"slurm:{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
+    if launcher in SCHEDULERS and (job := SCHEDULERS[launcher].job(env)):
+        return f"{launcher}:{job}"
     for name in _JOB_VARIABLES.get(launcher, ()):
         if name in env:
             return f"{launcher}:{env[name]}"

@@ -1,4 +1,4 @@
-"""The user's settings, Kubeflow's settings of a node, and the environment of the ranks that `ferro run` starts."""
+"""The user's settings, a scheduler's of a node, and the environment of the ranks that `ferro run` starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ferro.errors import UsageError
+from ferro.runtime.environment.cores import usable_cores
 from ferro.runtime.environment.launch_info import LAUNCHERS, Address, LaunchInfo, address_pair, format_address, integer
+from ferro.runtime.environment.schedulers import (
+    SCHEDULERS,
+    completed,
+    one_task_on_each_node,
+    scheduled_address,
+    started_this_process,
+)
 
 # The ranks of `ferro run` do not get the variables by which another launcher tells a process its place.
 _FOREIGN_PREFIXES = ("OMPI_COMM_WORLD_", "PET_", "PMI_", "PMIX_", "TORCHELASTIC_")
 _FOREIGN = frozenset(
-    {name for variables in LAUNCHERS for name in (variables.rank, variables.local_rank)}
-    | {"FERRO_MASTER_PORT", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
+    # A number of the node is left to the program: it fits to the ranks there.
+    {name for variables in LAUNCHERS if not variables.per_node for name in (variables.rank, variables.local_rank)}
+    | {"PBS_TASKNUM", "FERRO_MASTER_PORT", "HYDI_CONTROL_FD", "MPI_LOCALNRANKS"}
     | {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"}
 )
 
@@ -30,7 +39,7 @@ class Options(NamedTuple):
 
 
 class NodeDefaults(NamedTuple):
-    """Kubeflow's PET_* variables for this node; None where one is not set."""
+    """What Kubeflow or a scheduler tells this node's launcher; None where it does not."""
 
     nnodes: int | None
     node_rank: int | None
@@ -65,8 +74,11 @@ def variable(name: str) -> str | None:
 
 
 def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
-    """Read Kubeflow's variables for this node, as defaults for `ferro run`."""
-    env = os.environ if environ is None else environ
+    """Read what a launcher of launchers tells this node, as defaults for `ferro run`.
+
+    That is Kubeflow, or a scheduler that started one process on each of several nodes.
+    """
+    env = completed(os.environ if environ is None else environ)
 
     def number(name: str) -> int | None:
         return integer(env, name).value if name in env else None
@@ -74,12 +86,18 @@ def node_defaults(environ: Mapping[str, str] | None = None) -> NodeDefaults:
     # With one of these words Kubeflow leaves the number to the launcher.
     automatic = env.get("PET_NPROC_PER_NODE") in ("auto", "cpu", "gpu")
     pair = ("PET_MASTER_ADDR", "PET_MASTER_PORT")
-    return NodeDefaults(
-        nnodes=number("PET_NNODES"),
-        node_rank=number("PET_NODE_RANK"),
-        nproc_per_node=None if automatic else number("PET_NPROC_PER_NODE"),
-        endpoint=address_pair(env, *pair) if any(name in env for name in pair) else None,
-    )
+    endpoint = address_pair(env, *pair) if any(name in env for name in pair) else None
+    nproc = None if automatic else number("PET_NPROC_PER_NODE")
+    found = NodeDefaults(number("PET_NNODES"), number("PET_NODE_RANK"), nproc, endpoint)
+    if found != NodeDefaults(None, None, None, None):
+        return found
+    for variables in LAUNCHERS:
+        if variables.launcher in SCHEDULERS and started_this_process(variables, env):
+            nnodes, node_rank = number(variables.world_size), number(variables.rank)
+            if nnodes != 1 and (variables.per_node or one_task_on_each_node(variables, env)):
+                address = scheduled_address(env, variables.launcher)
+                return NodeDefaults(nnodes, node_rank, None, address and address[0])
+    return found
 
 
 def replace_environment(variables: Mapping[str, str]) -> None:
@@ -123,10 +141,3 @@ def child_environment(
         "FERRO_TIMEOUT_S": timeout_s,
     }
     return env | {name: str(value) for name, value in passed.items() if value is not None}
-
-
-def usable_cores() -> int:
-    """Count the CPU cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

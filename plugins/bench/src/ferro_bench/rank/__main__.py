@@ -1,9 +1,9 @@
 """One rank of one library: carry out the driver's orders until it says "end" or is gone.
 
-    python -m ferro_bench.rank TASK LIBRARY [RANK]
+    python -m ferro_bench.rank TASK LIBRARY [RANK | COLLECTIVE=ALGORITHM ...]
 
-TASK is the file that the driver wrote for this world. During other libraries' turns this
-process waits in `recv` and uses no CPU time.
+TASK is the file that the driver wrote for this world; the pairs say which algorithms ferro is to use. During other
+libraries' turns this process waits in `recv` and uses no CPU time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _LEAVE_S = 3.0
 def main() -> None:
     """Run the rank."""
     task = json.loads(Path(sys.argv[1]).read_text())
-    rank = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    more = sys.argv[3:]
+    task["algorithms"] = dict(pair.split("=") for pair in more if "=" in pair)
+    rank = int(more[0]) if more and not task["algorithms"] else 0
     library = open_library(sys.argv[2], task, rank, task["world_size"])
     channel = Channel(task["host"], task["port"], bytes.fromhex(task["secret"]))
     channel.send(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .case import BenchCase
 from .pattern import Numbers
@@ -32,7 +32,7 @@ class MeasuredLibrary(Protocol):
         """Leave the other ranks; all ranks call it."""
 
 
-def open_library(name: str, task: dict[str, str], rank: int, world_size: int) -> MeasuredLibrary:
+def open_library(name: str, task: dict[str, Any], rank: int, world_size: int) -> MeasuredLibrary:
     """Connect this rank of a library.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
@@ -16,9 +17,12 @@ from .library import Operation
 from .pattern import Numbers, dtype_of
 
 
-def connect(task: Mapping[str, str], _rank: int, _world_size: int) -> Ferro:
-    """Join the world that `ferro run` started."""
-    return Ferro(ferro.init(task["backend"] or None))
+def connect(task: Mapping[str, Any], _rank: int, _world_size: int) -> Ferro:
+    """Join the world that a launcher started."""
+    try:
+        return Ferro(ferro.init(task["backend"] or None, algorithms=task["algorithms"]))
+    except ferro.BackendUnavailable as error:
+        sys.exit(f"ferro: {error}")
 
 
 class Ferro:

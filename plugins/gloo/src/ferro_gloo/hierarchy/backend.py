@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.collectives.defaults import release
 from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
@@ -20,8 +19,8 @@ class HierarchicalBackend(Backend):
     A collective consists of steps within each host (`local`) and steps on rails, each of which connects one rank of
     every host (see `topology`). If one rank makes another call, some rank that exchanges data with it finds the
     mismatch, because every message and every round carries the call's label. That rank's error ends the group and wakes
-    all ranks that wait. No rank can have returned before: rooted calls begin with a message from every rank to rank 0,
-    those that collect data end with rank 0's answer, and the result of any other call depends on data from every rank.
+    all ranks that wait. No rank can have returned before: rooted calls begin with a barrier, and the result of any
+    other call depends on data from every rank.
 
     Contributions are combined host by host, so a floating-point sum may differ from that in order
     of rank by rounding; it has the same bits on all ranks. Where the result must be that of rank
@@ -57,10 +56,15 @@ class HierarchicalBackend(Backend):
         self._flat.exchange(sends, recvs, tag=tag, deadline=deadline)
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """See `Backend.agree`."""
+        """See `Backend.agree`; a rooted call begins with a barrier.
+
+        Otherwise a rank could wait for one that waits for it in another call, without a message between them.
+        """
         self.call = call
-        self._flat.agree(call, deadline=deadline)
+        self._flat.begin(call)
         self._groups.begin(call)
+        if call.root >= 0:
+            self.barrier(deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`: a barrier on each host, one of the hosts' leaders, and again one on each host."""
@@ -72,6 +76,7 @@ class HierarchicalBackend(Backend):
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
         if self._needs_rank_order(reduction):
+            self._groups.local.barrier(deadline=deadline)  # a rank in another call may wait here for this one
             self._flat.all_reduce(buffer, reduction, deadline=deadline)
         else:
             reductions.all_reduce(self._groups, buffer, reduction, deadline)
@@ -82,7 +87,6 @@ class HierarchicalBackend(Backend):
             self._flat.reduce(buffer, reduction, root, deadline=deadline)
         else:
             reductions.reduce(self._groups, buffer, reduction, root, deadline)
-            release(self, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
@@ -105,6 +109,7 @@ class HierarchicalBackend(Backend):
     ) -> None:
         """See `Backend.reduce_scatter`."""
         if self._needs_rank_order(reduction):
+            self._groups.local.barrier(deadline=deadline)  # a rank in another call may wait here for this one
             self._flat.reduce_scatter(source, out, counts, reduction, deadline=deadline)
         else:
             reductions.reduce_scatter(self._groups, source, out, counts, reduction, deadline)
@@ -125,7 +130,7 @@ class HierarchicalBackend(Backend):
         self._flat.abort()
 
     def close(self) -> None:
-        """End the network thread; close the flat group."""
+        """End the network thread; close the local and the flat group."""
         self._groups.close()
         self._flat.close()
 

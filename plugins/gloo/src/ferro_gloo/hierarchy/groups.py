@@ -123,8 +123,9 @@ class HierarchyGroups:
         return self._network_thread.start("network", lambda _: context.run(task))
 
     def close(self) -> None:
-        """End the network thread."""
+        """End the network thread; close the local group."""
         self._network_thread.close(time.monotonic())
+        self.local.close()
 
     def _run_on_rail(self, network: Phase, index: int) -> None:
         if self.rail is not None:

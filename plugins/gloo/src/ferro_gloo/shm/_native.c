@@ -41,6 +41,7 @@
 #define LOW_HALF (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0)
 #define MOST_TRIES 1000000
 #define MOST_SECONDS 86400
+#define LONGEST_SLEEP 0.1 /* in seconds */
 
 PyObject *sum_half(PyObject *module, PyObject *args); /* in _half.c */
 
@@ -88,7 +89,7 @@ static int sleep_on(char *counter, int64_t value, const struct timespec *until)
 
 /* Spin, then yield, then sleep, from counter `index` on; return the first behind, or -1. */
 static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
-                                   long yields, double seconds)
+                                   long yields, double seconds, int *interrupted)
 {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -103,6 +104,7 @@ static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, lon
             yields--;
             sched_yield();
         } else if (!sleep_on(awaited->first + index * awaited->stride, awaited->value, &until)) {
+            *interrupted = errno == EINTR;
             break;
         }
     }
@@ -170,10 +172,18 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
         awaited.first = (char *)memory.buf + offset;
         behind = first_behind(&awaited, 0);
     }
-    if (behind >= 0) {
+    /* A signal that comes just before the sleep does not end it, so no sleep is long. */
+    while (behind >= 0 && valid) {
+        double part = seconds < LONGEST_SLEEP ? seconds : LONGEST_SLEEP;
+        int interrupted = 0;
         Py_BEGIN_ALLOW_THREADS
-        behind = wait_without_gil(&awaited, behind, spins, yields, seconds);
+        behind = wait_without_gil(&awaited, behind, spins, yields, part, &interrupted);
         Py_END_ALLOW_THREADS
+        seconds -= part;
+        spins = yields = 0;
+        valid = behind < 0 || PyErr_CheckSignals() == 0;
+        if (seconds <= 0 || interrupted)
+            break;
     }
     PyBuffer_Release(&memory);
     if (!valid)

@@ -66,6 +66,8 @@ class Arena:
         self._reserved = 0  # bytes, from the beginning
         self._free: dict[int, int] = {}  # offset -> bytes
         self._freed: deque[tuple[int, int]] = deque()  # appended by finalizers, which must not lock
+        self._allocated: set[int] = set()  # the offsets of arrays that are in use
+        self._closed = False
         self._retired: list[ArenaSpan] = []
 
     def allocate(self, size: int) -> Array:
@@ -81,8 +83,16 @@ class Arena:
         assert offset is not None, "an arena that has grown has free memory"
         # `frombuffer` makes the array that every view keeps alive as its base.
         array: Array = np.frombuffer(self._segment.memory, np.uint8, size, offset)
-        weakref.finalize(array, self._freed.append, (offset, size)).atexit = False
+        self._allocated.add(offset)
+        weakref.finalize(array, self._finalize, offset, size).atexit = False
         return array
+
+    def close(self) -> None:
+        """Give the memory back when the last array is gone; other ranks' views of it count for nothing."""
+        self._closed = True
+        self._segment.close_file()
+        if not self._allocated:
+            self._segment.close()
 
     def span_of(self, buffer: Array) -> ArenaSpan | None:
         """Find the span of a buffer; None if it is not in this arena."""
@@ -96,6 +106,13 @@ class Arena:
     def retire(self, span: ArenaSpan) -> None:
         """Never allocate again the memory in which a span lies."""
         self._retired.append(span)
+
+    def _finalize(self, offset: int, size: int) -> None:
+        """Take back the memory of an array that is gone."""
+        self._freed.append((offset, size))
+        self._allocated.discard(offset)
+        if self._closed and not self._allocated:
+            self._segment.close()
 
     def _pop_free(self, size: int) -> int | None:
         while self._freed:
@@ -206,6 +223,14 @@ class HostArenas:
             segment.prefault(start, end - start)
             self._prefaulted[rank] = end
         return memory[span.offset : span.offset + span.nbytes]
+
+    def close(self) -> None:
+        """Allocate no more, and give back all memory but that of this rank's arrays, which stay as they are."""
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
+        for segment, _ in self._peers.values():
+            segment.close()
 
     def _warn_once(self, error: OSError) -> None:
         if not self._warned:

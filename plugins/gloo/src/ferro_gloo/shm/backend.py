@@ -14,6 +14,7 @@ from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
 from ferro_gloo.shm.arena import HostArenas
 from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.mapping import is_used_by_other_threads
 from ferro_gloo.shm.region import ShmRegion
 from ferro_gloo.shm.single_round import SingleRoundCollectives
 from ferro_gloo.shm.slot_ring import SlotRing
@@ -39,6 +40,7 @@ class ShmBackend(Backend):
     def __init__(self, region: ShmRegion, tcp: TcpBackend, arenas: HostArenas) -> None:
         super().__init__(tcp.rank, tcp.world_size, tcp.choice)
         self._tcp = tcp
+        self._region = region
         self._ring = SlotRing(region, tcp)
         self._runner = ChunkedRunner(region, self._ring, tcp, arenas)
         self._single_round = SingleRoundCollectives(region, self._ring, tcp.rank)
@@ -132,7 +134,9 @@ class ShmBackend(Backend):
         self._tcp.abort()
 
     def close(self) -> None:
-        """Do nothing: the memory is released when no object refers to it."""
+        """Give the memory back, or, while another thread is in a collective, when no object refers to it."""
+        if not is_used_by_other_threads():
+            self._region.close()
 
 
 def _are_even(counts: Sequence[int]) -> bool:

@@ -7,8 +7,10 @@ tells the others its name over TCP, and tries to open theirs.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from ferro.hookspecs import BackendConfig
 from ferro.runtime.environment import usable_cores
 from ferro_gloo.shm.arena import HostArenas, arena_bytes
 from ferro_gloo.shm.counters import NATIVE_IS_AVAILABLE, pure_python_is_safe
+from ferro_gloo.shm.mapping import is_used_by_other_threads
 from ferro_gloo.shm.region import RegionLayout, ShmRegion
 from ferro_gloo.shm.segment import NAME_BYTES, ShmSegment, remove_stale_names, unlink_name
 from ferro_gloo.tcp.backend import TcpBackend
@@ -65,6 +68,8 @@ class LocalHost:
     def __init__(self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool) -> None:
         self._native = native
         self._lowest_ranks = tuple(lowest_ranks)
+        _hosts.add(self)
+        self._regions: weakref.WeakSet[ShmSegment] = weakref.WeakSet()
         self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()
         self.arenas = arenas
 
@@ -88,15 +93,21 @@ class LocalHost:
         if bool(config.options.get("shared_memory", True)):
             own, name, reason = _create_arena(n)
         digest = hashlib.sha256(config.host_id.encode()).digest()[:16]
+        opened: dict[int, ShmSegment] = {}
         try:
             offer = _ARENA_OFFER.pack(0 if own is None else own.nbytes, name, digest)
             gathered = bootstrap_all_gather(group, offer, deadline)
             offers = [_ArenaOffer(*_ARENA_OFFER.unpack(raw)) for raw in gathered]
-            opened = {} if own is None else _open_arenas(offers, me)
-            masks = bootstrap_all_gather(group, _bitmask(n, [me, *opened]), deadline)
-        finally:
             if own is not None:
-                own.unlink()
+                opened = _open_arenas(offers, me)
+            masks = bootstrap_all_gather(group, _bitmask(n, [me, *opened]), deadline)
+        except BaseException:
+            for segment in (own, *opened.values()):
+                if segment is not None:
+                    segment.close()
+            raise
+        if own is not None:
+            own.unlink()
         without = [rank for rank, offer in enumerate(offers) if offer.nbytes == 0]
         if reason and _is_first_to_warn(me, without, config.addresses):
             _warn_of_tcp(reason)
@@ -131,6 +142,10 @@ class LocalHost:
             has_native = self._native and NATIVE_IS_AVAILABLE
             answer = _REGION_ANSWER.pack(segment is not None, has_native, pure_python_is_safe())
             answers = bootstrap_all_gather(group, answer, deadline)
+        except BaseException:
+            if segment is not None:
+                segment.close()
+            raise
         finally:
             if any(name):
                 unlink_name(name)  # every rank does it, because the owner may have died meanwhile
@@ -148,7 +163,35 @@ class LocalHost:
             )
         if segment is None or not all_mapped or not (native or safe):
             return None
+        self._regions.add(segment)
         return ShmRegion(segment, layout, group.rank, native=native, spin=self._spin)
+
+    def close(self) -> None:
+        """Give back the memory of all groups on the host, and that of `arenas` except for this rank's arrays.
+
+        While another thread is in a collective, the memory is given back when no object refers to it.
+        """
+        if not is_used_by_other_threads():
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give back the memory, whoever uses it."""
+        self.arenas.close()
+        for segment in list(self._regions):
+            segment.close()
+
+
+_hosts: weakref.WeakSet[LocalHost] = weakref.WeakSet()
+
+
+def _give_back_in_child() -> None:
+    """Keep in a forked child only the arrays that it shares with its parent: it may outlive the parent for long."""
+    for host in list(_hosts):
+        host.give_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def _create_arena(ranks: int) -> tuple[ShmSegment | None, bytes, str]:

@@ -81,7 +81,8 @@ class ShmRegion:
     """
 
     def __init__(self, segment: ShmSegment, layout: RegionLayout, rank: int, *, native: bool, spin: bool) -> None:
-        memory = memoryview(segment.memory)
+        self._segment = segment
+        memory = segment.memory
         self.ranks = layout.ranks
         self.slot_bytes = layout.slot_bytes
         counters = memory[: counters_bytes(layout.ranks)]
@@ -93,6 +94,10 @@ class ShmRegion:
         slots = np.frombuffer(memory[layout.slots_at : layout.nbytes], np.uint8)
         self._slots: Array = slots.reshape(layout.ranks, SLOTS, layout.slot_bytes)
         self._typed: dict[np.dtype, list[list[Array]]] = {}
+
+    def close(self) -> None:
+        """Give the memory back; views of it see memory that no other rank has."""
+        self._segment.close()
 
     def slots(self, dtype: np.dtype) -> list[list[Array]]:
         """View the slots as arrays of this dtype, by slot and rank."""

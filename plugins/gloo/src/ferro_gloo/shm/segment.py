@@ -18,6 +18,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from ferro_gloo.shm.mapping import Mapping
+
 SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - shared by design; random names of mode 0600
 NAME_BYTES = 16
 _PREFIX = "ferro-gloo-"
@@ -32,7 +34,7 @@ class ShmSegment:
     Memory must be reserved before it is used: otherwise SIGBUS ends the process where no memory is left.
 
     Attributes:
-        memory: the mapping.
+        memory: its bytes.
         nbytes: its size.
     """
 
@@ -43,16 +45,28 @@ class ShmSegment:
         self._pid = os.getpid()
         self.nbytes = nbytes
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self.memory = mmap.mmap(descriptor, nbytes)
+        self._mapping = Mapping(descriptor, nbytes)
+        self.memory = self._mapping.memory
         # A core dump would read, and so allocate, memory that is not reserved.
-        self.memory.madvise(mmap.MADV_DONTDUMP)
+        self._mapping.advise(mmap.MADV_DONTDUMP, 0, nbytes)
         if nbytes >= _HUGE_BYTES:
             with suppress(OSError):  # a kernel without huge pages refuses
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
+                self._mapping.advise(mmap.MADV_HUGEPAGE, 0, nbytes)
 
     def __del__(self) -> None:
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Remove the name, and close the file; views of the memory stay as they are. Idempotent."""
         self.unlink()
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close the file and give its memory back, whoever has views of it: see `Mapping.release`. Idempotent."""
+        self.close_file()
+        self._mapping.release()
 
     @classmethod
     def create(cls, nbytes: int) -> ShmSegment:
@@ -92,18 +106,18 @@ class ShmSegment:
         if nbytes > free_bytes():
             raise OSError(f"{SHM_DIRECTORY} has less than the {nbytes >> 10} KiB needed")
         try:
-            self.memory.madvise(_POPULATE_WRITE, offset, nbytes)
+            self._mapping.advise(_POPULATE_WRITE, offset, nbytes)
         except OSError as error:
             if error.errno == errno.EINVAL:  # a kernel before 5.14 does not know it
                 os.posix_fallocate(self._descriptor, offset, nbytes)
                 return
-            self.memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
+            self._mapping.advise(mmap.MADV_REMOVE, offset, nbytes)
             raise OSError(f"{SHM_DIRECTORY} is full, or this process may not use more memory") from error
 
     def prefault(self, offset: int, nbytes: int) -> None:
         """Map reserved memory at once, rather than page by page when it is used."""
         with suppress(OSError):  # a kernel before 5.14 does not know it
-            self.memory.madvise(_POPULATE_WRITE, offset, nbytes)
+            self._mapping.advise(_POPULATE_WRITE, offset, nbytes)
 
     def expose(self) -> bytes:
         """Name the file, so that other processes can open it, and return the name; call it at most once.

@@ -132,4 +132,4 @@ class SlotRing:
                     raise
             seconds = min(PEER_CHECK_S, deadline - time.monotonic())
             if seconds <= 0:
-                raise TimeoutError("the deadline passed")
+                raise self._tcp.timeout()

@@ -6,7 +6,7 @@ the call's label, so the receiver finds a mismatch without a message of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 
 import numpy as np
@@ -17,7 +17,7 @@ from ferro.collectives.label import Call, in_context, is_collective, mismatch, t
 from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
 from ferro.hookspecs import BackendConfig
 from ferro.types import Array
-from ferro_gloo.tcp.engine import ProgressEngine
+from ferro_gloo.tcp.engine import KEPT_LIMIT_BYTES, ProgressEngine
 from ferro_gloo.tcp.mesh import connect_mesh
 from ferro_gloo.tcp.posted import PostedTcpTransfers
 from ferro_gloo.tcp.posted_batches import Plan, PostedBatch, Step
@@ -46,12 +46,12 @@ class TcpBackend(Backend):
         rank: this rank in the group.
         choice: the algorithm for each call.
         context: the group's number; 0 for the world.
-        names: the ranks by which errors name the members of a `subset`: their ranks in the group that the user knows.
-            None where this is that group.
+        names: by a rank in the world the one by which errors name it. A `subset` has those of all members of the group
+            that the user knows, as it may find any member's mismatch. None where this is that group.
 
     Attributes:
         ranks: see above.
-        names: see above.
+        names: the ranks by which errors name the members.
     """
 
     labels_frames = True
@@ -63,13 +63,13 @@ class TcpBackend(Backend):
         rank: int,
         choice: Choice | None = None,
         context: int = 0,
-        names: Sequence[int] | None = None,
+        names: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__(rank, len(ranks), choice)
         self.ranks = tuple(ranks)
         self._engine = engine
-        self.names = tuple(names or range(len(ranks)))
-        self._name_of = dict(zip(ranks, self.names, strict=True))
+        self._name_of = names or {rank: member for member, rank in enumerate(ranks)}
+        self.names = tuple(self._name_of[rank] for rank in ranks)
         self._context = context
         self._label = b""
 
@@ -91,7 +91,7 @@ class TcpBackend(Backend):
             tuple(members).index(self.rank),
             self.choice,
             self._context,
-            [self.names[member] for member in members],
+            self._name_of,
         )
 
     def check_peers(self, peers: Iterable[int]) -> None:
@@ -162,6 +162,8 @@ class TcpBackend(Backend):
             self._engine.exchange(*self._frames(sends, recvs, labels, tag), deadline)
         except EngineError as error:
             raise self._translate(error) from error
+        except TimeoutError as error:
+            raise self.timeout() from error
 
     def _post(self, step: Step, make_batch: Callable[[int], PostedBatch]) -> None:
         """Begin to move what a step says; `make_batch` is given the number of its frames."""
@@ -192,6 +194,20 @@ class TcpBackend(Backend):
             label = next(label_of_next)
             incoming += [(self.ranks[peer], label, body) for body in _frame_bodies(buffer)]
         return outgoing, incoming, tag
+
+    def timeout(self) -> TimeoutError:
+        """Make the error for a passed deadline; it names the limit of kept messages if one was reached."""
+        mine, names = self.names[self.rank], self._name_of
+        slow, waiting = self._engine.at_limit()
+        late = [f"rank {names[peer]} has not received what rank {mine} sent" for peer in slow if peer in names]
+        late += [f"rank {mine} has not received what rank {names[peer]} sent" for peer in waiting if peer in names]
+        if not late:
+            return TimeoutError("the deadline passed")
+        return TimeoutError(
+            f"the deadline passed. {' and '.join(late)}: a rank keeps up to {KEPT_LIMIT_BYTES >> 20} MiB of such "
+            "messages from all others, and further sends wait for their receive. Receive earlier, or send with "
+            "async_op=True"
+        )
 
     def begin(self, call: Call) -> None:
         """Begin a collective: frames must carry this call's label from now on."""

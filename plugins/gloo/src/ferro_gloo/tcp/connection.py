@@ -1,8 +1,18 @@
 """Connection: the frames that go out of and come into one peer's socket.
 
 Outgoing frames are queued as header and user memory, and never copied. Incoming bodies are read straight into the
-memory posted for them. A frame that comes before its receive is posted (an unexpected message in MPI's terms) is kept,
-up to a limit of bytes in all; beyond it the socket is not read until receives are posted.
+memory posted for them. A frame that comes before its receive is posted is kept (see `matching`).
+
+Each side limits what the other must keep. A frame is sent at once while those that the peer may still have to keep,
+each counted with what a kept frame takes beside its body, fit the limit; the peer returns credit for frames that it
+keeps no longer. Any further frame is only offered: its body waits with the sender until the peer has posted the receive
+and accepts it. So sockets are always read, no receive waits behind a message that nobody has received, and memory is
+bounded (the eager and rendezvous protocols of MPI libraries).
+
+    sender                                     receiver
+    OFFER: tag, label, length        ─→        matches it like any frame
+                                     ←─        ACCEPT, once its receive is posted
+    ACCEPTED: body                   ─→        reads the body into the posted memory
 """
 
 from __future__ import annotations
@@ -13,68 +23,29 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ferro.collectives.label import collective_tag, context_of, in_context
+from ferro.collectives.label import context_of
+from ferro_gloo.tcp.matching import IncomingFrame, PostedReceive, ReceiveMatcher, TransferBatch
 from ferro_gloo.tcp.protocol import (
     ABORT,
+    ACCEPT,
+    ACCEPTED,
+    CREDIT,
     DATA,
     HEADER_BYTES,
     MAX_BODY,
+    NO_LABEL,
+    OFFER,
     ConnectionLostError,
-    LabelMismatchError,
-    LengthMismatchError,
+    pack,
     unpack,
 )
 
 _READ_AHEAD_BYTES = 16 << 10  # so that one system call reads a header and a small body
 _FRAMES_PER_CALL = 8
-
-
-class TransferBatch:
-    """Transfers that one thread waits for together.
-
-    Attributes:
-        context: the number of their group.
-        remaining: how many transfers have not ended.
-        error: the first error, or None.
-    """
-
-    __slots__ = ("context", "error", "remaining")
-
-    def __init__(self, context: int, remaining: int) -> None:
-        self.context = context
-        self.remaining = remaining
-        self.error: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """Keep the first error."""
-        if self.error is None:
-            self.error = error
-
-    @property
-    def ended(self) -> bool:
-        """True when no transfer remains or one has failed."""
-        return self.remaining == 0 or self.error is not None
-
-
-@dataclass(slots=True)
-class PostedReceive:
-    """Memory posted for the next frame with a tag."""
-
-    body: memoryview
-    label: bytes
-    batch: TransferBatch
-
-
-@dataclass(slots=True)
-class _IncomingFrame:
-    """A frame whose header has been read; `remaining` bytes of its body are still to come."""
-
-    tag: int
-    label: bytes
-    body: memoryview
-    remaining: int
-    receive: PostedReceive | None
-    unexpected: bool = False
+# What a kept frame takes beside its body; measured with CPython 3.11: 600 bytes, 760 where each has a tag of its own.
+KEPT_FRAME_BYTES = 768
+_CREDIT_DIVISOR = 4  # credit is returned when it is this part of the limit
+_NO_BODY = memoryview(b"")
 
 
 @dataclass(slots=True)
@@ -88,28 +59,34 @@ class ReadEvents:
 class Connection:
     """One non-blocking socket of the mesh. It is not thread-safe: the engine holds its lock."""
 
-    def __init__(self, sock: socket.socket, peer: int, aborted: Set[int], unexpected_limit: int) -> None:
+    def __init__(self, sock: socket.socket, peer: int, aborted: Set[int], kept_limit: int) -> None:
         """Take ownership of a socket.
 
         Args:
             sock: connected and authenticated.
             peer: the rank at the other end.
             aborted: the groups whose frames are dropped; the engine adds to it.
-            unexpected_limit: how many unexpected bytes are kept before reading stops.
+            kept_limit: how many bytes of frames each side keeps for the other, the same on both sides; one frame
+                always goes.
         """
         sock.setblocking(False)
         self.sock = sock
         self.peer = peer
-        self._aborted = aborted
-        self._unexpected_limit = unexpected_limit
         self.lost: Exception | None = None
-        self.posted: dict[int, deque[PostedReceive]] = {}
-        self._unexpected: dict[int, deque[_IncomingFrame]] = {}
-        self._unexpected_bytes = 0
+        self._aborted = aborted
+        self._matcher = ReceiveMatcher()
         self._out: deque[tuple[list[memoryview], TransferBatch | None]] = deque()
         self._read_buffer = memoryview(bytearray(HEADER_BYTES + _READ_AHEAD_BYTES))
         self._buffered = 0
-        self._incoming: _IncomingFrame | None = None
+        self._incoming: IncomingFrame | None = None
+        self._kept_limit = kept_limit
+        self._without_credit = 0  # bytes of sent frames for which no credit has come
+        self._credit = 0  # bytes of received frames for which none has been returned
+        self._must_flush = False  # reading has queued frames
+        # Offers by their numbers: those of this side, (tag, body, batch), and the peer's that this side has accepted.
+        self._next_own_offer = self._next_peer_offer = 0
+        self._offered: dict[int, tuple[int, memoryview, TransferBatch | None]] = {}
+        self._accepted: dict[int, tuple[int, PostedReceive]] = {}
 
     @property
     def sending(self) -> bool:
@@ -117,61 +94,87 @@ class Connection:
         return bool(self._out)
 
     @property
-    def readable(self) -> bool:
-        """True unless the connection is lost or has reached its limit of unexpected bytes."""
-        return self.lost is None and self._unexpected_bytes < self._unexpected_limit
+    def holds_back(self) -> bool:
+        """True while bodies wait because the peer has not received earlier messages."""
+        return bool(self._offered)
+
+    @property
+    def is_offered_more(self) -> bool:
+        """True while the peer holds back bodies because this rank has not received earlier messages."""
+        return any(frame.offer >= 0 for frame in self._matcher.unexpected())
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of kept frames."""
+        return sum(frame.nbytes + KEPT_FRAME_BYTES for frame in self._matcher.unexpected() if frame.offer < 0)
 
     def queue(self, header: bytes, body: memoryview, batch: TransferBatch | None) -> None:
-        """Append a frame to the outgoing queue."""
+        """Append a data frame to the outgoing queue, or an offer of it."""
         if self.lost is not None:
             if batch is not None:
                 batch.fail(self.lost)
             return
+        counted = body.nbytes + KEPT_FRAME_BYTES
+        if self._without_credit and self._without_credit + counted > self._kept_limit:
+            length, _, tag, label = unpack(memoryview(header))
+            self._offered[self._next_own_offer] = (tag, body, batch)
+            self._next_own_offer += 1
+            self.queue_control(length, OFFER, tag, label)
+            return
+        self._without_credit += counted
         parts = [memoryview(header), body] if body.nbytes else [memoryview(header)]
         self._out.append((parts, batch))
 
+    def queue_control(self, length: int, kind: int, tag: int, label: bytes = NO_LABEL) -> None:
+        """Append a frame without a body to the outgoing queue."""
+        if self.lost is None:
+            self._out.append(([memoryview(pack(length, kind, tag, label))], None))
+
     def post(self, tag: int, receive: PostedReceive) -> None:
         """Post memory for the next frame with this tag, which may have come already."""
-        waiting = self._unexpected.get(tag)
-        if waiting:
-            frame = waiting.popleft()
-            if not waiting:
-                del self._unexpected[tag]
-            self._unexpected_bytes -= len(frame.body)
-            self._deliver_unexpected(frame, receive)
-        elif self.lost is not None:
+        frame = self._matcher.pop_unexpected(tag)
+        if frame is None and self.lost is None:
+            self._matcher.post(tag, receive)
+            return
+        if frame is None or (self.lost is not None and (frame.remaining or frame.offer >= 0)):
+            assert self.lost is not None, "a frame without its body is late only on a lost connection"
             receive.batch.fail(self.lost)
+            return
+        if frame.offer < 0:
+            self._return_credit(frame.nbytes)
+        error = receive.check(self.peer, frame.label, frame.nbytes)
+        if error is not None:
+            receive.batch.fail(error)
+        elif frame.offer >= 0:
+            self._accept(frame.offer, tag, receive)
+        elif frame.remaining:
+            frame.receive = receive
         else:
-            self.posted.setdefault(tag, deque()).append(receive)
+            receive.body[:] = frame.body
+            receive.batch.remaining -= 1
 
     def unexpected_label(self, tag: int) -> bytes | None:
         """Return the label of the first unexpected frame with this tag, or None."""
-        waiting = self._unexpected.get(tag)
-        return waiting[0].label if waiting else None
-
-    def drop(self, tags: list[int]) -> None:
-        """Drop posted receives and unexpected frames with these tags."""
-        for tag in tags:
-            self.posted.pop(tag, None)
-            for unexpected in self._unexpected.pop(tag, ()):
-                self._unexpected_bytes -= len(unexpected.body)
-        frame = self._incoming
-        if frame is not None and frame.tag in tags and frame.receive is not None:
-            # The caller owns its memory again, so the rest of the frame must not be written there.
-            frame.receive = None
-            if not frame.unexpected:
-                frame.body = memoryview(bytearray(len(frame.body)))
+        return self._matcher.unexpected_label(tag)
 
     def drop_before(self, tag: int) -> None:
         """Drop unexpected frames of this group's earlier collectives: no receive will come."""
-        if self._unexpected:
-            first = in_context(collective_tag(0), context_of(tag))
-            self.drop([old for old in self._unexpected if first <= old < tag])
+        for old in self._matcher.tags_before(tag):
+            self._drop(old)
 
-    def tags(self) -> list[int]:
-        """Return the tags of all posted receives, unexpected frames and the incoming frame."""
-        arriving = [] if self._incoming is None else [self._incoming.tag]
-        return [*self.posted, *self._unexpected, *arriving]
+    def drop_group(self, context: int) -> None:
+        """Drop all receives and frames of a group, and its bodies that were only offered."""
+        for tag in self._matcher.tags():
+            if context_of(tag) == context:
+                self._drop(tag)
+        frame = self._incoming
+        if frame is not None and context_of(frame.tag) == context and frame.receive is not None:
+            # The caller owns its memory again, so the rest of the frame must not be written there.
+            frame.receive = None
+            if not frame.unexpected:
+                frame.body = memoryview(bytearray(frame.nbytes))
+        self._offered = {n: item for n, item in self._offered.items() if context_of(item[0]) != context}
+        self._accepted = {n: item for n, item in self._accepted.items() if context_of(item[0]) != context}
 
     def flush(self) -> None:
         """Send as much as the socket takes."""
@@ -188,6 +191,59 @@ class Connection:
                 return
             self._remove_sent(count)
 
+    def read(self, events: ReadEvents) -> None:
+        """Read and parse all that has come."""
+        try:
+            while self.lost is None:
+                frame = self._incoming
+                if frame is None:
+                    room = self._read_buffer[self._buffered :]
+                    count = self.sock.recv_into(room)
+                    self._buffered += count
+                else:
+                    room = frame.body[frame.nbytes - frame.remaining :]
+                    count = self.sock.recv_into(room)
+                    frame.remaining -= count
+                if count == 0:
+                    self.lose("it closed the connection")
+                    return
+                self._parse(events)
+                if count < room.nbytes and self._incoming is None:
+                    break  # the socket is empty, and no frame is incomplete
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno is None:
+                raise  # it comes from a signal handler of the program
+            self.lose(f"receiving failed: {error}")
+        if self._must_flush:
+            self._must_flush = False
+            self.flush()
+
+    def lose(self, reason: str, error: Exception | None = None) -> None:
+        """Mark the connection as lost; all its transfers fail with `error`."""
+        if self.lost is not None:
+            return
+        self.lost = error or ConnectionLostError(self.peer, reason)
+        self._matcher.fail_all(self.lost)
+        batches = [batch for _, batch in self._out]
+        batches += [batch for _, _, batch in self._offered.values()]
+        batches += [receive.batch for _, receive in self._accepted.values()]
+        for batch in batches:
+            if batch is not None:
+                batch.fail(self.lost)
+        self._out.clear()
+        self._offered.clear()
+        self._accepted.clear()
+        frame = self._incoming
+        if frame is not None and frame.receive is not None:
+            frame.receive.batch.fail(self.lost)
+
+    def _drop(self, tag: int) -> None:
+        for frame in self._matcher.drop(tag):
+            if frame.offer < 0:
+                self._return_credit(frame.nbytes)
+
     def _remove_sent(self, count: int) -> None:
         while count:
             parts, batch = self._out[0]
@@ -200,49 +256,6 @@ class Connection:
             self._out.popleft()
             if batch is not None:
                 batch.remaining -= 1
-
-    def read(self, events: ReadEvents) -> None:
-        """Read and parse all that has come."""
-        try:
-            while self.readable:
-                frame = self._incoming
-                if frame is None:
-                    room = self._read_buffer[self._buffered :]
-                    count = self.sock.recv_into(room)
-                    self._buffered += count
-                else:
-                    room = frame.body[len(frame.body) - frame.remaining :]
-                    count = self.sock.recv_into(room)
-                    frame.remaining -= count
-                if count == 0:
-                    self.lose("it closed the connection")
-                    return
-                self._parse(events)
-                if count < room.nbytes and self._incoming is None:
-                    return  # the socket is empty, and no frame is incomplete
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno is None:
-                raise  # it comes from a signal handler of the program
-            self.lose(f"receiving failed: {error}")
-
-    def lose(self, reason: str, error: Exception | None = None) -> None:
-        """Mark the connection as lost; all its transfers fail with `error`."""
-        if self.lost is not None:
-            return
-        self.lost = error or ConnectionLostError(self.peer, reason)
-        for receives in self.posted.values():
-            for receive in receives:
-                receive.batch.fail(self.lost)
-        self.posted.clear()
-        for _, batch in self._out:
-            if batch is not None:
-                batch.fail(self.lost)
-        self._out.clear()
-        frame = self._incoming
-        if frame is not None and frame.receive is not None:
-            frame.receive.batch.fail(self.lost)
 
     def _parse(self, events: ReadEvents) -> None:
         """Complete the incoming frame, then parse the frames in the read buffer."""
@@ -263,43 +276,83 @@ class Connection:
     def _begin_frame(self, data: memoryview, events: ReadEvents) -> None:
         """Parse a header; find the memory for its body."""
         length, kind, tag, label = unpack(data)
-        if length > MAX_BODY or kind not in (DATA, ABORT):
-            self.lose(f"it sent a frame of kind {kind} and {length} bytes, which is none of ours")
-            return
-        if kind == ABORT:
+        if length > MAX_BODY:
+            self.lose(f"it sent a frame of {length} bytes, which is none of ours")
+        elif kind == DATA:
+            self._begin_data(length, tag, label, events)
+        elif kind == OFFER:
+            self._match_offer(length, tag, label, events)
+        elif kind == ACCEPTED:
+            self._read_body(length, *self._accepted.pop(tag, (0, None)))
+        elif kind == ABORT:
             events.aborted.append(tag)
-            return
-        receive = self._pop_posted(tag)
+        elif kind == CREDIT:
+            self._without_credit -= tag
+        elif kind == ACCEPT:
+            self._send_offered(tag)
+        else:
+            self.lose(f"it sent a frame of kind {kind}, which is none of ours")
+
+    def _begin_data(self, length: int, tag: int, label: bytes, events: ReadEvents) -> None:
+        receive = self._matcher.pop_posted(tag)
         if receive is None and context_of(tag) not in self._aborted:
             body = memoryview(bytearray(length))
-            self._incoming = _IncomingFrame(tag, label, body, length, None, unexpected=True)
-            self._unexpected.setdefault(tag, deque()).append(self._incoming)
-            self._unexpected_bytes += length
+            self._incoming = IncomingFrame(tag, label, length, body, length, None, unexpected=True)
+            self._matcher.keep(self._incoming)
             events.unexpected.append((self.peer, tag, label))
             return
+        self._return_credit(length)
         if receive is not None:
-            error = self._check_frame(receive, label, length)
+            error = receive.check(self.peer, label, length)
             if error is not None:
                 receive.batch.fail(error)
                 receive = None
+        self._read_body(length, tag, receive)
+
+    def _read_body(self, length: int, tag: int, receive: PostedReceive | None) -> None:
+        """Read the body of a frame into its receive's memory, or drop it where there is none."""
+        if receive is not None and receive.body.nbytes != length:
+            self.lose(f"it sent {length} bytes of a message of {receive.body.nbytes}")
+            receive.batch.fail(ConnectionLostError(self.peer, "it sent another size than it had offered"))
+            return
         body = receive.body if receive is not None else memoryview(bytearray(length))
-        self._incoming = _IncomingFrame(tag, label, body, length, receive)
+        self._incoming = IncomingFrame(tag, NO_LABEL, length, body, length, receive)
 
-    def _pop_posted(self, tag: int) -> PostedReceive | None:
-        receives = self.posted.get(tag)
-        if not receives:
-            return None
-        receive = receives.popleft()
-        if not receives:
-            del self.posted[tag]
-        return receive
+    def _match_offer(self, length: int, tag: int, label: bytes, events: ReadEvents) -> None:
+        number = self._next_peer_offer
+        self._next_peer_offer += 1
+        receive = self._matcher.pop_posted(tag)
+        if receive is None:
+            if context_of(tag) not in self._aborted:
+                self._matcher.keep(IncomingFrame(tag, label, length, _NO_BODY, 0, None, True, number))
+                events.unexpected.append((self.peer, tag, label))
+            return
+        error = receive.check(self.peer, label, length)
+        if error is not None:
+            receive.batch.fail(error)
+        else:
+            self._accept(number, tag, receive)
 
-    def _check_frame(self, receive: PostedReceive, label: bytes, length: int) -> Exception | None:
-        if label != receive.label:
-            return LabelMismatchError(self.peer, receive.label, label)
-        if length != receive.body.nbytes:
-            return LengthMismatchError(self.peer, receive.body.nbytes, length)
-        return None
+    def _accept(self, number: int, tag: int, receive: PostedReceive) -> None:
+        self._accepted[number] = (tag, receive)
+        self.queue_control(0, ACCEPT, number)
+        self._must_flush = True
+
+    def _send_offered(self, number: int) -> None:
+        """Send the body of an accepted offer, unless its group has ended meanwhile."""
+        _, body, batch = self._offered.pop(number, (0, _NO_BODY, None))
+        if batch is not None:
+            parts = [memoryview(pack(body.nbytes, ACCEPTED, number, NO_LABEL))]
+            self._out.append(([*parts, body] if body.nbytes else parts, batch))
+            self._must_flush = True
+
+    def _return_credit(self, nbytes: int) -> None:
+        """Count a frame that is kept no longer; tell the peer when there are many."""
+        self._credit += nbytes + KEPT_FRAME_BYTES
+        if self._credit * _CREDIT_DIVISOR >= self._kept_limit:
+            self.queue_control(0, CREDIT, self._credit)
+            self._credit = 0
+            self._must_flush = True
 
     def _fill_body(self, data: memoryview) -> int:
         """Copy the part of a body that is in the read buffer; return its size."""
@@ -308,7 +361,7 @@ class Connection:
             return 0
         count = min(frame.remaining, len(data))
         if count:
-            start = len(frame.body) - frame.remaining
+            start = frame.nbytes - frame.remaining
             frame.body[start : start + count] = data[:count]
             frame.remaining -= count
         if frame.remaining == 0:
@@ -324,14 +377,3 @@ class Connection:
         if frame.unexpected:
             receive.body[:] = frame.body
         receive.batch.remaining -= 1
-
-    def _deliver_unexpected(self, frame: _IncomingFrame, receive: PostedReceive) -> None:
-        """Give an unexpected frame, complete or not, to the receive posted for it."""
-        error = self._check_frame(receive, frame.label, len(frame.body))
-        if error is not None:
-            receive.batch.fail(error)
-        elif frame.remaining:
-            frame.receive = receive
-        else:
-            receive.body[:] = frame.body
-            receive.batch.remaining -= 1

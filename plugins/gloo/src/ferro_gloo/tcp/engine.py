@@ -7,23 +7,29 @@ sleep until their transfers have ended or the driver has left.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from ferro.collectives.label import LABEL_BYTES, context_of, in_context
-from ferro_gloo.tcp.connection import Connection, PostedReceive, ReadEvents, TransferBatch
+from ferro.collectives.label import context_of, in_context
+from ferro_gloo.tcp.connection import Connection, ReadEvents
+from ferro_gloo.tcp.matching import PostedReceive, TransferBatch
 from ferro_gloo.tcp.posted_batches import EndedBatches, PostedBatch
-from ferro_gloo.tcp.protocol import ABORT, GroupAbortedError, LabelMismatchError, pack
+from ferro_gloo.tcp.protocol import ABORT, GroupAbortedError, LabelMismatchError
 
-_LONGEST_POLL_S = 1.0
+# A signal that comes just before a wait begins does not end it, and its handler runs only afterwards.
+_LONGEST_WAIT_S = 0.2
 _READ_FIRST_BYTES = 16 << 10
-# How many unexpected bytes are kept, from all peers together. Long transfers wait for their
-# receives (see `TcpBackend.exchange`), so only very many short ones reach this limit.
-UNEXPECTED_LIMIT_BYTES = 1 << 30
+# How many bytes of frames are kept until their receives are posted, from all peers together. Long transfers wait for
+# their receives (see `TcpBackend.exchange`), so only very many short ones reach this limit.
+KEPT_LIMIT_BYTES = 1 << 30
+
+_engines: weakref.WeakSet[ProgressEngine] = weakref.WeakSet()
 
 
 class ProgressEngine:
@@ -32,7 +38,7 @@ class ProgressEngine:
     def __init__(self, sockets: Mapping[int, socket.socket]) -> None:
         self._aborted: set[int] = set()
         self._connections = {
-            peer: Connection(sock, peer, self._aborted, UNEXPECTED_LIMIT_BYTES // len(sockets))
+            peer: Connection(sock, peer, self._aborted, KEPT_LIMIT_BYTES // len(sockets))
             for peer, sock in sockets.items()
         }
         # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
@@ -50,6 +56,7 @@ class ProgressEngine:
         self._wakeup_in.setblocking(False)
         self._poll.register(self._wakeup_in, select.POLLIN)
         self._closed = self._interrupted = False
+        _engines.add(self)
 
     def begin_collective(self, tag: int, label: bytes) -> None:
         """Begin a collective: frames with its tag must carry its label from now on.
@@ -169,13 +176,12 @@ class ProgressEngine:
 
     def abort(self, context: int, peers: Iterable[int]) -> None:
         """End a group's transfers: wake its threads on this rank, and tell its other ranks."""
-        header = pack(0, ABORT, in_context(0, context), bytes(LABEL_BYTES))
         with self._lock:
             self._failures.setdefault(context, GroupAbortedError("the group was aborted on this rank"))
             for peer in peers:
                 connection = self._connections.get(peer)
                 if connection is not None:
-                    connection.queue(header, memoryview(b""), None)
+                    connection.queue_control(0, ABORT, in_context(0, context))
                     connection.flush()
                     if self._interrupted:
                         with suppress(OSError):
@@ -183,6 +189,13 @@ class ProgressEngine:
             self._drop_group(context)
             self._wake()
             self._condition.notify_all()
+
+    def at_limit(self) -> tuple[list[int], list[int]]:
+        """List the peers that have not received what this rank sent before, and those whose messages it has not."""
+        with self._lock:
+            connections = list(self._connections.values())
+            slow = [connection.peer for connection in connections if connection.holds_back]
+            return slow, [connection.peer for connection in connections if connection.is_offered_more]
 
     def close(self) -> None:
         """Close every connection and wake waiting threads; further calls do nothing."""
@@ -202,6 +215,19 @@ class ProgressEngine:
             if not self._driving:
                 self._close_wakeup()
 
+    def close_in_child(self) -> None:
+        """Close a forked child's copies of the sockets, so that the end of its parent ends the connections.
+
+        A thread that does not exist in the child may have held the lock.
+        """
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
+        self._closed = True
+        for connection in self._connections.values():
+            connection.lose("", GroupAbortedError("this process was forked"))
+            connection.sock.close()
+        self._close_wakeup()
+
     def _close_wakeup(self) -> None:
         self._wakeup_in.close()
         self._wakeup_out.close()
@@ -215,7 +241,7 @@ class ProgressEngine:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError("the deadline passed")
-                self._condition.wait(left)
+                self._condition.wait(min(left, _LONGEST_WAIT_S))
                 continue
             self._driving = True
             try:
@@ -245,7 +271,7 @@ class ProgressEngine:
             self._polling = True
             try:
                 self._lock.release()
-                events = self._poll.poll(min(left, _LONGEST_POLL_S) * 1000 + 1)
+                events = self._poll.poll(min(left, _LONGEST_WAIT_S) * 1000 + 1)
             finally:
                 self._lock.acquire()
                 self._polling = False
@@ -284,10 +310,8 @@ class ProgressEngine:
     def _update_registrations(self) -> None:
         for fd, connection in self._by_fd.items():
             wanted = 0
-            if connection.readable:
-                wanted |= select.POLLIN
-            if connection.sending:
-                wanted |= select.POLLOUT
+            if connection.lost is None:
+                wanted = select.POLLIN | select.POLLOUT if connection.sending else select.POLLIN
             if self._registered.get(fd, 0) != wanted:
                 if wanted:
                     self._poll.register(fd, wanted)
@@ -310,8 +334,7 @@ class ProgressEngine:
     def _drop_group(self, context: int) -> None:
         self._aborted.add(context)
         for connection in self._connections.values():
-            tags = [tag for tag in connection.tags() if context_of(tag) == context]
-            connection.drop(tags)
+            connection.drop_group(context)
 
     def _wake(self) -> None:
         if self._polling:
@@ -325,3 +348,12 @@ class ProgressEngine:
             self._wakeup_in.recv(4096)
         except BlockingIOError:
             return
+
+
+def _close_copies() -> None:
+    for engine in list(_engines):
+        engine.close_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)

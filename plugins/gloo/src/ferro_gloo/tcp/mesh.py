@@ -8,11 +8,13 @@ anything else (`ferro.rendezvous`).
 from __future__ import annotations
 
 import ipaddress
+import os
 import selectors
 import socket
 import struct
 import threading
 import time
+import weakref
 
 from ferro.errors import RendezvousError
 from ferro.hookspecs import BackendConfig
@@ -22,6 +24,8 @@ _PURPOSE = b"ferro-gloo mesh"
 _IDENTIFICATION = struct.Struct("<II")  # the connecting rank, the rank that it wants
 _IDENTIFY_TIMEOUT_S = 5.0
 _BUFFER_BYTES = 4 << 20
+
+_acceptors: weakref.WeakSet[_Acceptor] = weakref.WeakSet()
 
 
 def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
@@ -34,14 +38,14 @@ def connect_mesh(config: BackendConfig) -> dict[int, socket.socket]:
     listener = listen(_listening_host(config))
     config.store.set(f"port/{config.rank}", str(listener.getsockname()[1]).encode())
     acceptor = _Acceptor(listener, config, deadline)
-    sockets: dict[int, socket.socket] = {}
+    sockets = acceptor.sockets
     try:
         for peer in range(config.rank):
             sockets[peer] = _connect_to(config, peer, deadline)
-        sockets |= acceptor.wait()
+        acceptor.wait()
     except BaseException:
         acceptor.stop()
-        for sock in (*sockets.values(), *acceptor.accepted.values()):
+        for sock in sockets.values():
             sock.close()
         raise
     for sock in sockets.values():
@@ -88,23 +92,28 @@ def _connect_to(config: BackendConfig, peer: int, deadline: float) -> socket.soc
 
 
 class _Acceptor:
-    """Accepts the higher ranks in a thread of its own until all have connected."""
+    """Accepts the higher ranks in a thread of its own until all have connected.
+
+    Attributes:
+        sockets: the sockets of all connected ranks; the caller adds those of the lower ones.
+    """
 
     def __init__(self, listener: socket.socket, config: BackendConfig, deadline: float) -> None:
-        self.accepted: dict[int, socket.socket] = {}
+        self.sockets: dict[int, socket.socket] = {}
         self._config = config
         self._deadline = deadline
         self._expected = set(range(config.rank + 1, config.world_size))
         self._stopping = threading.Event()
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(listener, config.secret, purpose=_PURPOSE, selector=self._selector, admit=self._admit)
+        _acceptors.add(self)
         self._thread = threading.Thread(target=self._run, name="ferro-gloo-mesh", daemon=True)
         self._thread.start()
 
-    def wait(self) -> dict[int, socket.socket]:
-        """Wait for all higher ranks; return their sockets."""
+    def wait(self) -> None:
+        """Wait for all higher ranks."""
         self._thread.join()
-        missing = sorted(self._expected - set(self.accepted))
+        missing = sorted(self._expected - set(self.sockets))
         if missing:
             raise RendezvousError(
                 f"ranks {missing} did not connect to rank {self._config.rank} within "
@@ -112,16 +121,23 @@ class _Acceptor:
                 rank=self._config.rank,
                 peer=missing[0],
             )
-        return self.accepted
 
     def stop(self) -> None:
         """Accept nothing more, and end the thread."""
         self._stopping.set()
         self._thread.join()
 
+    def close_in_child(self) -> None:
+        """Close a forked child's copies of the sockets; what the parent's selector watches does not change by that."""
+        watched = [key.fileobj for key in (self._selector.get_map() or {}).values()]
+        for sock in (*watched, *self.sockets.values()):
+            if isinstance(sock, socket.socket):
+                sock.close()
+        self._selector.close()
+
     def _run(self) -> None:
         try:
-            while self._expected - set(self.accepted) and not self._stopping.is_set():
+            while self._expected - set(self.sockets) and not self._stopping.is_set():
                 if time.monotonic() > self._deadline:
                     return
                 for key, events in self._selector.select(0.1):
@@ -139,11 +155,11 @@ class _Acceptor:
         except OSError:
             sock.close()
             return
-        known = self._expected - set(self.accepted)
+        known = self._expected - set(self.sockets)
         if called != self._config.rank or caller not in known:
             sock.close()
             return
-        self.accepted[caller] = sock
+        self.sockets[caller] = sock
 
 
 def _receive(sock: socket.socket, count: int) -> bytes:
@@ -155,3 +171,12 @@ def _receive(sock: socket.socket, count: int) -> bytes:
 
 def _is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def _close_copies() -> None:
+    for acceptor in list(_acceptors):
+        acceptor.close_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from ferro.types import Array
-from ferro_gloo.tcp.connection import TransferBatch
+from ferro_gloo.tcp.matching import TransferBatch
 
 PeerBuffers: TypeAlias = Sequence[tuple[int, Array]]
 Step: TypeAlias = tuple[PeerBuffers, PeerBuffers, Iterable[bytes], int]

@@ -22,6 +22,14 @@ MAX_BODY = 4 << 20
 
 DATA = 0
 ABORT = 1
+# The kinds of flow control (see `connection`); the tag of the last three is a number instead.
+OFFER = 2  # of a frame whose body, of `length` bytes, is sent only when it is accepted
+ACCEPT = 3  # of the offer with this number, counted in each direction of a connection from 0
+ACCEPTED = 4  # the body of the offer with this number
+CREDIT = 5  # for so many bytes of frames that their receiver keeps no longer
+
+
+NO_LABEL = bytes(LABEL_BYTES)
 
 
 def pack(length: int, kind: int, tag: int, label: bytes) -> bytes:

@@ -11,6 +11,7 @@ from typing import Self
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, quiet_overflow
+from ..nn.checks import check_gradient
 from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
 from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays, check_same
@@ -159,11 +160,12 @@ class DDP(Module):
         if self._sync and self.training and self._broadcast_buffers:
             self._broadcast_buffers_of_root()
         y, pull = self.module.vjp(x)
-        backward = self._pending.add(pull, sync=self._sync)
+        backward, shape = self._pending.add(pull, sync=self._sync), y.shape
         if self._pending.reduction_due:
             self._reducer.begin_step()
 
         def pullback(grad_y: Array) -> Array | None:
+            check_gradient(self, grad_y, shape)
             with quiet_overflow(grad_y.dtype):
                 return self._run(backward, grad_y)
 

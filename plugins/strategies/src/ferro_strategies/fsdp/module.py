@@ -11,6 +11,7 @@ from typing import NoReturn
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, quiet_overflow
+from ..nn.checks import check_gradient
 from ..nn.module import Module, Pullback, replace_modules
 from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
@@ -116,9 +117,10 @@ class FSDP(StateDictMixin):
         check_trained(self._sharded)
         precision = self._config.precision
         y, pull = self._hooks.vjp(self.module, precision.cast_input(x))
-        inner, outer = y.dtype, x.dtype
+        inner, outer, shape = y.dtype, x.dtype, y.shape
 
         def pullback(grad_y: Array) -> Array | None:
+            check_gradient(self, grad_y, shape)
             with quiet_overflow(inner):
                 grad_x = pull(grad_y.astype(inner, copy=False))
             return None if grad_x is None else grad_x.astype(outer, copy=False)

@@ -17,7 +17,8 @@ is a Householder QR, which needs no epsilon where P is rank-deficient or zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,23 @@ class PowerSGD:
         self.start_after = start_after
         self.seed = seed
         self._states: dict[int, _BucketState] = {}
+        self._loaded: dict[str, Array] = {}  # the states of buckets that were not there yet
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copy steps, every Q, errors and the random generators' states; each rank saves its own."""
+        found = dict(self._loaded)
+        for index, state in self._states.items():
+            found |= {f"{index}.{name}": array for name, array in state.arrays().items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Go on from a saved state, with the same model and options; it is taken over bucket by bucket.
+
+        Raises:
+            UsageError: from the next backward pass, if a bucket does not fit.
+        """
+        self._states.clear()
+        self._loaded = dict(state)
 
     def __call__(self, bucket: GradBucket, group: ProcessGroup) -> Pending:
         """Start to average a bucket (steps 1 and 2)."""
@@ -82,6 +100,10 @@ class PowerSGD:
             rng = np.random.default_rng((self.seed, bucket.index))
             state = _BucketState(bucket, self.rank, rng, error_feedback=self.error_feedback)
             self._states[bucket.index] = state
+            prefix = f"{bucket.index}."
+            names = [name for name in self._loaded if name.startswith(prefix)]
+            if names:
+                state.load({name.removeprefix(prefix): self._loaded.pop(name) for name in names})
         elif state.names != bucket.names:
             raise UsageError(
                 f"PowerSGD: bucket {bucket.index} holds other parameters than before "
@@ -138,6 +160,28 @@ class _BucketState:
         """Draw every Q from the random generator, which is the same on every rank."""
         drawn = self._rng.standard_normal(self.qs.size).astype(self.qs.dtype)
         self.qs[...] = namespace_of(self.qs).asarray(drawn)
+
+    def arrays(self) -> dict[str, Array]:
+        """Copy what lasts from step to step into arrays, by name."""
+        errors = {f"error.{matrix.index}": matrix.error.copy() for matrix in self.matrices if matrix.error is not None}
+        generator = np.array(json.dumps(self._rng.bit_generator.state))
+        return {"steps": np.array(self.steps), "qs": self.qs.copy(), "generator": generator, **errors}
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        """Take over what `arrays` made."""
+        own = self.arrays()
+        if {name: array.shape for name, array in own.items()} != {name: array.shape for name, array in arrays.items()}:
+            raise UsageError(
+                f"PowerSGD: the loaded state does not fit the bucket of {self.names[0]!r}, …: "
+                "load it with the same model, bucket sizes and options."
+            )
+        xp = namespace_of(self.qs)
+        self.steps = int(arrays["steps"])
+        self.qs[...] = xp.asarray(arrays["qs"])
+        self._rng.bit_generator.state = json.loads(str(arrays["generator"]))
+        for matrix in self.matrices:
+            if matrix.error is not None:
+                matrix.error[...] = xp.asarray(arrays[f"error.{matrix.index}"])
 
 
 class _CompressedAverage:

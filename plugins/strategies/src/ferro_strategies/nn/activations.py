@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .arrays import Array, namespace_of, wide_dtype
+from .checks import check_gradient
 from .module import Module, Pullback
 
 
@@ -16,7 +17,9 @@ class ReLU(Module):
         y: Array = namespace_of(x).maximum(x, 0)
 
         def pullback(grad_y: Array) -> Array:
-            grad_x: Array = grad_y * (y > 0)
+            check_gradient(self, grad_y, y.shape)
+            # An infinite gradient must not become NaN where none passes, as a product with 0 would.
+            grad_x: Array = namespace_of(y).where(y <= 0, grad_y.dtype.type(0), grad_y)
             return grad_x
 
         return y, pullback
@@ -41,6 +44,7 @@ class GELU(Module):
         y = 0.5 * wide * (1 + tanh)
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, x.shape)
             slope = scale * (1 + 3 * cubic * (wide * wide))
             grad_x: Array = grad_y * (0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * slope)
             return grad_x.astype(x.dtype, copy=False)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ferro.arrays import lost_meaning
 from ferro.errors import UsageError
 
 # The type stands for CuPy arrays, too: they have the same methods, and type-checking this code must not need CuPy.
@@ -24,8 +25,12 @@ def namespace_of(array: Array) -> ModuleType:
     """Return the module whose functions work on `array`: numpy, or cupy for a CuPy array.
 
     Raises:
-        UsageError: `array` is neither a NumPy nor a CuPy array.
+        UsageError: `array` is neither a NumPy nor a CuPy array, or means more than its numbers, as masked arrays do.
     """
+    if type(array) is np.ndarray:
+        return np
+    if problem := lost_meaning(array):
+        raise UsageError(f"expected a plain array, got {problem}.")
     if isinstance(array, np.ndarray):
         return np
     kind = type(array)

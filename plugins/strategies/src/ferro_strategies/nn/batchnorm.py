@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of, wide_dtype
-from .checks import check_dtype, check_input, check_positive
+from .checks import check_dtype, check_gradient, check_input, check_positive
 from .module import Buffer, Module, Pullback
 from .parameter import Parameter
 
@@ -80,6 +80,7 @@ class BatchNorm(Module):
             y += bias.data[:, None]
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, whole_shape)
             grad = grad_y.reshape(shape).astype(wide, copy=False)
             # The sums of grad and grad * xhat are the gradients of bias and weight; the input's gradient needs them
             # too, because the batch's mean and variance depend on every value.

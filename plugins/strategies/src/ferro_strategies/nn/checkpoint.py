@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
 from ferro.errors import UsageError
 
 from .arrays import Array
-from .module import Module, Pullback
+from .checks import check_gradient
+from .module import GeneratorState, Module, Pullback
 from .parameter import Use
 
 
@@ -50,9 +50,10 @@ class Checkpoint(Module):
         # pullback would find the gradient complete.
         uses = [item.use() for item, old in before if item.outstanding_uses > len(old)]
         del dropped
-        kept = [(x, state, uses)]
+        kept, shape = [(x, state, uses)], y.shape
 
         def pullback(grad_y: Array) -> Array | None:
+            check_gradient(self, grad_y, shape)
             if not kept:
                 raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
             return self._recompute(*kept.pop())(grad_y)
@@ -96,15 +97,12 @@ class _ForwardState:
                 array[...] = values
 
 
-# The state of a bit generator is a nested dict, whose form NumPy does not specify.
-_GeneratorStates = list[tuple[np.random.Generator, Any]]
+_GeneratorStates = list[tuple[np.random.Generator, GeneratorState]]
 
 
 def _generator_states(module: Module) -> _GeneratorStates:
-    """List the random generators that are attributes of modules, each once, and their states."""
-    held = (value for item in module.modules() for value in vars(item).values())
-    found = {id(value): value for value in held if isinstance(value, np.random.Generator)}
-    return [(generator, generator.bit_generator.state) for generator in found.values()]
+    """List the random generators that modules hold, each once, and their states."""
+    return [(generator, generator.bit_generator.state) for _, generator in module.named_generators()]
 
 
 def _restore(training: list[tuple[Module, bool]], generators: _GeneratorStates) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ferro.errors import UsageError
 
 from .arrays import Array, quiet_overflow
-from .checks import check_input
+from .checks import check_gradient, check_input
 from .module import Module, Pullback
 
 
@@ -28,11 +28,12 @@ class Sequential(Module):
         for layer in self.layers:
             x, pull = layer.vjp(x)
             pullbacks.append(pull)
-        depth = len(pullbacks)
+        depth, shape = len(pullbacks), x.shape
 
         def pullback(grad_y: Array) -> Array | None:
             if len(pullbacks) != depth:
                 raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
+            check_gradient(self, grad_y, shape)
             grad: Array | None = grad_y
             with quiet_overflow(grad_y.dtype):
                 while pullbacks and grad is not None:
@@ -61,8 +62,10 @@ class Residual(Module):
         """Add the module's output to its input."""
         inner, pull_inner = self.module.vjp(x)
         self._check(x, inner)
+        shape = x.shape
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, shape)
             with quiet_overflow(grad_y.dtype):
                 grad = pull_inner(grad_y)
                 # The sum is a new array, because other layers may use either term.

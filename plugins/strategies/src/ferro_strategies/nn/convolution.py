@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import Array, Rng, he_uniform, matmul, namespace_of
-from .checks import check_dtype, check_input, check_positive
+from .checks import check_dtype, check_gradient, check_input, check_positive
 from .module import Module, Pullback
 from .parameter import Parameter
 from .windows import Windows, pair
@@ -69,6 +69,7 @@ class Conv2d(Module):
             y += bias.data[:, None]
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, (n, outer, down, across))
             grad_rows = grad_y.transpose(1, 0, 2, 3).reshape(outer, n * down * across)
             if bias is not None:
                 bias.add_grad(grad_rows.sum(axis=1))

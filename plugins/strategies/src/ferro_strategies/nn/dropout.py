@@ -7,6 +7,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from .arrays import Array, Rng, namespace_of
+from .checks import checked_pullback
 from .module import Module, Pullback
 
 
@@ -14,7 +15,8 @@ class Dropout(Module):
     """Set each element to zero with probability p, and scale the others by 1 / (1 - p).
 
     In evaluation it is the identity. Each `vjp` draws new random numbers; give ranks the same seed
-    where they must draw the same numbers, and different seeds elsewhere.
+    where they must draw the same numbers, and different seeds elsewhere. Save the generators' states for a training
+    that is to go on exactly, see `Module.generator_state_dict`.
 
     Args:
         p: probability that an element becomes zero, from 0 to 1.
@@ -31,17 +33,18 @@ class Dropout(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Set random elements of `x`, of any shape, to zero."""
+        xp = namespace_of(x)
         if not self.training or self.p == 0:
-            return x, lambda grad_y: grad_y
+            return x, checked_pullback(self, x.shape, lambda grad_y: grad_y)
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0
-        keep = namespace_of(x).asarray(self.rng.random(x.shape, dtype=np.float32) >= self.p)
+        keep = xp.asarray(self.rng.random(x.shape, dtype=np.float32) >= self.p)
 
         def mask(values: Array) -> Array:
-            masked: Array = values * keep
+            masked: Array = xp.where(keep, values, values.dtype.type(0))  # a product could make NaN of infinity
             masked *= scale
             return masked
 
-        return mask(x), mask
+        return mask(x), checked_pullback(self, x.shape, mask)
 
     def __repr__(self) -> str:
         return f"Dropout({self.p})"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arrays import Array, Rng, namespace_of
-from .checks import check_positive
+from .checks import check_gradient, check_positive
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -50,6 +50,7 @@ class Embedding(Module):
         weight = self.weight.use()
 
         def pullback(grad_y: Array) -> None:
+            check_gradient(self, grad_y, (*x.shape, dim))
             # Equal indices are sorted together and their gradients summed: `add_grad_rows` must get
             # each row once.
             indices = x.reshape(x.size)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import Array, namespace_of, wide_dtype
-from .checks import check_dtype, check_input, check_positive
+from .checks import check_dtype, check_gradient, check_input, check_positive
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -60,6 +60,7 @@ class LayerNorm(Module):
         y += bias.data.reshape(size)
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, x_shape)
             grad = grad_y.reshape(xhat.shape).astype(xhat.dtype, copy=False)
             xp = namespace_of(grad)
             sums = xp.stack((grad.sum(axis=0), xp.einsum("nd,nd->d", grad, xhat)))

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, Rng, he_uniform, matmul
-from .checks import check_dtype, check_input, check_positive
+from .arrays import Array, Rng, he_uniform, matmul, namespace_of
+from .checks import check_dtype, check_gradient, check_input, check_positive, checked_pullback
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -57,6 +57,7 @@ class Linear(Module):
             y += bias.data
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, (*x.shape[:-1], outer))
             grad_rows = grad_y.reshape(rows.shape[0], outer)
             if bias is not None:
                 bias.add_grad(grad_rows.sum(axis=0))
@@ -77,8 +78,10 @@ class Flatten(Module):
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Merge all dimensions but the first."""
         check_input(self, x, "(N, ...)", fits=x.ndim >= 1)
+        namespace_of(x)
+        shape = x.shape
         y = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        return y, lambda grad_y: grad_y.reshape(x.shape)
+        return y, checked_pullback(self, y.shape, lambda grad_y: grad_y.reshape(shape))
 
     def __repr__(self) -> str:
         return "Flatten()"

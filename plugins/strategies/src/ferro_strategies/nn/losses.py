@@ -22,6 +22,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
         UsageError: shapes disagree, labels are no integers, or a label is out of range.
     """
     xp = namespace_of(logits)
+    namespace_of(labels)
     _check_labels(logits, labels)
     if labels.size == 0:
         return 0.0, xp.zeros_like(logits)
@@ -55,6 +56,7 @@ def mse_loss(prediction: Array, target: Array) -> tuple[float, Array]:
         UsageError: the shapes disagree.
     """
     xp = namespace_of(prediction)
+    namespace_of(target)
     if prediction.shape != target.shape:
         raise UsageError(
             f"mse_loss: prediction has shape {prediction.shape}, target {target.shape}; they must be equal."

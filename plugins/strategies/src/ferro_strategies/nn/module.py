@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
 
 from ferro.errors import UsageError
 
@@ -17,6 +19,9 @@ from .parameter import Parameter
 
 # A function from the output's gradient to the input's, or to None for an input such as indices.
 Pullback: TypeAlias = Callable[[Array], Array | None]
+
+# The state of a random generator: nested dicts of strings and integers, whose form NumPy does not specify.
+GeneratorState: TypeAlias = Mapping[str, Any]
 
 
 class Module(ABC):
@@ -81,6 +86,10 @@ class Module(ABC):
         """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
         return ((name, item) for name, item in _walk(self) if isinstance(item, Module))
 
+    def named_generators(self) -> Iterator[tuple[str, np.random.Generator]]:
+        """Yield (qualified name, random generator) of all that modules hold, each once, in definition order."""
+        return ((name, item) for name, item in _walk(self) if isinstance(item, np.random.Generator))
+
     def train(self) -> Self:
         """Set this module and all submodules to training; returns the module."""
         for module in self.modules():
@@ -127,6 +136,36 @@ class Module(ABC):
         for name, holder in own.items():
             holder.data[...] = namespace_of(holder.data).asarray(state[name])
 
+    def generator_state_dict(self) -> dict[str, GeneratorState]:
+        """Copy the states of all random generators, such as those of Dropout, by qualified name.
+
+        Together with `state_dict`, and the optimizer's and the sampler's, this is what a training goes on from, bit for
+        bit. Ranks have different generators, so each saves its own. A state consists of dicts, strings and integers,
+        which `json.dumps` takes.
+        """
+        return {name: generator.bit_generator.state for name, generator in self.named_generators()}
+
+    def load_generator_state_dict(self, state: Mapping[str, GeneratorState]) -> None:
+        """Set the states of all random generators.
+
+        Raises:
+            UsageError: a name is missing or unexpected, or a generator is of another kind. Nothing was changed.
+        """
+        own = dict(self.named_generators())
+        faults = [f"missing {name!r}" for name in own if name not in state]
+        faults += [f"unexpected {name!r}" for name in state if name not in own]
+        for name in own.keys() & state.keys():
+            here, there = own[name].bit_generator.state["bit_generator"], state[name].get("bit_generator")
+            if here != there:
+                faults.append(f"{name!r} is a {here}, given a {there}")
+        if faults:
+            raise UsageError(
+                f"load_generator_state_dict: the state does not fit {type(self).__name__}: "
+                f"{'; '.join(first_few(faults))}. Nothing was loaded."
+            )
+        for name, generator in own.items():
+            generator.bit_generator.state = state[name]
+
 
 class Buffer:
     """An array of a module's state that is not trained, such as running statistics.
@@ -141,6 +180,9 @@ class Buffer:
 
     def __repr__(self) -> str:
         return f"Buffer(shape={self.data.shape}, dtype={self.data.dtype})"
+
+
+_Item: TypeAlias = Module | Parameter | Buffer | np.random.Generator
 
 
 def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:
@@ -180,7 +222,7 @@ def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) 
 
 
 def _state(root: Module) -> Iterator[tuple[str, Parameter | Buffer]]:
-    return ((name, item) for name, item in _walk(root) if not isinstance(item, Module))
+    return ((name, item) for name, item in _walk(root) if isinstance(item, Parameter | Buffer))
 
 
 class TreeSnapshot:
@@ -218,12 +260,12 @@ class TreeSnapshot:
         return TreeSnapshot(deepcopy(self._root, memo))
 
 
-def _walk(root: Module) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
-    """Yield all modules, parameters and buffers from `root` on, each once, depth first."""
+def _walk(root: Module) -> Iterator[tuple[str, _Item]]:
+    """Yield all modules, parameters, buffers and generators from `root` on, each once, depth first."""
     seen: set[int] = set()
 
-    def visit(name: str, value: object) -> Iterator[tuple[str, Module | Parameter | Buffer]]:
-        if isinstance(value, Module | Parameter | Buffer):
+    def visit(name: str, value: object) -> Iterator[tuple[str, _Item]]:
+        if isinstance(value, Module | Parameter | Buffer | np.random.Generator):
             if id(value) in seen:
                 return
             seen.add(id(value))

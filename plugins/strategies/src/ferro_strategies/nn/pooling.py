@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arrays import Array, namespace_of
-from .checks import check_input
+from .checks import check_gradient, check_input
 from .module import Module, Pullback
 from .windows import Windows, pair
 
@@ -36,6 +36,7 @@ class MaxPool2d(Module):
             xp.maximum(y, tap, out=y)
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, y.shape)
             # Searching the maxima again needs only x and y, which neighbouring layers usually keep anyway.
             grad_x: Array = xp.zeros(x.shape, grad_y.dtype)
             taken = xp.zeros(y.shape, bool)
@@ -43,7 +44,7 @@ class MaxPool2d(Module):
             for tap, grad_tap in taps:
                 is_maximum = (tap == y) & ~taken
                 taken |= is_maximum
-                grad_tap += grad_y * is_maximum
+                grad_tap += xp.where(is_maximum, grad_y, grad_y.dtype.type(0))  # a product could make NaN of inf
             return grad_x
 
         return y, pullback

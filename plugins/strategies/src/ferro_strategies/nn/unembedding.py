@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arrays import Array, matmul
-from .checks import check_dtype, check_input
+from .checks import check_dtype, check_gradient, check_input
 from .embedding import Embedding
 from .module import Module, Pullback
 
@@ -36,15 +36,17 @@ class Unembedding(Module):
         check_input(self, x, f"(..., {dim})", fits=x.ndim > 0 and x.shape[-1] == dim)
         weight = self.weight.use()
         rows = x.reshape(x.size // dim, dim)
-        y = matmul(rows, weight.data.T)
+        y = matmul(rows, weight.data.T).reshape(*x.shape[:-1], words)
+        shape = y.shape
 
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, shape)
             grad_rows = grad_y.reshape(rows.shape[0], words)
             if weight.requires_grad:
                 weight.add_grad_product(grad_rows.T, rows)
             return matmul(grad_rows, weight.data).reshape(x.shape)
 
-        return y.reshape(*x.shape[:-1], words), pullback
+        return y, pullback
 
     def __repr__(self) -> str:
         return f"Unembedding({self.num_embeddings}, {self.dim})"

@@ -12,7 +12,7 @@ from ferro import ProcessGroup, UsageError, Work
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, matmul
-from ..nn.checks import check_dtype, check_input
+from ..nn.checks import check_dtype, check_input, checked_pullback
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
@@ -122,12 +122,13 @@ class ColumnParallelLinear(Module):
         check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
         (y,), pull = column_parallel_matmul(x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel)
         if not self.gather_output:
-            return y, lambda grad_y: pull((grad_y,))
+            return y, checked_pullback(self, y.shape, lambda grad_y: pull((grad_y,)))
+        whole = all_gather_along(y, self.group, -1, self._sizes)
 
         def pullback(grad_y: Array) -> Array:
             return pull((local_shard(grad_y, self.group, -1, self._sizes),))
 
-        return all_gather_along(y, self.group, -1, self._sizes), pullback
+        return whole, checked_pullback(self, whole.shape, pullback)
 
     def uses(self) -> tuple[Use, Use | None]:
         """Register one use of weight and bias, for `column_parallel_matmul`."""

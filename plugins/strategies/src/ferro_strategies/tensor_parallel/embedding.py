@@ -9,7 +9,7 @@ from ferro import ProcessGroup, UsageError
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, namespace_of
-from ..nn.checks import check_input
+from ..nn.checks import check_gradient, check_input
 from ..nn.embedding import Embedding
 from ..nn.module import Module, Pullback
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
@@ -96,7 +96,10 @@ class ParallelEmbedding(Embedding):
             y = group.reduce_scatter(y, sizes=sharding.rows)
             lead = (sharding.batch, sharding.lengths[group.rank])
 
+        shape = (*lead, self._dim)
+
         def pullback(grad_y: Array) -> None:
+            check_gradient(self, grad_y, shape)
             grad = to_rows(grad_y, sharding)
             if sharding is not None:
                 grad = group.all_gather(grad, sizes=sharding.rows)

@@ -27,7 +27,7 @@ from ferro import ProcessGroup
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array
-from ..nn.checks import check_input
+from ..nn.checks import check_input, checked_pullback
 from ..nn.module import Module, Pullback
 from .sharding import all_gather_along, all_gather_sizes, local_shard, reduce_scatter_along
 
@@ -60,7 +60,7 @@ class CopyIn(Module):
             grad_x: Array = self.group.all_reduce(grad_y)
             return grad_x
 
-        return x, pullback
+        return x, checked_pullback(self, x.shape, pullback)
 
     def __repr__(self) -> str:
         return f"CopyIn({self.group!r})"
@@ -74,7 +74,7 @@ class ReduceOut(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Sum `x`, of one shape on all ranks."""
-        return self.group.all_reduce(x), lambda grad_y: grad_y
+        return self.group.all_reduce(x), checked_pullback(self, x.shape, lambda grad_y: grad_y)
 
     def __repr__(self) -> str:
         return f"ReduceOut({self.group!r})"
@@ -89,7 +89,7 @@ class GatherIn(_ShardingRegion):
         group, dim = self.group, self.dim
         sizes = all_gather_sizes(x.shape[dim], group, x)
         y = all_gather_along(x, group, dim, sizes)
-        return y, lambda grad_y: reduce_scatter_along(grad_y, group, dim, sizes)
+        return y, checked_pullback(self, y.shape, lambda grad_y: reduce_scatter_along(grad_y, group, dim, sizes))
 
 
 class ScatterOut(_ShardingRegion):
@@ -101,7 +101,7 @@ class ScatterOut(_ShardingRegion):
         group, dim = self.group, self.dim
         sizes = even_sizes(x.shape[dim], group.world_size)
         y = reduce_scatter_along(x, group, dim, sizes)
-        return y, lambda grad_y: all_gather_along(grad_y, group, dim, sizes)
+        return y, checked_pullback(self, y.shape, lambda grad_y: all_gather_along(grad_y, group, dim, sizes))
 
 
 class SplitIn(_ShardingRegion):
@@ -113,7 +113,7 @@ class SplitIn(_ShardingRegion):
         group, dim = self.group, self.dim
         sizes = even_sizes(x.shape[dim], group.world_size)
         y = local_shard(x, group, dim, sizes)
-        return y, lambda grad_y: all_gather_along(grad_y, group, dim, sizes)
+        return y, checked_pullback(self, y.shape, lambda grad_y: all_gather_along(grad_y, group, dim, sizes))
 
 
 class GatherOut(_ShardingRegion):
@@ -125,4 +125,4 @@ class GatherOut(_ShardingRegion):
         group, dim = self.group, self.dim
         sizes = all_gather_sizes(x.shape[dim], group, x)
         y = all_gather_along(x, group, dim, sizes)
-        return y, lambda grad_y: local_shard(grad_y, group, dim, sizes)
+        return y, checked_pullback(self, y.shape, lambda grad_y: local_shard(grad_y, group, dim, sizes))

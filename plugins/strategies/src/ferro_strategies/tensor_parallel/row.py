@@ -11,7 +11,7 @@ from ferro import ProcessGroup, UsageError
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, matmul
-from ..nn.checks import check_dtype, check_input
+from ..nn.checks import check_dtype, check_gradient, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from .conversion import check_serial_layer, check_shard_sizes, replicated_copy, sharded_copy
@@ -134,7 +134,10 @@ class RowParallelLinear(Module):
         if bias is not None:
             y += bias.data
 
+        shape = (*y_lead, y.shape[-1])
+
         def pullback(grad_y: Array) -> Array:
+            check_gradient(self, grad_y, shape)
             grad_rows = to_rows(grad_y, sharding)
             if sharding is not None:
                 grad_rows = group.all_gather(grad_rows, sizes=sharding.rows)

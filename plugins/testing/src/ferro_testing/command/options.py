@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("backend", metavar="BACKEND", help="its name; `ferro backends` lists them")
-    add("-n", dest="ranks", type=int, default=4, metavar="N", help="ranks (default 4)")
+    add("-n", "-np", dest="ranks", type=int, default=4, metavar="N", help="ranks (default 4)")
     add("--quick", action="store_true", help="only the checks that the tables need")
     add(
         "--device",

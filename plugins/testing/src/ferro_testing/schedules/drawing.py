@@ -8,8 +8,10 @@ from itertools import groupby
 from ferro.collectives import Build
 from ferro_testing.schedules.messages import AlgorithmInstance, Message, match_messages
 
+_GAP = "  "
 
-def table(build: Build, world_size: int, root: int = 0) -> str:
+
+def table(build: Build, world_size: int, root: int = 0, *, columns: int | None = None) -> str:
     """Draw an algorithm as one line per round and one cell per message.
 
     `0→1 [2]⊕` reads: rank 0 sends chunk 2 to rank 1, which combines it with its own; without ⊕
@@ -17,6 +19,12 @@ def table(build: Build, world_size: int, root: int = 0) -> str:
 
         r1  0→1 [2]⊕  1→2 [0]⊕  2→0 [1]⊕
         r2  0→1 [1]⊕  1→2 [2]⊕  2→0 [0]⊕
+
+    Args:
+        build: the algorithm.
+        world_size: number of ranks.
+        root: the root, for collectives that have one.
+        columns: width of the drawing in characters: a round that needs more goes on below. None for no limit.
 
     Returns:
         The lines, joined by newlines; empty when nothing is sent.
@@ -32,7 +40,17 @@ def table(build: Build, world_size: int, root: int = 0) -> str:
     rows = [
         [f"r{index + 1}", *map(_cell, row)] for index, row in groupby(messages, key=lambda message: message.sent_in)
     ]
+    if columns is not None:
+        cell = max((len(cell) for row in rows for cell in row), default=0) + len(_GAP)
+        most = max(1, (columns - len(rows[-1][0] if rows else "")) // cell)
+        rows = [part for row in rows for part in _cut(row, most)]
     return _aligned(rows)
+
+
+def _cut(row: Sequence[str], most: int) -> list[list[str]]:
+    """Cut a row into rows of at most so many cells; those that go on have no label."""
+    label, *cells = row
+    return [["" if start else label, *cells[start : start + most]] for start in range(0, len(cells), most)]
 
 
 def _cell(message: Message) -> str:
@@ -55,5 +73,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     columns = max(map(len, rows), default=0)
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
+        _GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
     )

@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 from ferro import UsageError
 
 from ...nn.arrays import Array, namespace_of
+from ...nn.checks import check_gradient
 from ...nn.module import Module, Pullback
 from ...nn.parameter import deferring
 from ..schedules.schedule import Action, Kind
@@ -111,7 +112,14 @@ class TrainingPass:
         if weight == 0.0:  # no targets: the mean over no elements may be nan
             zeros: Array = namespace_of(y).zeros_like(y)
             return zeros
-        loss, grad = self._loss_function(y, self._targets[microbatch])
+        result = self._loss_function(y, self._targets[microbatch])
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise UsageError(
+                f"the loss function must return (loss, grad), as nn.cross_entropy does; it returned a "
+                f"{type(result).__name__}."
+            )
+        loss, grad = result
+        check_gradient("the loss function", grad, y.shape)
         self.loss += weight * loss
         return grad if weight == 1.0 else (grad * weight).astype(grad.dtype, copy=False)
 
