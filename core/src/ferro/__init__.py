@@ -19,6 +19,7 @@ from ferro.errors import (
     PeerLost,
     PluginError,
     RendezvousError,
+    ThreadLimitError,
     UnsupportedError,
     UsageError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "AuthenticationError", "Availability", "Backend", "BackendConfig", "BackendError", "BackendInfo",
     "BackendUnavailable", "Cluster", "CollectiveInfo", "CollectiveMismatch", "CollectiveTimeout", "CommandInfo",
     "Completion", "Device", "Event", "FerroError", "GroupClosed", "Metrics", "Observer", "PeerLost", "PluginError",
-    "ProcessGroup", "ReduceOp", "RendezvousError", "StrategyInfo", "UnsupportedError", "UsageError", "Work", "arrays",
-    "backends", "cluster", "collectives", "hookimpl", "init", "shutdown", "simulate", "spawn", "strategies",
+    "ProcessGroup", "ReduceOp", "RendezvousError", "StrategyInfo", "ThreadLimitError", "UnsupportedError", "UsageError",
+    "Work", "arrays", "backends", "cluster", "collectives", "hookimpl", "init", "shutdown", "simulate", "spawn",
+    "strategies",
 ]  # fmt: skip

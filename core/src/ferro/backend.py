@@ -19,6 +19,7 @@ import numpy as np
 from ferro.collectives import defaults
 from ferro.collectives.choice import Choice
 from ferro.collectives.label import Call, collective_tag
+from ferro.collectives.posted_transfers import PostedTransfers, ThreadedTransfers
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError
 from ferro.types import Array, Device
@@ -93,10 +94,13 @@ class Backend(ABC):
     ) -> None:
         """Do all these (peer, buffer) transfers at the same time; return when all are done.
 
-        Messages between two ranks match in the order given. The call never deadlocks, whatever the order of the
-        peers' calls.
+        Messages between two ranks match in the order given. Never deadlocks, whatever the order of the peers' calls.
         """
         self._sender_threads.exchange(self, sends, recvs, tag=tag, deadline=deadline)
+
+    def posted_transfers(self) -> PostedTransfers:
+        """Make the means to have many transfers outstanding at once; the default takes a thread for each."""
+        return ThreadedTransfers(self)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """Begin a collective: make sure that every rank makes this call, before data moves.
@@ -140,11 +144,8 @@ class Backend(ABC):
 
         A backend whose connections between the survivors outlast the death of a group overrides this.
         """
-        raise UnsupportedError(
-            f"{type(self).__name__} cannot go on after a rank is lost: restart the job, for "
-            "example with `ferro run --max-restarts`",
-            op="shrink",
-        )
+        remedy = "restart the job, for example with `ferro run --max-restarts`"
+        raise UnsupportedError(f"{type(self).__name__} cannot go on after a rank is lost: {remedy}", op="shrink")
 
     def launched(self) -> Completion:
         """Make a handle on the operation that this thread launched last on one of the `streams`."""

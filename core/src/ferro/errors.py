@@ -134,3 +134,11 @@ class PeerLost(FerroError, ConnectionError):
 
 class GroupClosed(FerroError):
     """The group was closed or aborted, or died of an earlier failure, which is this error's `__cause__`."""
+
+
+class ThreadLimitError(FerroError, RuntimeError):
+    """The system refuses a thread: raise the limit that is named, or have less outstanding. The group is good."""
+
+
+class RankKilled(BaseException):
+    """Ends the thread of a simulated rank that is killed on purpose; no `except Exception` stops it."""

@@ -15,7 +15,7 @@ CALLS = {
     "all_to_all": ("all_to_all", lambda g, x, o: g.all_to_all(x, async_op=True, **o)),
     "uneven all_to_all": ("all_to_all", lambda g, x, o: g.all_to_all(x, send_sizes=[3, 1], async_op=True, **o)),
     "send": ("send", lambda g, x, o: send_or_receive(g, x, o)),
-    "sendrecv": ("exchange", lambda g, x, o: g.sendrecv(x, np.empty_like(x), 1 - g.rank, async_op=True, **o)),
+    "sendrecv": ("send", lambda g, x, o: g.sendrecv(x, np.empty_like(x), 1 - g.rank, async_op=True, **o)),
 }
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from ferro.errors import GroupClosed, UnsupportedError, UsageError
-from ferro.group import dispatcher
-from ferro.group.serial_executor import SerialExecutor
 from ferro.simulated import simulate
 
 CupyArray = type("ndarray", (), {"__module__": "cupy", "dtype": np.dtype(float), "shape": (3,)})
@@ -369,63 +367,6 @@ def test_a_tag_for_every_message_does_not_disturb_the_order_of_collectives():
     assert simulate(work, 3, timeout_s=5) == [3.0] * 3
 
 
-def busy_channels(group, tag):
-    """List the directions in which the group's own executors carry out a transfer with this tag."""
-    executors = group._dispatcher._transfers
-    return sorted(channel.direction for channel, one in executors.items() if channel.tag == tag and one.lock.locked())
-
-
-@pytest.mark.parametrize("method", ["run", "start"])
-def test_a_transfer_does_not_enter_an_executor_that_was_dropped_after_its_look_up(monkeypatch, method):
-    monkeypatch.setattr(dispatcher, "_MAX_EXECUTORS", 1)
-    enter, dropped = getattr(SerialExecutor, method), []
-
-    def work(group):
-        if group.rank == 1:
-            return [float(group.recv(np.array(0.0), 0, tag)) for tag in (8, 7)]
-        send, busy = group.backend.send, []
-
-        def observed_send(buffer, peer, *, tag, deadline):
-            busy.append((tag, busy_channels(group, tag)))
-            send(buffer, peer, tag=tag, deadline=deadline)
-
-        def enter_late(executor, op, operation):
-            if executor._name.endswith("send 1 tag 7") and not dropped:
-                dropped.append(executor)
-                group.send(np.array(8.0), 1, tag=8)  # makes an executor, for which the idle ones are dropped
-            return enter(executor, op, operation)
-
-        monkeypatch.setattr(group.backend, "send", observed_send)
-        monkeypatch.setattr(SerialExecutor, method, enter_late)
-        sent = group.send(np.array(7.0), 1, tag=7, async_op=method == "start")
-        if sent is not None:
-            sent.wait()
-        return busy
-
-    busy, received = simulate(work, 2, timeout_s=5, run_timeout_s=20)
-    assert len(dropped) == 1
-    assert dict(busy) == {8: ["send"], 7: ["send"]}
-    assert received == [8.0, 7.0]
-
-
-def test_the_receiving_executor_of_a_sendrecv_does_not_displace_its_sending_one(monkeypatch):
-    monkeypatch.setattr(dispatcher, "_MAX_EXECUTORS", 1)
-
-    def work(group):
-        exchange, busy = group.backend.exchange, []
-
-        def observed_exchange(sends, recvs, *, tag, deadline):
-            busy.append(busy_channels(group, tag))
-            exchange(sends, recvs, tag=tag, deadline=deadline)
-
-        monkeypatch.setattr(group.backend, "exchange", observed_exchange)
-        value = float(group.sendrecv(np.array(float(group.rank)), np.array(0.0), 1 - group.rank, tag=7))
-        return value, busy[0]
-
-    results = simulate(work, 2, timeout_s=5, run_timeout_s=20)
-    assert results == [(1.0, ["recv", "send"]), (0.0, ["recv", "send"])]
-
-
 def test_a_copied_model_has_the_same_group():
     def run(group):
         return copy.deepcopy({"group": group})["group"] is group
@@ -433,26 +374,24 @@ def test_a_copied_model_has_the_same_group():
     assert simulate(run, 2) == [True, True]
 
 
-def test_a_sendrecv_under_way_ends_before_its_receiving_executor_is_closed(monkeypatch):
-    """Its operation runs in the sending executor first, and in the receiving one within."""
+def test_close_waits_for_a_sendrecv_whose_halves_wait_for_earlier_transfers():
     closing = threading.Event()
-    close = SerialExecutor.close
-
-    def announced_close(executor, deadline):
-        if "collectives" not in executor._name:
-            executor.closed = True  # as close() does first; announced only after that
-            closing.set()
-        return close(executor, deadline)
 
     def work(group):
         if group.rank == 1:
             assert closing.wait(5)
             group.send(np.array(1.0), 0)
             return float(group.sendrecv(np.array(2.0), np.array(0.0), 0))
-        first = group.recv(np.array(0.0), 1, async_op=True)  # keeps the receiving executor busy
+        first = group.recv(np.array(0.0), 1, async_op=True)
         second = group.sendrecv(np.array(3.0), np.array(0.0), 1, async_op=True)
+        close = group._dispatcher._transfers.close
+
+        def announced_close(deadline):
+            closing.set()
+            return close(deadline)
+
+        group._dispatcher._transfers.close = announced_close
         group.close()
         return float(first.wait()), float(second.wait())
 
-    monkeypatch.setattr(SerialExecutor, "close", announced_close)
     assert simulate(work, 2, timeout_s=5, run_timeout_s=20) == [(1.0, 2.0), 3.0]

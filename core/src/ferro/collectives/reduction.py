@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ferro.collectives.half import reduce_half_precision
-from ferro.errors import UnsupportedError, UsageError
+from ferro.errors import FerroError, UnsupportedError, UsageError
 from ferro.types import Array, ReduceOp
 
 # A function (a, b, out) of one-dimensional pieces of the arrays; `out` is `a` or `b`, or overlaps neither.
@@ -182,8 +182,11 @@ def _function(op: object) -> ReduceFunction:
     def call_function(a: Array, b: Array, out: Array) -> None:
         try:
             result = op(a, b, out)
-        except Exception as error:  # an UnsupportedError must not be taken for the backend's refusal
+        except FerroError as error:  # it must not be taken for the backend's
             raise RuntimeError(f"the function given as op, {name}, raised {type(error).__name__}: {error}") from error
+        except Exception as error:
+            error.add_note(f"(in the function given as op, {name})")
+            raise
         if result is not out and isinstance(result, np.ndarray) and not np.may_share_memory(result, out):
             raise RuntimeError(f"the function given as op, {name}, returned a new array; it must write into out")
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -224,7 +224,19 @@ class ArrayCollectives:
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
+        with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
+            return self._scatter(x, root, sizes, out, async_op, copy, remaining_s)
+
+    def _scatter(
+        self,
+        x: Input | None,
+        root: int,
+        sizes: Sequence[int] | None,
+        out: object,
+        async_op: bool,
+        copy: bool,
+        remaining_s: Callable[[], float],
+    ) -> ResultOrWork:
         input_array, source, header = None, None, uneven.blank_header(self.world_size)
         if self.rank == root:
             if x is None:
@@ -334,9 +346,9 @@ class ArrayCollectives:
         """Check the rows of all ranks, or exchange them where `sizes` is "any"; return them and the time left."""
         if not isinstance(sizes, str) or sizes != "any":
             return uneven.checked_sizes(sizes, self.world_size), timeout_s
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        own = array.shape[0] if array.ndim else 1
-        return tuple(self.all_gather(np.array(own), timeout_s=remaining_s()).tolist()), remaining_s()
+        with self._dispatcher.sequence("all_gather", timeout_s) as remaining_s:
+            own = array.shape[0] if array.ndim else 1
+            return tuple(self.all_gather(np.array(own), timeout_s=remaining_s()).tolist()), remaining_s()
 
 
 def _copy_first(source: Array, target: Array, action: partial[None], *, deadline: float) -> None:

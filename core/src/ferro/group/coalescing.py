@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,10 @@ class Coalescing:
         self._ended = True
         if error is not None:
             return
+        with self._group._dispatcher.sequence("coalesce", None) as remaining_s:
+            self._run_all(remaining_s)
+
+    def _run_all(self, remaining_s: Callable[[], float]) -> None:
         for (op, op_or_root, dtype, device), results in self._kinds.items():
             sources = [result.input_array.array for result in results]
             sizes = [source.size for source in sources]
@@ -65,6 +70,7 @@ class Coalescing:
             for view, source in zip(views, sources, strict=True):
                 view[...] = source.reshape(-1)
             shapes = ";".join("x".join(map(str, source.shape)) for source in sources)
+            remaining_s()
             self._run(op, op_or_root, buffer, device, f"shapes {shapes}")
             for view, result in zip(views, results, strict=True):
                 result.buffer.flat[...] = view

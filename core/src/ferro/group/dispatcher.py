@@ -11,32 +11,32 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 
 from ferro.backend import Backend
-from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
-from ferro.errors import FerroError, GroupClosed, PeerLost, UnsupportedError, UsageError
+from ferro.collectives.label import Call
+from ferro.errors import FerroError, GroupClosed, PeerLost, RankKilled, ThreadLimitError, UnsupportedError, UsageError
 from ferro.group.failure_agreement import FailureAgreement
 from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, issuing_thread
+from ferro.group.transfers import Messages, Transfer, TransferQueue
 from ferro.group.work import LaunchedWork
 from ferro.observers import Event
-from ferro.types import Array, Device
+from ferro.types import Device
 
 # The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a backend's method costs
 # no Python call of its own.
 Action: TypeAlias = Callable[..., None]
 Finish: TypeAlias = Callable[[], object]
-Messages: TypeAlias = Sequence[tuple[int, Array]]  # (peer, buffer)
 
 _CPU = Device.CPU  # a global, since each call looks it up
-_MAX_EXECUTORS = 256
 _MIN_TIMEOUT_S = 1e-3  # what a passed deadline leaves to the next operation, which then reports the timeout
 
 
@@ -51,14 +51,6 @@ def _count_fork() -> None:
 os.register_at_fork(after_in_child=_count_fork)
 
 
-class ChannelKey(NamedTuple):
-    """One peer, one direction, one tag: transfers with the same key run in the order issued."""
-
-    direction: str  # "send" or "recv"
-    peer: int
-    tag: int
-
-
 class Dispatcher:
     """Runs the operations of one group on one rank."""
 
@@ -69,13 +61,18 @@ class Dispatcher:
         self._streams = backend.streams
         self._agreement = FailureAgreement(info, backend.rank)
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
-        self._transfers: dict[ChannelKey, SerialExecutor] = {}
+        self._transfers = TransferQueue(backend, info.name)
         self._lock = threading.Lock()
         self._failure: FerroError | None = None
         self._closed = False
         self._pid = os.getpid()
         self._forks = _forks
         self._timeout_s = info.timeout_s
+
+    def __del__(self) -> None:
+        if hasattr(self, "_transfers"):
+            self._collectives.stop()
+            self._transfers.close(0.0)
 
     @property
     def state(self) -> str:
@@ -90,10 +87,26 @@ class Dispatcher:
             raise UsageError(f"timeout_s must be a positive number of seconds, at most {most:.0f}, not {timeout_s!r}")
         return float(timeout_s)
 
-    def countdown(self, timeout_s: float | None) -> Callable[[], float]:
-        """Begin a call made of several operations; the returned function gives the time left for each."""
-        deadline = time.monotonic() + self.checked_timeout(timeout_s)
-        return lambda: max(_MIN_TIMEOUT_S, deadline - time.monotonic())
+    @contextmanager
+    def sequence(self, op: str, timeout_s: float | None) -> Iterator[Callable[[], float]]:
+        """Make a call of several operations; the function given to the block gives the time left for each.
+
+        An interrupt between two of them would leave the other ranks in the middle, so it ends the group.
+        """
+        allowed_s, started = self.checked_timeout(timeout_s), time.monotonic()
+        issued = 0
+
+        def time_left_s() -> float:
+            nonlocal issued
+            issued += 1
+            return max(_MIN_TIMEOUT_S, started + allowed_s - time.monotonic())
+
+        try:
+            yield time_left_s
+        except BaseException as error:
+            if issued and not isinstance(error, UsageError | UnsupportedError | GroupClosed):
+                self._fail(error, CallSite(Call(op), (), allowed_s, time.monotonic() - started))
+            raise
 
     def collective(
         self,
@@ -118,22 +131,38 @@ class Dispatcher:
         executor = self._collectives
         if async_op and not launches:
             # A closure would slow down every call: its variables would be cells.
-            operation = partial(self._perform, call.numbered, action, finish, nbytes, allowed_s, False, ())
+            operation = partial(self._perform, call.numbered, action, finish, nbytes, allowed_s, False, None)
             try:
                 return executor.start(call.op, operation)
             except ExecutorClosed:
                 self._raise_closed(call.op)
+            except ThreadLimitError:  # the call has no number
+                raise
+            except BaseException as error:
+                self._fail(error, CallSite(call, (), allowed_s, 0.0))
+                raise
         # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
-        with executor.lock:
-            if executor.closed:
-                self._raise_closed(call.op)
-            seq = executor.next_number()
-            if not launches and not self._observed:
-                self._execute(call.numbered(seq), action, allowed_s)
-                return finish()
-            result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, (), seq)
+        # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether
+        # the call took effect, and its next calls would meet other calls of the other ranks.
+        begun = False
+        try:
+            with executor.lock:
+                if executor.closed:
+                    self._raise_closed(call.op)
+                begun = True
+                seq = executor.next_number()
+                if not launches and not self._observed:
+                    self._execute(call.numbered(seq), action, allowed_s)
+                    return finish()
+                result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, None, seq)
+        except UnsupportedError:
+            raise
+        except BaseException as error:
+            if begun:
+                self._fail(error, CallSite(call, (), allowed_s, 0.0))
+            raise
         return result.wait() if launches and not async_op else result
 
     def transfer(
@@ -150,37 +179,48 @@ class Dispatcher:
         """Send to a peer, receive from a peer, or both, after the transfers issued before on the same channels."""
         allowed_s = self.checked_timeout(timeout_s)
         self.check_open(op)
-        # A sendrecv holds the sending executor, and runs its operation in the receiving one.
-        channels = [ChannelKey("send", peer, tag) for peer, _ in sends]
-        channels += [ChannelKey("recv", peer, tag) for peer, _ in recvs]
-        nbytes = sum(buffer.nbytes for _, buffer in (*sends, *recvs))
-        peers = tuple(dict([*sends, *recvs]))
         launches = device in self._streams
-        action = partial(self._move, sends, recvs, tag)
-        operation = partial(self._perform, partial(Call, op), action, finish, nbytes, allowed_s, launches, peers)
-        channel, *inner = channels
-        outer = (lambda _: self._submit(inner[0], op, operation)) if inner else operation
-        result = self._submit(channel, op, outer, in_background=async_op and not launches)
+        end = partial(self._end_transfer, finish)
+        transfer = Transfer(op, sends, recvs, tag, allowed_s, self._begin_transfer, end)
+        try:
+            if async_op and not launches:
+                return self._transfers.start(transfer)
+            action = partial(transfer.move, self.backend)
+            operation = partial(
+                self._perform, transfer.numbered, action, finish, transfer.nbytes, allowed_s, launches, transfer
+            )
+            result = self._transfers.run(transfer, operation, in_this_thread=launches)
+        except BaseException as error:
+            withdrawn = False
+            try:
+                withdrawn = self._transfers.withdraw(transfer)  # as if the call had never been made
+            finally:
+                if not withdrawn and not isinstance(error, UnsupportedError):
+                    self._fail(error, self._site(transfer.call, allowed_s, 0.0, transfer))
+            if isinstance(error, ExecutorClosed):
+                self._raise_closed(op)
+            raise
         return result.wait() if launches and not async_op else result
 
-    def _move(self, sends: Messages, recvs: Messages, tag: int, *, deadline: float) -> None:
-        """Move messages, each after its label where the backend's frames carry none."""
-        if not self.backend.labels_frames:
-            labels = [(peer, np.frombuffer(transfer_call(buffer).label(), np.uint8)) for peer, buffer in sends]
-            found = [(peer, np.empty(LABEL_BYTES, np.uint8)) for peer, _ in recvs]
-            self._exchange(labels, found, tag, deadline)
-            for (peer, buffer), (_, label) in zip(recvs, found, strict=True):
-                compare_labels(self.backend.rank, transfer_call(buffer), peer, label.tobytes())
-        self._exchange(sends, recvs, tag, deadline)
+    def _begin_transfer(self, transfer: Transfer) -> None:
+        """Begin a transfer in the group's thread."""
+        if self._failure is not None:
+            self._raise_dead(transfer.call.op)
+        if self._observed:
+            transfer.event = self._event(transfer.call, transfer.nbytes)
+            self._notify("started", transfer.event)
 
-    def _exchange(self, sends: Messages, recvs: Messages, tag: int, deadline: float) -> None:
-        if sends and recvs:
-            self.backend.exchange(sends, recvs, tag=tag, deadline=deadline)
-            return
-        for peer, buffer in sends:
-            self.backend.send(buffer, peer, tag=tag, deadline=deadline)
-        for peer, buffer in recvs:
-            self.backend.recv(buffer, peer, tag=tag, deadline=deadline)
+    def _end_transfer(self, finish: Finish, transfer: Transfer, error: BaseException | None) -> object:
+        """End a transfer in the group's thread: return its result, or raise its error."""
+        raised, seconds = error, time.monotonic() - transfer.started
+        if error is not None and not isinstance(error, UnsupportedError):
+            raised = self._raised(error, self._site(transfer.call, transfer.timeout_s, seconds, transfer))
+        if transfer.event is not None:
+            name = type(raised).__name__ if raised else ""
+            self._notify("finished", replace(transfer.event, seconds=seconds, error=name))
+        if raised is None:
+            return finish()
+        raise raised from (None if raised is error else error)
 
     def check_open(self, op: str) -> None:
         """Raise an error when no operation can be issued any more."""
@@ -216,11 +256,8 @@ class Dispatcher:
             if self._closed:
                 return
             self._closed = True
-            # A sendrecv enters its sending executor, then its receiving one: the executors close in that order.
-            channels = sorted(self._transfers, key=lambda channel: channel.direction, reverse=True)
-            executors = [self._collectives, *(self._transfers[channel] for channel in channels)]
         deadline = time.monotonic() + (0.0 if self._failure else timeout_s)
-        drained = [executor.close(deadline) for executor in executors]
+        drained = [self._collectives.close(deadline), self._transfers.close(deadline)]
         if not all(drained):
             if self._failure is None:
                 self._agreement.report(PeerLost, "was left, with operations under way,")
@@ -248,27 +285,6 @@ class Dispatcher:
         message = f"{op} on group {name!r}: the group died earlier: {self._failure}"
         raise GroupClosed(message, op=op, group=name, rank=rank) from self._failure
 
-    def _submit(
-        self, channel: ChannelKey, op: str, operation: Callable[[int], object], *, in_background: bool = False
-    ) -> Any:
-        """Hand an operation to the executor of its channel, which is made where there is none."""
-        while True:
-            executor = self._transfers.get(channel) or self._new_executor(channel)
-            try:
-                return executor.start(op, operation) if in_background else executor.run(op, operation)
-            except ExecutorClosed:
-                with self._lock:
-                    if self._transfers.get(channel) is executor:  # otherwise the channel has a new one
-                        self._raise_closed(op)
-
-    def _new_executor(self, channel: ChannelKey) -> SerialExecutor:
-        with self._lock:
-            if len(self._transfers) >= _MAX_EXECUTORS:  # reached by programs with a new tag for every message
-                # Another thread may have looked up an idle executor; finding it closed, that thread takes a new one.
-                self._transfers = {key: old for key, old in self._transfers.items() if not old.close_if_idle()}
-            name = f"ferro-{self._info.name}-{channel.direction} {channel.peer} tag {channel.tag}"
-            return self._transfers.setdefault(channel, SerialExecutor(name))
-
     def _perform(
         self,
         numbered: Callable[[int], Call],
@@ -277,7 +293,7 @@ class Dispatcher:
         nbytes: int,
         timeout_s: float,
         launches: bool,
-        peers: tuple[int, ...],
+        transfer: Transfer | None,
         seq: int,
     ) -> Any:
         """Execute operation number `seq` and notify observers; return its result, or the Work of a launched one.
@@ -286,23 +302,13 @@ class Dispatcher:
         """
         call = numbered(seq)
         if not self._observed:
-            self._execute(call, action, timeout_s, peers)
+            self._execute(call, action, timeout_s, transfer)
         else:
-            rank = self.backend.rank
-            event = Event(
-                op=call.op,
-                seq=seq,
-                group=self._info.name,
-                rank=rank,
-                global_rank=self._info.global_ranks[rank],
-                nbytes=nbytes,
-                start_s=time.time(),
-                thread=threading.current_thread().name,
-            )
+            event = self._event(call, nbytes)
             self._notify("started", event)
             started, error = time.monotonic(), ""
             try:
-                self._execute(call, action, timeout_s, peers)
+                self._execute(call, action, timeout_s, transfer)
             except BaseException as raised:
                 error = type(raised).__name__
                 raise
@@ -310,9 +316,23 @@ class Dispatcher:
                 self._notify("finished", replace(event, seconds=time.monotonic() - started, error=error))
         if not launches:
             return finish()
-        site = CallSite(call, peers, timeout_s, timeout_s)
+        site = self._site(call, timeout_s, timeout_s, transfer)
         completion = self.backend.launched()
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
+
+    def _event(self, call: Call, nbytes: int) -> Event:
+        """Describe the start of an operation in this thread."""
+        rank = self.backend.rank
+        return Event(
+            op=call.op,
+            seq=call.seq,
+            group=self._info.name,
+            rank=rank,
+            global_rank=self._info.global_ranks[rank],
+            nbytes=nbytes,
+            start_s=time.time(),
+            thread=threading.current_thread().name,
+        )
 
     def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
         """Notify all observers; an observer that raises must not disturb the operation."""
@@ -327,30 +347,47 @@ class Dispatcher:
                     stacklevel=2,
                 )
 
-    def _execute(self, call: Call, action: Action, timeout_s: float, peers: tuple[int, ...] = ()) -> None:
+    def _execute(self, call: Call, action: Action, timeout_s: float, transfer: Transfer | None = None) -> None:
         """Run an operation by its deadline; a failure ends the group with the cause that all ranks report.
 
-        An operation without `peers` is a collective.
+        An operation that is no `transfer` is a collective.
         """
         if self._failure is not None:  # the group died while this operation waited for earlier ones
             self._raise_dead(call.op)
         started = time.monotonic()
         deadline = started + timeout_s
         try:
-            if not peers:
+            if transfer is None:
                 self.backend.agree(call, deadline=deadline)
             action(deadline=deadline)
         except UnsupportedError:  # raised by the backend, on all ranks
             raise
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            # The other ranks are told of the user's interrupt. A killed simulated rank raises no Exception and reports
-            # nothing, as a killed process would.
-            cause = self._fail(error, CallSite(call, peers, timeout_s, time.monotonic() - started))
-            if isinstance(error, FerroError | TimeoutError):  # its text is in that of the cause
-                raise cause from None
-            if isinstance(error, Exception):
-                raise cause from error
-            raise
+        except BaseException as error:
+            raised = self._raised(error, self._site(call, timeout_s, time.monotonic() - started, transfer))
+            if raised is error:
+                raise
+            raise raised from (
+                None if isinstance(error, FerroError | TimeoutError) else error
+            )  # the cause has its text
+
+    def _site(self, call: Call, timeout_s: float, elapsed_s: float, transfer: Transfer | None) -> CallSite:
+        if transfer is None:
+            return CallSite(call, (), timeout_s, elapsed_s)
+        return CallSite(call, transfer.peers, timeout_s, elapsed_s, transfer.describe())
+
+    def _raised(self, error: BaseException, site: CallSite) -> BaseException:
+        """End the group because of an error; return the error that the caller gets.
+
+        That is the cause that all ranks report if the error is the backend's or the system's, and otherwise the
+        error itself: an interrupt, or an exception of the program's own in a signal handler or a reduction.
+        """
+        cause = self._fail(error, site)
+        if isinstance(error, FerroError) or site.missed_deadline(error):
+            return cause
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, TimeoutError):
+            return cause
+        error.add_note(f"(in {site.describe(self._info.name)}, which can no longer be used)")
+        return error
 
     def _fail(self, error: BaseException, site: CallSite) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
@@ -359,9 +396,18 @@ class Dispatcher:
         # The group makes no collective after this one, so a number may be taken to learn how many there were.
         user_call = find_user_call(issuing_thread())
         site = replace(site, user_call=user_call, collectives=self._collectives.next_number())
-        cause = self._agreement.agree(error, site, self.backend.abort)
-        with self._lock:
-            self._failure = self._failure or cause
+        cause: FerroError = GroupClosed(f"{site.describe(self._info.name)} was interrupted by {type(error).__name__}")
+        aborted = isinstance(error, RankKilled)  # as a killed process, this rank tells nobody
+        try:
+            if not aborted:
+                cause = self._agreement.agree(error, site, self.backend.abort)
+                aborted = True
+        finally:  # a second interrupt may end the agreement
+            with self._lock:
+                self._failure = self._failure or cause
+            self._transfers.fail()
+            if not aborted:
+                self.backend.abort()
         lost = self._info.global_ranks[cause.peer] if isinstance(cause, PeerLost) and cause.peer is not None else None
         self._info.failures.append((f"{type(cause).__name__}: {cause}", lost))
         return cause

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple
 
-from ferro.collectives.label import Call
+from ferro.collectives.label import OPS, Call
 from ferro.group import codec
 
 _CLOCK_S = 0.01  # how much too early a backend may notice a deadline
@@ -75,7 +75,7 @@ class FailureReport(NamedTuple):
             text = f"{site.user_call.function} ({text})"
         if site.user_call.line:
             text += f" at {site.user_call.line}"
-        label = "" if site.peers else str(Call.from_label(call.label()))
+        label = str(Call.from_label(call.label())) if not site.peers and call.op in OPS else ""  # not of several calls
         awaited = tuple(getattr(error, "awaited", ()))
         return cls(text[:_MAX_CHARACTERS], label, call.op, call.seq, site.collectives, site.peers, awaited)
 

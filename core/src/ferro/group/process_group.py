@@ -188,41 +188,41 @@ class ProcessGroup(BlockwiseCollectives):
             timeout_s: deadline in seconds; the group's when None.
         """
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        objects.check_codec(codec)
-        data = objects.encode(value, codec) if self.rank == root else None
-        size = self.broadcast(np.array(0 if data is None else data.size), root, timeout_s=remaining_s())
+        with self._dispatcher.sequence("broadcast_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            data = objects.encode(value, codec) if self.rank == root else None
+            size = self.broadcast(np.array(0 if data is None else data.size), root, timeout_s=remaining_s())
 
-        def move(place: slice, counts: list[int]) -> Array:
-            piece = np.empty(counts[0], np.uint8) if data is None else data[place]
-            return self.broadcast(piece, root, timeout_s=remaining_s())  # type: ignore[no-any-return]
+            def move(place: slice, counts: list[int]) -> Array:
+                piece = np.empty(counts[0], np.uint8) if data is None else data[place]
+                return self.broadcast(piece, root, timeout_s=remaining_s())  # type: ignore[no-any-return]
 
-        return objects.decode(objects.in_pieces(objects.checked_sizes(size), move)[0], codec)
+            return objects.decode(objects.in_pieces(objects.checked_sizes(size), move)[0], codec)
 
     def all_gather_object(
         self, value: object, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any]:
         """Return the list of every rank's `value`, in order of rank. See `broadcast_object`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        data = objects.encode(value, codec)
-        sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
-        values = objects.in_pieces(
-            sizes, lambda place, counts: self.all_gather(data[place], sizes=counts, timeout_s=remaining_s())
-        )
-        return [objects.decode(gathered, codec) for gathered in values]
+        with self._dispatcher.sequence("all_gather_object", timeout_s) as remaining_s:
+            data = objects.encode(value, codec)
+            sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
+            values = objects.in_pieces(
+                sizes, lambda place, counts: self.all_gather(data[place], sizes=counts, timeout_s=remaining_s())
+            )
+            return [objects.decode(gathered, codec) for gathered in values]
 
     def gather_object(
         self, value: object, root: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> list[Any] | None:
         """Return the list of every rank's `value` at `root`, None elsewhere."""
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        data = objects.encode(value, codec)
-        sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
-        values = objects.in_pieces(
-            sizes, lambda place, counts: self.gather(data[place], root, sizes=counts, timeout_s=remaining_s())
-        )
-        return [objects.decode(gathered, codec) for gathered in values] if self.rank == root else None
+        with self._dispatcher.sequence("gather_object", timeout_s) as remaining_s:
+            data = objects.encode(value, codec)
+            sizes = objects.checked_sizes(self.all_gather(np.array(data.size), timeout_s=remaining_s()))
+            values = objects.in_pieces(
+                sizes, lambda place, counts: self.gather(data[place], root, sizes=counts, timeout_s=remaining_s())
+            )
+            return [objects.decode(gathered, codec) for gathered in values] if self.rank == root else None
 
     def scatter_object(
         self,
@@ -234,38 +234,38 @@ class ProcessGroup(BlockwiseCollectives):
     ) -> Any:
         """Return this rank's item of the root's list of n `values`."""
         self._check_rank(root, "root")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        objects.check_codec(codec)
-        parts = objects.encode_all(values, self.world_size, codec) if self.rank == root else None
-        own = np.array([part.size for part in parts]) if parts else np.empty(self.world_size, np.int64)
-        sizes = objects.checked_sizes(self.broadcast(own, root, timeout_s=remaining_s()))
+        with self._dispatcher.sequence("scatter_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            parts = objects.encode_all(values, self.world_size, codec) if self.rank == root else None
+            own = np.array([part.size for part in parts]) if parts else np.empty(self.world_size, np.int64)
+            sizes = objects.checked_sizes(self.broadcast(own, root, timeout_s=remaining_s()))
 
-        def move(place: slice, counts: list[int]) -> Array:
-            pieces = np.concatenate([part[place] for part in parts]) if parts else None
-            return self.scatter(pieces, root, sizes=counts, timeout_s=remaining_s())  # type: ignore[no-any-return]
+            def move(place: slice, counts: list[int]) -> Array:
+                pieces = np.concatenate([part[place] for part in parts]) if parts else None
+                return self.scatter(pieces, root, sizes=counts, timeout_s=remaining_s())  # type: ignore[no-any-return]
 
-        return objects.decode(objects.in_pieces(sizes, move, [self.rank])[0], codec)
+            return objects.decode(objects.in_pieces(sizes, move, [self.rank])[0], codec)
 
     def send_object(
         self, value: object, dst: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None
     ) -> None:
         """Send a small Python value to rank `dst`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        data = objects.encode(value, codec)
-        self.send(np.array(data.size), dst, tag, timeout_s=remaining_s())
-        objects.in_pieces([data.size], lambda place, _: self.send(data[place], dst, tag, timeout_s=remaining_s()))
+        with self._dispatcher.sequence("send_object", timeout_s) as remaining_s:
+            data = objects.encode(value, codec)
+            self.send(np.array(data.size), dst, tag, timeout_s=remaining_s())
+            objects.in_pieces([data.size], lambda place, _: self.send(data[place], dst, tag, timeout_s=remaining_s()))
 
     def recv_object(self, src: int, tag: int = 0, *, codec: Codec = "msgpack", timeout_s: float | None = None) -> Any:
         """Return the value that rank `src` sends with `send_object`."""
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        objects.check_codec(codec)
-        sizes = objects.checked_sizes(self.recv(np.array(0), src, tag, timeout_s=remaining_s()))
+        with self._dispatcher.sequence("recv_object", timeout_s) as remaining_s:
+            objects.check_codec(codec)
+            sizes = objects.checked_sizes(self.recv(np.array(0), src, tag, timeout_s=remaining_s()))
 
-        def move(_: slice, counts: list[int]) -> Array:
-            buffer = np.empty(counts[0], np.uint8)
-            return self.recv(buffer, src, tag, timeout_s=remaining_s())  # type: ignore[no-any-return]
+            def move(_: slice, counts: list[int]) -> Array:
+                buffer = np.empty(counts[0], np.uint8)
+                return self.recv(buffer, src, tag, timeout_s=remaining_s())  # type: ignore[no-any-return]
 
-        return objects.decode(objects.in_pieces(sizes, move)[0], codec)
+            return objects.decode(objects.in_pieces(sizes, move)[0], codec)
 
     # -- groups inside the group, and its end ----------------------------------------------------
 
@@ -280,20 +280,20 @@ class ProcessGroup(BlockwiseCollectives):
             raise UsageError(f"split: color must be None or a number from 0, not {color!r}")
         if not isinstance(key, int | float | np.integer | np.floating) or key != key:
             raise UsageError(f"split: key must be a number, by which the members are ordered, not {key!r}")
-        remaining_s = self._dispatcher.countdown(timeout_s)
-        table = self.all_gather_object([color, key], timeout_s=remaining_s())
-        members = [r for r in range(self.world_size) if color is not None and table[r][0] == color]
-        ranks = tuple(sorted(members, key=lambda r: (table[r][1], r)))
-        context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
-        made: list[Backend | None] = []
+        with self._dispatcher.sequence("split", timeout_s) as remaining_s:
+            table = self.all_gather_object([color, key], timeout_s=remaining_s())
+            members = [r for r in range(self.world_size) if color is not None and table[r][0] == color]
+            ranks = tuple(sorted(members, key=lambda r: (table[r][1], r)))
+            context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
+            made: list[Backend | None] = []
 
-        def split(*, deadline: float) -> None:
-            made.append(split_backend(self._backend, ranks or None, context))
+            def split(*, deadline: float) -> None:
+                made.append(split_backend(self._backend, ranks or None, context))
 
-        backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
-        if backend is None:
-            return None
-        return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))
+            backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
+            if backend is None:
+                return None
+            return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))
 
     def subgroup(
         self, ranks: Sequence[int], *, name: str | None = None, timeout_s: float | None = None

@@ -21,10 +21,11 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, TypeVar
 
+from ferro.errors import ThreadLimitError
 from ferro.group.work import Work
 
 Result = TypeVar("Result")
-_IDLE_S = 5.0  # how long an executor's thread waits for more work
+IDLE_S = 5.0  # how long an executor's thread waits for more work
 _SWITCH_INTERVAL_S = 1e-4
 
 
@@ -64,7 +65,7 @@ class _ThreadState(threading.local):
     issuing_thread = 0  # of the operation that an executor's thread runs
 
 
-_SHORT_SWITCH_INTERVAL = _ShortSwitchInterval()
+SHORT_SWITCH_INTERVAL = _ShortSwitchInterval()
 _THREAD_STATE = _ThreadState()
 
 
@@ -81,6 +82,30 @@ def issuing_thread() -> int:
     return _THREAD_STATE.issuing_thread or threading.get_ident()
 
 
+def enter_executor_thread(issued_by: int = 0) -> None:
+    """Declare this thread an executor's own, which runs an operation that another thread issued."""
+    _THREAD_STATE.on_executor_thread = True
+    _THREAD_STATE.issuing_thread = issued_by
+
+
+def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread, or raise an error that names the limit."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        import resource  # here, since it is seldom needed
+
+        most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        limit = "unlimited" if most == resource.RLIM_INFINITY else most
+        raise ThreadLimitError(
+            f"{name}: {error}; this process has {threading.active_count()}. Raise the limit of processes and threads "
+            f"(`ulimit -u`, {limit} here; in a container its pids limit, too), or call without async_op. Nothing was "
+            "sent; the group is good"
+        ) from error
+    return thread
+
+
 class SerialExecutor:
     """A queue of operations that run one after the other.
 
@@ -95,7 +120,9 @@ class SerialExecutor:
         self.closed = False
         self.next_number = count().__next__
         self._name = name
-        self._changed = threading.Condition()
+        # Callers enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
+        self._state_lock = threading.RLock()
+        self._changed = threading.Condition(self._state_lock)
         self._thread: threading.Thread | None = None
 
     def run(self, op: str, operation: Callable[[int], Result]) -> Result:
@@ -109,60 +136,58 @@ class SerialExecutor:
 
     def wait_for_pending(self) -> None:
         """Wait until the last pending operation has begun: it holds the lock, and the caller is next."""
-        with self._changed:
+        with self._state_lock:
             self._changed.wait_for(lambda: not self.pending)
 
     def start(self, op: str, operation: Callable[[int], Result]) -> Work[Result]:
         """Queue an operation, given its number, and return at once; or raise ExecutorClosed."""
-        with self._changed:
+        with self._state_lock:
             if self.closed:
                 raise ExecutorClosed(op)
+            if self._thread is None:
+                self._thread = start_thread(self._run_pending, self._name)
             work: Work[Result] = Work(op, self.next_number())
             self.pending.append((work, operation))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run_pending, name=self._name, daemon=True)
-                self._thread.start()
             self._changed.notify_all()
             return work
+
+    def stop(self) -> None:
+        """Take no more operations, and let the thread end; for an executor that nobody uses any more."""
+        with self._state_lock:
+            self.closed = True
+            self._changed.notify_all()
 
     def close(self, deadline: float) -> bool:
         """Take no more operations; say whether the issued ones have ended by the deadline."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
-            begun = self._changed.wait_for(lambda: not self.pending, _remaining_s(deadline))
-        if not begun or not self.lock.acquire(timeout=_remaining_s(deadline)):
+            begun = self._changed.wait_for(lambda: not self.pending, remaining_s(deadline))
+        if not begun or not self.lock.acquire(timeout=remaining_s(deadline)):
             return False
         self.lock.release()
         return True
 
-    def close_if_idle(self) -> bool:
-        """Take no more operations unless one is under way or pending; say whether the executor is closed."""
-        if self.lock.acquire(blocking=False):
-            with self._changed:
-                self.closed = self.closed or not self.pending
-                self._changed.notify_all()
-            self.lock.release()
-        return self.closed
-
     def _run_pending(self) -> None:
         """Run operations as they come, until there has been none for a while or the executor is closed."""
-        _THREAD_STATE.on_executor_thread = True
+        enter_executor_thread()
         while True:
             with self._changed:
                 while not self.pending:
-                    if (self.closed or not self._changed.wait(_IDLE_S)) and not self.pending:
+                    if self._thread is not threading.current_thread():
+                        return  # an interrupt came while this thread was started, and there may be another
+                    if (self.closed or not self._changed.wait(IDLE_S)) and not self.pending:
                         self._thread = None
                         return
             with self.lock:
                 with self._changed:  # only under the lock: until then a new caller must see pending work
                     work, operation = self.pending.popleft()
                     self._changed.notify_all()
-                with _SHORT_SWITCH_INTERVAL:
-                    _THREAD_STATE.issuing_thread = work.thread
+                with SHORT_SWITCH_INTERVAL:
+                    enter_executor_thread(work.thread)
                     work._run(operation)
             del work, operation  # so that only holders of the handle keep its result alive
 
 
-def _remaining_s(deadline: float) -> float:
+def remaining_s(deadline: float) -> float:
     return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)

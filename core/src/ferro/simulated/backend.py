@@ -17,7 +17,7 @@ from ferro.backend import Backend
 from ferro.collectives.choice import Choice
 from ferro.collectives.label import context_of, in_context
 from ferro.collectives.network import Network
-from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, UsageError
+from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, RankKilled, UsageError
 from ferro.types import Array
 
 
@@ -39,10 +39,6 @@ class Fault:
     seconds: float = 0.0
 
 
-class RankKilled(BaseException):
-    """Ends the thread of a rank that is killed on purpose; no `except Exception` stops it."""
-
-
 class SimulatedTransport:
     """The message queues between all ranks of one simulated world, with their clocks and faults."""
 
@@ -56,11 +52,14 @@ class SimulatedTransport:
         self._gone: set[int] = set()
         self._aborted: set[int] = set()
         self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
-        self._changed = threading.Condition()
+        self._awaited: dict[tuple[int, int, int], SimulatedPostedTransfers] = {}
+        # Ranks enter the lock itself, since an interrupt inside Condition.__enter__ would leave it locked.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def send(self, source: int, target: int, tag: int, message: Array) -> bool:
         """Queue a copy of a message for another rank; False when that rank is gone."""
-        with self._changed:
+        with self._lock:
             fault = self._faults.get((source, self._sent[source]))
             self._sent[source] += 1
             if fault is not None and fault.kind == "kill":
@@ -75,14 +74,17 @@ class SimulatedTransport:
             if self._network is not None:
                 latency_s, bandwidth = self._network.link(source, target)
                 arrival += latency_s + message.nbytes / bandwidth
-            self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival))
+            key = (source, target, tag)
+            self._queues.setdefault(key, deque()).append((message.copy(), arrival))
+            if key in self._awaited:
+                self._awaited.pop(key).arrived.append(key)
             self._changed.notify_all()
             return True
 
     def recv(self, source: int, target: int, tag: int, deadline: float) -> Array | None:
         """Wait for the next message from `source` with this tag; None when that rank is gone."""
         key = (source, target, tag)
-        with self._changed:
+        with self._lock:
             while not self._queues.get(key):
                 if context_of(tag) in self._aborted:
                     raise GroupClosed("the group was aborted")
@@ -99,17 +101,90 @@ class SimulatedTransport:
             self.clocks[target] = max(self.clocks[target], arrival)
             return message
 
+    def wait_any(self, posted: SimulatedPostedTransfers, context: int, until: float) -> list[tuple[int, int, int]]:
+        """Wait until messages have come, ranks have gone, or the wait is to end; return the keys to receive now."""
+        with self._lock:
+            left = max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX))
+            self._changed.wait_for(
+                lambda: posted.arrived or posted.woken or context in self._aborted or len(self._gone) > posted.gone,
+                left,
+            )
+            posted.woken = False
+            arrived, posted.arrived = posted.arrived, []
+            if context in self._aborted or len(self._gone) > posted.gone:
+                posted.gone = len(self._gone)
+                arrived = [
+                    key
+                    for key in posted.pending
+                    if context in self._aborted or self._queues.get(key) or key[0] in self._gone
+                ]
+                for key in arrived:
+                    self._awaited.pop(key, None)
+            return arrived
+
+    def expect(self, key: tuple[int, int, int], posted: SimulatedPostedTransfers) -> None:
+        """Tell `posted` when a message with this key has come, which may be now."""
+        with self._lock:
+            if self._queues.get(key) or key[0] in self._gone:
+                posted.arrived.append(key)
+            else:
+                self._awaited[key] = posted
+
+    def wake(self, posted: SimulatedPostedTransfers) -> None:
+        """End a wait in `wait_any`, or the next one."""
+        with self._lock:
+            posted.woken = True
+            self._changed.notify_all()
+
     def remove(self, rank: int) -> None:
         """Mark a rank as gone, and wake the ranks that wait for it."""
-        with self._changed:
+        with self._lock:
             self._gone.add(rank)
             self._changed.notify_all()
 
     def abort(self, context: int) -> None:
         """Wake every rank that waits in a group."""
-        with self._changed:
+        with self._lock:
             self._aborted.add(context)
             self._changed.notify_all()
+
+
+class SimulatedPostedTransfers:
+    """The outstanding transfers of one rank in a group: its messages are sent at once, and received as they come."""
+
+    def __init__(
+        self, backend: SimulatedBackend, transport: SimulatedTransport, ranks: Sequence[int], context: int
+    ) -> None:
+        self.pending: dict[tuple[int, int, int], tuple[object, Array, int, int]] = {}
+        self.arrived: list[tuple[int, int, int]] = []  # this and the next two belong to the transport
+        self.woken = False
+        self.gone = 0
+        self._backend, self._transport, self._ranks, self._context = backend, transport, ranks, context
+        self._sent: list[tuple[object, BaseException | None]] = []
+
+    def isend(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        self._backend.send(buffer, peer, tag=tag, deadline=deadline)
+        self._sent.append((handle, None))
+
+    def irecv(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
+        key = (self._ranks[peer], self._ranks[self._backend.rank], in_context(tag, self._context))
+        self.pending[key] = (handle, buffer, peer, tag)
+        self._transport.expect(key, self)
+
+    def wait_any(self, until: float) -> list[tuple[object, BaseException | None]]:
+        ended, self._sent = self._sent, []
+        for key in self._transport.wait_any(self, self._context, 0.0 if ended else until):
+            handle, buffer, peer, tag = self.pending.pop(key)
+            error: BaseException | None = None
+            try:
+                self._backend.recv(buffer, peer, tag=tag, deadline=0.0)
+            except BaseException as raised:  # noqa: BLE001 - the group raises it
+                error = raised
+            ended.append((handle, error))
+        return ended
+
+    def wake(self) -> None:
+        self._transport.wake(self)
 
 
 class SimulatedBackend(Backend):
@@ -165,6 +240,9 @@ class SimulatedBackend(Backend):
             self.send(buffer, peer, tag=tag, deadline=deadline)
         for peer, buffer in recvs:
             self.recv(buffer, peer, tag=tag, deadline=deadline)
+
+    def posted_transfers(self) -> SimulatedPostedTransfers:
+        return SimulatedPostedTransfers(self, self._transport, self._ranks, self._context)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Make the group with a context of its own, so that it can be aborted by itself."""

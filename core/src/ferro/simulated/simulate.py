@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from ferro.collectives.choice import Choice
 from ferro.collectives.network import Network
-from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost
+from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RankKilled
 from ferro.group.group_info import GroupInfo
 from ferro.group.process_group import ProcessGroup
 from ferro.observers import Observer
-from ferro.simulated.backend import Fault, RankKilled, SimulatedBackend
+from ferro.simulated.backend import Fault, SimulatedBackend
 
 Result = TypeVar("Result")
 

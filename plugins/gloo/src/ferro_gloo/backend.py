@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ferro.backend import Backend
 from ferro.collectives.label import MAX_CONTEXT, Call
+from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.hookspecs import BackendConfig
@@ -88,6 +89,10 @@ class GlooBackend(Backend):
     ) -> None:
         """See `Backend.exchange`."""
         self._transfers.exchange(sends, recvs, tag=tag, deadline=deadline)
+
+    def posted_transfers(self) -> PostedTransfers:
+        """See `Backend.posted_transfers`."""
+        return self._transfers.posted()
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""

@@ -23,6 +23,7 @@ from ferro import Backend, Device
 from ferro.arrays import device_of
 from ferro.backend import Completion
 from ferro.collectives.label import Call
+from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
 from ferro.group.subgroups import split_backend, subgroup_backend
 from ferro.types import Array
@@ -85,6 +86,11 @@ class HybridBackend(Backend):
     ) -> None:
         """Exchange through the parts for the arrays' devices."""
         self._transfers.exchange(sends, recvs, tag, deadline)
+
+    def posted_transfers(self) -> PostedTransfers:
+        """Post through `p2p` where it transfers all arrays; else each outstanding transfer takes a thread."""
+        alone = all(part is self.p2p for part in self._routes.transfers.values())
+        return self.p2p.posted_transfers() if alone else super().posted_transfers()
 
     def launched(self) -> Completion:
         """Return the completion of the operation that this thread last gave to a part."""

@@ -13,6 +13,7 @@ from ferro.collectives import Choice
 from ferro.collectives.gathered_reduction import GatheredReduction
 from ferro.collectives.label import Call
 from ferro.collectives.partition import blocks
+from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
@@ -118,6 +119,10 @@ class MpiBackend(Backend):
     ) -> None:
         """See `Backend.exchange`."""
         self._communicator.exchange(sends, recvs, tag, deadline)
+
+    def posted_transfers(self) -> PostedTransfers:
+        """See `Backend.posted_transfers`."""
+        return self._communicator.posted_transfers()
 
     # -- reductions ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.library import MpiLibrary
 from ferro_mpi.mpi import MPI, to_ferro_error
+from ferro_mpi.posted import PostedMpiTransfers
 from ferro_mpi.reductions import mpi_view
 from ferro_mpi.requests import PendingMessages, begin, release, wait_for
 from ferro_mpi.shared_memory import open_group_memory
@@ -145,11 +146,19 @@ class MpiCommunicator:
         """
         if is_collective(tag):
             comm, tag = self._control_comm, _SCHEDULES + tag % _SCHEDULE_TAGS
-        elif tag <= self._library.tag_limit:
-            comm = self.comm
         else:
-            raise UnsupportedError(f"tag {tag} is too large for this MPI, whose tags go to {self._library.tag_limit}")
+            comm = self.comm_for(tag)
         self._exchange(comm, sends, recvs, tag, deadline)
+
+    def posted_transfers(self) -> PostedMpiTransfers:
+        """See `Backend.posted_transfers`."""
+        return PostedMpiTransfers(self.monitor, self.comm_for, _pieces, self._translated)
+
+    def comm_for(self, tag: int) -> MPI.Intracomm:
+        """Return the communicator of the user's transfers with a tag, or refuse the tag."""
+        if tag > self._library.tag_limit:
+            raise UnsupportedError(f"tag {tag} is too large for this MPI, whose tags go to {self._library.tag_limit}")
+        return self.comm
 
     def _exchange(
         self,

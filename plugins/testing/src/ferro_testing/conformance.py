@@ -24,6 +24,7 @@ from ferro_testing.reductions import check_deterministic, check_equal_bits, chec
 from ferro_testing.refusals import check_unsupported, check_usage_errors
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink
+from ferro_testing.transfer_programs import check_transfer_programs
 from ferro_testing.transfers import check_tags, check_transfers
 
 CHECKS = (
@@ -40,6 +41,7 @@ CHECKS = (
     check_overlapping_groups,
     check_transfers,
     check_tags,
+    check_transfer_programs,
     check_objects,
     check_usage_errors,
     check_unsupported,
@@ -78,6 +80,7 @@ __all__ = [
     "check_shrink",
     "check_tags",
     "check_timeout",
+    "check_transfer_programs",
     "check_transfers",
     "check_uneven",
     "check_unsupported",

@@ -14,17 +14,20 @@ sender's arena is full.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 import numpy as np
 
 from ferro.collectives.label import transfer_call
+from ferro.collectives.posted_transfers import move_both
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.bootstrap import LocalHost
 from ferro_gloo.shm.kernels import choose_copies, copy_in_blocks
 from ferro_gloo.tcp.backend import TcpBackend
+from ferro_gloo.tcp.posted import PostedTcpTransfers
+from ferro_gloo.tcp.posted_batches import Step
 from ferro_gloo.tcp.protocol import MAX_BODY
 
 _EMPTY = np.empty(0, np.uint8)
@@ -48,7 +51,21 @@ class ShmTransfers:
         self._host = host
 
     def exchange(self, sends: Sequence[PeerBuffer], recvs: Sequence[PeerBuffer], *, tag: int, deadline: float) -> None:
-        """See `Backend.exchange`; messages through shared memory come first, messages over TCP follow."""
+        """See `Backend.exchange`."""
+        if len(sends) == len(recvs) == 1 and max(sends[0][1].nbytes, recvs[0][1].nbytes) > MAX_BODY:
+            # The steps of a long message must not wait for the other message.
+            sent, received = sends[0], recvs[0]
+            move_both(self.posted(), (sent[0], iter(sent[1:])), (received[0], iter(received[1:])), tag, deadline)
+            return
+        for step in self._steps(sends, recvs, tag):
+            self._tcp.move(*step, deadline)
+
+    def posted(self) -> PostedTcpTransfers:
+        """See `Backend.posted_transfers`."""
+        return self._tcp.posted_transfers(self._steps)
+
+    def _steps(self, sends: Sequence[PeerBuffer], recvs: Sequence[PeerBuffer], tag: int) -> Iterator[Step]:
+        """Plan transfers; messages through shared memory come first, messages over TCP follow."""
         shm_sends = [item for item in sends if self._is_through_shm(*item)]
         shm_recvs = [item for item in recvs if self._is_through_shm(*item)]
         tcp_sends = [item for item in sends if not self._is_through_shm(*item)]
@@ -62,17 +79,18 @@ class ShmTransfers:
             ]
             received = [(peer, np.empty(PACKED_SPAN.size, np.uint8)) for peer, _ in shm_recvs]
             labels = [transfer_call(buffer).label() for _, buffer in (*shm_sends, *shm_recvs)]
-            self._tcp.move(offers, received, labels, tag, deadline)
+            yield offers, received, labels, tag
             spans = [ArenaSpan(*PACKED_SPAN.unpack(raw.data)) for _, raw in received]
             copied = [self._copy_from(*item, span) for item, span in zip(shm_recvs, spans, strict=True)]
             offered = [span != _NO_SPAN for span, _ in staged]
             acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_recvs, copied, strict=True) if yes]
             awaited_acks = [(peer, _EMPTY) for (peer, _), yes in zip(shm_sends, offered, strict=True) if yes]
-            self._tcp.move(acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG, deadline)
+            if acks or awaited_acks:
+                yield acks, awaited_acks, repeat(_ACK_LABEL), tag | _ACK_TAG
             tcp_sends += [item for item, yes in zip(shm_sends, offered, strict=True) if not yes]
             tcp_recvs += [item for item, yes in zip(shm_recvs, copied, strict=True) if not yes]
         if tcp_sends or tcp_recvs:
-            self._tcp.exchange(tcp_sends, tcp_recvs, tag=tag, deadline=deadline)
+            yield from self._tcp.steps(tcp_sends, tcp_recvs, tag)
 
     def _is_through_shm(self, peer: int, buffer: Array) -> bool:
         """Return True if a message goes through shared memory; sender and receiver get the same answer."""

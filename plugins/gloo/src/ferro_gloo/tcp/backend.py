@@ -6,7 +6,7 @@ the call's label, so the receiver finds a mismatch without a message of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 
 import numpy as np
@@ -19,6 +19,8 @@ from ferro.hookspecs import BackendConfig
 from ferro.types import Array
 from ferro_gloo.tcp.engine import KEPT_LIMIT_BYTES, ProgressEngine
 from ferro_gloo.tcp.mesh import connect_mesh
+from ferro_gloo.tcp.posted import PostedTcpTransfers
+from ferro_gloo.tcp.posted_batches import Plan, PostedBatch, Step
 from ferro_gloo.tcp.protocol import (
     DATA,
     MAX_BODY,
@@ -113,26 +115,31 @@ class TcpBackend(Backend):
     def exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, tag: int, deadline: float
     ) -> None:
-        """See `Backend.exchange`; one thread moves all of it, in both directions.
+        """See `Backend.exchange`; one thread moves all of it, in both directions."""
+        if is_collective(tag):
+            self.move(sends, recvs, repeat(self._label), tag, deadline)
+            return
+        for step in self.steps(sends, recvs, tag):
+            self.move(*step, deadline)
+
+    def steps(self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], tag: int) -> Iterator[Step]:
+        """Plan a user's transfers: what `move` moves, step after step.
 
         The first frame of a long transfer is sent eagerly. The others wait until the receiver,
         having posted its memory, has sent "clear to send".
         """
-        if is_collective(tag):
-            self.move(sends, recvs, repeat(self._label), tag, deadline)
-            return
         labels = [transfer_call(buffer).label() for _, buffer in (*sends, *recvs)]
         first = slice(None, MAX_BODY)
-        self.move(_slice_each(sends, first), _slice_each(recvs, first), labels, tag, deadline)
+        yield _slice_each(sends, first), _slice_each(recvs, first), labels, tag
         long_sends = [item for item in sends if item[1].nbytes > MAX_BODY]
         long_recvs = [item for item in recvs if item[1].nbytes > MAX_BODY]
         if long_sends or long_recvs:
             ready = [(peer, _EMPTY) for peer, _ in long_recvs]
             awaited = [(peer, _EMPTY) for peer, _ in long_sends]
             label = repeat(_CLEAR_TO_SEND_LABEL)
-            self.move(ready, awaited, label, tag | _CLEAR_TO_SEND_TAG, deadline)
+            yield ready, awaited, label, tag | _CLEAR_TO_SEND_TAG
             rest = slice(MAX_BODY, None)
-            self.move(_slice_each(long_sends, rest), _slice_each(long_recvs, rest), label, tag, deadline)
+            yield _slice_each(long_sends, rest), _slice_each(long_recvs, rest), label, tag
 
     def move(
         self,
@@ -151,6 +158,26 @@ class TcpBackend(Backend):
             tag: the tag of all of them.
             deadline: absolute `time.monotonic()` second.
         """
+        try:
+            self._engine.exchange(*self._frames(sends, recvs, labels, tag), deadline)
+        except EngineError as error:
+            raise self._translate(error) from error
+        except TimeoutError as error:
+            raise self.timeout() from error
+
+    def _post(self, step: Step, make_batch: Callable[[int], PostedBatch]) -> None:
+        """Begin to move what a step says; `make_batch` is given the number of its frames."""
+        outgoing, incoming, tag = self._frames(*step)
+        self._engine.post(outgoing, incoming, tag, make_batch(len(outgoing) + len(incoming)))
+
+    def posted_transfers(self, plan: Plan | None = None) -> PostedTcpTransfers:
+        """See `Backend.posted_transfers`; `plan` takes the place of `steps`."""
+        return PostedTcpTransfers(self._engine, self._context, plan or self.steps, self._post, self._translate)
+
+    def _frames(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], labels: Iterable[bytes], tag: int
+    ) -> tuple[list[tuple[int, bytes, memoryview]], list[tuple[int, bytes, memoryview]], int]:
+        """Cut buffers into the frames that the engine moves."""
         tag = in_context(tag, self._context)
         outgoing, incoming = [], []
         headers: dict[tuple[int, bytes], bytes] = {}
@@ -166,12 +193,7 @@ class TcpBackend(Backend):
         for peer, buffer in recvs:
             label = next(label_of_next)
             incoming += [(self.ranks[peer], label, body) for body in _frame_bodies(buffer)]
-        try:
-            self._engine.exchange(outgoing, incoming, tag, deadline)
-        except EngineError as error:
-            raise self._translate(error) from error
-        except TimeoutError as error:
-            raise self.timeout() from error
+        return outgoing, incoming, tag
 
     def timeout(self) -> TimeoutError:
         """Make the error for a passed deadline; it names the limit of kept messages if one was reached."""

@@ -185,6 +185,8 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError as error:
+                if error.errno is None:
+                    raise  # it comes from a signal handler of the program
                 self.lose(f"sending failed: {error}")
                 return
             self._remove_sent(count)
@@ -211,6 +213,8 @@ class Connection:
         except BlockingIOError:
             pass
         except OSError as error:
+            if error.errno is None:
+                raise  # it comes from a signal handler of the program
             self.lose(f"receiving failed: {error}")
         if self._must_flush:
             self._must_flush = False

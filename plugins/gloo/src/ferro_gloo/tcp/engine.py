@@ -14,10 +14,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from ferro.collectives.label import context_of, in_context
 from ferro_gloo.tcp.connection import Connection, ReadEvents
 from ferro_gloo.tcp.matching import PostedReceive, TransferBatch
+from ferro_gloo.tcp.posted_batches import EndedBatches, PostedBatch
 from ferro_gloo.tcp.protocol import ABORT, GroupAbortedError, LabelMismatchError
 
 # A signal that comes just before a wait begins does not end it, and its handler runs only afterwards.
@@ -39,7 +41,9 @@ class ProgressEngine:
             peer: Connection(sock, peer, self._aborted, KEPT_LIMIT_BYTES // len(sockets))
             for peer, sock in sockets.items()
         }
-        self._condition = threading.Condition(threading.Lock())
+        # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._driving = False
         self._polling = False
         self._failures: dict[int, Exception] = {}
@@ -51,7 +55,7 @@ class ProgressEngine:
         self._wakeup_out.setblocking(False)
         self._wakeup_in.setblocking(False)
         self._poll.register(self._wakeup_in, select.POLLIN)
-        self._closed = False
+        self._closed = self._interrupted = False
         _engines.add(self)
 
     def begin_collective(self, tag: int, label: bytes) -> None:
@@ -61,7 +65,7 @@ class ProgressEngine:
             LabelMismatchError: a frame with this tag and another label has come already.
         """
         context = context_of(tag)
-        with self._condition:
+        with self._lock:
             self._current_calls[context] = (tag, label)
             for connection in self._connections.values():
                 connection.drop_before(tag)
@@ -88,14 +92,52 @@ class ProgressEngine:
             TimeoutError, and the errors of `protocol`.
         """
         batch = TransferBatch(context_of(tag), len(sends) + len(recvs))
-        with self._condition:
-            touched = set()
+        with self._lock:
+            self._begin(sends, recvs, tag, batch)
+            self._wait(batch, deadline)
+
+    def post(
+        self,
+        sends: Sequence[tuple[int, bytes, memoryview]],
+        recvs: Sequence[tuple[int, bytes, memoryview]],
+        tag: int,
+        batch: TransferBatch,
+    ) -> None:
+        """Begin transfers that are awaited by `wait_for_batches`."""
+        with self._lock:
+            self._begin(sends, recvs, tag, batch)
+
+    def wait_for_batches(self, ended: EndedBatches, until: float) -> list[PostedBatch]:
+        """Wait until batches have ended, `wake` is called or the time has come; take and return the ended ones."""
+        with self._lock:
+            with suppress(TimeoutError):
+                self._wait(ended, until)
+            batches, ended.batches, ended.woken = ended.batches, [], False
+            return batches
+
+    def wake(self, ended: EndedBatches) -> None:
+        """End a wait in `wait_for_batches`, or the next one."""
+        with self._lock:
+            ended.woken = True
+            self._wake()
+            self._condition.notify_all()
+
+    def _begin(
+        self,
+        sends: Sequence[tuple[int, bytes, memoryview]],
+        recvs: Sequence[tuple[int, bytes, memoryview]],
+        tag: int,
+        batch: TransferBatch,
+    ) -> None:
+        """Post receives and send what the sockets take; lock held."""
+        touched: set[Connection] = set()
+        try:
             for peer, label, memory in recvs:
                 self._connections[peer].post(tag, PostedReceive(memory, label, batch))
                 touched.add(self._connections[peer])
             for peer, header, body in sends:
-                self._connections[peer].queue(header, body, batch)
                 touched.add(self._connections[peer])
+                self._connections[peer].queue(header, body, batch)
             for connection in touched:
                 connection.flush()
             if self._driving:
@@ -108,7 +150,9 @@ class ProgressEngine:
                 for connection in touched:
                     connection.read(read_events)
                 self._apply(read_events)
-            self._wait(batch, deadline)
+        except BaseException:
+            self._interrupt()
+            raise
 
     def check(self, context: int, peers: Iterable[int]) -> None:
         """Read what has come, without waiting; raise if the group failed or a peer was lost.
@@ -116,7 +160,7 @@ class ProgressEngine:
         Raises:
             GroupAbortedError, ConnectionLostError.
         """
-        with self._condition:
+        with self._lock:
             if not self._driving and not self._closed:
                 read_events = ReadEvents()
                 for connection in self._connections.values():
@@ -132,27 +176,30 @@ class ProgressEngine:
 
     def abort(self, context: int, peers: Iterable[int]) -> None:
         """End a group's transfers: wake its threads on this rank, and tell its other ranks."""
-        with self._condition:
+        with self._lock:
             self._failures.setdefault(context, GroupAbortedError("the group was aborted on this rank"))
             for peer in peers:
                 connection = self._connections.get(peer)
                 if connection is not None:
                     connection.queue_control(0, ABORT, in_context(0, context))
                     connection.flush()
+                    if self._interrupted:
+                        with suppress(OSError):
+                            connection.sock.shutdown(socket.SHUT_RDWR)
             self._drop_group(context)
             self._wake()
             self._condition.notify_all()
 
     def at_limit(self) -> tuple[list[int], list[int]]:
         """List the peers that have not received what this rank sent before, and those whose messages it has not."""
-        with self._condition:
+        with self._lock:
             connections = list(self._connections.values())
             slow = [connection.peer for connection in connections if connection.holds_back]
             return slow, [connection.peer for connection in connections if connection.is_offered_more]
 
     def close(self) -> None:
         """Close every connection and wake waiting threads; further calls do nothing."""
-        with self._condition:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
@@ -173,7 +220,8 @@ class ProgressEngine:
 
         A thread that does not exist in the child may have held the lock.
         """
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._closed = True
         for connection in self._connections.values():
             connection.lose("", GroupAbortedError("this process was forked"))
@@ -187,6 +235,8 @@ class ProgressEngine:
     def _wait(self, batch: TransferBatch, deadline: float) -> None:
         """Drive until `batch` has ended, or sleep while another thread drives; lock held."""
         while not self._ended(batch):
+            if self._closed:
+                raise GroupAbortedError("this rank closed the group")
             if self._driving:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -219,26 +269,43 @@ class ProgressEngine:
                 raise TimeoutError("the deadline passed")
             self._update_registrations()
             self._polling = True
-            self._condition.release()
             try:
+                self._lock.release()
                 events = self._poll.poll(min(left, _LONGEST_WAIT_S) * 1000 + 1)
             finally:
-                self._condition.acquire()
+                self._lock.acquire()
                 self._polling = False
             if self._closed:
                 return
-            read_events = ReadEvents()
-            for fd, event in events:
-                connection = self._by_fd.get(fd)
-                if connection is None:
-                    self._drain_wakeup()
-                    continue
-                if event & (select.POLLOUT | select.POLLERR | select.POLLHUP):
-                    connection.flush()
-                if event & ~select.POLLOUT:
-                    connection.read(read_events)
-            self._apply(read_events)
+            try:
+                self._move_bytes(events)
+            except BaseException:
+                self._interrupt()
+                raise
             self._condition.notify_all()
+
+    def _move_bytes(self, events: Sequence[tuple[int, int]]) -> None:
+        """Flush and read the connections that are ready."""
+        read_events = ReadEvents()
+        for fd, event in events:
+            connection = self._by_fd.get(fd)
+            if connection is None:
+                self._drain_wakeup()
+                continue
+            if event & (select.POLLOUT | select.POLLERR | select.POLLHUP):
+                connection.flush()
+            if event & ~select.POLLOUT:
+                connection.read(read_events)
+        self._apply(read_events)
+
+    def _interrupt(self) -> None:
+        """Give up all connections: an interrupt came while bytes moved that may not have been counted.
+
+        The peers are told when the group is aborted, so that they find the cause.
+        """
+        self._interrupted = True
+        for connection in self._connections.values():
+            connection.lose("this rank was interrupted in the middle of a message")
 
     def _update_registrations(self) -> None:
         for fd, connection in self._by_fd.items():
