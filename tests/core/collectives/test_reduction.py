@@ -158,7 +158,7 @@ class Callable:
         (None, "not None"),
         (1.5, "not 1.5"),
     ],
-    ids=repr,
+    ids=["two arguments", "object", "builtin", "one operand", "two results", "None", "number"],
 )
 def test_a_function_that_cannot_be_called_is_refused(function, words):
     with pytest.raises(UsageError, match=words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from ferro.backend import Backend, Completion
 from ferro.collectives.label import MAX_CONTEXT, in_context
@@ -12,9 +13,10 @@ from ferro.collectives.posted_transfers import Ended, PostedTransfers
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
-from ferro.rendezvous.store.interface import Store
-from ferro.rendezvous.store.liveness import lost_ranks
 from ferro.types import Array
+
+if TYPE_CHECKING:
+    from ferro.rendezvous.store.interface import Store
 
 _ASK_S = 0.25  # how often a rank that waits for another one asks whether that one has died
 
@@ -91,6 +93,8 @@ class Subgroups:
 
     def _get_from(self, rank: int, store: Store, key: str, deadline: float) -> bytes:
         """Return the value that a rank stores, or b"" once it has died, or at the deadline."""
+        from ferro.rendezvous.store.liveness import lost_ranks  # here, since it would slow down `import ferro`
+
         while not (value := get_in_time(store, key, min(deadline, time.monotonic() + _ASK_S))):
             dead = rank >= 0 and self._info.global_ranks[rank] in lost_ranks(self._info.job_store)
             if dead or time.monotonic() >= deadline:
