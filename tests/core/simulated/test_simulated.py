@@ -110,7 +110,7 @@ def test_messages_that_were_taken_leave_nothing_behind():
     for tag in range(10):
         backends[0].send(np.zeros(8), 1, tag=tag, deadline=0.0)
         backends[1].recv(np.zeros(8), 0, tag=tag, deadline=time.monotonic() + 5)
-    assert not backends[0]._transport._queues
+    assert not backends[0].transport._queues
 
 
 def test_a_run_that_does_not_end_is_a_timeout_that_names_the_rank():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ferro.backend import Backend, Completion
 from ferro.collectives.label import MAX_CONTEXT, in_context
-from ferro.collectives.posted_transfers import Ended, PostedTransfers
 from ferro.errors import PeerLost, RendezvousError, UsageError
 from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
@@ -164,10 +163,8 @@ class SubgroupBackend(Backend):
         try:
             method(*arguments, tag=in_context(tag, self._context), deadline=deadline)
         except PeerLost as error:
-            raise _in_subgroup(error, self._ranks) from error  # type: ignore[misc]
-
-    def posted_transfers(self) -> PostedTransfers:
-        return _SubgroupTransfers(self._parent.posted_transfers(), self._ranks, self._context)
+            peer = self._ranks.index(error.peer) if error.peer in self._ranks else None
+            raise PeerLost(str(error), peer=peer, host=error.host) from error
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Make a group of some of these ranks, out of the outermost parent."""
@@ -184,28 +181,3 @@ class SubgroupBackend(Backend):
 
     def close(self) -> None:
         """Do nothing: the connections belong to the parent."""
-
-
-class _SubgroupTransfers:
-    """The parent's posted transfers, with ranks and tags translated."""
-
-    def __init__(self, parent: PostedTransfers, ranks: Sequence[int], context: int) -> None:
-        self._parent, self._ranks, self._context = parent, ranks, context
-        self.wake = parent.wake
-
-    def isend(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        self._parent.isend(handle, buffer, self._ranks[peer], tag=in_context(tag, self._context), deadline=deadline)
-
-    def irecv(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        self._parent.irecv(handle, buffer, self._ranks[peer], tag=in_context(tag, self._context), deadline=deadline)
-
-    def wait_any(self, until: float) -> Ended:
-        ended = self._parent.wait_any(until)
-        return [(handle, _in_subgroup(error, self._ranks)) for handle, error in ended]
-
-
-def _in_subgroup(error: BaseException | None, ranks: Sequence[int]) -> BaseException | None:
-    """Name the peer of a PeerLost by its rank in a subgroup."""
-    if not isinstance(error, PeerLost):
-        return error
-    return PeerLost(str(error), peer=ranks.index(error.peer) if error.peer in ranks else None, host=error.host)

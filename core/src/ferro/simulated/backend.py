@@ -52,7 +52,6 @@ class SimulatedTransport:
         self._gone: set[int] = set()
         self._aborted: set[int] = set()
         self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
-        self._awaited: dict[tuple[int, int, int], SimulatedPostedTransfers] = {}
         # Ranks enter the lock itself, since an interrupt inside Condition.__enter__ would leave it locked.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -74,10 +73,7 @@ class SimulatedTransport:
             if self._network is not None:
                 latency_s, bandwidth = self._network.link(source, target)
                 arrival += latency_s + message.nbytes / bandwidth
-            key = (source, target, tag)
-            self._queues.setdefault(key, deque()).append((message.copy(), arrival))
-            if key in self._awaited:
-                self._awaited.pop(key).arrived.append(key)
+            self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival))
             self._changed.notify_all()
             return True
 
@@ -102,36 +98,20 @@ class SimulatedTransport:
             return message
 
     def wait_any(self, posted: SimulatedPostedTransfers, context: int, until: float) -> list[tuple[int, int, int]]:
-        """Wait until messages have come, ranks have gone, or the wait is to end; return the keys to receive now."""
-        with self._lock:
-            left = max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX))
-            self._changed.wait_for(
-                lambda: posted.arrived or posted.woken or context in self._aborted or len(self._gone) > posted.gone,
-                left,
-            )
-            posted.woken = False
-            arrived, posted.arrived = posted.arrived, []
-            if context in self._aborted or len(self._gone) > posted.gone:
-                posted.gone = len(self._gone)
-                arrived = [
-                    key
-                    for key in posted.pending
-                    if context in self._aborted or self._queues.get(key) or key[0] in self._gone
-                ]
-                for key in arrived:
-                    self._awaited.pop(key, None)
-            return arrived
+        """Wait until awaited messages have come, ranks have gone, or the wait is to end; list what to receive now."""
+        found: list[tuple[int, int, int]] = []
 
-    def expect(self, key: tuple[int, int, int], posted: SimulatedPostedTransfers) -> None:
-        """Tell `posted` when a message with this key has come, which may be now."""
+        def has_ended() -> bool:
+            every = context in self._aborted
+            found.extend(key for key in posted.pending if every or self._queues.get(key) or key[0] in self._gone)
+            return bool(found) or posted.woken
+
         with self._lock:
-            if self._queues.get(key) or key[0] in self._gone:
-                posted.arrived.append(key)
-            else:
-                self._awaited[key] = posted
+            self._changed.wait_for(has_ended, max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX)))
+            posted.woken = False
+        return found
 
     def wake(self, posted: SimulatedPostedTransfers) -> None:
-        """End a wait in `wait_any`, or the next one."""
         with self._lock:
             posted.woken = True
             self._changed.notify_all()
@@ -152,28 +132,22 @@ class SimulatedTransport:
 class SimulatedPostedTransfers:
     """The outstanding transfers of one rank in a group: its messages are sent at once, and received as they come."""
 
-    def __init__(
-        self, backend: SimulatedBackend, transport: SimulatedTransport, ranks: Sequence[int], context: int
-    ) -> None:
+    def __init__(self, backend: SimulatedBackend) -> None:
         self.pending: dict[tuple[int, int, int], tuple[object, Array, int, int]] = {}
-        self.arrived: list[tuple[int, int, int]] = []  # this and the next two belong to the transport
         self.woken = False
-        self.gone = 0
-        self._backend, self._transport, self._ranks, self._context = backend, transport, ranks, context
-        self._sent: list[tuple[object, BaseException | None]] = []
+        self._backend = backend
+        self._ended: list[tuple[object, BaseException | None]] = []
 
     def isend(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         self._backend.send(buffer, peer, tag=tag, deadline=deadline)
-        self._sent.append((handle, None))
+        self._ended.append((handle, None))
 
     def irecv(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
-        key = (self._ranks[peer], self._ranks[self._backend.rank], in_context(tag, self._context))
-        self.pending[key] = (handle, buffer, peer, tag)
-        self._transport.expect(key, self)
+        self.pending[self._backend.key(peer, tag)] = (handle, buffer, peer, tag)
 
     def wait_any(self, until: float) -> list[tuple[object, BaseException | None]]:
-        ended, self._sent = self._sent, []
-        for key in self._transport.wait_any(self, self._context, 0.0 if ended else until):
+        ended, self._ended = self._ended, []
+        for key in self._backend.transport.wait_any(self, self._backend.context, 0.0 if ended else until):
             handle, buffer, peer, tag = self.pending.pop(key)
             error: BaseException | None = None
             try:
@@ -184,7 +158,7 @@ class SimulatedPostedTransfers:
         return ended
 
     def wake(self) -> None:
-        self._transport.wake(self)
+        self._backend.transport.wake(self)
 
 
 class SimulatedBackend(Backend):
@@ -194,9 +168,9 @@ class SimulatedBackend(Backend):
         self, transport: SimulatedTransport, ranks: Sequence[int], rank: int, choice: Choice | None, context: int
     ) -> None:
         super().__init__(rank, len(ranks), choice)
-        self._transport = transport
+        self.transport = transport
         self._ranks = tuple(ranks)
-        self._context = context
+        self.context = context
 
     @classmethod
     def create_group(
@@ -214,16 +188,16 @@ class SimulatedBackend(Backend):
     @property
     def clock_s(self) -> float:
         """This rank's virtual time in seconds: 0.0 at first, moved on by the network model."""
-        return self._transport.clocks[self._ranks[self.rank]]
+        return self.transport.clocks[self._ranks[self.rank]]
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[self.rank], self._ranks[peer]
-        if not self._transport.send(source, target, in_context(tag, self._context), buffer):
+        if not self.transport.send(source, target, in_context(tag, self.context), buffer):
             raise PeerLost("it has left the simulation", peer=peer)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[peer], self._ranks[self.rank]
-        message = self._transport.recv(source, target, in_context(tag, self._context), deadline)
+        message = self.transport.recv(source, target, in_context(tag, self.context), deadline)
         if message is None:
             raise PeerLost("it has left the simulation", peer=peer)
         if message.nbytes != buffer.nbytes:
@@ -241,22 +215,26 @@ class SimulatedBackend(Backend):
         for peer, buffer in recvs:
             self.recv(buffer, peer, tag=tag, deadline=deadline)
 
+    def key(self, peer: int, tag: int) -> tuple[int, int, int]:
+        """Name the queue of the messages that `peer` sends to this rank with a tag."""
+        return self._ranks[peer], self._ranks[self.rank], in_context(tag, self.context)
+
     def posted_transfers(self) -> SimulatedPostedTransfers:
-        return SimulatedPostedTransfers(self, self._transport, self._ranks, self._context)
+        return SimulatedPostedTransfers(self)
 
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend:
         """Make the group with a context of its own, so that it can be aborted by itself."""
         members = [self._ranks[rank] for rank in ranks]
-        return SimulatedBackend(self._transport, members, tuple(ranks).index(self.rank), self.choice, context)
+        return SimulatedBackend(self.transport, members, tuple(ranks).index(self.rank), self.choice, context)
 
     def shrink(self, ranks: Sequence[int], context: int) -> Backend:
         """Make the survivors' group: messages between them do not depend on the dead group."""
         return self.subgroup(ranks, context)
 
     def abort(self) -> None:
-        self._transport.abort(self._context)
+        self.transport.abort(self.context)
 
     def close(self) -> None:
         """Leave the world; closing a subgroup does not leave it."""
-        if self._context == 0:
-            self._transport.remove(self._ranks[self.rank])
+        if self.context == 0:
+            self.transport.remove(self._ranks[self.rank])
