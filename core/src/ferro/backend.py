@@ -4,8 +4,8 @@ An author writes `send`, `recv` and `close`. Every other method has a default th
 backend overrides it where its library does better. `ProcessGroup` checks each call first, so a backend sees only
 one-dimensional contiguous buffers of a dtype and device that it declared, and never a user's array.
 
-A backend raises `TimeoutError` when a deadline passes, `PeerLost(peer=…)` when a rank is gone, `CollectiveMismatch`
-when labels differ, and `GroupClosed` after `abort`. The group adds the place to the message and tells the other ranks.
+A backend raises `TimeoutError` when a deadline passes, `GroupClosed` after `abort` (both `errors.with_awaited` ranks),
+`PeerLost(peer=…)` when a rank is gone, `CollectiveMismatch` when labels differ. The group tells the other ranks.
 """
 
 from __future__ import annotations

@@ -7,7 +7,19 @@ is dead" means that each further call raises `GroupClosed`, and only `close()`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+_Raised = TypeVar("_Raised", bound=BaseException)
+
+
+def with_awaited(error: _Raised, ranks: Iterable[int]) -> _Raised:
+    """Note in a backend's error the ranks of its group that the call still waited for; return the error.
+
+    By following these waits ferro names the rank that was truly missing.
+    """
+    error.awaited = tuple(ranks)  # type: ignore[attr-defined]
+    return error
 
 
 class FerroError(Exception):

@@ -76,7 +76,9 @@ class FailureAgreement:
             needs_reports = site.missed_deadline(error) or isinstance(error, CollectiveMismatch)
             if needs_reports:
                 abort()  # makes the others write their reports
-            verdict = self._timeout(site, own) if site.missed_deadline(error) else self._symptom(error, site, own)
+            verdict = (
+                self._timeout(site, own, error) if site.missed_deadline(error) else self._symptom(error, site, own)
+            )
             self._publish(verdict)
             if not needs_reports:
                 abort()
@@ -115,11 +117,13 @@ class FailureAgreement:
         deadline = time.monotonic() + wait_s
         return {rank: FailureReport.decode(get_in_time(self._store, f"report/{rank}", deadline)) for rank in ranks}
 
-    def _timeout(self, site: CallSite, own: FailureReport) -> FailureVerdict:
+    def _timeout(self, site: CallSite, own: FailureReport, error: BaseException) -> FailureVerdict:
         """Find the ranks that were missing when the deadline of this rank's call passed."""
         reports = self._reports([r for r in range(len(self._info.hosts)) if r != self._rank], _REPORTS_S)
         found = diagnose(self._info, self._rank, own, reports)
+        known = str(error).partition("the deadline passed. ")[2]  # what the backend knows besides
         text = f"{site.describe(self._info.name)} did not finish within {site.timeout_s:g} s; {found.finding}"
+        text = f"{text}. {known}" if known else text
         text = f"{text}. {_DEAD} {found.remedy}."
         return FailureVerdict("CollectiveTimeout", text, arrived=found.arrived, missing=found.missing)
 

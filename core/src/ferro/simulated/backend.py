@@ -17,7 +17,7 @@ from ferro.backend import Backend
 from ferro.collectives.choice import Choice
 from ferro.collectives.label import context_of, in_context
 from ferro.collectives.network import Network
-from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, RankKilled, UsageError
+from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, RankKilled, UsageError, with_awaited
 from ferro.types import Array
 
 
@@ -88,7 +88,7 @@ class SimulatedTransport:
                     return None
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError(f"nothing came from rank {source}")
+                    raise TimeoutError
                 self._changed.wait(left)
             queue = self._queues[key]
             message, arrival = queue.popleft()
@@ -197,7 +197,10 @@ class SimulatedBackend(Backend):
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[peer], self._ranks[self.rank]
-        message = self.transport.recv(source, target, in_context(tag, self.context), deadline)
+        try:
+            message = self.transport.recv(source, target, in_context(tag, self.context), deadline)
+        except (TimeoutError, GroupClosed) as error:
+            raise with_awaited(error, (peer,))  # noqa: B904 - the same error
         if message is None:
             raise PeerLost("it has left the simulation", peer=peer)
         if message.nbytes != buffer.nbytes:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from ferro import CollectiveMismatch, FerroError, GroupClosed, PeerLost
+from ferro.errors import with_awaited
 from ferro.group.serial_executor import on_executor_thread
 from ferro_mpi.mpi import MPI, to_ferro_error
 from ferro_mpi.shared_memory import GroupMemory
@@ -116,9 +117,9 @@ class WaitMonitor:
         """
         now = time.monotonic()
         if self.aborted:
-            raise self._abort_error()
+            raise with_awaited(self._abort_error(), awaited)
         if now > deadline:
-            raise TimeoutError
+            raise with_awaited(TimeoutError(), awaited)
         if now >= self._next_poll:
             self._next_poll = now + _POLL_PEERS_S
             self._poll_peers(awaited)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 
 from ferro.collectives.label import LABEL_BYTES, Call, mismatch
-from ferro.errors import PeerLost
+from ferro.errors import GroupClosed, PeerLost, with_awaited
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.tcp.backend import TcpBackend
@@ -124,12 +124,15 @@ class SlotRing:
         seconds = PEER_CHECK_S
         while self._counters.wait(number + 1, seconds) is not None:
             behind = self._counters.behind(number + 1)
+            awaited = [self._tcp.names[rank] for rank in behind]
             try:
                 self._tcp.check_peers(behind)
             except PeerLost:
                 # The peer may have published this chunk, its last one, and then left.
                 if self._counters.behind(number + 1):
                     raise
+            except GroupClosed as error:
+                raise with_awaited(error, awaited)  # noqa: B904 - the same error
             seconds = min(PEER_CHECK_S, deadline - time.monotonic())
             if seconds <= 0:
-                raise self._tcp.timeout()
+                raise with_awaited(self._tcp.timeout(), awaited)

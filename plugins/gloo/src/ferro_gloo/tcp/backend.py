@@ -14,7 +14,7 @@ import numpy as np
 from ferro.backend import Backend
 from ferro.collectives import Choice
 from ferro.collectives.label import Call, in_context, is_collective, mismatch, transfer_call
-from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost
+from ferro.errors import CollectiveMismatch, FerroError, GroupClosed, PeerLost, with_awaited
 from ferro.hookspecs import BackendConfig
 from ferro.types import Array
 from ferro_gloo.tcp.engine import KEPT_LIMIT_BYTES, ProgressEngine
@@ -161,9 +161,12 @@ class TcpBackend(Backend):
         try:
             self._engine.exchange(*self._frames(sends, recvs, labels, tag), deadline)
         except EngineError as error:
-            raise self._translate(error) from error
+            raise with_awaited(self._translate(error), self._awaited(sends, recvs)) from error
         except TimeoutError as error:
-            raise self.timeout() from error
+            raise with_awaited(self.timeout(), self._awaited(sends, recvs)) from error
+
+    def _awaited(self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]]) -> list[int]:
+        return [self.names[peer] for peer, _ in recvs or sends]
 
     def _post(self, step: Step, make_batch: Callable[[int], PostedBatch]) -> None:
         """Begin to move what a step says; `make_batch` is given the number of its frames."""
