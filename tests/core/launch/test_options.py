@@ -99,3 +99,11 @@ def test_without_a_temporary_directory_a_trace_cannot_be_made(tmp_path: Path, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(UsageError, match=r"--trace needs a temporary directory: .*TMPDIR"):
         parts_directory()
+
+
+def test_a_program_that_starts_itself_does_not_multiply_without_end(monkeypatch):
+    monkeypatch.setenv("FERRO_NESTED", "2")
+    parse_options(["-n", "1", __file__])  # a rank may start another job
+    monkeypatch.setenv("FERRO_NESTED", "3")
+    with pytest.raises(UsageError, match="does the program start itself"):
+        parse_options(["-n", "1", __file__])

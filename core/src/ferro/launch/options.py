@@ -15,10 +15,11 @@ from typing import NoReturn
 
 from ferro.cli.parser import Parser
 from ferro.errors import UsageError
-from ferro.runtime.environment import Address, node_defaults, parse_address
+from ferro.runtime.environment import Address, node_defaults, parse_address, variable
 from ferro.runtime.environment.settings import NodeDefaults
 
 _MAX_RANKS = 1_000_000
+_MOST_NESTED = 3  # a program that starts itself would multiply without end
 
 _EPILOG = """\
 Several nodes: start the same command on each, with its own --node-rank; node 0 hosts the store
@@ -74,6 +75,11 @@ def parse_options(arguments: Sequence[str], environ: Mapping[str, str] | None = 
     """
     defaults = node_defaults(environ)
     given = _parser(defaults).parse_args(arguments)
+    if int(variable("FERRO_NESTED") or 0) >= _MOST_NESTED:
+        raise UsageError(
+            f"this is a rank of a rank, {_MOST_NESTED} launchers deep, that starts ferro run again: does the program "
+            "start itself? Unset FERRO_NESTED where this is meant"
+        )
     endpoint = defaults.endpoint
     if given.rdzv_endpoint is not None:
         endpoint = parse_address(given.rdzv_endpoint, source="--rdzv-endpoint")

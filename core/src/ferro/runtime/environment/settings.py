@@ -120,10 +120,9 @@ def child_environment(
     `ferro run` works within a Slurm allocation or under mpiexec. OMP_NUM_THREADS shares the cores among the local ranks
     unless the user set it. `restart` is the number of attempts before this one.
     """
+    base = os.environ if base is None else base
     env = {
-        name: value
-        for name, value in (os.environ if base is None else base).items()
-        if name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
+        name: value for name, value in base.items() if name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // info.local_world_size)))
     passed = {
@@ -132,6 +131,7 @@ def child_environment(
         "LOCAL_RANK": info.local_rank,
         "LOCAL_WORLD_SIZE": info.local_world_size,
         "FERRO_RESTART": restart,
+        "FERRO_NESTED": integer(base, "FERRO_NESTED").value + 1 if "FERRO_NESTED" in base else 1,
         "PYTHONUNBUFFERED": 1,
         "MASTER_ADDR": info.master and info.master[0],
         "MASTER_PORT": info.master and info.master[1],
