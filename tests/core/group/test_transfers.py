@@ -1,5 +1,6 @@
 """Transfers: their places in both directions, many outstanding, the group's thread, transfers to itself."""
 
+import gc
 import threading
 import time
 
@@ -178,3 +179,24 @@ def test_a_waiting_transfer_that_is_interrupted_is_as_if_it_had_not_been_issued(
 
     interrupted = threading.Event()
     assert simulate(work, 2, timeout_s=S, run_timeout_s=20)[0] in (2.0,)
+
+
+def test_a_dropped_group_leaves_no_thread_behind_even_without_the_garbage_collector():
+    def drop_groups(group):
+        for number in range(8):
+            inner = group.subgroup(range(group.world_size), name=f"inner {number}")
+            receiving = inner.recv(np.empty(3), 1 - group.rank, async_op=True)
+            inner.send(np.ones(3), 1 - group.rank, async_op=True).wait()
+            receiving.wait()
+            inner.sendrecv(np.ones(3), np.empty(3), 1 - group.rank)
+            del inner, receiving
+
+    gc.disable()
+    try:
+        simulate(drop_groups, 2)
+        deadline = time.monotonic() + 3  # shorter than an idle thread waits for more work
+        while any("inner" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not [thread.name for thread in threading.enumerate() if "inner" in thread.name]
+    finally:
+        gc.enable()

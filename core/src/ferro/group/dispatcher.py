@@ -200,6 +200,7 @@ class Dispatcher:
             if isinstance(error, ExecutorClosed):
                 self._raise_closed(op)
             raise
+        transfer.release()
         return result.wait() if launches and not async_op else result
 
     def _begin_transfer(self, transfer: Transfer) -> None:

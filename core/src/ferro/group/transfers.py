@@ -144,6 +144,10 @@ class Transfer:
         if work is not None and not work.done():
             work._run(lambda _: self.end(self, error))
 
+    def release(self) -> None:
+        """Let go of what it moved and of its group, which a circle of references would keep alive until the next gc."""
+        self.halves = []
+
 
 class TransferQueue:
     """The outstanding transfers of one group on one rank."""
@@ -290,15 +294,16 @@ class TransferQueue:
         enter_executor_thread()
         while (ready := self._next_halves()) is not None:
             with SHORT_SWITCH_INTERVAL:
-                for half in ready:
-                    self._advance(half, None)
+                while ready:  # no variable of this thread keeps a transfer, and its group, when they are done
+                    self._advance(ready.pop(0), None)
                 if self._moving:
                     self._await_some()
-            del ready
 
     def _next_halves(self) -> list[Half] | None:
         """Wait for halves to begin or for some that move; None ends the thread."""
         with self._lock:
+            if not self._moving:
+                self._deadlines.clear()  # what is done would keep a dropped group alive, and with it this thread
             while not self._ready and not self._moving:
                 if self._thread is not threading.current_thread():
                     return None  # an interrupt came while this thread was started, and there may be another
@@ -339,6 +344,7 @@ class TransferQueue:
         transfer.left -= 1
         if not transfer.left:
             transfer.conclude(None)
+            transfer.release()
 
     def _move(self, half: Half, buffer: Array) -> None:
         if self._posted is None:
