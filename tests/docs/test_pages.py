@@ -82,7 +82,7 @@ def test_the_readmes_collectives_run():
         x = np.ones((5, 2), np.float32)
         buffer = np.empty_like(x)
         program = lines.replace("group.send(", "group.rank or group.send(")
-        exec(program, {"group": group, "x": x, "buffer": buffer, "ferro": ferro})
+        exec(program, {"group": group, "x": x, "mine": x[group.rank :], "buffer": buffer, "ferro": ferro})
         if group.rank == 1:
             group.recv(buffer, src=0, tag=7)
         return x.tolist()

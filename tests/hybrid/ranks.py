@@ -31,8 +31,8 @@ TRANSFERS = ("send", "recv", "exchange")
 class CountingGloo(GlooBackend):
     """A gloo that counts what the group asks of it, by name."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.asked = Counter()
 
 

@@ -65,7 +65,9 @@ def test_the_store_is_there(script: Script) -> None:
     assert "rank 1 of 2 (from RANK, WORLD_SIZE)" in result.stdout
 
 
-@pytest.mark.parametrize("outer", ["PMI_RANK=0 PMI_SIZE=1", "SLURM_PROCID=3 SLURM_STEP_ID=0"])
+@pytest.mark.parametrize(
+    "outer", ["PMI_RANK=0 PMI_SIZE=1", "SLURM_PROCID=3 SLURM_STEP_ID=0 SLURM_NTASKS=4 SLURM_NNODES=2"]
+)
 def test_within_another_launcher(script: Script, outer: str) -> None:
     program = script("import ferro.runtime.environment as e; print(e.resolve().launcher)")
     result = ferro("run", "-n", 2, program, **dict(pair.split("=") for pair in outer.split()))

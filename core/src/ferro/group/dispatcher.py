@@ -190,6 +190,7 @@ class Dispatcher:
                 self._perform, transfer.numbered, action, finish, transfer.nbytes, allowed_s, launches, transfer
             )
             result = self._transfers.run(transfer, operation, in_this_thread=launches)
+            transfer.release()
         except BaseException as error:
             withdrawn = False
             try:
@@ -200,7 +201,6 @@ class Dispatcher:
             if isinstance(error, ExecutorClosed):
                 self._raise_closed(op)
             raise
-        transfer.release()
         return result.wait() if launches and not async_op else result
 
     def _begin_transfer(self, transfer: Transfer) -> None:

@@ -54,7 +54,7 @@ def _absent_from_collective(rank: int, reports: Mapping[int, FailureReport]) -> 
     for it, where that is known.
     """
     own = reports[rank]
-    absent = [r for r, report in reports.items() if r != rank and not _has_entered(report, own.seq)]
+    absent = [r for r, report in reports.items() if r != rank and not _has_entered(report, own)]
     if own.op in _ROOTED and own.awaited:
         awaited, pending = {rank}, [rank]
         while pending:
@@ -66,11 +66,11 @@ def _absent_from_collective(rank: int, reports: Mapping[int, FailureReport]) -> 
     return sorted(absent)
 
 
-def _has_entered(report: FailureReport, seq: int) -> bool:
-    """Say whether a rank had entered collective number `seq`, or was further ahead."""
+def _has_entered(report: FailureReport, own: FailureReport) -> bool:
+    """Say whether a rank had entered the collective of `own`, or was further ahead."""
     if report.text and not report.peers:
-        return report.seq >= seq
-    return report.collectives > seq
+        return report.seq > own.seq or (report.seq, report.op) == (own.seq, own.op)
+    return report.collectives > own.seq
 
 
 def _follow_transfers(rank: int, reports: Mapping[int, FailureReport]) -> tuple[list[int], list[int]]:
