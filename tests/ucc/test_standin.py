@@ -173,7 +173,7 @@ def test_a_rank_that_the_store_lost_is_named_by_its_rank_in_the_group():
             assert told.wait(10)
             return None
         if three is not None:
-            with pytest.raises(PeerLost, match=r"rank 1 \(host here\) of 3 is gone") as caught:
+            with pytest.raises(PeerLost, match=r"rank 1 \(rank 2 of the world, host here\) of 3 is gone") as caught:
                 three.all_reduce(np.ones(3))
             assert caught.value.peer == 1
         if pair is None:

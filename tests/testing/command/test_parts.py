@@ -158,7 +158,7 @@ def test_a_launcher_may_end_the_job_where_a_backend_may_not(launched, status, wo
 def test_after_the_groups_death_nothing_more_is_asked():
     def on_rank(group):
         def gather(block, out, counts, root, *, deadline):
-            raise TimeoutError("nothing came")
+            raise ferro.PeerLost("it left", peer=1 - group.rank)
 
         group.backend.gather = gather
         calls = [["all_gather", "int8", ""], ["gather", "int8", ""], ["scatter", "int8", ""]]
@@ -167,7 +167,7 @@ def test_after_the_groups_death_nothing_more_is_asked():
     for rank, told in enumerate(ferro.simulate(on_rank, 2, run_timeout_s=20)):
         (good, _), (status, text), (after, _) = told["cells"]
         assert (good, status, after) == ("ok", "wrong", "unknown")
-        assert text.startswith(f"gather int8: rank {rank} raised CollectiveTimeout: ")
+        assert text.startswith(f"gather int8: rank {rank} raised PeerLost: ")
         assert told["timings"] == []
 
 

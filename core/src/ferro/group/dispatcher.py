@@ -21,7 +21,16 @@ import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives.label import Call
-from ferro.errors import FerroError, GroupClosed, PeerLost, RankKilled, ThreadLimitError, UnsupportedError, UsageError
+from ferro.errors import (
+    CollectiveMismatch,
+    FerroError,
+    GroupClosed,
+    PeerLost,
+    RankKilled,
+    ThreadLimitError,
+    UnsupportedError,
+    UsageError,
+)
 from ferro.group.failure_agreement import FailureAgreement
 from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
@@ -38,7 +47,8 @@ Finish: TypeAlias = Callable[[], object]
 
 _CPU = Device.CPU  # a global, since each call looks it up
 _MIN_TIMEOUT_S = 1e-3  # what a passed deadline leaves to the next operation, which then reports the timeout
-
+# The backend's errors whose text is in the cause that all ranks report: their tracebacks would hide the user's line.
+_TOLD = (CollectiveMismatch, GroupClosed, PeerLost, TimeoutError)
 
 _forks = 0  # how often this process was forked since ferro was imported
 
@@ -221,7 +231,7 @@ class Dispatcher:
             self._notify("finished", replace(transfer.event, seconds=seconds, error=name))
         if raised is None:
             return finish()
-        raise raised from (None if raised is error else error)
+        raise raised from (None if raised is error or isinstance(error, _TOLD) else error)
 
     def check_open(self, op: str) -> None:
         """Raise an error when no operation can be issued any more."""
@@ -367,9 +377,7 @@ class Dispatcher:
             raised = self._raised(error, self._site(call, timeout_s, time.monotonic() - started, transfer))
             if raised is error:
                 raise
-            raise raised from (
-                None if isinstance(error, FerroError | TimeoutError) else error
-            )  # the cause has its text
+            raise raised from (None if isinstance(error, _TOLD) else error)
 
     def _site(self, call: Call, timeout_s: float, elapsed_s: float, transfer: Transfer | None) -> CallSite:
         if transfer is None:
