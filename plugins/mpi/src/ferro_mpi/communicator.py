@@ -255,6 +255,7 @@ class MpiCommunicator:
         with self._library.lock:
             if self._shrinking is None:
                 self._shrinking = Future()
+                self._library.shrinking.append(self._shrinking)
                 try:
                     threading.Thread(target=self._run_shrink, args=(self._shrinking,), daemon=True).start()
                 except RuntimeError as error:  # no thread can be started, or the interpreter ends

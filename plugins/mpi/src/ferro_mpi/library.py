@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 
 from ferro import BackendUnavailable
@@ -38,6 +39,7 @@ _LEVELS = {
 _LEAST_TAG_LIMIT = 32767  # of every MPI, by the standard
 _EXCEPTION_S = 15.0  # after an uncaught exception, for the other ranks to save their work and to come to their exit
 _FAILED_S = 30.0  # after another failure
+_SHRINK_S = 5.0  # for threads that make groups of survivors, when all ranks are at their exit
 _FINALIZE_S = 15.0  # for MPI_Finalize after a failure
 _POLL_S = 2e-3
 _MOST_POLL_S = 0.05
@@ -59,11 +61,13 @@ class MpiLibrary:
         lock: held while a group begins to shrink.
         watchdog: ends blocking calls that are overdue.
         broken: True if a group has died, so that finalizing MPI may hang.
+        shrinking: MPI's calls that make groups of survivors, in threads of their own.
         world_memory: the memory that all ranks share, where they are on one host.
     """
 
     def __init__(self) -> None:
         self.broken = False
+        self.shrinking: list[Future[MPI.Intracomm]] = []
         self.world_memory: GroupMemory | None = None
         self._dropped: deque[tuple[tuple[MPI.Intracomm, ...], WaitMonitor]] = deque()
         self._open = 0
@@ -119,8 +123,8 @@ class MpiLibrary:
         if self.forked or MPI.Is_finalized():
             return
         failed = self.broken or _ended_by_exception()
-        if not self._await_exits():
-            return
+        if not self._await_exits() or wait(self.shrinking, _SHRINK_S).not_done:
+            return  # a thread in MPI would call it again after MPI_Finalize, which ends the whole job
         if failed:
             # The function's thread in C needs no interpreter lock, which MPI_Finalize holds.
             faulthandler.dump_traceback_later(_FINALIZE_S, exit=True, file=2)
