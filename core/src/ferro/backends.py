@@ -156,6 +156,9 @@ def default(launcher: str) -> str | None:
             )
         if names:
             return names[0]
+        for name, claimants in by_name(offers).items():
+            if len(claimants) > 1 and any(wanted in claimant.item.default_under for claimant in claimants):
+                get(name)  # raises the error that names those who claim it
     return None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ferro.errors import UsageError
+from ferro.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
     from ferro.collectives.schedule import CollectiveInfo, Schedule
@@ -96,5 +96,19 @@ def _builtin(collective: str, algorithm: str) -> CollectiveInfo:
 
 @lru_cache(maxsize=1024)
 def build(info: CollectiveInfo, rank: int, world_size: int, root: int) -> Schedule:
-    """Build the schedule of one rank, or take it from the cache."""
-    return info.build(rank, world_size, root)
+    """Build the schedule of one rank, or take it from the cache.
+
+    Raises:
+        PluginError: the algorithm could not build it.
+    """
+    from ferro.collectives.schedule import Schedule  # here, so that `import ferro` stays quick
+
+    name = f"the algorithm {info.algorithm!r} for {info.collective!r}"
+    try:
+        schedule = info.build(rank, world_size, root)
+    except Exception as error:
+        text = f"{name} could not build a schedule for rank {rank} of {world_size}: {type(error).__name__}: {error}"
+        raise PluginError(f"{text}. Report this to its authors, or choose another algorithm") from error
+    if not isinstance(schedule, Schedule):
+        raise PluginError(f"{name} built a {type(schedule).__name__} for rank {rank} of {world_size}, not a Schedule")
+    return schedule

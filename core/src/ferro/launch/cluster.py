@@ -24,8 +24,8 @@ class Cluster:
     """
 
     def __init__(self, world_size: int, timeout_s: float | None = None) -> None:
-        if world_size < 1:
-            raise UsageError(f"a cluster has at least one rank, not {world_size}")
+        if not isinstance(world_size, int) or world_size < 1:
+            raise UsageError(f"the number of ranks must be a whole number from 1, not {world_size!r}")
         from ferro.launch.cluster_processes import RankProcesses
 
         self.world_size = world_size
@@ -69,11 +69,14 @@ def cluster(world_size: int, *, timeout_s: float | None = None) -> Cluster:
     return Cluster(world_size, timeout_s)
 
 
-def spawn(function: Callable[..., Result], world_size: int, *arguments: object) -> list[Result]:
+def spawn(
+    function: Callable[..., Result], world_size: int, *arguments: object, timeout_s: float | None = None
+) -> list[Result]:
     """Call `function(*arguments)` on ranks that are processes of their own on this host; return the results by rank.
 
     In the function `ferro.init()` joins the world of these ranks. Functions of a notebook or of the program itself need
-    `pip install cloudpickle`. The errors are those of `Cluster.run`, after which all ranks have ended.
+    `pip install cloudpickle`; `functools.partial` gives them keyword arguments. `timeout_s` is as for `cluster`. The
+    errors are those of `Cluster.run`, after which all ranks have ended.
     """
-    with Cluster(world_size) as ranks:
+    with Cluster(world_size, timeout_s) as ranks:
         return ranks.run(function, *arguments)

@@ -74,6 +74,7 @@ class NodeRendezvous:
         self._joined_at = time.monotonic()
         self._heartbeats: dict[int, tuple[int, float]] = {}
         self._connected = False
+        self._server: StoreServer | None = None  # on node 0
         address, store_secret = options.endpoint, derive(secret, "launchers")
         with contextlib.ExitStack() as resources:
             with _notices(say, lambda: self._describe_waiting(address)):
@@ -81,7 +82,7 @@ class NodeRendezvous:
                 if self.node_rank == 0:
                     host, port = address
                     host = host if is_loopback(host) else ""
-                    server = resources.enter_context(StoreServer(host, port, secret=store_secret))
+                    server = self._server = resources.enter_context(StoreServer(host, port, secret=store_secret))
                     own = host or own_address(address[0]), server.address[1]
                 deadline = time.monotonic() + JOIN_S
                 self._store = resources.enter_context(
@@ -109,6 +110,11 @@ class NodeRendezvous:
             socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         except OSError as exc:
             text += f", a name that cannot be resolved so far ({exc.strerror})"
+        if self._server is not None and self._server.refused:
+            text += (
+                f"; {self._server.refused} connections with another secret were turned away: is FERRO_SECRET the same "
+                "on all nodes?"
+            )
         return f"{text}; {time.monotonic() - self._joined_at:.0f} s of {JOIN_S:.0f} s"
 
     def __enter__(self) -> Self:

@@ -96,6 +96,10 @@ def merge_parts(directory: Path, ranks: Iterable[int], target: Path) -> list[str
 
 
 def _write_whole(target: Path, content: dict[str, object]) -> None:
+    if target.exists() and not target.is_file():  # a device or a pipe is written to, and never replaced
+        target.write_text(json.dumps(content))
+        return
+    target = target.resolve()  # a link stays one
     draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with draft.open("x") as file:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ferro.errors import UsageError
 from ferro.group.process_group import ProcessGroup
 from ferro.observers import Observer
+from ferro.simulated.simulate import group_of_this_thread
 
 if TYPE_CHECKING:
     from ferro.runtime.world import World
@@ -71,6 +72,12 @@ def init(
     from ferro.runtime.environment.inherited import check_not_inherited, mark_rank
     from ferro.runtime.world import World
 
+    simulated = group_of_this_thread()
+    if simulated is not None:
+        if rank not in (None, simulated.rank) or world_size not in (None, simulated.world_size):
+            place = f"rank {simulated.rank} of {simulated.world_size}"
+            raise UsageError(f"this is {place} of ferro.simulate: leave rank= and world_size= out")
+        return simulated
     mappings = (dict(algorithms or {}), dict(backend_options or {}))
     arguments = (backend, rank, world_size, rendezvous, timeout_s, deterministic, *mappings, *observers)
     with _lock:

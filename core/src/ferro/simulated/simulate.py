@@ -11,13 +11,19 @@ from typing import TypeVar
 
 from ferro.collectives.choice import Choice
 from ferro.collectives.network import Network
-from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RankKilled
+from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RankKilled, UsageError
 from ferro.group.group_info import GroupInfo
 from ferro.group.process_group import ProcessGroup
 from ferro.observers import Observer
 from ferro.simulated.backend import Fault, SimulatedBackend
 
 Result = TypeVar("Result")
+_this_thread = threading.local()
+
+
+def group_of_this_thread() -> ProcessGroup | None:
+    """Return the group of the simulated rank that runs in this thread; None in other threads."""
+    return getattr(_this_thread, "group", None)
 
 
 def simulate(
@@ -32,6 +38,8 @@ def simulate(
     run_timeout_s: float | None = None,
 ) -> list[Result | None]:
     """Run `function(group)` on `world_size` ranks, each a thread; return their results by rank.
+
+    `ferro.init()` in the function returns the rank's group, so that a program runs here as it is.
 
     Args:
         function: the program of every rank.
@@ -48,6 +56,8 @@ def simulate(
         CollectiveTimeout: a rank has not ended by `run_timeout_s`.
         Exception: the error of the rank that failed first of itself, with a line for the others' errors in its notes.
     """
+    if not isinstance(world_size, int) or not callable(function):
+        raise UsageError(f"simulate takes a function and a number of ranks, not {function!r} and {world_size!r}")
     choice = Choice(deterministic=deterministic)
     backends = SimulatedBackend.create_group(world_size, choice=choice, faults=faults, network=network)
     from ferro.rendezvous import MemoryStore  # imported here, for `import ferro` does without the rendezvous
@@ -55,6 +65,7 @@ def simulate(
     store = MemoryStore()
     results: list[Result | None] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
+    groups: list[ProcessGroup] = []
 
     def run(rank: int) -> None:
         info = GroupInfo(
@@ -70,6 +81,8 @@ def simulate(
         )
         try:
             with ProcessGroup(backends[rank], info) as group:
+                groups.append(group)
+                _this_thread.group = group
                 results[rank] = function(group)
         except RankKilled:
             return
@@ -80,8 +93,13 @@ def simulate(
     for thread in threads:
         thread.start()
     deadline = None if run_timeout_s is None else time.monotonic() + run_timeout_s
-    for thread in threads:
-        thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    try:
+        for thread in threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    except BaseException:  # KeyboardInterrupt: the ranks must not go on behind the user's back
+        for group in groups:
+            group.abort()
+        raise
     running = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     if running:
         text = f"the simulation did not end within {run_timeout_s} s: ranks {running} are still running"

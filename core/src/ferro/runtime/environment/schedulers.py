@@ -88,6 +88,11 @@ def _in_slurm_step(env: Environment) -> bool:
     return True
 
 
+def launcher_of_tasks(environ: Environment | None = None) -> str:
+    """Name the scheduler that started this process as one of a step's tasks; "" where none did."""
+    return "slurm" if _in_slurm_step(os.environ if environ is None else environ) else ""
+
+
 def _slurm_tasks_here(env: Environment) -> str | None:
     """Read the number of the step's tasks on this node; Slurm writes lists such as "2(x3),1", by node."""
     name = "SLURM_STEP_TASKS_PER_NODE"
