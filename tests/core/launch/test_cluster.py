@@ -160,7 +160,7 @@ def test_without_the_library_functions_of_modules_can_be_sent(ranks, monkeypatch
 
 
 def test_a_cluster_has_at_least_one_rank():
-    with pytest.raises(ferro.UsageError, match="at least one rank, not 0"):
+    with pytest.raises(ferro.UsageError, match="a whole number from 1, not 0"):
         ferro.cluster(0)
 
 

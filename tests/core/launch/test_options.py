@@ -8,7 +8,7 @@ import pytest
 
 from ferro.errors import UsageError
 from ferro.launch.options import parse_options
-from ferro.launch.trace import parts_directory
+from ferro.launch.trace import merge_parts, parts_directory
 
 from .conftest import ferro
 
@@ -107,3 +107,13 @@ def test_a_program_that_starts_itself_does_not_multiply_without_end(monkeypatch)
     monkeypatch.setenv("FERRO_NESTED", "3")
     with pytest.raises(UsageError, match="does the program start itself"):
         parse_options(["-n", "1", __file__])
+
+
+def test_a_trace_replaces_neither_a_link_nor_a_device(tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    link.symlink_to(target)
+    merge_parts(tmp_path, [], link)
+    assert link.is_symlink()
+    assert target.read_text() == '{"traceEvents": []}'
+    assert merge_parts(tmp_path, [], Path("/dev/null")) == []
+    assert Path("/dev/null").is_char_device()

@@ -1,5 +1,6 @@
 """The simulated backend conforms, and its faults and virtual clocks do what they say."""
 
+import signal
 import threading
 import time
 
@@ -133,3 +134,46 @@ def test_closing_a_subgroup_leaves_the_rank_in_the_world():
         return group.all_reduce(1)
 
     assert simulate(work, 3) == [3, 3, 3]
+
+
+def test_init_in_a_simulated_rank_returns_its_group():
+    def program(group):
+        with ferro.init() as world:
+            assert world is group
+            with pytest.raises(ferro.UsageError, match="leave rank= and world_size= out"):
+                ferro.init(rank=0, world_size=1)
+            return int(world.all_reduce(1))
+
+    assert ferro.simulate(program, 3) == [3, 3, 3]
+
+
+def test_an_interrupt_ends_all_ranks():
+    started, steps = threading.Barrier(3), [0, 0]
+
+    def loop(group):
+        started.wait(10)
+        while True:
+            group.all_reduce(1)
+            steps[group.rank] += 1
+
+    def interrupt():
+        started.wait(10)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            ferro.simulate(loop, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 10
+    while any(thread.name in ("rank 0", "rank 1") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("arguments", [(2, print), (print, "2"), (print, 1.5)])
+def test_arguments_in_the_wrong_order_or_of_another_type_are_refused(arguments):
+    with pytest.raises(ferro.UsageError, match="simulate takes a function and a number of ranks"):
+        ferro.simulate(*arguments)

@@ -189,8 +189,12 @@ class FailureAgreement:
         """Name the rank that hosted the store as the lost one, if it died: all survivors reach this verdict alone."""
         from ferro.rendezvous.store.interface import StoreGone  # here, since it would slow down `import ferro`
 
-        if not isinstance(reason, StoreGone) or reason.orderly or reason.peer not in self._info.global_ranks:
+        if not isinstance(reason, StoreGone) or reason.orderly or reason.peer is None:
             return None
+        if reason.peer not in self._info.global_ranks:
+            host = f"rank {reason.peer} of the world"
+            text = f"{site.describe(self._info.name)} failed: {host}, which hosted the store, is gone. {_DEAD}"
+            return FailureVerdict("PeerLost", f"{text} Read the log of {host} first.")
         peer = self._info.global_ranks.index(reason.peer)
         event = f"{site.describe(self._info.name)} failed"
         return self._peer_lost(event, peer, PeerLost("the store that it hosted ended"), site, FailureReport())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ferro.errors import FerroError
 from ferro.observers import Observer
 from ferro.types import Device
 
@@ -17,7 +18,9 @@ def get_in_time(store: Store, key: str, deadline: float) -> bytes:
     """Return the value that another rank stores, or b"" if there is none at the deadline."""
     try:
         return store.get(key, deadline=deadline)
-    except TimeoutError:
+    except TimeoutError as error:
+        if not isinstance(error, FerroError):
+            raise  # it is the program's own, from a signal handler
         return b""
 
 

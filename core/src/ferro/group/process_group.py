@@ -23,7 +23,7 @@ from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.coalescing import Coalescing
 from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
-from ferro.group.subgroups import Subgroups, split_backend
+from ferro.group.subgroups import Subgroups, lost_host_named, split_backend
 from ferro.group.work import Work
 from ferro.types import Array, Device
 
@@ -284,7 +284,8 @@ class ProcessGroup(BlockwiseCollectives):
             table = self.all_gather_object([color, key], timeout_s=remaining_s())
             members = [r for r in range(self.world_size) if color is not None and table[r][0] == color]
             ranks = tuple(sorted(members, key=lambda r: (table[r][1], r)))
-            context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
+            with lost_host_named(self._info, self.rank, "split"):
+                context = self._subgroups.agree_on_context(ranks, remaining_s()) if ranks else 0
             made: list[Backend | None] = []
 
             def split(*, deadline: float) -> None:
@@ -305,7 +306,8 @@ class ProcessGroup(BlockwiseCollectives):
         """
         timeout_s = self._dispatcher.checked_timeout(timeout_s)
         self._dispatcher.check_open("subgroup")
-        return self._child(ProcessGroup(*self._subgroups.subgroup(ranks, name, timeout_s)))
+        with lost_host_named(self._info, self.rank, "subgroup"):
+            return self._child(ProcessGroup(*self._subgroups.subgroup(ranks, name, timeout_s)))
 
     def shrink(self, *, timeout_s: float | None = None) -> ProcessGroup:
         """Return the group of the ranks that are left, after this group died; all of them call it.
@@ -324,7 +326,8 @@ class ProcessGroup(BlockwiseCollectives):
         timeout_s = self._dispatcher.checked_timeout(timeout_s)
         failure = self._dispatcher.failure("shrink")
         lost = failure.peer if isinstance(failure, PeerLost) else None
-        return self._child(ProcessGroup(*self._subgroups.shrink(lost, timeout_s)))
+        with lost_host_named(self._info, self.rank, "shrink"):
+            return self._child(ProcessGroup(*self._subgroups.shrink(lost, timeout_s)))
 
     def close(self) -> None:
         """Let outstanding operations end, then release the connections. Idempotent.

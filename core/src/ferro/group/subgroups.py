@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ferro.backend import Backend, Completion
 from ferro.collectives.label import MAX_CONTEXT, in_context
-from ferro.errors import PeerLost, RendezvousError, UsageError
+from ferro.errors import FerroError, PeerLost, RendezvousError, UsageError
 from ferro.group import codec
 from ferro.group.group_info import GroupInfo, get_in_time
 from ferro.types import Array
@@ -30,6 +31,18 @@ def split_backend(parent: Backend, ranks: Sequence[int] | None, context: int) ->
     """Split a group into several at once; return None on a rank that joins none of them."""
     backend = parent.split(ranks, context)
     return SubgroupBackend(parent, ranks, context) if backend is None and ranks is not None else backend
+
+
+@contextmanager
+def lost_host_named(info: GroupInfo, rank: int, op: str) -> Iterator[None]:
+    """Raise PeerLost where a call finds that the rank which hosted the store is dead."""
+    try:
+        yield
+    except RendezvousError as error:
+        if error.peer is None or getattr(error, "orderly", True):  # it is not StoreGone, or the host was done
+            raise
+        peer = info.global_ranks.index(error.peer) if error.peer in info.global_ranks else None
+        raise PeerLost(f"{op} on group {info.name!r}: {error}", op=op, group=info.name, rank=rank, peer=peer) from error
 
 
 class Subgroups:
@@ -121,6 +134,8 @@ class Subgroups:
             try:
                 context = int(self._info.store.get(key, deadline=time.monotonic() + timeout_s))
             except TimeoutError as error:
+                if not isinstance(error, FerroError):
+                    raise  # it is the program's own, from a signal handler
                 message = (
                     f"subgroup {ranks}: rank {ranks[0]} did not create it within {timeout_s:g} s; "
                     "every member must call subgroup() with the same list"

@@ -34,7 +34,8 @@ def diagnose(info: GroupInfo, rank: int, own: FailureReport, reports: Mapping[in
         missing, waiting = _absent_from_collective(rank, reports), []
     if missing:
         taking_part = {rank, *own.peers} if own.peers else set(reports)
-        arrived = sorted(taking_part.difference(missing))
+        known = {r for r in taking_part if r == rank or reports[r].text or reports[r].left}
+        arrived = sorted(known.difference(missing))  # a silent rank may have been done, or not have come
         finding = (
             f"arrived: rank {', '.join(map(str, arrived))}; "
             f"did not arrive: {', '.join(_describe_absent(info, absent, reports[absent]) for absent in missing)}"

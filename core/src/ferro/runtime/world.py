@@ -24,13 +24,14 @@ from ferro.plugins.checks import observer_problem
 from ferro.rendezvous.meeting.job_store import JobStore, open_job_store
 from ferro.rendezvous.meeting.membership import RankRecord, enter_world
 from ferro.rendezvous.store.interface import Store, StoreGone
-from ferro.rendezvous.store.liveness import FailureDetector
+from ferro.rendezvous.store.liveness import FailureDetector, lost_ranks
 from ferro.rendezvous.store.memory import MemoryStore
 from ferro.runtime.environment import LaunchInfo, thread_advice
 from ferro.runtime.environment.inherited import unmark_rank
 from ferro.runtime.environment.settings import Options
 
 _log = logging.getLogger("ferro")
+_LOOK_S = 0.25  # how often the rank that hosts the store looks at its end which ranks are lost
 
 
 class World:
@@ -211,13 +212,22 @@ class World:
         try:
             if self._store is None:  # this rank never entered a world
                 pass
-            elif self._store.add("goodbye", 1) == self._info.world_size:
+            elif self._store.add("goodbye", int(orderly)) == self._info.world_size:
                 self._store.set("all gone", b"1")
             elif job_store.server is not None:
-                self._store.get("all gone", deadline=time.monotonic() + patience_s)
+                self._await_others(self._store, time.monotonic() + patience_s)
         except (RendezvousError, TimeoutError) as error:
             _log.debug("goodbye: %s", error)
         job_store.close(orderly)
+
+    def _await_others(self, store: Store, deadline: float) -> None:
+        """Host the store until all other ranks have left it, or are lost."""
+        while time.monotonic() < deadline:
+            with suppress(TimeoutError):
+                store.get("all gone", deadline=min(deadline, time.monotonic() + _LOOK_S))
+                return
+            if store.add("goodbye", 0) + len(lost_ranks(store)) >= self._info.world_size:
+                return
 
 
 def _all_observers(given: Sequence[Observer]) -> tuple[Observer, ...]:

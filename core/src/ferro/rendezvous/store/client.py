@@ -22,6 +22,7 @@ from ferro.runtime.environment import format_address
 MAX_CONNECTIONS = 64
 
 _GRACE_S = 2.0  # how long the store may take after the deadline of a `get` to answer that nobody set the key
+_CLOCK_S = 0.05  # how much too early a socket may notice a deadline
 # The store answered before, so a further connection comes at once or, after a retry or two, not at all.
 _CONNECT_S = 5.0
 
@@ -104,6 +105,8 @@ class StoreClient(Store):
                 return self._register(request, deadline)
             return self._exchange(request, deadline)
         except TimeoutError as exc:
+            if time.monotonic() < deadline - _CLOCK_S:
+                raise  # it is the program's own, from a signal handler
             raise RendezvousError(
                 f"{self._where} did not answer {op.name.lower()} within {self.request_timeout_s} s ({exc}). "
                 "The process that hosts it is stopped or overloaded, or the network between is down."
@@ -117,6 +120,8 @@ class StoreClient(Store):
         try:
             reply = self._exchange(request, started + wait_us / 1e6 + _GRACE_S)
         except TimeoutError as exc:
+            if time.monotonic() < started + wait_us / 1e6 + _GRACE_S - _CLOCK_S:
+                raise  # it is the program's own, from a signal handler
             where = f"{self._where}, which did not answer either ({exc})"
             raise StoreTimeout(key, time.monotonic() - started, where) from exc
         if reply.status is wire.ReplyStatus.TIMEOUT:

@@ -25,6 +25,7 @@ from ferro_gloo.tcp.protocol import (
     DATA,
     MAX_BODY,
     ConnectionLostError,
+    DeadlinePassedError,
     EngineError,
     LabelMismatchError,
     LengthMismatchError,
@@ -162,7 +163,7 @@ class TcpBackend(Backend):
             self._engine.exchange(*self._frames(sends, recvs, labels, tag), deadline)
         except EngineError as error:
             raise with_awaited(self._translate(error), self._awaited(sends, recvs)) from error
-        except TimeoutError as error:
+        except DeadlinePassedError as error:
             raise with_awaited(self.timeout(), self._awaited(sends, recvs)) from error
 
     def _awaited(self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]]) -> list[int]:

@@ -20,7 +20,7 @@ from ferro.collectives.label import context_of, in_context
 from ferro_gloo.tcp.connection import Connection, ReadEvents
 from ferro_gloo.tcp.matching import PostedReceive, TransferBatch
 from ferro_gloo.tcp.posted_batches import EndedBatches, PostedBatch
-from ferro_gloo.tcp.protocol import ABORT, GroupAbortedError, LabelMismatchError
+from ferro_gloo.tcp.protocol import ABORT, DeadlinePassedError, GroupAbortedError, LabelMismatchError
 
 # A signal that comes just before a wait begins does not end it, and its handler runs only afterwards.
 _LONGEST_WAIT_S = 0.2
@@ -110,7 +110,7 @@ class ProgressEngine:
     def wait_for_batches(self, ended: EndedBatches, until: float) -> list[PostedBatch]:
         """Wait until batches have ended, `wake` is called or the time has come; take and return the ended ones."""
         with self._lock:
-            with suppress(TimeoutError):
+            with suppress(DeadlinePassedError):
                 self._wait(ended, until)
             batches, ended.batches, ended.woken = ended.batches, [], False
             return batches
@@ -240,7 +240,7 @@ class ProgressEngine:
             if self._driving:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError("the deadline passed")
+                    raise DeadlinePassedError("the deadline passed")
                 self._condition.wait(min(left, _LONGEST_WAIT_S))
                 continue
             self._driving = True
@@ -266,7 +266,7 @@ class ProgressEngine:
         while not batch.ended and batch.context not in self._failures:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("the deadline passed")
+                raise DeadlinePassedError("the deadline passed")
             self._update_registrations()
             self._polling = True
             try:

@@ -43,6 +43,10 @@ def unpack(data: memoryview) -> tuple[int, int, int, bytes]:
     return length, kind, tag, label
 
 
+class DeadlinePassedError(TimeoutError):
+    """The deadline of a wait has passed; any other TimeoutError is the program's own, from a signal handler."""
+
+
 class EngineError(Exception):
     """An error with ranks of the world; `TcpBackend` translates it into one of ferro's."""
 
