@@ -457,3 +457,33 @@ def test_init_again_after_shutdown(ranks, tmp_path):
         first.all_reduce(1.0)
     with ferro.init() as second:
         assert second.all_reduce(2.0) == 2.0
+
+
+GROWS = """
+import os, ferro
+rank = int(os.environ["RANK"])
+if rank < 2:
+    with ferro.init("gloo", rank=rank, world_size=2, timeout_s=30) as group:
+        group.barrier()
+with ferro.init("gloo", rank=rank, world_size=3, timeout_s=30) as group:
+    print(group.all_reduce(1))
+"""
+
+
+def test_a_world_may_be_made_again_with_more_ranks(tmp_path):
+    program = tmp_path / "grows.py"
+    program.write_text(GROWS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, program],
+            env={**os.environ, **meeting, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["3\n"] * 3

@@ -25,7 +25,7 @@ LONG_PARTIAL_S = 2.0  # a long one is still being written, and is shown once not
 _SHORT_BYTES = 4096
 
 _HEADER = re.compile(rb"(?:  \+ Exception Group )?Traceback \(most recent call last\)")
-_CONSEQUENCES = re.compile(r"(?:ferro\.errors\.)?(?:PeerLost|GroupClosed|CollectiveTimeout)\b")
+_CONSEQUENCES = re.compile(r"(?:ferro\.errors\.)?(?:PeerLost|GroupClosed|CollectiveTimeout|RendezvousError)\b")
 
 
 class OutputStream(Protocol):

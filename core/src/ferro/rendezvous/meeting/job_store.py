@@ -63,7 +63,8 @@ def open_job_store(info: LaunchInfo, *, deadline: float, broadcast: BootstrapBro
     if broadcast is not None:
         return _open_by_broadcast(info, broadcast, deadline)
     one_host = info.local_world_size == info.world_size
-    job = info.job if one_host or info.master is None else f"{info.launcher}:{format_address(info.master)}"
+    # The address alone: a world may be made again there with more ranks, by arguments or by a launcher.
+    job = info.job if info.master is None else format_address(info.master)
     secret = info.secret or derive(per_user_secret(), job)
     if info.store is not None:
         return JobStore(store=StoreClient(info.store, secret, deadline=deadline), secret=secret)
