@@ -6,10 +6,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ferro_testing.forked_ranks import PRELOADED
 
 from .namespaces import CannotMakeHosts, Hosts
+
+# A busy machine is slow, which is no fault of a test.
+settings.register_profile("ferro", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ferro")
 
 PRELOADED.extend(["pytest", "ferro_gloo.backend", "ferro_strategies"])
 
