@@ -339,6 +339,23 @@ def learn_of_a_death_elsewhere(group):
         return [error.peer, str(error)]
 
 
+def test_a_rank_that_has_handled_a_death_still_ends_in_good_order():
+    outcomes = run_ranks_outcomes(go_on_without_rank_2, 3, backend="gloo", timeout_s=60)
+    assert [outcome.error_type for outcome in outcomes] == ["", "PeerLost", "Killed"]
+    assert "left the group in good order after 1 collectives; this is number 2 here" in outcomes[1].error_text
+
+
+def go_on_without_rank_2(group):
+    group.barrier()
+    if group.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(PeerLost):
+        group.all_reduce(1)
+    rest = group.shrink(timeout_s=20)
+    for _ in range(1 + rest.rank):
+        rest.all_reduce(1)
+
+
 def test_a_death_of_the_store_s_host_is_named_by_all_survivors(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     variables = [{"RANK": str(rank), "WORLD_SIZE": "3", "MEETING": address} for rank in range(3)]

@@ -72,6 +72,7 @@ def test_within_another_launcher(script: Script, outer: str) -> None:
     program = script("import ferro.runtime.environment as e; print(e.resolve().launcher)")
     result = ferro("run", "-n", 2, program, **dict(pair.split("=") for pair in outer.split()))
     assert sorted(result.stdout.splitlines()) == ["[0] ferro", "[1] ferro"]
+    assert ("each of this step's 4 tasks starts a job of its own" in result.stderr) == ("SLURM" in outer)
 
 
 def test_arguments_pass_untouched(script: Script) -> None:

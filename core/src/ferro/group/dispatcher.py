@@ -274,8 +274,8 @@ class Dispatcher:
                 self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
         elif leaving and self._failure is None and self.backend.world_size > 1:
-            error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-            self._agreement.report_leaving(self._collectives.next_number(), None if timeout_s > 0 else error)
+            error = None if timeout_s > 0 else sys.exc_info()[1] or getattr(sys, "last_value", None)
+            self._agreement.report_leaving(self._collectives.next_number(), error)
         self.backend.close()
 
     def _raise_closed(self, op: str) -> NoReturn:

@@ -98,9 +98,12 @@ class FailureAgreement:
             return  # the others notice closed connections
 
     def report_leaving(self, collectives: int, error: BaseException | None) -> None:
-        """Tell the others how this rank leaves a group that works: in good order, or because of an error elsewhere."""
+        """Tell the others how this rank leaves a group that works: because of an `error`, or in good order.
+
+        A failure of another group that the program has handled is no reason, unless its error is what ends this rank.
+        """
         reason, cause = "", None
-        if self._info.failures:
+        if isinstance(error, FerroError) and self._info.failures:
             reason, cause = self._info.failures[-1]
         elif error is not None:
             reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]

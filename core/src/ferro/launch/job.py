@@ -17,8 +17,8 @@ from ferro.launch.trace import merge_parts, parts_directory
 from ferro.launch.writer import BackgroundWriter, open_writers
 from ferro.rendezvous import StoreServer, derive, per_user_secret
 from ferro.rendezvous.sockets import bound_socket, is_loopback
-from ferro.runtime.environment import Address, read_secret, variable
-from ferro.runtime.environment.schedulers import launcher_of_tasks
+from ferro.runtime.environment import Address, read_secret
+from ferro.runtime.environment.schedulers import slurm_tasks
 
 _UNREAD_S = 2.5  # how long output that nobody reads keeps a launcher that was told to end
 
@@ -45,10 +45,10 @@ def run(options: LaunchOptions) -> int:
             raise UsageError(f"--log-dir {options.log_dir}: {exc.strerror}; name a directory to write to") from exc
     writers = open_writers()
     console = Console(options.world_size, *writers)
-    if options.nnodes == 1 and variable("SLURM_NTASKS") not in (None, "1") and launcher_of_tasks() == "slurm":
+    if options.nnodes == 1 and slurm_tasks() > 1:
         console.say(
-            f"each of this step's {variable('SLURM_NTASKS')} tasks starts a job of its own; for one job start one task "
-            "on each node (srun --ntasks-per-node=1)"
+            f"each of this step's {slurm_tasks()} tasks starts a job of its own; for one job start one task on each "
+            "node (srun --ntasks-per-node=1)"
         )
     failure: Failure | None = None
     try:

@@ -170,30 +170,18 @@ class MpiCommunicator:
     ) -> None:
         messages = PendingMessages(self.monitor)
         try:
-            self._begin_and_wait(messages, comm, sends, recvs, tag, deadline)
-        except MPI.Exception as error:
+            for peer, buffer in recvs:
+                for piece in _pieces(buffer):
+                    messages.receive(comm, piece, peer, tag)
+            for peer, buffer in sends:
+                for piece in _pieces(buffer):
+                    messages.send(comm, piece, peer, tag)
+            messages.wait(deadline)
+        except BaseException as error:
             messages.abandon()
-            raise self._translated(error) from error
-        except BaseException:
-            messages.abandon()
+            if isinstance(error, MPI.Exception):
+                raise self._translated(error) from error
             raise
-
-    def _begin_and_wait(
-        self,
-        messages: PendingMessages,
-        comm: MPI.Intracomm,
-        sends: Sequence[tuple[int, Array]],
-        recvs: Sequence[tuple[int, Array]],
-        tag: int,
-        deadline: float,
-    ) -> None:
-        for peer, buffer in recvs:
-            for piece in _pieces(buffer):
-                messages.receive(comm, piece, peer, tag)
-        for peer, buffer in sends:
-            for piece in _pieces(buffer):
-                messages.send(comm, piece, peer, tag)
-        messages.wait(deadline)
 
     def _translated(self, error: MPI.Exception) -> Exception:
         if not self._ready:

@@ -88,9 +88,11 @@ def _in_slurm_step(env: Environment) -> bool:
     return True
 
 
-def launcher_of_tasks(environ: Environment | None = None) -> str:
-    """Name the scheduler that started this process as one of a step's tasks; "" where none did."""
-    return "slurm" if _in_slurm_step(os.environ if environ is None else environ) else ""
+def slurm_tasks() -> int:
+    """Count the tasks of the Slurm step of which this process is one; 0 where it is none."""
+    return (
+        integer(os.environ, "SLURM_NTASKS").value if _in_slurm_step(os.environ) and "SLURM_NTASKS" in os.environ else 0
+    )
 
 
 def _slurm_tasks_here(env: Environment) -> str | None:
