@@ -32,13 +32,17 @@ the value, and keeps no reference to the array.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from .arrays import Array, matmul, namespace_of
+from .arrays import Array, matmul, namespace_of, wide_dtype
 
 
 class Parameter:
@@ -46,7 +50,8 @@ class Parameter:
 
     The gradient always lives in the same memory: the parameter's own, or memory given by a
     strategy (see `set_grad_memory`). The first addition after `zero_grad()` overwrites that
-    memory, later ones add to it.
+    memory, later ones add to it. The gradient of a parameter in half precision is float32, because
+    many microbatches add up in it.
 
     Args:
         data: floating-point NumPy or CuPy array, C-contiguous; it is not copied.
@@ -59,6 +64,10 @@ class Parameter:
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
+        times_zeroed: the number of calls of `zero_grad()`. A strategy that keeps a part of the gradient elsewhere
+            drops that part when this number has changed.
+        step_guards: functions by the kind of strategy, which an optimizer calls with its learning rate before it
+            changes the parameter; a strategy refuses a step there whose gradients are not those of all ranks.
     """
 
     def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
@@ -71,6 +80,9 @@ class Parameter:
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
+        self.step_guards: dict[str, Callable[[float], None]] = {}
+        self._state_owners: list[weakref.ref[StateOwner]] = []
+        self.times_zeroed = 0
 
     @property
     def data(self) -> Array:
@@ -109,6 +121,11 @@ class Parameter:
             self._check_shape(value.shape)
             self._grad = self._reserve()
             self._grad[...] = value
+
+    @property
+    def grad_dtype(self) -> np.dtype:
+        """The dtype of the gradient: float32 for half precision, otherwise that of the value."""
+        return _grad_dtype(self._data.dtype)
 
     @property
     def outstanding_uses(self) -> int:
@@ -178,14 +195,15 @@ class Parameter:
     def zero_grad(self) -> None:
         """Set the gradient to None, and keep its memory for the next one."""
         self._grad = None
+        self.times_zeroed += 1
 
     def set_grad_memory(self, memory: Array | None) -> None:
         """Keep the gradient in `memory` from now on, and copy the present gradient there.
 
         Args:
-            memory: a C-contiguous, writeable array of the shape and dtype of `data`, such as a part
-                of a bucket. Its owner may reduce it in place once the gradient is complete. None:
-                the next gradient after `zero_grad()` gets memory of the parameter's own.
+            memory: a C-contiguous, writeable array of the shape of `data`, of `grad_dtype` or the dtype of `data`,
+                such as a part of a bucket. Its owner may reduce it in place once the gradient is complete. None: the
+                next gradient after `zero_grad()` gets memory of the parameter's own.
 
         Raises:
             UsageError: `memory` does not fit; nothing was changed.
@@ -193,10 +211,10 @@ class Parameter:
         if memory is not None:
             self._check_shape(memory.shape)
             flags = memory.flags
-            if memory.dtype != self.data.dtype or not flags.c_contiguous:
+            if memory.dtype not in (self.grad_dtype, self.data.dtype) or not flags.c_contiguous:
                 raise UsageError(
                     f"gradient memory of parameter {self.name!r} must be C-contiguous "
-                    f"{self.data.dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
+                    f"{self.grad_dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
                 )
             # CuPy arrays have no such flag: they are always writeable.
             if not getattr(flags, "writeable", True):
@@ -211,7 +229,7 @@ class Parameter:
 
         Args:
             data: the value.
-            grad: the present gradient, of the shape and dtype of `data`, or None.
+            grad: the present gradient, of the shape of `data`, or None.
             grad_memory: memory for the gradient (see `set_grad_memory`), which is `grad` itself
                 unless that is None; None: memory of the parameter's own.
         """
@@ -232,6 +250,16 @@ class Parameter:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def add_state_owner(self, owner: StateOwner) -> None:
+        """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
+        self._state_owners = [ref for ref in self._state_owners if ref() is not None]
+        self._state_owners.append(weakref.ref(owner))
+
+    @property
+    def state_owners(self) -> list[StateOwner]:
+        """The objects that keep state for this parameter, in the order in which they were made."""
+        return [owner for ref in self._state_owners if (owner := ref()) is not None]
+
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
         twin = Parameter(self.data.copy(), name=self.name, requires_grad=self.requires_grad)
@@ -246,7 +274,7 @@ class Parameter:
         """Allocate the gradient's memory if there is none; its content is arbitrary."""
         if self._memory is None:
             data = self.data
-            memory: Array = namespace_of(data).empty(data.shape, data.dtype)
+            memory: Array = namespace_of(data).empty(data.shape, self.grad_dtype)
             self._memory = memory
         return self._memory
 
@@ -314,6 +342,32 @@ class Use:
                 "a pullback can be run only once. Call vjp again for another."
             )
         uses.discard(self)
+
+
+class StateOwner(Protocol):
+    """An object that keeps arrays for parameters, such as an optimizer."""
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copy its state."""
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Restore a state from `state_dict`."""
+
+
+def check_step(parameters: Iterable[Parameter], lr: float) -> None:
+    """Ask the strategies of these parameters whether an optimizer may change them now.
+
+    Raises:
+        UsageError: a strategy refuses the step.
+    """
+    guards = {id(guard): guard for parameter in parameters for guard in parameter.step_guards.values()}
+    for guard in guards.values():
+        guard(lr)
+
+
+@cache
+def _grad_dtype(dtype: np.dtype) -> np.dtype:
+    return wide_dtype(dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

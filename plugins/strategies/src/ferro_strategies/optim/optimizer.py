@@ -9,9 +9,9 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, quiet_overflow
 from ..nn.checks import first_few
-from ..nn.parameter import Parameter
+from ..nn.parameter import Parameter, check_step
 
 # An update works on blocks of this many elements. On a CPU a block of each array stays in the cache from one operation
 # to the next, and the scratch memory is small; a GPU needs large operations.
@@ -46,6 +46,7 @@ class Optimizer(ABC):
             if id(parameter) in seen:
                 raise UsageError(f"{name}: item {index}, {parameter!r}, is given twice.")
             seen.add(id(parameter))
+            parameter.add_state_owner(self)
         check_at_least_zero(name, lr=lr)
         self.lr = lr
         self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
@@ -60,11 +61,14 @@ class Optimizer(ABC):
         """Update every parameter that has a gradient; other parameters and their state stay."""
         for listener in tuple(self._listeners):
             listener()
+        check_step(self.parameters, self.lr)
         for parameter, state in zip(self.parameters, self.state, strict=True):
             grad = parameter.grad
             if grad is not None:
                 if not state:
                     state.update(self._initial_state(parameter.data))
+                with quiet_overflow(parameter.data.dtype):
+                    grad = grad.astype(parameter.data.dtype, copy=False)
                 self._update(parameter.data, grad, state)
 
     def zero_grad(self) -> None:
