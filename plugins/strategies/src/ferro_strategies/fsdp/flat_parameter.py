@@ -46,6 +46,7 @@ class FlatParameter:
         self._config = config
         self._dtype = first.data.dtype
         self._grad_dtype = first.grad_dtype
+        self._unsharded_grad_dtype = wide_dtype(config.precision.reduce_dtype_of(self._dtype))
         self.namespace = namespace_of(first.data)
         self._shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
@@ -236,7 +237,7 @@ class FlatParameter:
 
     def _allocate_grad(self) -> PooledBuffer:
         """Allocate an unsharded gradient: in the dtype of its reduction, or in single precision if that is half."""
-        return self._config.pool.allocate(self.namespace, self.layout.size, wide_dtype(self.reduce_dtype))
+        return self._config.pool.allocate(self.namespace, self.layout.size, self._unsharded_grad_dtype)
 
     def _allocate_shard(self, dtype: np.dtype) -> PooledBuffer:
         return self._config.pool.allocate(self.namespace, self.layout.shard_size, dtype)

@@ -140,10 +140,10 @@ class FSDP(StateDictMixin):
 
         def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
-            grad_y = map_leaves(_cast, grad_y, inner)
+            grad_y = _cast(grad_y, inner)
             with quiet_overflow_in(grad_y):
                 grad_x = pull(grad_y)
-            return None if grad_x is None else map_leaves(_cast, grad_x, outer)
+            return None if grad_x is None else _cast(grad_x, outer)
 
         return map_leaves(precision.cast_output, y), pullback
 
@@ -284,8 +284,11 @@ def _dtype_of(leaf: Arrays) -> np.dtype | None:
     return getattr(leaf, "dtype", None)
 
 
-def _cast(array: Arrays, dtype: np.dtype | None) -> Arrays:
-    return array if dtype is None else array.astype(dtype, copy=False)
+def _cast(tree: Arrays, dtypes: Arrays) -> Arrays:
+    """Convert each leaf to the dtype at the same place in `dtypes`."""
+    if isinstance(dtypes, np.dtype):
+        return tree.astype(dtypes, copy=False)
+    return map_leaves(lambda leaf, dtype: leaf if dtype is None else leaf.astype(dtype, copy=False), tree, dtypes)
 
 
 def _duplicate(group: ProcessGroup) -> ProcessGroup:

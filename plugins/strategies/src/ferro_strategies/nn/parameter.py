@@ -211,7 +211,7 @@ class Parameter:
         if memory is not None:
             self._check_shape(memory.shape)
             flags = memory.flags
-            if memory.dtype not in (self.grad_dtype, self.data.dtype) or not flags.c_contiguous:
+            if (memory.dtype != self._data.dtype and memory.dtype != self.grad_dtype) or not flags.c_contiguous:
                 raise UsageError(
                     f"gradient memory of parameter {self.name!r} must be C-contiguous "
                     f"{self.grad_dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."

@@ -67,8 +67,9 @@ class Optimizer(ABC):
             if grad is not None:
                 if not state:
                     state.update(self._initial_state(parameter.data))
-                with quiet_overflow(parameter.data.dtype):
-                    grad = grad.astype(parameter.data.dtype, copy=False)
+                if grad.dtype != parameter.data.dtype:
+                    with quiet_overflow(parameter.data.dtype):
+                        grad = grad.astype(parameter.data.dtype)
                 self._update(parameter.data, grad, state)
 
     def zero_grad(self) -> None:
