@@ -74,7 +74,7 @@ class StateDictMixin(Module):
                 load.loads.append(partial(self._load_part, sharded, name, state))
         buffers = dict(self.named_buffers())
         for name, buffer in buffers.items():
-            load.expect(name, buffer.data, state)
+            load.expect(name, buffer, state)
         load.unexpected = [name for name in state if name not in self._sharded and name not in buffers]
         return load
 

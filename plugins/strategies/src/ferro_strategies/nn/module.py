@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 
@@ -91,6 +91,12 @@ class Module(ModuleState):
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
         return ((name, item) for name, item in walk(self) if isinstance(item, Module))
+
+    def materialize(self) -> Self:
+        """Draw the values of all parameters that were built inside `deferred()`; returns the module."""
+        for parameter in self.parameters():
+            parameter.materialize()
+        return self
 
     def named_generators(self) -> Iterator[tuple[str, np.random.Generator]]:
         """Yield (qualified name, random generator) of all that modules hold, each once, in definition order."""
