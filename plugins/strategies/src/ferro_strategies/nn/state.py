@@ -122,6 +122,8 @@ class StateLoad:
             found += first_few([f"missing {name!r}" for name in self.missing])
             found += first_few([f"unexpected {name!r}" for name in self.unexpected])
         text = "; ".join([*found, *first_few(self.faults), *more])
+        if found and not self.faults and not more and not self.states and self.loads:
+            text += " (strict=False loads the names that both have)"
         for group in self.groups:
             texts: list[str] = group.all_gather_object(text)
             rank, text = next(((rank, each) for rank, each in enumerate(texts) if each), (group.rank, ""))
