@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
+from .state_owner import StateOwner
 
 
 class Parameter:
@@ -58,6 +59,7 @@ class Parameter:
         requires_grad: as given; may be changed between steps.
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
+        state_owners: optimizers and others that keep arrays of the parameter's shape.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
     """
 
@@ -66,6 +68,7 @@ class Parameter:
         self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
+        self.state_owners: weakref.WeakSet[StateOwner] = weakref.WeakSet()
         self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None

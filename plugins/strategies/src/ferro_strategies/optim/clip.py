@@ -11,7 +11,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of
 from ..nn.parameter import Parameter
-from .optimizer import blocks
+from .blocks import blocks
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:

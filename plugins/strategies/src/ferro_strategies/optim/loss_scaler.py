@@ -16,7 +16,8 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
-from .optimizer import Optimizer, blocks
+from .blocks import blocks
+from .optimizer import Optimizer
 
 # With a scale outside this range, float32 gradients could not be scaled or unscaled.
 _GREATEST = 2.0**127
