@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class StateOwner(Protocol):
     """An object with arrays that belong to a parameter, such as an optimizer with its moments.
 
-    It adds itself to `Parameter.state_owners`. A strategy that makes the parameter hold a part of the value, or that
+    It registers by `Parameter.add_state_owner`. A strategy that makes the parameter hold a part of the value, or that
     replaces the parameter, calls it.
     """
 

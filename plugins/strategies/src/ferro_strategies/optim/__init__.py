@@ -2,7 +2,7 @@
 
 from .adagrad import Adagrad
 from .adamw import Adam, AdamW
-from .clip import clip_grad_norm
+from .clip import clip_grad_norm, clip_grad_value, grad_norm
 from .groups import ParameterGroup
 from .lion import Lion
 from .loss_scaler import LossScaler
@@ -35,4 +35,6 @@ __all__ = [
     "StepSchedule",
     "WarmUpSchedule",
     "clip_grad_norm",
+    "clip_grad_value",
+    "grad_norm",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import GeneratorType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, overload
 
 from ferro.errors import UsageError
@@ -108,7 +109,7 @@ class GroupSetting(Generic[T]):
 def make_groups(
     optimizer: str, parameters: Parameters, defaults: Settings, check: Callable[[Settings], None]
 ) -> list[ParameterGroup]:
-    """Make the groups of an optimizer, at least one.
+    """Make the groups of an optimizer, at least one; they may be empty, as on a rank whose stage is not trained.
 
     Args:
         optimizer: the optimizer's name, for messages.
@@ -117,11 +118,12 @@ def make_groups(
         check: refuses settings out of their range.
 
     Raises:
-        UsageError: there is no parameter, one is given twice, an item is no Parameter, or a setting is unknown or out
-            of its range.
+        UsageError: an iterator is used up, a parameter is given twice, an item is no Parameter, or a setting is unknown
+            or out of its range.
     """
+    _check_not_used_up(optimizer, parameters)
     items: list[object] = [{"params": parameters}] if isinstance(parameters, Module) else list(parameters)
-    if not all(isinstance(item, Mapping) for item in items):
+    if not items or not all(isinstance(item, Mapping) for item in items):
         items = [{"params": items}]
     defaults = _converted(optimizer, defaults, defaults)
     groups: list[ParameterGroup] = []
@@ -135,12 +137,11 @@ def make_groups(
         group = ParameterGroup(optimizer, held, defaults, check)
         group.update({name: value for name, value in item.items() if name != "params"})
         groups.append(group)
-    if not any(group.parameters for group in groups):
-        raise UsageError(f"{optimizer}: there are no parameters. Pass module.parameters().")
     return groups
 
 
 def _parameters(optimizer: str, where: str, given: object, seen: set[int]) -> list[Parameter]:
+    _check_not_used_up(optimizer, given)
     if isinstance(given, Parameter):
         given = [given]
     elif isinstance(given, Module):
@@ -156,6 +157,15 @@ def _parameters(optimizer: str, where: str, given: object, seen: set[int]) -> li
         seen.add(id(item))
         held.append(item)
     return held
+
+
+def _check_not_used_up(optimizer: str, given: object) -> None:
+    """Refuse a generator that has ended: it would give no parameters, though there are some."""
+    if isinstance(given, GeneratorType) and given.gi_frame is None:
+        raise UsageError(
+            f"{optimizer}: there are no parameters: the iterator given was read to its end before. Call "
+            "module.parameters() again, or pass the module."
+        )
 
 
 def _converted(optimizer: str, kinds: Settings, changes: Mapping[str, object]) -> dict[str, Setting]:

@@ -38,8 +38,7 @@ class Optimizer(ParameterState):
         state: see `ParameterState`.
 
     Raises:
-        UsageError: there is no parameter, one is given twice, or another object is given; or a setting is unknown or
-            out of its range.
+        UsageError: a parameter is given twice, or another object is given; or a setting is unknown or out of its range.
     """
 
     whole_arrays = frozenset({"t"})

@@ -37,7 +37,7 @@ class ParameterState(ABC):
         self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
         self._replaced: dict[int, str] = {}
         for parameter in self.parameters:
-            parameter.state_owners.add(self)
+            parameter.add_state_owner(self)
 
     # -- saving and loading ----------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class ParameterState(ABC):
                 self._replaced[index] = parameter.name or f"number {index}"
                 continue
             self.parameters[index] = new
-            new.state_owners.add(self)
+            new.add_state_owner(self)
             self.reshape_state(new, convert)
 
     def describe_state(self, parameter: Parameter) -> str:
