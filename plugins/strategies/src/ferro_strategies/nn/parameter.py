@@ -339,10 +339,12 @@ class Split:
     Attributes:
         group: the ranks that hold the pieces, in the order of the pieces.
         dim: dimension of the whole array along which it is cut; None when it is cut as a flat row.
+        shape: the shape before the cut.
     """
 
     group: ProcessGroup
     dim: int | None
+    shape: tuple[int, ...] | None = None
 
 
 @contextmanager
