@@ -8,7 +8,7 @@ import numpy as np
 
 from ferro import Work
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter, Split
 from .buffer_pool import PooledBuffer, copy_into, to_namespace, unpooled
 from .config import FSDPConfig
@@ -46,6 +46,7 @@ class FlatParameter:
         self.layout: FlatLayout = flat_layout(((n, p.data.shape) for n, p in named), config.num_shards)
         self._config = config
         self._dtype = first.data.dtype
+        self._grad_dtype = first.grad_dtype
         self.namespace = namespace_of(first.data)
         self.shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
@@ -57,7 +58,9 @@ class FlatParameter:
         self._is_reducing_into_grad = False
         # An all_reduce overwrites the memory, which therefore cannot stay.
         keeps_memory = config.keeps_unsharded and config.shard_group is not None
-        self.unsharded_grad = UnshardedGradient(self.parameters, self.layout, self._allocate, keeps_memory=keeps_memory)
+        self.unsharded_grad = UnshardedGradient(
+            self.parameters, self.layout, self._allocate_grad, keeps_memory=keeps_memory
+        )
         self._saved: _ShardedState | None = None
         for parameter, view, span in zip(self.parameters, self.shard_views, self.layout.spans, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
@@ -141,7 +144,7 @@ class FlatParameter:
 
     def allocate_reduced(self) -> PooledBuffer:
         """Allocate memory for the shard of a reduced gradient: the memory of `grad` itself if possible."""
-        fits = self._dtype == self.reduce_dtype and self.shard_namespace is self.namespace
+        fits = self._grad_dtype == self.reduce_dtype and self.shard_namespace is self.namespace
         if fits and not self._is_reducing_into_grad and not any(self.has_grad):
             self._is_reducing_into_grad = True
             return unpooled(self._grad_memory())
@@ -202,15 +205,19 @@ class FlatParameter:
 
     def _grad_memory(self) -> Array:
         if self._grad_shard is None:
-            memory: Array = self.shard_namespace.empty(self.layout.shard_size, self._dtype)
+            memory: Array = self.shard_namespace.empty(self.layout.shard_size, self._grad_dtype)
             self._grad_shard = memory
         return self._grad_shard
 
     def _allocate(self, *, in_queue_order: bool = False) -> PooledBuffer:
-        """Allocate unsharded parameters or gradients, in the dtype of the computation."""
+        """Allocate unsharded parameters, in the dtype of the computation."""
         pool, dtype = self._config.pool, self._config.precision.compute_dtype_of(self._dtype)
         allocate = pool.allocate_in_queue_order if in_queue_order else pool.allocate
         return allocate(self.namespace, self.layout.size, dtype)
+
+    def _allocate_grad(self) -> PooledBuffer:
+        """Allocate an unsharded gradient: in the dtype of its reduction, or in single precision if that is half."""
+        return self._config.pool.allocate(self.namespace, self.layout.size, wide_dtype(self.reduce_dtype))
 
     def _allocate_shard(self, dtype: np.dtype) -> PooledBuffer:
         return self._config.pool.allocate(self.namespace, self.layout.shard_size, dtype)
