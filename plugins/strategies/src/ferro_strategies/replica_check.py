@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ferro import ProcessGroup, UsageError
+from ferro import ProcessGroup, UsageError, Work
 
 from .nn.arrays import Array, namespace_of
 from .nn.checks import first_few
@@ -35,7 +35,7 @@ def checksum(array: Array) -> int:
     """Compute a checksum of all bytes of an array, of its dtype and shape."""
     host = array if isinstance(array, np.ndarray) else namespace_of(array).asnumpy(array)
     kind = zlib.crc32(f"{host.dtype.name} {host.shape}".encode())
-    return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8), kind)
+    return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data, kind)
 
 
 class ReplicaCheck:
@@ -69,7 +69,7 @@ class ReplicaCheck:
                 self._words[index] = array, words
             size = words.size
             if words.dtype.itemsize == 1:
-                crc = zlib.crc32(words, crc)
+                crc = zlib.crc32(words.data, crc)
             elif size <= _WINDOW:
                 sums.append(int(np.add.reduce(words, dtype=words.dtype)))
             else:
@@ -77,7 +77,7 @@ class ReplicaCheck:
                 sums.append(int(np.add.reduce(words[start : start + _WINDOW], dtype=words.dtype)))
                 stride = size // _SAMPLES
                 sums.append(int(np.add.reduce(words[turn % stride :: stride], dtype=words.dtype)))
-        return zlib.crc32(np.array(sums, np.uint64), crc)
+        return zlib.crc32(np.array(sums, np.uint64).data, crc)
 
     def skip(self) -> None:
         """Let a step go by in which this rank's values do not count."""
@@ -119,8 +119,55 @@ class ReplicaCheck:
         return bool((reduced[:half] == ~reduced[half:]).all())
 
 
+class ReplicaAgreement:
+    """Finds out whether replicas are equal by messages of its own, in the background; the constructor starts it.
+
+    own checksum --sum over shards--> checksum of the replica --greatest over replicas--> compared
+
+    All ranks see the same result, also where each replica is sharded over a group.
+
+    Args:
+        digest: the checksum of this rank's values.
+        shards: the ranks over which this replica is sharded, if any.
+        replicas: the ranks that hold the same values as this one.
+    """
+
+    def __init__(self, digest: int, shards: ProcessGroup | None, replicas: ProcessGroup) -> None:
+        self._replicas = replicas
+        self._digest = np.array(digest, np.uint32)
+        self._summed = shards is None
+        self._message = np.empty(0, np.uint8)
+        if shards is None:
+            self._compare()
+        else:
+            self._work: Work[object] = shards.all_reduce(self._digest, out=self._digest, async_op=True)
+
+    def advance(self) -> bool:
+        """Wait for the step under way and start the next one; return True if there is none."""
+        self._work.wait()
+        if self._summed:
+            return True
+        self._summed = True
+        self._compare()
+        return False
+
+    @property
+    def equal(self) -> bool:
+        """True if the replicas are equal, once `advance` has returned True."""
+        return ReplicaCheck.agree_bytes(self._message)
+
+    def _compare(self) -> None:
+        self._message = ReplicaCheck.to_bytes(int(self._digest))
+        self._work = self._replicas.all_reduce(self._message, "max", out=self._message, async_op=True)
+
+
 def replicas_error(
-    strategy: str, group: ProcessGroup, named: Iterable[tuple[str, Array]], *, counts: bool = True
+    strategy: str,
+    group: ProcessGroup,
+    named: Iterable[tuple[str, Array]],
+    *,
+    counts: bool = True,
+    shards: ProcessGroup | None = None,
 ) -> UsageError:
     """Compare the replicas array by array; make the error that names the arrays and ranks that differ.
 
@@ -131,10 +178,14 @@ def replicas_error(
         group: the ranks that have replicas.
         named: the arrays of the replica, with the same names on all ranks.
         counts: False on a rank whose replica may differ.
+        shards: the ranks over which each replica is sharded, if any; all of them call it, too.
     """
     own = {name: checksum(array) for name, array in named}
     by_rank: list[tuple[bool, dict[str, int]]] = group.all_gather_object((counts, own))
     differences = describe_differences({rank: sums for rank, (counting, sums) in enumerate(by_rank) if counting})
+    if shards is not None:
+        lists: list[list[str]] = shards.all_gather_object(differences)
+        differences = list(dict.fromkeys(difference for each in lists for difference in each))
     found = "; ".join(first_few(differences)) or "the ranks no longer find the difference"
     return UsageError(
         f"{strategy} on group {group.name!r}: the replicas are no longer equal: {found}. Something has changed the "

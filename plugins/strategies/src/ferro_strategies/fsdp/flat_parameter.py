@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ferro import Work
+from ferro import UsageError, Work
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter, Split
@@ -85,8 +85,10 @@ class FlatParameter:
             return self._allocate(in_queue_order=True)
         return unpooled(self._kept.array)
 
-    def all_gather(self, unsharded: Array) -> tuple[Work[object], PooledBuffer] | None:
+    def all_gather(self, unsharded: Array, *, evaluating: bool) -> tuple[Work[object], PooledBuffer] | None:
         """Start to gather all shards into `unsharded`.
+
+        A gather for a pass without backward pass is given columns, by which ranks notice that others train.
 
         Returns:
             The operation, and the memory that it sends, which the caller holds until it has
@@ -101,7 +103,10 @@ class FlatParameter:
             copy_into(sent.array, self.shard)
         if self._config.shard_group is None:
             return None
-        work: Work[object] = self._config.shard_group.all_gather(sent.array, out=unsharded, async_op=True, copy=False)
+        shard, out = sent.array, unsharded
+        if evaluating:
+            shard, out = shard.reshape(-1, 1), out.reshape(-1, 1)
+        work: Work[object] = self._config.shard_group.all_gather(shard, out=out, async_op=True, copy=False)
         return work, sent
 
     def use_unsharded(self, unsharded: Array, *, backward: bool, may_defer: bool = False) -> None:
@@ -113,6 +118,7 @@ class FlatParameter:
             may_defer: whether gradients may be computed after the pass (`nn.deferring`).
         """
         assert self._saved is None, "a unit is unsharded already"
+        self.check_values()
         self._saved = _ShardedState(self.parameters, backward=backward and self.trained)
         grads: list[tuple[Array | None, Array | None]] = [(None, None)] * len(self.parameters)
         if self._saved.backward:
@@ -134,6 +140,20 @@ class FlatParameter:
             if saved.backward and queue is not None:
                 queue += self.unsharded_grad.defer(index, parameter.deferred or ())
                 parameter.deferred = queue
+
+    def check_values(self) -> None:
+        """Check that every parameter still holds its part of the shard.
+
+        Raises:
+            UsageError: another array was assigned to a parameter's `data`.
+        """
+        for parameter, view in zip(self.parameters, self.shard_views, strict=True):
+            if self._saved is None and parameter.data is not view:
+                raise UsageError(
+                    f"FSDP: another array was assigned to `data` of parameter {parameter.name!r}, which would be "
+                    "ignored, for FSDP gathers the shard that it made. Copy values into it, `parameter.data[...] = "
+                    "shard`, or load_full_state_dict() whole arrays."
+                )
 
     # -- gradients -------------------------------------------------------------------------------
 
