@@ -9,8 +9,8 @@ from ferro import UsageError
 
 from ...nn.arrays import Array, namespace_of
 from ...nn.checks import check_gradient
+from ...nn.deferral import deferring
 from ...nn.module import Module, Pullback
-from ...nn.parameter import deferring
 from ..schedules.schedule import Action, Kind
 from .microbatches import Batch, loss_weights, split_batch
 from .plan import PassPlan
