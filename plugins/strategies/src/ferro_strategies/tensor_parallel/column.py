@@ -17,7 +17,7 @@ from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
-from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
+from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, sum_rows, to_rows
 
 
 class ColumnParallelLinear(Module):
@@ -200,7 +200,7 @@ def column_parallel_matmul(
         rows = own if regathered is None else regathered.wait()
         for grad, (weight, bias) in zip(grad_rows, uses, strict=True):
             if bias is not None:
-                bias.add_grad(grad.sum(axis=0))
+                bias.add_grad(sum_rows(grad))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad)
         return from_rows(summed.wait(), lead, sharding)
