@@ -54,7 +54,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     for name, layer in module.named_modules():
         if id(layer) in chosen:
             _check_unshared(module, name, layer, chosen)
-    check_same_model(module, group)
+    check_same_model(module, group, "parallelize")
     per_rank = {
         key: convert is draw_per_rank for key, convert in chosen.items() if convert in (draw_alike, draw_per_rank)
     }

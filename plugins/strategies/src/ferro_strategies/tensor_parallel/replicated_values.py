@@ -24,7 +24,7 @@ def is_whole(parameter: Parameter, group: ProcessGroup) -> bool:
     return not any(others & {*split.group.global_ranks} for split in parameter.splits)
 
 
-def check_same_model(module: Module, group: ProcessGroup) -> None:
+def check_same_model(module: Module, group: ProcessGroup, strategy: str) -> None:
     """Compare names, shapes and dtypes of parameters, buffers and generators; all ranks call it.
 
     Raises:
@@ -43,7 +43,7 @@ def check_same_model(module: Module, group: ProcessGroup) -> None:
         at = next((i for i in range(least) if lines[i] != by_rank[0][i]), least)
         here, there = (found[at] if at < len(found) else "nothing more" for found in (by_rank[0], lines))
         raise UsageError(
-            f"parallelize on group {group.name!r}: the models differ: where rank 0 has {here}, rank {rank} has "
+            f"{strategy} on group {group.name!r}: the models differ: where rank 0 has {here}, rank {rank} has "
             f"{there}. Build the same model on every rank. Nothing was changed.",
             group=group.name,
             rank=group.rank,
