@@ -48,7 +48,8 @@ class ContextParallel(Module):
         zigzag: give each rank an early and a late part, so that causal attention is as much work on all ranks.
         gather_output: return the outputs of all positions, on every rank.
         reduce_gradients: False: leave the gradients to a DDP or FSDP over a group that contains this one, such as
-            `DDP(ContextParallel(model, mesh["cp"], reduce_gradients=False), mesh.flatten(("dp", "cp"), "data"))`.
+            `DDP(ContextParallel(model, mesh["cp"], reduce_gradients=False), both)` with
+            `both = mesh.flatten(("dp", "cp"), "both")["both"]`.
 
     Raises:
         UsageError: the models differ, or the module has no attention, or layers that cannot be divided.
