@@ -7,6 +7,7 @@ from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .mesh import DeviceMesh
+from .nn import deferred
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
 from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
@@ -32,6 +33,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
+    "deferred",
     "distribute",
     "hooks",
     "nn",

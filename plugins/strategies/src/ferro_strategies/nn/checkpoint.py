@@ -10,7 +10,8 @@ import numpy as np
 from ferro.errors import UsageError
 
 from .checks import check_gradient
-from .module import GeneratorState, Module, Pullback
+from .module import Module, Pullback
+from .module_state import GeneratorState
 from .parameter import Use
 from .trees import Arrays, shapes_of
 
