@@ -1,5 +1,6 @@
 """Whatever stays whole is rank 0's on all ranks at the start, and its gradients are compared."""
 
+import tracemalloc
 from functools import partial
 
 import ml_dtypes
@@ -130,6 +131,30 @@ def test_data_parallel_replicas_are_compared_each_within_its_group():
             pullback(y)
 
     simulate(run, 4)
+
+
+def test_a_model_without_arrays_gets_its_pieces_one_layer_after_the_other():
+    def build():
+        return nn.Sequential(*(nn.Linear(256, 256, rng=seed) for seed in range(8)), nn.LayerNorm(256))
+
+    plan = {"layers.[0246]": PAIR["layers.0"], "layers.[1357]": PAIR["layers.2"]}
+
+    def run(group):
+        with nn.deferred():
+            model = build()
+        tracemalloc.start()
+        tp.parallelize(model, group, plan)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return tp.full_state_dict(model), peak
+
+    expected = build().state_dict()
+    layer = 4 * 256 * 256
+    for _, peak in simulate(run, 1):
+        assert peak < 11 * layer, "8 pieces, one layer that is drawn, and random numbers of two"
+    for state, _ in simulate(run, 2):
+        for name, value in expected.items():
+            np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
 SEQUENCES = {"sequence_parallel": True}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from ..nn.arrays import Array, matmul, namespace_of, wide_dtype
-from ..tensor_parallel.sharding import sum_rows
+from ..nn.sums import column_sums
 
 
 def expert_matmul(rows: Array, weights: Array, biases: Array | None, counts: Sequence[int]) -> Array:
@@ -37,7 +37,7 @@ def gradient_of_products(rows: Array, grads: Array, counts: Sequence[int]) -> tu
     of_biases = xp.zeros((len(counts), grads.shape[1]), wide_dtype(rows.dtype))
     for expert, part in _parts(counts):
         matmul(rows[part].T, grads[part], out=of_weights[expert])
-        of_biases[expert] = sum_rows(grads[part])
+        of_biases[expert] = column_sums(grads[part])
     return of_weights, of_biases.astype(rows.dtype, copy=False)
 
 

@@ -52,14 +52,17 @@ class ExpertParallel(Module):
                 f"{group.name!r}. Use a smaller group, and DDP over another axis of the mesh."
             )
         check_same_model(module, group, "ExpertParallel")
-        broadcast_whole_values(module, group)
         self.group = group
         self.training = module.training
 
         def replacement(_name: str, layer: Module) -> Module:
-            return ParallelMoE(layer, group) if type(layer) is MoE else layer
+            if type(layer) is not MoE:
+                return layer
+            broadcast_whole_values(layer, group)  # one layer after the other, of those that have no arrays yet
+            return ParallelMoE(layer, group)
 
         self.module = replace_modules(module, replacement)
+        broadcast_whole_values(self.module, group)
         average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 from ferro import UsageError
 
 from ..nn.activations import GELU
-from ..nn.arrays import Array, Rng, he_uniform, namespace_of, wide_dtype
-from ..nn.checks import check_dtype, check_gradient, check_input, check_positive
+from ..nn.arguments import check_real_dtype, whole_number
+from ..nn.arrays import Array, Rng, namespace_of, wide_dtype
+from ..nn.checks import check_dtype, check_gradient, check_input
+from ..nn.initialization import he_uniform
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Parameter, Use
 from .expert_products import expert_matmul, gradient_of_products
@@ -89,7 +91,9 @@ class MoE(Module):
         dtype: npt.DTypeLike = np.float32,
         rng: Rng = None,
     ) -> None:
-        check_positive("MoE", dim=dim, hidden=hidden, num_experts=num_experts, top_k=top_k)
+        dim, hidden = whole_number("MoE", "dim", dim), whole_number("MoE", "hidden", hidden)
+        num_experts, top_k = whole_number("MoE", "num_experts", num_experts), whole_number("MoE", "top_k", top_k)
+        check_real_dtype("MoE", dtype)
         if top_k > num_experts:
             raise UsageError(f"MoE: top_k must be at most num_experts, got {top_k} and {num_experts}.")
         if capacity_factor is not None and not capacity_factor > 0:

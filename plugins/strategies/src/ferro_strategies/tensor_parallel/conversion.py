@@ -31,13 +31,14 @@ def check_serial_layer(
     if type(layer) is not kind:
         raise UsageError(f"{name} is made of {kind.__name__}, not of {layer!r}.")
     for parameter_name, parameter in layer.named_parameters():
-        if parameter.data.dtype.kind == "c":
+        if parameter.dtype.kind == "c":
             raise UsageError(f"{name}: parameter {parameter_name!r} is complex; tensor-parallel layers are real.")
         if parameter.splits:
             raise UsageError(
                 f"{name}: parameter {parameter_name!r} of {layer!r} is in pieces already. Make "
                 "tensor-parallel layers first, then wrap the model in what shards it."
             )
+    layer.materialize()
     samples = {
         f"values of {parameter_name} (give all ranks one rng seed)": _sample(parameter.data)
         for parameter_name, parameter in layer.named_parameters()

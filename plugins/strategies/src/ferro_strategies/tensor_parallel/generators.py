@@ -9,7 +9,8 @@ import numpy as np
 
 from ferro import ProcessGroup
 
-from ..nn.module import GeneratorState, Module
+from ..nn.module import Module
+from ..nn.module_state import GeneratorState
 from .attention import ParallelAttention
 from .column import ColumnParallelLinear
 from .embedding import ParallelEmbedding

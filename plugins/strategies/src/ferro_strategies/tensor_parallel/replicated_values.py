@@ -30,7 +30,7 @@ def check_same_model(module: Module, group: ProcessGroup, strategy: str) -> None
     Raises:
         UsageError: they differ; raised on every rank, with the first difference.
     """
-    own = [f"parameter {name!r}, {p.data.dtype} {p.data.shape}" for name, p in module.named_parameters()]
+    own = [f"parameter {name!r}, {p.dtype} {p.shape}" for name, p in module.named_parameters()]
     own += [f"buffer {name!r}, {b.data.dtype} {b.data.shape}" for name, b in module.named_buffers()]
     own += [f"generator {name!r}, {type(g.bit_generator).__name__}" for name, g in module.named_generators()]
     split = {name for name, parameter in module.named_parameters() if not is_whole(parameter, group)}
@@ -52,7 +52,11 @@ def check_same_model(module: Module, group: ProcessGroup, strategy: str) -> None
 
 
 def broadcast_whole_values(module: Module, group: ProcessGroup) -> None:
-    """Give all ranks rank 0's parameters and buffers, but for the parameters that are in pieces already."""
+    """Give all ranks rank 0's parameters and buffers, but for the parameters that are in pieces already.
+
+    Parameters that were built inside `deferred()` get their arrays.
+    """
+    module.materialize()
     held: list[Parameter | Buffer] = [p for p in module.parameters() if is_whole(p, group)]
     held += module.buffers()
     if group.world_size > 1 and held:

@@ -12,29 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-
 from ferro import ProcessGroup
 from ferro.collectives.partition import even_sizes
 
-from ..nn.arrays import Array, namespace_of, wide_dtype
-
-_BLOCK = 128  # rows that are added one after another
-
-
-def sum_rows(rows: Array) -> Array:
-    """Sum rows (N, D) to (D,), in float32 for half precision: blocks first, then their sums in float64.
-
-    One float32 number to which a million are added loses a hundredth of the sum.
-    """
-    xp, wide = namespace_of(rows), wide_dtype(rows.dtype)
-    whole = rows.shape[0] - rows.shape[0] % _BLOCK
-    blocks = rows[:whole].reshape(-1, _BLOCK, rows.shape[1]).astype(wide, copy=False)
-    rest = rows[whole:].astype(wide, copy=False)
-    # A product with ones is a sum at the speed of BLAS.
-    sums = xp.matmul(xp.ones((1, _BLOCK), wide), blocks).sum(axis=(0, 1), dtype=np.float64)
-    total: Array = (sums + rest.sum(axis=0)).astype(wide)
-    return total
+from ..nn.arrays import Array, namespace_of
 
 
 def shard_slice(sizes: tuple[int, ...], rank: int) -> slice:
