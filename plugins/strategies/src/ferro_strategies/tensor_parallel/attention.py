@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ferro import ProcessGroup
+from ferro import ProcessGroup, UsageError
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng
@@ -75,6 +75,11 @@ class ParallelAttention(Module):
         kind = type(self)
         options = {"sequence_parallel": sequence_parallel}
         whole = check_serial_layer(kind, layer, Attention, group, options)
+        if whole.num_kv_heads != whole.num_heads or whole.dropout is not None or whole.rotary_base is not None:
+            raise UsageError(
+                f"{kind.__name__}: {whole!r} has options that are not divided over ranks: num_kv_heads, dropout or "
+                "rotary_base. Leave it out of the plan; every rank then computes all of its heads."
+            )
         heads = even_sizes(whole.num_heads, group.world_size)
         check_shard_sizes(kind, "num_heads", whole.num_heads, heads, group)
         self._dim = whole.query.weight.data.shape[0]
