@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
@@ -71,6 +74,20 @@ def sharded_copy(parameter: Parameter, group: ProcessGroup, dim: int, sizes: tup
 def replicated_copy(parameter: Parameter) -> Parameter:
     """Make a parameter that holds a copy of the whole."""
     return _like(parameter, parameter.data.copy())
+
+
+def generator_of_rank(generator: np.random.Generator, position: int, rank: int) -> np.random.Generator:
+    """Make a generator of the same kind for one rank, derived from the state of one that is the same on all ranks.
+
+    Args:
+        generator: it is not advanced.
+        position: tells generators of equal states apart.
+        rank: the rank.
+    """
+    bits = generator.bit_generator
+    digest = hashlib.sha256(repr(bits.state).encode()).digest()
+    seed = np.random.SeedSequence(int.from_bytes(digest), spawn_key=(position, rank))
+    return np.random.Generator(type(bits)(seed))
 
 
 def _like(parameter: Parameter, data: Array) -> Parameter:

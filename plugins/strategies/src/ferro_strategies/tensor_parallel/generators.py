@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,8 +10,8 @@ from ferro import ProcessGroup
 
 from ..nn.module import Module
 from ..nn.module_state import GeneratorState
-from .attention import ParallelAttention
 from .column import ColumnParallelLinear
+from .conversion import generator_of_rank
 from .embedding import ParallelEmbedding
 from .layernorm import SequenceParallelLayerNorm
 from .regions import CopyIn, GatherIn, GatherOut, ReduceOut, ScatterOut, SplitIn
@@ -56,10 +55,8 @@ def seed_generators(module: Module, group: ProcessGroup, per_rank: Mapping[int, 
     for name, generator in module.named_generators():
         generator.bit_generator.state = states[name]
     replaced: dict[int, np.random.Generator] = {}
-    for position, (name, generator) in enumerate(module.named_generators()):
-        digest = hashlib.sha256(repr(states[name]).encode()).digest()
-        seed = np.random.SeedSequence(int.from_bytes(digest), spawn_key=(position, group.rank))
-        replaced[id(generator)] = np.random.Generator(type(generator.bit_generator)(seed))
+    for position, (_, generator) in enumerate(module.named_generators()):
+        replaced[id(generator)] = generator_of_rank(generator, position, group.rank)
     for layer in _layers_of_pieces(module, per_rank):
         for key, value in list(vars(layer).items()):
             new = _replace(value, replaced)
@@ -70,7 +67,7 @@ def seed_generators(module: Module, group: ProcessGroup, per_rank: Mapping[int, 
 def _layers_of_pieces(root: Module, per_rank: Mapping[int, bool]) -> list[Module]:
     found, cut = [], False
     for layer in root.modules():
-        if per_rank.get(id(layer), cut or isinstance(layer, ParallelAttention)):
+        if per_rank.get(id(layer), cut):
             found.append(layer)
         cut = _cuts(layer, cut)
     return found
