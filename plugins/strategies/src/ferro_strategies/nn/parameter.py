@@ -86,7 +86,7 @@ class Parameter:
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
-        self._state_owners: list[weakref.ref[StateOwner]] = []
+        self._state_owners: list[weakref.ref[StateOwner[Parameter]]] = []
 
     @property
     def data(self) -> Array:
@@ -290,13 +290,13 @@ class Parameter:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def add_state_owner(self, owner: StateOwner) -> None:
+    def add_state_owner(self, owner: StateOwner[Parameter]) -> None:
         """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
         self._state_owners = [ref for ref in self._state_owners if ref() is not None]
         self._state_owners.append(weakref.ref(owner))
 
     @property
-    def state_owners(self) -> list[StateOwner]:
+    def state_owners(self) -> list[StateOwner[Parameter]]:
         """The objects that keep state for this parameter, in the order in which they were made."""
         return [owner for ref in self._state_owners if (owner := ref()) is not None]
 
