@@ -1,8 +1,10 @@
 """Parallel strategies, with the module contract, layers and optimizers that they work on."""
 
 from . import hooks, nn, optim, pipeline, tensor_parallel
+from .context_parallel import ContextParallel
 from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
+from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .mesh import DeviceMesh
 from .nn import deferred
@@ -13,10 +15,13 @@ from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, Syn
 __all__ = [
     "DDP",
     "FSDP",
+    "ContextParallel",
     "DTensor",
     "DeviceMesh",
+    "ExpertParallel",
     "FlatShard",
     "MixedPrecision",
+    "MoE",
     "Partial",
     "Pipeline",
     "Replicate",

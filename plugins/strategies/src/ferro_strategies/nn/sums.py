@@ -69,3 +69,17 @@ def row_dots(a: Array, b: Array) -> Array:
     exact = np.promote_types(a.dtype, np.float64)
     total = blocks.sum(axis=1, dtype=exact) + xp.einsum("nd,nd->n", a[:, whole:], b[:, whole:])
     return total.astype(a.dtype, copy=False)
+
+
+def channel_sums(a: Array) -> Array:
+    """Sum over all but the channels: (N, C, L), contiguous -> (C,)."""
+    return column_sums(row_sums(a))
+
+
+def channel_dots(a: Array, b: Array) -> Array:
+    """Sum a * b over all but the channels, without making that product: two (N, C, L), contiguous -> (C,)."""
+    n, c, length = a.shape
+    if length == 1:
+        return column_dots(a.reshape(n, c), b.reshape(n, c))
+    by_row = row_dots(a.reshape(n * c, length), b.reshape(n * c, length))
+    return column_sums(by_row.reshape(n, c))

@@ -16,6 +16,7 @@ from ..nn.checks import check_dtype, check_input, checked_pullback
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
+from ..nn.sums import column_sums
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
@@ -200,7 +201,7 @@ def column_parallel_matmul(
         rows = own if regathered is None else regathered.wait()
         for grad, (weight, bias) in zip(grad_rows, uses, strict=True):
             if bias is not None:
-                bias.add_grad(grad.sum(axis=0))
+                bias.add_grad(column_sums(grad))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad)
         return from_rows(summed.wait(), lead, sharding)

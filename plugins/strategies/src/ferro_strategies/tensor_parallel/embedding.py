@@ -71,6 +71,9 @@ class ParallelEmbedding(Embedding):
         self.training = whole.training
         self.group = group
         self.sequence_parallel = sequence_parallel
+        own = shard_slice(self._sizes, group.rank)
+        if whole.padding_idx is not None and own.start <= whole.padding_idx < own.stop:
+            self.padding_idx = whole.padding_idx - own.start  # of this rank's rows, as the indices that it looks up
         self.weight = sharded_copy(whole.weight, group, 0, self._sizes)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
