@@ -14,6 +14,7 @@ from ..nn.arrays import Array, quiet_overflow
 from ..nn.checks import check_gradient
 from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
 from ..nn.parameter import Parameter
+from ..nn.trees import Arrays
 from ..replicas import broadcast_arrays, check_same
 from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
@@ -180,7 +181,7 @@ class DDP(Module):
         self._look_up_again()
         return super().train()
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone. Communicates nothing."""
         return self.module(x)
 

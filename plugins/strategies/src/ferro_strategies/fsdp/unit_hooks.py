@@ -8,6 +8,7 @@ from ferro import UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
+from ..nn.trees import Arrays
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .unit_scheduler import UnitScheduler
 
@@ -44,7 +45,7 @@ class UnitHooks:
 
         return y, pullback
 
-    def call(self, module: Module, x: Array) -> Array:
+    def call(self, module: Module, x: Arrays) -> Arrays:
         """Compute a module's output alone."""
         self._scheduler.check()
         with self._scheduler.forward(self._unit):
@@ -69,7 +70,7 @@ class Unit(Module):
         """Compute the wrapped module's output and pullback."""
         return self._hooks.vjp(self.module, x)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the wrapped module's output alone."""
         return self._hooks.call(self.module, x)
 

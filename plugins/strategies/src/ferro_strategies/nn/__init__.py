@@ -16,11 +16,13 @@ from .losses import cross_entropy, mse_loss
 from .module import Buffer, Module, Pullback, replace_modules
 from .parameter import Parameter, Split, Use, deferring
 from .pooling import MaxPool2d
+from .trees import Arrays
 from .unembedding import Unembedding
 
 __all__ = [
     "GELU",
     "Array",
+    "Arrays",
     "Attention",
     "BatchNorm",
     "Buffer",

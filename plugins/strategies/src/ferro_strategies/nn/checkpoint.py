@@ -9,10 +9,10 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from .arrays import Array
 from .checks import check_gradient
 from .module import GeneratorState, Module, Pullback
 from .parameter import Use
+from .trees import Arrays, shapes_of
 
 
 class Checkpoint(Module):
@@ -40,7 +40,7 @@ class Checkpoint(Module):
         self.module = module
         self.training = module.training
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute the wrapped module's output; `x` may not be changed before the pullback."""
         # The set keeps earlier uses alive, so that a rising count shows that this pass made a new one.
         before = [(item, frozenset(item._uses)) for item in self.module.parameters()]
@@ -50,9 +50,9 @@ class Checkpoint(Module):
         # pullback would find the gradient complete.
         uses = [item.use() for item, old in before if item.outstanding_uses > len(old)]
         del dropped
-        kept, shape = [(x, state, uses)], y.shape
+        kept, shape = [(x, state, uses)], shapes_of(y)
 
-        def pullback(grad_y: Array) -> Array | None:
+        def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
             if not kept:
                 raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
@@ -60,14 +60,14 @@ class Checkpoint(Module):
 
         return y, pullback
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone."""
         return self.module(x)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.module!r})"
 
-    def _recompute(self, x: Array, state: _ForwardState, uses: list[Use]) -> Pullback:
+    def _recompute(self, x: Arrays, state: _ForwardState, uses: list[Use]) -> Pullback:
         with state.restored():
             _, pull = self.module.vjp(x)
         uses.clear()  # so that the last gradient which the pullback adds is complete

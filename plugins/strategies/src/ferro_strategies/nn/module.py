@@ -16,9 +16,11 @@ from ferro.errors import UsageError
 from .arrays import Array, namespace_of
 from .checks import first_few
 from .parameter import Parameter
+from .trees import Arrays
 
-# A function from the output's gradient to the input's, or to None for an input such as indices.
-Pullback: TypeAlias = Callable[[Array], Array | None]
+# A function from the output's gradient to the input's, or to None for an input such as indices. Where input or output
+# is a tree of arrays, so is its gradient, with None for a leaf that has none.
+Pullback: TypeAlias = Callable[[Arrays], Arrays | None]
 
 # The state of a random generator: nested dicts of strings and integers, whose form NumPy does not specify.
 GeneratorState: TypeAlias = Mapping[str, Any]
@@ -45,8 +47,12 @@ class Module(ABC):
     transparent: ClassVar[bool] = False
 
     @abstractmethod
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute the output, and the pullback: the function from its gradient to the input's.
+
+        Input and output are an array each, or a tree of arrays: a tuple, list, dict or namedtuple of arrays or of
+        trees. The gradient of a tree has the same structure, with None for a leaf without gradient, such as indices or
+        a mask; None alone says that no leaf has one.
 
         The pullback adds to the gradients of the parameters (announced by `Parameter.use()`),
         and returns the gradient with respect to `x`. It keeps activations in its closure, so
@@ -58,7 +64,7 @@ class Module(ABC):
             UsageError: `x` does not have the shape or dtype that the module takes.
         """
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone."""
         return self.vjp(x)[0]
 
