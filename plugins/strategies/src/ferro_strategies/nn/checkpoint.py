@@ -9,6 +9,7 @@ import numpy as np
 
 from ferro.errors import UsageError
 
+from .batchnorm import BatchNorm, ignoring_statistics
 from .checks import check_gradient
 from .module import GeneratorState, Module, Pullback
 from .parameter import Use
@@ -81,6 +82,7 @@ class _ForwardState:
         self._module = module
         self._training = [(item, item.training) for item in module.modules()]
         self._generators = _generator_states(module)
+        self._norms = [item for item, _ in self._training if isinstance(item, BatchNorm)]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -90,7 +92,8 @@ class _ForwardState:
         buffers = [(item.data, item.data.copy()) for item in self._module.buffers()]
         _restore(self._training, self._generators)
         try:
-            yield
+            with ignoring_statistics(self._norms):
+                yield
         finally:
             _restore(training, generators)
             for array, values in buffers:

@@ -58,6 +58,8 @@ class Parameter:
         requires_grad: as given; may be changed between steps.
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
+        stages: in a pipeline, the ranks that have the model's other parameters; None elsewhere.
+        tied_copy: whether another stage of the pipeline has the copy of this parameter that counts in norms.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
     """
 
@@ -66,6 +68,8 @@ class Parameter:
         self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
+        self.stages: ProcessGroup | None = None
+        self.tied_copy = False
         self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None
