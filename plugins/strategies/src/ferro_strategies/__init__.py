@@ -4,6 +4,7 @@ from . import hooks, nn, optim, pipeline, tensor_parallel
 from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
+from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
@@ -15,6 +16,7 @@ __all__ = [
     "DTensor",
     "DeviceMesh",
     "FlatShard",
+    "GlobalLoss",
     "MixedPrecision",
     "Partial",
     "Pipeline",
@@ -28,6 +30,7 @@ __all__ = [
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
     "distribute",
+    "global_mean",
     "hooks",
     "nn",
     "optim",

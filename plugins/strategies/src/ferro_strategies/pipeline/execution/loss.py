@@ -18,7 +18,8 @@ import numpy as np
 
 from ferro import UsageError
 
-from ...nn.arrays import Array, namespace_of, wide_dtype
+from ...global_loss import scaled
+from ...nn.arrays import Array, namespace_of
 from ...nn.checks import check_gradient
 from ...nn.trees import Arrays, map_leaves, shapes_of
 from .microbatches import sizes_of
@@ -148,18 +149,6 @@ class LossOfMicrobatches:
             "nn.cross_entropy(y, labels, ignore_index=-100, with_weight=True). If it is a mean over all labels, return "
             "labels.size as weight."
         )
-
-
-def scaled(grads: Arrays, factor: float) -> Arrays:
-    """Multiply gradients by a factor, each in its own dtype; half precision is rounded once."""
-    if factor == 1.0:
-        return grads
-
-    def scale(grad: Array) -> Array:
-        product: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * factor
-        return product.astype(grad.dtype, copy=False)
-
-    return map_leaves(scale, grads)
 
 
 def _parse(result: object) -> tuple[float, Arrays, float | None, Mapping[str, float]]:
