@@ -13,7 +13,8 @@ from .gradcheck import check_gradients
 from .layernorm import LayerNorm
 from .linear import Flatten, Linear
 from .losses import cross_entropy, mse_loss
-from .module import Buffer, Module, Pullback, replace_modules
+from .module import Module, Pullback, replace_modules
+from .module_tree import Buffer
 from .parameter import Parameter, Split, Use, deferring
 from .pooling import MaxPool2d
 from .trees import Arrays

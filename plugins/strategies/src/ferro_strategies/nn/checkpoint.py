@@ -11,7 +11,8 @@ from ferro.errors import UsageError
 
 from .batchnorm import BatchNorm, ignoring_statistics
 from .checks import check_gradient
-from .module import GeneratorState, Module, Pullback
+from .module import Module, Pullback
+from .module_state import GeneratorState
 from .parameter import Use
 from .trees import Arrays, shapes_of
 

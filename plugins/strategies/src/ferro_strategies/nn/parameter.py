@@ -36,6 +36,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
@@ -95,6 +97,16 @@ class Parameter:
                 "astype or numpy.ascontiguousarray, or make it a Buffer."
             )
         self._data = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what this parameter holds on this rank."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the value."""
+        return self.data.dtype
 
     @property
     def grad(self) -> Array | None:

@@ -13,6 +13,7 @@ from ferro import ProcessGroup, UsageError
 from ...nn.arrays import Array
 from ...nn.module import Module, Pullback
 from ...nn.parameter import Parameter
+from ...nn.state import OptimizerWithState, StateLoad
 from ...nn.trees import Arrays
 from ...optim.clip import check_max_norm, scale_grads, squared_norm
 from ..schedules.build import forward_only
@@ -253,26 +254,42 @@ class Pipeline(Module):
             for name, array in stage.state_dict().items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy arrays into this rank's stages; arrays of other ranks' stages are ignored.
+    def prepare_load_state_dict(self, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state and plan the loading of this rank's stages; arrays of other ranks' stages are ignored.
 
-        Raises:
-            UsageError: names, shapes or dtypes do not fit. Nothing was loaded into that stage and
-                the stages after it.
+        If one rank's arrays do not fit, no rank of the pipeline loads.
         """
+        load = StateLoad(groups=[self._group])
         parts: dict[int, dict[str, Array]] = {number: {} for number in range(self.schedule.stages)}
         for key, array in state.items():
             number, _, name = key.partition(".")
             if not number.isdecimal() or int(number) not in parts:
-                raise UsageError(
-                    f"load_state_dict: {key!r} does not begin with the number of a stage, 0 to "
-                    f"{self.schedule.stages - 1}. Nothing was loaded."
+                load.faults.append(
+                    f"{key!r} does not begin with the number of a stage, 0 to {self.schedule.stages - 1}"
                 )
-            parts[int(number)][name] = array
+            else:
+                parts[int(number)][name] = array
         for stage, module in self._stages().items():
-            module.load_state_dict(parts[stage])
+            load.add(f"{stage}.", module.prepare_load_state_dict(parts[stage]))
+        return load
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def load_full_optimizer_state_dict(self, optimizer: OptimizerWithState, state: Mapping[str, Array]) -> None:
+        """Load the state of an optimizer of this rank's stages; state of other ranks' stages is ignored.
+
+        Raises:
+            UsageError: see `Module.load_full_optimizer_state_dict`.
+        """
+        others = {str(number) for number in range(self.schedule.stages)} - {str(number) for number in self._numbers}
+        own = {name: array for name, array in state.items() if name.partition(".")[0] not in others}
+        super().load_full_optimizer_state_dict(optimizer, own)
+
+    def prepare_load_optimizer_state(self, optimizer: OptimizerWithState, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state of an optimizer; if one rank's arrays do not fit, no rank of the pipeline loads."""
+        load = super().prepare_load_optimizer_state(optimizer, state)
+        load.add_groups([self._group])
+        return load
+
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Refuse: half of a pass would leave the other ranks waiting.
 
         Raises:
