@@ -181,13 +181,17 @@ def test_the_learning_rate_may_follow_a_schedule():
 @pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
 def test_wrong_parameters_are_refused(optimizer_class):
     parameter = Parameter(np.zeros(1), name="w")
-    with pytest.raises(UsageError, match="no parameters"):
-        optimizer_class([], lr=0.1)
+    optimizer_class([], lr=0.1).step()  # a stage of a pipeline may have no parameters
+    used_up = Linear(1, 1).parameters()
+    list(used_up)
+    with pytest.raises(UsageError, match="read to its end before"):
+        optimizer_class(used_up, lr=0.1)
     with pytest.raises(UsageError, match=r"item 1, Parameter\('w'.*twice"):
         optimizer_class([parameter, parameter], lr=0.1)
     with pytest.raises(UsageError, match="item 0 is a Linear"):
         optimizer_class([Linear(1, 1)], lr=0.1)
     assert len(optimizer_class(Linear(2, 2).parameters(), lr=0.1).parameters) == 2
+    assert len(optimizer_class(Linear(2, 2), lr=0.1).parameters) == 2
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class StateDictMixin(Module):
             if name in self._sharded:
                 sharded = self._sharded[name]
                 target = sharded.shard_view
-                found = sharded.shard_faults(name, target, item, self._config)
+                found = sharded.shard_faults(name, target.dtype, item, self._config)
                 faults += found
                 if isinstance(item, FlatShard) and not found:
                     loads.append((target, item.data.reshape(target.shape)))

@@ -41,6 +41,7 @@ import numpy as np
 from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
+from .state_owner import StateOwner
 
 
 class Parameter:
@@ -77,6 +78,7 @@ class Parameter:
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
+        self._state_owners: list[weakref.ref[StateOwner]] = []
 
     @property
     def data(self) -> Array:
@@ -247,6 +249,16 @@ class Parameter:
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def add_state_owner(self, owner: StateOwner) -> None:
+        """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
+        self._state_owners = [ref for ref in self._state_owners if ref() is not None]
+        self._state_owners.append(weakref.ref(owner))
+
+    @property
+    def state_owners(self) -> list[StateOwner]:
+        """The objects that keep state for this parameter, in the order in which they were made."""
+        return [owner for ref in self._state_owners if (owner := ref()) is not None]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
