@@ -1,34 +1,42 @@
 """Modules that can be differentiated: the contract, layers for NumPy and CuPy, and losses."""
 
-from .activations import GELU, ReLU
+from .activations import GELU, ReLU, Sigmoid, SiLU, Softmax, SwiGLU, Tanh
+from .adaptive_pooling import AdaptiveAvgPool2d, AdaptiveMaxPool2d
 from .arrays import Array, namespace_of
 from .attention import Attention
 from .batchnorm import BatchNorm
 from .checkpoint import Checkpoint
 from .containers import Residual, Sequential
-from .convolution import Conv2d
+from .convolution import Conv1d, Conv2d
 from .dropout import Dropout
+from .elementwise_losses import binary_cross_entropy_with_logits, l1_loss, mse_loss, smooth_l1_loss
 from .embedding import Embedding
 from .gradcheck import check_gradients
-from .layernorm import LayerNorm
+from .layernorm import LayerNorm, RMSNorm
 from .linear import Flatten, Linear
-from .losses import cross_entropy, mse_loss
+from .losses import cross_entropy, nll_loss
 from .module import Module, Pullback, replace_modules
 from .module_tree import Buffer
 from .parameter import Parameter, Split, Use, deferring
-from .pooling import MaxPool2d
+from .pooling import AvgPool2d, MaxPool2d
+from .transposed_convolution import ConvTranspose2d
 from .trees import Arrays
 from .unembedding import Unembedding
 
 __all__ = [
     "GELU",
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
     "Array",
     "Arrays",
     "Attention",
+    "AvgPool2d",
     "BatchNorm",
     "Buffer",
     "Checkpoint",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "Dropout",
     "Embedding",
     "Flatten",
@@ -38,16 +46,26 @@ __all__ = [
     "Module",
     "Parameter",
     "Pullback",
+    "RMSNorm",
     "ReLU",
     "Residual",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
     "Split",
+    "SwiGLU",
+    "Tanh",
     "Unembedding",
     "Use",
+    "binary_cross_entropy_with_logits",
     "check_gradients",
     "cross_entropy",
     "deferring",
+    "l1_loss",
     "mse_loss",
     "namespace_of",
+    "nll_loss",
     "replace_modules",
+    "smooth_l1_loss",
 ]

@@ -61,6 +61,13 @@ def quiet_overflow(dtype: npt.DTypeLike) -> AbstractContextManager[object]:
     return np.errstate(over="ignore", invalid="ignore")
 
 
+def wide_matmul(a: Array, b: Array) -> Array:
+    """Multiply matrices of one dtype; the product of half precision is float32, and so not yet rounded."""
+    wide = wide_dtype(a.dtype)
+    product: Array = namespace_of(a).matmul(a.astype(wide, copy=False), b.astype(wide, copy=False))
+    return product
+
+
 def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
     """Multiply two matrices of one dtype; the product has the same dtype.
 
@@ -73,16 +80,36 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
         out: (..., n, m), array for the product; None: a new array.
     """
     xp = namespace_of(a)
-    wide = wide_dtype(a.dtype)
-    if xp is not np or wide == a.dtype:
+    if xp is not np or wide_dtype(a.dtype) == a.dtype:
         product: Array = xp.matmul(a, b, out=out)
         return product
     with quiet_overflow(a.dtype):
-        product = np.matmul(a.astype(wide), b.astype(wide))
+        product = wide_matmul(a, b)
         if out is None:
             return product.astype(a.dtype)
         out[...] = product
         return out
+
+
+def affine(rows: Array, weight: Array, bias: Array | None) -> Array:
+    """Compute rows @ weight + bias; half precision is rounded once, at the end.
+
+    Args:
+        rows: (n, k).
+        weight: (k, m).
+        bias: (m,) or None.
+    """
+    with quiet_overflow(rows.dtype):
+        y = wide_matmul(rows, weight)
+        if bias is not None:
+            y += bias
+        return y.astype(rows.dtype, copy=False)
+
+
+def conjugate(a: Array) -> Array:
+    """Conjugate complex numbers; other arrays are returned as they are."""
+    conjugated: Array = a.conj() if a.dtype.kind == "c" else a
+    return conjugated
 
 
 def he_uniform(shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike, rng: Rng) -> Array:

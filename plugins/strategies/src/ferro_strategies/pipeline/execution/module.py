@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NoReturn, Self, overload
 
@@ -15,7 +14,8 @@ from ...nn.module import Module, Pullback
 from ...nn.parameter import Parameter
 from ...nn.state import OptimizerWithState, StateLoad
 from ...nn.trees import Arrays
-from ...optim.clip import check_max_norm, scale_grads, squared_norm
+from ...optim.clip import clip_grad_norm
+from ...optim.state import FRESH
 from ..schedules.build import forward_only
 from ..schedules.schedule import PipelineSchedule
 from .data_parallel import StageModules, total_over_replicas
@@ -201,24 +201,23 @@ class Pipeline(Module):
         self._runner.run(plan, work)
         return work.outputs
 
-    def clip_grad_norm(self, max_norm: float) -> float:
+    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Scale all stages' gradients so that their global norm is at most `max_norm`.
 
-        This is `optim.clip_grad_norm` for the whole model: the norm includes tied copies once, and all pieces of
-        parameters that a strategy has split. All ranks call it after `step`. Do not use `optim.clip_grad_norm` instead:
-        it would scale each rank's stages by the norm of these stages alone.
+        It is `optim.clip_grad_norm(pipeline.parameters(), …)`: the norm includes the other ranks' stages, tied copies
+        once, and all pieces of parameters that a strategy has split. All ranks call it after `step`.
+
+        Args:
+            max_norm: largest norm allowed.
+            norm_type: 2 for the Euclidean norm, any other positive number, or infinity; see `optim.grad_norm`.
 
         Returns:
             The norm before, the same on all ranks.
 
         Raises:
-            UsageError: `max_norm` is not positive.
+            UsageError: `max_norm` or `norm_type` is not positive.
         """
-        check_max_norm(max_norm)
-        own = squared_norm(item for item in self.parameters() if not item.tied_copy)
-        norm = math.sqrt(float(self._group.all_reduce(np.float64(own))))
-        scale_grads(self.parameters(), max_norm, norm)
-        return norm
+        return clip_grad_norm(self.parameters(), max_norm, norm_type)
 
     def parameters(self) -> Iterator[Parameter]:
         """Yield every parameter of this rank's stages once, in definition order.
@@ -287,6 +286,9 @@ class Pipeline(Module):
         """Check a state of an optimizer; if one rank's arrays do not fit, no rank of the pipeline loads."""
         load = super().prepare_load_optimizer_state(optimizer, state)
         load.add_groups([self._group])
+        for index, parameter in enumerate(optimizer.parameters):
+            if parameter is self._found.placeholder:
+                load.states[index] = parameter.name, {FRESH: np.array(True)}
         return load
 
     def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
