@@ -6,6 +6,7 @@ from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
+from .nn import deferred
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
 from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
@@ -29,6 +30,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
+    "deferred",
     "distribute",
     "global_mean",
     "hooks",

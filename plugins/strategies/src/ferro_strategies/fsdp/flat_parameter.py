@@ -59,10 +59,10 @@ class FlatParameter:
         keeps_memory = config.keeps_unsharded and config.shard_group is not None
         self.unsharded_grad = UnshardedGradient(self.parameters, self.layout, self._allocate, keeps_memory=keeps_memory)
         self._saved: _ShardedState | None = None
-        for parameter, view in zip(self.parameters, self.shard_views, strict=True):
+        for parameter, view, span in zip(self.parameters, self.shard_views, self.layout.spans, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
             if config.shard_group is not None:
-                parameter.splits += (Split(group=config.shard_group, dim=None),)
+                parameter.splits += (Split(group=config.shard_group, dim=None, shape=span.shape),)
 
     @property
     def is_unsharded(self) -> bool:

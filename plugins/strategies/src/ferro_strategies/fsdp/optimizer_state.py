@@ -13,40 +13,60 @@ from ferro import UsageError
 from ..nn.arrays import Array, namespace_of
 from ..nn.checks import first_few
 from ..nn.module import Module
+from ..nn.state import OptimizerWithState, StateLoad, cut_dims, gather_dims, position_in, slice_dims
 from ..optim.state import FRESH, ParameterState
 from .buffer_pool import to_namespace
 from .config import FSDPConfig
 from .sharded_parameter import FlatShard, ShardedParameter
 
 
-def full(
-    sharded: Mapping[str, ShardedParameter], optimizer: ParameterState, config: FSDPConfig, rank0_only: bool
+def gather(
+    sharded: Mapping[str, ShardedParameter], optimizer: OptimizerWithState, config: FSDPConfig, *, rank0_only: bool
 ) -> dict[str, Array]:
-    """Do the work of `FSDP.full_optimizer_state_dict`."""
-    state = optimizer.settings_state()
-    for index, item in _items(sharded, optimizer):
-        for name, array in optimizer.saved_arrays(index).items():
-            key = f"{item.name}.{name}"
-            if _is_sharded(optimizer, item, name, array):
-                whole = item.gather(array, config, rank0_only=rank0_only)
-                if whole is not None:
-                    state[key] = whole
-            else:
-                state[key] = array.copy()
+    """Gather the state of this module's parameters; dimensions that tensor parallelism has cut are made whole, too."""
+    state: dict[str, Array] = {}
+    for name, item in sharded.items():
+        index = position_in(optimizer, item.parameter)
+        for kind, array in ({} if index is None else optimizer.saved_arrays(index)).items():
+            if not _is_sharded(optimizer, item, kind, array):
+                state[f"{name}.{kind}"] = array.copy()
+                continue
+            whole = item.gather(array, config, rank0_only=rank0_only)
+            if whole is not None:
+                state[f"{name}.{kind}"] = gather_dims(whole, cut_dims(item.parameter))
     return state if config.is_first or not rank0_only else {}
 
 
-def load_full(
-    sharded: Mapping[str, ShardedParameter], optimizer: ParameterState, config: FSDPConfig, state: Mapping[str, Array]
-) -> None:
-    """Do the work of `FSDP.load_full_optimizer_state_dict`."""
-
-    def own_part(item: ShardedParameter, key: str, whole: Array) -> tuple[Array | None, list[str]]:
-        if whole.shape != item.span.shape:
-            return None, [f"{key!r} is {item.span.shape}, given {whole.dtype} {whole.shape}"]
-        return item.local_part(whole, config), []
-
-    _load(sharded, optimizer, config, state, own_part, "load_full_optimizer_state_dict")
+def plan_load(
+    sharded: Mapping[str, ShardedParameter],
+    optimizer: OptimizerWithState,
+    config: FSDPConfig,
+    state: Mapping[str, Array],
+) -> StateLoad:
+    """Check a state from `gather`, and cut this rank's parts."""
+    load = StateLoad(groups=list(config.groups))
+    used: set[str] = set()
+    for name, item in sharded.items():
+        index = position_in(optimizer, item.parameter)
+        if index is None:
+            continue
+        place = slice_dims(item.span.shape, item.parameter.data, cut_dims(item.parameter))
+        arrays: dict[str, Array] = {}
+        for full in [key for key in state if key.rpartition(".")[0] == name]:
+            used.add(full)
+            kind, whole = full[len(name) + 1 :], state[full]
+            if faults := _array_faults(full, whole, may_be_shard=False):
+                load.faults += faults
+            elif kind == FRESH or kind in optimizer.whole_arrays:
+                arrays[kind] = whole
+            elif whole.shape != place.shape:
+                load.faults.append(f"{full!r} is {place.shape}, given {whole.dtype} {whole.shape}")
+            else:
+                arrays[kind] = item.local_part(place.view(whole), config)
+        load.add_groups(split.group for split, _ in cut_dims(item.parameter))
+        load.states[index] = (name, arrays)
+    load.unexpected = [key for key in state if key not in used]
+    return load
 
 
 def shards(
@@ -123,7 +143,7 @@ def _items(
         yield index, item
 
 
-def _is_sharded(optimizer: ParameterState, item: ShardedParameter, name: str, array: Array) -> bool:
+def _is_sharded(optimizer: OptimizerWithState, item: ShardedParameter, name: str, array: Array) -> bool:
     """Return True for state that is sharded like its parameter, False for what every rank has whole."""
     if name == FRESH or name in optimizer.whole_arrays:
         return False

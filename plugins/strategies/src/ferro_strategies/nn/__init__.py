@@ -12,6 +12,7 @@ from .dropout import Dropout
 from .elementwise_losses import binary_cross_entropy_with_logits, l1_loss, mse_loss, smooth_l1_loss
 from .embedding import Embedding
 from .gradcheck import check_gradients
+from .initialization import DeferredValue, deferred, drawn
 from .layernorm import LayerNorm, RMSNorm
 from .linear import Flatten, Linear
 from .losses import cross_entropy, nll_loss
@@ -37,6 +38,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvTranspose2d",
+    "DeferredValue",
     "Dropout",
     "Embedding",
     "Flatten",
@@ -61,7 +63,9 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_gradients",
     "cross_entropy",
+    "deferred",
     "deferring",
+    "drawn",
     "l1_loss",
     "mse_loss",
     "namespace_of",

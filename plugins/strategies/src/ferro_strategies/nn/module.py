@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 
@@ -92,6 +92,12 @@ class Module(ModuleState):
         """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
         return ((name, item) for name, item in walk(self) if isinstance(item, Module))
 
+    def materialize(self) -> Self:
+        """Draw the values of all parameters that were built inside `deferred()`; returns the module."""
+        for parameter in self.parameters():
+            parameter.materialize()
+        return self
+
     def named_generators(self) -> Iterator[tuple[str, np.random.Generator]]:
         """Yield (qualified name, random generator) of all that modules hold, each once, in definition order."""
         return ((name, item) for name, item in walk(self) if isinstance(item, np.random.Generator))
@@ -149,18 +155,19 @@ class TreeChanges(NamedTuple):
     """The difference between a module tree and an earlier snapshot of it; an object that only moved is in neither.
 
     Attributes:
-        added: modules, parameters, buffers and generators that came, by qualified name; what a new module holds, too.
-        removed: those that went, by the name that they had.
+        added: (qualified name, object) for modules, parameters, buffers and generators that came; those that a new
+            module holds, too.
+        removed: those that went, with the name that they had.
     """
 
-    added: dict[str, Item]
-    removed: dict[str, Item]
+    added: list[tuple[str, Item]]
+    removed: list[tuple[str, Item]]
 
     def describe(self) -> str:
         """Name the parameters, or else the modules, that came and went, for a message."""
 
-        def names(items: dict[str, Item]) -> str:
-            wanted = [name for name, item in items.items() if isinstance(item, Parameter)] or list(items)
+        def names(items: list[tuple[str, Item]]) -> str:
+            wanted = [name for name, item in items if isinstance(item, Parameter)] or [name for name, _ in items]
             return ", ".join(first_few([repr(name) for name in wanted]))
 
         parts = [f"{names(items)} {verb}" for items, verb in zip(self, ("came", "went"), strict=True) if items]
@@ -178,7 +185,7 @@ class TreeSnapshot:
 
     def __init__(self, root: Module) -> None:
         self._root = root
-        self._items = dict(walk(root))
+        self._items = list(walk(root))
         self._containers: list[Iterable[object]] = []
         seen: set[int] = set()
 
@@ -201,12 +208,12 @@ class TreeSnapshot:
 
     def changes(self) -> TreeChanges:
         """Name the modules, parameters, buffers and generators that came and went since the snapshot."""
-        before = {id(item) for item in self._items.values()}
-        now = dict(walk(self._root))
-        present = {id(item) for item in now.values()}
+        before = {id(item) for _, item in self._items}
+        now = list(walk(self._root))
+        present = {id(item) for _, item in now}
         return TreeChanges(
-            added={name: item for name, item in now.items() if id(item) not in before},
-            removed={name: item for name, item in self._items.items() if id(item) not in present},
+            added=[(name, item) for name, item in now if id(item) not in before],
+            removed=[(name, item) for name, item in self._items if id(item) not in present],
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> TreeSnapshot:

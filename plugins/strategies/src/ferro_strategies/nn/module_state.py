@@ -103,7 +103,7 @@ class ModuleState(ModuleBase):
             if isinstance(item, Part):
                 found.append(item)
             elif isinstance(item, Parameter | Buffer):
-                load.expect(name, item.data, state)
+                load.expect(name, item, state)
                 own.add(name)
         routed, load.unexpected = route((name for name in state if name not in own), found)
         for part, names in zip(found, routed, strict=True):

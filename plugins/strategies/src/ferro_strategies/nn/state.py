@@ -11,6 +11,7 @@ from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
 from .checks import first_few
+from .module_tree import Buffer
 from .parameter import Parameter, Split
 
 
@@ -92,14 +93,18 @@ class StateLoad:
         """Add groups whose ranks load together."""
         self.groups += [group for group in groups if not any(group is known for known in self.groups)]
 
-    def expect(self, name: str, target: Array, state: Mapping[str, Array]) -> None:
-        """Plan to copy `state[name]` into `target`, or note why that is impossible."""
+    def expect(self, name: str, holder: Parameter | Buffer, state: Mapping[str, Array]) -> None:
+        """Plan to copy `state[name]` into the data of `holder`, or note why that is impossible."""
+        if isinstance(holder, Parameter) and holder.is_deferred:
+            dtype, shape = holder.dtype, holder.shape
+        else:
+            dtype, shape = holder.data.dtype, holder.data.shape
         if name not in state:
             self.missing.append(name)
-        elif fault := array_fault(name, target.dtype, target.shape, state[name]):
+        elif fault := array_fault(name, dtype, shape, state[name]):
             self.faults.append(fault)
         else:
-            self.loads.append(lambda: copy_array(target, state[name]))
+            self.loads.append(lambda: _load(holder, state[name]))
 
     def check(self, what: str, more: list[str], *, strict: bool = True) -> None:
         """Raise on every rank of `groups` if one has found a fault; all of them call it.
@@ -117,6 +122,8 @@ class StateLoad:
             found += first_few([f"missing {name!r}" for name in self.missing])
             found += first_few([f"unexpected {name!r}" for name in self.unexpected])
         text = "; ".join([*found, *first_few(self.faults), *more])
+        if found and not self.faults and not more and not self.states and self.loads:
+            text += " (strict=False loads the names that both have)"
         for group in self.groups:
             texts: list[str] = group.all_gather_object(text)
             rank, text = next(((rank, each) for rank, each in enumerate(texts) if each), (group.rank, ""))
@@ -154,9 +161,12 @@ def array_fault(name: str, dtype: object, shape: tuple[int, ...], array: object)
     return f"{name!r} is {dtype} {shape}, given {there.dtype} {there.shape}"
 
 
-def copy_array(target: Array, source: Array) -> None:
-    """Copy values, also between the host and a GPU."""
-    target[...] = namespace_of(target).asarray(source)
+def _load(holder: Parameter | Buffer, source: Array) -> None:
+    """Copy values, also between the host and a GPU; a deferred parameter gets an array of its own."""
+    if isinstance(holder, Parameter) and holder.is_deferred:
+        holder.data = namespace_of(source).array(source, order="C")
+    else:
+        holder.data[...] = namespace_of(holder.data).asarray(source)
 
 
 def cut_dims(parameter: Parameter) -> list[tuple[Split, int]]:

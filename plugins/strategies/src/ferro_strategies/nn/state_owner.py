@@ -43,13 +43,5 @@ class StateOwner(Protocol):
             convert: makes, of an array of the shape of the old value, the array that belongs to the new value.
         """
 
-    def replace_parameter(
-        self, parameter: Parameter, new: Parameter | None, convert: Callable[[Array], Array] | None
-    ) -> None:
-        """Learn that a model no longer has a parameter.
-
-        Args:
-            parameter: the old parameter.
-            new: the parameter in its place, to go on with; None: there is none, and the next step is refused.
-            convert: makes, of an array of the shape of the old one, the array that belongs to the new one.
-        """
+    def retire_parameter(self, parameter: Parameter) -> None:
+        """Learn that the model no longer has a parameter, so that the next step is refused."""

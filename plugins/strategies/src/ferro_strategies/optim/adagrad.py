@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.parameter import Parameter
 from .blocks import update_blocks
 from .groups import GroupSetting, Parameters, Settings
 from .optimizer import MASTER, Optimizer, check_at_least_zero
@@ -50,14 +51,16 @@ class Adagrad(Optimizer):
     def _check_settings(self, settings: Settings) -> None:
         check_at_least_zero("Adagrad", **settings)
 
-    def _initial_state(self, data: Array, settings: Settings) -> dict[str, Array]:
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        data = parameter.data
         start, wide = settings["initial_accumulator"], wide_dtype(data.dtype)
         total = namespace_of(data).full(data.shape, complex(start, start) if wide.kind == "c" else start, wide)
         return {"sum": total, "t": np.zeros((), np.int64)}
 
-    def _update(self, data: Array, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
         state["t"] += 1
-        xp, decay, eps = namespace_of(data), settings["weight_decay"], settings["eps"]
+        data, xp = parameter.data, namespace_of(parameter.data)
+        decay, eps = settings["weight_decay"], settings["eps"]
         step = settings["lr"] / (1 + (int(state["t"]) - 1) * settings["lr_decay"])
         for scratch, p, grad_block, total in update_blocks(data, grad, [state["sum"]], state.get(MASTER)):
             g = grad_block

@@ -9,6 +9,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.parameter import Parameter
 from .blocks import update_blocks
 from .groups import GroupSetting, Parameters, Settings
 from .optimizer import MASTER, Optimizer, check_at_least_zero
@@ -50,13 +51,14 @@ class AdamW(Optimizer):
         check_at_least_zero(name, eps=settings["eps"], weight_decay=settings["weight_decay"])
         check_betas(name, settings["betas"])
 
-    def _initial_state(self, data: Array, settings: Settings) -> dict[str, Array]:
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        data = parameter.data
         xp, wide = namespace_of(data), wide_dtype(data.dtype)
         return {"m": xp.zeros(data.shape, wide), "v": xp.zeros(data.shape, wide), "t": np.zeros((), np.int64)}
 
-    def _update(self, data: Array, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
         state["t"] += 1
-        t, xp = int(state["t"]), namespace_of(data)
+        t, data, xp = int(state["t"]), parameter.data, namespace_of(parameter.data)
         lr, (beta1, beta2), eps, decay = (settings[key] for key in ("lr", "betas", "eps", "weight_decay"))
         step = lr / (1 - beta1**t)
         root_correction = math.sqrt(1 - beta2**t)

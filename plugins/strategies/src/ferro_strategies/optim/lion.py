@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.parameter import Parameter
 from .adamw import check_betas
 from .blocks import update_blocks
 from .groups import GroupSetting, Parameters, Settings
@@ -42,11 +43,13 @@ class Lion(Optimizer):
         check_at_least_zero("Lion", weight_decay=settings["weight_decay"])
         check_betas("Lion", settings["betas"])
 
-    def _initial_state(self, data: Array, settings: Settings) -> dict[str, Array]:
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        data = parameter.data
         return {"m": namespace_of(data).zeros(data.shape, wide_dtype(data.dtype))}
 
-    def _update(self, data: Array, grad: Array, state: dict[str, Array], settings: Settings) -> None:
-        xp, lr, (beta1, beta2) = namespace_of(data), settings["lr"], settings["betas"]
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+        data, xp = parameter.data, namespace_of(parameter.data)
+        lr, (beta1, beta2) = settings["lr"], settings["betas"]
         for scratch, p, g, m in update_blocks(data, grad, [state["m"]], state.get(MASTER)):
             p *= 1 - lr * settings["weight_decay"]
             xp.multiply(g, 1 - beta1, out=scratch)

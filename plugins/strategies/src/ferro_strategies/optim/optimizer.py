@@ -11,7 +11,7 @@ from ferro.errors import UsageError
 
 from ..nn.arrays import Array, wide_dtype
 from ..nn.parameter import Parameter
-from .groups import GroupSetting, Parameters, Settings, make_groups
+from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule
 from .state import ParameterState
 
@@ -80,19 +80,10 @@ class Optimizer(ParameterState):
                 if grad is not None:
                     if not state:
                         state.update(self.initial_state(index))
-                    self._update(parameter.data, grad, state, group.settings)
+                    self._update(parameter, grad, state, group.settings)
                 index += 1
         self._schedule_step += 1
         self._apply_schedule()
-
-    def replace_parameter(
-        self, parameter: Parameter, new: Parameter | None, convert: Callable[[Array], Array] | None
-    ) -> None:
-        """Go on with the parameter that a strategy has put in the place of another; see `StateOwner`."""
-        super().replace_parameter(parameter, new, convert)
-        held = iter(self.parameters)
-        for group in self.groups:
-            group.parameters = [next(held) for _ in group.parameters]
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
@@ -125,16 +116,19 @@ class Optimizer(ParameterState):
 
     def initial_state(self, index: int) -> dict[str, Array]:
         """Make the state that the parameter at this position has before its first step."""
-        data, start = self.parameters[index].data, 0
-        for group in self.groups:
-            start += len(group.parameters)
-            if index < start:
-                break
-        state = self._initial_state(data, group.settings)
+        parameter = self.parameters[index]
+        data = parameter.data
+        state = self._initial_state(parameter, self._group_of(index).settings)
         wide = wide_dtype(data.dtype)
         if self.master_weights and wide != data.dtype:
             state[MASTER] = data.astype(wide)
         return state
+
+    def keeps_state(self, index: int) -> bool:
+        """Say whether the parameter at this position has state after its first step."""
+        dtype = self.parameters[index].data.dtype
+        has_master = self.master_weights and wide_dtype(dtype) != dtype
+        return has_master or self._keeps_state(self._group_of(index).settings)
 
     def settings_state(self) -> dict[str, Array]:
         """Copy the settings: "lr" of the first group, "groups.<index>.<setting>", and the place in the schedule."""
@@ -192,13 +186,17 @@ class Optimizer(ParameterState):
         """Refuse settings out of their range."""
         check_at_least_zero(type(self).__name__, lr=settings["lr"])
 
-    @abstractmethod
-    def _initial_state(self, data: Array, settings: Settings) -> dict[str, Array]:
-        """Make the arrays that the update of a parameter with this value needs, of `wide_dtype(data.dtype)`."""
+    def _keeps_state(self, settings: Settings) -> bool:
+        """Say whether `_initial_state` makes arrays."""
+        return True
 
     @abstractmethod
-    def _update(self, data: Array, grad: Array, state: dict[str, Array], settings: Settings) -> None:
-        """Make one step: change `data` and `state` in place, and leave `grad` as it is."""
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        """Make the arrays that the update of a parameter needs, of the wide dtype of its value."""
+
+    @abstractmethod
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+        """Make one step: change the parameter's `data` and `state` in place, and leave `grad` as it is."""
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -206,6 +204,14 @@ class Optimizer(ParameterState):
         if self._schedule is not None:
             factor = float(self._schedule(self._schedule_step))
             self.lrs = self._scheduled_lrs = [lr * factor for lr in self._base_lrs]
+
+    def _group_of(self, index: int) -> ParameterGroup:
+        """Find the group of the parameter at this position."""
+        for group in self.groups:
+            if index < len(group.parameters):
+                return group
+            index -= len(group.parameters)
+        raise IndexError(index)
 
     @staticmethod
     def _loaded_settings(index: int, state: Mapping[str, Array]) -> Settings:

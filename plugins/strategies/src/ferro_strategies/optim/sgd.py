@@ -5,6 +5,7 @@ from __future__ import annotations
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.parameter import Parameter
 from .blocks import update_blocks
 from .groups import GroupSetting, Parameters, Settings
 from .optimizer import MASTER, Optimizer, check_at_least_zero
@@ -46,13 +47,17 @@ class SGD(Optimizer):
         if settings["nesterov"] and settings["momentum"] == 0:
             raise UsageError("SGD: nesterov needs a momentum above 0.")
 
-    def _initial_state(self, data: Array, settings: Settings) -> dict[str, Array]:
-        if settings["momentum"] == 0:
+    def _keeps_state(self, settings: Settings) -> bool:
+        return bool(settings["momentum"] != 0)
+
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        if not self._keeps_state(settings):
             return {}
+        data = parameter.data
         return {"momentum": namespace_of(data).zeros(data.shape, wide_dtype(data.dtype))}
 
-    def _update(self, data: Array, grad: Array, state: dict[str, Array], settings: Settings) -> None:
-        xp = namespace_of(data)
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+        data, xp = parameter.data, namespace_of(parameter.data)
         lr, momentum, weight_decay, nesterov = (settings[k] for k in ("lr", "momentum", "weight_decay", "nesterov"))
         moments = [state["momentum"]] if "momentum" in state else []
         for scratch, p, g, *rest in update_blocks(data, grad, moments, state.get(MASTER)):

@@ -35,7 +35,7 @@ class ParameterState(ABC):
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = list(parameters)
         self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
-        self._replaced: dict[int, str] = {}
+        self._retired: dict[int, str] = {}
         for parameter in self.parameters:
             parameter.add_state_owner(self)
 
@@ -69,7 +69,7 @@ class ParameterState(ABC):
 
         self.load_named(state, [str(index) for index in range(len(self.parameters))], agree)
 
-    def load_named(self, state: Mapping[str, object], names: Sequence[str], agree: Callable[[list[str]], None]) -> None:
+    def load_named(self, state: Mapping[str, Array], names: Sequence[str], agree: Callable[[list[str]], None]) -> None:
         """Restore a state whose keys are "<name of the parameter>.<name of the state>".
 
         Args:
@@ -77,7 +77,10 @@ class ParameterState(ABC):
             names: the names of the parameters.
             agree: takes the reasons why the state does not fit, and raises an error if there is one on any rank.
         """
-        rest = {key: value if hasattr(value, "shape") else np.asarray(value) for key, value in dict(state).items()}
+        rest: dict[str, Array] = {
+            key: value if isinstance(value, np.ndarray) or hasattr(value, "shape") else np.asarray(value)
+            for key, value in dict(state).items()
+        }
         given: list[dict[str, Array]] = [{} for _ in names]
         index_of = {name: index for index, name in enumerate(names)}
         for key in list(rest):
@@ -123,7 +126,11 @@ class ParameterState(ABC):
     def saved_arrays(self, index: int) -> dict[str, Array]:
         """List the arrays to save for the parameter at this position: its state, or the mark that there is none yet."""
         arrays = self.state[index]
-        return arrays if arrays or not self.initial_state(index) else {FRESH: np.array(True)}
+        return arrays if arrays or not self.keeps_state(index) else {FRESH: np.array(True)}
+
+    def keeps_state(self, index: int) -> bool:
+        """Say whether the parameter at this position has state after its first step."""
+        return True
 
     @abstractmethod
     def settings_state(self) -> dict[str, Array]:
@@ -152,8 +159,8 @@ class ParameterState(ABC):
         for index, (parameter, arrays) in enumerate(zip(self.parameters, self.state, strict=True)):
             if arrays:
                 self._check_arrays(index, parameter.data, arrays)
-        if self._replaced:
-            names = ", ".join(first_few([repr(name) for name in self._replaced.values()]))
+        if self._retired:
+            names = ", ".join(first_few([repr(name) for name in self._retired.values()]))
             raise UsageError(
                 f"{type(self).__name__}: it holds parameters that the model no longer has: {names}. "
                 f"Their layers were replaced after it was made, so it would not train them. Make the "
@@ -189,19 +196,11 @@ class ParameterState(ABC):
                     if name not in self.whole_arrays:
                         arrays[name] = convert(array)
 
-    def replace_parameter(
-        self, parameter: Parameter, new: Parameter | None, convert: Callable[[Array], Array] | None
-    ) -> None:
-        """Go on with the parameter that a strategy has put in the place of another; see `StateOwner`."""
+    def retire_parameter(self, parameter: Parameter) -> None:
+        """Learn that the model no longer has a parameter, so that the next step is refused."""
         for index, known in enumerate(self.parameters):
-            if known is not parameter:
-                continue
-            if new is None or convert is None or any(other is new for other in self.parameters):
-                self._replaced[index] = parameter.name or f"number {index}"
-                continue
-            self.parameters[index] = new
-            new.add_state_owner(self)
-            self.reshape_state(new, convert)
+            if known is parameter:
+                self._retired[index] = parameter.name or f"number {index}"
 
     def describe_state(self, parameter: Parameter) -> str:
         """Describe the state of a parameter, with a checksum of some values, to compare ranks."""
