@@ -7,7 +7,7 @@ from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
 from .nn import deferred
-from .pipeline import Pipeline
+from .pipeline import Pipeline, split_model
 from .sampler import ShardedSampler
 from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
 
@@ -37,5 +37,6 @@ __all__ = [
     "nn",
     "optim",
     "pipeline",
+    "split_model",
     "tensor_parallel",
 ]

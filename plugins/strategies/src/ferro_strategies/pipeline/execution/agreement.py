@@ -59,7 +59,7 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], Array], size: int,
         failure = RankFailure(error, activity())
         row[size] = 1.0
     try:
-        total = group.all_reduce(row)
+        total: Array = group.all_reduce(row)
         if not total[size]:
             return total[:size]
         messages: list[str] = group.all_gather_object("" if failure is None else failure.message)

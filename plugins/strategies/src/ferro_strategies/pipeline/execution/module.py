@@ -49,7 +49,8 @@ class Pipeline(Module):
 
     Args:
         stages: this rank's stages, first to last. Stage s is on rank s % ranks, unless a
-            PipelineSchedule says otherwise.
+            PipelineSchedule says otherwise. `split_model` makes them of a whole model. The arrays of
+            a deferred stage are drawn now.
         group: the ranks that hold one copy of the model.
         schedule: a name (see `build`), or a schedule; checked before anything moves.
         microbatches: the number of parts into which a batch is split.
@@ -88,7 +89,7 @@ class Pipeline(Module):
         self._plan = make_plan(self.schedule, group.rank, STEP)
         self._numbers = self.schedule.stages_of(group.rank)
         for number, stage in zip(self._numbers, stages, strict=True):
-            setattr(self, str(number), stage)  # names of parameters begin with the number
+            setattr(self, str(number), stage.materialize())  # names of parameters begin with the number
         for name, parameter in self.named_parameters():
             parameter.name = name
         self._runner = PassRunner(group, open_channels(self.schedule, group))
