@@ -13,6 +13,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array, namespace_of, quiet_overflow, wide_dtype
 from ..nn.sums import row_sums
 from .sharding import all_gather_sizes, shard_slice
+from .summaries import begin_comparison, different_inputs, end_comparison
 
 _NAME = "vocab_parallel_cross_entropy"
 
@@ -121,7 +122,11 @@ def _loss_of_rows(
     """Compute the mean loss and its gradient in the dtype in which sums are made."""
     xp = namespace_of(logits)
     own = shard_slice(sizes, group.rank)
-    greatest = group.all_reduce(logits.max(axis=-1), "max")
+    comparison = begin_comparison(rows.labels, group)
+    own_greatest = logits.max(axis=-1)
+    if not end_comparison(comparison):
+        raise different_inputs(_NAME, group)
+    greatest = group.all_reduce(own_greatest, "max")
     # One array holds, one after the other, the shifted logits, their exponentials, the softmax and the gradient. Its
     # memory layout is that of the logits: time first if their layer gathered sequences.
     grad = logits.astype(wide_dtype(logits.dtype))
