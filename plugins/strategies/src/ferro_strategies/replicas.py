@@ -24,6 +24,11 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
         for name, parameter in module.named_parameters()
     ]
     own_lines += [
+        f"for parameter {name!r} the state {described}"
+        for name, parameter in module.named_parameters()
+        for described in sorted(owner.describe_state(parameter) for owner in parameter.state_owners)
+    ]
+    own_lines += [
         f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}" for name, buffer in module.named_buffers()
     ]
     gathered: list[tuple[list[str], list[str]]] = group.all_gather_object((_split_over(module, group), own_lines))
@@ -45,7 +50,7 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
                 raise UsageError(
                     f"{strategy} on group {group.name!r}: the models differ: where rank 0 has "
                     f"{found[0]}, rank {rank} has {line}. Build the same model, with the same "
-                    "options, on every rank. Nothing was changed.",
+                    "options and the same state of optimizers, on every rank. Nothing was changed.",
                     group=group.name,
                     rank=group.rank,
                     peer=rank if group.rank == 0 else 0,

@@ -15,6 +15,7 @@ from ..nn.checks import check_gradient
 from ..nn.module import Module, Pullback, replace_modules
 from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
+from . import optimizer_state
 from .checks import check_replicas, check_trained, check_wrappable
 from .config import MixedPrecision, ShardingStrategy, make_config
 from .flat_parameter_group import shard_module
@@ -93,12 +94,14 @@ class FSDP(StateDictMixin):
         )
         check_wrappable(module)
         chosen = choose_units(module, units)
+        optimizer_state.check_states(module)
         check_replicas(module, config, [name for name, m in module.named_modules() if id(m) in chosen])
         self.module = module
         self.training = module.training
         self._config = config
         groups = shard_module(module, chosen, config)
         self._sharded = sharded_parameters(module, groups.values())
+        optimizer_state.shard_states(self._sharded, config)
         self._scheduler = UnitScheduler(list(groups.values()), config)
         self._join: FSDPJoin | None = None
         hooks = {key: UnitHooks(unit, self._scheduler) for key, unit in groups.items()}

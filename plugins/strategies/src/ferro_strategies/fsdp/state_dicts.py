@@ -9,8 +9,8 @@ from ferro import UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module
-from ..nn.state import StateLoad, array_fault
-from ..optim import Optimizer
+from ..nn.state import OptimizerWithState, StateLoad, array_fault
+from ..optim.state import ParameterState
 from . import optimizer_state
 from .buffer_pool import copy_into
 from .config import FSDPConfig
@@ -102,7 +102,7 @@ class StateDictMixin(Module):
             if name in self._sharded:
                 sharded = self._sharded[name]
                 target = sharded.shard_view
-                found = sharded.shard_faults(name, target, item, self._config)
+                found = sharded.shard_faults(name, target.dtype, item, self._config)
                 faults += found
                 if isinstance(item, FlatShard) and not found:
                     loads.append((target, item.data.reshape(target.shape)))
@@ -119,35 +119,38 @@ class StateDictMixin(Module):
         """Gather a `full_state_dict()`, which fits the module with and without FSDP."""
         return self.full_state_dict()
 
-    def full_optimizer_state_dict(  # type: ignore[override]
-        self, optimizer: Optimizer, *, rank0_only: bool = False
-    ) -> dict[str, Array]:
+    def full_optimizer_state_dict(self, optimizer: OptimizerWithState, *, rank0_only: bool = False) -> dict[str, Array]:
         """Gather the state of an optimizer of this module's parameters; all ranks call it.
+
+        Args:
+            optimizer: an optimizer of parameters of this module alone.
+            rank0_only: return an empty dict on the other ranks, which saves their memory.
 
         Returns:
             Arrays of the parameters' whole shapes by "<parameter name>.<name of state>", and "lr". Parameters that have
             not been updated yet have no state.
         """
+        self._check_owns_parameters(optimizer)
         self._check_between_passes("full_optimizer_state_dict")
-        return optimizer_state.full(self._sharded, optimizer, self._config, rank0_only)
+        state = optimizer_state.gather(self._sharded, optimizer, self._config, rank0_only=rank0_only)
+        return optimizer.settings_state() | state if self._config.is_first or not rank0_only else {}
 
-    def load_full_optimizer_state_dict(  # type: ignore[override]
-        self, optimizer: Optimizer, state_dict: Mapping[str, Array]
-    ) -> None:
-        """Load a `full_optimizer_state_dict` made on any number of ranks; all ranks call it.
+    def gather_optimizer_state(self, optimizer: OptimizerWithState) -> dict[str, Array]:
+        """Gather the state of this module's parameters, also for a module that contains this one."""
+        self._check_between_passes("full_optimizer_state_dict")
+        return optimizer_state.gather(self._sharded, optimizer, self._config, rank0_only=False)
 
-        Raises:
-            UsageError: as from `load_full_state_dict`.
-        """
+    def prepare_load_optimizer_state(self, optimizer: OptimizerWithState, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state and cut this rank's parts, also for a module that contains this one."""
         self._check_between_passes("load_full_optimizer_state_dict")
-        optimizer_state.load_full(self._sharded, optimizer, self._config, state_dict)
+        return optimizer_state.plan_load(self._sharded, optimizer, self._config, state)
 
-    def sharded_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, FlatShard | Array]:
+    def sharded_optimizer_state_dict(self, optimizer: ParameterState) -> dict[str, FlatShard | Array]:
         """Copy this rank's state of an optimizer. Nothing is sent."""
         return optimizer_state.shards(self._sharded, optimizer, self._config)
 
     def load_sharded_optimizer_state_dict(
-        self, optimizer: Optimizer, state_dict: Mapping[str, FlatShard | Array]
+        self, optimizer: ParameterState, state_dict: Mapping[str, FlatShard | Array]
     ) -> None:
         """Load a `sharded_optimizer_state_dict` made on the same number of ranks; all ranks call it.
 

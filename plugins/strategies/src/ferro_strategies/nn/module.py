@@ -155,18 +155,19 @@ class TreeChanges(NamedTuple):
     """The difference between a module tree and an earlier snapshot of it; an object that only moved is in neither.
 
     Attributes:
-        added: modules, parameters, buffers and generators that came, by qualified name; what a new module holds, too.
-        removed: those that went, by the name that they had.
+        added: (qualified name, object) for modules, parameters, buffers and generators that came; those that a new
+            module holds, too.
+        removed: those that went, with the name that they had.
     """
 
-    added: dict[str, Item]
-    removed: dict[str, Item]
+    added: list[tuple[str, Item]]
+    removed: list[tuple[str, Item]]
 
     def describe(self) -> str:
         """Name the parameters, or else the modules, that came and went, for a message."""
 
-        def names(items: dict[str, Item]) -> str:
-            wanted = [name for name, item in items.items() if isinstance(item, Parameter)] or list(items)
+        def names(items: list[tuple[str, Item]]) -> str:
+            wanted = [name for name, item in items if isinstance(item, Parameter)] or [name for name, _ in items]
             return ", ".join(first_few([repr(name) for name in wanted]))
 
         parts = [f"{names(items)} {verb}" for items, verb in zip(self, ("came", "went"), strict=True) if items]
@@ -184,7 +185,7 @@ class TreeSnapshot:
 
     def __init__(self, root: Module) -> None:
         self._root = root
-        self._items = dict(walk(root))
+        self._items = list(walk(root))
         self._containers: list[Iterable[object]] = []
         seen: set[int] = set()
 
@@ -207,12 +208,12 @@ class TreeSnapshot:
 
     def changes(self) -> TreeChanges:
         """Name the modules, parameters, buffers and generators that came and went since the snapshot."""
-        before = {id(item) for item in self._items.values()}
-        now = dict(walk(self._root))
-        present = {id(item) for item in now.values()}
+        before = {id(item) for _, item in self._items}
+        now = list(walk(self._root))
+        present = {id(item) for _, item in now}
         return TreeChanges(
-            added={name: item for name, item in now.items() if id(item) not in before},
-            removed={name: item for name, item in self._items.items() if id(item) not in present},
+            added=[(name, item) for name, item in now if id(item) not in before],
+            removed=[(name, item) for name, item in self._items if id(item) not in present],
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> TreeSnapshot:

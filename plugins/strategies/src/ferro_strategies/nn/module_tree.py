@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -118,16 +118,16 @@ def children(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     elif kind is _Kind.SEQUENCE:
         yield from ((str(index), item) for index, item in enumerate(cast(Sequence[object], value)))
     elif kind is _Kind.SET:
-        _check_holds_no_part(cast(Collection[object], value), name)
+        _check_holds_no_part(cast(Iterable[object], value), "a set", name)
     elif kind is _Kind.ARRAY and cast(Array, value).dtype.kind == "O":
-        _check_holds_no_part(list(cast(Array, value).flat), name)
+        _check_holds_no_part(cast(Array, value).flat, "an array of objects", name)
 
 
-def _check_holds_no_part(container: Collection[object], name: str) -> None:
+def _check_holds_no_part(container: Iterable[object], kind: str, name: str) -> None:
     for item in container:
         if isinstance(item, _ITEMS):
             raise UsageError(
-                f"attribute {name!r}: a {type(container).__name__} holds a {type(item).__name__}, which has no name "
+                f"attribute {name!r}: {kind} holds a {type(item).__name__}, which has no name "
                 "there, so it would be neither trained nor saved. Hold it in a list, tuple or dict."
             )
 

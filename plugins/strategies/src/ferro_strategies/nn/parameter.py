@@ -44,6 +44,7 @@ from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
 from .initialization import DeferredValue
+from .state_owner import StateOwner
 
 
 class Parameter:
@@ -64,6 +65,8 @@ class Parameter:
         requires_grad: as given; may be changed between steps.
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
+        stages: in a pipeline, the ranks that have the model's other parameters; None elsewhere.
+        tied_copy: whether another stage of the pipeline has the copy of this parameter that counts in norms.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
     """
 
@@ -76,11 +79,14 @@ class Parameter:
             self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
+        self.stages: ProcessGroup | None = None
+        self.tied_copy = False
         self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
+        self._state_owners: list[weakref.ref[StateOwner[Parameter]]] = []
 
     @property
     def data(self) -> Array:
@@ -284,6 +290,16 @@ class Parameter:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def add_state_owner(self, owner: StateOwner[Parameter]) -> None:
+        """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
+        self._state_owners = [ref for ref in self._state_owners if ref() is not None]
+        self._state_owners.append(weakref.ref(owner))
+
+    @property
+    def state_owners(self) -> list[StateOwner[Parameter]]:
+        """The objects that keep state for this parameter, in the order in which they were made."""
+        return [owner for ref in self._state_owners if (owner := ref()) is not None]
+
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
         value = self._deferred_value or self.data.copy()
@@ -457,10 +473,12 @@ class Split:
     Attributes:
         group: the ranks that hold the pieces, in the order of the pieces.
         dim: dimension of the whole array along which it is cut; None when it is cut as a flat row.
+        shape: the shape before the cut.
     """
 
     group: ProcessGroup
     dim: int | None
+    shape: tuple[int, ...] | None = None
 
 
 @contextmanager

@@ -122,6 +122,8 @@ class StateLoad:
             found += first_few([f"missing {name!r}" for name in self.missing])
             found += first_few([f"unexpected {name!r}" for name in self.unexpected])
         text = "; ".join([*found, *first_few(self.faults), *more])
+        if found and not self.faults and not more and not self.states and self.loads:
+            text += " (strict=False loads the names that both have)"
         for group in self.groups:
             texts: list[str] = group.all_gather_object(text)
             rank, text = next(((rank, each) for rank, each in enumerate(texts) if each), (group.rank, ""))
@@ -180,7 +182,7 @@ def gather_dims(array: Array, splits: Iterable[tuple[Split, int]]) -> Array:
     return array
 
 
-def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split, int]]) -> _Slices:
+def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split, int]]) -> Slices:
     """Locate this rank's piece, of `shape`, in the whole array; all ranks of the groups call it."""
     whole, slices = list(shape), []
     for split, dim in reversed(list(splits)):
@@ -188,10 +190,10 @@ def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split
         start = sum(sizes[: split.group.rank])
         slices.append((dim, slice(start, start + sizes[split.group.rank])))
         whole[dim] = sum(sizes)
-    return _Slices(tuple(whole), slices)
+    return Slices(tuple(whole), slices)
 
 
-class _Slices(NamedTuple):
+class Slices(NamedTuple):
     """The position of a rank's piece in a whole array.
 
     Attributes:

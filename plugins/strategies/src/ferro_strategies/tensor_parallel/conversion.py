@@ -67,7 +67,7 @@ def check_shard_sizes(maker: type[Module], what: str, total: int, sizes: tuple[i
 def sharded_copy(parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]) -> Parameter:
     """Make a parameter that holds a copy of this rank's shard."""
     shard = _like(parameter, local_shard(parameter.data, group, dim, sizes).copy())
-    shard.splits = (Split(group=group, dim=dim),)
+    shard.splits = (Split(group=group, dim=dim, shape=parameter.data.shape),)
     return shard
 
 

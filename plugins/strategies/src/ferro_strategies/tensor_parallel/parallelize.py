@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeAlias
 
 from ferro import ProcessGroup, UsageError
 
+from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.module import Module, replace_modules
 from ..nn.parameter import Parameter
+from ..nn.state import Slices, cut_dims, slice_dims
 from .generators import draw_alike, draw_per_rank, seed_generators
 from .replicated_values import WholeGradientCheck, broadcast_whole_values, check_same_model, is_whole
 
@@ -30,7 +33,8 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         })
 
     All ranks call it, with models of the same structure; rank 0's parameters and buffers are broadcast. Parameters are
-    the same objects afterwards, each with this rank's piece of its array, so an optimizer may be made before or after.
+    the same objects afterwards, each with this rank's piece of its array, so an optimizer may be made before or after;
+    state that it has is cut like the parameters.
     If an Embedding and its Unembedding are both replaced, the new layers share a table, too.
 
     Layers that are not replaced stay equal on all ranks: their generators draw alike, and their gradients are compared
@@ -54,6 +58,10 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     for name, layer in module.named_modules():
         if id(layer) in chosen:
             _check_unshared(module, name, layer, chosen)
+    before = list(module.parameters())
+    for parameter in before:
+        for owner in parameter.state_owners:
+            owner.check_reshape(parameter)
     check_same_model(module, group, "parallelize")
     per_rank = {
         key: convert is draw_per_rank for key, convert in chosen.items() if convert in (draw_alike, draw_per_rank)
@@ -78,6 +86,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     new = replace_modules(module, replacement)
     for layer, made in pairs:
         _keep_parameters(layer, made)
+    _retire(before, new)
     broadcast_whole_values(new, group)
     seed_generators(new, group, per_rank)
     if group.world_size > 1:
@@ -130,10 +139,27 @@ def _keep_parameters(layer: Module, made: Module) -> None:
             continue
         holders = [(part, key) for part in made.modules() for key, value in vars(part).items() if value is piece]
         if holders:
+            place = slice_dims(piece.data.shape, piece.data, cut_dims(piece))
             parameter.hold(piece.data, grad=None, grad_memory=None)
             parameter.splits = piece.splits
+            for owner in parameter.state_owners:
+                owner.reshape_state(parameter, partial(_own_piece, place))
         for part, key in holders:
             setattr(part, key, parameter)
+
+
+def _own_piece(place: Slices, whole: Array) -> Array:
+    """Copy this rank's piece of an array, in C order."""
+    return place.view(whole).copy(order="C")
+
+
+def _retire(before: Sequence[Parameter], new: Module) -> None:
+    """Tell optimizers which parameters the model no longer has, because a layer was replaced by one without them."""
+    kept = set(map(id, new.parameters()))
+    for parameter in before:
+        if id(parameter) not in kept:
+            for owner in parameter.state_owners:
+                owner.retire_parameter(parameter)
 
 
 def _check_unshared(root: Module, name: str, layer: Module, chosen: Container[int]) -> None:

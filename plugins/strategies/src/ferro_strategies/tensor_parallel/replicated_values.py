@@ -31,6 +31,11 @@ def check_same_model(module: Module, group: ProcessGroup, strategy: str) -> None
         UsageError: they differ; raised on every rank, with the first difference.
     """
     own = [f"parameter {name!r}, {p.dtype} {p.shape}" for name, p in module.named_parameters()]
+    own += [
+        f"for parameter {name!r} the state {described}"
+        for name, p in module.named_parameters()
+        for described in sorted(owner.describe_state(p) for owner in p.state_owners)
+    ]
     own += [f"buffer {name!r}, {b.data.dtype} {b.data.shape}" for name, b in module.named_buffers()]
     own += [f"generator {name!r}, {type(g.bit_generator).__name__}" for name, g in module.named_generators()]
     split = {name for name, parameter in module.named_parameters() if not is_whole(parameter, group)}
