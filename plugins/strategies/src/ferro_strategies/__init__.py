@@ -5,6 +5,7 @@ from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .mesh import DeviceMesh
+from .nn import deferred
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
 from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
@@ -27,6 +28,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
+    "deferred",
     "distribute",
     "hooks",
     "nn",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ferro import UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module
+from ..nn.state import StateLoad, array_fault
 from ..optim import Optimizer
 from . import optimizer_state
 from .buffer_pool import copy_into
@@ -57,23 +59,27 @@ class StateDictMixin(Module):
             UsageError: a name is missing or unexpected, or a shape or dtype differs, on any
                 rank; raised on every rank, and nothing was changed.
         """
+        self.prepare_load_state_dict(state_dict).finish("FSDP.load_full_state_dict: the state does not fit")
+
+    def prepare_load_state_dict(self, state: Mapping[str, Array]) -> StateLoad:
+        """Check a full state and plan the loading of this rank's shards, also for a module that contains this one."""
         self._check_between_passes("load_full_state_dict")
+        load = StateLoad(groups=list(self._config.groups))
+        for name, sharded in self._sharded.items():
+            if name not in state:
+                load.missing.append(name)
+            elif fault := array_fault(name, sharded.shard_view.dtype, sharded.span.shape, state[name]):
+                load.faults.append(fault)
+            else:
+                load.loads.append(partial(self._load_part, sharded, name, state))
         buffers = dict(self.named_buffers())
-        faults = _name_faults({*self._sharded, *buffers}, state_dict)
-        loads: list[tuple[Array, Array]] = []
-        for name, array in state_dict.items():
-            if name in self._sharded:
-                sharded = self._sharded[name]
-                target = sharded.shard_view
-                found = array_faults(name, target.dtype, sharded.span.shape, array)
-                if not found:
-                    loads.append((target, sharded.local_part(array, self._config)))
-                faults += found
-            elif name in buffers:
-                data = buffers[name].data
-                faults += array_faults(name, data.dtype, data.shape, array)
-                loads.append((data, array))
-        self._load(loads, faults, "load_full_state_dict")
+        for name, buffer in buffers.items():
+            load.expect(name, buffer, state)
+        load.unexpected = [name for name in state if name not in self._sharded and name not in buffers]
+        return load
+
+    def _load_part(self, sharded: ShardedParameter, name: str, state: Mapping[str, Array]) -> None:
+        copy_into(sharded.shard_view, sharded.local_part(state[name], self._config))
 
     def sharded_state_dict(self) -> dict[str, FlatShard | Array]:
         """Copy this rank's shards, and the buffers, which are not sharded. Nothing is sent."""
@@ -113,11 +119,9 @@ class StateDictMixin(Module):
         """Gather a `full_state_dict()`, which fits the module with and without FSDP."""
         return self.full_state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Load a full state: see `load_full_state_dict`."""
-        self.load_full_state_dict(state)
-
-    def full_optimizer_state_dict(self, optimizer: Optimizer, *, rank0_only: bool = False) -> dict[str, Array]:
+    def full_optimizer_state_dict(  # type: ignore[override]
+        self, optimizer: Optimizer, *, rank0_only: bool = False
+    ) -> dict[str, Array]:
         """Gather the state of an optimizer of this module's parameters; all ranks call it.
 
         Returns:
@@ -127,7 +131,9 @@ class StateDictMixin(Module):
         self._check_between_passes("full_optimizer_state_dict")
         return optimizer_state.full(self._sharded, optimizer, self._config, rank0_only)
 
-    def load_full_optimizer_state_dict(self, optimizer: Optimizer, state_dict: Mapping[str, Array]) -> None:
+    def load_full_optimizer_state_dict(  # type: ignore[override]
+        self, optimizer: Optimizer, state_dict: Mapping[str, Array]
+    ) -> None:
         """Load a `full_optimizer_state_dict` made on any number of ranks; all ranks call it.
 
         Raises:

@@ -14,10 +14,12 @@ from .elementwise_losses import binary_cross_entropy_with_logits, l1_loss, mse_l
 from .embedding import Embedding
 from .gradcheck import check_gradients
 from .groupnorm import GroupNorm
+from .initialization import DeferredValue, deferred, drawn
 from .layernorm import LayerNorm, RMSNorm
 from .linear import Flatten, Linear
 from .losses import cross_entropy, nll_loss
-from .module import Buffer, Module, Pullback, replace_modules
+from .module import Module, Pullback, replace_modules
+from .module_tree import Buffer
 from .parameter import Parameter, Split, Use, deferring
 from .pooling import AvgPool2d, MaxPool2d
 from .transposed_convolution import ConvTranspose2d
@@ -39,6 +41,7 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "CrossAttention",
+    "DeferredValue",
     "Dropout",
     "Embedding",
     "Flatten",
@@ -64,7 +67,9 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_gradients",
     "cross_entropy",
+    "deferred",
     "deferring",
+    "drawn",
     "l1_loss",
     "mse_loss",
     "namespace_of",

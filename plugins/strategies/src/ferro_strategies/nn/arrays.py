@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -110,13 +109,3 @@ def conjugate(a: Array) -> Array:
     """Conjugate complex numbers; other arrays are returned as they are."""
     conjugated: Array = a.conj() if a.dtype.kind == "c" else a
     return conjugated
-
-
-def he_uniform(shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike, rng: Rng) -> Array:
-    """Draw from U(-b, b) with b = sqrt(6 / fan_in): a ReLU layer then keeps the variance.
-
-    Values are drawn in float64, so one seed gives the same values in every dtype.
-    Source: He et al., "Delving Deep into Rectifiers", 2015, section 2.2.
-    """
-    bound = math.sqrt(6.0 / fan_in)
-    return np.random.default_rng(rng).uniform(-bound, bound, shape).astype(dtype)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .arguments import Sizes, whole_number
-from .arrays import Array, Rng, conjugate, he_uniform, matmul, namespace_of, quiet_overflow, wide_matmul
+from .arrays import Array, Rng, conjugate, matmul, namespace_of, quiet_overflow, wide_matmul
 from .checks import check_dtype, check_gradient, check_input
+from .initialization import he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter, Use
 from .sums import row_sums

@@ -10,6 +10,7 @@ from ferro.errors import UsageError
 from .arguments import whole_number
 from .arrays import Array, Rng, namespace_of, wide_dtype
 from .checks import check_gradient
+from .initialization import standard_normal
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -45,13 +46,12 @@ class Embedding(Module):
     ) -> None:
         self.num_embeddings = rows = whole_number("Embedding", "num_embeddings", num_embeddings)
         self.dim = whole_number("Embedding", "dim", dim)
-        table = np.random.default_rng(rng).standard_normal((rows, self.dim)).astype(dtype)
         if padding_idx is not None:
             index = whole_number("Embedding", "padding_idx", padding_idx, least=-rows)
             if index >= rows:
                 raise UsageError(f"Embedding: padding_idx must be from {-rows} to {rows - 1}, got {index}.")
             self.padding_idx = index % rows
-            table[self.padding_idx] = 0
+        table = standard_normal((rows, self.dim), dtype, rng, zero_row=self.padding_idx)
         self.weight = Parameter(table, name="weight")
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:

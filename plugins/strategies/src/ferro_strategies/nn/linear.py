@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import whole_number
-from .arrays import Array, Rng, affine, conjugate, he_uniform, matmul, namespace_of
+from .arrays import Array, Rng, affine, conjugate, matmul, namespace_of
 from .checks import check_dtype, check_gradient, check_input, checked_pullback
+from .initialization import he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
 from .sums import column_sums

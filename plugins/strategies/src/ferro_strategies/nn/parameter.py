@@ -31,14 +31,19 @@ the value, and keeps no reference to the array.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
 from .arrays import Array, matmul, namespace_of
+from .initialization import DeferredValue
 
 
 class Parameter:
@@ -49,7 +54,8 @@ class Parameter:
     memory, later ones add to it.
 
     Args:
-        data: floating-point NumPy or CuPy array, C-contiguous; it is not copied.
+        data: floating-point NumPy or CuPy array, C-contiguous; it is not copied. Or a value from `nn.drawn`, for a
+            layer that can be built inside `deferred()`.
         name: name for messages; a strategy sets the qualified name.
         requires_grad: whether gradients are accumulated and listeners called.
 
@@ -61,9 +67,13 @@ class Parameter:
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
     """
 
-    def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
+    def __init__(self, data: Array | DeferredValue, *, name: str = "", requires_grad: bool = True) -> None:
         self.name = name
-        self.data = data
+        self._deferred_value: DeferredValue | None = None
+        if isinstance(data, DeferredValue):
+            self._deferred_value = data
+        else:
+            self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
         self.deferred: list[Callable[[], None]] | None = None
@@ -78,11 +88,20 @@ class Parameter:
 
         Another array may be assigned, to move the parameter to a GPU for example; replace gradient
         memory that no longer fits by `set_grad_memory`.
+
+        Raises:
+            UsageError: on reading, the parameter was built inside `deferred()` and has no array yet.
         """
-        return self._data
+        # A deferred parameter has no attribute _data, so that reading needs no test in the others.
+        try:
+            return self._data
+        except AttributeError:
+            raise self._missing_value() from None
 
     @data.setter
     def data(self, value: Array) -> None:
+        if isinstance(value, np.generic):
+            value = np.asarray(value)
         namespace_of(value)
         if value.dtype.kind in "iub" or not value.flags.c_contiguous:
             raise UsageError(
@@ -91,6 +110,27 @@ class Parameter:
                 "astype or numpy.ascontiguousarray, or make it a Buffer."
             )
         self._data = value
+        self._deferred_value = None
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the parameter was built inside `deferred()`, and has no array yet."""
+        return self._deferred_value is not None
+
+    def materialize(self) -> None:
+        """Draw the value of a deferred parameter; others stay as they are."""
+        if self._deferred_value is not None:
+            self.data = self._deferred_value.draw()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what this parameter holds on this rank, also while it is deferred."""
+        return self.data.shape if self._deferred_value is None else self._deferred_value.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the value, also while it is deferred."""
+        return self.data.dtype if self._deferred_value is None else self._deferred_value.dtype
 
     @property
     def grad(self) -> Array | None:
@@ -135,7 +175,10 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self._check_shape(grad.shape)
+        self.check_grad(grad)
+        self._add(grad)
+
+    def _add(self, grad: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             self._grad[...] = grad
@@ -147,12 +190,18 @@ class Parameter:
         """Add the matrix product `a @ b`, reshaped to the shape of `data`.
 
         This equals `add_grad`, but computes the first product of a step in the gradient's memory,
-        without another array of the parameter's size.
+        without another array of the parameter's size. The rows of the product stand for the first dimensions of
+        `data`, its columns for the others.
+
+        Raises:
+            UsageError: the product does not fit so; nothing was added.
         """
         if not self.requires_grad:
             return
-        if a.shape[0] * b.shape[1] != self.data.size:
-            self._check_shape((a.shape[0], b.shape[1]))
+        self.check_grad_product(a, b)
+        self._add_product(a, b)
+
+    def _add_product(self, a: Array, b: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             flat = self._grad.reshape(a.shape[0], b.shape[1])
@@ -168,7 +217,10 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self._check_shape((self.data.shape[0], *grads.shape[1:]))
+        self.check_grad_rows(rows, grads)
+        self._add_rows(rows, grads)
+
+    def _add_rows(self, rows: Array, grads: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             self._grad.fill(0)
@@ -234,13 +286,40 @@ class Parameter:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
-        twin = Parameter(self.data.copy(), name=self.name, requires_grad=self.requires_grad)
+        value = self._deferred_value or self.data.copy()
+        twin = Parameter(value, name=self.name, requires_grad=self.requires_grad)
         twin.splits = self.splits
         twin.grad = self._grad
         return twin
 
+    def __getstate__(self) -> dict[str, object]:
+        """Keep value and gradient for pickle; gradient memory, uses and listeners stay with the original.
+
+        Raises:
+            UsageError: the parameter is in pieces, of which this rank has one.
+        """
+        if self.splits:
+            raise UsageError(
+                f"parameter {self.name!r} is in pieces over the ranks of group {self.splits[0].group.name!r}, so it "
+                "cannot be pickled. Save model.state_dict(), or for a tensor-parallel model its full_state_dict."
+            )
+        data = self.data if self._deferred_value is None else self._deferred_value.draw()
+        return {"data": data, "name": self.name, "requires_grad": self.requires_grad, "grad": self._grad}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a parameter of what `__getstate__` kept."""
+        Parameter.__init__(self, state["data"], name=state["name"], requires_grad=state["requires_grad"])
+        self.grad = state["grad"]
+
     def __repr__(self) -> str:
-        return f"Parameter({self.name!r}, shape={self.data.shape}, dtype={self.data.dtype})"
+        return f"Parameter({self.name!r}, shape={self.shape}, dtype={self.dtype}{', deferred' * self.is_deferred})"
+
+    def _missing_value(self) -> UsageError:
+        return UsageError(
+            f"parameter {self.name!r} of shape {self.shape} was built inside deferred(), and has no value yet. Call "
+            "model.materialize() to draw all values, load a state, or give the model to FSDP, Pipeline or tensor "
+            "parallelism, which draw what they keep."
+        )
 
     def _reserve(self) -> Array:
         """Allocate the gradient's memory if there is none; its content is arbitrary."""
@@ -255,11 +334,52 @@ class Parameter:
             for listener in tuple(self._listeners):
                 listener(self)
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != self.data.shape:
+    def check_grad(self, grad: Array) -> None:
+        """Refuse what `add_grad` cannot add.
+
+        Raises:
+            UsageError: `grad` is no plain array, has another shape than the value, or is complex where that is real.
+        """
+        if not (type(grad) is np.ndarray and grad.shape == self.shape):
+            if not isinstance(grad, np.generic):
+                namespace_of(grad)
+            self._check_shape(grad.shape)
+        self._check_real(grad)
+
+    def check_grad_product(self, a: Array, b: Array) -> None:
+        """Refuse what `add_grad_product` cannot add; see `check_grad`."""
+        namespace_of(a)
+        namespace_of(b)
+        shape, rows, columns = self.shape, a.shape[0], b.shape[-1]
+        fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and rows * columns == math.prod(shape)
+        if not fits or all(math.prod(shape[:split]) != rows for split in range(len(shape) + 1)):
+            self._check_shape((rows, columns) if a.ndim == b.ndim == 2 else (*a.shape[:-1], columns), exact=True)
+        self._check_real(a)
+        self._check_real(b)
+
+    def check_grad_rows(self, rows: Array, grads: Array) -> None:
+        """Refuse what `add_grad_rows` cannot add; see `check_grad`."""
+        namespace_of(grads)
+        self._check_shape((self.shape[0], *grads.shape[1:]))
+        if rows.shape != grads.shape[:1]:
+            raise UsageError(
+                f"gradients of {grads.shape[0]} rows of parameter {self.name!r} were given for indices of shape "
+                f"{rows.shape}. Correct the pullback that added them."
+            )
+        self._check_real(grads)
+
+    def _check_real(self, grad: Array) -> None:
+        if grad.dtype.kind == "c" and self.dtype.kind != "c":
+            raise UsageError(
+                f"gradient of parameter {self.name!r} is {grad.dtype}, but the parameter is {self.dtype}: its "
+                "imaginary part would be lost. Correct the pullback that added it."
+            )
+
+    def _check_shape(self, shape: tuple[int, ...], *, exact: bool = False) -> None:
+        if exact or shape != self.shape:
             raise UsageError(
                 f"gradient of parameter {self.name!r} has shape {shape}, "
-                f"but the parameter has {self.data.shape}. Correct the pullback that added it."
+                f"but the parameter has {self.shape}. Correct the pullback that added it."
             )
 
 
@@ -282,15 +402,23 @@ class Use:
         return self._parameter.requires_grad
 
     def add_grad(self, grad: Array) -> None:
-        """Add this use's gradient: see `Parameter.add_grad`."""
-        self._end()
-        self._parameter.add_grad(grad)
+        """Add this use's gradient: see `Parameter.add_grad`. A gradient that is refused leaves the use outstanding."""
+        self._check_outstanding()
+        parameter = self._parameter
+        if parameter.requires_grad:
+            parameter.check_grad(grad)
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add(grad)
 
     def add_grad_product(self, a: Array, b: Array) -> None:
         """Add this use's gradient `a @ b`: see `Parameter.add_grad_product`.
 
         Where products are deferred, the use is outstanding until the product is added.
         """
+        self._check_outstanding()
+        if self._parameter.requires_grad:
+            self._parameter.check_grad_product(a, b)
         deferred = self._parameter.deferred
         if deferred is None:
             self._add_product(a, b)
@@ -299,21 +427,27 @@ class Use:
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:
         """Add some rows of this use's gradient: see `Parameter.add_grad_rows`."""
-        self._end()
-        self._parameter.add_grad_rows(rows, grads)
+        self._check_outstanding()
+        parameter = self._parameter
+        if parameter.requires_grad:
+            parameter.check_grad_rows(rows, grads)
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add_rows(rows, grads)
 
     def _add_product(self, a: Array, b: Array) -> None:
-        self._end()
-        self._parameter.add_grad_product(a, b)
+        self._check_outstanding()
+        parameter = self._parameter
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add_product(a, b)
 
-    def _end(self) -> None:
-        uses = self._parameter._uses
-        if self not in uses:
+    def _check_outstanding(self) -> None:
+        if self not in self._parameter._uses:
             raise UsageError(
                 f"a second gradient for one use of parameter {self._parameter.name!r}: "
                 "a pullback can be run only once. Call vjp again for another."
             )
-        uses.discard(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

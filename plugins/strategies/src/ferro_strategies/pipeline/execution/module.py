@@ -13,6 +13,7 @@ from ferro import ProcessGroup, UsageError
 
 from ...nn.arrays import Array, namespace_of
 from ...nn.module import Module, Pullback
+from ...nn.state import StateLoad
 from ...optim.clip import check_max_norm, scale_grads, squared_norm
 from ..schedules.build import forward_only
 from ..schedules.schedule import PipelineSchedule
@@ -197,24 +198,21 @@ class Pipeline(Module):
             for name, array in stage.state_dict().items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy arrays into this rank's stages; arrays of other ranks' stages are ignored.
-
-        Raises:
-            UsageError: names, shapes or dtypes do not fit. Nothing was loaded into that stage and
-                the stages after it.
-        """
+    def prepare_load_state_dict(self, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state and plan the loading of this rank's stages; arrays of other ranks' stages are ignored."""
+        load = StateLoad()
         parts: dict[int, dict[str, Array]] = {number: {} for number in range(self.schedule.stages)}
         for key, array in state.items():
             number, _, name = key.partition(".")
             if not number.isdecimal() or int(number) not in parts:
-                raise UsageError(
-                    f"load_state_dict: {key!r} does not begin with the number of a stage, 0 to "
-                    f"{self.schedule.stages - 1}. Nothing was loaded."
+                load.faults.append(
+                    f"{key!r} does not begin with the number of a stage, 0 to {self.schedule.stages - 1}"
                 )
-            parts[int(number)][name] = array
+            else:
+                parts[int(number)][name] = array
         for stage, module in self._stages().items():
-            module.load_state_dict(parts[stage])
+            load.add(f"{stage}.", module.prepare_load_state_dict(parts[stage]))
+        return load
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Refuse: half of a pass would leave the other ranks waiting.
