@@ -98,11 +98,15 @@ def affine(rows: Array, weight: Array, bias: Array | None) -> Array:
         weight: (k, m).
         bias: (m,) or None.
     """
-    with quiet_overflow(rows.dtype):
-        y = wide_matmul(rows, weight)
+    if bias is None or wide_dtype(rows.dtype) == rows.dtype:
+        y = matmul(rows, weight)
         if bias is not None:
             y += bias
-        return y.astype(rows.dtype, copy=False)
+        return y
+    with quiet_overflow(rows.dtype):
+        y = wide_matmul(rows, weight)
+        y += bias
+        return y.astype(rows.dtype)
 
 
 def conjugate(a: Array) -> Array:
