@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
 
-from ferro import UsageError
+from ferro import UnsupportedError, UsageError
+from ferro.arrays import dtype_problem
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array
+from .agreement import gather_by_coordinates
 from .local_shapes import Shape, local_shape
 from .placed_array import PlacedArray, coordinates_in
 from .placement import Placement, Placements, Shard, as_sequence, checked_placements
@@ -43,9 +43,11 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
     Raises:
         UsageError: the parts make up no array, or placements do not fit. Every rank raises it,
             and it names one rank at fault.
+        UnsupportedError: no collective carries the parts' dtype.
     """
     names = [str(placement) for placement in as_sequence(placements)]
-    parts = _gather_by_coordinates([list(local.shape), local.dtype.name, names], mesh)
+    dtype = dtype_problem(local.dtype) or local.dtype.name
+    parts = gather_by_coordinates([list(local.shape), dtype, names], mesh)
     first_shape, first_dtype, first_names = parts[(0,) * mesh.ndim]
     for at, (shape, dtype, names) in parts.items():
         if dtype != first_dtype or names != first_names or len(shape) != len(first_shape):
@@ -54,6 +56,8 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
                 f"{first_dtype} with {len(first_shape)} dims, placed {', '.join(first_names)}",
             )  # fmt: skip
     checked = checked_placements(placements, mesh.ndim, local.ndim, "from_local")
+    if problem := dtype_problem(local.dtype):
+        raise UnsupportedError(f"DTensor.from_local: the parts have {problem}", op="from_local")
     whole = _global_shape([parts[at][0] for at in parts], list(parts), checked)
     for at, (shape, _, _) in parts.items():
         expected = local_shape(whole, mesh.shape, checked, at)
@@ -64,16 +68,6 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
                 "no axis cuts are the same on all ranks, the others cut as by numpy.array_split)",
             )  # fmt: skip
     return PlacedArray(local=local, mesh=mesh, shape=whole, placements=checked)
-
-
-def _gather_by_coordinates(value: list[object], mesh: DeviceMesh) -> dict[tuple[int, ...], Any]:
-    """Gather one value from every rank of the mesh; the keys are the ranks' coordinates."""
-    gathered: list[Any] = [value]
-    for axis in reversed(range(mesh.ndim)):  # the last axis varies fastest
-        lists = mesh.group(axis).all_gather_object(gathered)
-        gathered = list(itertools.chain.from_iterable(lists))
-    coordinates = itertools.product(*(range(size) for size in mesh.shape))
-    return dict(zip(coordinates, gathered, strict=True))
 
 
 def _global_shape(shapes: list[list[int]], coordinates: list[tuple[int, ...]], placements: Placements) -> Shape:

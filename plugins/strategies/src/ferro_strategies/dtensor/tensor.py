@@ -130,7 +130,7 @@ class DTensor(NDArrayOperatorsMixin):
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the elements."""
-        return self._placed.local.dtype
+        return self._placed.dtype
 
     def __repr__(self) -> str:
         return (
@@ -181,11 +181,11 @@ class DTensor(NDArrayOperatorsMixin):
 
     def redistribute_cost(self, placements: Sequence[Placement]) -> int:
         """Return the bytes that the busiest rank would send, or receive where that is more."""
-        return self._plan(placements).cost(self.dtype.itemsize)
+        return self._plan(placements).cost(self.local.dtype.itemsize)
 
     def explain_redistribute(self, placements: Sequence[Placement]) -> str:
         """Describe each step that `redistribute` would take in one line, with its bytes."""
-        return self._plan(placements).describe(self.mesh.names, self.dtype.itemsize)
+        return self._plan(placements).describe(self.mesh.names, self.local.dtype.itemsize)
 
     def _plan(self, placements: Sequence[Placement]) -> RedistributePlan:
         return plan_redistribute(self.placements, self._checked(placements), self.shape, self.mesh.shape)

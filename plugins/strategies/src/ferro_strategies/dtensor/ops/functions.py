@@ -16,14 +16,14 @@ from ..placement import Partial, Placements, Replicate
 from . import manipulation, matmul
 from .elementwise import Input, Scalar, apply, apply_ufunc
 from .reductions import Axis, Name, checked_dims, reduce
-from .sharding_propagation import jointly_linear, not_linear
+from .sharding_propagation import jointly_linear, keeps_sum, not_linear
 
 
 def cast_to(x: PlacedArray, dtype: npt.DTypeLike) -> PlacedArray:
     """Return a copy of another dtype; a sum stays Partial if the conversion is exact."""
     target = np.dtype(dtype)
     # Conversion to a wider dtype commutes with a sum, truncation does not.
-    linear = jointly_linear if np.can_cast(x.local.dtype, target, "safe") else not_linear
+    linear = jointly_linear if keeps_sum(x.dtype, target) else not_linear
     return apply("astype", lambda local: local.astype(target), [x], linear)
 
 
@@ -45,13 +45,13 @@ def where(condition: PlacedArray | Array, x: Input, y: Input) -> PlacedArray:
 
 def copy(x: PlacedArray) -> PlacedArray:
     """Return a copy with the same placements."""
-    return x.with_local(x.local.copy())
+    return x.with_view(x.local.copy())
 
 
 def full_like(x: PlacedArray, fill_value: Scalar, dtype: npt.DTypeLike | None = None) -> PlacedArray:
     """Return an array of one value with the placements of `x`, except that Partial becomes Replicate."""
     placements: Placements = tuple(Replicate() if isinstance(one, Partial) else one for one in x.placements)
-    local = namespace_of(x.local).full(x.local.shape, fill_value, dtype=dtype or x.local.dtype)
+    local = namespace_of(x.local).full(x.local.shape, fill_value, dtype=x.dtype if dtype is None else dtype)
     return x.with_local(local, placements=placements)
 
 

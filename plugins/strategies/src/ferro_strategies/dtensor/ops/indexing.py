@@ -48,7 +48,7 @@ def index(x: PlacedArray, key: object) -> PlacedArray:
         if isinstance(local_index, slice):
             new_dim[dim] = len(shape)
             shape.append(len(range(*local_index.indices(x.shape[dim]))))
-    return x.with_local(
+    return x.with_view(
         x.local[(*local_key, ...)],  # the ellipsis keeps a single element an array
         shape=tuple(shape),
         placements=map_shard_dims(x.placements, new_dim.__getitem__),
