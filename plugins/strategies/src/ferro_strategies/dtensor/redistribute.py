@@ -121,7 +121,8 @@ def _slice(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
     assert isinstance(step.target, Shard), "a slice ends in shards"
     dim = step.target.dim
     ranks, rank = x.mesh.shape[step.axis], x.coordinates[step.axis]
-    return local[index_along(dim, shard_slice(local.shape[dim], ranks, rank))]
+    part: Array = local[index_along(dim, shard_slice(local.shape[dim], ranks, rank))]
+    return part
 
 
 def _contribute(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:

@@ -16,7 +16,7 @@ from ...nn.arrays import Array, namespace_of
 from ..agreement import compute_agreed
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray, replicated, same_mesh
-from ..placement import Partial, Replicate
+from ..placement import Partial, Placements, Replicate
 from ..redistribute import redistribute
 from .sharding_propagation import (
     Linearity,
@@ -105,9 +105,7 @@ def assign(target: PlacedArray, value: Input) -> None:
     Raises:
         UsageError: shapes or placements do not fit; nothing was written.
     """
-    operand = _as_argument(value, target)
-    if not isinstance(operand, PlacedArray):
-        operand = replicated(namespace_of(target.local).asarray(operand), target.mesh)
+    (operand,) = as_placed_arrays([value], target)
     if not broadcasts_to(operand.shape, target.shape):
         raise UsageError(
             f"assignment: an array of shape {operand.shape} does not fit into shape {target.shape}", op="assignment"
@@ -122,7 +120,7 @@ def assign(target: PlacedArray, value: Input) -> None:
     operands[0] = whole_operand(target.with_view(target.local, placements=reduced))
     sharding = propagate_sharding("assignment", operands, len(target.shape))
     if sharding.result != reduced:
-        raise _misplaced("assignment", target, target.shape, sharding)
+        raise _misplaced("assignment", target, target.shape, sharding.result)
     new = sharding.redistribute_operands()[1]
     xp = namespace_of(new.local)
     full = xp.broadcast_to(new.local, target.local.shape).astype(target.dtype)
@@ -192,6 +190,15 @@ def _as_argument(value: Input, like: PlacedArray) -> Argument:
     return replicated(array, like.mesh)
 
 
+def as_placed_arrays(values: Sequence[Input], like: PlacedArray | None = None) -> list[PlacedArray]:
+    """Return operands as PlacedArrays; arrays and numbers among them are the same on every rank."""
+    if like is None:
+        like = next(one for one in values if isinstance(one, PlacedArray))
+    arguments = [_as_argument(one, like) for one in values]
+    asarray = namespace_of(like.local).asarray
+    return [one if isinstance(one, PlacedArray) else replicated(asarray(one), like.mesh) for one in arguments]
+
+
 def _locals(arguments: Sequence[Argument], sharding: OpSharding) -> list[Array | Scalar]:
     arrays = iter(sharding.redistribute_operands())
     return [next(arrays).local if isinstance(one, PlacedArray) else one for one in arguments]
@@ -227,22 +234,40 @@ def _result(
 def _check_out(name: str, out: PlacedArray, like: PlacedArray, shape: Shape, sharding: OpSharding) -> None:
     agree = out.shape == shape and out.placements == sharding.result
     if not agree or not same_mesh(out.mesh, like.mesh):
-        raise _misplaced(name, out, shape, sharding)
+        raise _misplaced(name, out, shape, sharding.result)
 
 
-def _misplaced(name: str, out: PlacedArray, shape: Shape, sharding: OpSharding) -> UsageError:
+def _misplaced(name: str, out: PlacedArray, shape: Shape, placements: Placements) -> UsageError:
     return UsageError(
         f"{name}: what is written to has shape {out.shape} and placements {out.placements}, "
-        f"the result has shape {shape} and placements {sharding.result}. Redistribute what is "
+        f"the result has shape {shape} and placements {placements}. Redistribute what is "
         "written to first, or do without out= (x = x + y for x += y).",
         op=name,
     )
 
 
-def unsupported(name: str) -> UnsupportedError:
-    """Return the error for a function that DTensors do not support."""
-    return UnsupportedError(
-        f"{name} is not defined for DTensors. Work on .local where that is right for each part, "
-        "or on full_tensor(), which gathers the whole on every rank.",
-        op=name,
+def write_result(name: str, result: PlacedArray, out: object) -> PlacedArray:
+    """Write a result into `out` if that is given, and return what then holds it.
+
+    Raises:
+        UsageError: `out` has another shape or other placements.
+        UnsupportedError: `out` is not a DTensor.
+    """
+    if out is None:
+        return result
+    if not isinstance(out, PlacedArray):
+        raise unsupported(f"numpy.{name} with an array as out=", "Give a DTensor, or use full_tensor() of the result.")
+    if out.shape != result.shape or out.placements != result.placements or not same_mesh(out.mesh, result.mesh):
+        raise _misplaced(f"numpy.{name}", out, result.shape, result.placements)
+    np.copyto(out.local, result.local, casting="same_kind")
+    return out
+
+
+def unsupported(name: str, remedy: str = "") -> UnsupportedError:
+    """Return the error for a function that DTensors do not support as it was called."""
+    placed = "" if remedy else " so placed"
+    remedy = remedy or (
+        "Redistribute to Replicate() on every axis, where NumPy's functions work on every rank. Or work on .local "
+        "where that is right for each part, or on full_tensor(), which gathers the whole on every rank."
     )
+    return UnsupportedError(f"{name} is not defined for DTensors{placed}. {remedy}", op=name)

@@ -77,7 +77,7 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
     """
     if axis is None:
         return tuple(range(ndim))
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    given = tuple(axis) if isinstance(axis, Sequence | np.ndarray) else (axis,)
     dims = tuple(operator.index(dim) for dim in given)
     if not all(-ndim <= dim < ndim for dim in dims):
         raise UsageError(f"{name}: axis {axis} of an array of {ndim} dims", op=name)
@@ -153,9 +153,9 @@ def _mean(x: PlacedArray, dims: tuple[int, ...], dtype: np.dtype, keepdims: bool
 
 
 def identity(name: str, dtype: np.dtype) -> float | int | bool:
-    """Return the identity of max or min, for ranks without elements."""
-    if dtype.kind == "b":
-        return name == "min"
+    """Return the number that changes no result of a reduction: for ranks, or places, without elements."""
+    if name not in ("max", "min") or dtype.kind == "b":
+        return name in ("prod", "all", "min")
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         return int(limits.min if name == "max" else limits.max)

@@ -187,8 +187,8 @@ def _sharded_label(op: str, axis_name: str, operands: Sequence[Operand], on_axis
         if label is None:
             raise UsageError(
                 f"{op}: operand {index}, of shape {operand.array.shape}, is {placement} on mesh "
-                f"axis {axis_name!r}, along a dim that must be whole here (it is stretched or "
-                "joined). Redistribute it first, for instance to Replicate() on that axis.",
+                f"axis {axis_name!r}, along a dim that must be whole here (it is stretched or joined, or "
+                "worked along). Redistribute it first, for instance to Replicate() on that axis.",
                 op=op,
             )
         operand_of_label.setdefault(label, index)
