@@ -2,7 +2,7 @@
 
 from . import hooks, nn, optim, pipeline, tensor_parallel
 from .ddp import DDP
-from .dtensor import DTensor, Partial, Replicate, Shard, distribute
+from .dtensor import DistributedGenerator, DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .mesh import DeviceMesh
 from .pipeline import Pipeline
@@ -14,6 +14,7 @@ __all__ = [
     "FSDP",
     "DTensor",
     "DeviceMesh",
+    "DistributedGenerator",
     "FlatShard",
     "MixedPrecision",
     "Partial",

@@ -79,7 +79,11 @@ def call_function(function: Callable[..., Any], args: Sequence[Any], options: Ma
     whole = all(array.placements == all_replicated(array.mesh.ndim) for array in arrays)
     if function in _WRITERS:
         raise unsupported(name, "Call it on one rank, with full_tensor() of all ranks.")
+    if function is np.copyto and not isinstance(args[0], PlacedArray):
+        raise unsupported(f"{name} into an array", "Copy full_tensor() of all ranks.")
     if implementation is not None:
+        if args and isinstance(args[0], np.ndarray):
+            args = [*as_placed_arrays(args[:1], arrays[0]), *args[1:]]
         try:
             inspect.signature(implementation).bind(*args, **given)
         except TypeError as error:

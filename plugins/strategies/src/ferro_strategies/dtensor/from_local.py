@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferro import UnsupportedError, UsageError
-from ferro.arrays import dtype_problem
+from ferro import UsageError
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array
@@ -43,10 +42,9 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
     Raises:
         UsageError: the parts make up no array, or placements do not fit. Every rank raises it,
             and it names one rank at fault.
-        UnsupportedError: no collective carries the parts' dtype.
     """
     names = [str(placement) for placement in as_sequence(placements)]
-    dtype = dtype_problem(local.dtype) or local.dtype.name
+    dtype = local.dtype.name if local.dtype.isnative else f"{local.dtype.name} of foreign byte order"
     parts = gather_by_coordinates([list(local.shape), dtype, names], mesh)
     first_shape, first_dtype, first_names = parts[(0,) * mesh.ndim]
     for at, (shape, dtype, names) in parts.items():
@@ -56,8 +54,6 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
                 f"{first_dtype} with {len(first_shape)} dims, placed {', '.join(first_names)}",
             )  # fmt: skip
     checked = checked_placements(placements, mesh.ndim, local.ndim, "from_local")
-    if problem := dtype_problem(local.dtype):
-        raise UnsupportedError(f"DTensor.from_local: the parts have {problem}", op="from_local")
     whole = _global_shape([parts[at][0] for at in parts], list(parts), checked)
     for at, (shape, _, _) in parts.items():
         expected = local_shape(whole, mesh.shape, checked, at)

@@ -26,6 +26,7 @@ must call a collective.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -39,13 +40,13 @@ from ..nn.arrays import Array, namespace_of
 from .array_methods import ArrayMethods
 from .dispatch import call_function, call_ufunc
 from .from_local import from_local_parts, from_local_with_shape
-from .local_shapes import Shape
+from .local_shapes import Shape, local_shape
 from .ops.elementwise import Scalar
 from .ops.functions import power
 from .ops.indexing import assign_at, index
 from .ops.statistics import cast_to
-from .placed_array import PlacedArray
-from .placement import Placement, Placements, all_replicated, checked_placements
+from .placed_array import PlacedArray, coordinates_in
+from .placement import Partial, Placement, Placements, Replicate, all_replicated, checked_placements
 from .redistribute import redistribute
 from .redistribute_plan import RedistributePlan, plan_redistribute
 
@@ -94,8 +95,55 @@ class DTensor(ArrayMethods):
         namespace_of(local)  # raises UsageError for an object that is no array
         if shape is None:
             return cls(from_local_parts(local, mesh, placements))
-        checked = checked_placements(placements, mesh.ndim, len(shape), "from_local")
-        return cls(from_local_with_shape(local, mesh, checked, tuple(shape)))
+        whole = shape_of(shape)
+        checked = checked_placements(placements, mesh.ndim, len(whole), "from_local")
+        return cls(from_local_with_shape(local, mesh, checked, whole))
+
+    @classmethod
+    def full(
+        cls,
+        shape: int | Sequence[int],
+        fill_value: Scalar,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike | None = None,
+    ) -> DTensor:
+        """Make an array of one value; each rank makes only its part, and nothing is sent.
+
+        Args:
+            shape: shape of the global array.
+            fill_value: the value.
+            mesh: the ranks.
+            placements: one for each axis of the mesh.
+            dtype: None for that of the value.
+        """
+        whole = shape_of(shape)
+        target = checked_placements(placements, mesh.ndim, len(whole), "full")
+        reduced = tuple(Replicate() if isinstance(one, Partial) else one for one in target)
+        local = np.full(local_shape(whole, mesh.shape, reduced, coordinates_in(mesh)), fill_value, dtype)
+        return cls(redistribute(PlacedArray(local=local, mesh=mesh, shape=whole, placements=reduced), target))
+
+    @classmethod
+    def zeros(
+        cls,
+        shape: int | Sequence[int],
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike = np.float64,
+    ) -> DTensor:
+        """Make an array of zeros; see `full`."""
+        return cls.full(shape, 0, mesh, placements, dtype)
+
+    @classmethod
+    def ones(
+        cls,
+        shape: int | Sequence[int],
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike = np.float64,
+    ) -> DTensor:
+        """Make an array of ones; see `full`."""
+        return cls.full(shape, 1, mesh, placements, dtype)
 
     @property
     def local(self) -> Array:
@@ -299,6 +347,15 @@ class DTensor(ArrayMethods):
             "placements, and load with DTensor.from_local; or save full_tensor(), and load with distribute().",
             op="pickle",
         )
+
+
+def shape_of(given: int | Sequence[int]) -> Shape:
+    """Return a global shape, given as a number or as several, of Python's or NumPy's integers."""
+    sizes = given if isinstance(given, Sequence | np.ndarray) else (given,)
+    shape = tuple(operator.index(size) for size in sizes)
+    if min(shape, default=0) < 0:
+        raise UsageError(f"DTensor: shape {shape} has a negative size")
+    return shape
 
 
 def _wrap(value: Any) -> Any:

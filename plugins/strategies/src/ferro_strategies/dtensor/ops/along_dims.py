@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ferro import UsageError
+from ferro.arrays import lost_meaning
 
 from ...nn.arrays import Array, namespace_of
 from ..placed_array import PlacedArray, replicated
@@ -121,6 +122,8 @@ def whole_local(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(whole_local(one, name) for one in value)
     if not isinstance(value, PlacedArray):
+        if problem := lost_meaning(value):
+            raise UsageError(f"{name}: an argument is {problem}", op=name)
         return value
     if value.placements != all_replicated(value.mesh.ndim):
         raise UsageError(
