@@ -184,7 +184,7 @@ def test_a_function_may_return_its_result(result):
 @pytest.mark.parametrize("result", [np.ones(3), np.ones((), "f8"), [], 1.5, np.ones(2, "c8"), "x"], ids=str)
 def test_a_function_that_returns_another_kind_of_result_is_an_error(result):
     reduction = Reduction(lambda a, b, out: result, np.dtype("f8"), 2)
-    with pytest.raises(RuntimeError, match="<lambda>, returned .* in place of float64"):
+    with pytest.raises(RuntimeError, match=r"<lambda>, returned .* in place of float64"):
         combined(reduction, [np.ones(2), np.ones(2)], at_once=True)
 
 
