@@ -60,7 +60,7 @@ class _WithDtype:
     def __dlpack__(self, **options: object) -> object:
         import ctypes  # here, since it is slow to import and seldom needed
 
-        capsule = self._array.__dlpack__(**options)  # type: ignore[call-arg]
+        capsule = self._array.__dlpack__(**options)
         api = ctypes.pythonapi
         name_of, address_of = api.PyCapsule_GetName, api.PyCapsule_GetPointer
         name_of.argtypes, name_of.restype = [ctypes.py_object], ctypes.c_char_p
