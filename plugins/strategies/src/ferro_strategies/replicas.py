@@ -11,7 +11,7 @@ from ferro.arrays import dtype_from_name, dtype_name
 
 from .nn.arrays import Array
 from .nn.module import Module
-from .nn.parameter import StateOwner
+from .nn.state_owner import SavesState
 
 
 def check_wrappable(strategy: str, module: object, group: object) -> None:
@@ -52,6 +52,11 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
         for name, parameter in module.named_parameters()
     ]
     own_lines += [
+        f"for parameter {name!r} the state {described}"
+        for name, parameter in module.named_parameters()
+        for described in sorted(owner.describe_state(parameter) for owner in parameter.state_owners)
+    ]
+    own_lines += [
         f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}" for name, buffer in module.named_buffers()
     ]
     gathered: list[tuple[list[str], list[str]]] = group.all_gather_object((_split_over(module, group), own_lines))
@@ -73,7 +78,7 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
                 raise UsageError(
                     f"{strategy} on group {group.name!r}: the models differ: where rank 0 has "
                     f"{found[0]}, rank {rank} has {line}. Build the same model, with the same "
-                    "options, on every rank. Nothing was changed.",
+                    "options and the same state of optimizers, on every rank. Nothing was changed.",
                     group=group.name,
                     rank=group.rank,
                     peer=rank if group.rank == 0 else 0,
@@ -106,7 +111,7 @@ def _broadcast_coalesced(group: ProcessGroup, arrays: list[Array], root: int) ->
             calls.broadcast(array, root, out=array)
 
 
-def copy_states(strategy: str, group: ProcessGroup, owners: Sequence[StateOwner], root: int, chunk_bytes: int) -> None:
+def copy_states(strategy: str, group: ProcessGroup, owners: Sequence[SavesState], root: int, chunk_bytes: int) -> None:
     """Give all ranks the state that one rank's optimizers, or other owners of state, have.
 
     Raises:

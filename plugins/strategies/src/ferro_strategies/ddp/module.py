@@ -16,7 +16,8 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.checks import check_gradient
 from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
-from ..nn.parameter import Parameter, StateOwner
+from ..nn.parameter import Parameter
+from ..nn.state_owner import SavesState
 from ..nn.trees import Arrays, quiet_overflow_in, shapes_of
 from ..replicas import broadcast_arrays, check_same, check_wrappable, copy_states
 from ..uneven_inputs import JOINED, UnevenInputs
@@ -205,7 +206,7 @@ class DDP(Module):
 
     @contextmanager
     def join(
-        self, *optimizers: StateOwner, scaler: StateOwner | None = None, divide_by_initial_world_size: bool = False
+        self, *optimizers: SavesState, scaler: SavesState | None = None, divide_by_initial_world_size: bool = False
     ) -> Iterator[None]:
         """Let ranks have different numbers of batches, or none at all.
 
@@ -249,6 +250,19 @@ class DDP(Module):
             copy_states("DDP.join", self._group, owners, self._joining.active[0], self._chunk_bytes)
         finally:
             self._joining = None
+
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: the group of the replicas."""
+        return (self._group,)
+
+    def sync_buffers(self) -> None:
+        """Give rank 0's buffers to all ranks, in training and with `broadcast_buffers`.
+
+        A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks before the first.
+        """
+        if self.training and self._broadcast_buffers:
+            self._broadcast_buffers_of_root()
 
     def sync_gradients(self) -> None:
         """Average the gradients that were accumulated in `no_sync`, and then give rank 0's buffers to all ranks.

@@ -35,6 +35,7 @@ class FlatParameter:
         shard: (layout.shard_size,), owned by this rank, in the dtype that the parameters had.
         shard_views: this rank's part of each parameter, views of the shard.
         namespace: the array namespace of the unsharded parameters.
+        shard_namespace: that of the shards, which may be in host memory.
         unsharded_grad: gradients that this rank has accumulated and not yet reduced.
     """
 
@@ -48,7 +49,7 @@ class FlatParameter:
         self._grad_dtype = first.grad_dtype
         self._unsharded_grad_dtype = wide_dtype(config.precision.reduce_dtype_of(self._dtype))
         self.namespace = namespace_of(first.data)
-        self._shard_namespace = np if config.offload else self.namespace
+        self.shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
         self._kept = self._allocate() if config.keeps_unsharded else None
         self.shard: Array = self._shard_memory()
@@ -62,10 +63,10 @@ class FlatParameter:
             self.parameters, self.layout, self._allocate_grad, keeps_memory=keeps_memory
         )
         self._saved: _ShardedState | None = None
-        for parameter, view in zip(self.parameters, self.shard_views, strict=True):
+        for parameter, view, span in zip(self.parameters, self.shard_views, self.layout.spans, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
             if config.shard_group is not None:
-                parameter.splits += (Split(group=config.shard_group, dim=None),)
+                parameter.splits += (Split(group=config.shard_group, dim=None, shape=span.shape),)
 
     @property
     def is_unsharded(self) -> bool:
@@ -164,7 +165,7 @@ class FlatParameter:
 
     def allocate_reduced(self) -> PooledBuffer:
         """Allocate memory for the shard of a reduced gradient: the memory of `grad` itself if possible."""
-        fits = self._grad_dtype == self.reduce_dtype and self._shard_namespace is self.namespace
+        fits = self._grad_dtype == self.reduce_dtype and self.shard_namespace is self.namespace
         if fits and not self._is_reducing_into_grad and not any(self.has_grad):
             self._is_reducing_into_grad = True
             return unpooled(self._grad_memory())
@@ -173,7 +174,7 @@ class FlatParameter:
     def accumulate_reduced(self, reduced: Array) -> None:
         """Add the shard of a reduced gradient to each parameter's `grad`."""
         memory = self._grad_memory()
-        reduced = to_namespace(reduced, self._shard_namespace)
+        reduced = to_namespace(reduced, self.shard_namespace)
         slots, addends = self._views_of_shard(memory), self._views_of_shard(reduced)
         grads = self._shard_grads()
         for index, parameter in enumerate(self.parameters):
@@ -206,7 +207,7 @@ class FlatParameter:
             for span, parameter in zip(self.layout.spans, self.parameters, strict=True):
                 flat.array[span.start : span.stop] = parameter.data.reshape(-1)
         received: Array = self.shard
-        if self._shard_namespace is not xp:
+        if self.shard_namespace is not xp:
             received = xp.empty(self.shard.shape, self._dtype)
         if config.shard_group is None:
             assert flat is not None
@@ -225,7 +226,7 @@ class FlatParameter:
 
     def _grad_memory(self) -> Array:
         if self._grad_shard is None:
-            memory: Array = self._shard_namespace.empty(self.layout.shard_size, self._grad_dtype)
+            memory: Array = self.shard_namespace.empty(self.layout.shard_size, self._grad_dtype)
             self._grad_shard = memory
         return self._grad_shard
 
@@ -245,9 +246,9 @@ class FlatParameter:
     def _shard_memory(self) -> Array:
         """Return memory for the shard: a part of the permanent unsharded memory, if there is one."""
         kept = None if self._kept is None else self._kept.array
-        if kept is not None and kept.dtype == self._dtype and self._shard_namespace is self.namespace:
+        if kept is not None and kept.dtype == self._dtype and self.shard_namespace is self.namespace:
             return kept[self.layout.shard_slice(self._config.shard_rank)]
-        shard: Array = self._shard_namespace.empty(self.layout.shard_size, self._dtype)
+        shard: Array = self.shard_namespace.empty(self.layout.shard_size, self._dtype)
         return shard
 
     def _views_of_shard(self, shard: Array) -> list[Array]:

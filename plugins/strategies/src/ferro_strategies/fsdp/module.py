@@ -18,6 +18,7 @@ from ..nn.trees import Arrays, map_leaves, quiet_overflow_in, shapes_of
 from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
 from ..replicas import check_wrappable
+from . import optimizer_state
 from .checks import check_same_everywhere, check_trained, check_unsharded
 from .config import MixedPrecision, ShardingStrategy, make_config
 from .flat_parameter_group import shard_module
@@ -107,12 +108,14 @@ class FSDP(StateDictMixin):
         )
         check_unsharded(module)
         chosen = choose_units(module, units)
+        optimizer_state.check_states(module)
         check_same_everywhere(module, config, [name for name, m in module.named_modules() if id(m) in chosen])
         self.module = module
         self.training = module.training
         self._config = config
         groups = shard_module(module, chosen, config)
         self._sharded = sharded_parameters(module, groups.values())
+        optimizer_state.shard_states(self._sharded, config)
         self._scheduler = UnitScheduler(list(groups.values()), config)
         self._join: FSDPJoin | None = None
         hooks = {key: UnitHooks(unit, self._scheduler) for key, unit in groups.items()}
@@ -177,6 +180,17 @@ class FSDP(StateDictMixin):
         """
         self._scheduler.check()
         self._scheduler.reduce_all()
+
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: that of the shards, that of the replicas, or both."""
+        return tuple(self._config.groups)
+
+    def scale_unreduced_gradients(self, factor: float) -> None:
+        """Multiply the gradients accumulated under `no_sync`, which are not in `grad` yet."""
+        for unit in self._scheduler.units:
+            for flat in unit.trained:
+                flat.unsharded_grad.scale(factor)
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent, including gradients accumulated by `no_sync`."""

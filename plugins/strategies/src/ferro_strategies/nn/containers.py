@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Iterator
+from typing import Self, SupportsIndex, overload
 
 from ferro.errors import UsageError
 
@@ -15,12 +17,75 @@ from .trees import Arrays, Shapes, has_gradient, map_leaves, quiet_overflow_in, 
 class Sequential(Module):
     """A chain of modules: each gets the output of the one before.
 
+    It is used like a list of its modules: `model[0]`, `model[-1] = layer`, `model[2:]` (a Sequential of the same module
+    objects), `del model[1]`, `len(model)`, `for layer in model`, and with `append`, `insert` and `extend`. Change it
+    before a strategy wraps it, and before an optimizer is made.
+
     Attributes:
         layers: the modules, first to last; a parameter's name is like "layers.0.weight".
+
+    Raises:
+        UsageError: an item is no module.
     """
 
     def __init__(self, *modules: Module) -> None:
-        self.layers = list(modules)
+        self.layers = [self._checked(module) for module in modules]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Module:
+        """Return one module, or a Sequential of several, which shares them."""
+        if isinstance(index, slice):
+            part = Sequential(*self.layers[index])
+            part.training = self.training
+            return part
+        return self.layers[index]
+
+    def __setitem__(self, index: SupportsIndex, module: Module) -> None:
+        """Replace one module."""
+        self.layers[index] = self._checked(module)
+
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        """Remove one module or several."""
+        del self.layers[index]
+
+    def __len__(self) -> int:
+        """Count the modules."""
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Module]:
+        """Yield the modules, first to last."""
+        return iter(self.layers)
+
+    def __bool__(self) -> bool:
+        """Return True, also without modules: a model is no empty list."""
+        return True
+
+    def append(self, module: Module) -> Self:
+        """Add a module at the end; returns the chain."""
+        return self.extend((module,))
+
+    def insert(self, index: SupportsIndex, module: Module) -> Self:
+        """Add a module before the one at `index`; returns the chain."""
+        self.layers.insert(index, self._checked(module))
+        return self
+
+    def extend(self, modules: Iterable[Module]) -> Self:
+        """Add modules at the end, all or, if an item is no module, none; returns the chain."""
+        self.layers += [self._checked(module) for module in modules]
+        return self
+
+    @staticmethod
+    def _checked(module: Module) -> Module:
+        if isinstance(module, Module):
+            return module
+        kind = module.__name__ if isinstance(module, type) else type(module).__name__
+        what = f"the class {kind}; make a module of it: {kind}(...)" if isinstance(module, type) else f"a {kind}"
+        raise UsageError(f"Sequential is made of modules, one argument each; got {what}.")
 
     def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Chain the modules; the pullback frees the activations of each module when it has run.
