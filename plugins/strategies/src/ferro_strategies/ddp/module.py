@@ -131,7 +131,7 @@ class DDP(Module):
                 f"DDP: {type(module).__name__} has no parameter that requires a gradient, so "
                 "there is nothing to average. Use it without DDP."
             )
-        self.module = module
+        self.module = module.materialize()
         self.training = module.training
         self._group = group
         self._chunk_bytes = bucket_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from types import GeneratorType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, overload
+from weakref import WeakMethod
 
 from ferro.errors import UsageError
 
@@ -37,7 +38,8 @@ class ParameterGroup:
         self.parameters = parameters
         self.settings: dict[str, Any] = dict(settings)
         self._optimizer = optimizer
-        self._check = check
+        # A reference that keeps the optimizer alive would close a circle, and delay its end.
+        self._check = WeakMethod(check)
 
     def __getitem__(self, name: str) -> Any:
         """Return a setting, or the parameters for "params"."""
@@ -54,7 +56,8 @@ class ParameterGroup:
     def update(self, changes: Mapping[str, object]) -> None:
         """Change several settings, or none if one of them is wrong."""
         changed = {**self.settings, **_converted(self._optimizer, self.settings, changes)}
-        self._check(changed)
+        if (check := self._check()) is not None:
+            check(changed)
         self.settings.update(changed)
 
     def __repr__(self) -> str:
