@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from types import GeneratorType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, overload
-from weakref import WeakMethod
 
 from ferro.errors import UsageError
 
@@ -38,8 +37,7 @@ class ParameterGroup:
         self.parameters = parameters
         self.settings: dict[str, Any] = dict(settings)
         self._optimizer = optimizer
-        # A reference that keeps the optimizer alive would close a circle, and delay its end.
-        self._check = WeakMethod(check)
+        self._check = check
 
     def __getitem__(self, name: str) -> Any:
         """Return a setting, or the parameters for "params"."""
@@ -56,8 +54,7 @@ class ParameterGroup:
     def update(self, changes: Mapping[str, object]) -> None:
         """Change several settings, or none if one of them is wrong."""
         changed = {**self.settings, **_converted(self._optimizer, self.settings, changes)}
-        if (check := self._check()) is not None:
-            check(changed)
+        self._check(changed)
         self.settings.update(changed)
 
     def __repr__(self) -> str:
