@@ -53,11 +53,17 @@ class Optimizer(ParameterState):
         self._schedule_step = 0
         self._base_lrs = self._scheduled_lrs = self.lrs
         self._listeners: list[Callable[[], None]] = []
+        self._after_step: list[Callable[[], None]] = []
 
     def before_step(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener()` at the start of every step; returns a function that removes it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def after_step(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener()` at the end of every step; returns a function that removes it."""
+        self._after_step.append(listener)
+        return lambda: self._after_step.remove(listener)
 
     def step(self) -> None:
         """Update every parameter that has a gradient; other parameters and their state stay.
@@ -85,6 +91,8 @@ class Optimizer(ParameterState):
                 index += 1
         self._schedule_step += 1
         self._apply_schedule()
+        for listener in tuple(self._after_step):
+            listener()
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
@@ -121,7 +129,7 @@ class Optimizer(ParameterState):
 
     def keeps_state(self, index: int) -> bool:
         """Say whether the parameter at this position has state after its first step."""
-        dtype = self.parameters[index].data.dtype
+        dtype = self.parameters[index].dtype
         has_master = self.master_weights and cached_wide_dtype(dtype) != dtype
         return has_master or self._keeps_state(self._group_of(index).settings)
 
