@@ -6,9 +6,10 @@ from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
+from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
 from .nn import deferred
-from .pipeline import Pipeline
+from .pipeline import Pipeline, split_model
 from .sampler import ShardedSampler
 from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm
 
@@ -20,6 +21,7 @@ __all__ = [
     "DeviceMesh",
     "ExpertParallel",
     "FlatShard",
+    "GlobalLoss",
     "MixedPrecision",
     "MoE",
     "Partial",
@@ -35,9 +37,11 @@ __all__ = [
     "convert_sync_batchnorm",
     "deferred",
     "distribute",
+    "global_mean",
     "hooks",
     "nn",
     "optim",
     "pipeline",
+    "split_model",
     "tensor_parallel",
 ]
