@@ -257,17 +257,20 @@ def test_parameters_that_parallelize_replaces_by_others_are_refused_at_the_step(
     ferro.simulate(run, 2, timeout_s=20)
 
 
-def test_averages_go_on_with_the_steps_of_ranks_without_batches():
+def test_groups_schedules_and_averages_go_on_with_the_steps_of_ranks_without_batches():
     def run(group):
         model = FSDP(build(), group)
         optimizer = AdamW(decay_groups(model, 0.1), 0.05)
+        optimizer.groups[1]["lr"] = 0.01
         optimizer.follow(CosineSchedule(8))
         ema = EMA(model, decay=0.5, optimizer=optimizer)
         with model.join(optimizer):
-            train(model, optimizer, range(2 + 2 * group.rank), slice(group.rank, None, 2))
+            for i in range(2 + 2 * group.rank):
+                train(model, optimizer, [i], slice(group.rank, None, 2))
+                model.clip_grad_norm(1.0, np.inf)
         return ema.updates, model.full_optimizer_state_dict(ema), optimizer.lrs
 
     first, second = ferro.simulate(run, 2, timeout_s=20)
     assert first[0] == second[0] == 4
-    assert first[2] == second[2]
+    assert first[2] == second[2] == [0.05 * CosineSchedule(8)(4), 0.01 * CosineSchedule(8)(4)]
     same(first[1], second[1], rtol=0)
