@@ -12,7 +12,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module
 from ..nn.parameter import Parameter
-from .blocks import blocks
+from .blocks import blocks, cached_wide_dtype
 
 
 def clip_grad_norm(parameters: Module | Iterable[Parameter], max_norm: float, norm_type: float = 2.0) -> float:
@@ -38,8 +38,9 @@ def clip_grad_norm(parameters: Module | Iterable[Parameter], max_norm: float, no
     if max_norm < norm < math.inf:
         for parameter in held:
             if parameter.grad is not None:
+                # The product is computed in float32, where the factor cannot become zero.
                 for _, block in blocks(parameter.grad):
-                    block *= max_norm / norm
+                    block[...] = block.astype(cached_wide_dtype(block.dtype), copy=False) * (max_norm / norm)
     return norm
 
 
@@ -57,7 +58,8 @@ def clip_grad_value(parameters: Module | Iterable[Parameter], max_value: float) 
         if parameter.grad is not None:
             xp = namespace_of(parameter.grad)
             for _, block in blocks(parameter.grad):
-                xp.clip(block, -max_value, max_value, out=block)
+                wide = block.astype(cached_wide_dtype(block.dtype), copy=False)
+                block[...] = xp.clip(wide, -max_value, max_value)
 
 
 def grad_norm(parameters: Module | Iterable[Parameter], norm_type: float = 2.0) -> float:

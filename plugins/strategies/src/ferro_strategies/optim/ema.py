@@ -50,7 +50,8 @@ class EMA(ParameterState):
     def __init__(
         self, parameters: Module | Iterable[Parameter], decay: float = 0.999, *, optimizer: Optimizer | None = None
     ) -> None:
-        super().__init__(list(parameters.parameters() if isinstance(parameters, Module) else parameters))
+        module = parameters if isinstance(parameters, Module) else None
+        super().__init__(list(parameters.parameters() if isinstance(parameters, Module) else parameters), module)
         _check_decay(decay)
         self.decay = float(decay)
         self.updates = 0
