@@ -182,6 +182,69 @@ def test_grouped_heads_and_half_precision(dtype, tolerance, causal):
         np.testing.assert_allclose(mine.astype(F64), wanted, rtol=tolerance, atol=tolerance)
 
 
+@RANKS
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_heads_rotary_positions_and_a_mask_are_those_of_one_process(ranks, causal):
+    x, grad = np.random.default_rng(1).standard_normal((2, 3, 7, 16))
+    mask = np.arange(7) < np.array([[7], [4], [0]])  # the last sequence is all padding
+
+    def one_pass(model):
+        y, pullback = model.vjp((x, mask))
+        grad_x, no_gradient = pullback(grad)
+        assert no_gradient is None
+        return y, grad_x, gradients(model)
+
+    def attention():
+        return nn.Attention(16, 4, causal=causal, num_kv_heads=2, rotary_base=50.0, dtype=F64, rng=0)
+
+    def run(group):
+        return one_pass(ContextParallel(attention(), group))
+
+    y, grad_x, grads = one_pass(attention())
+    for mine, my_grad, my_grads in simulate(run, ranks):
+        np.testing.assert_allclose(mine, y, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(my_grad, grad_x, rtol=1e-10, atol=1e-13)
+        assert_close(my_grads, grads, atol=1e-12)
+
+
+def test_the_pullback_drops_the_weights_that_the_forward_pass_dropped():
+    rng = np.random.default_rng(0)
+    x, direction, grad = (rng.standard_normal((3, 2, 6, 8)) for _ in range(3))
+
+    def run(group):
+        chunks = SequenceChunks(6, group.world_size)
+        take = chunks.positions(group.rank)
+
+        def output(given):
+            dropout = nn.Dropout(0.4, rng=group.rank)
+            return ring_attend(*given[:, :, take], group, chunks, num_heads=2, causal=True, dropout=dropout)
+
+        y, pull = output(x)
+        assert not np.allclose(y, ring_attend(*x[:, :, take], group, chunks, num_heads=2, causal=True)[0])
+        along = sum(float((d[:, take] * g).sum()) for d, g in zip(direction, pull(grad[0][:, take]), strict=True))
+        step = 1e-5
+        moved = (output(x + step * direction)[0] - output(x - step * direction)[0]) / (2 * step)
+        return along, float((moved * grad[0][:, take]).sum())
+
+    along, moved = np.sum(simulate(run, 3), axis=0)
+    assert along == pytest.approx(moved, rel=1e-7)
+
+
+def test_ranks_drop_other_elements_and_save_their_generators():
+    def run(group):
+        layers = nn.Attention(8, 2, dropout=0.5, dtype=F64, rng=0), nn.Dropout(0.5, rng=0)
+        model = ContextParallel(nn.Sequential(*layers), group)
+        state = model.generator_state_dict()
+        first = model(np.ones((1, 4, 8)))
+        model.load_generator_state_dict(state)
+        np.testing.assert_array_equal(model(np.ones((1, 4, 8))), first)
+        return state
+
+    one, other = simulate(run, 2)
+    assert list(one) == list(other)
+    assert all(one[name] != other[name] for name in one)
+
+
 def test_large_scores_of_half_precision_do_not_overflow():
     def run(group):
         chunks = SequenceChunks(4, group.world_size)

@@ -8,6 +8,7 @@ import ferro
 from ferro_strategies import DDP, FSDP, DeviceMesh, ExpertParallel, MoE, nn, optim
 from ferro_strategies import tensor_parallel as tp
 from ferro_strategies.expert_parallel import ParallelMoE, top_k_routing
+from ferro_testing.strategies import CHECKS, StrategyCase
 
 F64 = np.float64
 
@@ -193,3 +194,24 @@ def test_what_cannot_be_divided_is_refused():
     ]:
         with pytest.raises(ferro.UsageError, match=message):
             MoE(2, 2, 2, **options)
+
+
+def train_on_shares(group, shares):
+    """Train for the checks of the testing kit."""
+    moe = MoE(3, 5, 4, 2, aux_loss_weight=0.0, dtype=F64, rng=0)
+    model = nn.Sequential(nn.Linear(3, 3, dtype=F64, rng=1), moe)
+    if group is not None:
+        model = ExpertParallel(model, group)
+    optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for (x, target), weight in shares:
+        y, pullback = model.vjp(x)
+        pullback(nn.mse_loss(y, target)[1] * weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict() if group is None else model.full_state_dict()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_checks_of_strategies(check):
+    batches = [tuple(np.random.default_rng(step).standard_normal((2, 12, 3))) for step in range(3)]
+    check(StrategyCase(train=train_on_shares, batches=batches))

@@ -75,47 +75,33 @@ def test_the_loss_gathers_no_logits():
     assert traffic.largest <= 2 * rows * 8
 
 
-def smoothed_loss(logits, labels, ignore_index, smoothing):
-    """The loss and its gradient with float64 one-hot targets."""
-    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    shifted = rows - rows.max(axis=1, keepdims=True)
-    log = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    kept = wanted != ignore_index
-    target = np.full_like(rows, smoothing / rows.shape[1])
-    target[np.flatnonzero(kept), wanted[kept]] += 1 - smoothing
-    target[~kept] = 0
-    count = max(int(kept.sum()), 1)
-    grad = (np.exp(log) * kept[:, None] - target) / count
-    return float(-(target * log).sum() / count), grad.reshape(logits.shape), float(kept.sum())
-
-
 @RANKS
-def test_labels_that_do_not_count_and_smoothing(ranks):
+def test_labels_that_do_not_count_smoothing_and_weights_of_classes(ranks):
     logits = 3 * floats(2, 5, 7)
     labels = np.random.default_rng(1).integers(0, 7, (2, 5))
     labels[0, 1:3] = labels[1, 4] = -100
+    weights = np.linspace(0.5, 2.0, 7)
     cases = [
-        (labels, -100, 0.0),
-        (labels, -100, 0.2),
-        (labels % 7, 3, 0.1),
-        (np.full_like(labels, -100), -100, 0.1),
-        (labels % 7, None, 1.0),
+        (labels, {"ignore_index": -100}),
+        (labels, {"ignore_index": -100, "label_smoothing": 0.2}),
+        ((labels % 7).tolist(), {"ignore_index": 3, "label_smoothing": 0.1}),
+        (np.full_like(labels, -100), {"ignore_index": -100, "label_smoothing": 0.1}),
+        (labels % 7, {"label_smoothing": 1.0}),
+        (labels, {"ignore_index": -100, "class_weights": weights}),
+        (labels, {"ignore_index": -100, "class_weights": weights, "label_smoothing": 0.3}),
     ]
 
     def run(group):
         own = np.array_split(logits, group.world_size, axis=-1)[group.rank]
         return [
-            tp.vocab_parallel_cross_entropy(
-                own, case, group, ignore_index=ignored, label_smoothing=smoothing, with_weight=True
-            )
-            for case, ignored, smoothing in cases
+            tp.vocab_parallel_cross_entropy(own, case, group, with_weight=True, **options) for case, options in cases
         ]
 
-    for found, case in zip(zip(*simulate(run, ranks), strict=True), cases, strict=True):
-        loss, grad, weight = smoothed_loss(logits, case[0], case[1], case[2])
+    for found, (case, options) in zip(zip(*simulate(run, ranks), strict=True), cases, strict=True):
+        loss, grad, weight = nn.cross_entropy(logits, case, with_weight=True, **options)
         np.testing.assert_allclose(np.concatenate([part[1] for part in found], axis=-1), grad, rtol=1e-12, atol=1e-14)
         for part in found:
-            assert (part[0], part[2]) == (pytest.approx(loss, rel=1e-12), weight)
+            assert (part[0], part[2]) == (pytest.approx(loss, rel=1e-12), pytest.approx(weight, rel=1e-12))
 
 
 def test_infinite_logits_of_rows_that_do_not_count_make_no_nan():

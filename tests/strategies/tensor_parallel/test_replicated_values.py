@@ -102,6 +102,25 @@ def test_a_whole_layer_that_sees_other_data_on_each_rank_is_named(dtype):
     simulate(run, 2)
 
 
+DIFFERENT = {
+    "column": lambda group: tp.ColumnParallelLinear(4, 4, group, dtype=F64, rng=0)(floats(2, 4, seed=group.rank)),
+    "shape": lambda group: tp.ColumnParallelLinear(4, 4, group, dtype=F64, rng=0)(floats(2 + group.rank, 4)),
+    "attention": lambda group: tp.ParallelAttention(4, 2, group, dtype=F64, rng=0)(floats(1, 2, 4, seed=group.rank)),
+    "embedding": lambda group: tp.ParallelEmbedding(5, 4, group, rng=0)(np.array([[1, 2], [2, 1]][group.rank])),
+    "indices' shape": lambda group: tp.ParallelEmbedding(5, 4, group, rng=0)(np.zeros(1 + group.rank, int)),
+    "labels": lambda group: tp.vocab_parallel_cross_entropy(np.zeros((1, 2)), np.array([group.rank]), group),
+}
+
+
+@pytest.mark.parametrize("call", DIFFERENT.values(), ids=DIFFERENT)
+def test_ranks_that_gave_different_inputs_all_say_so(call):
+    def run(group):
+        with pytest.raises(ferro.UsageError, match="of group 'world' gave different inputs"):
+            call(group)
+
+    simulate(run, 2)
+
+
 def test_one_small_message_for_each_backward_pass_compares_the_gradients():
     traffic = Traffic()
 

@@ -3,7 +3,7 @@
 from . import hooks, nn, optim, pipeline, tensor_parallel
 from .context_parallel import ContextParallel
 from .ddp import DDP
-from .dtensor import DTensor, Partial, Replicate, Shard, distribute
+from .dtensor import DistributedGenerator, DTensor, Partial, Replicate, Shard, distribute
 from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .global_loss import GlobalLoss, global_mean
@@ -19,6 +19,7 @@ __all__ = [
     "ContextParallel",
     "DTensor",
     "DeviceMesh",
+    "DistributedGenerator",
     "ExpertParallel",
     "FlatShard",
     "GlobalLoss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 from ferro import ProcessGroup, UsageError
@@ -12,7 +13,9 @@ from ..nn.attention import Attention
 from ..nn.batchnorm import BatchNorm
 from ..nn.checks import check_gradient, check_input
 from ..nn.module import Module, Pullback, replace_modules
+from ..nn.trees import Arrays, describe, has_gradient, leaves, map_leaves, shapes_of, structure
 from ..tensor_parallel.attention import ParallelAttention
+from ..tensor_parallel.generators import seed_generators
 from ..tensor_parallel.replicated_values import broadcast_whole_values, check_same_model, is_whole
 from ..tensor_parallel.sharding import all_gather_along
 from .attention import RingAttention
@@ -80,6 +83,8 @@ class ContextParallel(Module):
             return RingAttention(layer, group, zigzag=zigzag) if type(layer) is Attention else layer
 
         self.module = replace_modules(module, replacement)
+        # Each rank has other positions, so all random numbers differ between ranks.
+        seed_generators(self.module, group, {id(layer): True for layer in self.module.modules()})
         if reduce_gradients:
             average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
 
@@ -97,34 +102,51 @@ class ContextParallel(Module):
         check_input(self, x, "(B, T >= 1, ...)", fits=x.ndim >= 2 and x.shape[1] > 0)
         return x[:, self.positions(x.shape[1])]
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
-        """Map sequences (B, T, ...), the same on all ranks, to (B, T, ...), or to this rank's (B, t, ...)."""
-        chunks, own = None, self.shard(x)
-        chunks = self.chunks(x.shape[1])
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
+        """Map sequences (B, T, ...), the same on all ranks, to (B, T, ...), or to this rank's (B, t, ...).
+
+        Input and output may be trees of arrays, such as a tuple of sequences and their mask (B, T).
+        """
+        own = map_leaves(self.shard, x)
+        lengths = {leaf.shape[1] for leaf in leaves(x) if leaf is not None}
+        if len(lengths) != 1:
+            raise UsageError(f"{self!r}: expected sequences of one length, got {describe(x)}.")
+        chunks = self.chunks(lengths.pop())
         y, pull = self.module.vjp(own)
         size = chunks.size(self.group.rank)
-        check_input(self, y, f"(B, {size}, ...) of its module's output", fits=y.ndim >= 2 and y.shape[1] == size)
+        for leaf in leaves(y):
+            fits = leaf.ndim >= 2 and leaf.shape[1] == size
+            check_input(self, leaf, f"(B, {size}, ...) of its module's output", fits=fits)
         if self.gather_output:
-            y = self._whole(y, chunks)
-        shape = y.shape
+            y = map_leaves(partial(self._whole, chunks=chunks), y)
+        shapes, x_structure = shapes_of(y), structure(x)
 
-        def pullback(grad_y: Array) -> Array | None:
-            check_gradient(self, grad_y, shape)
+        def pullback(grad_y: Arrays) -> Arrays | None:
+            check_gradient(self, grad_y, shapes)
             if self.gather_output:
-                # Gradients of parameters are averaged, and must be sums.
-                grad_y = self.shard(grad_y) * grad_y.dtype.type(self.group.world_size)
+                grad_y = map_leaves(self._scaled_shard, grad_y)
             grad_x = pull(grad_y)
-            if grad_x is None:
+            if not has_gradient(grad_x):
                 return None
-            whole = self._whole(grad_x, chunks)
-            if self.gather_output:
-                whole /= self.group.world_size
-            return whole
+            return x_structure.unflatten(
+                [None if grad is None else self._whole_gradient(grad, chunks) for grad in x_structure.flatten(grad_x)]
+            )
 
         return y, pullback
 
     def _whole(self, own: Array, chunks: SequenceChunks) -> Array:
         return all_gather_along(own, self.group, 1, chunks.sizes)[:, chunks.order()]
+
+    def _scaled_shard(self, grad: Array) -> Array:
+        """This rank's part of a gradient, times the ranks: gradients of parameters are averaged, and must be sums."""
+        scaled: Array = self.shard(grad) * grad.dtype.type(self.group.world_size)
+        return scaled
+
+    def _whole_gradient(self, grad: Array, chunks: SequenceChunks) -> Array:
+        whole = self._whole(grad, chunks)
+        if self.gather_output:
+            whole /= whole.dtype.type(self.group.world_size)
+        return whole
 
     def __repr__(self) -> str:
         return f"ContextParallel({self.module!r}, {self.group!r})"

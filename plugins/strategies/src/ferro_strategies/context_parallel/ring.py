@@ -21,11 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ferro import ProcessGroup, UsageError, Work
 
-from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.arrays import Array, namespace_of, quiet_overflow, wide_dtype
+from ..nn.dropout import Dropout
+from ..tensor_parallel.sharding import all_gather_along
 from .chunks import SequenceChunks
 
 
@@ -39,6 +43,8 @@ def ring_attend(
     num_heads: int,
     num_kv_heads: int | None = None,
     causal: bool,
+    mask: Array | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """Compute for each of this rank's positions and each head the mean of all ranks' values, weighted by softmax.
 
@@ -48,35 +54,42 @@ def ring_attend(
     Args:
         query: (B, t, num_heads * c), this rank's positions.
         key: (B, t, num_kv_heads * c).
-        value: of the shape of `key`.
+        value: of the shape of `key`; its dtype is the result's.
         group: the ranks.
         chunks: the positions of each rank.
         num_heads: heads of the queries, side by side in the columns.
         num_kv_heads: heads of keys and values, a divisor of `num_heads`; each serves as many consecutive heads of the
             queries. None: as many as the queries have.
         causal: whether a position attends only to itself and the positions before it.
+        mask: (B, t), True for this rank's positions to which all positions attend, False for padding. A position that
+            sees no key gets zeros.
+        dropout: sets some weights to zero, in training.
 
     Returns:
         The heads' outputs side by side, of the shape of `query`; and a function from their gradient to the gradients
-        of query, key and value.
+        of query, key and value, each in the dtype of its array.
 
     Raises:
         UsageError: shapes do not fit; nothing was sent.
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    _check(query, key, value, num_heads, kv_heads, chunks.size(group.rank))
+    _check(query, key, value, mask, num_heads, kv_heads, chunks.size(group.rank))
     xp, wide = namespace_of(query), wide_dtype(query.dtype)
     scale = 1 / math.sqrt(query.shape[2] // num_heads)
-    ring = _Ring(group, chunks, causal)
-    own = xp.stack((key, value))
+    ring = _Ring(group, chunks, causal, _gathered(mask, group, chunks))
     q = _query_heads(query.astype(wide, copy=False) * scale, num_heads, kv_heads)
+    own = _stacked(key, value, mask)
+    # The pullback draws the weights that become zero again, in the same order of blocks.
+    redrawn = deepcopy(dropout)
     softmax = _RunningSoftmax(q)
     for owner, travelling in ring.forward(own):
         k, v = (_kv_heads(part.astype(wide, copy=False), kv_heads) for part in travelling)
-        for rows, columns, triangular in ring.blocks(owner):
-            softmax.add(rows, _scores(q[..., rows, :], k[..., columns, :], triangular), v[..., columns, :])
+        for block in ring.blocks(owner):
+            scores = block.scores(q, k)
+            drop = None if dropout is None else dropout.draw(xp, scores.shape)
+            softmax.add(block.rows, scores, v[..., block.columns, :], drop)
     mixed, log_sums = softmax.result()
-    shape, dtype = query.shape, query.dtype
+    shape, dtypes = query.shape, (query.dtype, key.dtype, value.dtype)
 
     def pull(grad_mixed: Array) -> tuple[Array, Array, Array]:
         grad = _query_heads(grad_mixed.astype(wide, copy=False), num_heads, kv_heads)
@@ -85,22 +98,59 @@ def ring_attend(
         sums = xp.einsum("bgrtc,bgrtc->bgrt", grad, mixed)[..., None]
         grad_q = xp.zeros_like(q)
         complete = xp.zeros(own.shape, wide)
+        again = deepcopy(redrawn)
         for owner, travelling, grads in ring.backward(own, complete):
             complete = grads
             k, v = (_kv_heads(part.astype(wide, copy=False), kv_heads) for part in travelling)
             grad_k, grad_v = (_kv_heads(part, kv_heads) for part in grads)
-            for rows, columns, triangular in ring.blocks(owner):
-                q_rows, k_columns, d = q[..., rows, :], k[..., columns, :], grad[..., rows, :]
-                weights = xp.exp(_scores(q_rows, k_columns, triangular) - log_sums[..., rows, :])
-                grad_v[..., columns, :] += (weights.swapaxes(3, 4) @ d).sum(axis=2, keepdims=True)
-                weights *= d @ v[..., columns, :].swapaxes(3, 4) - sums[..., rows, :]
-                grad_q[..., rows, :] += weights @ k_columns
-                grad_k[..., columns, :] += (weights.swapaxes(3, 4) @ q_rows).sum(axis=2, keepdims=True)
+            for block in ring.blocks(owner):
+                rows, columns = block.rows, block.columns
+                weights = xp.exp(block.scores(q, k) - log_sums[..., rows, :])
+                drop = None if again is None else again.draw(xp, weights.shape)
+                d = grad[..., rows, :]
+                kept = weights if drop is None else drop(weights)
+                grad_v[..., columns, :] += (kept.swapaxes(3, 4) @ d).sum(axis=2, keepdims=True)
+                grad_weights = d @ v[..., columns, :].swapaxes(3, 4)
+                weights *= (grad_weights if drop is None else drop(grad_weights)) - sums[..., rows, :]
+                grad_q[..., rows, :] += weights @ k[..., columns, :]
+                grad_k[..., columns, :] += (weights.swapaxes(3, 4) @ q[..., rows, :]).sum(axis=2, keepdims=True)
         grad_q *= scale
-        grad_key, grad_value = complete.astype(dtype, copy=False)
-        return _columns(grad_q, shape).astype(dtype, copy=False), grad_key, grad_value
+        with quiet_overflow(dtypes[2]):
+            return (
+                _columns(grad_q, shape).astype(dtypes[0], copy=False),
+                complete[0].astype(dtypes[1], copy=False),
+                complete[1].astype(dtypes[2], copy=False),
+            )
 
-    return _columns(mixed, shape).astype(dtype, copy=False), pull
+    with quiet_overflow(dtypes[2]):
+        return _columns(mixed, shape).astype(dtypes[2], copy=False), pull
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some of this rank's queries and of the keys at hand, of which they see some.
+
+    Attributes:
+        rows: positions of the queries, within this rank's.
+        columns: positions of the keys, within their owner's.
+        triangular: whether both are the same positions, and a row sees the columns up to its own.
+        mask: (B, columns), True for keys that are seen; None: all are.
+    """
+
+    rows: slice
+    columns: slice
+    triangular: bool
+    mask: Array | None
+
+    def scores(self, q: Array, k: Array) -> Array:
+        """Multiply queries (B, G, R, t, c) by keys (B, G, 1, s, c); -inf where a row does not see a column."""
+        scores: Array = q[..., self.rows, :] @ k[..., self.columns, :].swapaxes(3, 4)
+        xp = namespace_of(scores)
+        if self.triangular:
+            xp.copyto(scores, -math.inf, where=xp.triu(xp.ones(scores.shape[-2:], bool), 1))
+        if self.mask is not None:
+            xp.copyto(scores, -math.inf, where=~self.mask[:, None, None, None])
+        return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +160,7 @@ class _Ring:
     group: ProcessGroup
     chunks: SequenceChunks
     causal: bool
+    masks: list[Array] | None  # of each rank's keys
 
     def forward(self, own: Array) -> Iterator[tuple[int, Array]]:
         """Yield (owner, keys and values) n times; the next ones are under way while the caller computes."""
@@ -138,11 +189,10 @@ class _Ring:
                 held = moving.wait()
         yield -1, own, grads
 
-    def blocks(self, owner: int) -> Iterator[tuple[slice, slice, bool]]:
-        """Yield (rows, columns, triangular) of the blocks in which this rank's queries see the owner's keys.
+    def blocks(self, owner: int) -> Iterator[_Block]:
+        """Yield the blocks in which this rank's queries see the owner's keys.
 
-        In a triangular block, where rows and columns are the same positions, a row sees the columns up to its own. Once
-        keys and gradients are back at their owner (-1), there is no block.
+        Once keys and gradients are back at their owner (-1), there is none.
         """
         if owner < 0:
             return
@@ -156,7 +206,8 @@ class _Ring:
                 empty = q_start == q_stop or k_start == k_stop
                 if empty or (self.causal and k_start > q_start):
                     continue
-                yield rows, columns, self.causal and k_start == q_start
+                mask = None if self.masks is None else self.masks[owner][:, columns]
+                yield _Block(rows, columns, self.causal and k_start == q_start, mask)
 
     def _pass_on(self, held: Array, next_owner: int) -> Work[Array]:
         n, rank = self.group.world_size, self.group.rank
@@ -181,31 +232,48 @@ class _RunningSoftmax:
         self._total = xp.zeros((*q.shape[:-1], 1), q.dtype)
         self._sum = xp.zeros(q.shape, q.dtype)
 
-    def add(self, rows: slice, scores: Array, v: Array) -> None:
+    def add(self, rows: slice, scores: Array, v: Array, drop: Callable[[Array], Array] | None) -> None:
         """Add a block: scores (B, G, R, rows, keys), which are overwritten, and values (B, G, 1, keys, c)."""
         xp = namespace_of(scores)
         before = self._greatest[..., rows, :]
         greatest = xp.maximum(before, scores.max(axis=-1, keepdims=True))
-        kept = xp.exp(before - greatest)
-        scores -= greatest
+        finite = xp.where(greatest == -math.inf, scores.dtype.type(0), greatest)  # a row may have seen no key yet
+        kept = xp.exp(before - finite)
+        scores -= finite
         xp.exp(scores, out=scores)
         self._greatest[..., rows, :] = greatest
         self._total[..., rows, :] = self._total[..., rows, :] * kept + scores.sum(axis=-1, keepdims=True)
-        self._sum[..., rows, :] = self._sum[..., rows, :] * kept + scores @ v
+        weights = scores if drop is None else drop(scores)
+        self._sum[..., rows, :] = self._sum[..., rows, :] * kept + weights @ v
 
     def result(self) -> tuple[Array, Array]:
-        """The means, and the logarithm of the sum of all exponentials of each query's scores."""
-        log_sums: Array = namespace_of(self._total).log(self._total) + self._greatest
-        return self._sum / self._total, log_sums
+        """The means, and the logarithm of the sum of all exponentials of each query's scores; infinite without keys."""
+        xp = namespace_of(self._total)
+        seen = self._total > 0
+        total = xp.where(seen, self._total, self._total.dtype.type(1))
+        log_sums = xp.where(seen, xp.log(total) + self._greatest, self._total.dtype.type(math.inf))
+        return self._sum / total, log_sums
 
 
-def _scores(q: Array, k: Array, triangular: bool) -> Array:
-    """Multiply queries (B, G, R, t, c) by keys (B, G, 1, s, c); -inf where a row does not see a column."""
-    scores: Array = q @ k.swapaxes(3, 4)
-    if triangular:
-        xp, size = namespace_of(scores), scores.shape[-1]
-        scores += xp.triu(xp.full((size, size), -math.inf, scores.dtype), 1)
-    return scores
+def _gathered(mask: Array | None, group: ProcessGroup, chunks: SequenceChunks) -> list[Array] | None:
+    """All ranks' masks."""
+    if mask is None:
+        return None
+    xp = namespace_of(mask)
+    whole = all_gather_along(mask, group, 1, chunks.sizes)
+    masks: list[Array] = xp.split(whole, list(accumulate(chunks.sizes))[:-1], axis=1)
+    return masks
+
+
+def _stacked(key: Array, value: Array, mask: Array | None) -> Array:
+    """Put keys and values into one array, which travels, in the wider of their dtypes."""
+    xp = namespace_of(key)
+    dtype = key.dtype if key.dtype == value.dtype else wide_dtype(key.dtype)
+    if mask is not None:
+        # What stands at padding has no effect, even if it is NaN.
+        key, value = (xp.where(mask[:, :, None], part, part.dtype.type(0)) for part in (key, value))
+    stacked: Array = xp.stack((key.astype(dtype, copy=False), value.astype(dtype, copy=False)))
+    return stacked
 
 
 def _query_heads(x: Array, num_heads: int, kv_heads: int) -> Array:
@@ -225,7 +293,9 @@ def _columns(x: Array, shape: tuple[int, ...]) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _check(query: Array, key: Array, value: Array, num_heads: int, kv_heads: int, size: int) -> None:
+def _check(
+    query: Array, key: Array, value: Array, mask: Array | None, num_heads: int, kv_heads: int, size: int
+) -> None:
     fits = query.ndim == key.ndim == 3 and key.shape == value.shape and query.shape[:2] == key.shape[:2]
     fits = fits and num_heads > 0 and kv_heads > 0 and num_heads % kv_heads == 0 and query.shape[2] % num_heads == 0
     if not fits or key.shape[2] * num_heads != query.shape[2] * kv_heads:
@@ -235,7 +305,12 @@ def _check(query: Array, key: Array, value: Array, num_heads: int, kv_heads: int
         )
     if query.shape[1] != size:
         raise UsageError(f"ring_attend: this rank has {size} positions of the sequences, got {query.shape[1]}.")
-    if not query.dtype == key.dtype == value.dtype or query.dtype.kind in "iubc":
+    if mask is not None and (mask.shape != query.shape[:2] or mask.dtype != bool):
+        raise UsageError(
+            f"ring_attend: the mask must be boolean, {query.shape[:2]}, got {mask.dtype} {mask.shape}. Masks for pairs "
+            "of positions are not divided."
+        )
+    if query.dtype.kind in "iubc" or query.dtype != key.dtype or wide_dtype(value.dtype) != wide_dtype(key.dtype):
         raise UsageError(
             f"ring_attend: query, key and value must have one real dtype, got {query.dtype}, {key.dtype} and "
             f"{value.dtype}."

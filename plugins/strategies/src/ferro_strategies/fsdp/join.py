@@ -200,6 +200,7 @@ class FSDPJoin:
                 self._scheduler.launch_reduction(unit)
             case _Operation.DRAIN:
                 self._scheduler.drain()
+                self._scheduler.check_replicas()
             case _Operation.CLIP:
                 self._clip(numbers[0], numbers[1])
             case _Operation.STEP:

@@ -11,7 +11,7 @@ from ferro.errors import UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module
-from ..nn.parameter import Parameter
+from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule
@@ -76,6 +76,7 @@ class Optimizer(ParameterState):
                 was updated.
         """
         self.check_fits()
+        check_step(self.parameters, max(self.lrs, default=0.0))
         if self._schedule is not None and self.lrs != self._scheduled_lrs:
             raise UsageError(
                 f"{type(self).__name__}: lr was changed to {self.lrs} while it follows a schedule, which would change "

@@ -18,6 +18,7 @@ from ..nn.trees import Arrays, describe
 from .column import ColumnParallelLinear, column_parallel_matmul
 from .conversion import check_serial_layer, check_shard_sizes, generator_of_rank
 from .row import RowParallelLinear
+from .summaries import check_same_input
 
 
 class ParallelAttention(Module):
@@ -50,6 +51,8 @@ class ParallelAttention(Module):
 
     Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
     """
+
+    _has_compared = False  # inputs are compared over the ranks in the first pass
 
     def __init__(
         self,
@@ -124,6 +127,9 @@ class ParallelAttention(Module):
         A mask is that of whole sequences on all ranks, also with sequence_parallel.
         """
         x, mask = self._check(x)
+        if not self._has_compared and not self.sequence_parallel:
+            check_same_input(self, x, self.group)
+            self._has_compared = True
         (query, key, value), pull_parts = column_parallel_matmul(
             x,
             [part.uses() for part in (self.query, self.key, self.value)],

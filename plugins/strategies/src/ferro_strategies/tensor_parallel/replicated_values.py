@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.module import Buffer, Module
 from ..nn.parameter import Parameter
 from ..replicas import broadcast_arrays
+from .summaries import differing, summary
 
 _CHUNK_BYTES = 1 << 22
 
@@ -103,20 +103,17 @@ class WholeGradientCheck:
         if index in self._pending:  # a new backward pass has begun
             pending, self._pending = self._pending, {}
             self._compare(pending)
-        summary = _summary(parameter.grad)
+        described = summary(parameter.grad)
         if index in self._compared:
-            self._pending[index] = summary
+            self._pending[index] = described
         else:
             self._compared.add(index)
-            self._compare({index: summary})
+            self._compare({index: described})
 
     def _compare(self, summaries: dict[int, Array]) -> None:
         indices = sorted(summaries)
         own = np.stack([summaries[index] for index in indices])
-        extremes = self._group.all_reduce(np.stack((own[:, :2], -own[:, :2])), "max")
-        greatest, least = extremes[0], -extremes[1]
-        # Ranks on unlike processors may round unlike, so gradients that agree but for rounding count as equal.
-        differs = (greatest - least > own[:, 2:] * np.abs(greatest).max(axis=1, keepdims=True)).any(axis=1)
+        differs = differing(own, self._group)
         found = [repr(self._names[index]) for index, bad in zip(indices, differs, strict=True) if bad]
         if found:
             raise UsageError(
@@ -139,18 +136,3 @@ class _GradientListener:
 
     def __call__(self, parameter: Parameter) -> None:
         self._check.completed(self._index, parameter)
-
-
-def _summary(grad: Array) -> Array:
-    """Describe a gradient by the sum of its squares, its sum, and the relative difference that rounding may make."""
-    wide = grad.reshape(grad.size).astype(wide_dtype(grad.dtype), copy=False)
-    squares, total = float(abs(namespace_of(wide).vdot(wide, wide))), float(abs(wide.sum()))
-    root = math.sqrt(squares) if math.isfinite(squares) else -1.0
-    # The difference of the sums is measured against the greater of both numbers: a sum may be zero but for rounding.
-    rounding = math.sqrt(_epsilon(grad.dtype))
-    return np.array([root, total if math.isfinite(total) else -1.0, rounding])
-
-
-def _epsilon(dtype: np.dtype) -> float:
-    """The distance from 1 to the next number; half precision counts as bfloat16, the coarser of the two."""
-    return 2.0**-7 if dtype.itemsize <= 2 else float(np.finfo(dtype).eps)
