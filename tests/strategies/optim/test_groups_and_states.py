@@ -232,8 +232,7 @@ def test_impossible_schedules_are_refused(build):
 
 def model():
     embedding = nn.Embedding(7, 4, rng=0)
-    layers = nn.Sequential(embedding, nn.LayerNorm(4), nn.Linear(4, 4, rng=1), nn.ReLU(), nn.Unembedding(embedding))
-    return layers
+    return nn.Sequential(embedding, nn.LayerNorm(4), nn.Linear(4, 4, rng=1), nn.ReLU(), nn.Unembedding(embedding))
 
 
 @pytest.mark.parametrize("wrap", [None, "DDP", "FSDP"])
@@ -287,3 +286,11 @@ def test_a_copy_of_model_and_optimizer_trains_by_itself(copied):
     assert [type(owner) for owner in other.parameters[0].state_owners] == [AdamW]
     other.groups[0]["lr"] = 0.5
     assert optimizer.lr != 0.5
+
+
+def test_an_optimizer_that_is_dropped_owns_nothing_at_once():
+    parameter = Parameter(np.ones(2))
+    optimizer = AdamW([parameter])
+    step(optimizer)
+    del optimizer
+    assert parameter.state_owners == []

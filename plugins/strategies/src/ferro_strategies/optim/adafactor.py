@@ -64,7 +64,8 @@ class Adafactor(Optimizer):
             if parameter.dtype.kind == "c":
                 raise UsageError(f"Adafactor: {parameter!r} is complex; use AdamW for it.")
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         eps1, eps2 = settings["eps"]
         check_at_least_zero("Adafactor", eps=min(eps1, eps2), weight_decay=settings["weight_decay"])

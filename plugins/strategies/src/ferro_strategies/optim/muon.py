@@ -61,7 +61,8 @@ class Muon(Optimizer):
                     "matrices_and_others."
                 )
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         check_at_least_zero("Muon", weight_decay=settings["weight_decay"])
         if not 0 <= settings["momentum"] < 1:

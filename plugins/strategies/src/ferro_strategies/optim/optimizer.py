@@ -194,9 +194,10 @@ class Optimizer(ParameterState):
 
     # -- for subclasses --------------------------------------------------------------------------
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         """Refuse settings out of their range."""
-        check_at_least_zero(type(self).__name__, lr=settings["lr"])
+        check_at_least_zero(cls.__name__, lr=settings["lr"])
 
     def _keeps_state(self, settings: Settings) -> bool:
         """Say whether `_initial_state` makes arrays."""
