@@ -61,7 +61,7 @@ class Adafactor(Optimizer):
         settings = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(parameters, settings, master_weights=master_weights)
         for parameter in self.parameters:
-            if parameter.data.dtype.kind == "c":
+            if parameter.dtype.kind == "c":
                 raise UsageError(f"Adafactor: {parameter!r} is complex; use AdamW for it.")
 
     @classmethod

@@ -55,7 +55,7 @@ class Muon(Optimizer):
         super().__init__(parameters, settings, master_weights=master_weights)
         self.iterations = iterations
         for parameter in self.parameters:
-            if len(whole_shape(parameter)) != 2 or parameter.data.dtype.kind == "c":
+            if len(whole_shape(parameter)) != 2 or parameter.dtype.kind == "c":
                 raise UsageError(
                     f"Muon: {parameter!r} is no real matrix. Give it to another optimizer, such as AdamW: see "
                     "matrices_and_others."
