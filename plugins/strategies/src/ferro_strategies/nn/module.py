@@ -195,7 +195,7 @@ class TreeSnapshot:
 
     def __init__(self, root: Module) -> None:
         self._root = root
-        self._items = list(walk(root))
+        self._items = walk(root)
         self._containers: list[Iterable[object]] = []
         seen: set[int] = set()
 
@@ -219,7 +219,7 @@ class TreeSnapshot:
     def changes(self) -> TreeChanges:
         """Name the modules, parameters, buffers and generators that came and went since the snapshot."""
         before = {id(item) for _, item in self._items}
-        now = list(walk(self._root))
+        now = walk(self._root)
         present = {id(item) for _, item in now}
         return TreeChanges(
             added=[(name, item) for name, item in now if id(item) not in before],

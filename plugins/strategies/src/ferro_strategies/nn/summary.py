@@ -32,7 +32,7 @@ class _Totals(NamedTuple):
 
 def summarize(root: ModuleBase) -> str:
     """Do the work of `Module.summary`."""
-    items = list(walk(root))
+    items = walk(root)
     layers = {name: item for name, item in items if isinstance(item, ModuleBase) and not item.transparent}
     rows: list[tuple[str, ...]] = []
     totals = _Totals()
