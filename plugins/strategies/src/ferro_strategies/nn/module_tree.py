@@ -7,7 +7,6 @@ from abc import ABC
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -93,7 +92,7 @@ def members(root: ModuleBase, *methods: Callable[..., object]) -> list[tuple[str
         if kind is _Kind.ITEM or kind is _Kind.MODULE:
             if id(value) in seen:
                 return
-            if methods and kind is _Kind.MODULE and value is not root and _overrides(type(value), methods):
+            if methods and kind is _Kind.MODULE and value is not root and _overrides(value, methods):
                 found.append((name, _part(name, value, seen)))
                 return
             seen[id(value)] = name
@@ -127,7 +126,7 @@ def children(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 def _children_of(value: Any, kind: _Kind, name: str) -> Iterable[tuple[object, object]]:
     if kind is _Kind.MODULE:
-        return vars(value).items()
+        return cast(Iterable[tuple[object, object]], vars(value).items())
     if kind is _Kind.MAPPING:
         return cast(Iterable[tuple[object, object]], value.items())
     if kind is _Kind.SEQUENCE:
@@ -181,9 +180,17 @@ def _kind_of(value: object) -> _Kind | None:
         return kind
 
 
-@cache
-def _overrides(kind: type, methods: tuple[Callable[..., object], ...]) -> bool:
-    return any(getattr(kind, method.__name__) is not method for method in methods)
+_overriding: dict[tuple[type, tuple[Callable[..., object], ...]], bool] = {}
+
+
+def _overrides(value: ModuleBase, methods: tuple[Callable[..., object], ...]) -> bool:
+    cls = type(value)
+    try:
+        return _overriding[cls, methods]
+    except KeyError:
+        found = any(getattr(cls, method.__name__) is not method for method in methods)
+        _overriding[cls, methods] = found
+        return found
 
 
 def _part(name: str, module: ModuleBase, seen: dict[int, str]) -> Part:
