@@ -251,6 +251,19 @@ class DDP(Module):
         finally:
             self._joining = None
 
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: the group of the replicas."""
+        return (self._group,)
+
+    def sync_buffers(self) -> None:
+        """Give rank 0's buffers to all ranks, in training and with `broadcast_buffers`.
+
+        A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks before the first.
+        """
+        if self.training and self._broadcast_buffers:
+            self._broadcast_buffers_of_root()
+
     def sync_gradients(self) -> None:
         """Average the gradients that were accumulated in `no_sync`, and then give rank 0's buffers to all ranks.
 

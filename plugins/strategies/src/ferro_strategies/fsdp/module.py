@@ -181,6 +181,17 @@ class FSDP(StateDictMixin):
         self._scheduler.check()
         self._scheduler.reduce_all()
 
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: that of the shards, that of the replicas, or both."""
+        return tuple(self._config.groups)
+
+    def scale_unreduced_gradients(self, factor: float) -> None:
+        """Multiply the gradients accumulated under `no_sync`, which are not in `grad` yet."""
+        for unit in self._scheduler.units:
+            for flat in unit.trained:
+                flat.unsharded_grad.scale(factor)
+
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent, including gradients accumulated by `no_sync`."""
         super().zero_grad()

@@ -10,7 +10,7 @@ from ferro import UsageError
 from ..nn.arrays import Array
 from ..nn.module import Module, TreeSnapshot
 from ..nn.state import OptimizerWithState, StateLoad, array_fault
-from ..optim import Optimizer
+from ..optim.state import ParameterState
 from . import optimizer_state
 from .buffer_pool import copy_into
 from .checks import check_tree
@@ -149,12 +149,12 @@ class StateDictMixin(Module):
         self._check_between_passes("load_full_optimizer_state_dict")
         return optimizer_state.plan_load(self._sharded, optimizer, self._config, state)
 
-    def sharded_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, FlatShard | Array]:
+    def sharded_optimizer_state_dict(self, optimizer: ParameterState) -> dict[str, FlatShard | Array]:
         """Copy this rank's state of an optimizer. Nothing is sent."""
         return optimizer_state.shards(self._sharded, optimizer, self._config)
 
     def load_sharded_optimizer_state_dict(
-        self, optimizer: Optimizer, state_dict: Mapping[str, FlatShard | Array]
+        self, optimizer: ParameterState, state_dict: Mapping[str, FlatShard | Array]
     ) -> None:
         """Load a `sharded_optimizer_state_dict` made on the same number of ranks; all ranks call it.
 

@@ -59,6 +59,13 @@ class UnshardedGradient:
         """Wrap deferred products so that they can be added outside passes."""
         return [partial(self._add, index, product) for product in products]
 
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients by a factor."""
+        if self._buffer is not None:
+            for view, is_set in zip(self._layout.views(self._buffer.array), self._is_set, strict=True):
+                if is_set:
+                    view *= view.dtype.type(factor)
+
     def take(self) -> PooledBuffer:
         """Return all gradients, with zeros for absent ones, and start again without gradients."""
         if self._buffer is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from .arrays import Array, namespace_of, quiet_overflow, wide_dtype
 from .checks import check_dtype, check_gradient, check_input
 from .module import Buffer, Module, Pullback
 from .parameter import Parameter
-from .sums import column_dots, column_sums, row_dots, row_sums
+from .sums import channel_dots, channel_sums
 
 
 class BatchNorm(Module):
@@ -64,6 +66,7 @@ class BatchNorm(Module):
         self.running_mean = Buffer(np.zeros(c, wide)) if track_running_stats else None
         self.running_var = Buffer(np.ones(c, wide)) if track_running_stats else None
         self.num_batches_tracked = Buffer(np.zeros((), np.int64)) if track_running_stats else None
+        self._deferred = DeferredMoments()
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Normalise (N, C) or (N, C, ...); in training, update the running statistics as well.
@@ -92,7 +95,7 @@ class BatchNorm(Module):
             grad = namespace_of(x).ascontiguousarray(grad_y.reshape(shape), wide)
             # The sums of grad and grad * xhat are the gradients of bias and weight; the input's gradient needs them
             # too, because the batch's mean and variance depend on every value.
-            sums = namespace_of(grad).stack((_channel_sum(grad), _channel_dot(grad, normal.xhat)))
+            sums = namespace_of(grad).stack((channel_sums(grad), channel_dots(grad, normal.xhat)))
             whole = self._sum_over_batch(sums) if normal.count else sums
             scale = normal.inverse
             if weight is not None and bias is not None:
@@ -117,9 +120,9 @@ class BatchNorm(Module):
     def _by_batch(self, values: Array) -> _Normalised:
         """Normalise (N, C, L) by the batch's statistics, and update the running ones."""
         count = values.shape[0] * values.shape[2]
-        mean = _channel_sum(values) / max(count, 1)
+        mean = channel_sums(values) / max(count, 1)
         xhat = values - mean[:, None]
-        own = Moments(count=count, mean=mean, m2=_channel_dot(xhat, xhat))
+        own = Moments(count=count, mean=mean, m2=channel_dots(xhat, xhat))
         batch = self._merge(own)
         if batch.count < 2:
             raise UsageError(
@@ -132,7 +135,7 @@ class BatchNorm(Module):
         inverse = 1 / namespace_of(values).sqrt(var + self.eps)
         inverse = inverse.astype(values.dtype, copy=False)
         xhat *= inverse[:, None]
-        if self.training:
+        if self.training and not self._deferred.take(batch):
             self._update_running(batch.mean, var * (batch.count / (batch.count - 1)))
         return _Normalised(xhat=xhat, inverse=inverse, count=batch.count)
 
@@ -145,6 +148,11 @@ class BatchNorm(Module):
         xhat = values - self.running_mean.data[:, None]
         xhat *= inverse[:, None]
         return _Normalised(xhat=xhat, inverse=inverse, count=0)
+
+    def _update_by_deferred(self) -> None:
+        """Update the running statistics by the moments of all batches since `deferring_statistics`, as of one batch."""
+        if batch := self._deferred.merged():
+            self._update_running(batch.mean, batch.m2 / batch.count * (batch.count / (batch.count - 1)))
 
     def _update_running(self, mean: Array, unbiased_var: Array) -> None:
         if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
@@ -218,6 +226,68 @@ def merge_moments(counts: Array, means: Array, m2s: Array) -> Moments:
     return Moments(count=count, mean=mean, m2=m2)
 
 
+class DeferredMoments:
+    """The moments of the batches of one layer, while the update of its running statistics is deferred."""
+
+    def __init__(self) -> None:
+        self._batches: list[Moments] | None = None
+
+    def take(self, batch: Moments) -> bool:
+        """Keep a batch's moments if the update is deferred; return whether it is."""
+        if self._batches is None:
+            return False
+        self._batches.append(batch)
+        return True
+
+    def merged(self) -> Moments | None:
+        """Compute the moments of all batches together; None if there was none."""
+        batches = self._batches or []
+        if len(batches) < 2:
+            return batches[0] if batches else None
+        xp = namespace_of(batches[0].mean)
+        counts = xp.asarray([batch.count for batch in batches], np.float64)
+        means, m2s = (
+            xp.stack(parts).astype(np.float64) for parts in zip(*((b.mean, b.m2) for b in batches), strict=True)
+        )
+        return merge_moments(counts, means, m2s)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the moments of the batches in the block; forget them at its end."""
+        before, self._batches = self._batches, []
+        try:
+            yield
+        finally:
+            self._batches = before
+
+
+@contextmanager
+def deferring_statistics(norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """Update running statistics once, at the end of the block, as if its batches had been one batch.
+
+    A step of several microbatches then changes them as much as a step of one; each microbatch is still normalised by
+    its own statistics. After an error they stay as they are.
+
+    Source: Kim et al., "torchgpipe", 2020, DeferredBatchNorm.
+    """
+    layers = list(norms)
+    with ExitStack() as stack:
+        for norm in layers:
+            stack.enter_context(norm._deferred.collecting())
+        yield
+        for norm in layers:
+            norm._update_by_deferred()
+
+
+@contextmanager
+def ignoring_statistics(norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """Keep running statistics, and those that are deferred, as they are: a pass in the block repeats another one."""
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(norm._deferred.collecting())
+        yield
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Normalised:
     """Normalised values, and what their gradient depends on.
@@ -249,17 +319,3 @@ def _input_gradient(normal: _Normalised, grad: Array, sums: Array, scale: Array)
     grad_x -= by_mean[:, None]
     grad_x *= scale[:, None]
     return grad_x
-
-
-def _channel_sum(a: Array) -> Array:
-    """Sum over all but the channels: (N, C, L) -> (C,)."""
-    return column_sums(row_sums(a))
-
-
-def _channel_dot(a: Array, b: Array) -> Array:
-    """Sum a * b over all but the channels, without making that product: (N, C, L) -> (C,)."""
-    n, c, length = a.shape
-    if length == 1:
-        return column_dots(a.reshape(n, c), b.reshape(n, c))
-    by_row = row_dots(a.reshape(n * c, length), b.reshape(n * c, length))
-    return column_sums(by_row.reshape(n, c))

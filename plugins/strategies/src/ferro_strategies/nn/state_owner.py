@@ -28,6 +28,12 @@ class StateOwner(SavesState, Protocol[ParameterT]):
     replaces the parameter, calls it.
     """
 
+    def state_dict(self) -> dict[str, Array]:
+        """Copy its state."""
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Restore a state from `state_dict`."""
+
     def check_fits(self) -> None:
         """Check that the state fits what every parameter holds now.
 
