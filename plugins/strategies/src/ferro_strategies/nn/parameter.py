@@ -401,13 +401,13 @@ class Use:
         Where products are deferred, the use is outstanding until the product is added.
         """
         self._check_outstanding()
-        if self._parameter.requires_grad:
-            check_grad_product(self._parameter.name, self._parameter.data, a, b)
-        deferred = self._parameter.deferred
-        if deferred is None:
-            self._add_product(a, b)
+        parameter = self._parameter
+        if parameter.requires_grad:
+            check_grad_product(parameter.name, parameter.data, a, b)
+        if parameter.deferred is None:
+            self._end_with_product(a, b)
         else:
-            deferred.append(lambda: self._add_product(a, b))
+            parameter.deferred.append(lambda: self._add_deferred_product(a, b))
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:
         """Add some rows of this use's gradient: see `Parameter.add_grad_rows`."""
@@ -419,8 +419,11 @@ class Use:
         if parameter.requires_grad:
             parameter._add_rows(rows, grads)
 
-    def _add_product(self, a: Array, b: Array) -> None:
+    def _add_deferred_product(self, a: Array, b: Array) -> None:
         self._check_outstanding()
+        self._end_with_product(a, b)
+
+    def _end_with_product(self, a: Array, b: Array) -> None:
         parameter = self._parameter
         parameter._uses.discard(self)
         if parameter.requires_grad:
