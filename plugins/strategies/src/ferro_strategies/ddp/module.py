@@ -6,7 +6,6 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Self
 
@@ -15,7 +14,7 @@ import numpy as np
 from ferro import ProcessGroup, UsageError
 
 from ..nn.checks import check_gradient
-from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
+from ..nn.module import Module, Pullback, TreeSnapshot
 from ..nn.parameter import Parameter
 from ..nn.state_owner import SavesState
 from ..nn.trees import Arrays, quiet_overflow_in, shapes_of
@@ -24,6 +23,7 @@ from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
 from .pending_backwards import PendingBackward, PendingBackwards
 from .reducer import Reducer
+from .wrapped_state import WrappedState
 
 
 class _JoinStep(enum.IntEnum):
@@ -31,18 +31,6 @@ class _JoinStep(enum.IntEnum):
 
     BUFFERS = 1
     BACKWARD = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ModuleState:
-    """Parameters and buffers of the wrapped module, so that a step need not walk its tree.
-
-    It is no tuple, because the walk would look into a tuple among DDP's attributes.
-    """
-
-    parameters: tuple[Parameter, ...]
-    frozen: tuple[Parameter, ...]
-    buffers: tuple[Buffer, ...]
 
 
 class DDP(Module):
@@ -317,7 +305,7 @@ class DDP(Module):
         self._pending = PendingBackwards()
         self._tree = TreeSnapshot(self.module)
         self._trained = {id(parameter): name for name, parameter in trained.items()}
-        self._state = _ModuleState(
+        self._state = WrappedState(
             parameters=tuple(named.values()),
             frozen=tuple(item for item in named.values() if id(item) not in self._trained),
             buffers=tuple(self.module.buffers()),
@@ -394,7 +382,7 @@ class DDP(Module):
         for name, parameter in frozen.items():
             parameter.name = name
         self._check_frozen(frozen.values())
-        self._state = _ModuleState(
+        self._state = WrappedState(
             parameters=tuple(named.values()), frozen=tuple(frozen.values()), buffers=tuple(self.module.buffers())
         )
         self._tree = TreeSnapshot(self.module)
