@@ -158,7 +158,7 @@ FAULTS = {
         Plain(lambda x: object()),
         None,
     ),
-    r"stage 0 \(Plain\) returned float32 \(2, 2\) for microbatch 1, and float64 \(2, 2\) for an earlier one": (
+    r"stage 0 \(Plain\) returned array of float32 for microbatch 1, and array of float64 for an earlier one": (
         Plain(drifting),
         None,
     ),

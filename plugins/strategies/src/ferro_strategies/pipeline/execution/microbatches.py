@@ -52,6 +52,8 @@ def split_batch(batch: Batch | None, microbatches: int, role: str) -> list[Array
         )
     if len({*rows}) > 1:
         raise UsageError(f"the arrays of the {role} have different numbers of rows, {rows}: {describe(batch)}.")
+    if len(arrays) == 1 and arrays[0] is batch:
+        return _split(batch, microbatches)
     whole = structure(batch)
     columns = [_split(leaf, microbatches) for leaf in whole.flatten(batch)]
     return [whole.unflatten([column[number] for column in columns]) for number in range(microbatches)]
