@@ -19,6 +19,7 @@ from ferro_strategies.optim import (
     decay_groups,
     matrices_and_others,
 )
+from ferro_strategies.tensor_parallel import ColumnParallelLinear, RowParallelLinear, full_state_dict, parallelize
 
 RNG = np.random.default_rng(0)
 X, T = RNG.standard_normal((6, 4, 3)), RNG.standard_normal((6, 4, 2))
@@ -208,3 +209,49 @@ def test_every_norm_is_that_of_the_whole_model(norm_type):
             np.testing.assert_allclose(parameter.grad, part, rtol=1e-10)
 
     ferro.simulate(run, 4, timeout_s=20)
+
+
+# -- tensor parallelism ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_from_before_parallelize_is_cut_with_the_parameters(name):
+    make = OPTIMIZERS[name]
+    plan = {"layers.0": ColumnParallelLinear.from_serial, "layers.3": RowParallelLinear.from_serial}
+
+    def run(group, fsdp):
+        mesh = DeviceMesh((2, 2 if fsdp else 1), ("tp", "dp"), group)
+        net = build()
+        net.layers[1:2] = []  # a LayerNorm would have to see all columns
+        optimizer = make(net)
+        optimizer.follow(CosineSchedule(8))
+        train(net, optimizer, range(3))
+        model = parallelize(net, mesh["tp"], {"layers.0": plan["layers.0"], "layers.2": plan["layers.3"]})
+        if fsdp:
+            model = FSDP(model, mesh["dp"])
+        train(model, optimizer, range(3, 6), slice(mesh["dp"].rank, None, 2 if fsdp else None))
+        return model.full_optimizer_state_dict(optimizer), full_state_dict(model, model.state_dict())
+
+    net = build()
+    net.layers[1:2] = []
+    optimizer = make(net)
+    optimizer.follow(CosineSchedule(8))
+    train(net, optimizer, range(6))
+    for fsdp in (False, True):
+        for state, values in ferro.simulate(lambda group, f=fsdp: run(group, f), 4 if fsdp else 2, timeout_s=20):
+            same(values, net.state_dict())
+            same(state, net.full_optimizer_state_dict(optimizer))
+
+
+def test_parameters_that_parallelize_replaces_by_others_are_refused_at_the_step():
+    def run(group):
+        net = build()
+        optimizer = SGD(net, 0.1)
+        model = parallelize(
+            net, group, {"layers.3": lambda layer, _: nn.Linear(5, 2, bias=False, dtype=np.float64, rng=0)}
+        )
+        with pytest.raises(ferro.UsageError, match=r"the model no longer has: .* Make the SGD from the parameters"):
+            optimizer.step()
+        SGD(model, 0.1).step()
+
+    ferro.simulate(run, 2, timeout_s=20)

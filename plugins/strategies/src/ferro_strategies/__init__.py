@@ -1,8 +1,10 @@
 """Parallel strategies, with the module contract, layers and optimizers that they work on."""
 
 from . import hooks, nn, optim, pipeline, tensor_parallel
+from .context_parallel import ContextParallel
 from .ddp import DDP
-from .dtensor import DTensor, Partial, Replicate, Shard, distribute
+from .dtensor import DistributedGenerator, DTensor, Partial, Replicate, Shard, distribute
+from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
 from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
@@ -14,11 +16,15 @@ from .sync_batchnorm import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, Syn
 __all__ = [
     "DDP",
     "FSDP",
+    "ContextParallel",
     "DTensor",
     "DeviceMesh",
+    "DistributedGenerator",
+    "ExpertParallel",
     "FlatShard",
     "GlobalLoss",
     "MixedPrecision",
+    "MoE",
     "Partial",
     "Pipeline",
     "Replicate",

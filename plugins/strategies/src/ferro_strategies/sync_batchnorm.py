@@ -126,14 +126,7 @@ def convert_sync_batchnorm(module: Module, group: ProcessGroup) -> Module:
 
 
 def _converted(norm: BatchNorm, group: ProcessGroup) -> SyncBatchNorm:
-    new = SyncBatchNorm(
-        norm.num_features,
-        group,
-        eps=norm.eps,
-        momentum=norm.momentum,
-        affine=norm.weight is not None,
-        dtype=norm.running_mean.data.dtype,
-    )
+    new = SyncBatchNorm(norm.num_features, group, eps=norm.eps, momentum=norm.momentum, affine=norm.weight is not None)
     new.weight, new.bias = norm.weight, norm.bias
     new.running_mean, new.running_var = norm.running_mean, norm.running_var
     new.num_batches_tracked = norm.num_batches_tracked

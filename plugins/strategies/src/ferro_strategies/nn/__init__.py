@@ -8,18 +8,22 @@ from .batchnorm import BatchNorm
 from .checkpoint import Checkpoint
 from .containers import Residual, Sequential
 from .convolution import Conv1d, Conv2d
+from .cross_attention import CrossAttention
+from .deferral import deferring
 from .dropout import Dropout
 from .elementwise_losses import binary_cross_entropy_with_logits, l1_loss, mse_loss, smooth_l1_loss
 from .embedding import Embedding
 from .gradcheck import check_gradients
+from .groupnorm import GroupNorm
 from .initialization import DeferredValue, deferred, drawn
 from .layernorm import LayerNorm, RMSNorm
 from .linear import Flatten, Linear
 from .losses import cross_entropy, nll_loss
 from .module import Module, Pullback, replace_modules
 from .module_tree import Buffer
-from .parameter import Parameter, Split, Use, deferring
+from .parameter import Parameter, Use
 from .pooling import AvgPool2d, MaxPool2d
+from .split import Split
 from .transposed_convolution import ConvTranspose2d
 from .trees import Arrays
 from .unembedding import Unembedding
@@ -38,10 +42,12 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvTranspose2d",
+    "CrossAttention",
     "DeferredValue",
     "Dropout",
     "Embedding",
     "Flatten",
+    "GroupNorm",
     "LayerNorm",
     "Linear",
     "MaxPool2d",

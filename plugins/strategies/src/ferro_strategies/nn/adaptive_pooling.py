@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from .arguments import Sizes, check_real
@@ -31,13 +32,14 @@ class AdaptiveAvgPool2d(Module):
         xp, x_shape = namespace_of(x), x.shape
         y: Array = xp.empty((*x_shape[:2], *self.output_size), x.dtype)
         for cell, part in self._parts(x):
-            y[cell] = row_sums(part.reshape(*x_shape[:2], -1)) / part[0, 0].size if part.size else 0
+            size = math.prod(part.shape[2:])
+            y[cell] = row_sums(part.reshape(*x_shape[:2], size)) / size
 
         def pullback(grad_y: Array) -> Array:
             check_gradient(self, grad_y, y.shape)
             grad_x: Array = xp.zeros(x_shape, wide_dtype(grad_y.dtype))
             for cell, part in self._parts(grad_x):
-                part += (grad_y[cell].astype(part.dtype) / max(part[:1, :1].size, 1))[..., None, None]
+                part += (grad_y[cell].astype(part.dtype) / math.prod(part.shape[2:]))[..., None, None]
             with quiet_overflow(grad_y.dtype):
                 return grad_x.astype(grad_y.dtype, copy=False)
 
@@ -70,10 +72,10 @@ class AdaptiveMaxPool2d(Module):
         places: list[Array] = []
         numbers = xp.broadcast_to(xp.arange(height * width).reshape(height, width), x.shape)
         for (cell, part), (_, number) in zip(self._parts(x), self._parts(numbers), strict=True):
-            rows = part.reshape(n * c, -1)
+            rows = part.reshape(n * c, math.prod(part.shape[2:]))
             place = rows.argmax(axis=1)
             images = xp.arange(n * c)
-            places.append(number.reshape(n * c, -1)[images, place])
+            places.append(number.reshape(rows.shape)[images, place])
             y[cell] = rows[images, place].reshape(n, c)
 
         def pullback(grad_y: Array) -> Array:

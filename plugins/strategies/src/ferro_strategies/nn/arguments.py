@@ -6,12 +6,13 @@ import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, namespace_of, wide_dtype
+from .arrays import Array, namespace_of
 
 # One whole number for all dimensions, or one for each.
 Sizes = SupportsIndex | Sequence[SupportsIndex]
@@ -56,13 +57,14 @@ def trailing_shape(layer: str, name: str, value: Sizes) -> tuple[int, ...]:
 
 def is_floating(dtype: npt.DTypeLike) -> bool:
     """Say whether `dtype` is of real floating-point numbers, those of ml_dtypes included."""
-    dtype = np.dtype(dtype)
-    if dtype.kind in "iubcOSU":
-        return False
+    kind = np.dtype(dtype).kind
+    if kind != "V":  # that of the dtypes of ml_dtypes
+        return kind == "f"
     try:
-        return wide_dtype(dtype).kind == "f"
-    except TypeError:
+        ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    except ValueError:
         return False
+    return True
 
 
 def check_real_dtype(layer: str, dtype: npt.DTypeLike) -> None:
@@ -73,6 +75,17 @@ def check_real_dtype(layer: str, dtype: npt.DTypeLike) -> None:
     """
     if not is_floating(dtype):
         raise UsageError(f"{layer}: dtype must be of real floating-point numbers, got {np.dtype(dtype)}.")
+
+
+def check_floating(layer: object, x: Array) -> None:
+    """Refuse an input of integers or booleans.
+
+    Raises:
+        UsageError: `x` is no plain array, or neither real nor complex floating-point numbers.
+    """
+    namespace_of(x)
+    if x.dtype.kind not in "fc":
+        check_real(layer, x)
 
 
 def check_real(layer: object, x: Array, what: str = "input") -> None:

@@ -16,7 +16,7 @@ from .arrays import Array, namespace_of, quiet_overflow, wide_dtype
 from .checks import check_dtype, check_gradient, check_input
 from .module import Buffer, Module, Pullback
 from .parameter import Parameter
-from .sums import column_dots, column_sums, row_dots, row_sums
+from .sums import channel_dots, channel_sums
 
 
 class BatchNorm(Module):
@@ -95,7 +95,7 @@ class BatchNorm(Module):
             grad = namespace_of(x).ascontiguousarray(grad_y.reshape(shape), wide)
             # The sums of grad and grad * xhat are the gradients of bias and weight; the input's gradient needs them
             # too, because the batch's mean and variance depend on every value.
-            sums = namespace_of(grad).stack((_channel_sum(grad), _channel_dot(grad, normal.xhat)))
+            sums = namespace_of(grad).stack((channel_sums(grad), channel_dots(grad, normal.xhat)))
             whole = self._sum_over_batch(sums) if normal.count else sums
             scale = normal.inverse
             if weight is not None and bias is not None:
@@ -120,9 +120,9 @@ class BatchNorm(Module):
     def _by_batch(self, values: Array) -> _Normalised:
         """Normalise (N, C, L) by the batch's statistics, and update the running ones."""
         count = values.shape[0] * values.shape[2]
-        mean = _channel_sum(values) / max(count, 1)
+        mean = channel_sums(values) / max(count, 1)
         xhat = values - mean[:, None]
-        own = Moments(count=count, mean=mean, m2=_channel_dot(xhat, xhat))
+        own = Moments(count=count, mean=mean, m2=channel_dots(xhat, xhat))
         batch = self._merge(own)
         if batch.count < 2:
             raise UsageError(
@@ -319,17 +319,3 @@ def _input_gradient(normal: _Normalised, grad: Array, sums: Array, scale: Array)
     grad_x -= by_mean[:, None]
     grad_x *= scale[:, None]
     return grad_x
-
-
-def _channel_sum(a: Array) -> Array:
-    """Sum over all but the channels: (N, C, L) -> (C,)."""
-    return column_sums(row_sums(a))
-
-
-def _channel_dot(a: Array, b: Array) -> Array:
-    """Sum a * b over all but the channels, without making that product: (N, C, L) -> (C,)."""
-    n, c, length = a.shape
-    if length == 1:
-        return column_dots(a.reshape(n, c), b.reshape(n, c))
-    by_row = row_dots(a.reshape(n * c, length), b.reshape(n * c, length))
-    return column_sums(by_row.reshape(n, c))

@@ -176,10 +176,10 @@ def convolve(
         return by_group(weight.data.reshape(outer, -1))
 
     with quiet_overflow(dtype):
-        y = wide_matmul(kernels(), by_group(windows.gather(x))).reshape(outer, -1)
+        by_channel = wide_matmul(kernels(), by_group(windows.gather(x))).reshape(outer, n * down * across)
         if bias is not None:
-            y += bias.data[:, None]
-        y = y.astype(dtype, copy=False).reshape(outer, n, down, across).transpose(1, 0, 2, 3)
+            by_channel += bias.data[:, None]
+        y = by_channel.astype(dtype, copy=False).reshape(outer, n, down, across).transpose(1, 0, 2, 3)
 
     def pull(grad_y: Array) -> Array:
         grad_rows = grad_y.transpose(1, 0, 2, 3).reshape(outer, n * down * across)

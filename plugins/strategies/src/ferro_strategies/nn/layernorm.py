@@ -57,10 +57,7 @@ class LayerNorm(Module):
         dtype, x_shape, size = x.dtype, x.shape, rows.shape[1]
         weight = self.weight.use() if self.weight is not None else None
         bias = self.bias.use() if self.bias is not None else None
-        xhat = rows - rows.mean(axis=1, keepdims=True)
-        var = _row_mean(xhat, xhat)
-        inverse = 1 / namespace_of(x).sqrt(var + self.eps)
-        xhat *= inverse
+        xhat, inverse = normalised(rows, self.eps)
         y = xhat
         if weight is not None:
             y = xhat * weight.data.reshape(size)
@@ -75,10 +72,7 @@ class LayerNorm(Module):
                 sums = namespace_of(grad).stack((column_sums(grad), column_dots(grad, xhat)))
                 summed = self._sum_over_positions(sums)
                 grad = grad * weight.data.reshape(size)
-            grad_x: Array = xhat * -_row_mean(grad, xhat)
-            grad_x += grad
-            grad_x -= grad.mean(axis=1, keepdims=True)
-            grad_x *= inverse
+            grad_x = normalised_gradient(grad, xhat, inverse)
             if summed is not None:
                 for use, total in zip((bias, weight), summed(), strict=True):
                     if use is not None:
@@ -158,6 +152,23 @@ class RMSNorm(Module):
     def __repr__(self) -> str:
         affine = "" if self.weight is not None else ", elementwise_affine=False"
         return f"RMSNorm({self.normalized_shape}, eps={self.eps}{affine})"
+
+
+def normalised(rows: Array, eps: float) -> tuple[Array, Array]:
+    """Subtract the mean of each row, and divide by its deviation: (n, m) -> (n, m), and 1 / deviation, (n, 1)."""
+    xhat = rows - rows.mean(axis=1, keepdims=True)
+    inverse: Array = 1 / namespace_of(rows).sqrt(_row_mean(xhat, xhat) + eps)
+    xhat *= inverse
+    return xhat, inverse
+
+
+def normalised_gradient(grad: Array, xhat: Array, inverse: Array) -> Array:
+    """Compute the gradient of the rows from that of their normalised values."""
+    grad_x: Array = xhat * -_row_mean(grad, xhat)
+    grad_x += grad
+    grad_x -= grad.mean(axis=1, keepdims=True)
+    grad_x *= inverse
+    return grad_x
 
 
 def _rows(layer: Module, x: Array, shape: tuple[int, ...], weight: Parameter | None) -> Array:

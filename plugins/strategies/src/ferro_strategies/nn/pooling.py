@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy.typing as npt
+
 from ferro.errors import UsageError
 
 from .arguments import Sizes, check_real
@@ -98,13 +100,17 @@ class AvgPool2d(Module):
 
         return total.astype(x.dtype, copy=False), pullback
 
-    def _counts(self, x: Array, wide: object) -> Array:
+    def _counts(self, x: Array, wide: npt.DTypeLike) -> Array:
         """Count the pixels of each window: (H', W'), or () where all windows have as many."""
         xp, windows = namespace_of(x), self.windows
         if self.count_include_pad or windows.padding == (0, 0):
-            return xp.asarray(math.prod(windows.kernel), wide)  # type: ignore[no-any-return]
-        ones = windows.padded(xp.ones((1, 1, *x.shape[2:]), wide))
-        return sum(tap[0, 0] for tap in windows.taps(ones))  # type: ignore[return-value]
+            counts: Array = xp.full((), math.prod(windows.kernel), wide)
+            return counts
+        first, *others = windows.taps(windows.padded(xp.ones((1, 1, *x.shape[2:]), wide)))
+        counts = first[0, 0].copy()
+        for tap in others:
+            counts += tap[0, 0]
+        return counts
 
     def __repr__(self) -> str:
         count = "" if self.count_include_pad else ", count_include_pad=False"

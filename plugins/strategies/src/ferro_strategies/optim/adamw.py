@@ -59,7 +59,7 @@ class AdamW(Optimizer):
     def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
         state["t"] += 1
         t, data, xp = int(state["t"]), parameter.data, namespace_of(parameter.data)
-        lr, (beta1, beta2), eps, decay = (settings[key] for key in ("lr", "betas", "eps", "weight_decay"))
+        lr, (beta1, beta2), eps, decay = settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"]
         step = lr / (1 - beta1**t)
         root_correction = math.sqrt(1 - beta2**t)
         for scratch, p, grad_block, m, v in update_blocks(data, grad, [state["m"], state["v"]], state.get(MASTER)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -16,6 +17,10 @@ _CPU_BLOCK = 1 << 15
 _GPU_BLOCK = 1 << 24
 
 
+# `wide_dtype`, which takes long to compute, from a table.
+cached_wide_dtype = cache(wide_dtype)
+
+
 def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
     """Cut C-contiguous arrays of one size into matching blocks, and add a scratch block.
 
@@ -26,14 +31,20 @@ def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
         the same memory each time, of the dtype of `data`, with arbitrary content.
     """
     xp = namespace_of(data)
-    flat = [_flat(array) for array in (data, *others)]
-    count = flat[0].size
-    if any(array.size != count for array in flat):
-        raise UsageError(f"blocks: the arrays have shapes {[array.shape for array in (data, *others)]}, not one.")
-    size = min(count, _CPU_BLOCK if xp is np else _GPU_BLOCK)
-    scratch = xp.empty(size, flat[0].dtype)
-    for start in range(0, count, max(size, 1)):
-        parts = [array[start : start + size] for array in flat]
+    flat = [array.reshape(array.size) for array in (data, *others)]
+    if data.dtype.kind == "c":
+        flat = [array.view(array.real.dtype) for array in flat]
+    count, limit = flat[0].size, _CPU_BLOCK if xp is np else _GPU_BLOCK
+    for array in flat:
+        if array.size != count:
+            raise UsageError(f"blocks: the arrays have shapes {[array.shape for array in (data, *others)]}, not one.")
+    scratch = xp.empty(min(count, limit), flat[0].dtype)
+    if count <= limit:
+        if count:
+            yield (scratch, *flat)
+        return
+    for start in range(0, count, limit):
+        parts = [array[start : start + limit] for array in flat]
         yield (scratch[: parts[0].size], *parts)
 
 
@@ -55,13 +66,16 @@ def update_blocks(
     Yields:
         (scratch, block of the value, block of the gradient, block of each state).
     """
-    wide = wide_dtype(data.dtype)
+    wide = cached_wide_dtype(data.dtype)
     if data.dtype == wide:
-        if grad.dtype == wide:
-            yield from blocks(data, grad, *states)
-            return
-        grad = grad.astype(wide)
-    xp = namespace_of(data)
+        return blocks(data, grad if grad.dtype == wide else grad.astype(wide), *states)
+    return _half_blocks(data, grad, states, master)
+
+
+def _half_blocks(
+    data: Array, grad: Array, states: Sequence[Array], master: Array | None
+) -> Iterator[tuple[Array, ...]]:
+    xp, wide = namespace_of(data), cached_wide_dtype(data.dtype)
     for _, half, g, *rest in blocks(data, grad, *([] if master is None else [master]), *states):
         p = half.astype(wide) if master is None else rest.pop(0)
         if master is not None:
@@ -76,8 +90,3 @@ def _follow(master: Array, half: Array) -> None:
         changed = master.astype(half.dtype) != half
     if changed.any():
         master[changed] = half[changed]
-
-
-def _flat(array: Array) -> Array:
-    flat = array.reshape(array.size)
-    return flat.view(flat.real.dtype) if flat.dtype.kind == "c" else flat

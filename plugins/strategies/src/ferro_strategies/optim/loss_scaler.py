@@ -16,6 +16,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
+from ..nn.trees import Arrays, map_leaves
 from .blocks import blocks
 from .optimizer import Optimizer
 
@@ -101,11 +102,15 @@ class LossScaler:
         finally:
             self._listener = None
 
-    def scale(self, grad: Array) -> Array:
+    def scale(self, grad: Arrays) -> Arrays:
         """Multiply the loss's gradient by the scale, in its own dtype, for the pullback."""
+
+        def scaled(leaf: Array) -> Array:
+            product: Array = leaf.astype(wide_dtype(leaf.dtype), copy=False) * self.current_scale
+            return product.astype(leaf.dtype, copy=False)
+
         with np.errstate(over="ignore"):  # an overflow makes `step` skip
-            scaled: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * self.current_scale
-            return scaled.astype(grad.dtype, copy=False)
+            return map_leaves(scaled, grad)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimizer by the scale, in place, before its step.

@@ -9,8 +9,9 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, wide_dtype
-from ..nn.parameter import Parameter
+from ..nn.arrays import Array
+from ..nn.parameter import Parameter, check_step
+from .blocks import cached_wide_dtype
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule
 from .state import ParameterState
@@ -68,6 +69,7 @@ class Optimizer(ParameterState):
         for listener in tuple(self._listeners):
             listener()
         self.check_fits()
+        check_step(self.parameters, max(self.lrs, default=0.0))
         if self._schedule is not None and self.lrs != self._scheduled_lrs:
             raise UsageError(
                 f"{type(self).__name__}: lr was changed to {self.lrs} while it follows a schedule, which would change "
@@ -79,7 +81,7 @@ class Optimizer(ParameterState):
                 grad, state = parameter.grad, self.state[index]
                 if grad is not None:
                     if not state:
-                        state.update(self.initial_state(index))
+                        state.update(self._new_state(parameter, group))
                     self._update(parameter, grad, state, group.settings)
                 index += 1
         self._schedule_step += 1
@@ -116,18 +118,12 @@ class Optimizer(ParameterState):
 
     def initial_state(self, index: int) -> dict[str, Array]:
         """Make the state that the parameter at this position has before its first step."""
-        parameter = self.parameters[index]
-        data = parameter.data
-        state = self._initial_state(parameter, self._group_of(index).settings)
-        wide = wide_dtype(data.dtype)
-        if self.master_weights and wide != data.dtype:
-            state[MASTER] = data.astype(wide)
-        return state
+        return self._new_state(self.parameters[index], self._group_of(index))
 
     def keeps_state(self, index: int) -> bool:
         """Say whether the parameter at this position has state after its first step."""
         dtype = self.parameters[index].data.dtype
-        has_master = self.master_weights and wide_dtype(dtype) != dtype
+        has_master = self.master_weights and cached_wide_dtype(dtype) != dtype
         return has_master or self._keeps_state(self._group_of(index).settings)
 
     def settings_state(self) -> dict[str, Array]:
@@ -204,6 +200,13 @@ class Optimizer(ParameterState):
         if self._schedule is not None:
             factor = float(self._schedule(self._schedule_step))
             self.lrs = self._scheduled_lrs = [lr * factor for lr in self._base_lrs]
+
+    def _new_state(self, parameter: Parameter, group: ParameterGroup) -> dict[str, Array]:
+        state, data = self._initial_state(parameter, group.settings), parameter.data
+        wide = cached_wide_dtype(data.dtype)
+        if self.master_weights and wide != data.dtype:
+            state[MASTER] = data.astype(wide)
+        return state
 
     def _group_of(self, index: int) -> ParameterGroup:
         """Find the group of the parameter at this position."""

@@ -58,7 +58,8 @@ class SGD(Optimizer):
 
     def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
         data, xp = parameter.data, namespace_of(parameter.data)
-        lr, momentum, weight_decay, nesterov = (settings[k] for k in ("lr", "momentum", "weight_decay", "nesterov"))
+        lr, momentum, weight_decay = settings["lr"], settings["momentum"], settings["weight_decay"]
+        nesterov = settings["nesterov"]
         moments = [state["momentum"]] if "momentum" in state else []
         for scratch, p, g, *rest in update_blocks(data, grad, moments, state.get(MASTER)):
             descent = g

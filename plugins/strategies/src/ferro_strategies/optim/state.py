@@ -11,9 +11,10 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, namespace_of, wide_dtype
+from ..nn.arrays import Array, namespace_of
 from ..nn.checks import first_few
 from ..nn.parameter import Parameter
+from .blocks import cached_wide_dtype
 
 # The name in a state dict that says that a parameter has no state yet.
 FRESH = "fresh"
@@ -156,9 +157,13 @@ class ParameterState(ABC):
         Raises:
             UsageError: a shape or a dtype differs, or a parameter was replaced by others; nothing was changed.
         """
-        for index, (parameter, arrays) in enumerate(zip(self.parameters, self.state, strict=True)):
+        for parameter, arrays in zip(self.parameters, self.state, strict=True):
             if arrays:
-                self._check_arrays(index, parameter.data, arrays)
+                data = parameter.data
+                shape, dtype = data.shape, cached_wide_dtype(data.dtype)
+                for name, array in arrays.items():
+                    if (array.shape != shape or array.dtype != dtype) and name not in self.whole_arrays:
+                        raise self._misfit(parameter, name, array)
         if self._retired:
             names = ", ".join(first_few([repr(name) for name in self._retired.values()]))
             raise UsageError(
@@ -210,24 +215,15 @@ class ParameterState(ABC):
                 return f"of {type(self).__name__}: {', '.join(parts) or 'none yet'}"
         return ""
 
-    def state_array_fits(self, name: str, array: Array, data: Array) -> bool:
-        """Say whether an array of the state belongs to this value of the parameter, by shape and dtype."""
-        if name in self.whole_arrays:
-            return True
-        return array.shape == data.shape and array.dtype == _wide(data.dtype)
-
     # -- inside ----------------------------------------------------------------------------------
 
-    def _check_arrays(self, index: int, data: Array, arrays: dict[str, Array]) -> None:
-        for name, array in arrays.items():
-            if not self.state_array_fits(name, array, data):
-                parameter = self.parameters[index]
-                raise UsageError(
-                    f"{type(self).__name__}: the state {name!r} of parameter {parameter.name or index!r} is "
-                    f"{array.dtype} {array.shape}, and the parameter now holds {data.dtype} {data.shape}. "
-                    "Something replaced its value after the state was made or loaded: make the "
-                    f"{type(self).__name__} after that, and load the state then. Nothing was updated."
-                )
+    def _misfit(self, parameter: Parameter, name: str, array: Array) -> UsageError:
+        data, own = parameter.data, type(self).__name__
+        return UsageError(
+            f"{own}: the state {name!r} of parameter {parameter.name!r} is {array.dtype} {array.shape}, and the "
+            f"parameter now holds {data.dtype} {data.shape}. Something replaced its value after the state was made or "
+            f"loaded: make the {own} after that, and load the state then. Nothing was updated."
+        )
 
     def _checked_arrays(
         self, index: int, name: str, given: Mapping[str, Array], *, complete: bool
@@ -246,17 +242,6 @@ class ParameterState(ABC):
             else:
                 here[...] = namespace_of(here).asarray(there)
         return initial, faults
-
-
-_WIDE: dict[np.dtype, np.dtype] = {}
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    """Return `wide_dtype(dtype)`, which takes long to compute, from a table."""
-    wide = _WIDE.get(dtype)
-    if wide is None:
-        wide = _WIDE[dtype] = wide_dtype(dtype)
-    return wide
 
 
 def _sample(array: Array) -> str:

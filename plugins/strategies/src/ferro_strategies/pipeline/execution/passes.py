@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from ...nn.deferral import deferring
 from ...nn.module import Module, Pullback
-from ...nn.parameter import deferring
 from ...nn.trees import Arrays, has_gradient
 from ..schedules.schedule import Action, Kind
 from .loss import Loss, LossOfMicrobatches, LossTotals
