@@ -214,3 +214,34 @@ def test_buffers_of_replicas_start_each_step_equal():
         np.testing.assert_allclose(kept, 0.9 * first + 0.1 * own, rtol=1e-12)
         np.testing.assert_allclose(also, 0.9 * first + 0.1 * other, rtol=1e-12)
         first = kept
+
+
+@pytest.mark.parametrize("wrap", [DDP, FSDP])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_replicas_of_a_stage_may_have_nothing_to_train(wrap, frozen):
+    x, t = np.random.default_rng(0).standard_normal((4, 3)), np.zeros((4, 2))
+
+    def last():
+        stage = Linear(2, 2, dtype=np.float64, rng=1) if frozen else nn.GELU()
+        for item in stage.parameters():
+            item.requires_grad = False
+        return Sequential(stage, BatchNorm(2, affine=False, dtype=np.float64))
+
+    def run(world):
+        mesh = DeviceMesh((2, 2), ("dp", "pp"), world)
+        stage = Linear(3, 2, dtype=np.float64, rng=0) if mesh["pp"].rank == 0 else last()
+        pipeline = Pipeline([wrap(stage, mesh["dp"])], mesh["pp"], microbatches=1)
+        optimizer = optim.AdamW(pipeline.parameters(), 0.1)
+        part = slice(mesh["dp"].rank, None, 2)
+        loss = pipeline.step(x[part], t[part], mse_loss)
+        norm = optim.clip_grad_norm(pipeline.parameters(), 1.0)
+        optimizer.step()
+        pipeline.zero_grad()
+        return loss, norm, pipeline.state_dict()
+
+    results = simulate(run, 4)
+    (first, norm, state), (_, same, _), (other, _, also), _ = results
+    assert norm == same > 0
+    assert first != other
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, also[name])
