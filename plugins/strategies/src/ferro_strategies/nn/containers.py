@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Self, SupportsIndex, overload
 
+import numpy as np
+
 from ferro.errors import UsageError
 
 from .arrays import Array
@@ -95,7 +97,7 @@ class Sequential(Module):
         """
         parts: list[tuple[Module, Pullback, Shapes]] = []
         for layer in self.layers:
-            taken = shapes_of(x)
+            taken = x.shape if type(x) is np.ndarray else shapes_of(x)
             x, pull = layer.vjp(x)
             parts.append((layer, pull, taken))
         depth, shape = len(parts), shapes_of(x)
@@ -109,10 +111,11 @@ class Sequential(Module):
                 while parts and grad is not None:
                     layer, pull, taken = parts[-1]
                     # A layer that refuses the output's gradient leaves the pullback as it was, to be run again.
-                    passed = pull(grad)
+                    grad = pull(grad)
                     parts.pop()
-                    check_input_gradient(layer, passed, taken)
-                    grad = passed if has_gradient(passed) else None
+                    if type(grad) is not np.ndarray or grad.shape != taken:
+                        check_input_gradient(layer, grad, taken)
+                        grad = grad if has_gradient(grad) else None
             # No gradient comes to the modules before indices, so their activations and uses are not needed any more.
             parts.clear()
             return grad

@@ -18,6 +18,7 @@ from .module_state import ModuleState
 from .module_tree import Buffer as Buffer
 from .module_tree import Item, walk
 from .parameter import Parameter
+from .summary import summarize
 from .trees import Arrays
 
 # A function from the output's gradient to the input's, or to None for an input such as indices. Where input or output
@@ -91,6 +92,15 @@ class Module(ModuleState):
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
         return ((name, item) for name, item in walk(self) if isinstance(item, Module))
+
+    def summary(self) -> str:
+        """Write a table of all parameters and buffers: shapes, dtypes, the pieces of this rank, and bytes.
+
+        It works with every strategy and communicates nothing; under a pipeline each rank lists its own stages.
+
+        print(model.summary())
+        """
+        return summarize(self)
 
     def materialize(self) -> Self:
         """Draw the values of all parameters that were built inside `deferred()`; returns the module."""
@@ -185,7 +195,7 @@ class TreeSnapshot:
 
     def __init__(self, root: Module) -> None:
         self._root = root
-        self._items = list(walk(root))
+        self._items = walk(root)
         self._containers: list[Iterable[object]] = []
         seen: set[int] = set()
 
@@ -209,7 +219,7 @@ class TreeSnapshot:
     def changes(self) -> TreeChanges:
         """Name the modules, parameters, buffers and generators that came and went since the snapshot."""
         before = {id(item) for _, item in self._items}
-        now = list(walk(self._root))
+        now = walk(self._root)
         present = {id(item) for _, item in now}
         return TreeChanges(
             added=[(name, item) for name, item in now if id(item) not in before],

@@ -46,7 +46,7 @@ class ModuleState(ModuleBase):
         return self._set_training(False)
 
     def _set_training(self, training: bool) -> Self:
-        for _, item in list(members(self, ModuleState.train, ModuleState.eval)):
+        for _, item in members(self, ModuleState.train, ModuleState.eval):
             if isinstance(item, Part):
                 _ = _state(item).train() if training else _state(item).eval()
             elif isinstance(item, ModuleBase):

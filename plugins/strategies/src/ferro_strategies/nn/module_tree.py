@@ -7,7 +7,6 @@ from abc import ABC
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -72,36 +71,46 @@ class Part:
         return f"{self.name}." if self.name else ""
 
 
-def walk(root: ModuleBase) -> Iterator[tuple[str, Item]]:
-    """Yield all modules, parameters, buffers and generators from `root` on, each once, depth first."""
-    return ((name, item) for name, item in members(root) if not isinstance(item, Part))
+def walk(root: ModuleBase) -> list[tuple[str, Item]]:
+    """List all modules, parameters, buffers and generators from `root` on, each once, depth first."""
+    return cast(list[tuple[str, Item]], members(root))  # without methods there is no Part
 
 
-def members(root: ModuleBase, *methods: Callable[..., object]) -> Iterator[tuple[str, Item | Part]]:
-    """Walk from `root` on, and yield a `Part` for a submodule, not for the root, whose class overrides a method.
+def members(root: ModuleBase, *methods: Callable[..., object]) -> list[tuple[str, Item | Part]]:
+    """Walk from `root` on, and list a `Part` for a submodule, not for the root, whose class overrides a method.
 
     Args:
         root: the module.
-        methods: methods of the base class. The walk does not enter a submodule that overrides one of them.
+        methods: methods of the base class. The walk does not enter such a submodule.
     """
+    # Training walks the tree in every step, as in zero_grad. So the walk makes a list, which costs less than nested
+    # generators, and looks up the kind of an object by its class.
     seen: dict[int, str] = {}
+    found: list[tuple[str, Item | Part]] = []
 
-    def visit(name: str, value: object) -> Iterator[tuple[str, Item | Part]]:
-        if isinstance(value, _ITEMS):
+    def visit(name: str, value: Any, kind: _Kind) -> None:
+        if kind is _Kind.ITEM or kind is _Kind.MODULE:
             if id(value) in seen:
                 return
-            if methods and isinstance(value, ModuleBase) and value is not root and _overrides(type(value), methods):
-                yield name, _part(name, value, seen)
+            if methods and kind is _Kind.MODULE and value is not root and _overrides(value, methods):
+                found.append((name, _part(name, value, seen)))
                 return
             seen[id(value)] = name
-            yield name, value
-        for key, child in children(value, name):
-            if isinstance(value, ModuleBase) and value.transparent and isinstance(child, ModuleBase):
-                yield from visit(name, child)
+            found.append((name, value))
+            if kind is _Kind.ITEM:
+                return
+        transparent = kind is _Kind.MODULE and value.transparent
+        for key, child in _children_of(value, kind, name):
+            child_kind = _kind_of(child)
+            if child_kind is None:
+                continue
+            if transparent and child_kind is _Kind.MODULE:
+                visit(name, child, child_kind)
             else:
-                yield from visit(f"{name}.{key}" if name else key, child)
+                visit(f"{name}.{key}" if name else str(key), child, child_kind)
 
-    return visit("", root)
+    visit("", root, _Kind.MODULE)
+    return found
 
 
 def children(value: object, name: str = "") -> Iterator[tuple[str, object]]:
@@ -110,17 +119,23 @@ def children(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     Raises:
         UsageError: a set, or an array of objects, holds a part of a module; it is called `name`.
     """
-    kind = _container_kind(type(value))  # type: ignore[arg-type]  # classes are hashable
+    kind = _kind_of(value)
+    if kind is not None:
+        yield from ((str(key), item) for key, item in _children_of(value, kind, name))
+
+
+def _children_of(value: Any, kind: _Kind, name: str) -> Iterable[tuple[object, object]]:
     if kind is _Kind.MODULE:
-        yield from vars(value).items()
-    elif kind is _Kind.MAPPING:
-        yield from ((str(key), item) for key, item in cast(Mapping[object, object], value).items())
-    elif kind is _Kind.SEQUENCE:
-        yield from ((str(index), item) for index, item in enumerate(cast(Sequence[object], value)))
-    elif kind is _Kind.SET:
-        _check_holds_no_part(cast(Iterable[object], value), "a set", name)
-    elif kind is _Kind.ARRAY and cast(Array, value).dtype.kind == "O":
-        _check_holds_no_part(cast(Array, value).flat, "an array of objects", name)
+        return cast(Iterable[tuple[object, object]], vars(value).items())
+    if kind is _Kind.MAPPING:
+        return cast(Iterable[tuple[object, object]], value.items())
+    if kind is _Kind.SEQUENCE:
+        return enumerate(value)
+    if kind is _Kind.SET:
+        _check_holds_no_part(value, "a set", name)
+    elif kind is _Kind.ARRAY and value.dtype.kind == "O":
+        _check_holds_no_part(value.flat, "an array of objects", name)
+    return ()
 
 
 def _check_holds_no_part(container: Iterable[object], kind: str, name: str) -> None:
@@ -133,36 +148,49 @@ def _check_holds_no_part(container: Iterable[object], kind: str, name: str) -> N
 
 
 class _Kind(enum.Enum):
-    """The kinds of objects that a walk looks into."""
+    """The kinds of objects that a walk looks at."""
 
     MODULE = enum.auto()
+    ITEM = enum.auto()
     MAPPING = enum.auto()
     SEQUENCE = enum.auto()
     SET = enum.auto()
     ARRAY = enum.auto()
 
 
-@cache
-def _container_kind(kind: type[Any]) -> _Kind | None:
-    for classes, found in _KINDS:
-        if issubclass(kind, classes):
-            return found
-    return None
-
-
-# Other classes, such as data sets and dataclasses, are not looked into: their members are no parts of a module.
+# Objects of other classes, such as data sets and dataclasses, are not looked into: their members are no parts.
 _KINDS: tuple[tuple[tuple[type, ...], _Kind], ...] = (
     ((ModuleBase,), _Kind.MODULE),
+    ((Parameter, Buffer, np.random.Generator), _Kind.ITEM),
     ((dict, UserDict, MappingProxyType), _Kind.MAPPING),
     ((list, tuple, deque, UserList), _Kind.SEQUENCE),
     ((set, frozenset), _Kind.SET),
     ((np.ndarray,), _Kind.ARRAY),
 )
+_kinds_of_classes: dict[type, _Kind | None] = {}
 
 
-@cache
-def _overrides(kind: type, methods: tuple[Callable[..., object], ...]) -> bool:
-    return any(getattr(kind, method.__name__) is not method for method in methods)
+def _kind_of(value: object) -> _Kind | None:
+    cls = type(value)
+    try:
+        return _kinds_of_classes[cls]
+    except KeyError:
+        kind = next((kind for classes, kind in _KINDS if issubclass(cls, classes)), None)
+        _kinds_of_classes[cls] = kind
+        return kind
+
+
+_overriding: dict[tuple[type, tuple[Callable[..., object], ...]], bool] = {}
+
+
+def _overrides(value: ModuleBase, methods: tuple[Callable[..., object], ...]) -> bool:
+    cls = type(value)
+    try:
+        return _overriding[cls, methods]
+    except KeyError:
+        found = any(getattr(cls, method.__name__) is not method for method in methods)
+        _overriding[cls, methods] = found
+        return found
 
 
 def _part(name: str, module: ModuleBase, seen: dict[int, str]) -> Part:
