@@ -16,7 +16,7 @@ from ferro_strategies import tensor_parallel as tp
 
 F = np.float64
 STEPS = 2
-RUNS, FIRST = int(os.environ.get("FERRO_FUZZ_RUNS", "10")), int(os.environ.get("FERRO_FUZZ_FIRST", "0"))
+RUNS, FIRST = int(os.environ.get("FERRO_FUZZ_RUNS", "6")), int(os.environ.get("FERRO_FUZZ_FIRST", "0"))
 MESHES = [(1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 3, 1), (1, 3, 2), (3, 1, 2), (1, 1, 3), (2, 3, 1), (2, 1, 1)]
 
 

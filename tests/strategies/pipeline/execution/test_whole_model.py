@@ -1,6 +1,7 @@
 """What belongs to the whole model: norms, loss scales, states, and ranks that have nothing to train."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -140,7 +141,11 @@ def test_states_of_wrapped_parts_are_whole_and_a_training_goes_on_from_them():
     def train(world):
         pipeline, optimizer, replicas = make(world)
         step(pipeline, optimizer, replicas)
-        saved = pipeline.state_dict(), optimizer.state_dict(), pipeline.generator_state_dict()
+        saved = (
+            pipeline.state_dict() | pipeline.full_optimizer_state_dict(optimizer),
+            optimizer.state_dict(),
+            pipeline.generator_state_dict(),
+        )
         step(pipeline, optimizer, replicas)
         return saved, pipeline.state_dict()
 
@@ -148,24 +153,29 @@ def test_states_of_wrapped_parts_are_whole_and_a_training_goes_on_from_them():
     state, generators, final = {}, {}, {}
     for (own, _, own_generators), after in results[:2]:
         state, generators, final = state | own, generators | own_generators, final | after
+    names = final.keys()
     shapes = {name: array.shape for name, array in state.items()}
     assert shapes["0.layers.1.layers.0.weight"] == (4, 4)
     assert len(generators) == 1
 
-    def resume(world):
+    def resume(world, *, by_name):
         pipeline, optimizer, replicas = make(world)
-        pipeline.load_state_dict(state)
+        pipeline.load_state_dict({name: state[name] for name in state if name in names})
         pipeline.load_generator_state_dict({name: generators[name] for name in pipeline.generator_state_dict()})
-        optimizer.load_state_dict(results[world.rank][0][1])
+        if by_name:
+            pipeline.load_full_optimizer_state_dict(optimizer, {n: state[n] for n in state if n not in names})
+        else:
+            optimizer.load_state_dict(results[world.rank][0][1])
         step(pipeline, optimizer, replicas)
         return pipeline.state_dict()
 
-    found = {}
-    for own in simulate(resume, 4)[:2]:
-        found |= own
-    assert found.keys() == final.keys()
-    for name, array in final.items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-12, err_msg=name)
+    for by_name in (False, True):
+        found = {}
+        for own in simulate(partial(resume, by_name=by_name), 4)[:2]:
+            found |= own
+        assert found.keys() == final.keys()
+        for name, array in final.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-12, err_msg=name)
 
 
 def test_a_state_that_does_not_fit_one_stage_is_loaded_in_none():
