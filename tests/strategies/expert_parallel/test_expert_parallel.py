@@ -133,6 +133,7 @@ def test_data_parallel_over_another_axis_and_an_optimizer_made_before(strategy):
         mesh = DeviceMesh((2, 2), ("dp", "ep"), group)
         model = model_of(aux_loss_weight=0.0)
         optimizer = optim.SGD(model.parameters(), 0.3, momentum=0.9)
+        train(model, optimizer, slice(None))  # in one process first
         inner = ExpertParallel(model, mesh["ep"])
         outer = strategy(inner, mesh["dp"])
         train(outer, optimizer, slice(group.rank, None, 4))
@@ -140,7 +141,9 @@ def test_data_parallel_over_another_axis_and_an_optimizer_made_before(strategy):
         return tp.full_state_dict(outer, local)
 
     serial = model_of(aux_loss_weight=0.0)  # the product of two means differs between parts of a batch and the whole
-    train(serial, optim.SGD(serial.parameters(), 0.3, momentum=0.9), slice(None))
+    optimizer = optim.SGD(serial.parameters(), 0.3, momentum=0.9)
+    train(serial, optimizer, slice(None))
+    train(serial, optimizer, slice(None))
     for state in simulate(run, 4):
         assert_close(state, serial.state_dict(), rtol=1e-9)
 

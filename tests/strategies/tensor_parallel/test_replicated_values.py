@@ -71,6 +71,7 @@ def test_an_optimizer_made_before_trains_the_pieces(ranks, tied):
     def run(group):
         model = build()
         optimizer = optim.SGD(model.parameters(), 0.5, momentum=0.9)
+        train(model, optimizer, nn.cross_entropy)  # in one process first
         used = plan if tied else plan | {"layers.2": tp.ColumnParallelLinear.from_serial}
         tp.parallelize(model, group, used)
         assert [id(p) for p in model.parameters()] == [id(p) for p in optimizer.parameters]
@@ -78,7 +79,9 @@ def test_an_optimizer_made_before_trains_the_pieces(ranks, tied):
         return tp.full_state_dict(model)
 
     serial = build()
-    train(serial, optim.SGD(serial.parameters(), 0.5, momentum=0.9), nn.cross_entropy)
+    optimizer = optim.SGD(serial.parameters(), 0.5, momentum=0.9)
+    train(serial, optimizer, nn.cross_entropy)
+    train(serial, optimizer, nn.cross_entropy)
     for state in simulate(run, ranks):
         for name, value in serial.state_dict().items():
             np.testing.assert_allclose(state[name], value, rtol=1e-10, atol=1e-12, err_msg=name)

@@ -30,7 +30,8 @@ class ExpertParallel(Module):
 
     Args:
         module: the model, the same on all ranks; rank 0's parameters and buffers are broadcast. It is changed in place;
-            parameters are the same objects afterwards, so an optimizer may be made before.
+            parameters are the same objects afterwards, so an optimizer may be made before; state that it has is cut
+            like the experts.
         group: the ranks. All run the same passes, also with batches without tokens.
 
     Raises:
@@ -51,6 +52,10 @@ class ExpertParallel(Module):
                 f"ExpertParallel: {fewest!r} has fewer experts than the {group.world_size} ranks of group "
                 f"{group.name!r}. Use a smaller group, and DDP over another axis of the mesh."
             )
+        for layer in layers:
+            for parameter in layer.parameters():
+                for owner in parameter.state_owners:
+                    owner.check_reshape(parameter)
         check_same_model(module, group, "ExpertParallel")
         self.group = group
         self.training = module.training
