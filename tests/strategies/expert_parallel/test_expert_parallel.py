@@ -1,5 +1,7 @@
 """Experts divided over ranks: every output and gradient is that of one process on all tokens."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -218,3 +220,14 @@ def train_on_shares(group, shares):
 def test_the_checks_of_strategies(check):
     batches = [tuple(np.random.default_rng(step).standard_normal((2, 12, 3))) for step in range(3)]
     check(StrategyCase(train=train_on_shares, batches=batches))
+
+
+def test_a_deep_copy_trains_by_itself():
+    def run(group):
+        twin = copy.deepcopy(ExpertParallel(model_of(), group))
+        y, pullback = twin.vjp(np.full((3, 4), 1.0 + group.rank))
+        pullback(y)
+        return {name: p.grad for name, p in twin.named_parameters() if not p.splits}
+
+    first, second = simulate(run, 2)
+    assert_close(first, second, rtol=0, atol=0)

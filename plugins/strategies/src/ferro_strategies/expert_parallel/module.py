@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from copy import deepcopy
+from typing import ClassVar, Self
 
 from ferro import ProcessGroup, UsageError
 
@@ -86,6 +87,14 @@ class ExpertParallel(Module):
     def load_full_state_dict(self, state: Mapping[str, Array]) -> None:
         """Load a state from `full_state_dict`, or of the module in one process. All ranks call it."""
         load_full_state_dict(self.module, state)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the model for the same ranks; the copy's gradients are averaged, too."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
+        average_gradients((p for p in twin.module.parameters() if is_whole(p, self.group)), self.group)
+        return twin
 
     def __repr__(self) -> str:
         return f"ExpertParallel({self.module!r}, {self.group!r})"
