@@ -69,6 +69,7 @@ def test_a_pullback_refuses_all_but_the_gradient_of_its_output(make, x):
             (None, "a NoneType"),
             (np.ones((7, *y.shape), np.float32), "an array of shape"),
             (np.ma.array(np.ones_like(y), mask=True), "a MaskedArray"),
+            (np.ones(y.shape, int), "an array of int64, which would lose fractions"),
             (np.ones((*y.shape[:-1], y.shape[-1] + 1), np.float32)[..., :1], "an array of shape"),
             (np.ones(y.shape[::-1], np.float32).T[..., None], "an array of shape"),
         ]:

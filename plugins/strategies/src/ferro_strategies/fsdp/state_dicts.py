@@ -8,11 +8,12 @@ from functools import partial
 from ferro import UsageError
 
 from ..nn.arrays import Array
-from ..nn.module import Module
+from ..nn.module import Module, TreeSnapshot
 from ..nn.state import OptimizerWithState, StateLoad, array_fault
 from ..optim.state import ParameterState
 from . import optimizer_state
 from .buffer_pool import copy_into
+from .checks import check_tree
 from .config import FSDPConfig
 from .sharded_parameter import FlatShard, ShardedParameter, array_faults
 from .unit_scheduler import UnitScheduler
@@ -25,6 +26,8 @@ class StateDictMixin(Module):
     ranks. Parameters are gathered one at a time.
     """
 
+    module: Module
+    _tree: TreeSnapshot
     _sharded: Mapping[str, ShardedParameter]
     _scheduler: UnitScheduler
     _config: FSDPConfig
@@ -83,6 +86,7 @@ class StateDictMixin(Module):
 
     def sharded_state_dict(self) -> dict[str, FlatShard | Array]:
         """Copy this rank's shards, and the buffers, which are not sharded. Nothing is sent."""
+        self._check_unchanged()
         shards: dict[str, FlatShard | Array] = {
             name: sharded.flat_shard(sharded.shard_view, self._config) for name, sharded in self._sharded.items()
         }
@@ -169,12 +173,25 @@ class StateDictMixin(Module):
         for target, source in loads:
             copy_into(target, source)
 
+    def _check_tree(self) -> None:
+        """Refuse parameters that were added or replaced since the module was wrapped; cheap while nothing changes."""
+        if not self._tree.is_current():
+            check_tree(self.module, self._sharded)
+            self._tree = TreeSnapshot(self.module)
+
+    def _check_unchanged(self) -> None:
+        """Refuse to save or load after parameters or their arrays were replaced."""
+        self._check_tree()
+        for flat in {id(item.flat): item.flat for item in self._sharded.values()}.values():
+            flat.check_values()
+
     def _check_between_passes(self, what: str) -> None:
         if self._scheduler.announcer is not None or self._scheduler.in_pass:
             raise UsageError(
                 f"FSDP.{what}: not inside join() or a pass, where the other ranks would not take "
                 "part. Call it between steps, on every rank."
             )
+        self._check_unchanged()
 
 
 def _name_faults(own: set[str], given: Mapping[str, object]) -> list[str]:

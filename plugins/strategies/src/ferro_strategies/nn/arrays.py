@@ -28,6 +28,11 @@ def namespace_of(array: Array) -> ModuleType:
     """
     if type(array) is np.ndarray:
         return np
+    if hasattr(array, "full_tensor"):
+        raise UsageError(
+            "expected a plain array, got a DTensor, which has no gradients: pass .local where that is right for each "
+            "part, or full_tensor(). ferro_strategies.tensor_parallel has layers that are split over ranks."
+        )
     if problem := lost_meaning(array):
         raise UsageError(f"expected a plain array, got {problem}.")
     if isinstance(array, np.ndarray):
@@ -98,11 +103,15 @@ def affine(rows: Array, weight: Array, bias: Array | None) -> Array:
         weight: (k, m).
         bias: (m,) or None.
     """
-    with quiet_overflow(rows.dtype):
-        y = wide_matmul(rows, weight)
+    if bias is None or wide_dtype(rows.dtype) == rows.dtype:
+        y = matmul(rows, weight)
         if bias is not None:
             y += bias
-        return y.astype(rows.dtype, copy=False)
+        return y
+    with quiet_overflow(rows.dtype):
+        y = wide_matmul(rows, weight)
+        y += bias
+        return y.astype(rows.dtype)
 
 
 def conjugate(a: Array) -> Array:

@@ -50,7 +50,7 @@ def check_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
     Raises:
         UsageError: `grad` is no plain array of that shape, such as a loss, or no tree of such arrays.
     """
-    if type(grad) is np.ndarray and grad.shape == shape:
+    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
         return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if isinstance(shape, TreeShapes):
@@ -121,14 +121,14 @@ def _misfit(grads: Arrays, shapes: TreeShapes) -> str:
 
 def _array_misfit(grad: Arrays, shape: tuple[int, ...]) -> str:
     """Describe an object that is no plain array of this shape; "" if it is one."""
-    if type(grad) is np.ndarray and grad.shape == shape:
+    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
         return ""
     if found := lost_meaning(grad):
         return found
     is_array = hasattr(grad, "shape") and not isinstance(grad, np.generic)
     if is_array and grad.shape == shape:
         namespace_of(grad)
-        return ""
+        return f"an array of {grad.dtype}, which would lose fractions" if grad.dtype.kind in "iub" else ""
     return f"an array of shape {grad.shape}" if is_array else f"a {type(grad).__name__}"
 
 

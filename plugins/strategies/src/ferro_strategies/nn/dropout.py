@@ -10,7 +10,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from .arguments import check_floating
-from .arrays import Array, Rng, namespace_of
+from .arrays import Array, Rng, namespace_of, quiet_overflow, wide_dtype
 from .checks import checked_pullback
 from .module import Module, Pullback
 
@@ -54,9 +54,12 @@ class Dropout(Module):
         keep = xp.asarray(self.rng.random(shape, dtype=np.float32) >= self.p)
 
         def drop(values: Array) -> Array:
-            dropped: Array = xp.where(keep, values, values.dtype.type(0))  # a product could make NaN of infinity
+            # In half precision, the scale itself would be rounded, and change the mean.
+            wide = values.astype(wide_dtype(values.dtype), copy=False)
+            dropped: Array = xp.where(keep, wide, wide.dtype.type(0))  # a product could make NaN of infinity
             dropped *= scale
-            return dropped
+            with quiet_overflow(values.dtype):
+                return dropped.astype(values.dtype, copy=False)
 
         return drop
 

@@ -76,12 +76,13 @@ class Embedding(Module):
             order = xp.argsort(indices, kind="stable")
             if self.padding_idx is not None:
                 order = order[indices[order] != self.padding_idx]
-            unique, starts = xp.unique(indices[order], return_index=True)
+            unique, starts, counts = xp.unique(indices[order], return_index=True, return_counts=True)
             grads = grad_y.reshape(x.size, dim)[order]
             if order.size > unique.size:
-                # A frequent index has a long sum, which float32 would round too often.
-                exact = np.promote_types(grads.dtype, np.float64)
-                grads = xp.add.reduceat(grads.astype(exact), starts, axis=0).astype(wide_dtype(grads.dtype))
+                wide = wide_dtype(grads.dtype)
+                # A frequent index has a long sum, in which float32 would round too often.
+                exact = np.promote_types(wide, np.float64) if int(counts.max()) > 128 else wide
+                grads = xp.add.reduceat(grads.astype(exact, copy=False), starts, axis=0).astype(wide, copy=False)
             weight.add_grad_rows(unique, grads)
 
         return weight.data[x], pullback

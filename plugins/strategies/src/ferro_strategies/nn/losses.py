@@ -88,10 +88,13 @@ def cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"{name}: label_smoothing must be from 0 to 1, got {label_smoothing}.")
     kept = _chosen(name, logits, labels, ignore_index, class_weights)
-    xp, classes = namespace_of(logits), logits.shape[-1]
+    xp, classes = namespace_of(logits), max(logits.shape[-1], 1)
+    if not kept.labels.size:
+        empty = xp.zeros(logits.shape, wide_dtype(logits.dtype))
+        return _result(name, logits, kept, empty.sum(axis=-1), empty, reduction, with_weight=with_weight)
     rows = logits.reshape(kept.labels.size, classes)
     # One array holds in turn the logits minus their maximum, exponentials, softmax and gradient.
-    grad = rows.astype(wide_dtype(rows.dtype), copy=False) - rows.max(axis=1, keepdims=True, initial=-np.inf)
+    grad = rows.astype(wide_dtype(rows.dtype), copy=False) - rows.max(axis=1, keepdims=True)
     at_labels = grad[kept.places]
     smooth: Array | None = None
     if label_smoothing:

@@ -9,8 +9,8 @@ from .arrays import Array, namespace_of, wide_dtype
 # So many float32 numbers are added one after another: their rounding errors stay near that of the result.
 _BLOCK = 128
 
-# Along contiguous rows, einsum keeps several partial sums at once, so a longer block has as little error.
-_ROW_BLOCK = 1024
+# einsum keeps several partial sums along a contiguous row, so rows of this length need no blocks yet.
+_SHORT_ROW = 1024
 
 
 def column_sums(rows: Array) -> Array:
@@ -60,11 +60,11 @@ def column_dots(a: Array, b: Array) -> Array:
 def row_dots(a: Array, b: Array) -> Array:
     """Sum a * b over the last dimension, without making that product: two (n, m) of a wide dtype -> (n,)."""
     xp, size = namespace_of(a), a.shape[1]
-    if size <= _ROW_BLOCK:
+    if size <= _SHORT_ROW:
         total: Array = xp.einsum("nd,nd->n", a, b)
         return total
-    whole = size - size % _ROW_BLOCK
-    shape = (a.shape[0], -1, _ROW_BLOCK)
+    whole = size - size % _BLOCK
+    shape = (a.shape[0], -1, _BLOCK)
     blocks = xp.einsum("nbd,nbd->nb", a[:, :whole].reshape(shape), b[:, :whole].reshape(shape))
     exact = np.promote_types(a.dtype, np.float64)
     total = blocks.sum(axis=1, dtype=exact) + xp.einsum("nd,nd->n", a[:, whole:], b[:, whole:])

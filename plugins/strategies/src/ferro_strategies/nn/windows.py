@@ -49,7 +49,8 @@ class Windows:
             return images
         n, c, height, width = images.shape
         shape = (n, c, height + 2 * ph, width + 2 * pw)
-        padded: Array = namespace_of(images).full(shape, value, images.dtype)
+        xp = namespace_of(images)
+        padded: Array = xp.full(shape, value, images.dtype) if value else xp.zeros(shape, images.dtype)
         self.inside(padded)[...] = images
         return padded
 

@@ -10,7 +10,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array
-from ..nn.parameter import Parameter
+from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule
@@ -69,6 +69,7 @@ class Optimizer(ParameterState):
         for listener in tuple(self._listeners):
             listener()
         self.check_fits()
+        check_step(self.parameters, max(self.lrs, default=0.0))
         if self._schedule is not None and self.lrs != self._scheduled_lrs:
             raise UsageError(
                 f"{type(self).__name__}: lr was changed to {self.lrs} while it follows a schedule, which would change "
