@@ -1,5 +1,7 @@
 """Sequences divided over ranks: every output and gradient is that of one process."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -278,5 +280,41 @@ def test_what_cannot_be_divided_is_refused():
         y, pullback = model.vjp(x)
         with pytest.raises(ferro.UsageError, match=r"an array of shape \(1, 3, 4\)"):
             pullback(y[0])
+
+    simulate(run, 2)
+
+
+def test_a_deep_copy_trains_by_itself():
+    words, following = batch(6)
+
+    def one_pass(model):
+        scores, pullback = model.vjp(words)
+        pullback(nn.cross_entropy(scores, following)[1])
+        return gradients(model)
+
+    def run(group):
+        model = ContextParallel(transformer(), group)
+        twin = copy.deepcopy(model)
+        return one_pass(twin), [parameter.grad for parameter in model.parameters()]
+
+    expected = one_pass(transformer())
+    for grads, untouched in simulate(run, 2):
+        assert_close(grads, expected)
+        assert untouched == [None] * len(expected)
+
+
+def test_a_pullback_that_is_kept_is_noticed_before_the_optimizer_steps():
+    words, following = batch(6)
+
+    def run(group):
+        model = ContextParallel(transformer(), group)
+        optimizer = optim.SGD(model.parameters(), 0.1)
+        _, kept = model.vjp(words)
+        scores, pullback = model.vjp(words)
+        pullback(nn.cross_entropy(scores, following)[1])
+        with pytest.raises(ferro.UsageError, match=r"ContextParallel: .* gradients of this rank alone, of 'layers\.0"):
+            optimizer.step()
+        kept(np.zeros_like(scores))
+        optimizer.step()
 
     simulate(run, 2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ferro import ProcessGroup, UsageError
 
@@ -85,8 +86,9 @@ class ContextParallel(Module):
         self.module = replace_modules(module, replacement)
         # Each rank has other positions, so all random numbers differ between ranks.
         seed_generators(self.module, group, {id(layer): True for layer in self.module.modules()})
+        self._averages = reduce_gradients
         if reduce_gradients:
-            average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
+            self._average()
 
     def chunks(self, length: int) -> SequenceChunks:
         """The division of sequences of this length over the ranks."""
@@ -147,6 +149,20 @@ class ContextParallel(Module):
         if self.gather_output:
             whole /= whole.dtype.type(self.group.world_size)
         return whole
+
+    def _average(self) -> None:
+        """Average the gradients of the parameters that every rank has, from now on."""
+        whole = [(name, item) for name, item in self.named_parameters() if is_whole(item, self.group)]
+        average_gradients(whole, self.group, "ContextParallel")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the model for the same ranks; the copy's gradients are averaged, too."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
+        if self._averages:
+            twin._average()
+        return twin
 
     def __repr__(self) -> str:
         return f"ContextParallel({self.module!r}, {self.group!r})"
