@@ -75,8 +75,8 @@ def test_layers_work_in_half_precision(case, dtype):
     halves, exacts = passes(make, shape, dtype), passes(make, shape, np.float64)
     # Against the largest of all, for some gradients are zero but for rounding.
     error = 16 * float(ml_dtypes.finfo(dtype).eps) * max(np.abs(exact).max() for exact in exacts)
-    for half, exact in zip(halves, exacts, strict=True):
-        assert half.dtype == dtype
+    for index, (half, exact) in enumerate(zip(halves, exacts, strict=True)):
+        assert half.dtype == (dtype if index < 2 else np.float32)  # parameters' gradients add up in float32
         assert np.abs(half.astype(np.float64) - exact).max() <= error
 
 

@@ -5,7 +5,7 @@ import pytest
 
 import ferro
 from ferro import UsageError
-from ferro_strategies import DDP, FSDP, nn
+from ferro_strategies import DDP, FSDP, nn, optim, tensor_parallel
 
 
 class Doubled(nn.Module):
@@ -146,5 +146,52 @@ def test_parts_wrapped_one_by_one_save_and_load_whole_arrays():
         model.zero_grad()
         fsdp.sync_gradients()
         assert all(parameter.grad is None for parameter in fsdp.parameters())
+
+    ferro.simulate(work, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.SGD(p, 0.1, momentum=0.9), lambda p: optim.AdamW(p, 0.1)])
+def test_an_optimizer_of_parts_wrapped_one_by_one_saves_and_loads_whole_arrays(make):
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+
+    def build(group):
+        a, b, c = nn.Linear(3, 4, rng=0), nn.Linear(4, 4, rng=1), nn.Linear(4, 2, rng=2)
+        if group is not None:
+            a, b = DDP(a, group), FSDP(b, group)
+            c = FSDP(tensor_parallel.ColumnParallelLinear.from_serial(c, group.split(group.rank)), group)
+        return nn.Sequential(a, b, c)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            y, pull = model.vjp(x)
+            pull(y)
+            optimizer.step()
+            model.zero_grad()
+
+    plain = build(None)
+    alone = make(plain.parameters())
+    train(plain, alone, 2)
+    wanted = plain.full_optimizer_state_dict(alone)
+    assert "layers.1.weight.momentum" in wanted or "layers.1.weight.exp_avg" in wanted or len(wanted) > 6
+
+    def work(group):
+        model = build(group)
+        optimizer = make(model.parameters())
+        train(model, optimizer, 2)
+        found = model.full_optimizer_state_dict(optimizer)
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6)
+        again = build(group)
+        another = make(again.parameters())
+        again.load_full_optimizer_state_dict(another, found)
+        for name, array in again.full_optimizer_state_dict(another).items():
+            np.testing.assert_array_equal(array, found[name])
+        key = next(name for name, array in found.items() if name.startswith("layers.1.weight") and array.shape)
+        wrong = {**found, key: np.ones((4, 5), np.float32)} if group.rank == 1 else found
+        with pytest.raises(UsageError, match=r"is \(4, 4\), given float32 \(4, 5\) \(found by rank 1|given float32"):
+            again.load_full_optimizer_state_dict(another, wrong)
+        with pytest.raises(UsageError, match="is none of this module"):
+            again.layers[1].full_optimizer_state_dict(another)
 
     ferro.simulate(work, 2, timeout_s=20)

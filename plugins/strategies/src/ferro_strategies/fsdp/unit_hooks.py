@@ -25,7 +25,7 @@ class UnitHooks:
         self._unit = unit
         self._scheduler = scheduler
 
-    def vjp(self, module: Module, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, module: Module, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute a module's output, and a pullback that reduces its gradients."""
         scheduler, sync = self._scheduler, self._scheduler.syncs
         scheduler.check()
@@ -34,7 +34,7 @@ class UnitHooks:
         held: list[tuple[Pullback, UnshardedParameters | None]] = [(pull, kept)]
         del kept, pull  # From here on `held` alone keeps activations and parameters in memory.
 
-        def pullback(grad_y: Array) -> Array | None:
+        def pullback(grad_y: Arrays) -> Arrays | None:
             if not held:
                 raise UsageError("FSDP: this pullback has been run. Call vjp again for another.")
             scheduler.check()
@@ -48,7 +48,7 @@ class UnitHooks:
     def call(self, module: Module, x: Arrays) -> Arrays:
         """Compute a module's output alone."""
         self._scheduler.check()
-        with self._scheduler.forward(self._unit):
+        with self._scheduler.forward(self._unit, evaluating=True):
             return module(x)
 
 

@@ -9,6 +9,7 @@ from .checkpoint import Checkpoint
 from .containers import Residual, Sequential
 from .convolution import Conv1d, Conv2d
 from .cross_attention import CrossAttention
+from .deferral import deferring
 from .dropout import Dropout
 from .elementwise_losses import binary_cross_entropy_with_logits, l1_loss, mse_loss, smooth_l1_loss
 from .embedding import Embedding
@@ -20,8 +21,9 @@ from .linear import Flatten, Linear
 from .losses import cross_entropy, nll_loss
 from .module import Module, Pullback, replace_modules
 from .module_tree import Buffer
-from .parameter import Parameter, Split, Use, deferring
+from .parameter import Parameter, Use
 from .pooling import AvgPool2d, MaxPool2d
+from .split import Split
 from .transposed_convolution import ConvTranspose2d
 from .trees import Arrays
 from .unembedding import Unembedding

@@ -28,6 +28,11 @@ def namespace_of(array: Array) -> ModuleType:
     """
     if type(array) is np.ndarray:
         return np
+    if hasattr(array, "full_tensor"):
+        raise UsageError(
+            "expected a plain array, got a DTensor, which has no gradients: pass .local where that is right for each "
+            "part, or full_tensor(). ferro_strategies.tensor_parallel has layers that are split over ranks."
+        )
     if problem := lost_meaning(array):
         raise UsageError(f"expected a plain array, got {problem}.")
     if isinstance(array, np.ndarray):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +66,7 @@ class BatchNorm(Module):
         self.running_mean = Buffer(np.zeros(c, wide)) if track_running_stats else None
         self.running_var = Buffer(np.ones(c, wide)) if track_running_stats else None
         self.num_batches_tracked = Buffer(np.zeros((), np.int64)) if track_running_stats else None
+        self._deferred = DeferredMoments()
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Normalise (N, C) or (N, C, ...); in training, update the running statistics as well.
@@ -132,7 +135,7 @@ class BatchNorm(Module):
         inverse = 1 / namespace_of(values).sqrt(var + self.eps)
         inverse = inverse.astype(values.dtype, copy=False)
         xhat *= inverse[:, None]
-        if self.training:
+        if self.training and not self._deferred.take(batch):
             self._update_running(batch.mean, var * (batch.count / (batch.count - 1)))
         return _Normalised(xhat=xhat, inverse=inverse, count=batch.count)
 
@@ -145,6 +148,11 @@ class BatchNorm(Module):
         xhat = values - self.running_mean.data[:, None]
         xhat *= inverse[:, None]
         return _Normalised(xhat=xhat, inverse=inverse, count=0)
+
+    def _update_by_deferred(self) -> None:
+        """Update the running statistics by the moments of all batches since `deferring_statistics`, as of one batch."""
+        if batch := self._deferred.merged():
+            self._update_running(batch.mean, batch.m2 / batch.count * (batch.count / (batch.count - 1)))
 
     def _update_running(self, mean: Array, unbiased_var: Array) -> None:
         if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
@@ -216,6 +224,68 @@ def merge_moments(counts: Array, means: Array, m2s: Array) -> Moments:
     deviations = means - mean
     m2 = m2s.sum(axis=0) + (counts[:, None] * deviations * deviations).sum(axis=0)
     return Moments(count=count, mean=mean, m2=m2)
+
+
+class DeferredMoments:
+    """The moments of the batches of one layer, while the update of its running statistics is deferred."""
+
+    def __init__(self) -> None:
+        self._batches: list[Moments] | None = None
+
+    def take(self, batch: Moments) -> bool:
+        """Keep a batch's moments if the update is deferred; return whether it is."""
+        if self._batches is None:
+            return False
+        self._batches.append(batch)
+        return True
+
+    def merged(self) -> Moments | None:
+        """Compute the moments of all batches together; None if there was none."""
+        batches = self._batches or []
+        if len(batches) < 2:
+            return batches[0] if batches else None
+        xp = namespace_of(batches[0].mean)
+        counts = xp.asarray([batch.count for batch in batches], np.float64)
+        means, m2s = (
+            xp.stack(parts).astype(np.float64) for parts in zip(*((b.mean, b.m2) for b in batches), strict=True)
+        )
+        return merge_moments(counts, means, m2s)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep the moments of the batches in the block; forget them at its end."""
+        before, self._batches = self._batches, []
+        try:
+            yield
+        finally:
+            self._batches = before
+
+
+@contextmanager
+def deferring_statistics(norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """Update running statistics once, at the end of the block, as if its batches had been one batch.
+
+    A step of several microbatches then changes them as much as a step of one; each microbatch is still normalised by
+    its own statistics. After an error they stay as they are.
+
+    Source: Kim et al., "torchgpipe", 2020, DeferredBatchNorm.
+    """
+    layers = list(norms)
+    with ExitStack() as stack:
+        for norm in layers:
+            stack.enter_context(norm._deferred.collecting())
+        yield
+        for norm in layers:
+            norm._update_by_deferred()
+
+
+@contextmanager
+def ignoring_statistics(norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """Keep running statistics, and those that are deferred, as they are: a pass in the block repeats another one."""
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(norm._deferred.collecting())
+        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

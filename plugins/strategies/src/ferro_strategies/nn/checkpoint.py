@@ -12,6 +12,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
+from .batchnorm import BatchNorm, ignoring_statistics
 from .checks import check_gradient
 from .module import Module, Pullback
 from .module_state import GeneratorState
@@ -105,6 +106,7 @@ class _ForwardState:
     def __init__(self, module: Module) -> None:
         self._module = module
         self._modules = list(module.modules())
+        self._norms = [item for item in self._modules if isinstance(item, BatchNorm)]
         self.flags = tuple(item.training for item in self._modules)
         self._generators = [item for _, item in module.named_generators()]
         self._states = [generator.bit_generator.state for generator in self._generators]
@@ -130,7 +132,8 @@ class _ForwardState:
         buffers = [(item.data, item.data.copy()) for item in self._module.buffers()]
         self._restore(self.flags, self._states, self._global_states)
         try:
-            yield
+            with ignoring_statistics(self._norms):
+                yield
         finally:
             self._restore(flags, states, global_states)
             for array, values in buffers:

@@ -230,7 +230,9 @@ class ModuleState(ModuleBase):
     def _check_owns_parameters(self, optimizer: OptimizerWithState) -> None:
         own = {id(item) for _, item in walk(self) if isinstance(item, Parameter)}
         for parameter in optimizer.parameters:
-            if id(parameter) not in own:
+            # A pipeline's rank that has nothing to train gives its optimizer an empty parameter.
+            stands_for_none = parameter.stages is not None and parameter.data.size == 0
+            if id(parameter) not in own and not stands_for_none:
                 raise UsageError(
                     f"{type(self).__name__}: the optimizer's parameter {parameter.name!r} is none of this module. "
                     "Give an optimizer of model.parameters()."

@@ -31,19 +31,20 @@ the value, and keeps no reference to the array.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from .arrays import Array, matmul, namespace_of
+from .arrays import Array, matmul, namespace_of, wide_dtype
+from .gradient_checks import check_grad, check_grad_product, check_grad_rows, check_grad_shape
 from .initialization import DeferredValue
+from .split import Split as Split
+from .state_owner import StateOwner
 
 
 class Parameter:
@@ -51,7 +52,8 @@ class Parameter:
 
     The gradient always lives in the same memory: the parameter's own, or memory given by a
     strategy (see `set_grad_memory`). The first addition after `zero_grad()` overwrites that
-    memory, later ones add to it.
+    memory, later ones add to it. The gradient of a parameter in half precision is float32, because
+    many microbatches add up in it.
 
     Args:
         data: floating-point NumPy or CuPy array, C-contiguous; it is not copied. Or a value from `nn.drawn`, for a
@@ -64,7 +66,13 @@ class Parameter:
         requires_grad: as given; may be changed between steps.
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
+        stages: in a pipeline, the ranks that have the model's other parameters; None elsewhere.
+        tied_copy: whether another stage of the pipeline has the copy of this parameter that counts in norms.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
+        times_zeroed: the number of calls of `zero_grad()`. A strategy that keeps a part of the gradient elsewhere
+            drops that part when this number has changed.
+        step_guards: functions by the kind of strategy, which an optimizer calls with its learning rate before it
+            changes the parameter; a strategy refuses a step there whose gradients are not those of all ranks.
     """
 
     def __init__(self, data: Array | DeferredValue, *, name: str = "", requires_grad: bool = True) -> None:
@@ -76,11 +84,16 @@ class Parameter:
             self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
+        self.stages: ProcessGroup | None = None
+        self.tied_copy = False
         self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
+        self.step_guards: dict[str, Callable[[float], None]] = {}
+        self._state_owners: list[weakref.ref[StateOwner[Parameter]]] = []
+        self.times_zeroed = 0
 
     @property
     def data(self) -> Array:
@@ -146,9 +159,14 @@ class Parameter:
         if value is None:
             self.zero_grad()
         elif value is not self._grad:
-            self._check_shape(value.shape)
+            check_grad_shape(self.name, self.data, value.shape)
             self._grad = self._reserve()
             self._grad[...] = value
+
+    @property
+    def grad_dtype(self) -> np.dtype:
+        """The dtype of the gradient: float32 for half precision, otherwise that of the value."""
+        return _grad_dtype(self._data.dtype)
 
     @property
     def outstanding_uses(self) -> int:
@@ -175,7 +193,7 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self.check_grad(grad)
+        check_grad(self.name, self.data, grad)
         self._add(grad)
 
     def _add(self, grad: Array) -> None:
@@ -198,7 +216,7 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self.check_grad_product(a, b)
+        check_grad_product(self.name, self.data, a, b)
         self._add_product(a, b)
 
     def _add_product(self, a: Array, b: Array) -> None:
@@ -217,7 +235,7 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self.check_grad_rows(rows, grads)
+        check_grad_rows(self.name, self.data, rows, grads)
         self._add_rows(rows, grads)
 
     def _add_rows(self, rows: Array, grads: Array) -> None:
@@ -230,25 +248,26 @@ class Parameter:
     def zero_grad(self) -> None:
         """Set the gradient to None, and keep its memory for the next one."""
         self._grad = None
+        self.times_zeroed += 1
 
     def set_grad_memory(self, memory: Array | None) -> None:
         """Keep the gradient in `memory` from now on, and copy the present gradient there.
 
         Args:
-            memory: a C-contiguous, writeable array of the shape and dtype of `data`, such as a part
-                of a bucket. Its owner may reduce it in place once the gradient is complete. None:
-                the next gradient after `zero_grad()` gets memory of the parameter's own.
+            memory: a C-contiguous, writeable array of the shape of `data`, of `grad_dtype` or the dtype of `data`,
+                such as a part of a bucket. Its owner may reduce it in place once the gradient is complete. None: the
+                next gradient after `zero_grad()` gets memory of the parameter's own.
 
         Raises:
             UsageError: `memory` does not fit; nothing was changed.
         """
         if memory is not None:
-            self._check_shape(memory.shape)
+            check_grad_shape(self.name, self.data, memory.shape)
             flags = memory.flags
-            if memory.dtype != self.data.dtype or not flags.c_contiguous:
+            if memory.dtype not in (self.grad_dtype, self.data.dtype) or not flags.c_contiguous:
                 raise UsageError(
                     f"gradient memory of parameter {self.name!r} must be C-contiguous "
-                    f"{self.data.dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
+                    f"{self.grad_dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
                 )
             # CuPy arrays have no such flag: they are always writeable.
             if not getattr(flags, "writeable", True):
@@ -263,7 +282,7 @@ class Parameter:
 
         Args:
             data: the value.
-            grad: the present gradient, of the shape and dtype of `data`, or None.
+            grad: the present gradient, of the shape of `data`, or None.
             grad_memory: memory for the gradient (see `set_grad_memory`), which is `grad` itself
                 unless that is None; None: memory of the parameter's own.
         """
@@ -283,6 +302,16 @@ class Parameter:
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def add_state_owner(self, owner: StateOwner[Parameter]) -> None:
+        """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
+        self._state_owners = [ref for ref in self._state_owners if ref() is not None]
+        self._state_owners.append(weakref.ref(owner))
+
+    @property
+    def state_owners(self) -> list[StateOwner[Parameter]]:
+        """The objects that keep state for this parameter, in the order in which they were made."""
+        return [owner for ref in self._state_owners if (owner := ref()) is not None]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
@@ -325,7 +354,7 @@ class Parameter:
         """Allocate the gradient's memory if there is none; its content is arbitrary."""
         if self._memory is None:
             data = self.data
-            memory: Array = namespace_of(data).empty(data.shape, data.dtype)
+            memory: Array = namespace_of(data).empty(data.shape, self.grad_dtype)
             self._memory = memory
         return self._memory
 
@@ -333,54 +362,6 @@ class Parameter:
         if not self._uses:
             for listener in tuple(self._listeners):
                 listener(self)
-
-    def check_grad(self, grad: Array) -> None:
-        """Refuse what `add_grad` cannot add.
-
-        Raises:
-            UsageError: `grad` is no plain array, has another shape than the value, or is complex where that is real.
-        """
-        if not (type(grad) is np.ndarray and grad.shape == self.shape):
-            if not isinstance(grad, np.generic):
-                namespace_of(grad)
-            self._check_shape(grad.shape)
-        self._check_real(grad)
-
-    def check_grad_product(self, a: Array, b: Array) -> None:
-        """Refuse what `add_grad_product` cannot add; see `check_grad`."""
-        namespace_of(a)
-        namespace_of(b)
-        shape, rows, columns = self.shape, a.shape[0], b.shape[-1]
-        fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and rows * columns == math.prod(shape)
-        if not fits or all(math.prod(shape[:split]) != rows for split in range(len(shape) + 1)):
-            self._check_shape((rows, columns) if a.ndim == b.ndim == 2 else (*a.shape[:-1], columns), exact=True)
-        self._check_real(a)
-        self._check_real(b)
-
-    def check_grad_rows(self, rows: Array, grads: Array) -> None:
-        """Refuse what `add_grad_rows` cannot add; see `check_grad`."""
-        namespace_of(grads)
-        self._check_shape((self.shape[0], *grads.shape[1:]))
-        if rows.shape != grads.shape[:1]:
-            raise UsageError(
-                f"gradients of {grads.shape[0]} rows of parameter {self.name!r} were given for indices of shape "
-                f"{rows.shape}. Correct the pullback that added them."
-            )
-        self._check_real(grads)
-
-    def _check_real(self, grad: Array) -> None:
-        if grad.dtype.kind == "c" and self.dtype.kind != "c":
-            raise UsageError(
-                f"gradient of parameter {self.name!r} is {grad.dtype}, but the parameter is {self.dtype}: its "
-                "imaginary part would be lost. Correct the pullback that added it."
-            )
-
-    def _check_shape(self, shape: tuple[int, ...], *, exact: bool = False) -> None:
-        if exact or shape != self.shape:
-            raise UsageError(
-                f"gradient of parameter {self.name!r} has shape {shape}, "
-                f"but the parameter has {self.shape}. Correct the pullback that added it."
-            )
 
 
 class Use:
@@ -406,7 +387,7 @@ class Use:
         self._check_outstanding()
         parameter = self._parameter
         if parameter.requires_grad:
-            parameter.check_grad(grad)
+            check_grad(parameter.name, parameter.data, grad)
         parameter._uses.discard(self)
         if parameter.requires_grad:
             parameter._add(grad)
@@ -418,7 +399,7 @@ class Use:
         """
         self._check_outstanding()
         if self._parameter.requires_grad:
-            self._parameter.check_grad_product(a, b)
+            check_grad_product(self._parameter.name, self._parameter.data, a, b)
         deferred = self._parameter.deferred
         if deferred is None:
             self._add_product(a, b)
@@ -430,7 +411,7 @@ class Use:
         self._check_outstanding()
         parameter = self._parameter
         if parameter.requires_grad:
-            parameter.check_grad_rows(rows, grads)
+            check_grad_rows(parameter.name, parameter.data, rows, grads)
         parameter._uses.discard(self)
         if parameter.requires_grad:
             parameter._add_rows(rows, grads)
@@ -450,42 +431,17 @@ class Use:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """A division of a parameter over ranks, each of which holds a piece.
+def check_step(parameters: Iterable[Parameter], lr: float) -> None:
+    """Ask the strategies of these parameters whether an optimizer may change them now.
 
-    Attributes:
-        group: the ranks that hold the pieces, in the order of the pieces.
-        dim: dimension of the whole array along which it is cut; None when it is cut as a flat row.
+    Raises:
+        UsageError: a strategy refuses the step.
     """
+    guards = {id(guard): guard for parameter in parameters for guard in parameter.step_guards.values()}
+    for guard in guards.values():
+        guard(lr)
 
-    group: ProcessGroup
-    dim: int | None
 
-
-@contextmanager
-def deferring(parameters: Iterable[Parameter]) -> Iterator[list[Callable[[], None]]]:
-    """Queue the products that pullbacks add to these parameters' gradients, to add them later.
-
-    A pullback computes the gradient of its input, for which earlier layers wait, and the gradients of its parameters,
-    which only the optimizer needs; most of these are matrix products. A pipeline that defers the products sends the
-    input's gradient sooner, and computes the products while it would otherwise be idle (Qi et al., "Zero Bubble
-    Pipeline Parallelism", 2023).
-
-    with deferring(module.parameters()) as products:
-        grad_x = pullback(grad_y)
-    ...                                     # send grad_x
-    for product in products: product()      # now the gradients are complete
-
-    A queued product keeps its two factors, and its use stays outstanding. Gradients that a layer
-    adds in another way than by `Use.add_grad_product` are added at once.
-    """
-    products: list[Callable[[], None]] = []
-    held = list(parameters)
-    for parameter in held:
-        parameter.deferred = products
-    try:
-        yield products
-    finally:
-        for parameter in held:
-            parameter.deferred = None
+@cache
+def _grad_dtype(dtype: np.dtype) -> np.dtype:
+    return wide_dtype(dtype)

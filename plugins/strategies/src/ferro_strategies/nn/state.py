@@ -182,7 +182,7 @@ def gather_dims(array: Array, splits: Iterable[tuple[Split, int]]) -> Array:
     return array
 
 
-def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split, int]]) -> _Slices:
+def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split, int]]) -> Slices:
     """Locate this rank's piece, of `shape`, in the whole array; all ranks of the groups call it."""
     whole, slices = list(shape), []
     for split, dim in reversed(list(splits)):
@@ -190,10 +190,10 @@ def slice_dims(shape: tuple[int, ...], like: Array, splits: Iterable[tuple[Split
         start = sum(sizes[: split.group.rank])
         slices.append((dim, slice(start, start + sizes[split.group.rank])))
         whole[dim] = sum(sizes)
-    return _Slices(tuple(whole), slices)
+    return Slices(tuple(whole), slices)
 
 
-class _Slices(NamedTuple):
+class Slices(NamedTuple):
     """The position of a rank's piece in a whole array.
 
     Attributes:
