@@ -138,9 +138,8 @@ def test_gradients_with_a_mask(mask, causal):
     check_gradients(made(4, 2, causal=causal), (floats(2, 3, 4), mask))
 
 
-@pytest.mark.parametrize("options", [{"num_kv_heads": 2}, {"num_kv_heads": 1, "rotary_base": 10.0}])
-def test_gradients_of_grouped_heads_and_rotary_positions(options):
-    check_gradients(made(8, 4, **options), floats(2, 3, 8))
+def test_gradients_of_grouped_heads_and_rotary_positions():
+    check_gradients(made(4, 2, num_kv_heads=1, rotary_base=10.0), floats(2, 3, 4))
 
 
 @pytest.mark.parametrize("mask", [None, MASKS["padding"]])
