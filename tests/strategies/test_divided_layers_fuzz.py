@@ -13,7 +13,7 @@ import ferro
 from ferro_strategies import DDP, ContextParallel, DeviceMesh, ExpertParallel, MoE, nn, optim
 from ferro_strategies import tensor_parallel as tp
 
-RUNS = int(os.environ.get("FERRO_FUZZ_RUNS", "12"))
+RUNS = int(os.environ.get("FERRO_FUZZ_RUNS", "6"))
 F64 = np.float64
 
 

@@ -1,5 +1,7 @@
 """Sequences divided over ranks: every output and gradient is that of one process."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -280,3 +282,22 @@ def test_what_cannot_be_divided_is_refused():
             pullback(y[0])
 
     simulate(run, 2)
+
+
+def test_a_deep_copy_trains_by_itself():
+    words, following = batch(6)
+
+    def one_pass(model):
+        scores, pullback = model.vjp(words)
+        pullback(nn.cross_entropy(scores, following)[1])
+        return gradients(model)
+
+    def run(group):
+        model = ContextParallel(transformer(), group)
+        twin = copy.deepcopy(model)
+        return one_pass(twin), [parameter.grad for parameter in model.parameters()]
+
+    expected = one_pass(transformer())
+    for grads, untouched in simulate(run, 2):
+        assert_close(grads, expected)
+        assert untouched == [None] * len(expected)

@@ -1,5 +1,7 @@
 """Experts divided over ranks: every output and gradient is that of one process on all tokens."""
 
+import copy
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,8 +37,8 @@ def assert_close(mine, theirs, rtol=1e-10, atol=1e-12):
 
 @pytest.mark.parametrize(("top_k", "capacity_factor"), [(1, None), (2, None), (3, 1.0), (1, 0.5)])
 def test_the_serial_layer_has_right_gradients(top_k, capacity_factor):
-    moe = MoE(4, 6, 5, top_k, capacity_factor=capacity_factor, aux_loss_weight=0.0, dtype=F64, rng=0)
-    nn.check_gradients(moe, np.random.default_rng(1).standard_normal((3, 2, 4)))
+    moe = MoE(2, 3, 3, top_k, capacity_factor=capacity_factor, aux_loss_weight=0.0, dtype=F64, rng=0)
+    nn.check_gradients(moe, np.random.default_rng(1).standard_normal((2, 2, 2)))
 
 
 def test_the_serial_layer_is_the_weighted_sum_of_its_experts():
@@ -133,6 +135,7 @@ def test_data_parallel_over_another_axis_and_an_optimizer_made_before(strategy):
         mesh = DeviceMesh((2, 2), ("dp", "ep"), group)
         model = model_of(aux_loss_weight=0.0)
         optimizer = optim.SGD(model.parameters(), 0.3, momentum=0.9)
+        train(model, optimizer, slice(None))  # in one process first
         inner = ExpertParallel(model, mesh["ep"])
         outer = strategy(inner, mesh["dp"])
         train(outer, optimizer, slice(group.rank, None, 4))
@@ -140,7 +143,9 @@ def test_data_parallel_over_another_axis_and_an_optimizer_made_before(strategy):
         return tp.full_state_dict(outer, local)
 
     serial = model_of(aux_loss_weight=0.0)  # the product of two means differs between parts of a batch and the whole
-    train(serial, optim.SGD(serial.parameters(), 0.3, momentum=0.9), slice(None))
+    optimizer = optim.SGD(serial.parameters(), 0.3, momentum=0.9)
+    train(serial, optimizer, slice(None))
+    train(serial, optimizer, slice(None))
     for state in simulate(run, 4):
         assert_close(state, serial.state_dict(), rtol=1e-9)
 
@@ -215,3 +220,14 @@ def train_on_shares(group, shares):
 def test_the_checks_of_strategies(check):
     batches = [tuple(np.random.default_rng(step).standard_normal((2, 12, 3))) for step in range(3)]
     check(StrategyCase(train=train_on_shares, batches=batches))
+
+
+def test_a_deep_copy_trains_by_itself():
+    def run(group):
+        twin = copy.deepcopy(ExpertParallel(model_of(), group))
+        y, pullback = twin.vjp(np.full((3, 4), 1.0 + group.rank))
+        pullback(y)
+        return {name: p.grad for name, p in twin.named_parameters() if not p.splits}
+
+    first, second = simulate(run, 2)
+    assert_close(first, second, rtol=0, atol=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ferro import ProcessGroup, UsageError
 
@@ -85,6 +86,7 @@ class ContextParallel(Module):
         self.module = replace_modules(module, replacement)
         # Each rank has other positions, so all random numbers differ between ranks.
         seed_generators(self.module, group, {id(layer): True for layer in self.module.modules()})
+        self._averages = reduce_gradients
         if reduce_gradients:
             average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
 
@@ -147,6 +149,15 @@ class ContextParallel(Module):
         if self.gather_output:
             whole /= whole.dtype.type(self.group.world_size)
         return whole
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the model for the same ranks; the copy's gradients are averaged, too."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
+        if self._averages:
+            average_gradients((p for p in twin.module.parameters() if is_whole(p, self.group)), self.group)
+        return twin
 
     def __repr__(self) -> str:
         return f"ContextParallel({self.module!r}, {self.group!r})"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from copy import deepcopy
+from typing import ClassVar, Self
 
 from ferro import ProcessGroup, UsageError
 
@@ -30,7 +31,8 @@ class ExpertParallel(Module):
 
     Args:
         module: the model, the same on all ranks; rank 0's parameters and buffers are broadcast. It is changed in place;
-            parameters are the same objects afterwards, so an optimizer may be made before.
+            parameters are the same objects afterwards, so an optimizer may be made before; state that it has is cut
+            like the experts.
         group: the ranks. All run the same passes, also with batches without tokens.
 
     Raises:
@@ -51,6 +53,10 @@ class ExpertParallel(Module):
                 f"ExpertParallel: {fewest!r} has fewer experts than the {group.world_size} ranks of group "
                 f"{group.name!r}. Use a smaller group, and DDP over another axis of the mesh."
             )
+        for layer in layers:
+            for parameter in layer.parameters():
+                for owner in parameter.state_owners:
+                    owner.check_reshape(parameter)
         check_same_model(module, group, "ExpertParallel")
         self.group = group
         self.training = module.training
@@ -81,6 +87,14 @@ class ExpertParallel(Module):
     def load_full_state_dict(self, state: Mapping[str, Array]) -> None:
         """Load a state from `full_state_dict`, or of the module in one process. All ranks call it."""
         load_full_state_dict(self.module, state)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the model for the same ranks; the copy's gradients are averaged, too."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
+        average_gradients((p for p in twin.module.parameters() if is_whole(p, self.group)), self.group)
+        return twin
 
     def __repr__(self) -> str:
         return f"ExpertParallel({self.module!r}, {self.group!r})"

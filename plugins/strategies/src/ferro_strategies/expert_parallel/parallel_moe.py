@@ -41,9 +41,11 @@ class ParallelMoE(MoE):
         self._rank = group.rank
         self._mean_ranks = group.world_size
         for parameter in (self.up, self.up_bias, self.down, self.down_bias):
-            piece = local_shard(parameter.data, group, 0, self._sizes).copy()
-            parameter.hold(piece, grad=None, grad_memory=None)
-            parameter.splits = (Split(group=group, dim=0),)
+            shape = parameter.shape
+            parameter.hold(self._own_experts(parameter.data), grad=None, grad_memory=None)
+            parameter.splits = (Split(group=group, dim=0, shape=shape),)
+            for owner in parameter.state_owners:
+                owner.reshape_state(parameter, self._own_experts)
 
     @classmethod
     def from_serial(cls, layer: Module, group: ProcessGroup) -> ParallelMoE:
@@ -55,6 +57,11 @@ class ParallelMoE(MoE):
         if not isinstance(layer, MoE):
             raise UsageError(f"ParallelMoE is made of MoE, not of {layer!r}.")
         return cls(layer, group)
+
+    def _own_experts(self, whole: Array) -> Array:
+        """Copy this rank's part of an array of all experts."""
+        own: Array = local_shard(whole, self._group, 0, self._sizes).copy()
+        return own
 
     def _gather_counts(self, counts: Array) -> Array:
         whole: Array = self._group.all_gather(counts[None])

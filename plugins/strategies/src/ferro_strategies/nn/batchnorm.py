@@ -24,9 +24,10 @@ class BatchNorm(Module):
 
     In training, mean and (biased) variance are those of the batch, over all dimensions but the
     channels, and update the running statistics: running = (1 - momentum) * running + momentum *
-    batch, with the unbiased variance. Evaluation uses the running statistics. Half precision is
-    computed in float32, and so are the running statistics: float16 has no variance above 65504. A layer of float32
-    takes input in half precision, too, and its output has the input's dtype.
+    batch, with the unbiased variance. An empty batch leaves them alone. Evaluation uses the running
+    statistics. Half precision is computed in float32, and so are the running statistics: float16 has
+    no variance above 65504. A layer of float32 takes input in half precision, too, and its output
+    has the input's dtype.
 
     Args:
         num_features: number of channels, C.
@@ -124,6 +125,8 @@ class BatchNorm(Module):
         xhat = values - mean[:, None]
         own = Moments(count=count, mean=mean, m2=channel_dots(xhat, xhat))
         batch = self._merge(own)
+        if batch.count == 0:
+            return _Normalised(xhat=xhat, inverse=namespace_of(values).ones_like(mean), count=0)
         if batch.count < 2:
             raise UsageError(
                 f"{self!r}: training needs more than one value per channel, got input of shape "

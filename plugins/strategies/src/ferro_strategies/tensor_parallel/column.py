@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ferro import ProcessGroup, UsageError, Work
 from ferro.collectives.partition import even_sizes
 
-from ..nn.arrays import Array, Rng, matmul
+from ..nn.arrays import Array, Rng, affine, matmul
 from ..nn.checks import check_dtype, check_input, checked_pullback
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
@@ -185,9 +185,7 @@ def column_parallel_matmul(
     whole = own if sharding is None else group.all_gather(own, sizes=sharding.rows)
     outputs = []
     for weight, bias in uses:
-        y = matmul(whole, weight.data)
-        if bias is not None:
-            y += bias.data
+        y = affine(whole, weight.data, None if bias is None else bias.data)
         outputs.append(from_rows(y, whole_lead, sharding))
 
     def pullback(grads: Sequence[Array]) -> Array:

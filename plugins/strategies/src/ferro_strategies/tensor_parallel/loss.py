@@ -178,10 +178,9 @@ def _check_labels(kept: Array, sizes: tuple[int, ...], group: ProcessGroup, igno
     if min(sizes) < 1:
         raise UsageError(f"{_NAME}: the ranks of group {group.name!r} have {sizes} classes; each needs at least one.")
     if kept.size and (int(kept.min()) < 0 or int(kept.max()) >= classes):
-        raise UsageError(
-            f"{_NAME}: labels must be from 0 to {classes - 1}, got {int(kept.min())} to {int(kept.max())}. "
-            f"Rows that do not count have the label ignore_index={ignore_index}."
-        )
+        allowed = f"from 0 to {classes - 1}" + ("" if ignore_index is None else f", or {ignore_index} to be ignored")
+        advice = " Give ignore_index= for rows that do not count." if ignore_index is None else ""
+        raise UsageError(f"{_NAME}: labels must be {allowed}, got {int(kept.min())} to {int(kept.max())}.{advice}")
 
 
 def _checked_weights(weights: Array, classes: int) -> Array:

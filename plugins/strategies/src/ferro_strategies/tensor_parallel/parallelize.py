@@ -138,7 +138,7 @@ def _keep_parameters(layer: Module, made: Module) -> None:
         if parameter is None or parameter is piece:
             continue
         holders = [(part, key) for part in made.modules() for key, value in vars(part).items() if value is piece]
-        if holders:
+        if holders and parameter.data is not piece.data:  # the first of the layers that share it
             place = slice_dims(piece.data.shape, piece.data, cut_dims(piece))
             parameter.hold(piece.data, grad=None, grad_memory=None)
             parameter.splits = piece.splits
