@@ -41,6 +41,7 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     ("page", "ranks"),
     [
         ("docs/fsdp.md", 4),
+        ("docs/optimizers.md", 2),
         ("docs/pipeline.md", 4),
         ("docs/tensor-parallel.md", 4),
         ("docs/mesh.md", 8),

@@ -82,7 +82,7 @@ def compare(kind, rest, sizes, *, dtype=F64, tolerance=1e-12, **options):
     results = simulate(run, len(sizes))
 
     def close(actual, expected, what):
-        kept = np.promote_types(dtype, np.float32) if "running" in what else dtype
+        kept = np.promote_types(dtype, np.float32) if "running" in what or "sum of" in what else dtype
         assert actual.dtype == expected.dtype == (np.int64 if "tracked" in what else kept)
         atol = tolerance * np.abs(expected).max(initial=1)
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=atol, err_msg=what)
@@ -96,7 +96,7 @@ def compare(kind, rest, sizes, *, dtype=F64, tolerance=1e-12, **options):
             close(result[2][name], value, name)
             np.testing.assert_array_equal(result[2][name], results[0][2][name])
     for name, value in sums.items():
-        close(np.sum([result[3][name] for result in results], axis=0, dtype=value.dtype), value, name)
+        close(np.sum([result[3][name] for result in results], axis=0, dtype=value.dtype), value, f"sum of {name}")
 
 
 KINDS = {

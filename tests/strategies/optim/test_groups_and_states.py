@@ -1,5 +1,7 @@
 """Parameter groups, the settings in state dicts, schedules, and states that do not fit."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -230,9 +232,7 @@ def test_impossible_schedules_are_refused(build):
 
 def model():
     embedding = nn.Embedding(7, 4, rng=0)
-    layers = nn.Sequential(embedding, nn.LayerNorm(4), nn.Linear(4, 4, rng=1), nn.ReLU(), nn.Unembedding(embedding))
-    layers.layers[2].bias.requires_grad = True
-    return layers
+    return nn.Sequential(embedding, nn.LayerNorm(4), nn.Linear(4, 4, rng=1), nn.ReLU(), nn.Unembedding(embedding))
 
 
 @pytest.mark.parametrize("wrap", [None, "DDP", "FSDP"])
@@ -251,3 +251,46 @@ def test_biases_norms_and_embeddings_do_not_decay(wrap):
         assert ([names[id(parameter)] for parameter in matrices], len(rest)) == (["layers.2.weight"], len(names) - 1)
 
     ferro.simulate(run, 2, timeout_s=10)
+
+
+# -- layers that change, copies ----------------------------------------------------------------------
+
+
+def test_layers_that_are_replaced_or_added_are_noticed_by_an_optimizer_of_the_module():
+    net = model()
+    optimizer = SGD(net, lr=0.1)
+    net.layers.append(nn.ReLU())
+    step(optimizer)
+    net.layers[2] = nn.Linear(4, 4, rng=7)
+    with pytest.raises(ferro.UsageError, match=r"did not have when the SGD was made of it: 'layers\.2\.weight'"):
+        optimizer.step()
+    SGD(net, lr=0.1).step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_optimizer_trains_by_itself(copied):
+    net = model()
+    optimizer = AdamW(net, lr=0.1)
+    optimizer.follow(CosineSchedule(5))
+    optimizer.before_step(lambda: None)
+    step(optimizer)
+    twin, other = copied((net, optimizer))
+    assert other.parameters == list(twin.parameters())
+    assert other.groups[0].parameters == other.parameters
+    kept = net.state_dict()
+    step(other)
+    same(net.state_dict(), kept)
+    step(optimizer)
+    same(other.state_dict(), optimizer.state_dict())
+    same(twin.state_dict(), net.state_dict())
+    assert [type(owner) for owner in other.parameters[0].state_owners] == [AdamW]
+    other.groups[0]["lr"] = 0.5
+    assert optimizer.lr != 0.5
+
+
+def test_an_optimizer_that_is_dropped_owns_nothing_at_once():
+    parameter = Parameter(np.ones(2))
+    optimizer = AdamW([parameter])
+    step(optimizer)
+    del optimizer
+    assert parameter.state_owners == []

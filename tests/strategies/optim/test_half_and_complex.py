@@ -128,3 +128,29 @@ def test_a_complex_scalar_and_complex_state():
     other = AdamW([parameter], lr=0.1)
     other.load_state_dict(optimizer.state_dict())
     assert other.state[0]["v"] == optimizer.state[0]["v"]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_clipping_in_half_precision_neither_vanishes_nor_overflows(dtype):
+    parameter = Parameter(np.zeros(4, dtype))
+    parameter.grad = np.full(4, 3e4, dtype)
+    optimizer = SGD([parameter], lr=1.0)
+    clip_grad_value([parameter], 1e6)
+    assert (parameter.grad.astype(float) > 2.9e4).all()
+    clip_grad_norm([parameter], 1e-3)
+    np.testing.assert_allclose(parameter.grad.astype(float), 5e-4, rtol=1e-2)
+    optimizer.step()
+    assert parameter.data.all()
+
+
+def test_a_parameter_that_becomes_half_gets_a_master():
+    parameter = Parameter(np.ones(2, np.float32))
+    optimizer = SGD([parameter], lr=1e-4, momentum=0.9)
+    parameter.grad = np.ones(2, np.float32)
+    optimizer.step()
+    parameter.hold(parameter.data.astype(np.float16), grad=None, grad_memory=None)
+    for _ in range(10):
+        parameter.grad = np.ones(2, np.float16)
+        optimizer.step()
+    assert optimizer.state[0]["master"].dtype == np.float32
+    assert float(parameter.data[0]) < 0.9975

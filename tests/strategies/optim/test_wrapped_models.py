@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies import DDP, FSDP, DeviceMesh, nn
+from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn
 from ferro_strategies.fsdp import ShardingStrategy
 from ferro_strategies.optim import (
     EMA,
@@ -14,6 +14,7 @@ from ferro_strategies.optim import (
     AdamW,
     CosineSchedule,
     Lion,
+    LossScaler,
     Muon,
     clip_grad_norm,
     decay_groups,
@@ -255,3 +256,77 @@ def test_parameters_that_parallelize_replaces_by_others_are_refused_at_the_step(
         SGD(model, 0.1).step()
 
     ferro.simulate(run, 2, timeout_s=20)
+
+
+def test_groups_schedules_and_averages_go_on_with_the_steps_of_ranks_without_batches():
+    def run(group):
+        model = FSDP(build(), group)
+        optimizer = AdamW(decay_groups(model, 0.1), 0.05)
+        optimizer.groups[1]["lr"] = 0.01
+        optimizer.follow(CosineSchedule(8))
+        ema = EMA(model, decay=0.5, optimizer=optimizer)
+        with model.join(optimizer):
+            for i in range(2 + 2 * group.rank):
+                train(model, optimizer, [i], slice(group.rank, None, 2))
+                model.clip_grad_norm(1.0, np.inf)
+        return ema.updates, model.full_optimizer_state_dict(ema), optimizer.lrs
+
+    first, second = ferro.simulate(run, 2, timeout_s=20)
+    assert first[0] == second[0] == 4
+    assert first[2] == second[2] == [0.05 * CosineSchedule(8)(4), 0.01 * CosineSchedule(8)(4)]
+    same(first[1], second[1], rtol=0)
+
+
+# -- one decision of a loss scaler -------------------------------------------------------------------
+
+
+def pipeline_of_sharded_stages(group):
+    mesh = DeviceMesh((2, 2), ("pp", "dp"), group)
+    stage = nn.Linear(3, 5, rng=0) if mesh["pp"].rank == 0 else nn.Linear(5, 2, rng=1)
+    pipeline = Pipeline([FSDP(stage, mesh["dp"])], mesh["pp"], microbatches=2)
+    return pipeline, lambda x, t, loss: pipeline.step(x, t, loss)
+
+
+def sharded_tensor_parallel(group):
+    mesh = DeviceMesh((2, 2), ("tp", "dp"), group)
+    net = nn.Sequential(nn.Linear(3, 5, rng=0), nn.Linear(5, 2, rng=1))
+    plan = {"layers.0": ColumnParallelLinear.from_serial, "layers.1": RowParallelLinear.from_serial}
+    model = FSDP(parallelize(net, mesh["tp"], plan), mesh["dp"])
+    return model, lambda x, t, loss: passed(model, x, t, loss)
+
+
+def replicas(group):
+    model = DDP(nn.Sequential(nn.Linear(3, 5, rng=0), nn.Linear(5, 2, rng=1)), group)
+    return model, lambda x, t, loss: passed(model, x, t, loss)
+
+
+def passed(model, x, t, loss):
+    y, pull = model.vjp(x)
+    pull(loss(y, t)[1])
+
+
+@pytest.mark.parametrize("make", [pipeline_of_sharded_stages, sharded_tensor_parallel, replicas])
+def test_all_ranks_skip_together_without_a_group(make):
+    x, t = X[0].astype(np.float32), T[0].astype(np.float32)
+
+    def run(group):
+        model, train_step = make(group)
+        optimizer, scaler = SGD(model, lr=0.1), LossScaler(initial_scale=4.0)
+
+        def loss(y, t):
+            value, grad = nn.mse_loss(y, t)
+            return value, scaler.scale(grad)
+
+        decided = []
+        for bad in (None, 0, 3):
+            train_step(x, t, loss)
+            if group.rank == bad and make is not replicas:  # in a replica all ranks have the same gradients
+                grad = next(p.grad for p in model.parameters() if p.grad is not None and p.grad.size)
+                grad.reshape(-1)[0] = np.inf
+            decided.append(scaler.step(optimizer))
+            model.zero_grad()
+        return decided, scaler.current_scale
+
+    results = ferro.simulate(run, 4, timeout_s=20)
+    expected = ([True, True, True], 4.0) if make is replicas else ([True, False, False], 1.0)
+    assert results == [expected] * 4

@@ -4,9 +4,9 @@ Each rank computes a checksum of its parameters in every step and adds it to a m
 that only some ranks have shows itself in the reduced message, in the same way on all ranks; only then they exchange
 the checksums of the single parameters, for the error.
 
-A checksum takes a small part of the time of a step: of an array larger than `_WINDOW` words it covers another window
-each time, and a sample of the rest. An optimizer that went another way has changed nearly every element, so it is found
-at once.
+A checksum takes a small part of the time of a step: it covers about `_BUDGET_BYTES`. Of an array that is larger than
+its share it covers another window each time, and a sample of the rest. An optimizer that went another way has changed
+nearly every element, so it is found at once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from .nn.arrays import Array, namespace_of
 from .nn.checks import first_few
 
 _DIGEST_BITS = 32
+_DIGEST_MASK = (1 << _DIGEST_BITS) - 1
 _SMALL_BYTES = 1 << 10
-_WINDOW = 1 << 15
+_BUDGET_BYTES = 1 << 20
+_LEAST_WINDOW_BYTES = 1 << 13
 _SAMPLES = 64
 # Integers below this number, and their sums, are exact in float32; a mean of them can be multiplied back.
 _EXACT_BITS = 22
@@ -52,6 +54,7 @@ class ReplicaCheck:
         self._group = group
         self._turn = 0
         self._words: list[tuple[Array, Array]] = []
+        self._window_bytes = _BUDGET_BYTES
         self._bits = max(1, (_EXACT_BITS - math.ceil(math.log2(max(group.world_size, 2)))) // 2)
         self._shifts = range(0, _DIGEST_BITS, self._bits)
         self.tail_size = 2 * len(self._shifts)
@@ -60,6 +63,8 @@ class ReplicaCheck:
         """Compute the checksum of this step, a number of 32 bits, from all NumPy arrays among these."""
         if len(self._words) != len(arrays):
             self._words = [(array, _as_words(array)) for array in arrays]
+            large = sum(array.nbytes > _SMALL_BYTES for array in arrays)
+            self._window_bytes = max(_LEAST_WINDOW_BYTES, _BUDGET_BYTES // max(large, 1))
         turn, sums, crc = self._turn, [], 0
         self._turn += 1
         for index, array in enumerate(arrays):
@@ -67,17 +72,17 @@ class ReplicaCheck:
             if known is not array:
                 words = _as_words(array)
                 self._words[index] = array, words
-            size = words.size
-            if words.dtype.itemsize == 1:
+            if words.itemsize == 1:
                 crc = zlib.crc32(words.data, crc)
-            elif size <= _WINDOW:
+            elif words.nbytes <= self._window_bytes:
                 sums.append(int(np.add.reduce(words, dtype=words.dtype)))
             else:
-                start = turn % -(-size // _WINDOW) * _WINDOW
-                sums.append(int(np.add.reduce(words[start : start + _WINDOW], dtype=words.dtype)))
-                stride = size // _SAMPLES
+                window = self._window_bytes // words.itemsize
+                start = turn % -(-words.size // window) * window
+                sums.append(int(np.add.reduce(words[start : start + window], dtype=words.dtype)))
+                stride = words.size // _SAMPLES
                 sums.append(int(np.add.reduce(words[turn % stride :: stride], dtype=words.dtype)))
-        return zlib.crc32(np.array(sums, np.uint64).data, crc)
+        return hash((crc, *sums)) & _DIGEST_MASK  # of integers it is the same in all processes
 
     def skip(self) -> None:
         """Let a step go by in which this rank's values do not count."""
@@ -100,8 +105,8 @@ class ReplicaCheck:
     def agree(self, tail: Array, counting: int) -> bool:
         """Say whether the checksums of `counting` ranks were equal, from the mean over all ranks."""
         host = tail if isinstance(tail, np.ndarray) else namespace_of(tail).asnumpy(tail)
-        sums = np.rint(host.real.astype(np.float64) * self._group.world_size)
-        return bool((sums[1::2] * counting == sums[::2] ** 2).all())
+        sums = [round(mean * self._group.world_size) for mean in host.real.tolist()]
+        return all(squares * counting == total * total for total, squares in zip(sums[::2], sums[1::2], strict=True))
 
     # -- in a message of which the greatest bytes are taken ------------------------------------------
 
@@ -110,7 +115,7 @@ class ReplicaCheck:
         """Make eight bytes for a reduction by "max": the checksum and its complement; None from ranks without one."""
         if digest is None:
             return np.zeros(2 * _DIGEST_BITS // 8, np.uint8)
-        return np.array([digest, ~digest & (1 << _DIGEST_BITS) - 1], np.uint32).view(np.uint8)
+        return np.array([digest, ~digest & _DIGEST_MASK], np.uint32).view(np.uint8)
 
     @staticmethod
     def agree_bytes(reduced: Array) -> bool:

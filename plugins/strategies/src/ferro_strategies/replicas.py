@@ -47,8 +47,7 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
     """
     own_lines = [f"the option {name}={value}" for name, value in options.items()]
     own_lines += [
-        f"parameter {name!r}, {parameter.data.dtype} {parameter.data.shape}"
-        + ("" if parameter.requires_grad else ", frozen")
+        f"parameter {name!r}, {parameter.dtype} {parameter.shape}" + ("" if parameter.requires_grad else ", frozen")
         for name, parameter in module.named_parameters()
     ]
     own_lines += [

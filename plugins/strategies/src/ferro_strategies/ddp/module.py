@@ -82,8 +82,8 @@ class DDP(Module):
             gradients of the others count as zero in the mean; if no rank uses it, `grad` stays None. It costs one more
             small reduction. Modules must announce their uses (`Parameter.use`).
         check_replicas: notice in each reduction if the parameters are no longer equal on all ranks, and name those that
-            differ. A checksum of them travels with the gradients. Of parameters of more than 256 KiB it covers another
-            part each time, and a sample of the rest. CuPy arrays are not checked.
+            differ. A checksum of them travels with the gradients; of models larger than 1 MiB it covers another part
+            each time, and a sample of the rest. CuPy arrays are not checked.
 
     Attributes:
         module: the wrapped module.
@@ -131,7 +131,7 @@ class DDP(Module):
                 f"DDP: {type(module).__name__} has no parameter that requires a gradient, so "
                 "there is nothing to average. Use it without DDP."
             )
-        self.module = module
+        self.module = module.materialize()
         self.training = module.training
         self._group = group
         self._chunk_bytes = bucket_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -43,11 +44,12 @@ class FlatParameter:
         first = named[0][1]
         self.parameters = tuple(parameter for _, parameter in named)
         self.trained = first.requires_grad
-        self.layout: FlatLayout = flat_layout(((n, p.data.shape) for n, p in named), config.num_shards)
+        self.layout: FlatLayout = flat_layout(((n, p.shape) for n, p in named), config.num_shards)
         self._config = config
-        self._dtype = first.data.dtype
+        self._dtype = first.dtype
         self._grad_dtype = first.grad_dtype
-        self.namespace = namespace_of(first.data)
+        self._unsharded_grad_dtype = wide_dtype(config.precision.reduce_dtype_of(self._dtype))
+        self.namespace = value_namespace(first)
         self.shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
         self._kept = self._allocate() if config.keeps_unsharded else None
@@ -195,7 +197,10 @@ class FlatParameter:
     # -- inside ----------------------------------------------------------------------------------
 
     def _scatter_values(self) -> None:
-        """Fill the shards of all ranks from the first rank's parameters; this needs memory for one unit only."""
+        """Fill the shards of all ranks from the first rank's parameters; this needs memory for one unit only.
+
+        Deferred parameters are drawn one by one, on that rank alone.
+        """
         config, xp = self._config, self.namespace
         # On a mesh, the first row scatters; the other rows get their shards along the columns.
         in_first_row = config.shard_group is None or config.replica_group is None or config.replica_group.rank == 0
@@ -204,7 +209,7 @@ class FlatParameter:
             flat = config.pool.allocate(xp, self.layout.size, self._dtype)
             flat.array[self.layout.unpadded_size :] = 0
             for span, parameter in zip(self.layout.spans, self.parameters, strict=True):
-                flat.array[span.start : span.stop] = parameter.data.reshape(-1)
+                flat.array[span.start : span.stop] = parameter.draw().reshape(-1)
         received: Array = self.shard
         if self.shard_namespace is not xp:
             received = xp.empty(self.shard.shape, self._dtype)
@@ -237,7 +242,7 @@ class FlatParameter:
 
     def _allocate_grad(self) -> PooledBuffer:
         """Allocate an unsharded gradient: in the dtype of its reduction, or in single precision if that is half."""
-        return self._config.pool.allocate(self.namespace, self.layout.size, wide_dtype(self.reduce_dtype))
+        return self._config.pool.allocate(self.namespace, self.layout.size, self._unsharded_grad_dtype)
 
     def _allocate_shard(self, dtype: np.dtype) -> PooledBuffer:
         return self._config.pool.allocate(self.namespace, self.layout.shard_size, dtype)
@@ -256,6 +261,11 @@ class FlatParameter:
             return self.layout.views(shard)
         rank = self._config.shard_rank
         return [shard[self.layout.slice_in_shard(span, rank)] for span in self.layout.spans]
+
+
+def value_namespace(parameter: Parameter) -> ModuleType:
+    """Return the namespace of a parameter's value; deferred ones are drawn with NumPy."""
+    return np if parameter.is_deferred else namespace_of(parameter.data)
 
 
 class _ShardedState:

@@ -10,12 +10,11 @@ import numpy as np
 
 from ferro import Work
 
-from ..nn.arrays import namespace_of
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from .buffer_pool import PooledBuffer
 from .config import FSDPConfig
-from .flat_parameter import FlatParameter
+from .flat_parameter import FlatParameter, value_namespace
 from .unit_policy import owners
 
 
@@ -122,6 +121,6 @@ def _flatten(named: Sequence[tuple[str, Parameter]], config: FSDPConfig) -> list
     """Make one flat parameter for each namespace, dtype and value of `requires_grad`."""
     kinds: dict[tuple[ModuleType, np.dtype, bool], list[tuple[str, Parameter]]] = {}
     for name, parameter in named:
-        kind = namespace_of(parameter.data), parameter.data.dtype, parameter.requires_grad
+        kind = value_namespace(parameter), parameter.dtype, parameter.requires_grad
         kinds.setdefault(kind, []).append((name, parameter))
     return [FlatParameter(members, config) for members in kinds.values()]

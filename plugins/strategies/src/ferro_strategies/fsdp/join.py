@@ -7,10 +7,11 @@ continue in the background. A rank that has left the `join` block answers each a
     GATHER  unit      it sends its shards
     REDUCE  unit      it contributes zeros, and gets its shard of the sum as all ranks do
     DRAIN             it waits for the reductions
-    CLIP    norm      it takes part in the norm, and scales its shards
+    CLIP    norm, p   it takes part in the norm, and scales its shards
     UNSCALE           it unscales its shards of the gradients
     AGREE             it tells whether these gradients are finite
-    STEP    lr        it updates its shards
+    STEP    lr of     it updates its shards
+            groups
 
 `zero_grad` communicates nothing and is not announced. Instead REDUCE, UNSCALE and STEP tell which
 parameters had a gradient.
@@ -67,7 +68,7 @@ class FSDPJoin:
         parameters: Sequence[Parameter],
         groups: Sequence[ProcessGroup],
         optimizers: Sequence[Optimizer],
-        clip: Callable[[float], object],
+        clip: Callable[[float, float], object],
         *,
         scaler: LossScaler | None,
         divide_by_all: bool,
@@ -80,7 +81,8 @@ class FSDPJoin:
         self._divide_by_all = divide_by_all
         self._num_indices = max(len(scheduler.units), len(optimizers), 1)
         flag_counts = [len(parameters), len(optimizers), *(len(optimizer.parameters) for optimizer in optimizers)]
-        self._note_bytes = _NUMBER_BYTES + max(flag_counts)
+        self._numbers_bytes = _NUMBER_BYTES * max(2, *(len(optimizer.groups) for optimizer in optimizers), 0)
+        self._note_bytes = self._numbers_bytes + max(flag_counts)
         self._inputs = UnevenInputs("FSDP", groups, self._describe, self._note_bytes)
         self._shadowing = False
 
@@ -106,15 +108,15 @@ class FSDPJoin:
         """Announce that all reductions are waited for."""
         self._announce(_Operation.DRAIN, 0)
 
-    def announce_clip(self, max_norm: float) -> None:
+    def announce_clip(self, max_norm: float, norm_type: float) -> None:
         """Announce that gradients are clipped."""
-        self._announce(_Operation.CLIP, 0, number=max_norm)
+        self._announce(_Operation.CLIP, 0, numbers=[max_norm, norm_type])
 
     def announce_step(self, index: int) -> None:
         """Announce a step of an optimizer, and which parameters have a gradient."""
         optimizer = self._optimizers[index]
         flags = _grad_flags(optimizer.parameters)
-        self._announce(_Operation.STEP, index, number=optimizer.lr, flags=flags)
+        self._announce(_Operation.STEP, index, numbers=optimizer.lrs, flags=flags)
 
     def before_unscale(self, optimizer: Optimizer) -> None:
         """Announce that an optimizer's gradients are unscaled, and which parameters have one."""
@@ -137,12 +139,14 @@ class FSDPJoin:
             "given to join(), so ranks that have left could not step with it."
         )
 
-    def _announce(self, operation: _Operation, index: int, *, number: float = 0.0, flags: Sequence[bool] = ()) -> None:
+    def _announce(
+        self, operation: _Operation, index: int, *, numbers: Sequence[float] = (), flags: Sequence[bool] = ()
+    ) -> None:
         if self._shadowing:
             return
         note = np.zeros(self._note_bytes, np.uint8)
-        note[:_NUMBER_BYTES].view(np.float64)[0] = number
-        note[_NUMBER_BYTES : _NUMBER_BYTES + len(flags)] = flags
+        note[: self._numbers_bytes].view(np.float64)[: len(numbers)] = numbers
+        note[self._numbers_bytes : self._numbers_bytes + len(flags)] = flags
         self._inputs.announce(1 + operation * self._num_indices + index, note)
 
     # -- operations of ranks without batches ------------------------------------------------------
@@ -181,8 +185,8 @@ class FSDPJoin:
             unsharded.wait()
 
     def _take_part(self, operation: int, index: int, note: Array, gathers: deque[UnshardedParameters]) -> None:
-        number = float(note[:_NUMBER_BYTES].view(np.float64)[0])
-        flags = note[_NUMBER_BYTES:].astype(bool).tolist()
+        numbers: list[float] = note[: self._numbers_bytes].view(np.float64).tolist()
+        flags = note[self._numbers_bytes :].astype(bool).tolist()
         match _Operation(operation):
             case _Operation.GATHER:
                 gathers.append(self._scheduler.units[index].unshard())
@@ -198,11 +202,11 @@ class FSDPJoin:
                 self._scheduler.drain()
                 self._scheduler.check_replicas()
             case _Operation.CLIP:
-                self._clip(number)
+                self._clip(numbers[0], numbers[1])
             case _Operation.STEP:
                 optimizer = self._optimizers[index]
                 _drop_grads(optimizer.parameters, flags)
-                optimizer.lr = number
+                optimizer.lrs = numbers[: len(optimizer.groups)]
                 optimizer.step()
             case _Operation.UNSCALE:
                 _drop_grads(self._optimizers[index].parameters, flags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from ..nn.checks import check_gradient
 from ..nn.module import Module, Pullback, TreeSnapshot, replace_modules
 from ..nn.trees import Arrays, map_leaves, quiet_overflow_in, shapes_of
 from ..optim import LossScaler, Optimizer
-from ..optim.clip import check_max_norm, scale_grads, squared_norm
+from ..optim.clip import check_norm_arguments, clip_grad_norm
 from ..replicas import check_wrappable
 from . import optimizer_state
 from .checks import check_same_everywhere, check_trained, check_unsharded
@@ -143,10 +142,10 @@ class FSDP(StateDictMixin):
 
         def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
-            grad_y = map_leaves(_cast, grad_y, inner)
+            grad_y = _cast(grad_y, inner)
             with quiet_overflow_in(grad_y):
                 grad_x = pull(grad_y)
-            return None if grad_x is None else map_leaves(_cast, grad_x, outer)
+            return None if grad_x is None else _cast(grad_x, outer)
 
         return map_leaves(precision.cast_output, y), pullback
 
@@ -198,25 +197,26 @@ class FSDP(StateDictMixin):
         for sharded in self._sharded.values():
             sharded.flat.unsharded_grad.clear()
 
-    def clip_grad_norm(self, max_norm: float) -> float:
+    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Scale all gradients so that their global norm is at most `max_norm`.
 
         It does the same as `optim.clip_grad_norm`, and also works inside `join`. All ranks call
         it, after the pullback.
 
+        Args:
+            max_norm: largest norm allowed.
+            norm_type: 2 for the Euclidean norm, any other positive number, or infinity; see `optim.grad_norm`.
+
         Returns:
             The norm of the whole model's gradient before scaling, the same on all ranks.
 
         Raises:
-            UsageError: `max_norm` is not positive.
+            UsageError: `max_norm` or `norm_type` is not positive.
         """
-        check_max_norm(max_norm)
+        check_norm_arguments(max_norm, norm_type)
         if self._join is not None:
-            self._join.announce_clip(max_norm)
-        held = list(self.parameters())
-        norm = math.sqrt(squared_norm(held))
-        scale_grads(held, max_norm, norm)
-        return norm
+            self._join.announce_clip(max_norm, norm_type)
+        return clip_grad_norm(self.parameters(), max_norm, norm_type)
 
     @contextmanager
     def join(
@@ -298,8 +298,11 @@ def _dtype_of(leaf: Arrays) -> np.dtype | None:
     return getattr(leaf, "dtype", None)
 
 
-def _cast(array: Arrays, dtype: np.dtype | None) -> Arrays:
-    return array if dtype is None else array.astype(dtype, copy=False)
+def _cast(tree: Arrays, dtypes: Arrays) -> Arrays:
+    """Convert each leaf to the dtype at the same place in `dtypes`."""
+    if isinstance(dtypes, np.dtype):
+        return tree.astype(dtypes, copy=False)
+    return map_leaves(lambda leaf, dtype: leaf if dtype is None else leaf.astype(dtype, copy=False), tree, dtypes)
 
 
 def _duplicate(group: ProcessGroup) -> ProcessGroup:

@@ -133,7 +133,11 @@ class Parameter:
     def materialize(self) -> None:
         """Draw the value of a deferred parameter; others stay as they are."""
         if self._deferred_value is not None:
-            self.data = self._deferred_value.draw()
+            self.data = self.draw()
+
+    def draw(self) -> Array:
+        """Return the value; that of a deferred parameter is drawn, and not kept."""
+        return self.data if self._deferred_value is None else self._deferred_value.draw()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,7 +170,7 @@ class Parameter:
     @property
     def grad_dtype(self) -> np.dtype:
         """The dtype of the gradient: float32 for half precision, otherwise that of the value."""
-        return _grad_dtype(self._data.dtype)
+        return _grad_dtype(self.dtype)
 
     @property
     def outstanding_uses(self) -> int:
@@ -264,7 +268,7 @@ class Parameter:
         if memory is not None:
             check_grad_shape(self.name, self.data, memory.shape)
             flags = memory.flags
-            if memory.dtype not in (self.grad_dtype, self.data.dtype) or not flags.c_contiguous:
+            if (memory.dtype != self._data.dtype and memory.dtype != self.grad_dtype) or not flags.c_contiguous:
                 raise UsageError(
                     f"gradient memory of parameter {self.name!r} must be C-contiguous "
                     f"{self.grad_dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
@@ -332,8 +336,7 @@ class Parameter:
                 f"parameter {self.name!r} is in pieces over the ranks of group {self.splits[0].group.name!r}, so it "
                 "cannot be pickled. Save model.state_dict(), or for a tensor-parallel model its full_state_dict."
             )
-        data = self.data if self._deferred_value is None else self._deferred_value.draw()
-        return {"data": data, "name": self.name, "requires_grad": self.requires_grad, "grad": self._grad}
+        return {"data": self.draw(), "name": self.name, "requires_grad": self.requires_grad, "grad": self._grad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a parameter of what `__getstate__` kept."""

@@ -61,10 +61,11 @@ class Adafactor(Optimizer):
         settings = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(parameters, settings, master_weights=master_weights)
         for parameter in self.parameters:
-            if parameter.data.dtype.kind == "c":
+            if parameter.dtype.kind == "c":
                 raise UsageError(f"Adafactor: {parameter!r} is complex; use AdamW for it.")
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         eps1, eps2 = settings["eps"]
         check_at_least_zero("Adafactor", eps=min(eps1, eps2), weight_decay=settings["weight_decay"])

@@ -48,7 +48,8 @@ class Adagrad(Optimizer):
         }
         super().__init__(parameters, settings, master_weights=master_weights)
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         check_at_least_zero("Adagrad", **settings)
 
     def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:

@@ -45,9 +45,10 @@ class AdamW(Optimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(parameters, settings, master_weights=master_weights)
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
-        name = type(self).__name__
+        name = cls.__name__
         check_at_least_zero(name, eps=settings["eps"], weight_decay=settings["weight_decay"])
         check_betas(name, settings["betas"])
 

@@ -12,7 +12,7 @@ from ferro import ProcessGroup, UsageError
 from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module
 from ..nn.parameter import Parameter
-from .blocks import blocks
+from .blocks import blocks, cached_wide_dtype
 
 
 def clip_grad_norm(parameters: Module | Iterable[Parameter], max_norm: float, norm_type: float = 2.0) -> float:
@@ -32,10 +32,15 @@ def clip_grad_norm(parameters: Module | Iterable[Parameter], max_norm: float, no
     Raises:
         UsageError: `max_norm` or `norm_type` is not positive.
     """
-    check_max_norm(max_norm)
+    check_norm_arguments(max_norm, norm_type)
     held = _listed(parameters)
     norm = grad_norm(held, norm_type)
-    scale_grads(held, max_norm, norm)
+    if max_norm < norm < math.inf:
+        for parameter in held:
+            if parameter.grad is not None:
+                # The product is computed in float32, where the factor cannot become zero.
+                for _, block in blocks(parameter.grad):
+                    block[...] = block.astype(cached_wide_dtype(block.dtype), copy=False) * (max_norm / norm)
     return norm
 
 
@@ -53,12 +58,11 @@ def clip_grad_value(parameters: Module | Iterable[Parameter], max_value: float) 
         if parameter.grad is not None:
             xp = namespace_of(parameter.grad)
             for _, block in blocks(parameter.grad):
-                xp.clip(block, -max_value, max_value, out=block)
+                wide = block.astype(cached_wide_dtype(block.dtype), copy=False)
+                block[...] = xp.clip(wide, -max_value, max_value)
 
 
-def grad_norm(
-    parameters: Module | Iterable[Parameter], norm_type: float = 2.0, *, stages: ProcessGroup | None = None
-) -> float:
+def grad_norm(parameters: Module | Iterable[Parameter], norm_type: float = 2.0) -> float:
     """Compute the norm of all gradients together, as one long vector.
 
     It is that of the whole model in one process: it includes every piece of a parameter that is split over ranks
@@ -68,7 +72,6 @@ def grad_norm(
     Args:
         parameters: the same ones on all ranks that have them; a parameter without gradient counts as zero.
         norm_type: p of the norm (sum of |g|**p)**(1/p), 2 for the Euclidean norm; infinity for the largest |g|.
-        stages: the ranks of a pipeline, which a rank without parameters cannot know from these.
 
     Returns:
         The norm, computed in float64, the same on all ranks.
@@ -76,42 +79,23 @@ def grad_norm(
     Raises:
         UsageError: `norm_type` is not positive.
     """
-    if not norm_type > 0:
-        raise UsageError(f"grad_norm: norm_type must be above 0, or infinity, not {norm_type}.")
+    check_norm_arguments(1.0, norm_type)
     of_stages = _totals_of_stages(_listed(parameters), norm_type)
-    if stages is not None:
-        of_stages.setdefault(stages, 0.0)
     totals = [total if group is None else _reduce(total, group, norm_type) for group, total in of_stages.items()]
     if norm_type == math.inf:
         return max(totals, key=_nan_first, default=0.0)
     return float(math.fsum(totals) ** (1 / norm_type))
 
 
-def check_max_norm(max_norm: float) -> None:
-    """Refuse a `max_norm` that is zero, negative or NaN.
+def check_norm_arguments(max_norm: float, norm_type: float) -> None:
+    """Refuse a largest norm or a type of norm that is zero, negative or NaN.
 
     Raises:
-        UsageError: `max_norm` is not positive.
+        UsageError: one of them is not positive.
     """
-    if not max_norm > 0:
-        raise UsageError(f"clip_grad_norm: max_norm must be above 0, not {max_norm}.")
-
-
-def squared_norm(parameters: Iterable[Parameter]) -> float:
-    """Sum the squares of all gradients, including the pieces that other ranks hold, but not other stages.
-
-    Ranks that hold pieces call this together, with parameters that are split over the same groups.
-    """
-    return math.fsum(_totals_of_stages(list(parameters), 2.0).values())
-
-
-def scale_grads(parameters: Iterable[Parameter], max_norm: float, norm: float) -> None:
-    """Scale gradients of norm `norm` down to `max_norm` in place, if `norm` is finite."""
-    if max_norm < norm < math.inf:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                for _, block in blocks(parameter.grad):
-                    block *= max_norm / norm
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if not value > 0:
+            raise UsageError(f"clip_grad_norm: {name} must be above 0, not {value}.")
 
 
 def _totals_of_stages(parameters: list[Parameter], p: float) -> dict[ProcessGroup | None, float]:

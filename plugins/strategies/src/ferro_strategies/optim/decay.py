@@ -17,31 +17,32 @@ def decay_groups(module: Module, weight_decay: float) -> list[dict[str, Any]]:
 
         optimizer = AdamW(decay_groups(model, weight_decay=0.1), lr=3e-4)
 
-    It gives the same groups before and after the model is wrapped. Parameters that are not trained are in neither.
+    It gives the same groups before and after the model is wrapped. Frozen parameters are in them, too: they rest until
+    they are trained.
 
     Args:
         module: the model.
         weight_decay: that of the first group; the second one's is 0.
     """
     kept = _without_decay(module)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = list(module.parameters())
     return [
-        {"params": [parameter for parameter in trained if id(parameter) not in kept], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if id(parameter) in kept], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if id(parameter) not in kept], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if id(parameter) in kept], "weight_decay": 0.0},
     ]
 
 
 def matrices_and_others(module: Module) -> tuple[list[Parameter], list[Parameter]]:
-    """Divide the trained parameters into the matrices of layers, for Muon, and all others, for AdamW.
+    """Divide the parameters into the matrices of layers, for Muon, and all others, for AdamW.
 
     Biases, norms, embeddings and arrays of more dimensions are among the others. Take out the output layer's weight,
     too, which is not recognized: its name differs from model to model.
     """
     kept = _without_decay(module)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    is_matrix = [id(parameter) not in kept and len(whole_shape(parameter)) == 2 for parameter in trained]
-    matrices = [parameter for parameter, matrix in zip(trained, is_matrix, strict=True) if matrix]
-    return matrices, [parameter for parameter, matrix in zip(trained, is_matrix, strict=True) if not matrix]
+    parameters = list(module.parameters())
+    is_matrix = [id(parameter) not in kept and len(whole_shape(parameter)) == 2 for parameter in parameters]
+    matrices = [parameter for parameter, matrix in zip(parameters, is_matrix, strict=True) if matrix]
+    return matrices, [parameter for parameter, matrix in zip(parameters, is_matrix, strict=True) if not matrix]
 
 
 def _without_decay(module: Module) -> set[int]:

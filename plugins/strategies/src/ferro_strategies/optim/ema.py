@@ -13,14 +13,15 @@ from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from .blocks import update_blocks
+from .optimizer import Optimizer
 from .state import ParameterState
 
 
 class EMA(ParameterState):
     """An exponential moving average of every parameter's values, which are often better than the last ones.
 
-        ema = EMA(model, decay=0.999)
-        for x, labels in batches: ...; optimizer.step(); ema.update(); optimizer.zero_grad()
+        ema = EMA(model, decay=0.999, optimizer=optimizer)
+        for x, labels in batches: ...; optimizer.step(); optimizer.zero_grad()
         with ema.applied(): evaluate(model)
 
     It begins with the present values. Each rank averages what it holds, so that under FSDP, tensor parallelism and
@@ -32,6 +33,8 @@ class EMA(ParameterState):
     Args:
         parameters: a module, or parameters.
         decay: the weight of the old average in each update, from 0 to 1.
+        optimizer: update at the end of each of its steps, also of those that a rank without batches makes inside
+            `join`; a step that a loss scaler skips does not count. None: call `update` after each step.
 
     Attributes:
         decay: as given.
@@ -44,12 +47,17 @@ class EMA(ParameterState):
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
     """
 
-    def __init__(self, parameters: Module | Iterable[Parameter], decay: float = 0.999) -> None:
-        super().__init__(list(parameters.parameters() if isinstance(parameters, Module) else parameters))
+    def __init__(
+        self, parameters: Module | Iterable[Parameter], decay: float = 0.999, *, optimizer: Optimizer | None = None
+    ) -> None:
+        module = parameters if isinstance(parameters, Module) else None
+        super().__init__(list(parameters.parameters() if isinstance(parameters, Module) else parameters), module)
         _check_decay(decay)
         self.decay = float(decay)
         self.updates = 0
         self.state = [self.initial_state(index) for index in range(len(self.parameters))]
+        if optimizer is not None:
+            optimizer.after_step(self.update)
 
     def update(self) -> None:
         """Move every average to its parameter's value: average = decay * average + (1 - decay) * value.

@@ -38,7 +38,8 @@ class Lion(Optimizer):
         settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(parameters, settings, master_weights=master_weights)
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         check_at_least_zero("Lion", weight_decay=settings["weight_decay"])
         check_betas("Lion", settings["betas"])

@@ -55,13 +55,14 @@ class Muon(Optimizer):
         super().__init__(parameters, settings, master_weights=master_weights)
         self.iterations = iterations
         for parameter in self.parameters:
-            if len(whole_shape(parameter)) != 2 or parameter.data.dtype.kind == "c":
+            if len(whole_shape(parameter)) != 2 or parameter.dtype.kind == "c":
                 raise UsageError(
                     f"Muon: {parameter!r} is no real matrix. Give it to another optimizer, such as AdamW: see "
                     "matrices_and_others."
                 )
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         check_at_least_zero("Muon", weight_decay=settings["weight_decay"])
         if not 0 <= settings["momentum"] < 1:

@@ -10,6 +10,7 @@ import numpy as np
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array
+from ..nn.module import Module
 from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
@@ -27,7 +28,8 @@ class Optimizer(ParameterState):
     up. A complex number is updated as two real ones.
 
     Args:
-        parameters: a module; or parameters; or groups of them with settings of their own, as
+        parameters: a module, whose parameters are then compared with the optimizer's at every step, so that a layer
+            that was added or replaced is noticed; or parameters; or groups of them with settings of their own, as
             [{"params": [...], "weight_decay": 0.0}, {"params": [...], "lr": 0.01}].
         settings: the settings of all groups, which are not given in a group itself.
         master_weights: whether parameters in half precision have a float32 copy, the state "master".
@@ -47,17 +49,24 @@ class Optimizer(ParameterState):
 
     def __init__(self, parameters: Parameters, settings: Settings, *, master_weights: bool = True) -> None:
         self.groups = make_groups(type(self).__name__, parameters, settings, self._check_settings)
-        super().__init__([parameter for group in self.groups for parameter in group.parameters])
+        module = parameters if isinstance(parameters, Module) else None
+        super().__init__([parameter for group in self.groups for parameter in group.parameters], module)
         self.master_weights = master_weights
         self._schedule: Schedule | None = None
         self._schedule_step = 0
         self._base_lrs = self._scheduled_lrs = self.lrs
         self._listeners: list[Callable[[], None]] = []
+        self._after_step: list[Callable[[], None]] = []
 
     def before_step(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener()` at the start of every step; returns a function that removes it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def after_step(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener()` at the end of every step; returns a function that removes it."""
+        self._after_step.append(listener)
+        return lambda: self._after_step.remove(listener)
 
     def step(self) -> None:
         """Update every parameter that has a gradient; other parameters and their state stay.
@@ -66,8 +75,6 @@ class Optimizer(ParameterState):
             UsageError: the state does not fit what a parameter holds, or the model no longer has a parameter; nothing
                 was updated.
         """
-        for listener in tuple(self._listeners):
-            listener()
         self.check_fits()
         check_step(self.parameters, max(self.lrs, default=0.0))
         if self._schedule is not None and self.lrs != self._scheduled_lrs:
@@ -75,17 +82,26 @@ class Optimizer(ParameterState):
                 f"{type(self).__name__}: lr was changed to {self.lrs} while it follows a schedule, which would change "
                 "it back. Call follow(None) before, or follow another schedule from the new lr on."
             )
+        for listener in tuple(self._listeners):
+            listener()
         index = 0
         for group in self.groups:
             for parameter in group.parameters:
                 grad, state = parameter.grad, self.state[index]
                 if grad is not None:
-                    if not state:
-                        state.update(self._new_state(parameter, group))
+                    if not state or (self.master_weights and self._lacks_master(parameter, state)):
+                        for name, array in self._new_state(parameter, group).items():
+                            state.setdefault(name, array)
                     self._update(parameter, grad, state, group.settings)
                 index += 1
         self._schedule_step += 1
         self._apply_schedule()
+        for listener in tuple(self._after_step):
+            listener()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out, for copies and pickle, what listens to this optimizer."""
+        return {**super().__getstate__(), "_listeners": [], "_after_step": []}
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
@@ -122,7 +138,7 @@ class Optimizer(ParameterState):
 
     def keeps_state(self, index: int) -> bool:
         """Say whether the parameter at this position has state after its first step."""
-        dtype = self.parameters[index].data.dtype
+        dtype = self.parameters[index].dtype
         has_master = self.master_weights and cached_wide_dtype(dtype) != dtype
         return has_master or self._keeps_state(self._group_of(index).settings)
 
@@ -178,9 +194,10 @@ class Optimizer(ParameterState):
 
     # -- for subclasses --------------------------------------------------------------------------
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         """Refuse settings out of their range."""
-        check_at_least_zero(type(self).__name__, lr=settings["lr"])
+        check_at_least_zero(cls.__name__, lr=settings["lr"])
 
     def _keeps_state(self, settings: Settings) -> bool:
         """Say whether `_initial_state` makes arrays."""
@@ -207,6 +224,12 @@ class Optimizer(ParameterState):
         if self.master_weights and wide != data.dtype:
             state[MASTER] = data.astype(wide)
         return state
+
+    @staticmethod
+    def _lacks_master(parameter: Parameter, state: dict[str, Array]) -> bool:
+        """Say whether a parameter was converted to half precision after its first step."""
+        dtype = parameter.data.dtype
+        return dtype.itemsize < 4 and MASTER not in state
 
     def _group_of(self, index: int) -> ParameterGroup:
         """Find the group of the parameter at this position."""

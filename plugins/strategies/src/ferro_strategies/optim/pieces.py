@@ -23,8 +23,7 @@ def whole_shape(parameter: Parameter) -> tuple[int, ...]:
         UsageError: the strategy that has split it does not say (`Split.shape`).
     """
     if not parameter.splits:
-        shape: tuple[int, ...] = parameter.data.shape
-        return shape
+        return parameter.shape
     return _shape_before(parameter.splits[0])
 
 

@@ -41,7 +41,8 @@ class SGD(Optimizer):
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(parameters, settings, master_weights=master_weights)
 
-    def _check_settings(self, settings: Settings) -> None:
+    @classmethod
+    def _check_settings(cls, settings: Settings) -> None:
         super()._check_settings(settings)
         check_at_least_zero("SGD", momentum=settings["momentum"], weight_decay=settings["weight_decay"])
         if settings["nesterov"] and settings["momentum"] == 0:

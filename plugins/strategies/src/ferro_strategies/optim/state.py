@@ -13,6 +13,7 @@ from ferro.errors import UsageError
 
 from ..nn.arrays import Array, namespace_of
 from ..nn.checks import first_few
+from ..nn.module import Module, TreeSnapshot
 from ..nn.parameter import Parameter
 from .blocks import cached_wide_dtype
 
@@ -33,8 +34,10 @@ class ParameterState(ABC):
     # The names of arrays that are not cut where a parameter is cut, such as one number per parameter.
     whole_arrays: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], module: Module | None = None) -> None:
         self.parameters = list(parameters)
+        self._module = module
+        self._tree = None if module is None else TreeSnapshot(module)
         self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
         self._retired: dict[int, str] = {}
         for parameter in self.parameters:
@@ -63,9 +66,11 @@ class ParameterState(ABC):
 
         def agree(faults: list[str]) -> None:
             if faults:
+                in_pieces = any(parameter.splits for parameter in self.parameters)
+                hint = " Load whole arrays by model.load_full_optimizer_state_dict." if in_pieces else ""
                 raise UsageError(
                     f"load_state_dict: the state does not fit this {type(self).__name__} of "
-                    f"{len(self.parameters)} parameters: {'; '.join(faults)}. Nothing was loaded."
+                    f"{len(self.parameters)} parameters: {'; '.join(faults)}. Nothing was loaded.{hint}"
                 )
 
         self.load_named(state, [str(index) for index in range(len(self.parameters))], agree)
@@ -164,6 +169,8 @@ class ParameterState(ABC):
                 for name, array in arrays.items():
                     if (array.shape != shape or array.dtype != dtype) and name not in self.whole_arrays:
                         raise self._misfit(parameter, name, array)
+        if self._module is not None and (self._tree is None or not self._tree.is_current()):
+            self._check_module(self._module)
         if self._retired:
             names = ", ".join(first_few([repr(name) for name in self._retired.values()]))
             raise UsageError(
@@ -216,6 +223,29 @@ class ParameterState(ABC):
         return ""
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _check_module(self, module: Module) -> None:
+        """Refuse a module that has other trained parameters than this object, because layers were added or replaced."""
+        known = set(map(id, self.parameters))
+        others = [name for name, item in module.named_parameters() if item.requires_grad and id(item) not in known]
+        if others:
+            own = type(self).__name__
+            raise UsageError(
+                f"{own}: {type(module).__name__} has parameters that it did not have when the {own} was made of it: "
+                f"{', '.join(first_few([repr(name) for name in others]))}. They would not be trained: make the {own} "
+                "anew. Nothing was updated."
+            )
+        self._tree = TreeSnapshot(module)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the snapshot for copies and pickle."""
+        return {**self.__dict__, "_tree": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Become the owner of the state of the copied parameters."""
+        self.__dict__.update(state)
+        for parameter in self.parameters:
+            parameter.add_state_owner(self)
 
     def _misfit(self, parameter: Parameter, name: str, array: Array) -> UsageError:
         data, own = parameter.data, type(self).__name__
