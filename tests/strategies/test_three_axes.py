@@ -75,7 +75,7 @@ def make_case(seed):
         tied=coin(),
         checkpoint=rng.integers(3) == 0,
         masked=coin(),
-        trees=coin() and dp == 1,
+        trees=coin(),
         gap=coin(),
     )
     return case if case.stages <= case.blocks + 3 else None
@@ -180,7 +180,7 @@ def parallel_layers(case, group):
 
 
 def wrapped(case, stage, group):
-    if case.trees or next(stage.parameters(), None) is None:
+    if next(stage.parameters(), None) is None:
         return stage
     if case.wrap == "ddp":
         return DDP(stage, group)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies import nn
+from ferro_strategies import DDP, FSDP, DeviceMesh, nn
 from ferro_strategies.nn import Linear, Module, Sequential, mse_loss
 from ferro_strategies.pipeline import Pipeline
 
@@ -104,6 +104,27 @@ def test_trees_between_stages_train_like_one_process(schedule, ranks):
     assert_equal(simulate(run, ranks), expected)
 
 
+@pytest.mark.parametrize("wrap", [DDP, FSDP])
+def test_wrapped_stages_pass_trees(wrap):
+    inputs, targets = data(rows=6)
+    value, expected = alone(stages(2), inputs, targets, loss)
+
+    def run(world):
+        mesh = DeviceMesh((2, 2), ("dp", "pp"), world)
+        pipeline = Pipeline([wrap(stages(2)[mesh["pp"].rank], mesh["dp"])], mesh["pp"], microbatches=2)
+        part = slice(mesh["dp"].rank, None, 2)
+        own = {name: array[part] for name, array in inputs.items()}
+        loss_of_half = pipeline.step(own, tuple(array[part] for array in targets), loss)
+        return loss_of_half, sum(float((item.grad**2).sum()) for item in pipeline.parameters())
+
+    results = simulate(run, 4)
+    assert (results[0][0] + results[2][0]) / 2 == pytest.approx(value)
+    for stage in range(2):
+        squares = sum(float((grad**2).sum()) for name, grad in expected.items() if name.startswith(f"{stage}."))
+        found = results[stage][1] + results[2 + stage][1] * (wrap is FSDP)
+        assert found == pytest.approx(squares)
+
+
 class Plain(Module):
     """Returns what a function makes of its input; its gradient is what another makes."""
 
@@ -158,7 +179,7 @@ FAULTS = {
         Plain(lambda x: object()),
         None,
     ),
-    r"stage 0 \(Plain\) returned float32 \(2, 2\) for microbatch 1, and float64 \(2, 2\) for an earlier one": (
+    r"stage 0 \(Plain\) returned array of float32 for microbatch 1, and array of float64 for an earlier one": (
         Plain(drifting),
         None,
     ),

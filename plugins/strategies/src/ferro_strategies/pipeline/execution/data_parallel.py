@@ -12,7 +12,7 @@ where reference is the number by which this replica's weights were divided on th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -85,9 +85,12 @@ class StageModules:
         """The groups over which this rank's gradients are averaged; () without data-parallel modules."""
         return self.data_parallel[0].averaging_groups if self.data_parallel else ()
 
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
+    def accumulating(self) -> AbstractContextManager[None]:
         """Reduce no gradients inside the block, and update running statistics once, at its end."""
+        return self._accumulating() if self._norms or self.data_parallel else nullcontext()
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(deferring_statistics(self._norms))
             for module in self.data_parallel:

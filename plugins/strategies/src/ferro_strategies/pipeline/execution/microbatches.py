@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from ferro import UsageError
 from ferro.arrays import lost_meaning
 
@@ -52,6 +54,8 @@ def split_batch(batch: Batch | None, microbatches: int, role: str) -> list[Array
         )
     if len({*rows}) > 1:
         raise UsageError(f"the arrays of the {role} have different numbers of rows, {rows}: {describe(batch)}.")
+    if len(arrays) == 1 and arrays[0] is batch:
+        return _split(batch, microbatches)
     whole = structure(batch)
     columns = [_split(leaf, microbatches) for leaf in whole.flatten(batch)]
     return [whole.unflatten([column[number] for column in columns]) for number in range(microbatches)]
@@ -72,7 +76,13 @@ def join_microbatches(parts: Sequence[Arrays]) -> Arrays:
 
 def sizes_of(targets: Sequence[Arrays]) -> list[int]:
     """Return each part's number of elements; that of a tree is the number of its first array."""
-    return [next((leaf.size for leaf in leaves(part) if _is_array(leaf)), 0) for part in targets]
+    return [_size(part) for part in targets]
+
+
+def _size(part: Arrays) -> int:
+    if type(part) is np.ndarray:
+        return part.size
+    return next((int(leaf.size) for leaf in leaves(part) if _is_array(leaf)), 0)
 
 
 def _arrays(tree: Arrays, role: str) -> list[Array]:

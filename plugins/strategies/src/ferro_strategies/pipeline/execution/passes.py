@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ...nn.deferral import deferring
 from ...nn.module import Module, Pullback
-from ...nn.trees import Arrays, has_gradient, shapes_of
+from ...nn.trees import Arrays, has_gradient
 from ..schedules.schedule import Action, Kind
 from .loss import Loss, LossOfMicrobatches, LossTotals
 from .microbatches import Batch, join_microbatches, split_batch
@@ -77,8 +77,8 @@ class TrainingPass:
         self._prepare = prepare
         self._loss: LossOfMicrobatches | None = None
         self._outputs: dict[int, Arrays] | None = {} if keep_outputs else None
-        # For each microbatch in a stage: the pullback, and what is known of the input.
-        self._pullbacks: dict[tuple[int, int], tuple[Pullback, InputOfStage]] = {}
+        # For each microbatch in a stage: the pullback, and the shapes of the input, unless it is the batch's.
+        self._pullbacks: dict[tuple[int, int], tuple[Pullback, InputOfStage | None]] = {}
         self._products: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._loss_grads: dict[int, Arrays] = {}
 
@@ -118,7 +118,7 @@ class TrainingPass:
         stage, microbatch = action.stage, action.microbatch
         x = self._inputs[microbatch] if stage == 0 else transfers.recv(action)
         y, pullback = self._modules[stage].vjp(x)
-        self._pullbacks[stage, microbatch] = pullback, InputOfStage(x, shapes_of(x))
+        self._pullbacks[stage, microbatch] = pullback, InputOfStage(x) if stage else None
         self.peak_activations = max(self.peak_activations, len(self._pullbacks) + len(self._products))
         self._checks[stage].output(y, microbatch)
         if stage != self._last:
@@ -136,16 +136,16 @@ class TrainingPass:
         pullback, x = self._pullbacks.pop(key)
         if self._plan.splits_backward:
             self._products[key] = []
-        if not has_gradient(grad_y):  # the next stage's input has no floating-point numbers
-            grad_x = None
-        elif self._plan.splits_backward:
-            with deferring(self._modules[stage].parameters()) as self._products[key]:
+        grad_x: Arrays = None
+        if has_gradient(grad_y):  # otherwise the next stage's input has no floating-point numbers
+            if self._plan.splits_backward:
+                with deferring(self._modules[stage].parameters()) as self._products[key]:
+                    grad_x = pullback(grad_y)
+            else:
                 grad_x = pullback(grad_y)
-        else:
-            grad_x = pullback(grad_y)
-        if stage > 0:
-            if has_gradient(grad_y):
+            if x is not None:
                 grad_x = self._checks[stage].input_gradient(grad_x, x, action.microbatch)
+        if stage > 0:
             transfers.send(action, grad_x)
 
 
