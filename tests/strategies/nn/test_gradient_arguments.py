@@ -203,12 +203,3 @@ def test_the_row_of_padding_stays_as_it_is_where_rows_are_divided():
         return table.weight.grad[:, 0].tolist()
 
     assert ferro.simulate(work, 2) == [[1, 0], [0, 1]]
-
-
-def test_options_of_attention_that_are_not_divided_are_refused():
-    def work(group):
-        for options in ({"num_kv_heads": 1}, {"dropout": 0.1}, {"rotary_base": 10.0}):
-            with pytest.raises(UsageError, match="has options that are not divided over ranks"):
-                tp.ParallelAttention.from_serial(nn.Attention(4, 2, rng=0, **options), group)
-
-    ferro.simulate(work, 1)

@@ -90,7 +90,7 @@ class Checkpoint(Module):
             raise UsageError(
                 f"{self!r}: the second forward pass gave another output than the first, so gradients would be wrong. "
                 "Either the input or a parameter was changed in between, or a module draws from a random generator "
-                "that it does not hold: make the generator an attribute of the module."
+                "that it does not hold: make the numpy.random.Generator an attribute of the module."
             )
         uses.clear()  # so that the last gradient which the pullback adds is complete
         return pull
