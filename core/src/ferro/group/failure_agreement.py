@@ -160,7 +160,9 @@ class FailureAgreement:
             number, remedy = "", "Receive with the dtype and number of elements that are sent"
         calls = str(error)
         if report.label and report.label in calls:  # the label of the very call that the report is about
-            hint = calls.rpartition(report.label)[2]
+            # What helps where ranks gave one call other arguments does not where their programs made other calls.
+            same_function = own.text.partition("(")[0] == report.text.partition("(")[0]
+            hint = calls.rpartition(report.label)[2] if same_function else ""
             calls = f"rank {self._rank} called {own.text}; rank {error.peer} called {report.text}{hint}"
         text = f"ranks made different calls on group {self._info.name!r}{number}: {calls}"
         return FailureVerdict("CollectiveMismatch", f"{text}. {_DEAD} {remedy}.", error.peer)

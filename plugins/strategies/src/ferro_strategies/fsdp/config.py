@@ -42,6 +42,7 @@ class ShardingStrategy(StrEnum):
     unit that computes: the next unit is gathered into the memory of the previous unit's gradient, because the gather is
     queued after that gradient's reduction. (A fourth is needed for CuPy arrays, whose reuse no queue orders, and for a
     unit that is larger than the one before.) `prefetch=False` saves one. Other pullbacks in flight keep two more.
+    An unsharded gradient has the dtype of its reduction, or float32 if that is half precision.
     Adding to an earlier reduced gradient takes the memory of one more shard. SHARD_GRAD_OP holds all units between the
     forward and the backward pass.
 

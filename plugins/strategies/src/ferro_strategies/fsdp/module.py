@@ -163,8 +163,8 @@ class FSDP(StateDictMixin):
             for x, labels in microbatches[:-1]: ...     # vjp and pullback
         ...                                             # the last one reduces the sum of all
 
-        Until the accumulated gradients are reduced, `grad` does not include them, and only the model's own `zero_grad`
-        clears them. Products can be deferred (`nn.deferring`) only in such passes.
+        Until the accumulated gradients are reduced, `grad` does not include them, and an optimizer refuses to step;
+        `zero_grad` clears them. Products can be deferred (`nn.deferring`) only in such passes.
         """
         before, self._scheduler.sync = self._scheduler.sync, False
         try:
