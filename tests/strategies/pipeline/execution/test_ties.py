@@ -1,10 +1,12 @@
 """Tied weights across stages: one parameter with several homes."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import Linear, Module, Parameter, Sequential, cross_entropy, mse_loss
+from ferro_strategies import FSDP, DeviceMesh
+from ferro_strategies.nn import Embedding, Linear, Module, Parameter, Sequential, Unembedding, cross_entropy, mse_loss
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Pipeline
 
@@ -168,3 +170,63 @@ def test_ties_that_do_not_fit_are_refused_on_every_rank(message):
         return True
 
     assert simulate(run, 2) == [True, True]
+
+
+def test_tied_copies_in_other_units_are_refused_with_the_remedy():
+    """FSDP cuts a unit of several parameters elsewhere than one of the tied parameter alone."""
+
+    def stages():
+        table = Embedding(4, 2, dtype=np.float64, rng=0)
+        return Sequential(table, Linear(2, 2, dtype=np.float64, rng=1)), Sequential(Unembedding(table))
+
+    def make(world, **options):
+        mesh = DeviceMesh((2, 2), ("dp", "pp"), world)
+        stage = FSDP(stages()[mesh["pp"].rank], mesh["dp"], **options)
+        ties = [{0: "layers.0.weight", 1: "layers.0.weight"}]
+        return Pipeline([stage], mesh["pp"], microbatches=2, ties=ties)
+
+    def run(world):
+        with pytest.raises(
+            ferro.UsageError, match=r"piece of a flat row.* units of their own: FSDP\(stage, group, units="
+        ):
+            make(world, units=[])
+        labels = np.array([0, 1, 2, 3])
+        return make(world, units=lambda _, module: isinstance(module, Embedding | Unembedding)).step(
+            labels, labels, cross_entropy
+        )
+
+    model = Sequential(*stages())
+    labels = np.array([0, 1, 2, 3])
+    assert simulate(run, 4) == pytest.approx([cross_entropy(model(labels), labels)[0]] * 4)
+
+
+def test_half_precision_copies_add_up_in_single_precision():
+    """256 + 1 is 256 in bfloat16."""
+
+    class Half(Module):
+        def __init__(self, grad):
+            self.weight = Parameter(np.ones(1, ml_dtypes.bfloat16))
+            self._grad = np.array([grad], ml_dtypes.bfloat16)
+
+        def vjp(self, x):
+            use = self.weight.use()
+
+            def pullback(grad):
+                use.add_grad(self._grad)
+                return grad
+
+            return x, pullback
+
+    def run(group):
+        ties = [{0: "weight", 2: "weight"}]
+        stages = share([Half(64), Half(1), Half(0.25)], group)
+        pipeline = Pipeline(stages, group, microbatches=4, ties=ties)
+        pipeline.step(np.ones((4, 1)), np.ones((4, 1)), lambda y, t: (0.0, np.ones_like(y)))
+        return {name: float(item.grad[0]) for name, item in pipeline.named_parameters()}
+
+    for ranks in (1, 3):
+        for grads in simulate(run, ranks):
+            assert {name: grads[name] for name in grads if name != "1.weight"}.items() <= {
+                "0.weight": 257.0,
+                "2.weight": 257.0,
+            }.items()

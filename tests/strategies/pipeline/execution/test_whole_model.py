@@ -1,6 +1,7 @@
 """What belongs to the whole model: norms, loss scales, states, and ranks that have nothing to train."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -140,7 +141,11 @@ def test_states_of_wrapped_parts_are_whole_and_a_training_goes_on_from_them():
     def train(world):
         pipeline, optimizer, replicas = make(world)
         step(pipeline, optimizer, replicas)
-        saved = pipeline.state_dict(), optimizer.state_dict(), pipeline.generator_state_dict()
+        saved = (
+            pipeline.state_dict() | pipeline.full_optimizer_state_dict(optimizer),
+            optimizer.state_dict(),
+            pipeline.generator_state_dict(),
+        )
         step(pipeline, optimizer, replicas)
         return saved, pipeline.state_dict()
 
@@ -148,24 +153,29 @@ def test_states_of_wrapped_parts_are_whole_and_a_training_goes_on_from_them():
     state, generators, final = {}, {}, {}
     for (own, _, own_generators), after in results[:2]:
         state, generators, final = state | own, generators | own_generators, final | after
+    names = final.keys()
     shapes = {name: array.shape for name, array in state.items()}
     assert shapes["0.layers.1.layers.0.weight"] == (4, 4)
     assert len(generators) == 1
 
-    def resume(world):
+    def resume(world, *, by_name):
         pipeline, optimizer, replicas = make(world)
-        pipeline.load_state_dict(state)
+        pipeline.load_state_dict({name: state[name] for name in state if name in names})
         pipeline.load_generator_state_dict({name: generators[name] for name in pipeline.generator_state_dict()})
-        optimizer.load_state_dict(results[world.rank][0][1])
+        if by_name:
+            pipeline.load_full_optimizer_state_dict(optimizer, {n: state[n] for n in state if n not in names})
+        else:
+            optimizer.load_state_dict(results[world.rank][0][1])
         step(pipeline, optimizer, replicas)
         return pipeline.state_dict()
 
-    found = {}
-    for own in simulate(resume, 4)[:2]:
-        found |= own
-    assert found.keys() == final.keys()
-    for name, array in final.items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-12, err_msg=name)
+    for by_name in (False, True):
+        found = {}
+        for own in simulate(partial(resume, by_name=by_name), 4)[:2]:
+            found |= own
+        assert found.keys() == final.keys()
+        for name, array in final.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-12, err_msg=name)
 
 
 def test_a_state_that_does_not_fit_one_stage_is_loaded_in_none():
@@ -214,3 +224,34 @@ def test_buffers_of_replicas_start_each_step_equal():
         np.testing.assert_allclose(kept, 0.9 * first + 0.1 * own, rtol=1e-12)
         np.testing.assert_allclose(also, 0.9 * first + 0.1 * other, rtol=1e-12)
         first = kept
+
+
+@pytest.mark.parametrize("wrap", [DDP, FSDP])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_replicas_of_a_stage_may_have_nothing_to_train(wrap, frozen):
+    x, t = np.random.default_rng(0).standard_normal((4, 3)), np.zeros((4, 2))
+
+    def last():
+        stage = Linear(2, 2, dtype=np.float64, rng=1) if frozen else nn.GELU()
+        for item in stage.parameters():
+            item.requires_grad = False
+        return Sequential(stage, BatchNorm(2, affine=False, dtype=np.float64))
+
+    def run(world):
+        mesh = DeviceMesh((2, 2), ("dp", "pp"), world)
+        stage = Linear(3, 2, dtype=np.float64, rng=0) if mesh["pp"].rank == 0 else last()
+        pipeline = Pipeline([wrap(stage, mesh["dp"])], mesh["pp"], microbatches=1)
+        optimizer = optim.AdamW(pipeline.parameters(), 0.1)
+        part = slice(mesh["dp"].rank, None, 2)
+        loss = pipeline.step(x[part], t[part], mse_loss)
+        norm = optim.clip_grad_norm(pipeline.parameters(), 1.0)
+        optimizer.step()
+        pipeline.zero_grad()
+        return loss, norm, pipeline.state_dict()
+
+    results = simulate(run, 4)
+    (first, norm, state), (_, same, _), (other, _, also), _ = results
+    assert norm == same > 0
+    assert first != other
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, also[name])

@@ -67,7 +67,8 @@ class DDP(Module):
     with and without DDP.
 
     Parameters and buffers are looked up when the module is wrapped, and again when its tree of modules has changed. A
-    parameter that is added later and requires a gradient is refused by the next forward pass.
+    parameter that is added later and requires a gradient is refused by the next forward pass. A module without trained
+    parameters, such as a frozen stage of a pipeline, has nothing to average: passes communicate nothing but buffers.
 
     Args:
         module: the model; parameters and buffers get rank 0's values.
@@ -90,8 +91,7 @@ class DDP(Module):
 
     Raises:
         UsageError: ranks gave different models or options (on every rank, with the first
-            difference), no parameter requires a gradient, or a part of the module is wrapped already. Nothing was
-            changed.
+            difference), or a part of the module is wrapped already. Nothing was changed.
     """
 
     transparent = True
@@ -126,11 +126,6 @@ class DDP(Module):
         check_same("DDP", module, group, options)
         named = dict(module.named_parameters())
         trained = {name: item for name, item in named.items() if item.requires_grad}
-        if not trained:
-            raise UsageError(
-                f"DDP: {type(module).__name__} has no parameter that requires a gradient, so "
-                "there is nothing to average. Use it without DDP."
-            )
         self.module = module.materialize()
         self.training = module.training
         self._group = group
@@ -265,7 +260,7 @@ class DDP(Module):
             self._broadcast_buffers_of_root()
 
     def sync_gradients(self) -> None:
-        """Average the gradients that were accumulated in `no_sync`, and then give rank 0's buffers to all ranks.
+        """Average the gradients that were accumulated in `no_sync`.
 
         A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks.
 
@@ -278,8 +273,6 @@ class DDP(Module):
         reducer.begin_step()
         self._pending.end_reduction()
         reducer.finish(self._divisor(), self._counting())
-        if self.training and self._broadcast_buffers:
-            self._broadcast_buffers_of_root()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the module, for the same group and with the same options; it has buckets of its own when it trains."""

@@ -143,6 +143,8 @@ class Reducer:
     def _reduce_all(
         self, missing: list[str], used: list[bool], divisor: int, counting: int, *, shadowing: bool = False
     ) -> None:
+        if not self._parameters:  # on no rank, because all have the same model
+            return
         while len(self._launched) < len(self._buckets):
             self._launch(missing=bool(missing), shadowing=shadowing)
         union = self._start_union(used) if self._find_unused else None

@@ -17,18 +17,12 @@ from .sharded_parameter import ShardedParameter
 
 
 def check_unsharded(module: Module) -> None:
-    """Check that a module has parameters, and that none is sharded already.
+    """Check that no parameter of a module is sharded already.
 
     Raises:
-        UsageError: it has no parameter, or one is sharded.
+        UsageError: one is.
     """
-    names = list(module.named_parameters())
-    if not names:
-        raise UsageError(
-            f"FSDP: {type(module).__name__} has no parameters, so there is nothing to cut into "
-            "pieces. Use it without FSDP."
-        )
-    for name, parameter in names:
+    for name, parameter in module.named_parameters():
         if any(split.dim is None for split in parameter.splits):
             raise UsageError(
                 f"FSDP: parameter {name!r} is in pieces already. Wrap a model once, as a whole; "

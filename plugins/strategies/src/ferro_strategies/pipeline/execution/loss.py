@@ -121,7 +121,7 @@ class LossOfMicrobatches:
             )
         if weight is None:
             self._check_no_gaps(targets, grad)
-            weight, divisor = size, self._size
+            weight, divisor = float(size), float(self._size)
         else:
             divisor = self.totals.reference
         self.totals.weight += weight

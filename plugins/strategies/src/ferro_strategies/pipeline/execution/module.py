@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NoReturn, Self, overload
+from typing import Literal, NoReturn, overload
 
 import numpy as np
 
@@ -233,14 +233,6 @@ class Pipeline(Module):
         if not trained:
             yield self._found.placeholder
 
-    def train(self) -> Self:
-        """Set this rank's stages to training; returns the pipeline."""
-        return self._set_training(mode=True)
-
-    def eval(self) -> Self:
-        """Set this rank's stages to evaluation; returns the pipeline."""
-        return self._set_training(mode=False)
-
     def zero_grad(self) -> None:
         """Call `zero_grad` of every stage."""
         for stage in self._stages().values():
@@ -317,12 +309,6 @@ class Pipeline(Module):
     def __repr__(self) -> str:
         stages = ", ".join(f"{number}: {stage!r}" for number, stage in self._stages().items())
         return f"Pipeline({{{stages}}}, {self._group!r}, schedule={self.schedule.name!r})"
-
-    def _set_training(self, *, mode: bool) -> Self:
-        for stage in self._stages().values():
-            _ = stage.train() if mode else stage.eval()
-        self.training = mode
-        return self
 
     def _stages(self) -> dict[int, Module]:
         return {number: getattr(self, str(number)) for number in self._numbers}

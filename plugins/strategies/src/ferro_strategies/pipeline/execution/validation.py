@@ -14,6 +14,9 @@ from ..schedules.check import check
 from ..schedules.schedule import PipelineSchedule
 from .ties import Tie
 
+# Describes a parameter that FSDP has cut.
+_FLAT = ", a piece of a flat row"
+
 
 def validated_schedule(
     modules: Sequence[Module],
@@ -119,7 +122,7 @@ def _describe_ties(ties: Sequence[Tie], modules: Mapping[int, Module], stages: i
 
 def _describe(parameter: Parameter) -> str:
     """Describe all that must be equal in tied copies."""
-    splits = "".join(f", split along {'all' if split.dim is None else split.dim}" for split in parameter.splits)
+    splits = "".join(_FLAT if split.dim is None else f", split along {split.dim}" for split in parameter.splits)
     return f"{parameter.dtype} {parameter.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
 
 
@@ -169,8 +172,20 @@ def _check_tied_copies(group: ProcessGroup, reports: Sequence[Sequence[Sequence[
                     raise _error(
                         group,
                         rank,
-                        f"the copies of tie {index} differ: one is {first[index]}, on rank {rank} one is {copy}.",
+                        f"the copies of tie {index} differ: one is {first[index]}, on rank {rank} one is {copy}."
+                        + _remedy(copy, first[index]),
                     )
+
+
+def _remedy(*copies: str) -> str:
+    """Say how pieces of tied copies are made alike, if there are any."""
+    if not any(_FLAT in copy for copy in copies):
+        return ""
+    return (
+        " FSDP cuts the parameters of a unit as one row, so copies in units with other parameters are cut elsewhere. "
+        "Shard all stages of a tie alike, and make the layers that have the copies units of their own: "
+        "FSDP(stage, group, units=lambda name, module: isinstance(module, nn.Embedding | nn.Unembedding))."
+    )
 
 
 def _error(group: ProcessGroup, peer: int, fault: str) -> UsageError:
