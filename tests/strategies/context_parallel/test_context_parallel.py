@@ -301,3 +301,20 @@ def test_a_deep_copy_trains_by_itself():
     for grads, untouched in simulate(run, 2):
         assert_close(grads, expected)
         assert untouched == [None] * len(expected)
+
+
+def test_a_pullback_that_is_kept_is_noticed_before_the_optimizer_steps():
+    words, following = batch(6)
+
+    def run(group):
+        model = ContextParallel(transformer(), group)
+        optimizer = optim.SGD(model.parameters(), 0.1)
+        _, kept = model.vjp(words)
+        scores, pullback = model.vjp(words)
+        pullback(nn.cross_entropy(scores, following)[1])
+        with pytest.raises(ferro.UsageError, match=r"ContextParallel: .* gradients of this rank alone, of 'layers\.0"):
+            optimizer.step()
+        kept(np.zeros_like(scores))
+        optimizer.step()
+
+    simulate(run, 2)

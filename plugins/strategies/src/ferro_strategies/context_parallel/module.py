@@ -88,7 +88,7 @@ class ContextParallel(Module):
         seed_generators(self.module, group, {id(layer): True for layer in self.module.modules()})
         self._averages = reduce_gradients
         if reduce_gradients:
-            average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
+            self._average()
 
     def chunks(self, length: int) -> SequenceChunks:
         """The division of sequences of this length over the ranks."""
@@ -150,13 +150,18 @@ class ContextParallel(Module):
             whole /= whole.dtype.type(self.group.world_size)
         return whole
 
+    def _average(self) -> None:
+        """Average the gradients of the parameters that every rank has, from now on."""
+        whole = [(name, item) for name, item in self.named_parameters() if is_whole(item, self.group)]
+        average_gradients(whole, self.group, "ContextParallel")
+
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the model for the same ranks; the copy's gradients are averaged, too."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
         if self._averages:
-            average_gradients((p for p in twin.module.parameters() if is_whole(p, self.group)), self.group)
+            twin._average()
         return twin
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
-from ..nn.arrays import Array, matmul, namespace_of, wide_dtype
+from ..nn.arrays import Array, matmul, namespace_of, wide_dtype, wide_matmul
 from ..nn.sums import column_sums
 
 
@@ -31,14 +31,15 @@ def expert_matmul(rows: Array, weights: Array, biases: Array | None, counts: Seq
 
 
 def gradient_of_products(rows: Array, grads: Array, counts: Sequence[int]) -> tuple[Array, Array]:
-    """Compute the gradients of weights, (experts, a, b), and biases, (experts, b), of `expert_matmul`."""
+    """Compute the gradients of weights, (experts, a, b), and biases, (experts, b), in float32 for half precision."""
     xp = namespace_of(rows)
-    of_weights = xp.zeros((len(counts), rows.shape[1], grads.shape[1]), rows.dtype)
-    of_biases = xp.zeros((len(counts), grads.shape[1]), wide_dtype(rows.dtype))
+    wide = wide_dtype(rows.dtype)
+    of_weights = xp.zeros((len(counts), rows.shape[1], grads.shape[1]), wide)
+    of_biases = xp.zeros((len(counts), grads.shape[1]), wide)
     for expert, part in _parts(counts):
-        matmul(rows[part].T, grads[part], out=of_weights[expert])
+        of_weights[expert] = wide_matmul(rows[part].T, grads[part])
         of_biases[expert] = column_sums(grads[part])
-    return of_weights, of_biases.astype(rows.dtype, copy=False)
+    return of_weights, of_biases
 
 
 def _parts(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -69,7 +69,7 @@ class ExpertParallel(Module):
 
         self.module = replace_modules(module, replacement)
         broadcast_whole_values(self.module, group)
-        average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
+        self._average()
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Run the module on this rank's batch."""
@@ -88,12 +88,17 @@ class ExpertParallel(Module):
         """Load a state from `full_state_dict`, or of the module in one process. All ranks call it."""
         load_full_state_dict(self.module, state)
 
+    def _average(self) -> None:
+        """Average the gradients of the parameters that every rank has, from now on."""
+        whole = [(name, item) for name, item in self.named_parameters() if is_whole(item, self.group)]
+        average_gradients(whole, self.group, "ExpertParallel")
+
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the model for the same ranks; the copy's gradients are averaged, too."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items()})
-        average_gradients((p for p in twin.module.parameters() if is_whole(p, self.group)), self.group)
+        twin._average()
         return twin
 
     def __repr__(self) -> str:

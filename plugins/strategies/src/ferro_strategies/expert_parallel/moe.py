@@ -140,7 +140,7 @@ class MoE(Module):
             if aux_gradient is not None:
                 grad_probabilities += aux_gradient * self.aux_loss_scale
             grad_scores = routing.pull(grad_gates, grad_probabilities)
-            router.add_grad((wide_rows.T @ grad_scores).astype(dtype, copy=False))
+            router.add_grad(wide_rows.T @ grad_scores)
             gates = routing.gates.reshape(routing.gates.size)[plan.slots]
             grad_made = (grad[tokens] * gates[:, None]).astype(dtype, copy=False)
             grad_segments, grad_back = self._to_experts(grad_made, counts)

@@ -22,7 +22,9 @@ from .replicated_values import WholeGradientCheck, broadcast_whole_values, check
 Convert: TypeAlias = Callable[[Module, ProcessGroup], Module]
 
 
-def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]) -> Module:
+def parallelize(
+    module: Module, group: ProcessGroup, plan: Mapping[str, Convert], *, check_gradients: bool = True
+) -> Module:
     """Replace layers by name; return the module, which is changed in place.
 
         parallelize(model, group, {
@@ -48,6 +50,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
         group: the ranks that share each layer.
         plan: maps patterns of qualified names (`*`, `?`, `[...]`) to functions that make the parallel layer; if several
             patterns match, the first one is used. It may be empty.
+        check_gradients: compare the gradients of whole parameters; False: for a model that sums some of them by itself.
 
     Raises:
         UsageError: a pattern matches nothing, the ranks' models differ in structure, or a layer to be replaced shares
@@ -89,7 +92,7 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     _retire(before, new)
     broadcast_whole_values(new, group)
     seed_generators(new, group, per_rank)
-    if group.world_size > 1:
+    if check_gradients and group.world_size > 1:
         WholeGradientCheck([(name, p) for name, p in new.named_parameters() if is_whole(p, group)], group)
     return new
 
