@@ -61,7 +61,7 @@ UNARY = [
     lambda x, axis, rng: np.sort(x, axis=axis),
     lambda x, axis, rng: np.take_along_axis(x, np.argsort(x, axis=axis, kind="stable"), axis),
     lambda x, axis, rng: np.median(x, axis=axis),
-    lambda x, axis, rng: np.percentile(x, [20, 50], axis=axis),
+    lambda x, axis, rng: np.percentile(x, [20, 50], axis=axis, keepdims=bool(rng.integers(2))),
     lambda x, axis, rng: np.add.accumulate(x, axis=axis or 0),
     lambda x, axis, rng: np.subtract.reduce(x, axis=axis or 0),
     lambda x, axis, rng: np.flip(x, axis),

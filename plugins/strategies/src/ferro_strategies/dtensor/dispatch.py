@@ -132,5 +132,9 @@ def _reduce(ufunc: np.ufunc, inputs: Sequence[Any], given: dict[str, Any], axis:
 def _accumulate(ufunc: np.ufunc, operand: Any, given: dict[str, Any]) -> PlacedArray:
     name = f"numpy.{ufunc.__name__}.accumulate"
     (x,) = as_placed_arrays([operand])
-    dims = checked_dims(given.pop("axis", 0), len(x.shape), name)
+    axis = given.pop("axis", 0)
+    dims = checked_dims(axis, len(x.shape), name)
+    if ufunc in (np.add, np.multiply):  # these know how to add up half precision
+        function = np.cumsum if ufunc is np.add else np.cumprod
+        return cast("PlacedArray", call_along_dims(name, function, [x, axis], given))
     return cast("PlacedArray", along_dims(name, lambda local: ufunc.accumulate(local, axis=dims[0], **given), x, dims))
