@@ -92,6 +92,34 @@ UNARY = [
     lambda x, axis, rng: written(x, lambda y: y.__setitem__(y > 0, 2)),
     lambda x, axis, rng: written(x, lambda y: y.__setitem__(..., 1.5)),
     lambda x, axis, rng: np.zeros_like(x) + np.full_like(x, 3),
+    lambda x, axis, rng: np.var(x, axis=axis, where=x < 2),
+    lambda x, axis, rng: np.nanvar(np.where(x > 1, np.nan, x), axis=axis, keepdims=True),
+    lambda x, axis, rng: np.nanstd(np.where(x > 1, np.nan, x), axis=axis),
+    lambda x, axis, rng: np.nanmin(np.where(x > 1, np.nan, x), axis=axis),
+    lambda x, axis, rng: np.nanprod(x, axis=axis),
+    lambda x, axis, rng: np.logical_or.reduce(x, axis=axis),
+    lambda x, axis, rng: np.maximum.reduce(x, axis=axis, keepdims=True),
+    lambda x, axis, rng: np.maximum.accumulate(x, axis=axis or 0),
+    lambda x, axis, rng: np.multiply.accumulate(x, axis=axis or 0),
+    lambda x, axis, rng: np.bitwise_xor.reduce(x, axis=axis),
+    lambda x, axis, rng: np.linalg.norm(x, axis=(0, 1), ord=["fro", 1, -np.inf, np.inf][rng.integers(4)]),
+    lambda x, axis, rng: np.gradient(x, axis=axis or 0),
+    lambda x, axis, rng: np.diagonal(x, 1),
+    lambda x, axis, rng: np.fft.fft(x, axis=axis or 0),
+    lambda x, axis, rng: np.isin(x, [1, 2]),
+    lambda x, axis, rng: np.angle(x),
+    lambda x, axis, rng: np.swapaxes(x, 0, -1),
+    lambda x, axis, rng: np.einsum("ii->i", x),
+    lambda x, axis, rng: np.einsum("...j->j...", x),
+    lambda x, axis, rng: np.einsum("ij->", x),
+    lambda x, axis, rng: x.mean(axis=tuple(range(x.ndim))[:2], keepdims=True),
+    lambda x, axis, rng: x.sum(axis=()),
+    lambda x, axis, rng: x * np.array([0.5], np.float32),
+    lambda x, axis, rng: x / np.arange(3)[rng.integers(1, 3)],
+    lambda x, axis, rng: np.float32(2) * x + np.int8(1),
+    lambda x, axis, rng: written(x, lambda y: np.sum(y, axis=axis, out=y)) if not x.ndim else x.flatten(),
+    lambda x, axis, rng: np.modf(x)[0],
+    lambda x, axis, rng: x[:, None, ::-1],
 ]
 BINARY = [
     lambda x, y, axis, rng: x + y,
@@ -121,12 +149,33 @@ BINARY = [
     lambda x, y, axis, rng: np.multiply.outer(x, y),
     lambda x, y, axis, rng: written(x, lambda z: z.__setitem__(..., y)),
     lambda x, y, axis, rng: np.add(x, y, out=np.ones_like(x), where=x > 0),
+    lambda x, y, axis, rng: x ** (abs(y) % 3),
+    lambda x, y, axis, rng: x**y,
+    lambda x, y, axis, rng: np.divmod(x, abs(y) + 1)[1],
+    lambda x, y, axis, rng: written(x, lambda z: z.__iadd__(y)),
+    lambda x, y, axis, rng: written(x, lambda z: z.__imul__(y)),
+    lambda x, y, axis, rng: written(x, lambda z: np.copyto(z, y)),
+    lambda x, y, axis, rng: written(x, lambda z: z.__setitem__(z > y, 3)),
+    lambda x, y, axis, rng: np.sum(x, axis=axis, where=y > 0),
+    lambda x, y, axis, rng: np.max(x, axis=axis, where=y > 0, initial=0),
+    lambda x, y, axis, rng: np.einsum("ij,kj,kj->i", x, y, y),
+    lambda x, y, axis, rng: np.einsum("i...,...->i...", x, y[0]),
+    lambda x, y, axis, rng: np.vstack([x, y]),
+    lambda x, y, axis, rng: np.hstack([x, y, x]),
+    lambda x, y, axis, rng: np.dstack([x, y]),
+    lambda x, y, axis, rng: np.tensordot(x, y, ([-1], [-1])),
+    lambda x, y, axis, rng: np.array_equiv(x, y),
+    lambda x, y, axis, rng: np.logical_and(x, y) | (x != y),
+    lambda x, y, axis, rng: np.arctan2(np.real(x), np.real(y)),
+    lambda x, y, axis, rng: np.hypot(x, y),
+    lambda x, y, axis, rng: x @ y,
+    lambda x, y, axis, rng: np.average(x, axis=axis, weights=y),
 ]
 
 
 def written(x, write):
     """Return a copy of an array in which `write` has written."""
-    copy = x.copy()
+    copy = x.copy() if isinstance(x, DTensor) else np.array(x)
     write(copy)
     return copy
 

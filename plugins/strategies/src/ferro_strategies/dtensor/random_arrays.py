@@ -84,7 +84,7 @@ class DistributedGenerator:
     ) -> DTensor:  # fmt: skip
         """Draw integers from low to high - 1."""
         kind = np.dtype(dtype)
-        return self._draw(shape, placements, kind, lambda size: self.generator.integers(low, high, size, dtype=kind))  # type: ignore[arg-type]
+        return self._draw(shape, placements, kind, lambda size: self.generator.integers(low, high, size, dtype=kind))
 
     def _draw(
         self,

@@ -80,6 +80,10 @@ def _parse(subscripts: str, shapes: Sequence[Shape]) -> tuple[list[str], str]:
         if len(terms[at]) != len(shape) or not all(letter.isalpha() for letter in terms[at]):
             raise UsageError(f"einsum: {term!r} of {subscripts!r} does not fit shape {shape}", op="einsum")
     if arrow:
+        if longest and "..." not in output:
+            raise UsageError(
+                f"einsum: the result of {subscripts!r} needs an ellipsis, for {len(longest)} dims", op="einsum"
+            )
         output = output.replace("...", longest)
     else:
         counts = Counter("".join(terms))
