@@ -39,6 +39,7 @@ def test_arrays_of_one_value():
         for placements in ([S0], [R], [P], [Partial("max")]):
             assert_equal(DTensor.zeros((np.int64(5), 2), mesh, placements), np.zeros((5, 2)))
             assert_equal(DTensor.ones(np.int64(5), mesh, placements, np.int8), np.ones(5, np.int8))
+            assert_equal(DTensor.arange(9, mesh, placements, start=1, step=2), np.arange(1, 9, 2))
             assert_equal(DTensor.full((5,), 3, mesh, placements), np.full(5, 3))
 
     on_mesh((3,), check)

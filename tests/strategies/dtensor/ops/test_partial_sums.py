@@ -91,6 +91,20 @@ def test_a_power_that_one_rank_cannot_compute_is_an_error_on_every_rank():
     error_on_every_rank((3,), lambda mesh: distribute(np.array([2]), mesh, [S0]) ** -1, (ValueError, UsageError))
 
 
+@pytest.mark.parametrize(
+    "operation", [lambda x: x / x, lambda x: (1e200 * x) @ (1e200 * x), lambda x: np.prod(x * 1e200)]
+)
+def test_floating_point_errors_that_are_asked_for_are_raised_on_every_rank(operation):
+    def check(mesh):
+        x = distribute(np.ones(4), mesh, [S0])
+        if mesh.parent.rank == 0:
+            x.local[...] = 0
+        with np.errstate(all="raise"):
+            operation(x)
+
+    error_on_every_rank((2,), check, (FloatingPointError, UsageError))
+
+
 def test_powers_and_clip_have_the_dtypes_of_numpys_operators():
     def check(mesh):
         for dtype in (bool, np.int8, np.float16, np.float32):

@@ -18,8 +18,8 @@ from ferro import UsageError
 from ferro.arrays import lost_meaning
 
 from ...nn.arrays import Array, namespace_of, wide_dtype
-from ..agreement import compute_agreed
-from ..local_shapes import index_along
+from ..agreement import compute
+from ..local_shapes import index_along, shape_of
 from ..placed_array import PlacedArray, is_half, replicated
 from ..placement import all_replicated, map_shard_dims
 from .elementwise import as_placed_arrays
@@ -125,7 +125,7 @@ def along_dims(
         placements = map_shard_dims(x.placements, lambda dim: new_dim(dim, local.ndim))
         return x.with_local(local, shape=tuple(shape), placements=placements)
 
-    return place(function(argument))
+    return place(compute(name, x.mesh, lambda: function(argument)))
 
 
 def whole_local(value: Any, name: str) -> Any:
@@ -176,9 +176,8 @@ def take_along_axis(arr: PlacedArray | Array, indices: PlacedArray | Array, axis
     sharding = propagate_sharding("take_along_axis", operands, ndim)
     local, local_at = (array.local for array in sharding.redistribute_operands())
     # Whether an index is out of bounds, only the rank knows that has it.
-    found: Array = compute_agreed(
-        "take_along_axis", x.mesh, lambda: namespace_of(local).take_along_axis(local, local_at, dim)
-    )
+    take = namespace_of(local).take_along_axis
+    found: Array = compute("take_along_axis", x.mesh, lambda: take(local, local_at, dim), may_fail=True)
     return x.with_local(found, shape=tuple(shape), placements=sharding.result)
 
 
@@ -194,7 +193,7 @@ def pad(array: PlacedArray, pad_width: Any, mode: str = "constant", **options: A
 
 def tile(A: PlacedArray, reps: int | Sequence[int]) -> PlacedArray:  # noqa: N803 - NumPy's name
     """Repeat the array along the dims that are not cut; new dims come first."""
-    given = tuple(reps) if isinstance(reps, Sequence) else (reps,)
+    given = shape_of(reps)
     ndim = len(A.shape)
     own = ((1,) * ndim + given)[len(given) :][-ndim:] if len(given) < ndim else given[len(given) - ndim :]
     dims = [dim for dim in range(ndim) if own[dim] != 1]
@@ -203,7 +202,7 @@ def tile(A: PlacedArray, reps: int | Sequence[int]) -> PlacedArray:  # noqa: N80
 
 def broadcast_to(array: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
     """Return a read-only view in which dims of size 1 are stretched and new dims come first."""
-    new = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    new = shape_of(shape)
     ndim, extra = len(array.shape), len(new) - len(array.shape)
     if extra < 0 or any(size not in (1, new[extra + dim]) for dim, size in enumerate(array.shape)):
         raise UsageError(f"broadcast_to: shape {array.shape} cannot become {new}", op="broadcast_to")
