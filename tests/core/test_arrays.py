@@ -7,6 +7,7 @@ from ferro.arrays import InputArray, dtype_from_name, output_array
 from ferro.collectives.reduction import Reduction
 from ferro.errors import UnsupportedError, UsageError
 from ferro.group.arguments import OutputBuffer, flattened
+from ferro.group.codec import encode
 from ferro.types import Device
 
 
@@ -106,11 +107,20 @@ def test_dtypes_without_a_common_meaning_are_refused(array):
         InputArray(array)
 
 
-def test_float8_is_refused():
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
+def test_float8_is_moved_but_not_reduced(name):
     import ml_dtypes
 
-    with pytest.raises(UnsupportedError, match="float8_e4m3fn, which no collective carries"):
-        InputArray(np.zeros(2, ml_dtypes.float8_e4m3fn))
+    numbers = np.arange(3).astype(getattr(ml_dtypes, name))
+    with pytest.raises(UnsupportedError, match=f"{name}, which is moved but not reduced: pass x.astype"):
+        InputArray(numbers)
+    entry = InputArray(numbers, moved=True)
+    assert entry.dtype == numbers.dtype
+    assert entry.array.dtype == np.uint8
+    assert entry.convert_result(entry.array).dtype == numbers.dtype
+    assert dtype_from_name(name) == numbers.dtype
+    with pytest.raises(UsageError, match="no safe encoding"):
+        encode(numbers)
 
 
 class Metres(np.ndarray):

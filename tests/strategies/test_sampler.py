@@ -81,6 +81,16 @@ def test_a_group_gives_rank_and_size():
         (lambda: ShardedSampler(-1, (0, 1)), "length must be at least 0"),
         (lambda: ShardedSampler(5, (0, 1), pad=True, drop_last=True), "not both"),
         (lambda: ShardedSampler(5, (0, 1)).batches(0), "batch_size must be at least 1"),
+        (lambda: ShardedSampler(5.0, (0, 1)), "length must be a whole number, not 5.0"),
+        (lambda: ShardedSampler(5, (0, 1), seed=-1), "seed must be at least 0"),
+        (lambda: ShardedSampler(5, (0, 1)).set_epoch(-1), "epoch must be at least 0, not -1"),
+        (lambda: ShardedSampler(5, (0, 1), weights=[1, 2]), r"weights has shape \(2,\) for 5 items"),
+        (lambda: ShardedSampler(2, (0, 1), weights=[1, -1]), "at least 0, and not all 0"),
+        (lambda: ShardedSampler(2, (0, 1), weights=[1, 1], shuffle=False), "shuffle is False"),
+        (lambda: ShardedSampler(3, (0, 1), weights=[1, 0, 0], replacement=False), "3 draws without replacement of 1"),
+        (lambda: ShardedSampler(3, (0, 1), draws=2), "belong to weights="),
+        (lambda: ShardedSampler(3, (0, 1), groups=[0.5, 1, 2]), "groups must be 3 whole numbers, not float64"),
+        (lambda: ShardedSampler(2, (0, 1), groups=[0, 1], weights=[1, 1]), "choose weights or groups"),
     ],
 )
 def test_wrong_arguments_are_refused(make, message):
@@ -90,13 +100,13 @@ def test_wrong_arguments_are_refused(make, message):
 
 @pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"pad": True}, {"shuffle": False}], ids=str)
 def test_the_rest_of_an_epoch_follows_a_loaded_state(options):
-    for batches in range(5):
-        sampler = ShardedSampler(23, (1, 3), **options)
+    for batches, rank in [(0, 1), (1, 0), (2, 2), (3, 1), (3, 2), (4, 0), (4, 2)]:
+        sampler = ShardedSampler(23, (rank, 3), **options)
         sampler.set_epoch(2)
         batch_of = sampler.batches(2)
         for _ in range(batches):
             next(batch_of, None)
-        resumed = ShardedSampler(23, (1, 3), seed=5, **options)
+        resumed = ShardedSampler(23, (rank, 3), seed=5, **options)
         resumed.load_state_dict(sampler.state_dict())
         assert resumed.state_dict() == sampler.state_dict()
         resumed.set_epoch(2)
@@ -122,3 +132,81 @@ def test_a_state_of_another_data_set_is_refused():
         sampler.load_state_dict(ShardedSampler(25, (0, 1)).state_dict())
     with pytest.raises(UsageError, match="the state lacks seed, taken"):
         sampler.load_state_dict({"length": 24, "epoch": 0})
+
+
+@given(st.data())
+def test_an_epoch_goes_on_evenly_on_any_number_of_ranks(data):
+    """Every item is handed out once; with drop_last and pad every rank gets as many, also behind a loaded state."""
+    length, first, then, batch = (data.draw(st.integers(*ends)) for ends in ((0, 40), (1, 5), (1, 5), (1, 4)))
+    mode = data.draw(st.sampled_from([{}, {"drop_last": True}, {"pad": True}]))
+    groups = data.draw(st.none() | st.just(np.arange(length) % 3))
+    options = mode | {"groups": groups, "run_items": data.draw(st.integers(1, 12))}
+    before = [ShardedSampler(length, (rank, first), **options) for rank in range(first)]
+    counts = before[0].batch_counts(batch)
+    steps = data.draw(st.integers(0, min(counts)))
+    taken = []
+    for sampler in before:
+        of_rank = sampler.batches(batch)
+        taken += [index for _ in range(steps) for index in next(of_rank).tolist()]
+    states = [sampler.state_dict() for sampler in before]
+    if mode or groups is None:
+        assert all(state == states[0] for state in states)
+    after = [ShardedSampler(length, (rank, then), **options) for rank in range(then)]
+    for sampler in after:
+        sampler.load_state_dict(states[0])
+    rest = [list(sampler.batches(batch)) for sampler in after]
+    everything = taken + [index for batches in rest for indices in batches for index in indices.tolist()]
+    if groups is not None:
+        assert all(len({int(groups[index]) for index in indices}) == 1 for batches in rest for indices in batches)
+    if mode:
+        assert len({tuple(map(len, batches)) for batches in rest}) == 1
+    if not mode and groups is None:
+        assert sorted(everything) == list(range(length))
+    elif "pad" in mode:
+        assert set(everything) == set(range(length))
+    else:
+        assert len(set(everything)) == len(everything) or groups is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"pad": True}], ids=str)
+@pytest.mark.parametrize("groups", [None, np.arange(23) % 4], ids=["alone", "groups"])
+def test_numbers_of_batches_are_known_before(options, groups):
+    for batch in (1, 3):
+        samplers = [ShardedSampler(23, (rank, 3), groups=groups, run_items=5, **options) for rank in range(3)]
+        counts = [len(list(sampler.batches(batch))) for sampler in samplers]
+        assert all(sampler.batch_counts(batch) == counts for sampler in samplers)
+        assert samplers[0].share_sizes() == [len(sampler) for sampler in samplers]
+
+
+def test_weights_draw_items():
+    weights = np.array([0.0, 1.0, 3.0])
+    samplers = [ShardedSampler(3, (rank, 2), weights=weights, draws=4000) for rank in range(2)]
+    drawn = np.concatenate([sampler.indices() for sampler in samplers])
+    assert np.bincount(drawn).tolist() == pytest.approx([0, 1000, 3000], abs=120)
+    assert [len(sampler) for sampler in samplers] == [2000, 2000]
+    samplers[0].set_epoch(1)
+    assert samplers[0].indices().tolist() != samplers[1].indices().tolist()
+    once = ShardedSampler(3, (0, 1), weights=weights, draws=2, replacement=False)
+    assert sorted(once) == [1, 2]
+
+
+def test_groups_keep_items_of_one_kind_together_in_another_order_each_epoch():
+    groups = np.repeat([7, 1, 5], [6, 8, 2])
+    sampler = ShardedSampler(16, (0, 1), groups=groups, run_items=4)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler.batches(4))
+        assert sorted(map(len, batches)) == [2, 2, 4, 4, 4]
+        assert sorted(index for batch in batches for index in batch.tolist()) == list(range(16))
+        orders.append([int(groups[batch[0]]) for batch in batches])
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_sizes_may_be_numpys_and_the_state_is_plain():
+    import json
+
+    sampler = ShardedSampler(np.int64(9), (np.int32(0), np.int64(2)), seed=np.uint8(3))
+    sampler.set_epoch(np.int64(1))
+    assert [len(batch) for batch in sampler.batches(np.int16(2))] == [2, 2, 1]
+    assert json.loads(json.dumps(sampler.state_dict())) == {"length": 9, "seed": 3, "epoch": 1, "taken": 9}

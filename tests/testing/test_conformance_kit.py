@@ -10,19 +10,21 @@ import pytest
 import ferro_testing.case
 from ferro import Backend
 from ferro.errors import PeerLost, UnsupportedError, UsageError
-from ferro_testing import RanksFailed, assert_same_parameters, deadlines, failures, killing, refusals
+from ferro_testing import RanksFailed, assert_same_parameters, deadlines, failures, killing, refusals, transfers
 from ferro_testing.buffers import check_buffers
 from ferro_testing.case import Case, run_simulated
 from ferro_testing.deadlines import check_send_deadline
 from ferro_testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
 from ferro_testing.killing import JobEnded
-from ferro_testing.movements import check_movements, check_uneven
+from ferro_testing.movements import check_moved_dtypes, check_movements, check_uneven
 from ferro_testing.outcome import Outcome
+from ferro_testing.prefixes import check_extrema, check_prefixes
+from ferro_testing.random_reductions import check_random_reductions
 from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reductions
 from ferro_testing.refusals import check_unsupported
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink
-from ferro_testing.transfers import check_tags, check_transfers
+from ferro_testing.transfers import check_posted_transfers, check_tags, check_transfers
 
 
 def sabotaged(spoil, **options):
@@ -78,6 +80,44 @@ def differ_by_rank(backend):
     backend.all_reduce = all_reduce
 
 
+def round_every_step(backend):
+    right = backend.all_reduce
+
+    def all_reduce(buffer, reduction, *, deadline):
+        if buffer.dtype == np.float16 and reduction.name in ("sum", "mean"):
+            rows = np.empty(backend.world_size * buffer.size, buffer.dtype)
+            rows[backend.rank * buffer.size :][: buffer.size] = buffer
+            backend.all_gather(rows, [buffer.size] * backend.world_size, deadline=deadline)
+            with np.errstate(all="ignore"):
+                buffer[...] = getattr(rows.reshape(-1, buffer.size), reduction.name)(axis=0, dtype=np.float16)
+        else:
+            right(buffer, reduction, deadline=deadline)
+
+    backend.all_reduce = all_reduce
+
+
+def lose_the_last_row(backend):
+    right = backend.all_to_all
+
+    def all_to_all(source, out, *counts, deadline):
+        right(source, out, *counts, deadline=deadline)
+        out[-1:] = 0
+
+    backend.all_to_all = all_to_all
+
+
+def forget_what_was_posted(backend):
+    right = backend.posted_transfers
+
+    def posted_transfers():
+        posted = right()
+        begin = posted.irecv
+        posted.irecv = lambda *args, **options: begin(*args, **options) if options["tag"] != 1 else None
+        return posted
+
+    backend.posted_transfers = posted_transfers
+
+
 def agree_to_anything(backend):
     backend.agree = lambda call, *, deadline: setattr(backend, "call", call)
 
@@ -93,12 +133,29 @@ def agree_to_anything(backend):
         ),
         (check_movements, broadcast_nothing, r"rank \d: broadcast bool\[\] root=\d"),
         (check_equal_bits, differ_by_rank, "of 1000 float32: ranks have different bits"),
+        (check_prefixes, lose_the_last_row, r"rank \d: scan of \d+ bool op="),
+        (check_extrema, lose_the_last_row, r"rank \d: min_loc of 20000 bool"),
+        (check_moved_dtypes, lose_the_last_row, r"rank \d: all_to_all of datetime64"),
+        (check_posted_transfers, forget_what_was_posted, "posted transfers have not ended"),
         (check_deterministic, differ_by_rank, "rank 1: all_reduce of 900 float32 op=sum in order"),
     ],
 )
-def test_a_wrong_result_is_told_with_op_dtype_shape_and_rank(check, spoil, words):
+def test_a_wrong_result_is_told_with_op_dtype_shape_and_rank(check, spoil, words, monkeypatch):
+    monkeypatch.setattr(transfers, "_POSTED_S", 0.5)
     with pytest.raises(AssertionError, match=words):
         check(sabotaged(spoil, dtypes=("bool", "float32")))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (round_every_step, r"all_reduce of \d+ float16 op=(sum|mean), seed 0, number \d+: "),
+        (differ_by_rank, "ranks have different bits"),
+    ],
+)
+def test_wrong_sums_of_random_numbers_are_told_with_seed_and_number(spoil, words):
+    with pytest.raises(AssertionError, match=words):
+        check_random_reductions(sabotaged(spoil, dtypes=("float16", "float32")))
 
 
 def test_a_backend_that_writes_to_its_input_is_found_out():

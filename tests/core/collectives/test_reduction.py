@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ferro.collectives.reduction import Reduction
-from ferro.errors import UsageError
+from ferro.errors import UnsupportedError, UsageError
 
 NAMED = [
     ("sum", "f4"),
@@ -173,7 +173,87 @@ def test_functions_with_defaults_and_partial_ones_are_taken():
     assert combined(reduction, [np.ones(2), np.ones(2)], at_once=True).tolist() == [3.0, 3.0]
 
 
-def test_a_function_that_forgets_out_is_an_error():
-    reduction = Reduction(lambda a, b, out: a + b, np.dtype("f8"), 2)
-    with pytest.raises(RuntimeError, match="<lambda>, returned a new array; it must write into out"):
+@pytest.mark.parametrize("result", [lambda a, b: a + b, lambda a, b: (a + b).tolist()], ids=["array", "list"])
+def test_a_function_may_return_its_result(result):
+    operands = operands_of("f8", 3)
+    reduction = Reduction(lambda a, b, out: result(a, b), np.dtype("f8"), 3)
+    wanted = combined(Reduction("sum", np.dtype("f8"), 3), operands, at_once=True)
+    assert combined(reduction, operands, at_once=True).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("result", [np.ones(3), np.ones((), "f8"), [], 1.5, np.ones(2, "c8"), "x"], ids=str)
+def test_a_function_that_returns_another_kind_of_result_is_an_error(result):
+    reduction = Reduction(lambda a, b, out: result, np.dtype("f8"), 2)
+    with pytest.raises(RuntimeError, match=r"<lambda>, returned .* in place of float64"):
         combined(reduction, [np.ones(2), np.ones(2)], at_once=True)
+
+
+def test_a_function_in_steps_gives_the_same_result_in_any_place():
+    def product_and_sum(a, b, out):
+        out[...] = a * b
+        out += a + b
+
+    reduction = Reduction(product_and_sum, np.dtype("f8"), 3)
+    operands = [np.array([2.0, 3.0]), np.array([5.0, 7.0]), np.array([11.0, 13.0])]
+    assert_same_in_any_place(reduction, operands)
+
+
+def test_a_ufunc_without_a_loop_for_the_dtype_is_refused():
+    with pytest.raises(UnsupportedError, match="op=arctan2 is not defined for int64"):
+        Reduction(np.arctan2, np.dtype("i8"), 2)
+
+
+def assert_same_in_any_place(reduction, operands):
+    """Let every rank's place, and `into` with every kind of memory, take the result; all must have the same bits."""
+    found = set()
+    for own in range(len(operands)):
+        copies = [operand.copy() for operand in operands]
+        reduction.combine(copies, own, at_once=True)
+        found.add(copies[own].tobytes())
+        copies = [operand.copy() for operand in operands]
+        out = copies[own] if own < 2 else np.empty_like(copies[0])
+        reduction.into(out, copies, at_once=True)
+        found.add(out.tobytes())
+    assert len(found) == 1, f"{reduction.name} of {operands}"
+
+
+def random_bits(random, dtype, count):
+    """Draw numbers of which many are special: NaN with any sign and payload, infinities, signed zeros."""
+    if dtype.kind in "iub":
+        return random.integers(0, 2 if dtype.kind == "b" else 127, count).astype(dtype)
+    real = np.empty(0, dtype).real.dtype
+    numbers = random.standard_normal(count * (dtype.itemsize // real.itemsize)).astype(real)
+    bits = numbers.view(f"u{real.itemsize}")
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0]).astype(real)
+    chosen = random.random(bits.size) < 0.5
+    bits[chosen] = special.view(bits.dtype)[random.integers(0, 6, int(chosen.sum()))]
+    bits[np.isnan(numbers)] |= random.integers(0, 8, int(np.isnan(numbers).sum())).astype(bits.dtype)
+    return numbers.view(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c8", "c16", "f2", "bfloat16", "i4"])
+def test_the_bits_do_not_depend_on_the_place_of_the_result(dtype):
+    pytest.importorskip("ml_dtypes")
+    kind, random = np.dtype(dtype), np.random.default_rng(7)
+    names = ["sum", "prod"] + ["mean"] * (kind.kind != "i") + ["min", "max"] * (kind.kind != "c")
+    for name in names:
+        for ranks, count in [(2, 1)] * 20 + [(3, 1)] * 10 + [(2, 2), (3, 7), (2, 33), (4, 100)]:
+            operands = [random_bits(random, kind, count) for _ in range(ranks)]
+            assert_same_in_any_place(Reduction(name, kind, ranks), operands)
+
+
+@pytest.mark.parametrize("dtype", ["c8", "c16"])
+def test_a_complex_product_has_the_same_bits_however_it_is_cut(dtype):
+    random, kind = np.random.default_rng(3), np.dtype(dtype)
+    operands = [random.standard_normal(2 * 50).astype(f"f{kind.itemsize // 2}").view(kind) for _ in range(3)]
+    reduction = Reduction("prod", kind, 3)
+    whole = combined(reduction, operands, at_once=True)
+    pieces = [combined(reduction, [a[i : i + 3] for a in operands], at_once=True) for i in range(0, 50, 3)]
+    assert np.concatenate(pieces).tobytes() == whole.tobytes()
+    np.testing.assert_allclose(whole, operands[0] * operands[1] * operands[2], rtol=1e-5)
+
+
+def test_a_complex_mean_divides_the_parts():
+    operands = [np.array([complex(np.inf, 3.0), 1 + 2j])] * 3
+    mean = combined(Reduction("mean", np.dtype("c16"), 3), operands, at_once=True)
+    assert mean.tolist() == [complex(np.inf, 3.0), 1 + 2j]

@@ -48,7 +48,7 @@ def test_a_mismatch_names_both_calls_on_every_rank():
         (lambda g: g.barrier(), lambda g: g.all_reduce(1)),
         (lambda g: g.all_reduce(1), lambda g: g.all_reduce(1.0)),
         (lambda g: g.all_reduce([1, 2]), lambda g: g.all_reduce([[1, 2]])),
-        (lambda g: g.all_reduce(1, "max"), lambda g: g.all_reduce(1, np.hypot)),
+        (lambda g: g.all_reduce(1.0, "max"), lambda g: g.all_reduce(1.0, np.hypot)),
         (lambda g: g.all_gather([1], sizes=[1, 1]), lambda g: g.all_gather([1])),
         (lambda g: g.gather([1], 0), lambda g: g.gather([1], 1)),
         (lambda g: g.scatter([1, 2], 0), lambda g: g.scatter([1, 2], 1)),

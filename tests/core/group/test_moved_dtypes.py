@@ -1,5 +1,6 @@
-"""Dates, time spans and structured dtypes in the collectives and transfers that only move data."""
+"""Dates, time spans, structured dtypes and float8 in the collectives and transfers that only move data."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ ROWS = {
     "records": np.rec.fromarrays([[1, 2, 3], [1.5, 2.5, 3.5]], names="a,b"),
     "two dimensions": np.array([[1, 2], [3, 4], [5, 6]], "m8[s]"),
     "strided": np.array([("a", (1, 2), "2020-01-01")] * 6, POINT)[::2],
+    "float8": np.array([[1, 2], [-3, np.nan], [np.inf, 0]], ml_dtypes.float8_e5m2),
+    "int4": np.array([1, -2, 3], ml_dtypes.int4),
     "no rows": np.empty((0, 2), POINT),
 }
 

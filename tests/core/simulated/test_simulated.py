@@ -1,8 +1,10 @@
 """The simulated backend conforms, and its faults and virtual clocks do what they say."""
 
+import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import ferro
 from ferro.collectives.network import Network
 from ferro.errors import CollectiveTimeout, PeerLost, UsageError
 from ferro.simulated import Fault, SimulatedBackend, simulate
-from ferro_testing.conformance import CHECKS, Case
+from ferro_testing.conformance import CHECKS, Case, check_random_reductions
 
 CASE = Case(backend="simulated", world_sizes=(1, 2, 3, 4, 5, 8))
 
@@ -19,6 +21,12 @@ CASE = Case(backend="simulated", world_sizes=(1, 2, 3, 4, 5, 8))
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_simulated_backend_conforms(check):
     check(CASE)
+
+
+def test_random_reductions_are_numpys():
+    check_random_reductions(
+        replace(CASE, world_sizes=(2, 3, 7)), seed=1, runs=int(os.environ.get("FERRO_FUZZ_RUNS", "15"))
+    )
 
 
 def test_results_are_returned_by_rank():

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ferro.collectives.half import reduce_half_precision
 from ferro.errors import FerroError, UnsupportedError, UsageError
 from ferro.types import Array, ReduceOp
 
-# A function (a, b, out) of one-dimensional pieces of the arrays; `out` is `a` or `b`, or overlaps neither.
+# A function (a, b, out) of one-dimensional pieces of the arrays; it writes into `out`, or returns a new array.
 ReduceFunction: TypeAlias = "Callable[[Array, Array, Array], object]"
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
@@ -39,7 +39,7 @@ _SAME: dict[object, ReduceOp] = {ufunc: op for op, ufunc in _UFUNCS.items() if o
 _SAME |= {function: op for op in ReduceOp for module in (np, builtins) if (function := getattr(module, op, None))}
 _SAME |= {np.amin: ReduceOp.MIN, np.amax: ReduceOp.MAX, operator.add: ReduceOp.SUM, operator.mul: ReduceOp.PROD}
 _SAME |= {operator.and_: ReduceOp.BAND, operator.or_: ReduceOp.BOR, operator.xor: ReduceOp.BXOR}
-_FUNCTION = "a function (a, b, out) that writes its result into out"
+_FUNCTION = "a function (a, b, out) that writes its result into out or returns it"
 _HALF_PRECISION = ("float16", "bfloat16")
 _WIDENED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 _ORDERED = (ReduceOp.MIN, ReduceOp.MAX)
@@ -86,6 +86,10 @@ class Reduction:
         name: the operation's name, "callable" for a user's function.
         needs_all: True when the result is right only if one call combines all contributions, in order of rank: half
             precision, whose partial results must not be rounded, and users' functions, which may not be commutative.
+
+    Which operand the result is written over depends on the rank. It must not decide what is computed: NumPy takes
+    another loop for one element that is written over its first operand, with other bits for NaN and complex numbers,
+    and a user's function may read an operand after it has begun to write. Such results get memory of their own.
     """
 
     def __init__(self, op: ReduceOp | str | ReduceFunction, dtype: np.dtype, ranks: int) -> None:
@@ -95,7 +99,10 @@ class Reduction:
         self.op = _named(op)
         self.name = "callable" if self.op is None else self.op.value
         ufunc = None if self.op is None else _UFUNCS[self.op]
-        self._function = _function(op) if ufunc is None else _quiet_function(ufunc, dtype)
+        self._function = _function(op, dtype) if ufunc is None else _quiet_function(ufunc, dtype)
+        self._apart = self.op is None  # `out` is never an operand
+        if self.op is ReduceOp.PROD and dtype.kind == "c":
+            self._function, self._apart = _complex_product, True
         if self.op is not None:
             _check(self.op, dtype)
         self._is_mean = self.op is ReduceOp.MEAN
@@ -114,13 +121,16 @@ class Reduction:
         if self._widened is not None:
             self.into(operands[own], operands, at_once=at_once)
             return
-        total = operands[0]
-        for index in range(1, len(operands)):
-            out = operands[own] if index >= own else total
-            self._function(total, operands[index], out)
-            total = out
+        if self._is_apart(operands[0]):
+            self._reduce_apart(operands, operands[own])
+        else:
+            total = operands[0]
+            for index in range(1, len(operands)):
+                out = operands[own] if index >= own else total
+                self._function(total, operands[index], out)
+                total = out
         if at_once:
-            self.finish(total)
+            self.finish(operands[own])
 
     def into(self, out: Array, operands: Sequence[Array], *, at_once: bool) -> None:
         """Reduce `operands`, left to right, into `out`, with the same bits as `combine`.
@@ -135,7 +145,9 @@ class Reduction:
             reduce_half_precision(self._widened, operands, out, self.ranks if at_once and self._is_mean else 1)
             return
         count = len(operands)
-        if count > 1:
+        if count > 1 and self._is_apart(out):
+            self._reduce_apart(operands, out)
+        elif count > 1:
             self._function(operands[0], operands[1], out)
             for index in range(2, count):
                 self._function(out, operands[index], out)
@@ -147,7 +159,23 @@ class Reduction:
     def finish(self, result: Array) -> None:
         """Complete a mean of which `result` is the sum, in place."""
         if self._is_mean:
-            _quiet.run(np.true_divide, result, self.ranks, out=result)
+            # NumPy divides complex numbers by complex ones: it would round twice, and make NaN of infinities.
+            numbers = result.view(result.real.dtype) if self.dtype.kind == "c" else result
+            _quiet.run(np.true_divide, numbers, self.ranks, out=numbers)
+
+    def _is_apart(self, operand: Array) -> bool:
+        """Say whether the result must not be written over an operand."""
+        return self._apart or (operand.size == 1 and self.dtype.kind not in "iub")
+
+    def _reduce_apart(self, operands: Sequence[Array], out: Array) -> None:
+        """Reduce operands, left to right, and then copy the result to `out`."""
+        total = operands[0]
+        for operand in operands[1:]:
+            result = np.empty_like(total)
+            self._function(total, operand, result)
+            total = result
+        if total is not out:
+            out[...] = total
 
 
 def _named(op: ReduceOp | str | ReduceFunction) -> ReduceOp | None:
@@ -169,13 +197,31 @@ def _quiet_function(ufunc: np.ufunc, dtype: np.dtype) -> ReduceFunction:
     return lambda a, b, out: _quiet.run(ufunc, a, b, out=out)
 
 
-def _function(op: object) -> ReduceFunction:
+def _complex_product(a: Array, b: Array, out: Array) -> None:
+    """Multiply complex numbers; `out` overlaps neither factor.
+
+    Some of NumPy's loops round the products and some do not (fused multiply-add), according to size and place, so
+    that the bits would depend on how an algorithm cuts the array.
+    """
+    with np.errstate(all="ignore"):
+        np.multiply(a.real, b.real, out=out.real)
+        np.multiply(a.real, b.imag, out=out.imag)
+        np.subtract(out.real, a.imag * b.imag, out=out.real)
+        np.add(out.imag, a.imag * b.real, out=out.imag)
+
+
+def _function(op: object, dtype: np.dtype) -> ReduceFunction:
     """Make a function (a, b, out) of a user's function or ufunc."""
     assert callable(op)
     name = getattr(op, "__qualname__", None) or getattr(op, "__name__", None) or repr(op)
     if isinstance(op, np.ufunc):
         if (op.nin, op.nout) != (2, 1):
             raise UsageError(f"op={name} takes {op.nin} arrays and gives {op.nout}: use a name, or {_FUNCTION}")
+        nothing = np.empty(0, dtype)
+        try:
+            op(nothing, nothing, out=nothing)
+        except TypeError as error:
+            raise UnsupportedError(f"op={name} is not defined for {dtype}: {error}") from None
         return lambda a, b, out: op(a, b, out=out)
     _check_parameters(op, name)
 
@@ -187,10 +233,21 @@ def _function(op: object) -> ReduceFunction:
         except Exception as error:
             error.add_note(f"(in the function given as op, {name})")
             raise
-        if result is not out and isinstance(result, np.ndarray) and not np.may_share_memory(result, out):
-            raise RuntimeError(f"the function given as op, {name}, returned a new array; it must write into out")
+        if not (result is out or result is None or isinstance(result, int)):  # functions of C return an int
+            _take_result(result, out, name)
 
     return call_function
+
+
+def _take_result(result: object, out: Array, name: str) -> None:
+    """Copy an array that a user's function returned in place of writing into `out`."""
+    array = cast("Array", result) if hasattr(result, "shape") else np.asarray(result)
+    if array.shape != out.shape or not np.can_cast(array.dtype, out.dtype, "same_kind"):
+        raise RuntimeError(
+            f"the function given as op, {name}, returned {array.dtype}{array.shape} in place of "
+            f"{out.dtype}{out.shape}: it must write its result into out, or return it"
+        )
+    out[...] = array
 
 
 def _check_parameters(op: Callable[..., object], name: str) -> None:

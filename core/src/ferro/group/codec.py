@@ -107,7 +107,7 @@ def _put_sized(code: int, data: bytes, out: bytearray, place: str) -> None:
 
 
 def _put_array(array: np.ndarray, out: bytearray, place: str) -> None:
-    if array.dtype.kind not in "biufc":
+    if array.dtype.kind not in "biufc" or array.dtype.isbuiltin == 2:  # 2: the dtype of a package, as float8
         raise UsageError(f"{place} is an array of {array.dtype}, which has no safe encoding")
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     body = encode(little.dtype.str) + encode(list(array.shape)) + little.tobytes()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
+
+Indices = npt.NDArray[np.int64]
 
 
 class ShardedSampler:
@@ -24,6 +28,13 @@ class ShardedSampler:
     `state_dict` tells which items of the epoch have been handed out, and after `load_state_dict` the next iteration
     goes on with those that follow, also where the number of ranks has changed.
 
+    With `weights` an epoch is a random draw: item i is drawn with a probability proportional to its weight.
+
+    With `groups` a batch holds items of one group only, such as sentences of about the same length. The items of each
+    group are cut into runs of `run_items`, and the runs are put in random order. The rules about the last items of the
+    data set hold for the last items of each run. Let `run_items` be a multiple of n times the batch size, also for the
+    other numbers of ranks on which the training may go on.
+
     Args:
         length: items in the data set.
         group: the ranks, or (rank, world_size).
@@ -31,6 +42,11 @@ class ShardedSampler:
         seed: seed of the random order, the same on every rank.
         drop_last: leave the last `length % n` items out of the epoch.
         pad: repeat the first items at the end.
+        weights: a weight for each item, at least 0, in any scale.
+        draws: the number of items drawn in an epoch with `weights`; `length` when None.
+        replacement: whether an item may be drawn more than once in an epoch.
+        groups: a whole number for each item, its group.
+        run_items: how many items of a group follow each other.
     """
 
     def __init__(
@@ -42,38 +58,43 @@ class ShardedSampler:
         seed: int = 0,
         drop_last: bool = False,
         pad: bool = False,
+        weights: Sequence[float] | npt.ArrayLike | None = None,
+        draws: int | None = None,
+        replacement: bool = True,
+        groups: Sequence[int] | npt.ArrayLike | None = None,
+        run_items: int = 1024,
     ) -> None:
-        if isinstance(group, tuple):
-            self.rank, self.world_size = group
-        else:
-            self.rank, self.world_size = group.rank, group.world_size
+        rank, size = group if isinstance(group, tuple) else (group.rank, group.world_size)
+        self.rank, self.world_size = _whole("rank", rank), _whole("world_size", size)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(
                 f"ShardedSampler: rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size}."
             )
-        if length < 0:
-            raise UsageError(f"ShardedSampler: length must be at least 0, not {length}.")
         if drop_last and pad:
             raise UsageError("ShardedSampler: choose drop_last or pad, not both.")
-        self.length = length
+        self.length = _whole("length", length, at_least=0)
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = _whole("seed", seed, at_least=0)
         self.epoch = 0
+        self._drop_last, self._pad = drop_last, pad
+        self._replacement = replacement
+        self._probabilities = None if weights is None else _probabilities(weights, self.length, shuffle)
+        # The number of items in an epoch of all ranks, before any are dropped or repeated.
+        self._total = self.length if draws is None else self._checked_draws(draws)
+        if not replacement:
+            self._checked_draws(self._total)
+        self._groups = None if groups is None else _checked_groups(groups, self.length, self._probabilities is not None)
+        self._run_items = _whole("run_items", run_items, at_least=1)
+        self._runs = [(0, self._total)] if self._groups is None else self._cut_groups(self._groups)
         # Items of the epoch, of all ranks, that were handed out: in all, and before the next iteration begins.
         self._taken = self._resume_at = 0
-        rest = length % self.world_size
-        if drop_last:
-            self._used = length - rest
-        elif pad and rest:
-            self._used = length + self.world_size - rest
-        else:
-            self._used = length
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew; call it on every rank before each epoch.
 
         The epoch of a loaded state goes on where it was left, if that epoch is given here.
         """
+        epoch = _whole("epoch", epoch, at_least=0)
         if epoch != self.epoch:
             self._taken = self._resume_at = 0
         self.epoch = epoch
@@ -82,7 +103,7 @@ class ShardedSampler:
         """Return the epoch and how much of it was handed out, the same on every rank after equal numbers of batches.
 
         Items count from the moment at which the sampler hands them out, so a program that reads batches ahead saves the
-        state that it had when it took the batch it trains on.
+        state that it had when it took the batch it trains on, as `DataLoader` does.
         """
         return {"length": self.length, "seed": self.seed, "epoch": self.epoch, "taken": self._taken}
 
@@ -98,45 +119,151 @@ class ShardedSampler:
             raise UsageError(
                 f"ShardedSampler.load_state_dict: the state {found}; this sampler has {self.length} items."
             )
-        self.seed, self.epoch = state["seed"], state["epoch"]
-        self._taken = self._resume_at = state["taken"]
+        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
+        self._taken = self._resume_at = int(state["taken"])
 
     def __len__(self) -> int:
-        return len(range(self.rank, self._used, self.world_size))
+        return self.share_sizes()[self.rank]
 
     def __iter__(self) -> Iterator[int]:
         return (int(batch[0]) for batch in self.batches(1))
 
-    def indices(self) -> npt.NDArray[np.int64]:
+    def share_sizes(self) -> list[int]:
+        """Compute how many items each rank gets in a whole epoch, by rank."""
+        n, ends = self.world_size, self._runs
+        return [sum(len(self._share(start, end, rank)) for start, end in ends) for rank in range(n)]
+
+    def batch_counts(self, batch_size: int) -> list[int]:
+        """Compute how many batches each rank gets in a whole epoch, by rank."""
+        size, ends = _whole("batch_size", batch_size, at_least=1), self._runs
+        return [
+            sum(-(-len(self._share(start, end, rank)) // size) for start, end in ends)
+            for rank in range(self.world_size)
+        ]
+
+    def indices(self) -> Indices:
         """Compute this rank's indices of this epoch, of shape (len(self),)."""
-        return self._indices_from(0)
+        shares = [indices for indices, _, _ in self._shares(0)]
+        return np.concatenate(shares) if shares else np.empty(0, np.int64)
 
-    def _indices_from(self, taken: int) -> npt.NDArray[np.int64]:
-        """Compute this rank's indices of this epoch after the first `taken` items of all ranks."""
-        order = np.arange(self.length)
-        if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        # np.resize pads by repeating from the start; an empty array has nothing to repeat.
-        used = np.resize(order, self._used) if self._used else order[:0]
-        return used[taken + self.rank :: self.world_size]
-
-    def batches(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    def batches(self, batch_size: int) -> Iterator[Indices]:
         """Yield this rank's indices in batches of `batch_size`; the last may be smaller.
 
         Raises:
             UsageError: `batch_size` is less than 1.
         """
-        if batch_size < 1:
-            raise UsageError(f"ShardedSampler: batch_size must be at least 1, not {batch_size}.")
-        return self._batches(batch_size)
+        return (batch for batch, _ in self.placed_batches(batch_size))
 
-    def _batches(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    def placed_batches(self, batch_size: int) -> Iterator[tuple[Indices, Indices]]:
+        """Yield this rank's batches, each with the places of its items in the order of all ranks' items.
+
+        A place does not depend on the number of ranks, so that random numbers drawn by place do not either.
+        """
+        return self._placed_batches(_whole("batch_size", batch_size, at_least=1))
+
+    def _placed_batches(self, batch_size: int) -> Iterator[tuple[Indices, Indices]]:
         self._taken, self._resume_at = self._resume_at, 0
-        indices = self._indices_from(self._taken)
-        for at in range(0, len(indices), batch_size):
-            batch = indices[at : at + batch_size]
-            self._taken = min(self._taken + len(batch) * self.world_size, self._used)
-            yield batch
+        for indices, places, end in self._shares(self._taken):
+            start = max(self._taken, end[0])
+            for at in range(0, len(indices), batch_size):
+                # A rank whose last batch is smaller counts what all ranks were given.
+                self._taken = min(start + (at + batch_size) * self.world_size, end[1])
+                yield indices[at : at + batch_size], places[at : at + batch_size]
+            self._taken = end[1]
+
+    def _shares(self, taken: int) -> Iterator[tuple[Indices, Indices, tuple[int, int]]]:
+        """Compute this rank's indices and places in each run that has more than the first `taken` items of all ranks.
+
+        The last value is the run's beginning and end.
+        """
+        order, ends = self._order()
+        for start, end in ends:
+            if end <= taken:
+                continue
+            places = self._share(start, end, self.rank, taken)
+            yield order[places], places, (start, end)
+
+    def _share(self, start: int, end: int, rank: int, taken: int = 0) -> Indices:
+        """Compute the places of a rank's items in one run, of which the first `taken` items are gone."""
+        n, begin = self.world_size, max(start, taken)
+        count = end - begin
+        used = count // n * n if self._drop_last else -(-count // n) * n if self._pad else count
+        places = begin + np.arange(rank, used, n)
+        return np.where(places < end, places, start + (places - end) % max(1, end - start))  # padding: the run again
+
+    def _order(self) -> tuple[Indices, list[tuple[int, int]]]:
+        """Compute the indices of the epoch in order, and the beginning and end of each run of one group."""
+        random = np.random.default_rng((self.seed, self.epoch))
+        if self._probabilities is not None:
+            drawn = random.choice(self.length, self._total, replace=self._replacement, p=self._probabilities)
+            return drawn.astype(np.int64), self._runs
+        order = np.arange(self.length)
+        if self.shuffle:
+            random.shuffle(order)
+        if self._groups is None:
+            return order, self._runs
+        order = order[np.argsort(self._groups[order], kind="stable")]
+        runs = [order[start:end] for start, end in self._runs]
+        if self.shuffle:
+            runs = [runs[index] for index in random.permutation(len(runs))]
+        ends = np.cumsum([0, *map(len, runs)]).tolist()
+        return np.concatenate([order[:0], *runs]), list(pairwise(ends))
+
+    def _cut_groups(self, groups: npt.NDArray[np.generic]) -> list[tuple[int, int]]:
+        """List the beginnings and ends of the runs, group by group; each epoch has them in another order."""
+        _, counts = np.unique(groups, return_counts=True)  # in the order of np.argsort
+        ends: list[tuple[int, int]] = []
+        begin = 0
+        for count in counts.tolist():
+            starts = range(begin, begin + count, self._run_items)
+            ends += [(start, min(start + self._run_items, begin + count)) for start in starts]
+            begin += count
+        return ends
+
+    def _checked_draws(self, draws: int) -> int:
+        count = _whole("draws", draws, at_least=0)
+        if self._probabilities is None:
+            raise UsageError("ShardedSampler: draws and replacement=False belong to weights=, and none are given.")
+        possible = np.count_nonzero(self._probabilities)
+        if not self._replacement and count > possible:
+            raise UsageError(
+                f"ShardedSampler: {count} draws without replacement of {possible} items of weight above 0."
+            )
+        return count
 
     def __repr__(self) -> str:
         return f"ShardedSampler({self.length}, rank {self.rank} of {self.world_size}, epoch {self.epoch})"
+
+
+def _whole(name: str, value: object, *, at_least: int | None = None) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"ShardedSampler: {name} must be a whole number, not {value!r}.") from None
+    if at_least is not None and number < at_least:
+        raise UsageError(f"ShardedSampler: {name} must be at least {at_least}, not {number}.")
+    return number
+
+
+def _probabilities(weights: object, length: int, shuffle: bool) -> npt.NDArray[np.float64]:
+    array = np.asarray(weights, np.float64)
+    if array.shape != (length,):
+        raise UsageError(f"ShardedSampler: weights has shape {array.shape} for {length} items.")
+    if not shuffle:
+        raise UsageError("ShardedSampler: weights draw a random order, and shuffle is False.")
+    total = float(array.sum())
+    if length and not (bool((array >= 0).all()) and 0 < total < np.inf):
+        raise UsageError("ShardedSampler: weights must be finite, at least 0, and not all 0.")
+    return array / total if length else array
+
+
+def _checked_groups(groups: object, length: int, has_weights: bool) -> npt.NDArray[np.generic]:
+    array = np.asarray(groups)
+    if array.shape != (length,) or (length and array.dtype.kind not in "iub"):
+        raise UsageError(
+            f"ShardedSampler: groups must be {length} whole numbers, not {array.dtype} of shape {array.shape}: "
+            "np.digitize(lengths, edges) gives groups by length."
+        )
+    if has_weights:
+        raise UsageError("ShardedSampler: choose weights or groups, not both.")
+    return array

@@ -18,21 +18,27 @@ from ferro_testing.concurrency import check_async, check_groups, check_overlappi
 from ferro_testing.deadlines import check_send_deadline
 from ferro_testing.differences import FEATURES, OPERATIONS
 from ferro_testing.failures import check_abort, check_lost_peer, check_mismatch, check_timeout
-from ferro_testing.movements import check_movements, check_uneven
+from ferro_testing.movements import check_moved_dtypes, check_movements, check_uneven
 from ferro_testing.objects import check_objects
+from ferro_testing.prefixes import check_extrema, check_prefixes
+from ferro_testing.random_reductions import check_random_reductions
 from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reduction_functions, check_reductions
 from ferro_testing.refusals import check_unsupported, check_usage_errors
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink
 from ferro_testing.transfer_programs import check_transfer_programs
-from ferro_testing.transfers import check_tags, check_transfers
+from ferro_testing.transfers import check_posted_transfers, check_tags, check_transfers
 
 CHECKS = (
     check_reductions,
     check_reduction_functions,
     check_equal_bits,
     check_deterministic,
+    check_random_reductions,
+    check_prefixes,
+    check_extrema,
     check_movements,
+    check_moved_dtypes,
     check_uneven,
     check_buffers,
     check_allocate,
@@ -41,6 +47,7 @@ CHECKS = (
     check_overlapping_groups,
     check_transfers,
     check_tags,
+    check_posted_transfers,
     check_transfer_programs,
     check_objects,
     check_usage_errors,
@@ -68,12 +75,17 @@ __all__ = [
     "check_collective",
     "check_deterministic",
     "check_equal_bits",
+    "check_extrema",
     "check_groups",
     "check_lost_peer",
     "check_mismatch",
+    "check_moved_dtypes",
     "check_movements",
     "check_objects",
     "check_overlapping_groups",
+    "check_posted_transfers",
+    "check_prefixes",
+    "check_random_reductions",
     "check_reduction_functions",
     "check_reductions",
     "check_send_deadline",

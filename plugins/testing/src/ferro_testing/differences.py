@@ -30,6 +30,7 @@ FEATURES: Mapping[str, str] = {
     "uneven": "sizes that differ from rank to rank",
     "deterministic": "deterministic=True reduces in order of rank, bit for bit",
     "equal_bits": "a floating-point sum has the same bits on every rank",
+    "half_rounded_once": "sums, means and products of half precision are computed in float32 and rounded once",
     "tags": "messages with different tags may be received in another order than sent",
     "overlapping": "groups that share ranks may be used at the same time",
     "mismatch": "ranks that make different calls raise CollectiveMismatch",

@@ -7,10 +7,11 @@ from itertools import cycle
 
 import numpy as np
 
-from ferro import ProcessGroup
+from ferro import ProcessGroup, UnsupportedError
+from ferro.types import Array
 from ferro_testing.case import Case
 from ferro_testing.differences import MOVING, without
-from ferro_testing.samples import LARGE, SHAPES, Findings, Shape, in_blocks, preferred, rows, sample
+from ferro_testing.samples import LARGE, SHAPES, Findings, Shape, dtype_of, in_blocks, known, preferred, rows, sample
 
 
 def check_movements(case: Case) -> None:
@@ -25,6 +26,57 @@ def check_uneven(case: Case) -> None:
     ops = [op for op in (*MOVING, "reduce_scatter") if case.supports(op)]
     if ops and case.supports("uneven"):
         case.verify_all(_move_unevenly, ops)
+
+
+def check_moved_dtypes(case: Case) -> None:
+    """Dates, structured elements and float8 are moved bit for bit, and no reduction takes them."""
+    ops = [op for op in (*MOVING, "sendrecv") if case.supports(op)]
+    if ops:
+        case.verify_all(_move_other_dtypes, ops, case.supports("all_reduce"))
+
+
+def _move_other_dtypes(group: ProcessGroup, ops: Sequence[str], reduces: bool) -> list[str]:
+    found, n, me = Findings(group.rank), group.world_size, group.rank
+    dtypes = [np.dtype("M8[D]"), np.dtype([("name", "S3"), ("at", "f4", (2,))])]
+    dtypes += [dtype_of(name) for name in ("float8_e4m3fn", "float8_e5m2") if known([name])]
+    for dtype in dtypes:
+        rows = [(np.arange(3 * dtype.itemsize, dtype=np.uint8) * (7 + rank)).view(dtype) for rank in range(n)]
+        mine, together = rows[me], np.concatenate(rows)
+        wanted_of = {
+            "broadcast": rows[n - 1],
+            "all_gather": together,
+            "gather": together,
+            "scatter": mine,
+            "all_to_all": np.concatenate([row[:1] for row in rows]),
+            "sendrecv": rows[(me - 1) % n],
+        }
+        for op in ops:
+            wanted, result = wanted_of[op], _move(group, op, mine, together)
+            if op == "gather" and me != n - 1:
+                found.true(result is None, f"gather of {dtype}: not None away from the root")
+                continue
+            is_kind = isinstance(result, np.ndarray) and result.dtype == dtype and result.shape == wanted.shape
+            same_bits = is_kind and np.asarray(result).tobytes() == wanted.tobytes()
+            found.true(same_bits, f"{op} of {dtype}: got {result!r}, not {wanted!r}")
+        if reduces:
+            try:
+                group.all_reduce(mine)
+            except UnsupportedError:
+                continue
+            found.note(f"all_reduce of {dtype} raised nothing")
+    return found.report()
+
+
+def _move(group: ProcessGroup, op: str, mine: Array, together: Array) -> object:
+    """Make one call, with the last rank as root; `sendrecv` goes to the next rank."""
+    n, me = group.world_size, group.rank
+    if op == "scatter":
+        return group.scatter(together if me == n - 1 else None, n - 1)
+    if op == "all_to_all":
+        return group.all_to_all(np.concatenate([mine[:1]] * n))
+    if op == "sendrecv":
+        return group.sendrecv(mine, np.empty_like(mine), (me + 1) % n, (me - 1) % n)
+    return group.all_gather(mine) if op == "all_gather" else getattr(group, op)(mine, n - 1)
 
 
 def _move_everything(

@@ -55,16 +55,18 @@ _HALF = ("float16", BFLOAT16)
 
 
 def dtype_of(name: str) -> np.dtype:
-    """Return a dtype by name; bfloat16 needs the package ml_dtypes."""
-    if name == BFLOAT16:
-        name = importlib.import_module("ml_dtypes").bfloat16
-    return np.dtype(name)
+    """Return a dtype by name; bfloat16 and float8 need the package ml_dtypes."""
+    return np.dtype(getattr(importlib.import_module("ml_dtypes"), name) if _of_ml_dtypes(name) else name)
 
 
 def known(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names whose dtypes are installed: bfloat16 needs ml_dtypes."""
-    has_brain = importlib.util.find_spec("ml_dtypes") is not None
-    return tuple(name for name in names if name != BFLOAT16 or has_brain)
+    """Return the names whose dtypes are installed: bfloat16 and float8 need ml_dtypes."""
+    is_there = importlib.util.find_spec("ml_dtypes") is not None
+    return tuple(name for name in names if is_there or not _of_ml_dtypes(name))
+
+
+def _of_ml_dtypes(name: str) -> bool:
+    return name == BFLOAT16 or name.startswith("float8")
 
 
 def reductions(dtype: str) -> tuple[str, ...]:
@@ -102,7 +104,8 @@ def reduced(arrays: Sequence[Array], op: str) -> Array:
     operands = [array.astype(np.float32) if half else array for array in arrays]
     total = functools.reduce(lambda a, b: np.asarray(_UFUNCS[op](a, b)), operands)
     if op == "mean":
-        total = np.asarray(total / np.asarray(len(arrays), total.real.dtype))
+        parts = total.reshape(-1).view(total.real.dtype)
+        total = (parts / np.asarray(len(arrays), parts.dtype)).view(total.dtype).reshape(total.shape)
     array: Array = total.astype(dtype)
     return array
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from ferro_testing.differences import TRANSFERS
 from ferro_testing.samples import Findings, sample
 
 _TAGS = (0, 1, 7)
+_POSTED_S = 20.0
 
 
 def check_transfers(case: Case) -> None:
@@ -24,6 +26,44 @@ def check_tags(case: Case) -> None:
     """Tags keep messages apart, in whatever order they are received."""
     if case.supports("send", "recv", "tags"):
         case.verify_all(_transfer_by_tag)
+
+
+def check_posted_transfers(case: Case) -> None:
+    """`Backend.posted_transfers` begins any number of transfers without waiting, and tells which have ended."""
+    if case.supports(*TRANSFERS, "tags"):
+        case.verify_all(_post)
+
+
+def _post(group: ProcessGroup) -> list[str]:
+    """Post more than fits any buffer, to and from all ranks, before anybody receives."""
+    found, me = Findings(group.rank), group.rank
+    posted, deadline = group._backend.posted_transfers(), time.monotonic() + _POSTED_S
+    posted.wake()
+    found.true(not posted.wait_any(deadline), "wait_any tells of a transfer, and none was posted")
+    found.true(time.monotonic() < deadline, "wake does not end the next wait_any")
+    found.true(not posted.wait_any(time.monotonic() + 0.01), "wait_any tells of a transfer when its time is over")
+    others = [rank for rank in range(group.world_size) if rank != me]
+    # The group posts one transfer at a time in a channel: a direction, a peer and a tag.
+    keys = [(peer, tag, size) for peer in others for tag, size in zip(_TAGS, (70_000, 0, 3), strict=True)]
+    sent = {key: sample(me, (key[2],), "float32", salt=key[0] + 10 * key[1]).copy() for key in keys}
+    buffers = {}
+    for (peer, tag, size), message in sent.items():
+        posted.isend(("send", peer, tag, size), message, peer, tag=tag, deadline=deadline)
+    for peer, tag, size in reversed(keys):
+        buffers[peer, tag, size] = buffer = np.empty(size, np.float32)
+        posted.irecv(("recv", peer, tag, size), buffer, peer, tag=tag, deadline=deadline)
+    awaited = {(verb, *key) for key in keys for verb in ("send", "recv")}
+    while awaited and time.monotonic() < deadline:
+        for handle, error in posted.wait_any(deadline):
+            found.true(error is None, f"posted {handle} raised {error!r}")
+            found.true(handle in awaited, f"posted {handle} ended twice")
+            awaited.discard(handle)
+    found.true(not awaited, f"posted transfers have not ended: {sorted(awaited)[:3]}")
+    for (peer, tag, size), buffer in buffers.items():
+        wanted = sample(peer, (size,), "float32", salt=me + 10 * tag)
+        found.same(buffer, wanted, f"posted recv of {size} from rank {peer}, tag {tag}")
+    group.barrier()
+    return found.report()
 
 
 def _transfer(group: ProcessGroup, dtypes: Sequence[str]) -> list[str]:

@@ -5,42 +5,30 @@ without a copy if it is in CPU memory, and results are of its kind. Numbers and 
 mean more than their numbers (masks, units, labels) are refused, since the rest would be lost without a word.
 
 Collectives carry all integer, floating, complex and boolean dtypes in native byte order, and bfloat16. Those that only
-move data also take dates, time spans and structured dtypes, as integers or bytes (`InputArray.dtype` is their own).
+move data also take dates, time spans, structured dtypes and the other dtypes of ml_dtypes (float8), as integers or
+bytes (`InputArray.dtype` is their own).
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from copy import copy
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
+from ferro.arrays.dlpack import SupportsDLPack, exporter, from_dlpack
+from ferro.arrays.dtypes import dtype_problem, how_to_reduce, integer_for, is_only_moved
 from ferro.errors import UnsupportedError, UsageError
 from ferro.types import Array, Device
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-
-@runtime_checkable
-class SupportsDLPack(Protocol):
-    """An array of any library that implements DLPack, the protocol for exchanging arrays without a copy."""
-
-    def __dlpack__(self) -> object: ...
-
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-
-
 Input: TypeAlias = "npt.ArrayLike | SupportsDLPack"
 
-_KINDS = "biufc"
-_EXTENDED = ("bfloat16",)  # names, since the package that defines the dtype may be absent
-_CPU_DLPACK = 1
-_TIMES = "mM"  # the kinds that travel as 64-bit integers
 # Kinds of NumPy arrays and scalars that mean nothing but their numbers.
 _PLAIN = (np.generic, np.memmap, np.recarray)
 _NUMBERS = frozenset((bool, int, float, complex))
@@ -82,11 +70,11 @@ class InputArray:
             self.array, self.device, self._converter = _imported(value, what)
             self.dtype = self.array.dtype
             if problem := dtype_problem(self.dtype):
-                if not _is_only_moved(self.dtype):
+                if not is_only_moved(self.dtype):
                     raise UnsupportedError(f"{what} has {problem}")
                 if not moved:
-                    raise UnsupportedError(f"{what} has dtype {self.dtype}, {_how_to_reduce(self.dtype)}")
-                self._converter = partial(_restored, self.dtype)
+                    raise UnsupportedError(f"{what} has dtype {self.dtype}, {how_to_reduce(self.dtype)}")
+                self._converter = partial(_restored, self.dtype, self._converter)
                 self.array = _as_carried(self.array, what)
         self.copied = False
 
@@ -106,7 +94,7 @@ class InputArray:
         """Check a user's `out` for a result that has `shape` as backends see it, and return its memory as they do."""
         if self.dtype is self.array.dtype:
             return output_array(out, shape, self.dtype, device, what)
-        own_shape = shape if self.dtype.kind in _TIMES else shape[:-1]
+        own_shape = shape[:-1] if integer_for(self.dtype) is None else shape
         return _as_carried(output_array(out, own_shape, self.dtype, device, what), what)
 
     def copy_to_host(self) -> None:
@@ -138,7 +126,7 @@ def output_array(
         or type(value).__module__.startswith("cupy")  # asking a protocol takes microseconds
         or isinstance(value, SupportsDLPack)
     ):
-        array, found, _ = _imported(cast("Input", value), what)
+        array, found, _ = _imported(cast("Input", value), what, written=True)
     else:
         raise UsageError(f"{what} must be an array, not {type(value).__name__}")
     if found is not device:
@@ -160,37 +148,6 @@ def device_of(array: Array) -> Device:
     return _CPU if isinstance(array, np.ndarray) else _CUDA
 
 
-@lru_cache(maxsize=256)
-def dtype_name(dtype: np.dtype) -> str:
-    """Return the name that `dtype_from_name` understands, from a cache: NumPy takes microseconds to compose it."""
-    if dtype.type in (np.void, np.record):
-        return repr(np.lib.format.dtype_to_descr(dtype)) if dtype.names else dtype.str
-    return dtype.str if dtype.kind in _TIMES else dtype.name
-
-
-def dtype_from_name(name: str) -> np.dtype:
-    """Return the dtype of this name; for bfloat16 import its package."""
-    if name.startswith("["):
-        import ast  # here, since it is slow to import and seldom needed
-
-        return np.lib.format.descr_to_dtype(ast.literal_eval(name))
-    if name in _EXTENDED and name not in np.sctypeDict:
-        importlib.import_module("ml_dtypes")  # it registers the dtype with NumPy
-    return np.dtype(name)
-
-
-@lru_cache(maxsize=256)
-def dtype_problem(dtype: np.dtype) -> str:
-    """Explain why no collective carries a dtype; "" when collectives carry it."""
-    if dtype.kind not in _KINDS and dtype.name not in _EXTENDED:
-        return f"dtype {dtype}, which no collective carries: use an integer, floating, complex or boolean dtype"
-    if not dtype.isnative:
-        return f"the foreign byte order dtype {dtype.str}: convert it with x.astype(x.dtype.newbyteorder('='))"
-    if dtype.type in (np.longdouble, np.clongdouble):
-        return f"dtype {dtype}, whose layout differs between machines"
-    return ""
-
-
 def lost_meaning(value: object) -> str:
     """Explain what a plain array of the value's numbers would lose, and the remedy; "" when it loses nothing."""
     kind = type(value)
@@ -208,33 +165,28 @@ def lost_meaning(value: object) -> str:
     return f"a {kind.__qualname__}, of which only the numbers would travel: pass np.asarray(x)"
 
 
-def _is_only_moved(dtype: np.dtype) -> bool:
-    return not dtype.hasobject and (dtype.kind in _TIMES or (dtype.type in (np.void, np.record) and dtype.itemsize > 0))
-
-
-def _how_to_reduce(dtype: np.dtype) -> str:
-    if dtype.kind in _TIMES:
-        return "which is moved but not reduced: pass x.view('int64'), in which NaT is the least number"
-    return "which is moved but not reduced: pass its fields one by one, as x['name']"
-
-
 def _as_carried(array: Array, what: str) -> Array:
-    """View dates as 64-bit integers, and structured elements as bytes in a last axis."""
-    if array.dtype.kind in _TIMES:
-        return array.view(np.int64)
+    """View dates and extension dtypes as integers, and structured elements as bytes in a last axis."""
+    if (integer := integer_for(array.dtype)) is not None:
+        return array.view(integer)
     if not array.ndim:
         raise UnsupportedError(f"{what} is a 0-d array of dtype {array.dtype}: pass x.reshape(1)")
     return np.ascontiguousarray(array).view(np.uint8).reshape(*array.shape, array.dtype.itemsize)
 
 
-def _restored(dtype: np.dtype, carried: Array) -> Array:
-    """View a result as the user's dtype again."""
+def _restored(dtype: np.dtype, convert: _Converter, carried: Array) -> object:
+    """View a result as the user's dtype again, and convert it to the user's kind of array."""
     result: Array = carried.view(dtype)
-    return result if dtype.kind in _TIMES else result.reshape(carried.shape[:-1])
+    if integer_for(dtype) is None:
+        result = result.reshape(carried.shape[:-1])
+    return result if convert is None else convert(result)
 
 
-def _imported(value: Input, what: str) -> tuple[Array, Device, _Converter]:
-    """Return the memory of a user's array, its device, and the converter of results."""
+def _imported(value: Input, what: str, *, written: bool = False) -> tuple[Array, Device, _Converter]:
+    """Return the memory of a user's array, its device, and the converter of results.
+
+    If `written` is true, the memory must be the array's own.
+    """
     device, converter = _CPU, None
     array: Array
     if problem := lost_meaning(value):
@@ -244,32 +196,10 @@ def _imported(value: Input, what: str) -> tuple[Array, Device, _Converter]:
     elif (library := type(value).__module__.partition(".")[0]) == "cupy":
         array, device = value, _CUDA  # type: ignore[assignment]
     elif isinstance(value, SupportsDLPack):
-        array, converter = _from_dlpack(value, library, what), _exporter(library)
+        array, converter = from_dlpack(value, library, what, copies=not written), exporter(value, library)
     else:
         array = _from_values(value, what)
     return array, device, converter
-
-
-def _from_dlpack(value: SupportsDLPack, library: str, what: str) -> Array:
-    device, _ = value.__dlpack_device__()
-    if device != _CPU_DLPACK:
-        raise UnsupportedError(
-            f"{what} is a {library} array on DLPack device {device}; only CPU memory is taken from "
-            "other libraries: move it to the CPU, or hand over a CuPy array"
-        )
-    try:
-        return np.from_dlpack(value)  # type: ignore[arg-type]
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{what} is a {library} array that cannot be exchanged through DLPack: {error}") from error
-
-
-def _exporter(library: str) -> Callable[[Array], object] | None:
-    """Find the library's own `from_dlpack`."""
-    for module in (library, f"{library}.dlpack", f"{library}.numpy"):
-        function = getattr(sys.modules.get(module), "from_dlpack", None)
-        if callable(function):
-            return function  # type: ignore[no-any-return]
-    return None
 
 
 def _from_values(value: object, what: str) -> Array:
