@@ -106,7 +106,7 @@ UNARY = [
     lambda x, axis, rng: np.gradient(x, axis=axis or 0),
     lambda x, axis, rng: np.diagonal(x, 1),
     lambda x, axis, rng: np.fft.fft(x, axis=axis or 0),
-    lambda x, axis, rng: np.isin(x, [1, 2]),
+    lambda x, axis, rng: np.isin(x, np.ones(2, x.dtype)),
     lambda x, axis, rng: np.angle(x),
     lambda x, axis, rng: np.swapaxes(x, 0, -1),
     lambda x, axis, rng: np.einsum("ii->i", x),

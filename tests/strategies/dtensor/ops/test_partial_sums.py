@@ -73,6 +73,7 @@ def test_half_precision_is_added_up_in_float32_and_rounded_once(dtype):
         assert float(np.linalg.norm(ones)) == np.sqrt(4 * many).astype(dtype)
         if dtype == np.float16:  # a part of the sum is beyond the largest float16
             large = distribute(np.array([6e4, 6e4, 6e4, -6e4, -6e4, -6e4], dtype), mesh, [S0, R])
+            assert float(large.sum().astype(dtype)) == float(np.sum(large, initial=1)) - 1 == 0
             assert float(large.sum()) == float(large.mean()) == float((large.sum() * 4).sum()) == 0
             own = DTensor.from_local(np.full(1, 6e4, dtype) * (1 - 2 * mesh.coordinates[0]), mesh, [P, P], shape=(1,))
             assert (own * 1).full_tensor() == own.full_tensor() == 0

@@ -28,6 +28,8 @@ from .sharding_propagation import jointly_linear, keeps_sum, not_linear
 def cast_to(x: PlacedArray, dtype: npt.DTypeLike) -> PlacedArray:
     """Return a copy of another dtype; a sum stays Partial if the conversion is exact."""
     target = np.dtype(dtype)
+    if target == x.dtype:
+        return x.with_view(x.local.copy())  # its parts may be wider, and are not to be rounded
     # Conversion to a wider dtype commutes with a sum, truncation does not.
     linear = jointly_linear if keeps_sum(x.dtype, target) else not_linear
     return apply("astype", lambda local: local.astype(target), [x], linear)
