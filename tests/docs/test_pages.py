@@ -42,6 +42,7 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     [
         ("docs/fsdp.md", 4),
         ("docs/optimizers.md", 2),
+        ("docs/layers.md", 1),
         ("docs/pipeline.md", 4),
         ("docs/tensor-parallel.md", 4),
         ("docs/mesh.md", 8),

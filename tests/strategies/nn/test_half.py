@@ -101,7 +101,7 @@ def summed(layer, x, dtype):
     """Return the layer's parameters' gradients, and the input's, for a gradient of ones."""
     y, pullback = layer.vjp(x)
     grad_x = pullback(np.ones(y.shape, dtype))
-    return [*(parameter.grad for parameter in layer.parameters()), grad_x]
+    return [*(parameter.grad.astype(dtype) for parameter in layer.parameters()), grad_x]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -38,7 +38,7 @@ class SyncBatchNorm(BatchNorm):
         eps: added to the variance.
         momentum: weight of a new batch; None: running statistics are the average of all batches.
         affine: whether there are weight and bias.
-        dtype: of parameters, statistics, input and output.
+        dtype: of parameters, input and output; statistics are float32 in half precision.
 
     Attributes:
         weight: (C,), ones at first; None without affine.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from types import ModuleType
 from typing import SupportsIndex
 
 import ml_dtypes
@@ -65,6 +66,18 @@ def is_floating(dtype: npt.DTypeLike) -> bool:
     except ValueError:
         return False
     return True
+
+
+def plain_array(xp: ModuleType, values: npt.ArrayLike) -> Array:
+    """Make an array of a number, of a nested list, or of an array that means no more than its numbers.
+
+    Raises:
+        UsageError: `values` is an array of another kind, such as a masked array.
+    """
+    if not isinstance(values, int | float | complex | list | tuple | np.generic):
+        namespace_of(values)  # type: ignore[arg-type]  # this is the check
+    array: Array = xp.asarray(values)
+    return array
 
 
 def check_real_dtype(layer: str, dtype: npt.DTypeLike) -> None:

@@ -280,10 +280,22 @@ def _from_kv_heads(like: Array, weights: Array, rows: Array) -> Array:
     return rounded
 
 
+def _hide_later(xp: ModuleType, scores: Array) -> None:
+    """Set the scores of keys after the query's position to -inf."""
+    # Whole blocks are filled faster than single elements are chosen; only those on the diagonal are divided.
+    length, block = scores.shape[-1], 64
+    later = xp.triu(xp.ones((block, block), bool), 1)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        scores[..., start:stop, stop:] = -math.inf
+        size = stop - start
+        xp.copyto(scores[..., start:stop, start:stop], -math.inf, where=later[:size, :size])
+
+
 def _softmax(xp: ModuleType, scores: Array, *, causal: bool, mask: Array | None) -> Array:
     """Turn scores (B, kv_heads, query heads, T, S) in place into their softmax over the keys that a position sees."""
     if causal:
-        xp.copyto(scores, -math.inf, where=xp.triu(xp.ones(scores.shape[-2:], bool), 1))
+        _hide_later(xp, scores)
     if mask is not None:
         hidden = ~mask[:, None, None, None] if mask.ndim == 2 else ~mask[:, None, None]
         xp.copyto(scores, -math.inf, where=hidden)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ferro.errors import UsageError
 
 from .activations import sigmoid
-from .arguments import check_real, is_floating
+from .arguments import check_real, is_floating, plain_array
 from .arrays import Array, namespace_of, quiet_overflow, wide_dtype
 from .sums import row_dots
 
@@ -129,7 +129,7 @@ def binary_cross_entropy_with_logits(
     x, goal = logits.astype(wide, copy=False), _target(name, logits, target)
     if goal.size and not (goal.min() >= 0 and goal.max() <= 1):
         raise UsageError(f"{name}: targets must be from 0 to 1, got {goal.min()} to {goal.max()}.")
-    positive = goal if pos_weight is None else goal * _factor(name, xp.asarray(pos_weight), logits)
+    positive = goal if pos_weight is None else goal * _factor(name, plain_array(xp, pos_weight), logits)
     # Each sum below has terms of one sign, so no digits cancel.
     small = xp.log1p(xp.exp(-abs(x)))
     losses = (1 - goal) * (xp.maximum(x, 0) + small) + positive * (xp.maximum(-x, 0) + small)
@@ -180,9 +180,7 @@ def _check_prediction(name: str, prediction: Array, *, complex_numbers: bool = F
 
 def _target(name: str, prediction: Array, target: npt.ArrayLike) -> Array:
     """Check a target, and make it an array of the prediction's wide dtype."""
-    if not isinstance(target, int | float | complex | list | tuple | np.generic):
-        namespace_of(target)  # type: ignore[arg-type]  # this refuses masked arrays, among others
-    goal: Array = namespace_of(prediction).asarray(target)
+    goal = plain_array(namespace_of(prediction), target)
     if prediction.shape != goal.shape:
         raise UsageError(
             f"{name}: prediction has shape {prediction.shape}, target {goal.shape}; they must be equal. "

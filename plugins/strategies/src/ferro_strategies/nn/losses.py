@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arguments import check_real
+from .arguments import check_real, plain_array
 from .arrays import Array, namespace_of, quiet_overflow, wide_dtype
 from .elementwise_losses import Reduction, check_reduction
 from .sums import row_sums
@@ -214,9 +214,7 @@ def _chosen(
     """Check the arguments that losses of classes share."""
     check_real(name, logits, "logits")
     xp = namespace_of(logits)
-    if not isinstance(labels, int | list | tuple | np.generic):
-        namespace_of(labels)  # type: ignore[arg-type]  # this refuses masked arrays, among others
-    numbers: Array = xp.asarray(labels)
+    numbers = plain_array(xp, labels)
     if isinstance(labels, list | tuple) and not numbers.size:
         numbers = numbers.astype(np.int64)
     if logits.ndim == 0 or numbers.shape != logits.shape[:-1]:
@@ -241,7 +239,7 @@ def _chosen(
         )
     weights: Array | None = None
     if class_weights is not None:
-        weights = xp.asarray(class_weights)
+        weights = plain_array(xp, class_weights)
         if weights.shape != (classes,) or weights.dtype.kind in "cbOSU":
             raise UsageError(
                 f"{name}: class_weights must be {classes} real numbers, one for each class, "
