@@ -46,6 +46,7 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
         ("docs/pipeline.md", 4),
         ("docs/tensor-parallel.md", 4),
         ("docs/mesh.md", 8),
+        ("docs/modules.md", 1),
         ("docs/context-parallel.md", 4),
         ("docs/expert-parallel.md", 4),
         ("docs/sync-batchnorm.md", 2),

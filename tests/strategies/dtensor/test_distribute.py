@@ -19,7 +19,7 @@ from .arrays_on_mesh import CollectiveLog, distributions, error_on_every_rank, e
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(distributions(), st.sampled_from([np.float64, np.int16]))
 def test_distributed_from_all_or_from_one(case, dtype):
     mesh_shape, shape, placements, source = case

@@ -13,7 +13,7 @@ from .arrays_on_mesh import distributions, error_on_every_rank, on_mesh, random_
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(distributions())
 def test_from_local_finds_the_shape(case):
     mesh_shape, shape, placements, _ = case

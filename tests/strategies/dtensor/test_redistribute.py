@@ -34,7 +34,7 @@ def moves(draw):
     return mesh_shape, shape, source, target
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(moves(), st.sampled_from([np.float64, np.float32, np.int32]))
 def test_redistribution_equals_slicing_the_whole(case, dtype):
     mesh_shape, shape, source, target = case
@@ -98,7 +98,7 @@ def test_parts_of_another_dtype_and_memory_order():
     on_mesh((3,), check)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(moves())
 def test_an_observer_sees_the_collectives_and_bytes_of_the_plan(case):
     mesh_shape, shape, source, target = case

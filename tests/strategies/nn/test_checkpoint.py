@@ -268,5 +268,5 @@ def test_generators_in_containers_and_global_ones_draw_the_same_again():
 def test_a_generator_that_no_module_holds_is_noticed():
     generator = np.random.default_rng(0)
     y, pullback = Checkpoint(Sequential(Linear(4, 4, dtype=float), Noise(generator.standard_normal))).vjp(floats(3, 4))
-    with pytest.raises(ferro.UsageError, match="make the generator an attribute of the module"):
+    with pytest.raises(ferro.UsageError, match=r"make the numpy\.random\.Generator an attribute of the module"):
         pullback(y)

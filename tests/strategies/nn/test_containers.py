@@ -125,3 +125,15 @@ def test_a_model_can_be_pickled():
     pull(y)
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(twin.state_dict()[name], array)
+
+
+def test_a_model_in_a_strategy_says_how_to_save_it():
+    def work(group):
+        for wrap, words in [
+            (DDP, "group 'world' cannot be pickled, nor"),
+            (FSDP, "'weight' is in pieces over the ranks"),
+        ]:
+            with pytest.raises(UsageError, match=words):
+                pickle.dumps(wrap(nn.Linear(2, 2), group))
+
+    ferro.simulate(work, 2, timeout_s=20)

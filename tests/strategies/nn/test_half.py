@@ -106,7 +106,7 @@ def summed(layer, x, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_long_sums_do_not_saturate(dtype):
-    whole = dtype(ROWS)
+    whole = ROWS  # parameters' gradients are float32
     rows, images = np.ones((ROWS, 2), dtype), np.ones((ROWS // 50, 1, 5, 10), dtype)
     assert (summed(Linear(2, 2, dtype=dtype), rows, dtype)[1] == whole).all()
     assert (summed(Conv2d(1, 2, 1, dtype=dtype), images, dtype)[1] == whole).all()

@@ -129,6 +129,7 @@ def test_a_part_whose_pullback_returns_another_shape_is_named():
     for module, words in [
         (nn.Sequential(nn.Linear(3, 3), WrongPullback()), r"WrongPullback: its pullback must return .* shape \(2, 3\)"),
         (nn.Residual(WrongPullback()), "WrongPullback: its pullback must return"),
+        (nn.Checkpoint(WrongPullback()), "WrongPullback: its pullback must return"),
     ]:
         y, pull = module.vjp(np.ones((2, 3), np.float32))
         with pytest.raises(UsageError, match=words + r".*it returned an array of shape \(1, 3\)"):

@@ -1,5 +1,7 @@
 """Optimizers and averages made before or after wrapping, with states of whole arrays, equal one process."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -67,7 +69,7 @@ def serial(make):
     optimizer = make(net)
     optimizer.follow(CosineSchedule(8))
     train(net, optimizer, range(3))
-    saved = net.state_dict(), optimizer.state_dict()
+    saved = net.state_dict(), optimizer.state_dict(), net.full_optimizer_state_dict(optimizer)
     train(net, optimizer, range(3, 6))
     return *saved, net.state_dict()
 
@@ -75,9 +77,17 @@ def serial(make):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_loaded_before_wrapping_is_cut_with_the_parameters(name):
     make = OPTIMIZERS[name]
-    saved, saved_state, expected = serial(make)
+    saved, saved_state, saved_whole, expected = serial(make)
 
-    def run(group, wrap, moment):
+    cases = [(DDP, "before")]
+    for sharding in SHARDINGS:
+        moments = ("before", "after") if sharding is ShardingStrategy.FULL_SHARD else ("before",)
+        cases += [(partial(FSDP, sharding=sharding), moment) for moment in moments]
+
+    def run(group):
+        return [ended(group, wrap, moment) for wrap, moment in cases]
+
+    def ended(group, wrap, moment):
         net = build()
         net.load_state_dict(saved)
         optimizer = make(net)
@@ -85,22 +95,15 @@ def test_state_loaded_before_wrapping_is_cut_with_the_parameters(name):
         if moment == "before":
             optimizer.load_state_dict(saved_state)
         model = wrap(net, group)
-        if moment == "after":  # by names, from the whole arrays
-            names = [key for key, p in net.named_parameters() for q in optimizer.parameters if p is q]
-            index_of = {str(optimizer.parameters.index(p)): key for key, p in net.named_parameters() if key in names}
-            whole = {
-                ".".join([index_of[key.partition(".")[0]], key.partition(".")[2]]) if key[0].isdecimal() else key: array
-                for key, array in saved_state.items()
-            }
-            model.load_full_optimizer_state_dict(optimizer, whole)
-            same(model.full_optimizer_state_dict(optimizer), whole)
+        if moment == "after":  # from the whole arrays, by name
+            model.load_full_optimizer_state_dict(optimizer, saved_whole)
+            same(model.full_optimizer_state_dict(optimizer), saved_whole)
         train(model, optimizer, range(3, 6), slice(group.rank, None, 2))
         return model.state_dict()
 
-    for wrap in (DDP, *(lambda net, group, s=sharding: FSDP(net, group, sharding=s) for sharding in SHARDINGS)):
-        for moment in ("before",) if wrap is DDP else ("before", "after"):
-            for result in ferro.simulate(lambda group, w=wrap, m=moment: run(group, w, m), 2, timeout_s=20):
-                same(result, expected)
+    for results in ferro.simulate(run, 2, timeout_s=20):
+        for result in results:
+            same(result, expected)
 
 
 def test_ranks_with_different_states_are_told_when_the_model_is_wrapped():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -76,6 +76,17 @@ class ProcessGroup(BlockwiseCollectives):
         return (
             f"<ProcessGroup {self.name!r}, rank {self.rank} of {self.world_size}, "
             f"{self.backend_name}, {self._dispatcher.state}>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickle, because a group stands for connections of this process.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"group {self.name!r} cannot be pickled, nor can an object that holds it, such as a model: it stands for "
+            "this process's connections. Save the model's state_dict(), or pickle a model without its strategy."
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> ProcessGroup:

@@ -31,7 +31,7 @@ def broadcasting(draw):
     return pair if draw(st.booleans()) else pair[::-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operands(st.tuples(any_shape)), st.sampled_from(UNARY))
 def test_unary_ufuncs(case, ufunc):
     mesh_shape, [(shape, placements)] = case
@@ -43,7 +43,7 @@ def test_unary_ufuncs(case, ufunc):
     on_mesh(mesh_shape, check)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(operands(broadcasting()), st.sampled_from(BINARY))
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_binary_with_broadcasting(case, ufunc):
@@ -59,7 +59,7 @@ def test_binary_with_broadcasting(case, ufunc):
     on_mesh(mesh_shape, check)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operands(st.tuples(any_shape)), st.sampled_from([2, 0.5, np.float32(3), np.array(2.0)]))
 def test_numbers_as_operands(case, number):
     mesh_shape, [(shape, placements)] = case
@@ -76,7 +76,7 @@ def test_numbers_as_operands(case, number):
     on_mesh(mesh_shape, check)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operands(st.tuples(any_shape)))
 def test_arrays_that_all_ranks_have(case):
     mesh_shape, [(shape, placements)] = case

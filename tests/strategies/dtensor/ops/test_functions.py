@@ -13,7 +13,7 @@ from ..arrays_on_mesh import any_shape, assert_equal, on_mesh, operands, random_
 R, P = Replicate(), Partial()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(operands(st.tuples(any_shape)))
 def test_where_clip_astype_and_like_functions(case):
     mesh_shape, [(shape, placements)] = case

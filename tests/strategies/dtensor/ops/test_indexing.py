@@ -36,7 +36,7 @@ def keys(draw):
     return mesh_shape, shape, placements, tuple(key)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(keys())
 def test_indexing(case):
     mesh_shape, shape, placements, key = case

@@ -17,7 +17,7 @@ from ..arrays_on_mesh import any_shape, assert_equal, on_mesh, operands, random_
 R, S0, S1, S2, P = Replicate(), Shard(0), Shard(1), Shard(2), Partial()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operands(st.tuples(any_shape)), st.randoms(use_true_random=False))
 def test_transpose_expand_dims_squeeze_and_swapaxes(case, random):
     mesh_shape, [(shape, placements)] = case
@@ -137,7 +137,7 @@ def test_wrong_shapes_are_refused():
     on_mesh((2,), check)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(operands(st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda shape: [shape, shape])), st.integers(-2, 1))
 def test_concatenate_and_stack(case, axis):
     mesh_shape, [(shape, one), (_, other)] = case

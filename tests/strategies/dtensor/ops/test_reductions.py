@@ -32,7 +32,7 @@ def reductions(draw):
     return mesh_shape, shape, placements, dims, draw(st.booleans())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(reductions(), st.sampled_from(REDUCTIONS), st.sampled_from([np.float64, np.int32, bool]))
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:Mean of empty slice:RuntimeWarning")

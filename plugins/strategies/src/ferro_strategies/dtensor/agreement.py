@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ferro import UsageError
 
 from ..mesh import DeviceMesh
@@ -23,7 +25,21 @@ def gather_by_coordinates(value: object, mesh: DeviceMesh) -> dict[tuple[int, ..
     return dict(zip(coordinates, gathered, strict=True))
 
 
-def compute_agreed(op: str, mesh: DeviceMesh, function: Callable[[], _Result]) -> _Result:
+def compute(op: str, mesh: DeviceMesh, function: Callable[[], _Result], *, may_fail: bool = False) -> _Result:
+    """Call a function of this rank's part; if the numbers decide whether it raises an error, the ranks agree on that.
+
+    Args:
+        op: the operation's name, for messages.
+        mesh: the ranks, all of which call this.
+        function: the function.
+        may_fail: it may raise an error on some ranks only, also where numpy.errstate does not ask for errors.
+    """
+    if may_fail or "raise" in np.geterr().values():
+        return _compute_agreed(op, mesh, function)
+    return function()
+
+
+def _compute_agreed(op: str, mesh: DeviceMesh, function: Callable[[], _Result]) -> _Result:
     """Call a function that may raise an error on some ranks only; if it does, every rank of the mesh raises.
 
     Raises:

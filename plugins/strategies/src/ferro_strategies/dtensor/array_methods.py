@@ -107,8 +107,11 @@ class ArrayMethods(NDArrayOperatorsMixin):
         where: object,
         **options: object,
     ) -> Self:
-        given = {"axis": axis, "keepdims": keepdims, "out": out, "initial": initial, "where": where, **options}
-        return self._call(function, **given)  # type: ignore[no-any-return]
+        if initial is not None:
+            options["initial"] = initial
+        if where is not True:
+            options["where"] = where
+        return self._call(function, axis=axis, keepdims=keepdims, out=out, **options)  # type: ignore[no-any-return]
 
     def var(
         self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, ddof: float = 0, keepdims: bool = False

@@ -5,7 +5,6 @@ DTensor's `__array_ufunc__` and `__array_function__` come here, with PlacedArray
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -70,33 +69,32 @@ def call_function(function: Callable[..., Any], args: Sequence[Any], options: Ma
     module = getattr(function, "__module__", None) or "numpy"
     name = f"{module}.{getattr(function, '__name__', function)}"
     given = dict(options)
-    arrays = list(_placed_arrays([args, list(given.values())]))
-    implementation = FUNCTIONS.get(function)
     if function in KEEP_DIMS or function in REMOVE_DIMS:
         if given.get("out") is not None:
             raise unsupported(f"{name} with out=", _OUT)
         return call_along_dims(name, function, args, given)
-    whole = all(array.placements == all_replicated(array.mesh.ndim) for array in arrays)
     if function in _WRITERS:
         raise unsupported(name, "Call it on one rank, with full_tensor() of all ranks.")
     if function is np.copyto and not isinstance(args[0], PlacedArray):
         raise unsupported(f"{name} into an array", "Copy full_tensor() of all ranks.")
+    problem = ""
+    implementation = FUNCTIONS.get(function)
     if implementation is not None:
         if args and isinstance(args[0], np.ndarray):
-            args = [*as_placed_arrays(args[:1], arrays[0]), *args[1:]]
+            args = [*as_placed_arrays(args[:1], next(_placed_arrays([args, list(given.values())]))), *args[1:]]
         try:
-            inspect.signature(implementation).bind(*args, **given)
-        except TypeError as error:
-            if not whole:
-                raise unsupported(f"{name} so called ({error})") from None
-        else:
             return implementation(*args, **given)
-    if not whole:
-        raise unsupported(name)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # the arguments were taken, and the error is of another kind
+            problem = f" so called ({error})"
+    arrays = list(_placed_arrays([args, list(given.values())]))
+    if not all(array.placements == all_replicated(array.mesh.ndim) for array in arrays):
+        raise unsupported(f"{name}{problem}")
     # Every rank has all of every array, and computes the same.
     local_args = [whole_local(one, name) for one in args]
-    return replicate_results(function(*local_args, **{key: whole_local(value, name) for key, value in given.items()}),
-                             arrays[0])  # fmt: skip
+    local_options = {key: whole_local(value, name) for key, value in given.items()}
+    return replicate_results(function(*local_args, **local_options), arrays[0])
 
 
 def _placed_arrays(value: object) -> Iterator[PlacedArray]:
@@ -132,5 +130,9 @@ def _reduce(ufunc: np.ufunc, inputs: Sequence[Any], given: dict[str, Any], axis:
 def _accumulate(ufunc: np.ufunc, operand: Any, given: dict[str, Any]) -> PlacedArray:
     name = f"numpy.{ufunc.__name__}.accumulate"
     (x,) = as_placed_arrays([operand])
-    dims = checked_dims(given.pop("axis", 0), len(x.shape), name)
+    axis = given.pop("axis", 0)
+    dims = checked_dims(axis, len(x.shape), name)
+    if ufunc in (np.add, np.multiply):  # these know how to add up half precision
+        function = np.cumsum if ufunc is np.add else np.cumprod
+        return cast("PlacedArray", call_along_dims(name, function, [x, axis], given))
     return cast("PlacedArray", along_dims(name, lambda local: ufunc.accumulate(local, axis=dims[0], **given), x, dims))

@@ -101,7 +101,7 @@ def _send_from_source(
         else:
             out = xp.empty(shape, dtype)
             local = group.broadcast(local if is_root else out, root, out=out)
-    own = local.copy() if local is given else local
+    own = given.copy() if given is not None and local is given else local
     return PlacedArray(local=own, mesh=mesh, shape=whole, placements=checked)
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
+
+import numpy as np
+
+from ferro import UsageError
 
 from .placement import Placements, Shard
 
 Shape: TypeAlias = tuple[int, ...]
+
+
+def shape_of(given: int | Sequence[int]) -> Shape:
+    """Return a global shape, given as a number or as several, of Python's or NumPy's integers."""
+    sizes = given if isinstance(given, Sequence | np.ndarray) else (given,)
+    shape = tuple(operator.index(size) for size in sizes)
+    if min(shape, default=0) < 0:
+        raise UsageError(f"DTensor: shape {shape} has a negative size")
+    return shape
 
 
 def shard_slice(size: int, parts: int, index: int) -> slice:

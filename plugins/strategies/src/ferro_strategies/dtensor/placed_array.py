@@ -6,6 +6,7 @@ The functions of this package compute on PlacedArrays. DTensor wraps a PlacedArr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -67,13 +68,19 @@ class PlacedArray:
             placements: its placements.
             dtype: dtype of the global array, if it is not that of `local`.
         """
-        result = self.with_view(local, shape=shape, placements=placements)
+        placements = self.placements if placements is None else placements
         own = local.dtype if dtype is None else dtype
-        stored = stored_dtype(own, result.placements)
+        stored = stored_dtype(own, placements)
         if local.dtype != stored:
             with np.errstate(over="ignore"):  # an infinity is the value then, as in NumPy's sums
                 local = local.astype(stored)
-        return replace(result, local=local, rounded_to=None if stored == own else own)
+        return PlacedArray(
+            local=local,
+            mesh=self.mesh,
+            shape=self.shape if shape is None else shape,
+            placements=placements,
+            rounded_to=None if stored == own else own,
+        )
 
     def with_view(
         self, local: Array, *, shape: Shape | None = None, placements: Placements | None = None
@@ -88,9 +95,11 @@ class PlacedArray:
 
     def widened(self) -> PlacedArray:
         """Return this array with a local array of the dtype in which its parts are to be added or multiplied."""
-        return self.with_local(self.local, dtype=self.dtype)
+        own = self.dtype
+        return self.with_local(self.local, dtype=own) if is_half(own) else self
 
 
+@lru_cache(maxsize=256)  # NumPy takes microseconds to compose the name of a dtype
 def is_half(dtype: np.dtype) -> bool:
     """Return True for float16 and bfloat16."""
     return dtype.name in ("float16", "bfloat16")
@@ -101,8 +110,9 @@ def stored_dtype(dtype: np.dtype, placements: Placements) -> np.dtype:
 
     A term, unlike the sum, may be beyond the largest float16, and each rounding of a term would add to the error.
     """
-    terms = any(isinstance(one, Partial) and one.op in ("sum", "prod") for one in placements)
-    return wide_dtype(dtype) if terms and is_half(dtype) else dtype
+    if not is_half(dtype) or not any(isinstance(one, Partial) and one.op in ("sum", "prod") for one in placements):
+        return dtype
+    return wide_dtype(dtype)
 
 
 def coordinates_in(mesh: DeviceMesh) -> tuple[int, ...]:

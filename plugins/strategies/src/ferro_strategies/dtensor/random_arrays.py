@@ -14,11 +14,11 @@ from ferro import UsageError
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, Rng
 from .agreement import gather_by_coordinates
-from .local_shapes import Shape, local_slices
+from .local_shapes import Shape, local_slices, shape_of
 from .placed_array import PlacedArray, coordinates_in
 from .placement import Partial, Placement, Replicate, checked_placements
 from .redistribute import redistribute
-from .tensor import DTensor, shape_of
+from .tensor import DTensor
 
 _BLOCK = 2**20  # elements that are drawn at a time
 
@@ -84,7 +84,7 @@ class DistributedGenerator:
     ) -> DTensor:  # fmt: skip
         """Draw integers from low to high - 1."""
         kind = np.dtype(dtype)
-        return self._draw(shape, placements, kind, lambda size: self.generator.integers(low, high, size, dtype=kind))  # type: ignore[arg-type]
+        return self._draw(shape, placements, kind, lambda size: self.generator.integers(low, high, size, dtype=kind))
 
     def _draw(
         self,

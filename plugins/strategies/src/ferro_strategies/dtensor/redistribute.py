@@ -31,7 +31,7 @@ def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -
     if placements == x.placements:
         return x
     plan = plan_redistribute(x.placements, placements, x.shape, x.mesh.shape)
-    if sum(isinstance(one, Partial) for one in x.placements) > 1:
+    if _has_several_reductions(x):
         x = x.widened()  # between two reductions, half precision would be rounded
     local = x.local
     for step in plan.steps:
@@ -39,6 +39,15 @@ def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -
     if copy and plan.steps[-1].kind in (StepKind.SLICE, StepKind.RELABEL):
         local = local.copy()  # a view would share and keep alive the array that it was cut from
     return x.with_local(local, placements=placements, dtype=x.dtype)
+
+
+def moved_itemsize(x: PlacedArray) -> int:
+    """Return the bytes of an element as a redistribution sends it."""
+    return (x.widened() if _has_several_reductions(x) else x).local.dtype.itemsize
+
+
+def _has_several_reductions(x: PlacedArray) -> bool:
+    return sum(isinstance(one, Partial) for one in x.placements) > 1
 
 
 def identity_array(like: Array, shape: tuple[int, ...], op: str) -> Array:

@@ -6,27 +6,38 @@ must call a collective.
     redistribute, full_tensor               collectives, as planned (`explain_redistribute`)
     distribute                              sends nothing, unless source= is given
     from_local                              exchanges shapes, unless shape= is given
-    elementwise, where, clip, matmul, @     send nothing where operands are placed alike or
-                                            replicated; operands sharded along different dims
+    elementwise, where, clip, matmul, @,    send nothing where operands are placed alike or
+    einsum, dot, tensordot                  replicated; operands sharded along different dims
                                             are an error
-    … of a Partial                          reduce it first, unless linear in it: + and - of two
-                                            Partials, unary -, * and / by a non-Partial, @
+    … of a Partial                          reduce it first, unless linear in it, and exact on the
+                                            parts: + and - of two Partials, unary -, * and / by a
+                                            number or a replicated array, @, all finite and in
+                                            the dtype of the Partial or a wider floating one
     reductions                              send nothing: over a sharded dim the result is
                                             Partial. A Partial operand is reduced first, unless
                                             by the same operation
+    var, std, norm, average, nansum, …      as reductions; over a sharded dim a mean or count
+                                            is reduced first
+    argmax, sort, cumsum, median, take, …   send nothing; an error along a sharded dim
     transpose, reshape, concatenate, …      send nothing; an error where parts would have to move
     indexing                                a view; integers and slices along dims that are not
-                                            sharded, None for a new dim
-    x += y, out=, x[...] = y                as the operation; the target must have the result's
-                                            placements
-    float(x), int(x), bool(x), item()       of one element; a collective unless replicated
-    numpy.asarray(x), the rest              an error that names .local and full_tensor()
+                                            sharded, None for a new dim; a copy for one array of
+                                            indices or a mask along such dims
+    x += y, out=, x[...] = y, x[mask] = y   as the operation; the target must have the result's
+                                            placements, or be Partial for x[...] = y
+    integers to a power that may be         exchange whether a rank failed, so that all raise
+    negative, take_along_axis
+    float(x), int(x), bool(x), item(),      of one element; a collective unless replicated
+    format(x, spec)
+    allclose, array_equal, value in x       collectives unless replicated
+    numpy.asarray(x), pickling              an error that says what to do
+    the rest                                works where no axis shards an array, otherwise an
+                                            error that says what to do
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -40,14 +51,14 @@ from ..nn.arrays import Array, namespace_of
 from .array_methods import ArrayMethods
 from .dispatch import call_function, call_ufunc
 from .from_local import from_local_parts, from_local_with_shape
-from .local_shapes import Shape, local_shape
+from .local_shapes import Shape, local_shape, shape_of
 from .ops.elementwise import Scalar
 from .ops.functions import power
 from .ops.indexing import assign_at, index
 from .ops.statistics import cast_to
-from .placed_array import PlacedArray, coordinates_in
+from .placed_array import PlacedArray, coordinates_in, replicated
 from .placement import Partial, Placement, Placements, Replicate, all_replicated, checked_placements
-from .redistribute import redistribute
+from .redistribute import moved_itemsize, redistribute
 from .redistribute_plan import RedistributePlan, plan_redistribute
 
 _Value = TypeVar("_Value", bool, int, float, complex)
@@ -65,9 +76,8 @@ class DTensor(ArrayMethods):
     as replicated and must be the same on every rank. A CuPy array must be the right operand,
     because CuPy's operators do not ask the other operand.
 
-    Results are NumPy's on the whole array, except for the order of the terms in sums. This holds
-    as long as no signed integer overflows, not even in a rank's part of a Partial, and no such
-    part is multiplied by infinity or divided by zero.
+    Results are NumPy's on the whole array, except for the order of the terms in sums. Sums in half
+    precision are added up in float32 and rounded once, so that a Partial of them has float32 parts.
     """
 
     __array_priority__ = 1000.0
@@ -144,6 +154,23 @@ class DTensor(ArrayMethods):
     ) -> DTensor:
         """Make an array of ones; see `full`."""
         return cls.full(shape, 1, mesh, placements, dtype)
+
+    @classmethod
+    def arange(
+        cls,
+        stop: float,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        *,
+        start: float = 0,
+        step: float = 1,
+        dtype: npt.DTypeLike | None = None,
+    ) -> DTensor:
+        """Make numpy.arange(start, stop, step); each rank keeps its part, and nothing is sent."""
+        whole = np.arange(start, stop, step, dtype=dtype)
+        target = checked_placements(placements, mesh.ndim, 1, "arange")
+        coordinates_in(mesh)  # raises UsageError on a rank outside the mesh
+        return cls(redistribute(replicated(whole, mesh), target))
 
     @property
     def local(self) -> Array:
@@ -240,11 +267,11 @@ class DTensor(ArrayMethods):
 
     def redistribute_cost(self, placements: Sequence[Placement]) -> int:
         """Return the bytes that the busiest rank would send, or receive where that is more."""
-        return self._plan(placements).cost(self.local.dtype.itemsize)
+        return self._plan(placements).cost(moved_itemsize(self._placed))
 
     def explain_redistribute(self, placements: Sequence[Placement]) -> str:
         """Describe each step that `redistribute` would take in one line, with its bytes."""
-        return self._plan(placements).describe(self.mesh.names, self.local.dtype.itemsize)
+        return self._plan(placements).describe(self.mesh.names, moved_itemsize(self._placed))
 
     def _plan(self, placements: Sequence[Placement]) -> RedistributePlan:
         return plan_redistribute(self.placements, self._checked(placements), self.shape, self.mesh.shape)
@@ -347,15 +374,6 @@ class DTensor(ArrayMethods):
             "placements, and load with DTensor.from_local; or save full_tensor(), and load with distribute().",
             op="pickle",
         )
-
-
-def shape_of(given: int | Sequence[int]) -> Shape:
-    """Return a global shape, given as a number or as several, of Python's or NumPy's integers."""
-    sizes = given if isinstance(given, Sequence | np.ndarray) else (given,)
-    shape = tuple(operator.index(size) for size in sizes)
-    if min(shape, default=0) < 0:
-        raise UsageError(f"DTensor: shape {shape} has a negative size")
-    return shape
 
 
 def _wrap(value: Any) -> Any:

@@ -151,7 +151,7 @@ def mesh_layout(shape: Sequence[int] | npt.NDArray[np.integer], names: Sequence[
         ranks = _checked_ranks(shape, world_size)
     else:
         integers = (int, np.integer)
-        if not isinstance(shape, Sequence) or not all(isinstance(n, integers) for n in shape):
+        if not isinstance(shape, Sequence) or not all(isinstance(n, integers) and n is not True for n in shape):
             raise UsageError(
                 f"DeviceMesh: shape must be a tuple of integers, not {shape!r}. To say which rank "
                 "stands where, give a NumPy array of ranks."

@@ -19,11 +19,12 @@ from .initialization import DeferredValue, deferred, drawn
 from .layernorm import LayerNorm, RMSNorm
 from .linear import Flatten, Linear
 from .losses import cross_entropy, nll_loss
-from .module import Module, Pullback, replace_modules
+from .module import Module, Pullback, TreeSnapshot, replace_modules
 from .module_tree import Buffer
 from .parameter import Parameter, Use
 from .pooling import AvgPool2d, MaxPool2d
 from .split import Split
+from .state import StateDifference, StateLoad
 from .transposed_convolution import ConvTranspose2d
 from .trees import Arrays
 from .unembedding import Unembedding
@@ -62,8 +63,11 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Split",
+    "StateDifference",
+    "StateLoad",
     "SwiGLU",
     "Tanh",
+    "TreeSnapshot",
     "Unembedding",
     "Use",
     "binary_cross_entropy_with_logits",

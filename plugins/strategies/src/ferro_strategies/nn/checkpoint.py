@@ -13,7 +13,7 @@ from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
 from .batchnorm import BatchNorm, ignoring_statistics
-from .checks import check_gradient
+from .checks import check_gradient, check_input_gradient
 from .module import Module, Pullback
 from .module_state import GeneratorState
 from .parameter import Use
@@ -66,13 +66,16 @@ class Checkpoint(Module):
         # pullback would find the gradient complete.
         uses = [item.use() for item, old in before if item.outstanding_uses > len(old)]
         del dropped
-        kept, shape = [(x, state, uses, _samples(y))], shapes_of(y)
+        kept, shape, taken = [(x, state, uses, _samples(y))], shapes_of(y), shapes_of(x)
 
         def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
             if not kept:
                 raise UsageError(f"{self!r}: this pullback has been run. Call vjp again for another.")
-            return self._recompute(*kept.pop())(grad_y)
+            pull = self._recompute(*kept.pop())
+            grad = pull(grad_y)
+            check_input_gradient(self.module, grad, taken)
+            return grad
 
         return y, pullback
 
@@ -90,7 +93,7 @@ class Checkpoint(Module):
             raise UsageError(
                 f"{self!r}: the second forward pass gave another output than the first, so gradients would be wrong. "
                 "Either the input or a parameter was changed in between, or a module draws from a random generator "
-                "that it does not hold: make the generator an attribute of the module."
+                "that it does not hold: make the numpy.random.Generator an attribute of the module."
             )
         uses.clear()  # so that the last gradient which the pullback adds is complete
         return pull

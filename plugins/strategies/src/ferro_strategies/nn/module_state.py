@@ -39,18 +39,12 @@ class ModuleState(ModuleBase):
 
     def train(self) -> Self:
         """Set this module and all submodules to training; returns the module."""
-        return self._set_training(True)
+        _set_training(self, True)
+        return self
 
     def eval(self) -> Self:
         """Set this module and all submodules to evaluation; returns the module."""
-        return self._set_training(False)
-
-    def _set_training(self, training: bool) -> Self:
-        for _, item in members(self, ModuleState.train, ModuleState.eval):
-            if isinstance(item, Part):
-                _ = _state(item).train() if training else _state(item).eval()
-            elif isinstance(item, ModuleBase):
-                item.training = training
+        _set_training(self, False)
         return self
 
     def zero_grad(self) -> None:
@@ -237,6 +231,14 @@ class ModuleState(ModuleBase):
                     f"{type(self).__name__}: the optimizer's parameter {parameter.name!r} is none of this module. "
                     "Give an optimizer of model.parameters()."
                 )
+
+
+def _set_training(module: ModuleState, training: bool) -> None:
+    for _, item in members(module, ModuleState.train, ModuleState.eval):
+        if isinstance(item, Part):
+            _ = _state(item).train() if training else _state(item).eval()
+        elif isinstance(item, ModuleBase):
+            item.training = training
 
 
 def _prepared(module: ModuleState, state: Mapping[str, Array]) -> StateLoad:

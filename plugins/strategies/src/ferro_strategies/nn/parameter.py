@@ -443,7 +443,8 @@ def check_step(parameters: Iterable[Parameter], lr: float) -> None:
     Raises:
         UsageError: a strategy refuses the step.
     """
-    guards = {id(guard): guard for parameter in parameters for guard in parameter.step_guards.values()}
+    guarded = (parameter.step_guards.values() for parameter in parameters if parameter.step_guards)
+    guards = {id(guard): guard for held in guarded for guard in held}
     for guard in guards.values():
         guard(lr)
 

@@ -61,8 +61,9 @@ class AdamW(Optimizer):
         state["t"] += 1
         t, data, xp = int(state["t"]), parameter.data, namespace_of(parameter.data)
         lr, (beta1, beta2), eps, decay = settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"]
-        step = lr / (1 - beta1**t)
-        root_correction = math.sqrt(1 - beta2**t)
+        # Numerator and denominator of the formula are multiplied by the root, which saves one pass over the arrays.
+        root = math.sqrt(1 - beta2**t)
+        step, eps = lr / (1 - beta1**t) * root, eps * root
         for scratch, p, grad_block, m, v in update_blocks(data, grad, [state["m"], state["v"]], state.get(MASTER)):
             g = grad_block
             if not self._decay_in_gradient:
@@ -77,7 +78,6 @@ class AdamW(Optimizer):
             v *= beta2
             v += scratch
             xp.sqrt(v, out=scratch)
-            scratch /= root_correction
             scratch += eps
             xp.divide(m, scratch, out=scratch)
             scratch *= step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -21,13 +21,13 @@ _GPU_BLOCK = 1 << 24
 cached_wide_dtype = cache(wide_dtype)
 
 
-def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
+def blocks(data: Array, *others: Array) -> Iterable[tuple[Array, ...]]:
     """Cut C-contiguous arrays of one size into matching blocks, and add a scratch block.
 
     A complex number is cut into two real ones, its real and its imaginary part.
 
-    Yields:
-        (scratch, block of data, block of each other array), one-dimensional. The scratch block is
+    Returns:
+        Tuples (scratch, block of data, block of each other array), one-dimensional. The scratch block is
         the same memory each time, of the dtype of `data`, with arbitrary content.
     """
     xp = namespace_of(data)
@@ -40,17 +40,19 @@ def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
             raise UsageError(f"blocks: the arrays have shapes {[array.shape for array in (data, *others)]}, not one.")
     scratch = xp.empty(min(count, limit), flat[0].dtype)
     if count <= limit:
-        if count:
-            yield (scratch, *flat)
-        return
-    for start in range(0, count, limit):
+        return [(scratch, *flat)] if count else []
+    return _cut(flat, scratch, limit)
+
+
+def _cut(flat: list[Array], scratch: Array, limit: int) -> Iterator[tuple[Array, ...]]:
+    for start in range(0, flat[0].size, limit):
         parts = [array[start : start + limit] for array in flat]
         yield (scratch[: parts[0].size], *parts)
 
 
 def update_blocks(
     data: Array, grad: Array, states: Sequence[Array], master: Array | None = None
-) -> Iterator[tuple[Array, ...]]:
+) -> Iterable[tuple[Array, ...]]:
     """Cut a parameter's value, gradient and state into blocks for an update that changes value and state in place.
 
     Where the value is in half precision, the blocks of value and gradient are float32, and the value is rounded once,
@@ -63,8 +65,9 @@ def update_blocks(
         master: the value in float32, which is updated instead of `data` and then rounded to it. An element of `data`
             that is not the rounded one of `master` was changed by somebody else since, and counts.
 
-    Yields:
-        (scratch, block of the value, block of the gradient, block of each state).
+    Returns:
+        Tuples (scratch, block of the value, block of the gradient, block of each state); a block of the value is
+        rounded when the next one is taken.
     """
     wide = cached_wide_dtype(data.dtype)
     if data.dtype == wide:

@@ -17,8 +17,10 @@ import numpy as np
 from ferro import UsageError
 from ferro.arrays import lost_meaning
 
-from ...nn.arrays import Array, namespace_of
-from ..placed_array import PlacedArray, replicated
+from ...nn.arrays import Array, namespace_of, wide_dtype
+from ..agreement import compute
+from ..local_shapes import index_along, shape_of
+from ..placed_array import PlacedArray, is_half, replicated
 from ..placement import all_replicated, map_shard_dims
 from .elementwise import as_placed_arrays
 from .manipulation import reshape
@@ -40,7 +42,8 @@ KEEP_DIMS = frozenset(
         np.fft.ifft, np.fft.rfft, np.fft.irfft,
     ]
 )  # fmt: skip
-_OF_NO_ELEMENTS = frozenset([np.cumsum, np.cumprod, np.nancumsum, np.nancumprod, np.sort, np.argsort, np.flip, np.roll])
+_CUMULATIVE = frozenset([np.cumsum, np.cumprod, np.nancumsum, np.nancumprod])
+_OF_NO_ELEMENTS = _CUMULATIVE | {np.sort, np.argsort, np.flip, np.roll}
 
 
 def call_along_dims(name: str, function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -59,17 +62,21 @@ def call_along_dims(name: str, function: Callable[..., Any], args: Sequence[Any]
     axis = bound.arguments.get("axis", signature.parameters["axis"].default)
     ndim = len(x.shape)
     dims = checked_dims(axis, ndim, name)
-    removes = function in REMOVE_DIMS and not bound.arguments.get("keepdims", False)
+    keepdims = bound.arguments.get("keepdims", False)
+    wide = None
+    if function in _CUMULATIVE and is_half(x.dtype) and bound.arguments.get("dtype") is None:
+        bound.arguments["dtype"] = wide = wide_dtype(x.dtype)
     if function not in _OF_NO_ELEMENTS and any(x.shape[dim] == 0 for dim in dims):
         raise UsageError(f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {axis}", op=name)
 
     def call(local: Array) -> Any:
         bound.arguments[first] = local
-        return function(*bound.args, **bound.kwargs)
+        result = function(*bound.args, **bound.kwargs)
+        return result if wide is None else result.astype(local.dtype)  # added up in float32, rounded once
 
     def new_dim(dim: int, result_ndim: int) -> int:
-        if removes:  # the quantiles of several levels come first
-            kept = [one for one in range(ndim) if one not in dims]
+        if function in REMOVE_DIMS:  # the quantiles of several levels come first
+            kept = [one for one in range(ndim) if keepdims or one not in dims]
             return result_ndim - len(kept) + kept.index(dim)
         return dim if dim < dims[0] else dim + result_ndim - ndim
 
@@ -98,11 +105,19 @@ def along_dims(
     ndim = len(x.shape)
     labels = tuple(None if dim in dims else dim for dim in range(ndim))
     (x,) = propagate_sharding(name, [Operand(array=x, labels=labels)], ndim).redistribute_operands()
+    xp = namespace_of(x.local)
+    # A rank without elements calls the function on some, so that it raises the errors of the other ranks.
+    empty = [dim for dim in range(ndim) if x.local.shape[dim] == 0 < x.shape[dim]]
+    argument = x.local
+    if empty:
+        argument = xp.ones([1 if dim in empty else size for dim, size in enumerate(x.local.shape)], x.local.dtype)
 
     def place(result: Any) -> Any:
         if isinstance(result, list | tuple):
             return [place(one) for one in result]
-        local = namespace_of(x.local).asarray(result)
+        local = xp.asarray(result)
+        for dim in empty:
+            local = local[index_along(new_dim(dim, local.ndim), slice(0, 0))]
         shape = list(local.shape)
         for dim in range(ndim):
             if dim not in dims:
@@ -110,7 +125,7 @@ def along_dims(
         placements = map_shard_dims(x.placements, lambda dim: new_dim(dim, local.ndim))
         return x.with_local(local, shape=tuple(shape), placements=placements)
 
-    return place(function(x.local))
+    return place(compute(name, x.mesh, lambda: function(argument)))
 
 
 def whole_local(value: Any, name: str) -> Any:
@@ -160,7 +175,9 @@ def take_along_axis(arr: PlacedArray | Array, indices: PlacedArray | Array, axis
     ]
     sharding = propagate_sharding("take_along_axis", operands, ndim)
     local, local_at = (array.local for array in sharding.redistribute_operands())
-    found: Array = namespace_of(local).take_along_axis(local, local_at, dim)
+    # Whether an index is out of bounds, only the rank knows that has it.
+    take = namespace_of(local).take_along_axis
+    found: Array = compute("take_along_axis", x.mesh, lambda: take(local, local_at, dim), may_fail=True)
     return x.with_local(found, shape=tuple(shape), placements=sharding.result)
 
 
@@ -176,7 +193,7 @@ def pad(array: PlacedArray, pad_width: Any, mode: str = "constant", **options: A
 
 def tile(A: PlacedArray, reps: int | Sequence[int]) -> PlacedArray:  # noqa: N803 - NumPy's name
     """Repeat the array along the dims that are not cut; new dims come first."""
-    given = tuple(reps) if isinstance(reps, Sequence) else (reps,)
+    given = shape_of(reps)
     ndim = len(A.shape)
     own = ((1,) * ndim + given)[len(given) :][-ndim:] if len(given) < ndim else given[len(given) - ndim :]
     dims = [dim for dim in range(ndim) if own[dim] != 1]
@@ -185,7 +202,7 @@ def tile(A: PlacedArray, reps: int | Sequence[int]) -> PlacedArray:  # noqa: N80
 
 def broadcast_to(array: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
     """Return a read-only view in which dims of size 1 are stretched and new dims come first."""
-    new = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    new = shape_of(shape)
     ndim, extra = len(array.shape), len(new) - len(array.shape)
     if extra < 0 or any(size not in (1, new[extra + dim]) for dim, size in enumerate(array.shape)):
         raise UsageError(f"broadcast_to: shape {array.shape} cannot become {new}", op="broadcast_to")

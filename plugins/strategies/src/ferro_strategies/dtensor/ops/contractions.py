@@ -16,6 +16,7 @@ import numpy as np
 from ferro import UsageError
 
 from ...nn.arrays import Array, namespace_of, wide_dtype
+from ..agreement import compute
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray, is_half
 from .along_dims import diagonal
@@ -54,7 +55,7 @@ def einsum(subscripts: str, *operands: Input, optimize: Any = False) -> PlacedAr
         locals_ = [local.astype(wide_dtype(dtype), copy=False) for local in locals_]
     text = f"{','.join(terms)}->{output}"
     xp = namespace_of(locals_[0])
-    result: Array = xp.asarray(xp.einsum(text, *locals_, optimize=optimize))
+    result: Array = compute("einsum", arrays[0].mesh, lambda: xp.asarray(xp.einsum(text, *locals_, optimize=optimize)))
     shape = tuple(sizes[letter] for letter in output)
     if any(local is result or xp.shares_memory(local, result) for local in locals_):
         result = result.copy()
@@ -80,6 +81,10 @@ def _parse(subscripts: str, shapes: Sequence[Shape]) -> tuple[list[str], str]:
         if len(terms[at]) != len(shape) or not all(letter.isalpha() for letter in terms[at]):
             raise UsageError(f"einsum: {term!r} of {subscripts!r} does not fit shape {shape}", op="einsum")
     if arrow:
+        if longest and "..." not in output:
+            raise UsageError(
+                f"einsum: the result of {subscripts!r} needs an ellipsis, for {len(longest)} dims", op="einsum"
+            )
         output = output.replace("...", longest)
     else:
         counts = Counter("".join(terms))

@@ -13,7 +13,7 @@ from ferro import UnsupportedError, UsageError
 from ferro.arrays import lost_meaning
 
 from ...nn.arrays import Array, namespace_of
-from ..agreement import compute_agreed
+from ..agreement import compute
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray, replicated, same_mesh
 from ..placement import Partial, Placements, Replicate
@@ -206,10 +206,8 @@ def _locals(arguments: Sequence[Argument], sharding: OpSharding) -> list[Array |
 
 def _call(name: str, function: Function, arguments: Sequence[Argument], call: Callable[[], object]) -> object:
     """Compute the local result; where the numbers decide whether that raises an error, all ranks raise it."""
-    if not _is_power_that_may_fail(function, arguments) and "raise" not in np.geterr().values():
-        return call()
     mesh = next(one for one in arguments if isinstance(one, PlacedArray)).mesh
-    return compute_agreed(name, mesh, call)
+    return compute(name, mesh, call, may_fail=_is_power_that_may_fail(function, arguments))
 
 
 def _is_power_that_may_fail(function: Function, arguments: Sequence[Argument]) -> bool:

@@ -100,16 +100,20 @@ def stack(arrays: Sequence[Input], axis: int = 0, *, dtype: npt.DTypeLike | None
     return manipulation.stack(as_placed_arrays(arrays), axis, None if dtype is None else np.dtype(dtype))
 
 
-def _joined(axis: int, ndim: int) -> Callable[..., PlacedArray]:
-    """Return the implementation of hstack and the like: arrays get `ndim` dims at least, and are joined along one."""
+def _joined(axis: int, new_dims: Sequence[Sequence[int]]) -> Callable[..., PlacedArray]:
+    """Return the implementation of hstack and the like.
+
+    Args:
+        axis: the dim along which arrays are joined, if they have it; otherwise the first.
+        new_dims: for arrays of 0 dims, 1 dim and so on, the dims of size 1 that they get.
+    """
 
     def join(tup: Sequence[Input]) -> PlacedArray:
         arrays = as_placed_arrays(tup)
-        if ndim == 3:  # dstack adds the third dim at the end
-            arrays = [manipulation.expand_dims(one, -1) if len(one.shape) == 2 else one for one in arrays]
-        arrays = [manipulation.expand_dims(one, tuple(range(ndim - len(one.shape)))) if len(one.shape) < ndim else one
-                  for one in arrays]  # fmt: skip
-        return manipulation.concatenate(arrays, axis if len(arrays[0].shape) > axis else 0)
+        for at, one in enumerate(arrays):
+            if len(one.shape) < len(new_dims):
+                arrays[at] = manipulation.expand_dims(one, new_dims[len(one.shape)])
+        return manipulation.concatenate(arrays, min(axis, len(arrays[0].shape) - 1))
 
     return join
 
@@ -213,9 +217,9 @@ FUNCTIONS: dict[Callable[..., object], Callable[..., object]] = {
     np.squeeze: manipulation.squeeze,
     np.concatenate: concatenate,
     np.stack: stack,
-    np.vstack: _joined(0, 2),
-    np.hstack: _joined(1, 1),
-    np.dstack: _joined(2, 3),
+    np.vstack: _joined(0, [(0, 1), (0,)]),
+    np.hstack: _joined(1, [(0,)]),
+    np.dstack: _joined(2, [(0, 1, 2), (0, 2), (2,)]),
     np.clip: clip,
     np.where: choose_where,
     np.copy: copy,

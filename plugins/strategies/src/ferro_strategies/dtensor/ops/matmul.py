@@ -17,6 +17,7 @@ import numpy as np
 from ferro import UsageError
 
 from ...nn.arrays import Array, namespace_of, wide_dtype
+from ..agreement import compute
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray, is_half
 from .sharding_propagation import Operand, broadcast_labels, multilinear, propagate_sharding
@@ -35,7 +36,7 @@ def matmul(left: PlacedArray, right: PlacedArray) -> PlacedArray:
     left_local, right_local = (array.local for array in sharding.redistribute_operands())
     if is_half(dtype):  # products of half precision are added up in float32
         left_local, right_local = (one.astype(wide_dtype(dtype), copy=False) for one in (left_local, right_local))
-    product: Array = namespace_of(left_local).asarray(left_local @ right_local)  # NumPy returns 0-d results as numbers
+    product: Array = compute("matmul", left.mesh, lambda: namespace_of(left_local).asarray(left_local @ right_local))
     return left.with_local(product, shape=shape, placements=sharding.result, dtype=dtype)
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ferro import UnsupportedError, UsageError
 
 from ...nn.arrays import Array, namespace_of, wide_dtype
+from ..agreement import compute
 from ..local_shapes import Shape
 from ..placed_array import PlacedArray, is_half
 from ..placement import Partial, Placement, Replicate, Shard
@@ -65,7 +66,7 @@ def reduce(
     x = redistribute(x, operand_placements, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
     shape = _reduced_shape(x.shape, dims, keepdims)
-    local = _reduce_local(x, name, dims, result_dtype, keepdims)
+    local = compute(name, x.mesh, lambda: _reduce_local(x, name, dims, result_dtype, keepdims))
     return x.with_local(local, shape=shape, placements=placements, dtype=result_dtype)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ferro import UsageError
 
 from ...nn.arrays import Array, namespace_of, wide_dtype
-from ..placed_array import PlacedArray, is_half
+from ..placed_array import PlacedArray, is_half, replicated
 from ..placement import Partial, Replicate, all_replicated
 from ..redistribute import redistribute
 from .elementwise import Input, apply, apply_ufunc, as_placed_arrays, unsupported
@@ -28,6 +28,8 @@ from .sharding_propagation import jointly_linear, keeps_sum, not_linear
 def cast_to(x: PlacedArray, dtype: npt.DTypeLike) -> PlacedArray:
     """Return a copy of another dtype; a sum stays Partial if the conversion is exact."""
     target = np.dtype(dtype)
+    if target == x.dtype:
+        return x.with_view(x.local.copy())  # its parts may be wider, and are not to be rounded
     # Conversion to a wider dtype commutes with a sum, truncation does not.
     linear = jointly_linear if keeps_sum(x.dtype, target) else not_linear
     return apply("astype", lambda local: local.astype(target), [x], linear)
@@ -216,6 +218,9 @@ def norm(x: PlacedArray, ord: Any = None, axis: Axis = None, keepdims: bool = Fa
         sums = reduce(apply_ufunc(np.absolute, [x])[0], "sum", summed, keepdims=True)
         found = reduce(sums, "max" if ord > 0 else "min", rest, keepdims=True)
         found = found if keepdims else squeeze(found, dims)
+    elif all(one == Replicate() for one in x.placements):
+        local = np.linalg.norm(x.local, ord, dims if len(dims) > 1 else dims[0], keepdims)
+        found = replicated(np.asarray(local), x.mesh)
     else:
         raise unsupported(f"numpy.linalg.norm with ord={ord!r} over {len(dims)} dims")
     return _rounded(found, _real(dtype))
