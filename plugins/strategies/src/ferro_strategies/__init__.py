@@ -1,9 +1,10 @@
 """Parallel strategies, with the module contract, layers and optimizers that they work on."""
 
-from . import hooks, nn, optim, pipeline, tensor_parallel
+from . import data, hooks, nn, optim, pipeline, tensor_parallel, training
 from .ddp import DDP
 from .dtensor import DTensor, Partial, Replicate, Shard, distribute
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
+from .generators import RankGenerators, seed_all
 from .mesh import DeviceMesh
 from .pipeline import Pipeline
 from .sampler import ShardedSampler
@@ -18,6 +19,7 @@ __all__ = [
     "MixedPrecision",
     "Partial",
     "Pipeline",
+    "RankGenerators",
     "Replicate",
     "Shard",
     "ShardedSampler",
@@ -27,10 +29,13 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
+    "data",
     "distribute",
     "hooks",
     "nn",
     "optim",
     "pipeline",
+    "seed_all",
     "tensor_parallel",
+    "training",
 ]
