@@ -44,6 +44,8 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
         ("docs/pipeline.md", 4),
         ("docs/tensor-parallel.md", 4),
         ("docs/mesh.md", 8),
+        ("docs/context-parallel.md", 4),
+        ("docs/expert-parallel.md", 4),
         ("docs/sync-batchnorm.md", 2),
         ("plugins/strategies/README.md", 3),
     ],

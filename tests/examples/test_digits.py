@@ -1,4 +1,4 @@
-"""The demo's program runs alone, under ferro run and under mpiexec, and learns."""
+"""The demo's program runs alone, under ferro run and under torchrun's variables, and learns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 PROGRAM = str(Path(__file__).parents[2] / "examples" / "digits.py")
 BIN = Path(sys.executable).parent
@@ -53,12 +51,6 @@ def test_four_ranks_learn_the_digits_as_one_process_does(tmp_path):
 
 def test_it_runs_alone():
     assert accuracy(run(sys.executable, PROGRAM, "--epochs", "1"), 1) > 50
-
-
-@pytest.mark.skipif(not (BIN / "mpiexec").exists(), reason="the mpich wheel is not installed")
-def test_it_runs_under_mpiexec():
-    command = (BIN / "mpiexec", "-n", "4", sys.executable, PROGRAM, "--epochs", "1")
-    assert accuracy(run(*command), 4) > 50
 
 
 def test_it_runs_under_the_variables_of_torchrun(tmp_path):

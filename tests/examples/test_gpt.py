@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt.py"
 DEADLINE_S = 120
-SMALL = ["--steps=50", "--dim=32", "--heads=4", "--blocks=2", "--context=32", "--dtype=float64", "--write=40"]
+SMALL = ["--dim=32", "--heads=4", "--blocks=2", "--context=32", "--dtype=float64", "--write=40"]
 
 
 def launch(ranks, *arguments):
@@ -28,20 +28,19 @@ def run_example(ranks, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cuts"),
+    ("ranks", "steps", "cuts"),
     [
-        (8, "--dp=2 --tp=2 --pp=2"),
-        (8, "--dp=2 --tp=2 --pp=2 --fsdp"),
-        (8, "--dp=2 --tp=2 --pp=2 --fsdp --schedule=zb_h1 --microbatches=4"),
-        (3, "--pp=3 --microbatches=5"),
-        (2, "--pp=2 --stages-per-rank=2 --schedule=interleaved_1f1b"),
+        (8, 6, "--dp=2 --tp=2 --pp=2"),
+        (8, 6, "--dp=2 --tp=2 --pp=2 --fsdp --schedule=zb_h1 --microbatches=4"),
+        (3, 10, "--pp=3 --microbatches=5"),
+        (2, 50, "--pp=2 --stages-per-rank=2 --schedule=interleaved_1f1b"),
     ],
-    ids=["replicated", "sharded", "zero bubble", "uneven stages", "interleaved"],
+    ids=["replicated", "sharded, zero bubble", "uneven stages", "interleaved"],
 )
-def test_losses_of_fifty_steps_are_those_of_one_process(ranks, cuts):
-    about, written, difference = run_example(ranks, "--compare", *cuts.split())
+def test_losses_are_those_of_one_process(ranks, steps, cuts):
+    about, written, difference = run_example(ranks, "--compare", f"--steps={steps}", *cuts.split())
     first, last = (float(word) for word in about.split() if word.replace(".", "").isdecimal() and "." in word)
-    assert last < 0.75 * first
+    assert last < (0.75 if steps == 50 else 1) * first
     assert difference < 1e-5
     assert written.startswith("The ")
     assert len(written) == len("The ") + 40

@@ -94,3 +94,32 @@ def fork_children(group):
 def test_a_forked_child_ends_nothing_of_its_parents(outcomes_of):
     outcomes = outcomes_of(fork_children)
     assert [outcome.result for outcome in outcomes] == [[3.0] * 4] * 3, [o.describe() for o in outcomes]
+
+
+def wait_in_a_child(group):
+    """A child of rank 0 waits for its parent's receive, which cannot end there."""
+    if group.rank == 1:
+        group.recv(np.zeros(1), 0)  # until rank 0's child has been seen to end
+        group.send(np.ones(1), 0)
+        return True
+    if group.rank == 2:
+        return True
+    work = group.recv(np.zeros(1), 1, async_op=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.raises(
+                ferro.UsageError, match=r"recv #0 was under way in process .* Wait for it before the fork"
+            ):
+                work.wait()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    ended = os.waitpid(child, 0)[1] == 0
+    group.send(np.ones(1), 1)
+    return ended and work.wait()[0] == 1
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_work(outcomes_of):
+    outcomes = outcomes_of(wait_in_a_child)
+    assert [outcome.result for outcome in outcomes] == [True] * 3, [o.describe() for o in outcomes]

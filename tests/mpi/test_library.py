@@ -56,9 +56,9 @@ def test_the_wrong_mpiexec_is_refused_with_both_numbers(mpi, tmp_path):
 
 
 def test_under_mpiexec_mpi_is_what_init_takes(mpi):
-    ended = mpi.program(4, DIGITS, "--epochs", "1")
+    ended = mpi.program(2, DIGITS, "--epochs", "1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert re.search(r"world of 4 over mpi: held-out accuracy [\d.]+%", ended.stdout)
+    assert re.search(r"world of 2 over mpi: held-out accuracy [\d.]+%", ended.stdout)
 
 
 BOOTSTRAP_BROADCAST = """

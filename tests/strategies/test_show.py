@@ -51,6 +51,8 @@ def test_what_is_not_installed_is_named(capsys):
 
 
 def test_all_strategies_load():
-    assert set(strategies.available()) == {*("ddp", "fsdp", "pipeline", "sync_batchnorm", "tensor_parallel")}
+    assert set(strategies.available()) == {
+        *("ddp", "fsdp", "pipeline", "sync_batchnorm", "tensor_parallel", "context_parallel", "expert_parallel")
+    }
     for name in strategies.available():
         assert callable(strategies.get(name))

@@ -82,7 +82,8 @@ def compare(kind, rest, sizes, *, dtype=F64, tolerance=1e-12, **options):
     results = simulate(run, len(sizes))
 
     def close(actual, expected, what):
-        assert actual.dtype == expected.dtype == (np.int64 if "tracked" in what else dtype)
+        kept = np.promote_types(dtype, np.float32) if "running" in what else dtype
+        assert actual.dtype == expected.dtype == (np.int64 if "tracked" in what else kept)
         atol = tolerance * np.abs(expected).max(initial=1)
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=atol, err_msg=what)
 

@@ -43,6 +43,18 @@ def _load_tensor_parallel() -> Strategy:
     return parallelize
 
 
+def _load_context_parallel() -> Strategy:
+    from ferro_strategies.context_parallel import ContextParallel
+
+    return ContextParallel
+
+
+def _load_expert_parallel() -> Strategy:
+    from ferro_strategies.expert_parallel import ExpertParallel
+
+    return ExpertParallel
+
+
 def _load_sync_batchnorm() -> Strategy:
     from ferro_strategies.sync_batchnorm import convert_sync_batchnorm
 
@@ -69,6 +81,16 @@ def ferro_strategies() -> Sequence[StrategyInfo]:
             name="tensor_parallel",
             summary="every rank has a piece of each matrix (plan=: which layers, and how)",
             load=_load_tensor_parallel,
+        ),
+        StrategyInfo(
+            name="context_parallel",
+            summary="every rank has some positions of each sequence; keys and values travel around the ranks",
+            load=_load_context_parallel,
+        ),
+        StrategyInfo(
+            name="expert_parallel",
+            summary="every rank has its own batch and some experts of each MoE; tokens travel to their experts",
+            load=_load_expert_parallel,
         ),
         StrategyInfo(
             name="sync_batchnorm",

@@ -63,6 +63,7 @@ def test_kubeflow_gives_defaults_and_options_beat_them() -> None:
         (["--grace-s", "-1", __file__], "--grace-s -1"),
         (["/"], "'/' is a directory without a file __main__.py"),
         (["-np", "two", __file__], "'two'"),
+        (["python", __file__], "ferro run starts Python itself: leave 'python' away"),
         (["-m", "no_such_module.at_all"], "there is no module 'no_such_module.at_all'"),
         (["--nproc", "2", __file__], "--nproc"),
         (["no/such/file.py"], "no/such/file.py"),

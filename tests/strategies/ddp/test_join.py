@@ -6,7 +6,7 @@ import pytest
 import ferro
 from ferro_strategies import DDP, hooks
 from ferro_strategies.nn import BatchNorm, Linear, Module, Parameter, ReLU, Sequential, mse_loss
-from ferro_strategies.optim import SGD
+from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
 SMALL = {"bucket_bytes": 128, "first_bucket_bytes": 64}
 
@@ -230,5 +230,92 @@ def test_an_error_inside_join_is_raised_at_once():
             raise KeyError
         optimizer = SGD(model.parameters(), lr=0.1)
         step_on(model, optimizer, *batch(group.rank, 0))
+
+    simulate(run, 2)
+
+
+OPTIMIZERS = {
+    "momentum": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9),
+    "adamw": lambda parameters: AdamW(parameters, lr=0.05),
+}
+
+
+def train_epochs(model, make, counts, rank, *, reductions, named):
+    """Train two epochs in which ranks have uneven numbers of batches; each step has several backward passes."""
+    optimizer = make(model.parameters())
+    scaler = LossScaler(initial_scale=4.0, growth_interval=2)
+    for epoch in range(2):
+        with model.join(*([optimizer] if named else []), scaler=scaler):
+            for step in range(counts[rank]):
+                optimizer.lr = 0.1 / (1 + epoch + step)
+                for number in range(reductions):
+                    x, target = batch(rank, 100 * epoch + 10 * step + number)
+                    y, pullback = model.vjp(x)
+                    pullback(scaler.scale(mse_loss(y, target)[1]))
+                scaler.unscale(optimizer)
+                clip_grad_norm(model.parameters(), 0.5)
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+    return model.state_dict(), optimizer.state_dict(), scaler.current_scale
+
+
+def epochs_alone(make, counts, *, reductions, divide_by_all):
+    model = build()
+    optimizer = make(model.parameters())
+    for epoch in range(2):
+        for step in range(max(counts)):
+            optimizer.lr = 0.1 / (1 + epoch + step)
+            active = [rank for rank, count in enumerate(counts) if step < count]
+            for number in range(reductions):
+                parts = [batch(rank, 100 * epoch + 10 * step + number) for rank in active]
+                x, target = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                y, pullback = model.vjp(x)
+                pullback(mse_loss(y, target)[1] * (len(active) / len(counts) if divide_by_all else 1.0))
+            clip_grad_norm(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.state_dict(), optimizer.state_dict()
+
+
+@pytest.mark.parametrize("reductions", [1, 3])
+@pytest.mark.parametrize("divide_by_all", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("counts", "named"), [((3, 2), True), ((0, 2, 3), False)], ids=str)
+def test_optimizers_with_state_train_epochs_like_one_process(counts, named, optimizer, divide_by_all, reductions):
+    make = OPTIMIZERS[optimizer]
+
+    def run(group):
+        model = DDP(build(), group, find_unused=reductions == 3, **SMALL)
+        joins = model.join
+        model.join = lambda *given, **options: joins(*given, divide_by_initial_world_size=divide_by_all, **options)
+        return train_epochs(model, make, counts, group.rank, reductions=reductions, named=named)
+
+    expected = epochs_alone(make, counts, reductions=reductions, divide_by_all=divide_by_all)
+    for state, moments, scale in simulate(run, len(counts)):
+        assert scale == 32.0
+        for found, wanted in zip((state, moments), expected, strict=True):
+            assert set(found) == set(wanted)
+            for name, value in wanted.items():
+                np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_a_rank_that_leaves_with_gradients_of_its_own_is_told():
+    def run(group):
+        model = DDP(build(), group)
+        leaves = pytest.raises(ferro.UsageError, match=r"leaves with gradients that no_sync\(\) has accumulated")
+        with leaves, model.join(), model.no_sync():
+            y, pullback = model.vjp(batch(0, 0)[0])
+            pullback(y)
+
+    simulate(run, 2)
+
+
+def test_ranks_with_other_optimizers_are_told():
+    def run(group):
+        model = DDP(build(), group)
+        optimizers = [SGD(model.parameters(), lr=0.1)] * (group.rank == 0)
+        with pytest.raises(ferro.UsageError, match=r"different optimizers.*rank 0: SGD; rank 1: none"), model.join():
+            pass
+        return optimizers
 
     simulate(run, 2)

@@ -52,6 +52,8 @@ def random_dtensor(mesh, placements, shape, seed=0, dtype=np.float64, low=-3, hi
     for at in itertools.product(*(range(mesh.shape[axis]) for axis in partial)):
         rng = np.random.default_rng([seed, *at])
         part = np.asarray(rng.integers(low, high, shape)).astype(dtype)
+        if part.dtype.kind == "c":
+            part = part + np.asarray(1j * rng.integers(low, high, shape)).astype(dtype)
         if at == tuple(mesh.coordinates[axis] for axis in partial):
             own = part
         whole = part if whole is None else np.asarray(REDUCE[placements[partial[0]].op](whole, part))

@@ -19,7 +19,7 @@ from ferro_strategies.optim import SGD
 DEPTH, WIDTH = 12, 512
 UNIT = WIDTH * WIDTH * 4
 MESSAGES = 1.5  # units on each rank, in what simulated ranks send each other
-SLACK = 0.1  # units on each rank, for objects that are small
+SLACK = 0.15  # units on each rank, for objects that are small
 
 
 def build():

@@ -210,7 +210,7 @@ def test_wrong_arguments():
         with pytest.raises(ferro.UsageError, match="no parameters"):
             FSDP(ReLU(), group)
         model = FSDP(build(), group)
-        with pytest.raises(ferro.UsageError, match="in pieces already"):
+        with pytest.raises(ferro.UsageError, match="averages the gradients already"):
             FSDP(model, group)
         with pytest.raises(ferro.UsageError, match="cannot be copied"):
             copy.deepcopy(model)

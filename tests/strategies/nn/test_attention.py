@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_strategies.nn import Attention, check_gradients
+from ferro_strategies.nn import Attention, CrossAttention, check_gradients
 from ferro_strategies.nn.attention import attend
+from ferro_strategies.nn.rotary import rotate
 
 
 def floats(*shape, dtype=np.float64, seed=0):
@@ -123,3 +124,108 @@ def test_other_shapes_are_refused(shape):
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ferro.UsageError, match=r"Attention: (dim|num_heads) must be"):
         Attention(*sizes)
+
+
+MASKS = {
+    "padding": np.array([[True, False, True], [True, True, False]]),
+    "pairs": np.array([[[True, True, False], [False, True, True], [True, False, True]]] * 2),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_with_a_mask(mask, causal):
+    check_gradients(made(4, 2, causal=causal), (floats(2, 3, 4), mask))
+
+
+@pytest.mark.parametrize("options", [{"num_kv_heads": 2}, {"num_kv_heads": 1, "rotary_base": 10.0}])
+def test_gradients_of_grouped_heads_and_rotary_positions(options):
+    check_gradients(made(8, 4, **options), floats(2, 3, 8))
+
+
+@pytest.mark.parametrize("mask", [None, MASKS["padding"]])
+def test_gradients_of_cross_attention(mask):
+    layer = CrossAttention(4, 2, memory_dim=3, num_kv_heads=1, dtype=np.float64, rng=0)
+    inputs = floats(2, 2, 4), floats(2, 3, 3, seed=1)
+    check_gradients(layer, inputs if mask is None else (*inputs, mask))
+
+
+def test_grouped_heads_are_those_of_repeated_keys():
+    grouped, whole = made(8, 4, num_kv_heads=2), made(8, 4)
+    for ours, theirs in ((whole.key, grouped.key), (whole.value, grouped.value)):
+        # Heads 0 and 1 of the query share head 0 of key and value, 2 and 3 share head 1.
+        ours.weight.data[...] = theirs.weight.data.reshape(8, 2, 1, 2).repeat(2, axis=2).reshape(8, 8)
+        ours.bias.data[...] = theirs.bias.data.reshape(2, 1, 2).repeat(2, axis=1).reshape(8)
+    whole.query, whole.output = grouped.query, grouped.output
+    x = floats(2, 3, 8)
+    np.testing.assert_allclose(grouped(x), whole(x), rtol=1e-12)
+
+
+def test_rotary_scores_depend_on_distances_alone():
+    q, k = floats(1, 1, 4), floats(1, 1, 4, seed=1)
+    for distance in (0, 3):
+        at = [
+            (rotate(q, 1, base=10.0, first=first + distance) * rotate(k, 1, base=10.0, first=first)).sum()
+            for first in (0, 5)
+        ]
+        assert at[0] == pytest.approx(at[1])
+    np.testing.assert_allclose(rotate(rotate(q, 2, base=10.0, first=3), 2, base=10.0, first=3, backwards=True), q)
+
+
+def test_padding_has_no_effect_and_no_gradient_whatever_stands_there():
+    layer, x = made(4, 2, causal=False), floats(2, 3, 4)
+    mask = np.array([[True, True, False], [False, False, False]])
+    changed = x.copy()
+    changed[~mask] = 7
+    y, pullback = layer.vjp((x, mask))
+    again = layer((changed, mask))
+    np.testing.assert_array_equal(again[mask], y[mask])
+    np.testing.assert_allclose(y[1], np.broadcast_to(layer.output.bias.data, (3, 4)))  # nothing to attend to
+    grad_x, none = pullback(np.broadcast_to(mask[..., None], x.shape).astype(float))
+    assert none is None
+    assert not grad_x[~mask].any()
+    key = floats(1, 2, 4)
+    key[0, 1] = np.nan
+    mixed, pull = attend(floats(1, 2, 4), key, key, 2, causal=False, mask=np.array([[True, False]]))
+    assert all(np.isfinite(array).all() for array in (mixed, *pull(mixed)))
+
+
+def test_dropout_of_weights():
+    layer, x = made(4, 2, dropout=0.5), floats(1, 6, 4)
+    assert [name for name, _ in layer.named_generators()] == ["dropout.rng"]
+    state = layer.generator_state_dict()
+    y, pullback = layer.vjp(x)
+    assert not np.allclose(layer(x), y)
+    numeric, weights, step = np.zeros_like(x), floats(1, 6, 4, seed=1), 1e-6
+    for index in np.ndindex(x.shape):
+        values = []
+        for change in (step, -step):
+            moved = x.copy()
+            moved[index] += change
+            layer.load_generator_state_dict(state)
+            values.append((layer(moved) * weights).sum())
+        numeric[index] = (values[0] - values[1]) / (2 * step)
+    np.testing.assert_allclose(pullback(weights), numeric, atol=1e-7)
+    np.testing.assert_allclose(layer.eval()(x), by_loops(layer, x, causal=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "message"),
+    [
+        (lambda: Attention(4, 2, num_kv_heads=3), None, "num_heads must be a multiple of num_kv_heads, got 2 and 3"),
+        (lambda: Attention(6, 2, rotary_base=10.0), None, "heads of an even number of columns, got 10.0 and 3"),
+        (lambda: Attention(4, 2, dtype=np.complex64), None, "dtype must be of real floating-point numbers"),
+        (lambda: Attention(4, 2), (np.ones((2, 3, 4), np.float32), np.ones((2, 3), int)), "boolean mask .* int64"),
+        (lambda: Attention(4, 2), (np.ones((2, 3, 4), np.float32), np.ones((3, 3), bool)), r"got bool \(3, 3\)"),
+        (lambda: Attention(4, 2), (np.ones((2, 3, 4), np.float32),) * 3, "or a tuple of an array and a mask"),
+        (lambda: CrossAttention(4, 2), np.ones((2, 3, 4), np.float32), r"expected a tuple \(x, memory\)"),
+        (
+            lambda: CrossAttention(4, 2),
+            (np.ones((2, 3, 4), np.float32), np.ones((1, 3, 4), np.float32)),
+            "as many rows",
+        ),
+    ],
+)
+def test_wrong_options_and_masks_are_refused(make, x, message):
+    with pytest.raises(ferro.UsageError, match=message):
+        make()(x)

@@ -1,6 +1,7 @@
 """Checkpoint: the results of the wrapped module, bit for bit, in less memory."""
 
 import gc
+import random
 import tracemalloc
 
 import numpy as np
@@ -230,3 +231,42 @@ def test_only_the_input_is_kept():
     kept, peak = kept_and_peak(checkpointed)
     assert kept < kept_plain / 10
     assert peak < kept_plain / 2 < peak_plain
+
+
+class Noise(Module):
+    """Add what a function of the shape draws."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def vjp(self, x):
+        noise = self.draw(x.shape)
+        return x * noise, lambda grad: grad * noise
+
+
+class HeldNoise(Module):
+    def __init__(self):
+        self.generators = {"a": (np.random.default_rng(4),)}
+
+    def vjp(self, x):
+        noise = self.generators["a"][0].standard_normal(x.shape)
+        return x * noise, lambda grad: grad * noise
+
+
+def test_generators_in_containers_and_global_ones_draw_the_same_again():
+    def numbers(wrap):
+        np.random.seed(0)
+        random.seed(0)
+        draws = [np.random.standard_normal, lambda shape: np.full(shape, random.random())]
+        model = wrap(Sequential(HeldNoise(), *map(Noise, draws)))
+        return [*passes(model, [floats(3, 4), floats(3, 4)]), np.random.random(), random.random()]
+
+    for a, b in zip(numbers(lambda module: module), numbers(Checkpoint), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_generator_that_no_module_holds_is_noticed():
+    generator = np.random.default_rng(0)
+    y, pullback = Checkpoint(Sequential(Linear(4, 4, dtype=float), Noise(generator.standard_normal))).vjp(floats(3, 4))
+    with pytest.raises(ferro.UsageError, match="make the generator an attribute of the module"):
+        pullback(y)

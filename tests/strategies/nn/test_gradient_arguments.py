@@ -17,6 +17,17 @@ MODULES = {
     "Linear": (lambda g: nn.Linear(6, 2), X),
     "ReLU": (lambda g: nn.ReLU(), X),
     "GELU": (lambda g: nn.GELU(), X),
+    "SwiGLU": (lambda g: nn.SwiGLU(), X),
+    "Softmax": (lambda g: nn.Softmax(), X),
+    "Sigmoid": (lambda g: nn.Sigmoid(), X),
+    "RMSNorm": (lambda g: nn.RMSNorm(6), X),
+    "GroupNorm": (lambda g: nn.GroupNorm(2, 6), X),
+    "Conv1d": (lambda g: nn.Conv1d(4, 2, 3), SEQUENCE),
+    "ConvTranspose2d": (lambda g: nn.ConvTranspose2d(3, 2, 3), IMAGE),
+    "AvgPool2d": (lambda g: nn.AvgPool2d(2), IMAGE),
+    "AdaptiveAvgPool2d": (lambda g: nn.AdaptiveAvgPool2d(2), IMAGE),
+    "AdaptiveMaxPool2d": (lambda g: nn.AdaptiveMaxPool2d(2), IMAGE),
+    "CrossAttention": (lambda g: nn.CrossAttention(6, 2), (SEQUENCE, SEQUENCE)),
     "Flatten": (lambda g: nn.Flatten(), IMAGE),
     "Dropout": (lambda g: nn.Dropout(), X),
     "Dropout in evaluation": (lambda g: nn.Dropout().eval(), X),
@@ -58,6 +69,9 @@ def test_a_pullback_refuses_all_but_the_gradient_of_its_output(make, x):
             (None, "a NoneType"),
             (np.ones((7, *y.shape), np.float32), "an array of shape"),
             (np.ma.array(np.ones_like(y), mask=True), "a MaskedArray"),
+            (np.ones(y.shape, int), "an array of int64, which would lose fractions"),
+            (np.ones((*y.shape[:-1], y.shape[-1] + 1), np.float32)[..., :1], "an array of shape"),
+            (np.ones(y.shape[::-1], np.float32).T[..., None], "an array of shape"),
         ]:
             with pytest.raises(UsageError, match=words + found):
                 pullback(wrong)
@@ -109,3 +123,92 @@ def test_an_infinite_gradient_passes_only_where_there_is_a_way():
     dropout = nn.Dropout(0.5, rng=0)
     y, pullback = dropout.vjp(np.full(100, np.inf))
     assert set(y.tolist()) == set(pullback(np.full(100, np.inf)).tolist()) == {0.0, np.inf}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
+def test_numbers_that_a_layer_has_no_meaning_for_are_refused(dtype):
+    rows, images = np.ones((4, 6), dtype), np.ones((1, 2, 4, 4), dtype)
+    plain = (nn.LayerNorm(6, elementwise_affine=False), nn.RMSNorm(6, elementwise_affine=False))
+    for layer in (nn.ReLU(), nn.GELU(), nn.SiLU(), nn.SwiGLU(), nn.Sigmoid(), nn.Tanh(), nn.Softmax(), *plain):
+        with pytest.raises(UsageError, match="must be of real floating-point numbers, got"):
+            layer.vjp(rows)
+    for layer in (nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2), nn.AdaptiveMaxPool2d(2), nn.BatchNorm(2)):
+        with pytest.raises(UsageError, match="must be of real floating-point numbers, got"):
+            layer.vjp(images)
+    if dtype != np.complex64:
+        with pytest.raises(UsageError, match="must be of real floating-point numbers, got"):
+            nn.Dropout().vjp(rows)
+    for loss in (nn.cross_entropy, nn.nll_loss):
+        with pytest.raises(UsageError, match="logits must be of real floating-point numbers, got"):
+            loss(rows, [0, 0, 0, 0])
+    losses = (nn.l1_loss, nn.smooth_l1_loss, nn.binary_cross_entropy_with_logits)
+    for loss in losses if dtype == np.complex64 else (nn.mse_loss, *losses):
+        with pytest.raises(UsageError, match="prediction must be of real floating-point numbers, got"):
+            loss(rows, rows)
+
+
+def test_norms_and_attention_refuse_complex_parameters():
+    for make in (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, lambda n, **o: nn.GroupNorm(1, n, **o)):
+        with pytest.raises(UsageError, match="dtype must be of real floating-point numbers, got complex64"):
+            make(4, dtype=np.complex64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Conv2d(1, 1, 3.0), "Conv2d: kernel_size must be a whole number, got 3.0"),
+        (lambda: nn.Conv2d(1, 1, (3, 5, 7)), r"kernel_size must be one whole number or 2 of them, got \(3, 5, 7\)"),
+        (lambda: nn.Conv2d(1, 1, 3, padding=-1), "Conv2d: padding must be at least 0, got -1"),
+        (lambda: nn.Conv2d(1, 1, 3, stride=[1]), r"stride must be one whole number or 2 of them, got \[1\]"),
+        (lambda: nn.Conv2d(3, 4, 1, groups=2), "groups must divide in_channels and out_channels, got 2, 3 and 4"),
+        (lambda: nn.Conv1d(1, 1, (3, 3)), r"Conv1d: kernel_size must be one whole number or 1 of them"),
+        (lambda: nn.ConvTranspose2d(1, 1, 3, 2, output_padding=2), "output_padding must be less than stride"),
+        (lambda: nn.MaxPool2d(2, padding=2), "padding must be at most half of the kernel's size"),
+        (lambda: nn.LayerNorm(()), r"normalized_shape must have at least one size, got \(\)"),
+        (lambda: nn.LayerNorm("4"), "normalized_shape must be a whole number, got '4'"),
+        (lambda: nn.Linear(3.5, 2), "Linear: in_features must be a whole number, got 3.5"),
+        (lambda: nn.Linear(3, 0), "Linear: out_features must be at least 1, got 0"),
+        (lambda: nn.Embedding(3, 2, padding_idx=3), "padding_idx must be from -3 to 2, got 3"),
+        (lambda: nn.GroupNorm(4, 6), "num_channels must be a multiple of num_groups, got 6 and 4"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_sizes_may_be_numpy_integers_and_lists():
+    n = np.int64
+    assert repr(nn.Conv2d(n(1), n(2), n(3), [1, n(2)])) == repr(nn.Conv2d(1, 2, 3, (1, 2)))
+    assert repr(nn.MaxPool2d(np.array([2, 3]))) == repr(nn.MaxPool2d((2, 3)))
+    assert nn.LayerNorm(n(4)).normalized_shape == nn.LayerNorm([4]).normalized_shape == (4,)
+    assert repr(nn.Linear(n(3), n(4))) == "Linear(3, 4, bias=True)"
+    assert repr(nn.Attention(n(4), n(2))) == repr(nn.Attention(4, 2))
+
+
+def test_the_row_of_padding_stays_as_it_is():
+    table = nn.Embedding(4, 2, padding_idx=-1, rng=0)
+    assert table.padding_idx == 3
+    assert not table.weight.data[3].any()
+    y, pullback = table.vjp(np.array([3, 0, 3, 0]))
+    pullback(np.ones_like(y))
+    np.testing.assert_array_equal(table.weight.grad, [[2, 2], [0, 0], [0, 0], [0, 0]])
+
+
+def test_the_row_of_padding_stays_as_it_is_where_rows_are_divided():
+    def work(group):
+        table = tp.ParallelEmbedding.from_serial(nn.Embedding(4, 2, padding_idx=2, rng=0), group)
+        y, pullback = table.vjp(np.array([2, 3, 0]))
+        pullback(np.ones_like(y))
+        return table.weight.grad[:, 0].tolist()
+
+    assert ferro.simulate(work, 2) == [[1, 0], [0, 1]]
+
+
+def test_options_of_attention_that_are_not_divided_are_refused():
+    def work(group):
+        for options in ({"num_kv_heads": 1}, {"dropout": 0.1}, {"rotary_base": 10.0}):
+            with pytest.raises(UsageError, match="has options that are not divided over ranks"):
+                tp.ParallelAttention.from_serial(nn.Attention(4, 2, rng=0, **options), group)
+
+    ferro.simulate(work, 1)

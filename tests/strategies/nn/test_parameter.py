@@ -1,6 +1,7 @@
 """Parameters: gradient memory, and the notice that a gradient is complete."""
 
 import copy
+import pickle
 import sys
 import types
 
@@ -355,3 +356,57 @@ def test_a_parameter_can_hold_its_piece_and_the_whole_in_turn():
 def test_memory_of_another_shape_than_the_value_is_refused():
     with pytest.raises(UsageError, match="has shape"):
         parameter(3).hold(np.zeros(2), grad=None, grad_memory=np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda use: use.add_grad(np.ones((3, 2))), r"shape \(3, 2\), but the parameter has \(2, 3\)"),
+        (lambda use: use.add_grad(np.ones(3)), r"shape \(3,\), but"),
+        (lambda use: use.add_grad([[1.0] * 3] * 2), "got builtins.list"),
+        (lambda use: use.add_grad(np.ones((2, 3), complex)), "imaginary part would be lost"),
+        (lambda use: use.add_grad_product(np.ones((3, 4)), np.ones((4, 2))), r"shape \(3, 2\), but"),
+        (lambda use: use.add_grad_product(np.ones((2, 4)), np.ones((3, 4))), r"shape \(2, 4\), but"),
+        (lambda use: use.add_grad_rows(np.array([0]), np.ones((1, 2))), r"shape \(2, 2\), but"),
+        (lambda use: use.add_grad_rows(np.array([0]), np.ones((2, 3))), r"2 rows of .* indices of shape \(1,\)"),
+    ],
+)
+def test_a_refused_gradient_leaves_its_use_to_be_tried_again(add, message):
+    parameter = Parameter(np.zeros((2, 3)))
+    use = parameter.use()
+    with pytest.raises(UsageError, match=message):
+        add(use)
+    assert parameter.outstanding_uses == 1
+    assert parameter.grad is None
+    use.add_grad_product(np.ones((2, 1)), np.ones((1, 3)))
+    assert parameter.outstanding_uses == 0
+    np.testing.assert_array_equal(parameter.grad, np.ones((2, 3)))
+
+
+def test_a_product_may_merge_the_dimensions_after_the_first():
+    parameter = Parameter(np.zeros((2, 3, 4)))
+    parameter.add_grad_product(np.ones((2, 5)), np.ones((5, 12)))
+    np.testing.assert_array_equal(parameter.grad, np.full((2, 3, 4), 5.0))
+
+
+def test_a_pickled_parameter_has_its_value_and_gradient_and_is_tied_as_before():
+    parameter = Parameter(np.arange(3.0), name="w", requires_grad=True)
+    parameter.add_grad(np.ones(3))
+    use = parameter.use()
+    one, two = pickle.loads(pickle.dumps([parameter, parameter]))
+    assert one is two
+    assert use.requires_grad
+    assert (one.name, one.outstanding_uses) == ("w", 0)
+    np.testing.assert_array_equal(one.data, parameter.data)
+    np.testing.assert_array_equal(one.grad, parameter.grad)
+    one.add_grad(np.ones(3))
+    np.testing.assert_array_equal(parameter.grad, np.ones(3))
+
+
+def test_a_scalar_of_numpy_is_a_parameter_of_no_dimensions():
+    scale = Parameter(np.float32(2))
+    assert scale.shape == ()
+    scale.add_grad(np.float32(3))
+    assert scale.grad == 3
+    with pytest.raises(UsageError, match=r"got builtins\.float"):
+        Parameter(2.0)

@@ -118,6 +118,7 @@ def test_attention_sums_and_gathers_once(sequence_parallel):
     def run(group):
         layer = tp.ParallelAttention(4, 2, group, sequence_parallel=sequence_parallel, rng=0)
         x = np.ones((2, 3, 4), np.float32)
+        layer.vjp(x)  # the inputs of the first pass are compared
         group.barrier()
         if group.rank == 0:
             traffic.restart()
@@ -216,3 +217,67 @@ def test_half_precision_is_near_the_exact_result(dtype, sequence_parallel):
     for loss, grad in simulate(run, 2):
         assert loss == pytest.approx(expected, rel=error)
         assert np.abs(grad - expected_grad).max() < error * np.abs(expected_grad).max()
+
+
+@RANKS
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_attention_with_grouped_heads_rotary_positions_and_a_mask_is_the_serial_one(ranks, sequence_parallel):
+    x, grad = floats(2, 5, 16), floats(2, 5, 16, seed=1)
+    mask = np.array([[True] * 5, [True, True, True, False, False]])
+
+    def serial():
+        return nn.Attention(16, 8, num_kv_heads=4, rotary_base=100.0, dtype=F64, rng=3)
+
+    def run(group):
+        layer = tp.ParallelAttention.from_serial(serial(), group, sequence_parallel=sequence_parallel)
+        ends = (tp.SplitIn(group), tp.GatherOut(group)) if sequence_parallel else (nn.Sequential(),) * 2
+        own, pull_in = ends[0].vjp(x)
+        y, pull = layer.vjp((own, mask))
+        whole, pull_out = ends[1].vjp(y)
+        grad_x, no_gradient = pull(pull_out(grad))
+        assert no_gradient is None
+        grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        return whole, pull_in(grad_x), tp.full_state_dict(layer, grads)
+
+    layer = serial()
+    y, pull = layer.vjp((x, mask))
+    grad_x, _ = pull(grad)
+    for found, found_grad, grads in simulate(run, ranks):
+        np.testing.assert_allclose(found, y, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(found_grad, grad_x, rtol=1e-10, atol=1e-13)
+        for name, parameter in layer.named_parameters():
+            np.testing.assert_allclose(grads[name], parameter.grad, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_attention_drops_other_weights_on_each_rank_and_trains_alike():
+    def run(group):
+        model = nn.Sequential(nn.Attention(8, 4, dropout=0.5, dtype=F64, rng=group.rank))
+        tp.parallelize(model, group, {"layers.0": tp.ParallelAttention.from_serial})
+        state = model.generator_state_dict()
+        layer = model.layers[0]
+        layer.query.weight.data[...] = layer.key.weight.data[...] = 0  # all weights before dropout are alike
+        layer.value.weight.data[...] = 1
+        mixed = []
+        output, layer.output = layer.output, Recorder(mixed)
+        model(np.ones((1, 6, 8)))
+        layer.output = output
+        y, pull = model.vjp(np.ones((1, 6, 8)))
+        pull(y)
+        return mixed[0], y, state
+
+    (first, y, state), (second, other_y, other_state) = simulate(run, 2)
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(y, other_y)
+    assert list(state) == list(other_state) == ["layers.0.dropout.rng"]
+    assert state != other_state
+
+
+class Recorder(nn.Module):
+    """Keep the inputs in a list."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def vjp(self, x):
+        self.inputs.append(x)
+        return x, lambda grad: grad

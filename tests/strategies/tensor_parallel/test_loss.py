@@ -73,3 +73,45 @@ def test_the_loss_gathers_no_logits():
 
     simulate(run, 2, observers=[traffic])
     assert traffic.largest <= 2 * rows * 8
+
+
+@RANKS
+def test_labels_that_do_not_count_smoothing_and_weights_of_classes(ranks):
+    logits = 3 * floats(2, 5, 7)
+    labels = np.random.default_rng(1).integers(0, 7, (2, 5))
+    labels[0, 1:3] = labels[1, 4] = -100
+    weights = np.linspace(0.5, 2.0, 7)
+    cases = [
+        (labels, {"ignore_index": -100}),
+        (labels, {"ignore_index": -100, "label_smoothing": 0.2}),
+        ((labels % 7).tolist(), {"ignore_index": 3, "label_smoothing": 0.1}),
+        (np.full_like(labels, -100), {"ignore_index": -100, "label_smoothing": 0.1}),
+        (labels % 7, {"label_smoothing": 1.0}),
+        (labels, {"ignore_index": -100, "class_weights": weights}),
+        (labels, {"ignore_index": -100, "class_weights": weights, "label_smoothing": 0.3}),
+    ]
+
+    def run(group):
+        own = np.array_split(logits, group.world_size, axis=-1)[group.rank]
+        return [
+            tp.vocab_parallel_cross_entropy(own, case, group, with_weight=True, **options) for case, options in cases
+        ]
+
+    for found, (case, options) in zip(zip(*simulate(run, ranks), strict=True), cases, strict=True):
+        loss, grad, weight = nn.cross_entropy(logits, case, with_weight=True, **options)
+        np.testing.assert_allclose(np.concatenate([part[1] for part in found], axis=-1), grad, rtol=1e-12, atol=1e-14)
+        for part in found:
+            assert (part[0], part[2]) == (pytest.approx(loss, rel=1e-12), pytest.approx(weight, rel=1e-12))
+
+
+def test_infinite_logits_of_rows_that_do_not_count_make_no_nan():
+    logits = np.array([[np.inf, 0.0], [0.0, 0.0]])
+
+    def run(group):
+        own = np.array_split(logits, group.world_size, axis=-1)[group.rank]
+        with np.errstate(invalid="ignore"):
+            return tp.vocab_parallel_cross_entropy(own, np.array([-1, 1]), group, ignore_index=-1)
+
+    for loss, grad in simulate(run, 2):
+        assert loss == pytest.approx(np.log(2))
+        assert np.isfinite(grad).all()

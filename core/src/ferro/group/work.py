@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ferro.errors import UsageError
 
 if TYPE_CHECKING:
     from ferro.backend import Completion
@@ -25,27 +28,42 @@ class Work(Generic[Result]):
         self.op = op
         self.seq = seq
         self.thread = threading.get_ident()  # that issued it
+        self._pid = os.getpid()
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
 
     def __repr__(self) -> str:
-        state = "running" if not self.done() else "failed" if self._error else "done"
+        state = "running" if not self._is_done() else "failed" if self._error else "done"
         return f"<Work {self.op} #{self.seq}, {state}>"
 
     def done(self) -> bool:
         """Say whether the operation has ended, with or without an error. Never blocks."""
-        return self._ended.is_set()
+        if self._is_done():
+            return True
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"{self.op} #{self.seq} was under way in process {self._pid} when this process was forked from it, and "
+                "can end only there. Wait for it before the fork."
+            )
+        return False
 
     def wait(self) -> Result:
         """Wait until the operation has ended; return its result, or raise its error.
 
         May be called any number of times. It needs no timeout of its own: the operation has one.
+
+        Raises:
+            UsageError: this process was forked from the one in which the operation is under way.
         """
-        self._ended.wait()
+        if not self.done():
+            self._ended.wait()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
+
+    def _is_done(self) -> bool:
+        return self._ended.is_set()
 
     def _run(self, operation: Callable[[int], Result]) -> None:
         try:
@@ -70,7 +88,7 @@ class LaunchedWork(Work[Result]):
         self._completion = completion
         self._failed = failed
 
-    def done(self) -> bool:
+    def _is_done(self) -> bool:
         return self._completion.done()
 
     def wait(self) -> Result:

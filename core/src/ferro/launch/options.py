@@ -6,6 +6,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import math
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,8 @@ def _check(options: LaunchOptions) -> None:
     if not 0 <= options.grace_s < math.inf:
         raise UsageError(f"--grace-s {options.grace_s}: give 0 or more seconds")
     program = Path(options.program)
+    if not options.module and re.fullmatch(r"python[0-9.]*", program.name) and not program.is_dir():
+        raise UsageError(f"ferro run starts Python itself: leave {options.program!r} away, and name the file to run")
     if not options.module and not program.exists():
         raise UsageError(f"there is no file {options.program!r}; for a module put -m before it")
     if not options.module and program.is_dir() and not (program / "__main__.py").exists():

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
+from ferro.arrays import dtype_from_name, dtype_name
 
 from .nn.arrays import Array
 from .nn.module import Module
+from .nn.state_owner import SavesState
+
+
+def check_wrappable(strategy: str, module: object, group: object) -> None:
+    """Check that a strategy is given a module that it can wrap, and a group.
+
+    Raises:
+        UsageError: an argument is something else, or the module, or a part of it, is wrapped already by a strategy that
+            averages gradients.
+    """
+    if not isinstance(module, Module):
+        raise UsageError(f"{strategy} takes a module and a process group, got a {type(module).__name__} first.")
+    if not isinstance(group, ProcessGroup):
+        raise UsageError(
+            f"{strategy} takes a module and a process group, got a {type(group).__name__} second. Give it what "
+            f"ferro.init() returned, or an axis of a mesh: {strategy}(model, group)."
+        )
+    for name, part in module.named_modules():
+        if getattr(type(part), "averages_gradients", False):
+            place = f"its part {name!r} is" if name else "it is"
+            raise UsageError(
+                f"{strategy}: {type(module).__name__} cannot be wrapped, for {place} a {type(part).__name__}, which "
+                "averages the gradients already. Wrap each parameter once: the whole model, or its parts next to each "
+                "other. (For copies of a sharded model on further ranks, see FSDP's HYBRID_SHARD.)"
+            )
 
 
 def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapping[str, object]) -> None:
@@ -22,6 +50,11 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
         f"parameter {name!r}, {parameter.data.dtype} {parameter.data.shape}"
         + ("" if parameter.requires_grad else ", frozen")
         for name, parameter in module.named_parameters()
+    ]
+    own_lines += [
+        f"for parameter {name!r} the state {described}"
+        for name, parameter in module.named_parameters()
+        for described in sorted(owner.describe_state(parameter) for owner in parameter.state_owners)
     ]
     own_lines += [
         f"buffer {name!r}, {buffer.data.dtype} {buffer.data.shape}" for name, buffer in module.named_buffers()
@@ -45,7 +78,7 @@ def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapp
                 raise UsageError(
                     f"{strategy} on group {group.name!r}: the models differ: where rank 0 has "
                     f"{found[0]}, rank {rank} has {line}. Build the same model, with the same "
-                    "options, on every rank. Nothing was changed.",
+                    "options and the same state of optimizers, on every rank. Nothing was changed.",
                     group=group.name,
                     rank=group.rank,
                     peer=rank if group.rank == 0 else 0,
@@ -76,6 +109,29 @@ def _broadcast_coalesced(group: ProcessGroup, arrays: list[Array], root: int) ->
     with group.coalesce() as calls:
         for array in arrays:
             calls.broadcast(array, root, out=array)
+
+
+def copy_states(strategy: str, group: ProcessGroup, owners: Sequence[SavesState], root: int, chunk_bytes: int) -> None:
+    """Give all ranks the state that one rank's optimizers, or other owners of state, have.
+
+    Raises:
+        UsageError: ranks have different owners; raised on every rank.
+    """
+    kinds: list[list[str]] = group.all_gather_object([type(owner).__name__ for owner in owners])
+    if any(own != kinds[root] for own in kinds):
+        words = "; ".join(f"rank {rank}: {', '.join(own) or 'none'}" for rank, own in enumerate(kinds))
+        raise UsageError(
+            f"{strategy}: ranks have different optimizers, so their states cannot be made equal ({words}). Name those "
+            f"of this model on every rank: join(optimizer)."
+        )
+    for owner in owners:
+        arrays = {name: np.asarray(array) for name, array in owner.state_dict().items()} if group.rank == root else {}
+        layout = group.broadcast_object({key: (dtype_name(a.dtype), a.shape) for key, a in arrays.items()}, root)
+        if group.rank != root:
+            arrays = {key: np.empty(shape, dtype_from_name(dtype)) for key, (dtype, shape) in layout.items()}
+        broadcast_arrays(group, arrays.values(), root, chunk_bytes)
+        if group.rank != root:
+            owner.load_state_dict(arrays)
 
 
 def _split_over(module: Module, group: ProcessGroup) -> list[str]:

@@ -11,7 +11,7 @@ from ferro import ProcessGroup
 
 from .nn.arrays import Array, namespace_of
 from .nn.batchnorm import BatchNorm, Moments, merge_moments
-from .nn.checks import check_dtype, check_input
+from .nn.checks import check_input
 from .nn.module import Module, replace_modules
 
 
@@ -79,7 +79,7 @@ class SyncBatchNorm(BatchNorm):
         return total
 
     def _check(self, x: Array) -> None:
-        check_dtype(self, x, self.running_mean.data.dtype)
+        self._check_dtype(x)
         fits = x.ndim in self._ndims if self._ndims else x.ndim >= 2
         fits = fits and x.shape[1] == self.num_features
         check_input(self, x, self._input_shapes.format(c=self.num_features), fits=fits)
@@ -126,14 +126,7 @@ def convert_sync_batchnorm(module: Module, group: ProcessGroup) -> Module:
 
 
 def _converted(norm: BatchNorm, group: ProcessGroup) -> SyncBatchNorm:
-    new = SyncBatchNorm(
-        norm.num_features,
-        group,
-        eps=norm.eps,
-        momentum=norm.momentum,
-        affine=norm.weight is not None,
-        dtype=norm.running_mean.data.dtype,
-    )
+    new = SyncBatchNorm(norm.num_features, group, eps=norm.eps, momentum=norm.momentum, affine=norm.weight is not None)
     new.weight, new.bias = norm.weight, norm.bias
     new.running_mean, new.running_var = norm.running_mean, norm.running_var
     new.num_batches_tracked = norm.num_batches_tracked

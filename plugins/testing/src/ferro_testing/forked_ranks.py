@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ferro.errors import FerroError
 
@@ -22,19 +22,21 @@ from ferro.errors import FerroError
 # need. None may start threads or a library that must not be forked, such as MPI.
 PRELOADED = ["ferro.runtime.world", "ferro.simulated", "ferro_testing.conformance", "numpy.random", "numpy.typing"]
 _ANSWER_S = 60.0
+_MOST_SERVERS = 3
 _READ_AT_START = ("PYTHON", "LD_", "OPENBLAS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_")
 
 
 def can_fork(python: str, environments: Sequence[Mapping[str, str]]) -> bool:
     """Say whether forked ranks are the same as started ones.
 
-    They are not with another interpreter, with other values than the server's of variables that an interpreter or its
-    libraries read when they start, or on systems whose libraries forbid a fork.
+    They are not with another interpreter, with different values on the ranks of variables that an interpreter or its
+    libraries read when they start, where such values have changed too often to keep a server for each, or on systems
+    whose libraries forbid a fork.
     """
     if sys.platform != "linux" or python != sys.executable:
         return False
-    server = _RankServerClient.shared(environments[0])
-    return all(_read_at_start(environment) == server.read_at_start for environment in environments)
+    read = _read_at_start(environments[0])
+    return all(_read_at_start(environment) == read for environment in environments) and _RankServerClient.has_room(read)
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
@@ -62,7 +64,7 @@ class ForkedRanks:
     """The ranks of one run; leaving the context ends all that is left of them."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        """Use this process's rank server, or start one with the environment `env`."""
+        """Use this process's rank server for the environment `env`, or start one."""
         self.children: list[ForkedRank] = []
         self._server = _RankServerClient.shared(env)
 
@@ -116,15 +118,33 @@ class ForkedRanks:
 
 
 class _RankServerClient:
-    """This process's rank server, which ends when this process does, however that happens."""
+    """A rank server of this process, which ends when this process does, however that happens.
 
-    _shared: _RankServerClient | None = None
+    A server's variables that are read at the start are those of its ranks. Worlds of one have another number of threads
+    than larger ones, so a test suite needs two servers.
+    """
+
+    _shared: ClassVar[list[_RankServerClient]] = []
+
+    @classmethod
+    def has_room(cls, read_at_start: Mapping[str, str]) -> bool:
+        """Say whether there is a server with these variables, or may be one."""
+        living = cls._living()
+        return len(living) < _MOST_SERVERS or any(server.read_at_start == read_at_start for server in living)
 
     @classmethod
     def shared(cls, env: Mapping[str, str]) -> _RankServerClient:
-        """Start the server where this process has none; a forked process does not use its parent's."""
-        if cls._shared is None or cls._shared.owner != os.getpid() or cls._shared.process.poll() is not None:
-            cls._shared = cls(env)
+        """Find or start the server for `env`."""
+        for server in cls._living():
+            if server.read_at_start == _read_at_start(env):
+                return server
+        cls._shared.append(cls(env))
+        return cls._shared[-1]
+
+    @classmethod
+    def _living(cls) -> list[_RankServerClient]:
+        """Forget servers that have ended, and in a forked process those of its parent."""
+        cls._shared[:] = [it for it in cls._shared if it.owner == os.getpid() and it.process.poll() is None]
         return cls._shared
 
     def __init__(self, env: Mapping[str, str]) -> None:

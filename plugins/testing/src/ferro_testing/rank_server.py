@@ -1,7 +1,7 @@
 """The rank server: a process that has imported what ranks need, and forks one for each request.
 
 Starting an interpreter and importing NumPy and ferro takes longer than most tests; a fork takes milliseconds. The
-server is `python -m ferro_testing.rank_server FD MODULE…`: it imports the modules and those of ferro's plugins, which
+server is `python -m ferro_testing.rank_server FD MODULE…`: it imports the modules, finds ferro's plugins, whose modules
 are light, and then reads requests from the socket FD, one JSON object a line:
 
     {"start": {"arguments": […], "environment": {…}, "folder": "…"}}    answered by {"started": PID}
@@ -14,6 +14,7 @@ the socket closes, the server kills all ranks and leaves.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -22,12 +23,15 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from importlib_metadata import entry_points
 
+from ferro import strategies
+from ferro.errors import PluginError
 from ferro.runtime.environment import replace_environment
 from ferro_testing import rank
 
@@ -94,11 +98,13 @@ class _RankServer:
         self._client.sendall(json.dumps(content).encode() + b"\n")
 
 
-def main(descriptor: str, *modules: str) -> int:
-    """Serve; return the exit status of the server, or of the rank that this process has become."""
+def main(descriptor: str, *modules: str) -> None:
+    """Serve; in a rank's process, carry out its task and exit."""
     for module in (*modules, *(entry.module for entry in entry_points(group="ferro"))):
         with contextlib.suppress(Exception):  # a rank that needs the module meets the error
             importlib.import_module(module)
+    with contextlib.suppress(PluginError):  # likewise
+        strategies.available()
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
@@ -107,14 +113,13 @@ def main(descriptor: str, *modules: str) -> int:
     client = socket.socket(fileno=int(descriptor))
     with client, reader, writer:
         request = _RankServer(client, reader).serve()
-        if request is None:
-            return 0
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return _become_rank(request)
+    if request is not None:
+        _become_rank(request)
 
 
-def _become_rank(request: Mapping[str, Any]) -> int:
+def _become_rank(request: Mapping[str, Any]) -> NoReturn:
     """Make this process look like one that was started for the rank, and carry out its task."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,8 +127,15 @@ def _become_rank(request: Mapping[str, Any]) -> int:
     os.chdir(request["folder"])
     sys.path[0] = request["folder"]
     np.random.seed()
-    return rank.main(*request["arguments"])
+    status = rank.main(*request["arguments"])
+    # The rank ends as a child of `multiprocessing` does. The interpreter would take apart all that the server has
+    # imported, which takes longer than most tests; nothing of that belongs to the rank.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -90,7 +90,7 @@ def test_two_failures_are_both_told():
 
 BATCHES = {
     "got None. Pass them": (None, np.zeros((4, 1))),
-    "sequence of 3 arrays, where microbatches=2. Pass one array for each, or one to be cut; or, "
+    "list of 3 microbatches, where microbatches=2. Pass one array for each, or one to be cut; or, "
     "on every rank, microbatches=3": ([np.zeros((1, 1))] * 3, np.zeros((4, 1))),
     "single number": (np.zeros(()), np.zeros((4, 1))),
     "expected a NumPy or CuPy array, got builtins.str": ("text", np.zeros((4, 1))),
@@ -133,7 +133,7 @@ def test_a_stage_in_the_middle_must_have_an_input_gradient():
         return failing(lambda: pipeline.step(x, x, mse_loss))
 
     for error in simulate(run, 2):
-        assert "stage 1 has no gradient for its input" in str(error)
+        assert "stage 1 (Deaf) has no gradient for its input" in str(error)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

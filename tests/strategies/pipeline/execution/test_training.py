@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ferro_strategies.nn import BatchNorm, Linear, Module, Sequential, cross_entropy, mse_loss
+from ferro_strategies.nn import BatchNorm, Checkpoint, Linear, Module, Sequential, cross_entropy, mse_loss
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Action, Kind, Pipeline, PipelineSchedule
 
@@ -202,29 +202,35 @@ def test_a_schedule_of_ones_own_may_place_stages_anywhere():
     assert_equal(simulate(run, 3), alone(make_stages(4), inputs, targets))
 
 
-def test_batchnorm_sees_microbatches_and_keeps_its_buffers():
+@pytest.mark.parametrize("wrap", [lambda stage: stage, Checkpoint])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batchnorm_normalises_microbatches_and_learns_the_statistics_of_the_batch(wrap, momentum):
     def stages():
+        norm = BatchNorm(4, momentum=momentum, dtype=np.float64)
         return [
-            Sequential(Linear(3, 4, dtype=np.float64, rng=0), BatchNorm(4, dtype=np.float64)),
+            wrap(Sequential(Linear(3, 4, dtype=np.float64, rng=0), norm)),
             Sequential(Linear(4, 2, dtype=np.float64, rng=1)),
         ]
 
-    x = np.random.default_rng(5).standard_normal((6, 3))
-    t = np.zeros((6, 2))
+    x, t = np.random.default_rng(5).standard_normal((7, 3)), np.zeros((7, 2))
     model = Sequential(*stages())
-    for part in np.array_split(x, 2):
-        y, pullback = model.vjp(part)
-        pullback(mse_loss(y, t[:3])[1] / 2)
+    for part in (slice(0, 4), slice(4, 7)):
+        y, pullback = model.vjp(x[part])
+        pullback(mse_loss(y, t[part])[1] * len(y) / 7)
+    whole = Sequential(*stages())
+    for _ in range(2):
+        whole(x)
 
     def run(group):
         pipeline = Pipeline(share(stages(), group), group, microbatches=2)
         pipeline.step(x, t, mse_loss)
-        return pipeline.state_dict(), gradients(pipeline)
+        grads = gradients(pipeline)
+        pipeline.step(x, t, mse_loss)
+        return pipeline.state_dict(), grads
 
     state, grads = simulate(run, 2)[0]
-    np.testing.assert_allclose(
-        state["0.layers.1.running_mean"], model.layers[0].layers[1].running_mean.data, rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        grads["0.layers.0.weight"], model.layers[0].layers[0].weight.grad, rtol=1e-10, atol=1e-14
-    )
+    for name, expected in whole.layers[0].state_dict().items():
+        if "running" in name or "tracked" in name:
+            np.testing.assert_allclose(state[f"0.{name}"], expected, rtol=1e-12, err_msg=name)
+    for name, expected in gradients(model.layers[0]).items():
+        np.testing.assert_allclose(grads[f"0.{name}"], expected, rtol=1e-10, atol=1e-14, err_msg=name)

@@ -50,35 +50,45 @@ class Bucket:
     Attributes:
         parameters: the parameters whose gradients are in the bucket.
         gradients: the gradients, as a hook gets them.
-        memory: the array that is sent. In the last bucket one more element, a flag, follows the gradients: a rank that
-            lacks gradients sets it (see `reducer`).
+        memory: the array that is sent. In the last bucket a tail follows the gradients: a flag that a rank sets which
+            lacks gradients (see `reducer`), and a checksum of the rank's parameters (see `replicas`).
 
-            | gradient | gradient | … | gradient | flag |
-            |--------------- buffer -------------|
+            | gradient | gradient | … | gradient | flag | checksum |
+            |--------------- buffer -------------|----- tail ------|
     """
 
     parameters: tuple[Parameter, ...]
     gradients: GradBucket
     memory: Array
 
+    @property
+    def tail(self) -> Array:
+        """The elements of `memory` after the gradients."""
+        return self.memory[self.gradients.buffer.size :]
+
 
 def make_buckets(
-    parameters: Mapping[str, Parameter], group: ProcessGroup, *, first_bucket_bytes: int, bucket_bytes: int
+    parameters: Mapping[str, Parameter],
+    group: ProcessGroup,
+    *,
+    first_bucket_bytes: int,
+    bucket_bytes: int,
+    tail_size: int,
 ) -> list[Bucket]:
-    """Allocate buckets, and place the gradients of the parameters in them."""
+    """Allocate buckets, the last one with a tail, and place the gradients of the parameters in them."""
     names, held = list(parameters), list(parameters.values())
     plan = plan_buckets(
-        [item.data.nbytes for item in held],
-        [item.data.dtype.name for item in held],
+        [item.data.size * item.grad_dtype.itemsize for item in held],
+        [item.grad_dtype.name for item in held],
         first_bucket_bytes=first_bucket_bytes,
         bucket_bytes=bucket_bytes,
     )
     buckets = []
     for index, chosen in enumerate(plan):
-        flag = 1 if index == len(plan) - 1 else 0
+        tail = tail_size if index == len(plan) - 1 else 0
         inside = tuple(held[number] for number in chosen)
         size = sum(member.data.size for member in inside)
-        memory = _allocate(group, size + flag, inside[0].data)
+        memory = _allocate(group, size + tail, inside[0])
         buffer = memory[:size]
         grads = _cut(buffer, [member.data.shape for member in inside])
         for member, grad in zip(inside, grads, strict=True):
@@ -88,12 +98,12 @@ def make_buckets(
     return buckets
 
 
-def _allocate(group: ProcessGroup, size: int, like: Array) -> Array:
-    """Allocate the memory that the backend sends fastest, on the device of `like`."""
-    memory: Array = group.empty(size, like.dtype)
-    xp = namespace_of(like)
+def _allocate(group: ProcessGroup, size: int, like: Parameter) -> Array:
+    """Allocate the memory that the backend sends fastest, on the device of `like`, for its gradient."""
+    memory: Array = group.empty(size, like.grad_dtype)
+    xp = namespace_of(like.data)
     if namespace_of(memory) is not xp:
-        memory = xp.empty(size, like.dtype)
+        memory = xp.empty(size, like.grad_dtype)
     return memory
 
 

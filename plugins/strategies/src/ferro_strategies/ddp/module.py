@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import ClassVar, Self
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, quiet_overflow
+from ..generators import separate_generators
 from ..nn.checks import check_gradient
 from ..nn.module import Buffer, Module, Pullback, TreeSnapshot
 from ..nn.parameter import Parameter
-from ..replicas import broadcast_arrays, check_same
+from ..nn.state_owner import SavesState
+from ..nn.trees import Arrays, quiet_overflow_in, shapes_of
+from ..replicas import broadcast_arrays, check_same, check_wrappable, copy_states
 from ..uneven_inputs import JOINED, UnevenInputs
 from .bucket import Hook
 from .pending_backwards import PendingBackward, PendingBackwards
@@ -76,16 +82,21 @@ class DDP(Module):
         find_unused: allow forward passes that do not use all parameters. If only some ranks use a parameter, the
             gradients of the others count as zero in the mean; if no rank uses it, `grad` stays None. It costs one more
             small reduction. Modules must announce their uses (`Parameter.use`).
+        check_replicas: notice in each reduction if the parameters are no longer equal on all ranks, and name those that
+            differ. A checksum of them travels with the gradients. Of parameters of more than 256 KiB it covers another
+            part each time, and a sample of the rest. CuPy arrays are not checked.
 
     Attributes:
         module: the wrapped module.
 
     Raises:
         UsageError: ranks gave different models or options (on every rank, with the first
-            difference), or no parameter requires a gradient. Nothing was changed.
+            difference), no parameter requires a gradient, or a part of the module is wrapped already. Nothing was
+            changed.
     """
 
     transparent = True
+    averages_gradients: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -97,7 +108,9 @@ class DDP(Module):
         hook: Hook | None = None,
         broadcast_buffers: bool = True,
         find_unused: bool = False,
+        check_replicas: bool = True,
     ) -> None:
+        check_wrappable("DDP", module, group)
         if min(bucket_bytes, first_bucket_bytes) < 1:
             raise UsageError(
                 "DDP: bucket_bytes and first_bucket_bytes must be at least 1, "
@@ -109,6 +122,7 @@ class DDP(Module):
             "hook": getattr(hook, "__qualname__", type(hook).__qualname__),
             "broadcast_buffers": broadcast_buffers,
             "find_unused": find_unused,
+            "check_replicas": check_replicas,
         }
         check_same("DDP", module, group, options)
         named = dict(module.named_parameters())
@@ -126,27 +140,21 @@ class DDP(Module):
         self._sync = True
         self._joining: UnevenInputs | None = None
         self._divide_by_all = False
-        self._pending = PendingBackwards()
-        self._tree = TreeSnapshot(module)
-        self._trained = frozenset(map(id, trained.values()))
-        self._state = _ModuleState(
-            parameters=tuple(named.values()),
-            frozen=tuple(item for item in named.values() if not item.requires_grad),
-            buffers=tuple(module.buffers()),
-        )
-        for name, parameter in named.items():
-            parameter.name = name
-        self._copy_model_from(0)
-        self._reducer = Reducer(
-            trained,
-            group,
+        self._make_reducer = partial(
+            Reducer,
+            group=group,
             first_bucket_bytes=first_bucket_bytes,
             bucket_bytes=bucket_bytes,
             hook=hook,
             find_unused=find_unused,
         )
+        self._check_replicas = check_replicas
+        separate_generators(module, group)
+        self._watch(trained)
+        self._copy_model_from(0)
+        self._start_reducer()
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute the wrapped module's output, and a pullback that also averages the gradients.
 
         Raises:
@@ -160,13 +168,13 @@ class DDP(Module):
         if self._sync and self.training and self._broadcast_buffers:
             self._broadcast_buffers_of_root()
         y, pull = self.module.vjp(x)
-        backward, shape = self._pending.add(pull, sync=self._sync), y.shape
+        backward, shape = self._pending.add(pull, sync=self._sync), shapes_of(y)
         if self._pending.reduction_due:
-            self._reducer.begin_step()
+            self._start_reducer().begin_step()
 
-        def pullback(grad_y: Array) -> Array | None:
+        def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
-            with quiet_overflow(grad_y.dtype):
+            with quiet_overflow_in(grad_y):
                 return self._run(backward, grad_y)
 
         return y, pullback
@@ -180,7 +188,7 @@ class DDP(Module):
         self._look_up_again()
         return super().train()
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone. Communicates nothing."""
         return self.module(x)
 
@@ -199,34 +207,67 @@ class DDP(Module):
             self._sync = before
 
     @contextmanager
-    def join(self, *, divide_by_initial_world_size: bool = False) -> Iterator[None]:
+    def join(
+        self, *optimizers: SavesState, scaler: SavesState | None = None, divide_by_initial_world_size: bool = False
+    ) -> Iterator[None]:
         """Let ranks have different numbers of batches, or none at all.
 
-        with model.join():
+        with model.join(optimizer):
             for x, labels in my_batches: ...            # vjp, pullback, step, zero_grad
 
         A rank that reaches the end of the block takes part in the other ranks' reductions, with zeros, until all ranks
-        have reached it; then all get the parameters and buffers of one of the last ranks. Its optimizer's state is not
-        updated meanwhile. Do not call other collectives inside.
+        have reached it. Then all get the parameters and buffers of one of the last ranks, and the state of its
+        optimizers. Do not call other collectives inside.
 
         Args:
+            optimizers: the optimizers, and other objects with `state_dict` and `load_state_dict`, that change inside
+                the block, in the same order on all ranks. Those that keep state for parameters of this model are found
+                without being named.
+            scaler: the loss scaler, if there is one.
             divide_by_initial_world_size: always divide sums of gradients by `group.world_size`,
                 so that every batch has the same weight, and not by the number of ranks that
                 still have batches.
+
+        Raises:
+            UsageError: ranks are at different steps, or have different optimizers (raised on every rank); or this rank
+                leaves with gradients that `no_sync` has accumulated.
         """
         if self._joining is not None:
             raise UsageError("DDP.join: this model is inside join() already.")
-        self._joining = UnevenInputs("DDP", (self._group,), lambda step: _JoinStep(step).name)
+        note_bytes = len(self._trained) if divide_by_initial_world_size else 0
+        self._joining = UnevenInputs("DDP", (self._group,), lambda step: _JoinStep(step).name, note_bytes)
         self._divide_by_all = divide_by_initial_world_size
         try:
             yield
             self._pending.check_forward_allowed()
+            if self._has_local_gradients():
+                raise UsageError(
+                    "DDP.join: this rank leaves with gradients that no_sync() has accumulated and nobody has reduced. "
+                    "Make the last pass of a step outside no_sync()."
+                )
             self._shadow(self._joining)
+            found = [owner for item in self._state.parameters for owner in item.state_owners]
+            scalers = () if scaler is None else (scaler,)
+            owners = list({id(owner): owner for owner in (*optimizers, *scalers, *found)}.values())
+            copy_states("DDP.join", self._group, owners, self._joining.active[0], self._chunk_bytes)
         finally:
             self._joining = None
 
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: the group of the replicas."""
+        return (self._group,)
+
+    def sync_buffers(self) -> None:
+        """Give rank 0's buffers to all ranks, in training and with `broadcast_buffers`.
+
+        A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks before the first.
+        """
+        if self.training and self._broadcast_buffers:
+            self._broadcast_buffers_of_root()
+
     def sync_gradients(self) -> None:
-        """Average the gradients that were accumulated in `no_sync`.
+        """Average the gradients that were accumulated in `no_sync`, and then give rank 0's buffers to all ranks.
 
         A caller that runs all passes in `no_sync`, such as a pipeline, calls this on all ranks.
 
@@ -234,48 +275,109 @@ class DDP(Module):
             UsageError: as from a pullback.
         """
         self._pending.check_forward_allowed()
-        self._announce(_JoinStep.BACKWARD)
-        self._reducer.begin_step()
-        self._reducer.finish(self._divisor())
+        self._announce_backward()
+        reducer = self._start_reducer()
+        reducer.begin_step()
+        self._pending.end_reduction()
+        reducer.finish(self._divisor(), self._counting())
+        if self.training and self._broadcast_buffers:
+            self._broadcast_buffers_of_root()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the module, for the same group and with the same options; it has buckets of its own when it trains."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        rebuilt = ("_pending", "_tree", "_trained", "_state", "_reducer", "_joining", "_make_reducer")
+        vars(twin).update({key: deepcopy(value, memo) for key, value in vars(self).items() if key not in rebuilt})
+        options = self._make_reducer.keywords
+        twin._make_reducer = partial(Reducer, **{**options, "hook": deepcopy(options["hook"], memo)})
+        twin._joining = None
+        twin._watch({name: item for name, item in twin.module.named_parameters() if item.requires_grad})
+        return twin
 
     def __repr__(self) -> str:
         return f"DDP({self.module!r}, {self._group!r})"
 
-    def _run(self, backward: PendingBackward, grad_y: Array) -> Array | None:
+    def _run(self, backward: PendingBackward, grad_y: Arrays) -> Arrays | None:
         if backward.has_run:
             raise UsageError("DDP: this pullback has been run. Call vjp again for another.")
         if not self._pending.reduction_due:
             return self._pending.run(backward, grad_y)
         if not self._pending.reduction_begun:
-            self._announce(_JoinStep.BACKWARD)
-        with self._reducer.backward_pass():
+            self._announce_backward()
+        reducer = self._start_reducer()
+        with reducer.backward_pass():
             grad_x = self._pending.run(backward, grad_y)
         if self._pending.gradients_complete:
             self._pending.end_reduction()
-            self._reducer.finish(self._divisor())
+            reducer.finish(self._divisor(), self._counting())
         return grad_x
+
+    def _watch(self, trained: Mapping[str, Parameter]) -> None:
+        """Look up what the module consists of, and guard the steps of its optimizers."""
+        named = dict(self.module.named_parameters())
+        self._pending = PendingBackwards()
+        self._tree = TreeSnapshot(self.module)
+        self._trained = {id(parameter): name for name, parameter in trained.items()}
+        self._state = _ModuleState(
+            parameters=tuple(named.values()),
+            frozen=tuple(item for item in named.values() if id(item) not in self._trained),
+            buffers=tuple(self.module.buffers()),
+        )
+        self._reducer: Reducer | None = None
+        guard = self._check_step
+        for name, parameter in named.items():
+            parameter.name = name
+            parameter.step_guards["data parallel"] = guard
+
+    def _start_reducer(self) -> Reducer:
+        """Return the reducer; a copy of a DDP module makes it when it is trained for the first time."""
+        if self._reducer is None:
+            found = {id(parameter): parameter for parameter in self._state.parameters}
+            trained = {name: found[key] for key, name in self._trained.items()}
+            replica = (lambda: self._state.parameters) if self._check_replicas else None
+            self._reducer = self._make_reducer(trained, replica=replica)
+        return self._reducer
+
+    def _check_step(self, lr: float) -> None:
+        """Refuse a step with gradients of this rank alone; a step with learning rate 0 changes no parameter."""
+        if lr != 0 and any(parameter.grad is not None for parameter in self._state.parameters):
+            self._pending.check_step_allowed()
+
+    def _has_local_gradients(self) -> bool:
+        return self._pending.has_local_gradients and any(item.grad is not None for item in self._state.parameters)
 
     def _shadow(self, inputs: UnevenInputs) -> None:
         """Take part in the steps of the other ranks until none has a batch."""
-        while (step := inputs.announce(JOINED)[0]) != JOINED:
+        while True:
+            step, note = inputs.announce(JOINED)
+            if step == JOINED:
+                break
             if step == _JoinStep.BUFFERS:
                 self._copy_buffers_from(inputs.active[0])
             else:
-                self._reducer.shadow(self._divisor())
+                carried = note.astype(bool).tolist() or [False] * len(self._trained)
+                self._start_reducer().shadow(self._divisor(), self._counting(), carried)
         self._copy_model_from(inputs.active[0])
 
-    def _announce(self, step: _JoinStep) -> None:
+    def _announce_backward(self) -> None:
         if self._joining is not None:
-            self._joining.announce(step)
+            carried = self._start_reducer().carried() if self._divide_by_all else []
+            self._joining.announce(_JoinStep.BACKWARD, np.array(carried, np.uint8))
 
     def _divisor(self) -> int:
         if self._joining is None or self._divide_by_all:
             return self._group.world_size
         return len(self._joining.active)
 
+    def _counting(self) -> int:
+        """The number of ranks whose replicas must be equal."""
+        return self._group.world_size if self._joining is None else len(self._joining.active)
+
     def _broadcast_buffers_of_root(self) -> None:
         if self._state.buffers:
-            self._announce(_JoinStep.BUFFERS)
+            if self._joining is not None:
+                self._joining.announce(_JoinStep.BUFFERS)
             self._copy_buffers_from(self._joining.active[0] if self._joining is not None else 0)
 
     def _copy_buffers_from(self, root: int) -> None:

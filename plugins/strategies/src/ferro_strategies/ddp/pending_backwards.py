@@ -11,8 +11,8 @@ import weakref
 
 from ferro import UsageError
 
-from ..nn.arrays import Array
 from ..nn.module import Pullback
+from ..nn.trees import Arrays
 
 
 class PendingBackward:
@@ -23,7 +23,7 @@ class PendingBackward:
     def __init__(self, pull: Pullback) -> None:
         self._pull: Pullback | None = pull
 
-    def __call__(self, grad_y: Array) -> Array | None:
+    def __call__(self, grad_y: Arrays) -> Arrays | None:
         """Run the pullback, and drop its activations."""
         pull, self._pull = self._pull, None
         assert pull is not None
@@ -42,11 +42,13 @@ class PendingBackwards:
         reduction_due: whether a forward pass was made outside `no_sync` since the last reduction,
             so that the gradients have to be reduced.
         reduction_begun: whether a pullback has run since the reduction became due.
+        has_local_gradients: whether a pullback has run since the last reduction that leads to none.
     """
 
     def __init__(self) -> None:
         self.reduction_due = False
         self.reduction_begun = False
+        self.has_local_gradients = False
         self._failed = False
         self._pending: weakref.WeakSet[PendingBackward] = weakref.WeakSet()
 
@@ -71,6 +73,29 @@ class PendingBackwards:
         if not self._pending:
             self.reduction_due = False  # the pullbacks that made it due were dropped
 
+    def check_step_allowed(self) -> None:
+        """Refuse a step with gradients of this rank alone.
+
+        Raises:
+            UsageError: the last gradients have not been reduced.
+        """
+        if self._failed:
+            self.check_forward_allowed()
+        if self.reduction_begun:
+            raise UsageError(
+                f"DDP: the optimizer is about to step with gradients of this rank alone, for {len(self._pending)} "
+                "pullback(s) made earlier have not been run, so that gradients count as incomplete. Run every "
+                "pullback or drop it (`del pullback`) before the last one goes backward; evaluate with model(x), which "
+                "keeps none. Nothing was updated."
+            )
+        if self.has_local_gradients:
+            raise UsageError(
+                "DDP: the optimizer is about to step with gradients of this rank alone: the last backward pass belongs "
+                "to a forward pass in no_sync(), and nothing has reduced its gradients since. Make the last forward "
+                "pass of a step outside no_sync(), or call model.sync_gradients() before the step, on all ranks. (For "
+                "steps of each rank alone, train model.module.) Nothing was updated."
+            )
+
     def add(self, pull: Pullback, *, sync: bool) -> PendingBackward:
         """Count a pullback as pending; with `sync`, a reduction is due from now on."""
         backward = PendingBackward(pull)
@@ -78,9 +103,10 @@ class PendingBackwards:
         self.reduction_due = self.reduction_due or sync
         return backward
 
-    def run(self, backward: PendingBackward, grad_y: Array) -> Array | None:
+    def run(self, backward: PendingBackward, grad_y: Arrays) -> Arrays | None:
         """Run a pullback, which is then no longer pending."""
         self.reduction_begun = self.reduction_due
+        self.has_local_gradients = self.has_local_gradients or not self.reduction_due
         try:
             grad_x = backward(grad_y)
         except BaseException:
@@ -97,4 +123,4 @@ class PendingBackwards:
 
     def end_reduction(self) -> None:
         """Note that the gradients are being reduced, so that no reduction is due."""
-        self.reduction_due = self.reduction_begun = False
+        self.reduction_due = self.reduction_begun = self.has_local_gradients = False

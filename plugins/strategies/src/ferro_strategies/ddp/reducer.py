@@ -6,22 +6,26 @@ backward pass the reducer launches the remaining buckets, and then waits for all
 
 A rank that lacks a gradient must not leave the others waiting. It sends zeros in its place, and sets a flag: one
 element after the gradients of the last bucket, which such a rank launches at the end of its backward pass. So the ranks
-agree that no gradient is missing without another message. (A hook does not see the flag; with a hook, the agreement is
-a reduction of one byte.) If the mean of the flags is not zero, all ranks see it, and gather the names of the parameters
-for the error.
+agree that no gradient is missing without another message. If the mean of the flags is not zero, all ranks see it, and
+gather the names of the parameters for the error.
+
+A checksum of the parameters follows the flag, by which all ranks see whether their replicas are still equal. (A hook
+sees neither; with a hook, flag and checksum are another reduction, of a few bytes.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from ferro import GroupClosed, ProcessGroup, UsageError
 
+from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.parameter import Parameter
+from ..replica_check import ReplicaCheck, replicas_error
 from .bucket import Bucket, Hook, Pending, make_buckets
 
 _NAMES_SHOWN = 8
@@ -35,6 +39,7 @@ class Reducer:
         group: the ranks whose gradients are averaged.
         hook: averages a bucket; None for an exact mean.
         find_unused: whether a parameter may stay without gradient.
+        replica: lists the parameters that must be equal on all ranks; None: they are not checked.
     """
 
     def __init__(
@@ -46,13 +51,20 @@ class Reducer:
         bucket_bytes: int,
         hook: Hook | None,
         find_unused: bool,
+        replica: Callable[[], Sequence[Parameter]] | None,
     ) -> None:
         self._parameters = parameters
+        self._replica = replica
+        self._check = ReplicaCheck(group)
         self._group = group
         self._hook = hook
         self._find_unused = find_unused
         self._buckets = make_buckets(
-            parameters, group, first_bucket_bytes=first_bucket_bytes, bucket_bytes=bucket_bytes
+            parameters,
+            group,
+            first_bucket_bytes=first_bucket_bytes,
+            bucket_bytes=bucket_bytes,
+            tail_size=1 + self._check.tail_size,
         )
         self._bucket_of = {
             id(member): bucket.gradients.index for bucket in self._buckets for member in bucket.parameters
@@ -61,6 +73,8 @@ class Reducer:
         self._incomplete: list[int] = []  # for each bucket, its number of incomplete gradients
         self._launched: list[Pending] = []
         self._backward_running = False
+        self._digest: int | None = None
+        self._reduced: list[int | None] = [None] * len(parameters)  # `times_zeroed` when `grad` was last reduced
         for parameter in parameters.values():
             parameter.on_complete(self._on_complete)
 
@@ -86,31 +100,52 @@ class Reducer:
         finally:
             self._backward_running = False
 
-    def finish(self, divisor: int) -> None:
+    def finish(self, divisor: int, counting: int) -> None:
         """Launch the remaining buckets, and wait until every `grad` holds the mean.
 
         Args:
             divisor: the number by which the sum over all ranks is divided.
+            counting: the number of ranks whose parameters must be equal.
 
         Raises:
-            UsageError: a rank lacks gradients, without `find_unused`; raised on every rank. The
+            UsageError: a rank lacks gradients, without `find_unused`; or replicas differ; raised on every rank. The
                 group stays usable; gradients are undefined until `zero_grad()`.
         """
         used = [item.grad is not None for item in self._parameters.values()]
         missing = [name for name, found in zip(self._parameters, used, strict=True) if not found]
-        self._reduce_all(missing, used, divisor)
+        self._reduce_all(missing, used, divisor, counting)
 
-    def shadow(self, divisor: int) -> None:
-        """Take part in the other ranks' reduction with zeros for all gradients."""
+    def shadow(self, divisor: int, counting: int, carried: Sequence[bool]) -> None:
+        """Take part in the other ranks' reduction without gradients of this rank's own.
+
+        Args:
+            divisor: as for `finish`.
+            counting: as for `finish`.
+            carried: for each parameter, whether its `grad` on the other ranks contains the last mean, to which this
+                rank then contributes as they do.
+        """
         self._zero_grad()
+        grads = self._grads()
+        for parameter, carries in zip(self._parameters.values(), carried, strict=True):
+            if carries:
+                parameter.grad = grads[id(parameter)]  # the mean is still there
         self.begin_step()
-        self._reduce_all([], [False] * len(self._parameters), divisor)
+        self._reduce_all([], list(carried), divisor, counting, shadowing=True)
         self._zero_grad()
 
-    def _reduce_all(self, missing: list[str], used: list[bool], divisor: int) -> None:
+    def carried(self) -> list[bool]:
+        """Tell for each parameter whether `grad` contains the last mean: nobody has called `zero_grad` since."""
+        return [
+            item.grad is not None and item.times_zeroed == times
+            for item, times in zip(self._parameters.values(), self._reduced, strict=True)
+        ]
+
+    def _reduce_all(
+        self, missing: list[str], used: list[bool], divisor: int, counting: int, *, shadowing: bool = False
+    ) -> None:
         while len(self._launched) < len(self._buckets):
-            self._launch(flag=bool(missing))
-        used_anywhere = self._start_union(used) if self._find_unused else None
+            self._launch(missing=bool(missing), shadowing=shadowing)
+        union = self._start_union(used) if self._find_unused else None
         works, self._launched = self._launched, []
         for work in works:
             work.wait()
@@ -118,10 +153,15 @@ class Reducer:
             for bucket in self._buckets:
                 buffer = bucket.gradients.buffer
                 buffer *= self._group.world_size / divisor
-        if used_anywhere is not None:
-            self._keep_gradients_of(used_anywhere)
-        elif self._any_rank_misses(missing):
+        any_misses, equal = self._read_tail(missing, counting)
+        if union is not None:
+            self._keep_gradients_of(union)
+        elif any_misses:
             raise self._unused_error(missing)
+        self._reduced = [item.times_zeroed for item in self._parameters.values()]
+        if not equal and self._replica is not None:
+            named = [(parameter.name, parameter.data) for parameter in self._replica()]
+            raise replicas_error("DDP", self._group, named, counts=not shadowing)
 
     # -- launching -------------------------------------------------------------------------------
 
@@ -136,14 +176,14 @@ class Reducer:
             )
         self._mark_ready(parameter)
         while len(self._launched) < len(self._buckets) and not self._incomplete[len(self._launched)]:
-            self._launch(flag=False)
+            self._launch(missing=False, shadowing=False)
 
     def _mark_ready(self, parameter: Parameter) -> None:
         if id(parameter) not in self._ready:
             self._ready.add(id(parameter))
             self._incomplete[self._bucket_of[id(parameter)]] -= 1
 
-    def _launch(self, *, flag: bool) -> None:
+    def _launch(self, *, missing: bool, shadowing: bool) -> None:
         bucket = self._buckets[len(self._launched)]
         for member, grad in zip(bucket.parameters, bucket.gradients.grads, strict=True):
             current = member.grad
@@ -154,7 +194,8 @@ class Reducer:
                     f"DDP: the gradient of parameter {member.name!r} is no longer in its bucket; "
                     "another strategy has taken it. Wrap a module once."
                 )
-        bucket.memory[bucket.gradients.buffer.size :] = flag
+        if len(self._launched) == len(self._buckets) - 1:
+            self._write_tail(bucket.tail, missing=missing, shadowing=shadowing)
         try:
             self._launched.append(self._start(bucket))
         except GroupClosed:
@@ -168,6 +209,27 @@ class Reducer:
         work: Pending = self._group.all_reduce(bucket.memory, "mean", out=bucket.memory, async_op=True)
         return work
 
+    # -- the tail of the last bucket ---------------------------------------------------------------
+
+    def _write_tail(self, tail: Array, *, missing: bool, shadowing: bool) -> None:
+        self._digest = None
+        if self._replica is not None and not shadowing:
+            self._digest = self._check.digest([parameter.data for parameter in self._replica()])
+        elif self._replica is not None:
+            self._check.skip()
+        if self._hook is None:
+            tail[0] = missing
+            self._check.write(self._digest, tail[1:])
+
+    def _read_tail(self, missing: list[str], counting: int) -> tuple[bool, bool]:
+        """Tell whether a rank lacks gradients, and whether the replicas are equal."""
+        if self._hook is None:
+            tail = self._buckets[-1].tail
+            return bool(tail[0] != 0), self._replica is None or self._check.agree(tail[1:], counting)
+        message = np.concatenate([np.array([len(missing) > 0], np.uint8), self._check.to_bytes(self._digest)])
+        self._group.all_reduce(message, "max", out=message)
+        return bool(message[0]), self._replica is None or self._check.agree_bytes(message[1:])
+
     # -- parameters without gradient -------------------------------------------------------------
 
     def _start_union(self, used: list[bool]) -> Pending:
@@ -179,19 +241,18 @@ class Reducer:
         """Set `grad` of the parameters that only other ranks used."""
         flags = used_anywhere.wait()
         assert isinstance(flags, np.ndarray)
-        grads = {
-            id(member): grad
-            for bucket in self._buckets
-            for member, grad in zip(bucket.parameters, bucket.gradients.grads, strict=True)
-        }
+        grads = self._grads()
         for flag, parameter in zip(flags, self._parameters.values(), strict=True):
             if flag and parameter.grad is None:
                 parameter.grad = grads[id(parameter)]
 
-    def _any_rank_misses(self, missing: list[str]) -> bool:
-        if self._hook is None:
-            return bool(self._buckets[-1].memory[-1] != 0)
-        return bool(self._group.all_reduce(np.array(len(missing) > 0, np.uint8), "max"))
+    def _grads(self) -> dict[int, Array]:
+        """Map the identity of each parameter to the memory of its gradient."""
+        return {
+            id(member): grad
+            for bucket in self._buckets
+            for member, grad in zip(bucket.parameters, bucket.gradients.grads, strict=True)
+        }
 
     def _unused_error(self, missing: list[str]) -> UsageError:
         by_rank: list[list[str]] = self._group.all_gather_object(missing)

@@ -2,11 +2,13 @@
 
 from .distribute import distribute
 from .placement import Partial, Placement, Replicate, Shard
+from .random_arrays import DistributedGenerator
 from .redistribute_plan import RedistributePlan, plan_redistribute
 from .tensor import DTensor
 
 __all__ = [
     "DTensor",
+    "DistributedGenerator",
     "Partial",
     "Placement",
     "RedistributePlan",

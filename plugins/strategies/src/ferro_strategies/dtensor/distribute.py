@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ferro import UsageError
+from ferro import UnsupportedError, UsageError
 from ferro.arrays import dtype_from_name, dtype_problem
 from ferro.collectives.partition import even_sizes
 
@@ -36,6 +37,7 @@ def distribute(
     Raises:
         UsageError: placements do not fit the mesh or the array, or the source gives no array.
             Every rank raises it, and only the array's shape and dtype were sent.
+        UnsupportedError: an array of text or of Python's objects.
     """
     if source is None:
         if array is None:
@@ -43,6 +45,8 @@ def distribute(
                 "distribute: no array. Give it on every rank, or on one and say which (source=).", op="distribute"
             )
         namespace_of(array)  # raises UsageError for an object that is no array
+        if array.dtype.kind in "OSU":
+            raise UnsupportedError(f"distribute: the array has {dtype_problem(array.dtype)}", op="distribute")
         checked = checked_placements(placements, mesh.ndim, array.ndim, "distribute")
         return DTensor(_keep_own_part(array, mesh, checked))
     return DTensor(_send_from_source(array, mesh, placements, source))
@@ -65,8 +69,7 @@ def _send_from_source(
     and 2 send half of their halves to 1 and 3.
 
     Args:
-        array: the whole array at the source; elsewhere any array of the library (NumPy, CuPy) of the result, or None
-            for NumPy.
+        array: the whole array at the source; elsewhere a CuPy array if the result is to be one, or anything else.
         mesh: the ranks.
         placements: not checked yet, because only the source knows the number of dims.
         source: the rank that has the array.
@@ -75,13 +78,11 @@ def _send_from_source(
         UsageError: the source has no array, or placements do not fit; raised on every rank.
     """
     here, there = coordinates_in(mesh), mesh.coordinates_of(source)
-    given = np.empty(0) if array is None else array
-    if here != there:
-        namespace_of(given)  # raises UsageError for an object that is no array, before any send
     whole, dtype = _broadcast_shape_and_dtype(array, mesh, source)
     checked = checked_placements(placements, mesh.ndim, len(whole), "distribute")
-    xp = namespace_of(given)
-    local = given if here == there else xp.empty(0, dtype)
+    xp = _namespace_or_numpy(array)
+    given = array if here == there else None
+    local = xp.empty(0, dtype) if given is None else given
     for axis, placement in enumerate(checked):
         if here[axis + 1 :] != there[axis + 1 :]:
             continue  # this rank gets its part along a later axis
@@ -102,6 +103,14 @@ def _send_from_source(
             local = group.broadcast(local if is_root else out, root, out=out)
     own = local.copy() if local is given else local
     return PlacedArray(local=own, mesh=mesh, shape=whole, placements=checked)
+
+
+def _namespace_or_numpy(array: object) -> ModuleType:
+    """Return the library of the result on a rank that is not the source, which may give anything."""
+    try:
+        return namespace_of(array)  # type: ignore[arg-type]
+    except UsageError:
+        return np
 
 
 def _broadcast_shape_and_dtype(array: Array | None, mesh: DeviceMesh, source: int) -> tuple[Shape, np.dtype]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from ferro import UsageError
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array
+from .agreement import gather_by_coordinates
 from .local_shapes import Shape, local_shape
 from .placed_array import PlacedArray, coordinates_in
 from .placement import Placement, Placements, Shard, as_sequence, checked_placements
@@ -45,7 +44,8 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
             and it names one rank at fault.
     """
     names = [str(placement) for placement in as_sequence(placements)]
-    parts = _gather_by_coordinates([list(local.shape), local.dtype.name, names], mesh)
+    dtype = local.dtype.name if local.dtype.isnative else f"{local.dtype.name} of foreign byte order"
+    parts = gather_by_coordinates([list(local.shape), dtype, names], mesh)
     first_shape, first_dtype, first_names = parts[(0,) * mesh.ndim]
     for at, (shape, dtype, names) in parts.items():
         if dtype != first_dtype or names != first_names or len(shape) != len(first_shape):
@@ -64,16 +64,6 @@ def from_local_parts(local: Array, mesh: DeviceMesh, placements: Sequence[Placem
                 "no axis cuts are the same on all ranks, the others cut as by numpy.array_split)",
             )  # fmt: skip
     return PlacedArray(local=local, mesh=mesh, shape=whole, placements=checked)
-
-
-def _gather_by_coordinates(value: list[object], mesh: DeviceMesh) -> dict[tuple[int, ...], Any]:
-    """Gather one value from every rank of the mesh; the keys are the ranks' coordinates."""
-    gathered: list[Any] = [value]
-    for axis in reversed(range(mesh.ndim)):  # the last axis varies fastest
-        lists = mesh.group(axis).all_gather_object(gathered)
-        gathered = list(itertools.chain.from_iterable(lists))
-    coordinates = itertools.product(*(range(size) for size in mesh.shape))
-    return dict(zip(coordinates, gathered, strict=True))
 
 
 def _global_shape(shapes: list[list[int]], coordinates: list[tuple[int, ...]], placements: Placements) -> Shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .placement import Placements, Shard
 
@@ -36,6 +36,6 @@ def local_shape(shape: Shape, mesh_shape: Shape, placements: Placements, coordin
     return tuple(rows.stop - rows.start for rows in slices)
 
 
-def index_along(dim: int, rows: slice) -> tuple[slice, ...]:
-    """Return the index that takes `rows` of `dim` and all of every other dim."""
+def index_along(dim: int, rows: Any) -> tuple[Any, ...]:
+    """Return the index that takes `rows` of `dim` (a slice or an array) and all of every other dim."""
     return (*(slice(None),) * dim, rows)

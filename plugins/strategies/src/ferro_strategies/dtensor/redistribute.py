@@ -31,12 +31,14 @@ def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -
     if placements == x.placements:
         return x
     plan = plan_redistribute(x.placements, placements, x.shape, x.mesh.shape)
+    if sum(isinstance(one, Partial) for one in x.placements) > 1:
+        x = x.widened()  # between two reductions, half precision would be rounded
     local = x.local
     for step in plan.steps:
         local = _RUN[step.kind](x, step, local)
     if copy and plan.steps[-1].kind in (StepKind.SLICE, StepKind.RELABEL):
         local = local.copy()  # a view would share and keep alive the array that it was cut from
-    return x.with_local(local, placements=placements)
+    return x.with_local(local, placements=placements, dtype=x.dtype)
 
 
 def identity_array(like: Array, shape: tuple[int, ...], op: str) -> Array:
@@ -119,7 +121,8 @@ def _slice(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:
     assert isinstance(step.target, Shard), "a slice ends in shards"
     dim = step.target.dim
     ranks, rank = x.mesh.shape[step.axis], x.coordinates[step.axis]
-    return local[index_along(dim, shard_slice(local.shape[dim], ranks, rank))]
+    part: Array = local[index_along(dim, shard_slice(local.shape[dim], ranks, rank))]
+    return part
 
 
 def _contribute(x: PlacedArray, step: RedistributeStep, local: Array) -> Array:

@@ -26,33 +26,34 @@ must call a collective.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from ferro import UnsupportedError, UsageError
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
+from .array_methods import ArrayMethods
 from .dispatch import call_function, call_ufunc
 from .from_local import from_local_parts, from_local_with_shape
-from .local_shapes import Shape
-from .ops import functions, manipulation
-from .ops.elementwise import Scalar, assign
-from .ops.indexing import index
-from .ops.reductions import Axis, Name, reduce
-from .placed_array import PlacedArray
-from .placement import Placement, Placements, all_replicated, checked_placements
+from .local_shapes import Shape, local_shape
+from .ops.elementwise import Scalar
+from .ops.functions import power
+from .ops.indexing import assign_at, index
+from .ops.statistics import cast_to
+from .placed_array import PlacedArray, coordinates_in
+from .placement import Partial, Placement, Placements, Replicate, all_replicated, checked_placements
 from .redistribute import redistribute
 from .redistribute_plan import RedistributePlan, plan_redistribute
 
 _Value = TypeVar("_Value", bool, int, float, complex)
 
 
-class DTensor(NDArrayOperatorsMixin):
+class DTensor(ArrayMethods):
     """An array that is spread over a mesh of ranks.
 
     x = distribute(array, mesh, (Shard(0), Replicate()))
@@ -94,8 +95,55 @@ class DTensor(NDArrayOperatorsMixin):
         namespace_of(local)  # raises UsageError for an object that is no array
         if shape is None:
             return cls(from_local_parts(local, mesh, placements))
-        checked = checked_placements(placements, mesh.ndim, len(shape), "from_local")
-        return cls(from_local_with_shape(local, mesh, checked, tuple(shape)))
+        whole = shape_of(shape)
+        checked = checked_placements(placements, mesh.ndim, len(whole), "from_local")
+        return cls(from_local_with_shape(local, mesh, checked, whole))
+
+    @classmethod
+    def full(
+        cls,
+        shape: int | Sequence[int],
+        fill_value: Scalar,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike | None = None,
+    ) -> DTensor:
+        """Make an array of one value; each rank makes only its part, and nothing is sent.
+
+        Args:
+            shape: shape of the global array.
+            fill_value: the value.
+            mesh: the ranks.
+            placements: one for each axis of the mesh.
+            dtype: None for that of the value.
+        """
+        whole = shape_of(shape)
+        target = checked_placements(placements, mesh.ndim, len(whole), "full")
+        reduced = tuple(Replicate() if isinstance(one, Partial) else one for one in target)
+        local = np.full(local_shape(whole, mesh.shape, reduced, coordinates_in(mesh)), fill_value, dtype)
+        return cls(redistribute(PlacedArray(local=local, mesh=mesh, shape=whole, placements=reduced), target))
+
+    @classmethod
+    def zeros(
+        cls,
+        shape: int | Sequence[int],
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike = np.float64,
+    ) -> DTensor:
+        """Make an array of zeros; see `full`."""
+        return cls.full(shape, 0, mesh, placements, dtype)
+
+    @classmethod
+    def ones(
+        cls,
+        shape: int | Sequence[int],
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        dtype: npt.DTypeLike = np.float64,
+    ) -> DTensor:
+        """Make an array of ones; see `full`."""
+        return cls.full(shape, 1, mesh, placements, dtype)
 
     @property
     def local(self) -> Array:
@@ -129,8 +177,18 @@ class DTensor(NDArrayOperatorsMixin):
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the elements."""
-        return self._placed.local.dtype
+        """Dtype of the elements; the parts of a Partial sum in half precision are float32."""
+        return self._placed.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements of the global array."""
+        return self.size * self.itemsize
 
     def __repr__(self) -> str:
         return (
@@ -147,15 +205,16 @@ class DTensor(NDArrayOperatorsMixin):
 
     def __getitem__(self, key: object) -> DTensor:
         """Return a view of part of the array; sharded dims must stay whole."""
-        return DTensor(index(self._placed, key))
+        return DTensor(index(self._placed, _unwrap(key)))
 
     def __setitem__(self, key: object, value: DTensor | Array | Scalar) -> None:
         """Write `value`, broadcast, into part of the array; its placements must be the part's."""
-        target = index(self._placed, key)
-        assign(target, value._placed if isinstance(value, DTensor) else value)
+        assign_at(self._placed, _unwrap(key), value._placed if isinstance(value, DTensor) else value)
 
     def __iter__(self) -> Iterator[DTensor]:
         """Iterate over the first dim: `self[0]`, `self[1]` and so on."""
+        if not self.shape:
+            raise TypeError("iteration over a DTensor without dims")
         return (self[at] for at in range(len(self)))
 
     # -- placements ------------------------------------------------------------------------------
@@ -181,11 +240,11 @@ class DTensor(NDArrayOperatorsMixin):
 
     def redistribute_cost(self, placements: Sequence[Placement]) -> int:
         """Return the bytes that the busiest rank would send, or receive where that is more."""
-        return self._plan(placements).cost(self.dtype.itemsize)
+        return self._plan(placements).cost(self.local.dtype.itemsize)
 
     def explain_redistribute(self, placements: Sequence[Placement]) -> str:
         """Describe each step that `redistribute` would take in one line, with its bytes."""
-        return self._plan(placements).describe(self.mesh.names, self.dtype.itemsize)
+        return self._plan(placements).describe(self.mesh.names, self.local.dtype.itemsize)
 
     def _plan(self, placements: Sequence[Placement]) -> RedistributePlan:
         return plan_redistribute(self.placements, self._checked(placements), self.shape, self.mesh.shape)
@@ -212,7 +271,8 @@ class DTensor(NDArrayOperatorsMixin):
         """Apply a NumPy function; see the table at the head of this module."""
         options = {key: _unwrap(value) for key, value in kwargs.items()}
         result = call_function(func, [_unwrap(one) for one in args], options)
-        return DTensor(result) if isinstance(result, PlacedArray) else result
+        out = kwargs.get("out")
+        return out if isinstance(out, DTensor) else _wrap(result)
 
     def __array__(self, dtype: object = None, copy: object = None) -> NoReturn:
         """Raise: to gather is a collective, and a conversion on one rank would hang in it."""
@@ -222,68 +282,17 @@ class DTensor(NDArrayOperatorsMixin):
             op="__array__",
         )
 
-    # -- methods of numpy.ndarray ----------------------------------------------------------------
-
-    def sum(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
-        """Sum over dims, over all if `axis` is None; Partial over sharded dims."""
-        return self._reduce("sum", axis, dtype, keepdims)
-
-    def mean(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
-        """Average over dims by the global number of elements; a Partial sum over sharded dims."""
-        return self._reduce("mean", axis, dtype, keepdims)
-
-    def prod(self, axis: Axis = None, dtype: npt.DTypeLike | None = None, *, keepdims: bool = False) -> DTensor:
-        """Multiply over dims; Partial over sharded dims."""
-        return self._reduce("prod", axis, dtype, keepdims)
-
-    def max(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Return the largest over dims; Partial over sharded dims."""
-        return self._reduce("max", axis, None, keepdims)
-
-    def min(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Return the smallest over dims; Partial over sharded dims."""
-        return self._reduce("min", axis, None, keepdims)
-
-    def any(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Reduce with "or" over dims; Partial("max") over sharded dims."""
-        return self._reduce("any", axis, None, keepdims)
-
-    def all(self, axis: Axis = None, *, keepdims: bool = False) -> DTensor:
-        """Reduce with "and" over dims; Partial("min") over sharded dims."""
-        return self._reduce("all", axis, None, keepdims)
-
-    def _reduce(self, name: Name, axis: Axis, dtype: npt.DTypeLike | None, keepdims: bool) -> DTensor:
-        return DTensor(reduce(self._placed, name, axis, dtype, keepdims=keepdims))
-
-    @property
-    def T(self) -> DTensor:  # noqa: N802 - arrays have it by this name
-        """The dims in reverse order; a view."""
-        return self.transpose()
-
-    def transpose(self, *axes: int | Sequence[int]) -> DTensor:
-        """Return a view with the dims in another order, given as one argument or several.
-
-        No argument reverses the dims.
-        """
-        return DTensor(manipulation.transpose(self._placed, _ints_from_args(axes) if axes else None))
-
-    def reshape(self, *shape: int | Sequence[int]) -> DTensor:
-        """Return the elements in another shape, as a view if possible; nothing is sent.
-
-        The shape may be one argument, or one argument for each dim.
-
-        Raises:
-            UsageError: sizes do not fit, or parts would have to move.
-        """
-        return DTensor(manipulation.reshape(self._placed, _ints_from_args(shape)))
-
     def astype(self, dtype: npt.DTypeLike) -> DTensor:
         """Return a copy of another dtype."""
-        return DTensor(functions.cast_to(self._placed, dtype))
+        return DTensor(cast_to(self._placed, dtype))
 
-    def copy(self) -> DTensor:
-        """Return a copy with the same placements."""
-        return DTensor(functions.copy(self._placed))
+    def __pow__(self, exponent: object) -> DTensor:
+        """Raise to a power; the dtype is that of NumPy's operator, not always that of numpy.power."""
+        return DTensor(power(self._placed, _unwrap(exponent)))
+
+    def __rpow__(self, base: object) -> DTensor:
+        """Raise a number or an array to the power of this DTensor."""
+        return DTensor(power(_unwrap(base), self._placed))
 
     # -- one element -----------------------------------------------------------------------------
 
@@ -304,19 +313,62 @@ class DTensor(NDArrayOperatorsMixin):
         return self._convert_item(complex)
 
     def __bool__(self) -> bool:
+        if self.size != 1:
+            raise UsageError(f"bool of {self!r}, which has {self.size} elements: use .any() or .all()", op="bool")
         return self._convert_item(bool)
+
+    def __format__(self, spec: str) -> str:
+        """Format the only element, which is a collective unless replicated; without a format, describe the DTensor."""
+        if not spec:
+            return str(self)
+        if self.size != 1:
+            raise TypeError(f"format {spec!r} is for one element; {self!r} has {self.size}")
+        return format(self.item(), spec)
+
+    def __contains__(self, value: object) -> bool:
+        """Return True on every rank if an element equals `value`; a collective unless replicated."""
+        return bool((self == value).any())
 
     def _convert_item(self, kind: Callable[..., _Value]) -> _Value:
         return kind(self.item())
 
+    # -- copies ----------------------------------------------------------------------------------
 
-def _ints_from_args(given: Sequence[int | Sequence[int]]) -> Sequence[int]:
-    """Return the integers of arguments that are one sequence, or one integer each."""
-    one = given[0] if len(given) == 1 else given
-    return cast("Sequence[int]", one if isinstance(one, Sequence) else given)
+    def __copy__(self) -> DTensor:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DTensor:
+        """Copy this rank's part; the mesh, which has connections, stays the same."""
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self!r} cannot be pickled, because its mesh has connections. Save .local of every rank with the "
+            "placements, and load with DTensor.from_local; or save full_tensor(), and load with distribute().",
+            op="pickle",
+        )
 
 
-def _unwrap(value: object) -> object:
+def shape_of(given: int | Sequence[int]) -> Shape:
+    """Return a global shape, given as a number or as several, of Python's or NumPy's integers."""
+    sizes = given if isinstance(given, Sequence | np.ndarray) else (given,)
+    shape = tuple(operator.index(size) for size in sizes)
+    if min(shape, default=0) < 0:
+        raise UsageError(f"DTensor: shape {shape} has a negative size")
+    return shape
+
+
+def _wrap(value: Any) -> Any:
+    """Make DTensors of PlacedArrays, also inside a list or tuple."""
+    if isinstance(value, PlacedArray):
+        return DTensor(value)
+    if isinstance(value, list | tuple):
+        items = [_wrap(one) for one in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _unwrap(value: Any) -> Any:
     """Replace DTensors by their PlacedArrays, also inside a list or tuple."""
     if isinstance(value, DTensor):
         return value._placed

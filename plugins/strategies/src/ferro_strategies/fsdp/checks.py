@@ -9,13 +9,14 @@ import numpy.typing as npt
 
 from ferro import UsageError
 
+from ..nn.checks import first_few
 from ..nn.module import Module
 from ..replicas import check_same
 from .config import FSDPConfig
 from .sharded_parameter import ShardedParameter
 
 
-def check_wrappable(module: Module) -> None:
+def check_unsharded(module: Module) -> None:
     """Check that a module has parameters, and that none is sharded already.
 
     Raises:
@@ -35,7 +36,7 @@ def check_wrappable(module: Module) -> None:
             )
 
 
-def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> None:
+def check_same_everywhere(module: Module, config: FSDPConfig, units: Sequence[str]) -> None:
     """Compare the model and the options over all ranks.
 
     Raises:
@@ -47,6 +48,7 @@ def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> 
         "units": list(units),
         "prefetch": config.prefetch,
         "offload": config.offload,
+        "check_replicas": config.check_replicas,
         "param_dtype": _dtype_name(precision.param_dtype),
         "reduce_dtype": _dtype_name(precision.reduce_dtype),
         "output_dtype": _dtype_name(precision.output_dtype),
@@ -67,6 +69,27 @@ def check_replicas(module: Module, config: FSDPConfig, units: Sequence[str]) -> 
                 fault = str(error)
     if fault:
         raise UsageError(fault)
+
+
+def check_tree(module: Module, sharded: Mapping[str, ShardedParameter]) -> None:
+    """Check that the model still has the parameters that it had when it was wrapped.
+
+    Raises:
+        UsageError: a parameter was added, replaced or removed; the message names it.
+    """
+    present = dict(module.named_parameters())
+    known = {id(item.parameter) for item in sharded.values()}
+    found = {id(parameter) for parameter in present.values()}
+    new = [name for name, parameter in present.items() if id(parameter) not in known]
+    gone = [name for name, item in sharded.items() if id(item.parameter) not in found and name not in new]
+    if new or gone:
+        changes = [f"{name!r} was {'replaced' if name in sharded else 'added'}" for name in new]
+        changes += [f"{name!r} was removed" for name in gone]
+        raise UsageError(
+            f"FSDP: the parameters of the model are no longer those that were sharded when it was wrapped: "
+            f"{'; '.join(first_few(changes))}. Gradients of new ones would not be averaged, nor would they be saved. "
+            "Change the layers first, and then wrap the model."
+        )
 
 
 def check_trained(sharded: Mapping[str, ShardedParameter]) -> None:

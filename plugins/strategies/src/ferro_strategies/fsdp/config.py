@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array
+from ..nn.trees import Arrays
 from ..replicas import broadcast_arrays
 from .buffer_pool import BufferPool
 
@@ -82,14 +83,20 @@ class MixedPrecision:
         """Return the dtype of the reduction for the gradient of a parameter of this dtype."""
         return _converted_dtype(self.reduce_dtype, self.compute_dtype_of(dtype))
 
-    def cast_input(self, x: Array) -> Array:
-        """Convert the model's input if `cast_inputs` says so."""
-        wanted = self.param_dtype if self.cast_inputs else None
-        return x.astype(_converted_dtype(wanted, x.dtype), copy=False)
+    def cast_input(self, x: Arrays) -> Arrays:
+        """Convert one leaf of the model's input if `cast_inputs` says so."""
+        return _converted(x, self.param_dtype if self.cast_inputs else None)
 
-    def cast_output(self, y: Array) -> Array:
-        """Convert the model's output to `output_dtype`."""
-        return y.astype(_converted_dtype(self.output_dtype, y.dtype), copy=False)
+    def cast_output(self, y: Arrays) -> Arrays:
+        """Convert one leaf of the model's output to `output_dtype`."""
+        return _converted(y, self.output_dtype)
+
+
+def _converted(leaf: Arrays, wanted: npt.DTypeLike | None) -> Arrays:
+    """Convert a floating-point array; other leaves, such as indices or None, stay as they are."""
+    if wanted is None or not hasattr(leaf, "dtype"):
+        return leaf
+    return leaf.astype(_converted_dtype(wanted, leaf.dtype), copy=False)
 
 
 def _converted_dtype(wanted: npt.DTypeLike | None, dtype: np.dtype) -> np.dtype:
@@ -110,6 +117,7 @@ class FSDPConfig:
         precision: dtypes of values.
         prefetch: whether units are gathered ahead of their turn.
         offload: whether shards are kept in host memory.
+        check_replicas: whether ranks that have the same shards compare them.
     """
 
     sharding: ShardingStrategy
@@ -119,6 +127,7 @@ class FSDPConfig:
     precision: MixedPrecision
     prefetch: bool
     offload: bool
+    check_replicas: bool
 
     @property
     def groups(self) -> tuple[ProcessGroup, ...]:
@@ -178,6 +187,7 @@ def make_config(
     precision: MixedPrecision | None,
     prefetch: bool,
     offload: bool,
+    check_replicas: bool = True,
 ) -> FSDPConfig:
     """Check FSDP's arguments and make the configuration.
 
@@ -209,4 +219,5 @@ def make_config(
         precision=precision or MixedPrecision(),
         prefetch=prefetch,
         offload=offload,
+        check_replicas=check_replicas,
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ferro import Work
+from ferro import UsageError, Work
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter, Split
 from .buffer_pool import PooledBuffer, copy_into, to_namespace, unpooled
 from .config import FSDPConfig
@@ -35,6 +35,7 @@ class FlatParameter:
         shard: (layout.shard_size,), owned by this rank, in the dtype that the parameters had.
         shard_views: this rank's part of each parameter, views of the shard.
         namespace: the array namespace of the unsharded parameters.
+        shard_namespace: that of the shards, which may be in host memory.
         unsharded_grad: gradients that this rank has accumulated and not yet reduced.
     """
 
@@ -45,8 +46,9 @@ class FlatParameter:
         self.layout: FlatLayout = flat_layout(((n, p.data.shape) for n, p in named), config.num_shards)
         self._config = config
         self._dtype = first.data.dtype
+        self._grad_dtype = first.grad_dtype
         self.namespace = namespace_of(first.data)
-        self._shard_namespace = np if config.offload else self.namespace
+        self.shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
         self._kept = self._allocate() if config.keeps_unsharded else None
         self.shard: Array = self._shard_memory()
@@ -56,12 +58,14 @@ class FlatParameter:
         self._is_reducing_into_grad = False
         # An all_reduce overwrites the memory, which therefore cannot stay.
         keeps_memory = config.keeps_unsharded and config.shard_group is not None
-        self.unsharded_grad = UnshardedGradient(self.parameters, self.layout, self._allocate, keeps_memory=keeps_memory)
+        self.unsharded_grad = UnshardedGradient(
+            self.parameters, self.layout, self._allocate_grad, keeps_memory=keeps_memory
+        )
         self._saved: _ShardedState | None = None
-        for parameter, view in zip(self.parameters, self.shard_views, strict=True):
+        for parameter, view, span in zip(self.parameters, self.shard_views, self.layout.spans, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
             if config.shard_group is not None:
-                parameter.splits += (Split(group=config.shard_group, dim=None),)
+                parameter.splits += (Split(group=config.shard_group, dim=None, shape=span.shape),)
 
     @property
     def is_unsharded(self) -> bool:
@@ -81,8 +85,10 @@ class FlatParameter:
             return self._allocate(in_queue_order=True)
         return unpooled(self._kept.array)
 
-    def all_gather(self, unsharded: Array) -> tuple[Work[object], PooledBuffer] | None:
+    def all_gather(self, unsharded: Array, *, evaluating: bool) -> tuple[Work[object], PooledBuffer] | None:
         """Start to gather all shards into `unsharded`.
+
+        A gather for a pass without backward pass is given columns, by which ranks notice that others train.
 
         Returns:
             The operation, and the memory that it sends, which the caller holds until it has
@@ -97,7 +103,10 @@ class FlatParameter:
             copy_into(sent.array, self.shard)
         if self._config.shard_group is None:
             return None
-        work: Work[object] = self._config.shard_group.all_gather(sent.array, out=unsharded, async_op=True, copy=False)
+        shard, out = sent.array, unsharded
+        if evaluating:
+            shard, out = shard.reshape(-1, 1), out.reshape(-1, 1)
+        work: Work[object] = self._config.shard_group.all_gather(shard, out=out, async_op=True, copy=False)
         return work, sent
 
     def use_unsharded(self, unsharded: Array, *, backward: bool, may_defer: bool = False) -> None:
@@ -109,6 +118,7 @@ class FlatParameter:
             may_defer: whether gradients may be computed after the pass (`nn.deferring`).
         """
         assert self._saved is None, "a unit is unsharded already"
+        self.check_values()
         self._saved = _ShardedState(self.parameters, backward=backward and self.trained)
         grads: list[tuple[Array | None, Array | None]] = [(None, None)] * len(self.parameters)
         if self._saved.backward:
@@ -131,6 +141,20 @@ class FlatParameter:
                 queue += self.unsharded_grad.defer(index, parameter.deferred or ())
                 parameter.deferred = queue
 
+    def check_values(self) -> None:
+        """Check that every parameter still holds its part of the shard.
+
+        Raises:
+            UsageError: another array was assigned to a parameter's `data`.
+        """
+        for parameter, view in zip(self.parameters, self.shard_views, strict=True):
+            if self._saved is None and parameter.data is not view:
+                raise UsageError(
+                    f"FSDP: another array was assigned to `data` of parameter {parameter.name!r}, which would be "
+                    "ignored, for FSDP gathers the shard that it made. Copy values into it, `parameter.data[...] = "
+                    "shard`, or load_full_state_dict() whole arrays."
+                )
+
     # -- gradients -------------------------------------------------------------------------------
 
     @property
@@ -140,7 +164,7 @@ class FlatParameter:
 
     def allocate_reduced(self) -> PooledBuffer:
         """Allocate memory for the shard of a reduced gradient: the memory of `grad` itself if possible."""
-        fits = self._dtype == self.reduce_dtype and self._shard_namespace is self.namespace
+        fits = self._grad_dtype == self.reduce_dtype and self.shard_namespace is self.namespace
         if fits and not self._is_reducing_into_grad and not any(self.has_grad):
             self._is_reducing_into_grad = True
             return unpooled(self._grad_memory())
@@ -149,7 +173,7 @@ class FlatParameter:
     def accumulate_reduced(self, reduced: Array) -> None:
         """Add the shard of a reduced gradient to each parameter's `grad`."""
         memory = self._grad_memory()
-        reduced = to_namespace(reduced, self._shard_namespace)
+        reduced = to_namespace(reduced, self.shard_namespace)
         slots, addends = self._views_of_shard(memory), self._views_of_shard(reduced)
         grads = self._shard_grads()
         for index, parameter in enumerate(self.parameters):
@@ -182,7 +206,7 @@ class FlatParameter:
             for span, parameter in zip(self.layout.spans, self.parameters, strict=True):
                 flat.array[span.start : span.stop] = parameter.data.reshape(-1)
         received: Array = self.shard
-        if self._shard_namespace is not xp:
+        if self.shard_namespace is not xp:
             received = xp.empty(self.shard.shape, self._dtype)
         if config.shard_group is None:
             assert flat is not None
@@ -201,15 +225,19 @@ class FlatParameter:
 
     def _grad_memory(self) -> Array:
         if self._grad_shard is None:
-            memory: Array = self._shard_namespace.empty(self.layout.shard_size, self._dtype)
+            memory: Array = self.shard_namespace.empty(self.layout.shard_size, self._grad_dtype)
             self._grad_shard = memory
         return self._grad_shard
 
     def _allocate(self, *, in_queue_order: bool = False) -> PooledBuffer:
-        """Allocate unsharded parameters or gradients, in the dtype of the computation."""
+        """Allocate unsharded parameters, in the dtype of the computation."""
         pool, dtype = self._config.pool, self._config.precision.compute_dtype_of(self._dtype)
         allocate = pool.allocate_in_queue_order if in_queue_order else pool.allocate
         return allocate(self.namespace, self.layout.size, dtype)
+
+    def _allocate_grad(self) -> PooledBuffer:
+        """Allocate an unsharded gradient: in the dtype of its reduction, or in single precision if that is half."""
+        return self._config.pool.allocate(self.namespace, self.layout.size, wide_dtype(self.reduce_dtype))
 
     def _allocate_shard(self, dtype: np.dtype) -> PooledBuffer:
         return self._config.pool.allocate(self.namespace, self.layout.shard_size, dtype)
@@ -217,9 +245,9 @@ class FlatParameter:
     def _shard_memory(self) -> Array:
         """Return memory for the shard: a part of the permanent unsharded memory, if there is one."""
         kept = None if self._kept is None else self._kept.array
-        if kept is not None and kept.dtype == self._dtype and self._shard_namespace is self.namespace:
+        if kept is not None and kept.dtype == self._dtype and self.shard_namespace is self.namespace:
             return kept[self.layout.shard_slice(self._config.shard_rank)]
-        shard: Array = self._shard_namespace.empty(self.layout.shard_size, self._dtype)
+        shard: Array = self.shard_namespace.empty(self.layout.shard_size, self._dtype)
         return shard
 
     def _views_of_shard(self, shard: Array) -> list[Array]:

@@ -28,10 +28,10 @@ class UnshardedParameters:
         self._flat_parameters = flat_parameters
         self._buffers = [flat.allocate_unsharded() for flat in flat_parameters]
 
-    def launch(self) -> None:
-        """Start to gather."""
+    def launch(self, *, evaluating: bool) -> None:
+        """Start to gather; see `FlatParameter.all_gather`."""
         for flat, buffer in zip(self._flat_parameters, self._buffers, strict=True):
-            work = flat.all_gather(buffer.array)
+            work = flat.all_gather(buffer.array, evaluating=evaluating)
             if work is not None:
                 self._works.append(work)
 
@@ -75,13 +75,13 @@ class FlatParameterGroup:
         self.trained = tuple(flat for flat in self.flat_parameters if flat.trained)
         self._last: weakref.ref[UnshardedParameters] | None = None
 
-    def unshard(self) -> UnshardedParameters:
+    def unshard(self, *, evaluating: bool = False) -> UnshardedParameters:
         """Start to gather. If another pass still holds the gathered parameters, share its memory."""
         unsharded = None if self._last is None else self._last()
         if unsharded is None:
             unsharded = UnshardedParameters(self.flat_parameters)
             self._last = weakref.ref(unsharded)
-        unsharded.launch()
+        unsharded.launch(evaluating=evaluating)
         return unsharded
 
     @property

@@ -196,6 +196,7 @@ class FSDPJoin:
                 self._scheduler.launch_reduction(unit)
             case _Operation.DRAIN:
                 self._scheduler.drain()
+                self._scheduler.check_replicas()
             case _Operation.CLIP:
                 self._clip(number)
             case _Operation.STEP:

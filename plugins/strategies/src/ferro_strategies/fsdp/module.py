@@ -6,16 +6,21 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NoReturn
+from typing import ClassVar, NoReturn
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from ..nn.arrays import Array, quiet_overflow
+from ..generators import separate_generators
 from ..nn.checks import check_gradient
-from ..nn.module import Module, Pullback, replace_modules
+from ..nn.module import Module, Pullback, TreeSnapshot, replace_modules
+from ..nn.trees import Arrays, map_leaves, quiet_overflow_in, shapes_of
 from ..optim import LossScaler, Optimizer
 from ..optim.clip import check_max_norm, scale_grads, squared_norm
-from .checks import check_replicas, check_trained, check_wrappable
+from ..replicas import check_wrappable
+from . import optimizer_state
+from .checks import check_same_everywhere, check_trained, check_unsharded
 from .config import MixedPrecision, ShardingStrategy, make_config
 from .flat_parameter_group import shard_module
 from .join import FSDPJoin
@@ -61,6 +66,8 @@ class FSDP(StateDictMixin):
         prefetch: gather a unit while the one before it computes.
         offload: keep shards in host memory, and run the optimizer there. This is for CuPy arrays; it changes nothing
             for NumPy arrays.
+        check_replicas: with HYBRID_SHARD and NO_SHARD, notice in each backward pass if ranks that hold the same shards
+            no longer hold the same values, and name the parameters; see `DDP`.
 
     Attributes:
         module: the wrapped module.
@@ -75,6 +82,7 @@ class FSDP(StateDictMixin):
     """
 
     transparent = True
+    averages_gradients: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,50 +95,69 @@ class FSDP(StateDictMixin):
         replicas: ProcessGroup | None = None,
         prefetch: bool = True,
         offload: bool = False,
+        check_replicas: bool = True,
     ) -> None:
+        check_wrappable("FSDP", module, group)
         config = make_config(
-            group, sharding=sharding, replicas=replicas, precision=mixed_precision, prefetch=prefetch, offload=offload
+            group,
+            sharding=sharding,
+            replicas=replicas,
+            precision=mixed_precision,
+            prefetch=prefetch,
+            offload=offload,
+            check_replicas=check_replicas,
         )
-        check_wrappable(module)
+        check_unsharded(module)
         chosen = choose_units(module, units)
-        check_replicas(module, config, [name for name, m in module.named_modules() if id(m) in chosen])
+        optimizer_state.check_states(module)
+        check_same_everywhere(module, config, [name for name, m in module.named_modules() if id(m) in chosen])
         self.module = module
         self.training = module.training
         self._config = config
         groups = shard_module(module, chosen, config)
         self._sharded = sharded_parameters(module, groups.values())
+        optimizer_state.shard_states(self._sharded, config)
         self._scheduler = UnitScheduler(list(groups.values()), config)
         self._join: FSDPJoin | None = None
         hooks = {key: UnitHooks(unit, self._scheduler) for key, unit in groups.items()}
         self._hooks = hooks.pop(id(module))
         replace_modules(module, lambda _, item: Unit(item, hooks[id(item)]) if id(item) in hooks else item)
         config.broadcast((buffer.data for buffer in self.buffers()), [0] * len(config.groups))
+        for each in config.groups:
+            separate_generators(module, each)
         self._join_groups = [_duplicate(group) for group in config.groups]
+        self._tree = TreeSnapshot(module)
+        guard = self._check_step
+        for sharded in self._sharded.values():
+            sharded.parameter.step_guards["data parallel"] = guard
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute the wrapped module's output and pullback.
 
         Raises:
-            UsageError: an earlier backward pass failed, or a parameter that was frozen when the
-                module was wrapped requires a gradient.
+            UsageError: an earlier backward pass failed; a parameter that was frozen when the module was wrapped
+                requires a gradient; or parameters were added or replaced since.
         """
+        self._check_tree()
         check_trained(self._sharded)
         precision = self._config.precision
-        y, pull = self._hooks.vjp(self.module, precision.cast_input(x))
-        inner, outer, shape = y.dtype, x.dtype, y.shape
+        y, pull = self._hooks.vjp(self.module, map_leaves(precision.cast_input, x))
+        inner, outer, shape = map_leaves(_dtype_of, y), map_leaves(_dtype_of, x), shapes_of(y)
 
-        def pullback(grad_y: Array) -> Array | None:
+        def pullback(grad_y: Arrays) -> Arrays | None:
             check_gradient(self, grad_y, shape)
-            with quiet_overflow(inner):
-                grad_x = pull(grad_y.astype(inner, copy=False))
-            return None if grad_x is None else grad_x.astype(outer, copy=False)
+            grad_y = map_leaves(_cast, grad_y, inner)
+            with quiet_overflow_in(grad_y):
+                grad_x = pull(grad_y)
+            return None if grad_x is None else map_leaves(_cast, grad_x, outer)
 
-        return precision.cast_output(y), pullback
+        return map_leaves(precision.cast_output, y), pullback
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone. All ranks call it, because it gathers."""
+        self._check_tree()
         precision = self._config.precision
-        return precision.cast_output(self._hooks.call(self.module, precision.cast_input(x)))
+        return map_leaves(precision.cast_output, self._hooks.call(self.module, map_leaves(precision.cast_input, x)))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -156,6 +183,17 @@ class FSDP(StateDictMixin):
         """
         self._scheduler.check()
         self._scheduler.reduce_all()
+
+    @property
+    def averaging_groups(self) -> tuple[ProcessGroup, ...]:
+        """The groups over which gradients are averaged: that of the shards, that of the replicas, or both."""
+        return tuple(self._config.groups)
+
+    def scale_unreduced_gradients(self, factor: float) -> None:
+        """Multiply the gradients accumulated under `no_sync`, which are not in `grad` yet."""
+        for unit in self._scheduler.units:
+            for flat in unit.trained:
+                flat.unsharded_grad.scale(factor)
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent, including gradients accumulated by `no_sync`."""
@@ -235,6 +273,19 @@ class FSDP(StateDictMixin):
             self._scheduler.check()
             join.finish(self._config, (buffer.data for buffer in self.buffers()))
 
+    def _check_step(self, lr: float) -> None:
+        """Refuse a step without the gradients that `no_sync` has accumulated; learning rate 0 changes no parameter."""
+        if lr == 0:
+            return
+        self._scheduler.check()
+        if any(unit.has_unsharded_grad for unit in self._scheduler.units):
+            raise UsageError(
+                "FSDP: the optimizer is about to step without gradients that no_sync() has accumulated on this rank, "
+                "and that nothing has reduced. Make the last forward pass of a step outside no_sync(), or call "
+                "model.sync_gradients() before the step, on all ranks; model.zero_grad() drops them. Nothing was "
+                "updated."
+            )
+
     def _leave_join(self) -> None:
         self._join = self._scheduler.announcer = None
 
@@ -244,6 +295,14 @@ class FSDP(StateDictMixin):
 
     def __repr__(self) -> str:
         return f"FSDP({self.module!r}, {self._config.sharding})"
+
+
+def _dtype_of(leaf: Arrays) -> np.dtype | None:
+    return getattr(leaf, "dtype", None)
+
+
+def _cast(array: Arrays, dtype: np.dtype | None) -> Arrays:
+    return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def _duplicate(group: ProcessGroup) -> ProcessGroup:

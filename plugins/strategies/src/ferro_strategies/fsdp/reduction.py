@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ferro import Work
 
+from ..nn.arrays import quiet_overflow
 from .buffer_pool import PooledBuffer
 from .config import FSDPConfig
 from .flat_parameter import FlatParameter
@@ -87,5 +88,6 @@ def _in_reduce_dtype(unsharded: PooledBuffer, flat: FlatParameter, config: FSDPC
         return unsharded
     source = unsharded.array
     converted = config.pool.allocate(flat.namespace, source.size, flat.reduce_dtype)
-    converted.array[...] = source
+    with quiet_overflow(flat.reduce_dtype):
+        converted.array[...] = source
     return converted

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ferro import UsageError
 
 from ..nn.arrays import Array, namespace_of
@@ -82,12 +84,12 @@ class ShardedParameter:
         """View this rank's part of a whole array, in the shape of `shard_view`."""
         return whole.reshape(whole.size)[self._slice(config)].reshape(self.shard_view.shape)
 
-    def shard_faults(self, key: str, part: Array, item: object, config: FSDPConfig) -> list[str]:
-        """List the reasons why `item` cannot be loaded into `part`; empty if it can."""
+    def shard_faults(self, key: str, dtype: np.dtype, item: object, config: FSDPConfig) -> list[str]:
+        """List the reasons why `item` cannot be loaded as this rank's part, of `dtype`; empty if it can."""
         if not isinstance(item, FlatShard):
             return [f"{key!r} is in pieces, given a {type(item).__name__}"]
         own = self._slice(config)
-        here = (part.dtype, self.span.shape, own.start, own.stop)
+        here = (dtype, self.span.shape, own.start, own.stop)
         given = (item.data.dtype, tuple(item.shape), item.start, item.start + item.data.size)
         if here == given:
             return []

@@ -8,6 +8,7 @@ from ferro import UsageError
 
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback
+from ..nn.trees import Arrays
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .unit_scheduler import UnitScheduler
 
@@ -24,7 +25,7 @@ class UnitHooks:
         self._unit = unit
         self._scheduler = scheduler
 
-    def vjp(self, module: Module, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, module: Module, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute a module's output, and a pullback that reduces its gradients."""
         scheduler, sync = self._scheduler, self._scheduler.syncs
         scheduler.check()
@@ -33,7 +34,7 @@ class UnitHooks:
         held: list[tuple[Pullback, UnshardedParameters | None]] = [(pull, kept)]
         del kept, pull  # From here on `held` alone keeps activations and parameters in memory.
 
-        def pullback(grad_y: Array) -> Array | None:
+        def pullback(grad_y: Arrays) -> Arrays | None:
             if not held:
                 raise UsageError("FSDP: this pullback has been run. Call vjp again for another.")
             scheduler.check()
@@ -44,10 +45,10 @@ class UnitHooks:
 
         return y, pullback
 
-    def call(self, module: Module, x: Array) -> Array:
+    def call(self, module: Module, x: Arrays) -> Arrays:
         """Compute a module's output alone."""
         self._scheduler.check()
-        with self._scheduler.forward(self._unit):
+        with self._scheduler.forward(self._unit, evaluating=True):
             return module(x)
 
 
@@ -69,7 +70,7 @@ class Unit(Module):
         """Compute the wrapped module's output and pullback."""
         return self._hooks.vjp(self.module, x)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the wrapped module's output alone."""
         return self._hooks.call(self.module, x)
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from ferro import UsageError
 
 from ..nn.module import Module
+from ..nn.module_tree import children
 from ..nn.parameter import Parameter
 
 # A policy is given a submodule's qualified name and the submodule; True makes it a unit.
@@ -76,18 +77,17 @@ def _default_units(module: Module) -> Iterator[Module]:
 
 def _has_only_containers(module: Module) -> bool:
     """Return True if all of a module's children are in its lists, tuples and dicts."""
-    children = list(_children(module))
-    return all(isinstance(child, Module) and in_container for child, in_container in children)
+    return all(isinstance(child, Module) and in_container for child, in_container in _children(module))
 
 
 def _children(module: Module) -> Iterator[tuple[Module | Parameter, bool]]:
-    """Yield a module's own modules and parameters, and whether each is in a list, tuple or dict."""
+    """Yield a module's own modules and parameters, and whether each is in a list or another collection."""
 
     def visit(value: object, in_container: bool) -> Iterator[tuple[Module | Parameter, bool]]:
         if isinstance(value, Module | Parameter):
             yield value, in_container
-        elif isinstance(value, dict | list | tuple):
-            for item in value.values() if isinstance(value, dict) else value:
+        else:
+            for _, item in children(value):
                 yield from visit(item, True)
 
     for value in vars(module).values():

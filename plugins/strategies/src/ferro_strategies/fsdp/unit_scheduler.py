@@ -25,6 +25,7 @@ from typing import Protocol
 
 from ferro import UsageError
 
+from ..replica_check import ReplicaAgreement, ReplicaCheck, replicas_error
 from .config import FSDPConfig
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .reduction import GradientReduction
@@ -67,12 +68,15 @@ class UnitScheduler:
         self._config = config
         self._running = False
         self._in_backward = False
+        self._evaluating = False
         self._backward_syncs = False
         self._failed = False
         self._order: Sequence[FlatParameterGroup] = ()
         self._position = 0
         self._prefetched: tuple[FlatParameterGroup, UnshardedParameters] | None = None
-        self._reductions: deque[GradientReduction] = deque()
+        self._reductions: deque[GradientReduction | ReplicaAgreement] = deque()
+        self._replica_check = None if config.replica_group is None else ReplicaCheck(config.replica_group)
+        self._agreement: ReplicaAgreement | None = None
         self.reset_order()
 
     def reset_order(self) -> None:
@@ -94,13 +98,13 @@ class UnitScheduler:
         return self._running
 
     @contextmanager
-    def forward(self, unit: FlatParameterGroup) -> Iterator[UnshardedParameters | None]:
-        """Gather a unit's parameters for its forward pass.
+    def forward(self, unit: FlatParameterGroup, *, evaluating: bool = False) -> Iterator[UnshardedParameters | None]:
+        """Gather a unit's parameters for its forward pass; `evaluating` if no backward pass follows.
 
         Yields:
             The gathered parameters, if they stay for the backward pass; None otherwise.
         """
-        with self._pass(self._forward_order, backward=False):
+        with self._pass(self._forward_order, backward=False, evaluating=evaluating):
             if self._in_backward:
                 self._recomputed.add(unit)
             else:
@@ -156,13 +160,15 @@ class UnitScheduler:
         shared = unit.flat_parameters and self._config.shard_group is not None
         if self.announcer is not None and shared:
             self.announcer.announce_gather(unit)
-        return unit.unshard()
+        # Ranks that have left a join do not know whether a pass is followed by a backward pass.
+        return unit.unshard(evaluating=self._evaluating and self.announcer is None)
 
     def launch_reduction(self, unit: FlatParameterGroup) -> None:
         """Advance older reductions by a step, and start to reduce a unit's gradients."""
         if self.announcer is not None:
             self.announcer.announce_reduction(unit)
         self._advance()
+        self._start_agreement()
         scale = 1.0 if self.announcer is None else self.announcer.scale
         for flat in unit.trained:
             self._reductions.append(GradientReduction(flat, self._config, scale))
@@ -174,14 +180,32 @@ class UnitScheduler:
         while self._reductions:
             self._advance()
 
+    def check_replicas(self) -> None:
+        """Raise an error if the checksums that were sent with the last reductions differed.
+
+        Raises:
+            UsageError: replicas are no longer equal; raised on every rank.
+        """
+        agreement, self._agreement = self._agreement, None
+        if agreement is None or agreement.equal:
+            return
+        assert self._config.replica_group is not None
+        named = [
+            (span.name, view)
+            for unit in self.units
+            for flat in unit.flat_parameters
+            for span, view in zip(flat.layout.spans, flat.shard_views, strict=True)
+        ]
+        raise replicas_error("FSDP", self._config.replica_group, named, shards=self._config.shard_group)
+
     # -- inside ----------------------------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, order: Sequence[FlatParameterGroup], *, backward: bool) -> Iterator[None]:
+    def _pass(self, order: Sequence[FlatParameterGroup], *, backward: bool, evaluating: bool = False) -> Iterator[None]:
         if self._running:
             yield
             return
-        self._running, self._in_backward = True, backward
+        self._running, self._in_backward, self._evaluating = True, backward, evaluating
         self._order, self._position = order, 0
         try:
             yield
@@ -192,6 +216,7 @@ class UnitScheduler:
             self._drop_prefetched()
         except BaseException:
             self._failed = self._failed or backward
+            self._agreement = None
             raise
         finally:
             # After an error this does not wait for operations, which the other ranks may never join.
@@ -199,6 +224,7 @@ class UnitScheduler:
             self._reductions.clear()
             self._entered, self._left = [], []
             self._running = self._in_backward = False
+        self.check_replicas()
 
     def _unshard(self, unit: FlatParameterGroup) -> UnshardedParameters:
         """Use the prefetched unit, or gather; start to prefetch the next before waiting."""
@@ -237,6 +263,16 @@ class UnitScheduler:
             if following is not unit and not following.is_unsharded and not stayed:
                 self._prefetched = following, self.launch_gather(following)
 
+    def _start_agreement(self) -> None:
+        """Let the ranks compare their shards, once for all reductions that are waited for together."""
+        if self._replica_check is None or not self._config.check_replicas or self._agreement is not None:
+            return
+        assert self._config.replica_group is not None
+        shards = [flat.shard for unit in self.units for flat in unit.flat_parameters]
+        digest = self._replica_check.digest(shards)
+        self._agreement = ReplicaAgreement(digest, self._config.shard_group, self._config.replica_group)
+        self._reductions.append(self._agreement)
+
     def _drop_prefetched(self) -> None:
         if self._prefetched is not None:
             self._prefetched[1].wait()
@@ -245,7 +281,7 @@ class UnitScheduler:
     def _finish_sending(self, unit: FlatParameterGroup) -> None:
         """Wait for reductions that still read the memory to which this pass will add gradients."""
         if self._config.keeps_unsharded:
-            while any(reduction.flat in unit.trained for reduction in self._reductions):
+            while any(item.flat in unit.trained for item in self._reductions if isinstance(item, GradientReduction)):
                 self._advance()
 
     def _reduce(self, unit: FlatParameterGroup) -> None:

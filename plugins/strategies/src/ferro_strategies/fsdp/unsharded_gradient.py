@@ -17,7 +17,7 @@ class UnshardedGradient:
     Args:
         parameters: the parameters.
         layout: their positions in the flat array.
-        allocate: returns memory for all of them.
+        allocate: returns memory for all of them, in single precision at least, because many microbatches add up in it.
         keeps_memory: whether the memory is kept after `take`.
     """
 
@@ -35,26 +35,36 @@ class UnshardedGradient:
         self._keeps_memory = keeps_memory
         self._buffer: PooledBuffer | None = None
         self._is_set = [False] * len(parameters)
+        self._times_zeroed = [0] * len(parameters)
 
     @property
     def has_any(self) -> bool:
         """True if there is a gradient to be reduced."""
-        return any(self._is_set)
+        return any(self._present())
 
     def views(self) -> list[tuple[Array, Array | None]]:
         """Return for each parameter the memory of its gradient, and the gradient or None."""
         if self._buffer is None:
             self._buffer = self._allocate()
         memory = self._layout.views(self._buffer.array)
-        return [(view, view if is_set else None) for view, is_set in zip(memory, self._is_set, strict=True)]
+        return [(view, view if is_set else None) for view, is_set in zip(memory, self._present(), strict=True)]
 
     def mark_if_set(self, index: int) -> None:
         """Record whether a parameter, which views this memory now, has a gradient."""
-        self._is_set[index] |= self._parameters[index].grad is not None
+        parameter = self._parameters[index]
+        self._is_set[index] = parameter.grad is not None
+        self._times_zeroed[index] = parameter.times_zeroed
 
     def defer(self, index: int, products: Sequence[Callable[[], None]]) -> list[partial[None]]:
         """Wrap deferred products so that they can be added outside passes."""
         return [partial(self._add, index, product) for product in products]
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients by a factor."""
+        if self._buffer is not None:
+            for view, is_set in zip(self._layout.views(self._buffer.array), self._is_set, strict=True):
+                if is_set:
+                    view *= view.dtype.type(factor)
 
     def take(self) -> PooledBuffer:
         """Return all gradients, with zeros for absent ones, and start again without gradients."""
@@ -62,7 +72,7 @@ class UnshardedGradient:
             self._buffer = self._allocate()
         taken = self._buffer
         taken.array[self._layout.unpadded_size :] = 0
-        for span, is_set in zip(self._layout.spans, self._is_set, strict=True):
+        for span, is_set in zip(self._layout.spans, self._present(), strict=True):
             if not is_set:
                 taken.array[span.start : span.stop] = 0
         self._is_set = [False] * len(self._parameters)
@@ -78,6 +88,13 @@ class UnshardedGradient:
         """Forget all gradients."""
         self._buffer = None
         self._is_set = [False] * len(self._parameters)
+
+    def _present(self) -> list[bool]:
+        """Tell which parameters have a gradient here: one was added, and nobody has called `zero_grad` since."""
+        return [
+            is_set and parameter.times_zeroed == times
+            for parameter, is_set, times in zip(self._parameters, self._is_set, self._times_zeroed, strict=True)
+        ]
 
     def _add(self, index: int, product: Callable[[], None]) -> None:
         parameter = self._parameters[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self, overload
+from typing import NoReturn, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,21 @@ class DeviceMesh:
         """Close the groups that were made for this mesh, but no shared ones. Idempotent."""
         for group in self._created_groups:
             group.close()
+
+    def __copy__(self) -> DeviceMesh:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DeviceMesh:
+        """Return the mesh itself, whose groups have connections that are not copied."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self!r} cannot be pickled, because its groups have connections. Save its shape and names, and make "
+            "a mesh of them where they are loaded.",
+            group=self.parent.name,
+            rank=self.parent.rank,
+        )
 
     def __repr__(self) -> str:
         sizes = zip(self.names, self.shape, strict=True)

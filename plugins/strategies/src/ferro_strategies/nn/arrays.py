@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -29,6 +28,11 @@ def namespace_of(array: Array) -> ModuleType:
     """
     if type(array) is np.ndarray:
         return np
+    if hasattr(array, "full_tensor"):
+        raise UsageError(
+            "expected a plain array, got a DTensor, which has no gradients: pass .local where that is right for each "
+            "part, or full_tensor(). ferro_strategies.tensor_parallel has layers that are split over ranks."
+        )
     if problem := lost_meaning(array):
         raise UsageError(f"expected a plain array, got {problem}.")
     if isinstance(array, np.ndarray):
@@ -61,6 +65,13 @@ def quiet_overflow(dtype: npt.DTypeLike) -> AbstractContextManager[object]:
     return np.errstate(over="ignore", invalid="ignore")
 
 
+def wide_matmul(a: Array, b: Array) -> Array:
+    """Multiply matrices of one dtype; the product of half precision is float32, and so not yet rounded."""
+    wide = wide_dtype(a.dtype)
+    product: Array = namespace_of(a).matmul(a.astype(wide, copy=False), b.astype(wide, copy=False))
+    return product
+
+
 def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
     """Multiply two matrices of one dtype; the product has the same dtype.
 
@@ -73,23 +84,37 @@ def matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
         out: (..., n, m), array for the product; None: a new array.
     """
     xp = namespace_of(a)
-    wide = wide_dtype(a.dtype)
-    if xp is not np or wide == a.dtype:
+    if xp is not np or wide_dtype(a.dtype) == a.dtype:
         product: Array = xp.matmul(a, b, out=out)
         return product
     with quiet_overflow(a.dtype):
-        product = np.matmul(a.astype(wide), b.astype(wide))
+        product = wide_matmul(a, b)
         if out is None:
             return product.astype(a.dtype)
         out[...] = product
         return out
 
 
-def he_uniform(shape: tuple[int, ...], fan_in: int, dtype: npt.DTypeLike, rng: Rng) -> Array:
-    """Draw from U(-b, b) with b = sqrt(6 / fan_in): a ReLU layer then keeps the variance.
+def affine(rows: Array, weight: Array, bias: Array | None) -> Array:
+    """Compute rows @ weight + bias; half precision is rounded once, at the end.
 
-    Values are drawn in float64, so one seed gives the same values in every dtype.
-    Source: He et al., "Delving Deep into Rectifiers", 2015, section 2.2.
+    Args:
+        rows: (n, k).
+        weight: (k, m).
+        bias: (m,) or None.
     """
-    bound = math.sqrt(6.0 / fan_in)
-    return np.random.default_rng(rng).uniform(-bound, bound, shape).astype(dtype)
+    if bias is None or wide_dtype(rows.dtype) == rows.dtype:
+        y = matmul(rows, weight)
+        if bias is not None:
+            y += bias
+        return y
+    with quiet_overflow(rows.dtype):
+        y = wide_matmul(rows, weight)
+        y += bias
+        return y.astype(rows.dtype)
+
+
+def conjugate(a: Array) -> Array:
+    """Conjugate complex numbers; other arrays are returned as they are."""
+    conjugated: Array = a.conj() if a.dtype.kind == "c" else a
+    return conjugated

@@ -11,6 +11,7 @@ from ferro.arrays import lost_meaning
 from ferro.errors import UsageError
 
 from .arrays import Array, namespace_of
+from .trees import Arrays, Shapes, TreeShapes, describe, has_gradient
 
 
 def check_input(layer: object, x: Array, expected: str, *, fits: bool) -> None:
@@ -37,38 +38,98 @@ def check_dtype(layer: object, x: Array, dtype: npt.DTypeLike) -> None:
         )
 
 
-def check_gradient(layer: object, grad: Array, shape: tuple[int, ...]) -> None:
+def check_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
     """Refuse a gradient that is not that of an output of `shape`, before the pullback changes anything.
 
+    Args:
+        layer: the module, or its name, for the message.
+        grad: the gradient that was given to the pullback.
+        shape: `shapes_of` the output: the shape of an array, or the shapes of a tree of arrays. A leaf of a tree may
+            have no gradient (None), but not all of them.
+
     Raises:
-        UsageError: `grad` is no plain array of that shape, such as a loss.
+        UsageError: `grad` is no plain array of that shape, such as a loss, or no tree of such arrays.
     """
-    if type(grad) is np.ndarray and grad.shape == shape:
+    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
         return
-    found = lost_meaning(grad)
-    if not found:
-        if not isinstance(grad, np.generic) and getattr(grad, "shape", None) == shape:
-            namespace_of(grad)
-            return
-        is_array = hasattr(grad, "shape") and not isinstance(grad, np.generic)
-        found = f"an array of shape {grad.shape}" if is_array else f"a {type(grad).__name__}"
     name = layer if isinstance(layer, str) else type(layer).__name__
-    raise UsageError(
-        f"{name}: pullback takes the gradient of the output, an array of shape {shape}; "
-        f"nn.cross_entropy returns (loss, grad). It got {found}."
-    )
+    if isinstance(shape, TreeShapes):
+        problem = _misfit(grad, shape) or ("" if has_gradient(grad) else "it got no gradient at any leaf")
+        if problem:
+            raise UsageError(
+                f"{name}: pullback takes the gradient of the output, a tree of arrays of shapes {shape}, with None for "
+                f"an array without gradient; {problem}."
+            )
+    elif found := _array_misfit(grad, shape):
+        raise UsageError(
+            f"{name}: pullback takes the gradient of the output, an array of shape {shape}; "
+            f"nn.cross_entropy returns (loss, grad). It got {found}."
+        )
+
+
+def check_input_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
+    """Refuse what a pullback returned, unless it is the gradient of an input of `shape`, or None.
+
+    Containers and strategies check each part by this, so that the message names the part whose pullback is wrong, and
+    not the one before, which takes the gradient.
+
+    Raises:
+        UsageError: `grad` does not fit.
+    """
+    if grad is None or (type(grad) is np.ndarray and grad.shape == shape):
+        return
+    if isinstance(shape, TreeShapes):
+        problem = _misfit(grad, shape)
+    else:
+        problem = _array_misfit(grad, shape)
+        problem = problem and f"it returned {problem}"
+    if problem:
+        name = layer if isinstance(layer, str) else type(layer).__name__
+        raise UsageError(
+            f"{name}: its pullback must return the gradient of its input, of shape {shape}, or None; {problem}. "
+            "Correct that module's vjp. Gradients that this backward pass had added so far stay added."
+        )
 
 
 def checked_pullback(
-    layer: object, shape: tuple[int, ...], pull: Callable[[Array], Array | None]
-) -> Callable[[Array], Array | None]:
+    layer: object, shape: Shapes, pull: Callable[[Arrays], Arrays | None]
+) -> Callable[[Arrays], Arrays | None]:
     """Put a check of the gradient of an output of `shape` before a pullback."""
 
-    def pullback(grad_y: Array) -> Array | None:
+    def pullback(grad_y: Arrays) -> Arrays | None:
         check_gradient(layer, grad_y, shape)
         return pull(grad_y)
 
     return pullback
+
+
+def _misfit(grads: Arrays, shapes: TreeShapes) -> str:
+    """Say how a tree of gradients does not fit, as the end of a sentence; "" if it fits."""
+    try:
+        found = shapes.structure.flatten(grads)
+    except UsageError:
+        return f"it got {describe(grads)}"
+    for position, (grad, shape) in enumerate(zip(found, shapes.shapes, strict=True)):
+        if grad is None:
+            continue
+        if shape is None:
+            return f"leaf {position} is no array and has no gradient, but it got {describe(grad)}"
+        if problem := _array_misfit(grad, shape):
+            return f"for leaf {position}, of shape {shape}, it got {problem}"
+    return ""
+
+
+def _array_misfit(grad: Arrays, shape: tuple[int, ...]) -> str:
+    """Describe an object that is no plain array of this shape; "" if it is one."""
+    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
+        return ""
+    if found := lost_meaning(grad):
+        return found
+    is_array = hasattr(grad, "shape") and not isinstance(grad, np.generic)
+    if is_array and grad.shape == shape:
+        namespace_of(grad)
+        return f"an array of {grad.dtype}, which would lose fractions" if grad.dtype.kind in "iub" else ""
+    return f"an array of shape {grad.shape}" if is_array else f"a {type(grad).__name__}"
 
 
 def check_positive(layer: str, **sizes: int) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import numpy as np
 
 from ferro.errors import UsageError
 
-from .arrays import Array, Rng, namespace_of
+from .arguments import check_floating
+from .arrays import Array, Rng, namespace_of, quiet_overflow, wide_dtype
 from .checks import checked_pullback
 from .module import Module, Pullback
 
@@ -33,18 +37,31 @@ class Dropout(Module):
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Set random elements of `x`, of any shape, to zero."""
-        xp = namespace_of(x)
-        if not self.training or self.p == 0:
+        check_floating(self, x)
+        drop = self.draw(namespace_of(x), x.shape)
+        if drop is None:
             return x, checked_pullback(self, x.shape, lambda grad_y: grad_y)
+        return drop(x), checked_pullback(self, x.shape, drop)
+
+    def draw(self, xp: ModuleType, shape: tuple[int, ...]) -> Callable[[Array], Array] | None:
+        """Draw the elements that become zero; return the function that sets them to zero and scales the others.
+
+        None instead of the function stands for the identity.
+        """
+        if not self.training or self.p == 0:
+            return None
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0
-        keep = xp.asarray(self.rng.random(x.shape, dtype=np.float32) >= self.p)
+        keep = xp.asarray(self.rng.random(shape, dtype=np.float32) >= self.p)
 
-        def mask(values: Array) -> Array:
-            masked: Array = xp.where(keep, values, values.dtype.type(0))  # a product could make NaN of infinity
-            masked *= scale
-            return masked
+        def drop(values: Array) -> Array:
+            # In half precision, the scale itself would be rounded, and change the mean.
+            wide = values.astype(wide_dtype(values.dtype), copy=False)
+            dropped: Array = xp.where(keep, wide, wide.dtype.type(0))  # a product could make NaN of infinity
+            dropped *= scale
+            with quiet_overflow(values.dtype):
+                return dropped.astype(values.dtype, copy=False)
 
-        return mask(x), checked_pullback(self, x.shape, mask)
+        return drop
 
     def __repr__(self) -> str:
         return f"Dropout({self.p})"

@@ -7,8 +7,10 @@ import numpy.typing as npt
 
 from ferro.errors import UsageError
 
-from .arrays import Array, Rng, namespace_of
-from .checks import check_gradient, check_positive
+from .arguments import whole_number
+from .arrays import Array, Rng, namespace_of, wide_dtype
+from .checks import check_gradient
+from .initialization import standard_normal
 from .module import Module, Pullback
 from .parameter import Parameter
 
@@ -19,20 +21,37 @@ class Embedding(Module):
     Args:
         num_embeddings: number of rows; indices are 0 to num_embeddings - 1.
         dim: length of a row.
+        padding_idx: index of a row that stays as it is, zeros at first, because its gradient is always zero; -1 is the
+            last row. None: there is no such row.
         dtype: dtype of the table and the output.
         rng: random generator or seed for the table.
 
     Attributes:
         num_embeddings: as given.
         dim: as given.
+        padding_idx: as given, counted from the first row.
         weight: (num_embeddings, dim), standard normal at first.
     """
 
-    def __init__(self, num_embeddings: int, dim: int, *, dtype: npt.DTypeLike = np.float32, rng: Rng = None) -> None:
-        check_positive("Embedding", num_embeddings=num_embeddings, dim=dim)
-        self.num_embeddings = num_embeddings
-        self.dim = dim
-        table = np.random.default_rng(rng).standard_normal((num_embeddings, dim)).astype(dtype)
+    padding_idx: int | None = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        dim: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: npt.DTypeLike = np.float32,
+        rng: Rng = None,
+    ) -> None:
+        self.num_embeddings = rows = whole_number("Embedding", "num_embeddings", num_embeddings)
+        self.dim = whole_number("Embedding", "dim", dim)
+        if padding_idx is not None:
+            index = whole_number("Embedding", "padding_idx", padding_idx, least=-rows)
+            if index >= rows:
+                raise UsageError(f"Embedding: padding_idx must be from {-rows} to {rows - 1}, got {index}.")
+            self.padding_idx = index % rows
+        table = standard_normal((rows, self.dim), dtype, rng, zero_row=self.padding_idx)
         self.weight = Parameter(table, name="weight")
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
@@ -55,13 +74,19 @@ class Embedding(Module):
             # each row once.
             indices = x.reshape(x.size)
             order = xp.argsort(indices, kind="stable")
-            unique, starts = xp.unique(indices[order], return_index=True)
+            if self.padding_idx is not None:
+                order = order[indices[order] != self.padding_idx]
+            unique, starts, counts = xp.unique(indices[order], return_index=True, return_counts=True)
             grads = grad_y.reshape(x.size, dim)[order]
-            if x.size:
-                grads = xp.add.reduceat(grads, starts, axis=0)
+            if order.size > unique.size:
+                wide = wide_dtype(grads.dtype)
+                # A frequent index has a long sum, in which float32 would round too often.
+                exact = np.promote_types(wide, np.float64) if int(counts.max()) > 128 else wide
+                grads = xp.add.reduceat(grads.astype(exact, copy=False), starts, axis=0).astype(wide, copy=False)
             weight.add_grad_rows(unique, grads)
 
         return weight.data[x], pullback
 
     def __repr__(self) -> str:
-        return f"Embedding({self.num_embeddings}, {self.dim})"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"Embedding({self.num_embeddings}, {self.dim}{padding})"

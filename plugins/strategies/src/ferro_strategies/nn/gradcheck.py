@@ -10,9 +10,10 @@ from ferro.errors import UsageError
 
 from .arrays import Array
 from .module import Module
+from .trees import Arrays, leaves, map_leaves, structure
 
 
-def check_gradients(module: Module, x: Array, *, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+def check_gradients(module: Module, x: Arrays, *, step: float = 1e-5, rtol: float = 1e-5, atol: float = 1e-7) -> None:
     """Check the gradients of the input and of every parameter of `module`, element by element.
 
     The check differentiates a sum of the output with random weights (of a fixed seed). The module must compute in
@@ -21,32 +22,45 @@ def check_gradients(module: Module, x: Array, *, step: float = 1e-5, rtol: float
 
     Args:
         module: the module to check, in float64.
-        x: an input; integers are indices, whose gradient must be None.
+        x: an input, or a tree of several; integers and booleans are indices or masks, whose gradient must be None.
         step: half the distance between the two points of a difference.
         rtol: relative tolerance.
         atol: absolute tolerance.
 
     Raises:
         AssertionError: a gradient is wrong; the message names the array and its worst element.
-        UsageError: the output is not float64.
+        UsageError: the output, or a floating-point array of it, is not float64.
     """
     module.zero_grad()
     y, pullback = module.vjp(x)
-    if y.dtype != np.float64:
-        raise UsageError(f"check_gradients: {module!r} returned {y.dtype}; it needs float64.")
-    weights = np.random.default_rng(0).standard_normal(y.shape)
+    random = np.random.default_rng(0)
+    weights = map_leaves(lambda array: _output_weights(module, array, random), y)
     grad_x = pullback(weights)
 
     def loss() -> float:
-        return float(np.sum(module(x) * weights))
+        pairs = zip(leaves(module(x)), leaves(weights), strict=True)
+        return float(sum(np.sum(array * weight) for array, weight in pairs if weight is not None))
 
-    if x.dtype.kind in "iu":
-        assert grad_x is None, "the gradient of indices must be None"
-    else:
-        _compare("the input", grad_x, _differences(loss, x, step), rtol, atol)
+    grads = structure(x).flatten(grad_x)
+    inputs = leaves(x)
+    for position, (array, grad) in enumerate(zip(inputs, grads, strict=True)):
+        what = "the input" if len(inputs) == 1 else f"leaf {position} of the input"
+        if array is None or array.dtype.kind in "iub":
+            assert grad is None, "the gradient of indices must be None"
+        else:
+            _compare(what, grad, _differences(loss, array, step), rtol, atol)
     for name, parameter in module.named_parameters():
         numeric = _differences(loss, parameter.data, step)
         _compare(f"parameter {name!r}", parameter.grad, numeric, rtol, atol)
+
+
+def _output_weights(module: Module, array: Array, random: np.random.Generator) -> Array | None:
+    """Draw the gradient of one array of the output; None for indices and masks."""
+    if array.dtype.kind in "iub":
+        return None
+    if array.dtype != np.float64:
+        raise UsageError(f"check_gradients: {module!r} returned {array.dtype}; it needs float64.")
+    return random.standard_normal(array.shape)
 
 
 def _differences(loss: Callable[[], float], array: Array, step: float) -> Array:

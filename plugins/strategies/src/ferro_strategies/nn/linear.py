@@ -7,14 +7,19 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, Rng, he_uniform, matmul, namespace_of
-from .checks import check_dtype, check_gradient, check_input, check_positive, checked_pullback
+from .arguments import whole_number
+from .arrays import Array, Rng, affine, conjugate, matmul, namespace_of
+from .checks import check_dtype, check_gradient, check_input, checked_pullback
+from .initialization import he_uniform
 from .module import Module, Pullback
 from .parameter import Parameter
+from .sums import column_sums
 
 
 class Linear(Module):
-    """y = x @ weight + bias, for x of shape (..., in_features).
+    """y = x @ weight + bias, for x of shape (..., in_features), real or complex.
+
+    Gradients of complex numbers are those that point uphill, as in torch: that of x is grad_y @ weight.conj().T.
 
     Args:
         bias: whether to add a bias.
@@ -37,12 +42,10 @@ class Linear(Module):
         dtype: npt.DTypeLike = np.float32,
         rng: Rng = None,
     ) -> None:
-        check_positive("Linear", in_features=in_features, out_features=out_features)
-        self.in_features = in_features
-        self.out_features = out_features
-        weight = he_uniform((in_features, out_features), in_features, dtype, rng)
-        self.weight = Parameter(weight, name="weight")
-        self.bias = Parameter(np.zeros(out_features, dtype), name="bias") if bias else None
+        self.in_features = inner = whole_number("Linear", "in_features", in_features)
+        self.out_features = outer = whole_number("Linear", "out_features", out_features)
+        self.weight = Parameter(he_uniform((inner, outer), inner, dtype, rng), name="weight")
+        self.bias = Parameter(np.zeros(outer, dtype), name="bias") if bias else None
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """Map (..., in_features) to (..., out_features), as one matrix product."""
@@ -52,18 +55,16 @@ class Linear(Module):
         weight = self.weight.use()
         bias = self.bias.use() if self.bias is not None else None
         rows = x.reshape(x.size // inner, inner)
-        y = matmul(rows, weight.data)
-        if bias is not None:
-            y += bias.data
+        y = affine(rows, weight.data, bias.data if bias is not None else None)
 
         def pullback(grad_y: Array) -> Array:
             check_gradient(self, grad_y, (*x.shape[:-1], outer))
             grad_rows = grad_y.reshape(rows.shape[0], outer)
             if bias is not None:
-                bias.add_grad(grad_rows.sum(axis=0))
+                bias.add_grad(column_sums(grad_rows))
             if weight.requires_grad:
-                weight.add_grad_product(rows.T, grad_rows)
-            return matmul(grad_rows, weight.data.T).reshape(x.shape)
+                weight.add_grad_product(conjugate(rows.T), grad_rows)
+            return matmul(grad_rows, conjugate(weight.data.T)).reshape(x.shape)
 
         return y.reshape(*x.shape[:-1], outer), pullback
 

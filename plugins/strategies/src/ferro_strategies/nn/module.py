@@ -1,36 +1,41 @@
-"""Module, the base class of layers, models, strategies and adapters; and Buffer."""
+"""Module, the base class of layers, models, strategies and adapters; replacement of modules in a tree."""
 
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
-from typing import Any, ClassVar, Self, TypeAlias
+from types import MappingProxyType
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from ferro.errors import UsageError
-
-from .arrays import Array, namespace_of
 from .checks import first_few
+from .module_state import ModuleState
+from .module_tree import Buffer as Buffer
+from .module_tree import Item, walk
 from .parameter import Parameter
+from .trees import Arrays
 
-# A function from the output's gradient to the input's, or to None for an input such as indices.
-Pullback: TypeAlias = Callable[[Array], Array | None]
-
-# The state of a random generator: nested dicts of strings and integers, whose form NumPy does not specify.
-GeneratorState: TypeAlias = Mapping[str, Any]
+# A function from the output's gradient to the input's, or to None for an input such as indices. Where input or output
+# is a tree of arrays, so is its gradient, with None for a leaf that has none.
+Pullback: TypeAlias = Callable[[Arrays], Arrays | None]
 
 
-class Module(ABC):
+class Module(ModuleState):
     """A function with parameters that can be differentiated backwards.
 
     A subclass implements `vjp`. Its parameters, buffers and submodules are the `Parameter`,
-    `Buffer` and `Module` objects that its attributes hold, also inside lists, tuples and dicts. A
+    `Buffer` and `Module` objects that its attributes hold, also inside lists, tuples, namedtuples,
+    deques and dicts; one inside a set, which has no order, is refused. A
     qualified name consists of attribute names, indices and keys: "layers.0.weight". The order is
     that of definition, depth first; a shared object appears once, under its first name.
+
+    A strategy is a module, too. The methods which it may override, and which are honoured where it
+    is a part of another module, are those of `ModuleState`.
 
     To move a model to a GPU, assign each parameter's and buffer's `data`:
     `parameter.data = cupy.asarray(parameter.data)`.
@@ -41,12 +46,13 @@ class Module(ABC):
             has the same name in the wrapper.
     """
 
-    training: bool = True
-    transparent: ClassVar[bool] = False
-
     @abstractmethod
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Compute the output, and the pullback: the function from its gradient to the input's.
+
+        Input and output are an array each, or a tree of arrays: a tuple, list, dict or namedtuple of arrays or of
+        trees. The gradient of a tree has the same structure, with None for a leaf without gradient, such as indices or
+        a mask; None alone says that no leaf has one.
 
         The pullback adds to the gradients of the parameters (announced by `Parameter.use()`),
         and returns the gradient with respect to `x`. It keeps activations in its closure, so
@@ -58,7 +64,7 @@ class Module(ABC):
             UsageError: `x` does not have the shape or dtype that the module takes.
         """
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone."""
         return self.vjp(x)[0]
 
@@ -68,7 +74,7 @@ class Module(ABC):
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield (qualified name, parameter), each parameter once, in definition order."""
-        return ((name, item) for name, item in _walk(self) if isinstance(item, Parameter))
+        return ((name, item) for name, item in walk(self) if isinstance(item, Parameter))
 
     def buffers(self) -> Iterator[Buffer]:
         """Yield every buffer once, in definition order."""
@@ -76,7 +82,7 @@ class Module(ABC):
 
     def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
         """Yield (qualified name, buffer), each buffer once, in definition order."""
-        return ((name, item) for name, item in _walk(self) if isinstance(item, Buffer))
+        return ((name, item) for name, item in walk(self) if isinstance(item, Buffer))
 
     def modules(self) -> Iterator[Module]:
         """Yield this module and all submodules, each once, parents first."""
@@ -84,105 +90,17 @@ class Module(ABC):
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """Yield (qualified name, module) from ("", self) on, each module once, parents first."""
-        return ((name, item) for name, item in _walk(self) if isinstance(item, Module))
+        return ((name, item) for name, item in walk(self) if isinstance(item, Module))
+
+    def materialize(self) -> Self:
+        """Draw the values of all parameters that were built inside `deferred()`; returns the module."""
+        for parameter in self.parameters():
+            parameter.materialize()
+        return self
 
     def named_generators(self) -> Iterator[tuple[str, np.random.Generator]]:
         """Yield (qualified name, random generator) of all that modules hold, each once, in definition order."""
-        return ((name, item) for name, item in _walk(self) if isinstance(item, np.random.Generator))
-
-    def train(self) -> Self:
-        """Set this module and all submodules to training; returns the module."""
-        for module in self.modules():
-            module.training = True
-        return self
-
-    def eval(self) -> Self:
-        """Set this module and all submodules to evaluation; returns the module."""
-        for module in self.modules():
-            module.training = False
-        return self
-
-    def zero_grad(self) -> None:
-        """Set every parameter's gradient to None."""
-        for parameter in self.parameters():
-            parameter.zero_grad()
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copy all parameters and buffers into a dict, by qualified name."""
-        return {name: holder.data.copy() for name, holder in _state(self)}
-
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy the arrays of `state` into the parameters and buffers, in place.
-
-        Raises:
-            UsageError: a name is missing or unexpected, or a shape or dtype differs; the first
-                few of each are listed, and nothing was changed.
-        """
-        own = dict(_state(self))
-        missing = [f"missing {name!r}" for name in own if name not in state]
-        unexpected = [f"unexpected {name!r}" for name in state if name not in own]
-        unlike = []
-        for name, holder in own.items():
-            if name in state:
-                here, there = holder.data, state[name]
-                if (here.shape, here.dtype) != (there.shape, there.dtype):
-                    unlike.append(f"{name!r} is {here.dtype} {here.shape}, given {there.dtype} {there.shape}")
-        faults = [*first_few(missing), *first_few(unexpected), *first_few(unlike)]
-        if faults:
-            raise UsageError(
-                f"load_state_dict: the state does not fit {type(self).__name__}: "
-                f"{'; '.join(faults)}. Nothing was loaded."
-            )
-        for name, holder in own.items():
-            holder.data[...] = namespace_of(holder.data).asarray(state[name])
-
-    def generator_state_dict(self) -> dict[str, GeneratorState]:
-        """Copy the states of all random generators, such as those of Dropout, by qualified name.
-
-        Together with `state_dict`, and the optimizer's and the sampler's, this is what a training goes on from, bit for
-        bit. Ranks have different generators, so each saves its own. A state consists of dicts, strings and integers,
-        which `json.dumps` takes.
-        """
-        return {name: generator.bit_generator.state for name, generator in self.named_generators()}
-
-    def load_generator_state_dict(self, state: Mapping[str, GeneratorState]) -> None:
-        """Set the states of all random generators.
-
-        Raises:
-            UsageError: a name is missing or unexpected, or a generator is of another kind. Nothing was changed.
-        """
-        own = dict(self.named_generators())
-        faults = [f"missing {name!r}" for name in own if name not in state]
-        faults += [f"unexpected {name!r}" for name in state if name not in own]
-        for name in own.keys() & state.keys():
-            here, there = own[name].bit_generator.state["bit_generator"], state[name].get("bit_generator")
-            if here != there:
-                faults.append(f"{name!r} is a {here}, given a {there}")
-        if faults:
-            raise UsageError(
-                f"load_generator_state_dict: the state does not fit {type(self).__name__}: "
-                f"{'; '.join(first_few(faults))}. Nothing was loaded."
-            )
-        for name, generator in own.items():
-            generator.bit_generator.state = state[name]
-
-
-class Buffer:
-    """An array of a module's state that is not trained, such as running statistics.
-
-    Attributes:
-        data: NumPy or CuPy array of any dtype; layers change it in place.
-    """
-
-    def __init__(self, data: Array) -> None:
-        namespace_of(data)
-        self.data = data
-
-    def __repr__(self) -> str:
-        return f"Buffer(shape={self.data.shape}, dtype={self.data.dtype})"
-
-
-_Item: TypeAlias = Module | Parameter | Buffer | np.random.Generator
+        return ((name, item) for name, item in walk(self) if isinstance(item, np.random.Generator))
 
 
 def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) -> Module:
@@ -207,13 +125,13 @@ def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) 
                         setattr(value, key, new)
                 new_modules[id(value)] = replacement(names[id(value)], value)
             return new_modules[id(value)]
-        if isinstance(value, dict):
+        if isinstance(value, dict | UserDict):
             value.update({key: visit(child) for key, child in value.items()})
-        elif isinstance(value, list):
-            value[:] = map(visit, value)
-        elif type(value) is tuple:
-            items = tuple(map(visit, value))
-            return value if all(map(operator.is_, items, value)) else items
+        elif isinstance(value, list | UserList | deque):
+            for index, child in enumerate(value):
+                value[index] = visit(child)
+        elif isinstance(value, tuple | MappingProxyType):
+            return _rebuilt(value, visit)
         return value
 
     new_root = visit(root)
@@ -221,29 +139,61 @@ def replace_modules(root: Module, replacement: Callable[[str, Module], Module]) 
     return new_root
 
 
-def _state(root: Module) -> Iterator[tuple[str, Parameter | Buffer]]:
-    return ((name, item) for name, item in _walk(root) if isinstance(item, Parameter | Buffer))
+def _rebuilt(value: tuple[object, ...] | MappingProxyType[object, object], visit: Callable[[object], object]) -> object:
+    """Make a container that cannot be changed in place again, of the same class, if one of its members is replaced."""
+    if isinstance(value, MappingProxyType):
+        members = {key: visit(child) for key, child in value.items()}
+        return value if all(members[key] is child for key, child in value.items()) else MappingProxyType(members)
+    items = [visit(child) for child in value]
+    if all(map(operator.is_, items, value)):
+        return value
+    kind: Callable[..., object] = type(value)
+    return kind(*items) if hasattr(value, "_fields") else kind(items)
+
+
+class TreeChanges(NamedTuple):
+    """The difference between a module tree and an earlier snapshot of it; an object that only moved is in neither.
+
+    Attributes:
+        added: (qualified name, object) for modules, parameters, buffers and generators that came; those that a new
+            module holds, too.
+        removed: those that went, with the name that they had.
+    """
+
+    added: list[tuple[str, Item]]
+    removed: list[tuple[str, Item]]
+
+    def describe(self) -> str:
+        """Name the parameters, or else the modules, that came and went, for a message."""
+
+        def names(items: list[tuple[str, Item]]) -> str:
+            wanted = [name for name, item in items if isinstance(item, Parameter)] or [name for name, _ in items]
+            return ", ".join(first_few([repr(name) for name in wanted]))
+
+        parts = [f"{names(items)} {verb}" for items, verb in zip(self, ("came", "went"), strict=True) if items]
+        return " and ".join(parts) or "only the order or the place of some parts changed"
 
 
 class TreeSnapshot:
     """The members of all containers in a module tree, to notice at little cost that the tree has changed.
 
-    Containers are modules, lists, tuples and dicts. Members are compared by identity, in one pass that calls no Python
-    function.
+    Containers are modules and the collections that they hold. Members are compared by identity, in one pass that calls
+    no Python function.
     """
 
     _END = object()
 
     def __init__(self, root: Module) -> None:
         self._root = root
+        self._items = list(walk(root))
         self._containers: list[Iterable[object]] = []
         seen: set[int] = set()
 
         def visit(value: object) -> None:
-            if isinstance(value, Module | dict | list | tuple) and id(value) not in seen:
+            if isinstance(value, Module | dict | list | tuple | deque | UserDict | UserList) and id(value) not in seen:
                 seen.add(id(value))
                 members = vars(value) if isinstance(value, Module) else value
-                container = members.values() if isinstance(members, dict) else members
+                container = members.values() if isinstance(members, dict | UserDict) else members
                 self._containers.append(container)
                 for member in container:
                     visit(member)
@@ -256,33 +206,15 @@ class TreeSnapshot:
         present = chain(chain.from_iterable(self._containers), (self._END,))
         return all(map(operator.is_, present, self._members))
 
+    def changes(self) -> TreeChanges:
+        """Name the modules, parameters, buffers and generators that came and went since the snapshot."""
+        before = {id(item) for _, item in self._items}
+        now = list(walk(self._root))
+        present = {id(item) for _, item in now}
+        return TreeChanges(
+            added=[(name, item) for name, item in now if id(item) not in before],
+            removed=[(name, item) for name, item in self._items if id(item) not in present],
+        )
+
     def __deepcopy__(self, memo: dict[int, object]) -> TreeSnapshot:
         return TreeSnapshot(deepcopy(self._root, memo))
-
-
-def _walk(root: Module) -> Iterator[tuple[str, _Item]]:
-    """Yield all modules, parameters, buffers and generators from `root` on, each once, depth first."""
-    seen: set[int] = set()
-
-    def visit(name: str, value: object) -> Iterator[tuple[str, _Item]]:
-        if isinstance(value, Module | Parameter | Buffer | np.random.Generator):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            yield name, value
-        for key, child in _children(value):
-            if isinstance(value, Module) and value.transparent and isinstance(child, Module):
-                yield from visit(name, child)
-            else:
-                yield from visit(f"{name}.{key}" if name else key, child)
-
-    return visit("", root)
-
-
-def _children(value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, Module):
-        yield from vars(value).items()
-    elif isinstance(value, dict):
-        yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        yield from ((str(index), item) for index, item in enumerate(value))

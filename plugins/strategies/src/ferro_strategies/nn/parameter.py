@@ -32,13 +32,19 @@ the value, and keeps no reference to the array.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from .arrays import Array, matmul, namespace_of
+from .arrays import Array, matmul, namespace_of, wide_dtype
+from .gradient_checks import check_grad, check_grad_product, check_grad_rows, check_grad_shape
+from .initialization import DeferredValue
+from .split import Split as Split
+from .state_owner import StateOwner
 
 
 class Parameter:
@@ -46,10 +52,12 @@ class Parameter:
 
     The gradient always lives in the same memory: the parameter's own, or memory given by a
     strategy (see `set_grad_memory`). The first addition after `zero_grad()` overwrites that
-    memory, later ones add to it.
+    memory, later ones add to it. The gradient of a parameter in half precision is float32, because
+    many microbatches add up in it.
 
     Args:
-        data: floating-point NumPy or CuPy array, C-contiguous; it is not copied.
+        data: floating-point NumPy or CuPy array, C-contiguous; it is not copied. Or a value from `nn.drawn`, for a
+            layer that can be built inside `deferred()`.
         name: name for messages; a strategy sets the qualified name.
         requires_grad: whether gradients are accumulated and listeners called.
 
@@ -58,19 +66,34 @@ class Parameter:
         requires_grad: as given; may be changed between steps.
         splits: one entry for each strategy that split the parameter over ranks; () when every
             rank holds the whole parameter.
+        stages: in a pipeline, the ranks that have the model's other parameters; None elsewhere.
+        tied_copy: whether another stage of the pipeline has the copy of this parameter that counts in norms.
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
+        times_zeroed: the number of calls of `zero_grad()`. A strategy that keeps a part of the gradient elsewhere
+            drops that part when this number has changed.
+        step_guards: functions by the kind of strategy, which an optimizer calls with its learning rate before it
+            changes the parameter; a strategy refuses a step there whose gradients are not those of all ranks.
     """
 
-    def __init__(self, data: Array, *, name: str = "", requires_grad: bool = True) -> None:
+    def __init__(self, data: Array | DeferredValue, *, name: str = "", requires_grad: bool = True) -> None:
         self.name = name
-        self.data = data
+        self._deferred_value: DeferredValue | None = None
+        if isinstance(data, DeferredValue):
+            self._deferred_value = data
+        else:
+            self.data = data
         self.requires_grad = requires_grad
         self.splits: tuple[Split, ...] = ()
+        self.stages: ProcessGroup | None = None
+        self.tied_copy = False
         self.deferred: list[Callable[[], None]] | None = None
         self._grad: Array | None = None
         self._memory: Array | None = None
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._listeners: list[Callable[[Parameter], None]] = []
+        self.step_guards: dict[str, Callable[[float], None]] = {}
+        self._state_owners: list[weakref.ref[StateOwner[Parameter]]] = []
+        self.times_zeroed = 0
 
     @property
     def data(self) -> Array:
@@ -78,11 +101,20 @@ class Parameter:
 
         Another array may be assigned, to move the parameter to a GPU for example; replace gradient
         memory that no longer fits by `set_grad_memory`.
+
+        Raises:
+            UsageError: on reading, the parameter was built inside `deferred()` and has no array yet.
         """
-        return self._data
+        # A deferred parameter has no attribute _data, so that reading needs no test in the others.
+        try:
+            return self._data
+        except AttributeError:
+            raise self._missing_value() from None
 
     @data.setter
     def data(self, value: Array) -> None:
+        if isinstance(value, np.generic):
+            value = np.asarray(value)
         namespace_of(value)
         if value.dtype.kind in "iub" or not value.flags.c_contiguous:
             raise UsageError(
@@ -91,6 +123,27 @@ class Parameter:
                 "astype or numpy.ascontiguousarray, or make it a Buffer."
             )
         self._data = value
+        self._deferred_value = None
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the parameter was built inside `deferred()`, and has no array yet."""
+        return self._deferred_value is not None
+
+    def materialize(self) -> None:
+        """Draw the value of a deferred parameter; others stay as they are."""
+        if self._deferred_value is not None:
+            self.data = self._deferred_value.draw()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what this parameter holds on this rank, also while it is deferred."""
+        return self.data.shape if self._deferred_value is None else self._deferred_value.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the value, also while it is deferred."""
+        return self.data.dtype if self._deferred_value is None else self._deferred_value.dtype
 
     @property
     def grad(self) -> Array | None:
@@ -106,9 +159,14 @@ class Parameter:
         if value is None:
             self.zero_grad()
         elif value is not self._grad:
-            self._check_shape(value.shape)
+            check_grad_shape(self.name, self.data, value.shape)
             self._grad = self._reserve()
             self._grad[...] = value
+
+    @property
+    def grad_dtype(self) -> np.dtype:
+        """The dtype of the gradient: float32 for half precision, otherwise that of the value."""
+        return _grad_dtype(self._data.dtype)
 
     @property
     def outstanding_uses(self) -> int:
@@ -135,7 +193,10 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self._check_shape(grad.shape)
+        check_grad(self.name, self.data, grad)
+        self._add(grad)
+
+    def _add(self, grad: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             self._grad[...] = grad
@@ -147,12 +208,18 @@ class Parameter:
         """Add the matrix product `a @ b`, reshaped to the shape of `data`.
 
         This equals `add_grad`, but computes the first product of a step in the gradient's memory,
-        without another array of the parameter's size.
+        without another array of the parameter's size. The rows of the product stand for the first dimensions of
+        `data`, its columns for the others.
+
+        Raises:
+            UsageError: the product does not fit so; nothing was added.
         """
         if not self.requires_grad:
             return
-        if a.shape[0] * b.shape[1] != self.data.size:
-            self._check_shape((a.shape[0], b.shape[1]))
+        check_grad_product(self.name, self.data, a, b)
+        self._add_product(a, b)
+
+    def _add_product(self, a: Array, b: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             flat = self._grad.reshape(a.shape[0], b.shape[1])
@@ -168,7 +235,10 @@ class Parameter:
         """
         if not self.requires_grad:
             return
-        self._check_shape((self.data.shape[0], *grads.shape[1:]))
+        check_grad_rows(self.name, self.data, rows, grads)
+        self._add_rows(rows, grads)
+
+    def _add_rows(self, rows: Array, grads: Array) -> None:
         if self._grad is None:
             self._grad = self._reserve()
             self._grad.fill(0)
@@ -178,25 +248,26 @@ class Parameter:
     def zero_grad(self) -> None:
         """Set the gradient to None, and keep its memory for the next one."""
         self._grad = None
+        self.times_zeroed += 1
 
     def set_grad_memory(self, memory: Array | None) -> None:
         """Keep the gradient in `memory` from now on, and copy the present gradient there.
 
         Args:
-            memory: a C-contiguous, writeable array of the shape and dtype of `data`, such as a part
-                of a bucket. Its owner may reduce it in place once the gradient is complete. None:
-                the next gradient after `zero_grad()` gets memory of the parameter's own.
+            memory: a C-contiguous, writeable array of the shape of `data`, of `grad_dtype` or the dtype of `data`,
+                such as a part of a bucket. Its owner may reduce it in place once the gradient is complete. None: the
+                next gradient after `zero_grad()` gets memory of the parameter's own.
 
         Raises:
             UsageError: `memory` does not fit; nothing was changed.
         """
         if memory is not None:
-            self._check_shape(memory.shape)
+            check_grad_shape(self.name, self.data, memory.shape)
             flags = memory.flags
-            if memory.dtype != self.data.dtype or not flags.c_contiguous:
+            if memory.dtype not in (self.grad_dtype, self.data.dtype) or not flags.c_contiguous:
                 raise UsageError(
                     f"gradient memory of parameter {self.name!r} must be C-contiguous "
-                    f"{self.data.dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
+                    f"{self.grad_dtype}, got {memory.dtype}, C-contiguous: {flags.c_contiguous}."
                 )
             # CuPy arrays have no such flag: they are always writeable.
             if not getattr(flags, "writeable", True):
@@ -211,7 +282,7 @@ class Parameter:
 
         Args:
             data: the value.
-            grad: the present gradient, of the shape and dtype of `data`, or None.
+            grad: the present gradient, of the shape of `data`, or None.
             grad_memory: memory for the gradient (see `set_grad_memory`), which is `grad` itself
                 unless that is None; None: memory of the parameter's own.
         """
@@ -232,21 +303,58 @@ class Parameter:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def add_state_owner(self, owner: StateOwner[Parameter]) -> None:
+        """Record an object that keeps state for this parameter, such as an optimizer; it is not kept alive."""
+        self._state_owners = [ref for ref in self._state_owners if ref() is not None]
+        self._state_owners.append(weakref.ref(owner))
+
+    @property
+    def state_owners(self) -> list[StateOwner[Parameter]]:
+        """The objects that keep state for this parameter, in the order in which they were made."""
+        return [owner for ref in self._state_owners if (owner := ref()) is not None]
+
     def __deepcopy__(self, memo: dict[int, object]) -> Parameter:
         """Copy value and gradient; gradient memory, uses and listeners stay with the original."""
-        twin = Parameter(self.data.copy(), name=self.name, requires_grad=self.requires_grad)
+        value = self._deferred_value or self.data.copy()
+        twin = Parameter(value, name=self.name, requires_grad=self.requires_grad)
         twin.splits = self.splits
         twin.grad = self._grad
         return twin
 
+    def __getstate__(self) -> dict[str, object]:
+        """Keep value and gradient for pickle; gradient memory, uses and listeners stay with the original.
+
+        Raises:
+            UsageError: the parameter is in pieces, of which this rank has one.
+        """
+        if self.splits:
+            raise UsageError(
+                f"parameter {self.name!r} is in pieces over the ranks of group {self.splits[0].group.name!r}, so it "
+                "cannot be pickled. Save model.state_dict(), or for a tensor-parallel model its full_state_dict."
+            )
+        data = self.data if self._deferred_value is None else self._deferred_value.draw()
+        return {"data": data, "name": self.name, "requires_grad": self.requires_grad, "grad": self._grad}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a parameter of what `__getstate__` kept."""
+        Parameter.__init__(self, state["data"], name=state["name"], requires_grad=state["requires_grad"])
+        self.grad = state["grad"]
+
     def __repr__(self) -> str:
-        return f"Parameter({self.name!r}, shape={self.data.shape}, dtype={self.data.dtype})"
+        return f"Parameter({self.name!r}, shape={self.shape}, dtype={self.dtype}{', deferred' * self.is_deferred})"
+
+    def _missing_value(self) -> UsageError:
+        return UsageError(
+            f"parameter {self.name!r} of shape {self.shape} was built inside deferred(), and has no value yet. Call "
+            "model.materialize() to draw all values, load a state, or give the model to FSDP, Pipeline or tensor "
+            "parallelism, which draw what they keep."
+        )
 
     def _reserve(self) -> Array:
         """Allocate the gradient's memory if there is none; its content is arbitrary."""
         if self._memory is None:
             data = self.data
-            memory: Array = namespace_of(data).empty(data.shape, data.dtype)
+            memory: Array = namespace_of(data).empty(data.shape, self.grad_dtype)
             self._memory = memory
         return self._memory
 
@@ -254,13 +362,6 @@ class Parameter:
         if not self._uses:
             for listener in tuple(self._listeners):
                 listener(self)
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != self.data.shape:
-            raise UsageError(
-                f"gradient of parameter {self.name!r} has shape {shape}, "
-                f"but the parameter has {self.data.shape}. Correct the pullback that added it."
-            )
 
 
 class Use:
@@ -282,15 +383,23 @@ class Use:
         return self._parameter.requires_grad
 
     def add_grad(self, grad: Array) -> None:
-        """Add this use's gradient: see `Parameter.add_grad`."""
-        self._end()
-        self._parameter.add_grad(grad)
+        """Add this use's gradient: see `Parameter.add_grad`. A gradient that is refused leaves the use outstanding."""
+        self._check_outstanding()
+        parameter = self._parameter
+        if parameter.requires_grad:
+            check_grad(parameter.name, parameter.data, grad)
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add(grad)
 
     def add_grad_product(self, a: Array, b: Array) -> None:
         """Add this use's gradient `a @ b`: see `Parameter.add_grad_product`.
 
         Where products are deferred, the use is outstanding until the product is added.
         """
+        self._check_outstanding()
+        if self._parameter.requires_grad:
+            check_grad_product(self._parameter.name, self._parameter.data, a, b)
         deferred = self._parameter.deferred
         if deferred is None:
             self._add_product(a, b)
@@ -299,59 +408,40 @@ class Use:
 
     def add_grad_rows(self, rows: Array, grads: Array) -> None:
         """Add some rows of this use's gradient: see `Parameter.add_grad_rows`."""
-        self._end()
-        self._parameter.add_grad_rows(rows, grads)
+        self._check_outstanding()
+        parameter = self._parameter
+        if parameter.requires_grad:
+            check_grad_rows(parameter.name, parameter.data, rows, grads)
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add_rows(rows, grads)
 
     def _add_product(self, a: Array, b: Array) -> None:
-        self._end()
-        self._parameter.add_grad_product(a, b)
+        self._check_outstanding()
+        parameter = self._parameter
+        parameter._uses.discard(self)
+        if parameter.requires_grad:
+            parameter._add_product(a, b)
 
-    def _end(self) -> None:
-        uses = self._parameter._uses
-        if self not in uses:
+    def _check_outstanding(self) -> None:
+        if self not in self._parameter._uses:
             raise UsageError(
                 f"a second gradient for one use of parameter {self._parameter.name!r}: "
                 "a pullback can be run only once. Call vjp again for another."
             )
-        uses.discard(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """A division of a parameter over ranks, each of which holds a piece.
+def check_step(parameters: Iterable[Parameter], lr: float) -> None:
+    """Ask the strategies of these parameters whether an optimizer may change them now.
 
-    Attributes:
-        group: the ranks that hold the pieces, in the order of the pieces.
-        dim: dimension of the whole array along which it is cut; None when it is cut as a flat row.
+    Raises:
+        UsageError: a strategy refuses the step.
     """
+    guards = {id(guard): guard for parameter in parameters for guard in parameter.step_guards.values()}
+    for guard in guards.values():
+        guard(lr)
 
-    group: ProcessGroup
-    dim: int | None
 
-
-@contextmanager
-def deferring(parameters: Iterable[Parameter]) -> Iterator[list[Callable[[], None]]]:
-    """Queue the products that pullbacks add to these parameters' gradients, to add them later.
-
-    A pullback computes the gradient of its input, for which earlier layers wait, and the gradients of its parameters,
-    which only the optimizer needs; most of these are matrix products. A pipeline that defers the products sends the
-    input's gradient sooner, and computes the products while it would otherwise be idle (Qi et al., "Zero Bubble
-    Pipeline Parallelism", 2023).
-
-    with deferring(module.parameters()) as products:
-        grad_x = pullback(grad_y)
-    ...                                     # send grad_x
-    for product in products: product()      # now the gradients are complete
-
-    A queued product keeps its two factors, and its use stays outstanding. Gradients that a layer
-    adds in another way than by `Use.add_grad_product` are added at once.
-    """
-    products: list[Callable[[], None]] = []
-    held = list(parameters)
-    for parameter in held:
-        parameter.deferred = products
-    try:
-        yield products
-    finally:
-        for parameter in held:
-            parameter.deferred = None
+@cache
+def _grad_dtype(dtype: np.dtype) -> np.dtype:
+    return wide_dtype(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arrays import Array, matmul
+from .arrays import Array, conjugate, matmul
 from .checks import check_dtype, check_gradient, check_input
 from .embedding import Embedding
 from .module import Module, Pullback
@@ -43,8 +43,8 @@ class Unembedding(Module):
             check_gradient(self, grad_y, shape)
             grad_rows = grad_y.reshape(rows.shape[0], words)
             if weight.requires_grad:
-                weight.add_grad_product(grad_rows.T, rows)
-            return matmul(grad_rows, weight.data).reshape(x.shape)
+                weight.add_grad_product(grad_rows.T, conjugate(rows))
+            return matmul(grad_rows, conjugate(weight.data)).reshape(x.shape)
 
         return y, pullback
 

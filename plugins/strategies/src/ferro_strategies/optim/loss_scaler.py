@@ -16,7 +16,9 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
-from .optimizer import Optimizer, blocks
+from ..nn.trees import Arrays, map_leaves
+from .blocks import blocks
+from .optimizer import Optimizer
 
 # With a scale outside this range, float32 gradients could not be scaled or unscaled.
 _GREATEST = 2.0**127
@@ -54,8 +56,9 @@ class LossScaler:
         growth_factor: factor by which the scale grows, above 1.
         backoff_factor: factor by which the scale shrinks, between 0 and 1.
         growth_interval: number of steps in a row without overflow after which the scale grows.
-        group: the ranks that skip a step together: all ranks that hold pieces of the parameters. None where every rank
-            has the same gradients, as with DDP, so that all make the same decision.
+        group: more ranks that skip a step together. It is needed only where models on several ranks belong together
+            without a strategy: all ranks that have pieces of the parameters, or other stages of a pipeline, skip
+            together without it, and with DDP every rank has the same gradients.
 
     Attributes:
         current_scale: the scale.
@@ -99,11 +102,15 @@ class LossScaler:
         finally:
             self._listener = None
 
-    def scale(self, grad: Array) -> Array:
+    def scale(self, grad: Arrays) -> Arrays:
         """Multiply the loss's gradient by the scale, in its own dtype, for the pullback."""
+
+        def scaled(leaf: Array) -> Array:
+            product: Array = leaf.astype(wide_dtype(leaf.dtype), copy=False) * self.current_scale
+            return product.astype(leaf.dtype, copy=False)
+
         with np.errstate(over="ignore"):  # an overflow makes `step` skip
-            scaled: Array = grad.astype(wide_dtype(grad.dtype), copy=False) * self.current_scale
-            return scaled.astype(grad.dtype, copy=False)
+            return map_leaves(scaled, grad)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimizer by the scale, in place, before its step.
@@ -112,16 +119,13 @@ class LossScaler:
         communicate.
 
         Raises:
-            UsageError: the gradients are unscaled already, or ranks outside `group` hold pieces of
-                the parameters; nothing was changed.
+            UsageError: the gradients are unscaled already; nothing was changed.
         """
         if optimizer in self._finite:
             raise UsageError(
                 f"LossScaler: the gradients of this {type(optimizer).__name__} are unscaled "
                 "already. Call unscale once before each step, after the last pullback."
             )
-        for parameter in optimizer.parameters:
-            self._check_pieces(parameter)
         if self._listener is not None:
             self._listener.before_unscale(optimizer)
         grads = [item.grad for item in optimizer.parameters if item.grad is not None]
@@ -130,7 +134,8 @@ class LossScaler:
     def step(self, *optimizers: Optimizer) -> bool:
         """Unscale the gradients where needed, step if all are finite, and adapt the scale.
 
-        All ranks of the group call it; it takes one small reduction over them.
+        All ranks that have a part of the model call it, and make the same decision, by one small reduction over each
+        group of ranks that share parameters, and one over the stages of a pipeline.
 
         Args:
             optimizers: all optimizers with gradients of this loss; either all of them step, or none.
@@ -139,8 +144,8 @@ class LossScaler:
             Whether the step was made.
 
         Raises:
-            UsageError: no optimizer was given; ranks outside `group` hold pieces of parameters; or
-                gradients overflow with the smallest scale (raised on all ranks of the group).
+            UsageError: no optimizer was given; or gradients overflow with the smallest scale (raised on all of these
+                ranks).
         """
         if not optimizers:
             raise UsageError("LossScaler.step: give the optimizer that is to step.")
@@ -161,7 +166,7 @@ class LossScaler:
         if self._listener is not None:
             self._listener.before_agree(optimizers)
         flags = [self._finite.pop(optimizer) for optimizer in optimizers]
-        finite = self._finite_on_all_ranks(all(flags), optimizers[0])
+        finite = self._finite_on_all_ranks(all(flags), optimizers)
         self._adapt(finite)
         return finite
 
@@ -188,26 +193,31 @@ class LossScaler:
         self.current_scale = float(state["scale"])
         self._steps_in_a_row = int(state["steps_in_a_row"])
 
-    def _check_pieces(self, parameter: Parameter) -> None:
-        """Refuse a parameter of which ranks outside `group` hold pieces."""
-        together = set(self._group.global_ranks) if self._group is not None else set()
-        for split in parameter.splits:
-            alone = split.group.world_size == 1
-            if not alone and (others := set(split.group.global_ranks) - together):
-                raise UsageError(
-                    f"LossScaler: parameter {parameter.name!r} is split over group "
-                    f"{split.group.name!r}, of which world ranks {sorted(others)} would not skip "
-                    "a step together with this rank. Give LossScaler(group=...) a group of all "
-                    "ranks that hold pieces of the model.",
-                    group=split.group.name,
-                    rank=split.group.rank,
-                )
+    def _finite_on_all_ranks(self, finite: bool, optimizers: Sequence[Optimizer]) -> bool:
+        held = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
+        if not held and self._group is None:
+            raise UsageError(
+                "LossScaler: the optimizers of this rank have no parameters, so it cannot know which ranks decide with "
+                "it. Give LossScaler(group=...) all ranks of the model, on each of them."
+            )
+        xp = namespace_of(held[0].data) if held else np
+        for group in self._groups(held):
+            finite = bool(group.all_reduce(xp.array(finite, np.uint8), "min"))
+        return finite
 
-    def _finite_on_all_ranks(self, finite: bool, optimizer: Optimizer) -> bool:
+    def _groups(self, held: Sequence[Parameter]) -> list[ProcessGroup]:
+        """List the groups that together connect all ranks which have a part of the parameters.
+
+        One group after another, each takes the result of the one before: pieces of a parameter lie along the axes of a
+        mesh, and the stages of a pipeline along another one.
+        """
+        groups = [split.group for parameter in held for split in parameter.splits]
+        groups += [parameter.stages for parameter in held if parameter.stages is not None]
+        distinct = {group.global_ranks: group for group in groups if group.world_size > 1}
         if self._group is None:
-            return finite
-        xp = namespace_of(optimizer.parameters[0].data)
-        return bool(self._group.all_reduce(xp.array(finite, np.uint8), "min"))
+            return list(distinct.values())
+        together = {*self._group.global_ranks}
+        return [*(group for ranks, group in distinct.items() if not {*ranks} <= together), self._group]
 
     def _adapt(self, finite: bool) -> None:
         if not finite:

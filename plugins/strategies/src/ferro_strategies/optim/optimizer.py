@@ -1,54 +1,57 @@
-"""Optimizer: the base of SGD and AdamW, with parameters, state, and updates in place."""
+"""Optimizer: the base of all optimizers, with parameter groups, state, schedules, and updates in place."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, namespace_of
-from ..nn.checks import first_few
-from ..nn.parameter import Parameter
+from ..nn.arrays import Array
+from ..nn.parameter import Parameter, check_step
+from .blocks import cached_wide_dtype
+from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
+from .schedules import Schedule
+from .state import ParameterState
 
-# An update works on blocks of this many elements. On a CPU a block of each array stays in the cache from one operation
-# to the next, and the scratch memory is small; a GPU needs large operations.
-_CPU_BLOCK = 1 << 15
-_GPU_BLOCK = 1 << 24
+MASTER = "master"
 
 
-class Optimizer(ABC):
+class Optimizer(ParameterState):
     """The base of optimizers, which change parameters in place by their gradients.
 
+    State and arithmetic of a parameter in half precision are float32. With `master_weights` the optimizer also keeps
+    its value in float32, updates that, and rounds it to the parameter; changes too small for half precision then add
+    up. A complex number is updated as two real ones.
+
+    Args:
+        parameters: a module; or parameters; or groups of them with settings of their own, as
+            [{"params": [...], "weight_decay": 0.0}, {"params": [...], "lr": 0.01}].
+        settings: the settings of all groups, which are not given in a group itself.
+        master_weights: whether parameters in half precision have a float32 copy, the state "master".
+
     Attributes:
-        parameters: the parameters, in the order given.
-        lr: learning rate; assign to it to follow a schedule.
-        state: for each parameter, the arrays that the optimizer keeps, by name; empty before the
-            parameter's first step.
+        parameters: the parameters of all groups, in the order given.
+        groups: the groups, whose settings may be changed between steps: `optimizer.groups[0]["lr"] = 0.1`.
+        lr: learning rate of all groups; assign to it, or `follow` a schedule.
+        state: see `ParameterState`.
 
     Raises:
-        UsageError: `parameters` is empty, repeats a parameter, or holds another object, or `lr` is
-            negative.
+        UsageError: a parameter is given twice, or another object is given; or a setting is unknown or out of its range.
     """
 
-    def __init__(self, parameters: Iterable[Parameter], lr: float) -> None:
-        self.parameters = list(parameters)
-        name = type(self).__name__
-        if not self.parameters:
-            raise UsageError(f"{name}: there are no parameters. Pass module.parameters().")
-        seen: set[int] = set()
-        for index, parameter in enumerate(self.parameters):
-            if not isinstance(parameter, Parameter):
-                kind = type(parameter).__name__
-                raise UsageError(f"{name}: item {index} is a {kind}, not a Parameter.")
-            if id(parameter) in seen:
-                raise UsageError(f"{name}: item {index}, {parameter!r}, is given twice.")
-            seen.add(id(parameter))
-        check_at_least_zero(name, lr=lr)
-        self.lr = lr
-        self.state: list[dict[str, Array]] = [{} for _ in self.parameters]
+    whole_arrays = frozenset({"t"})
+    lr = GroupSetting[float]()
+
+    def __init__(self, parameters: Parameters, settings: Settings, *, master_weights: bool = True) -> None:
+        self.groups = make_groups(type(self).__name__, parameters, settings, self._check_settings)
+        super().__init__([parameter for group in self.groups for parameter in group.parameters])
+        self.master_weights = master_weights
+        self._schedule: Schedule | None = None
+        self._schedule_step = 0
+        self._base_lrs = self._scheduled_lrs = self.lrs
         self._listeners: list[Callable[[], None]] = []
 
     def before_step(self, listener: Callable[[], None]) -> Callable[[], None]:
@@ -57,90 +60,168 @@ class Optimizer(ABC):
         return lambda: self._listeners.remove(listener)
 
     def step(self) -> None:
-        """Update every parameter that has a gradient; other parameters and their state stay."""
+        """Update every parameter that has a gradient; other parameters and their state stay.
+
+        Raises:
+            UsageError: the state does not fit what a parameter holds, or the model no longer has a parameter; nothing
+                was updated.
+        """
         for listener in tuple(self._listeners):
             listener()
-        for parameter, state in zip(self.parameters, self.state, strict=True):
-            grad = parameter.grad
-            if grad is not None:
-                if not state:
-                    state.update(self._initial_state(parameter.data))
-                self._update(parameter.data, grad, state)
+        self.check_fits()
+        check_step(self.parameters, max(self.lrs, default=0.0))
+        if self._schedule is not None and self.lrs != self._scheduled_lrs:
+            raise UsageError(
+                f"{type(self).__name__}: lr was changed to {self.lrs} while it follows a schedule, which would change "
+                "it back. Call follow(None) before, or follow another schedule from the new lr on."
+            )
+        index = 0
+        for group in self.groups:
+            for parameter in group.parameters:
+                grad, state = parameter.grad, self.state[index]
+                if grad is not None:
+                    if not state:
+                        state.update(self._new_state(parameter, group))
+                    self._update(parameter, grad, state, group.settings)
+                index += 1
+        self._schedule_step += 1
+        self._apply_schedule()
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
         for parameter in self.parameters:
             parameter.zero_grad()
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copy the state that steps change: "lr", and "<index>.<name>" for each parameter.
+    def follow(self, schedule: Schedule | None) -> None:
+        """Let each step's learning rates be the present ones times `schedule(number of the step)`, from 0 on.
 
-        An index is the position in `parameters`. Settings made at construction are not included.
+        The number of the step, and the present learning rates, become a part of the state dict.
+
+        Args:
+            schedule: a function of the number of steps that were made since now, such as `CosineSchedule(1000)`; None:
+                the learning rates stay as they are.
         """
-        state = {"lr": np.array(self.lr, np.float64)}
-        for index, arrays in enumerate(self.state):
-            state |= {f"{index}.{name}": array.copy() for name, array in arrays.items()}
+        self._schedule, self._schedule_step, self._base_lrs = schedule, 0, self.lrs
+        self._apply_schedule()
+
+    @property
+    def lrs(self) -> list[float]:
+        """The learning rate of each group; assign to it to change all of them."""
+        return [group["lr"] for group in self.groups]
+
+    @lrs.setter
+    def lrs(self, values: list[float]) -> None:
+        for group, lr in zip(self.groups, values, strict=True):
+            group["lr"] = lr
+
+    # -- saving and loading ----------------------------------------------------------------------
+
+    def initial_state(self, index: int) -> dict[str, Array]:
+        """Make the state that the parameter at this position has before its first step."""
+        return self._new_state(self.parameters[index], self._group_of(index))
+
+    def keeps_state(self, index: int) -> bool:
+        """Say whether the parameter at this position has state after its first step."""
+        dtype = self.parameters[index].data.dtype
+        has_master = self.master_weights and cached_wide_dtype(dtype) != dtype
+        return has_master or self._keeps_state(self._group_of(index).settings)
+
+    def settings_state(self) -> dict[str, Array]:
+        """Copy the settings: "lr" of the first group, "groups.<index>.<setting>", and the place in the schedule."""
+        state = {"lr": np.array(self.groups[0]["lr"], np.float64)}
+        for index, group in enumerate(self.groups):
+            state |= {f"groups.{index}.{name}": np.array(value) for name, value in group.settings.items()}
+        if self._schedule is not None:
+            state["schedule.step"] = np.array(self._schedule_step, np.int64)
+            state["schedule.lrs"] = np.array(self._base_lrs, np.float64)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Restore a state from `state_dict`, into an optimizer of parameters of the same shapes.
-
-        Raises:
-            UsageError: a name is missing or unexpected, or a shape or dtype differs; the first
-                few of each are listed, and nothing was changed.
-        """
-        rest, faults = dict(state), []
-        lr = rest.pop("lr", None)
+    def settings_faults(self, state: Mapping[str, Array]) -> list[str]:
+        """List the reasons why `load_settings` cannot take these arrays; empty if it can."""
+        lr = state.get("lr")
         if lr is None or lr.shape != ():
-            faults.append("'lr' is missing or no single number")
-        loaded: list[dict[str, Array]] = []
-        for index, parameter in enumerate(self.parameters):
-            fresh = self._initial_state(parameter.data)
-            given = {name: rest.pop(f"{index}.{name}", None) for name in fresh}
-            loaded.append({})
-            if all(array is None for array in given.values()):
-                continue  # saved before this parameter's first step
-            for name, here in fresh.items():
-                there = given[name]
-                if there is None:
-                    faults.append(f"missing '{index}.{name}'")
-                elif (here.shape, here.dtype) != (there.shape, there.dtype):
-                    faults.append(f"'{index}.{name}' is {here.dtype} {here.shape}, given {there.dtype} {there.shape}")
-                else:
-                    here[...] = namespace_of(here).asarray(there)
-                    loaded[index][name] = here
-        unexpected = [f"unexpected {name!r}" for name in rest]
-        faults = [*first_few(faults), *first_few(unexpected)]
-        if faults or lr is None:
-            raise UsageError(
-                f"load_state_dict: the state does not fit this {type(self).__name__} of "
-                f"{len(self.parameters)} parameters: {'; '.join(faults)}. Nothing was loaded."
-            )
-        self.lr, self.state = float(lr), loaded
+            return [
+                "'lr' is missing or no single number",
+                *(f"unexpected {name!r}" for name in state if "." not in name),
+            ]
+        if set(state) == {"lr"}:
+            return [] if len(self.groups) == 1 else [f"it has settings of one group, and there are {len(self.groups)}"]
+        own = self.settings_state()
+        faults = [f"missing {name!r}" for name in own if name not in state]
+        faults += [f"unexpected {name!r}" for name in state if name not in own]
+        if any("schedule." in fault for fault in faults):
+            faults.append("call follow(schedule) before loading exactly if the saved optimizer followed one")
+        faults += [
+            f"{name!r} has shape {own[name].shape}, given {np.shape(value)}"
+            for name, value in state.items()
+            if name in own and own[name].shape != np.shape(value)
+        ]
+        if not faults:
+            try:
+                for index in range(len(self.groups)):
+                    self._check_settings(self._loaded_settings(index, state))
+            except UsageError as error:
+                faults.append(str(error))
+        return faults
+
+    def load_settings(self, state: Mapping[str, Array]) -> None:
+        """Restore what `settings_state` copied; a state with "lr" alone changes only that."""
+        if set(state) == {"lr"}:
+            self.lr = float(state["lr"])
+            return
+        for index, group in enumerate(self.groups):
+            group.update(self._loaded_settings(index, state))
+        if self._schedule is not None:
+            self._schedule_step = int(state["schedule.step"])
+            self._base_lrs = np.asarray(state["schedule.lrs"]).tolist()
+            self._apply_schedule()
+
+    # -- for subclasses --------------------------------------------------------------------------
+
+    def _check_settings(self, settings: Settings) -> None:
+        """Refuse settings out of their range."""
+        check_at_least_zero(type(self).__name__, lr=settings["lr"])
+
+    def _keeps_state(self, settings: Settings) -> bool:
+        """Say whether `_initial_state` makes arrays."""
+        return True
 
     @abstractmethod
-    def _initial_state(self, data: Array) -> dict[str, Array]:
-        """Make the state of a parameter with this value before its first step."""
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        """Make the arrays that the update of a parameter needs, of the wide dtype of its value."""
 
     @abstractmethod
-    def _update(self, data: Array, grad: Array, state: dict[str, Array]) -> None:
-        """Make one step: change `data` and `state` in place, and leave `grad` as it is."""
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+        """Make one step: change the parameter's `data` and `state` in place, and leave `grad` as it is."""
 
+    # -- inside ----------------------------------------------------------------------------------
 
-def blocks(data: Array, *others: Array) -> Iterator[tuple[Array, ...]]:
-    """Cut C-contiguous arrays of one size into matching blocks, and add a scratch block.
+    def _apply_schedule(self) -> None:
+        if self._schedule is not None:
+            factor = float(self._schedule(self._schedule_step))
+            self.lrs = self._scheduled_lrs = [lr * factor for lr in self._base_lrs]
 
-    Yields:
-        (scratch, block of data, block of each other array), one-dimensional. The scratch block is
-        the same memory each time, of the dtype of `data`, with arbitrary content.
-    """
-    xp = namespace_of(data)
-    size = min(data.size, _CPU_BLOCK if xp is np else _GPU_BLOCK)
-    scratch = xp.empty(size, data.dtype)
-    flat = [array.reshape(array.size) for array in (data, *others)]
-    for start in range(0, data.size, max(size, 1)):
-        parts = [array[start : start + size] for array in flat]
-        yield (scratch[: parts[0].size], *parts)
+    def _new_state(self, parameter: Parameter, group: ParameterGroup) -> dict[str, Array]:
+        state, data = self._initial_state(parameter, group.settings), parameter.data
+        wide = cached_wide_dtype(data.dtype)
+        if self.master_weights and wide != data.dtype:
+            state[MASTER] = data.astype(wide)
+        return state
+
+    def _group_of(self, index: int) -> ParameterGroup:
+        """Find the group of the parameter at this position."""
+        for group in self.groups:
+            if index < len(group.parameters):
+                return group
+            index -= len(group.parameters)
+        raise IndexError(index)
+
+    @staticmethod
+    def _loaded_settings(index: int, state: Mapping[str, Array]) -> Settings:
+        prefix = f"groups.{index}."
+        return {
+            name[len(prefix) :]: np.asarray(value).tolist() for name, value in state.items() if name.startswith(prefix)
+        }
 
 
 def check_at_least_zero(optimizer: str, **settings: float) -> None:

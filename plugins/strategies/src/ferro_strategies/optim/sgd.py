@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter
-from .optimizer import Optimizer, blocks, check_at_least_zero
+from .blocks import update_blocks
+from .groups import GroupSetting, Parameters, Settings
+from .optimizer import MASTER, Optimizer, check_at_least_zero
 
 
 class SGD(Optimizer):
@@ -18,45 +18,59 @@ class SGD(Optimizer):
         m = momentum * m + d                       (m is 0 at first)
         p = p - lr * (d + momentum * m   if nesterov, else   m)
 
-    State per parameter: "momentum", of its shape and dtype; nothing without momentum.
+    State per parameter: "momentum", of its shape; nothing without momentum.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep
     learning", 2013, in torch's variant: lr scales the step, not the momentum.
     """
 
+    momentum = GroupSetting[float]()
+    weight_decay = GroupSetting[float]()
+    nesterov = GroupSetting[bool]()
+
     def __init__(
         self,
-        parameters: Iterable[Parameter],
+        parameters: Parameters,
         lr: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        master_weights: bool = True,
     ) -> None:
-        super().__init__(parameters, lr)
-        check_at_least_zero("SGD", momentum=momentum, weight_decay=weight_decay)
-        if nesterov and momentum == 0:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(parameters, settings, master_weights=master_weights)
+
+    def _check_settings(self, settings: Settings) -> None:
+        super()._check_settings(settings)
+        check_at_least_zero("SGD", momentum=settings["momentum"], weight_decay=settings["weight_decay"])
+        if settings["nesterov"] and settings["momentum"] == 0:
             raise UsageError("SGD: nesterov needs a momentum above 0.")
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.nesterov = nesterov
 
-    def _initial_state(self, data: Array) -> dict[str, Array]:
-        if self.momentum == 0:
+    def _keeps_state(self, settings: Settings) -> bool:
+        return bool(settings["momentum"] != 0)
+
+    def _initial_state(self, parameter: Parameter, settings: Settings) -> dict[str, Array]:
+        if not self._keeps_state(settings):
             return {}
-        return {"momentum": namespace_of(data).zeros(data.shape, data.dtype)}
+        data = parameter.data
+        return {"momentum": namespace_of(data).zeros(data.shape, wide_dtype(data.dtype))}
 
-    def _update(self, data: Array, grad: Array, state: dict[str, Array]) -> None:
-        xp, lr = namespace_of(data), self.lr
-        for scratch, p, g, *rest in blocks(data, grad, *state.values()):
+    def _update(self, parameter: Parameter, grad: Array, state: dict[str, Array], settings: Settings) -> None:
+        data, xp = parameter.data, namespace_of(parameter.data)
+        lr, momentum, weight_decay = settings["lr"], settings["momentum"], settings["weight_decay"]
+        nesterov = settings["nesterov"]
+        moments = [state["momentum"]] if "momentum" in state else []
+        for scratch, p, g, *rest in update_blocks(data, grad, moments, state.get(MASTER)):
             descent = g
-            if self.weight_decay != 0:
-                descent = xp.multiply(p, self.weight_decay, out=scratch)
+            if weight_decay != 0:
+                descent = xp.multiply(p, weight_decay, out=scratch)
                 descent += g
             if rest:
                 (m,) = rest
-                m *= self.momentum
+                m *= momentum
                 m += descent
-            if not rest or self.nesterov:
+            if not rest or nesterov:
                 p -= xp.multiply(descent, lr, out=scratch)
             if rest:
-                p -= xp.multiply(m, lr * self.momentum if self.nesterov else lr, out=scratch)
+                p -= xp.multiply(m, lr * momentum if nesterov else lr, out=scratch)

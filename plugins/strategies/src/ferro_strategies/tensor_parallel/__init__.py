@@ -3,12 +3,14 @@
 from .attention import ParallelAttention
 from .column import ColumnParallelLinear
 from .embedding import ParallelEmbedding
+from .generators import draw_alike, draw_per_rank
 from .layernorm import SequenceParallelLayerNorm
 from .loss import vocab_parallel_cross_entropy
 from .parallelize import parallelize
 from .regions import CopyIn, GatherIn, GatherOut, ReduceOut, ScatterOut, SplitIn
 from .row import RowParallelLinear
 from .state import full_state_dict, load_full_state_dict, local_state_dict
+from .sum_gradients import SumGradients
 from .unembedding import ParallelUnembedding
 
 __all__ = [
@@ -24,6 +26,9 @@ __all__ = [
     "ScatterOut",
     "SequenceParallelLayerNorm",
     "SplitIn",
+    "SumGradients",
+    "draw_alike",
+    "draw_per_rank",
     "full_state_dict",
     "load_full_state_dict",
     "local_state_dict",

@@ -16,8 +16,10 @@ from ..nn.checks import check_dtype, check_input, checked_pullback
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
+from ..nn.sums import column_sums
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
+from .summaries import check_same_input
 
 
 class ColumnParallelLinear(Module):
@@ -26,7 +28,7 @@ class ColumnParallelLinear(Module):
         x, on every rank          weight            y
         [ . . . . ]        @      [ 0 0 1 1 ]   =   [ 0 0 1 1 ]      columns of ranks 0 and 1
 
-    The gradient of x is summed over the ranks while that of the weight is computed.
+    The gradient of x is summed over the ranks while that of the weight is computed. The first inputs are compared.
 
     Args:
         in_features: size of the last dimension of x.
@@ -48,6 +50,8 @@ class ColumnParallelLinear(Module):
     Source: Shoeybi et al., "Megatron-LM", 2019, section 3; for sequence_parallel, Korthikanti et
     al., "Reducing Activation Recomputation in Large Transformer Models", 2022, section 4.2.2.
     """
+
+    _has_compared = False  # inputs are compared over the ranks in the first pass
 
     def __init__(
         self,
@@ -120,6 +124,9 @@ class ColumnParallelLinear(Module):
         """Map (..., in_features) to this rank's (..., columns), or to all with gather_output."""
         features, dtype = self.weight.data.shape[0], self.weight.data.dtype
         check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
+        if not self._has_compared and not self.sequence_parallel:
+            check_same_input(self, x, self.group)
+            self._has_compared = True
         (y,), pull = column_parallel_matmul(x, [self.uses()], self.group, sequence_parallel=self.sequence_parallel)
         if not self.gather_output:
             return y, checked_pullback(self, y.shape, lambda grad_y: pull((grad_y,)))
@@ -200,7 +207,7 @@ def column_parallel_matmul(
         rows = own if regathered is None else regathered.wait()
         for grad, (weight, bias) in zip(grad_rows, uses, strict=True):
             if bias is not None:
-                bias.add_grad(grad.sum(axis=0))
+                bias.add_grad(column_sums(grad))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad)
         return from_rows(summed.wait(), lead, sharding)

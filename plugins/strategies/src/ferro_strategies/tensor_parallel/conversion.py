@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
+
+import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
@@ -31,11 +34,14 @@ def check_serial_layer(
     if type(layer) is not kind:
         raise UsageError(f"{name} is made of {kind.__name__}, not of {layer!r}.")
     for parameter_name, parameter in layer.named_parameters():
+        if parameter.dtype.kind == "c":
+            raise UsageError(f"{name}: parameter {parameter_name!r} is complex; tensor-parallel layers are real.")
         if parameter.splits:
             raise UsageError(
                 f"{name}: parameter {parameter_name!r} of {layer!r} is in pieces already. Make "
                 "tensor-parallel layers first, then wrap the model in what shards it."
             )
+    layer.materialize()
     samples = {
         f"values of {parameter_name} (give all ranks one rng seed)": _sample(parameter.data)
         for parameter_name, parameter in layer.named_parameters()
@@ -61,13 +67,27 @@ def check_shard_sizes(maker: type[Module], what: str, total: int, sizes: tuple[i
 def sharded_copy(parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]) -> Parameter:
     """Make a parameter that holds a copy of this rank's shard."""
     shard = _like(parameter, local_shard(parameter.data, group, dim, sizes).copy())
-    shard.splits = (Split(group=group, dim=dim),)
+    shard.splits = (Split(group=group, dim=dim, shape=parameter.data.shape),)
     return shard
 
 
 def replicated_copy(parameter: Parameter) -> Parameter:
     """Make a parameter that holds a copy of the whole."""
     return _like(parameter, parameter.data.copy())
+
+
+def generator_of_rank(generator: np.random.Generator, position: int, rank: int) -> np.random.Generator:
+    """Make a generator of the same kind for one rank, derived from the state of one that is the same on all ranks.
+
+    Args:
+        generator: it is not advanced.
+        position: tells generators of equal states apart.
+        rank: the rank.
+    """
+    bits = generator.bit_generator
+    digest = hashlib.sha256(repr(bits.state).encode()).digest()
+    seed = np.random.SeedSequence(int.from_bytes(digest), spawn_key=(position, rank))
+    return np.random.Generator(type(bits)(seed))
 
 
 def _like(parameter: Parameter, data: Array) -> Parameter:

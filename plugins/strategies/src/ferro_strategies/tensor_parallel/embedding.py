@@ -14,6 +14,7 @@ from ..nn.embedding import Embedding
 from ..nn.module import Module, Pullback
 from .conversion import check_serial_layer, check_shard_sizes, sharded_copy
 from .sharding import SequenceSharding, from_rows, shard_slice, to_rows
+from .summaries import begin_comparison, different_inputs, end_comparison
 
 
 class ParallelEmbedding(Embedding):
@@ -71,6 +72,9 @@ class ParallelEmbedding(Embedding):
         self.training = whole.training
         self.group = group
         self.sequence_parallel = sequence_parallel
+        own = shard_slice(self._sizes, group.rank)
+        if whole.padding_idx is not None and own.start <= whole.padding_idx < own.stop:
+            self.padding_idx = whole.padding_idx - own.start  # of this rank's rows, as the indices that it looks up
         self.weight = sharded_copy(whole.weight, group, 0, self._sizes)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
@@ -81,6 +85,7 @@ class ParallelEmbedding(Embedding):
         """
         self._check(x)
         xp, group = namespace_of(x), self.group
+        comparison = begin_comparison(x, group)
         sharding = SequenceSharding.of_whole(x, group) if self.sequence_parallel else None
         # int64 holds any row's number; this rank's rows may lie beyond the range of x's dtype.
         indices = (x if sharding is None else x.T).reshape(x.size).astype(np.int64, copy=False)
@@ -90,12 +95,13 @@ class ParallelEmbedding(Embedding):
         y = xp.zeros((x.size, self._dim), found.dtype)
         y[positions] = found
         lead = x.shape
+        if not end_comparison(comparison):
+            raise different_inputs(repr(self), group)
         if sharding is None:
             y = group.all_reduce(y, out=y)
         else:
             y = group.reduce_scatter(y, sizes=sharding.rows)
             lead = (sharding.batch, sharding.lengths[group.rank])
-
         shape = (*lead, self._dim)
 
         def pullback(grad_y: Array) -> None:

@@ -48,8 +48,9 @@ class SequenceParallelLayerNorm(LayerNorm):
             UsageError: `layer` is no LayerNorm, or differs between ranks.
         """
         whole = check_serial_layer(cls, layer, LayerNorm, group, {})
-        made = cls(whole.weight.data.shape, group, whole.eps, dtype=whole.weight.data.dtype)
-        made.weight, made.bias = replicated_copy(whole.weight), replicated_copy(whole.bias)
+        made = cls(whole.normalized_shape, group, whole.eps)
+        made.weight = None if whole.weight is None else replicated_copy(whole.weight)
+        made.bias = None if whole.bias is None else replicated_copy(whole.bias)
         made.training = whole.training
         return made
 

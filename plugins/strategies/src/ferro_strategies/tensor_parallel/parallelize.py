@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeAlias
 
 from ferro import ProcessGroup, UsageError
 
+from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.module import Module, replace_modules
 from ..nn.parameter import Parameter
+from ..nn.state import Slices, cut_dims, slice_dims
+from .generators import draw_alike, draw_per_rank, seed_generators
+from .replicated_values import WholeGradientCheck, broadcast_whole_values, check_same_model, is_whole
 
 # A function that makes a parallel layer from a serial one, as `ColumnParallelLinear.from_serial`.
 Convert: TypeAlias = Callable[[Module, ProcessGroup], Module]
@@ -26,19 +32,73 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
             "head": partial(ColumnParallelLinear.from_serial, gather_output=True),
         })
 
-    All ranks call it, with equal models. Make the optimizer afterwards: the parameters are new. If an Embedding and its
-    Unembedding are both replaced, the new layers share a table, too.
+    All ranks call it, with models of the same structure; rank 0's parameters and buffers are broadcast. Parameters are
+    the same objects afterwards, each with this rank's piece of its array, so an optimizer may be made before or after;
+    state that it has is cut like the parameters.
+    If an Embedding and its Unembedding are both replaced, the new layers share a table, too.
+
+    Layers that are not replaced stay equal on all ranks: their generators draw alike, and their gradients are compared
+    (see WholeGradientCheck). Generators of layers that see activations in pieces, such as a Dropout between a
+    ColumnParallelLinear and a RowParallelLinear, draw other numbers on each rank. Which layers these are is seen from
+    the order of definition; where a model defines its layers in another order than it calls them, put `draw_alike` or
+    `draw_per_rank` into the plan.
 
     Args:
-        module: a serial model.
+        module: a serial model, or one with parallel layers made by their constructors.
         group: the ranks that share each layer.
         plan: maps patterns of qualified names (`*`, `?`, `[...]`) to functions that make the parallel layer; if several
-            patterns match, the first one is used.
+            patterns match, the first one is used. It may be empty.
 
     Raises:
-        UsageError: a pattern matches nothing, or a layer to be replaced shares a parameter with
-            one that is not (nothing was changed); or a layer cannot be converted, or layers that
+        UsageError: a pattern matches nothing, the ranks' models differ in structure, or a layer to be replaced shares
+            a parameter with one that is not (nothing was changed); or a layer cannot be converted, or layers that
             share a parameter would shard it differently.
+    """
+    chosen = _chosen(module, plan)
+    for name, layer in module.named_modules():
+        if id(layer) in chosen:
+            _check_unshared(module, name, layer, chosen)
+    before = list(module.parameters())
+    for parameter in before:
+        for owner in parameter.state_owners:
+            owner.check_reshape(parameter)
+    check_same_model(module, group, "parallelize")
+    per_rank = {
+        key: convert is draw_per_rank for key, convert in chosen.items() if convert in (draw_alike, draw_per_rank)
+    }
+    tied = _tied_parameters(module, chosen)
+    made_first: dict[int, Parameter | None] = {}
+    pairs: list[tuple[Module, Module]] = []
+
+    def replacement(name: str, layer: Module) -> Module:
+        convert = chosen.get(id(layer))
+        if convert is None or id(layer) in per_rank:
+            return layer
+        broadcast_whole_values(layer, group)
+        made = convert(layer, group)
+        _tie(name, layer, made, made_first)
+        if tied.isdisjoint(map(id, layer.parameters())):
+            _keep_parameters(layer, made)  # frees the whole arrays before the next layer is converted
+        else:
+            pairs.append((layer, made))
+        return made
+
+    new = replace_modules(module, replacement)
+    for layer, made in pairs:
+        _keep_parameters(layer, made)
+    _retire(before, new)
+    broadcast_whole_values(new, group)
+    seed_generators(new, group, per_rank)
+    if group.world_size > 1:
+        WholeGradientCheck([(name, p) for name, p in new.named_parameters() if is_whole(p, group)], group)
+    return new
+
+
+def _chosen(module: Module, plan: Mapping[str, Convert]) -> dict[int, Convert]:
+    """Find the function for each layer that the plan names, by the layer's identity.
+
+    Raises:
+        UsageError: a pattern matches nothing.
     """
     chosen: dict[int, Convert] = {}
     unused = set(plan)
@@ -52,20 +112,54 @@ def parallelize(module: Module, group: ProcessGroup, plan: Mapping[str, Convert]
     if unused:
         names = ", ".join(first_few([name for name, _ in module.named_modules() if name]))
         raise UsageError(f"parallelize: no module is called like {sorted(unused)}. There are: {names}.")
-    for name, layer in module.named_modules():
-        if id(layer) in chosen:
-            _check_unshared(module, name, layer, chosen)
-    made_first: dict[int, Parameter | None] = {}
+    return chosen
 
-    def replacement(name: str, layer: Module) -> Module:
-        convert = chosen.get(id(layer))
-        if convert is None:
-            return layer
-        made = convert(layer, group)
-        _tie(name, layer, made, made_first)
-        return made
 
-    return replace_modules(module, replacement)
+def _tied_parameters(module: Module, chosen: Container[int]) -> set[int]:
+    """Find the identities of parameters that several of the chosen layers hold."""
+    counts = Counter(
+        id(parameter)
+        for layer in module.modules()
+        if id(layer) in chosen
+        for parameter in _own_parameters(layer).values()
+    )
+    return {key for key, count in counts.items() if count > 1}
+
+
+def _keep_parameters(layer: Module, made: Module) -> None:
+    """Let the serial layer's parameters hold the parallel layer's values, and take their place in it.
+
+    Optimizers that were made before refer to these objects. A parameter without a counterpart of its name stays as it
+    is, as do those of a layer that was not replaced by another one.
+    """
+    serial = dict(layer.named_parameters())
+    for name, piece in list(made.named_parameters()):
+        parameter = serial.get(name)
+        if parameter is None or parameter is piece:
+            continue
+        holders = [(part, key) for part in made.modules() for key, value in vars(part).items() if value is piece]
+        if holders:
+            place = slice_dims(piece.data.shape, piece.data, cut_dims(piece))
+            parameter.hold(piece.data, grad=None, grad_memory=None)
+            parameter.splits = piece.splits
+            for owner in parameter.state_owners:
+                owner.reshape_state(parameter, partial(_own_piece, place))
+        for part, key in holders:
+            setattr(part, key, parameter)
+
+
+def _own_piece(place: Slices, whole: Array) -> Array:
+    """Copy this rank's piece of an array, in C order."""
+    return place.view(whole).copy(order="C")
+
+
+def _retire(before: Sequence[Parameter], new: Module) -> None:
+    """Tell optimizers which parameters the model no longer has, because a layer was replaced by one without them."""
+    kept = set(map(id, new.parameters()))
+    for parameter in before:
+        if id(parameter) not in kept:
+            for owner in parameter.state_owners:
+                owner.retire_parameter(parameter)
 
 
 def _check_unshared(root: Module, name: str, layer: Module, chosen: Container[int]) -> None:

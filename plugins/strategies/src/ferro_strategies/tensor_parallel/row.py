@@ -14,6 +14,7 @@ from ..nn.arrays import Array, Rng, matmul
 from ..nn.checks import check_dtype, check_gradient, check_input
 from ..nn.linear import Linear
 from ..nn.module import Module, Pullback
+from ..nn.sums import column_sums
 from .conversion import check_serial_layer, check_shard_sizes, replicated_copy, sharded_copy
 from .sharding import SequenceSharding, all_gather_along, from_rows, local_shard, to_rows
 
@@ -143,7 +144,7 @@ class RowParallelLinear(Module):
                 grad_rows = group.all_gather(grad_rows, sizes=sharding.rows)
             # The gathered gradient has all positions, so every rank gets the whole bias gradient.
             if bias is not None:
-                bias.add_grad(grad_rows.sum(axis=0))
+                bias.add_grad(column_sums(grad_rows))
             if weight.requires_grad:
                 weight.add_grad_product(rows.T, grad_rows)
             grad_x = from_rows(matmul(grad_rows, weight.data.T), x_lead, sharding)

@@ -6,6 +6,7 @@ from ferro import ProcessGroup
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array
+from ..nn.checks import checked_pullback
 from ..nn.module import Module, Pullback
 from ..nn.parameter import Use
 from ..nn.unembedding import Unembedding
@@ -67,7 +68,7 @@ class ParallelUnembedding(Module):
         check_column_input(self, x, features, dtype, sequences=self.sequence_parallel)
         uses = [(_TransposedUse(self.weight.use()), None)]
         (y,), pull = column_parallel_matmul(x, uses, self.group, sequence_parallel=self.sequence_parallel)
-        return y, lambda grad_y: pull((grad_y,))
+        return y, checked_pullback(self, y.shape, lambda grad_y: pull((grad_y,)))
 
     def __repr__(self) -> str:
         return f"ParallelUnembedding({self.group!r}, sequence_parallel={self.sequence_parallel})"

@@ -7,6 +7,8 @@ import math
 import operator
 from collections.abc import Sequence
 
+import numpy as np
+
 from ferro import UsageError
 from ferro.collectives.partition import even_sizes
 
@@ -26,19 +28,19 @@ def transpose(x: PlacedArray, axes: Sequence[int] | None = None) -> PlacedArray:
         raise UsageError(f"transpose: axes {axes} for an array of {ndim} dims", op="transpose")
     local = namespace_of(x.local).transpose(x.local, order)
     shape = tuple(x.shape[dim] for dim in order)
-    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, order.index))
+    return x.with_view(local, shape=shape, placements=map_shard_dims(x.placements, order.index))
 
 
 def expand_dims(x: PlacedArray, axis: int | Sequence[int]) -> PlacedArray:
     """Return a view with new dims of size 1; `axis` numbers them in the result."""
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
-    ndim = len(x.shape) + len(given)
-    new = checked_dims(given, ndim, "expand_dims")
+    count = len(axis) if isinstance(axis, Sequence) else 1
+    ndim = len(x.shape) + count
+    new = checked_dims(axis, ndim, "expand_dims")
     old = [dim for dim in range(ndim) if dim not in new]
     sizes = iter(x.shape)
     shape = tuple(1 if dim in new else next(sizes) for dim in range(ndim))
     local = namespace_of(x.local).expand_dims(x.local, new)
-    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, old.__getitem__))
+    return x.with_view(local, shape=shape, placements=map_shard_dims(x.placements, old.__getitem__))
 
 
 def squeeze(x: PlacedArray, axis: int | Sequence[int] | None = None) -> PlacedArray:
@@ -60,11 +62,11 @@ def squeeze(x: PlacedArray, axis: int | Sequence[int] | None = None) -> PlacedAr
     kept = [dim for dim in range(len(x.shape)) if dim not in removed]
     local = namespace_of(x.local).squeeze(x.local, tuple(removed))
     shape = tuple(x.shape[dim] for dim in kept)
-    return x.with_local(local, shape=shape, placements=map_shard_dims(x.placements, kept.index))
+    return x.with_view(local, shape=shape, placements=map_shard_dims(x.placements, kept.index))
 
 
-def concatenate(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
-    """Join arrays along a dim that no axis of the mesh shards.
+def concatenate(arrays: Sequence[PlacedArray], axis: int | None = 0, dtype: np.dtype | None = None) -> PlacedArray:
+    """Join arrays along a dim that no axis of the mesh shards; None joins the arrays' elements in one dim.
 
     Raises:
         UsageError: shapes do not fit, or data would have to move to other ranks, because the
@@ -72,6 +74,8 @@ def concatenate(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
     """
     if not arrays:
         raise UsageError("concatenate: no arrays", op="concatenate")
+    if axis is None:
+        arrays, axis = [reshape(array, -1) for array in arrays], 0
     first = arrays[0].shape
     (dim,) = checked_dims(axis, len(first), "concatenate")
     rests = {(*array.shape[:dim], *array.shape[dim + 1 :]) for array in arrays}
@@ -80,21 +84,23 @@ def concatenate(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
         raise UsageError(f"concatenate: shapes {shapes} differ in more than axis {dim}", op="concatenate")
     labels = tuple(None if at == dim else at for at in range(len(first)))
     operands = [Operand(array=array, labels=labels) for array in arrays]
-    sharding = propagate_sharding("concatenate", operands, len(first), jointly_linear)
+    if dtype is None:
+        dtype = np.result_type(*(array.dtype for array in arrays))
+    sharding = propagate_sharding("concatenate", operands, len(first), jointly_linear, dtype)
     locals_ = [array.local for array in sharding.redistribute_operands()]
     local = namespace_of(locals_[0]).concatenate(locals_, axis=dim)
     total = sum(array.shape[dim] for array in arrays)
     shape = (*first[:dim], total, *first[dim + 1 :])
-    return arrays[0].with_local(local, shape=shape, placements=sharding.result)
+    return arrays[0].with_local(local, shape=shape, placements=sharding.result, dtype=dtype)
 
 
-def stack(arrays: Sequence[PlacedArray], axis: int = 0) -> PlacedArray:
+def stack(arrays: Sequence[PlacedArray], axis: int = 0, dtype: np.dtype | None = None) -> PlacedArray:
     """Join arrays of one shape along a new dim."""
     if not arrays or any(array.shape != arrays[0].shape for array in arrays):
         shapes = ", ".join(str(array.shape) for array in arrays)
         raise UsageError(f"stack: shapes {shapes} are not one shape", op="stack")
     (dim,) = checked_dims(axis, len(arrays[0].shape) + 1, "stack")
-    return concatenate([expand_dims(array, dim) for array in arrays], dim)
+    return concatenate([expand_dims(array, dim) for array in arrays], dim, dtype)
 
 
 def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
@@ -122,11 +128,11 @@ def reshape(x: PlacedArray, shape: int | Sequence[int]) -> PlacedArray:
         new_dim[dim] = found
     placements = map_shard_dims(x.placements, new_dim.__getitem__)
     local: Array = x.local.reshape(x.local_shape(placements, new))
-    return x.with_local(local, shape=new, placements=placements)
+    return x.with_view(local, shape=new, placements=placements)
 
 
 def _checked_shape(old: Shape, shape: int | Sequence[int]) -> Shape:
-    new = [operator.index(size) for size in ((shape,) if not isinstance(shape, Sequence) else shape)]
+    new = [operator.index(size) for size in (shape if isinstance(shape, Sequence | np.ndarray) else (shape,))]
     size = math.prod(old)
     known = math.prod(one for one in new if one != -1)
     if new.count(-1) == 1 and known and size % known == 0:

@@ -16,9 +16,9 @@ import numpy as np
 
 from ferro import UsageError
 
-from ...nn.arrays import Array, namespace_of
+from ...nn.arrays import Array, namespace_of, wide_dtype
 from ..local_shapes import Shape
-from ..placed_array import PlacedArray
+from ..placed_array import PlacedArray, is_half
 from .sharding_propagation import Operand, broadcast_labels, multilinear, propagate_sharding
 
 
@@ -30,10 +30,13 @@ def matmul(left: PlacedArray, right: PlacedArray) -> PlacedArray:
     """
     shape, left_labels, right_labels = _shape_and_labels(left.shape, right.shape)
     operands = (Operand(array=left, labels=left_labels), Operand(array=right, labels=right_labels))
-    sharding = propagate_sharding("matmul", operands, len(shape), multilinear)
+    dtype = np.result_type(left.dtype, right.dtype)
+    sharding = propagate_sharding("matmul", operands, len(shape), multilinear, dtype)
     left_local, right_local = (array.local for array in sharding.redistribute_operands())
+    if is_half(dtype):  # products of half precision are added up in float32
+        left_local, right_local = (one.astype(wide_dtype(dtype), copy=False) for one in (left_local, right_local))
     product: Array = namespace_of(left_local).asarray(left_local @ right_local)  # NumPy returns 0-d results as numbers
-    return left.with_local(product, shape=shape, placements=sharding.result)
+    return left.with_local(product, shape=shape, placements=sharding.result, dtype=dtype)
 
 
 def _shape_and_labels(left: Shape, right: Shape) -> tuple[Shape, tuple[int | None, ...], tuple[int | None, ...]]:

@@ -4,7 +4,8 @@
     the result on that axis is        Partial(sum)   (prod)    (max)         (min)
 
 A mean divides by the global number of elements, so uneven parts have the right weight. A Partial operand stays Partial
-if its reduction is the same operation (a sum for a mean); otherwise it is reduced over the ranks first.
+if its reduction is the same operation (a sum for a mean); otherwise it is reduced over the ranks first. Half precision
+is added up and multiplied in float32, and rounded once, after the reduction over the ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import numpy.typing as npt
 
 from ferro import UnsupportedError, UsageError
 
-from ...nn.arrays import Array, namespace_of
+from ...nn.arrays import Array, namespace_of, wide_dtype
 from ..local_shapes import Shape
-from ..placed_array import PlacedArray
+from ..placed_array import PlacedArray, is_half
 from ..placement import Partial, Placement, Replicate, Shard
 from ..redistribute import redistribute
+from .sharding_propagation import keeps_sum
 
 Axis: TypeAlias = int | Sequence[int] | None
 Name: TypeAlias = Literal["sum", "mean", "prod", "max", "min", "any", "all"]
@@ -32,7 +34,6 @@ _COMBINED_BY = {
     "sum": "sum", "mean": "sum", "prod": "prod", "max": "max", "min": "min", "any": "max",
     "all": "min",
 }  # fmt: skip
-_HALVES = ("float16", "bfloat16")
 
 
 def reduce(
@@ -58,13 +59,14 @@ def reduce(
     if name == "mean" and dtype is not None and np.dtype(dtype).kind in "iub":
         raise UsageError(f"mean: dtype {np.dtype(dtype)} has no fractions", op="mean")
     combined_by = Partial(_COMBINED_BY[name])
-    kept = combined_by if _stays_partial(name, x.local.dtype, dtype) else None
+    result_dtype = _result_dtype(x, name, dtype)
+    kept = combined_by if _stays_partial(name, x.dtype, result_dtype) else None
     operand_placements = tuple(Replicate() if isinstance(one, Partial) and one != kept else one for one in x.placements)
     x = redistribute(x, operand_placements, copy=False)
     placements = tuple(_reduced(one, dims, combined_by, keepdims) for one in x.placements)
     shape = _reduced_shape(x.shape, dims, keepdims)
-    local = _reduce_local(x, name, dims, dtype, keepdims)
-    return x.with_local(local, shape=shape, placements=placements)
+    local = _reduce_local(x, name, dims, result_dtype, keepdims)
+    return x.with_local(local, shape=shape, placements=placements, dtype=result_dtype)
 
 
 def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
     """
     if axis is None:
         return tuple(range(ndim))
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    given = tuple(axis) if isinstance(axis, Sequence | np.ndarray) else (axis,)
     dims = tuple(operator.index(dim) for dim in given)
     if not all(-ndim <= dim < ndim for dim in dims):
         raise UsageError(f"{name}: axis {axis} of an array of {ndim} dims", op=name)
@@ -85,15 +87,25 @@ def checked_dims(axis: Axis, ndim: int, name: str) -> tuple[int, ...]:
     return found
 
 
-def _stays_partial(name: Name, kind: np.dtype, dtype: npt.DTypeLike | None) -> bool:
+def _result_dtype(x: PlacedArray, name: Name, dtype: npt.DTypeLike | None) -> np.dtype:
+    """Return the dtype of a reduction's result."""
+    if name in ("any", "all"):
+        return np.dtype(bool)
+    if dtype is not None:
+        return np.dtype(dtype)
+    if name in ("max", "min") or x.dtype.kind not in "biu":
+        return x.dtype
+    if name == "mean":
+        return np.dtype(float)
+    empty = namespace_of(x.local).empty(0, x.dtype)
+    return empty.sum().dtype  # type: ignore[no-any-return]
+
+
+def _stays_partial(name: Name, dtype: np.dtype, result: np.dtype) -> bool:
     """Return True if each rank may reduce its part of a Partial over dims before the ranks add up the parts."""
     if name in ("any", "all"):
         return False  # the parts are numbers, not truth values
-    if name in ("max", "min"):
-        return True
-    # Parts of a sum may have fractions that the sum has not, unsigned parts may wrap around, and
-    # boolean parts would be counted, although their sum is "or".
-    return kind.kind not in "bu" and (dtype is None or np.can_cast(kind, dtype, "safe"))
+    return name in ("max", "min") or keeps_sum(dtype, result)
 
 
 def _reduced(placement: Placement, dims: Sequence[int], combined_by: Partial, keepdims: bool) -> Placement:
@@ -109,43 +121,41 @@ def _reduced_shape(shape: Shape, dims: Sequence[int], keepdims: bool) -> Shape:
     return tuple(1 if dim in dims else size for dim, size in enumerate(shape) if keepdims or dim not in dims)
 
 
-def _reduce_local(
-    x: PlacedArray, name: Name, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool
-) -> Array:
+def _reduce_local(x: PlacedArray, name: Name, dims: tuple[int, ...], dtype: np.dtype, keepdims: bool) -> Array:
+    """Reduce this rank's part; the result is still in float32 where `dtype` is half precision."""
     xp = namespace_of(x.local)
+    value: object
     if name == "mean":
         return _mean(x, dims, dtype, keepdims)
     if name in ("sum", "prod"):
-        value = getattr(xp, name)(x.local, axis=dims, dtype=dtype, keepdims=keepdims)
+        wide = wide_dtype(dtype) if is_half(dtype) else dtype
+        value = getattr(xp, name)(x.local, axis=dims, dtype=wide, keepdims=keepdims)
     elif name in ("max", "min") and not all(x.local.shape[dim] for dim in dims):
         shape = _reduced_shape(x.local.shape, dims, keepdims)
-        value = xp.full(shape, _identity(name, x.local.dtype), dtype=x.local.dtype)
+        value = xp.full(shape, identity(name, x.local.dtype), dtype=x.local.dtype)
     else:
         value = getattr(xp, name)(x.local, axis=dims, keepdims=keepdims)
     result: Array = xp.asarray(value)
     return result
 
 
-def _mean(x: PlacedArray, dims: tuple[int, ...], dtype: npt.DTypeLike | None, keepdims: bool) -> Array:
+def _mean(x: PlacedArray, dims: tuple[int, ...], dtype: np.dtype, keepdims: bool) -> Array:
     """Return this rank's part of a mean: its sum, divided by the global number of elements."""
-    kind = x.local.dtype
-    exact = kind.kind in "iub"
-    result_dtype = np.dtype(dtype) if dtype is not None else np.dtype(float) if exact else kind
-    wide = np.dtype(np.float32) if result_dtype.name in _HALVES else result_dtype
+    wide = wide_dtype(dtype) if is_half(dtype) else dtype
     xp = namespace_of(x.local)
-    total = xp.asarray(xp.sum(x.local, axis=dims, dtype=wide, keepdims=keepdims))
+    total: Array = xp.asarray(xp.sum(x.local, axis=dims, dtype=wide, keepdims=keepdims))
     count = math.prod(x.shape[dim] for dim in dims)
     if count == 0:
         # NumPy would warn of a division by zero, on some ranks only.
-        return xp.full(total.shape, np.nan, dtype=result_dtype)  # type: ignore[no-any-return]
+        return xp.full(total.shape, np.nan, dtype=wide)  # type: ignore[no-any-return]
     total /= count
-    return total.astype(result_dtype, copy=False)  # type: ignore[no-any-return]
+    return total
 
 
-def _identity(name: str, dtype: np.dtype) -> float | int | bool:
-    """Return the identity of max or min, for ranks without elements."""
-    if dtype.kind == "b":
-        return name == "min"
+def identity(name: str, dtype: np.dtype) -> float | int | bool:
+    """Return the number that changes no result of a reduction: for ranks, or places, without elements."""
+    if name not in ("max", "min") or dtype.kind == "b":
+        return name in ("prod", "all", "min")
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         return int(limits.min if name == "max" else limits.max)
@@ -156,7 +166,7 @@ def _check_ordered(x: PlacedArray, dims: Sequence[int], name: str) -> None:
     if any(x.shape[dim] == 0 for dim in dims):
         raise UsageError(f"{name}: of no elements, for shape {x.shape} has a size of 0 along axis {dims}", op=name)
     sharded = any(isinstance(one, Shard) and one.dim in dims for one in x.placements)
-    if sharded and x.local.dtype.kind == "c":
+    if sharded and x.dtype.kind == "c":
         raise UnsupportedError(
             f"{name}: complex numbers over a dim that is cut. Redistribute the dim to Replicate() first.", op=name
         )

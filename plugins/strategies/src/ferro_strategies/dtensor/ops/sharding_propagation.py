@@ -12,7 +12,8 @@ Rules, for each axis of the mesh:
                                                            it has the label
     … where a is summed over                               sharded by a          Partial("sum")
     Shard of label a; Shard of another label               an error that says so
-    Partial("sum"), the operation is linear in it          as it is              Partial("sum")
+    Partial("sum"), the operation is linear in it, and     as it is              Partial("sum")
+    exact on the parts (see `keeps_sum`)
     Partial, otherwise; Shard of label a                   reduced to shards     as without Partial
     Partial, otherwise                                     reduced, replicated   as without Partial
 
@@ -21,14 +22,17 @@ Sharding a replicated operand sends nothing. The only communication is the reduc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from ferro import UsageError
 
+from ...nn.arrays import namespace_of
 from ..local_shapes import Shape
-from ..placed_array import PlacedArray, same_mesh
+from ..placed_array import PlacedArray, is_half, same_mesh
 from ..placement import PARTIAL_SUM, Placement, Placements, Replicate, Shard
 from ..redistribute import redistribute
 from ..redistribute_plan import plan_redistribute
@@ -72,6 +76,18 @@ def linear_in_first(on_axis: Sequence[Placement]) -> bool:
     return on_axis[0] == PARTIAL_SUM and multilinear(on_axis)
 
 
+def keeps_sum(dtype: np.dtype, result: np.dtype) -> bool:
+    """Return True if an operation on the parts of a sum, with results of another dtype, may be added up afterwards.
+
+    Integer parts may overflow where their sum does not, which does no harm as long as no wider dtype sees it; floating
+    ones may be converted to a wider dtype, but not rounded to integers. Boolean parts add up to "or". A sum in half
+    precision is rounded before it becomes anything wider.
+    """
+    if dtype.kind in "iu" or is_half(dtype):
+        return dtype == result
+    return dtype.kind in "fc" and np.can_cast(dtype, result, "safe")
+
+
 @dataclass(frozen=True, slots=True)
 class OpSharding:
     """The placements that an operation needs, and those of its result.
@@ -80,22 +96,28 @@ class OpSharding:
         operands: the operands, with their present placements.
         targets: for each operand, the placements that it must have.
         result: placements of the result.
+        sum_dtype: the dtype of the result if it is a Partial sum of Partial operands, which its parts need not have.
     """
 
     operands: tuple[Operand, ...]
     targets: tuple[Placements, ...]
     result: Placements
+    sum_dtype: np.dtype | None = None
 
     def redistribute_operands(self) -> list[PlacedArray]:
         """Redistribute the operands to `targets`: reduce Partials, and slice replicated operands."""
         return [
-            redistribute(operand.array, target, copy=False)
+            redistribute(operand.array, target, copy=False).widened()
             for operand, target in zip(self.operands, self.targets, strict=True)
         ]
 
 
 def propagate_sharding(
-    op: str, operands: Sequence[Operand], result_ndim: int, linear: Linearity = not_linear
+    op: str,
+    operands: Sequence[Operand],
+    result_ndim: int,
+    linear: Linearity = not_linear,
+    result_dtype: np.dtype | None = None,
 ) -> OpSharding:
     """Find the placements of operands and result. Communicates nothing.
 
@@ -104,6 +126,7 @@ def propagate_sharding(
         operands: arrays on one mesh.
         result_ndim: number of dims of the result; higher labels are summed over.
         linear: the operation's linearity.
+        result_dtype: the result's dtype, needed if an operand is a Partial sum and the operation is linear.
 
     Raises:
         UsageError: the operands are sharded in ways that do not fit, are on different meshes, or would have to be
@@ -114,15 +137,22 @@ def propagate_sharding(
         raise UsageError(
             f"{op}: the operands are on different meshes. Move one with full_tensor() and distribute().", op=op
         )
-    if any(_must_be_reduced_first(operand.array) for operand in operands):
-        linear = not_linear
+    if linear is not not_linear and has_partial_sum(operand.array for operand in operands):
+        assert result_dtype is not None, "a linear operation on a Partial needs the dtype of its result"
+        if not _exact_per_rank(operands, linear, result_dtype):
+            linear = not_linear
     columns = [
         _propagate_on_axis(op, mesh.names[axis], operands, axis, result_ndim, linear) for axis in range(mesh.ndim)
     ]
     targets = tuple(tuple(targets[index] for targets, _ in columns) for index in range(len(operands)))
     for index, (operand, target) in enumerate(zip(operands, targets, strict=True)):
         _check_not_moved(op, index, operand.array, target)
-    return OpSharding(tuple(operands), targets, tuple(result for _, result in columns))
+    return OpSharding(tuple(operands), targets, tuple(result for _, result in columns), result_dtype)
+
+
+def whole_operand(array: PlacedArray) -> Operand:
+    """Return an operand of the result's shape."""
+    return Operand(array=array, labels=tuple(range(len(array.shape))))
 
 
 def broadcast_labels(shape: Shape, result: Shape) -> tuple[int | None, ...]:
@@ -157,8 +187,8 @@ def _sharded_label(op: str, axis_name: str, operands: Sequence[Operand], on_axis
         if label is None:
             raise UsageError(
                 f"{op}: operand {index}, of shape {operand.array.shape}, is {placement} on mesh "
-                f"axis {axis_name!r}, along a dim that must be whole here (it is stretched or "
-                "joined). Redistribute it first, for instance to Replicate() on that axis.",
+                f"axis {axis_name!r}, along a dim that must be whole here (it is stretched or joined, or "
+                "worked along). Redistribute it first, for instance to Replicate() on that axis.",
                 op=op,
             )
         operand_of_label.setdefault(label, index)
@@ -198,9 +228,28 @@ def _check_not_moved(op: str, index: int, array: PlacedArray, target: Placements
             )
 
 
-def _must_be_reduced_first(array: PlacedArray) -> bool:
-    """Return True if arithmetic on the parts of a sum may differ from arithmetic on the sum.
+def has_partial_sum(arrays: Iterable[PlacedArray]) -> bool:
+    """Return True if one of the arrays is a sum that is not reduced yet."""
+    return any(PARTIAL_SUM in array.placements for array in arrays)
 
-    Boolean parts add up to "or", and unsigned parts may wrap around where their sum does not.
+
+def _exact_per_rank(operands: Sequence[Operand], linear: Linearity, result_dtype: np.dtype) -> bool:
+    """Return True if arithmetic on the parts of sums is arithmetic on the sums.
+
+    Factors must be finite and divisors not zero: 2 * inf + -1 * inf is not (2 - 1) * inf. All ranks must find the same
+    answer, so only factors that all ranks have are looked at, and others do not count as finite.
     """
-    return array.local.dtype.kind in "bu" and PARTIAL_SUM in array.placements
+    sums = [operand.array for operand in operands if PARTIAL_SUM in operand.array.placements]
+    if not all(keeps_sum(array.dtype, result_dtype) for array in sums):
+        return False
+    if linear is jointly_linear:
+        return True
+    factors = [operand.array for operand in operands if PARTIAL_SUM not in operand.array.placements]
+    replicated = all(one == Replicate() for array in factors for one in array.placements)
+    return len(sums) == 1 and replicated and all(_usable(array, linear) for array in factors)
+
+
+def _usable(factor: PlacedArray, linear: Linearity) -> bool:
+    xp = namespace_of(factor.local)
+    finite = factor.dtype.kind in "biu" or bool(xp.isfinite(factor.local).all())
+    return finite and (linear is multilinear or bool((factor.local != 0).all()))

@@ -9,6 +9,7 @@ import numpy as np
 
 from ferro import CollectiveTimeout, FerroError, ProcessGroup
 
+from ...nn.arrays import Array
 from .transfers import PassStopped
 
 
@@ -33,7 +34,7 @@ class RankFailure:
         return f"{self.activity}: {type(self.error).__name__}: {self.error}".rstrip(".")
 
 
-def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: Callable[[], str]) -> float:
+def agree(group: ProcessGroup, op: str, attempt: Callable[[], Array], size: int, activity: Callable[[], str]) -> Array:
     """Call `attempt` on every rank; return the sum of the results if it succeeds on all ranks.
 
     All ranks call `agree`. An attempt must not wait for a rank that has failed.
@@ -41,7 +42,8 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: 
     Args:
         group: the ranks.
         op: name of the method that is attempted, for error messages.
-        attempt: does the work of this rank.
+        attempt: does the work of this rank, and returns some numbers, (size,) float64.
+        size: how many numbers.
         activity: returns a description of this rank's present action, for error messages.
 
     Raises:
@@ -50,15 +52,16 @@ def agree(group: ProcessGroup, op: str, attempt: Callable[[], float], activity: 
         FerroError: the attempt failed on other ranks; the message names the first of them.
     """
     failure: RankFailure | None = None
-    result = 0.0
+    row = np.zeros(size + 1)  # the numbers, and whether the attempt failed
     try:
-        result = attempt()
+        row[:size] = attempt()
     except Exception as error:  # noqa: BLE001 - raised again below, once the others know
         failure = RankFailure(error, activity())
+        row[size] = 1.0
     try:
-        total, failed = group.all_reduce(np.array([result, failure is not None], np.float64))
-        if not failed:
-            return float(total)
+        total: Array = group.all_reduce(row)
+        if not total[size]:
+            return total[:size]
         messages: list[str] = group.all_gather_object("" if failure is None else failure.message)
     except FerroError as end:
         if isinstance(end, CollectiveTimeout) and end.missing and _only_waited(group, failure):

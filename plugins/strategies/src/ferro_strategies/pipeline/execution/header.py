@@ -16,7 +16,7 @@ from .plan import OPS, PipelineCall
 
 _MOST_DIMS = 32
 _MOST_BYTES = 1 << 40
-_ARRAY, _STOPPED = 1, 2
+_ARRAY, _STOPPED, _TREE = 1, 2, 3
 _LAYOUT = struct.Struct(f"<BBBBii16s{_MOST_DIMS}q")
 
 HEADER_BYTES = _LAYOUT.size
@@ -31,18 +31,24 @@ class ArrayHeader:
         dtype: dtype of the array.
         shape: shape of the array.
         on_gpu: whether the array is a CuPy array, at the sender and so at the receiver.
+        is_tree: whether the array has the bytes of a packed tree (see `packed_trees`).
     """
 
     microbatch: int
     dtype: np.dtype
     shape: tuple[int, ...]
     on_gpu: bool
+    is_tree: bool = False
 
     @classmethod
-    def of(cls, array: Array, microbatch: int) -> ArrayHeader:
+    def of(cls, array: Array, microbatch: int, *, is_tree: bool = False) -> ArrayHeader:
         """Describe an array."""
         return cls(
-            microbatch=microbatch, dtype=array.dtype, shape=array.shape, on_gpu=not isinstance(array, np.ndarray)
+            microbatch=microbatch,
+            dtype=array.dtype,
+            shape=array.shape,
+            on_gpu=not isinstance(array, np.ndarray),
+            is_tree=is_tree,
         )
 
     @property
@@ -73,7 +79,8 @@ def encode(call: PipelineCall, header: ArrayHeader | None) -> Array:
     else:
         ndim, name = len(header.shape), dtype_name(header.dtype).encode()
         dims = header.shape + (0,) * (_MOST_DIMS - ndim)
-        raw = _LAYOUT.pack(_ARRAY, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims)
+        kind = _TREE if header.is_tree else _ARRAY
+        raw = _LAYOUT.pack(kind, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims)
     return np.frombuffer(raw, np.uint8)
 
 
@@ -95,13 +102,15 @@ def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None]:
         fault = dtype_problem(dtype)
     except (TypeError, ValueError) as error:
         raise _unreadable(f"its dtype is {name!r}") from error
-    if kind != _ARRAY or ndim > _MOST_DIMS or on_gpu > 1:
+    if kind not in (_ARRAY, _TREE) or ndim > _MOST_DIMS or on_gpu > 1:
         fault = f"it begins with {kind}, {on_gpu}, {ndim}"
     elif any(dim < 0 for dim in shape) or math.prod(shape) * dtype.itemsize > _MOST_BYTES:
         fault = f"its shape is {shape}"
     if fault:
         raise _unreadable(fault)
-    return call, ArrayHeader(microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu))
+    return call, ArrayHeader(
+        microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu), is_tree=kind == _TREE
+    )
 
 
 def _unreadable(fault: str) -> CollectiveMismatch:

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NoReturn, Self, overload
 
 import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
-from ...nn.arrays import Array, namespace_of
+from ...nn.arrays import Array
 from ...nn.module import Module, Pullback
-from ...optim.clip import check_max_norm, scale_grads, squared_norm
+from ...nn.parameter import Parameter
+from ...nn.state import OptimizerWithState, StateLoad
+from ...nn.trees import Arrays
+from ...optim.clip import clip_grad_norm
+from ...optim.state import FRESH
 from ..schedules.build import forward_only
 from ..schedules.schedule import PipelineSchedule
+from .data_parallel import StageModules, total_over_replicas
+from .loss import Loss, LossTotals
 from .microbatches import Batch
-from .passes import EvaluationPass, Loss, TrainingPass
+from .passes import EvaluationPass, TrainingPass
 from .plan import FORWARD, STEP, make_plan
 from .point_to_point import open_channels
 from .runner import PassRunner
 from .ties import ParameterTies, Tie
 from .validation import parameters_by_name, validated_schedule
-
-
-@runtime_checkable
-class DataParallelModule(Protocol):
-    """The methods of DDP and FSDP that reduce the gradients of several passes at once."""
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients, without reducing them."""
-
-    def sync_gradients(self) -> None:
-        """Reduce the accumulated gradients."""
 
 
 class Pipeline(Module):
@@ -56,7 +49,8 @@ class Pipeline(Module):
 
     Args:
         stages: this rank's stages, first to last. Stage s is on rank s % ranks, unless a
-            PipelineSchedule says otherwise.
+            PipelineSchedule says otherwise. `split_model` makes them of a whole model. The arrays of
+            a deferred stage are drawn now.
         group: the ranks that hold one copy of the model.
         schedule: a name (see `build`), or a schedule; checked before anything moves.
         microbatches: the number of parts into which a batch is split.
@@ -71,6 +65,7 @@ class Pipeline(Module):
         busy_s: the time that this rank's stages, and the loss, computed in the last step, in
             seconds; arrays on a GPU are computed later than that. The rest of the step's time is
             the rank's bubble.
+        metrics: the means of the metrics that the loss function returned in the last step, on every rank.
 
     Raises:
         UsageError: stages, schedule or ties do not fit, or ranks differ. It is raised on every
@@ -89,37 +84,56 @@ class Pipeline(Module):
         self.schedule = validated_schedule(stages, group, schedule, microbatches, ties)
         self.peak_activations = 0
         self.busy_s = 0.0
+        self.metrics: dict[str, float] = {}
         self._group = group
         self._plan = make_plan(self.schedule, group.rank, STEP)
         self._numbers = self.schedule.stages_of(group.rank)
         for number, stage in zip(self._numbers, stages, strict=True):
-            setattr(self, str(number), stage)  # names of parameters begin with the number
+            setattr(self, str(number), stage.materialize())  # names of parameters begin with the number
         for name, parameter in self.named_parameters():
             parameter.name = name
         self._runner = PassRunner(group, open_channels(self.schedule, group))
         parameters = {number: parameters_by_name(stage) for number, stage in self._stages().items()}
         self._ties = ParameterTies(group, self.schedule.rank_of, parameters, ties)
         self._ties.share_values()
-        self._data_parallel = tuple(
-            module for stage in stages for module in stage.modules() if isinstance(module, DataParallelModule)
-        )
+        self._found = StageModules(stages)
         # If any rank reduces gradients after the backward pass, all ranks agree on its success.
-        reduces = np.array(bool(self._data_parallel or ties), np.uint8)
-        self._any_rank_reduces = bool(group.all_reduce(reduces, "max"))
+        own = np.array([bool(self._found.data_parallel)], np.uint8)
+        self._has_replicas = [bool(other) for other in group.all_gather(own).reshape(-1)]
+        self._loss_returns_weight = False
+        for parameter in (*super().parameters(), self._found.placeholder):
+            parameter.stages = group
 
-    def step(self, inputs: Batch | None, targets: Batch | None, loss: Loss) -> float:
+    @overload
+    def step(
+        self, inputs: Batch | None, targets: Batch | None, loss: Loss, *, return_outputs: Literal[False] = False
+    ) -> float: ...
+
+    @overload
+    def step(
+        self, inputs: Batch | None, targets: Batch | None, loss: Loss, *, return_outputs: Literal[True]
+    ) -> tuple[float, Arrays]: ...
+
+    def step(
+        self, inputs: Batch | None, targets: Batch | None, loss: Loss, *, return_outputs: bool = False
+    ) -> float | tuple[float, Arrays]:
         """Take a batch forward and backward; add to the parameters' gradients. All ranks call it.
 
         Args:
-            inputs: used on the rank of stage 0, ignored elsewhere: an array (rows, …), split into
-                microbatches along axis 0 as by `numpy.array_split`, or a sequence of microbatches
-                of any shapes.
+            inputs: used on the rank of stage 0, ignored elsewhere: an array (rows, …), or a tuple or dict of such
+                arrays, split into microbatches along axis 0 as by `numpy.array_split`, or a list of microbatches of
+                any shapes.
             targets: used on the rank of the last stage, ignored elsewhere; like `inputs`.
-            loss: takes an output of the last stage and its targets, and returns the mean over the
-                targets' elements and its gradient, as `nn.cross_entropy` does.
+            loss: takes an output of the last stage and its targets, and returns a mean and its gradient, as
+                `nn.cross_entropy` does: (loss, grad), or (loss, grad, weight) if the mean is over `weight` items, such
+                as the tokens that are not padding. Without weight it is over the targets' elements (of a tree, those
+                of the first array). A dict of numbers may follow, which become `metrics`.
+            return_outputs: whether to return the outputs, too.
 
         Returns:
-            The mean over all targets, on every rank.
+            The mean over the whole batch, on every rank. If the loss function returns weights, it is the mean over the
+            batches of all replicas of the stages, and so are the gradients. With `return_outputs`, (loss, outputs):
+            outputs are those of the last stage, all rows together, where that stage is, and None elsewhere.
 
         Raises:
             Exception: one of this rank's stages, or the loss, raised it; a note says where.
@@ -127,18 +141,45 @@ class Pipeline(Module):
             UsageError: an earlier pass failed.
         """
         self._ties.clear_duplicate_gradients()
-        work = TrainingPass(self._plan, self._stages(), inputs, targets, loss)
-        with ExitStack() as stack:
-            for module in self._data_parallel:
-                stack.enter_context(module.no_sync())
-            total = self._runner.run(self._plan, work)
+        self._found.refresh()
+        before = self._found.copy_gradients()
+        work = TrainingPass(
+            self._plan,
+            self._stages(),
+            inputs,
+            targets,
+            loss,
+            returned_weight=self._loss_returns_weight,
+            keep_outputs=return_outputs,
+            prepare=self._found.sync_buffers,
+        )
+        with self._found.accumulating():
+            row = self._runner.run(self._plan, work)
         self.peak_activations = work.peak_activations
         self.busy_s = self._runner.busy_s
-        if self._any_rank_reduces:
-            self._runner.run_after(STEP, self._reduce_gradients)
-        return total
+        totals, has_metrics = LossTotals.from_array(row)
+        if has_metrics:
+            totals.metrics = self._group.broadcast_object(work.totals.metrics, self.schedule.rank_of[-1])
+        self._loss_returns_weight = totals.reference > 0
 
-    def forward(self, inputs: Batch | None, *, microbatches: int = 1) -> Array | None:
+        def finish() -> None:
+            nonlocal totals
+            if self._loss_returns_weight:
+                totals, factor = total_over_replicas(
+                    totals, self._group, self._found.averaging_groups, self._has_replicas
+                )
+                self._found.scale_gradients(factor, before)
+            self._found.sync_gradients()
+            self._ties.sum_gradients()
+
+        if any(self._has_replicas) or self._ties.exist:
+            self._runner.run_after(STEP, finish)
+        else:
+            finish()
+        self.metrics = totals.mean_metrics
+        return (totals.mean, work.outputs) if return_outputs else totals.mean
+
+    def forward(self, inputs: Batch | None, *, microbatches: int = 1) -> Arrays:
         """Compute the outputs alone, as `module(x)` does. All ranks call it.
 
         Args:
@@ -159,30 +200,46 @@ class Pipeline(Module):
         plan = make_plan(schedule, self._group.rank, FORWARD)
         work = EvaluationPass(plan, self._stages(), inputs)
         self._runner.run(plan, work)
-        parts = [work.outputs[number] for number in sorted(work.outputs)]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        whole: Array = namespace_of(parts[0]).concatenate(parts)
-        return whole
+        return work.outputs
 
-    def clip_grad_norm(self, max_norm: float) -> float:
+    def clip_grad_norm(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Scale all stages' gradients so that their global norm is at most `max_norm`.
 
-        This is `optim.clip_grad_norm` for the whole model: the norm includes tied copies once, and all pieces of
-        parameters that a strategy has split. All ranks call it after `step`. Do not use `optim.clip_grad_norm` instead:
-        it would scale each rank's stages by the norm of these stages alone.
+        It is `optim.clip_grad_norm(pipeline.parameters(), …)`: the norm includes the other ranks' stages, tied copies
+        once, and all pieces of parameters that a strategy has split. All ranks call it after `step`.
+
+        Args:
+            max_norm: largest norm allowed.
+            norm_type: 2 for the Euclidean norm, any other positive number, or infinity; see `optim.grad_norm`.
 
         Returns:
             The norm before, the same on all ranks.
 
         Raises:
-            UsageError: `max_norm` is not positive.
+            UsageError: `max_norm` or `norm_type` is not positive.
         """
-        check_max_norm(max_norm)
-        own = squared_norm(self._ties.without_duplicates(self.parameters()))
-        norm = math.sqrt(float(self._group.all_reduce(np.float64(own))))
-        scale_grads(self.parameters(), max_norm, norm)
-        return norm
+        return clip_grad_norm(self.parameters(), max_norm, norm_type)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield every parameter of this rank's stages once, in definition order.
+
+        If none of them is trained, an empty parameter follows. By it an optimizer, `optim.clip_grad_norm` and
+        LossScaler of this rank know the pipeline, whose other ranks wait for their part in common decisions.
+        """
+        trained = False
+        for parameter in super().parameters():
+            trained = trained or parameter.requires_grad
+            yield parameter
+        if not trained:
+            yield self._found.placeholder
+
+    def train(self) -> Self:
+        """Set this rank's stages to training; returns the pipeline."""
+        return self._set_training(mode=True)
+
+    def eval(self) -> Self:
+        """Set this rank's stages to evaluation; returns the pipeline."""
+        return self._set_training(mode=False)
 
     def zero_grad(self) -> None:
         """Call `zero_grad` of every stage."""
@@ -197,26 +254,45 @@ class Pipeline(Module):
             for name, array in stage.state_dict().items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy arrays into this rank's stages; arrays of other ranks' stages are ignored.
+    def prepare_load_state_dict(self, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state and plan the loading of this rank's stages; arrays of other ranks' stages are ignored.
 
-        Raises:
-            UsageError: names, shapes or dtypes do not fit. Nothing was loaded into that stage and
-                the stages after it.
+        If one rank's arrays do not fit, no rank of the pipeline loads.
         """
+        load = StateLoad(groups=[self._group])
         parts: dict[int, dict[str, Array]] = {number: {} for number in range(self.schedule.stages)}
         for key, array in state.items():
             number, _, name = key.partition(".")
             if not number.isdecimal() or int(number) not in parts:
-                raise UsageError(
-                    f"load_state_dict: {key!r} does not begin with the number of a stage, 0 to "
-                    f"{self.schedule.stages - 1}. Nothing was loaded."
+                load.faults.append(
+                    f"{key!r} does not begin with the number of a stage, 0 to {self.schedule.stages - 1}"
                 )
-            parts[int(number)][name] = array
+            else:
+                parts[int(number)][name] = array
         for stage, module in self._stages().items():
-            module.load_state_dict(parts[stage])
+            load.add(f"{stage}.", module.prepare_load_state_dict(parts[stage]))
+        return load
 
-    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+    def load_full_optimizer_state_dict(self, optimizer: OptimizerWithState, state: Mapping[str, Array]) -> None:
+        """Load the state of an optimizer of this rank's stages; state of other ranks' stages is ignored.
+
+        Raises:
+            UsageError: see `Module.load_full_optimizer_state_dict`.
+        """
+        others = {str(number) for number in range(self.schedule.stages)} - {str(number) for number in self._numbers}
+        own = {name: array for name, array in state.items() if name.partition(".")[0] not in others}
+        super().load_full_optimizer_state_dict(optimizer, own)
+
+    def prepare_load_optimizer_state(self, optimizer: OptimizerWithState, state: Mapping[str, Array]) -> StateLoad:
+        """Check a state of an optimizer; if one rank's arrays do not fit, no rank of the pipeline loads."""
+        load = super().prepare_load_optimizer_state(optimizer, state)
+        load.add_groups([self._group])
+        for index, parameter in enumerate(optimizer.parameters):
+            if parameter is self._found.placeholder:
+                load.states[index] = parameter.name, {FRESH: np.array(True)}
+        return load
+
+    def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Refuse: half of a pass would leave the other ranks waiting.
 
         Raises:
@@ -227,14 +303,26 @@ class Pipeline(Module):
             "forward(inputs) for the outputs. To train replicas, wrap the stages, not the pipeline."
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
+        """Refuse, because the ranks' channels cannot be copied.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "a Pipeline cannot be copied, because it has connections to the other ranks' stages. Copy the stages "
+            "before you make the pipeline, or copy its state_dict()."
+        )
+
     def __repr__(self) -> str:
         stages = ", ".join(f"{number}: {stage!r}" for number, stage in self._stages().items())
         return f"Pipeline({{{stages}}}, {self._group!r}, schedule={self.schedule.name!r})"
 
+    def _set_training(self, *, mode: bool) -> Self:
+        for stage in self._stages().values():
+            _ = stage.train() if mode else stage.eval()
+        self.training = mode
+        return self
+
     def _stages(self) -> dict[int, Module]:
         return {number: getattr(self, str(number)) for number in self._numbers}
-
-    def _reduce_gradients(self) -> None:
-        for module in self._data_parallel:
-            module.sync_gradients()
-        self._ties.sum_gradients()

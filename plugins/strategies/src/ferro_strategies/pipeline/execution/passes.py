@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-from ferro import UsageError
-
-from ...nn.arrays import Array, namespace_of
-from ...nn.checks import check_gradient
+from ...nn.deferral import deferring
 from ...nn.module import Module, Pullback
-from ...nn.parameter import deferring
+from ...nn.trees import Arrays, has_gradient, shapes_of
 from ..schedules.schedule import Action, Kind
-from .microbatches import Batch, loss_weights, split_batch
+from .loss import Loss, LossOfMicrobatches, LossTotals
+from .microbatches import Batch, join_microbatches, split_batch
 from .plan import PassPlan
 from .point_to_point import PointToPoint
-
-# Takes the last stage's output and the targets of a microbatch; returns the loss, a mean over the
-# targets' elements, and its gradient with respect to the output.
-Loss: TypeAlias = Callable[[Array, Array], tuple[float, Array]]
+from .stage_checks import InputOfStage, StageChecks
 
 
 class PipelinePass(Protocol):
-    """One pass of a batch through the pipeline.
+    """One pass of a batch through the pipeline."""
 
-    Attributes:
-        loss: this rank's part of the loss.
-    """
-
-    loss: float
+    @property
+    def totals(self) -> LossTotals:
+        """This rank's part of the loss."""
 
     def begin(self) -> None:
         """Split the batch.
@@ -53,36 +46,60 @@ class TrainingPass:
         inputs: the batch, on the rank of stage 0.
         targets: the batch's targets, on the rank of the last stage.
         loss: the loss function; see `Loss`.
+        returned_weight: whether the loss function returned weights in the last step.
+        keep_outputs: whether to keep the outputs of the last stage.
+        prepare: called on all ranks before anything else.
 
     Attributes:
-        loss: the weighted sum of the losses so far; 0.0 on ranks without the last stage.
         peak_activations: the largest number of activations held at once; one microbatch in one stage counts as one.
     """
 
     def __init__(
-        self, plan: PassPlan, modules: Mapping[int, Module], inputs: Batch | None, targets: Batch | None, loss: Loss
+        self,
+        plan: PassPlan,
+        modules: Mapping[int, Module],
+        inputs: Batch | None,
+        targets: Batch | None,
+        loss: Loss,
+        *,
+        returned_weight: bool = False,
+        keep_outputs: bool = False,
+        prepare: Callable[[], None],
     ) -> None:
-        self.loss = 0.0
         self.peak_activations = 0
         self._plan = plan
         self._last = plan.stages - 1
         self._modules = modules
+        self._checks = {number: StageChecks(number, module) for number, module in modules.items()}
         self._input_batch, self._target_batch = inputs, targets
-        self._inputs: list[Array] = []
-        self._targets: list[Array] = []
-        self._weights: list[float] = []
-        self._loss_function = loss
-        self._pullbacks: dict[tuple[int, int], Pullback] = {}
+        self._inputs: list[Arrays] = []
+        self._loss_function, self._returned_weight = loss, returned_weight
+        self._prepare = prepare
+        self._loss: LossOfMicrobatches | None = None
+        self._outputs: dict[int, Arrays] | None = {} if keep_outputs else None
+        # For each microbatch in a stage: the pullback, and what is known of the input.
+        self._pullbacks: dict[tuple[int, int], tuple[Pullback, InputOfStage]] = {}
         self._products: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self._loss_grads: dict[int, Array] = {}
+        self._loss_grads: dict[int, Arrays] = {}
+
+    @property
+    def totals(self) -> LossTotals:
+        """This rank's part of the loss: zeros on ranks without the last stage."""
+        return LossTotals() if self._loss is None else self._loss.totals
+
+    @property
+    def outputs(self) -> Arrays:
+        """The outputs of all microbatches together, where the last stage is and they were kept; else None."""
+        return _joined(self._outputs or {})
 
     def begin(self) -> None:
-        """Split the batch, and compute the weight of each part."""
+        """Call `prepare`, and split the batch."""
+        self._prepare()
         if 0 in self._modules:
             self._inputs = split_batch(self._input_batch, self._plan.call.microbatches, "inputs")
         if self._last in self._modules:
-            self._targets = split_batch(self._target_batch, self._plan.call.microbatches, "targets")
-            self._weights = loss_weights(self._targets)
+            targets = split_batch(self._target_batch, self._plan.call.microbatches, "targets")
+            self._loss = LossOfMicrobatches(self._loss_function, targets, returned_weight=self._returned_weight)
 
     def perform(self, action: Action, transfers: PointToPoint) -> None:
         """Compute an action, on one of this rank's stages."""
@@ -100,47 +117,36 @@ class TrainingPass:
     def _forward(self, action: Action, transfers: PointToPoint) -> None:
         stage, microbatch = action.stage, action.microbatch
         x = self._inputs[microbatch] if stage == 0 else transfers.recv(action)
-        y, self._pullbacks[stage, microbatch] = self._modules[stage].vjp(x)
+        y, pullback = self._modules[stage].vjp(x)
+        self._pullbacks[stage, microbatch] = pullback, InputOfStage(x, shapes_of(x))
         self.peak_activations = max(self.peak_activations, len(self._pullbacks) + len(self._products))
-        if stage == self._last:
-            self._loss_grads[microbatch] = self._loss_grad(y, microbatch)
-        else:
+        self._checks[stage].output(y, microbatch)
+        if stage != self._last:
             transfers.send(action, y)
-
-    def _loss_grad(self, y: Array, microbatch: int) -> Array:
-        weight = self._weights[microbatch]
-        if weight == 0.0:  # no targets: the mean over no elements may be nan
-            zeros: Array = namespace_of(y).zeros_like(y)
-            return zeros
-        result = self._loss_function(y, self._targets[microbatch])
-        if not isinstance(result, tuple | list) or len(result) != 2:
-            raise UsageError(
-                f"the loss function must return (loss, grad), as nn.cross_entropy does; it returned a "
-                f"{type(result).__name__}."
-            )
-        loss, grad = result
-        check_gradient("the loss function", grad, y.shape)
-        self.loss += weight * loss
-        return grad if weight == 1.0 else (grad * weight).astype(grad.dtype, copy=False)
+            return
+        assert self._loss is not None, "the rank of the last stage has the targets"
+        self._loss_grads[microbatch] = self._loss(y, microbatch)
+        if self._outputs is not None:
+            self._outputs[microbatch] = y
 
     def _backward(self, action: Action, transfers: PointToPoint) -> None:
         stage, key = action.stage, (action.stage, action.microbatch)
         is_last = stage == self._last
         grad_y = self._loss_grads.pop(action.microbatch) if is_last else transfers.recv(action)
-        pullback = self._pullbacks.pop(key)
+        pullback, x = self._pullbacks.pop(key)
         if self._plan.splits_backward:
+            self._products[key] = []
+        if not has_gradient(grad_y):  # the next stage's input has no floating-point numbers
+            grad_x = None
+        elif self._plan.splits_backward:
             with deferring(self._modules[stage].parameters()) as self._products[key]:
                 grad_x = pullback(grad_y)
         else:
             grad_x = pullback(grad_y)
-        if stage == 0:
-            return
-        if grad_x is None:
-            raise UsageError(
-                f"stage {stage} has no gradient for its input, and stage {stage - 1} needs it. "
-                "Only the first stage may take indices."
-            )
-        transfers.send(action, grad_x)
+        if stage > 0:
+            if has_gradient(grad_y):
+                grad_x = self._checks[stage].input_gradient(grad_x, x, action.microbatch)
+            transfers.send(action, grad_x)
 
 
 class EvaluationPass:
@@ -152,17 +158,22 @@ class EvaluationPass:
         inputs: the batch, on the rank of stage 0.
 
     Attributes:
-        loss: 0.0, as there is no loss function.
-        outputs: the outputs by microbatch, on the rank of the last stage.
+        totals: zeros, as there is no loss function.
     """
 
     def __init__(self, plan: PassPlan, modules: Mapping[int, Module], inputs: Batch | None) -> None:
-        self.loss = 0.0
-        self.outputs: dict[int, Array] = {}
+        self.totals = LossTotals()
+        self._outputs: dict[int, Arrays] = {}
         self._plan = plan
         self._modules = modules
+        self._checks = {number: StageChecks(number, module) for number, module in modules.items()}
         self._batch = inputs
-        self._inputs: list[Array] = []
+        self._inputs: list[Arrays] = []
+
+    @property
+    def outputs(self) -> Arrays:
+        """The outputs of all microbatches together, where the last stage is; None elsewhere."""
+        return _joined(self._outputs)
 
     def begin(self) -> None:
         """Split the batch."""
@@ -173,7 +184,12 @@ class EvaluationPass:
         """Compute a stage's output."""
         stage, microbatch = action.stage, action.microbatch
         y = self._modules[stage](self._inputs[microbatch] if stage == 0 else transfers.recv(action))
+        self._checks[stage].output(y, microbatch)
         if stage == self._plan.stages - 1:
-            self.outputs[microbatch] = y
+            self._outputs[microbatch] = y
         else:
             transfers.send(action, y)
+
+
+def _joined(outputs: Mapping[int, Arrays]) -> Arrays:
+    return join_microbatches([outputs[number] for number in sorted(outputs)])

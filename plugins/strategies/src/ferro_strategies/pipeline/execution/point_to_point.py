@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from ferro import FerroError, ProcessGroup
 
-from ...nn.arrays import Array
+from ...nn.trees import Arrays
 from ..schedules.schedule import Action, PipelineSchedule
 from ..schedules.topological_order import consumer
 from .channel import StageChannel
@@ -43,14 +43,14 @@ class PointToPoint:
         self._plan = plan
         self._senders = {edge.key: StageSender(edge, channels[edge.key], plan.call) for edge in plan.outgoing}
         self._receivers = {edge.key: StageReceiver(edge, channels[edge.key], plan.call) for edge in plan.incoming}
-        self._local: dict[Action, Array] = {}
+        self._local: dict[Action, Arrays] = {}
 
     def start_receives(self, position: int) -> None:
         """Start the receives that are due before the action at this position."""
         for action in self._plan.receives[position]:
             self._receivers[action.kind, action.stage].start(action.microbatch)
 
-    def recv(self, action: Action) -> Array:
+    def recv(self, action: Action) -> Arrays:
         """Return the input of an action (once for each action); wait for it if another rank sends it.
 
         Raises:
@@ -65,7 +65,7 @@ class PointToPoint:
         self.spent_s += time.perf_counter() - start
         return array
 
-    def send(self, action: Action, array: Array) -> None:
+    def send(self, action: Action, array: Arrays) -> None:
         """Send the result of an action to the action that needs it, if there is one."""
         target = consumer(action, self._plan.stages)
         if target is None:

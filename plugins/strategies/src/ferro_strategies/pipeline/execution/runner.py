@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from ferro import ProcessGroup, UsageError
 
+from ...nn.arrays import Array
 from .agreement import agree
 from .channel import StageChannel
+from .loss import LossTotals
 from .passes import PipelinePass
 from .plan import EdgeKey, PassPlan
 from .point_to_point import PointToPoint
@@ -36,8 +40,8 @@ class PassRunner:
         self._unfinished_op = ""
         self._activity = ""
 
-    def run(self, plan: PassPlan, work: PipelinePass) -> float:
-        """Run a pass; return the sum of all ranks' losses.
+    def run(self, plan: PassPlan, work: PipelinePass) -> Array:
+        """Run a pass; return the sum over all ranks of their `LossTotals`, as an array.
 
         Args:
             plan: this rank's actions and transfers.
@@ -50,12 +54,18 @@ class PassRunner:
         op = plan.call.op
         self._enter(op)
         transfers = PointToPoint(plan, self._channels)
-        total = agree(self._group, op, lambda: self._execute(plan, work, transfers), self._get_activity)
+        totals = agree(
+            self._group, op, lambda: self._execute(plan, work, transfers), LossTotals.NUMBERS, self._get_activity
+        )
         self._unfinished_op = ""
-        return total
+        return totals
 
     def run_after(self, op: str, reduce: Callable[[], None]) -> None:
         """Run the reduction of gradients that follows a pass, and agree on its success.
+
+        Args:
+            op: name of the method that is attempted, for error messages.
+            reduce: reduces this rank's gradients.
 
         Raises:
             Exception: the reduction failed, on this rank or another; see `agree`.
@@ -63,11 +73,11 @@ class PassRunner:
         self._enter(op)
         self._activity = "the reduction of gradients"
 
-        def attempt() -> float:
+        def attempt() -> Array:
             reduce()
-            return 0.0
+            return np.empty(0)
 
-        agree(self._group, op, attempt, self._get_activity)
+        agree(self._group, op, attempt, 0, self._get_activity)
         self._unfinished_op = ""
 
     def _enter(self, op: str) -> None:
@@ -82,7 +92,7 @@ class PassRunner:
             )
         self._unfinished_op = op
 
-    def _execute(self, plan: PassPlan, work: PipelinePass, transfers: PointToPoint) -> float:
+    def _execute(self, plan: PassPlan, work: PipelinePass, transfers: PointToPoint) -> Array:
         try:
             self._activity = "preparing the batch"
             work.begin()
@@ -99,7 +109,7 @@ class PassRunner:
         except Exception:
             transfers.stop()
             raise
-        return work.loss
+        return work.totals.as_array()
 
     def _get_activity(self) -> str:
         return self._activity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -38,6 +38,9 @@ class ParameterTies:
         rank_of: the rank of each stage.
         parameters: the parameters of this rank's stages, by stage and name.
         ties: all ties of the pipeline.
+
+    Attributes:
+        exist: whether the pipeline has ties, on this rank or another.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class ParameterTies:
         ties: Sequence[Tie],
     ) -> None:
         groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self.exist = bool(ties)
         self._local_ties: list[_LocalTie] = []
-        self._counted_elsewhere: set[int] = set()
         # All ranks go through the ties in one order, here and below, so there is no deadlock.
         for tie in ties:
             ranks = tuple(sorted({rank_of[stage] for stage in tie}))
@@ -61,8 +64,8 @@ class ParameterTies:
             copies = tuple({id(copy): copy for copy in own}.values())
             first = rank_of[min(tie)]
             self._local_ties.append(_LocalTie(copies=copies, group=groups[ranks], root=ranks.index(first)))
-            counted = 1 if first == group.rank else 0
-            self._counted_elsewhere.update(id(copy) for copy in copies[counted:])
+            for copy in copies[1 if first == group.rank else 0 :]:
+                copy.tied_copy = True
 
     def share_values(self) -> None:
         """Give every copy the value of the first stage's copy."""
@@ -79,7 +82,7 @@ class ParameterTies:
         """
         for tie in self._local_ties:
             for copy in tie.copies:
-                if id(copy) in self._counted_elsewhere:
+                if copy.tied_copy:
                     copy.zero_grad()
 
     def sum_gradients(self) -> None:
@@ -97,7 +100,3 @@ class ParameterTies:
             tie.group.all_reduce(first.grad, out=first.grad)
             for copy in others:
                 copy.grad = first.grad
-
-    def without_duplicates(self, parameters: Iterator[Parameter]) -> list[Parameter]:
-        """Leave out every tied copy but the first stage's, so that over all ranks each tie counts once."""
-        return [item for item in parameters if id(item) not in self._counted_elsewhere]

@@ -12,9 +12,11 @@ from contextlib import suppress
 from ferro import CollectiveMismatch, FerroError, Work
 
 from ...nn.arrays import Array
+from ...nn.trees import Arrays
 from .channel import StageChannel
 from .error_translation import translated_errors
 from .header import ArrayHeader
+from .packed_trees import pack_tree, unpack_tree
 from .plan import Edge, PipelineCall
 
 _SOURCE, _TARGET = 0, 1  # ranks in an edge's group
@@ -42,9 +44,11 @@ class StageSender:
         self._stopped = False
         self._pending: deque[tuple[int, Work[None]]] = deque()
 
-    def send(self, microbatch: int, array: Array) -> None:
-        """Start to send an array, which must not be changed from now on."""
-        header = ArrayHeader.of(array, microbatch)
+    def send(self, microbatch: int, tree: Arrays) -> None:
+        """Start to send an array or a tree of arrays, which must not be changed from now on."""
+        is_tree = not hasattr(tree, "dtype")
+        array = pack_tree(tree) if is_tree else tree
+        header = ArrayHeader.of(array, microbatch, is_tree=is_tree)
         self._start(microbatch, self._channel.pack(self._call, header, array))
         if not self._channel.fits(header):
             self._start(microbatch, array)
@@ -100,7 +104,7 @@ class StageReceiver:
         self._wanted = 0
         self._received = 0
         self._pending: Work[Array] | None = None
-        self._arrived: dict[int, Array] = {}
+        self._arrived: dict[int, Arrays] = {}
         self._ended = False
 
     def start(self, microbatch: int) -> None:
@@ -109,8 +113,8 @@ class StageReceiver:
         with translated_errors(self._edge, self._channel, microbatch):
             self._start_next()
 
-    def recv(self, microbatch: int) -> Array:
-        """Wait for this microbatch's array and return it; call it once for each microbatch.
+    def recv(self, microbatch: int) -> Arrays:
+        """Wait for this microbatch's array or tree and return it; call it once for each microbatch.
 
         Raises:
             PassStopped: the sender has stopped.
@@ -138,8 +142,8 @@ class StageReceiver:
             # The receive is always asynchronous, which tells backends that the caller's thread computes.
             self._pending = self._channel.group.recv(self._channel.empty(), _SOURCE, async_op=True)
 
-    def _finish_next(self) -> tuple[int, Array] | None:
-        """Wait for the pending message; return its microbatch and array, or None for a stop message."""
+    def _finish_next(self) -> tuple[int, Arrays] | None:
+        """Wait for the pending message; return its microbatch and array or tree, or None for a stop message."""
         assert self._pending is not None, "a receive is started before it is awaited"
         try:
             call, header, array = self._channel.unpack(self._pending.wait())
@@ -157,9 +161,9 @@ class StageReceiver:
         self._channel.adapt_capacity(header)
         self._received += 1
         self._pending = None
-        return header.microbatch, array
+        return header.microbatch, unpack_tree(array) if header.is_tree else array
 
-    def _accept(self, message: tuple[int, Array] | None) -> None:
+    def _accept(self, message: tuple[int, Arrays] | None) -> None:
         """Keep an array for `recv`, if it belongs to this pass."""
         edge = self._edge
         if self.other_call is not None:

@@ -119,9 +119,8 @@ def _describe_ties(ties: Sequence[Tie], modules: Mapping[int, Module], stages: i
 
 def _describe(parameter: Parameter) -> str:
     """Describe all that must be equal in tied copies."""
-    data = parameter.data
     splits = "".join(f", split along {'all' if split.dim is None else split.dim}" for split in parameter.splits)
-    return f"{data.dtype} {data.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
+    return f"{parameter.dtype} {parameter.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
 
 
 def _facts(schedule: PipelineSchedule, stage_count: str, ties: Sequence[Tie]) -> dict[str, str]:

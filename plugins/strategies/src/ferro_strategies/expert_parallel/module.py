@@ -1,0 +1,86 @@
+"""ExpertParallel: data parallel ranks that divide the experts of a model among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from ferro import ProcessGroup, UsageError
+
+from ..gradient_averaging import average_gradients
+from ..nn.arrays import Array
+from ..nn.module import Module, Pullback, replace_modules
+from ..tensor_parallel.replicated_values import broadcast_whole_values, check_same_model, is_whole
+from ..tensor_parallel.state import full_state_dict, load_full_state_dict
+from .moe import MoE
+from .parallel_moe import ParallelMoE
+
+
+class ExpertParallel(Module):
+    """Run a model on each rank's own batch, with the experts of every MoE divided over the ranks.
+
+        model = ExpertParallel(transformer, mesh["ep"])
+        model = DDP(model, mesh["dp"])              # replicas of the experts, over another axis
+        scores, pullback = model.vjp(words)         # this rank's batch
+        loss, grad = nn.cross_entropy(scores, following)
+        pullback(grad)
+
+    Every `MoE` becomes a `ParallelMoE`; all other layers are the same on all ranks, and their gradients are averaged as
+    by DDP. The gradients are those of the mean of the ranks' losses. Ranks may have batches of any size.
+
+    Args:
+        module: the model, the same on all ranks; rank 0's parameters and buffers are broadcast. It is changed in place;
+            parameters are the same objects afterwards, so an optimizer may be made before.
+        group: the ranks. All run the same passes, also with batches without tokens.
+
+    Raises:
+        UsageError: the models differ, the module has no MoE, or there are fewer experts than ranks.
+
+    Source: Lepikhin et al., "GShard", 2020, section 3.
+    """
+
+    transparent: ClassVar[bool] = True
+
+    def __init__(self, module: Module, group: ProcessGroup) -> None:
+        layers = [layer for layer in module.modules() if type(layer) is MoE]
+        if not layers:
+            raise UsageError("ExpertParallel: the module has no MoE, whose experts could be divided. Use DDP.")
+        fewest = min(layers, key=lambda layer: layer.num_experts)
+        if fewest.num_experts < group.world_size:
+            raise UsageError(
+                f"ExpertParallel: {fewest!r} has fewer experts than the {group.world_size} ranks of group "
+                f"{group.name!r}. Use a smaller group, and DDP over another axis of the mesh."
+            )
+        check_same_model(module, group, "ExpertParallel")
+        self.group = group
+        self.training = module.training
+
+        def replacement(_name: str, layer: Module) -> Module:
+            if type(layer) is not MoE:
+                return layer
+            broadcast_whole_values(layer, group)  # one layer after the other, of those that have no arrays yet
+            return ParallelMoE(layer, group)
+
+        self.module = replace_modules(module, replacement)
+        broadcast_whole_values(self.module, group)
+        average_gradients((p for p in self.module.parameters() if is_whole(p, group)), group)
+
+    def vjp(self, x: Array) -> tuple[Array, Pullback]:
+        """Run the module on this rank's batch."""
+        return self.module.vjp(x)
+
+    def __call__(self, x: Array) -> Array:
+        """Compute the output alone."""
+        y: Array = self.module(x)
+        return y
+
+    def full_state_dict(self) -> dict[str, Array]:
+        """Gather the experts; return the state of the module in one process, on every rank. All ranks call it."""
+        return full_state_dict(self.module)
+
+    def load_full_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Load a state from `full_state_dict`, or of the module in one process. All ranks call it."""
+        load_full_state_dict(self.module, state)
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel({self.module!r}, {self.group!r})"

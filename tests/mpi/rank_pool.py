@@ -1,0 +1,136 @@
+"""Ranks under one mpiexec that carry out task after task, as starting them takes longer than most checks.
+
+Run as a program, `rank_pool.py FOLDER` is one of the ranks: it waits for FOLDER/0, FOLDER/1, … to be made, and does in
+each what `python -m ferro_testing.rank` does in a folder of its own. FOLDER/end ends it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from ferro.group import codec
+from ferro_testing import rank
+from ferro_testing.functions import locate
+from ferro_testing.outcome import Outcome
+
+_POLL_S = 0.005
+_END_S = 30.0
+
+
+class RankPool:
+    """The ranks of one mpiexec, for tasks that all of them carry out well; leaving the context ends them."""
+
+    def __init__(self, command: Sequence[str], python: str, world_size: int) -> None:
+        """Say how mpiexec is called; it is started by the first task, and again after one that went wrong."""
+        self._command = (*command, python, __file__)
+        self._world_size = world_size
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tasks = itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def runner(
+        self,
+        function: Callable[..., object],
+        world_size: int,
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        deterministic: bool,
+    ) -> list[Outcome]:
+        """See `ferro_testing.conformance.Runner`."""
+        assert world_size == self._world_size
+        if self._process is None:
+            self._start()
+        options = {"deterministic": deterministic}
+        task = {"function": locate(function), "backend": "mpi", "args": list(args), "init_options": options}
+        folder = self._folder / str(next(self._tasks))
+        draft = folder.with_suffix(".draft")
+        draft.mkdir()
+        (draft / "task").write_bytes(codec.encode(task))
+        draft.rename(folder)
+        deadline = time.monotonic() + timeout_s
+        reports = [folder / f"report{rank}" for rank in range(world_size)]
+        while not all(report.exists() for report in reports) and time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            time.sleep(_POLL_S)
+        outcomes = [self._outcome(folder, rank) for rank in range(world_size)]
+        if not all(outcome.ok for outcome in outcomes):
+            self._end()
+        return outcomes
+
+    def _outcome(self, folder: Path, rank: int) -> Outcome:
+        output = folder / f"output{rank}"
+        printed = output.read_text(errors="replace") if output.exists() else ""
+        try:
+            report: Any = codec.decode((folder / f"report{rank}").read_bytes())
+        except FileNotFoundError:
+            printed += (self._folder / "launcher").read_text(errors="replace")
+            return Outcome(rank=rank, error_type="Late", error_text="did not report in time", output=printed)
+        result = codec.decode(report["result"]) if "result" in report else None
+        return Outcome(
+            rank=rank,
+            result=result,
+            error_type=report.get("error_type", ""),
+            error_text=report.get("error_text", ""),
+            output=printed,
+        )
+
+    def _start(self) -> None:
+        self._resources = ExitStack()
+        self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="ferro-pool-")))
+        self._tasks = itertools.count()
+        output = self._resources.enter_context((self._folder / "launcher").open("wb"))
+        self._process = subprocess.Popen(
+            (*self._command, str(self._folder)),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def _end(self) -> None:
+        """End the ranks well where they can, otherwise by mpiexec's own way."""
+        if self._process is None:
+            return
+        (self._folder / "end").touch()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(_END_S)
+        self._process = None
+        self._resources.close()
+
+
+def main(folder_path: str) -> int:
+    """Be one rank of a pool; return the exit status."""
+    folder, parent = Path(folder_path), os.getppid()
+    for number in itertools.count():
+        task = folder / str(number)
+        while not task.exists():
+            if (folder / "end").exists() or os.getppid() != parent:
+                return 0
+            time.sleep(_POLL_S)
+        if rank.main(str(task / "task"), str(task)):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
