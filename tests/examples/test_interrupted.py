@@ -16,11 +16,11 @@ def run(*command):
 
 
 def test_it_goes_on_in_the_middle_of_an_epoch_on_other_ranks(tmp_path):
-    options = ["--folder", tmp_path / "saved", "--epochs", "2", "--batch", "256"]
+    options = ["--folder", tmp_path / "saved", "--epochs", "1", "--batch", "256"]
     first = run(FERRO, "run", "-n", "2", PROGRAM, *options, "--stop-after", "5")
     assert "stopped in epoch 0" in first
     second = run(sys.executable, PROGRAM, *options)
     assert "epoch 0, 1280 of 4096 items are done" in second
     accuracies = re.findall(r"epoch \d: loss [\d.]+, accuracy ([\d.]+) %", second)
-    assert len(accuracies) == 2
-    assert float(accuracies[-1]) > 60
+    assert len(accuracies) == 1
+    assert float(accuracies[0]) > 55
