@@ -134,7 +134,7 @@ def agree_to_anything(backend):
         (check_movements, broadcast_nothing, r"rank \d: broadcast bool\[\] root=\d"),
         (check_equal_bits, differ_by_rank, "of 1000 float32: ranks have different bits"),
         (check_prefixes, lose_the_last_row, r"rank \d: scan of \d+ bool op="),
-        (check_extrema, lose_the_last_row, r"rank \d: min_loc of 20000 bool"),
+        (check_extrema, lose_the_last_row, r"rank \d: min_loc of \d+ \w+"),
         (check_moved_dtypes, lose_the_last_row, r"rank \d: all_to_all of datetime64"),
         (check_posted_transfers, forget_what_was_posted, "posted transfers have not ended"),
         (check_deterministic, differ_by_rank, "rank 1: all_reduce of 900 float32 op=sum in order"),
@@ -155,7 +155,7 @@ def test_a_wrong_result_is_told_with_op_dtype_shape_and_rank(check, spoil, words
 )
 def test_wrong_sums_of_random_numbers_are_told_with_seed_and_number(spoil, words):
     with pytest.raises(AssertionError, match=words):
-        check_random_reductions(sabotaged(spoil, dtypes=("float16", "float32")))
+        check_random_reductions(sabotaged(spoil, dtypes=("float16", "float32")), runs=80)
 
 
 def test_a_backend_that_writes_to_its_input_is_found_out():

@@ -1,11 +1,12 @@
 """Parallel strategies, with the module contract, layers and optimizers that they work on."""
 
-from . import hooks, nn, optim, pipeline, tensor_parallel
+from . import data, hooks, nn, optim, pipeline, tensor_parallel, training
 from .context_parallel import ContextParallel
 from .ddp import DDP
 from .dtensor import DistributedGenerator, DTensor, Partial, Replicate, Shard, distribute
 from .expert_parallel import ExpertParallel, MoE
 from .fsdp import FSDP, FlatShard, MixedPrecision, ShardingStrategy
+from .generators import RankGenerators, seed_all
 from .global_loss import GlobalLoss, global_mean
 from .mesh import DeviceMesh
 from .nn import deferred
@@ -27,6 +28,7 @@ __all__ = [
     "MoE",
     "Partial",
     "Pipeline",
+    "RankGenerators",
     "Replicate",
     "Shard",
     "ShardedSampler",
@@ -36,6 +38,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
+    "data",
     "deferred",
     "distribute",
     "global_mean",
@@ -43,6 +46,8 @@ __all__ = [
     "nn",
     "optim",
     "pipeline",
+    "seed_all",
     "split_model",
     "tensor_parallel",
+    "training",
 ]

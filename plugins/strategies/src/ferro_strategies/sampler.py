@@ -133,43 +133,49 @@ class ShardedSampler:
         n, ends = self.world_size, self._runs
         return [sum(len(self._share(start, end, rank)) for start, end in ends) for rank in range(n)]
 
-    def batch_counts(self, batch_size: int) -> list[int]:
-        """Compute how many batches each rank gets in a whole epoch, by rank."""
-        size, ends = _whole("batch_size", batch_size, at_least=1), self._runs
-        return [
-            sum(-(-len(self._share(start, end, rank)) // size) for start, end in ends)
-            for rank in range(self.world_size)
-        ]
+    def batch_counts(self, batch_size: int, *, full: bool = False) -> list[int]:
+        """Compute how many batches each rank gets in a whole epoch, by rank; see `batches`."""
+        size, ranks = _whole("batch_size", batch_size, at_least=1), range(self.world_size)
+        return [sum(self._batch_count(start, end, rank, 0, size, full) for start, end in self._runs) for rank in ranks]
 
     def indices(self) -> Indices:
         """Compute this rank's indices of this epoch, of shape (len(self),)."""
         shares = [indices for indices, _, _ in self._shares(0)]
         return np.concatenate(shares) if shares else np.empty(0, np.int64)
 
-    def batches(self, batch_size: int) -> Iterator[Indices]:
+    def batches(self, batch_size: int, *, full: bool = False) -> Iterator[Indices]:
         """Yield this rank's indices in batches of `batch_size`; the last may be smaller.
+
+        With `full`, last batches are left out that have fewer items on any rank, so all ranks get as many batches.
 
         Raises:
             UsageError: `batch_size` is less than 1.
         """
-        return (batch for batch, _ in self.placed_batches(batch_size))
+        return (batch for batch, _ in self.placed_batches(batch_size, full=full))
 
-    def placed_batches(self, batch_size: int) -> Iterator[tuple[Indices, Indices]]:
+    def placed_batches(self, batch_size: int, *, full: bool = False) -> Iterator[tuple[Indices, Indices]]:
         """Yield this rank's batches, each with the places of its items in the order of all ranks' items.
 
         A place does not depend on the number of ranks, so that random numbers drawn by place do not either.
         """
-        return self._placed_batches(_whole("batch_size", batch_size, at_least=1))
+        return self._placed_batches(_whole("batch_size", batch_size, at_least=1), full)
 
-    def _placed_batches(self, batch_size: int) -> Iterator[tuple[Indices, Indices]]:
+    def _placed_batches(self, size: int, full: bool) -> Iterator[tuple[Indices, Indices]]:
         self._taken, self._resume_at = self._resume_at, 0
-        for indices, places, end in self._shares(self._taken):
-            start = max(self._taken, end[0])
-            for at in range(0, len(indices), batch_size):
+        for indices, places, (start, end) in self._shares(self._taken):
+            begin = max(self._taken, start)
+            for number in range(self._batch_count(start, end, self.rank, begin, size, full)):
                 # A rank whose last batch is smaller counts what all ranks were given.
-                self._taken = min(start + (at + batch_size) * self.world_size, end[1])
-                yield indices[at : at + batch_size], places[at : at + batch_size]
-            self._taken = end[1]
+                self._taken = min(begin + (number + 1) * size * self.world_size, end)
+                batch = slice(number * size, (number + 1) * size)
+                yield indices[batch], places[batch]
+            self._taken = end
+
+    def _batch_count(self, start: int, end: int, rank: int, taken: int, size: int, full: bool) -> int:
+        """Count a rank's batches in the rest of a run; the last rank has the smallest share."""
+        if full:
+            return len(self._share(start, end, self.world_size - 1, taken)) // size
+        return -(-len(self._share(start, end, rank, taken)) // size)
 
     def _shares(self, taken: int) -> Iterator[tuple[Indices, Indices, tuple[int, int]]]:
         """Compute this rank's indices and places in each run that has more than the first `taken` items of all ranks.

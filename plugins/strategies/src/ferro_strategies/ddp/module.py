@@ -13,6 +13,7 @@ import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
+from ..generators import separate_generators
 from ..nn.checks import check_gradient
 from ..nn.module import Module, Pullback, TreeSnapshot
 from ..nn.parameter import Parameter
@@ -131,6 +132,7 @@ class DDP(Module):
             find_unused=find_unused,
         )
         self._check_replicas = check_replicas
+        separate_generators(module, group)
         self._watch(trained)
         self._copy_model_from(0)
         self._start_reducer()

@@ -11,6 +11,7 @@ import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
+from ..generators import separate_generators
 from ..nn.checks import check_gradient
 from ..nn.module import Module, Pullback, TreeSnapshot, replace_modules
 from ..nn.trees import Arrays, map_leaves, quiet_overflow_in, shapes_of
@@ -121,6 +122,8 @@ class FSDP(StateDictMixin):
         self._hooks = hooks.pop(id(module))
         replace_modules(module, lambda _, item: Unit(item, hooks[id(item)]) if id(item) in hooks else item)
         config.broadcast((buffer.data for buffer in self.buffers()), [0] * len(config.groups))
+        for each in config.groups:
+            separate_generators(module, each)
         self._join_groups = [_duplicate(group) for group in config.groups]
         self._tree = TreeSnapshot(module)
         guard = self._check_step
