@@ -134,8 +134,8 @@ class StateDictMixin(Module):
             Arrays of the parameters' whole shapes by "<parameter name>.<name of state>", and "lr". Parameters that have
             not been updated yet have no state.
         """
-        self._check_owns_parameters(optimizer)
         self._check_between_passes("full_optimizer_state_dict")
+        self._check_owns_parameters(optimizer)
         state = optimizer_state.gather(self._sharded, optimizer, self._config, rank0_only=rank0_only)
         return optimizer.settings_state() | state if self._config.is_first or not rank0_only else {}
 
