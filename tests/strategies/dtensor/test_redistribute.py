@@ -128,3 +128,14 @@ def test_costs_and_explanations_communicate_nothing():
         assert cost == 8 * 8 * 8 // 2
         assert text.splitlines()[0] == "all_gather     axis 'dp': Shard(0) -> Replicate(), 256 bytes"
     assert not log.calls
+
+
+def test_a_negative_zero_survives_being_the_term_of_a_sum():
+    def check(mesh):
+        for zero in (np.full(3, -0.0), np.full(3, complex(-0.0, -0.0))):
+            for placement in (Replicate(), Shard(0)):
+                x = distribute(zero, mesh, [placement]).redistribute([Partial()]).full_tensor()
+                assert np.signbit(x.real).all()
+                assert np.signbit(x.imag).all() == (x.dtype.kind == "c")
+
+    on_mesh((2,), check)

@@ -17,7 +17,8 @@ from .placement import Partial, Placements, Shard
 from .redistribute_plan import plan_redistribute
 from .redistribute_steps import RedistributeStep, StepKind
 
-_IDENTITY = {"sum": 0, "prod": 1}
+# The sum of -0.0 and a floating number has the number's bits, also those of -0.0.
+_IDENTITY = {"sum": -0.0, "prod": 1}
 
 
 def redistribute(x: PlacedArray, placements: Placements, *, copy: bool = True) -> PlacedArray:
@@ -52,7 +53,8 @@ def _has_several_reductions(x: PlacedArray) -> bool:
 
 def identity_array(like: Array, shape: tuple[int, ...], op: str) -> Array:
     """Return an array of the reduction's identity, such as zeros for a sum."""
-    full: Array = namespace_of(like).full(shape, _IDENTITY[op], dtype=like.dtype)
+    value = complex(-0.0, -0.0) if op == "sum" and like.dtype.kind == "c" else _IDENTITY[op]
+    full: Array = namespace_of(like).full(shape, value, dtype=like.dtype)
     return full
 
 
