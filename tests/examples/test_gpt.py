@@ -30,17 +30,16 @@ def run_example(ranks, *arguments):
 @pytest.mark.parametrize(
     ("ranks", "steps", "cuts"),
     [
-        (8, 6, "--dp=2 --tp=2 --pp=2"),
-        (8, 6, "--dp=2 --tp=2 --pp=2 --fsdp --schedule=zb_h1 --microbatches=4"),
-        (3, 10, "--pp=3 --microbatches=5"),
-        (2, 50, "--pp=2 --stages-per-rank=2 --schedule=interleaved_1f1b"),
+        (8, 4, "--dp=2 --tp=2 --pp=2 --fsdp --schedule=zb_h1 --microbatches=4"),
+        (3, 4, "--pp=3 --microbatches=5"),
+        (2, 25, "--pp=2 --stages-per-rank=2 --schedule=interleaved_1f1b"),
     ],
-    ids=["replicated", "sharded, zero bubble", "uneven stages", "interleaved"],
+    ids=["sharded, zero bubble", "uneven stages", "interleaved"],
 )
 def test_losses_are_those_of_one_process(ranks, steps, cuts):
     about, written, difference = run_example(ranks, "--compare", f"--steps={steps}", *cuts.split())
     first, last = (float(word) for word in about.split() if word.replace(".", "").isdecimal() and "." in word)
-    assert last < (0.75 if steps == 50 else 1) * first
+    assert last < (0.9 if steps == 25 else 1) * first
     assert difference < 1e-5
     assert written.startswith("The ")
     assert len(written) == len("The ") + 40

@@ -158,7 +158,7 @@ def hang_on_rank_0(group):
 def test_at_the_deadline_a_rank_is_ended_and_its_stack_is_shown():
     late, well = run_ranks_outcomes(hang_on_rank_0, 2, backend="postbox", timeout_s=8.0)
     assert (well.ok, late.error_type) == (True, "Late")
-    assert "did not end within 3 s" in late.error_text
+    assert "did not end within 8 s" in late.error_text
     assert "hang_on_rank_0" in late.output.partition("most recent call first")[2]
     for outcome in (late, well):
         pid = int(outcome.output.partition("pid=")[2].split()[0])

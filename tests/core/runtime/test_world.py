@@ -460,11 +460,14 @@ def test_init_again_after_shutdown(ranks, tmp_path):
 
 
 GROWS = """
-import os, ferro
-rank = int(os.environ["RANK"])
+import os, pathlib, sys, time, ferro
+rank, over = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 if rank < 2:
     with ferro.init("gloo", rank=rank, world_size=2, timeout_s=30) as group:
         group.barrier()
+    over.touch()
+while not over.exists():
+    time.sleep(0.01)
 with ferro.init("gloo", rank=rank, world_size=3, timeout_s=30) as group:
     print(group.all_reduce(1))
 """
@@ -479,7 +482,7 @@ def test_a_world_may_be_made_again_with_more_ranks(tmp_path):
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, program],
+            [sys.executable, program, tmp_path / "over"],
             env={**os.environ, **meeting, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,

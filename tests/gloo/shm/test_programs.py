@@ -125,7 +125,8 @@ class Program:
         for array in arrays[1:]:
             REDUCTIONS[name](total, array.astype(np.float32) if half else array, out=total)
         if name == "mean":
-            np.true_divide(total, self.n, out=total)
+            parts = total.view(total.real.dtype)  # real and imaginary parts are divided
+            np.true_divide(parts, self.n, out=parts)
         with np.errstate(over="ignore"):
             return total.astype(self.dtype)
 

@@ -172,7 +172,8 @@ class Reduction:
         """Reduce operands, left to right, and then copy the result to `out`."""
         total = operands[0]
         for operand in operands[1:]:
-            result = np.empty_like(total)
+            # An array on a device need not know NumPy's function.
+            result = np.empty_like(total) if isinstance(total, np.ndarray) else total.copy()
             self._function(total, operand, result)
             total = result
         if total is not out:
@@ -203,9 +204,9 @@ def _complex_product(a: Array, b: Array, out: Array) -> None:
 
     NumPy's vectorized loop does not round the products before it subtracts them (fused multiply-add), and its loop for
     the last elements does. So these are multiplied in a longer array: the bits must not depend on how an algorithm cuts
-    the arrays.
+    the arrays. A device has one way for all elements.
     """
-    whole = a.size - a.size % _VECTORS
+    whole = a.size - a.size % _VECTORS if isinstance(a, np.ndarray) else a.size
     _quiet.run(np.multiply, a[:whole], b[:whole], out=out[:whole])
     if rest := a.size - whole:
         padded = np.ones_like(a, shape=(2, _VECTORS))

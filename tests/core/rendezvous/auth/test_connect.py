@@ -94,7 +94,7 @@ def test_a_store_that_never_comes_is_reported_with_all_that_helps():
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         with pytest.raises(RendezvousError) as error:
-            connect(("localhost", port), SECRET, purpose=b"store", deadline=soon(0.05))
+            connect(("localhost", port), SECRET, purpose=b"store", deadline=soon(0.5))
     message = str(error.value)
     assert type(error.value) is RendezvousError
     for part in (f"localhost:{port}", f"127.0.0.1:{port}", "refused", "pid", "firewall", " s;"):
