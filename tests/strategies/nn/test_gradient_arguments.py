@@ -112,7 +112,7 @@ def test_arrays_that_mean_more_than_their_numbers_are_no_inputs(wrong):
     with pytest.raises(UsageError, match="expected a plain array, got a"):
         nn.cross_entropy(X, np.ma.array([0, 1, 0, 1], mask=[0, 0, 1, 0]))
     with pytest.raises(UsageError, match="expected a plain array, got a"):
-        nn.cross_entropy(X, [0, 1, 0, 1], class_weights=np.ma.array([1.0] * 6, mask=[0, 0, 1, 0, 0, 0]))
+        nn.cross_entropy(X, [0, 1, 0, 1], weight=np.ma.array([1.0] * 6, mask=[0, 0, 1, 0, 0, 0]))
     with pytest.raises(UsageError, match="expected a plain array, got a"):
         nn.Parameter(wrong)
 

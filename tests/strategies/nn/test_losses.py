@@ -96,8 +96,8 @@ OPTIONS = {
     "plain": {},
     "ignored": {"ignore_index": 1},
     "smoothed": {"label_smoothing": 0.3},
-    "weighted": {"class_weights": [1.0, 0.0, 3.0]},
-    "all": {"ignore_index": 1, "label_smoothing": 0.3, "class_weights": np.array([1, 2, 3])},
+    "weighted": {"weight": [1.0, 0.0, 3.0]},
+    "all": {"ignore_index": 1, "label_smoothing": 0.3, "weight": np.array([1, 2, 3])},
 }
 
 
@@ -122,7 +122,7 @@ def test_gradients_of_options(options, reduction):
 def test_batches_weigh_by_the_rows_that_count():
     rng = np.random.default_rng(0)
     logits, labels = rng.standard_normal((6, 3)), np.array([0, -100, -100, 2, 1, -100])
-    for options in ({}, {"class_weights": [1.0, 2.0, 0.5]}, {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 0.5]}):
+    for options in ({}, {"weight": [1.0, 2.0, 0.5]}, {"label_smoothing": 0.1, "weight": [1.0, 2.0, 0.5]}):
         whole, whole_grad = cross_entropy(logits, labels, ignore_index=-100, **options)
         parts = [
             cross_entropy(logits[rows], labels[rows], ignore_index=-100, with_weight=True, **options)
@@ -152,10 +152,7 @@ def test_ignored_rows_count_for_nothing_even_where_they_are_not_finite():
     ("options", "message"),
     [
         ({"label_smoothing": 1.5}, "label_smoothing must be from 0 to 1, got 1.5"),
-        (
-            {"class_weights": [1.0, 2.0]},
-            r"class_weights must be 3 real numbers, one for each class, got float64 \(2,\)",
-        ),
+        ({"weight": [1.0, 2.0]}, r"weight must be 3 real numbers, one for each class, got float64 \(2,\)"),
         ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got \'max\''),
         ({"reduction": "sum", "with_weight": True}, 'it needs reduction="mean"'),
         ({"ignore_index": 1}, "from 0 to 2, got 0 to 7"),

@@ -87,8 +87,8 @@ def test_labels_that_do_not_count_smoothing_and_weights_of_classes(ranks):
         ((labels % 7).tolist(), {"ignore_index": 3, "label_smoothing": 0.1}),
         (np.full_like(labels, -100), {"ignore_index": -100, "label_smoothing": 0.1}),
         (labels % 7, {"label_smoothing": 1.0}),
-        (labels, {"ignore_index": -100, "class_weights": weights}),
-        (labels, {"ignore_index": -100, "class_weights": weights, "label_smoothing": 0.3}),
+        (labels, {"ignore_index": -100, "weight": weights}),
+        (labels, {"ignore_index": -100, "weight": weights, "label_smoothing": 0.3}),
     ]
 
     def run(group):

@@ -47,12 +47,12 @@ def test_cross_entropy_and_nll(dtype):
         torch_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
         x = exact(logits)
         expected = F.cross_entropy(x.flatten(0, 1), flat, torch_weights, label_smoothing=smoothing, **options)
-        ours = nn.cross_entropy(logits, labels, label_smoothing=smoothing, class_weights=class_weights, **options)
+        ours = nn.cross_entropy(logits, labels, label_smoothing=smoothing, weight=class_weights, **options)
         compare(ours, x, expected.reshape(labels.shape) if reduction == "none" else expected, dtype)
         if not smoothing:
             x = exact(logits)
             expected = F.nll_loss(x.flatten(0, 1), flat, torch_weights, **options)
-            ours = nn.nll_loss(logits, labels, class_weights=class_weights, **options)
+            ours = nn.nll_loss(logits, labels, weight=class_weights, **options)
             compare(ours, x, expected.reshape(labels.shape) if reduction == "none" else expected, dtype)
 
 

@@ -23,7 +23,7 @@ def cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     with_weight: Literal[False] = False,
 ) -> tuple[float, Array]: ...
@@ -34,7 +34,7 @@ def cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["none"],
     with_weight: Literal[False] = False,
 ) -> tuple[Array, Array]: ...
@@ -45,7 +45,7 @@ def cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["mean"] = "mean",
     with_weight: Literal[True],
 ) -> tuple[float, Array, float]: ...
@@ -55,7 +55,7 @@ def cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Reduction = "mean",
     with_weight: bool = False,
 ) -> tuple[float | Array, Array] | tuple[float | Array, Array, float]:
@@ -70,7 +70,7 @@ def cross_entropy(
         labels: (...), integers from 0 to classes - 1; an array or a (nested) list.
         ignore_index: a label whose rows count for nothing, such as -100; their gradient is 0.
         label_smoothing: share of the loss that goes to all classes alike, from 0 to 1.
-        class_weights: (classes,), factors of the classes' losses.
+        weight: (classes,), factors of the classes' losses.
         reduction: "mean" or "sum" over the rows, or "none" for an array of the rows' losses.
         with_weight: whether to return the mean's weight, too: the number of rows that are not ignored, or the sum of
             their class weights. A mean over several batches weighs each batch's mean, and gradient, by it.
@@ -87,7 +87,7 @@ def cross_entropy(
     name = "cross_entropy"
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"{name}: label_smoothing must be from 0 to 1, got {label_smoothing}.")
-    kept = _chosen(name, logits, labels, ignore_index, class_weights)
+    kept = _chosen(name, logits, labels, ignore_index, weight)
     xp, classes = namespace_of(logits), max(logits.shape[-1], 1)
     if not kept.labels.size:
         empty = xp.zeros(logits.shape, wide_dtype(logits.dtype))
@@ -125,7 +125,7 @@ def nll_loss(
     labels: npt.ArrayLike,
     *,
     ignore_index: int | None = None,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     with_weight: Literal[False] = False,
 ) -> tuple[float, Array]: ...
@@ -135,7 +135,7 @@ def nll_loss(
     labels: npt.ArrayLike,
     *,
     ignore_index: int | None = None,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["none"],
     with_weight: Literal[False] = False,
 ) -> tuple[Array, Array]: ...
@@ -145,7 +145,7 @@ def nll_loss(
     labels: npt.ArrayLike,
     *,
     ignore_index: int | None = None,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Literal["mean"] = "mean",
     with_weight: Literal[True],
 ) -> tuple[float, Array, float]: ...
@@ -154,7 +154,7 @@ def nll_loss(
     labels: npt.ArrayLike,
     *,
     ignore_index: int | None = None,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     reduction: Reduction = "mean",
     with_weight: bool = False,
 ) -> tuple[float | Array, Array] | tuple[float | Array, Array, float]:
@@ -164,12 +164,12 @@ def nll_loss(
         log_probabilities: (..., classes), floating point: logarithms, as of a softmax. For logits, use `cross_entropy`.
         labels: see `cross_entropy`, as are the other arguments, the result and the errors.
         ignore_index: see `cross_entropy`.
-        class_weights: see `cross_entropy`.
+        weight: see `cross_entropy`.
         reduction: see `cross_entropy`.
         with_weight: see `cross_entropy`.
     """
     name = "nll_loss"
-    kept = _chosen(name, log_probabilities, labels, ignore_index, class_weights)
+    kept = _chosen(name, log_probabilities, labels, ignore_index, weight)
     xp, wide = namespace_of(log_probabilities), wide_dtype(log_probabilities.dtype)
     rows = log_probabilities.reshape(kept.labels.size, log_probabilities.shape[-1])
     grad = xp.zeros(rows.shape, wide)
@@ -242,7 +242,7 @@ def _chosen(
         weights = plain_array(xp, class_weights)
         if weights.shape != (classes,) or weights.dtype.kind in "cbOSU":
             raise UsageError(
-                f"{name}: class_weights must be {classes} real numbers, one for each class, "
+                f"{name}: weight must be {classes} real numbers, one for each class, "
                 f"got {weights.dtype} {weights.shape}."
             )
         weights = weights.astype(wide_dtype(logits.dtype), copy=False)

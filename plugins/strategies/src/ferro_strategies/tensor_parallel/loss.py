@@ -26,7 +26,7 @@ def vocab_parallel_cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     with_weight: Literal[False] = False,
 ) -> tuple[float, Array]: ...
 
@@ -39,7 +39,7 @@ def vocab_parallel_cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     with_weight: Literal[True],
 ) -> tuple[float, Array, float]: ...
 
@@ -51,7 +51,7 @@ def vocab_parallel_cross_entropy(
     *,
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    class_weights: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
     with_weight: bool = False,
 ) -> tuple[float, Array] | tuple[float, Array, float]:
     """Compute -log softmax(all ranks' logits)[label], averaged over the labels that count, and its gradient.
@@ -67,7 +67,7 @@ def vocab_parallel_cross_entropy(
         group: the ranks.
         ignore_index: a label, usually -100, of rows that do not count.
         label_smoothing: the share of each target that is spread evenly over all classes, from 0 to 1.
-        class_weights: (all classes,), factors of the classes' losses, see `nn.cross_entropy`; the same on all ranks.
+        weight: (all classes,), factors of the classes' losses, see `nn.cross_entropy`; the same on all ranks.
         with_weight: return the mean's weight, too: the number of labels that count, or the sum of their class weights.
             A mean over several batches weighs each batch's by it.
 
@@ -89,21 +89,21 @@ def vocab_parallel_cross_entropy(
     kept = xp.ones(wanted.shape, bool) if ignore_index is None else wanted != ignore_index
     _check_labels(wanted[kept], sizes, group, ignore_index)
     wide = wide_dtype(logits.dtype)
-    weights = None if class_weights is None else _checked_weights(xp.asarray(class_weights, wide), sum(sizes))
+    weights = None if weight is None else _checked_weights(xp.asarray(weight, wide), sum(sizes))
     # The weight of each row: that of its class, or zero.
     row_weights = kept.astype(wide)
     if weights is not None:
         row_weights[kept] = weights[wanted[kept]]
-    weight = float(row_weights.sum(dtype=np.float64))
-    if weight == 0:
+    total = float(row_weights.sum(dtype=np.float64))
+    if total == 0:
         loss, grad = 0.0, xp.zeros_like(logits)
     else:
         shape = logits.shape if classes.ndim else (1, *logits.shape)
         rows = _Rows(classes.reshape(shape[:-1]), kept.reshape(shape[:-1]), row_weights.reshape(shape[:-1]), weights)
-        loss, found = _loss_of_rows(logits.reshape(shape), rows, weight, group, sizes, label_smoothing)
+        loss, found = _loss_of_rows(logits.reshape(shape), rows, total, group, sizes, label_smoothing)
         with quiet_overflow(logits.dtype):
             grad = found.astype(logits.dtype, copy=False).reshape(logits.shape)
-    return (loss, grad, weight) if with_weight else (loss, grad)
+    return (loss, grad, total) if with_weight else (loss, grad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,5 +185,5 @@ def _check_labels(kept: Array, sizes: tuple[int, ...], group: ProcessGroup, igno
 
 def _checked_weights(weights: Array, classes: int) -> Array:
     if weights.shape != (classes,):
-        raise UsageError(f"{_NAME}: class_weights must have the shape ({classes},), got {weights.shape}.")
+        raise UsageError(f"{_NAME}: weight must have the shape ({classes},), got {weights.shape}.")
     return weights
