@@ -5,11 +5,11 @@ from __future__ import annotations
 from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of, quiet_overflow
-from ..nn.attention import Attention, gradient
+from ..nn.attention import Attention, gradient, input_and_mask
 from ..nn.checks import check_input
 from ..nn.module import Module, Pullback
 from ..nn.rotary import rotate
-from ..nn.trees import Arrays, describe
+from ..nn.trees import Arrays
 from ..tensor_parallel.sharding import all_gather_sizes
 from .chunks import SequenceChunks
 from .ring import ring_attend
@@ -84,11 +84,7 @@ class RingAttention(Module):
 
     def _check(self, x: Arrays) -> tuple[Array, Array | None]:
         """Take an input apart, and check it."""
-        mask: Array | None = None
-        if isinstance(x, tuple | list):
-            if len(x) != 2:
-                raise UsageError(f"{self!r}: expected an array, or a tuple of an array and a mask, got {describe(x)}.")
-            x, mask = x
+        x, mask = input_and_mask(self, x)
         namespace_of(x)
         check_input(self, x, f"(B, t, {self.dim})", fits=x.ndim == 3 and x.shape[2] == self.dim)
         return x, mask

@@ -122,11 +122,7 @@ class Attention(Module):
 
     def _check(self, x: Arrays) -> tuple[Array, Array | None]:
         """Take an input apart, and check it."""
-        mask: Array | None = None
-        if isinstance(x, tuple | list):
-            if len(x) != 2:
-                raise UsageError(f"{self!r}: expected an array, or a tuple of an array and a mask, got {describe(x)}.")
-            x, mask = x
+        x, mask = input_and_mask(self, x)
         namespace_of(x)
         fits = x.ndim == 3 and x.shape[1] > 0 and x.shape[2] == self.dim
         check_input(self, x, f"(B, T >= 1, {self.dim})", fits=fits)
@@ -141,6 +137,19 @@ class Attention(Module):
         if self.dropout is not None:
             text += f", dropout={self.dropout.p}"
         return f"{text})" if self.rotary_base is None else f"{text}, rotary_base={self.rotary_base})"
+
+
+def input_and_mask(layer: object, x: Arrays) -> tuple[Array, Array | None]:
+    """Take the input of an attention layer apart: an array, or a tuple of an array and a mask.
+
+    Raises:
+        UsageError: it is a tuple of another length; the message names the layer.
+    """
+    if not isinstance(x, tuple | list):
+        return x, None
+    if len(x) != 2:
+        raise UsageError(f"{layer!r}: expected an array, or a tuple of an array and a mask, got {describe(x)}.")
+    return x[0], x[1]
 
 
 def attend(

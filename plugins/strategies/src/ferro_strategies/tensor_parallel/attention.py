@@ -9,12 +9,12 @@ from ferro import ProcessGroup, UsageError
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, quiet_overflow
-from ..nn.attention import Attention, attend, check_mask, gradient
+from ..nn.attention import Attention, attend, check_mask, gradient, input_and_mask
 from ..nn.checks import check_dtype, check_input
 from ..nn.dropout import Dropout
 from ..nn.module import Module, Pullback
 from ..nn.rotary import rotate
-from ..nn.trees import Arrays, describe
+from ..nn.trees import Arrays
 from .column import ColumnParallelLinear, column_parallel_matmul
 from .conversion import check_serial_layer, check_shard_sizes, generator_of_rank
 from .row import RowParallelLinear
@@ -161,11 +161,7 @@ class ParallelAttention(Module):
 
     def _check(self, x: Arrays) -> tuple[Array, Array | None]:
         """Take an input apart, and check what can be checked before messages."""
-        mask: Array | None = None
-        if isinstance(x, tuple | list):
-            if len(x) != 2:
-                raise UsageError(f"{self!r}: expected an array, or a tuple of an array and a mask, got {describe(x)}.")
-            x, mask = x
+        x, mask = input_and_mask(self, x)
         check_dtype(self, x, self.query.weight.dtype)
         check_input(self, x, self._expected, fits=x.ndim == 3 and x.shape[2] == self.dim)
         return x, mask
