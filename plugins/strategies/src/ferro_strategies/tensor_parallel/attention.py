@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ferro import ProcessGroup, UsageError
+from ferro import ProcessGroup
 from ferro.collectives.partition import even_sizes
 
 from ..nn.arrays import Array, Rng, quiet_overflow
