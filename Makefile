@@ -33,7 +33,7 @@ setup: $(filter .tools/bin/uv,$(UV))
 # Side by side, for most tests wait. One BLAS thread each: on a small machine a test of several ranks
 # with a pool of threads in each takes four times as long.
 test: setup
-	OPENBLAS_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS)
+	OPENBLAS_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: setup
 	.venv/bin/ruff format --check --quiet

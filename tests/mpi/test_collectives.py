@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
 import pytest
 
 from . import programs
+from .conftest import Launch
+from .rank_pool import RankPool
+
+# Runs a function on so many ranks of an MPI, and returns the results; the ranks are those of earlier tests.
+Run = Callable[[Launch, Callable[..., object], int], list[object]]
 
 
-def test_results_are_numpys_also_where_mpis_differ(mpi):
-    results = mpi.results(programs.native_and_gathered, 3)
+@pytest.fixture(scope="module")
+def on_ranks() -> Iterator[Run]:
+    pools: dict[tuple[str, int], RankPool] = {}
+
+    def run(launch: Launch, function: Callable[..., object], world_size: int) -> list[object]:
+        key = launch.name, world_size
+        if key not in pools:
+            pools[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
+        outcomes = pools[key].runner(function, world_size, (), timeout_s=60.0, deterministic=False)
+        for outcome in outcomes:
+            assert outcome.ok, outcome.describe()
+        return [outcome.result for outcome in outcomes]
+
+    with ExitStack() as stack:
+        yield run
+
+
+def test_results_are_numpys_also_where_mpis_differ(mpi, on_ranks):
+    results = on_ranks(mpi, programs.native_and_gathered, 3)
     assert results[0][2:] == [True] * 2
     assert results == [results[0]] * 3
 
 
-def test_half_precision_in_pieces(mpich):
-    assert mpich.results(programs.dtypes, 2) == [[True, True]] * 2
+def test_half_precision_in_pieces(mpich, on_ranks):
+    assert on_ranks(mpich, programs.dtypes, 2) == [[True, True]] * 2
 
 
-def test_counts_beyond_mpis_are_cut(mpi):
-    assert mpi.results(programs.cut, 2) == [[]] * 2
+def test_counts_beyond_mpis_are_cut(mpi, on_ranks):
+    assert on_ranks(mpi, programs.cut, 2) == [[]] * 2
 
 
-def test_long_messages_are_cut(mpi):
-    assert mpi.results(programs.cut_messages, 2) == [True] * 2
+def test_long_messages_are_cut(mpi, on_ranks):
+    assert on_ranks(mpi, programs.cut_messages, 2) == [True] * 2
 
 
-def test_a_tag_beyond_mpis_is_refused_and_the_group_goes_on(mpi):
-    for text, total in mpi.results(programs.large_tag, 2):
+def test_a_tag_beyond_mpis_is_refused_and_the_group_goes_on(mpi, on_ranks):
+    for text, total in on_ranks(mpi, programs.large_tag, 2):
         assert total == 2
         assert (mpi.name == "mpich") == ("too large for this MPI" in text)
 
 
-def test_buffers_live_as_long_as_mpi_needs_them(mpi):
-    assert mpi.results(programs.temporaries, 2) == [True] * 2
+def test_buffers_live_as_long_as_mpi_needs_them(mpi, on_ranks):
+    assert on_ranks(mpi, programs.temporaries, 2) == [True] * 2
 
 
-def test_two_groups_work_in_two_threads(mpi):
-    assert mpi.results(programs.two_groups, 2) == [[200.0, 200.0]] * 2
+def test_two_groups_work_in_two_threads(mpi, on_ranks):
+    assert on_ranks(mpi, programs.two_groups, 2) == [[200.0, 200.0]] * 2
 
 
-def test_groups_that_were_closed_or_dropped_leave_room_for_others(mpich):
-    assert mpich.results(programs.many_groups, 2) == [2] * 2
+def test_groups_that_were_closed_or_dropped_leave_room_for_others(mpich, on_ranks):
+    assert on_ranks(mpich, programs.many_groups, 2) == [2] * 2
 
 
-def test_a_rank_that_waits_at_once_meets_one_that_waits_later(mpi):
-    assert mpi.results(programs.mixed, 2) == [[2.0, 2.0]] * 2
+def test_a_rank_that_waits_at_once_meets_one_that_waits_later(mpi, on_ranks):
+    assert on_ranks(mpi, programs.mixed, 2) == [[2.0, 2.0]] * 2
 
 
-def test_ended_ranks_are_found_in_several_threads_at_once(mpich):
-    assert mpich.results(programs.polls_in_threads, 2) == [[], []]
+def test_ended_ranks_are_found_in_several_threads_at_once(mpich, on_ranks):
+    assert on_ranks(mpich, programs.polls_in_threads, 2) == [[], []]
 
 
 def test_an_algorithm_of_the_users_runs_beside_native_collectives(mpich):
