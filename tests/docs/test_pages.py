@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 
 import ferro
+from ferro_testing import run_ranks, run_ranks_outcomes
 from ferro_testing.schedules import check
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +27,12 @@ def code(page, first_words):
     return block
 
 
-@pytest.mark.parametrize("launch", [(sys.executable,), (FERRO, "run", "-n", "3")])
+PROGRAMS = [("README.md", "train.py"), ("docs/gloo.md", "average.py"), ("docs/resuming.md", "resume.py")]
+
+
 @pytest.mark.parametrize(
-    ("page", "name"), [("README.md", "train.py"), ("docs/gloo.md", "average.py"), ("docs/resuming.md", "resume.py")]
+    ("launch", "page", "name"),
+    [((FERRO, "run", "-n", "3"), *PROGRAMS[0]), *(((sys.executable,), *program) for program in PROGRAMS)],
 )
 def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     program = tmp_path / name
@@ -35,6 +40,24 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
     ended = subprocess.run([*launch, program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
+
+
+@pytest.mark.parametrize(("page", "name"), PROGRAMS[1:])
+def test_the_programs_of_the_pages_run_on_several_ranks(tmp_path, monkeypatch, page, name):
+    (tmp_path / name).write_text(code(page, f"# {name}"))
+    monkeypatch.chdir(tmp_path)
+    outcomes = run_ranks_outcomes(run_program, 3, backend="gloo", args=[name])
+    assert all(outcome.ok for outcome in outcomes), [outcome.describe() for outcome in outcomes]
+    assert any(outcome.output.strip() for outcome in outcomes)
+
+
+def run_program(group, path):
+    """Run a program that joins the job itself, on a rank that is forked and need not import everything again."""
+    group.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(path, run_name="__main__")
+    ferro.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -57,13 +80,10 @@ def test_the_programs_of_the_pages_run(tmp_path, launch, page, name):
 )
 def test_all_blocks_of_a_page_are_one_program(tmp_path, page, ranks):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks))
-    launch = [FERRO, "run", "-n", str(ranks), program]
-    env = os.environ | {"PYTHONWARNINGS": "error"}
-    ended = subprocess.run(launch, capture_output=True, text=True, timeout=60, env=env)
-    assert ended.returncode == 0, ended.stderr
-    assert blocks
+    run_ranks(run_program, ranks, backend="gloo", args=[str(program)])
 
 
 def test_the_page_of_meshes_shows_the_picture_that_its_program_prints():

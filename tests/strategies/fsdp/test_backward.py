@@ -1,5 +1,6 @@
 """The backward pass of FSDP: tied, frozen and unused parameters, nested units, checkpointing."""
 
+import contextlib
 import gc
 
 import numpy as np
@@ -100,12 +101,46 @@ def test_units_left_out_have_no_gradient_and_cost_nothing(sharding):
     assert simulate(run, 4) == [expected] * 4
 
 
-def test_parameters_left_out_of_a_unit_get_zeros():
+def test_parameters_of_a_unit_that_no_rank_used_get_no_gradient():
     def run(group):
         model = shard(group, Switch(), units=[])
         return [chosen_grads(model, [group.rank]), chosen_grads(model, [])]
 
-    assert simulate(run, 2) == [[[1, 1, 0], [0, 0, 0]]] * 2
+    assert simulate(run, 2) == [[[1, 1, None], [None, None, None]]] * 2
+
+
+@pytest.mark.parametrize("sharding", EVERY)
+def test_units_used_only_in_no_sync_are_reduced_by_the_next_pass(sharding):
+    def run(group):
+        model = shard(group, Switch(), sharding=sharding)
+        for chosen, context in ([0, 1], model.no_sync()), ([1], contextlib.nullcontext()):
+            model.module.chosen = chosen
+            with context:
+                y, pullback = model.vjp(np.array([2.0]))
+                pullback(np.ones_like(y))
+        SGD(model.parameters(), lr=0.0).step()
+        return [None if grad is None else float(grad[0]) for grad in gathered_grads(model).values()]
+
+    assert simulate(run, 2) == [[2, 4, None]] * 2
+
+
+@pytest.mark.parametrize("sharding", EVERY)
+def test_units_that_differ_between_ranks_are_noticed_and_accumulate_all_the_same(sharding):
+    """Branches of one size would be averaged with each other, without a word."""
+
+    def run(group):
+        model = shard(group, Switch(), sharding=sharding, prefetch=False)
+        model.module.chosen = [group.rank]
+        with model.no_sync():
+            y, pullback = model.vjp(np.array([2.0]))
+            pullback(np.ones_like(y))
+        model.sync_gradients()
+        found = [None if grad is None else float(grad[0]) for grad in gathered_grads(model).values()]
+        with pytest.raises(ferro.UsageError, match=r"different units.*branches.0.*branches.1"):
+            chosen_grads(model, [group.rank])
+        return found
+
+    assert simulate(run, 2) == [[1, 1, None]] * 2
 
 
 @pytest.mark.parametrize("sharding", EVERY)

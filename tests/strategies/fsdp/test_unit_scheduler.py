@@ -92,7 +92,9 @@ def operations(group, calls, model, *, steps=2):
         begin = len(calls.started_ops)
         y, pullback = model.vjp(np.ones((1, 1)))
         pullback(y)
-        found.append([{"all_gather": "g", "reduce_scatter": "r"}[op] for op in calls.started_ops[begin:]])
+        *started, agreement = calls.started_ops[begin:]
+        assert agreement == "all_reduce"
+        found.append([{"all_gather": "g", "reduce_scatter": "r"}[op] for op in started])
     return ["".join(ops) for ops in found]
 
 

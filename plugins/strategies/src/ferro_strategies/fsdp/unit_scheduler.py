@@ -26,6 +26,7 @@ from typing import Protocol
 from ferro import UsageError
 
 from ..replica_check import ReplicaAgreement, ReplicaCheck, replicas_error
+from .backward_agreement import BackwardAgreement, units_to_reduce
 from .config import FSDPConfig
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .reduction import GradientReduction
@@ -74,7 +75,8 @@ class UnitScheduler:
         self._order: Sequence[FlatParameterGroup] = ()
         self._position = 0
         self._prefetched: tuple[FlatParameterGroup, UnshardedParameters] | None = None
-        self._reductions: deque[GradientReduction | ReplicaAgreement] = deque()
+        self._reductions: deque[GradientReduction | ReplicaAgreement | BackwardAgreement] = deque()
+        self._backward_agreement: BackwardAgreement | None = None
         self._replica_check = None if config.replica_group is None else ReplicaCheck(config.replica_group)
         self._agreement: ReplicaAgreement | None = None
         self.reset_order()
@@ -136,9 +138,12 @@ class UnitScheduler:
     def reduce_all(self) -> None:
         """Reduce all accumulated gradients; return when they are reduced."""
         with self._pass((), backward=True):
-            for unit in self.units:
-                if unit.has_unsharded_grad:
-                    self._reduce(unit)
+            if self.announcer is None:
+                accumulated = units_to_reduce(self.units, self._config)
+            else:  # ranks without batches know of announced operations only
+                accumulated = [unit for unit in self.units if unit.has_unsharded_grad]
+            for unit in accumulated:
+                self._reduce(unit)
 
     def check(self) -> None:
         """Check that a pass may run.
@@ -170,15 +175,32 @@ class UnitScheduler:
         self._advance()
         self._start_agreement()
         scale = 1.0 if self.announcer is None else self.announcer.scale
+        if self._backward_agreement is None:
+            self._backward_agreement = BackwardAgreement(self.units, self._config)
+        self._backward_agreement.record(unit)
         for flat in unit.trained:
             self._reductions.append(GradientReduction(flat, self._config, scale))
 
-    def drain(self) -> None:
-        """Wait until every reduction has ended."""
-        if self._reductions and self.announcer is not None:
+    def drain(self) -> list[FlatParameterGroup]:
+        """Wait until every reduction has ended, and drop the gradients of parameters that no rank used.
+
+        Returns:
+            The units of which a rank has gradients of earlier passes, which are to be reduced, too.
+
+        Raises:
+            UsageError: ranks reduced different units; raised on every rank.
+        """
+        agreement, self._backward_agreement = self._backward_agreement, None
+        if agreement is None:
+            return []
+        if self.announcer is not None:
             self.announcer.announce_drain()
+        agreement.start()
+        self._reductions.append(agreement)
         while self._reductions:
             self._advance()
+        agreement.finish()
+        return agreement.left
 
     def check_replicas(self) -> None:
         """Raise an error if the checksums that were sent with the last reductions differed.
@@ -210,13 +232,15 @@ class UnitScheduler:
         try:
             yield
             if backward:
+                for unit in self.drain():  # used in `no_sync` only
+                    self._reduce(unit)
                 self.drain()
             else:
                 self._predict(self._entered, self._left[::-1])
             self._drop_prefetched()
         except BaseException:
             self._failed = self._failed or backward
-            self._agreement = None
+            self._agreement = self._backward_agreement = None
             raise
         finally:
             # After an error this does not wait for operations, which the other ranks may never join.

@@ -40,14 +40,22 @@ class UnshardedGradient:
     @property
     def has_any(self) -> bool:
         """True if there is a gradient to be reduced."""
-        return any(self._present())
+        return any(self.present)
+
+    @property
+    def present(self) -> list[bool]:
+        """For each parameter, whether it has a gradient here that `zero_grad` has not cleared since."""
+        return [
+            is_set and parameter.times_zeroed == times
+            for parameter, is_set, times in zip(self._parameters, self._is_set, self._times_zeroed, strict=True)
+        ]
 
     def views(self) -> list[tuple[Array, Array | None]]:
         """Return for each parameter the memory of its gradient, and the gradient or None."""
         if self._buffer is None:
             self._buffer = self._allocate()
         memory = self._layout.views(self._buffer.array)
-        return [(view, view if is_set else None) for view, is_set in zip(memory, self._present(), strict=True)]
+        return [(view, view if is_set else None) for view, is_set in zip(memory, self.present, strict=True)]
 
     def mark_if_set(self, index: int) -> None:
         """Record whether a parameter, which views this memory now, has a gradient."""
@@ -72,7 +80,7 @@ class UnshardedGradient:
             self._buffer = self._allocate()
         taken = self._buffer
         taken.array[self._layout.unpadded_size :] = 0
-        for span, is_set in zip(self._layout.spans, self._present(), strict=True):
+        for span, is_set in zip(self._layout.spans, self.present, strict=True):
             if not is_set:
                 taken.array[span.start : span.stop] = 0
         self._is_set = [False] * len(self._parameters)
@@ -88,13 +96,6 @@ class UnshardedGradient:
         """Forget all gradients."""
         self._buffer = None
         self._is_set = [False] * len(self._parameters)
-
-    def _present(self) -> list[bool]:
-        """Tell which parameters have a gradient here: one was added, and nobody has called `zero_grad` since."""
-        return [
-            is_set and parameter.times_zeroed == times
-            for parameter, is_set, times in zip(self._parameters, self._is_set, self._times_zeroed, strict=True)
-        ]
 
     def _add(self, index: int, product: Callable[[], None]) -> None:
         parameter = self._parameters[index]

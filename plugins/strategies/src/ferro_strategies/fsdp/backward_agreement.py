@@ -1,0 +1,122 @@
+"""BackwardAgreement: which parameters got gradients in a backward pass, and whether all ranks reduced the same units.
+
+A unit's gradients are reduced together, so a parameter that no rank used gets zeros, by which an optimizer would go on
+to change it (momentum, weight decay). The gradient of such a parameter is dropped, for in one process it has none.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+
+from ferro import UsageError, Work
+
+from ..nn.arrays import Array
+from ..replica_check import ReplicaCheck
+from .buffer_pool import to_namespace
+from .config import FSDPConfig
+from .flat_parameter import FlatParameter
+from .flat_parameter_group import FlatParameterGroup
+
+
+class BackwardAgreement:
+    """One small message, of the greatest bytes, in the background, behind the reductions of a backward pass.
+
+    It holds a checksum of the units in the order in which they were reduced, a flag for each unit that still has
+    gradients of earlier passes in `no_sync`, and a flag for each trained parameter that has a gradient.
+
+    Args:
+        units: all units.
+        config: the settings of the FSDP module.
+
+    Attributes:
+        left: the units that have such gradients on any rank, after `finish`.
+    """
+
+    def __init__(self, units: Sequence[FlatParameterGroup], config: FSDPConfig) -> None:
+        self.left: list[FlatParameterGroup] = []
+        self._units = units
+        self._config = config
+        self._trained = [flat for unit in units for flat in unit.trained]
+        self._reduced: list[FlatParameterGroup] = []
+        self._flags: dict[FlatParameter, list[bool]] = {}
+        self._groups = list(config.groups)
+        self._message: Array = np.empty(0, np.uint8)
+        self._work: Work[object] | None = None
+
+    def record(self, unit: FlatParameterGroup) -> None:
+        """Note which gradients there are, just before a unit's gradients are reduced."""
+        self._reduced.append(unit)
+        for flat in unit.trained:
+            before = self._flags.get(flat) or flat.has_grad
+            added = flat.unsharded_grad.present
+            self._flags[flat] = [was or is_set for was, is_set in zip(before, added, strict=True)]
+
+    def start(self) -> None:
+        """Send the message; all reductions of the pass have been started."""
+        order = np.array([unit.index for unit in self._reduced], np.uint32)
+        flags = [flag for flat in self._trained for flag in self._flags.get(flat, [False] * len(flat.parameters))]
+        left = [unit.has_unsharded_grad for unit in self._units]
+        message = np.concatenate([ReplicaCheck.to_bytes(zlib.crc32(order.data)), np.array(left + flags, np.uint8)])
+        self._message = to_namespace(message, self._trained[0].namespace)
+        self.advance()
+
+    def advance(self) -> bool:
+        """Wait for the step under way and start the next one; return True if there is none."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if not self._groups:
+            return True
+        self._work = self._groups.pop(0).all_reduce(self._message, "max", out=self._message, async_op=True)
+        return False
+
+    def finish(self) -> None:
+        """Drop the gradients that no rank has, once `advance` has returned True.
+
+        Raises:
+            UsageError: ranks reduced different units; raised on every rank.
+        """
+        message = to_namespace(self._message, np)
+        num_flags = len(self._units) + sum(len(flat.parameters) for flat in self._trained)
+        head, flags = np.split(message, [message.size - num_flags])
+        if not ReplicaCheck.agree_bytes(head):
+            raise self._error()
+        self.left = [unit for unit, flag in zip(self._units, flags.tolist(), strict=False) if flag]
+        flags = flags[len(self._units) :]
+        for flat in self._trained:
+            own, flags = flags[: len(flat.parameters)], flags[len(flat.parameters) :]
+            if flat not in self._flags:
+                continue
+            for parameter, flag in zip(flat.parameters, own.tolist(), strict=True):
+                if not flag:
+                    parameter.zero_grad()
+
+    def _error(self) -> UsageError:
+        names = ", ".join(unit.name or "the root unit" for unit in self._reduced)
+        for group in self._config.groups:
+            by_rank: list[str] = group.all_gather_object(names)
+            if len(set(by_rank)) > 1:
+                found = "; ".join(f"rank {rank} of {group.name!r}: {each}" for rank, each in enumerate(by_rank))
+                break
+        else:
+            found = "on ranks of another group"
+        return UsageError(
+            f"FSDP: the ranks' backward passes ran through different units, so their gradients do not belong together "
+            f"({found}). All ranks run the same units in the same order. For branches that differ between ranks, make "
+            "one unit of the module that chooses (`units=`), and start again from a saved state."
+        )
+
+
+def units_to_reduce(units: Sequence[FlatParameterGroup], config: FSDPConfig) -> list[FlatParameterGroup]:
+    """Return the units of which any rank has gradients that are not reduced; all ranks call it."""
+    namespaces: list[ModuleType] = [flat.namespace for unit in units for flat in unit.trained]
+    if not namespaces:
+        return []
+    message = to_namespace(np.array([unit.has_unsharded_grad for unit in units], np.uint8), namespaces[0])
+    for group in config.groups:
+        group.all_reduce(message, "max", out=message)
+    return [unit for unit, flag in zip(units, to_namespace(message, np).tolist(), strict=True) if flag]
