@@ -1,4 +1,4 @@
-"""BackwardAgreement: which parameters got gradients in a backward pass, and whether all ranks reduced the same units.
+"""BackwardAgreement: which parameters got gradients in a backward pass, and whether all ranks ran the same.
 
 A unit's gradients are reduced together, so a parameter that no rank used gets zeros, by which an optimizer would go on
 to change it (momentum, weight decay). The gradient of such a parameter is dropped, for in one process it has none.
@@ -61,7 +61,8 @@ class BackwardAgreement:
 
     def start(self) -> None:
         """Send the message; all reductions of the pass have been started."""
-        order = np.array([unit.index for unit in self._reduced] + [-1, *self._steps], np.float64)
+        # Single precision: schedules on unlike processors may differ in a rate's last bit.
+        order = np.array([unit.index for unit in self._reduced] + [-1, *self._steps], np.float32)
         flags = [flag for flat in self._trained for flag in self._flags.get(flat, [False] * len(flat.parameters))]
         left = [unit.has_unsharded_grad for unit in self._units]
         message = np.concatenate([ReplicaCheck.to_bytes(zlib.crc32(order.data)), np.array(left + flags, np.uint8)])
@@ -82,7 +83,7 @@ class BackwardAgreement:
         """Drop the gradients that no rank has, once `advance` has returned True.
 
         Raises:
-            UsageError: ranks reduced different units; raised on every rank.
+            UsageError: ranks reduced different units, or optimizers stepped differently before; raised on every rank.
         """
         message = to_namespace(self._message, np)
         num_flags = len(self._units) + sum(len(flat.parameters) for flat in self._trained)
