@@ -143,6 +143,22 @@ def test_units_that_differ_between_ranks_are_noticed_and_accumulate_all_the_same
     assert simulate(run, 2) == [[1, 1, None]] * 2
 
 
+@pytest.mark.parametrize("rates", [(0.1, 0.2), (0.1, None)])
+def test_steps_that_differ_between_ranks_are_noticed(rates):
+    """Shards have no replica that would show it: a rate by the rank's own loss, a step left out for its own NaN."""
+
+    def run(group):
+        model = shard(group)
+        optimizer = SGD(model.parameters(), lr=rates[group.rank] or 0.1)
+        one_by_one(model, group.rank, 2)
+        if rates[group.rank] is not None:
+            optimizer.step()
+        with pytest.raises(ferro.UsageError, match=r"steps of optimizers on group 'world': rank 0: lr 0.1; rank 1: "):
+            one_by_one(model, group.rank, 2)
+
+    simulate(run, 2)
+
+
 @pytest.mark.parametrize("sharding", EVERY)
 def test_dropped_pullbacks_leave_nothing(sharding):
     def run(group):

@@ -1,4 +1,4 @@
-"""BackwardAgreement: which parameters got gradients in a backward pass, and whether all ranks reduced the same units.
+"""BackwardAgreement: which parameters got gradients in a backward pass, and whether all ranks ran the same.
 
 A unit's gradients are reduced together, so a parameter that no rank used gets zeros, by which an optimizer would go on
 to change it (momentum, weight decay). The gradient of such a parameter is dropped, for in one process it has none.
@@ -25,21 +25,25 @@ from .flat_parameter_group import FlatParameterGroup
 class BackwardAgreement:
     """One small message, of the greatest bytes, in the background, behind the reductions of a backward pass.
 
-    It holds a checksum of the units in the order in which they were reduced, a flag for each unit that still has
-    gradients of earlier passes in `no_sync`, and a flag for each trained parameter that has a gradient.
+    It holds a checksum of the units in the order in which they were reduced and of the optimizers' steps before, a flag
+    for each unit that still has gradients of earlier passes in `no_sync`, and a flag for each trained parameter that
+    has a gradient.
 
     Args:
         units: all units.
         config: the settings of the FSDP module.
+        steps: the learning rates of the optimizers' steps since the last backward pass. Shards that were updated with
+            different ones would not show it.
 
     Attributes:
         left: the units that have such gradients on any rank, after `finish`.
     """
 
-    def __init__(self, units: Sequence[FlatParameterGroup], config: FSDPConfig) -> None:
+    def __init__(self, units: Sequence[FlatParameterGroup], config: FSDPConfig, steps: Sequence[float]) -> None:
         self.left: list[FlatParameterGroup] = []
         self._units = units
         self._config = config
+        self._steps = steps
         self._trained = [flat for unit in units for flat in unit.trained]
         self._reduced: list[FlatParameterGroup] = []
         self._flags: dict[FlatParameter, list[bool]] = {}
@@ -57,7 +61,8 @@ class BackwardAgreement:
 
     def start(self) -> None:
         """Send the message; all reductions of the pass have been started."""
-        order = np.array([unit.index for unit in self._reduced], np.uint32)
+        # Single precision: schedules on unlike processors may differ in a rate's last bit.
+        order = np.array([unit.index for unit in self._reduced] + [-1, *self._steps], np.float32)
         flags = [flag for flat in self._trained for flag in self._flags.get(flat, [False] * len(flat.parameters))]
         left = [unit.has_unsharded_grad for unit in self._units]
         message = np.concatenate([ReplicaCheck.to_bytes(zlib.crc32(order.data)), np.array(left + flags, np.uint8)])
@@ -78,7 +83,7 @@ class BackwardAgreement:
         """Drop the gradients that no rank has, once `advance` has returned True.
 
         Raises:
-            UsageError: ranks reduced different units; raised on every rank.
+            UsageError: ranks reduced different units, or optimizers stepped differently before; raised on every rank.
         """
         message = to_namespace(self._message, np)
         num_flags = len(self._units) + sum(len(flat.parameters) for flat in self._trained)
@@ -96,18 +101,22 @@ class BackwardAgreement:
                     parameter.zero_grad()
 
     def _error(self) -> UsageError:
-        names = ", ".join(unit.name or "the root unit" for unit in self._reduced)
+        units = ", ".join(unit.name or "the root unit" for unit in self._reduced)
+        steps = ", ".join(f"lr {lr:g}" for lr in self._steps) or "none"
+        found = ""
         for group in self._config.groups:
-            by_rank: list[str] = group.all_gather_object(names)
-            if len(set(by_rank)) > 1:
-                found = "; ".join(f"rank {rank} of {group.name!r}: {each}" for rank, each in enumerate(by_rank))
-                break
-        else:
-            found = "on ranks of another group"
+            by_rank: list[tuple[str, str]] = group.all_gather_object((units, steps))
+            for at, what in enumerate(("units", "steps of optimizers")):
+                each = [described[at] for described in by_rank]
+                if not found and len(set(each)) > 1:
+                    found = f"{what} on group {group.name!r}: " + "; ".join(
+                        f"rank {r}: {x}" for r, x in enumerate(each)
+                    )
         return UsageError(
-            f"FSDP: the ranks' backward passes ran through different units, so their gradients do not belong together "
-            f"({found}). All ranks run the same units in the same order. For branches that differ between ranks, make "
-            "one unit of the module that chooses (`units=`), and start again from a saved state."
+            "FSDP: the ranks ran different units in this backward pass, or different steps of optimizers before it, so "
+            f"that gradients or shards do not belong together ({found or 'on ranks of another group'}). All ranks run "
+            "the same units, and step together with the same learning rate. For branches that differ between ranks, "
+            "make one unit of the module that chooses (`units=`). Start again from a saved state."
         )
 
 

@@ -274,7 +274,7 @@ class FSDP(StateDictMixin):
             join.finish(self._config, (buffer.data for buffer in self.buffers()))
 
     def _check_step(self, lr: float) -> None:
-        """Refuse a step without the gradients that `no_sync` has accumulated; learning rate 0 changes no parameter."""
+        """Refuse a step without the gradients that `no_sync` has accumulated; with learning rate 0 nothing changes."""
         if lr == 0:
             return
         self._scheduler.check()
@@ -285,6 +285,7 @@ class FSDP(StateDictMixin):
                 "model.sync_gradients() before the step, on all ranks; model.zero_grad() drops them. Nothing was "
                 "updated."
             )
+        self._scheduler.note_step(lr)
 
     def _leave_join(self) -> None:
         self._join = self._scheduler.announcer = None

@@ -77,6 +77,7 @@ class UnitScheduler:
         self._prefetched: tuple[FlatParameterGroup, UnshardedParameters] | None = None
         self._reductions: deque[GradientReduction | ReplicaAgreement | BackwardAgreement] = deque()
         self._backward_agreement: BackwardAgreement | None = None
+        self._steps: list[float] = []
         self._replica_check = None if config.replica_group is None else ReplicaCheck(config.replica_group)
         self._agreement: ReplicaAgreement | None = None
         self.reset_order()
@@ -158,6 +159,11 @@ class UnitScheduler:
                 "from a checkpoint."
             )
 
+    def note_step(self, lr: float) -> None:
+        """Note a step of an optimizer, which ranks compare in the next backward pass; those in `join` are announced."""
+        if self.announcer is None and any(any(flat.has_grad) for unit in self.units for flat in unit.trained):
+            self._steps.append(lr)
+
     # -- operations that are announced, so that ranks without batches take part ------------------
 
     def launch_gather(self, unit: FlatParameterGroup) -> UnshardedParameters:
@@ -176,7 +182,8 @@ class UnitScheduler:
         self._start_agreement()
         scale = 1.0 if self.announcer is None else self.announcer.scale
         if self._backward_agreement is None:
-            self._backward_agreement = BackwardAgreement(self.units, self._config)
+            steps, self._steps = self._steps, []
+            self._backward_agreement = BackwardAgreement(self.units, self._config, steps)
         self._backward_agreement.record(unit)
         for flat in unit.trained:
             self._reductions.append(GradientReduction(flat, self._config, scale))
