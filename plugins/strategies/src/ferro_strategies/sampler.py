@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
+from .nn.checks import check_group
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -64,6 +66,8 @@ class ShardedSampler:
         groups: Sequence[int] | npt.ArrayLike | None = None,
         run_items: int = 1024,
     ) -> None:
+        if not isinstance(group, tuple):
+            check_group("ShardedSampler", group)
         rank, size = group if isinstance(group, tuple) else (group.rank, group.world_size)
         self.rank, self.world_size = _whole("rank", rank), _whole("world_size", size)
         if not 0 <= self.rank < self.world_size:
