@@ -14,7 +14,7 @@ from .nn.module import Module
 from .nn.state_owner import SavesState
 
 
-def check_wrappable(strategy: str, module: object, group: object) -> None:
+def check_wrappable(strategy: str, module: Module, group: object) -> None:
     """Check that a strategy is given a module that it can wrap, and a group.
 
     Raises:
