@@ -34,7 +34,8 @@ class ShardedSampler:
 
     With `groups` a batch holds items of one group only, such as sentences of about the same length. The items of each
     group are cut into runs of `run_items`, and the runs are put in random order. The rules about the last items of the
-    data set hold for the last items of each run. Let `run_items` be a multiple of n times the batch size, also for the
+    data set hold for the last items of each run: with neither `pad` nor `drop_last` ranks may be in different runs, and
+    after `load_state_dict` some items that were handed out come again. Let `run_items` be a multiple of n times the batch size, also for the
     other numbers of ranks on which the training may go on.
 
     Args:
@@ -165,15 +166,25 @@ class ShardedSampler:
         return self._placed_batches(_whole("batch_size", batch_size, at_least=1), full)
 
     def _placed_batches(self, size: int, full: bool) -> Iterator[tuple[Indices, Indices]]:
-        self._taken, self._resume_at = self._resume_at, 0
-        for indices, places, (start, end) in self._shares(self._taken):
-            begin = max(self._taken, start)
-            for number in range(self._batch_count(start, end, self.rank, begin, size, full)):
-                # A rank whose last batch is smaller counts what all ranks were given.
-                self._taken = min(begin + (number + 1) * size * self.world_size, end)
+        taken = self._taken = self._resume_at
+        self._resume_at = 0
+        # Rank 0 has the most batches of each run. All ranks count as it does, so that their states are the same, and no
+        # item is lost where a rank that has no batch of a short run is in the next one.
+        counts_of_all = self._counts_of_all(taken, size, full)
+        end = taken
+        for indices, places, (start, end) in self._shares(taken):
+            for number in range(self._batch_count(start, end, self.rank, max(taken, start), size, full)):
+                self._taken = next(counts_of_all)
                 batch = slice(number * size, (number + 1) * size)
                 yield indices[batch], places[batch]
-            self._taken = end
+        self._taken = end
+
+    def _counts_of_all(self, taken: int, size: int, full: bool) -> Iterator[int]:
+        """Compute how many items all ranks were given, with each batch of rank 0."""
+        for start, end in self._runs if self._groups is None else self._order()[1]:
+            begin = max(taken, start)
+            for number in range(self._batch_count(start, end, 0, begin, size, full) if end > taken else 0):
+                yield min(begin + (number + 1) * size * self.world_size, end)
 
     def _batch_count(self, start: int, end: int, rank: int, taken: int, size: int, full: bool) -> int:
         """Count a rank's batches in the rest of a run; the last rank has the smallest share."""

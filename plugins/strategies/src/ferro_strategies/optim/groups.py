@@ -122,11 +122,7 @@ def make_groups(
             or out of its range.
     """
     _check_not_used_up(optimizer, parameters)
-    items: list[object]
-    if isinstance(parameters, Module | Parameter):
-        items = [{"params": parameters}]
-    else:
-        items = list(parameters)
+    items: list[object] = [{"params": parameters}] if isinstance(parameters, Module | Parameter) else list(parameters)
     if not items or not all(isinstance(item, Mapping) for item in items):
         items = [{"params": items}]
     defaults = _converted(optimizer, defaults, defaults)
