@@ -167,6 +167,14 @@ def test_an_epoch_goes_on_evenly_on_any_number_of_ranks(data):
         assert len(set(everything)) == len(everything) or groups is not None
 
 
+def test_a_rank_that_has_no_items_of_a_short_group_counts_as_the_others_do():
+    samplers = [ShardedSampler(6, (rank, 4), groups=[0, 0, 1, 1, 1, 1], shuffle=False) for rank in range(4)]
+    assert [next(sampler.batches(1)).tolist() for sampler in samplers] == [[0], [1], [4], [5]]
+    first, *others = [sampler.state_dict() for sampler in samplers]
+    assert first["taken"] == 2
+    assert others == [first] * 3
+
+
 @pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"pad": True}], ids=str)
 @pytest.mark.parametrize("groups", [None, np.arange(23) % 4], ids=["alone", "groups"])
 def test_numbers_of_batches_are_known_before(options, groups):

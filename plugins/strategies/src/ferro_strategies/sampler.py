@@ -34,9 +34,9 @@ class ShardedSampler:
 
     With `groups` a batch holds items of one group only, such as sentences of about the same length. The items of each
     group are cut into runs of `run_items`, and the runs are put in random order. The rules about the last items of the
-    data set hold for the last items of each run: with neither `pad` nor `drop_last` ranks may be in different runs, and
-    after `load_state_dict` some items that were handed out come again. Let `run_items` be a multiple of n times the batch size, also for the
-    other numbers of ranks on which the training may go on.
+    data set hold for the last items of each run: with neither `pad` nor `drop_last` ranks may be in different runs,
+    and after `load_state_dict` some items that were handed out come again. Let `run_items` be a multiple of n times the
+    batch size, also for the other numbers of ranks on which the training may go on.
 
     Args:
         length: items in the data set.
