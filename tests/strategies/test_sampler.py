@@ -149,11 +149,10 @@ def test_an_epoch_goes_on_evenly_on_any_number_of_ranks(data):
         of_rank = sampler.batches(batch)
         taken += [index for _ in range(steps) for index in next(of_rank).tolist()]
     states = [sampler.state_dict() for sampler in before]
-    if mode or groups is None:
-        assert all(state == states[0] for state in states)
+    assert all(state == states[0] for state in states)
     after = [ShardedSampler(length, (rank, then), **options) for rank in range(then)]
     for sampler in after:
-        sampler.load_state_dict(states[0])
+        sampler.load_state_dict(states[-1])
     rest = [list(sampler.batches(batch)) for sampler in after]
     everything = taken + [index for batches in rest for indices in batches for index in indices.tolist()]
     if groups is not None:
@@ -162,10 +161,18 @@ def test_an_epoch_goes_on_evenly_on_any_number_of_ranks(data):
         assert len({tuple(map(len, batches)) for batches in rest}) == 1
     if not mode and groups is None:
         assert sorted(everything) == list(range(length))
-    elif "pad" in mode:
+    elif "drop_last" not in mode:
         assert set(everything) == set(range(length))
     else:
         assert len(set(everything)) == len(everything) or groups is not None
+
+
+def test_a_rank_that_has_no_items_of_a_short_group_counts_as_the_others_do():
+    samplers = [ShardedSampler(6, (rank, 4), groups=[0, 0, 1, 1, 1, 1], shuffle=False) for rank in range(4)]
+    assert [next(sampler.batches(1)).tolist() for sampler in samplers] == [[0], [1], [4], [5]]
+    first, *others = [sampler.state_dict() for sampler in samplers]
+    assert first["taken"] == 2
+    assert others == [first] * 3
 
 
 @pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"pad": True}], ids=str)

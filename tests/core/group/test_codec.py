@@ -6,6 +6,7 @@ import math
 import struct
 import tracemalloc
 
+import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
@@ -86,6 +87,10 @@ def test_values_of_other_types_become_plain_ones():
         b"key": 1.5,
         1j: "complex keys",
     }
+    half = np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3)[:, ::2]
+    for array in (half, half[:0], half[0, 0:1].reshape(())):
+        back = decode(encode({"a": array}))["a"]
+        assert (back.dtype, back.shape, back.tolist()) == (array.dtype, array.shape, array.tolist())
     assert math.isnan(decode(encode(math.nan)))
     assert decode(encode([math.inf, -0.0])) == [math.inf, -0.0]
 

@@ -32,6 +32,7 @@ def test_items_are_stacked_part_by_part():
         ([{"x": 1}, {"y": 1}], "item has not the same keys"),
         ([(1, 2), (1,)], "item has not the same length"),
         ([{"x": object()}], r"item\['x'\] is a object"),
+        ([(np.ma.array([1.0, 2.0], mask=[0, 1]), 1)], r"item\[0\] is a MaskedArray, whose mask would be lost"),
     ],
 )
 def test_items_that_do_not_fit_are_refused(items, words):

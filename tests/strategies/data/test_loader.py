@@ -249,6 +249,8 @@ def test_many_items_are_read_at_once_where_the_data_set_can():
         ({"workers": 1.5}, "workers must be a whole number"),
         ({"processes": True}, "processes=True needs workers="),
         ({"workers": 1, "start_method": "spawn"}, "needs processes=True"),
+        ({"timeout_s": 0}, "timeout_s must be above 0"),
+        ({"sampler": range(5)}, r"the sampler is a range. Give a ShardedSampler\(len\(dataset\), group\)"),
         ({"dataset": Squares(4)}, "the data set has 4 items, the sampler 5"),
     ],
 )

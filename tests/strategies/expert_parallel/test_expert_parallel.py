@@ -196,9 +196,11 @@ def test_what_cannot_be_divided_is_refused():
     for options, message in [
         ({"top_k": 3}, "top_k must be at most num_experts, got 3 and 2"),
         ({"capacity_factor": 0.0}, "capacity_factor must be above 0"),
+        ({"activation": nn.ReLU}, r"activation must be a module, such as nn.ReLU\(\)"),
+        ({"activation": nn.SwiGLU()}, r"its activation, SwiGLU\(\), made \(2, 1\) of \(2, 2\)"),
     ]:
         with pytest.raises(ferro.UsageError, match=message):
-            MoE(2, 2, 2, **options)
+            MoE(2, 2, 2, **options)(np.ones((1, 2), np.float32))
 
 
 def train_on_shares(group, shares):

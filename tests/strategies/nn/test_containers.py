@@ -42,6 +42,8 @@ def test_a_sequential_is_used_like_a_list():
         (lambda: nn.Sequential([nn.ReLU()]), "one argument each; got a list"),
         (lambda: nn.Sequential(nn.ReLU), r"got the class ReLU; make a module of it: ReLU\(...\)"),
         (lambda: nn.Sequential().append(np.tanh), "got a ufunc"),
+        (lambda: nn.Checkpoint(np.tanh), "Checkpoint is made of modules, .*; got a ufunc"),
+        (lambda: nn.Residual(nn.ReLU), "Residual is made of modules, .*; got the class ReLU"),
         (lambda: nn.Sequential(nn.ReLU()).extend([nn.ReLU(), None]), "got a NoneType"),
     ],
 )

@@ -70,6 +70,7 @@ def test_a_pullback_refuses_all_but_the_gradient_of_its_output(make, x):
             (np.ones((7, *y.shape), np.float32), "an array of shape"),
             (np.ma.array(np.ones_like(y), mask=True), "a MaskedArray"),
             (np.ones(y.shape, int), "an array of int64, which would lose fractions"),
+            (np.ones(y.shape, object), "an array of object, which are no numbers"),
             (np.ones((*y.shape[:-1], y.shape[-1] + 1), np.float32)[..., :1], "an array of shape"),
             (np.ones(y.shape[::-1], np.float32).T[..., None], "an array of shape"),
         ]:
@@ -77,6 +78,22 @@ def test_a_pullback_refuses_all_but_the_gradient_of_its_output(make, x):
                 pullback(wrong)
         assert all(parameter.grad is None for parameter in module.parameters())
         pullback(np.ones_like(y))  # the pullback was not used up
+
+    ferro.simulate(work, 1)
+
+
+REAL = ["ReLU", "GELU", "SwiGLU", "Softmax", "Sigmoid", "RMSNorm", "GroupNorm", "AvgPool2d", "AdaptiveAvgPool2d"]
+REAL += ["AdaptiveMaxPool2d", "CrossAttention", "BatchNorm", "LayerNorm", "MaxPool2d", "Attention", "SyncBatchNorm2d"]
+
+
+def test_layers_of_real_numbers_refuse_complex_gradients():
+    def work(group):
+        for make, x in (MODULES[name] for name in REAL):
+            module = make(group)
+            y, pullback = module.vjp(x)
+            with pytest.raises(UsageError, match="an array of complex64, whose imaginary part would be lost"):
+                pullback(y * 1j)
+            pullback(np.ones_like(y))
 
     ferro.simulate(work, 1)
 

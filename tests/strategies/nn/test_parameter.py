@@ -165,7 +165,9 @@ def test_gradients_take_the_dtype_of_the_parameter():
     assert p.grad.dtype == np.float32
 
 
-@pytest.mark.parametrize("data", [np.zeros(3, np.int64), np.zeros((2, 3)).T], ids=["integer", "order"])
+@pytest.mark.parametrize(
+    "data", [np.zeros(3, np.int64), np.zeros((2, 3)).T, np.array(["a"])], ids=["integer", "order", "text"]
+)
 def test_data_must_be_contiguous_floats(data):
     with pytest.raises(UsageError, match="C-contiguous floating-point"):
         Parameter(data)

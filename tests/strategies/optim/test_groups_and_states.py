@@ -82,6 +82,8 @@ def test_each_group_has_its_settings():
         (lambda p: Muon([Parameter(np.ones((2, 2), complex))]), "is no real matrix"),
         (lambda p: Adafactor([Parameter(np.ones((2, 2), complex))]), "is complex; use AdamW"),
         (lambda p: Lion([p], betas=(0.9, 1.0)), "Lion: betas must be"),
+        (lambda p: AdamW([p], betas=0.9), "AdamW: betas must be two numbers, got 0.9"),
+        (lambda p: AdamW([p], lr="fast"), "AdamW: lr is 'fast'[.]$"),
         (lambda p: AdamW([p]).groups[0].__setitem__("eps", -1.0), "eps must be at least 0"),
     ],
 )
@@ -218,7 +220,12 @@ def test_changes_of_the_learning_rate_under_a_schedule_are_refused():
         lambda: WarmUpSchedule(0),
         lambda: StepSchedule(0),
         lambda: OneCycleSchedule(10, warm_up=1.0),
+        lambda: WarmUpSchedule(10, 0.1),
         lambda: ChainedSchedule([]),
+        lambda: ChainedSchedule([CosineSchedule(3)]),
+        lambda: ChainedSchedule([(CosineSchedule, 3)]),
+        lambda: SGD([], lr=0.1).follow(0.1),
+        lambda: SGD([], lr=0.1).follow(CosineSchedule),
         lambda: ChainedSchedule([(CosineSchedule(1), None), (CosineSchedule(1), None)]),
     ],
 )

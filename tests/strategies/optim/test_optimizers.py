@@ -178,6 +178,7 @@ def test_wrong_parameters_are_refused(optimizer_class):
         optimizer_class([Linear(1, 1)], lr=0.1)
     assert len(optimizer_class(Linear(2, 2).parameters(), lr=0.1).parameters) == 2
     assert len(optimizer_class(Linear(2, 2), lr=0.1).parameters) == 2
+    assert optimizer_class(parameter, lr=0.1).parameters == [parameter]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 import ferro
 from ferro import UsageError
-from ferro_strategies import ShardedSampler, nn, seed_all
+from ferro_strategies import ContextParallel, DeviceMesh, ExpertParallel, ShardedSampler, SyncBatchNorm, nn, seed_all
 from ferro_strategies.data import DataLoader
 from ferro_strategies.generators import separate_generators
 from ferro_strategies.training import (
@@ -69,6 +69,31 @@ def test_all_ranks_stop_if_one_has_a_reason():
         return steps
 
     assert ferro.simulate(work, 3) == [2] * 3
+
+
+def test_helpers_refuse_other_arguments_than_theirs():
+    def work(group):
+        stopping, mesh, net = EarlyStopping(patience=1), DeviceMesh((1,), ("dp",), group), nn.Linear(2, 2)
+        for always_true in (stopping, stopping.update, lambda: False):
+            with pytest.raises(UsageError, match=r"agree_stop: .* is true whatever happens"):
+                agree_stop(group, None, always_true)
+        for call in (
+            lambda: agree_stop(mesh, False),
+            lambda: AveragedMetrics(mesh),
+            lambda: Progress([], mesh),
+            lambda: seed_all(mesh, 0),
+            lambda: ShardedSampler(2, mesh),
+            lambda: SyncBatchNorm(2, mesh),
+        ):
+            with pytest.raises(UsageError, match=r"group is a DeviceMesh. Give it what ferro.init"):
+                call()
+        for strategy in (ContextParallel, ExpertParallel, assert_replicas_equal):
+            with pytest.raises(UsageError, match="got a DeviceMesh second"):
+                strategy(net, mesh)
+            with pytest.raises(UsageError, match="got a ProcessGroup first"):
+                strategy(group, net)
+
+    ferro.simulate(work, 1)
 
 
 def test_a_signal_is_noted_and_the_second_one_ends_the_program():

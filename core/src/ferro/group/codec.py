@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ferro.arrays import lost_meaning
+from ferro.arrays import dtype_from_name, lost_meaning
 from ferro.errors import UsageError
 
 MAX_DEPTH = 32
 _ARRAY, _COMPLEX, _INTEGER = 1, 2, 3
 _MAX_COLLISIONS = 64  # of a dict's keys: equal hashes, each of which is compared with all others
-_DTYPE = re.compile(r"[|<][biufc]\d{1,2}")
+_DTYPE = re.compile(r"[|<][biufc]\d{1,2}|bfloat16")
 
 
 def encode(value: object) -> bytes:
@@ -107,10 +107,13 @@ def _put_sized(code: int, data: bytes, out: bytearray, place: str) -> None:
 
 
 def _put_array(array: np.ndarray, out: bytearray, place: str) -> None:
+    name = ""
+    if array.dtype.name == "bfloat16":  # of a package that may be absent, so it travels as integers
+        name, array = array.dtype.name, np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)
     if array.dtype.kind not in "biufc" or array.dtype.isbuiltin == 2:  # 2: the dtype of a package, as float8
         raise UsageError(f"{place} is an array of {array.dtype}, which has no safe encoding")
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    body = encode(little.dtype.str) + encode(list(array.shape)) + little.tobytes()
+    body = encode(name or little.dtype.str) + encode(list(array.shape)) + little.tobytes()
     if len(body) >= 1 << 32:
         raise UsageError(f"{place} is larger than 4 GiB; send it with an array collective")
     out += struct.pack(">BIb", 0xC9, len(body), _ARRAY) + body
@@ -202,7 +205,10 @@ class _Reader:
         if not _DTYPE.fullmatch(name):  # np.dtype would read far more than one element's type
             raise UsageError(f"an encoded array has the dtype {name[:20]!r}")
         try:
-            flat = np.frombuffer(self.take(self.left()), name)
+            if name == "bfloat16":
+                flat = np.frombuffer(self.take(self.left()), "<u2").astype(np.uint16).view(dtype_from_name(name))
+            else:
+                flat = np.frombuffer(self.take(self.left()), name)
             return flat.reshape([operator.index(size) for size in shape]).copy()
         except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"an encoded array does not fit its shape: {error}") from None

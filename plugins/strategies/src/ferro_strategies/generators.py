@@ -10,6 +10,7 @@ import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
+from .nn.checks import check_group
 from .nn.module import Module
 
 _MOST = 1 << 64
@@ -51,6 +52,7 @@ def seed_all(group: ProcessGroup, seed: int) -> RankGenerators:
     Raises:
         UsageError: the ranks gave different seeds, or one is no whole number from 0 to 2**64 - 1; raised on all ranks.
     """
+    check_group("seed_all", group)
     try:
         number: int | None = operator.index(seed)
     except TypeError:

@@ -14,20 +14,14 @@ from .nn.module import Module
 from .nn.state_owner import SavesState
 
 
-def check_wrappable(strategy: str, module: object, group: object) -> None:
+def check_wrappable(strategy: str, module: Module, group: object) -> None:
     """Check that a strategy is given a module that it can wrap, and a group.
 
     Raises:
         UsageError: an argument is something else, or the module, or a part of it, is wrapped already by a strategy that
             averages gradients.
     """
-    if not isinstance(module, Module):
-        raise UsageError(f"{strategy} takes a module and a process group, got a {type(module).__name__} first.")
-    if not isinstance(group, ProcessGroup):
-        raise UsageError(
-            f"{strategy} takes a module and a process group, got a {type(group).__name__} second. Give it what "
-            f"ferro.init() returned, or an axis of a mesh: {strategy}(model, group)."
-        )
+    check_module_and_group(strategy, module, group)
     for name, part in module.named_modules():
         if getattr(type(part), "averages_gradients", False):
             place = f"its part {name!r} is" if name else "it is"
@@ -36,6 +30,21 @@ def check_wrappable(strategy: str, module: object, group: object) -> None:
                 "averages the gradients already. Wrap each parameter once: the whole model, or its parts next to each "
                 "other. (For copies of a sharded model on further ranks, see FSDP's HYBRID_SHARD.)"
             )
+
+
+def check_module_and_group(strategy: str, module: object, group: object) -> None:
+    """Check that a strategy is given a module and a group, in this order.
+
+    Raises:
+        UsageError: an argument is something else.
+    """
+    if not isinstance(module, Module):
+        raise UsageError(f"{strategy} takes a module and a process group, got a {type(module).__name__} first.")
+    if not isinstance(group, ProcessGroup):
+        raise UsageError(
+            f"{strategy} takes a module and a process group, got a {type(group).__name__} second. Give it what "
+            f"ferro.init() returned, or an axis of a mesh: {strategy}(model, group)."
+        )
 
 
 def check_same(strategy: str, module: Module, group: ProcessGroup, options: Mapping[str, object]) -> None:

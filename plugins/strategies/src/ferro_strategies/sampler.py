@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ferro import ProcessGroup, UsageError
 
+from .nn.checks import check_group
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -32,8 +34,9 @@ class ShardedSampler:
 
     With `groups` a batch holds items of one group only, such as sentences of about the same length. The items of each
     group are cut into runs of `run_items`, and the runs are put in random order. The rules about the last items of the
-    data set hold for the last items of each run. Let `run_items` be a multiple of n times the batch size, also for the
-    other numbers of ranks on which the training may go on.
+    data set hold for the last items of each run: with neither `pad` nor `drop_last` ranks may be in different runs,
+    and after `load_state_dict` some items that were handed out come again. Let `run_items` be a multiple of n times the
+    batch size, also for the other numbers of ranks on which the training may go on.
 
     Args:
         length: items in the data set.
@@ -64,6 +67,8 @@ class ShardedSampler:
         groups: Sequence[int] | npt.ArrayLike | None = None,
         run_items: int = 1024,
     ) -> None:
+        if not isinstance(group, tuple):
+            check_group("ShardedSampler", group)
         rank, size = group if isinstance(group, tuple) else (group.rank, group.world_size)
         self.rank, self.world_size = _whole("rank", rank), _whole("world_size", size)
         if not 0 <= self.rank < self.world_size:
@@ -161,15 +166,25 @@ class ShardedSampler:
         return self._placed_batches(_whole("batch_size", batch_size, at_least=1), full)
 
     def _placed_batches(self, size: int, full: bool) -> Iterator[tuple[Indices, Indices]]:
-        self._taken, self._resume_at = self._resume_at, 0
-        for indices, places, (start, end) in self._shares(self._taken):
-            begin = max(self._taken, start)
-            for number in range(self._batch_count(start, end, self.rank, begin, size, full)):
-                # A rank whose last batch is smaller counts what all ranks were given.
-                self._taken = min(begin + (number + 1) * size * self.world_size, end)
+        taken = self._taken = self._resume_at
+        self._resume_at = 0
+        # Rank 0 has the most batches of each run. All ranks count as it does, so that their states are the same, and no
+        # item is lost where a rank that has no batch of a short run is in the next one.
+        counts_of_all = self._counts_of_all(taken, size, full)
+        end = taken
+        for indices, places, (start, end) in self._shares(taken):
+            for number in range(self._batch_count(start, end, self.rank, max(taken, start), size, full)):
+                self._taken = next(counts_of_all)
                 batch = slice(number * size, (number + 1) * size)
                 yield indices[batch], places[batch]
-            self._taken = end
+        self._taken = end
+
+    def _counts_of_all(self, taken: int, size: int, full: bool) -> Iterator[int]:
+        """Compute how many items all ranks were given, with each batch of rank 0."""
+        for start, end in self._runs if self._groups is None else self._order()[1]:
+            begin = max(taken, start)
+            for number in range(self._batch_count(start, end, 0, begin, size, full) if end > taken else 0):
+                yield min(begin + (number + 1) * size * self.world_size, end)
 
     def _batch_count(self, start: int, end: int, rank: int, taken: int, size: int, full: bool) -> int:
         """Count a rank's batches in the rest of a run; the last rank has the smallest share."""

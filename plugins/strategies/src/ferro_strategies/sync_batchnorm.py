@@ -11,7 +11,7 @@ from ferro import ProcessGroup
 
 from .nn.arrays import Array, namespace_of
 from .nn.batchnorm import BatchNorm, Moments, merge_moments
-from .nn.checks import check_input
+from .nn.checks import check_group, check_input
 from .nn.module import Module, replace_modules
 
 
@@ -63,6 +63,7 @@ class SyncBatchNorm(BatchNorm):
         dtype: npt.DTypeLike = np.float32,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, dtype=dtype)
+        check_group(type(self).__name__, group)
         self._group = group
 
     def _merge(self, own: Moments) -> Moments:

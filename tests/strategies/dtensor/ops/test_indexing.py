@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferro import UnsupportedError, UsageError
-from ferro_strategies.dtensor import Partial, Replicate, Shard
+from ferro_strategies.dtensor import Partial, Replicate, Shard, distribute
 
 from ..arrays_on_mesh import MESHES, CollectiveLog, on_mesh, placement_tuples, random_dtensor
 
@@ -125,6 +125,27 @@ def test_assignment():
         x[3], whole[3] = np.arange(3.0), np.arange(3.0)
         np.testing.assert_array_equal(x.full_tensor(), whole)
         assert x.local is memory
+
+    on_mesh((2,), check)
+
+
+def test_numbers_that_the_dtype_does_not_hold_are_refused_as_numpy_does():
+    def check(mesh):
+        for dtype, value, error in [
+            (int, np.nan, ValueError),
+            (int, np.float64("nan"), ValueError),
+            (int, 2**70, OverflowError),
+            (np.uint8, 300, OverflowError),
+            (np.uint8, -1, OverflowError),
+            (float, 1j, TypeError),
+        ]:
+            for placement in (S0, P):
+                whole = np.ones((1, 2), dtype)  # one rank has no row
+                x = distribute(whole, mesh, [placement])
+                for key in (..., whole > 0):
+                    with pytest.raises(error):
+                        x[key] = value
+                np.testing.assert_array_equal(x.full_tensor(), whole)
 
     on_mesh((2,), check)
 

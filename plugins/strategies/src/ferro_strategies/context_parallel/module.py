@@ -15,6 +15,7 @@ from ..nn.batchnorm import BatchNorm
 from ..nn.checks import check_gradient, check_input
 from ..nn.module import Module, Pullback, replace_modules
 from ..nn.trees import Arrays, describe, has_gradient, leaves, map_leaves, shapes_of, structure
+from ..replicas import check_module_and_group
 from ..tensor_parallel.attention import ParallelAttention
 from ..tensor_parallel.generators import seed_generators
 from ..tensor_parallel.replicated_values import broadcast_whole_values, check_same_model, is_whole
@@ -72,6 +73,7 @@ class ContextParallel(Module):
         gather_output: bool = True,
         reduce_gradients: bool = True,
     ) -> None:
+        check_module_and_group("ContextParallel", module, group)
         _check_layers(module)
         check_same_model(module, group, "ContextParallel")
         broadcast_whole_values(module, group)

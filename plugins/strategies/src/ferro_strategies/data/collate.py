@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ferro import UsageError
+from ferro.arrays import lost_meaning
 
 
 def collate(items: Sequence[Any]) -> Any:
@@ -17,7 +18,8 @@ def collate(items: Sequence[Any]) -> Any:
     strings, bytes and None become a list of them.
 
     Raises:
-        UsageError: the items have not the same parts, or arrays of different shapes.
+        UsageError: the items have not the same parts, or arrays of different shapes, or an array means more than its
+            numbers, as a masked array does.
     """
     return _collate(list(items), "item")
 
@@ -35,6 +37,8 @@ def _collate(parts: list[Any], place: str) -> Any:
         return columns if isinstance(first, list) else tuple(columns)
     if first is None or isinstance(first, (str, bytes)):
         return parts
+    if problem := next((found for part in parts if (found := lost_meaning(part))), ""):
+        raise UsageError(f"collate: {place} is {problem}, in the data set or in a function of your own, collate=.")
     arrays = [np.asarray(part) for part in parts]
     shapes = {array.shape for array in arrays}
     _require(len(shapes) == 1, place, f"shape ({', '.join(map(str, sorted(shapes)))})", parts)

@@ -64,6 +64,13 @@ class DataLoader:
         start_method: str | None = None,
     ) -> None:
         self.batch_size = _whole("batch_size", batch_size, 1)
+        if not isinstance(sampler, ShardedSampler):
+            raise UsageError(
+                f"DataLoader: the sampler is a {type(sampler).__name__}. Give a ShardedSampler(len(dataset), group), "
+                "which chooses this rank's items."
+            )
+        if not timeout_s > 0:
+            raise UsageError(f"DataLoader: timeout_s must be above 0, not {timeout_s}.")
         self.dataset, self.sampler, self.drop_last = dataset, sampler, drop_last
         self._workers_wanted, self._ahead = _whole("workers", workers, 0), _whole("ahead", ahead, 1)
         self._collate, self._timeout_s = collate, timeout_s

@@ -11,6 +11,7 @@ from ferro import ProcessGroup, UsageError
 from ..gradient_averaging import average_gradients
 from ..nn.arrays import Array
 from ..nn.module import Module, Pullback, replace_modules
+from ..replicas import check_module_and_group
 from ..tensor_parallel.replicated_values import broadcast_whole_values, check_same_model, is_whole
 from ..tensor_parallel.state import full_state_dict, load_full_state_dict
 from .moe import MoE
@@ -44,6 +45,7 @@ class ExpertParallel(Module):
     transparent: ClassVar[bool] = True
 
     def __init__(self, module: Module, group: ProcessGroup) -> None:
+        check_module_and_group("ExpertParallel", module, group)
         layers = [layer for layer in module.modules() if type(layer) is MoE]
         if not layers:
             raise UsageError("ExpertParallel: the module has no MoE, whose experts could be divided. Use DDP.")

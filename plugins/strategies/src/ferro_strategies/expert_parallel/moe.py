@@ -62,7 +62,7 @@ class MoE(Module):
         capacity_factor: how many times its even share of tokens an expert takes at most, see `dispatch`; None: no token
             is dropped.
         aux_loss_weight: weight of the load-balancing loss.
-        activation: a module without parameters between an expert's two maps; None: GELU.
+        activation: a module without parameters, which keeps the shape, between an expert's two maps; None: GELU.
         dtype: of the parameters, the input and the output.
         rng: random generator or seed for the weights.
 
@@ -98,6 +98,8 @@ class MoE(Module):
             raise UsageError(f"MoE: top_k must be at most num_experts, got {top_k} and {num_experts}.")
         if capacity_factor is not None and not capacity_factor > 0:
             raise UsageError(f"MoE: capacity_factor must be above 0 or None, got {capacity_factor}.")
+        if activation is not None and not isinstance(activation, Module):
+            raise UsageError(f"MoE: activation must be a module, such as nn.ReLU(), got {activation!r}.")
         self.dim, self.hidden, self.num_experts, self.top_k = dim, hidden, num_experts, top_k
         self.capacity_factor = capacity_factor
         self.aux_loss_weight = aux_loss_weight
@@ -133,7 +135,7 @@ class MoE(Module):
         shape, dtype = x.shape, x.dtype
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, shape)
+            check_gradient(self, grad_y, shape, real=True)
             grad = grad_y.reshape(rows.shape).astype(wide, copy=False)
             grad_gates = xp.einsum("nd,nkd->nk", grad, by_choice)
             grad_probabilities = xp.zeros_like(routing.probabilities)
@@ -175,6 +177,11 @@ class MoE(Module):
         ]
         inner = expert_matmul(rows, up.data, up_bias.data, counts)
         hidden, pull_activation = self.activation.vjp(inner)
+        if hidden.shape != inner.shape:
+            raise UsageError(
+                f"{self!r}: its activation, {self.activation!r}, made {hidden.shape} of {inner.shape}. Give one that "
+                "keeps the shape."
+            )
         outputs = expert_matmul(hidden, down.data, down_bias.data, counts)
 
         def pull(grad: Array) -> Array:

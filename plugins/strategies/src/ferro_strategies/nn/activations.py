@@ -21,7 +21,7 @@ class ReLU(Module):
         y: Array = namespace_of(x).maximum(x, 0)
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, y.shape)
+            check_gradient(self, grad_y, y.shape, real=True)
             # An infinite gradient must not become NaN where none passes, as a product with 0 would.
             grad_x: Array = namespace_of(y).where(y <= 0, grad_y.dtype.type(0), grad_y)
             return grad_x
@@ -94,7 +94,7 @@ class SwiGLU(Module):
         y = gate * share * up
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, y.shape)
+            check_gradient(self, grad_y, y.shape, real=True)
             grad_x: Array = xp.empty(wide.shape, grad_y.dtype)
             with quiet_overflow(grad_y.dtype):
                 grad_x[..., :half] = grad_y * (up * share * (1 + gate * (1 - share)))
@@ -157,7 +157,7 @@ class Softmax(Module):
         shape, dtype = x.shape, x.dtype
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, shape)
+            check_gradient(self, grad_y, shape, real=True)
             grad = xp.moveaxis(grad_y, self.dim, -1).astype(y.dtype, copy=False)
             grad = y * (grad - row_sums(y * grad)[..., None])
             with quiet_overflow(dtype):
@@ -197,7 +197,7 @@ def _pointwise(layer: Module, x: Array, y: Array, slope: Callable[[], Array]) ->
     dtype, shape = x.dtype, x.shape
 
     def pullback(grad_y: Array) -> Array:
-        check_gradient(layer, grad_y, shape)
+        check_gradient(layer, grad_y, shape, real=True)
         with quiet_overflow(grad_y.dtype):
             grad_x: Array = (grad_y * slope()).astype(grad_y.dtype, copy=False)
         return grad_x

@@ -36,7 +36,7 @@ class AdaptiveAvgPool2d(Module):
             y[cell] = row_sums(part.reshape(*x_shape[:2], size)) / size
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, y.shape)
+            check_gradient(self, grad_y, y.shape, real=True)
             grad_x: Array = xp.zeros(x_shape, wide_dtype(grad_y.dtype))
             for cell, part in self._parts(grad_x):
                 part += (grad_y[cell].astype(part.dtype) / math.prod(part.shape[2:]))[..., None, None]
@@ -79,7 +79,7 @@ class AdaptiveMaxPool2d(Module):
             y[cell] = rows[images, place].reshape(n, c)
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, y.shape)
+            check_gradient(self, grad_y, y.shape, real=True)
             grad_x: Array = xp.zeros((n * c, height * width), wide_dtype(grad_y.dtype))
             images = xp.arange(n * c)
             for (cell, _), place in zip(self._parts(x), places, strict=True):

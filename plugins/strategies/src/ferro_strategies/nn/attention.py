@@ -107,7 +107,7 @@ class Attention(Module):
         shape = y.shape
 
         def pullback(grad_y: Array) -> Arrays:
-            check_gradient(self, grad_y, shape)
+            check_gradient(self, grad_y, shape, real=True)
             grad_q, grad_k, grad_v = pull_heads(gradient(pull_output(grad_y)))
             if base is not None:
                 with quiet_overflow(dtype):

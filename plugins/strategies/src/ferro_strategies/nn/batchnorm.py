@@ -92,7 +92,7 @@ class BatchNorm(Module):
             y += bias.data[:, None]
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, whole_shape)
+            check_gradient(self, grad_y, whole_shape, real=True)
             grad = namespace_of(x).ascontiguousarray(grad_y.reshape(shape), wide)
             # The sums of grad and grad * xhat are the gradients of bias and weight; the input's gradient needs them
             # too, because the batch's mean and variance depend on every value.

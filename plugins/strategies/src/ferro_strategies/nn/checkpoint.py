@@ -14,6 +14,7 @@ from ferro.errors import UsageError
 from .arrays import Array, namespace_of
 from .batchnorm import BatchNorm, ignoring_statistics
 from .checks import check_gradient, check_input_gradient
+from .containers import checked_module
 from .module import Module, Pullback
 from .module_state import GeneratorState
 from .parameter import Use
@@ -46,7 +47,7 @@ class Checkpoint(Module):
     transparent = True
 
     def __init__(self, module: Module) -> None:
-        self.module = module
+        self.module = checked_module("Checkpoint", module)
         self.training = module.training
         # The `training` flags with which a forward pass was seen to leave the global generators alone. Their states are
         # large, so later passes with these flags do not keep them.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ferro import ProcessGroup
 from ferro.arrays import lost_meaning
 from ferro.errors import UsageError
 
@@ -38,7 +39,7 @@ def check_dtype(layer: object, x: Array, dtype: npt.DTypeLike) -> None:
         )
 
 
-def check_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
+def check_gradient(layer: object, grad: Arrays, shape: Shapes, *, real: bool = False) -> None:
     """Refuse a gradient that is not that of an output of `shape`, before the pullback changes anything.
 
     Args:
@@ -46,11 +47,12 @@ def check_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
         grad: the gradient that was given to the pullback.
         shape: `shapes_of` the output: the shape of an array, or the shapes of a tree of arrays. A leaf of a tree may
             have no gradient (None), but not all of them.
+        real: refuse complex gradients, for a layer whose output is never complex.
 
     Raises:
         UsageError: `grad` is no plain array of that shape, such as a loss, or no tree of such arrays.
     """
-    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
+    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind in ("fV" if real else "fcV"):
         return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if isinstance(shape, TreeShapes):
@@ -60,7 +62,7 @@ def check_gradient(layer: object, grad: Arrays, shape: Shapes) -> None:
                 f"{name}: pullback takes the gradient of the output, a tree of arrays of shapes {shape}, with None for "
                 f"an array without gradient; {problem}."
             )
-    elif found := _array_misfit(grad, shape):
+    elif found := _array_misfit(grad, shape, real=real):
         raise UsageError(
             f"{name}: pullback takes the gradient of the output, an array of shape {shape}; "
             f"nn.cross_entropy returns (loss, grad). It got {found}."
@@ -119,17 +121,32 @@ def _misfit(grads: Arrays, shapes: TreeShapes) -> str:
     return ""
 
 
-def _array_misfit(grad: Arrays, shape: tuple[int, ...]) -> str:
+def _array_misfit(grad: Arrays, shape: tuple[int, ...], *, real: bool = False) -> str:
     """Describe an object that is no plain array of this shape; "" if it is one."""
-    if type(grad) is np.ndarray and grad.shape == shape and grad.dtype.kind not in "iub":
-        return ""
     if found := lost_meaning(grad):
         return found
     is_array = hasattr(grad, "shape") and not isinstance(grad, np.generic)
     if is_array and grad.shape == shape:
         namespace_of(grad)
-        return f"an array of {grad.dtype}, which would lose fractions" if grad.dtype.kind in "iub" else ""
+        if grad.dtype.kind in "iub":
+            return f"an array of {grad.dtype}, which would lose fractions"
+        if grad.dtype.kind == "c":
+            return f"an array of {grad.dtype}, whose imaginary part would be lost" if real else ""
+        return "" if grad.dtype.kind in "fV" else f"an array of {grad.dtype}, which are no numbers"
     return f"an array of shape {grad.shape}" if is_array else f"a {type(grad).__name__}"
+
+
+def check_group(caller: str, group: object) -> None:
+    """Refuse what is no process group, such as a mesh, or another argument in its place.
+
+    Raises:
+        UsageError: `group` is something else; the message names the caller.
+    """
+    if not isinstance(group, ProcessGroup):
+        raise UsageError(
+            f"{caller}: its group is a {type(group).__name__}. Give it what ferro.init() returned, or an axis of a "
+            'mesh, such as mesh["dp"].'
+        )
 
 
 def check_positive(layer: str, **sizes: int) -> None:

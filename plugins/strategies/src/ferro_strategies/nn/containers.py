@@ -16,6 +16,19 @@ from .module import Module, Pullback
 from .trees import Arrays, Shapes, has_gradient, map_leaves, quiet_overflow_in, shapes_of
 
 
+def checked_module(container: str, module: Module) -> Module:
+    """Return a module that a container is made of.
+
+    Raises:
+        UsageError: it is no module, such as a class or a function.
+    """
+    if isinstance(module, Module):
+        return module
+    kind = module.__name__ if isinstance(module, type) else type(module).__name__
+    what = f"the class {kind}; make a module of it: {kind}(...)" if isinstance(module, type) else f"a {kind}"
+    raise UsageError(f"{container} is made of modules, one argument each; got {what}.")
+
+
 class Sequential(Module):
     """A chain of modules: each gets the output of the one before.
 
@@ -83,11 +96,7 @@ class Sequential(Module):
 
     @staticmethod
     def _checked(module: Module) -> Module:
-        if isinstance(module, Module):
-            return module
-        kind = module.__name__ if isinstance(module, type) else type(module).__name__
-        what = f"the class {kind}; make a module of it: {kind}(...)" if isinstance(module, type) else f"a {kind}"
-        raise UsageError(f"Sequential is made of modules, one argument each; got {what}.")
+        return checked_module("Sequential", module)
 
     def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Chain the modules; the pullback frees the activations of each module when it has run.
@@ -136,7 +145,7 @@ class Residual(Module):
     """y = x + module(x), for a module that keeps the shape, or the structure and shapes of a tree of arrays."""
 
     def __init__(self, module: Module) -> None:
-        self.module = module
+        self.module = checked_module("Residual", module)
 
     def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Add the module's output to its input."""

@@ -90,7 +90,7 @@ class CrossAttention(Module):
         shape = y.shape
 
         def pullback(grad_y: Array) -> Arrays:
-            check_gradient(self, grad_y, shape)
+            check_gradient(self, grad_y, shape, real=True)
             grad_q, grad_k, grad_v = pull_heads(gradient(pull_output(grad_y)))
             grad_memory = gradient(pull_key(grad_k)) + gradient(pull_value(grad_v))
             grads = gradient(pull_query(grad_q)), grad_memory

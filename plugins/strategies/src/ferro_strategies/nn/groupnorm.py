@@ -76,7 +76,7 @@ class GroupNorm(Module):
             y += bias.data[:, None]
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, whole_shape)
+            check_gradient(self, grad_y, whole_shape, real=True)
             grad = xp.ascontiguousarray(grad_y.reshape(shape), wide)
             if weight is not None and bias is not None:
                 bias.add_grad(channel_sums(grad))

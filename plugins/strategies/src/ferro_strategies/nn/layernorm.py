@@ -65,7 +65,7 @@ class LayerNorm(Module):
             y += bias.data.reshape(size)
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, x_shape)
+            check_gradient(self, grad_y, x_shape, real=True)
             grad = _contiguous(grad_y, xhat)
             summed: Callable[[], Array] | None = None
             if weight is not None:
@@ -137,7 +137,7 @@ class RMSNorm(Module):
         y = xhat if weight is None else xhat * weight.data.reshape(size)
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, x_shape)
+            check_gradient(self, grad_y, x_shape, real=True)
             grad = _contiguous(grad_y, xhat)
             if weight is not None:
                 weight.add_grad(column_dots(grad, xhat).reshape(self.normalized_shape))

@@ -116,7 +116,7 @@ class Parameter:
         if isinstance(value, np.generic):
             value = np.asarray(value)
         namespace_of(value)
-        if value.dtype.kind in "iub" or not value.flags.c_contiguous:
+        if value.dtype.kind not in "fcV" or not value.flags.c_contiguous:  # V: dtypes of ml_dtypes
             raise UsageError(
                 f"parameter {self.name!r} needs a C-contiguous floating-point array, got "
                 f"{value.dtype}, C-contiguous: {value.flags.c_contiguous}. Convert it with "

@@ -43,7 +43,7 @@ class MaxPool2d(Module):
             xp.maximum(y, tap, out=y)
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, y.shape)
+            check_gradient(self, grad_y, y.shape, real=True)
             # Searching the maxima again needs only x and y, which neighbouring layers usually keep anyway.
             padded = windows.padded(x, -math.inf)
             grad_x: Array = xp.zeros(padded.shape, wide_dtype(grad_y.dtype))
@@ -91,7 +91,7 @@ class AvgPool2d(Module):
         padded_shape, shape = padded.shape, total.shape
 
         def pullback(grad_y: Array) -> Array:
-            check_gradient(self, grad_y, shape)
+            check_gradient(self, grad_y, shape, real=True)
             share = grad_y / counts.astype(wide_dtype(grad_y.dtype), copy=False)
             grad_x: Array = xp.zeros(padded_shape, share.dtype)
             for tap in windows.taps(grad_x):

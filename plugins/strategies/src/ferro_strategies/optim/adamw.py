@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -109,10 +110,12 @@ class Adam(AdamW):
 
 
 def check_betas(optimizer: str, betas: tuple[float, ...]) -> None:
-    """Refuse decay rates of moments outside [0, 1).
+    """Refuse decay rates of moments that are not two numbers of [0, 1).
 
     Raises:
         UsageError: the message names the optimizer.
     """
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise UsageError(f"{optimizer}: betas must be two numbers, got {betas}.")
     if not all(0 <= beta < 1 for beta in betas):
         raise UsageError(f"{optimizer}: betas must be at least 0 and below 1, got {betas}.")

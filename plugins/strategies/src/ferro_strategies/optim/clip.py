@@ -88,14 +88,14 @@ def grad_norm(parameters: Module | Iterable[Parameter], norm_type: float = 2.0) 
 
 
 def check_norm_arguments(max_norm: float, norm_type: float) -> None:
-    """Refuse a largest norm or a type of norm that is zero, negative or NaN.
+    """Refuse a largest norm or a type of norm that is zero, negative, NaN or text.
 
     Raises:
         UsageError: one of them is not positive.
     """
     for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
-        if not value > 0:
-            raise UsageError(f"clip_grad_norm: {name} must be above 0, not {value}.")
+        if isinstance(value, str) or not value > 0:  # torch takes "inf" for math.inf
+            raise UsageError(f"clip_grad_norm: {name} must be above 0, not {value!r}.")
 
 
 def _totals_of_stages(parameters: list[Parameter], p: float) -> dict[ProcessGroup | None, float]:

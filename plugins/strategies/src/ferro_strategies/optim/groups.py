@@ -122,7 +122,7 @@ def make_groups(
             or out of its range.
     """
     _check_not_used_up(optimizer, parameters)
-    items: list[object] = [{"params": parameters}] if isinstance(parameters, Module) else list(parameters)
+    items: list[object] = [{"params": parameters}] if isinstance(parameters, Module | Parameter) else list(parameters)
     if not items or not all(isinstance(item, Mapping) for item in items):
         items = [{"params": items}]
     defaults = _converted(optimizer, defaults, defaults)
@@ -177,7 +177,8 @@ def _converted(optimizer: str, kinds: Settings, changes: Mapping[str, object]) -
         try:
             made[name] = _like(kinds[name], value)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{optimizer}: {name} is {value!r}, not like {kinds[name]!r}.") from error
+            kind = "" if value is kinds[name] else f", not like {kinds[name]!r}"
+            raise UsageError(f"{optimizer}: {name} is {value!r}{kind}.") from error
     return made
 
 

@@ -14,7 +14,7 @@ from ..nn.module import Module
 from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
-from .schedules import Schedule
+from .schedules import Schedule, check_schedule
 from .state import ParameterState
 
 MASTER = "master"
@@ -116,7 +116,12 @@ class Optimizer(ParameterState):
         Args:
             schedule: a function of the number of steps that were made since now, such as `CosineSchedule(1000)`; None:
                 the learning rates stay as they are.
+
+        Raises:
+            UsageError: `schedule` is no function, or the class of a schedule.
         """
+        if schedule is not None:
+            check_schedule(type(self).__name__, schedule)
         self._schedule, self._schedule_step, self._base_lrs = schedule, 0, self.lrs
         self._apply_schedule()
 

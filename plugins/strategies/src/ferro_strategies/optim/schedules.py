@@ -71,6 +71,7 @@ class WarmUpSchedule:
 
     def __post_init__(self) -> None:
         _check_steps(self, self.steps)
+        check_schedule("WarmUpSchedule", self.then)
 
     def __call__(self, step: int) -> float:
         """Return the factor at a step."""
@@ -168,6 +169,12 @@ class ChainedSchedule:
     parts: Sequence[tuple[Schedule, int | None]]
 
     def __post_init__(self) -> None:
+        if not all(isinstance(part, Sequence) and len(part) == 2 for part in self.parts):
+            raise UsageError(
+                f"ChainedSchedule: every part is a pair (schedule, number of its steps), got {self.parts}."
+            )
+        for schedule, _ in self.parts:
+            check_schedule("ChainedSchedule", schedule)
         counts = [count for _, count in self.parts]
         if not counts or any(count is None or count < 1 for count in counts[:-1]):
             raise UsageError(f"ChainedSchedule: every part but the last needs a number of steps, got {counts}.")
@@ -178,6 +185,19 @@ class ChainedSchedule:
         begun = [(schedule, begin) for (schedule, _), begin in zip(self.parts, begins, strict=False) if begin <= step]
         schedule, begin = begun[-1]
         return schedule(step - begin)
+
+
+def check_schedule(user: str, schedule: object) -> None:
+    """Refuse what is no schedule, such as a number.
+
+    Raises:
+        UsageError: `schedule` cannot be called, or is a class.
+    """
+    if not callable(schedule) or isinstance(schedule, type):
+        raise UsageError(
+            f"{user}: {schedule!r} is no schedule. Give one such as CosineSchedule(1000), or a function from the "
+            "number of steps to a factor."
+        )
 
 
 def _cosine(start: float, end: float, part: float) -> float:

@@ -12,6 +12,8 @@ import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
+from ..nn.checks import check_group
+
 
 def agree_stop(group: ProcessGroup, *reasons: object) -> bool:
     """Return True on every rank if any of the reasons is true on any rank.
@@ -24,7 +26,17 @@ def agree_stop(group: ProcessGroup, *reasons: object) -> bool:
                 …
                 if agree_stop(group, stop_signals, early_stopping.update(validation_loss)):
                     break
+
+    Raises:
+        UsageError: a reason is an object that is always true, such as a function that was not called.
     """
+    check_group("agree_stop", group)
+    for reason in reasons:
+        if not any(hasattr(type(reason), method) for method in ("__bool__", "__len__")):
+            raise UsageError(
+                f"agree_stop: {reason!r} is true whatever happens, so that the training would stop at once. Give the "
+                "result of a call, such as early_stopping.update(loss), or a StopSignals."
+            )
     return bool(group.all_reduce(np.array(any(bool(reason) for reason in reasons)), "max"))
 
 

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from ferro import ProcessGroup, UsageError
 
+from ..nn.checks import check_group
+
 
 class AveragedMetrics:
     """Means of several metrics, each value weighted by the samples that it is the mean of.
@@ -23,6 +25,7 @@ class AveragedMetrics:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
+        check_group("AveragedMetrics", group)
         self._group = group
         self._sums: dict[str, list[float]] = {}
         self._counts: dict[str, float] = {}

@@ -9,6 +9,8 @@ from typing import Generic, TextIO, TypeVar
 
 from ferro import ProcessGroup
 
+from ..nn.checks import check_group
+
 T = TypeVar("T")
 
 
@@ -43,6 +45,7 @@ class Progress(Generic[T]):
         stream: TextIO | None = None,
     ) -> None:
         self._iterable = iterable
+        check_group("Progress", group)
         self._shows = group.rank == 0
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)

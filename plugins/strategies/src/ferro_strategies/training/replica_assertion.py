@@ -10,6 +10,7 @@ from ferro import ProcessGroup, UsageError
 
 from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module
+from ..replicas import check_module_and_group
 
 
 def assert_replicas_equal(model: Module, group: ProcessGroup) -> None:
@@ -21,6 +22,7 @@ def assert_replicas_equal(model: Module, group: ProcessGroup) -> None:
         AssertionError: an array differs; raised on every rank, with its name, the ranks, and the first element.
         UsageError: a parameter is split over ranks of the group, which therefore have pieces, and no replicas.
     """
+    check_module_and_group("assert_replicas_equal", model, group)
     others = {*group.global_ranks} - {group.global_ranks[group.rank]}
     split = [name for name, p in model.named_parameters() if any(others & {*s.group.global_ranks} for s in p.splits)]
     arrays = {f"parameter {name!r}": _on_host(p.data) for name, p in model.named_parameters() if name not in split}

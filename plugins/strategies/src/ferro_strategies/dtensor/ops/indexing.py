@@ -73,8 +73,12 @@ def assign_at(x: PlacedArray, key: object, value: Input) -> None:
     Raises:
         UnsupportedError: the key holds an array that is no mask, or a mask and something else.
         UsageError: shapes or placements do not fit; nothing was written.
+        ValueError, OverflowError or TypeError: NumPy's, if `value` is a number that the dtype of `x` does not hold.
     """
     keys = key if isinstance(key, tuple) else (key,)
+    if isinstance(value, bool | int | float | complex | np.generic):
+        # As an array the number would be cast, without an error: NaN into integers, 300 into uint8.
+        np.empty(1, x.dtype)[...] = value
     if not any(_is_array(one) for one in keys):
         assign(index(x, keys), value)
         return
