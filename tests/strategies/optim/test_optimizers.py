@@ -181,6 +181,10 @@ def test_wrong_parameters_are_refused(optimizer_class):
     assert optimizer_class(parameter, lr=0.1).parameters == [parameter]
 
 
+def test_betas_may_come_as_a_list():
+    assert AdamW(Linear(2, 2), betas=[np.float64(0.5), 0]).groups[0]["betas"] == (0.5, 0.0)
+
+
 @pytest.mark.parametrize(
     "build",
     [

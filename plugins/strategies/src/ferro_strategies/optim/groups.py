@@ -185,7 +185,7 @@ def _converted(optimizer: str, kinds: Settings, changes: Mapping[str, object]) -
 def _like(kind: Setting, value: Any) -> Setting:
     if isinstance(kind, bool):
         return bool(value)
-    if isinstance(kind, tuple):
+    if isinstance(kind, tuple | list):  # a list comes from JSON, say
         made = tuple(float(item) for item in value)
         if len(made) != len(kind):
             raise ValueError
