@@ -83,6 +83,8 @@ def test_train_and_eval_reach_every_module():
     assert tree.eval() is tree
     assert not any(module.training for module in tree.modules())
     assert tree.train() is tree
+    assert not tree.train(False).training
+    tree.train()
     assert all(module.training for module in tree.modules())
 
 

@@ -21,9 +21,9 @@ class Doubled(nn.Module):
     def vjp(self, x):
         return self.module.vjp(x)
 
-    def train(self):
+    def train(self, mode=True):
         self.calls.append("train")
-        return super().train()
+        return super().train(mode)
 
     def eval(self):
         self.calls.append("eval")

@@ -162,14 +162,14 @@ class DDP(Module):
 
         return y, pullback
 
-    def train(self) -> Self:
-        """Set this module and all submodules to training; returns the module.
+    def train(self, mode: bool = True) -> Self:
+        """Set this module and all submodules to training, or with False to evaluation; returns the module.
 
         Raises:
             UsageError: a parameter that requires a gradient was added since the wrapping.
         """
         self._look_up_again()
-        return super().train()
+        return super().train(mode)
 
     def __call__(self, x: Arrays) -> Arrays:
         """Compute the output alone. Communicates nothing."""

@@ -37,9 +37,9 @@ class ModuleState(ModuleBase):
     parts, which is the same on all of them.
     """
 
-    def train(self) -> Self:
-        """Set this module and all submodules to training; returns the module."""
-        _set_training(self, True)
+    def train(self, mode: bool = True) -> Self:
+        """Set this module and all submodules to training, or with False to evaluation; returns the module."""
+        _set_training(self, mode)
         return self
 
     def eval(self) -> Self:
