@@ -6,6 +6,7 @@ AdamW would amplify the rounding errors of gradients that are zero in exact arit
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import ferro
 from ferro_strategies import DeviceMesh, DTensor, Replicate, Shard, distribute, nn
 from ferro_strategies.optim import SGD, clip_grad_norm
 
-STEPS, ROWS = 5, 12
+STEPS, ROWS = 3, 12
 LR, MOMENTUM, MAX_NORM = 0.1, 0.9, 0.5
 _FEATURES, _WIDTH, _CLASSES = 6, 10, 5
 _VOCABULARY, _DIM, _HEADS, _LENGTH = 11, 12, 4, 7
@@ -137,6 +138,7 @@ def floating(state: State) -> State:
     return {name: array for name, array in state.items() if array.dtype.kind == "f"}
 
 
+@functools.cache
 def train_in_one_process(model: Model, dtype: str) -> LossAndState:
     module = model.build(dtype)
     loss = train(module, model, dtype)

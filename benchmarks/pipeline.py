@@ -26,7 +26,7 @@ import ferro
 from ferro_strategies import Pipeline, nn
 from ferro_strategies.pipeline.schedules.timeline import simulate
 
-_WIDTH, _DEPTH = 768, 12
+_DEPTH = 12
 _DEVICE_S = 0.02
 _TURNS = 3
 _SAMPLES = 2  # runs of each action outside a step, in each turn
@@ -46,25 +46,25 @@ class Device(nn.Module):
         return x, pullback
 
 
-def make_stage(kind: str) -> nn.Module:
+def make_stage(kind: str, width: int) -> nn.Module:
     """Return a stage; all stages are alike, so that no rank is slower than others."""
     if kind == "device":
         return Device()
     layers: list[nn.Module] = []
     for index in range(_DEPTH):
-        layers += [nn.Linear(_WIDTH, _WIDTH, rng=index), nn.ReLU()]
+        layers += [nn.Linear(width, width, rng=index), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 def measure(
-    group: ferro.ProcessGroup, kind: str, name: str, *, stages_per_rank: int, microbatches: int, rows: int
+    group: ferro.ProcessGroup, kind: str, name: str, *, stages_per_rank: int, microbatches: int, rows: int, width: int
 ) -> dict[str, object]:
     """Measure the durations of actions and steps; return them beside the simulated step."""
-    stages = [make_stage(kind) for _ in range(stages_per_rank)]
+    stages = [make_stage(kind, width) for _ in range(stages_per_rank)]
     pipeline = Pipeline(stages, group, schedule=name, microbatches=microbatches)
     schedule = pipeline.schedule
     has_loss = group.rank == group.world_size - 1
-    x = np.random.default_rng(0).standard_normal((rows * microbatches, _WIDTH), np.float32)
+    x = np.random.default_rng(0).standard_normal((rows * microbatches, width), np.float32)
     steps: list[tuple[float, float]] = []
     durations: list[tuple[float, float, float]] = []
     for turn in range(-1, _TURNS):
@@ -129,13 +129,20 @@ def main() -> None:
     parser.add_argument("--kind", choices=("arithmetic", "device"), default="arithmetic")
     parser.add_argument("--microbatches", default="4,8")
     parser.add_argument("--rows", type=int, default=512, help="of a microbatch")
+    parser.add_argument("--width", type=int, default=768, help="of a stage's layers")
     options = parser.parse_args()
     schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2)]
     schedules += [("zb_h1", 1)] if options.kind == "arithmetic" else []
     with ferro.init("gloo") as group:
         records = [
             measure(
-                group, options.kind, name, stages_per_rank=stages_per_rank, microbatches=int(count), rows=options.rows
+                group,
+                options.kind,
+                name,
+                stages_per_rank=stages_per_rank,
+                microbatches=int(count),
+                rows=options.rows,
+                width=options.width,
             )
             for name, stages_per_rank in schedules
             for count in options.microbatches.split(",")

@@ -99,7 +99,7 @@ def _collectives(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _imports(options: argparse.Namespace) -> dict[str, object]:
-    records = imports.measure(3 if options.quick else 21)
+    records = imports.measure(1 if options.quick else 21)
     for record in records:
         median, limit = (ferro_bench.time_text(record["median_s"]), ferro_bench.time_text(record["limit_s"]))
         print(f"{record['name']}: {median}, limit {limit}", flush=True)
@@ -131,7 +131,7 @@ def _pipeline(options: argparse.Namespace) -> dict[str, object]:
     records = []
     for ranks, kind in ((2, "arithmetic"), (4, "device")):
         arguments = [f"--kind={kind}", f"--microbatches={'2' if options.quick else '4,8'}"]
-        arguments += ["--rows=8"] if options.quick else []
+        arguments += ["--rows=8", "--width=64"] if options.quick else []
         records += _run_ranks(_ferro_run(ranks), "pipeline.py", arguments)["records"]
     for record in records:
         simulated, measured = (record[key]["bubble"] for key in ("simulated", "measured"))

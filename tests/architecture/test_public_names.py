@@ -143,10 +143,10 @@ def attributes_used(tree):
         item.alias: f"{item.module}.{item.name}" for item in imports(tree) if f"{item.module}.{item.name}" in PUBLIC
     }
     handles |= {item.alias: item.module for item in imports(tree) if not item.name and item.module in PUBLIC}
-    for node in ast.walk(tree):
-        dotted = dotted_name(node)
-        for handle, module in handles.items():
-            if dotted is not None and dotted.startswith(f"{handle}."):
+    for node in ast.walk(tree) if handles else ():
+        dotted = dotted_name(node) if isinstance(node, ast.Attribute) else None
+        for handle, module in handles.items() if dotted else ():
+            if dotted.startswith(f"{handle}."):
                 rest = dotted[len(handle) + 1 :]
                 yield module, rest.partition(".")[0]
                 inner, _, name = rest.rpartition(".")

@@ -95,9 +95,8 @@ def test_facts_name_versions_but_neither_host_nor_path(tmp_path):
     assert [r["limit_s"] for r in result["records"]] == [0.03, 0.05]
 
 
-@pytest.mark.parametrize("size", ["0", "64X", "-4", "K"])
-def test_a_wrong_size_is_refused(tmp_path, size):
-    ended = run_benchmarks(tmp_path, f"--sizes={size}")
+def test_a_wrong_size_is_refused(tmp_path):
+    ended = run_benchmarks(tmp_path, "--sizes=64X")
     assert ended.returncode == 2
     assert "--sizes" in ended.stderr
 

@@ -12,7 +12,7 @@ from ferro.collectives.schedule import Round, Schedule
 from ferro.errors import PluginError
 from ferro_testing.schedules import Proof, check, table
 
-SIZES = (*range(1, 34), 48, 63, 64)
+SIZES = (*range(1, 18), 23, 31, 32, 33, 48, 64)
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
 REDUCING = ("all_reduce", "reduce", "reduce_scatter")
 COLLECTIVES = (*ROOTED, "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "barrier")

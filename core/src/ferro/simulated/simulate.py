@@ -90,10 +90,10 @@ def simulate(
             failures.append((rank, error))
 
     threads = [threading.Thread(target=run, args=(n,), name=f"rank {n}", daemon=True) for n in range(world_size)]
-    for thread in threads:
-        thread.start()
-    deadline = None if run_timeout_s is None else time.monotonic() + run_timeout_s
     try:
+        for thread in threads:
+            thread.start()
+        deadline = None if run_timeout_s is None else time.monotonic() + run_timeout_s
         for thread in threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except BaseException:  # KeyboardInterrupt: the ranks must not go on behind the user's back

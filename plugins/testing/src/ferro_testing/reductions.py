@@ -20,7 +20,8 @@ from ferro_testing.samples import (
     in_blocks,
     noise,
     preferred,
-    reduced,
+    reduced_noise,
+    reduced_samples,
     reductions,
     sample,
 )
@@ -68,12 +69,15 @@ def _reduce_everything(
         some = without(ops, exceptions, dtype, name)
         _reduce_once(group, some, shape, dtype, name, root, found)
 
-    for dtype in dtypes:
-        names = cycle(reductions(dtype))
-        for name in reductions(dtype):
-            reduce((7,), dtype, name, next(roots))
-        for shape in SHAPES:
-            reduce(shape, dtype, next(names), next(roots))
+    filled = [shape for shape in SHAPES if shape and 0 not in shape]
+    others = [shape for shape in SHAPES if shape not in filled]  # these show no reduction, or not all collectives
+    for index, dtype in enumerate(dtypes):
+        names = reductions(dtype)
+        for number in range(max(len(names), len(filled))):
+            shape = filled[(index + number) % len(filled)]
+            reduce(shape, dtype, names[number % len(names)], next(roots))
+        for number, shape in enumerate(others):
+            reduce(shape, dtype, names[number % len(names)], next(roots))
     for root in range(group.world_size):
         reduce((3, 5), preferred("float32", dtypes), "sum", root)
     for dtype in [name for name in ("float32", "float16", "int8") if name in dtypes]:
@@ -88,7 +92,7 @@ def _reduce_once(
     n, me = group.world_size, group.rank
     what = f"{dtype}{list(shape)} op={name}"
     if "all_reduce" in ops or "reduce" in ops:
-        wanted = reduced([sample(rank, shape, dtype) for rank in range(n)], name)
+        wanted = reduced_samples(n, shape, dtype, name)
     if "all_reduce" in ops:
         result = group.all_reduce(sample(me, shape, dtype), name)
         found.same(result, wanted, f"all_reduce {what}")
@@ -100,7 +104,7 @@ def _reduce_once(
             found.true(result is None, f"reduce {what} root={root}: not None away from the root")
     if "reduce_scatter" in ops and shape:
         tall = in_blocks(shape, n)
-        whole = reduced([sample(rank, tall, dtype, 1) for rank in range(n)], name)
+        whole = reduced_samples(n, tall, dtype, name, 1)
         result = group.reduce_scatter(sample(me, tall, dtype, 1), name)
         found.same(result, np.split(whole, n)[me], f"reduce_scatter {what}")
 
@@ -143,11 +147,11 @@ def _reduce_in_order(
     }
     for dtype in dtypes:
         for count in (n, 300 * n, 20_000 * n):
-            everyones = [noise(rank, count, dtype) for rank in range(n)]
+            mine = noise(me, count, dtype)
             for name in ("sum", "mean"):
-                wanted = reduced(everyones, name)
+                wanted = reduced_noise(n, count, dtype, name)
                 for op in without(ops, exceptions, dtype, name):
-                    result = calls[op](everyones[me], name)
+                    result = calls[op](mine, name)
                     if op == "reduce" and me != n - 1:
                         continue
                     part = np.split(wanted, n)[me] if op == "reduce_scatter" else wanted

@@ -10,14 +10,17 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+import threading
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
 from ferro.types import Array
 
 Shape: TypeAlias = tuple[int, ...]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 BFLOAT16 = "bfloat16"  # NumPy knows it only with the package ml_dtypes
 DTYPES = (
@@ -82,17 +85,34 @@ def preferred(dtype: str, dtypes: Sequence[str]) -> str:
     return dtype if dtype in dtypes else dtypes[0]
 
 
-@functools.lru_cache(maxsize=256)
+def computed_once(maxsize: int) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Keep the last results of a function; of ranks that are threads and ask at the same time, one computes."""
+
+    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        cached, lock = functools.lru_cache(maxsize)(function), threading.Lock()
+
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            with lock:
+                return cached(*args, **kwargs)  # type: ignore[arg-type]  # the arguments can be hashed
+
+        return call
+
+    return decorate
+
+
+@computed_once(maxsize=256)
 def sample(rank: int, shape: Shape, dtype: str, salt: int = 0) -> Array:
     """Return the array that `rank` gives: 1, 2, 3 in an order that depends on rank and salt.
 
     It is read-only, so that writing to it raises.
     """
-    whole = (np.arange(math.prod(shape)) * 5 + rank * 7 + salt * 3) % 11 % 3
+    whole = (np.arange(11) * 5 + rank * 7 + salt * 3) % 11 % 3  # a period
     values = whole % 2 == 0 if dtype == "bool" else whole + 1
     if dtype.startswith("complex"):
         values = values + 1j * (whole % 2)
-    array: Array = values.astype(dtype_of(dtype)).reshape(shape)
+    size = math.prod(shape)
+    array: Array = np.tile(values.astype(dtype_of(dtype)), -(-size // 11))[:size].reshape(shape)
     array.flags.writeable = False
     return array
 
@@ -110,6 +130,18 @@ def reduced(arrays: Sequence[Array], op: str) -> Array:
     return array
 
 
+@computed_once(maxsize=64)
+def reduced_samples(ranks: int, shape: Shape, dtype: str, op: str, salt: int = 0) -> Array:
+    """Reduce the samples of the first ranks, in order of rank."""
+    return reduced([sample(rank, shape, dtype, salt) for rank in range(ranks)], op)
+
+
+@computed_once(maxsize=16)
+def reduced_noise(ranks: int, count: int, dtype: str, op: str) -> Array:
+    """Reduce the noise of the first ranks, in order of rank."""
+    return reduced([noise(rank, count, dtype) for rank in range(ranks)], op)
+
+
 def rows(array: Array) -> Array:
     """Return an array with an axis 0 to concatenate along: a 0-d array becomes one row."""
     return array.reshape(1) if array.ndim == 0 else array
@@ -123,10 +155,14 @@ def in_blocks(shape: Shape, n: int) -> Shape:
 
 def noise(rank: int, count: int, dtype: str) -> Array:
     """Return floating-point numbers of all magnitudes, whose sum depends on the order."""
-    random = np.random.default_rng(1000 + rank)
-    numbers = random.standard_normal(count) * 10.0 ** random.integers(-3, 4, count)
-    array: Array = numbers.astype(dtype_of(dtype))
+    array: Array = _noise(rank, count).astype(dtype_of(dtype))
     return array
+
+
+@computed_once(maxsize=16)
+def _noise(rank: int, count: int) -> Array:
+    random = np.random.default_rng(1000 + rank)
+    return random.standard_normal(count) * 10.0 ** random.integers(-3, 4, count)
 
 
 class Findings:

@@ -85,7 +85,8 @@ def expected_result(
     if op in ("all_gather", "gather"):
         return np.concatenate(everyones)
     if op == "scatter":
-        return np.split(everyones[n - 1], n)[me]
+        mine: Array = np.split(everyones[n - 1], n)[me]
+        return mine
     if op == "all_to_all":
         return np.concatenate([np.split(one, n)[me] for one in everyones])
     return everyones[(me - 1) % n]
