@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os.path
 import threading
 import time
@@ -18,6 +19,7 @@ from ferro.observers import Observer
 from ferro.simulated.backend import Fault, SimulatedBackend
 
 Result = TypeVar("Result")
+_SIGNALS_SEEN_S = 0.5  # how often the caller's thread looks for signals
 _this_thread = threading.local()
 
 
@@ -93,9 +95,11 @@ def simulate(
     try:
         for thread in threads:
             thread.start()
-        deadline = None if run_timeout_s is None else time.monotonic() + run_timeout_s
+        deadline = math.inf if run_timeout_s is None else time.monotonic() + run_timeout_s
         for thread in threads:
-            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            # A signal that comes just before the wait does not end it, so no wait is long.
+            while thread.is_alive() and (left_s := deadline - time.monotonic()) > 0:
+                thread.join(min(left_s, _SIGNALS_SEEN_S))
     except BaseException:  # KeyboardInterrupt: the ranks must not go on behind the user's back
         for group in groups:
             group.abort()
