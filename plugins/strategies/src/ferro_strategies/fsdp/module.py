@@ -65,8 +65,9 @@ class FSDP(StateDictMixin):
         prefetch: gather a unit while the one before it computes.
         offload: keep shards in host memory, and run the optimizer there. This is for CuPy arrays; it changes nothing
             for NumPy arrays.
-        check_replicas: with HYBRID_SHARD and NO_SHARD, notice in each backward pass if ranks that hold the same shards
-            no longer hold the same values, and name the parameters; see `DDP`.
+        check_replicas: notice in each backward pass if optimizers have stepped with other learning rates on some ranks,
+            or not at all; and, with HYBRID_SHARD and NO_SHARD, if ranks that hold the same shards no longer hold the
+            same values, and name the parameters; see `DDP`.
 
     Attributes:
         module: the wrapped module.

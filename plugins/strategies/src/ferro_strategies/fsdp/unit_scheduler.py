@@ -161,7 +161,9 @@ class UnitScheduler:
 
     def note_step(self, lr: float) -> None:
         """Note a step of an optimizer, which ranks compare in the next backward pass; those in `join` are announced."""
-        if self.announcer is None and any(any(flat.has_grad) for unit in self.units for flat in unit.trained):
+        if not self._config.check_replicas or self.announcer is not None:
+            return
+        if any(any(flat.has_grad) for unit in self.units for flat in unit.trained):
             self._steps.append(lr)
 
     # -- operations that are announced, so that ranks without batches take part ------------------
