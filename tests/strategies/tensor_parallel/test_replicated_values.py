@@ -68,19 +68,29 @@ def test_an_optimizer_made_before_trains_the_pieces(ranks, tied):
             optimizer.step()
             optimizer.zero_grad()
 
+    def go_backward(model):
+        scores, pullback = model.vjp(indices)
+        pullback(nn.cross_entropy(scores, indices)[1])
+
     def run(group):
         model = build()
         optimizer = optim.SGD(model.parameters(), 0.5, momentum=0.9)
         train(model, optimizer, nn.cross_entropy)  # in one process first
+        go_backward(model)
         used = plan if tied else plan | {"layers.2": tp.ColumnParallelLinear.from_serial}
         tp.parallelize(model, group, used)
         assert [id(p) for p in model.parameters()] == [id(p) for p in optimizer.parameters]
+        optimizer.step()  # with the gradients from before
+        optimizer.zero_grad()
         train(model, optimizer, partial(tp.vocab_parallel_cross_entropy, group=group))
         return tp.full_state_dict(model)
 
     serial = build()
     optimizer = optim.SGD(serial.parameters(), 0.5, momentum=0.9)
     train(serial, optimizer, nn.cross_entropy)
+    go_backward(serial)
+    optimizer.step()
+    optimizer.zero_grad()
     train(serial, optimizer, nn.cross_entropy)
     for state in simulate(run, ranks):
         for name, value in serial.state_dict().items():

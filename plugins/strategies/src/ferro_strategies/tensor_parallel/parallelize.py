@@ -36,7 +36,7 @@ def parallelize(
 
     All ranks call it, with models of the same structure; rank 0's parameters and buffers are broadcast. Parameters are
     the same objects afterwards, each with this rank's piece of its array, so an optimizer may be made before or after;
-    state that it has is cut like the parameters.
+    its state and gradients that exist are cut like the parameters.
     If an Embedding and its Unembedding are both replaced, the new layers share a table, too.
 
     Layers that are not replaced stay equal on all ranks: their generators draw alike, and their gradients are compared
@@ -143,7 +143,9 @@ def _keep_parameters(layer: Module, made: Module) -> None:
         holders = [(part, key) for part in made.modules() for key, value in vars(part).items() if value is piece]
         if holders and parameter.data is not piece.data:  # the first of the layers that share it
             place = slice_dims(piece.data.shape, piece.data, cut_dims(piece))
+            grad = None if parameter.grad is None else _own_piece(place, parameter.grad)
             parameter.hold(piece.data, grad=None, grad_memory=None)
+            parameter.grad = grad
             parameter.splits = piece.splits
             for owner in parameter.state_owners:
                 owner.reshape_state(parameter, partial(_own_piece, place))
