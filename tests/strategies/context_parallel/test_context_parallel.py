@@ -284,6 +284,14 @@ def test_what_cannot_be_divided_is_refused():
     simulate(run, 2)
 
 
+def test_ddp_goes_around_it():
+    def work(group):
+        with pytest.raises(ferro.UsageError, match=r"the other way round: DDP\(ContextParallel"):
+            ContextParallel(DDP(nn.Attention(4, 2, rng=0), group), group)
+
+    simulate(work, 2)
+
+
 def test_a_deep_copy_trains_by_itself():
     words, following = batch(6)
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from ferro import ProcessGroup, UsageError
 
+from ..ddp import DDP
 from ..gradient_averaging import average_gradients
 from ..nn.arrays import Array, namespace_of
 from ..nn.attention import Attention
@@ -171,6 +172,11 @@ class ContextParallel(Module):
 
 
 def _check_layers(module: Module) -> None:
+    if any(isinstance(layer, DDP) for layer in module.modules()):
+        raise UsageError(
+            "ContextParallel: the module is in a DDP, which would average gradients before those of all positions "
+            "are in them. Wrap the other way round: DDP(ContextParallel(model, ...), ...)."
+        )
     layers = dict(module.named_modules())
     for name, layer in layers.items():
         if isinstance(layer, BatchNorm | ParallelAttention):
