@@ -7,6 +7,7 @@ the error hold views. So this module maps by itself.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import sys
@@ -64,7 +65,14 @@ class Mapping:
 
 def is_used_by_other_threads() -> bool:
     """Return True if another thread is in a collective, which may still read shared memory."""
-    frames = sys._current_frames()
+    # Garbage that is collected within this call could stop the process for ever: python/cpython#106883.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        frames = sys._current_frames()
+    finally:
+        if enabled:
+            gc.enable()
     del frames[threading.get_ident()]  # a variable of this frame that held it would keep it, and its callers' arrays
     for top in frames.values():
         frame: FrameType | None = top
