@@ -9,6 +9,7 @@ import pytest
 
 import ferro
 from ferro.simulated import simulate
+from ferro.simulated.backend import SimulatedBackend
 
 S = 5.0
 
@@ -31,6 +32,31 @@ def test_a_sendrecv_behind_an_outstanding_receive_sends_at_once():
         return c[0]
 
     assert simulate(work, 2, timeout_s=S, run_timeout_s=20) == [(1.0, 2.0), 3.0]
+
+
+def test_a_transfer_issued_while_the_first_one_is_being_posted_is_not_forgotten(monkeypatch):
+    posted_transfers = SimulatedBackend.posted_transfers
+    being_posted, issued = threading.Event(), threading.Event()
+
+    def late(backend):
+        if backend.rank == 0:
+            being_posted.set()
+            issued.wait(S)
+        return posted_transfers(backend)
+
+    monkeypatch.setattr(SimulatedBackend, "posted_transfers", late)
+
+    def work(group):
+        if group.rank == 1:
+            return group.send(group.recv(np.zeros(1), 0) + 1, 0)
+        received = group.recv(np.zeros(1), 1, async_op=True)
+        being_posted.wait(S)
+        sent = group.send(np.array([3.0]), 1, async_op=True)
+        issued.set()
+        sent.wait()
+        return float(received.wait()[0])
+
+    assert simulate(work, 2, timeout_s=S, run_timeout_s=20) == [4.0, None]
 
 
 def test_the_halves_of_a_sendrecv_do_not_wait_for_each_other():

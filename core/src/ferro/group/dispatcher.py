@@ -10,12 +10,11 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -34,10 +33,10 @@ from ferro.errors import (
 from ferro.group.failure_agreement import FailureAgreement
 from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
+from ferro.group.observer_notifier import ObserverNotifier
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, issuing_thread
 from ferro.group.transfers import Messages, Transfer, TransferQueue
 from ferro.group.work import LaunchedWork
-from ferro.observers import Event
 from ferro.types import Device
 
 # The part of an operation that moves the data; it is called with `deadline=`. A `partial` of a backend's method costs
@@ -68,6 +67,7 @@ class Dispatcher:
         self.backend = backend
         self._info = info
         self._observed = bool(info.observers)
+        self._notifier = ObserverNotifier(info, backend.rank)
         self._streams = backend.streams
         self._agreement = FailureAgreement(info, backend.rank)
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
@@ -218,8 +218,7 @@ class Dispatcher:
         if self._failure is not None:
             self._raise_dead(transfer.call.op)
         if self._observed:
-            transfer.event = self._event(transfer.call, transfer.nbytes)
-            self._notify("started", transfer.event)
+            transfer.event = self._notifier.started(transfer.call, transfer.nbytes)
 
     def _end_transfer(self, finish: Finish, transfer: Transfer, error: BaseException | None) -> object:
         """End a transfer in the group's thread: return its result, or raise its error."""
@@ -228,7 +227,7 @@ class Dispatcher:
             raised = self._raised(error, self._site(transfer.call, transfer.timeout_s, seconds, transfer))
         if transfer.event is not None:
             name = type(raised).__name__ if raised else ""
-            self._notify("finished", replace(transfer.event, seconds=seconds, error=name))
+            self._notifier.finished(transfer.event, seconds, name)
         if raised is None:
             return finish()
         raise raised from (None if raised is error or isinstance(error, _TOLD) else error)
@@ -315,8 +314,7 @@ class Dispatcher:
         if not self._observed:
             self._execute(call, action, timeout_s, transfer)
         else:
-            event = self._event(call, nbytes)
-            self._notify("started", event)
+            event = self._notifier.started(call, nbytes)
             started, error = time.monotonic(), ""
             try:
                 self._execute(call, action, timeout_s, transfer)
@@ -324,39 +322,12 @@ class Dispatcher:
                 error = type(raised).__name__
                 raise
             finally:
-                self._notify("finished", replace(event, seconds=time.monotonic() - started, error=error))
+                self._notifier.finished(event, time.monotonic() - started, error)
         if not launches:
             return finish()
         site = self._site(call, timeout_s, timeout_s, transfer)
         completion = self.backend.launched()
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
-
-    def _event(self, call: Call, nbytes: int) -> Event:
-        """Describe the start of an operation in this thread."""
-        rank = self.backend.rank
-        return Event(
-            op=call.op,
-            seq=call.seq,
-            group=self._info.name,
-            rank=rank,
-            global_rank=self._info.global_ranks[rank],
-            nbytes=nbytes,
-            start_s=time.time(),
-            thread=threading.current_thread().name,
-        )
-
-    def _notify(self, method: Literal["started", "finished"], event: Event) -> None:
-        """Notify all observers; an observer that raises must not disturb the operation."""
-        for observer in self._info.observers:
-            try:
-                observer.started(event) if method == "started" else observer.finished(event)
-            except Exception as error:  # noqa: BLE001 - whatever a stranger's observer meets
-                warnings.warn(
-                    f"observer {type(observer).__name__} failed at {event.op} #{event.seq}: "
-                    f"{type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
 
     def _execute(self, call: Call, action: Action, timeout_s: float, transfer: Transfer | None = None) -> None:
         """Run an operation by its deadline; a failure ends the group with the cause that all ranks report.

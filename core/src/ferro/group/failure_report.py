@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
-import threading
 from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple
 
 from ferro.collectives.label import OPS, Call
 from ferro.group import codec
+from ferro.group.thread_frames import thread_frames
 
 _CLOCK_S = 0.01  # how much too early a backend may notice a deadline
 _MAX_CHARACTERS = 2048
-_asking_for_frames = threading.Lock()
 
 
 class UserCall(NamedTuple):
@@ -102,7 +99,7 @@ class FailureReport(NamedTuple):
 
 def find_user_call(thread: int) -> UserCall:
     """Find the call under way in a thread; an empty one where the thread is not in a function of ferro."""
-    frame = _frame_of(thread)
+    frame = thread_frames().get(thread)
     function = ""
     while frame is not None:
         package, name = frame.f_globals.get("__package__") or "", frame.f_globals.get("__name__", "")
@@ -114,23 +111,6 @@ def find_user_call(thread: int) -> UserCall:
             return UserCall(function, f"{path}:{frame.f_lineno}")
         frame = frame.f_back
     return NO_USER_CALL
-
-
-def _frame_of(thread: int) -> FrameType | None:
-    """Find the frame that a thread is in.
-
-    Until Python 3.13, `sys._current_frames` may collect garbage while it holds a lock of the interpreter. If a callback
-    or finalizer then lets another thread run that asks for frames, too, the process stands still for ever
-    (python/cpython#106883). So nothing is collected meanwhile.
-    """
-    with _asking_for_frames:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return sys._current_frames().get(thread)
-        finally:
-            if enabled:
-                gc.enable()
 
 
 def _function_name(frame: FrameType) -> str:

@@ -348,7 +348,11 @@ class TransferQueue:
 
     def _move(self, half: Half, buffer: Array) -> None:
         if self._posted is None:
-            self._posted = self._backend.posted_transfers()
+            posted = self._backend.posted_transfers()
+            with self._lock:
+                self._posted = posted
+                if self._ready:  # they came when there was nothing to wake yet
+                    posted.wake()
         direction, peer, tag = half.channel
         post = self._posted.isend if direction == "send" else self._posted.irecv
         self._moving[half] = None

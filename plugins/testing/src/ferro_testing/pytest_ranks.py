@@ -8,7 +8,6 @@ its other arguments by `ferro.group.codec`; their tracebacks come as text.
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import pytest
 from ferro import ProcessGroup, backends
 from ferro.errors import CollectiveTimeout, FerroError, GroupClosed, PeerLost, UsageError
 from ferro.group import codec
+from ferro.group.thread_frames import thread_frames
 from ferro.simulated import simulate
 from ferro_testing.functions import load, locate
 from ferro_testing.outcome import Outcome, RanksFailed
@@ -125,7 +125,7 @@ def _combined_failure(failures: Mapping[int, BaseException], late: str, world_si
 
 def _stacks(running: Mapping[int, int], timeout_s: float) -> str:
     """Describe the stacks of the ranks that have not ended in time."""
-    frames = sys._current_frames()
+    frames = thread_frames()
     parts = [
         f"--- rank {rank} did not end within {timeout_s:g} s; it is here:\n"
         + "".join(traceback.format_stack(frames[thread]))

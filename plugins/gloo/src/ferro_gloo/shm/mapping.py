@@ -7,16 +7,16 @@ the error hold views. So this module maps by itself.
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import os
-import sys
 import threading
 import weakref
 from functools import lru_cache
 from types import FrameType
 
 import numpy as np
+
+from ferro.group.thread_frames import thread_frames
 
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_NORESERVE = 0x4000  # Python 3.11 does not name it, nor those of mremap
@@ -65,14 +65,7 @@ class Mapping:
 
 def is_used_by_other_threads() -> bool:
     """Return True if another thread is in a collective, which may still read shared memory."""
-    # Garbage that is collected within this call could stop the process for ever: python/cpython#106883.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        frames = sys._current_frames()
-    finally:
-        if enabled:
-            gc.enable()
+    frames = thread_frames()
     del frames[threading.get_ident()]  # a variable of this frame that held it would keep it, and its callers' arrays
     for top in frames.values():
         frame: FrameType | None = top
