@@ -53,6 +53,15 @@ def test_an_unfinished_line_is_shown_soon_unless_it_is_being_written() -> None:
     assert splitter.partial_due() == 1.5 + LONG_PARTIAL_S
 
 
+def test_a_line_that_a_full_buffer_cuts_is_not_taken_for_a_prompt() -> None:
+    splitter = LineSplitter()
+    splitter.feed(b"1234567\n" * 1023 + b"12345678", 1.0)
+    assert splitter.partial_due() == 1.0 + LONG_PARTIAL_S
+    assert splitter.feed(b"\n", 1.3) == [b"12345678\n"]
+    splitter.feed(b"name? ", 2.0)
+    assert splitter.partial_due() == 2.0 + PARTIAL_S
+
+
 class TestConsole:
     """The bytes on a screen that ranks 0 and 1 share; a piece is (rank, bytes)."""
 
@@ -71,6 +80,8 @@ class TestConsole:
     def test_another_rank_begins_a_line_of_its_own(self) -> None:
         assert self.shown((0, b"..."), (1, b"x\n"), (0, b".\n")) == b"[0] ...\n[1] x\n[0] .\n"
         assert self.shown((0, b"...")) == b"[0] ...\n"
+        # The end of a line that the other rank has ended is no line.
+        assert self.shown((0, b"..."), (1, b"x\n"), (0, b"\n"), (0, b"\n")) == b"[0] ...\n[1] x\n[0] \n"
 
     def test_progress_bars_overwrite_one_another_and_nothing_else(self) -> None:
         bars = ((0, b"\r"), (0, b"1%"), (1, b"\r"), (1, b"2%"), (0, b"\r"), (0, b"3%\r"), (1, b"4%\r"))

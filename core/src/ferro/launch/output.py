@@ -21,7 +21,7 @@ CONSEQUENCE_HOLD_S = 3.0  # for a traceback that names another rank's failure, w
 MAX_HELD_BYTES = 1024 * 1024
 MAX_LINE_BYTES = 16 * 1024 * 1024
 PARTIAL_S = 0.1  # a short line that does not end is shown after so long
-LONG_PARTIAL_S = 2.0  # a long one is still being written, and is shown once nothing more came for so long
+LONG_PARTIAL_S = 2.0  # one that is still being written is shown once nothing more came for so long
 _SHORT_BYTES = 4096
 
 _HEADER = re.compile(rb"(?:  \+ Exception Group )?Traceback \(most recent call last\)")
@@ -57,6 +57,7 @@ class Console:
         self.rank_width = len(str(world_size - 1))
         self._streams = (stdout, stderr)
         self._open: dict[int, _OpenLine] = {}  # by the stream's id
+        self._interrupted: set[tuple[int, object]] = set()  # sources whose unfinished line another one ended
 
     def write(self, data: bytes, *, to_stderr: bool, source: object = None, prefix: bytes = b"") -> None:
         """Write a line, or a piece of one, with the prefix where it begins a line.
@@ -65,6 +66,10 @@ class Console:
         one another.
         """
         stream = self._streams[to_stderr]
+        if (id(stream), source) in self._interrupted:
+            self._interrupted.remove((id(stream), source))
+            if data in (b"\n", b"\r\n"):
+                return  # the line has ended already
         line = self._open.pop(id(stream), None)
         own = line is not None and line.source is source
         # A lone "\r" shows nothing, and a "\n" may be the second half of an "\r\n".
@@ -73,6 +78,8 @@ class Console:
             start = b""
         elif line is not None and not own and not (line.overwritable and data.endswith(b"\r")):
             start = b"\n" + start
+            if not line.returned:
+                self._interrupted.add((id(stream), line.source))
         elif line is not None and not own and not line.returned and start:
             start = b"\r" + start
         if not data.endswith(b"\n"):
@@ -107,6 +114,7 @@ class LineSplitter:
         self._partial: list[bytes] = []
         self._size = 0
         self._began = self._grew = 0.0
+        self._in_block = False  # it ended a large piece: a full buffer was written, and the rest is to come
 
     def feed(self, data: bytes, now: float = 0.0) -> list[bytes]:
         """Take a piece that came `now`; return the lines that are complete, each with its end."""
@@ -117,6 +125,7 @@ class LineSplitter:
         if rest:
             self._began = self._began if self._partial else now
             self._grew = now
+            self._in_block = len(data) >= _SHORT_BYTES
             self._partial.append(rest)
             self._size += len(rest)
         return [*lines, self.flush()] if self._size > MAX_LINE_BYTES else lines
@@ -125,7 +134,8 @@ class LineSplitter:
         """Return the time at which the unfinished last line is to be shown; None if there is none."""
         if not self._partial:
             return None
-        return self._began + PARTIAL_S if self._size < _SHORT_BYTES else self._grew + LONG_PARTIAL_S
+        is_short = self._size < _SHORT_BYTES and not self._in_block
+        return self._began + PARTIAL_S if is_short else self._grew + LONG_PARTIAL_S
 
     def flush(self) -> bytes:
         """Return the unfinished last line."""
