@@ -2,6 +2,8 @@
 
 #include "native.h"
 
+#include <limits.h>
+#include <stddef.h>
 #include <structmember.h>
 
 uint64_t digest_of(const unsigned char *label)
@@ -100,7 +102,7 @@ static PyObject *new_ring(PyTypeObject *type, PyObject *args, PyObject *keywords
     if (!ring)
         return NULL;
     if (PyObject_GetBuffer(memory, &ring->memory, PyBUF_WRITABLE)) {
-        Py_DECREF(ring);
+        Py_DECREF((PyObject *)ring);
         return NULL;
     }
     const Py_buffer *held = &ring->memory;
@@ -109,7 +111,7 @@ static PyObject *new_ring(PyTypeObject *type, PyObject *args, PyObject *keywords
         !is_within(held, 0, ranks, COUNTER_STRIDE) || !is_within(held, headers_at, ranks, SLOTS * HEADER_BYTES) ||
         !is_within(held, slots_at, ranks, SLOTS * (LINE_BYTES + slot_bytes))) {
         PyErr_Format(PyExc_ValueError, "%zd bytes are no region of rank %d of %d", held->len, rank, ranks);
-        Py_DECREF(ring);
+        Py_DECREF((PyObject *)ring);
         return NULL;
     }
     ring->ranks = ranks;
@@ -124,7 +126,7 @@ static PyObject *new_ring(PyTypeObject *type, PyObject *args, PyObject *keywords
 
 static void free_ring(Ring *ring)
 {
-    PyTypeObject *type = Py_TYPE(ring);
+    PyTypeObject *type = Py_TYPE((PyObject *)ring);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     PyBuffer_Release(&ring->memory);
     release(ring);

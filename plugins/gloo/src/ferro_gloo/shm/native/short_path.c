@@ -265,13 +265,13 @@ static PyObject *new_path(PyTypeObject *type, PyObject *args, PyObject *keywords
             PyErr_SetString(PyExc_ValueError, "the state of a turn has at least two aligned int64");
         }
     }
-    Py_DECREF(path);
+    Py_DECREF((PyObject *)path);
     return NULL;
 }
 
 static int visit_path(ShortPath *path, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(path));
+    Py_VISIT(Py_TYPE((PyObject *)path));
     Py_VISIT(path->ring);
     Py_VISIT(path->lock);
     Py_VISIT(path->is_locked);
@@ -292,7 +292,7 @@ static int clear_path(ShortPath *path)
 
 static void free_path(ShortPath *path)
 {
-    PyTypeObject *type = Py_TYPE(path);
+    PyTypeObject *type = Py_TYPE((PyObject *)path);
     PyObject_GC_UnTrack(path);
     PyBuffer_Release(&path->state);
     PyMem_Free(path->collective.parts);
@@ -314,7 +314,7 @@ static PyObject *bind(ShortPath *path, PyObject *args)
     PyObject *from, *to;
     if (!PyArg_UnpackTuple(args, "bind", 2, 2, &from, &to))
         return NULL;
-    ModuleState *module = PyType_GetModuleState(Py_TYPE(path));
+    ModuleState *module = PyType_GetModuleState(Py_TYPE((PyObject *)path));
     if (!module)
         return NULL;
     Bound *bound = (Bound *)((allocfunc)PyType_GetSlot(module->bound, Py_tp_alloc))(module->bound, 0);
@@ -325,7 +325,7 @@ static PyObject *bind(ShortPath *path, PyObject *args)
     if (hold_both(&path->collective, from, to, &bound->source, &bound->target))
         return (PyObject *)bound;
     bound->source.obj = bound->target.obj = NULL; /* nothing is held */
-    Py_DECREF(bound);
+    Py_DECREF((PyObject *)bound);
     Py_RETURN_NONE;
 }
 
@@ -382,7 +382,7 @@ static PyObject *finish(Bound *bound, PyObject *Py_UNUSED(ignored))
 
 static int visit_bound(Bound *bound, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(bound));
+    Py_VISIT(Py_TYPE((PyObject *)bound));
     Py_VISIT(bound->path);
     Py_VISIT(bound->source.obj);
     Py_VISIT(bound->target.obj);
@@ -391,11 +391,11 @@ static int visit_bound(Bound *bound, visitproc visit, void *arg)
 
 static void free_bound(Bound *bound)
 {
-    PyTypeObject *type = Py_TYPE(bound);
+    PyTypeObject *type = Py_TYPE((PyObject *)bound);
     PyObject_GC_UnTrack(bound);
     PyBuffer_Release(&bound->source);
     PyBuffer_Release(&bound->target);
-    Py_XDECREF(bound->path);
+    Py_XDECREF((PyObject *)bound->path);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(bound);
     Py_DECREF(type);
 }
