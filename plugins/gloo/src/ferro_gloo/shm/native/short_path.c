@@ -10,8 +10,7 @@
 
 #define BUSY 0
 #define NUMBER 1
-#define FIRST_TRIES 100     /* at once, one after the other */
-#define SPINS_WITH_GIL 60   /* with pauses of some tens of nanoseconds */
+#define SPINS_WITH_GIL 100  /* with pauses of some tens of nanoseconds */
 #define YIELDS 1000         /* see ../counters.py */
 #define LONGEST_WAIT_S 0.01 /* as PEER_CHECK_S in ../slot_ring.py */
 
@@ -68,13 +67,9 @@ static Arrival spin(Collective *c, int64_t number)
     Arrival arrival = advance_collective(c, number);
     if (arrival != LATE || !c->ring->spins)
         return arrival;
-    for (int tries = 0; tries < FIRST_TRIES + SPINS_WITH_GIL; tries++) {
-        Awaited missing = missing_lines(c, number);
-        if (first_behind(&missing, 0) < 0)
-            break;
-        if (tries >= FIRST_TRIES)
-            relax();
-    }
+    Awaited missing = missing_lines(c, number);
+    for (int tries = 0; tries < SPINS_WITH_GIL && first_behind(&missing, 0) >= 0; tries++)
+        relax();
     return advance_collective(c, number);
 }
 
@@ -290,10 +285,19 @@ static int clear_path(ShortPath *path)
     return 0;
 }
 
+/* Another collective may get the memory of this one, and its address. */
+static void forget_writer(Collective *c)
+{
+    for (int slot = 0; c->ring && slot < SLOTS; slot++)
+        if (c->ring->writers[slot] == c)
+            c->ring->writers[slot] = NULL;
+}
+
 static void free_path(ShortPath *path)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)path);
     PyObject_GC_UnTrack(path);
+    forget_writer(&path->collective);
     PyBuffer_Release(&path->state);
     PyMem_Free(path->collective.parts);
     Py_XDECREF(path->ring);
