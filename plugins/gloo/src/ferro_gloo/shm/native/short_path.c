@@ -26,6 +26,7 @@ typedef struct {
     ShortPath *path;
     Py_buffer source, target; /* `buf` is NULL where this rank has none */
     int64_t number;           /* of a started collective; -1: none is started */
+    int closed;               /* and nothing is held */
 } Bound;
 
 /* ---- the turn */
@@ -339,7 +340,7 @@ static PyObject *call_bound(Bound *bound, PyObject *args, PyObject *keywords)
         PyErr_SetString(PyExc_TypeError, "a bound ShortPath takes no arguments");
         return NULL;
     }
-    int free = is_free(bound->path);
+    int free = bound->closed ? 0 : is_free(bound->path);
     if (free > 0)
         return run(bound->path, bound->source.buf, bound->target.buf);
     return free < 0 ? NULL : Py_NewRef(Py_False);
@@ -348,7 +349,7 @@ static PyObject *call_bound(Bound *bound, PyObject *args, PyObject *keywords)
 static PyObject *start(Bound *bound, PyObject *Py_UNUSED(ignored))
 {
     ShortPath *path = bound->path;
-    if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0)
+    if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0 || bound->closed)
         Py_RETURN_FALSE;
     state_of(path)[NUMBER]++;
     bound->number = begin_collective(&path->collective, bound->source.buf);
@@ -381,6 +382,18 @@ static PyObject *finish(Bound *bound, PyObject *Py_UNUSED(ignored))
         return NULL;
     finish_collective(c, number, bound->source.buf, bound->target.buf);
     prepare_next(c->ring);
+    Py_RETURN_NONE;
+}
+
+static PyObject *close_bound(Bound *bound, PyObject *Py_UNUSED(ignored))
+{
+    if (bound->number >= 0) {
+        PyErr_SetString(PyExc_RuntimeError, "a started operation must be finished first");
+        return NULL;
+    }
+    bound->closed = 1;
+    PyBuffer_Release(&bound->source);
+    PyBuffer_Release(&bound->target);
     Py_RETURN_NONE;
 }
 
@@ -426,6 +439,7 @@ static PyMethodDef bound_methods[] = {
     {"start", (PyCFunction)start, METH_NOARGS, NULL},
     {"test", (PyCFunction)test, METH_NOARGS, NULL},
     {"finish", (PyCFunction)finish, METH_NOARGS, NULL},
+    {"close", (PyCFunction)close_bound, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
