@@ -48,9 +48,7 @@ def numbers(dtype: np.dtype, size: int, seed: object) -> np.ndarray:
     return real[0].astype(dtype)
 
 
-def expected(
-    op: str, arrays: list[np.ndarray], rank: int, reduction: str | None, root: int
-) -> np.ndarray | None:
+def expected(op: str, arrays: list[np.ndarray], rank: int, reduction: str | None, root: int) -> np.ndarray | None:
     """Compute a rank's result of a collective on all ranks' inputs."""
     n, start = len(arrays), arrays[0]
     if op in REDUCING:
