@@ -1,4 +1,4 @@
-"""Calls on the short path that meet other calls, late and dead ranks, interrupts and aborts, as on the ordinary path."""
+"""Calls on the short path that meet other calls, late and dead ranks, interrupts, aborts, as on the ordinary path."""
 
 from __future__ import annotations
 
