@@ -175,6 +175,7 @@ def make_path(ring, **changes):
         "pending": collections.deque(),
         "state": memoryview(bytearray(16)).cast("q"),
         "late": print,
+        "sample": np.empty((2, 3), np.float32),
     }
     return NATIVE.ShortPath(**(arguments | changes))
 
@@ -200,6 +201,9 @@ def make_path(ring, **changes):
         ({"label": LABEL[1:]}, ValueError),
         ({"label": "label"}, TypeError),
         ({"lock": None}, AttributeError),
+        ({"sample": None}, TypeError),
+        ({"sample": np.ones((4, 3))[::2]}, (ValueError, BufferError)),
+        ({"sample": bytearray(6)}, AttributeError),
         ({"state": memoryview(bytearray(8))}, ValueError),
         ({"state": bytes(16)}, BufferError),
     ],

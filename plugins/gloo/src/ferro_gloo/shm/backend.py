@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+
 from ferro.backend import Backend
 from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call
@@ -84,6 +86,7 @@ class ShmBackend(Backend):
             pending=turn.pending,
             state=turn.state,
             late=partial(_wait_late, self._ring, collective.call, turn.late),
+            sample=np.empty((2, 3), collective.dtype),
         )
 
     def barrier(self, *, deadline: float) -> None:

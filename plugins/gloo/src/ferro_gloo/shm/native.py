@@ -158,6 +158,7 @@ class NativeModule(Protocol):
         pending: object,
         state: memoryview,
         late: Callable[[int, int], None],
+        sample: NDArray[np.generic],
     ) -> FastPath:
         """Make the fast path of a collective whose messages fit a slot.
 
@@ -172,6 +173,7 @@ class NativeModule(Protocol):
             lock, pending, state: those of the `Turn`.
             late: called as late(number, awaited) when others are late, or have other labels: it waits for chunk
                 `awaited` of all ranks, and compares the labels of chunk `number`.
+            sample: an array of shape (2, 3) and the elements' dtype, which nobody else uses.
         """
 
 

@@ -8,7 +8,9 @@
        arithmetic.c  the other reductions
        ring.c        Ring: the slots of a region, and whose turn each is (see ../slot_ring.py)
        collective.c  what each collective writes into this rank's slot, and reads from all of them
-       short_path.c  ShortPath: a small collective in one call, and with its arrays bound
+       arrays.c      the arrays of a short path
+       short_path.c  ShortPath: a small collective in one call
+       bound.c       a ShortPath with its arrays
 */
 
 #ifndef FERRO_GLOO_NATIVE_H
@@ -231,8 +233,70 @@ void finish_collective(Collective *collective, int64_t number, const char *sourc
 /* The lines of which one is missing when `advance_collective` says LATE. */
 Awaited missing_lines(const Collective *collective, int64_t number);
 
+/* ---- arrays.c */
+
+/* The NumPy arrays whose head can be read; NULL where none can. */
+typedef struct {
+    PyTypeObject *type;
+    PyObject *dtype;
+    size_t itemsize;
+} KnownArrays;
+
+/* Learn whether the heads of arrays like `sample`, of shape (2, 3), can be read; return -1 with an error set. */
+int learn_arrays(KnownArrays *known, PyObject *sample);
+/* Hold both arrays, as far as this rank needs them; return 0, without an error, if they cannot be used.
+
+   Py_buffers hold them: the fields `buf`, `len` and `obj` are set, and PyBuffer_Release lets go of them. */
+int hold_both(const Collective *collective, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
+              Py_buffer *target);
+
 /* ---- short_path.c */
 
-extern PyType_Spec short_path_spec, bound_spec;
+#define BUSY 0 /* indices of a turn's state */
+#define NUMBER 1
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *ring, *lock, *is_locked, *acquire, *release, *pending, *late;
+    Py_buffer state; /* of the turn */
+    KnownArrays known;
+    Collective collective;
+} ShortPath;
+
+extern PyType_Spec short_path_spec;
+
+static inline int64_t *state_of(const ShortPath *path)
+{
+    return path->state.buf;
+}
+
+/* Have this core own the line that this rank writes next, as soon as the others do not need it. */
+static inline void prepare_next(const Ring *ring)
+{
+    __builtin_prefetch(line_of(ring, ring->rank, ring->next), 1);
+}
+
+/* Return 1 if a collective may begin now, 0 if not, -1 with an error set. */
+int is_free(ShortPath *path);
+/* Try for some microseconds, with the GIL, where every rank has a core of its own. */
+Arrival spin(Collective *collective, int64_t number);
+/* Wait until all that this rank needs is there; the turn's lock is held. Return -1 with an error set if that fails. */
+int wait_longer(ShortPath *path, int64_t number);
+/* Run the collective; return True, or NULL with an error set. */
+PyObject *run_path(ShortPath *path, const char *source, char *target);
+
+/* ---- bound.c */
+
+typedef struct {
+    PyObject_HEAD
+    ShortPath *path;
+    Py_buffer source, target; /* `buf` is NULL where this rank has none */
+    int64_t number;           /* of a started collective; -1: none is started */
+    int closed;               /* and nothing is held */
+} Bound;
+
+extern PyType_Spec bound_spec;
+
+PyObject *bind_path(ShortPath *path, PyObject *args);
 
 #endif
