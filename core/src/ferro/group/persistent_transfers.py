@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferro.arrays import Input, dtype_name
-from ferro.collectives.fast_path import PersistentExchange
+from ferro.collectives.fast_path import BUSY, PersistentExchange
 from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import Reads
 from ferro.group.exchanged_messages import ExchangedMessages
@@ -140,31 +140,56 @@ class _ExchangeSteps:
     def __init__(
         self, group: TransferMethods, native: PersistentExchange, messages: ExchangedMessages, timeout_s: float
     ) -> None:
-        self.at_once = None
+        self.at_once = self._run_at_once if messages.are_plain else None
         self._dispatcher = group._dispatcher
+        self._state = group._dispatcher._word
         self._native = native
         self._messages = messages
         described = Transfer("exchange", messages.sends, messages.recvs, messages.tag, timeout_s, _nothing, _nothing)
         self._finish = partial(self._dispatcher.run_late, timeout_s, described.call, native.finish, described)
 
+    def _run_at_once(self) -> bool:
+        """Run a step whose messages need nothing before or after it."""
+        if self._state[BUSY]:
+            return False
+        try:
+            if not self._native():
+                self._finish()
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise
+        return True
+
     def run(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
-        if not self._native():
-            self._finish()
+        try:
+            if not self._native():
+                self._finish()
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise
         self._messages.finish()
 
     def start(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
-        self._native.start()
+        try:
+            self._native.start()
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise
 
     def done(self) -> bool:
         return self._native.test()
 
     def wait(self) -> None:
-        if not self._native.test():
-            self._finish()
+        try:
+            if not self._native.test():
+                self._finish()
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise
         self._messages.finish()
 
     def close(self) -> None:
