@@ -12,8 +12,9 @@ A channel lies in memory of its sender, and all ranks of the host map it:
 A message is cut into blocks, which are numbered on from step to step, and use the slots in turn. The sender writes
 block b when the receiver has taken block b - slots. So it may run ahead by some steps, and overwrites nothing unread.
 
-A message of `DIRECT_BYTES` or more that lies in the sender's arena (`group.empty`) is not copied: the receiver reads it
-where it is, and the sender's step ends when the receiver has read it.
+A long message is not copied: the receiver reads it where it is, and the sender's step ends when the receiver has read
+it. From `DIRECT_BYTES` on that is a message in the sender's arena (`group.empty`); from `REMOTE_BYTES` on any, where
+the system lets one process read another's memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ STARVED_AT = 64
 NUMBER_BYTES = 8
 _ALIGNMENT = 128  # some processors fetch two cache lines at a time
 DIRECT_BYTES = 16 << 10
+REMOTE_BYTES = 128 << 10
 # Small messages have more slots, so that the sender seldom looks how many the receiver has taken.
 _SMALL_BYTES = 16 << 10
 _WHOLE_BYTES = 256 << 10

@@ -23,7 +23,10 @@ _BELL_BYTES = 64
 
 
 class Closable(Protocol):
-    def close(self) -> None: ...
+    """An exchange, as far as its memory is concerned."""
+
+    def close(self) -> None:
+        """Let go of all memory. Idempotent."""
 
 
 class ExchangeMemory:

@@ -1,4 +1,7 @@
-"""The native steps of an exchange: `NATIVE_STEPS` is the compiled type, or None where it was not built."""
+"""The native steps of an exchange: `NATIVE_STEPS` is the compiled type, or None where it was not built.
+
+`read_memory` is its function to try whether another process's memory can be read; without it nothing can.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from typing import Protocol, TypeAlias
 
 from ferro.types import Array
 
-Channel: TypeAlias = "tuple[Array, Array, Array, int, int, Array | None]"
-"""The message, its channel's memory, the bell of the other rank, bytes of a block, slots, and the source, which is not
-None where the message is read where it lies. Arrays are uint8."""
+Source: TypeAlias = "Array | tuple[int, int]"
+"""A message as its receiver reads it: in memory that both map, or in a process at an address."""
+Channel: TypeAlias = "tuple[Array, Array, Array, int, int, Source | None]"
+"""The message, its channel's memory, the bell of the other rank, bytes of a block, slots, and the source where the
+receiver reads the message in place (the sender gives the message itself). Arrays are uint8."""
 
 
 class Steps(Protocol):
@@ -57,15 +62,27 @@ class StepsType(Protocol):
 
     def __call__(
         self, bell: Array, sends: Sequence[Channel], recvs: Sequence[Channel], spins: int, yields: int, /
-    ) -> Steps: ...
+    ) -> Steps:
+        """Hold the memory of all messages.
+
+        Raises:
+            ValueError: a channel does not fit its message.
+        """
 
 
-def _load() -> StepsType | None:
+class ReadMemory(Protocol):
+    """Reads memory of a process of this host."""
+
+    def __call__(self, process: int, address: int, nbytes: int, /) -> bytes | None:
+        """Read at most 64 bytes; return None where the system refuses."""
+
+
+def _load() -> tuple[StepsType | None, ReadMemory]:
     try:
-        found: StepsType = import_module("ferro_gloo.shm.exchange._steps").Steps
+        module = import_module("ferro_gloo.shm.exchange._steps")
     except ImportError:
-        return None
-    return found
+        return None, lambda process, address, nbytes, /: None
+    return module.Steps, module.read_memory
 
 
-NATIVE_STEPS = _load()
+NATIVE_STEPS, read_memory = _load()

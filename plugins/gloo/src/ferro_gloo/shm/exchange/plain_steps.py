@@ -33,9 +33,11 @@ class PlainSteps:
         self._closed = False
 
     def __call__(self) -> bool:
+        """See `native_steps.Steps`."""
         return self.begin() or self.wait(*self._looks, 0.0)
 
     def begin(self) -> bool:
+        """See `native_steps.Steps`."""
         with self._lock:
             if self._left or self._closed:
                 raise ValueError("a step of this exchange is under way, or the exchange is closed")
@@ -45,6 +47,7 @@ class PlainSteps:
             return not self._left
 
     def progress(self) -> bool:
+        """See `native_steps.Steps`."""
         if self._left and self._lock.acquire(blocking=False):
             try:
                 if not self._closed:
@@ -54,6 +57,7 @@ class PlainSteps:
         return not self._left
 
     def wait(self, spins: int, yields: int, seconds: float) -> bool:
+        """See `native_steps.Steps`."""
         for look in range(spins + yields):
             if self.progress():
                 return True
@@ -69,32 +73,40 @@ class PlainSteps:
         return True
 
     def awaited(self) -> list[int]:
+        """See `native_steps.Steps`."""
         left = self._left
         return [index for index, message in enumerate(self._messages) if message in left]
 
     def close(self, tell: bool) -> None:
+        """See `native_steps.Steps`."""
         with self._lock:
             self._closed = True
             for message in self._messages:
                 if tell:
                     message.tell_closed()
             self._messages = []
+            self._left = []
 
 
 class _Message:
     """One message, sent or received, and its channel."""
 
     def __init__(self, channel: Channel, *, sends: bool) -> None:
-        self._user, memory, _, block, slots, self._source = channel
+        self._user, memory, _, block, slots, source = channel
+        assert not isinstance(source, tuple), "only the native steps read other processes' memory"
+        self._source = source
         layout = ChannelLayout(block, slots, self._source is not None)
         self._block, self._slots, self._stride = block, slots, layout.stride
         self._blocks = layout.blocks(self._user.size)
         self._memory = memory
         self._words = memory.data.cast("q")
-        self.advance = self._send if sends else self._receive
         self._sends = sends
         self._total = 0
         self.done = 0
+
+    def advance(self) -> bool:
+        """Move all blocks that can be moved; return True if the step's message has ended."""
+        return self._send() if self._sends else self._receive()
 
     def tell_closed(self) -> None:
         """Tell the sender that this rank uses its channel no more."""

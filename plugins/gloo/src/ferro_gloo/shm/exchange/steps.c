@@ -1,303 +1,15 @@
-/* Steps: many messages between ranks of one host, sent and received again and again, through shared memory.
+/* Steps: the Python type, which checks and holds the memory of an exchange. native_steps.py describes it. */
 
-   A message has a channel of its own, in memory of its sender (see channels.py):
+#include "steps.h"
 
-       byte   0  int64 taken     how many blocks the receiver has read, which it stores
-       byte   8  int64 closed    1 when the receiver reads and writes this channel no more, which it stores
-       byte  64  int64 starved   1 while the sender may sleep until blocks are taken, which it stores
-       byte 128  slots, each a multiple of 128 bytes:
-                     int64 number   one more than the number of the block in the slot, stored last, with release
-                     data           the block
-
-   Blocks are numbered on from step to step, and use the slots in turn. The sender writes block b when the receiver has
-   taken block b - slots, so it may be that many blocks ahead, and overwrites nothing that was not read. The receiver
-   loads `number` with acquire, and sees the data when it sees the number, on weak memory models as well as on x86-64.
-   Where the message itself lies in memory that both ranks map, the block is not copied: the receiver reads it at its
-   source, and the sender's step ends when it has been taken.
-
-   A process has one bell, on which its threads sleep: a futex word, and the number of sleepers. A rank first stores
-   numbers, then loads the other's sleepers; a sleeper first counts itself, then loads the numbers. Between the two is a
-   full fence on both sides, so at least one of them sees the other.
-
-   Several threads may advance one exchange: `locked` is held while one does. Its holder never waits for the
-   interpreter lock, so a thread that has the interpreter lock may spin for it.
-*/
-
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#if !defined(__linux__) || __SIZEOF_POINTER__ != 8
-#error "the native helper of ferro-gloo is for 64-bit Linux; elsewhere ferro-gloo is pure Python"
-#endif
-
-#include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
-#include <sched.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#define HEADER_BYTES 128
 #define SLOT_ALIGNMENT 128
-#define NUMBER_BYTES 8
 #define BELL_BYTES 64
 #define HEAVY_BYTES (64 << 10) /* a step of more bytes lets other threads run while it copies */
 #define MOST_TRIES 1000000
 #define MOST_SECONDS 86400
-
-typedef struct {
-    int64_t taken, closed;
-    char other_line[48];
-    int64_t starved;
-} Header;
-
-typedef struct {
-    uint32_t rings, sleepers;
-} Bell;
-
-typedef struct {
-    Py_buffer user, memory, bell, source; /* source.obj is NULL where blocks go through slots */
-    int sends;
-    Py_ssize_t block, stride;
-    int64_t slots, blocks; /* a power of two; blocks of one step */
-    int64_t total;         /* blocks moved in all steps */
-    int64_t done;          /* blocks moved in this step */
-    int64_t taken;         /* the last value of `taken` that a sender has seen */
-    int ended, moved, starved;
-} Channel;
-
-typedef struct {
-    PyObject_HEAD
-    Channel *channels; /* the sends, then the receives */
-    Py_ssize_t count, sends, left;
-    Py_buffer bell;
-    long spins, yields;
-    int locked, closed, heavy, waiting;
-} Steps;
-
-static inline void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield" ::: "memory");
-#endif
-}
-
-static inline int try_lock(Steps *steps)
-{
-    return !__atomic_exchange_n(&steps->locked, 1, __ATOMIC_ACQUIRE);
-}
-
-static inline void lock(Steps *steps)
-{
-    while (!try_lock(steps))
-        sched_yield();
-}
-
-static inline void unlock(Steps *steps)
-{
-    __atomic_store_n(&steps->locked, 0, __ATOMIC_RELEASE);
-}
-
-static inline int has_ended(const Steps *steps)
-{
-    return __atomic_load_n(&steps->left, __ATOMIC_ACQUIRE) == 0;
-}
-
-/* ---- moving blocks */
-
-static void ring(Bell *bell)
-{
-    if (__atomic_load_n(&bell->sleepers, __ATOMIC_SEQ_CST)) {
-        __atomic_fetch_add(&bell->rings, 1, __ATOMIC_SEQ_CST);
-        syscall(SYS_futex, &bell->rings, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    }
-}
-
-static inline int64_t *slot_of(const Channel *channel)
-{
-    char *first = (char *)channel->memory.buf + HEADER_BYTES;
-    return (int64_t *)(first + (channel->total & (channel->slots - 1)) * channel->stride);
-}
-
-static inline size_t block_bytes(const Channel *channel)
-{
-    Py_ssize_t left = channel->user.len - (Py_ssize_t)channel->done * channel->block;
-    return (size_t)(left < channel->block ? left : channel->block);
-}
-
-/* Return 1 if the receiver has taken all blocks but so many of the last ones. */
-static inline int has_taken(Channel *channel, int64_t but)
-{
-    if (channel->total - channel->taken > but)
-        channel->taken = __atomic_load_n(&((Header *)channel->memory.buf)->taken, __ATOMIC_ACQUIRE);
-    return channel->total - channel->taken <= but;
-}
-
-static int send_blocks(Channel *channel)
-{
-    for (; channel->done < channel->blocks; channel->done++) {
-        if (!has_taken(channel, channel->slots - 1))
-            return 0;
-        int64_t *slot = slot_of(channel);
-        if (!channel->source.obj)
-            memcpy(slot + 1, (char *)channel->user.buf + channel->done * channel->block, block_bytes(channel));
-        channel->total++;
-        channel->moved = 1;
-        __atomic_store_n(slot, channel->total, __ATOMIC_RELEASE);
-    }
-    return !channel->source.obj || has_taken(channel, 0);
-}
-
-static int receive_blocks(Channel *channel)
-{
-    for (; channel->done < channel->blocks; channel->done++) {
-        int64_t *slot = slot_of(channel);
-        if (__atomic_load_n(slot, __ATOMIC_ACQUIRE) <= channel->total)
-            return 0;
-        const char *from = channel->source.obj ? channel->source.buf : (char *)(slot + 1);
-        memcpy((char *)channel->user.buf + channel->done * channel->block, from, block_bytes(channel));
-        channel->total++;
-        channel->moved = 1;
-        __atomic_store_n(&((Header *)channel->memory.buf)->taken, channel->total, __ATOMIC_RELEASE);
-    }
-    return 1;
-}
-
-/* Move all blocks that can be moved, and wake the ranks that wait for them. The caller holds the lock. */
-static void advance(Steps *steps)
-{
-    int moved = 0;
-    Py_ssize_t left = 0;
-    for (Py_ssize_t index = 0; index < steps->count; index++) {
-        Channel *channel = &steps->channels[index];
-        if (channel->ended)
-            continue;
-        channel->ended = channel->sends ? send_blocks(channel) : receive_blocks(channel);
-        moved |= channel->moved;
-        left += !channel->ended;
-    }
-    if (moved) {
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        for (Py_ssize_t index = 0; index < steps->count; index++) {
-            Channel *channel = &steps->channels[index];
-            Header *header = channel->memory.buf;
-            if (channel->moved && (channel->sends || __atomic_load_n(&header->starved, __ATOMIC_SEQ_CST)))
-                ring(channel->bell.buf);
-            channel->moved = 0;
-        }
-    }
-    if (left == 0 && steps->left != 0) {
-        __atomic_store_n(&steps->left, 0, __ATOMIC_SEQ_CST);
-        if (steps->bell.obj)
-            ring(steps->bell.buf); /* another thread of this process may wait for the step's end */
-    } else {
-        steps->left = left;
-    }
-}
-
-/* Advance, unless another thread does; return 1 if the step has ended. */
-static int progress(Steps *steps)
-{
-    if (has_ended(steps))
-        return 1;
-    if (!try_lock(steps))
-        return 0;
-    if (!steps->closed)
-        advance(steps);
-    unlock(steps);
-    return has_ended(steps);
-}
-
-/* Begin a step and advance; return -1 if one is under way, or the exchange is closed. */
-static int begin(Steps *steps)
-{
-    lock(steps);
-    if (steps->left || steps->closed) {
-        unlock(steps);
-        return -1;
-    }
-    for (Py_ssize_t index = 0; index < steps->count; index++) {
-        Channel *channel = &steps->channels[index];
-        channel->done = channel->ended = 0;
-        if (channel->starved) {
-            channel->starved = 0;
-            __atomic_store_n(&((Header *)channel->memory.buf)->starved, 0, __ATOMIC_RELAXED);
-        }
-    }
-    steps->left = steps->count;
-    advance(steps);
-    unlock(steps);
-    return has_ended(steps);
-}
-
-/* ---- waiting */
-
-/* Tell the receivers of messages that have not ended that this rank is about to sleep. */
-static void tell_receivers(Steps *steps)
-{
-    if (!try_lock(steps))
-        return; /* the thread that holds the lock waits, too */
-    for (Py_ssize_t index = 0; index < steps->sends && !steps->closed; index++) {
-        Channel *channel = &steps->channels[index];
-        if (!channel->ended && !channel->starved) {
-            channel->starved = 1;
-            __atomic_store_n(&((Header *)channel->memory.buf)->starved, 1, __ATOMIC_SEQ_CST);
-        }
-    }
-    unlock(steps);
-}
-
-/* Sleep until a peer has moved a block, or `until`, or a signal; return 0 when one of the latter two came. */
-static int sleep_on_bell(Steps *steps, const struct timespec *until)
-{
-    Bell *bell = steps->bell.buf;
-    __atomic_fetch_add(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
-    uint32_t seen = __atomic_load_n(&bell->rings, __ATOMIC_SEQ_CST);
-    tell_receivers(steps);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    int woken = 1;
-    if (!progress(steps))
-        woken = !syscall(SYS_futex, &bell->rings, FUTEX_WAIT_BITSET, seen, until, NULL, FUTEX_BITSET_MATCH_ANY) ||
-                errno == EAGAIN;
-    __atomic_fetch_sub(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
-    return woken;
-}
-
-/* Advance until the step has ended: spin, then yield the core, then sleep. Called without the interpreter lock. */
-static int wait_without_gil(Steps *steps, long spins, long yields, double seconds)
-{
-    struct timespec until = {0, 0};
-    while (!progress(steps)) {
-        if (spins > 0) {
-            spins--;
-            relax();
-        } else if (yields > 0) {
-            yields--;
-            sched_yield();
-        } else if (!(seconds > 0)) {
-            return 0;
-        } else {
-            if (!until.tv_sec) {
-                clock_gettime(CLOCK_MONOTONIC, &until);
-                long nanoseconds = until.tv_nsec + (long)((seconds - (double)(time_t)seconds) * 1e9);
-                until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
-                until.tv_nsec = nanoseconds % 1000000000;
-            }
-            if (!sleep_on_bell(steps, &until))
-                return progress(steps);
-        }
-    }
-    return 1;
-}
-
-/* ---- the type */
+#define MOST_READ 64
 
 static void release_channels(Steps *steps)
 {
@@ -338,6 +50,8 @@ static int refuse(const char *reason)
 static int hold_channel(Channel *channel, PyObject *described, int sends)
 {
     PyObject *user, *memory, *bell, *source;
+    long sender = 0;
+    unsigned long long address = 0;
     Py_ssize_t block, slots;
     if (!PyTuple_Check(described))
         return refuse("each is a tuple");
@@ -345,14 +59,21 @@ static int hold_channel(Channel *channel, PyObject *described, int sends)
         PyObject_GetBuffer(user, &channel->user, sends ? PyBUF_SIMPLE : PyBUF_WRITABLE) ||
         PyObject_GetBuffer(memory, &channel->memory, PyBUF_WRITABLE) ||
         PyObject_GetBuffer(bell, &channel->bell, PyBUF_WRITABLE) ||
-        (source != Py_None && PyObject_GetBuffer(source, &channel->source, PyBUF_SIMPLE)))
+        (PyTuple_Check(source)    ? !PyArg_ParseTuple(source, "lK", &sender, &address)
+         : source != Py_None ? PyObject_GetBuffer(source, &channel->source, PyBUF_SIMPLE)
+                             : 0))
         return 0;
     Py_ssize_t length = channel->user.len;
     if (slots < 2 || slots & (slots - 1) || slots > 1 << 20 || block < 1 || block > PY_SSIZE_T_MAX / 2)
         return refuse("the slots are a power of two, and blocks have at least one byte");
-    if (source != Py_None && (channel->source.len != length || block < length))
+    channel->direct = source != Py_None;
+    channel->sender = (pid_t)sender;
+    channel->address = (void *)(uintptr_t)address;
+    if (channel->direct && (block < length || (channel->source.obj ? channel->source.len != length : sender < 1)))
         return refuse("a source has the size of the message, and is one block");
-    Py_ssize_t data = source == Py_None ? block : 0;
+    if (sends && sender)
+        return refuse("a message that is sent is in this process");
+    Py_ssize_t data = channel->direct ? 0 : block;
     channel->stride = (NUMBER_BYTES + data + SLOT_ALIGNMENT - 1) / SLOT_ALIGNMENT * SLOT_ALIGNMENT;
     if (channel->memory.len < HEADER_BYTES || (channel->memory.len - HEADER_BYTES) / channel->stride < slots)
         return refuse("the memory is too small");
@@ -541,6 +262,26 @@ static PyType_Spec steps_spec = {
     .slots = steps_slots,
 };
 
+static PyObject *read_memory(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    long process;
+    unsigned long long address;
+    Py_ssize_t nbytes;
+    if (!PyArg_ParseTuple(args, "lKn", &process, &address, &nbytes))
+        return NULL;
+    if (process < 1 || nbytes < 0 || nbytes > MOST_READ)
+        return PyErr_Format(PyExc_ValueError, "read_memory() reads at most %d bytes of a process", MOST_READ);
+    char found[MOST_READ];
+    if (!read_process((pid_t)process, (void *)(uintptr_t)address, found, (size_t)nbytes))
+        return Py_NewRef(Py_None);
+    return PyBytes_FromStringAndSize(found, nbytes);
+}
+
+static PyMethodDef functions[] = { /* described in native_steps.py */
+    {"read_memory", read_memory, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
 static int add_types(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &steps_spec, NULL);
@@ -557,6 +298,7 @@ static PyModuleDef_Slot slots[] = {
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_steps",
+    .m_methods = functions,
     .m_slots = slots,
 };
 
