@@ -18,7 +18,7 @@ from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, Reads
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
-from ferro.group.fast_calls import NOT_TAKEN, FastCalls
+from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
 from ferro.group.group_info import GroupInfo
 from ferro.types import Array, ReduceOp
 
@@ -270,7 +270,8 @@ class ArrayCollectives:
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
-        if not async_op and timeout_s is None and self._fast_calls.barrier():
+        now = not async_op and timeout_s is None
+        if now and self._run_fast("barrier", NOTHING, None, -1, None) is not NOT_TAKEN:
             return None
         return self._dispatcher.collective(*self._operations.barrier(), async_op, timeout_s)
 
