@@ -1,4 +1,4 @@
-/* The native helper of ferro-gloo: counters in shared memory, waiting for them, and copies.
+/* Counters in shared memory: publishing them, and waiting for them.
 
    This is right on weak memory models, ARM64 as well as x86-64. A rank writes its data with plain
    stores, then its counter with release; another rank loads the counter with acquire, and once it
@@ -15,60 +15,25 @@
                              costs the publisher a system call each time, and harms nothing
 */
 
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#if !defined(__linux__) || __SIZEOF_POINTER__ != 8
-#error "the native helper of ferro-gloo is for 64-bit Linux; elsewhere ferro-gloo is pure Python"
-#endif
+#include "native.h"
 
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <sched.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __x86_64__
-#include <emmintrin.h>
-#endif
 
 #define COUNTER_BYTES 16
-#define SLEEPERS 8
 #define LOW_HALF (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0)
 #define MOST_TRIES 1000000
 #define MOST_SECONDS 86400
 #define LONGEST_SLEEP 0.1 /* in seconds */
 
-PyObject *sum_half(PyObject *module, PyObject *args); /* in _half.c */
-
-typedef struct {
-    char *first;
-    Py_ssize_t stride, count;
-    int64_t value;
-} Awaited;
-
-static inline void relax(void)
+void wake_sleepers(char *counter)
 {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield" ::: "memory");
-#endif
-}
-
-/* Find the first counter that is behind, from `index` on; -1 if none is. */
-static Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
-{
-    for (; index < awaited->count; index++) {
-        int64_t *counter = (int64_t *)(awaited->first + index * awaited->stride);
-        if (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < awaited->value)
-            return index;
-    }
-    return -1;
+    syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 /* Sleep until the counter has the value, or `until`, or a signal; return 1 if it has it. */
@@ -87,9 +52,15 @@ static int sleep_on(char *counter, int64_t value, const struct timespec *until)
     return seen >= value;
 }
 
-/* Spin, then yield, then sleep, from counter `index` on; return the first behind, or -1. */
-static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
-                                   long yields, double seconds, int *interrupted)
+static int has_passed(const struct timespec *until)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec > until->tv_sec || (now.tv_sec == until->tv_sec && now.tv_nsec >= until->tv_nsec);
+}
+
+Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins, long yields, double seconds,
+                            int *interrupted)
 {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -103,9 +74,11 @@ static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, lon
         } else if (yields > 0) {
             yields--;
             sched_yield();
-        } else if (!sleep_on(awaited->first + index * awaited->stride, awaited->value, &until)) {
+        } else if (!sleep_on(awaited->counters + index * awaited->counter_stride, awaited->value, &until)) {
             *interrupted = errno == EINTR;
             break;
+        } else if (first_behind(awaited, index) == index && has_passed(&until)) {
+            break; /* the counter has come without its line: its owner is giving up */
         }
     }
     return index;
@@ -125,7 +98,7 @@ static int lie_within(const Py_buffer *memory, Py_ssize_t first, Py_ssize_t stri
     return 1;
 }
 
-static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
 {
     if (given != 3)
         return PyErr_Format(PyExc_TypeError, "publish() takes 3 arguments, not %zd", given);
@@ -135,23 +108,19 @@ static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE))
         return NULL;
     int valid = lie_within(&memory, offset, COUNTER_BYTES, 1);
-    if (valid) {
-        char *counter = (char *)memory.buf + offset;
-        __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
-            syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    }
+    if (valid)
+        publish_counter((char *)memory.buf + offset, value);
     PyBuffer_Release(&memory);
     return valid ? Py_NewRef(Py_None) : NULL;
 }
 
-static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
 {
     if (given != 8)
         return PyErr_Format(PyExc_TypeError, "wait() takes 8 arguments, not %zd", given);
     Py_ssize_t offset = PyLong_AsSsize_t(args[1]);
     Awaited awaited = {NULL, PyLong_AsSsize_t(args[2]), PyLong_AsSsize_t(args[3]),
-                       PyLong_AsLongLong(args[4])};
+                       PyLong_AsLongLong(args[4]), NULL, 0};
     long spins = PyLong_AsLong(args[5]), yields = PyLong_AsLong(args[6]);
     double seconds = PyFloat_AsDouble(args[7]);
     if (PyErr_Occurred())
@@ -169,7 +138,8 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     int valid = lie_within(&memory, offset, awaited.stride, awaited.count);
     Py_ssize_t behind = -1;
     if (valid) {
-        awaited.first = (char *)memory.buf + offset;
+        awaited.first = awaited.counters = (char *)memory.buf + offset;
+        awaited.counter_stride = awaited.stride;
         behind = first_behind(&awaited, 0);
     }
     /* A signal that comes just before the sleep does not end it, so no sleep is long. */
@@ -189,66 +159,4 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     if (!valid)
         return NULL;
     return behind < 0 ? Py_NewRef(Py_None) : PyLong_FromSsize_t(behind);
-}
-
-/* Copy past the caches: the processor need not read lines that it overwrites as a whole. */
-static void copy_nontemporal(char *to, const char *from, size_t length)
-{
-#ifdef __x86_64__
-    size_t done = -(uintptr_t)to % 64;
-    done = done < length ? done : length;
-    memcpy(to, from, done);
-    for (; done + 64 <= length; done += 64)
-        for (int part = 0; part < 64; part += 16)
-            _mm_stream_si128((__m128i *)(to + done + part),
-                             _mm_loadu_si128((const __m128i *)(from + done + part)));
-    memcpy(to + done, from + done, length - done);
-    _mm_sfence(); /* non-temporal stores have no order with others */
-#else
-    memcpy(to, from, length);
-#endif
-}
-
-static PyObject *copy(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
-{
-    if (given != 2)
-        return PyErr_Format(PyExc_TypeError, "copy() takes 2 arguments, not %zd", given);
-    Py_buffer to, from;
-    if (PyObject_GetBuffer(args[0], &to, PyBUF_WRITABLE))
-        return NULL;
-    if (PyObject_GetBuffer(args[1], &from, PyBUF_SIMPLE)) {
-        PyBuffer_Release(&to);
-        return NULL;
-    }
-    const char *start = from.buf, *target = to.buf;
-    int valid = to.len == from.len && (start + from.len <= target || target + to.len <= start);
-    if (valid) {
-        Py_BEGIN_ALLOW_THREADS
-        copy_nontemporal(to.buf, from.buf, (size_t)to.len);
-        Py_END_ALLOW_THREADS
-    } else {
-        PyErr_SetString(PyExc_ValueError, "copy() takes two apart arrays of one size");
-    }
-    PyBuffer_Release(&to);
-    PyBuffer_Release(&from);
-    return valid ? Py_NewRef(Py_None) : NULL;
-}
-
-static PyMethodDef functions[] = { /* described in native.py */
-    {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
-    {"wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
-    {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, NULL},
-    {"sum_half", sum_half, METH_VARARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_native",
-    .m_methods = functions,
-};
-
-PyMODINIT_FUNC PyInit__native(void)
-{
-    return PyModuleDef_Init(&definition);
 }
