@@ -4,7 +4,8 @@
     ferro run -n 4 examples/poisson.py                  four ranks on this machine
     mpiexec -n 4 python examples/poisson.py --compare   the same algorithm over mpi4py beside it
 
-It needs NumPy and ferro[gloo]; SciPy, where it is installed, checks the result, and --plot needs matplotlib.
+It needs NumPy and ferro[gloo]; SciPy, where it is installed, checks the result, and --plot needs matplotlib. Under
+mpiexec set OMP_NUM_THREADS=1, as `ferro run` does, where several ranks share a machine.
 
 A step of the method communicates twice in different ways, as most programs on grids do:
 
@@ -30,7 +31,21 @@ import numpy as np
 import ferro
 
 Step = Callable[[], object]
-"""A persistent operation: each call runs it once."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The communication of one solution, over either library.
+
+    Attributes:
+        exchange_halo: exchanges the halo of the grid.
+        add_up: makes of `number` its sum over all ranks.
+        close: frees both.
+    """
+
+    exchange_halo: Step
+    add_up: Step
+    close: Step
 
 
 @dataclass(frozen=True)
@@ -93,14 +108,16 @@ def right_side(block: Block) -> np.ndarray:
     return 2 * (x * (1 - x) + y * (1 - y)) / (block.n + 1) ** 2
 
 
-def over_ferro(group: ferro.ProcessGroup, block: Block, grid: np.ndarray, number: np.ndarray) -> tuple[Step, Step]:
-    """Make the two steps of communication: the halo exchange of `grid`, and the sum of `number` over all ranks."""
+def over_ferro(group: ferro.ProcessGroup, block: Block, grid: np.ndarray, number: np.ndarray) -> Steps:
+    """Make the persistent operations on a grid and a number."""
     sends, recvs = block.halo(grid)
-    return group.persistent("exchange", sends, recvs), group.persistent("all_reduce", number, op="sum", out=number)
+    exchange = group.persistent("exchange", sends, recvs)
+    add_up = group.persistent("all_reduce", number, op="sum", out=number)
+    return Steps(exchange, add_up, lambda: (exchange.close(), add_up.close()))
 
 
-def over_mpi(comm: Any, block: Block, grid: np.ndarray, number: np.ndarray) -> tuple[Step, Step]:
-    """Make the same steps with mpi4py, the sum persistent where the library has it (MPI 4)."""
+def over_mpi(comm: Any, block: Block, grid: np.ndarray, number: np.ndarray) -> Steps:
+    """Make the same with mpi4py, the sum persistent where the library has it (MPI 4)."""
     from mpi4py import MPI
 
     sends, recvs = block.halo(grid)
@@ -110,16 +127,22 @@ def over_mpi(comm: Any, block: Block, grid: np.ndarray, number: np.ndarray) -> t
         MPI.Prequest.Startall(messages)
         MPI.Request.Waitall(messages)
 
+    def free() -> None:
+        for request in requests:
+            request.Free()
+
+    requests = list(messages)
     try:
         request = comm.Allreduce_init(MPI.IN_PLACE, number)
     except NotImplementedError:
-        return exchange, lambda: comm.Allreduce(MPI.IN_PLACE, number)
+        return Steps(exchange, lambda: comm.Allreduce(MPI.IN_PLACE, number), free)
+    requests.append(request)
 
-    def add() -> None:
+    def add_up() -> None:
         request.Start()
         request.Wait()
 
-    return exchange, add
+    return Steps(exchange, add_up, free)
 
 
 def minus_laplacian(grid: np.ndarray, out: np.ndarray) -> None:
@@ -130,18 +153,18 @@ def minus_laplacian(grid: np.ndarray, out: np.ndarray) -> None:
 
 
 def solve(
-    block: Block, make_steps: Callable[[Block, np.ndarray, np.ndarray], tuple[Step, Step]], tolerance: float
+    block: Block, make_steps: Callable[[Block, np.ndarray, np.ndarray], Steps], tolerance: float
 ) -> tuple[np.ndarray, int, float]:
     """Solve by conjugate gradients; return this rank's unknowns, the iterations, and the seconds of one of them.
 
     Source: M. R. Hestenes and E. Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952, section 3.
     """
     direction, number = block.zeros(), np.zeros(1)
-    exchange_halo, add_up = make_steps(block, direction, number)
+    steps = make_steps(block, direction, number)
 
     def dot(a: np.ndarray, b: np.ndarray) -> float:
         number[0] = np.vdot(a, b)
-        add_up()
+        steps.add_up()
         return float(number[0])
 
     solution = np.zeros((block.rows, block.n))
@@ -152,7 +175,7 @@ def solve(
     squared = first = dot(residual, residual)
     iterations, started = 0, time.perf_counter()
     while squared > tolerance**2 * first:
-        exchange_halo()
+        steps.exchange_halo()
         minus_laplacian(direction, out=image)
         step = squared / dot(inner, image)
         solution += step * inner
@@ -161,7 +184,9 @@ def solve(
         inner *= squared / previous
         inner += residual
         iterations += 1
-    return solution, iterations, (time.perf_counter() - started) / max(1, iterations)
+    seconds = time.perf_counter() - started
+    steps.close()
+    return solution, iterations, seconds / max(1, iterations)
 
 
 def scipy_difference(solution: np.ndarray) -> float | None:

@@ -293,7 +293,7 @@ def end(group, how, nbytes, timeout_s):
     [
         ("death", ["Killed", "PeerLost", "PeerLost"]),
         ("abort", ["GroupClosed", "GroupClosed", "GroupClosed"]),
-        ("late", ["GroupClosed", "CollectiveTimeout", "CollectiveTimeout"]),
+        ("late", ["CollectiveTimeout"] * 3),
         ("interrupt", ["GroupClosed", "KeyboardInterrupt", "GroupClosed"]),
     ],
 )

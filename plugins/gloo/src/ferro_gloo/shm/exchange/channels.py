@@ -26,8 +26,8 @@ CLOSED_AT = 8
 STARVED_AT = 64
 NUMBER_BYTES = 8
 _ALIGNMENT = 128  # some processors fetch two cache lines at a time
-DIRECT_BYTES = 16 << 10
-REMOTE_BYTES = 128 << 10
+DIRECT_BYTES = 64 << 10
+REMOTE_BYTES = 1 << 20
 # Small messages have more slots, so that the sender seldom looks how many the receiver has taken.
 _SMALL_BYTES = 16 << 10
 _WHOLE_BYTES = 256 << 10
