@@ -14,6 +14,9 @@ next unit starts when a unit begins to compute, and its own reduction starts whe
 
 The order of the units is predicted from the last pass. If another unit comes instead, the prefetched one is dropped.
 All ranks run the same passes, and so make the same wrong predictions.
+
+Where all units are small, each operation runs in the caller's thread where it is issued, in the same order: handing it
+to the group's thread and back would take longer than the operation.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
+
 from ferro import UsageError
 
 from ..replica_check import ReplicaAgreement, ReplicaCheck, replicas_error
@@ -30,6 +35,9 @@ from .backward_agreement import BackwardAgreement, units_to_reduce
 from .config import FSDPConfig
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .reduction import GradientReduction
+
+# Operations on units of which none is larger run at once. Measured with two ranks on two cores: see `docs/fsdp.md`.
+_AT_ONCE_BYTES = 1 << 18
 
 
 class Announcer(Protocol):
@@ -78,6 +86,7 @@ class UnitScheduler:
         self._reductions: deque[GradientReduction | ReplicaAgreement | BackwardAgreement] = deque()
         self._backward_agreement: BackwardAgreement | None = None
         self._steps: list[float] = []
+        self._at_once = _are_small(self.units)
         self._replica_check = None if config.replica_group is None else ReplicaCheck(config.replica_group)
         self._agreement: ReplicaAgreement | None = None
         self.reset_order()
@@ -174,7 +183,7 @@ class UnitScheduler:
         if self.announcer is not None and shared:
             self.announcer.announce_gather(unit)
         # Ranks that have left a join do not know whether a pass is followed by a backward pass.
-        return unit.unshard(evaluating=self._evaluating and self.announcer is None)
+        return unit.unshard(evaluating=self._evaluating and self.announcer is None, at_once=self._at_once)
 
     def launch_reduction(self, unit: FlatParameterGroup) -> None:
         """Advance older reductions by a step, and start to reduce a unit's gradients."""
@@ -185,10 +194,10 @@ class UnitScheduler:
         scale = 1.0 if self.announcer is None else self.announcer.scale
         if self._backward_agreement is None:
             steps, self._steps = self._steps, []
-            self._backward_agreement = BackwardAgreement(self.units, self._config, steps)
+            self._backward_agreement = BackwardAgreement(self.units, self._config, steps, at_once=self._at_once)
         self._backward_agreement.record(unit)
         for flat in unit.trained:
-            self._reductions.append(GradientReduction(flat, self._config, scale))
+            self._reductions.append(GradientReduction(flat, self._config, scale, at_once=self._at_once))
 
     def drain(self) -> list[FlatParameterGroup]:
         """Wait until every reduction has ended, and drop the gradients of parameters that no rank used.
@@ -326,6 +335,12 @@ class UnitScheduler:
             reduction = self._reductions.popleft()
             if not reduction.advance():
                 self._reductions.append(reduction)
+
+
+def _are_small(units: Sequence[FlatParameterGroup]) -> bool:
+    """Say whether all units are small, in host memory; a device has a queue of its own, so that nothing is handed."""
+    flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
+    return all(flat.namespace is np and flat.largest_message_bytes <= _AT_ONCE_BYTES for flat in flat_parameters)
 
 
 @contextmanager
