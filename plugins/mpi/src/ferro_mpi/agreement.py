@@ -43,7 +43,7 @@ from ferro_mpi.shared_memory import GroupMemory
 from ferro_mpi.waiting import Backoff, WaitMonitor
 
 _NUMBER_BITS = 16
-_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
+NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _DIGEST_BYTES = 5  # with the bits of the call's number, a word is a positive 64-bit number
 _MOST_CACHED = 1024
 _PROGRESS_EVERY = 16  # reads between calls of MPI's progress
@@ -65,6 +65,8 @@ class SharedMemoryAgreement:
         number: number of calls begun.
         word: this rank's word of the call that it has begun.
         words: the words of all ranks, as 64-bit numbers.
+        own_words: for each parity, the index of this rank's word in `words`.
+        written_labels: for each parity, the label of this rank that the others see.
         looks: for each parity, the indices in `words` at which this rank looks before it goes on, in order.
     """
 
@@ -78,9 +80,9 @@ class SharedMemoryAgreement:
         self.word = 0
         self._slot_views: list[dict[tuple[np.dtype, int], list[Array]]] = [{}, {}]
         self._digests: dict[bytes, int] = {}
-        self._written_labels = [b"", b""]
-        # For each parity: the index of this rank's word, and (index, rank) of the other ranks' words.
-        self._own = [memory.word_index(rank, parity) for parity in (0, 1)]
+        self.written_labels = [b"", b""]
+        self.own_words = [memory.word_index(rank, parity) for parity in (0, 1)]
+        # For each parity: index and rank of the other ranks' words.
         others = [other for other in range(world_size) if other != rank]
         self._others = [[(memory.word_index(r, parity), r) for r in others] for parity in (0, 1)]
         # Of one other rank's word, the second look would be the first.
@@ -124,12 +126,16 @@ class SharedMemoryAgreement:
         """
         self.number = number = self.number + 1
         parity = number & 1
-        if self._written_labels[parity] is not label:
-            self._memory.write_label(label, parity)
-            self._written_labels[parity] = label
-        self.word = word = digest | (number & _NUMBER_MASK)
-        self.words[self._own[parity]] = word
+        if self.written_labels[parity] is not label:
+            self.write_label(label, parity)
+        self.word = word = digest | (number & NUMBER_MASK)
+        self.words[self.own_words[parity]] = word
         return parity
+
+    def write_label(self, label: bytes, parity: int) -> None:
+        """Write this rank's label of a parity, for the errors of the other ranks."""
+        self._memory.write_label(label, parity)
+        self.written_labels[parity] = label
 
     def all_here(self) -> bool:
         """Say whether all ranks are in the call that this rank has begun."""
@@ -138,14 +144,14 @@ class SharedMemoryAgreement:
 
     def agree_on_blocking(self, call: Call, may_block: bool, deadline: float) -> bool:
         """Agree; say whether every rank may use MPI's blocking call, which does not match a nonblocking one."""
-        self.words[self._own[(self.number + 1) & 1] + 1] = may_block
+        self.words[self.own_words[(self.number + 1) & 1] + 1] = may_block
         self.agree(call, deadline)
         return self.all_may_block()
 
     def all_may_block(self) -> bool:
         """Say whether all ranks that agreed on the current call may block."""
         parity = self.number & 1
-        return all(self.words[index + 1] for index in (self._own[parity], *self.looks[parity]))
+        return all(self.words[index + 1] for index in (self.own_words[parity], *self.looks[parity]))
 
     def take_back(self) -> bool:
         """Take this rank's word for the current call back; return False if other ranks may have gone on with the call.
@@ -153,7 +159,7 @@ class SharedMemoryAgreement:
         Then the word is there again, and this rank has to go on as well.
         """
         words, parity, give_up = self.words, self.number & 1, time.monotonic() + _TAKE_BACK_S
-        own, word = self._own[parity], self.word
+        own, word = self.own_words[parity], self.word
         while words[own] != _TAKEN_BACK:
             words[own] = _TAKING_BACK
             time.sleep(_PAUSE_S)
@@ -200,7 +206,7 @@ class SharedMemoryAgreement:
         while (found := words[index]) != word:
             if found == _TAKEN_BACK:
                 raise GroupClosed(f"rank {rank} has given up")
-            if found > 0 and found & _NUMBER_MASK == word & _NUMBER_MASK:
+            if found > 0 and found & NUMBER_MASK == word & NUMBER_MASK:
                 raise mismatch(self._rank, call, rank, self._memory.label(rank, parity))
             check(deadline, (rank,))
             if self._memory.has_left(rank) and words[index] == found:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ferro.collectives.fast_path import BUSY, NUMBER, EvenCollective, Turn
 from ferro.types import Array
-from ferro_mpi.agreement import SharedMemoryAgreement
+from ferro_mpi.agreement import NUMBER_MASK, SharedMemoryAgreement
 from ferro_mpi.shared_operands import MakeResult, as_bytes, result_copier, result_maker, shared_count
 from ferro_mpi.waiting import WaitMonitor
 
@@ -41,8 +41,8 @@ class SmallCollective:
         "_looks",
         "_make_result",
         "_monitor",
+        "_own_words",
         "_pending",
-        "_publish",
         "_rank",
         "_slots",
         "_spins",
@@ -50,6 +50,7 @@ class SmallCollective:
         "_turn",
         "_words",
         "_world_size",
+        "_written_labels",
         "_yield_core",
     )
 
@@ -67,8 +68,8 @@ class SmallCollective:
         self._lock, self._pending, self._state = turn.lock, turn.pending, turn.state
         self._is_locked = turn.lock.locked
         self._agreement = agreement
-        self._publish = agreement.publish
-        self._words, self._looks = agreement.words, agreement.looks
+        self._words, self._own_words, self._looks = agreement.words, agreement.own_words, agreement.looks
+        self._written_labels = agreement.written_labels
         self._monitor = monitor
         self._spins = range(monitor.spins)
         self._yield_core = monitor.yield_core if monitor.oversubscribed else None
@@ -92,11 +93,23 @@ class SmallCollective:
         if self._is_locked():
             return False
         with self._lock:  # if another thread takes it just now, that thread also lets it go by itself
-            if self._state[BUSY] or self._pending:
+            state, label = self._state, self._label
+            if state[BUSY] or self._pending:
                 return False
             try:
-                parity = self._begin(source, target)
-                words, word = self._words, self._agreement.word
+                if not self._is_prepared:
+                    self._prepare(source, target)
+                # The following is `_begin`, with `SharedMemoryAgreement.publish`, inlined because each call costs.
+                agreement, words = self._agreement, self._words
+                number = agreement.number + 1
+                parity = number & 1
+                if source is not None:
+                    self._slots[parity][:] = source
+                if self._written_labels[parity] is not label:
+                    agreement.write_label(label, parity)
+                agreement.number = number
+                agreement.word = words[self._own_words[parity]] = word = self._digest | (number & NUMBER_MASK)
+                state[NUMBER] += 1
                 for index in self._looks[parity]:
                     if words[index] != word:
                         self._wait()
@@ -137,16 +150,14 @@ class SmallCollective:
             self._end_group(error)
             raise
 
-    def _begin(self, source: Array | memoryview | None, target: Array | None) -> int:
-        """Share this rank's operand, and show its word; return the call's parity."""
+    def _begin(self, source: Array | memoryview | None, target: Array | None) -> None:
+        """Share this rank's operand, and show its word."""
         if not self._is_prepared:
             self._prepare(source, target)
-        parity = (self._agreement.number + 1) & 1
         if source is not None:
-            self._slots[parity][:] = source
-        self._publish(self._label, self._digest)
+            self._slots[(self._agreement.number + 1) & 1][:] = source
+        self._agreement.publish(self._label, self._digest)
         self._state[NUMBER] += 1
-        return parity
 
     def _wait(self) -> None:
         """Wait until all ranks are in the call that this rank has begun."""
