@@ -21,9 +21,10 @@ from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.library import MpiLibrary
 from ferro_mpi.mpi import MPI, to_ferro_error
+from ferro_mpi.persistent_exchange import MpiPersistentExchange
 from ferro_mpi.posted import PostedMpiTransfers
 from ferro_mpi.reductions import mpi_view
-from ferro_mpi.requests import PendingMessages, begin, release, wait_for
+from ferro_mpi.requests import PendingMessages, PersistentRequests, begin, release, wait_for
 from ferro_mpi.shared_memory import open_group_memory
 from ferro_mpi.waiting import WaitMonitor
 
@@ -33,6 +34,8 @@ _SCHEDULES = 1
 _SCHEDULE_TAGS = 1 << 20
 _NEW_GROUPS = 1 << 21
 _NEW_GROUP_TAGS = 1 << 24
+_PERSISTENT = 1 << 25
+_PERSISTENT_TAGS = 1 << 25
 _NOTHING = np.empty(0, np.uint8)
 
 LostRanks: TypeAlias = Callable[[], frozenset[int]]
@@ -153,6 +156,23 @@ class MpiCommunicator:
     def posted_transfers(self) -> PostedMpiTransfers:
         """See `Backend.posted_transfers`."""
         return PostedMpiTransfers(self.monitor, self.comm_for, _pieces, self._translated)
+
+    def persistent_exchange(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], number: int
+    ) -> MpiPersistentExchange | None:
+        """See `Backend.persistent_exchange`; None where MPI's tags do not reach far enough."""
+        if self._library.tag_limit < _PERSISTENT + _PERSISTENT_TAGS:
+            return None
+        comm, tag = self._control_comm, _PERSISTENT + number % _PERSISTENT_TAGS
+        kept = PersistentRequests((sends, recvs))
+        try:
+            for method, messages in ((comm.Recv_init, recvs), (comm.Send_init, sends)):
+                for peer, buffer in messages:
+                    kept.requests += [method(piece, peer, tag) for piece in _pieces(buffer)]
+        except MPI.Exception as error:
+            raise self._translated(error) from error
+        peers = [peer for peer, _ in (*recvs, *sends)]
+        return MpiPersistentExchange(kept, peers, self.monitor, self._translated)
 
     def comm_for(self, tag: int) -> MPI.Intracomm:
         """Return the communicator of the user's transfers with a tag, or refuse the tag."""
