@@ -55,10 +55,14 @@ def _serve(channel: Channel, library: MeasuredLibrary) -> None:
     while (order := channel.receive())["do"] != "end":
         reply: dict[str, Any] = {}
         if order["do"] == "prepare":
-            prepared[order["slot"]] = PreparedCase(library, BenchCase(**order["case"]), order["memory"])
+            prepared[order["slot"]] = PreparedCase(
+                library, BenchCase(**order["case"]), order["memory"], persistent=order["persistent"]
+            )
         elif order["do"] == "turn":
             reply = prepared[order["slot"]].run(order["turn"])
         elif order["do"] == "release":
+            for case in prepared.values():
+                case.release()
             prepared.clear()
         channel.send(reply)
 

@@ -24,6 +24,7 @@ BUS_FACTORS: dict[str, Callable[[int], float]] = {
 COLLECTIVES = tuple(BUS_FACTORS)
 IN_BLOCKS = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"})
 REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+PERSISTENT = frozenset(COLLECTIVES) - {"sendrecv", "copy"}  # what is measured as persistent operations, too
 OPS = ("sum", "prod", "min", "max")
 
 

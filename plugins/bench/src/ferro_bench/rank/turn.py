@@ -16,13 +16,14 @@ from .library import MeasuredLibrary, Operation
 class PreparedCase:
     """One case on one rank of one library: its memory and its prepared calls, for all turns."""
 
-    def __init__(self, library: MeasuredLibrary, case: BenchCase, memory: str) -> None:
+    def __init__(self, library: MeasuredLibrary, case: BenchCase, memory: str, *, persistent: bool = False) -> None:
         """Allocate everything.
 
         Args:
             library: with its ranks connected.
             case: the call.
             memory: "private" or "group"; see `MeasuredLibrary.empty`.
+            persistent: make every call a persistent operation.
         """
 
         def allocate(count: int, dtype: str) -> Any:
@@ -33,7 +34,8 @@ class PreparedCase:
         self._memory = [
             Buffers(case, library.rank, library.world_size, allocate) for _ in range(case.settles + case.calls)
         ]
-        self._calls = [_prepared(library, case, buffers) for buffers in self._memory]
+        self._persistent = [library.persistent(case, b.source, b.target) for b in self._memory] if persistent else []
+        self._calls = [step.run for step in self._persistent] or [_prepared(library, case, b) for b in self._memory]
 
     def run(self, turn: int) -> dict[str, Any]:
         """Write new inputs, wait for all ranks in a barrier, time the calls, and check the results.
@@ -57,6 +59,11 @@ class PreparedCase:
         if self._case.check:
             wrong = sum(b.mismatches(call) for call, b in enumerate(self._memory, first))
         return {"seconds": np.diff(marks)[self._case.settles :].tolist(), "wrong": wrong}
+
+    def release(self) -> None:
+        """Give up persistent operations; the memory is freed with this object."""
+        for step in self._persistent:
+            step.free()
 
 
 def _prepared(library: MeasuredLibrary, case: BenchCase, buffers: Buffers) -> Operation:
