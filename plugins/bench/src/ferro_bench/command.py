@@ -113,6 +113,7 @@ def _rows(
             calls=options.calls,
             check=options.check,
             async_op=options.async_op,
+            apart=options.apart,
         )
         rounds = options.rounds or default_rounds(nbytes)
         measured = measure(worlds, case, [*ours, *others], rounds)

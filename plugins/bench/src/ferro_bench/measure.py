@@ -59,6 +59,7 @@ def make_case(
     calls: int | None = None,
     check: bool = True,
     async_op: bool = False,
+    apart: bool = False,
 ) -> BenchCase:
     """Make the case of a size, rounded down to a multiple of what the ranks can cut, but not to 0.
 
@@ -71,6 +72,7 @@ def make_case(
         calls: timed calls in a turn; by size when None.
         check: compare every result.
         async_op: start each call asynchronously, then wait for it.
+        apart: enter a barrier before each timed call.
     """
     step = world_size if collective in IN_BLOCKS else 1
     count = max(1, nbytes // dtype_of(dtype).itemsize // step) * step
@@ -80,7 +82,7 @@ def make_case(
         calls = _SMALL_CALLS if nbytes <= _SMALL_BYTES else _CALLS
         calls = max(1, min(calls, _TURN_BYTES // nbytes))
     return BenchCase(
-        collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op
+        collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op, apart=apart
     )
 
 

@@ -57,6 +57,7 @@ class BenchOptions:
         algorithms: ferro's algorithms, each of which is measured; "" for its own choice.
         async_op: start calls asynchronously, then wait.
         persistent: measure each call also as a persistent operation.
+        apart: enter a barrier before each timed call.
         rounds: turns that count, None for a number by size.
         calls: timed calls in a turn, None for a number by size.
         check: compare every result.
@@ -75,6 +76,7 @@ class BenchOptions:
     algorithms: tuple[str, ...]
     async_op: bool
     persistent: bool
+    apart: bool
     rounds: int | None
     calls: int | None
     check: bool
@@ -101,6 +103,7 @@ def parse_options(arguments: Sequence[str]) -> BenchOptions:
         algorithms=_algorithms(given.algorithms, given.collectives),
         async_op=given.async_op,
         persistent=given.persistent,
+        apart=given.apart,
         rounds=given.rounds,
         calls=given.calls,
         check=given.check,
@@ -151,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also as persistent operations: group.persistent, and MPI's MPI_*_init",
     )
+    add("--apart", action="store_true", help="a barrier, which is not timed, before each call")
     add("--rounds", type=int, metavar="K", help="turns that count (default by size)")
     add("--calls", type=int, metavar="K", help="timed calls in a turn (default by size)")
     add(

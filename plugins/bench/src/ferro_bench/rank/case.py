@@ -41,6 +41,7 @@ class BenchCase:
         calls: timed calls in a turn.
         check: compare every result.
         async_op: start each call asynchronously, then wait for it.
+        apart: enter a barrier before each timed call, so that no rank runs ahead of the others through several.
     """
 
     collective: str
@@ -50,6 +51,7 @@ class BenchCase:
     calls: int
     check: bool
     async_op: bool
+    apart: bool = False
 
     @property
     def settles(self) -> int:

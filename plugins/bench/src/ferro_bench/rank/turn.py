@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,31 @@ class PreparedCase:
         first = turn * len(self._calls)
         for call, buffers in enumerate(self._memory, first):
             buffers.renew(call)
-        marks = [0.0] * (len(self._calls) + 1)
         self._library.barrier()
+        seconds = self._seconds_apart() if self._case.apart else self._seconds()
+        wrong = 0
+        if self._case.check:
+            wrong = sum(b.mismatches(call) for call, b in enumerate(self._memory, first))
+        return {"seconds": seconds[self._case.settles :], "wrong": wrong}
+
+    def _seconds(self) -> list[float]:
+        """Make the calls back to back, and return the seconds of each."""
+        marks = [0.0] * (len(self._calls) + 1)
         marks[0] = time.perf_counter()
         for index, make in enumerate(self._calls, 1):
             make()
             marks[index] = time.perf_counter()
-        wrong = 0
-        if self._case.check:
-            wrong = sum(b.mismatches(call) for call, b in enumerate(self._memory, first))
-        return {"seconds": np.diff(marks)[self._case.settles :].tolist(), "wrong": wrong}
+        return [end - start for start, end in pairwise(marks)]
+
+    def _seconds_apart(self) -> list[float]:
+        """Make each call after a barrier, which is not timed, and return the seconds of each."""
+        starts, ends = [0.0] * len(self._calls), [0.0] * len(self._calls)
+        for index, make in enumerate(self._calls):
+            self._library.barrier()
+            starts[index] = time.perf_counter()
+            make()
+            ends[index] = time.perf_counter()
+        return [end - start for start, end in zip(starts, ends, strict=True)]
 
     def release(self) -> None:
         """Give up persistent operations; the memory is freed with this object."""
