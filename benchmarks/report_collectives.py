@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ratios import COLUMNS, MPI_COLUMNS, all_records, behind, ratio_text, row_name
+from ratios import COLUMNS, all_records, behind, ratio_text, row_name
 from records import Record, markdown_table
 
 from ferro_bench import size_text, time_text
@@ -79,9 +79,10 @@ def tables(result: Record) -> list[str]:
     times = sorted(record["measured"] for record in all_records(runs.values()))
     parts = [f"Measured from {times[0]} to {times[-1]}."]
     parts += [_libraries(ranks, run) for ranks, run in runs.items()]
-    parts.append("\n".join(f"- {line}" for line in summary(runs)))
-    parts.append("### Ratios")
-    parts += [_ratios(ranks, run) for ranks, run in runs.items()]
+    if lines := summary(runs):  # there is none without peers
+        parts.append("\n".join(f"- {line}" for line in lines))
+        parts.append("### Ratios")
+        parts += [_ratios(ranks, run) for ranks, run in runs.items()]
     parts.append("### Times")
     parts += [_times(run) for run in runs.values()]
     return parts
@@ -140,9 +141,3 @@ def _times_row(record: Record, names: Sequence[str], bandwidth_b_s: float) -> li
     bound_s = _MEMORY_PASSES[record["collective"]](record["ranks"]) * record["nbytes"] / bandwidth_b_s
     group = results.get("ferro-group")
     return [*row, f"{bound_s / group['median_s']:.0%}" if group and bound_s else ""]
-
-
-def mpi_ratios(record: Record) -> str:
-    """Return the ratios to MPI of one case in a line."""
-    found = ((column.name, ratio_text(column.ratio(record))) for column in MPI_COLUMNS)
-    return ", ".join(f"{name} {ratio}" for name, ratio in found if ratio)
