@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,27 +15,33 @@ from .case import BenchCase
 from .library import MeasuredLibrary, Operation
 
 
-class PreparedCase:
-    """One case on one rank of one library: its memory and its prepared calls, for all turns."""
+def allocate(library: MeasuredLibrary, case: BenchCase, memory: str) -> list[Buffers]:
+    """Allocate the memory of every call of a turn: "private" or "group", see `MeasuredLibrary.empty`."""
 
-    def __init__(self, library: MeasuredLibrary, case: BenchCase, memory: str, *, persistent: bool = False) -> None:
-        """Allocate everything.
+    def empty(count: int, dtype: str) -> Any:
+        return library.empty(count, dtype, memory)
+
+    calls = case.settles + case.calls
+    return [Buffers(case, library.rank, library.world_size, empty) for _ in range(calls)]
+
+
+class PreparedCase:
+    """One case on one rank of one library: its prepared calls, for all turns."""
+
+    def __init__(
+        self, library: MeasuredLibrary, case: BenchCase, memory: Sequence[Buffers], *, persistent: bool = False
+    ) -> None:
+        """Prepare the calls.
 
         Args:
             library: with its ranks connected.
             case: the call.
-            memory: "private" or "group"; see `MeasuredLibrary.empty`.
+            memory: that of every call, by `allocate`.
             persistent: make every call a persistent operation.
         """
-
-        def allocate(count: int, dtype: str) -> Any:
-            return library.empty(count, dtype, memory)
-
         self._library = library
         self._case = case
-        self._memory = [
-            Buffers(case, library.rank, library.world_size, allocate) for _ in range(case.settles + case.calls)
-        ]
+        self._memory = memory
         self._persistent = [library.persistent(case, b.source, b.target) for b in self._memory] if persistent else []
         self._calls = [step.run for step in self._persistent] or [_prepared(library, case, b) for b in self._memory]
 
@@ -77,7 +84,7 @@ class PreparedCase:
         return [end - start for start, end in zip(starts, ends, strict=True)]
 
     def release(self) -> None:
-        """Give up persistent operations; the memory is freed with this object."""
+        """Give up persistent operations."""
         for step in self._persistent:
             step.free()
 
