@@ -18,6 +18,7 @@ import numpy as np
 
 from ferro.collectives import defaults
 from ferro.collectives.choice import Choice
+from ferro.collectives.fast_path import FastPaths
 from ferro.collectives.label import Call, collective_tag
 from ferro.collectives.posted_transfers import PostedTransfers, ThreadedTransfers
 from ferro.collectives.reduction import Reduction
@@ -38,12 +39,11 @@ class Completion(Protocol):
         """
 
 
-class Backend(ABC):
+class Backend(FastPaths, ABC):
     """Moves buffers between the ranks of one group.
 
-    A buffer belongs to the backend from the call until the call returns. `send` and `recv` may be called from several
-    threads at once, with different peers or tags. A `deadline` is an absolute `time.monotonic()` second; a call raises
-    `TimeoutError` when its deadline passes.
+    A buffer belongs to the backend until the call returns. `send` and `recv` may be called from several threads at
+    once, with different peers or tags. A `deadline` is an absolute `time.monotonic()` second.
 
     Attributes:
         rank: this process's rank in the group.
@@ -103,11 +103,7 @@ class Backend(ABC):
         return ThreadedTransfers(self)
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """Begin a collective: make sure that every rank makes this call, before data moves.
-
-        Raises:
-            CollectiveMismatch: another rank makes another call; the message names both calls.
-        """
+        """Begin a collective: make sure that every rank makes this call, or raise CollectiveMismatch with both calls."""
         self.call = call
         defaults.agree(self, call, deadline)
 
@@ -122,8 +118,7 @@ class Backend(ABC):
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend | None:
         """Make the backend of a group of some of these ranks, of which this rank is one.
 
-        The default returns None, and ferro then makes a `SubgroupBackend`, which translates ranks and tags and moves
-        everything through this backend.
+        The default returns None: ferro makes a `SubgroupBackend`, which moves everything through this backend.
 
         Args:
             ranks: the members' ranks in this group, in the order of their new ranks.
@@ -132,10 +127,9 @@ class Backend(ABC):
         return None
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
-        """Make the backends of all the groups into which this group is split at once.
+        """Make the backends of all the groups into which this group is split, where a library makes them only together.
 
-        A library that can make groups only together overrides this. Every rank of this group calls it as a collective;
-        a rank that joins no group gives None for `ranks`, and gets None.
+        Every rank calls it as a collective; one that joins no group gives None for `ranks`, and gets None.
         """
         return None if ranks is None else self.subgroup(ranks, context)
 
