@@ -56,8 +56,7 @@ class Ferro:
     def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> PersistentOperation:
         """Make a persistent operation."""
         arguments, named = self._arguments(case, source, target)
-        group: Any = self._group
-        step = group.persistent(case.collective, *arguments, **named)
+        step = self._group.persistent(case.collective, *arguments, **named)
         if not case.async_op:
             return PersistentOperation(step, step.close)
         start, wait = step.start, step.wait
