@@ -141,7 +141,7 @@ def array_call(
 
 def persistent_call(call: Call, number: int) -> Call:
     """Describe a step of a group's persistent operation with this number, which differs from every other call."""
-    return replace(call, detail=f"persistent {number}, {call.detail}")
+    return replace(call, detail=", ".join(filter(None, (f"persistent {number}", call.detail))))
 
 
 @lru_cache(maxsize=128)

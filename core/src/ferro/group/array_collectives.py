@@ -54,13 +54,12 @@ class ArrayCollectives:
         self.backend_name = info.backend_name
         self._backend = backend
         self._dispatcher = Dispatcher(backend, info)
-        checker = ArgumentChecker(backend, info)
+        self._checker = checker = ArgumentChecker(backend, info)
         self._operations = ArrayOperations(backend, checker)
         self._fast_calls = FastCalls(self._dispatcher.fast_path, backend.rank, backend.world_size)
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
         self._check_peer = checker.check_peer
-        self._check_tag = checker.check_tag
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array in the memory that this backend moves fastest.

@@ -17,12 +17,11 @@ from ferro.group.transfers import Messages, Transfer
 from ferro.types import Device
 
 if TYPE_CHECKING:
-    from ferro.group.process_group import ProcessGroup
-    from ferro.group.transfer_methods import TransferMethods
+    from ferro.group.object_methods import ObjectMethods
 
 
 def persistent_transfer(
-    group: TransferMethods, op: str, args: Sequence[Any], options: dict[str, Any], timeout_s: float
+    group: ObjectMethods, op: str, args: Sequence[Any], options: dict[str, Any], timeout_s: float
 ) -> PersistentOperation:
     """Make a persistent send, recv or sendrecv, which repeats the ordinary call with the arrays given."""
     forbidden = {"async_op", "copy"}.intersection(options)
@@ -46,32 +45,32 @@ def persistent_transfer(
     return PersistentOperation(op, RepeatedSteps(run))
 
 
-def _check_send(group: TransferMethods, x: Input, dst: int, tag: int = 0) -> None:
+def _check_send(group: ObjectMethods, x: Input, dst: int, tag: int = 0) -> None:
     group._check_peer(dst, "send to", tag)
-    group._message(x, copy=False)
+    group._checker.check_message(x, copy=False)
 
 
-def _check_recv(group: TransferMethods, buffer: Input, src: int, tag: int = 0) -> None:
+def _check_recv(group: ObjectMethods, buffer: Input, src: int, tag: int = 0) -> None:
     group._check_peer(src, "receive from", tag)
-    group._output(buffer)
+    group._checker.check_buffer(buffer)
 
 
 def _check_sendrecv(
-    group: TransferMethods, x: Input, buffer: Input, dst: int, src: int | None = None, tag: int = 0
+    group: ObjectMethods, x: Input, buffer: Input, dst: int, src: int | None = None, tag: int = 0
 ) -> None:
     src = dst if src is None else src
     if not dst == src == group.rank:
         group._check_peer(dst, "send to", tag)
         group._check_peer(src, "receive from", tag)
-    group._message(x, copy=False)
-    group._output(buffer)
+    group._checker.check_message(x, copy=False)
+    group._checker.check_buffer(buffer)
 
 
 _CHECKS: dict[str, Callable[..., None]] = {"send": _check_send, "recv": _check_recv, "sendrecv": _check_sendrecv}
 
 
 def persistent_exchange(
-    group: ProcessGroup, number: int, args: Sequence[Any], options: dict[str, Any], timeout_s: float
+    group: ObjectMethods, number: int, args: Sequence[Any], options: dict[str, Any], timeout_s: float
 ) -> PersistentOperation:
     """Make a persistent exchange, after all ranks have compared what they send with what the others receive."""
     try:
@@ -95,12 +94,12 @@ def persistent_exchange(
 
 
 def _read_exchange(
-    group: TransferMethods, sends: Sequence[tuple[int, Input]], recvs: Sequence[tuple[int, Input]], tag: int = 0
+    group: ObjectMethods, sends: Sequence[tuple[int, Input]], recvs: Sequence[tuple[int, Input]], tag: int = 0
 ) -> ExchangedMessages:
-    return ExchangedMessages(group, sends, recvs, tag, Reads.AT_RUN)
+    return ExchangedMessages(group._checker, sends, recvs, tag, Reads.AT_RUN)
 
 
-def _run_exchange(group: TransferMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:
+def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:
     messages.refill()
     return group._exchange(messages, async_op, timeout_s)
 
@@ -138,7 +137,7 @@ class _ExchangeSteps:
     result = None
 
     def __init__(
-        self, group: TransferMethods, native: PersistentExchange, messages: ExchangedMessages, timeout_s: float
+        self, group: ObjectMethods, native: PersistentExchange, messages: ExchangedMessages, timeout_s: float
     ) -> None:
         self.at_once = None
         self._dispatcher = group._dispatcher
