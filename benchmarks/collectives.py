@@ -31,8 +31,8 @@ _OURS = (
     ferro_bench.Contestant("ferro", "group"),
     ferro_bench.Contestant("ferro", "private", persistent=True),
 )
-# After this time a case gets no more turns than it needs. The sum over all cases is below 25 minutes.
-_CASE_S = 2.0
+# After this time a case gets no more turns than it needs. The sum over all cases is some 15 minutes.
+_CASE_S = 1.0
 # Ranks of these may run ahead of others through several small calls, so they are measured also with a barrier before
 # each call, as the OSU micro-benchmarks do.
 _ROOTED = frozenset(("broadcast", "reduce", "gather", "scatter"))

@@ -1,7 +1,7 @@
 """Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a heat map.
 
-    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   three quarters of an hour
-    python benchmarks/run.py --only collectives --compare …                     of them, 25 minutes
+    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   half an hour
+    python benchmarks/run.py --only collectives --compare …                     of them, a quarter hour
     python benchmarks/run.py --only collectives --ranks 2 --ops all_reduce,barrier --sizes 4B,64KiB --compare …
     python benchmarks/run.py --quick                                            two minutes
 
