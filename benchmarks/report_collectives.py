@@ -68,9 +68,7 @@ Bound: the bytes that must be read and written at least, over the memory bandwid
 of all cores copying arrays of their own at once, measured before and after in the same run. In
 caches the share may pass 100 %.
 
-![Ratios](heatmap.png)
-
-![Median times](collectives.png)"""
+![Ratios](heatmap.png)"""
 
 
 def tables(result: Record) -> list[str]:

@@ -47,7 +47,7 @@ _MEMORY = (
 )
 _QUICK_MEMORY = (("ddp", 2, "sgd", "784,256*3,10"), ("fsdp", 2, "adamw", "784,256*3,10"))
 # Widths of the layers, and number of rounds.
-_TIMED = (("784,2048*3,10", 16), ("784,2048*24,10", 6))
+_TIMED = (("784,2048*3,10", 16), ("784,2048*24,10", 4))
 _DEADLINE_S = 600.0
 # All libraries compute in one thread and use the loopback interface; root may run Open MPI.
 _ENVIRONMENT = {
