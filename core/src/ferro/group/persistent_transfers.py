@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ferro.arrays import dtype_name
 from ferro.collectives.fast_path import BUSY, PersistentExchange
+from ferro.collectives.label import Call
 from ferro.errors import CollectiveMismatch
 from ferro.group.arguments import Reads
+from ferro.group.array_operations import no_result
 from ferro.group.exchanged_messages import ExchangedMessages
 from ferro.group.persistent import PersistentOperation, RepeatedSteps
 from ferro.group.persistent_arguments import bind
@@ -48,14 +49,19 @@ def persistent_exchange(
     """Make a persistent exchange, after all ranks have compared what they send with what the others receive."""
     messages = ExchangedMessages(group._checker, **bind("exchange", args, options), reads=Reads.AT_RUN)
     dispatcher = group._dispatcher
-    with dispatcher.sequence("persistent", timeout_s) as remaining_s:
-        own = [_described(messages.sends), _described(messages.recvs), messages.tag]
-        _compare(group.all_gather_object(own, timeout_s=remaining_s()), number)
-        native = None
+    made: list[PersistentExchange | None] = []
+    own = [_described(messages.sends), _described(messages.recvs), messages.tag]
+    asked = group.all_gather_object(own, timeout_s=timeout_s)
+
+    def make(*, deadline: float) -> None:
+        _compare(asked, number)
         if not dispatcher.observed and messages.device is Device.CPU:
-            native = group._backend.persistent_exchange(
-                messages.sends, messages.recvs, number=number, deadline=time.monotonic() + remaining_s()
-            )
+            moved = messages.sends, messages.recvs
+            made.append(group._backend.persistent_exchange(*moved, number=number, deadline=deadline))
+
+    call = Call("persistent", detail=f"exchange {number}")
+    dispatcher.collective(call, make, no_result, 0, Device.CPU, False, timeout_s)
+    native = made[0] if made else None
     if native is None:
         return PersistentOperation("exchange", RepeatedSteps(partial(_run_exchange, group, messages, timeout_s)))
     return PersistentOperation("exchange", _ExchangeSteps(group, native, messages, timeout_s))

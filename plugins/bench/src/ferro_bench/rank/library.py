@@ -12,7 +12,7 @@ from .pattern import Numbers
 Operation: TypeAlias = Callable[[], object]
 
 
-class PersistentOperation(NamedTuple):
+class RepeatedOperation(NamedTuple):
     """An operation that is made once, and repeated.
 
     Attributes:
@@ -40,7 +40,7 @@ class MeasuredLibrary(Protocol):
     def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
         """Prepare a call that fills `target` as `Buffers` expects; preparing it is not timed."""
 
-    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> PersistentOperation:
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
         """Make the same call once as a persistent operation; all ranks call this in the same order."""
 
     def close(self) -> None:

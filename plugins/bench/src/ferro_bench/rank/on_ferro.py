@@ -13,7 +13,7 @@ import numpy as np
 import ferro
 
 from .case import BenchCase
-from .library import Operation, PersistentOperation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 
@@ -53,19 +53,19 @@ class Ferro:
         issue: Callable[[], Any] = partial(method, *arguments, **named, async_op=True)
         return lambda: issue().wait()
 
-    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> PersistentOperation:
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
         """Make a persistent operation."""
         arguments, named = self._arguments(case, source, target)
         step = self._group.persistent(case.collective, *arguments, **named)
         if not case.async_op:
-            return PersistentOperation(step, step.close)
+            return RepeatedOperation(step, step.close)
         start, wait = step.start, step.wait
 
         def run() -> None:
             start()
             wait()
 
-        return PersistentOperation(run, step.close)
+        return RepeatedOperation(run, step.close)
 
     def _arguments(self, case: BenchCase, source: Numbers, target: Numbers) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the named arguments of the group's method."""

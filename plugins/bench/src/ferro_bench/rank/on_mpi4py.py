@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .case import BenchCase
-from .library import Operation, PersistentOperation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 
@@ -48,7 +48,7 @@ class MPI:
         issue: Callable[[], Any] = partial(getattr(self._world, f"I{name.lower()}"), *arguments)
         return lambda: issue().Wait()
 
-    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> PersistentOperation:
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
         """Make a persistent operation."""
         name, arguments = self._method(case, source, target)
         request = getattr(self._world, f"{name}_init")(*arguments)
@@ -58,7 +58,7 @@ class MPI:
             start()
             wait()
 
-        return PersistentOperation(run, request.Free)
+        return RepeatedOperation(run, request.Free)
 
     def _method(self, case: BenchCase, source: Numbers, target: Numbers) -> tuple[str, tuple[object, ...]]:
         """Return the blocking method's name and its arguments."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .case import BenchCase
-from .library import Operation, PersistentOperation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 _OPS = {"sum": "SUM", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}
@@ -49,7 +49,7 @@ class Torch:
             return lambda: [work.wait() for work in call()]
         return (lambda: call().wait()) if case.async_op else call
 
-    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> PersistentOperation:
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
         """Refuse: torch.distributed has no persistent operations, and the driver asks for none."""
         raise NotImplementedError("torch.distributed has no persistent operations")
 

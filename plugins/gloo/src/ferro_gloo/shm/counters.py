@@ -52,7 +52,7 @@ def counters_bytes(ranks: int) -> int:
 
 
 def native_spins(spin: bool) -> int:
-    """Return how often the native helper loads again before it yields; `spin` as for `ProgressCounters`."""
+    """Choose the number of loads before the native helper yields; `spin` as for `ProgressCounters`."""
     return _NATIVE_SPINS if spin else 0
 
 
