@@ -12,8 +12,8 @@ from ferro import ProcessGroup
 from ..spare_cores import has_spare_core
 from .bucket import Bucket, Pending
 
-# The last bucket is reduced in the thread that waits for it if it is no larger: nearly nothing is left to compute beside
-# it, and handing it to the group's thread and back takes longer than its reduction. Measured with two ranks on two
+# The last bucket is reduced by the thread that waits for it if it is no larger. Hardly anything is left to compute
+# beside it, and the handover to the group's thread takes longer than its reduction. Measured with two ranks on two
 # cores: a step of a perceptron of 27,000 parameters takes 0.52 ms alone, 1.05 in DDP with the handover, 0.73 without.
 _AT_ONCE_BYTES = 1 << 20
 
