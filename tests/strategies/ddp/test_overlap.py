@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ferro_strategies import DDP, nn
+from ferro_strategies.ddp import bucket_reductions
 from ferro_testing import run_ranks
 
 BATCH, WIDTH, OUTPUTS = 4, 256, 1024
@@ -36,6 +37,7 @@ class Slow(nn.Module):
 
 def step(group):
     """Run one step; return begin and end of the slow layer. All numbers are small integers."""
+    bucket_reductions.has_spare_core = lambda group: True  # whatever this machine has
     below, above = nn.Linear(1, WIDTH, bias=False), nn.Linear(WIDTH, OUTPUTS, bias=False)
     for layer in (below, above):
         layer.weight.data[...] = 1
