@@ -20,6 +20,7 @@ from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.communicator import MpiCommunicator
 from ferro_mpi.mpi import MPI
+from ferro_mpi.native_collectives import NativeCollective
 from ferro_mpi.persistent_exchange import MpiPersistentExchange
 from ferro_mpi.reductions import MpiTransfers, all_equal, buffer_spec, mpi_view, native_op
 from ferro_mpi.shared_operands import shared_count
@@ -57,7 +58,7 @@ class MpiBackend(Backend):
         self._native_ops: dict[Reduction, MPI.Op | None] = {}
         self._agreement: SharedMemoryAgreement | None = None
         self._agreed, self._deadline = False, 0.0  # of the current call
-        self._share_bytes = 0
+        self._share_bytes = 0  # the largest operands that are shared with the agreement
         if communicator.memory is not None:
             self._agreement = SharedMemoryAgreement(
                 communicator.memory, communicator.monitor, self.rank, self.world_size
@@ -79,9 +80,9 @@ class MpiBackend(Backend):
             self._agreed = True
             self._agreement.agree(self.call, self._deadline)
 
-    def _shares(self, count: int, dtype: np.dtype) -> bool:
+    def _shares(self, op: str, count: int, dtype: np.dtype) -> bool:
         """Say whether operands of `count` elements, the same number on all ranks, are shared with the agreement."""
-        return count * dtype.itemsize <= self._share_bytes and self.call.op not in self._fixed
+        return count * dtype.itemsize <= self._share_bytes and op not in self._fixed
 
     def _share(self, operand: Array | None, count: int, dtype: np.dtype, deadline: float) -> Sequence[Array] | None:
         """Agree, and share all ranks' operands.
@@ -89,21 +90,25 @@ class MpiBackend(Backend):
         The result is None, and the ranks have not agreed, if operands are large. `operand` is None on a rank that has
         none to share; `count` and `dtype` are those of all operands.
         """
-        if self._agreement is None or not self._shares(count, dtype):
+        if self._agreement is None or not self._shares(self.call.op, count, dtype):
             return None
         return self._agreement.agree_with_operands(self.call, operand, dtype, count, deadline)
 
     def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
-        """See `Backend.fast_path`: small collectives of ranks that share memory have one."""
-        op, dtype = collective.op, collective.dtype
+        """See `Backend.fast_path`: most collectives of ranks that share memory have one."""
+        op, reduction, agreement = collective.op, collective.reduction, self._agreement
         count = shared_count(op, collective.count, self.world_size)
-        if self._agreement is None or op in self._fixed or count * dtype.itemsize > self._share_bytes:
+        if agreement is None or op in self._fixed or (not count and op != "barrier"):
             return None
-        if not count and op != "barrier":
+        communicator = self._communicator
+        if self._shares(op, count, collective.dtype):
+            return SmallCollective(collective, turn, agreement, communicator.monitor, self.rank, self.world_size)
+        native = None if reduction is None else self._native_op(reduction)
+        if op not in NativeCollective.OPS or (native is None and reduction is not None):
             return None
-        return SmallCollective(
-            collective, turn, self._agreement, self._communicator.monitor, self.rank, self.world_size
-        )
+        if collective.count * self.world_size > self.largest:
+            return None
+        return NativeCollective(collective, native, turn, agreement, communicator)
 
     def _run_native(
         self,
