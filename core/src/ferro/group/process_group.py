@@ -1,8 +1,8 @@
 """ProcessGroup: the ranks that work together, as one of them sees it.
 
 The group checks a call, then hands it to the backend. Its collectives on arrays are in `array_collectives` and
-`blockwise_collectives`, its transfers in `transfer_methods`, Python values in `object_methods`, its persistent operations
-in `persistent_methods`; here are groups inside the group, and its end.
+`blockwise_collectives`, its transfers in `transfer_methods`, Python values in `object_methods`, its persistent
+operations in `persistent_methods`; here are groups inside the group, and its end.
 """
 
 from __future__ import annotations
