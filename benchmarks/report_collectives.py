@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ratios import COLUMNS, all_records, behind, ratio_text, row_name
 from records import Record, markdown_table
 
-from ferro_bench import size_text, time_text
+from ferro_bench import size_text, spread, time_text
 
 TITLES = {
     "ferro-private": "ferro private",
@@ -77,6 +77,8 @@ def tables(result: Record) -> list[str]:
     times = sorted(record["measured"] for record in all_records(runs.values()))
     parts = [f"Measured from {times[0]} to {times[-1]}."]
     parts += [_libraries(ranks, run) for ranks, run in runs.items()]
+    if noise := spread(list(all_records(runs.values()))):
+        parts.append(f"{' '.join(noise).capitalize()}.")
     if lines := summary(runs):  # there is none without peers
         parts.append("\n".join(f"- {line}" for line in lines))
         parts.append("### Ratios")
