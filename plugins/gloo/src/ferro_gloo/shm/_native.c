@@ -15,26 +15,15 @@
                              costs the publisher a system call each time, and harms nothing
 */
 
-#define Py_LIMITED_API 0x030B0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#if !defined(__linux__) || __SIZEOF_POINTER__ != 8
-#error "the native helper of ferro-gloo is for 64-bit Linux; elsewhere ferro-gloo is pure Python"
-#endif
+#include "_native.h"
 
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <sched.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __x86_64__
-#include <emmintrin.h>
-#endif
 
 #define COUNTER_BYTES 16
 #define SLEEPERS 8
@@ -45,12 +34,6 @@
 
 PyObject *sum_half(PyObject *module, PyObject *args); /* in _half.c */
 
-typedef struct {
-    char *first;
-    Py_ssize_t stride, count;
-    int64_t value;
-} Awaited;
-
 static inline void relax(void)
 {
 #if defined(__x86_64__)
@@ -60,8 +43,7 @@ static inline void relax(void)
 #endif
 }
 
-/* Find the first counter that is behind, from `index` on; -1 if none is. */
-static Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
+HIDDEN Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
 {
     for (; index < awaited->count; index++) {
         int64_t *counter = (int64_t *)(awaited->first + index * awaited->stride);
@@ -87,8 +69,7 @@ static int sleep_on(char *counter, int64_t value, const struct timespec *until)
     return seen >= value;
 }
 
-/* Spin, then yield, then sleep, from counter `index` on; return the first behind, or -1. */
-static Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
+HIDDEN Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
                                    long yields, double seconds, int *interrupted)
 {
     struct timespec until;
@@ -125,6 +106,13 @@ static int lie_within(const Py_buffer *memory, Py_ssize_t first, Py_ssize_t stri
     return 1;
 }
 
+HIDDEN void publish_counter(char *counter, int64_t value)
+{
+    __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
+        syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
 static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
 {
     if (given != 3)
@@ -135,12 +123,8 @@ static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE))
         return NULL;
     int valid = lie_within(&memory, offset, COUNTER_BYTES, 1);
-    if (valid) {
-        char *counter = (char *)memory.buf + offset;
-        __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
-            syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    }
+    if (valid)
+        publish_counter((char *)memory.buf + offset, value);
     PyBuffer_Release(&memory);
     return valid ? Py_NewRef(Py_None) : NULL;
 }
@@ -191,53 +175,11 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     return behind < 0 ? Py_NewRef(Py_None) : PyLong_FromSsize_t(behind);
 }
 
-/* Copy past the caches: the processor need not read lines that it overwrites as a whole. */
-static void copy_nontemporal(char *to, const char *from, size_t length)
-{
-#ifdef __x86_64__
-    size_t done = -(uintptr_t)to % 64;
-    done = done < length ? done : length;
-    memcpy(to, from, done);
-    for (; done + 64 <= length; done += 64)
-        for (int part = 0; part < 64; part += 16)
-            _mm_stream_si128((__m128i *)(to + done + part),
-                             _mm_loadu_si128((const __m128i *)(from + done + part)));
-    memcpy(to + done, from + done, length - done);
-    _mm_sfence(); /* non-temporal stores have no order with others */
-#else
-    memcpy(to, from, length);
-#endif
-}
-
-static PyObject *copy(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
-{
-    if (given != 2)
-        return PyErr_Format(PyExc_TypeError, "copy() takes 2 arguments, not %zd", given);
-    Py_buffer to, from;
-    if (PyObject_GetBuffer(args[0], &to, PyBUF_WRITABLE))
-        return NULL;
-    if (PyObject_GetBuffer(args[1], &from, PyBUF_SIMPLE)) {
-        PyBuffer_Release(&to);
-        return NULL;
-    }
-    const char *start = from.buf, *target = to.buf;
-    int valid = to.len == from.len && (start + from.len <= target || target + to.len <= start);
-    if (valid) {
-        Py_BEGIN_ALLOW_THREADS
-        copy_nontemporal(to.buf, from.buf, (size_t)to.len);
-        Py_END_ALLOW_THREADS
-    } else {
-        PyErr_SetString(PyExc_ValueError, "copy() takes two apart arrays of one size");
-    }
-    PyBuffer_Release(&to);
-    PyBuffer_Release(&from);
-    return valid ? Py_NewRef(Py_None) : NULL;
-}
-
 static PyMethodDef functions[] = { /* described in native.py */
     {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
     {"wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, NULL},
+    {"run_chunks", (PyCFunction)(void (*)(void))run_chunks, METH_FASTCALL, NULL},
     {"sum_half", sum_half, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ferro.backend import Backend
 from ferro.collectives.label import Call
+from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
@@ -66,28 +67,29 @@ class ShmBackend(Backend):
         if buffer.nbytes <= self._single_round_bytes:
             self._single_round.all_reduce(buffer, reduction, deadline)
         else:
-            reductions.all_reduce(self._runner, buffer, reduction, deadline)
+            reductions.all_reduce(self._runner, buffer, buffer, reduction, deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.reduce(buffer, reduction, root, deadline)
         else:
-            reductions.reduce(self._runner, buffer, reduction, root, deadline)
+            reductions.reduce(self._runner, buffer, buffer if self.rank == root else None, reduction, root, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.broadcast(buffer, root, deadline)
         else:
-            data_movement.broadcast(self._runner, buffer, root, deadline)
+            data_movement.broadcast(self._runner, buffer, buffer, root, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
         if buffer.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.all_gather(buffer, deadline)
         else:
-            data_movement.all_gather(self._runner, buffer, counts, deadline)
+            block = blocks(buffer, counts)[self.rank]
+            data_movement.all_gather(self._runner, block, buffer, counts, deadline)
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""

@@ -2,58 +2,35 @@
 
 Usually all data passes through slots, chunk by chunk. Where every rank that sends data has its array in an arena
 (`ProcessGroup.empty`), the headers tell where the arrays are, and the other ranks use them in place.
+
+`chunked_operation` describes an operation. The native helper does all chunks in one call; pure Python does the same, for
+groups without the helper and for reductions that it does not know. Some ranks of an operation may use the one and some
+the other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Mapping
 
-import numpy as np
-
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas
-from ferro_gloo.shm.kernels import slot_block_bytes
+from ferro_gloo.shm.chunked_operation import ChunkedOperation
+from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, copy_large, native_reduction
+from ferro_gloo.shm.native import NATIVE
+from ferro_gloo.shm.python_chunks import run_in_python, stage_chunk
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import NO_SPAN, PEER_CHECK_S, SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
 # From this size on it is faster to use arrays in place, though that takes one more round.
 IN_PLACE_BYTES = 128 << 10
+# A chunk of the native helper, which does 4 or so at a time in the caches of a core.
+_NATIVE_CHUNK_BYTES = int(__import__("os").environ.get("FC", "128")) << 10
+_LEAST_CHUNK_BYTES = 32 << 10
+_CACHE_LINE_BYTES = 64
 _MAX_CACHED_VIEWS = 256  # combinations of the ranks' arrays
-
-
-# Takes k and all ranks' slots with chunk k; writes the chunk that this rank publishes next to the last argument.
-Respond: TypeAlias = Callable[[int, Sequence[Array], Array], object]
-
-
-@dataclass(slots=True, kw_only=True)
-class ChunkedOperation:
-    """One rank's part in a collective.
-
-    Attributes:
-        chunks: the number of chunks.
-        write: writes chunk k into this rank's slot; None when this rank sends nothing.
-        read: uses chunk k in all ranks' slots; None when this rank needs nothing.
-        dtype: the dtype of the elements in the slots.
-        source: this rank's data (uint8) if others may use it in place; None otherwise.
-        writers: the ranks that send data; None for all.
-        in_place: runs instead of `write` and `read` when all writers' arrays can be used in place. Its argument maps
-            ranks to arrays, in order of rank; no rank changes its array until `in_place` has returned on all ranks.
-        uneven: ranks may have different `chunks`; the largest is used, and 0 means that the rank has tried a single
-            round.
-    """
-
-    chunks: int
-    write: Callable[[int, Array], object] | None = None
-    read: Callable[[int, Sequence[Array]], object] | None = None
-    dtype: np.dtype = np.dtype(np.uint8)  # noqa: RUF009 - immutable
-    source: Array | None = None
-    writers: Sequence[int] | None = None
-    in_place: Callable[[Mapping[int, Array]], object] | None = None
-    uneven: bool = False
 
 
 class ChunkedRunner:
@@ -68,9 +45,7 @@ class ChunkedRunner:
     Attributes:
         rank: this rank.
         ranks: the number of ranks.
-        others: all ranks but this one.
-        slot_bytes: the size of a slot.
-        slot_block_bytes: the size of a slot's block for each other rank.
+        others: all ranks but this one, the next one first.
     """
 
     def __init__(self, region: ShmRegion, ring: SlotRing, tcp: TcpBackend, arenas: HostArenas) -> None:
@@ -80,58 +55,53 @@ class ChunkedRunner:
         self._region = region
         self.rank = tcp.rank
         self.ranks = tcp.world_size
-        self.others = [rank for rank in range(self.ranks) if rank != self.rank]
-        self.slot_bytes = region.slot_bytes
-        self.slot_block_bytes = slot_block_bytes(region.slot_bytes, self.ranks)
+        self.others = [(self.rank + distance) % self.ranks for distance in range(1, self.ranks)]
+        self._native = NATIVE if region.counters.is_native else None
+        self._place = (self.rank, self.ranks, SLOTS, region.slots_at, region.slot_bytes)
         self._cached_views: dict[tuple[bytes, ...], dict[int, Array]] = {}
 
+    def chunk_bytes(self, parts: int = 1, reduction: Reduction | None = None) -> int:
+        """Choose the length of a chunk where a slot holds `parts` of them; all ranks get the same."""
+        by_native = self._native is not None and (reduction is None or native_reduction(reduction) is not None)
+        whole = min(self._region.slot_bytes, _NATIVE_CHUNK_BYTES) if by_native else self._region.slot_bytes
+        whole = max(whole, min(self._region.slot_bytes, parts * _LEAST_CHUNK_BYTES))
+        return max(_CACHE_LINE_BYTES, whole // parts // _CACHE_LINE_BYTES * _CACHE_LINE_BYTES)
+
     def run(self, operation: ChunkedOperation, deadline: float) -> None:
-        """Run an operation of one phase: every chunk is written and read."""
+        """Run an operation: every chunk is staged, reduced and taken; see `ChunkedOperation`."""
         number = self._begin(operation, deadline)
         if number is None:
             return
-        ring, me, chunks = self._ring, self.rank, operation.chunks
+        chunks = operation.chunks
         if operation.uneven:
-            chunks = max(ring.chunk_counts(number))
-        ring.next = number + chunks
-        write, read, slots = operation.write, operation.read, self._region.slots(operation.dtype)
-        for k in range(chunks):
-            if k + 1 < chunks:
-                if write is not None:
-                    write(k + 1, slots[(number + k + 1) % SLOTS][me])
-                ring.publish(number + k + 1)
-            if k:
-                ring.wait(number + k, deadline)
-            if read is not None:
-                read(k, slots[(number + k) % SLOTS])
+            chunks = max(self._ring.chunk_counts(number))
+        self._ring.next = number + chunks * (2 if operation.two_phase else 1)
+        if not self._run_natively(operation, number, chunks, deadline):
+            run_in_python(operation, self._region, self._ring, self.rank, number, chunks, deadline)
 
-    def run_two_phase(self, operation: ChunkedOperation, respond: Respond, deadline: float) -> None:
-        """Run an operation of two phases: every chunk is written, answered by all, and read.
-
-        Args:
-            operation: `chunks` does not count the responses; `read` is given the responses.
-            respond: computes this rank's response to a chunk.
-            deadline: absolute `time.monotonic()` second.
-        """
-        number = self._begin(operation, deadline)
-        if number is None:
-            return
-        ring, me, chunks = self._ring, self.rank, operation.chunks
-        ring.next = number + 2 * chunks
-        write, read, slots = operation.write, operation.read, self._region.slots(operation.dtype)
-        assert write is not None, "every rank writes"
-        for k in range(chunks):
-            current = number + 2 * k
-            if k:
-                ring.wait(current, deadline)
-            respond(k, slots[current % SLOTS], slots[(current + 1) % SLOTS][me])
-            ring.publish(current + 1)
-            if k + 1 < chunks:
-                write(k + 1, slots[(current + 2) % SLOTS][me])
-                ring.publish(current + 2)
-            ring.wait(current + 1, deadline)
-            if read is not None:
-                read(k, slots[(current + 1) % SLOTS])
+    def _run_natively(self, operation: ChunkedOperation, number: int, chunks: int, deadline: float) -> bool:
+        """Run all chunks by the native helper; return False if it cannot."""
+        native, step = self._native, operation.reduce
+        if native is None:
+            return False
+        reduction = None
+        if step is not None:
+            kernel = native_reduction(step.reduction)
+            if kernel is None or not (step.own.flags.aligned and (step.out is None or step.out.flags.aligned)):
+                return False
+            reduction = (step.out, step.own, tuple(step.offsets), kernel)
+        arrays = (tuple(operation.stage), tuple(operation.own), tuple(operation.take), reduction)
+        written = sum(move[0].size for move in (*operation.own, *operation.take))
+        past_caches = written >= PAST_CACHES_BYTES
+        spins, yields = self._region.counters.patience()
+        memory, place, length = self._region.memory, self._place, operation.length
+        late: int | None = number
+        while late is not None:
+            numbers = (length, chunks, number, late, operation.two_phase, past_caches, spins, yields)
+            late = native.run_chunks(memory, place, *arrays, numbers, PEER_CHECK_S)
+            if late is not None:
+                self._ring.wait(late, deadline)
+        return True
 
     def _begin(self, operation: ChunkedOperation, deadline: float) -> int | None:
         """Publish the first chunk and compare labels; run the operation in place if possible.
@@ -147,7 +117,7 @@ class ChunkedRunner:
             spans = self._ring.spans(number)
             writers = range(self.ranks) if operation.writers is None else operation.writers
             if all(spans[rank] != NO_SPAN for rank in writers):
-                self._run_in_place(operation.in_place, spans, number, deadline)
+                self._run_in_place(operation, spans, number, deadline)
                 return None
         except BaseException:
             if span is not None:  # a late rank may still write into the array
@@ -167,18 +137,20 @@ class ChunkedRunner:
     def _publish_first(self, operation: ChunkedOperation, span: ArenaSpan | None, deadline: float) -> int:
         ring = self._ring
         number = ring.begin(span, operation.chunks)
-        if span is None and operation.write is not None:
-            slot = self._region.slots(operation.dtype)[number % SLOTS][self.rank]
-            operation.write(0, slot)
+        if span is None:
+            stage_chunk(operation, 0, self._region.byte_slots[number % SLOTS][self.rank])
         ring.synchronize(number, deadline)
         return number
 
     def _run_in_place(
-        self, action: Callable[[Mapping[int, Array]], object], spans: tuple[bytes, ...], number: int, deadline: float
+        self, operation: ChunkedOperation, spans: tuple[bytes, ...], number: int, deadline: float
     ) -> None:
         self._ring.next = number + 2
         began = time.monotonic()
-        action(self._view(spans))
+        for target, source in operation.own:
+            copy_large(target, source)
+        assert operation.in_place is not None, "the caller has checked it"
+        operation.in_place(self._view(spans))
         self._ring.publish(number + 1)
         self._ring.wait(number + 1, deadline)
         if time.monotonic() - began > PEER_CHECK_S:

@@ -88,6 +88,11 @@ class ProgressCounters:
         self._spins = _NATIVE_SPINS if spin else 0
         self._reads = _READS if spin else 1
 
+    @property
+    def is_native(self) -> bool:
+        """True if the native helper moves and awaits the counters."""
+        return self._native is not None
+
     def publish(self, value: int) -> None:
         """Move this rank's counter to `value`: others may read all that it has written so far."""
         if self._native is None:
@@ -102,15 +107,19 @@ class ProgressCounters:
             None; or, after at most `seconds` or a signal, the first rank that is behind.
         """
         if self._native is not None:
-            spins, yields = self._spins, _NATIVE_YIELDS
-            if on_executor_thread():
-                spins, yields = min(spins, _NATIVE_SPINS_BESIDE_CALLER), 0
+            spins, yields = self.patience()
             return self._native.wait(self._memory, 0, COUNTER_STRIDE, self._ranks, value, spins, yields, seconds)
         counters = self._counters
         for index in self._indices:
             if counters[index] < value:
                 return self._wait_in_python(value, time.monotonic() + seconds)
         return None
+
+    def patience(self) -> tuple[int, int]:
+        """Return the spins and yields of the native helper before it sleeps; see `NativeModule.wait`."""
+        if on_executor_thread():
+            return min(self._spins, _NATIVE_SPINS_BESIDE_CALLER), 0
+        return self._spins, _NATIVE_YIELDS
 
     def behind(self, value: int) -> list[int]:
         """List the ranks that are behind `value` now; it promises nothing about their data."""

@@ -1,8 +1,7 @@
 """broadcast, all_gather, gather, scatter and all_to_all of arrays that do not fit a slot, or of uneven blocks.
 
 Each function takes the arguments of the method of `Backend`, describes what this rank does with each chunk as a
-`ChunkedOperation`, and runs it. `write` fills this rank's slot, `read` uses all ranks' slots, and `in_place` replaces
-both where the ranks' arrays lie in shared memory.
+`ChunkedOperation`, and runs it. `in_place` replaces the chunks where the ranks' arrays lie in shared memory.
 """
 
 from __future__ import annotations
@@ -13,57 +12,55 @@ import numpy as np
 
 from ferro.collectives.partition import blocks
 from ferro.types import Array
-from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner
-from ferro_gloo.shm.kernels import choose_copies, chunk, chunk_count, slot_block, write_slot
+from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.chunked_operation import ChunkedOperation
+from ferro_gloo.shm.kernels import apart, copy_large, slot_block_start
 
 
-def broadcast(runner: ChunkedRunner, buffer: Array, root: int, deadline: float) -> None:
-    """See `Backend.broadcast`."""
-    data, length = buffer.view(np.uint8), runner.slot_bytes
+def broadcast(runner: ChunkedRunner, source: Array, buffer: Array, root: int, deadline: float) -> None:
+    """See `Backend.broadcast`; the root sends `source`, which may be `buffer`."""
+    data, target = source.view(np.uint8), buffer.view(np.uint8)
     at_root = runner.rank == root
-    copy_slot, copy = choose_copies(data.size * runner.ranks)
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(data, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        copy_slot(chunk(data, k, length), slots[root])
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         if not at_root:
-            copy(data, arrays[root])
+            copy_large(target, arrays[root])
 
+    own = apart(target, data) if at_root else ()
+    sent = data if own else target
     operation = ChunkedOperation(
-        chunks=chunk_count(data.size, length),
-        write=write if at_root else None,
-        read=None if at_root else read,
-        source=data if at_root else None,
+        length=runner.chunk_bytes(),
+        largest=target.size,
+        stage=[(sent, 0)] if at_root else (),
+        own=own,
+        take=() if at_root else [(target, root, 0)],
+        source=sent if at_root else None,
         writers=(root,),
         in_place=in_place,
     )
     runner.run(operation, deadline)
 
 
-def all_gather(runner: ChunkedRunner, buffer: Array, counts: Sequence[int], deadline: float) -> None:
-    """See `Backend.all_gather`."""
-    data, length = buffer.view(np.uint8), runner.slot_bytes
+def all_gather(runner: ChunkedRunner, block: Array, buffer: Array, counts: Sequence[int], deadline: float) -> None:
+    """See `Backend.all_gather`; this rank sends `block`, which may be its block in `buffer`."""
+    me, data, mine = runner.rank, buffer.view(np.uint8), block.view(np.uint8)
     sizes = _bytes(counts, buffer)
     parts = blocks(data, sizes)
-    copy_slot, copy = choose_copies(data.size * runner.ranks)
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(parts[runner.rank], k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank in runner.others:
-            copy_slot(chunk(parts[rank], k, length), slots[rank])
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            copy(parts[rank], blocks(arrays[rank], sizes)[rank])
+            array = arrays[rank]  # the rank's block, or all blocks with its own in place
+            copy_large(parts[rank], array if array.size == sizes[rank] else blocks(array, sizes)[rank])
 
+    own = apart(parts[me], mine)
     operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length), write=write, read=read, source=data, in_place=in_place
+        length=runner.chunk_bytes(),
+        largest=max(sizes),
+        stage=[(mine if own else parts[me], 0)],
+        own=own,
+        take=[(parts[rank], rank, 0) for rank in runner.others],
+        source=mine if own else data,
+        in_place=in_place,
     )
     runner.run(operation, deadline)
 
@@ -72,29 +69,21 @@ def gather(
     runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `Backend.gather`."""
-    data, length = block.view(np.uint8), runner.slot_bytes
+    data = block.view(np.uint8)
     sizes = _bytes(counts, block)
-    copy_slot, copy = choose_copies(sum(sizes))
-    others: dict[int, Array] = {}  # blocks of the result, at the root
-    if out is not None:
-        others = dict(enumerate(blocks(out.view(np.uint8), sizes)))
-        others.pop(root)[...] = data
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(data, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank, target in others.items():
-            copy_slot(chunk(target, k, length), slots[rank])
+    parts = [] if out is None else blocks(out.view(np.uint8), sizes)
+    others = [] if out is None else runner.others
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        for rank, target in others.items():
-            copy(target, arrays[rank])
+        for rank in others:
+            copy_large(parts[rank], arrays[rank])
 
     operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=write if out is None else None,
-        read=read,
+        length=runner.chunk_bytes(),
+        largest=max(sizes),
+        stage=[(data, 0)] if out is None else (),
+        own=() if out is None else apart(parts[root], data),
+        take=[(parts[rank], rank, 0) for rank in others],
         source=data if out is None else None,
         writers=[rank for rank in range(len(counts)) if rank != root],
         in_place=in_place,
@@ -106,30 +95,23 @@ def scatter(
     runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
 ) -> None:
     """See `Backend.scatter`."""
-    me, data, length = runner.rank, block.view(np.uint8), runner.slot_block_bytes
+    me, data, n = runner.rank, block.view(np.uint8), runner.ranks
     sizes = _bytes(counts, block)
-    copy_slot, copy = choose_copies(sum(sizes))
-    others: dict[int, Array] = {}  # blocks of the source, at the root
+    length = runner.chunk_bytes(n - 1)
     whole = None if source is None else source.view(np.uint8)
-    if whole is not None:
-        others = dict(enumerate(blocks(whole, sizes)))
-        data[...] = others.pop(root)
-
-    def write(k: int, slot: Array) -> None:
-        for rank, part in others.items():
-            write_slot(slot_block(slot, root, rank, length), chunk(part, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        copy_slot(chunk(data, k, length), slot_block(slots[root], root, me, length))
+    parts = [] if whole is None else blocks(whole, sizes)
+    others = [] if whole is None else runner.others
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         if whole is None:
-            copy(data, blocks(arrays[root], sizes)[me])
+            copy_large(data, blocks(arrays[root], sizes)[me])
 
     operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=None if whole is None else write,
-        read=read if whole is None else None,
+        length=length,
+        largest=max(sizes),
+        stage=[(parts[rank], slot_block_start(root, rank, length)) for rank in others],
+        own=() if whole is None else apart(data, parts[me]),
+        take=[(data, root, slot_block_start(root, me, length))] if whole is None else (),
         source=whole,
         writers=(root,),
         in_place=in_place,
@@ -148,32 +130,25 @@ def all_to_all(
     synchronized: bool,
 ) -> None:
     """See `Backend.all_to_all`; `synchronized` is True if this rank has tried it in a single round before."""
-    me, length, data = runner.rank, runner.slot_block_bytes, source.view(np.uint8)
+    me, data, n = runner.rank, source.view(np.uint8), runner.ranks
+    length = runner.chunk_bytes(n - 1)
     sizes = _bytes(send_counts, source)
     parts = blocks(data, sizes)
     targets = blocks(out.view(np.uint8), _bytes(recv_counts, out))
-    copy_slot, copy = choose_copies(out.nbytes * runner.ranks)
-    copy(targets[me], parts[me])
-
-    def write(k: int, slot: Array) -> None:
-        for rank in runner.others:
-            write_slot(slot_block(slot, me, rank, length), chunk(parts[rank], k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank in runner.others:
-            copy_slot(chunk(targets[rank], k, length), slot_block(slots[rank], rank, me, length))
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            copy(targets[rank], blocks(arrays[rank], sizes)[me])
+            copy_large(targets[rank], blocks(arrays[rank], sizes)[me])
 
     # A rank can find its block in another rank's array only if all blocks have one size. If a single round was tried
     # and failed, another rank has uneven blocks.
     even = not synchronized and len({*send_counts, *recv_counts}) == 1
     operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=write,
-        read=read,
+        length=length,
+        largest=max(sizes),
+        stage=[(parts[rank], slot_block_start(me, rank, length)) for rank in runner.others],
+        own=apart(targets[me], parts[me]),
+        take=[(targets[rank], rank, slot_block_start(rank, me, length)) for rank in runner.others],
         source=data if even else None,
         in_place=in_place,
         uneven=True,

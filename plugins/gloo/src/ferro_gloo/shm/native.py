@@ -57,6 +57,39 @@ class NativeModule(Protocol):
     def copy(self, target: NDArray[np.generic], source: NDArray[np.generic], /) -> None:
         """Copy past the caches, on x86-64; both arrays are contiguous, of one size, and do not overlap."""
 
+    def run_chunks(
+        self,
+        memory: memoryview,
+        ring: tuple[int, int, int, int, int],
+        stage: Sequence[tuple[NDArray[np.generic], int]],
+        own: Sequence[tuple[NDArray[np.generic], NDArray[np.generic]]],
+        take: Sequence[tuple[NDArray[np.generic], int, int]],
+        reduction: tuple[object, ...] | None,
+        numbers: tuple[int, ...],
+        seconds: float,
+        /,
+    ) -> int | None:
+        """Run a `ChunkedOperation`, the first chunk of which all ranks have published.
+
+        The GIL is released. The native helper checks that all offsets lie within the slots.
+
+        Args:
+            memory: the region.
+            ring: this rank, number of ranks, number of slots, byte offset of the slots, bytes of a slot.
+            stage: see `ChunkedOperation`; this and the next two are tuples.
+            own: pairs of apart arrays of one size.
+            take: see `ChunkedOperation`.
+            reduction: (out or None, own, byte offsets in the ranks' slots, description).
+            numbers: bytes of a chunk, chunks, number of the first chunk, number of the awaited chunk (that of the first
+                one, or that which this function has returned before), 1 for two phases, 1 to write results past the
+                caches, spins and yields (see `wait`).
+            seconds: the longest wait for a chunk, at most 1.
+
+        Returns:
+            None when it is done; or, after `seconds` or a signal, the number of the chunk for which others are late.
+            When all have published it, call again with this number.
+        """
+
     def sum_half(
         self, out: NDArray[np.generic], sources: Sequence[NDArray[np.generic]], brain: bool, divisor: float, /
     ) -> None:

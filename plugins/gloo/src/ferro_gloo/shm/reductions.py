@@ -12,54 +12,47 @@ import numpy as np
 from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner, Respond
-from ferro_gloo.shm.kernels import chunk, chunk_count, copy_cached, reduce_into, slot_block, write_slot
+from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.chunked_operation import ChunkedOperation, ReduceStep
+from ferro_gloo.shm.kernels import chunk, chunk_count, reduce_into, slot_block_start
 
 _BLOCK_BYTES = 256 << 10  # reduced in place at once, so that it stays in a core's cache
 
 
-def all_reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, deadline: float) -> None:
-    """See `Backend.all_reduce`."""
+def all_reduce(runner: ChunkedRunner, source: Array, out: Array, reduction: Reduction, deadline: float) -> None:
+    """See `Backend.all_reduce`; `out` may be `source`."""
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        _reduce_in_place(runner, list(arrays.values()), buffer, reduction)
+        _reduce_in_place(runner, list(arrays.values()), out, reduction)
 
     if runner.ranks == 2:  # each rank reduces everything, which takes one round per chunk
-        operation = _one_phase(runner, buffer, reduction, reads=True)
-        operation.source, operation.in_place = buffer.view(np.uint8), in_place
-        runner.run(operation, deadline)
+        operation = _one_phase(runner, source, out, reduction)
     else:
-        operation, respond = _two_phase(runner, buffer, reduction, reads=True)
-        operation.source, operation.in_place = buffer.view(np.uint8), in_place
-        runner.run_two_phase(operation, respond, deadline)
+        operation = _two_phase(runner, source, out, reduction)
+    # Every rank of an operation must look for spans, also one whose own array cannot be used in place.
+    operation.source = out.view(np.uint8) if source is out else None
+    operation.in_place = in_place
+    runner.run(operation, deadline)
 
 
-def reduce(runner: ChunkedRunner, buffer: Array, reduction: Reduction, root: int, deadline: float) -> None:
-    """See `Backend.reduce`."""
-    at_root = runner.rank == root
+def reduce(
+    runner: ChunkedRunner, source: Array, out: Array | None, reduction: Reduction, root: int, deadline: float
+) -> None:
+    """See `Backend.reduce`; `out` is None on other ranks than the root, and may be `source`."""
     if runner.ranks == 2:
-        runner.run(_one_phase(runner, buffer, reduction, reads=at_root), deadline)
+        operation = _one_phase(runner, source, out, reduction)
     else:
-        operation, respond = _two_phase(runner, buffer, reduction, reads=at_root)
-        runner.run_two_phase(operation, respond, deadline)
+        operation = _two_phase(runner, source, out, reduction)
+    runner.run(operation, deadline)
 
 
 def reduce_scatter(
     runner: ChunkedRunner, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, deadline: float
 ) -> None:
     """See `Backend.reduce_scatter`."""
-    me, length = runner.rank, runner.slot_block_bytes // source.itemsize
+    me, n = runner.rank, runner.ranks
     parts = blocks(source, counts)
-
-    def write(k: int, slot: Array) -> None:
-        for rank in runner.others:
-            write_slot(slot_block(slot, me, rank, length), chunk(parts[rank], k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        target = chunk(out, k, length)
-        parts_of_ranks = [slot_block(slot, r, me, length)[: target.size] for r, slot in enumerate(slots)]
-        parts_of_ranks[me] = chunk(parts[me], k, length)
-        reduce_into(reduction, target, parts_of_ranks)
+    length = runner.chunk_bytes(n - 1, reduction)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         mine = [blocks(array.view(source.dtype), counts)[me] for array in arrays.values()]
@@ -69,69 +62,57 @@ def reduce_scatter(
             reduce_into(reduction, chunk(out, k, step), operands)
 
     operation = ChunkedOperation(
-        chunks=chunk_count(max(counts), length),
-        write=write,
-        read=read,
-        dtype=source.dtype,
+        length=length,
+        largest=max(counts) * source.itemsize,
+        stage=[(parts[rank].view(np.uint8), slot_block_start(me, rank, length)) for rank in runner.others],
+        reduce=_step(runner, parts[me], out, length, reduction),
         source=source.view(np.uint8),
         in_place=in_place,
     )
     runner.run(operation, deadline)
 
 
-def _one_phase(runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool) -> ChunkedOperation:
-    """Build the operation in which every rank publishes its whole array, and the ranks in `reads` reduce."""
-    length = runner.slot_bytes // buffer.itemsize
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(buffer, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        target = chunk(buffer, k, length)
-        parts = [slot[: target.size] for slot in slots]
-        parts[runner.rank] = target  # one of two, which are read before anything is written
-        reduce_into(reduction, target, parts)
-
-    return ChunkedOperation(
-        chunks=chunk_count(buffer.size, length), write=write, read=read if reads else None, dtype=buffer.dtype
-    )
+def _step(runner: ChunkedRunner, own: Array, out: Array | None, length: int, reduction: Reduction) -> ReduceStep:
+    """Reduce what the others have written into their slots' blocks for this rank."""
+    me = runner.rank
+    offsets = [0 if rank == me else slot_block_start(rank, me, length) for rank in range(runner.ranks)]
+    return ReduceStep(own=own, out=out, offsets=offsets, reduction=reduction)
 
 
-def _two_phase(
-    runner: ChunkedRunner, buffer: Array, reduction: Reduction, *, reads: bool
-) -> tuple[ChunkedOperation, Respond]:
-    """Build the operation in which each rank reduces its part of a block and publishes it.
+def _one_phase(runner: ChunkedRunner, source: Array, out: Array | None, reduction: Reduction) -> ChunkedOperation:
+    """Build the operation in which every rank that has no `out` publishes its array, and the others reduce.
 
-    Source: the reduce-scatter and all-gather of Rabenseifner (see
-        `ferro.collectives.direct.direct_all_reduce`), block by block, so that the slots stay
-        in the caches.
+    In an all_reduce all ranks do both.
     """
-    me, n, length = runner.rank, runner.ranks, runner.slot_block_bytes // buffer.itemsize
-
-    def part(k: int, rank: int) -> Array:
-        block = chunk(buffer, k, n * length)
-        return chunk(block, rank, -(-block.size // n))
-
-    def write(k: int, slot: Array) -> None:
-        for rank in runner.others:
-            write_slot(slot_block(slot, me, rank, length), part(k, rank))
-
-    def respond(k: int, slots: Sequence[Array], target: Array) -> None:
-        own = part(k, me)
-        parts = [slot_block(slot, r, me, length)[: own.size] for r, slot in enumerate(slots)]
-        parts[me] = own
-        result = target[: own.size]
-        reduce_into(reduction, result, parts)
-        own[...] = result
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank in runner.others:
-            copy_cached(part(k, rank), slots[rank])
-
-    operation = ChunkedOperation(
-        chunks=chunk_count(buffer.size, n * length), write=write, read=read if reads else None, dtype=buffer.dtype
+    return ChunkedOperation(
+        length=runner.chunk_bytes(1, reduction),
+        largest=source.nbytes,
+        stage=[(source.view(np.uint8), 0)],
+        reduce=None
+        if out is None
+        else ReduceStep(own=source, out=out, offsets=[0] * runner.ranks, reduction=reduction),
     )
-    return operation, respond
+
+
+def _two_phase(runner: ChunkedRunner, source: Array, out: Array | None, reduction: Reduction) -> ChunkedOperation:
+    """Build the operation in which each rank reduces its part of the array and publishes it.
+
+    Source: the reduce-scatter and all-gather of Rabenseifner (see `ferro.collectives.direct.direct_all_reduce`), chunk
+        by chunk, so that the slots stay in the caches.
+    """
+    me, n = runner.rank, runner.ranks
+    size = -(-source.size // n)
+    parts = [chunk(source, rank, size) for rank in range(n)]
+    results = None if out is None else [chunk(out, rank, size) for rank in range(n)]
+    length = runner.chunk_bytes(n - 1, reduction)
+    return ChunkedOperation(
+        length=length,
+        largest=size * source.itemsize,
+        stage=[(parts[rank].view(np.uint8), slot_block_start(me, rank, length)) for rank in runner.others],
+        reduce=_step(runner, parts[me], None if results is None else results[me], length, reduction),
+        take=() if results is None else [(results[rank].view(np.uint8), rank, 0) for rank in runner.others],
+        two_phase=True,
+    )
 
 
 def _reduce_in_place(runner: ChunkedRunner, arrays: Sequence[Array], like: Array, reduction: Reduction) -> None:

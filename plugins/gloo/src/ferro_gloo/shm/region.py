@@ -75,14 +75,18 @@ class ShmRegion:
 
     Attributes:
         ranks: the number of ranks.
+        memory: all of it.
+        slots_at: the byte offset of the slots.
         slot_bytes: the size of a slot.
+        byte_slots: the slots as arrays of uint8, by slot and rank.
         counters: how far each rank has come.
         headers: the headers of each rank, by rank and slot, of `HEADER_BYTES` bytes each.
     """
 
     def __init__(self, segment: ShmSegment, layout: RegionLayout, rank: int, *, native: bool, spin: bool) -> None:
         self._segment = segment
-        memory = segment.memory
+        self.memory = memory = segment.memory
+        self.slots_at = layout.slots_at
         self.ranks = layout.ranks
         self.slot_bytes = layout.slot_bytes
         counters = memory[: counters_bytes(layout.ranks)]
@@ -94,6 +98,7 @@ class ShmRegion:
         slots = np.frombuffer(memory[layout.slots_at : layout.nbytes], np.uint8)
         self._slots: Array = slots.reshape(layout.ranks, SLOTS, layout.slot_bytes)
         self._typed: dict[np.dtype, list[list[Array]]] = {}
+        self.byte_slots = self.slots(np.dtype(np.uint8))
 
     def close(self) -> None:
         """Give the memory back; views of it see memory that no other rank has."""
