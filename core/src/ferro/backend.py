@@ -18,6 +18,7 @@ import numpy as np
 
 from ferro.collectives import defaults
 from ferro.collectives.choice import Choice
+from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call, collective_tag
 from ferro.collectives.posted_transfers import PostedTransfers, ThreadedTransfers
 from ferro.collectives.reduction import Reduction
@@ -111,6 +112,10 @@ class Backend(ABC):
         self.call = call
         defaults.agree(self, call, deadline)
 
+    def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
+        """Make the backend's own way to run a small collective at once, for calls like this one; None by default."""
+        return None
+
     def abort(self) -> None:
         """Wake every blocked call of this group, here and as far as possible on other ranks."""
         self.close()
@@ -122,8 +127,7 @@ class Backend(ABC):
     def subgroup(self, ranks: Sequence[int], context: int) -> Backend | None:
         """Make the backend of a group of some of these ranks, of which this rank is one.
 
-        The default returns None, and ferro then makes a `SubgroupBackend`, which translates ranks and tags and moves
-        everything through this backend.
+        The default returns None: ferro makes a `SubgroupBackend`, which moves everything through this backend.
 
         Args:
             ranks: the members' ranks in this group, in the order of their new ranks.
@@ -132,10 +136,9 @@ class Backend(ABC):
         return None
 
     def split(self, ranks: Sequence[int] | None, context: int) -> Backend | None:
-        """Make the backends of all the groups into which this group is split at once.
+        """Make the backends of all the groups into which this group is split, where a library makes them only together.
 
-        A library that can make groups only together overrides this. Every rank of this group calls it as a collective;
-        a rank that joins no group gives None for `ranks`, and gets None.
+        Every rank calls it as a collective; one that joins no group gives None for `ranks`, and gets None.
         """
         return None if ranks is None else self.subgroup(ranks, context)
 

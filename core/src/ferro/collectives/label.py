@@ -40,6 +40,7 @@ OPS = (
     "exscan",
     "min_loc",
     "max_loc",
+    "persistent",
 )
 _REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "callable")
 
@@ -136,6 +137,11 @@ def array_call(
         count = sum(sizes) * math.prod(shape[1:])
     detail += _whole_name(dtype)
     return Call(op, 0, dtype.name, count, reduction, root, detail)
+
+
+def persistent_call(call: Call, number: int) -> Call:
+    """Describe a step of a group's persistent operation with this number, which differs from every other call."""
+    return replace(call, detail=f"persistent {number}, {call.detail}")
 
 
 @lru_cache(maxsize=128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import numpy as np
 
@@ -14,6 +15,14 @@ from ferro.group.group_info import GroupInfo
 from ferro.types import Array, Device
 
 _BLOCK_BYTES = 256 << 10
+
+
+class Reads(Enum):
+    """When an operation reads its input; the caller may change the input afterwards."""
+
+    NOW = "now"  # in the call, or when the operation runs, before the call returns
+    COPY = "copy"  # in the call, which copies the input
+    AT_RUN = "at run"  # each time that the operation runs
 
 
 class OutputBuffer:
@@ -35,10 +44,13 @@ class OutputBuffer:
         array = self.array = input_array.empty(shape) if copied or given is None else given
         self.flat = array if array.ndim == 1 else array.reshape(-1)
 
+    def overlaps(self, source: Array) -> bool:
+        """Say whether the result may share memory with an input."""
+        return self._out is not None and np.may_share_memory(source, self.flat)
+
     def copy_if_overlapping(self, source: Array) -> Array:
         """Return a flat input, or a copy of it where the result may share its memory."""
-        overlapping = self._out is not None and np.may_share_memory(source, self.flat)
-        return source.copy() if overlapping else source
+        return source.copy() if self.overlaps(source) else source
 
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
@@ -115,22 +127,26 @@ class ArgumentChecker:
         return input_array
 
     def result_buffer(
-        self, x: Input, out: object, *, copy: bool = True, moved: bool = False
-    ) -> tuple[Array, np.dtype, tuple[int, ...], Device, Callable[[], object]]:
-        """Prepare the flat memory of a result that has the shape of `x`, and copy `x` to it.
+        self, x: Input, out: object, reads: Reads, filled: bool = True, *, moved: bool = False
+    ) -> tuple[Array, np.dtype, tuple[int, ...], Device, Callable[[], object], tuple[Array, Array] | None]:
+        """Prepare the flat memory of a result that has the shape of `x`, `filled` with the elements of `x`.
 
-        Return that memory, the dtype of `x`, the shape, the device, and a function that makes the caller's result.
+        Return that memory, the dtype of `x`, the shape, the device, a function that makes the caller's result, and the
+        source and target of the copy that fills the result each time, if the operation reads its input when it runs.
         """
         if out is x and type(x) is np.ndarray and self._takes_cpu_arrays and not dtype_problem(x.dtype):
             flags = x.flags
             if flags.c_contiguous and flags.writeable:  # `x` itself is the memory of the result
-                return x if x.ndim == 1 else x.reshape(-1), x.dtype, x.shape, Device.CPU, lambda: x
+                return x if x.ndim == 1 else x.reshape(-1), x.dtype, x.shape, Device.CPU, lambda: x, None
         input_array = self.check_input(x, moved=moved)
         array = input_array.array
         result = OutputBuffer(input_array, out, array.shape)
-        if copy:
+        copy = None
+        if filled and reads is Reads.AT_RUN:
+            copy = (array, result.array)
+        elif filled:
             copy_elements(array, result.array)
-        return result.flat, input_array.dtype, array.shape, result.device, result
+        return result.flat, input_array.dtype, array.shape, result.device, result, copy
 
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a value that is no rank of the group; the message calls it `what`."""

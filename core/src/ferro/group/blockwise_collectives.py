@@ -22,8 +22,9 @@ from ferro.collectives.label import Call
 from ferro.collectives.partition import near_equal
 from ferro.collectives.reduction import Reduction, reduction_for
 from ferro.errors import UsageError
-from ferro.group.arguments import OutputBuffer, flattened
-from ferro.group.array_collectives import ArrayCollectives, Op, ResultOrWork
+from ferro.group.arguments import OutputBuffer, Reads
+from ferro.group.array_collectives import ArrayCollectives, ResultOrWork
+from ferro.group.array_operations import Op, Operation, Source
 from ferro.types import Array, ReduceOp
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class BlockwiseCollectives(ArrayCollectives):
         The arguments are those of `all_reduce`; a mean is not defined. Half precision is accumulated in float32.
         Source: MPI standard, MPI_Scan.
         """
-        return self._prefixes("scan", x, op, out, async_op, timeout_s)
+        operation = self._prefixes("scan", x, op, out, _reads(async_op))
+        return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def exscan(
         self,
@@ -64,7 +66,8 @@ class BlockwiseCollectives(ArrayCollectives):
         a minimum. A function has no such value, so `op` must be a named reduction. Otherwise see `scan`.
         Source: MPI standard, MPI_Exscan, which leaves rank 0's result undefined.
         """
-        return self._prefixes("exscan", x, op, out, async_op, timeout_s)
+        operation = self._prefixes("exscan", x, op, out, _reads(async_op))
+        return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def min_loc(
         self,
@@ -86,7 +89,8 @@ class BlockwiseCollectives(ArrayCollectives):
             minimum, the lowest counts. NaN is less than any number, as for `numpy.argmin`.
         Source: MPI standard, MPI_MINLOC.
         """
-        return self._extremum("min_loc", ReduceOp.MIN, np.argmin, x, out, async_op, timeout_s)
+        operation = self._extremum("min_loc", x, out, _reads(async_op))
+        return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def max_loc(
         self,
@@ -97,11 +101,10 @@ class BlockwiseCollectives(ArrayCollectives):
         timeout_s: float | None = None,
     ) -> ResultOrWork:
         """Find the elementwise maximum over all ranks, and the rank that has it; see `min_loc`."""
-        return self._extremum("max_loc", ReduceOp.MAX, np.argmax, x, out, async_op, timeout_s)
+        operation = self._extremum("max_loc", x, out, _reads(async_op))
+        return self._dispatcher.collective(*operation, async_op, timeout_s)
 
-    def _prefixes(
-        self, name: str, x: Input, op: Op, out: object, async_op: bool, timeout_s: float | None
-    ) -> ResultOrWork:
+    def _prefixes(self, name: str, x: Input, op: Op, out: object, reads: Reads) -> Operation:
         input_array = self._check_input(x)
         array = input_array.array
         reduction = reduction_for(op, array.dtype, self.world_size)
@@ -113,21 +116,15 @@ class BlockwiseCollectives(ArrayCollectives):
                 raise UsageError("exscan needs a named reduction: a function gives rank 0 no value; use scan", op=name)
             first = _identity(reduction.op, array.dtype)
         result = OutputBuffer(input_array, out, array.shape)
-        source = result.copy_if_overlapping(flattened(array, copy=async_op))
-        action = partial(_scan, self._backend, source, result.flat, reduction, first, input_array.empty)
+        source = Source(array, reads)
+        if result.overlaps(source.flat):
+            source.copy()
+        action = partial(_scan, self._backend, source.flat, result.flat, reduction, first, input_array.empty)
         call = Call(name, 0, array.dtype.name, 0, reduction.name, detail=f"shape {array.shape}")
-        return self._dispatcher.collective(call, action, result, array.nbytes, async_op, timeout_s, result.device)
+        return call, source.before(action), result, array.nbytes, result.device
 
-    def _extremum(
-        self,
-        name: str,
-        op: ReduceOp,
-        search: Callable[..., Array],
-        x: Input,
-        out: tuple[object, object] | None,
-        async_op: bool,
-        timeout_s: float | None,
-    ) -> ResultOrWork:
+    def _extremum(self, name: str, x: Input, out: tuple[object, object] | None, reads: Reads) -> Operation:
+        op, search = (ReduceOp.MIN, np.argmin) if name == "min_loc" else (ReduceOp.MAX, np.argmax)
         input_array = self._check_input(x)
         array = input_array.array
         reduction_for(op, array.dtype, self.world_size)  # refuses dtypes without order
@@ -136,12 +133,18 @@ class BlockwiseCollectives(ArrayCollectives):
         out_values, out_ranks = out or (None, None)
         values = OutputBuffer(input_array, out_values, array.shape)
         ranks = OutputBuffer(input_array.with_dtype(np.dtype(np.int64)), out_ranks, array.shape)
-        source = values.copy_if_overlapping(flattened(array, copy=async_op))
+        source = Source(array, reads)
+        if values.overlaps(source.flat):
+            source.copy()
         places: npt.NDArray[np.int64] = ranks.flat  # type: ignore[assignment]
-        action = partial(_search, self._backend, source, values.flat, places, search, input_array.empty)
+        action = partial(_search, self._backend, source.flat, values.flat, places, search, input_array.empty)
         call = Call(name, 0, array.dtype.name, 0, detail=f"shape {array.shape}")
         finish = partial(_both, values, ranks)
-        return self._dispatcher.collective(call, action, finish, array.nbytes, async_op, timeout_s, values.device)
+        return call, source.before(action), finish, array.nbytes, values.device
+
+
+def _reads(async_op: bool) -> Reads:
+    return Reads.COPY if async_op else Reads.NOW
 
 
 Allocate: TypeAlias = Callable[[tuple[int, ...]], Array]

@@ -14,7 +14,8 @@ from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import reduction_for
 from ferro.errors import UsageError
 from ferro.group.arguments import OutputBuffer
-from ferro.group.array_collectives import ArrayCollectives, Op, no_result
+from ferro.group.array_collectives import ArrayCollectives
+from ferro.group.array_operations import Op, no_result
 from ferro.types import Array, Device, ReduceOp
 
 
@@ -86,7 +87,7 @@ class Coalescing:
         else:
             call = Call(op, 0, buffer.dtype.name, buffer.size, root=op_or_root, detail=detail)
             action = partial(backend.broadcast, buffer, op_or_root)
-        self._group._dispatcher.collective(call, action, no_result, buffer.nbytes, False, None, device)
+        self._group._dispatcher.collective(call, action, no_result, buffer.nbytes, device, False, None)
 
 
 class CoalescedResult:

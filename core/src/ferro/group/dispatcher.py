@@ -6,7 +6,6 @@ operation its number and deadline, notifies observers, and turns a failure into 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -14,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ferro.backend import Backend
+from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call
 from ferro.errors import (
     CollectiveMismatch,
@@ -33,6 +33,7 @@ from ferro.errors import (
 from ferro.group.failure_agreement import FailureAgreement
 from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
+from ferro.group.group_state import GroupState
 from ferro.group.observer_notifier import ObserverNotifier
 from ferro.group.serial_executor import ExecutorClosed, SerialExecutor, issuing_thread
 from ferro.group.transfers import Messages, Transfer, TransferQueue
@@ -49,16 +50,6 @@ _MIN_TIMEOUT_S = 1e-3  # what a passed deadline leaves to the next operation, wh
 # The backend's errors whose text is in the cause that all ranks report: their tracebacks would hide the user's line.
 _TOLD = (CollectiveMismatch, GroupClosed, PeerLost, TimeoutError)
 
-_forks = 0  # how often this process was forked since ferro was imported
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_count_fork)
-
 
 class Dispatcher:
     """Runs the operations of one group on one rank."""
@@ -73,10 +64,8 @@ class Dispatcher:
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
         self._transfers = TransferQueue(backend, info.name)
         self._lock = threading.Lock()
-        self._failure: FerroError | None = None
-        self._closed = False
-        self._pid = os.getpid()
-        self._forks = _forks
+        self._word = self._collectives.state
+        self._state = GroupState(info, backend.rank, self._word)
         self._timeout_s = info.timeout_s
 
     def __del__(self) -> None:
@@ -87,7 +76,7 @@ class Dispatcher:
     @property
     def state(self) -> str:
         """The group's state: "open", "dead" or "closed"."""
-        return "closed" if self._closed else "dead" if self._failure else "open"
+        return self._state.name
 
     def checked_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
@@ -124,9 +113,9 @@ class Dispatcher:
         action: Action,
         finish: Finish,
         nbytes: int,
+        device: Device,
         async_op: bool,
         timeout_s: float | None,
-        device: Device = _CPU,
     ) -> Any:
         """Run a collective after all that were issued before it.
 
@@ -135,8 +124,8 @@ class Dispatcher:
         group's when None, begins when the operation does.
         """
         allowed_s = self._timeout_s if timeout_s is None else self.checked_timeout(timeout_s)
-        if self._closed or self._failure is not None or self._forks is not _forks:
-            self._raise_closed(call.op)
+        if self._word[BUSY]:
+            self._state.raise_closed(call.op)
         launches = device in self._streams
         executor = self._collectives
         if async_op and not launches:
@@ -145,7 +134,7 @@ class Dispatcher:
             try:
                 return executor.start(call.op, operation)
             except ExecutorClosed:
-                self._raise_closed(call.op)
+                self._state.raise_closed(call.op)
             except ThreadLimitError:  # the call has no number
                 raise
             except BaseException as error:
@@ -154,13 +143,17 @@ class Dispatcher:
         # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
+        executor.entering.append(None)
+        if executor.started:
+            executor.finish_started()
         # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether
         # the call took effect, and its next calls would meet other calls of the other ranks.
         begun = False
         try:
             with executor.lock:
+                executor.entering.pop()
                 if executor.closed:
-                    self._raise_closed(call.op)
+                    self._state.raise_closed(call.op)
                 begun = True
                 seq = executor.next_number()
                 if not launches and not self._observed:
@@ -174,6 +167,29 @@ class Dispatcher:
                 self._fail(error, CallSite(call, (), allowed_s, 0.0))
             raise
         return result.wait() if launches and not async_op else result
+
+    def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
+        """Make the backend's own way to run a collective at once; None where there is none.
+
+        Args:
+            collective: its kind and sizes.
+            timeout_s: deadline of each call in seconds; the group's when None.
+        """
+        if self._observed or _CPU in self._streams or self._word[BUSY]:
+            return None
+        executor = self._collectives
+        late = partial(self._run_late, self.checked_timeout(timeout_s))
+        turn = Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
+        return self.backend.fast_path(collective, turn)
+
+    def _run_late(self, timeout_s: float, call: Call, wait: Action) -> None:
+        """Wait for the others in a collective that runs on a fast path; see `Turn.late`."""
+        call = call.numbered(self._collectives.latest_number())
+        try:
+            self._execute(call, wait, timeout_s, agreed=True)
+        except BaseException as error:
+            self._fail(error, CallSite(call, (), timeout_s, 0.0))
+            raise
 
     def transfer(
         self,
@@ -209,14 +225,14 @@ class Dispatcher:
                 if not withdrawn and not isinstance(error, UnsupportedError):
                     self._fail(error, self._site(transfer.call, allowed_s, 0.0, transfer))
             if isinstance(error, ExecutorClosed):
-                self._raise_closed(op)
+                self._state.raise_closed(op)
             raise
         return result.wait() if launches and not async_op else result
 
     def _begin_transfer(self, transfer: Transfer) -> None:
         """Begin a transfer in the group's thread."""
-        if self._failure is not None:
-            self._raise_dead(transfer.call.op)
+        if self._state.failure is not None:
+            self._state.raise_dead(transfer.call.op)
         if self._observed:
             transfer.event = self._notifier.started(transfer.call, transfer.nbytes)
 
@@ -234,23 +250,24 @@ class Dispatcher:
 
     def check_open(self, op: str) -> None:
         """Raise an error when no operation can be issued any more."""
-        if self._closed or self._failure is not None or self._forks is not _forks:
-            self._raise_closed(op)
+        if self._word[BUSY]:
+            self._state.raise_closed(op)
 
     def failure(self, op: str) -> FerroError:
         """Return the error that ended the group, for a call that makes sense only afterwards."""
-        if self._closed or self._failure is None:
+        state = self._state
+        if state.closed or state.failure is None:
             name = self._info.name
-            raise UsageError(f"{op} on group {name!r}: the group is {self.state}", op=op, group=name)
-        return self._failure
+            raise UsageError(f"{op} on group {name!r}: the group is {state.name}", op=op, group=name)
+        return state.failure
 
     def abort(self) -> None:
         """End everything at once: blocked calls raise, here and on the other ranks. A forked child ends nothing."""
-        if self._forks is not _forks:
+        if self._state.forked:
             return
-        if self._failure is None and not self._closed:
+        if self._state.failure is None and not self._state.closed:
             name = self._info.name
-            self._failure = GroupClosed(f"group {name!r} was aborted", group=name)
+            self._state.fail(GroupClosed(f"group {name!r} was aborted", group=name))
             self._agreement.report(GroupClosed, "was aborted")
         self.backend.abort()
 
@@ -259,41 +276,23 @@ class Dispatcher:
 
         The other ranks are told how a rank that is `leaving` the world leaves each of its groups.
         """
-        if self._forks is not _forks:
-            self._closed = True  # the connections are the parent's, and a thread of its own may hold the lock
+        if self._state.forked:
+            self._state.close()  # the connections are the parent's, and a thread of its own may hold the lock
             return
         with self._lock:
-            if self._closed:
+            if self._state.closed:
                 return
-            self._closed = True
-        deadline = time.monotonic() + (0.0 if self._failure else timeout_s)
+            self._state.close()
+        deadline = time.monotonic() + (0.0 if self._state.failure else timeout_s)
         drained = [self._collectives.close(deadline), self._transfers.close(deadline)]
         if not all(drained):
-            if self._failure is None:
+            if self._state.failure is None:
                 self._agreement.report(PeerLost, "was left, with operations under way,")
             self.backend.abort()
-        elif leaving and self._failure is None and self.backend.world_size > 1:
+        elif leaving and self._state.failure is None and self.backend.world_size > 1:
             error = None if timeout_s > 0 else sys.exc_info()[1] or getattr(sys, "last_value", None)
             self._agreement.report_leaving(self._collectives.next_number(), error)
         self.backend.close()
-
-    def _raise_closed(self, op: str) -> NoReturn:
-        """Raise the error that says why no operation can be issued any more."""
-        name = self._info.name
-        if self._closed:
-            raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
-        if self._forks is not _forks:
-            message = (
-                f"this process was forked from process {self._pid}, whose connections it must not use: "
-                "start ranks with `ferro run`, and workers with multiprocessing's 'spawn'"
-            )
-            raise UsageError(f"{op} on group {name!r}: {message}", op=op, group=name)
-        self._raise_dead(op)
-
-    def _raise_dead(self, op: str) -> NoReturn:
-        name, rank = self._info.name, self.backend.rank
-        message = f"{op} on group {name!r}: the group died earlier: {self._failure}"
-        raise GroupClosed(message, op=op, group=name, rank=rank) from self._failure
 
     def _perform(
         self,
@@ -329,17 +328,19 @@ class Dispatcher:
         completion = self.backend.launched()
         return LaunchedWork(call.op, call.seq, finish(), completion, lambda error: self._fail(error, site))
 
-    def _execute(self, call: Call, action: Action, timeout_s: float, transfer: Transfer | None = None) -> None:
+    def _execute(
+        self, call: Call, action: Action, timeout_s: float, transfer: Transfer | None = None, agreed: bool = False
+    ) -> None:
         """Run an operation by its deadline; a failure ends the group with the cause that all ranks report.
 
-        An operation that is no `transfer` is a collective.
+        An operation that is no `transfer` is a collective, on which the ranks agree unless they have `agreed`.
         """
-        if self._failure is not None:  # the group died while this operation waited for earlier ones
-            self._raise_dead(call.op)
+        if self._state.failure is not None:  # the group died while this operation waited for earlier ones
+            self._state.raise_dead(call.op)
         started = time.monotonic()
         deadline = started + timeout_s
         try:
-            if transfer is None:
+            if transfer is None and not agreed:
                 self.backend.agree(call, deadline=deadline)
             action(deadline=deadline)
         except UnsupportedError:  # raised by the backend, on all ranks
@@ -371,8 +372,8 @@ class Dispatcher:
 
     def _fail(self, error: BaseException, site: CallSite) -> FerroError:
         """Find the cause that all ranks report, and let no further operation begin."""
-        if self._failure is not None:
-            return self._failure
+        if self._state.failure is not None:
+            return self._state.failure
         # The group makes no collective after this one, so a number may be taken to learn how many there were.
         user_call = find_user_call(issuing_thread())
         site = replace(site, user_call=user_call, collectives=self._collectives.next_number())
@@ -384,7 +385,7 @@ class Dispatcher:
                 aborted = True
         finally:  # a second interrupt may end the agreement
             with self._lock:
-                self._failure = self._failure or cause
+                self._state.fail(cause)
             self._transfers.fail()
             if not aborted:
                 self.backend.abort()

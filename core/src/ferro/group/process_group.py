@@ -18,7 +18,8 @@ from ferro.collectives.label import Call
 from ferro.errors import PeerLost, UsageError
 from ferro.group import objects
 from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, flattened, named_dtype
-from ferro.group.array_collectives import ResultOrWork, no_result
+from ferro.group.array_collectives import ResultOrWork
+from ferro.group.array_operations import no_result
 from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.coalescing import Coalescing
 from ferro.group.group_info import GroupInfo
@@ -302,7 +303,7 @@ class ProcessGroup(BlockwiseCollectives):
             def split(*, deadline: float) -> None:
                 made.append(split_backend(self._backend, ranks or None, context))
 
-            backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, False, remaining_s())
+            backend = self._dispatcher.collective(_SPLIT, split, made.pop, 0, Device.CPU, False, remaining_s())
             if backend is None:
                 return None
             return self._child(ProcessGroup(backend, self._info.subgroup(ranks, f"{self.name}.{color}", context)))

@@ -19,14 +19,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from ferro.collectives.fast_path import NUMBER
 from ferro.errors import ThreadLimitError
 from ferro.group.work import Work
 
 Result = TypeVar("Result")
 IDLE_S = 5.0  # how long an executor's thread waits for more work
 _SWITCH_INTERVAL_S = 1e-4
+_STARTED_CHECK_S = 0.01  # how often a thread that waits for the lock looks for a started operation, which it can finish
 
 
 class ExecutorClosed(Exception):
@@ -118,7 +120,12 @@ class SerialExecutor:
         # The operations that wait for the executor's thread, each with its handle.
         self.pending: deque[tuple[Work[Any], Callable[[int], object]]] = deque()
         self.closed = False
-        self.next_number = count().__next__
+        self.state = memoryview(bytearray(16)).cast("q")  # see `ferro.collectives.fast_path.Turn`
+        # The operation that was started and not waited for: it holds the lock, and whoever comes next finishes it.
+        self.started: deque[Callable[[], object]] = deque()
+        self.entering: deque[None] = deque()  # one for each thread that is about to take the lock
+        self._counter = count()
+        self._count = self._counter.__next__
         self._name = name
         # Callers enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
         self._state_lock = threading.RLock()
@@ -129,10 +136,47 @@ class SerialExecutor:
         """Run an operation, given its number, after all that are pending; or raise ExecutorClosed."""
         if self.pending:
             self.wait_for_pending()
+        self.entering.append(None)
+        if self.started:
+            self.finish_started()
         with self.lock:
+            self.entering.pop()
             if self.closed:
                 raise ExecutorClosed(op)
             return operation(self.next_number())
+
+    def next_number(self) -> int:
+        """Number an operation; those that were run at once count as well."""
+        return self._count() + self.state[NUMBER]
+
+    def latest_number(self) -> int:
+        """Return the number of the operation that began last."""
+        following = cast("tuple[int]", self._counter.__reduce__()[1])[0]
+        return following + self.state[NUMBER] - 1
+
+    def start_at_once(self, begin: Callable[[], bool], finish: Callable[[], object]) -> bool:
+        """Begin an operation that somebody finishes later; return False, having done nothing, if it must wait its turn.
+
+        `begin` says whether it has begun. From then until `finish` has released it, the operation holds the lock. A
+        thread that takes the lock announces itself first, then looks for a started operation; this method lets the
+        operation be found first, then looks for such threads. So none of them waits for a lock that nobody releases.
+        """
+        if self.pending or not self.lock.acquire(blocking=False):
+            return False
+        self.started.append(finish)
+        if not (self.entering or self.pending or self.closed) and begin():
+            return True
+        self.started.remove(finish)
+        self.lock.release()
+        return False
+
+    def finish_started(self) -> None:
+        """Finish the operation that was started, unless another thread does."""
+        try:
+            finish = self.started.pop()
+        except IndexError:
+            return
+        finish()
 
     def wait_for_pending(self) -> None:
         """Wait until the last pending operation has begun: it holds the lock, and the caller is next."""
@@ -163,6 +207,8 @@ class SerialExecutor:
             self.closed = True
             self._changed.notify_all()
             begun = self._changed.wait_for(lambda: not self.pending, remaining_s(deadline))
+        self.entering.append(None)
+        self.finish_started()
         if not begun or not self.lock.acquire(timeout=remaining_s(deadline)):
             return False
         self.lock.release()
@@ -179,7 +225,10 @@ class SerialExecutor:
                     if (self.closed or not self._changed.wait(IDLE_S)) and not self.pending:
                         self._thread = None
                         return
+            self.entering.append(None)
+            self.finish_started()
             with self.lock:
+                self.entering.pop()
                 with self._changed:  # only under the lock: until then a new caller must see pending work
                     work, operation = self.pending.popleft()
                     self._changed.notify_all()

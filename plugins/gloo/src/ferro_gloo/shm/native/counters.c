@@ -1,4 +1,4 @@
-/* The native helper of ferro-gloo: counters in shared memory, waiting for them, and copies.
+/* Counters in shared memory: publishing them, and waiting for them.
 
    This is right on weak memory models, ARM64 as well as x86-64. A rank writes its data with plain
    stores, then its counter with release; another rank loads the counter with acquire, and once it
@@ -15,7 +15,7 @@
                              costs the publisher a system call each time, and harms nothing
 */
 
-#include "_native.h"
+#include "native.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -26,31 +26,14 @@
 #include <unistd.h>
 
 #define COUNTER_BYTES 16
-#define SLEEPERS 8
 #define LOW_HALF (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0)
 #define MOST_TRIES 1000000
 #define MOST_SECONDS 86400
 #define LONGEST_SLEEP 0.1 /* in seconds */
 
-PyObject *sum_half(PyObject *module, PyObject *args); /* in _half.c */
-
-static inline void relax(void)
+void wake_sleepers(char *counter)
 {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield" ::: "memory");
-#endif
-}
-
-HIDDEN Py_ssize_t first_behind(const Awaited *awaited, Py_ssize_t index)
-{
-    for (; index < awaited->count; index++) {
-        int64_t *counter = (int64_t *)(awaited->first + index * awaited->stride);
-        if (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < awaited->value)
-            return index;
-    }
-    return -1;
+    syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 /* Sleep until the counter has the value, or `until`, or a signal; return 1 if it has it. */
@@ -69,8 +52,15 @@ static int sleep_on(char *counter, int64_t value, const struct timespec *until)
     return seen >= value;
 }
 
-HIDDEN Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins,
-                                   long yields, double seconds, int *interrupted)
+static int has_passed(const struct timespec *until)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec > until->tv_sec || (now.tv_sec == until->tv_sec && now.tv_nsec >= until->tv_nsec);
+}
+
+Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins, long yields, double seconds,
+                            int *interrupted)
 {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -84,9 +74,11 @@ HIDDEN Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, lon
         } else if (yields > 0) {
             yields--;
             sched_yield();
-        } else if (!sleep_on(awaited->first + index * awaited->stride, awaited->value, &until)) {
+        } else if (!sleep_on(awaited->counters + index * awaited->counter_stride, awaited->value, &until)) {
             *interrupted = errno == EINTR;
             break;
+        } else if (first_behind(awaited, index) == index && has_passed(&until)) {
+            break; /* the counter has come without its line: its owner is giving up */
         }
     }
     return index;
@@ -106,14 +98,7 @@ static int lie_within(const Py_buffer *memory, Py_ssize_t first, Py_ssize_t stri
     return 1;
 }
 
-HIDDEN void publish_counter(char *counter, int64_t value)
-{
-    __atomic_store_n((int64_t *)counter, value, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n((uint32_t *)(counter + SLEEPERS), __ATOMIC_SEQ_CST))
-        syscall(SYS_futex, counter + LOW_HALF, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-}
-
-static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
 {
     if (given != 3)
         return PyErr_Format(PyExc_TypeError, "publish() takes 3 arguments, not %zd", given);
@@ -129,13 +114,13 @@ static PyObject *publish(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     return valid ? Py_NewRef(Py_None) : NULL;
 }
 
-static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
 {
     if (given != 8)
         return PyErr_Format(PyExc_TypeError, "wait() takes 8 arguments, not %zd", given);
     Py_ssize_t offset = PyLong_AsSsize_t(args[1]);
     Awaited awaited = {NULL, PyLong_AsSsize_t(args[2]), PyLong_AsSsize_t(args[3]),
-                       PyLong_AsLongLong(args[4])};
+                       PyLong_AsLongLong(args[4]), NULL, 0};
     long spins = PyLong_AsLong(args[5]), yields = PyLong_AsLong(args[6]);
     double seconds = PyFloat_AsDouble(args[7]);
     if (PyErr_Occurred())
@@ -153,7 +138,8 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     int valid = lie_within(&memory, offset, awaited.stride, awaited.count);
     Py_ssize_t behind = -1;
     if (valid) {
-        awaited.first = (char *)memory.buf + offset;
+        awaited.first = awaited.counters = (char *)memory.buf + offset;
+        awaited.counter_stride = awaited.stride;
         behind = first_behind(&awaited, 0);
     }
     /* A signal that comes just before the sleep does not end it, so no sleep is long. */
@@ -173,24 +159,4 @@ static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *args, Py
     if (!valid)
         return NULL;
     return behind < 0 ? Py_NewRef(Py_None) : PyLong_FromSsize_t(behind);
-}
-
-static PyMethodDef functions[] = { /* described in native.py */
-    {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
-    {"wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL, NULL},
-    {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, NULL},
-    {"run_chunks", (PyCFunction)(void (*)(void))run_chunks, METH_FASTCALL, NULL},
-    {"sum_half", sum_half, METH_VARARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_native",
-    .m_methods = functions,
-};
-
-PyMODINIT_FUNC PyInit__native(void)
-{
-    return PyModuleDef_Init(&definition);
 }

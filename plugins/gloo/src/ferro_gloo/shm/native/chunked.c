@@ -14,17 +14,7 @@
    The ring's rules make this safe: chunk k + 1 is written before chunk k is awaited, and a rank publishes chunk k + 1
    only after it has read chunk k - 1. */
 
-#include "_native.h"
-
-#include <string.h>
-
-#define COUNTER_STRIDE 256 /* as in counters.py */
-#define PARTS 5            /* of the tuple that describes a ring */
-
-typedef struct {
-    char *memory;
-    Py_ssize_t bytes, rank, ranks, slots, slots_at, slot_bytes;
-} Ring;
+#include "native.h"
 
 typedef struct {
     char *to;
@@ -38,9 +28,9 @@ typedef struct {
 } Moves;
 
 typedef struct {
-    Ring ring;
+    Ring *ring;
     Moves stages, owns, takes;
-    Reduction reduction;
+    Arithmetic arithmetic;
     char *out;
     const char *own;
     Py_ssize_t out_bytes;
@@ -53,37 +43,32 @@ typedef struct {
     double seconds;
     Py_buffer *held;
     Py_ssize_t held_count;
-} Operation;
+} Chunked;
 
-static inline Py_ssize_t chunk_bytes(const Operation *op, Py_ssize_t bytes, Py_ssize_t k)
+static inline Py_ssize_t chunk_bytes(const Chunked *op, Py_ssize_t bytes, Py_ssize_t k)
 {
     Py_ssize_t rest = bytes - k * op->length;
     return rest < 0 ? 0 : rest < op->length ? rest : op->length;
 }
 
-static inline char *slot(const Ring *ring, Py_ssize_t rank, int64_t number)
+static inline char *slot(const Chunked *op, Py_ssize_t rank, int64_t number)
 {
-    Py_ssize_t index = rank * ring->slots + (Py_ssize_t)(number % ring->slots);
-    return ring->memory + ring->slots_at + index * ring->slot_bytes;
+    return (char *)(line_of(op->ring, (int)rank, number) + 1);
 }
 
-static void fill(const Operation *op, char *to, const char *from, Py_ssize_t bytes)
+static void fill(const Chunked *op, char *to, const char *from, Py_ssize_t bytes)
 {
     if (op->past_caches)
         copy_past_caches(to, from, (size_t)bytes);
     else
-        memcpy(to, from, (size_t)bytes);
-}
-
-static void publish_number(const Operation *op, int64_t number)
-{
-    publish_counter(op->ring.memory + op->ring.rank * COUNTER_STRIDE, number + 1);
+        copy_through_caches(to, from, (size_t)bytes);
 }
 
 /* Wait until all ranks have published a chunk; return 1 if they have. */
-static int wait_for_number(const Operation *op, int64_t number)
+static int wait_for_number(const Chunked *op, int64_t number)
 {
-    Awaited awaited = {op->ring.memory, COUNTER_STRIDE, op->ring.ranks, number + 1};
+    char *counters = op->ring->counters;
+    Awaited awaited = {counters, COUNTER_STRIDE, op->ring->ranks, number + 1, counters, COUNTER_STRIDE};
     Py_ssize_t behind = first_behind(&awaited, 0);
     int interrupted;
     if (behind >= 0)
@@ -91,39 +76,40 @@ static int wait_for_number(const Operation *op, int64_t number)
     return behind < 0;
 }
 
-static void stage_chunk(const Operation *op, Py_ssize_t k, int64_t number)
+static void stage_chunk(const Chunked *op, Py_ssize_t k, int64_t number)
 {
-    char *target = slot(&op->ring, op->ring.rank, number);
+    char *target = slot(op, op->ring->rank, number);
     for (const Move *move = op->stages.moves; move < op->stages.moves + op->stages.count; move++)
-        memcpy(target + move->offset, move->from + k * op->length, (size_t)chunk_bytes(op, move->bytes, k));
-    publish_number(op, number);
+        copy_through_caches(target + move->offset, move->from + k * op->length,
+                            (size_t)chunk_bytes(op, move->bytes, k));
+    publish_chunk(op->ring, number);
 }
 
 /* Copy this rank's own blocks, whose source has just been staged and is in the caches. */
-static void copy_own_chunk(const Operation *op, Py_ssize_t k)
+static void copy_own_chunk(const Chunked *op, Py_ssize_t k)
 {
     for (const Move *move = op->owns.moves; move < op->owns.moves + op->owns.count; move++)
         fill(op, move->to + k * op->length, move->from + k * op->length, chunk_bytes(op, move->bytes, k));
 }
 
-static void take_chunk(const Operation *op, Py_ssize_t k, int64_t number)
+static void take_chunk(const Chunked *op, Py_ssize_t k, int64_t number)
 {
     for (const Move *move = op->takes.moves; move < op->takes.moves + op->takes.count; move++)
-        fill(op, move->to + k * op->length, slot(&op->ring, move->rank, number) + move->offset,
+        fill(op, move->to + k * op->length, slot(op, move->rank, number) + move->offset,
              chunk_bytes(op, move->bytes, k));
 }
 
 /* Reduce chunk k of all ranks, in order of rank, into `out`. */
-static void reduce_chunk(const Operation *op, Py_ssize_t k, int64_t number, char *out)
+static void reduce_chunk(const Chunked *op, Py_ssize_t k, int64_t number, char *out)
 {
-    for (Py_ssize_t rank = 0; rank < op->ring.ranks; rank++)
-        op->operands[rank] = slot(&op->ring, rank, number) + op->offsets[rank];
-    op->operands[op->ring.rank] = op->own + k * op->length;
-    op->reduction.kernel(&op->reduction, out, op->operands, op->ring.ranks, chunk_bytes(op, op->out_bytes, k));
+    for (Py_ssize_t rank = 0; rank < op->ring->ranks; rank++)
+        op->operands[rank] = slot(op, rank, number) + op->offsets[rank];
+    op->operands[op->ring->rank] = op->own + k * op->length;
+    reduce_arrays(&op->arithmetic, out, op->operands, op->ring->ranks, (size_t)chunk_bytes(op, op->out_bytes, k));
 }
 
 /* Run from the awaited number on; return the number of a chunk for which others are late, or -1. */
-static int64_t run_one_phase(const Operation *op, int64_t awaited)
+static int64_t run_one_phase(const Chunked *op, int64_t awaited)
 {
     Py_ssize_t k = (Py_ssize_t)(awaited - op->number);
     if (k == 0) {
@@ -145,16 +131,16 @@ static int64_t run_one_phase(const Operation *op, int64_t awaited)
     }
 }
 
-static int64_t run_two_phase(const Operation *op, int64_t awaited)
+static int64_t run_two_phase(const Chunked *op, int64_t awaited)
 {
     Py_ssize_t k = (Py_ssize_t)((awaited - op->number) / 2);
     int reduced = (awaited - op->number) % 2 != 0;
     for (;; reduced = 0) {
         int64_t staged = op->number + 2 * k;
         if (!reduced) {
-            char *result = slot(&op->ring, op->ring.rank, staged + 1);
+            char *result = slot(op, op->ring->rank, staged + 1);
             reduce_chunk(op, k, staged, result);
-            publish_number(op, staged + 1);
+            publish_chunk(op->ring, staged + 1);
             if (op->out)
                 memcpy(op->out + k * op->length, result, (size_t)chunk_bytes(op, op->out_bytes, k));
             if (k + 1 < op->chunks)
@@ -171,7 +157,7 @@ static int64_t run_two_phase(const Operation *op, int64_t awaited)
 }
 
 /* Hold the buffer of an array; return it, or NULL with an error set. */
-static const Py_buffer *hold(Operation *op, PyObject *array, int writable)
+static const Py_buffer *hold(Chunked *op, PyObject *array, int writable)
 {
     Py_buffer *buffer = &op->held[op->held_count];
     if (!array || PyObject_GetBuffer(array, buffer, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE))
@@ -187,19 +173,19 @@ static Py_ssize_t whole_number(PyObject *tuple, Py_ssize_t index)
 }
 
 /* Set an error unless the bytes that a move uses of a slot lie within it. */
-static int fits_slot(const Operation *op, Py_ssize_t offset, Py_ssize_t bytes)
+static int fits_slot(const Chunked *op, Py_ssize_t offset, Py_ssize_t bytes)
 {
     Py_ssize_t used = bytes < op->length ? bytes : op->length;
-    if (offset >= 0 && offset <= op->ring.slot_bytes - used)
+    if (offset >= 0 && offset <= op->ring->slot_bytes - used)
         return 1;
     if (!PyErr_Occurred())
-        PyErr_Format(PyExc_ValueError, "a slot has %zd bytes, and not %zd at offset %zd", op->ring.slot_bytes, used,
+        PyErr_Format(PyExc_ValueError, "a slot has %zd bytes, and not %zd at offset %zd", op->ring->slot_bytes, used,
                      offset);
     return 0;
 }
 
 /* Read a move of kind 's'tage (array, offset), 'o'wn (target, source) or 't'ake (target, rank, offset). */
-static int read_move(Operation *op, Move *move, PyObject *item, char kind)
+static int read_move(Chunked *op, Move *move, PyObject *item, char kind)
 {
     const Py_buffer *array = hold(op, PyTuple_GetItem(item, 0), kind != 's');
     if (!array)
@@ -220,9 +206,9 @@ static int read_move(Operation *op, Move *move, PyObject *item, char kind)
     }
     if (kind == 't') {
         move->rank = whole_number(item, 1);
-        if (move->rank < 0 || move->rank >= op->ring.ranks) {
+        if (move->rank < 0 || move->rank >= op->ring->ranks) {
             if (!PyErr_Occurred())
-                PyErr_Format(PyExc_ValueError, "there is no rank %zd of %zd", move->rank, op->ring.ranks);
+                PyErr_Format(PyExc_ValueError, "there is no rank %zd of %zd", move->rank, op->ring->ranks);
             return 0;
         }
     }
@@ -230,7 +216,7 @@ static int read_move(Operation *op, Move *move, PyObject *item, char kind)
     return fits_slot(op, move->offset, move->bytes);
 }
 
-static int read_moves(Operation *op, Moves *moves, PyObject *items, char kind)
+static int read_moves(Chunked *op, Moves *moves, PyObject *items, char kind)
 {
     for (; moves->count < PyTuple_Size(items); moves->count++)
         if (!read_move(op, &moves->moves[moves->count], PyTuple_GetItem(items, moves->count), kind))
@@ -238,88 +224,91 @@ static int read_moves(Operation *op, Moves *moves, PyObject *items, char kind)
     return 1;
 }
 
-static int read_ring(Ring *ring, const Py_buffer *memory, PyObject *tuple)
+/* Find the arithmetic of a dtype and a reduction, by their names, for arrays that are aligned for it. */
+static int read_arithmetic(Chunked *op, PyObject *dtype, PyObject *name)
 {
-    ring->memory = memory->buf;
-    ring->bytes = memory->len;
-    if (PyTuple_Size(tuple) != PARTS) {
-        if (!PyErr_Occurred())
-            PyErr_Format(PyExc_ValueError, "a ring is described by %d numbers", PARTS);
+    const char *kind = dtype ? PyUnicode_AsUTF8AndSize(dtype, NULL) : NULL;
+    const char *reduction = name ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
+    if (!kind || !reduction)
+        return 0;
+    if (!find_arithmetic(kind, reduction, op->ring->ranks, &op->arithmetic)) {
+        PyErr_Format(PyExc_ValueError, "there is no %s of %s", reduction, kind);
         return 0;
     }
-    Py_ssize_t *parts[PARTS] = {&ring->rank, &ring->ranks, &ring->slots, &ring->slots_at, &ring->slot_bytes};
-    for (Py_ssize_t part = 0; part < PARTS; part++)
-        *parts[part] = whole_number(tuple, part);
-    if (PyErr_Occurred())
-        return 0;
-    int valid = ring->rank >= 0 && ring->rank < ring->ranks && ring->slots > 0 && ring->slot_bytes > 0 &&
-                ring->ranks <= ring->slots_at / COUNTER_STRIDE && ring->slots_at <= ring->bytes &&
-                ring->slots <= (ring->bytes - ring->slots_at) / ring->slot_bytes / ring->ranks &&
-                (uintptr_t)ring->memory % 8 == 0;
-    if (!valid)
-        PyErr_SetString(PyExc_ValueError, "the memory does not hold this ring");
-    return valid;
+    size_t size = op->arithmetic.itemsize, misplaced = (size_t)op->length % size + (size_t)op->out_bytes % size;
+    misplaced += (uintptr_t)op->own % size + (uintptr_t)op->out % size;
+    for (Py_ssize_t rank = 0; rank < op->ring->ranks; rank++)
+        misplaced += (size_t)op->offsets[rank] % size;
+    if (misplaced)
+        PyErr_Format(PyExc_ValueError, "numbers of %zu bytes must be aligned", size);
+    return !misplaced;
 }
 
-/* Read (out or None, own, offsets, reduction). */
-static int read_reduction(Operation *op, PyObject *tuple)
+/* Read (out or None, own, offsets, dtype, reduction). */
+static int read_reduction(Chunked *op, PyObject *tuple)
 {
     PyObject *out = PyTuple_GetItem(tuple, 0), *offsets = PyTuple_GetItem(tuple, 2);
     const Py_buffer *own = hold(op, PyTuple_GetItem(tuple, 1), 0), *result = NULL;
-    if (!own || !offsets || PyTuple_Size(offsets) != op->ring.ranks ||
-        (out != Py_None && !(result = hold(op, out, 1))))
-        goto invalid;
+    if (!out || !own || !offsets || (out != Py_None && !(result = hold(op, out, 1))))
+        return 0;
     op->own = own->buf;
     op->out = result ? result->buf : NULL;
     op->out_bytes = own->len;
-    if (result ? result->len != own->len : !op->two_phase)
-        goto invalid;
-    for (Py_ssize_t rank = 0; rank < op->ring.ranks; rank++) {
+    /* In one phase the result is written over an operand, which may be one of the first two only. */
+    int overlap = result && op->out < op->own + own->len && op->own < op->out + result->len;
+    if (PyTuple_Size(offsets) != op->ring->ranks || (result ? result->len != own->len : !op->two_phase) ||
+        (overlap && !op->two_phase && (op->out != op->own || op->ring->rank > 1))) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "a reduction takes this rank's array, a result of its size, n offsets");
+        return 0;
+    }
+    for (Py_ssize_t rank = 0; rank < op->ring->ranks; rank++) {
         op->offsets[rank] = whole_number(offsets, rank);
         if (!fits_slot(op, op->offsets[rank], op->out_bytes))
             return 0;
     }
     op->reduces = 1;
-    return find_reduction(PyTuple_GetItem(tuple, 3), &op->reduction) && fits_slot(op, 0, op->out_bytes);
-invalid:
-    if (!PyErr_Occurred())
-        PyErr_SetString(PyExc_ValueError, "a reduction needs this rank's array, a result of its size, and n offsets");
-    return 0;
+    return fits_slot(op, 0, op->out_bytes) &&
+           read_arithmetic(op, PyTuple_GetItem(tuple, 3), PyTuple_GetItem(tuple, 4));
 }
 
-/* Read the arguments that follow memory and ring: stages, owns, takes, reduction, numbers. */
-static int read_operation(Operation *op, PyObject *const *args, int64_t *awaited)
+/* Read the arguments: stages, owns, takes, reduction, numbers, seconds. */
+static int read_arguments(Chunked *op, PyObject *const *args, int64_t *awaited)
 {
-    PyObject *numbers = args[5];
-    op->length = whole_number(numbers, 0);
-    op->chunks = whole_number(numbers, 1);
-    op->number = whole_number(numbers, 2);
-    *awaited = whole_number(numbers, 3);
-    op->two_phase = whole_number(numbers, 4) > 0;
-    op->past_caches = whole_number(numbers, 5) > 0;
-    op->spins = (long)whole_number(numbers, 6);
-    op->yields = (long)whole_number(numbers, 7);
-    op->seconds = PyFloat_AsDouble(args[6]);
+    enum { LENGTH, CHUNKS, FIRST, AWAITED, TWO_PHASE, PAST_CACHES, SPINS, YIELDS };
+    PyObject *numbers = args[4];
+    op->length = whole_number(numbers, LENGTH);
+    op->chunks = whole_number(numbers, CHUNKS);
+    op->number = whole_number(numbers, FIRST);
+    *awaited = whole_number(numbers, AWAITED);
+    op->two_phase = whole_number(numbers, TWO_PHASE) > 0;
+    op->past_caches = whole_number(numbers, PAST_CACHES) > 0;
+    op->spins = (long)whole_number(numbers, SPINS);
+    op->yields = (long)whole_number(numbers, YIELDS);
+    op->seconds = PyFloat_AsDouble(args[5]);
     if (PyErr_Occurred())
         return 0;
-    int64_t last = op->number + op->chunks * (1 + op->two_phase);
     if (op->length < 1 || op->chunks < 1 || op->chunks > PY_SSIZE_T_MAX / 4 / op->length || op->number < 0 ||
-        *awaited < op->number || *awaited >= last || !(op->seconds >= 0 && op->seconds <= 1)) {
+        *awaited < op->number || *awaited - op->number >= op->chunks * (1 + op->two_phase) ||
+        !(op->seconds >= 0 && op->seconds <= 1)) {
         PyErr_SetString(PyExc_ValueError, "an operation has chunks, and awaits one of them for at most a second");
         return 0;
     }
-    return read_moves(op, &op->stages, args[1], 's') && read_moves(op, &op->owns, args[2], 'o') &&
-           read_moves(op, &op->takes, args[3], 't') && (args[4] == Py_None || read_reduction(op, args[4])) &&
-           (!op->two_phase || op->reduces);
+    if (!read_moves(op, &op->stages, args[0], 's') || !read_moves(op, &op->owns, args[1], 'o') ||
+        !read_moves(op, &op->takes, args[2], 't') || (args[3] != Py_None && !read_reduction(op, args[3])))
+        return 0;
+    if (op->two_phase && !op->reduces)
+        PyErr_SetString(PyExc_ValueError, "an operation of two phases reduces");
+    return !op->two_phase || op->reduces;
 }
 
 /* Allocate room for as many moves as the tuples hold, and for the buffers that they use. */
-static int allocate(Operation *op, PyObject *const *args)
+static int allocate(Chunked *op, PyObject *const *args)
 {
-    Py_ssize_t stages = PyTuple_Size(args[1]), owns = PyTuple_Size(args[2]), takes = PyTuple_Size(args[3]);
+    Py_ssize_t stages = PyTuple_Size(args[0]), owns = PyTuple_Size(args[1]), takes = PyTuple_Size(args[2]);
     if (stages < 0 || owns < 0 || takes < 0)
         return 0;
-    size_t moves = (size_t)(stages + owns + takes), ranks = (size_t)op->ring.ranks;
+    size_t moves = (size_t)(stages + owns + takes), ranks = (size_t)op->ring->ranks;
     op->held = PyMem_Calloc(2 * moves + 2, sizeof *op->held);
     op->stages.moves = PyMem_Calloc(moves + 1, sizeof *op->stages.moves);
     op->offsets = PyMem_Calloc(ranks, sizeof *op->offsets);
@@ -333,31 +322,24 @@ static int allocate(Operation *op, PyObject *const *args)
     return 1;
 }
 
-HIDDEN PyObject *run_chunks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given)
+PyObject *run_chunks(Ring *ring, PyObject *const *args, Py_ssize_t given)
 {
-    if (given != 8)
-        return PyErr_Format(PyExc_TypeError, "run_chunks() takes 8 arguments, not %zd", given);
-    Py_buffer memory;
-    if (PyObject_GetBuffer(args[0], &memory, PyBUF_WRITABLE))
-        return NULL;
-    Operation op = {.held = NULL};
+    if (given != 6)
+        return PyErr_Format(PyExc_TypeError, "run_chunks() takes 6 arguments, not %zd", given);
+    Chunked op = {.ring = ring};
     int64_t awaited = -1;
-    int valid = read_ring(&op.ring, &memory, args[1]) && allocate(&op, args + 1) &&
-                read_operation(&op, args + 1, &awaited);
+    int valid = allocate(&op, args) && read_arguments(&op, args, &awaited);
     if (valid) {
         Py_BEGIN_ALLOW_THREADS
         awaited = op.two_phase ? run_two_phase(&op, awaited) : run_one_phase(&op, awaited);
         Py_END_ALLOW_THREADS
-    } else if (!PyErr_Occurred()) {
-        PyErr_SetString(PyExc_ValueError, "an operation of two phases reduces");
     }
-    while (op.held_count--)
-        PyBuffer_Release(&op.held[op.held_count]);
+    while (op.held_count)
+        PyBuffer_Release(&op.held[--op.held_count]);
     PyMem_Free(op.held);
     PyMem_Free(op.stages.moves);
     PyMem_Free(op.offsets);
     PyMem_Free(op.operands);
-    PyBuffer_Release(&memory);
     if (!valid)
         return NULL;
     return awaited < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(awaited);

@@ -1,0 +1,112 @@
+"""The fast path: a backend's own way to run a small collective at once, in the thread that calls it.
+
+A group checks a call, gives it a number and a deadline, and hands it to the backend, which takes some microseconds of
+Python. A backend that can do better returns a `FastPath` from `Backend.fast_path`. The group remembers it, by what it
+has checked, and tries it first in calls of the same kind. It is always allowed to decline: the ordinary path follows.
+
+All ranks of a group decide that by themselves, so both paths must be one protocol: a rank on the fast path meets ranks
+on the ordinary one, and finds those that make another call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ferro.collectives.label import Call
+from ferro.types import Array
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ferro.collectives.reduction import Reduction
+
+BUSY, NUMBER = 0, 1  # indices of `Turn.state`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvenCollective:
+    """A collective on CPU arrays whose blocks have one size, as this rank has checked it.
+
+    Attributes:
+        op: "all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter", "all_to_all" or
+            "barrier".
+        call: what every rank must call, without a number.
+        dtype: of the elements; uint8 for a barrier.
+        count: elements of one block: of the whole array for all_reduce, reduce and broadcast, of one rank's block for
+            the others, 0 for a barrier.
+        reduction: None where nothing is reduced.
+        root: -1 where there is none.
+    """
+
+    op: str
+    call: Call
+    dtype: np.dtype
+    count: int
+    reduction: Reduction | None
+    root: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """The order of one group's collectives, to which a fast path keeps.
+
+    Code that holds the interpreter lock may run a collective at once if `state[BUSY]` is 0, `lock` is not locked and
+    `pending` is empty; it then adds 1 to `state[NUMBER]`. Before it lets go of the interpreter lock it acquires `lock`.
+
+    Attributes:
+        lock: held while a collective is carried out, or is started and not yet finished.
+        pending: the operations that wait for the group's own thread.
+        state: two int64, format "q": not 0 where no collective may begin; how many fast paths have begun.
+        late: called as `late(call, wait)` with the lock held, when other ranks are late or make another call. It calls
+            `wait(deadline=…)`, which waits for them or raises what methods of backends raise, and ends the group with
+            the cause that all ranks report.
+    """
+
+    lock: threading.Lock
+    pending: deque[Any]
+    state: memoryview
+    late: Callable[[Call, Callable[..., None]], None]
+
+
+class BoundFastPath(Protocol):
+    """A fast path with its buffers, which it holds."""
+
+    def __call__(self) -> bool:
+        """See `FastPath.__call__`."""
+
+    def start(self) -> bool:
+        """Show this rank's contribution to the others, or return False, having done nothing; never waits.
+
+        The caller holds the turn's lock from then until `finish` has returned or raised.
+        """
+
+    def test(self) -> bool:
+        """Say whether `finish` of a started collective would return at once."""
+
+    def finish(self) -> None:
+        """Wait for the other ranks of a started collective, and complete the result."""
+
+
+class FastPath(Protocol):
+    """A collective of one kind and size, for any buffers."""
+
+    def __call__(self, source: Array | None, target: Array | None, /) -> bool:
+        """Run the collective; or return False, having done nothing.
+
+        It declines where the turn is another's, and buffers that are not contiguous, aligned and of the right size,
+        that overlap in part, or that cannot be written.
+
+        Args:
+            source: this rank's input: `count` elements, or as many for every rank in scatter, reduce_scatter and
+                all_to_all; None where it has none. It is not changed, unless it is the target.
+            target: this rank's result: `count` elements, or as many from every rank in all_gather, gather and
+                all_to_all; None where it has none. It may be the source; in all_gather the source may be this rank's
+                block of it.
+        """
+
+    def bind(self, source: Array | None, target: Array | None, /) -> BoundFastPath | None:
+        """Hold these buffers for many calls; None where the fast path would decline them."""

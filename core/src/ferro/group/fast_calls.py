@@ -1,0 +1,165 @@
+"""FastCalls: the fast paths of a group's calls, remembered by what was checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from ferro.arrays import dtype_problem
+from ferro.collectives.fast_path import EvenCollective, FastPath
+from ferro.collectives.label import array_call
+from ferro.collectives.reduction import reduction_for
+from ferro.errors import UnsupportedError, UsageError
+from ferro.group.array_operations import BARRIER, Op
+from ferro.types import Array
+
+_MOST = 512  # kinds of calls that are remembered
+
+_ndarray, _empty = np.ndarray, np.empty  # globals, since each call looks them up
+
+
+class _NotTaken:
+    """The answer of a fast path that leaves a call to the ordinary one."""
+
+
+NOT_TAKEN: Final = _NotTaken()
+
+
+def even_collective(
+    op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Op | None, root: int, ranks: int
+) -> tuple[EvenCollective, tuple[int, ...]] | None:
+    """Describe a collective on NumPy arrays; None where it is none that a fast path can run.
+
+    Args:
+        op: name of the collective.
+        dtype: of the input.
+        shape: of the input; of the whole array for scatter.
+        reduction: as the user names it, None where nothing is reduced.
+        root: -1 where there is none.
+        ranks: number of ranks.
+
+    Returns:
+        The description, and the result's shape on the ranks that have one.
+    """
+    if dtype_problem(dtype) or not -1 <= root < ranks:
+        return None
+    try:
+        reduced = None if reduction is None else reduction_for(reduction, dtype, ranks)
+    except (UsageError, UnsupportedError):
+        return None  # the ordinary path says what is wrong
+    if reduced is not None and reduced.op is None:
+        return None
+    rows = shape[0] if shape else 1
+    if op in ("all_gather", "gather"):
+        result = (ranks * rows, *shape[1:])
+    elif op in ("reduce_scatter", "scatter", "all_to_all"):
+        if not shape or rows % ranks:
+            return None
+        result = shape if op == "all_to_all" else (rows // ranks, *shape[1:])
+    else:
+        result = shape
+    count = math.prod(shape)
+    if op in ("reduce_scatter", "scatter", "all_to_all"):
+        count //= ranks
+    call = array_call(op, dtype, shape, "" if reduced is None else reduced.name, root)
+    return EvenCollective(op=op, call=call, dtype=dtype, count=count, reduction=reduced, root=root), result
+
+
+class _FastCall:
+    """The fast path of calls of one kind: input arrays of one dtype and shape."""
+
+    __slots__ = ("_dtype", "_has_result", "_in_place", "_is_source", "_path", "_shape")
+
+    def __init__(
+        self, path: FastPath, collective: EvenCollective, x_shape: tuple[int, ...], shape: tuple[int, ...], here: bool
+    ) -> None:
+        """Prepare calls with inputs of one shape and results of another; `here` is true where no root is elsewhere."""
+        is_broadcast = collective.op == "broadcast"
+        self._path = path
+        self._dtype = collective.dtype
+        self._shape = shape
+        self._is_source = here or not is_broadcast
+        self._has_result = here or is_broadcast
+        self._in_place = x_shape == shape
+
+    def __call__(self, x: Array, out: Any) -> object:
+        if not self._has_result:
+            return NOT_TAKEN if out is not None else None if self._path(x, None) else NOT_TAKEN
+        if out is None:
+            out = _empty(self._shape, self._dtype)
+        elif not (out is x and self._in_place) and (
+            type(out) is not _ndarray or out.dtype != self._dtype or out.shape != self._shape
+        ):
+            return NOT_TAKEN
+        return out if self._path(x if self._is_source else None, out) else NOT_TAKEN
+
+
+def _decline(x: Array, out: object) -> object:
+    return NOT_TAKEN
+
+
+class FastCalls:
+    """The fast paths of one group, made when a kind of call comes for the second time."""
+
+    def __init__(self, make: Callable[[EvenCollective], FastPath | None], rank: int, world_size: int) -> None:
+        self._make = make
+        self._rank = rank
+        self._world_size = world_size
+        self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
+        self._seen: set[tuple[object, ...]] = set()
+        self._barrier: FastPath | None = None
+        self._barriers = 0
+
+    def run(self, op: str, x: Any, reduction: Any, root: int, out: object) -> object:
+        """Run a collective; return its result, or NOT_TAKEN.
+
+        A call is of a kind that was checked if operation, dtype, shape, reduction and root are the same. The fast path
+        itself checks the buffers.
+        """
+        if type(x) is not _ndarray:
+            return NOT_TAKEN
+        key = (op, x.dtype, x.shape, reduction, root)
+        try:
+            call = self._calls.get(key)
+        except TypeError:  # a reduction that cannot be hashed
+            return NOT_TAKEN
+        if call is None:
+            call = self._learn(key)
+        return call(x, out)
+
+    def barrier(self) -> bool:
+        """Run a barrier; return False where the ordinary path must."""
+        if self._barrier is None:
+            self._barriers += 1
+            if self._barriers == 2:
+                call = EvenCollective(
+                    op="barrier", call=BARRIER, dtype=np.dtype(np.uint8), count=0, reduction=None, root=-1
+                )
+                self._barrier = self._make(call)
+            return False
+        return self._barrier(None, None)
+
+    def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
+        """Remember that a kind of call has come, and its fast path when it comes again."""
+        if key not in self._seen:
+            if len(self._seen) >= _MOST:
+                self._seen.clear()
+                self._calls.clear()
+            self._seen.add(key)
+            return _decline
+        call = self._calls[key] = self._fast_call(*key)
+        return call
+
+    def _fast_call(
+        self, op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Any, root: Any
+    ) -> Callable[[Array, Any], object]:
+        if type(root) is not int or (op in ("reduce", "broadcast", "gather") and root < 0):
+            return _decline
+        found = even_collective(op, dtype, shape, reduction, root, self._world_size)
+        path = None if found is None else self._make(found[0])
+        if found is None or path is None:
+            return _decline
+        return _FastCall(path, found[0], shape, found[1], self._rank == root or root < 0)

@@ -1,0 +1,165 @@
+/* What each collective writes into this rank's slot, and reads from all ranks' slots.
+
+   Every array fits a slot, and all blocks have one size. ../single_round.py does the same in Python, and a rank that
+   runs that meets ranks that run this. */
+
+#include "native.h"
+
+/* In groups of at most this many ranks each rank reduces all arrays; in larger ones rank 0 reduces and publishes the
+   result: see _EACH_REDUCES_RANKS in ../single_round.py. */
+#define EACH_REDUCES_RANKS 4
+
+int plan_collective(Collective *c)
+{
+    const Ring *ring = c->ring;
+    size_t all = (size_t)ring->ranks, block = c->block, limit = (size_t)ring->slot_bytes;
+    int rooted = c->operation == REDUCE || c->operation == BROADCAST || c->operation == GATHER ||
+                 c->operation == SCATTER;
+    if (block > limit || (rooted ? c->root < 0 || c->root >= ring->ranks : c->root != -1))
+        return 0;
+    int at_root = ring->rank == c->root;
+    size_t whole = all * block; /* cannot overflow: a slot is smaller than a region, which holds one for every rank */
+    switch (c->operation) {
+    case BARRIER:
+        c->source = c->target = c->published = 0;
+        return block == 0;
+    case ALL_REDUCE:
+        c->two_rounds = ring->ranks > EACH_REDUCES_RANKS;
+        c->source = c->target = c->published = block;
+        break;
+    case REDUCE:
+        c->source = c->published = block;
+        c->target = at_root ? block : 0;
+        break;
+    case BROADCAST:
+        c->source = at_root ? block : 0;
+        c->target = c->published = block;
+        break;
+    case ALL_GATHER:
+        c->source = c->published = block;
+        c->target = whole;
+        break;
+    case GATHER:
+        c->source = c->published = block;
+        c->target = at_root ? whole : 0;
+        break;
+    case SCATTER:
+        c->source = at_root ? whole : 0;
+        c->published = whole;
+        c->target = block;
+        break;
+    case REDUCE_SCATTER:
+        c->source = c->published = whole;
+        c->target = block;
+        break;
+    case ALL_TO_ALL:
+        c->source = c->published = c->target = whole;
+        break;
+    default:
+        return 0;
+    }
+    size_t itemsize = c->arithmetic.itemsize;
+    return c->published <= limit && (!itemsize || block % itemsize == 0);
+}
+
+int64_t begin_collective(Collective *c, const char *source)
+{
+    Ring *ring = c->ring;
+    int64_t number = ring->next;
+    ring->next = number + 1 + c->two_rounds;
+    write_header(ring, number, c->label, LABEL_BYTES, c->digest);
+    if (c->source)
+        memcpy(data_of(ring, ring->rank, number, c->published), source, c->source);
+    if (ring->retracted)
+        return number;
+    /* In the second round only rank 0 publishes anything, so the others' counters are there already. */
+    int empty_round = c->two_rounds && ring->rank;
+    __atomic_store_n(&line_of(ring, ring->rank, number)->number, number + 1, __ATOMIC_RELEASE);
+    publish_counter(ring->counters + (Py_ssize_t)ring->rank * COUNTER_STRIDE, number + 1 + empty_round);
+    return number;
+}
+
+/* Reduce all arrays, of `nbytes` each and from byte `start` on, into `out`. */
+static void reduce_slots(Collective *c, int64_t number, size_t start, size_t nbytes, char *out)
+{
+    for (int rank = 0; rank < c->ring->ranks; rank++)
+        c->parts[rank] = data_of(c->ring, rank, number, c->published) + start;
+    reduce_arrays(&c->arithmetic, out, c->parts, c->ring->ranks, nbytes);
+}
+
+Awaited missing_lines(const Collective *c, int64_t number)
+{
+    const Ring *ring = c->ring;
+    int only_result = c->two_rounds && ring->rank;
+    Awaited awaited = awaited_lines(ring, number + only_result);
+    if (only_result)
+        awaited.count = 1; /* rank 0's, which has seen all ranks' lines of the first round */
+    return awaited;
+}
+
+Arrival advance_collective(Collective *c, int64_t number)
+{
+    Ring *ring = c->ring;
+    Awaited awaited = missing_lines(c, number);
+    if (first_behind(&awaited, 0) >= 0) {
+        /* Rank 0 does not come to the second round if its label differs. */
+        const Line *first = line_of(ring, 0, number);
+        if (awaited.value == number + 1 || __atomic_load_n(&first->number, __ATOMIC_ACQUIRE) < number + 1)
+            return LATE;
+        return first->digest == c->digest ? LATE : DIFFERENT;
+    }
+    for (int rank = 0; rank < (awaited.count == 1 ? 1 : ring->ranks); rank++)
+        if (line_of(ring, rank, number)->digest != c->digest)
+            return DIFFERENT;
+    if (c->two_rounds && ring->rank == 0 && line_of(ring, 0, number + 1)->number != number + 2) {
+        reduce_slots(c, number, 0, c->block, data_of(ring, 0, number + 1, c->block));
+        publish_chunk(ring, number + 1);
+    }
+    return READY;
+}
+
+/* Copy a block of every rank's data, from byte `start` on, into `target`, in order of rank. */
+static void gather_blocks(const Collective *c, int64_t number, size_t start, const char *source, char *target)
+{
+    for (int rank = 0; rank < c->ring->ranks; rank++, target += c->block)
+        if (target != source) /* the block is there already */
+            memcpy(target, data_of(c->ring, rank, number, c->published) + start, c->block);
+}
+
+void finish_collective(Collective *c, int64_t number, const char *source, char *target)
+{
+    const Ring *ring = c->ring;
+    size_t own = (size_t)ring->rank * c->block;
+    if (!c->target)
+        return;
+    switch (c->operation) {
+    case ALL_REDUCE:
+        if (c->two_rounds)
+            memcpy(target, data_of(ring, 0, number + 1, c->block), c->block);
+        else
+            reduce_slots(c, number, 0, c->block, target);
+        break;
+    case REDUCE:
+        reduce_slots(c, number, 0, c->block, target);
+        break;
+    case REDUCE_SCATTER:
+        reduce_slots(c, number, own, c->block, target);
+        break;
+    case BROADCAST:
+        if (target != source)
+            memcpy(target, data_of(ring, c->root, number, c->published), c->block);
+        break;
+    case SCATTER:
+        memcpy(target, data_of(ring, c->root, number, c->published) + own, c->block);
+        break;
+    case ALL_GATHER:
+    case GATHER:
+        gather_blocks(c, number, 0, source, target);
+        break;
+    case ALL_TO_ALL:
+        gather_blocks(c, number, own, NULL, target);
+        break;
+    default:
+        break;
+    }
+}
