@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
+from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -111,6 +112,12 @@ class GlooBackend(Backend):
             self._selected.barrier(deadline=deadline)
             self._selected = self._flat
             self._flat.agree(call, deadline=deadline)
+
+    def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
+        """See `Backend.fast_path`: that of shared memory, once the group has chosen it."""
+        if self.choice.fixed or self._collectives is None:
+            return None
+        return self._collectives.fast_path(collective, turn)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas
 from ferro_gloo.shm.chunked_operation import ChunkedOperation
-from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, copy_large, native_reduction
-from ferro_gloo.shm.native import NATIVE
+from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, copy_large, has_arithmetic
 from ferro_gloo.shm.python_chunks import run_in_python, stage_chunk
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import NO_SPAN, PEER_CHECK_S, SlotRing
@@ -56,16 +57,18 @@ class ChunkedRunner:
         self.rank = tcp.rank
         self.ranks = tcp.world_size
         self.others = [(self.rank + distance) % self.ranks for distance in range(1, self.ranks)]
-        self._native = NATIVE if region.counters.is_native else None
-        self._place = (self.rank, self.ranks, SLOTS, region.slots_at, region.slot_bytes)
         self._cached_views: dict[tuple[bytes, ...], dict[int, Array]] = {}
 
     def chunk_bytes(self, parts: int = 1, reduction: Reduction | None = None) -> int:
         """Choose the length of a chunk where a slot holds `parts` of them; all ranks get the same."""
-        by_native = self._native is not None and (reduction is None or native_reduction(reduction) is not None)
+        by_native = self._region.native_ring is not None and (reduction is None or has_arithmetic(reduction))
         whole = min(self._region.slot_bytes, _NATIVE_CHUNK_BYTES) if by_native else self._region.slot_bytes
         whole = max(whole, min(self._region.slot_bytes, parts * _LEAST_CHUNK_BYTES))
         return max(_CACHE_LINE_BYTES, whole // parts // _CACHE_LINE_BYTES * _CACHE_LINE_BYTES)
+
+    def is_shared(self, array: Array) -> bool:
+        """Say whether an array lies in this rank's arena."""
+        return self._arenas.span_of(array) is not None
 
     def run(self, operation: ChunkedOperation, deadline: float) -> None:
         """Run an operation: every chunk is staged, reduced and taken; see `ChunkedOperation`."""
@@ -81,26 +84,25 @@ class ChunkedRunner:
 
     def _run_natively(self, operation: ChunkedOperation, number: int, chunks: int, deadline: float) -> bool:
         """Run all chunks by the native helper; return False if it cannot."""
-        native, step = self._native, operation.reduce
-        if native is None:
+        ring, step = self._region.native_ring, operation.reduce
+        if ring is None or (step is not None and not has_arithmetic(step.reduction)):
             return False
         reduction = None
         if step is not None:
-            kernel = native_reduction(step.reduction)
-            if kernel is None or not (step.own.flags.aligned and (step.out is None or step.out.flags.aligned)):
-                return False
-            reduction = (step.out, step.own, tuple(step.offsets), kernel)
+            own = step.own if step.own.flags.aligned else step.own.copy()
+            out = step.out if step.out is None or step.out.flags.aligned else np.empty_like(own)
+            reduction = (out, own, tuple(step.offsets), step.reduction.dtype.name, step.reduction.name)
         arrays = (tuple(operation.stage), tuple(operation.own), tuple(operation.take), reduction)
-        written = sum(move[0].size for move in (*operation.own, *operation.take))
-        past_caches = written >= PAST_CACHES_BYTES
+        past_caches = operation.received_bytes >= PAST_CACHES_BYTES
         spins, yields = self._region.counters.patience()
-        memory, place, length = self._region.memory, self._place, operation.length
         late: int | None = number
         while late is not None:
-            numbers = (length, chunks, number, late, operation.two_phase, past_caches, spins, yields)
-            late = native.run_chunks(memory, place, *arrays, numbers, PEER_CHECK_S)
+            numbers = (operation.length, chunks, number, late, operation.two_phase, past_caches, spins, yields)
+            late = ring.run_chunks(*arrays, numbers, PEER_CHECK_S)
             if late is not None:
                 self._ring.wait(late, deadline)
+        if step is not None and step.out is not None and out is not None and out is not step.out:
+            step.out[...] = out
         return True
 
     def _begin(self, operation: ChunkedOperation, deadline: float) -> int | None:

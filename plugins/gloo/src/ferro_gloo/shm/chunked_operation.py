@@ -76,3 +76,8 @@ class ChunkedOperation:
     def chunks(self) -> int:
         """The number of chunks, at least one."""
         return chunk_count(self.largest, self.length)
+
+    @property
+    def received_bytes(self) -> int:
+        """The bytes that `own` and `take` write."""
+        return sum(target.nbytes for target, _ in self.own) + sum(target.nbytes for target, _, _ in self.take)

@@ -51,6 +51,11 @@ def counters_bytes(ranks: int) -> int:
     return ranks * COUNTER_STRIDE
 
 
+def native_spins(spin: bool) -> int:
+    """Return how often the native helper loads again before it yields; `spin` as for `ProgressCounters`."""
+    return _NATIVE_SPINS if spin else 0
+
+
 def pure_python_is_safe() -> bool:
     """Return True if this processor makes plain stores visible in order, as x86-64 does."""
     return platform.machine() in ("x86_64", "AMD64")
@@ -85,13 +90,8 @@ class ProgressCounters:
         self._ranks = ranks
         self._own = rank * _STRIDE_WORDS
         self._indices = range(0, ranks * _STRIDE_WORDS, _STRIDE_WORDS)
-        self._spins = _NATIVE_SPINS if spin else 0
+        self._spins = native_spins(spin)
         self._reads = _READS if spin else 1
-
-    @property
-    def is_native(self) -> bool:
-        """True if the native helper moves and awaits the counters."""
-        return self._native is not None
 
     def publish(self, value: int) -> None:
         """Move this rank's counter to `value`: others may read all that it has written so far."""

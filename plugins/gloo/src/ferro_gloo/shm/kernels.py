@@ -6,6 +6,9 @@ Copies, and sums of half precision, use the native helper where it is built.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array, ReduceOp
@@ -72,11 +75,14 @@ def apart(target: Array, source: Array) -> tuple[tuple[Array, Array], ...]:
     return ((target, source),)
 
 
-def native_reduction(reduction: Reduction) -> tuple[str, str, int] | None:
-    """Describe a reduction to the native helper; None if it does not know it."""
-    if reduction.op is ReduceOp.SUM and reduction.dtype == "float32":
-        return ("sum", "f", 4)
-    return None
+def has_arithmetic(reduction: Reduction) -> bool:
+    """Say whether the native helper has this reduction."""
+    return reduction.op is not None and _has_arithmetic(reduction.dtype, reduction.name)
+
+
+@lru_cache(maxsize=256)
+def _has_arithmetic(dtype: np.dtype, reduction: str) -> bool:
+    return NATIVE is not None and dtype.isnative and NATIVE.has_arithmetic(dtype.name, reduction)
 
 
 def reduce_into(reduction: Reduction, out: Array, operands: Sequence[Array]) -> None:

@@ -1,5 +1,8 @@
 """Collectives of arrays that fit a slot: every rank publishes its whole array, in most cases in one round.
 
+The native helper does the same in one call (`native/collective.c`), where it can. Ranks that run this meet ranks that
+run that, so both put the same data in the same places, in the same rounds.
+
 All blocks have one size here; `data_movement` and `reductions` have the other cases. Methods take the arguments of the
 methods of `Backend`.
 """
@@ -10,7 +13,8 @@ import numpy as np
 
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.kernels import reduce_into
+from ferro_gloo.shm.kernels import has_arithmetic, reduce_into
+from ferro_gloo.shm.native import NATIVE
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import SlotRing
 
@@ -19,6 +23,7 @@ from ferro_gloo.shm.slot_ring import SlotRing
 _EACH_REDUCES_RANKS = 4
 # Blocks of up to this size are copied in one NumPy call, together with this rank's own block.
 _GATHERED_AT_ONCE_BYTES = 8 << 10
+_UINT8 = np.dtype(np.uint8)
 
 
 class SingleRoundCollectives:
@@ -35,8 +40,7 @@ class SingleRoundCollectives:
         self._ring = ring
         self._rank = rank
         self._ranks = region.ranks
-        self._slots = region.slots(np.dtype(np.uint8))
-        self._stacked_slots = region.stacked_slots()
+        self._is_native = region.native_ring is not None
 
     def barrier(self, deadline: float) -> None:
         """See `Backend.barrier`."""
@@ -59,14 +63,14 @@ class SingleRoundCollectives:
     def reduce_scatter(self, source: Array, out: Array, reduction: Reduction, deadline: float) -> None:
         """See `Backend.reduce_scatter`."""
         slot, start = self._publish(source, deadline), self._rank * out.size
-        self._reduce(out, source[start : start + out.size], start, reduction, slot)
+        self._reduce(out, source, start, reduction, slot)
 
     def broadcast(self, buffer: Array, root: int, deadline: float) -> None:
         """See `Backend.broadcast`."""
         at_root = self._rank == root
         slot = self._publish(buffer if at_root else None, deadline)
         if not at_root:
-            _bytes(buffer)[...] = self._slots[slot][root][: buffer.nbytes]
+            _bytes(buffer)[...] = self._message(buffer.nbytes, slot, root)
 
     def all_gather(self, buffer: Array, deadline: float) -> None:
         """See `Backend.all_gather`."""
@@ -74,23 +78,23 @@ class SingleRoundCollectives:
         blocks = _bytes(buffer).reshape(self._ranks, size)
         slot = self._publish(blocks[self._rank], deadline)
         if size <= _GATHERED_AT_ONCE_BYTES:
-            blocks[...] = self._stacked_slots[slot][:, :size]
+            blocks[...] = self._region.stacked_messages(size, slot)[:, :size]
             return
-        for rank, published in enumerate(self._slots[slot]):
+        for rank in range(self._ranks):
             if rank != self._rank:
-                blocks[rank] = published[:size]
+                blocks[rank] = self._message(size, slot, rank)
 
     def gather(self, block: Array, out: Array | None, deadline: float) -> None:
         """See `Backend.gather`."""
         slot = self._publish(block, deadline)
         if out is not None:
             blocks = _bytes(out).reshape(self._ranks, block.nbytes)
-            blocks[...] = self._stacked_slots[slot][:, : block.nbytes]
+            blocks[...] = self._region.stacked_messages(block.nbytes, slot)[:, : block.nbytes]
 
     def scatter(self, block: Array, source: Array | None, root: int, deadline: float) -> None:
         """See `Backend.scatter`."""
         slot, start = self._publish(source, deadline), self._rank * block.nbytes
-        _bytes(block)[...] = self._slots[slot][root][start : start + block.nbytes]
+        _bytes(block)[...] = self._message(self._ranks * block.nbytes, slot, root)[start : start + block.nbytes]
 
     def all_to_all(self, source: Array, out: Array, deadline: float) -> bool:
         """See `Backend.all_to_all`; return False where another rank's blocks are uneven.
@@ -104,7 +108,7 @@ class SingleRoundCollectives:
         size = source.nbytes // self._ranks
         start = self._rank * size
         blocks = _bytes(out).reshape(self._ranks, size)
-        blocks[...] = self._stacked_slots[slot][:, start : start + size]
+        blocks[...] = self._region.stacked_messages(source.nbytes, slot)[:, start : start + size]
         return True
 
     def _publish(self, data: Array | None, deadline: float) -> int:
@@ -113,28 +117,35 @@ class SingleRoundCollectives:
         number = ring.begin()
         slot = number % SLOTS
         if data is not None:
-            self._slots[slot][self._rank][: data.nbytes] = data.view(np.uint8)
+            self._message(data.nbytes, slot, self._rank)[...] = data.view(np.uint8)
         ring.synchronize(number, deadline)
         return slot
+
+    def _message(self, nbytes: int, slot: int, rank: int) -> Array:
+        return self._region.message_slots(nbytes, _UINT8)[slot][rank][:nbytes]
 
     def _reduce_on_rank_0(self, buffer: Array, reduction: Reduction, slot: int, deadline: float) -> None:
         """Reduce the arrays in `slot` on rank 0, which publishes the result in its next slot."""
         ring, number = self._ring, self._ring.next
         ring.next = number + 1
-        result = self._region.slots(buffer.dtype)[number % SLOTS][0][: buffer.size]
+        result = self._region.message_slots(buffer.nbytes, buffer.dtype)[number % SLOTS][0][: buffer.size]
         if self._rank == 0:
             self._reduce(result, buffer, 0, reduction, slot)
         ring.publish(number)
         ring.wait(number, deadline)
         buffer[...] = result
 
-    def _reduce(self, out: Array, own: Array, start: int, reduction: Reduction, slot: int) -> None:
-        """Reduce the arrays in `slot`, from element `start` on, into `out`; `own` is this rank's array."""
+    def _reduce(self, out: Array, published: Array, start: int, reduction: Reduction, slot: int) -> None:
+        """Reduce the arrays in `slot`, from element `start` on, into `out`; all are like `published`."""
         end = start + out.size
-        parts = [array[start:end] for array in self._region.slots(out.dtype)[slot]]
-        if own is not out or self._rank < 2:  # the first two are read before `out` is written
-            parts[self._rank] = own
-        reduce_into(reduction, out, parts)
+        messages = self._region.message_slots(published.nbytes, out.dtype)[slot]
+        parts = [array[start:end] for array in messages]
+        # Ranks that run native code choose one of two zeros, or NaN, in another way than NumPy does.
+        if self._is_native and has_arithmetic(reduction) and out.flags.aligned:
+            assert NATIVE is not None
+            NATIVE.reduce(out, parts, reduction.dtype.name, reduction.name, self._ranks)
+        else:
+            reduce_into(reduction, out, parts)
 
 
 def _bytes(array: Array) -> Array:

@@ -25,6 +25,7 @@ import time
 from ferro.collectives.label import LABEL_BYTES, Call, mismatch
 from ferro.errors import GroupClosed, PeerLost, with_awaited
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
+from ferro_gloo.shm.plain_ring import PlainRing
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.tcp.backend import TcpBackend
 
@@ -44,20 +45,27 @@ class SlotRing:
         tcp: the same ranks over TCP, which notices a lost rank or an abort.
 
     Attributes:
-        next: the number of the next chunk.
         call: the current call.
     """
 
     def __init__(self, region: ShmRegion, tcp: TcpBackend) -> None:
-        self.next = 0
         self._tcp = tcp
         self._rank = tcp.rank
         self._counters = region.counters
         self._headers = region.headers
+        self._ring = region.native_ring or PlainRing(region.counters, region.headers[tcp.rank])
         others = [rank for rank in range(tcp.world_size) if rank != tcp.rank]
         self._labels = [[(rank, region.headers[rank][slot][:LABEL_BYTES]) for rank in others] for slot in range(SLOTS)]
-        self._written = [b""] * SLOTS
         self.set_call(Call("barrier"))
+
+    @property
+    def next(self) -> int:
+        """The number of the next chunk."""
+        return self._ring.next
+
+    @next.setter  # noqa: A003 - the name that the native ring has, too
+    def next(self, number: int) -> None:
+        self._ring.next = number
 
     def set_call(self, call: Call) -> None:
         """Set the call to which the next operations belong."""
@@ -72,17 +80,10 @@ class SlotRing:
             span: where this rank's array is, if others can use it in place.
             chunks: this rank's number of chunks; 0 where the others need not know it.
         """
-        number = self.next
-        self.next = number + 1
-        header = self._plain_header
-        if span is not None or chunks:
-            packed = NO_SPAN if span is None else PACKED_SPAN.pack(*span)
-            header = self._label + packed + chunks.to_bytes(8, "little")
-        slot = number % SLOTS
-        if header != self._written[slot]:
-            self._headers[self._rank][slot][:_CHUNK_COUNT_END] = header
-            self._written[slot] = header
-        return number
+        if span is None and not chunks:
+            return self._ring.begin(self._plain_header)
+        packed = NO_SPAN if span is None else PACKED_SPAN.pack(*span)
+        return self._ring.begin(self._label + packed + chunks.to_bytes(8, "little"))
 
     def synchronize(self, number: int, deadline: float) -> None:
         """Publish an operation's first chunk, wait until all ranks have, and compare their labels.
@@ -90,12 +91,24 @@ class SlotRing:
         Raises:
             CollectiveMismatch: a rank makes another call.
         """
-        self.publish(number)
+        self._ring.publish(number)
         self.wait(number, deadline)
-        for rank, label in self._labels[number % SLOTS]:
-            if label != self._label:
-                names = self._tcp.names
-                raise mismatch(names[self._rank], self.call, names[rank], bytes(label))
+        self._compare_labels(number)
+
+    def complete(self, call: Call, number: int, awaited: int, *, deadline: float) -> None:
+        """Wait for the other ranks in a call that the native helper has begun; raise what `synchronize` raises.
+
+        Args:
+            call: the call.
+            number: the number of its first chunk.
+            awaited: the number of the chunk to wait for, the first or a later one.
+            deadline: absolute `time.monotonic()` second.
+        """
+        self.set_call(call)
+        self.wait(number, deadline)
+        self._compare_labels(number)
+        if awaited > number:
+            self.wait(awaited, deadline)
 
     def spans(self, number: int) -> tuple[bytes, ...]:
         """Read each rank's packed span from its header; zeros where the header has none."""
@@ -109,11 +122,11 @@ class SlotRing:
 
     def publish(self, number: int) -> None:
         """Tell the others that this rank has written chunk `number`, and has read chunk `number - 2`."""
-        self._counters.publish(number + 1)
+        self._ring.publish(number)
 
     def retract(self) -> None:
         """Take back all published chunks, so that a late rank waits for them, and finds the reason."""
-        self._counters.publish(-1)
+        self._ring.retract()
 
     def wait(self, number: int, deadline: float) -> None:
         """Wait until every rank has published a chunk.
@@ -136,3 +149,9 @@ class SlotRing:
             seconds = min(PEER_CHECK_S, deadline - time.monotonic())
             if seconds <= 0:
                 raise with_awaited(self._tcp.timeout(), awaited)
+
+    def _compare_labels(self, number: int) -> None:
+        for rank, label in self._labels[number % SLOTS]:
+            if label != self._label:
+                names = self._tcp.names
+                raise mismatch(names[self._rank], self.call, names[rank], bytes(label))
