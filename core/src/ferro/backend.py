@@ -18,7 +18,7 @@ import numpy as np
 
 from ferro.collectives import defaults
 from ferro.collectives.choice import Choice
-from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
+from ferro.collectives.fast_path import FastPaths
 from ferro.collectives.label import Call, collective_tag
 from ferro.collectives.posted_transfers import PostedTransfers, ThreadedTransfers
 from ferro.collectives.reduction import Reduction
@@ -39,12 +39,11 @@ class Completion(Protocol):
         """
 
 
-class Backend(ABC):
+class Backend(FastPaths, ABC):
     """Moves buffers between the ranks of one group.
 
-    A buffer belongs to the backend from the call until the call returns. `send` and `recv` may be called from several
-    threads at once, with different peers or tags. A `deadline` is an absolute `time.monotonic()` second; a call raises
-    `TimeoutError` when its deadline passes.
+    A buffer belongs to the backend until the call returns. `send` and `recv` may be called from several threads at
+    once, with different peers or tags. A `deadline` is an absolute `time.monotonic()` second.
 
     Attributes:
         rank: this process's rank in the group.
@@ -104,17 +103,9 @@ class Backend(ABC):
         return ThreadedTransfers(self)
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """Begin a collective: make sure that every rank makes this call, before data moves.
-
-        Raises:
-            CollectiveMismatch: another rank makes another call; the message names both calls.
-        """
+        """Begin a collective: make sure that every rank makes this call, or raise CollectiveMismatch with both calls."""
         self.call = call
         defaults.agree(self, call, deadline)
-
-    def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
-        """Make the backend's own way to run a small collective at once, for calls like this one; None by default."""
-        return None
 
     def abort(self) -> None:
         """Wake every blocked call of this group, here and as far as possible on other ranks."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,6 +90,9 @@ class BoundFastPath(Protocol):
     def finish(self) -> None:
         """Wait for the other ranks of a started collective, and complete the result."""
 
+    def close(self) -> None:
+        """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
+
 
 class FastPath(Protocol):
     """A collective of one kind and size, for any buffers."""
@@ -110,3 +113,56 @@ class FastPath(Protocol):
 
     def bind(self, source: Array | None, target: Array | None, /) -> BoundFastPath | None:
         """Hold these buffers for many calls; None where the fast path would decline them."""
+
+
+class PersistentExchange(Protocol):
+    """Many messages to and from other ranks, which are sent and received again and again.
+
+    One thread at a time calls the methods.
+    """
+
+    def __call__(self) -> bool:
+        """Begin a step, and carry it on for some microseconds; say whether it has ended. If not, `finish` follows."""
+
+    def start(self) -> None:
+        """Begin a step, without waiting."""
+
+    def test(self) -> bool:
+        """Carry a started step on, without waiting; say whether it has ended."""
+
+    def finish(self, *, deadline: float) -> None:
+        """Wait until the step has ended: the buffers sent may be used again, those received are full.
+
+        Raises what `Backend.exchange` raises.
+        """
+
+    def close(self) -> None:
+        """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
+
+
+class FastPaths:
+    """The part of a backend's contract that is about calls which come again and again; nothing of it is needed."""
+
+    def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
+        """Make this backend's own way to run a collective of this kind at once; None where it has none.
+
+        Each rank asks for itself, so this must not communicate.
+        """
+        return None
+
+    def persistent_exchange(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float
+    ) -> PersistentExchange | None:
+        """Make this backend's own way to do these transfers many times; None, on all ranks, where it has none.
+
+        Every rank of the group calls it as a collective, one with nothing to exchange as well. The ranks have compared
+        what they send with what the others receive. Messages between two ranks match in the order given, apart from
+        all other transfers.
+
+        Args:
+            sends: peers and flat contiguous arrays, of which each step sends what they hold then.
+            recvs: peers and flat contiguous arrays, which each step fills.
+            number: of this persistent operation in its group, the same on every rank.
+            deadline: absolute `time.monotonic()` second, of this call.
+        """
+        return None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from ferro.types import Array
 
@@ -38,27 +38,30 @@ class PostedTransfers(Protocol):
         """End the wait that is under way in another thread, or else the next one."""
 
 
-def move_both(
-    posted: PostedTransfers,
-    send: tuple[int, Iterator[Array]],
-    recv: tuple[int, Iterator[Array]],
-    tag: int,
-    deadline: float,
+def move_all(
+    posted: PostedTransfers, channels: Mapping[tuple[str, int], Iterator[Array]], tag: int, deadline: float
 ) -> None:
-    """Send one sequence of messages while another is received, and wait for both; neither depends on the other."""
-    moving = {"send": send, "recv": recv}
-    ended: Ended = [("send", None), ("recv", None)]
+    """Move sequences of messages at the same time, and wait for all of them.
+
+    Args:
+        posted: moves them.
+        channels: ("send" or "recv", peer) -> the messages, one after the other.
+        tag: of all messages.
+        deadline: absolute `time.monotonic()` second.
+    """
+    moving = dict(channels)
+    ended: Ended = [(channel, None) for channel in moving]
     while True:
         for handle, error in ended:
             if error is not None:
                 raise error
-            peer, messages = moving[str(handle)]
-            buffer = next(messages, None)
+            direction, peer = channel = cast("tuple[str, int]", handle)
+            buffer = next(moving[channel], None)
             if buffer is None:
-                del moving[str(handle)]
+                del moving[channel]
             else:
-                post = posted.isend if handle == "send" else posted.irecv
-                post(handle, buffer, peer, tag=tag, deadline=deadline)
+                post = posted.isend if direction == "send" else posted.irecv
+                post(channel, buffer, peer, tag=tag, deadline=deadline)
         if not moving:
             return
         ended = posted.wait_any(deadline)

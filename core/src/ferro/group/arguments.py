@@ -161,6 +161,10 @@ class ArgumentChecker:
         if peer == self._rank:
             message = f"rank {self._rank} cannot {verb} itself: copy the array instead, or use sendrecv in both roles"
             raise UsageError(message, group=self._info.name, rank=self._rank, peer=peer)
+        self.check_tag(tag)
+
+    def check_tag(self, tag: int) -> None:
+        """Refuse a wrong tag."""
         if not isinstance(tag, int | np.integer) or not 0 <= tag <= MAX_TAG:
             raise UsageError(f"tag is {tag!r}; tags are whole numbers from 0 to {MAX_TAG}")
 

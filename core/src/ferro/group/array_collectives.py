@@ -60,6 +60,7 @@ class ArrayCollectives:
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
         self._check_peer = checker.check_peer
+        self._check_tag = checker.check_tag
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
         """Return an uninitialised array in the memory that this backend moves fastest.

@@ -57,11 +57,12 @@ class Dispatcher:
     def __init__(self, backend: Backend, info: GroupInfo) -> None:
         self.backend = backend
         self._info = info
-        self._observed = bool(info.observers)
+        self.observed = bool(info.observers)
         self._notifier = ObserverNotifier(info, backend.rank)
         self._streams = backend.streams
         self._agreement = FailureAgreement(info, backend.rank)
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
+        self.start_at_once, self.end_started = self._collectives.start_at_once, self._collectives.end_started
         self._transfers = TransferQueue(backend, info.name)
         self._lock = threading.Lock()
         self._word = self._collectives.state
@@ -156,7 +157,7 @@ class Dispatcher:
                     self._state.raise_closed(call.op)
                 begun = True
                 seq = executor.next_number()
-                if not launches and not self._observed:
+                if not launches and not self.observed:
                     self._execute(call.numbered(seq), action, allowed_s)
                     return finish()
                 result = self._perform(call.numbered, action, finish, nbytes, allowed_s, launches, None, seq)
@@ -175,21 +176,26 @@ class Dispatcher:
             collective: its kind and sizes.
             timeout_s: deadline of each call in seconds; the group's when None.
         """
-        if self._observed or _CPU in self._streams or self._word[BUSY]:
+        if self.observed or _CPU in self._streams or self._word[BUSY]:
             return None
         executor = self._collectives
-        late = partial(self._run_late, self.checked_timeout(timeout_s))
+        late = partial(self.run_late, self.checked_timeout(timeout_s))
         turn = Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
         return self.backend.fast_path(collective, turn)
 
-    def _run_late(self, timeout_s: float, call: Call, wait: Action) -> None:
-        """Wait for the others in a collective that runs on a fast path; see `Turn.late`."""
-        call = call.numbered(self._collectives.latest_number())
+    def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
+        """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""
+        if transfer is None:
+            call = call.numbered(self._collectives.latest_number())
         try:
-            self._execute(call, wait, timeout_s, agreed=True)
+            self._execute(call, wait, timeout_s, transfer, agreed=True)
         except BaseException as error:
-            self._fail(error, CallSite(call, (), timeout_s, 0.0))
+            self._fail(error, self._site(call, timeout_s, 0.0, transfer))
             raise
+
+    def interrupted(self, op: str, error: BaseException) -> None:
+        """End the group: an exception of the program's has left one of its operations in the middle."""
+        self._fail(error, CallSite(Call(op), (), self._timeout_s, 0.0))
 
     def transfer(
         self,
@@ -233,7 +239,7 @@ class Dispatcher:
         """Begin a transfer in the group's thread."""
         if self._state.failure is not None:
             self._state.raise_dead(transfer.call.op)
-        if self._observed:
+        if self.observed:
             transfer.event = self._notifier.started(transfer.call, transfer.nbytes)
 
     def _end_transfer(self, finish: Finish, transfer: Transfer, error: BaseException | None) -> object:
@@ -310,13 +316,13 @@ class Dispatcher:
         A launched operation goes into the device's queue of the thread that calls this.
         """
         call = numbered(seq)
-        if not self._observed:
-            self._execute(call, action, timeout_s, transfer)
+        if not self.observed:
+            self._execute(call, action, timeout_s, transfer, agreed=transfer is not None)
         else:
             event = self._notifier.started(call, nbytes)
             started, error = time.monotonic(), ""
             try:
-                self._execute(call, action, timeout_s, transfer)
+                self._execute(call, action, timeout_s, transfer, agreed=transfer is not None)
             except BaseException as raised:
                 error = type(raised).__name__
                 raise
@@ -333,14 +339,14 @@ class Dispatcher:
     ) -> None:
         """Run an operation by its deadline; a failure ends the group with the cause that all ranks report.
 
-        An operation that is no `transfer` is a collective, on which the ranks agree unless they have `agreed`.
+        An operation that is no `transfer` is a collective, on which the ranks agree, unless they have.
         """
         if self._state.failure is not None:  # the group died while this operation waited for earlier ones
             self._state.raise_dead(call.op)
         started = time.monotonic()
         deadline = started + timeout_s
         try:
-            if transfer is None and not agreed:
+            if not agreed:
                 self.backend.agree(call, deadline=deadline)
             action(deadline=deadline)
         except UnsupportedError:  # raised by the backend, on all ranks

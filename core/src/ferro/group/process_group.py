@@ -1,7 +1,8 @@
 """ProcessGroup: the ranks that work together, as one of them sees it.
 
-The group checks a call, then hands it to the backend. Its collectives on arrays are in `array_collectives`; here are
-transfers, Python values, groups inside the group, and its end.
+The group checks a call, then hands it to the backend. Its collectives on arrays are in `array_collectives` and
+`blockwise_collectives`, its transfers in `transfer_methods`, its persistent operations in `persistent_methods`; here
+are Python values, groups inside the group, and its end.
 """
 
 from __future__ import annotations
@@ -12,20 +13,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.collectives.label import Call
 from ferro.errors import PeerLost, UsageError
 from ferro.group import objects
-from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, flattened, named_dtype
-from ferro.group.array_collectives import ResultOrWork
-from ferro.group.array_operations import no_result
-from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.coalescing import Coalescing
 from ferro.group.group_info import GroupInfo
 from ferro.group.objects import Codec
+from ferro.group.persistent_methods import PersistentMethods
 from ferro.group.subgroups import Subgroups, lost_host_named, split_backend
-from ferro.group.work import Work
 from ferro.types import Array, Device
 
 # How long the rank that hosts the store waits at the end for the ranks that still need it: in a group that works, and
@@ -35,14 +31,15 @@ _FAILED_CLOSE_TIMEOUT_S = 2.0
 _SPLIT = Call("barrier", detail="split")
 
 
-class ProcessGroup(BlockwiseCollectives):
+class ProcessGroup(PersistentMethods):
     """The ranks that work together, as one of them sees it.
 
     All ranks make the same collective calls in the same order, with the same shapes (except sizes declared uneven),
     dtypes, reductions and roots. Inputs are never modified and may be reused as soon as a call returns, even an
     asynchronous one (unless with `copy=False`); an array given as `out` may not be touched before the operation has
     ended. Arrays are NumPy's, CuPy's, or any library's that supports DLPack; the result is of the same kind, or `out`
-    itself where that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments that all take.
+    itself where that is given. Collectives on arrays are in `ArrayCollectives`, with the arguments
+    that all take, transfers in `TransferMethods`.
 
     Errors that all may raise
         UsageError, UnsupportedError: wrong or impossible arguments. Nothing was sent; the group is still good.
@@ -118,72 +115,6 @@ class ProcessGroup(BlockwiseCollectives):
                 together.all_reduce(array, out=array)
         """
         return Coalescing(self)
-
-    # -- transfers between two ranks -------------------------------------------------------------
-
-    def send(
-        self,
-        x: Input,
-        dst: int,
-        tag: int = 0,
-        *,
-        async_op: bool = False,
-        copy: bool = True,
-        timeout_s: float | None = None,
-    ) -> ResultOrWork:
-        """Send `x` to rank `dst`, which must call `recv` with the same tag, dtype and size.
-
-        Messages with one tag arrive in the order sent; those with different tags do not wait for each other. Returns
-        None, or a Work.
-        """
-        self._check_peer(dst, "send to", tag)
-        buffer, device = self._message(x, copy=async_op and copy)
-        return self._dispatcher.transfer("send", [(dst, buffer)], [], tag, no_result, async_op, timeout_s, device)
-
-    def recv(
-        self, buffer: Input, src: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
-    ) -> ResultOrWork:
-        """Fill `buffer` with the message of rank `src` with this tag; return `buffer`, or a Work.
-
-        Args:
-            buffer: contiguous and writable, with the dtype and number of elements sent.
-            src: the sender.
-            tag: from 0 to 2**31 - 1.
-        """
-        self._check_peer(src, "receive from", tag)
-        result = self._output(buffer)
-        recvs = [(src, result.flat)]
-        return self._dispatcher.transfer("recv", [], recvs, tag, result, async_op, timeout_s, result.device)
-
-    def sendrecv(
-        self,
-        x: Input,
-        buffer: Input,
-        dst: int,
-        src: int | None = None,
-        tag: int = 0,
-        *,
-        async_op: bool = False,
-        copy: bool = True,
-        timeout_s: float | None = None,
-    ) -> ResultOrWork:
-        """Send `x` to `dst` and fill `buffer` from `src` (or `dst`) at the same time.
-
-        Never deadlocks, whatever the ranks' order. Both may be this rank itself. Returns `buffer`, or a Work.
-        """
-        src = dst if src is None else src
-        alone = dst == src == self.rank  # as in a ring of one rank
-        if not alone:
-            self._check_peer(dst, "send to", tag)
-            self._check_peer(src, "receive from", tag)
-        source, device = self._message(x, copy=async_op and copy)
-        result = self._output(buffer)
-        if device is result.device and np.may_share_memory(source, result.flat):
-            source = source.copy()
-        if alone:
-            return self._send_to_itself(source, result, async_op)
-        sends, recvs = [(dst, source)], [(src, result.flat)]
-        return self._dispatcher.transfer("sendrecv", sends, recvs, tag, result, async_op, timeout_s, device)
 
     # -- small Python values; each call is made of several operations ----------------------------
 
@@ -371,26 +302,3 @@ class ProcessGroup(BlockwiseCollectives):
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close(_CLOSE_TIMEOUT_S if works else _FAILED_CLOSE_TIMEOUT_S, in_good_order)
-
-    def _message(self, x: Input, *, copy: bool) -> tuple[Array, Device]:
-        """Prepare the flat memory of a message, which names the dtype where that is none that backends take."""
-        input_array = self._check_input(x, moved=True)
-        flat, dtype = flattened(input_array.array, copy=copy), input_array.dtype
-        return (flat if dtype is flat.dtype else named_dtype(flat, dtype)), input_array.device
-
-    def _output(self, buffer: Input) -> OutputBuffer | NamedDtypeBuffer:
-        input_array = self._check_input(buffer, what="buffer", moved=True)
-        result, dtype = OutputBuffer(input_array, buffer, input_array.array.shape, what="buffer"), input_array.dtype
-        return result if dtype is result.flat.dtype else NamedDtypeBuffer(result, dtype)
-
-    def _send_to_itself(self, source: Array, result: OutputBuffer | NamedDtypeBuffer, async_op: bool) -> ResultOrWork:
-        self._dispatcher.check_open("sendrecv")
-        if (source.size, source.dtype) != (result.flat.size, result.flat.dtype):
-            raise UsageError(
-                f"sendrecv of rank {self.rank} with itself: the buffer takes {result.flat.size} x {result.flat.dtype}, "
-                f"the message has {source.size} x {source.dtype}"
-            )
-        result.flat[...] = source
-        work: Work[object] = Work("sendrecv", 0)
-        work._run(lambda _: result())
-        return work if async_op else work.wait()

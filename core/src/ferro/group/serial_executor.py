@@ -157,8 +157,8 @@ class SerialExecutor:
     def start_at_once(self, begin: Callable[[], bool], finish: Callable[[], object]) -> bool:
         """Begin an operation that somebody finishes later; return False, having done nothing, if it must wait its turn.
 
-        `begin` says whether it has begun. From then until `finish` has released it, the operation holds the lock. A
-        thread that takes the lock announces itself first, then looks for a started operation; this method lets the
+        `begin` says whether it has begun. From then on it holds the lock, until `finish` calls `end_started`. A thread
+        that is about to take the lock announces itself first, then looks for a started operation; this method lets the
         operation be found first, then looks for such threads. So none of them waits for a lock that nobody releases.
         """
         if self.pending or not self.lock.acquire(blocking=False):
@@ -166,17 +166,21 @@ class SerialExecutor:
         self.started.append(finish)
         if not (self.entering or self.pending or self.closed) and begin():
             return True
-        self.started.remove(finish)
-        self.lock.release()
+        self.end_started()
         return False
 
     def finish_started(self) -> None:
         """Finish the operation that was started, unless another thread does."""
         try:
-            finish = self.started.pop()
+            finish = self.started[0]
         except IndexError:
             return
         finish()
+
+    def end_started(self) -> None:
+        """Let go of the operation that was started, and release its lock."""
+        self.started.clear()
+        self.lock.release()
 
     def wait_for_pending(self) -> None:
         """Wait until the last pending operation has begun: it holds the lock, and the caller is next."""

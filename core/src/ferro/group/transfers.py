@@ -13,14 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from ferro.backend import Backend
 from ferro.collectives.label import LABEL_BYTES, Call, compare_labels, transfer_call
-from ferro.collectives.posted_transfers import PostedTransfers, move_both
+from ferro.collectives.posted_transfers import PostedTransfers, move_all
 from ferro.errors import GroupClosed
 from ferro.group.serial_executor import (
     IDLE_S,
@@ -70,7 +70,7 @@ class Half:
 
 
 class Transfer:
-    """A send, a receive, or both: one half for each.
+    """A send, a receive, both, or many of them at once: one half for each message.
 
     The group's thread calls `begin` before anything moves; it may raise. `end`, given the error or None, returns the
     caller's result or raises the caller's error. Until the transfer has `begun` it may be withdrawn.
@@ -122,6 +122,8 @@ class Transfer:
 
     def move(self, backend: Backend, *, deadline: float) -> None:
         """Move its messages in this thread."""
+        if not self.halves:
+            return
         (direction, peer, tag), buffer = self.halves[0].channel, self.halves[0].buffer
         if len(self.halves) == 1:
             move = backend.send if direction == "send" else backend.recv
@@ -131,12 +133,17 @@ class Transfer:
             for message in self.halves[0].messages(backend):
                 move(message, peer, tag=tag, deadline=deadline)
             return
-        _, source, _ = self.halves[1].channel
         if backend.labels_frames:
-            backend.exchange([(peer, buffer)], [(source, self.halves[1].buffer)], tag=tag, deadline=deadline)
+            messages: dict[str, list[tuple[int, Array]]] = {"send": [], "recv": []}
+            for half in self.halves:
+                messages[half.channel[0]].append((half.channel[1], half.buffer))
+            backend.exchange(messages["send"], messages["recv"], tag=tag, deadline=deadline)
             return
-        sent, received = (half.messages(backend) for half in self.halves)
-        move_both(backend.posted_transfers(), (peer, sent), (source, received), tag, deadline)
+        channels: dict[tuple[str, int], list[Iterator[Array]]] = {}
+        for half in self.halves:
+            channels.setdefault(half.channel[:2], []).append(half.messages(backend))
+        chained = {channel: chain.from_iterable(parts) for channel, parts in channels.items()}
+        move_all(backend.posted_transfers(), chained, tag, deadline)
 
     def conclude(self, error: BaseException | None) -> None:
         """Give its result, or the caller's error, to those who wait for it; later errors change nothing."""
@@ -237,7 +244,7 @@ class TransferQueue:
             raise ExecutorClosed(transfer.call.op)
         for half in transfer.halves:
             self._channels.setdefault(half.channel, deque()).append(half)
-        return len(self._channels[transfer.halves[0].channel]) - 1
+        return len(self._channels[transfer.halves[0].channel]) - 1 if transfer.halves else 0
 
     def _hand_over(self, transfer: Transfer, seq: int) -> None:
         if self._thread is None:
@@ -253,7 +260,7 @@ class TransferQueue:
                 self._offer(half)
 
     def _is_first(self, transfer: Transfer) -> bool:
-        return all(self._channels[half.channel][0] is half for half in transfer.halves)
+        return all(self._channels[half.channel][0].transfer is transfer for half in transfer.halves)
 
     def _offer(self, half: Half) -> None:
         """Let a half that is first in its channel begin, or a transfer that waits in the caller's thread."""

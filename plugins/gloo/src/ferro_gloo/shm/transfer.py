@@ -20,7 +20,7 @@ from itertools import repeat
 import numpy as np
 
 from ferro.collectives.label import transfer_call
-from ferro.collectives.posted_transfers import move_both
+from ferro.collectives.posted_transfers import move_all
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.bootstrap import LocalHost
@@ -52,10 +52,13 @@ class ShmTransfers:
 
     def exchange(self, sends: Sequence[PeerBuffer], recvs: Sequence[PeerBuffer], *, tag: int, deadline: float) -> None:
         """See `Backend.exchange`."""
-        if len(sends) == len(recvs) == 1 and max(sends[0][1].nbytes, recvs[0][1].nbytes) > MAX_BODY:
-            # The steps of a long message must not wait for the other message.
-            sent, received = sends[0], recvs[0]
-            move_both(self.posted(), (sent[0], iter(sent[1:])), (received[0], iter(received[1:])), tag, deadline)
+        messages = [("send", *item) for item in sends] + [("recv", *item) for item in recvs]
+        if len(messages) > 1 and any(buffer.nbytes > MAX_BODY for _, _, buffer in messages):
+            # The steps of a long message must not wait for the other messages.
+            channels: dict[tuple[str, int], list[Array]] = {}
+            for direction, peer, buffer in messages:
+                channels.setdefault((direction, peer), []).append(buffer)
+            move_all(self.posted(), {key: iter(buffers) for key, buffers in channels.items()}, tag, deadline)
             return
         for step in self._steps(sends, recvs, tag):
             self._tcp.move(*step, deadline)

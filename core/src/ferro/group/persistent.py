@@ -1,0 +1,218 @@
+"""Persistent operations: collectives and transfers that are checked once and then run many times.
+
+    step = group.persistent("all_reduce", x, op="sum", out=x)
+    for _ in range(1000):
+        fill(x)
+        step()
+
+Source: MPI standard 4.0, persistent communication (MPI_Allreduce_init, MPI_Send_init).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ferro.collectives.fast_path import BoundFastPath
+from ferro.errors import FerroError, UsageError
+from ferro.group.work import Work
+
+if TYPE_CHECKING:
+    from ferro.group.dispatcher import Dispatcher
+
+
+class Steps(Protocol):
+    """The steps of a persistent operation, of which one at a time is under way.
+
+    Attributes:
+        at_once: runs a step and says True, or False, having done nothing, where `run` must; None for `run` always.
+        result: what a step returns that was run at once.
+    """
+
+    @property
+    def at_once(self) -> Callable[[], bool] | None: ...
+    @property
+    def result(self) -> Any: ...
+    def run(self) -> Any: ...
+    def start(self) -> None: ...
+    def done(self) -> bool: ...
+    def wait(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class PersistentOperation:
+    """A collective or transfer with its arguments, of which all ranks that take part run the same number of steps.
+
+    `ProcessGroup.persistent` makes one. Its arrays belong to it until `close()`: they are kept alive, may be rewritten
+    between two steps, and may not be touched from `start()` until `wait()` returns. Several may be under way together,
+    beside other operations of the group: all collectives run in the order issued, the same on all ranks. One thread at
+    a time uses one operation.
+
+    Errors are those of the ordinary call: a step meets only steps of the same operation, and anything else that another
+    rank calls instead is a CollectiveMismatch on every rank.
+
+    Attributes:
+        op: name of the operation, such as "all_reduce".
+    """
+
+    __slots__ = ("_at_once", "_result", "_started", "_steps", "op")
+
+    def __init__(self, op: str, steps: Steps) -> None:
+        self.op = op
+        self._steps: Steps | None = steps
+        self._at_once = steps.at_once
+        self._result = steps.result
+        self._started = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._steps is None else "started" if self._started else "ready"
+        return f"<PersistentOperation {self.op}, {state}>"
+
+    def __call__(self) -> Any:
+        """Run a step; return its result: `out`, or the operation's own array, which the next step overwrites."""
+        if (at_once := self._at_once) is not None and at_once():
+            return self._result
+        return self._ready().run()
+
+    def start(self) -> None:
+        """Begin a step, which goes on beside the caller's computation; `wait()` ends it."""
+        self._ready().start()
+        self._started, self._at_once = True, None
+
+    def done(self) -> bool:
+        """Say whether the started step has ended. Never blocks."""
+        return self._under_way().done()
+
+    def wait(self) -> Any:
+        """Wait until the started step has ended; return its result, or raise its error."""
+        steps = self._under_way()
+        try:
+            return steps.wait()
+        finally:
+            self._started, self._at_once = False, steps.at_once
+
+    def close(self) -> None:
+        """End the operation, after a step that is under way, and let go of its arrays. Idempotent; not collective."""
+        steps = self._steps
+        if steps is None:
+            return
+        try:
+            if self._started:
+                self.wait()
+        finally:
+            self._steps = self._at_once = self._result = None
+            steps.close()
+
+    def __enter__(self) -> PersistentOperation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+    def _ready(self) -> Steps:
+        if self._steps is None:
+            raise UsageError(f"this persistent {self.op} was closed: make a new one", op=self.op)
+        if self._started:
+            raise UsageError(f"this persistent {self.op} was started before: call wait() first", op=self.op)
+        return self._steps
+
+    def _under_way(self) -> Steps:
+        if self._steps is None or not self._started:
+            raise UsageError(f"no step of this persistent {self.op} is under way: call start() first", op=self.op)
+        return self._steps
+
+
+class RepeatedSteps:
+    """Steps that repeat an ordinary operation; `run_ordinary` is given `async_op`."""
+
+    at_once = result = None
+
+    def __init__(self, run_ordinary: Callable[[bool], Any]) -> None:
+        self._run_ordinary = run_ordinary
+        self._work: Work[Any] | None = None
+
+    def run(self) -> Any:
+        return self._run_ordinary(False)
+
+    def start(self) -> None:
+        self._work = self._run_ordinary(True)
+
+    def done(self) -> bool:
+        return self._work is None or self._work.done()
+
+    def wait(self) -> Any:
+        work, self._work = self._work, None
+        return None if work is None else work.wait()
+
+    def close(self) -> None:
+        """Nothing is kept but the arrays."""
+
+
+class FastSteps:
+    """Steps on the backend's fast path, and as ordinary operations where it declines.
+
+    A step that was started there holds the lock of the group's collectives. `wait()` finishes it, or the group's next
+    collective does, whichever comes first.
+    """
+
+    def __init__(self, path: BoundFastPath, result: object, ordinary: RepeatedSteps, dispatcher: Dispatcher) -> None:
+        self.at_once: Callable[[], bool] | None = path.__call__
+        self.result = result
+        self.run = ordinary.run
+        self._path = path
+        self._ordinary = ordinary
+        self._dispatcher = dispatcher
+        self._finishing = threading.Lock()
+        self._begun = False  # on the fast path, and not finished
+        self._fast = False  # begun on the fast path
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        self._dispatcher.check_open("persistent")
+        with self._finishing:
+            self._fast = self._begun = self._dispatcher.start_at_once(self._path.start, self._finish_for_other)
+        if not self._fast:
+            self._ordinary.start()
+
+    def done(self) -> bool:
+        return (not self._begun or self._path.test()) if self._fast else self._ordinary.done()
+
+    def wait(self) -> Any:
+        if not self._fast:
+            return self._ordinary.wait()
+        try:
+            self._finish()
+        except BaseException as interrupt:
+            self._dispatcher.interrupted("persistent", interrupt)  # it may hold the lock that others wait for
+            raise
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self.result
+
+    def close(self) -> None:
+        self._path.close()
+
+    def _finish(self) -> None:
+        with self._finishing:
+            if not self._begun:
+                return
+            try:
+                self._path.finish()
+            except BaseException as error:  # noqa: BLE001 - wait() raises it
+                self._error = error
+            finally:
+                self._begun = False
+                self._dispatcher.end_started()
+
+    def _finish_for_other(self) -> None:
+        """Finish the step for the group's next operation, in whichever thread that is."""
+        self._finish()
+        error = self._error
+        if error is not None and not isinstance(error, FerroError):
+            raise error  # an interrupt of this thread

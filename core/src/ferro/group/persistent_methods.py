@@ -1,0 +1,130 @@
+"""The method of a group that makes persistent operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ferro.collectives.fast_path import BoundFastPath
+from ferro.collectives.label import Call, persistent_call
+from ferro.group.array_operations import Operation, no_result
+from ferro.group.fast_calls import even_collective
+from ferro.group.persistent import FastSteps, PersistentOperation, RepeatedSteps
+from ferro.group.persistent_arguments import PersistentArguments, arguments_of
+from ferro.group.persistent_transfers import persistent_exchange, persistent_transfer
+from ferro.group.transfer_methods import TransferMethods
+from ferro.types import Device
+
+if TYPE_CHECKING:
+    from ferro.group.process_group import ProcessGroup
+
+_FAST = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "all_to_all",
+    "barrier",
+)
+
+
+class PersistentMethods(TransferMethods):
+    """The part of `ProcessGroup` that makes persistent operations."""
+
+    _persistent_count = 0
+
+    def persistent(self, op: str, /, *args: Any, timeout_s: float | None = None, **options: Any) -> PersistentOperation:
+        """Make a collective or transfer that is checked once and then runs many times.
+
+            step = group.persistent("all_reduce", x, op="sum", out=x)
+            step()                  # or step.start(), a computation, step.wait()
+
+        Every rank calls it, as a collective: the ranks compare what they ask for. Only "send", "recv" and "sendrecv"
+        are made by the two ranks that take part, which compare each message.
+
+        Args:
+            op: name of a method of the group: any collective on arrays, "barrier", "send", "recv", "sendrecv" or
+                "exchange".
+            args, options: the arguments of that method; not `async_op` and `copy`. Each step reads the elements that
+                the input has then. Without `out` the result is an array that the next step overwrites.
+            timeout_s: deadline of each step in seconds; the group's when None.
+
+        Raises:
+            UsageError, UnsupportedError: as the method; nothing was sent.
+            CollectiveMismatch, CollectiveTimeout, PeerLost, GroupClosed: as all collectives.
+        """
+        self._dispatcher.check_open("persistent")
+        timeout_s = self._dispatcher.checked_timeout(timeout_s)
+        if op in ("send", "recv", "sendrecv"):
+            return persistent_transfer(self, op, args, options, timeout_s)
+        if op == "exchange":
+            self._persistent_count += 1
+            return persistent_exchange(cast("ProcessGroup", self), self._persistent_count, args, options, timeout_s)
+        arguments = arguments_of(self, op, args, options)
+        operation: Operation = arguments.prepare(arguments.out)
+        self._persistent_count += 1
+        number = self._persistent_count
+        self._agree_on_persistent(operation[0], number)
+        call = persistent_call(operation[0], number)
+        result = None if not arguments.even and op == "all_to_all" else operation[2]()
+        steps = RepeatedSteps(_OrdinaryStep(self, arguments, operation, call, result, timeout_s))
+        path = self._bound_fast_path(op, arguments, call, result, timeout_s)
+        return PersistentOperation(op, steps if path is None else FastSteps(path, result, steps, self._dispatcher))
+
+    def _agree_on_persistent(self, call: Call, number: int) -> None:
+        """Compare what all ranks ask for."""
+        detail = f"{call.op} {number}, {call.detail}"
+        asked = Call("persistent", 0, call.dtype, call.count, call.reduction, call.root, detail)
+        self._dispatcher.collective(asked, self._backend.barrier, no_result, 0, Device.CPU, False, None)
+
+    def _bound_fast_path(
+        self, op: str, arguments: PersistentArguments, call: Call, result: Any, timeout_s: float
+    ) -> BoundFastPath | None:
+        """Bind the backend's fast path for steps with this rank's arrays; None where it has none."""
+        x, root = arguments.x, arguments.root
+        here = self.rank == root or root < 0
+        arrays = [array for array in (x, result) if array is not None]
+        if op not in _FAST or not arguments.even or any(type(array) is not np.ndarray for array in arrays):
+            return None
+        like = result if x is None else x
+        shape: tuple[int, ...] = () if like is None else like.shape
+        if op == "scatter" and x is None:
+            shape = (shape[0] * self.world_size, *shape[1:])
+        dtype = np.dtype(np.uint8) if like is None else like.dtype
+        found = even_collective(op, dtype, shape, arguments.reduction, int(root), self.world_size)
+        if found is None:
+            return None
+        path = self._dispatcher.fast_path(replace(found[0], call=call), timeout_s)
+        source = x if here or op not in ("broadcast", "scatter") else None
+        return None if path is None else path.bind(source, result)
+
+
+class _OrdinaryStep:
+    """Runs a step of a persistent collective as an ordinary operation."""
+
+    def __init__(
+        self,
+        group: PersistentMethods,
+        arguments: PersistentArguments,
+        operation: Operation,
+        call: Call,
+        result: object,
+        timeout_s: float,
+    ) -> None:
+        self._dispatcher = group._dispatcher
+        self._arguments = arguments
+        self._call = call
+        self._result = result if arguments.out is None else arguments.out
+        self._timeout_s = timeout_s
+        self._operation = (call, *operation[1:]) if arguments.repeats() else None
+
+    def __call__(self, async_op: bool) -> Any:
+        operation = self._operation
+        if operation is None:  # the arrays are a library's that must be asked for their memory again
+            operation = (self._call, *self._arguments.prepare(self._result)[1:])
+        return self._dispatcher.collective(*operation, async_op, self._timeout_s)
