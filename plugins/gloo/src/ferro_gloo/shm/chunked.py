@@ -3,9 +3,8 @@
 Usually all data passes through slots, chunk by chunk. Where every rank that sends data has its array in an arena
 (`ProcessGroup.empty`), the headers tell where the arrays are, and the other ranks use them in place.
 
-`chunked_operation` describes an operation. The native helper does all chunks in one call; pure Python does the same, for
-groups without the helper and for reductions that it does not know. Some ranks of an operation may use the one and some
-the other.
+`chunked_operation` describes an operation. The native helper does all its chunks in one call. Pure Python does the
+same, for groups without the helper and for reductions that it does not know.
 """
 
 from __future__ import annotations

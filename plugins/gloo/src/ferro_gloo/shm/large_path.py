@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import numpy as np
 
 from ferro.collectives.fast_path import BUSY, NUMBER, EvenCollective, Turn
 from ferro.collectives.label import Call
+from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
 from ferro_gloo.shm.arena import address_of
@@ -59,9 +61,11 @@ class LargePath:
                 return False
             turn.state[NUMBER] += 1
             self._set_call(self._collective.call)
-            flat_source = None if source is None else source.reshape(-1)
-            flat_target = flat_source if target is source else None if target is None else target.reshape(-1)
-            turn.late(self._collective.call, partial(self._run, flat_source, flat_target))
+            given = None if source is None else source.reshape(-1)
+            result = None if target is None else target.reshape(-1)
+            if given is not None and result is not None and _is_in_place(given, result):
+                result = given
+            turn.late(self._collective.call, partial(self._run, given, result))
         finally:
             turn.lock.release()
         return True
@@ -74,33 +78,23 @@ class LargePath:
         """Run the collective on arrays that were checked."""
         runner, op, reduction = self._runner, self._collective.op, self._collective.reduction
         counts, root = self._counts, self._collective.root
-        match op:
-            case "all_reduce":
-                assert source is not None and target is not None and reduction is not None
-                reductions.all_reduce(runner, source, target, reduction, deadline)
-            case "reduce":
-                assert source is not None and reduction is not None
-                reductions.reduce(runner, source, target, reduction, root, deadline)
-            case "reduce_scatter":
-                assert source is not None and target is not None and reduction is not None
-                reductions.reduce_scatter(runner, source, target, counts, reduction, deadline)
-            case "broadcast":
-                assert target is not None
-                data_movement.broadcast(runner, target if source is None else source, target, root, deadline)
-            case "all_gather":
-                assert source is not None and target is not None
-                data_movement.all_gather(runner, source, target, counts, deadline)
-            case "gather":
-                assert source is not None
-                data_movement.gather(runner, source, target, counts, root, deadline)
-            case "scatter":
-                assert target is not None
-                data_movement.scatter(runner, target, source, counts, root, deadline)
-            case "all_to_all":
-                assert source is not None and target is not None
-                data_movement.all_to_all(runner, source, target, counts, counts, deadline, synchronized=False)
-            case _:
-                raise AssertionError(f"there is no large {op}")
+        given, result = cast("Array", source), cast("Array", target)  # where the collective has them
+        if op == "all_reduce":
+            reductions.all_reduce(runner, given, result, cast("Reduction", reduction), deadline)
+        elif op == "reduce":
+            reductions.reduce(runner, given, target, cast("Reduction", reduction), root, deadline)
+        elif op == "reduce_scatter":
+            reductions.reduce_scatter(runner, given, result, counts, cast("Reduction", reduction), deadline)
+        elif op == "broadcast":
+            data_movement.broadcast(runner, result if source is None else source, result, root, deadline)
+        elif op == "all_gather":
+            data_movement.all_gather(runner, given, result, counts, deadline)
+        elif op == "gather":
+            data_movement.gather(runner, given, target, counts, root, deadline)
+        elif op == "scatter":
+            data_movement.scatter(runner, result, source, counts, root, deadline)
+        else:
+            data_movement.all_to_all(runner, given, result, counts, counts, deadline, synchronized=False)
 
     def _accepts(self, source: Array | None, target: Array | None) -> bool:
         """Say whether these are buffers that this can use; see `FastPath.__call__`."""
@@ -159,3 +153,11 @@ class BoundLargePath:
     def finish(self) -> None:
         """See `BoundFastPath`; nothing was started."""
         raise AssertionError("nothing was started")
+
+    def close(self) -> None:
+        """See `BoundFastPath`."""
+        del self._run
+
+
+def _is_in_place(source: Array, target: Array) -> bool:
+    return source.nbytes == target.nbytes and address_of(source) == address_of(target)
