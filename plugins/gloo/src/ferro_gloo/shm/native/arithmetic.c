@@ -189,7 +189,7 @@ PyObject *reduce(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     }
     Operands operands;
-    if (hold_operands(&operands, sources, &out, (Py_ssize_t)how.itemsize)) {
+    if (hold_operands(&operands, sources, &out, (Py_ssize_t)how.itemsize, strncmp(dtype, "complex", 7) ? 1 : 2)) {
         int valid = 1;
         for (Py_ssize_t i = how.combine ? 2 : operands.count; i < operands.count; i++)
             valid &= operands.arrays[i] != out.buf || !out.len;

@@ -130,7 +130,7 @@ void finish_collective(Collective *c, int64_t number, const char *source, char *
 {
     const Ring *ring = c->ring;
     size_t own = (size_t)ring->rank * c->block;
-    if (!c->target)
+    if (!c->target || !target) /* the root of a broadcast may have its result already */
         return;
     switch (c->operation) {
     case ALL_REDUCE:

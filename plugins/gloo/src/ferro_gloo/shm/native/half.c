@@ -153,7 +153,7 @@ PyObject *sum_half(PyObject *Py_UNUSED(module), PyObject *args)
     if (!PyArg_ParseTuple(args, "w*Opd:sum_half", &out, &sources, &brain, &divisor))
         return NULL;
     Operands operands;
-    if (hold_operands(&operands, sources, &out, 2)) {
+    if (hold_operands(&operands, sources, &out, 2, 1)) {
         HalfReduction sum = {operands.arrays, operands.count, out.len / 2, out.buf, brain, 0, (float)divisor};
         Py_BEGIN_ALLOW_THREADS
         reduce_halves(&sum);

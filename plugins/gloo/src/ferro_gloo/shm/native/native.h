@@ -101,8 +101,9 @@ typedef struct {
     Py_ssize_t count;
 } Operands;
 
-/* Hold the arrays of a sequence, each as `out`: aligned numbers of `itemsize` bytes; set an error if one is not. */
-int hold_operands(Operands *operands, PyObject *sources, const Py_buffer *out, Py_ssize_t itemsize);
+/* Hold the arrays of a sequence, each as `out`: aligned numbers of `itemsize` bytes, of which an element has as many as
+   `numbers` says, two where it is complex. Set an error if one is not so. */
+int hold_operands(Operands *operands, PyObject *sources, const Py_buffer *out, Py_ssize_t itemsize, int numbers);
 void release_operands(Operands *operands); /* also after a failure */
 
 /* ---- half.c */

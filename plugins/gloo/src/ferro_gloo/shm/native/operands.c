@@ -3,11 +3,11 @@
 #include "native.h"
 
 /* Return 1 if a buffer can be an operand of `out`; set an error if not. */
-static int fits(const Py_buffer *operand, const Py_buffer *out, Py_ssize_t itemsize)
+static int fits(const Py_buffer *operand, const Py_buffer *out, Py_ssize_t itemsize, int numbers)
 {
     const char *from = operand->buf, *to = out->buf;
     if (operand->len != out->len || operand->len % itemsize || (uintptr_t)from % (uintptr_t)itemsize ||
-        operand->itemsize > 2 * itemsize) { /* a complex number counts as two */
+        operand->itemsize > numbers * itemsize) {
         PyErr_Format(PyExc_ValueError, "an operand must be %zd bytes of aligned numbers of %zd bytes, not %zd bytes",
                      out->len, itemsize, operand->len);
         return 0;
@@ -19,10 +19,10 @@ static int fits(const Py_buffer *operand, const Py_buffer *out, Py_ssize_t items
     return 1;
 }
 
-int hold_operands(Operands *operands, PyObject *sources, const Py_buffer *out, Py_ssize_t itemsize)
+int hold_operands(Operands *operands, PyObject *sources, const Py_buffer *out, Py_ssize_t itemsize, int numbers)
 {
     *operands = (Operands){NULL, NULL, 0};
-    if (!fits(out, out, itemsize))
+    if (!fits(out, out, itemsize, numbers))
         return 0;
     PyObject *arrays = PySequence_Tuple(sources);
     if (!arrays)
@@ -44,7 +44,7 @@ int hold_operands(Operands *operands, PyObject *sources, const Py_buffer *out, P
         if (valid) {
             operands->count++;
             operands->arrays[index] = held->buf;
-            valid = fits(held, out, itemsize);
+            valid = fits(held, out, itemsize, numbers);
         }
     }
     Py_DECREF(arrays);
