@@ -27,7 +27,7 @@ from ferro_gloo.tcp.backend import TcpBackend
 # From this size on it is faster to use arrays in place, though that takes one more round.
 IN_PLACE_BYTES = 128 << 10
 # A chunk of the native helper, which does 4 or so at a time in the caches of a core.
-_NATIVE_CHUNK_BYTES = int(__import__("os").environ.get("FC", "128")) << 10
+_NATIVE_CHUNK_BYTES = int(__import__("os").environ.get("FC", "64")) << 10
 _LEAST_CHUNK_BYTES = 32 << 10
 _CACHE_LINE_BYTES = 64
 _MAX_CACHED_VIEWS = 256  # combinations of the ranks' arrays

@@ -16,7 +16,7 @@ from ferro_gloo.shm.arena import address_of
 from ferro_gloo.shm.native import NATIVE
 
 _COPY_BLOCK_BYTES = 256 << 10
-PAST_CACHES_BYTES = int(__import__("os").environ.get("FP", "1024")) << 10
+PAST_CACHES_BYTES = int(__import__("os").environ.get("FP", "512")) << 10
 _SUMS = (ReduceOp.SUM, ReduceOp.MEAN)
 
 
