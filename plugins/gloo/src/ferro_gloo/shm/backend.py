@@ -74,7 +74,7 @@ class ShmBackend(Backend):
         if NATIVE is None or ring is None or (reduction is not None and not has_arithmetic(reduction)):
             return None
         if message > limit:
-            return LargePath(self._runner, collective, turn, self._ring.set_call)
+            return LargePath(self._runner, self._ring, collective, turn)
         return NATIVE.ShortPath(
             ring=ring,
             operation=OPERATIONS.index(op),
@@ -98,21 +98,23 @@ class ShmBackend(Backend):
         if buffer.nbytes <= self._single_round_bytes:
             self._single_round.all_reduce(buffer, reduction, deadline)
         else:
-            reductions.all_reduce(self._runner, buffer, buffer, reduction, deadline)
+            self._runner.run(reductions.all_reduce(self._runner, buffer, buffer, reduction), deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.reduce(buffer, reduction, root, deadline)
         else:
-            reductions.reduce(self._runner, buffer, buffer if self.rank == root else None, reduction, root, deadline)
+            out = buffer if self.rank == root else None
+            self._runner.run(reductions.reduce(self._runner, buffer, out, reduction), deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.broadcast(buffer, root, deadline)
         else:
-            data_movement.broadcast(self._runner, buffer, buffer, root, deadline)
+            source, out = (buffer, None) if self.rank == root else (None, buffer)
+            self._runner.run(data_movement.broadcast(self._runner, source, out, root), deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
@@ -120,21 +122,21 @@ class ShmBackend(Backend):
             self._single_round.all_gather(buffer, deadline)
         else:
             block = blocks(buffer, counts)[self.rank]
-            data_movement.all_gather(self._runner, block, buffer, counts, deadline)
+            self._runner.run(data_movement.all_gather(self._runner, block, buffer, counts), deadline)
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if block.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.gather(block, out, deadline)
         else:
-            data_movement.gather(self._runner, block, out, counts, root, deadline)
+            self._runner.run(data_movement.gather(self._runner, block, out, counts, root), deadline)
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if sum(counts) * block.itemsize <= self._slot_bytes and _are_even(counts):
             self._single_round.scatter(block, source, root, deadline)
         else:
-            data_movement.scatter(self._runner, block, source, counts, root, deadline)
+            self._runner.run(data_movement.scatter(self._runner, block, source, counts, root), deadline)
 
     def reduce_scatter(
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
@@ -143,7 +145,7 @@ class ShmBackend(Backend):
         if source.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.reduce_scatter(source, out, reduction, deadline)
         else:
-            reductions.reduce_scatter(self._runner, source, out, counts, reduction, deadline)
+            self._runner.run(reductions.reduce_scatter(self._runner, source, out, counts, reduction), deadline)
 
     def all_to_all(
         self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
@@ -151,7 +153,10 @@ class ShmBackend(Backend):
         """See `Backend.all_to_all`."""
         small = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
         if not (small and self._single_round.all_to_all(source, out, deadline)):
-            data_movement.all_to_all(self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small)
+            operation = data_movement.all_to_all(
+                self._runner, source, out, send_counts, recv_counts, synchronized=small
+            )
+            self._runner.run(operation, deadline)
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`; over TCP."""

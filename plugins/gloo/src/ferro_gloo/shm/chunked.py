@@ -10,18 +10,18 @@ same, for groups without the helper and for reductions that it does not know.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
+from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas
 from ferro_gloo.shm.chunked_operation import ChunkedOperation
-from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, copy_large, has_arithmetic
+from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, has_arithmetic, reduce_into
+from ferro_gloo.shm.native import NATIVE, NativePlan
 from ferro_gloo.shm.python_chunks import run_in_python, stage_chunk
 from ferro_gloo.shm.region import SLOTS, ShmRegion
-from ferro_gloo.shm.slot_ring import NO_SPAN, PEER_CHECK_S, SlotRing
+from ferro_gloo.shm.slot_ring import NO_SPAN, PEER_CHECK_S, SlotRing, packed_header
 from ferro_gloo.tcp.backend import TcpBackend
 
 # From this size on it is faster to use arrays in place, though that takes one more round.
@@ -60,49 +60,70 @@ class ChunkedRunner:
 
     def chunk_bytes(self, parts: int = 1, reduction: Reduction | None = None) -> int:
         """Choose the length of a chunk where a slot holds `parts` of them; all ranks get the same."""
-        by_native = self._region.native_ring is not None and (reduction is None or has_arithmetic(reduction))
-        whole = min(self._region.slot_bytes, _NATIVE_CHUNK_BYTES) if by_native else self._region.slot_bytes
-        whole = max(whole, min(self._region.slot_bytes, parts * _LEAST_CHUNK_BYTES))
+        whole = self._region.slot_bytes
+        if self._is_native(reduction):
+            whole = min(whole, max(_NATIVE_CHUNK_BYTES, parts * _LEAST_CHUNK_BYTES))
         return max(_CACHE_LINE_BYTES, whole // parts // _CACHE_LINE_BYTES * _CACHE_LINE_BYTES)
+
+    def reduce_into(self, reduction: Reduction, out: Array, operands: Sequence[Array]) -> None:
+        """Reduce arrays, in order of rank, into `out`, which may be one of the first two; see `Reduction.into`.
+
+        Ranks with the native helper get the same bits everywhere, for it chooses one of two zeros, or NaN, in another
+        way than NumPy does.
+        """
+        if NATIVE is not None and self._is_native(reduction) and all(array.flags.aligned for array in (out, *operands)):
+            NATIVE.reduce(out, operands, reduction.dtype.name, reduction.name, self.ranks)
+        else:
+            reduce_into(reduction, out, operands)
 
     def is_shared(self, array: Array) -> bool:
         """Say whether an array lies in this rank's arena."""
         return self._arenas.span_of(array) is not None
 
     def run(self, operation: ChunkedOperation, deadline: float) -> None:
-        """Run an operation: every chunk is staged, reduced and taken; see `ChunkedOperation`."""
+        """Run an operation: every chunk is staged, reduced and taken; see `ChunkedLayout`."""
         number = self._begin(operation, deadline)
         if number is None:
             return
-        chunks = operation.chunks
+        layout, chunks = operation.layout, operation.layout.chunks
         if operation.uneven:
             chunks = max(self._ring.chunk_counts(number))
-        self._ring.next = number + chunks * (2 if operation.two_phase else 1)
-        if not self._run_natively(operation, number, chunks, deadline):
+        self._ring.next = number + chunks * (2 if layout.two_phase else 1)
+        plan = self.plan(operation, self._ring.call)
+        if plan is None:
             run_in_python(operation, self._region, self._ring, self.rank, number, chunks, deadline)
+            return
+        plan.number, plan.chunks = number, chunks
+        late = plan.resume(operation.source, operation.target, number)
+        while late is not None:
+            self._ring.wait(late, deadline)
+            late = plan.resume(operation.source, operation.target, late)
 
-    def _run_natively(self, operation: ChunkedOperation, number: int, chunks: int, deadline: float) -> bool:
-        """Run all chunks by the native helper; return False if it cannot."""
-        ring, step = self._region.native_ring, operation.reduce
-        if ring is None or (step is not None and not has_arithmetic(step.reduction)):
-            return False
+    def plan(self, operation: ChunkedOperation, call: Call) -> NativePlan | None:
+        """Make the native helper's plan of an operation that belongs to a call; None where it cannot run it."""
+        layout, step, ring = operation.layout, operation.layout.reduce, self._region.native_ring
+        if NATIVE is None or ring is None or not self._is_native(None if step is None else step.reduction):
+            return None
         reduction = None
         if step is not None:
-            own = step.own if step.own.flags.aligned else step.own.copy()
-            out = step.out if step.out is None or step.out.flags.aligned else np.empty_like(own)
-            reduction = (out, own, tuple(step.offsets), step.reduction.dtype.name, step.reduction.name)
-        arrays = (tuple(operation.stage), tuple(operation.own), tuple(operation.take), reduction)
-        past_caches = operation.received_bytes >= PAST_CACHES_BYTES
-        spins, yields = self._region.counters.patience()
-        late: int | None = number
-        while late is not None:
-            numbers = (operation.length, chunks, number, late, operation.two_phase, past_caches, spins, yields)
-            late = ring.run_chunks(*arrays, numbers, PEER_CHECK_S)
-            if late is not None:
-                self._ring.wait(late, deadline)
-        if step is not None and step.out is not None and out is not None and out is not step.out:
-            step.out[...] = out
-        return True
+            reduction = (step.own, step.out, step.nbytes, step.offsets, step.reduction.dtype.name, step.reduction.name)
+        plan = NATIVE.ChunkedPlan(
+            ring=ring,
+            stage=layout.stage,
+            own=layout.own,
+            take=layout.take,
+            reduction=reduction,
+            sizes=(layout.source_bytes, layout.target_bytes, layout.in_place, layout.length, layout.chunks),
+            two_phase=layout.two_phase,
+            past_caches=layout.received_bytes >= PAST_CACHES_BYTES,
+            arena=self._arenas.addresses(),
+            header=packed_header(call, layout.chunks),
+        )
+        plan.spins, plan.yields = self._region.counters.patience()
+        return plan
+
+    def _is_native(self, reduction: Reduction | None) -> bool:
+        return self._region.native_ring is not None and (reduction is None or has_arithmetic(reduction))
 
     def _begin(self, operation: ChunkedOperation, deadline: float) -> int | None:
         """Publish the first chunk and compare labels; run the operation in place if possible.
@@ -110,7 +131,7 @@ class ChunkedRunner:
         Returns:
             The first chunk's number; None when the operation is done.
         """
-        span = self._span_of(operation.source)
+        span = self._span_of(operation.shared)
         try:
             number = self._publish_first(operation, span, deadline)
             if operation.in_place is None:
@@ -130,14 +151,14 @@ class ChunkedRunner:
             is_incomplete |= 0 in self._ring.chunk_counts(number)
         return self._publish_first(operation, None, deadline) if is_incomplete else number
 
-    def _span_of(self, source: Array | None) -> ArenaSpan | None:
-        if source is None or source.nbytes < IN_PLACE_BYTES:
+    def _span_of(self, shared: Array | None) -> ArenaSpan | None:
+        if shared is None or shared.nbytes < IN_PLACE_BYTES:
             return None
-        return self._arenas.span_of(source)
+        return self._arenas.span_of(shared)
 
     def _publish_first(self, operation: ChunkedOperation, span: ArenaSpan | None, deadline: float) -> int:
         ring = self._ring
-        number = ring.begin(span, operation.chunks)
+        number = ring.begin(span, operation.layout.chunks)
         if span is None:
             stage_chunk(operation, 0, self._region.byte_slots[number % SLOTS][self.rank])
         ring.synchronize(number, deadline)
@@ -148,8 +169,6 @@ class ChunkedRunner:
     ) -> None:
         self._ring.next = number + 2
         began = time.monotonic()
-        for target, source in operation.own:
-            copy_large(target, source)
         assert operation.in_place is not None, "the caller has checked it"
         operation.in_place(self._view(spans))
         self._ring.publish(number + 1)

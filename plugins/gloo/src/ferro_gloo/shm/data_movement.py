@@ -1,122 +1,138 @@
 """broadcast, all_gather, gather, scatter and all_to_all of arrays that do not fit a slot, or of uneven blocks.
 
-Each function takes the arguments of the method of `Backend`, describes what this rank does with each chunk as a
-`ChunkedOperation`, and runs it. `in_place` replaces the chunks where the ranks' arrays lie in shared memory.
+Each function takes the arguments of the method of `Backend`, and describes what this rank does with each chunk as a
+`ChunkedOperation`. `in_place` replaces the chunks where the ranks' arrays lie in shared memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from ferro.collectives.partition import blocks
 from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedRunner
-from ferro_gloo.shm.chunked_operation import ChunkedOperation
-from ferro_gloo.shm.kernels import apart, copy_large, slot_block_start
+from ferro_gloo.shm.chunked_operation import ChunkedLayout, ChunkedOperation, Move
+from ferro_gloo.shm.kernels import apart_from, copy_large, is_same, slot_block_start
 
 
-def broadcast(runner: ChunkedRunner, source: Array, buffer: Array, root: int, deadline: float) -> None:
-    """See `Backend.broadcast`; the root sends `source`, which may be `buffer`."""
-    data, target = source.view(np.uint8), buffer.view(np.uint8)
-    at_root = runner.rank == root
+def broadcast(runner: ChunkedRunner, source: Array | None, out: Array | None, root: int) -> ChunkedOperation:
+    """See `Backend.broadcast`; only the root has a `source`, and may have no `out`."""
+    sent = _bytes(source)
+    target = None if sent is not None and out is not None and is_same(sent, out) else _bytes(out)
+    if sent is not None and target is not None:
+        sent = apart_from(target, sent)
+    nbytes = _size(sent) or _size(target)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        if not at_root:
+        if target is not None:
             copy_large(target, arrays[root])
 
-    own = apart(target, data) if at_root else ()
-    sent = data if own else target
-    operation = ChunkedOperation(
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
         length=runner.chunk_bytes(),
-        largest=target.size,
-        stage=[(sent, 0)] if at_root else (),
-        own=own,
-        take=() if at_root else [(target, root, 0)],
-        source=sent if at_root else None,
-        writers=(root,),
-        in_place=in_place,
+        largest=nbytes,
+        stage=(Move(0, 0, nbytes),) if sent is not None else (),
+        own=(Move(0, 0, nbytes),) if sent is not None and target is not None else (),
+        take=(Move(0, 0, nbytes, root),) if sent is None else (),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, writers=(root,), in_place=in_place)
 
 
-def all_gather(runner: ChunkedRunner, block: Array, buffer: Array, counts: Sequence[int], deadline: float) -> None:
+def all_gather(runner: ChunkedRunner, block: Array, buffer: Array, counts: Sequence[int]) -> ChunkedOperation:
     """See `Backend.all_gather`; this rank sends `block`, which may be its block in `buffer`."""
-    me, data, mine = runner.rank, buffer.view(np.uint8), block.view(np.uint8)
-    sizes = _bytes(counts, buffer)
-    parts = blocks(data, sizes)
+    me, target = runner.rank, buffer.view(np.uint8)
+    sent: Array = block.view(np.uint8)
+    sizes, starts = _sizes(counts, buffer)
+    is_in_place = is_same(sent, target[starts[me] :])
+    if not is_in_place:
+        sent = apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            array = arrays[rank]  # the rank's block, or all blocks with its own in place
-            copy_large(parts[rank], array if array.size == sizes[rank] else blocks(array, sizes)[rank])
+            copy_large(target[starts[rank] :][: sizes[rank]], arrays[rank])
+        if not is_in_place:
+            copy_large(target[starts[me] :][: sizes[me]], sent)
 
-    own = apart(parts[me], mine)
-    operation = ChunkedOperation(
+    layout = ChunkedLayout(
+        source_bytes=sent.size,
+        target_bytes=target.size,
+        in_place=starts[me] if is_in_place else -1,
         length=runner.chunk_bytes(),
         largest=max(sizes),
-        stage=[(mine if own else parts[me], 0)],
-        own=own,
-        take=[(parts[rank], rank, 0) for rank in runner.others],
-        source=mine if own else data,
-        in_place=in_place,
+        stage=(Move(0, 0, sizes[me]),),
+        own=() if is_in_place else (Move(starts[me], 0, sizes[me]),),
+        take=tuple(Move(starts[rank], 0, sizes[rank], rank) for rank in runner.others),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, in_place=in_place)
 
 
 def gather(
-    runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
-) -> None:
+    runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int
+) -> ChunkedOperation:
     """See `Backend.gather`."""
-    data = block.view(np.uint8)
-    sizes = _bytes(counts, block)
-    parts = [] if out is None else blocks(out.view(np.uint8), sizes)
-    others = [] if out is None else runner.others
+    sent, target = _bytes(block), _bytes(out)
+    sizes, starts = _sizes(counts, block)
+    if target is not None and sent is not None:
+        sent = None if is_same(sent, target[starts[root] :]) else apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        for rank in others:
-            copy_large(parts[rank], arrays[rank])
+        if target is None:
+            return
+        for rank, array in arrays.items():
+            copy_large(target[starts[rank] :][: sizes[rank]], array)
+        if sent is not None:
+            copy_large(target[starts[root] :][: sizes[root]], sent)
 
-    operation = ChunkedOperation(
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
         length=runner.chunk_bytes(),
         largest=max(sizes),
-        stage=[(data, 0)] if out is None else (),
-        own=() if out is None else apart(parts[root], data),
-        take=[(parts[rank], rank, 0) for rank in others],
-        source=data if out is None else None,
+        stage=(Move(0, 0, _size(sent)),) if target is None else (),
+        own=(Move(starts[root], 0, sizes[root]),) if target is not None and sent is not None else (),
+        take=() if target is None else tuple(Move(starts[rank], 0, sizes[rank], rank) for rank in runner.others),
+    )
+    return ChunkedOperation(
+        layout=layout,
+        source=sent,
+        target=target,
+        shared=sent if target is None else None,
         writers=[rank for rank in range(len(counts)) if rank != root],
         in_place=in_place,
     )
-    runner.run(operation, deadline)
 
 
 def scatter(
-    runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
-) -> None:
+    runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int
+) -> ChunkedOperation:
     """See `Backend.scatter`."""
-    me, data, n = runner.rank, block.view(np.uint8), runner.ranks
-    sizes = _bytes(counts, block)
-    length = runner.chunk_bytes(n - 1)
-    whole = None if source is None else source.view(np.uint8)
-    parts = [] if whole is None else blocks(whole, sizes)
-    others = [] if whole is None else runner.others
+    me, target, sent = runner.rank, _bytes(block), _bytes(source)
+    sizes, starts = _sizes(counts, block)
+    length = runner.chunk_bytes(runner.ranks - 1)
+    if target is not None and sent is not None:
+        if is_same(sent[starts[me] :], target):
+            target = None
+        else:
+            sent = apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        if whole is None:
-            copy_large(data, blocks(arrays[root], sizes)[me])
+        if target is not None:
+            copy_large(target, arrays[root][starts[me] :])
 
-    operation = ChunkedOperation(
+    staged = [] if sent is None else runner.others
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
         length=length,
         largest=max(sizes),
-        stage=[(parts[rank], slot_block_start(root, rank, length)) for rank in others],
-        own=() if whole is None else apart(data, parts[me]),
-        take=[(data, root, slot_block_start(root, me, length))] if whole is None else (),
-        source=whole,
-        writers=(root,),
-        in_place=in_place,
+        stage=tuple(Move(slot_block_start(root, rank, length), starts[rank], sizes[rank]) for rank in staged),
+        own=(Move(0, starts[me], sizes[me]),) if sent is not None and target is not None else (),
+        take=(Move(0, slot_block_start(root, me, length), sizes[me], root),) if sent is None else (),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, writers=(root,), in_place=in_place)
 
 
 def all_to_all(
@@ -125,36 +141,49 @@ def all_to_all(
     out: Array,
     send_counts: Sequence[int],
     recv_counts: Sequence[int],
-    deadline: float,
     *,
     synchronized: bool,
-) -> None:
+) -> ChunkedOperation:
     """See `Backend.all_to_all`; `synchronized` is True if this rank has tried it in a single round before."""
-    me, data, n = runner.rank, source.view(np.uint8), runner.ranks
-    length = runner.chunk_bytes(n - 1)
-    sizes = _bytes(send_counts, source)
-    parts = blocks(data, sizes)
-    targets = blocks(out.view(np.uint8), _bytes(recv_counts, out))
+    me, sent, target = runner.rank, source.view(np.uint8), out.view(np.uint8)
+    length = runner.chunk_bytes(runner.ranks - 1)
+    sizes, starts = _sizes(send_counts, source)
+    target_sizes, target_starts = _sizes(recv_counts, out)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            copy_large(targets[rank], blocks(arrays[rank], sizes)[me])
+            copy_large(target[target_starts[rank] :][: sizes[rank]], arrays[rank][starts[me] :])
+        copy_large(target[target_starts[me] :][: sizes[me]], sent[starts[me] :])
 
+    layout = ChunkedLayout(
+        source_bytes=sent.size,
+        target_bytes=target.size,
+        length=length,
+        largest=max(sizes),
+        stage=tuple(Move(slot_block_start(me, rank, length), starts[rank], sizes[rank]) for rank in runner.others),
+        own=(Move(target_starts[me], starts[me], sizes[me]),),
+        take=tuple(
+            Move(target_starts[rank], slot_block_start(rank, me, length), target_sizes[rank], rank)
+            for rank in runner.others
+        ),
+    )
     # A rank can find its block in another rank's array only if all blocks have one size. If a single round was tried
     # and failed, another rank has uneven blocks.
     even = not synchronized and len({*send_counts, *recv_counts}) == 1
-    operation = ChunkedOperation(
-        length=length,
-        largest=max(sizes),
-        stage=[(parts[rank], slot_block_start(me, rank, length)) for rank in runner.others],
-        own=apart(targets[me], parts[me]),
-        take=[(targets[rank], rank, slot_block_start(rank, me, length)) for rank in runner.others],
-        source=data if even else None,
-        in_place=in_place,
-        uneven=True,
+    return ChunkedOperation(
+        layout=layout, source=sent, target=target, shared=sent if even else None, in_place=in_place, uneven=True
     )
-    runner.run(operation, deadline)
 
 
-def _bytes(counts: Sequence[int], like: Array) -> list[int]:
-    return [count * like.itemsize for count in counts]
+def _bytes(array: Array | None) -> Array | None:
+    return None if array is None else array.view(np.uint8)
+
+
+def _size(array: Array | None) -> int:
+    return 0 if array is None else array.size
+
+
+def _sizes(counts: Sequence[int], like: Array) -> tuple[list[int], list[int]]:
+    """Compute where blocks begin, and their sizes, in bytes."""
+    sizes = [count * like.itemsize for count in counts]
+    return sizes, [0, *accumulate(sizes)][:-1]

@@ -61,18 +61,20 @@ def copy_large(target: Array, source: Array) -> None:
         copy_in_blocks(target, source)
 
 
-def apart(target: Array, source: Array) -> tuple[tuple[Array, Array], ...]:
-    """List the copy of this rank's own block for `ChunkedOperation.own`: none if target and source are the same bytes.
+def is_same(array: Array, other: Array) -> bool:
+    """Say whether two arrays begin at the same byte."""
+    return address_of(array) == address_of(other)
 
-    If they overlap otherwise, this copies at once, as the chunks could not.
-    """
-    low, high = sorted((address_of(target), address_of(source)))
-    if low == high or not target.size:
-        return ()
-    if high < low + target.size:
-        target[...] = source
-        return ()
-    return ((target, source),)
+
+def are_apart(array: Array, other: Array) -> bool:
+    """Say whether two contiguous arrays have no byte in common."""
+    start, place = address_of(array), address_of(other)
+    return start + array.nbytes <= place or place + other.nbytes <= start
+
+
+def apart_from(target: Array, source: Array) -> Array:
+    """Return `source`, or a copy of it where it overlaps `target`."""
+    return source if are_apart(target, source) else source.copy()
 
 
 def has_arithmetic(reduction: Reduction) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ferro.types import Array
-from ferro_gloo.shm.chunked_operation import ChunkedOperation
-from ferro_gloo.shm.kernels import chunk, copy_cached, reduce_into
+from ferro_gloo.shm.chunked_operation import ChunkedOperation, Move
+from ferro_gloo.shm.kernels import chunk, reduce_into
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import SlotRing
 
 
 def stage_chunk(operation: ChunkedOperation, k: int, slot: Array) -> None:
     """Write chunk k into this rank's slot."""
-    for array, offset in operation.stage:
-        part = chunk(array, k, operation.length)
-        slot[offset : offset + part.size] = part
+    source, length = operation.source, operation.layout.length
+    for move in operation.layout.stage:
+        part = chunk(_bytes_of(source, move.start, move.nbytes), k, length)
+        slot[move.to : move.to + part.size] = part
 
 
 def run_in_python(
@@ -30,10 +33,11 @@ def run_in_python(
         chunks: how many there are.
         deadline: absolute `time.monotonic()` second.
     """
-    step = 2 if operation.two_phase else 1
+    layout = operation.layout
+    step = 2 if layout.two_phase else 1
     for k in range(chunks):
         current, following = number + step * k, number + step * (k + 1)
-        if operation.two_phase:
+        if layout.two_phase:
             if k:
                 ring.wait(current, deadline)
             _reduce_chunk(operation, k, current, region, rank)
@@ -41,36 +45,45 @@ def run_in_python(
         if k + 1 < chunks:
             stage_chunk(operation, k + 1, region.byte_slots[following % SLOTS][rank])
             ring.publish(following)
-        for target, source in operation.own:
-            chunk(target, k, operation.length)[...] = chunk(source, k, operation.length)
+        for move in layout.own:
+            target = _part(operation.target, move, k, layout.length)
+            target[...] = chunk(_bytes_of(operation.source, move.start, move.nbytes), k, layout.length)
         taken = current + step - 1
         if taken > number:
             ring.wait(taken, deadline)
-        if not operation.two_phase and operation.reduce is not None:
+        if not layout.two_phase and layout.reduce is not None:
             _reduce_chunk(operation, k, current, region, rank)
-        for array, writer, offset in operation.take:
-            copy_cached(chunk(array, k, operation.length), region.byte_slots[taken % SLOTS][writer][offset:])
+        for move in layout.take:
+            target = _part(operation.target, move, k, layout.length)
+            target[...] = region.byte_slots[taken % SLOTS][move.rank][move.start : move.start + target.size]
 
 
 def _reduce_chunk(operation: ChunkedOperation, k: int, number: int, region: ShmRegion, rank: int) -> None:
-    """Reduce chunk k into the result; in two phases, also into this rank's next slot."""
-    step = operation.reduce
+    """Reduce chunk k into the target; in two phases, also into this rank's next slot."""
+    step, layout = operation.layout.reduce, operation.layout
     assert step is not None, "an operation of two phases reduces"
-    dtype = step.own.dtype
-    length = operation.length // dtype.itemsize
-    own = chunk(step.own, k, length)
-    slots = region.slots(dtype)[number % SLOTS]
+    dtype = step.reduction.dtype
+    length = layout.length // dtype.itemsize
+    own = chunk(_bytes_of(operation.source, step.own, step.nbytes).view(dtype), k, length)
+    out = None if step.out < 0 else _bytes_of(operation.target, step.out, step.nbytes).view(dtype)
     starts = [offset // dtype.itemsize for offset in step.offsets]
+    slots = region.slots(dtype)[number % SLOTS]
     parts = [slot[start : start + own.size] for slot, start in zip(slots, starts, strict=True)]
     parts[rank] = own
-    if operation.two_phase:
-        result = region.slots(dtype)[(number + 1) % SLOTS][rank][: own.size]
-        reduce_into(step.reduction, result, parts)
-        if step.out is not None:
-            chunk(step.out, k, length)[...] = result
+    if not layout.two_phase:
+        assert out is not None, "only an operation of two phases has results for others alone"
+        # The result may be written over one of the first two operands only, and no operation does otherwise.
+        reduce_into(step.reduction, chunk(out, k, length), parts)
         return
-    assert step.out is not None, "only an operation of two phases has results for others alone"
-    # The result may be written over one of the first two operands only; see `Reduction.into`.
-    if step.out is step.own and rank >= 2:
-        parts[rank] = own.copy()
-    reduce_into(step.reduction, chunk(step.out, k, length), parts)
+    result = region.slots(dtype)[(number + 1) % SLOTS][rank][: own.size]
+    reduce_into(step.reduction, result, parts)
+    if out is not None:
+        chunk(out, k, length)[...] = result
+
+
+def _bytes_of(array: Array | None, start: int, nbytes: int) -> Array:
+    return cast("Array", array)[start : start + nbytes]
+
+
+def _part(target: Array | None, move: Move, k: int, length: int) -> Array:
+    return chunk(_bytes_of(target, move.to, move.nbytes), k, length)

@@ -137,7 +137,6 @@ static PyMethodDef methods[] = { /* described in ../native.py */
     {"begin", (PyCFunction)begin, METH_O, NULL},
     {"publish", (PyCFunction)publish_method, METH_O, NULL},
     {"retract", (PyCFunction)retract, METH_NOARGS, NULL},
-    {"run_chunks", (PyCFunction)(void (*)(void))run_chunks, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
