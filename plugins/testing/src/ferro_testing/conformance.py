@@ -24,6 +24,7 @@ from ferro_testing.prefixes import check_extrema, check_prefixes
 from ferro_testing.random_reductions import check_random_reductions
 from ferro_testing.reductions import check_deterministic, check_equal_bits, check_reduction_functions, check_reductions
 from ferro_testing.refusals import check_unsupported, check_usage_errors
+from ferro_testing.repetitions import check_exchange, check_persistent, check_repeated_calls
 from ferro_testing.samples import DTYPES
 from ferro_testing.shrinking import check_shrink
 from ferro_testing.transfer_programs import check_transfer_programs
@@ -40,6 +41,8 @@ CHECKS = (
     check_movements,
     check_moved_dtypes,
     check_uneven,
+    check_repeated_calls,
+    check_persistent,
     check_buffers,
     check_allocate,
     check_async,
@@ -48,6 +51,7 @@ CHECKS = (
     check_transfers,
     check_tags,
     check_posted_transfers,
+    check_exchange,
     check_transfer_programs,
     check_objects,
     check_usage_errors,
@@ -75,6 +79,7 @@ __all__ = [
     "check_collective",
     "check_deterministic",
     "check_equal_bits",
+    "check_exchange",
     "check_extrema",
     "check_groups",
     "check_lost_peer",
@@ -83,11 +88,13 @@ __all__ = [
     "check_movements",
     "check_objects",
     "check_overlapping_groups",
+    "check_persistent",
     "check_posted_transfers",
     "check_prefixes",
     "check_random_reductions",
     "check_reduction_functions",
     "check_reductions",
+    "check_repeated_calls",
     "check_send_deadline",
     "check_shrink",
     "check_tags",

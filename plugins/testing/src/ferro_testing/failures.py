@@ -11,6 +11,7 @@ import numpy as np
 
 from ferro import ProcessGroup
 from ferro.errors import CollectiveMismatch, CollectiveTimeout, FerroError, GroupClosed, PeerLost
+from ferro.types import Array
 from ferro_testing.case import Case, require
 from ferro_testing.killing import DeathNoticedLate, end_this_rank, patience_s, require_survivors
 
@@ -89,6 +90,10 @@ _MISMATCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reduction": (("all_reduce",), ("op=sum", "op=max")),
     "root": (("broadcast",), ("root=0", "root=1")),
     "transfer": (("send", "recv", "all_reduce"), ("3 x float32", "4 x float32")),
+    "repeated": (("all_reduce",), ("op=sum", "op=max")),
+    "persistent": (("all_reduce", "barrier"), ("shape 4", "shape 5")),
+    "step": (("all_reduce", "barrier"), ("persistent 1", "persistent 2")),
+    "exchange": (("sendrecv", "all_gather"), ("4 x float32", "nothing")),
 }
 
 
@@ -104,8 +109,19 @@ def _differ(group: ProcessGroup, kind: str) -> dict[str, Any]:
         "reduction": lambda: group.all_reduce(plain, "max" if odd else "sum"),
         "root": lambda: group.broadcast(plain, 1 if odd else 0),
         "transfer": lambda: _differ_in_transfer(group, odd),
+        "repeated": lambda: [group.all_reduce(plain, "max" if odd and call == 4 else "sum") for call in range(5)],
+        "persistent": lambda: group.persistent("all_reduce", np.ones(5, np.float32) if odd else plain),
+        "step": lambda: _differ_in_step(group, odd, plain),
+        "exchange": lambda: group.persistent("exchange", [((group.rank + 1) % group.world_size, plain)], []),
     }
     return _failed(group, calls[kind])
+
+
+def _differ_in_step(group: ProcessGroup, odd: bool, x: Array) -> object:
+    """Run a step of one persistent operation where the others run one of another that looks the same."""
+    first, second = group.persistent("all_reduce", x), group.persistent("all_reduce", x)
+    first()
+    return (second if odd else first)()
 
 
 def _differ_in_transfer(group: ProcessGroup, odd: bool) -> object:

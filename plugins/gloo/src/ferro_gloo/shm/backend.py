@@ -68,7 +68,7 @@ class ShmBackend(Backend):
     def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
         """See `Backend.fast_path`: there is one for what the native helper can reduce."""
         ring, reduction, op = self._region.native_ring, collective.reduction, collective.op
-        block = collective.count * collective.dtype.itemsize
+        block = 0 if op == "barrier" else collective.count * collective.dtype.itemsize
         message = block if op in _ONE_BLOCK else self.world_size * block
         limit = self._single_round_bytes if op == "all_reduce" else self._slot_bytes
         if NATIVE is None or ring is None or (reduction is not None and not has_arithmetic(reduction)):

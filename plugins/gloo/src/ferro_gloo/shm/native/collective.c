@@ -67,7 +67,8 @@ int64_t begin_collective(Collective *c, const char *source)
     Ring *ring = c->ring;
     int64_t number = ring->next;
     ring->next = number + 1 + c->two_rounds;
-    write_header(ring, number, c->label, LABEL_BYTES, c->digest);
+    if (ring->writers[number % SLOTS] != c)
+        write_header(ring, number, c->label, LABEL_BYTES, c->digest, c);
     if (c->source)
         memcpy(data_of(ring, ring->rank, number, c->published), source, c->source);
     if (ring->retracted)

@@ -167,6 +167,7 @@ typedef struct {
     long long next; /* the number of the next chunk */
     char retracted;
     unsigned char written[SLOTS][HEADER_BYTES]; /* this rank's headers */
+    const void *writers[SLOTS]; /* the Collective that wrote each header; NULL where another did */
 } Ring;
 
 extern PyType_Spec ring_spec;
@@ -192,8 +193,10 @@ static inline Awaited awaited_lines(const Ring *ring, int64_t number)
 }
 
 uint64_t digest_of(const unsigned char *label);
-/* Write the header of an operation whose first chunk is `number`, `length` bytes and zeros, unless it is there. */
-void write_header(Ring *ring, int64_t number, const unsigned char *header, size_t length, uint64_t digest);
+/* Write the header of an operation whose first chunk is `number`, `length` bytes and zeros, unless it is there.
+   `writer` stands for the header: no two have one. */
+void write_header(Ring *ring, int64_t number, const unsigned char *header, size_t length, uint64_t digest,
+                  const void *writer);
 /* Tell the others that this rank has written chunk `number`, and has read chunk `number - 2`. */
 void publish_chunk(Ring *ring, int64_t number);
 

@@ -23,18 +23,18 @@ static char *header_of(const Ring *ring, int rank, int64_t number)
     return ring->headers + ((Py_ssize_t)rank * SLOTS + (Py_ssize_t)(number % SLOTS)) * HEADER_BYTES;
 }
 
-void write_header(Ring *ring, int64_t number, const unsigned char *header, size_t length, uint64_t digest)
+void write_header(Ring *ring, int64_t number, const unsigned char *header, size_t length, uint64_t digest,
+                  const void *writer)
 {
     unsigned char *written = ring->written[number % SLOTS];
-    int same = !memcmp(written, header, length);
-    for (size_t i = length; same && i < HEADER_BYTES; i += 8)
-        same = !memcmp(written + i, "\0\0\0\0\0\0\0", 8);
-    if (!same) {
-        memset(written, 0, HEADER_BYTES);
-        memcpy(written, header, length);
-        memcpy(header_of(ring, ring->rank, number), written, HEADER_BYTES);
+    unsigned char whole[HEADER_BYTES] = {0};
+    memcpy(whole, header, length);
+    if (memcmp(written, whole, HEADER_BYTES)) {
+        memcpy(written, whole, HEADER_BYTES);
+        memcpy(header_of(ring, ring->rank, number), whole, HEADER_BYTES);
     }
     line_of(ring, ring->rank, number)->digest = digest;
+    ring->writers[number % SLOTS] = writer;
 }
 
 void publish_chunk(Ring *ring, int64_t number)
@@ -56,7 +56,7 @@ static PyObject *begin(Ring *ring, PyObject *header)
                             HEADER_BYTES, length);
     const unsigned char *label = (const unsigned char *)bytes;
     long long number = ring->next++;
-    write_header(ring, number, label, (size_t)length, digest_of(label));
+    write_header(ring, number, label, (size_t)length, digest_of(label), NULL);
     return PyLong_FromLongLong(number);
 }
 

@@ -10,8 +10,7 @@
 
 #define BUSY 0
 #define NUMBER 1
-#define FIRST_TRIES 100     /* at once, one after the other */
-#define SPINS_WITH_GIL 60   /* with pauses of some tens of nanoseconds */
+#define SPINS_WITH_GIL 100  /* with pauses of some tens of nanoseconds */
 #define YIELDS 1000         /* see ../counters.py */
 #define LONGEST_WAIT_S 0.01 /* as PEER_CHECK_S in ../slot_ring.py */
 
@@ -27,6 +26,7 @@ typedef struct {
     ShortPath *path;
     Py_buffer source, target; /* `buf` is NULL where this rank has none */
     int64_t number;           /* of a started collective; -1: none is started */
+    int closed;               /* and nothing is held */
 } Bound;
 
 /* ---- the turn */
@@ -68,13 +68,9 @@ static Arrival spin(Collective *c, int64_t number)
     Arrival arrival = advance_collective(c, number);
     if (arrival != LATE || !c->ring->spins)
         return arrival;
-    for (int tries = 0; tries < FIRST_TRIES + SPINS_WITH_GIL; tries++) {
-        Awaited missing = missing_lines(c, number);
-        if (first_behind(&missing, 0) < 0)
-            break;
-        if (tries >= FIRST_TRIES)
-            relax();
-    }
+    Awaited missing = missing_lines(c, number);
+    for (int tries = 0; tries < SPINS_WITH_GIL && first_behind(&missing, 0) >= 0; tries++)
+        relax();
     return advance_collective(c, number);
 }
 
@@ -290,10 +286,19 @@ static int clear_path(ShortPath *path)
     return 0;
 }
 
+/* Another collective may get the memory of this one, and its address. */
+static void forget_writer(Collective *c)
+{
+    for (int slot = 0; c->ring && slot < SLOTS; slot++)
+        if (c->ring->writers[slot] == c)
+            c->ring->writers[slot] = NULL;
+}
+
 static void free_path(ShortPath *path)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)path);
     PyObject_GC_UnTrack(path);
+    forget_writer(&path->collective);
     PyBuffer_Release(&path->state);
     PyMem_Free(path->collective.parts);
     Py_XDECREF(path->ring);
@@ -335,7 +340,7 @@ static PyObject *call_bound(Bound *bound, PyObject *args, PyObject *keywords)
         PyErr_SetString(PyExc_TypeError, "a bound ShortPath takes no arguments");
         return NULL;
     }
-    int free = is_free(bound->path);
+    int free = bound->closed ? 0 : is_free(bound->path);
     if (free > 0)
         return run(bound->path, bound->source.buf, bound->target.buf);
     return free < 0 ? NULL : Py_NewRef(Py_False);
@@ -344,7 +349,7 @@ static PyObject *call_bound(Bound *bound, PyObject *args, PyObject *keywords)
 static PyObject *start(Bound *bound, PyObject *Py_UNUSED(ignored))
 {
     ShortPath *path = bound->path;
-    if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0)
+    if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0 || bound->closed)
         Py_RETURN_FALSE;
     state_of(path)[NUMBER]++;
     bound->number = begin_collective(&path->collective, bound->source.buf);
@@ -377,6 +382,18 @@ static PyObject *finish(Bound *bound, PyObject *Py_UNUSED(ignored))
         return NULL;
     finish_collective(c, number, bound->source.buf, bound->target.buf);
     prepare_next(c->ring);
+    Py_RETURN_NONE;
+}
+
+static PyObject *close_bound(Bound *bound, PyObject *Py_UNUSED(ignored))
+{
+    if (bound->number >= 0) {
+        PyErr_SetString(PyExc_RuntimeError, "a started operation must be finished first");
+        return NULL;
+    }
+    bound->closed = 1;
+    PyBuffer_Release(&bound->source);
+    PyBuffer_Release(&bound->target);
     Py_RETURN_NONE;
 }
 
@@ -422,6 +439,7 @@ static PyMethodDef bound_methods[] = {
     {"start", (PyCFunction)start, METH_NOARGS, NULL},
     {"test", (PyCFunction)test, METH_NOARGS, NULL},
     {"finish", (PyCFunction)finish, METH_NOARGS, NULL},
+    {"close", (PyCFunction)close_bound, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
