@@ -12,7 +12,7 @@ from ferro_gloo.shm.native import ABSENT, NATIVE
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason=ABSENT)
 LENGTHS = [0, 1, 15, 63, 64, 65, 1000, 300_000]
-COPIES = [kernels.copy_cached, kernels.copy_in_blocks, pytest.param(kernels.copy_nontemporal, marks=needs_native)]
+COPIES = [kernels.copy_in_blocks, kernels.copy_large]
 
 
 @pytest.mark.parametrize("copy", COPIES)

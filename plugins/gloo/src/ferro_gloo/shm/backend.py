@@ -17,6 +17,7 @@ from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
 from ferro_gloo.shm.arena import HostArenas
 from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.chunked_operation import ChunkedOperation
 from ferro_gloo.shm.kernels import has_arithmetic
 from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.mapping import is_used_by_other_threads
@@ -98,7 +99,8 @@ class ShmBackend(Backend):
         if buffer.nbytes <= self._single_round_bytes:
             self._single_round.all_reduce(buffer, reduction, deadline)
         else:
-            self._runner.run(reductions.all_reduce(self._runner, buffer, buffer, reduction), deadline)
+            make = partial(reductions.all_reduce, self._runner, buffer, buffer, reduction)
+            self._runner.run_even(buffer, buffer, make, deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
@@ -106,7 +108,8 @@ class ShmBackend(Backend):
             self._single_round.reduce(buffer, reduction, root, deadline)
         else:
             out = buffer if self.rank == root else None
-            self._runner.run(reductions.reduce(self._runner, buffer, out, reduction), deadline)
+            make = partial(reductions.reduce, self._runner, buffer, out, reduction)
+            self._runner.run_even(buffer, out, make, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
@@ -114,7 +117,8 @@ class ShmBackend(Backend):
             self._single_round.broadcast(buffer, root, deadline)
         else:
             source, out = (buffer, None) if self.rank == root else (None, buffer)
-            self._runner.run(data_movement.broadcast(self._runner, source, out, root), deadline)
+            make = partial(data_movement.broadcast, self._runner, source, out, root)
+            self._runner.run_even(source, out, make, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
@@ -122,21 +126,31 @@ class ShmBackend(Backend):
             self._single_round.all_gather(buffer, deadline)
         else:
             block = blocks(buffer, counts)[self.rank]
-            self._runner.run(data_movement.all_gather(self._runner, block, buffer, counts), deadline)
+            self._run(
+                block, buffer, partial(data_movement.all_gather, self._runner, block, buffer, counts), counts, deadline
+            )
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if block.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.gather(block, out, deadline)
         else:
-            self._runner.run(data_movement.gather(self._runner, block, out, counts, root), deadline)
+            self._run(
+                block, out, partial(data_movement.gather, self._runner, block, out, counts, root), counts, deadline
+            )
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if sum(counts) * block.itemsize <= self._slot_bytes and _are_even(counts):
             self._single_round.scatter(block, source, root, deadline)
         else:
-            self._runner.run(data_movement.scatter(self._runner, block, source, counts, root), deadline)
+            self._run(
+                source,
+                block,
+                partial(data_movement.scatter, self._runner, block, source, counts, root),
+                counts,
+                deadline,
+            )
 
     def reduce_scatter(
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
@@ -145,7 +159,8 @@ class ShmBackend(Backend):
         if source.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.reduce_scatter(source, out, reduction, deadline)
         else:
-            self._runner.run(reductions.reduce_scatter(self._runner, source, out, counts, reduction), deadline)
+            make = partial(reductions.reduce_scatter, self._runner, source, out, counts, reduction)
+            self._run(source, out, make, counts, deadline)
 
     def all_to_all(
         self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
@@ -157,6 +172,20 @@ class ShmBackend(Backend):
                 self._runner, source, out, send_counts, recv_counts, synchronized=small
             )
             self._runner.run(operation, deadline)
+
+    def _run(
+        self,
+        source: Array | None,
+        target: Array | None,
+        make: Callable[[], ChunkedOperation],
+        counts: Sequence[int],
+        deadline: float,
+    ) -> None:
+        """Run a collective of large or uneven blocks; the label of an even one says all about its sizes."""
+        if _are_even(counts):
+            self._runner.run_even(source, target, make, deadline)
+        else:
+            self._runner.run(make(), deadline)
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`; over TCP."""

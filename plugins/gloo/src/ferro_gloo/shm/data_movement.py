@@ -14,13 +14,13 @@ import numpy as np
 from ferro.types import Array
 from ferro_gloo.shm.chunked import ChunkedRunner
 from ferro_gloo.shm.chunked_operation import ChunkedLayout, ChunkedOperation, Move
-from ferro_gloo.shm.kernels import apart_from, copy_large, is_same, slot_block_start
+from ferro_gloo.shm.kernels import apart_from, as_bytes, copy_large, is_same, slot_block_start
 
 
 def broadcast(runner: ChunkedRunner, source: Array | None, out: Array | None, root: int) -> ChunkedOperation:
     """See `Backend.broadcast`; only the root has a `source`, and may have no `out`."""
-    sent = _bytes(source)
-    target = None if sent is not None and out is not None and is_same(sent, out) else _bytes(out)
+    sent = as_bytes(source)
+    target = None if sent is not None and out is not None and is_same(sent, out) else as_bytes(out)
     if sent is not None and target is not None:
         sent = apart_from(target, sent)
     nbytes = _size(sent) or _size(target)
@@ -73,7 +73,7 @@ def gather(
     runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int
 ) -> ChunkedOperation:
     """See `Backend.gather`."""
-    sent, target = _bytes(block), _bytes(out)
+    sent, target = as_bytes(block), as_bytes(out)
     sizes, starts = _sizes(counts, block)
     if target is not None and sent is not None:
         sent = None if is_same(sent, target[starts[root] :]) else apart_from(target, sent)
@@ -109,7 +109,7 @@ def scatter(
     runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int
 ) -> ChunkedOperation:
     """See `Backend.scatter`."""
-    me, target, sent = runner.rank, _bytes(block), _bytes(source)
+    me, target, sent = runner.rank, as_bytes(block), as_bytes(source)
     sizes, starts = _sizes(counts, block)
     length = runner.chunk_bytes(runner.ranks - 1)
     if target is not None and sent is not None:
@@ -173,10 +173,6 @@ def all_to_all(
     return ChunkedOperation(
         layout=layout, source=sent, target=target, shared=sent if even else None, in_place=in_place, uneven=True
     )
-
-
-def _bytes(array: Array | None) -> Array | None:
-    return None if array is None else array.view(np.uint8)
 
 
 def _size(array: Array | None) -> int:

@@ -61,6 +61,11 @@ def copy_large(target: Array, source: Array) -> None:
         copy_in_blocks(target, source)
 
 
+def as_bytes(array: Array | None) -> Array | None:
+    """View an array as uint8."""
+    return None if array is None else array.view(np.uint8)
+
+
 def is_same(array: Array, other: Array) -> bool:
     """Say whether two arrays begin at the same byte."""
     return address_of(array) == address_of(other)

@@ -76,7 +76,7 @@ class LargePath:
                 return False
             turn.state[NUMBER] += 1
             if plan is not None:
-                self._run_plan(plan, source, target)
+                self._runner.run_plan(plan, source, target, partial(self._wait, plan))
             else:
                 self._run_in_python(source, target)
         finally:
@@ -87,18 +87,13 @@ class LargePath:
         """See `FastPath`."""
         return BoundLargePath(partial(self, source, target)) if self._accepts(source, target) else None
 
-    def _run_plan(self, plan: NativePlan, source: Array | None, target: Array | None) -> None:
-        """Run a plan, and wait for late ranks as `Turn.late` does."""
-        late = plan.start(source, target)
-        while late is not None:
-            self._turn.late(self._collective.call, partial(self._wait, plan, late))
-            late = plan.resume(source, target, late)
+    def _wait(self, plan: NativePlan, number: int) -> None:
+        """Wait for late ranks, or find those that make another call."""
+        action = self._compare if plan.syncing else self._ring.wait
+        self._turn.late(self._collective.call, partial(action, number))
 
-    def _wait(self, plan: NativePlan, awaited: int, *, deadline: float) -> None:
-        if plan.syncing:
-            self._ring.complete(self._collective.call, awaited, awaited, deadline=deadline)
-        else:  # the labels were compared, and other ranks may already begin the next operation
-            self._ring.wait(awaited, deadline)
+    def _compare(self, number: int, *, deadline: float) -> None:
+        self._ring.complete(self._collective.call, number, number, deadline=deadline)
 
     def _plan_for(self, source: Array | None, target: Array | None) -> NativePlan | None:
         """Find the plan for these arrays, if there is one."""
