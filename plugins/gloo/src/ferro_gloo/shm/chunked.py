@@ -80,15 +80,26 @@ class ChunkedRunner:
         else:
             reduce_into(reduction, out, operands)
 
-    def is_shared(self, array: Array) -> bool:
-        """Say whether an array lies in this rank's arena."""
-        return self._arenas.span_of(array) is not None
-
     def run(self, operation: ChunkedOperation, deadline: float) -> None:
-        """Run an operation: every chunk is staged, reduced and taken; see `ChunkedLayout`."""
-        number = self._begin(operation, deadline)
-        if number is None:
-            return
+        """Run an operation: every chunk is staged, reduced and taken (see `ChunkedLayout`), or all arrays in place."""
+        span = self._span_of(operation.shared)
+        try:
+            number = self._publish_first(operation, span, deadline)
+            following = self._use_in_place(operation, number, deadline)
+        except BaseException:
+            if span is not None:  # a late rank may still write into the array
+                self._arenas.retire(span)
+            raise
+        if following is not None:
+            self._run_chunks(operation, following, deadline)
+
+    def finish(self, operation: ChunkedOperation, number: int, *, deadline: float) -> None:
+        """Run the rest of an operation, the labels of whose first chunk were compared, and which this rank has staged."""
+        following = self._use_in_place(operation, number, deadline)
+        if following is not None:
+            self._run_chunks(operation, following, deadline)
+
+    def _run_chunks(self, operation: ChunkedOperation, number: int, deadline: float) -> None:
         layout, chunks = operation.layout, operation.layout.chunks
         if operation.uneven:
             chunks = max(self._ring.chunk_counts(number))
@@ -120,7 +131,9 @@ class ChunkedRunner:
         key = (ring.call.label(), sent is None, result is None, apart)
         plan = self._plans.get(key)
         if plan is not None and plan.accepts(sent, result):
-            self.run_plan(plan, sent, result, partial(self._wait_in_plan, plan, deadline))
+            number = self.run_plan(plan, sent, result, partial(self._wait_in_plan, plan, deadline))
+            if number is not None:
+                self.finish(make(), number, deadline=deadline)
             return
         operation = make()
         self.run(operation, deadline)
@@ -160,37 +173,37 @@ class ChunkedRunner:
 
     def run_plan(
         self, plan: NativePlan, source: Array | None, target: Array | None, wait: Callable[[int], object]
-    ) -> None:
-        """Run a plan for arrays that it accepts; `wait` waits for a chunk, and compares labels while it is syncing."""
+    ) -> int | None:
+        """Run a plan for arrays that it accepts; `wait` waits for a chunk, and compares labels while it is syncing.
+
+        Returns:
+            None; or the number of the first chunk, if another rank's array can be used in place: call `finish`.
+        """
         plan.spins, plan.yields = self._region.counters.patience()
         late = plan.start(source, target)
         while late is not None:
+            if plan.announced:
+                return late
             wait(late)
             late = plan.resume(source, target, late)
+        return None
 
     def _is_native(self, reduction: Reduction | None) -> bool:
         return self._region.native_ring is not None and (reduction is None or has_arithmetic(reduction))
 
-    def _begin(self, operation: ChunkedOperation, deadline: float) -> int | None:
-        """Publish the first chunk and compare labels; run the operation in place if possible.
+    def _use_in_place(self, operation: ChunkedOperation, number: int, deadline: float) -> int | None:
+        """Run the operation in place, if possible, once all ranks have published the first chunk.
 
         Returns:
             The first chunk's number; None when the operation is done.
         """
-        span = self._span_of(operation.shared)
-        try:
-            number = self._publish_first(operation, span, deadline)
-            if operation.in_place is None:
-                return number
-            spans = self._ring.spans(number)
-            writers = range(self.ranks) if operation.writers is None else operation.writers
-            if all(spans[rank] != NO_SPAN for rank in writers):
-                self._run_in_place(operation, spans, number, deadline)
-                return None
-        except BaseException:
-            if span is not None:  # a late rank may still write into the array
-                self._arenas.retire(span)
-            raise
+        if operation.in_place is None:
+            return number
+        spans = self._ring.spans(number)
+        writers = range(self.ranks) if operation.writers is None else operation.writers
+        if all(spans[rank] != NO_SPAN for rank in writers):
+            self._run_in_place(operation, spans, number, deadline)
+            return None
         # A rank that has announced a span, or has tried a single round, has not written its first chunk yet.
         is_incomplete = any(map(any, spans))
         if operation.uneven:

@@ -145,7 +145,8 @@ def all_to_all(
     synchronized: bool,
 ) -> ChunkedOperation:
     """See `Backend.all_to_all`; `synchronized` is True if this rank has tried it in a single round before."""
-    me, sent, target = runner.rank, source.view(np.uint8), out.view(np.uint8)
+    me, target = runner.rank, out.view(np.uint8)
+    sent = apart_from(target, source.view(np.uint8))
     length = runner.chunk_bytes(runner.ranks - 1)
     sizes, starts = _sizes(send_counts, source)
     target_sizes, target_starts = _sizes(recv_counts, out)

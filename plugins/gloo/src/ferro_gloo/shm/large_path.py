@@ -27,7 +27,6 @@ from ferro_gloo.shm.slot_ring import SlotRing
 
 _FROM_ALL = ("all_gather", "gather", "all_to_all")  # the target has a block of every rank
 _FOR_ALL = ("scatter", "reduce_scatter", "all_to_all")  # the source has a block for every rank
-_IN_PLACE = ("all_reduce", "reduce", "broadcast")
 
 
 class LargePath:
@@ -76,7 +75,11 @@ class LargePath:
                 return False
             turn.state[NUMBER] += 1
             if plan is not None:
-                self._runner.run_plan(plan, source, target, partial(self._wait, plan))
+                number = self._runner.run_plan(plan, source, target, partial(self._wait, plan))
+                if number is not None:
+                    self._ring.set_call(self._collective.call)
+                    rest = partial(self._runner.finish, self._operation(source, target), number)
+                    turn.late(self._collective.call, rest)
             else:
                 self._run_in_python(source, target)
         finally:
@@ -158,11 +161,10 @@ class LargePath:
         if not target.flags.writeable:
             return False
         if are_apart(source, target):
-            # Where the ranks reduce in place in shared memory, they do it in the target.
-            return op != "all_reduce" or not self._runner.is_shared(source)
+            return True
         if op == "all_gather":
             return is_same(source, target.reshape(-1)[self._runner.rank * source.size :])
-        return is_same(source, target) and op in _IN_PLACE
+        return is_same(source, target) and source.nbytes == target.nbytes
 
     def _fits(self, array: Array | None, nbytes: int) -> bool:
         if array is None or nbytes == 0:

@@ -59,12 +59,14 @@ class NativePlan(Protocol):
         number: the number of the first chunk of the present call.
         chunks: how many there are; `start` uses those of the plan.
         syncing: True while the first chunk is awaited, and the labels have not been compared.
+        announced: True if `start` or `resume` has returned because a rank's array can be used in place, which Python does.
         spins, yields: as in `NativeModule.wait`.
     """
 
     number: int
     chunks: int
     syncing: bool
+    announced: bool
     spins: int
     yields: int
 

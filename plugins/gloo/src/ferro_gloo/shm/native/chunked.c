@@ -136,6 +136,7 @@ void begin_chunked(ChunkedPlan *plan)
 {
     plan->number = plan->ring->next++;
     plan->syncing = 1;
+    plan->announced = 0;
     write_header(plan->ring, plan->number, plan->header, plan->header_bytes, plan->digest);
     stage_chunk(plan, 0, plan->number);
 }
@@ -158,16 +159,15 @@ static Headers compare_headers(const ChunkedPlan *plan)
 
 int64_t continue_chunked(ChunkedPlan *plan, int64_t awaited)
 {
-    while (plan->syncing) {
+    if (plan->syncing) {
         if (!wait_for_chunk(plan, plan->number))
             return plan->number;
         Headers headers = compare_headers(plan);
         if (headers == OTHER_CALL)
             return plan->number;
-        if (headers == OTHER_WAY) { /* a rank that has told where its array is has staged nothing: all begin again */
-            begin_chunked(plan);
-            awaited = plan->number;
-            continue;
+        if (headers == OTHER_WAY) { /* a rank has told where its array is, and has staged nothing */
+            plan->announced = 1;
+            return plan->number;
         }
         plan->syncing = 0;
         plan->ring->next = plan->number + plan->chunks * (1 + plan->two_phase);

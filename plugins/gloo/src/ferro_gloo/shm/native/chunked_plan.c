@@ -277,6 +277,7 @@ static PyMemberDef members[] = {
     {"number", T_LONGLONG, offsetof(ChunkedPlan, number), 0, NULL},
     {"chunks", T_LONGLONG, offsetof(ChunkedPlan, chunks), 0, NULL},
     {"syncing", T_BOOL, offsetof(ChunkedPlan, syncing), READONLY, NULL},
+    {"announced", T_BOOL, offsetof(ChunkedPlan, announced), READONLY, NULL},
     {"spins", T_LONG, offsetof(ChunkedPlan, spins), 0, NULL},
     {"yields", T_LONG, offsetof(ChunkedPlan, yields), 0, NULL},
     {NULL, 0, 0, 0, NULL},

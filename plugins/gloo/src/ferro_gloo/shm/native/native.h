@@ -267,7 +267,8 @@ typedef struct {
     uint64_t digest;
     /* of the present call */
     long long chunks, number; /* how many, and the number of the first */
-    char syncing;             /* the first chunk is awaited */
+    char syncing;             /* the first chunk is awaited, and the headers are not compared */
+    char announced;           /* a rank's array can be used in place, which this does not do */
     const char *source;
     char *target;
 } ChunkedPlan;
