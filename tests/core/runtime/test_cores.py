@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ferro.runtime.environment import resolve, thread_advice, usable_cores
+from ferro.runtime.environment import resolve, thread_advice, usable_cores, usable_cores_together
 
 AFFINITY = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 VERSION_1 = "32 31 0:29 {root} {mount} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
@@ -103,3 +103,8 @@ def test_advice_on_threads_under_other_launchers(
     advice = thread_advice(resolve(environ), environ)
     assert ("4 ranks on this host" in advice) == advised
     assert ("OMP_NUM_THREADS=4" in advice) == advised
+
+
+def test_processes_with_a_core_each_have_all_of_them_together(tmp_path):
+    assert usable_cores_together([0, 3, 3, 5], proc=tmp_path) == 3
+    assert usable_cores_together([], proc=tmp_path) == 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+
+import pytest
 
 import ferro
 from ferro_gloo.backend import GlooBackend
+from ferro_gloo.shm import bootstrap
 from ferro_gloo.tcp.backend import TcpBackend
 
 
@@ -45,3 +49,14 @@ def test_a_rank_that_stands_still_then_does_not_hang_the_others(start_ranks):
     ranks.join()
     assert isinstance(ranks.errors[0], ferro.RendezvousError)
     assert "could not find out who shares its memory within 1 s" in str(ranks.errors[0])
+
+
+@pytest.mark.parametrize("one_core", [False, True])
+def test_ranks_spin_where_they_have_a_core_each(start_ranks, monkeypatch, one_core):
+    """The ranks are threads here, so that the cores of each can be chosen."""
+    next_core = itertools.count()
+    monkeypatch.setattr(bootstrap, "_own_cores", lambda: [0 if one_core else next(next_core)])
+    monkeypatch.setattr(bootstrap, "usable_cores_together", len)
+    ranks = start_ranks(2)
+    ranks.start(lambda group: group._backend._host._spin)
+    assert ranks.join() == dict.fromkeys(range(2), not one_core), ranks.errors

@@ -34,10 +34,7 @@ def check(short, seed, took_ordinary=()):
     assert_same(got, wanted, f"{what}, ordinary path")
     for step in range(5):
         x = inputs[rank].copy()
-        if step in took_ordinary:
-            again = short.run_ordinary(x)
-        else:
-            again = short.run(x, in_place=step % 2 == 1)
+        again = short.run_ordinary(x) if step in took_ordinary else short.run(x, in_place=step % 2 == 1)
         if short.has_result:
             assert again.tobytes() == got.tobytes(), f"{what}, step {step}"
         if again is not x:

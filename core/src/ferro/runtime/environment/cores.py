@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from ferro.runtime.environment.launch_info import LaunchInfo
@@ -22,6 +22,17 @@ def usable_cores(*, proc: Path = Path("/proc/self")) -> int:
     one and a half cores counts as one, since two busy threads would wait for the next period again and again.
     """
     return max(1, min([_affinity(), *(int(quota) for quota in _quotas(proc))]))
+
+
+def usable_cores_together(core_ids: Collection[int], *, proc: Path = Path("/proc/self")) -> int:
+    """Count the CPU cores that several processes may use together, at least one.
+
+    Launchers bind each rank to a core of its own: then a rank may use one core, and all ranks together several.
+
+    Args:
+        core_ids: the cores that one or more of the processes may use by their affinity.
+    """
+    return max(1, min([len(set(core_ids)), *(int(quota) for quota in _quotas(proc))]))
 
 
 def _affinity() -> int:

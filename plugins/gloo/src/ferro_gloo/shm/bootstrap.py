@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ferro.hookspecs import BackendConfig
-from ferro.runtime.environment import usable_cores
+from ferro.runtime.environment import usable_cores_together
 from ferro_gloo.shm.arena import HostArenas, arena_bytes
 from ferro_gloo.shm.counters import NATIVE_IS_AVAILABLE, pure_python_is_safe
 from ferro_gloo.shm.mapping import is_used_by_other_threads
@@ -28,6 +28,7 @@ from ferro_gloo.tcp.backend import TcpBackend
 
 _TAG = 1 << 33  # a bit above every user's tag, and above those of `TcpBackend`
 _NO_NAME = bytes(NAME_BYTES)
+_MAX_CORES = 1024  # whose numbers ranks tell each other
 
 # The message about a rank's arena: size and name, zeros if it has none, digest of FERRO_HOST_ID.
 _ARENA_OFFER = struct.Struct(f"<Q{NAME_BYTES}s16s")
@@ -60,17 +61,20 @@ class LocalHost:
         lowest_ranks: for every rank of the world the lowest rank on its host.
         arenas: the memory of `ProcessGroup.empty`.
         native: use the native helper where all ranks of a group on the host have it.
+        cores: how many CPU cores the ranks on the host may use together.
 
     Attributes:
         arenas: see above.
     """
 
-    def __init__(self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool) -> None:
+    def __init__(
+        self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool, cores: int = 1
+    ) -> None:
         self._native = native
         self._lowest_ranks = tuple(lowest_ranks)
         _hosts.add(self)
         self._regions: weakref.WeakSet[ShmSegment] = weakref.WeakSet()
-        self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()
+        self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= cores
         self.arenas = arenas
 
     @classmethod
@@ -100,7 +104,8 @@ class LocalHost:
             offers = [_ArenaOffer(*_ARENA_OFFER.unpack(raw)) for raw in gathered]
             if own is not None:
                 opened = _open_arenas(offers, me)
-            masks = bootstrap_all_gather(group, _bitmask(n, [me, *opened]), deadline)
+            mask = _bitmask(n, [me, *opened]) + _bitmask(_MAX_CORES, _own_cores())
+            masks = bootstrap_all_gather(group, mask, deadline)
         except BaseException:
             for segment in (own, *opened.values()):
                 if segment is not None:
@@ -111,9 +116,16 @@ class LocalHost:
         without = [rank for rank, offer in enumerate(offers) if offer.nbytes == 0]
         if reason and _is_first_to_warn(me, without, config.addresses):
             _warn_of_tcp(reason)
-        lowest = [masks.index(mask) for mask in masks]
+        opened_by = [mask[: -_MAX_CORES // 8] for mask in masks]
+        lowest = [opened_by.index(mask) for mask in opened_by]
+        cores = set()
+        for rank, mask in enumerate(masks):
+            if lowest[rank] == lowest[me]:
+                cores |= _chosen(mask[-_MAX_CORES // 8 :])
         peers = {rank: segment for rank, segment in opened.items() if lowest[rank] == lowest[me]}
-        return cls(me, lowest, HostArenas(me, own if peers else None, peers), native=native)
+        return cls(
+            me, lowest, HostArenas(me, own if peers else None, peers), native=native, cores=usable_cores_together(cores)
+        )
 
     def group_by_host(self, ranks: Sequence[int]) -> list[list[int]]:
         """Group the members of a group by host, given their ranks in the world; lists ascend."""
@@ -219,6 +231,17 @@ def _open_arenas(offers: Sequence[_ArenaOffer], me: int) -> dict[int, ShmSegment
 
 def _bitmask(ranks: int, chosen: Sequence[int]) -> bytes:
     return sum(1 << rank for rank in chosen).to_bytes(-(-ranks // 8), "little")
+
+
+def _chosen(bitmask: bytes) -> set[int]:
+    bits = int.from_bytes(bitmask, "little")
+    return {index for index in range(8 * len(bitmask)) if bits >> index & 1}
+
+
+def _own_cores() -> list[int]:
+    """List the cores that this process may use by its affinity."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return [core for core in cores if core < _MAX_CORES]
 
 
 def _is_first_to_warn(me: int, without: Sequence[int], addresses: Sequence[str]) -> bool:

@@ -12,10 +12,24 @@ Chunk k+1 goes into the slot of chunk k-3, which all ranks have read by then: th
 published chunk k-1, and a rank publishes chunk k-1 only when it has read chunk k-3. The same holds from the last chunk
 of one operation to the first of the next.
 
+A rank may publish chunk k+1 together with chunk k if it writes nothing into it: it has read chunk k-1 by then, since
+that belongs to the operation before. And it may go on from chunk k+1 when one other rank has published it, if that rank
+has waited until all had published chunk k: no rank is then further behind than the rule above needs. The short path
+(`native/collective.c`) does both in its second round, where rank 0 publishes what it has reduced.
+
 The first chunk of an operation has a header: the call's label, and the place of this rank's array (its `ArenaSpan`) if
 the others can use it in place. Ranks whose calls differ find the difference there.
 
-All ranks see chunks and counters in the order in which they were written (see `counters`).
+With the native helper a rank stores a chunk's number in two places: first in the line before the slot (`region`), then
+in its counter. The short path waits for lines, where a small message comes with its number; everything else waits for
+counters, and so do sleepers. A rank that has seen a counter may rely on the line, and on the data, which were stored
+before. The line also has a digest of the label. Equal labels have equal digests; a short path that finds another digest
+compares the labels here, for the error.
+
+A rank that gives up takes its numbers back, in its counter and its lines, so that no rank that comes later completes a
+collective with it. It publishes nothing afterwards. A rank that has seen its numbers before completes: it has all data.
+
+All ranks see chunks, lines and counters in the order in which they were written (see `counters`).
 """
 
 from __future__ import annotations

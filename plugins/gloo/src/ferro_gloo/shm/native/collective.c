@@ -8,6 +8,7 @@
 /* In groups of at most this many ranks each rank reduces all arrays; in larger ones rank 0 reduces and publishes the
    result: see _EACH_REDUCES_RANKS in ../single_round.py. */
 #define EACH_REDUCES_RANKS 4
+#define OMITTED_FROM 2048
 
 int plan_collective(Collective *c)
 {
@@ -62,7 +63,35 @@ int plan_collective(Collective *c)
     return c->published <= limit && (!itemsize || block % itemsize == 0);
 }
 
-int64_t begin_collective(Collective *c, const char *source)
+/* Say whether this rank's own block, or at the root its whole array, is left out of its slot: nobody else reads it. */
+static int omits_own(const Collective *c)
+{
+    switch (c->operation) {
+    case REDUCE:
+    case GATHER:
+        return c->ring->rank == c->root;
+    case SCATTER:
+    case REDUCE_SCATTER:
+    case ALL_TO_ALL:
+        return c->source > 0;
+    default:
+        return 0;
+    }
+}
+
+static void write_slot(const Collective *c, int64_t number, const char *source, int whole)
+{
+    char *slot = data_of(c->ring, c->ring->rank, number, c->published);
+    if (whole || !omits_own(c)) {
+        memcpy(slot, source, c->source);
+    } else if (c->source > c->block) { /* it has a block for every rank */
+        size_t own = (size_t)c->ring->rank * c->block, next = own + c->block;
+        memcpy(slot, source, own);
+        memcpy(slot + next, source + next, c->source - next);
+    }
+}
+
+int64_t begin_collective(Collective *c, const char *source, int whole)
 {
     Ring *ring = c->ring;
     int64_t number = ring->next;
@@ -70,7 +99,7 @@ int64_t begin_collective(Collective *c, const char *source)
     if (ring->writers[number % SLOTS] != c)
         write_header(ring, number, c->label, LABEL_BYTES, c->digest, c);
     if (c->source)
-        memcpy(data_of(ring, ring->rank, number, c->published), source, c->source);
+        write_slot(c, number, source, whole);
     if (ring->retracted)
         return number;
     /* In the second round only rank 0 publishes anything, so the others' counters are there already. */
@@ -80,12 +109,18 @@ int64_t begin_collective(Collective *c, const char *source)
     return number;
 }
 
-/* Reduce all arrays, of `nbytes` each and from byte `start` on, into `out`. */
-static void reduce_slots(Collective *c, int64_t number, size_t start, size_t nbytes, char *out)
+/* Find a rank's data: this rank's own in `own`, unless that is NULL, and all other data in the slots. */
+static const char *message_of(const Collective *c, int64_t number, int rank, const char *own)
+{
+    return own && rank == c->ring->rank ? own : data_of(c->ring, rank, number, c->published);
+}
+
+/* Reduce all arrays, `block` bytes of each and from byte `start` on, into `out`. */
+static void reduce_slots(Collective *c, int64_t number, size_t start, const char *own, char *out)
 {
     for (int rank = 0; rank < c->ring->ranks; rank++)
-        c->parts[rank] = data_of(c->ring, rank, number, c->published) + start;
-    reduce_arrays(&c->arithmetic, out, c->parts, c->ring->ranks, nbytes);
+        c->parts[rank] = message_of(c, number, rank, own) + start;
+    reduce_arrays(&c->arithmetic, out, c->parts, c->ring->ranks, c->block);
 }
 
 Awaited missing_lines(const Collective *c, int64_t number)
@@ -113,24 +148,27 @@ Arrival advance_collective(Collective *c, int64_t number)
         if (line_of(ring, rank, number)->digest != c->digest)
             return DIFFERENT;
     if (c->two_rounds && ring->rank == 0 && line_of(ring, 0, number + 1)->number != number + 2) {
-        reduce_slots(c, number, 0, c->block, data_of(ring, 0, number + 1, c->block));
+        reduce_slots(c, number, 0, NULL, data_of(ring, 0, number + 1, c->block));
         publish_chunk(ring, number + 1);
     }
     return READY;
 }
 
 /* Copy a block of every rank's data, from byte `start` on, into `target`, in order of rank. */
-static void gather_blocks(const Collective *c, int64_t number, size_t start, const char *source, char *target)
+static void gather_blocks(const Collective *c, int64_t number, size_t start, const char *own, char *target)
 {
-    for (int rank = 0; rank < c->ring->ranks; rank++, target += c->block)
-        if (target != source) /* the block is there already */
-            memcpy(target, data_of(c->ring, rank, number, c->published) + start, c->block);
+    for (int rank = 0; rank < c->ring->ranks; rank++, target += c->block) {
+        const char *block = message_of(c, number, rank, own) + start;
+        if (target != block) /* this rank's block may be there already */
+            memcpy(target, block, c->block);
+    }
 }
 
-void finish_collective(Collective *c, int64_t number, const char *source, char *target)
+void finish_collective(Collective *c, int64_t number, const char *source, char *target, int whole)
 {
     const Ring *ring = c->ring;
-    size_t own = (size_t)ring->rank * c->block;
+    size_t start = (size_t)ring->rank * c->block;
+    const char *own = whole ? NULL : source;
     if (!c->target || !target) /* the root of a broadcast may have its result already */
         return;
     switch (c->operation) {
@@ -138,29 +176,35 @@ void finish_collective(Collective *c, int64_t number, const char *source, char *
         if (c->two_rounds)
             memcpy(target, data_of(ring, 0, number + 1, c->block), c->block);
         else
-            reduce_slots(c, number, 0, c->block, target);
+            reduce_slots(c, number, 0, NULL, target);
         break;
     case REDUCE:
-        reduce_slots(c, number, 0, c->block, target);
+        reduce_slots(c, number, 0, own, target);
         break;
     case REDUCE_SCATTER:
-        reduce_slots(c, number, own, c->block, target);
+        reduce_slots(c, number, start, own, target);
         break;
     case BROADCAST:
         if (target != source)
             memcpy(target, data_of(ring, c->root, number, c->published), c->block);
         break;
     case SCATTER:
-        memcpy(target, data_of(ring, c->root, number, c->published) + own, c->block);
+        memcpy(target, message_of(c, number, c->root, own) + start, c->block);
         break;
     case ALL_GATHER:
     case GATHER:
         gather_blocks(c, number, 0, source, target);
         break;
     case ALL_TO_ALL:
-        gather_blocks(c, number, own, NULL, target);
+        gather_blocks(c, number, start, own, target);
         break;
     default:
         break;
     }
+}
+
+int needs_whole(const Collective *c, const char *source, const char *target)
+{
+    /* Copying it all at once is faster where it is little. An array that the result is written over is read late. */
+    return c->published <= OMITTED_FROM || (c->operation == REDUCE && c->ring->rank > 1 && target == source);
 }

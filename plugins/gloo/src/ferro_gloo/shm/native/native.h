@@ -225,12 +225,14 @@ typedef enum { DIFFERENT = -1, LATE, READY } Arrival;
 
 /* Choose the sizes; return 0 if the arguments do not fit each other or the ring. */
 int plan_collective(Collective *collective);
+/* Say whether this rank must write all its data into its slot, also what it alone reads, with these arrays. */
+int needs_whole(const Collective *collective, const char *source, const char *target);
 /* Begin: write and publish this rank's contribution; return the number of the first chunk. */
-int64_t begin_collective(Collective *collective, const char *source);
+int64_t begin_collective(Collective *collective, const char *source, int whole);
 /* Find out whether all that this rank needs is there. Rank 0 reduces for all, where it does so. */
 Arrival advance_collective(Collective *collective, int64_t number);
-/* Read the result into `target`; `source` is only compared with it. */
-void finish_collective(Collective *collective, int64_t number, const char *source, char *target);
+/* Read the result into `target`; `whole` is what it was at the beginning. */
+void finish_collective(Collective *collective, int64_t number, const char *source, char *target, int whole);
 /* The lines of which one is missing when `advance_collective` says LATE. */
 Awaited missing_lines(const Collective *collective, int64_t number);
 

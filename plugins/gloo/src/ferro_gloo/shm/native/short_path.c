@@ -74,35 +74,35 @@ static Arrival spin(Collective *c, int64_t number)
     return advance_collective(c, number);
 }
 
+/* Leave the waiting to Python; return -1 with an error set if that raises one. */
+static int wait_in_python(ShortPath *path, int64_t number, int64_t awaited)
+{
+    PyObject *result = PyObject_CallFunction(path->late, "LL", (long long)number, (long long)awaited);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 /* Wait until all that this rank needs is there; the turn's lock is held. Return -1 with an error set if that fails. */
 static int wait_longer(ShortPath *path, int64_t number)
 {
     Collective *c = &path->collective;
-    Arrival arrival = advance_collective(c, number);
-    for (int long_waits = 0; arrival != READY; long_waits++) {
+    Arrival arrival;
+    while ((arrival = advance_collective(c, number)) == LATE) {
         Awaited missing = missing_lines(c, number);
-        int64_t awaited = missing.value - 1;
-        Py_ssize_t behind = -1;
-        if (arrival == LATE) {
-            int interrupted = 0;
-            Py_BEGIN_ALLOW_THREADS
-            behind = wait_without_gil(&missing, first_behind(&missing, 0), c->ring->spins, YIELDS, LONGEST_WAIT_S,
-                                      &interrupted);
-            Py_END_ALLOW_THREADS
-        }
-        if (arrival == DIFFERENT || behind >= 0) {
-            PyObject *result = PyObject_CallFunction(path->late, "LL", (long long)number, (long long)awaited);
-            if (!result)
-                return -1;
-            Py_DECREF(result);
-        }
-        arrival = advance_collective(c, number);
-        if (arrival == DIFFERENT && long_waits) {
-            PyErr_SetString(PyExc_RuntimeError, "ranks whose labels are equal have different digests of them");
+        Py_ssize_t behind;
+        int interrupted = 0; /* the handler of a signal runs in Python */
+        Py_BEGIN_ALLOW_THREADS
+        behind = wait_without_gil(&missing, first_behind(&missing, 0), c->ring->spins, YIELDS, LONGEST_WAIT_S,
+                                  &interrupted);
+        Py_END_ALLOW_THREADS
+        if (behind >= 0 && wait_in_python(path, number, missing.value - 1))
             return -1;
-        }
     }
-    return 0;
+    if (arrival == READY)
+        return 0;
+    if (!wait_in_python(path, number, number))
+        PyErr_SetString(PyExc_RuntimeError, "ranks whose labels are equal have different digests of them");
+    return -1;
 }
 
 /* ---- a call */
@@ -118,7 +118,8 @@ static PyObject *run(ShortPath *path, const char *source, char *target)
 {
     Collective *c = &path->collective;
     state_of(path)[NUMBER]++;
-    int64_t number = begin_collective(c, source);
+    int whole = needs_whole(c, source, target);
+    int64_t number = begin_collective(c, source, whole);
     if (spin(c, number) != READY) {
         if (change_lock(path->acquire))
             return NULL;
@@ -130,11 +131,11 @@ static PyObject *run(ShortPath *path, const char *source, char *target)
             PyErr_Restore(type, value, traceback);
             return NULL;
         }
-        finish_collective(c, number, source, target);
+        finish_collective(c, number, source, target, whole);
         if (change_lock(path->release))
             return NULL;
     } else {
-        finish_collective(c, number, source, target);
+        finish_collective(c, number, source, target, whole);
     }
     prepare_next(c->ring);
     Py_RETURN_TRUE;
@@ -352,7 +353,7 @@ static PyObject *start(Bound *bound, PyObject *Py_UNUSED(ignored))
     if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0 || bound->closed)
         Py_RETURN_FALSE;
     state_of(path)[NUMBER]++;
-    bound->number = begin_collective(&path->collective, bound->source.buf);
+    bound->number = begin_collective(&path->collective, bound->source.buf, 1);
     Py_RETURN_TRUE;
 }
 
@@ -380,7 +381,7 @@ static PyObject *finish(Bound *bound, PyObject *Py_UNUSED(ignored))
     bound->number = -1;
     if (spin(c, number) != READY && wait_longer(bound->path, number))
         return NULL;
-    finish_collective(c, number, bound->source.buf, bound->target.buf);
+    finish_collective(c, number, bound->source.buf, bound->target.buf, 1);
     prepare_next(c->ring);
     Py_RETURN_NONE;
 }
