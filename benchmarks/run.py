@@ -1,10 +1,15 @@
-"""Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a plot.
+"""Measure ferro beside torch.distributed gloo, Open MPI and MPICH; write JSON, a page, a heat map.
 
-    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   a quarter hour
-    python benchmarks/run.py --quick --only collectives --sizes 4B,64KiB --ranks 2
+    python benchmarks/run.py --compare torch-gloo,openmpi=PYTHON,mpich=PYTHON   half an hour
+    python benchmarks/run.py --only collectives --compare …                     of them, a quarter hour
+    python benchmarks/run.py --only collectives --ranks 2 --ops all_reduce,barrier --sizes 4B,64KiB --compare …
+    python benchmarks/run.py --quick                                            two minutes
 
 PYTHON is the interpreter of an environment with mpi4py and that MPI; `make bench` prepares them.
 All ranks are on one host. No time makes a benchmark fail; a wrong result does.
+
+Where --ranks, --ops or --sizes choose a part of the collectives, only these cells are written anew. `--quick` writes
+to a folder of its own.
 """
 
 from __future__ import annotations
@@ -20,15 +25,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import collectives
+import heatmap
 import imports
 import parity
 import report
+import report_collectives
+import report_strategies
 from records import integers, machine_facts
 
 import ferro_bench
 
 _HERE = Path(__file__).resolve().parent
 _TRAINING_RANKS = 2
+_FEW_RANKS = (2, 4)
 # Strategy, ranks, optimizer, and widths of the layers, of 10 and 100 million parameters.
 _MEMORY = (
     ("ddp", 2, "sgd", "784,2048*3,10"),
@@ -38,7 +47,7 @@ _MEMORY = (
 )
 _QUICK_MEMORY = (("ddp", 2, "sgd", "784,256*3,10"), ("fsdp", 2, "adamw", "784,256*3,10"))
 # Widths of the layers, and number of rounds.
-_TIMED = (("784,2048*3,10", 8), ("784,2048*24,10", 4))
+_TIMED = (("784,2048*3,10", 16), ("784,2048*24,10", 4))
 _DEADLINE_S = 600.0
 # All libraries compute in one thread and use the loopback interface; root may run Open MPI.
 _ENVIRONMENT = {
@@ -71,30 +80,37 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", action="append", choices=_BENCHMARKS, help="may be repeated")
     add("--quick", action="store_true", help="fewer rounds and sizes: under a minute")
-    add("--sizes", type=ferro_bench.parse_sizes, help=f"of all_reduce; {collectives.SIZES} by default")
-    add("--ranks", type=integers, default=[2, 4], help="2,4 by default")
+    add("--ops", type=lambda text: text.split(","), help=f"collectives: {','.join(collectives.OPS)}")
+    add("--sizes", type=ferro_bench.parse_sizes, help=f"of collectives; {collectives.SIZES} by default")
+    add("--ranks", type=integers, help="2,4,8 by default; 2,4 for layers and mpi")
     add("--compare", type=ferro_bench.parse_peers, default={}, help="as in `ferro bench --help`")
-    add("--out", type=Path, default=_HERE / "results", help="folder to write to")
+    add("--out", type=Path, help="folder to write to; benchmarks/results, or benchmarks/results-quick")
     options = parser.parse_args()
-    if options.sizes is None:
-        sizes = collectives.QUICK_SIZES if options.quick else collectives.SIZES
-        options.sizes = ferro_bench.parse_sizes(sizes)
+    if options.out is None:
+        options.out = _HERE / ("results-quick" if options.quick else "results")
+    if unknown := set(options.ops or ()) - set(collectives.OPS):
+        parser.error(f"--ops: unknown {', '.join(sorted(unknown))}; there are {', '.join(collectives.OPS)}")
     return options
 
 
 def _collectives(options: argparse.Namespace) -> dict[str, object]:
     quick = options.quick
-    others = collectives.OTHER_QUICK_SIZES if quick else collectives.OTHER_SIZES
     selection = collectives.Selection(
-        sizes=options.sizes,
-        other_sizes=ferro_bench.parse_sizes(others),
+        ops=options.ops or collectives.OPS,
+        sizes=options.sizes or ferro_bench.parse_sizes(collectives.QUICK_SIZES if quick else collectives.SIZES),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if quick else None,
     )
-    runs = {str(ranks): collectives.measure(selection, ranks) for ranks in options.ranks}
+    written = options.out / "collectives.json"
+    part = any((options.ops, options.sizes, options.ranks))
+    runs = json.loads(written.read_text())["by_ranks"] if part and written.exists() else {}
+    for ranks in options.ranks or (collectives.QUICK_RANKS if quick else collectives.RANKS):
+        run, earlier = collectives.measure(selection, ranks), runs.get(str(ranks))
+        runs[str(ranks)] = collectives.merged(earlier, run) if earlier else run
+    runs = dict(sorted(runs.items(), key=lambda item: int(item[0])))
+    print(*report_collectives.summary(runs), sep="\n", flush=True)
     if importlib.util.find_spec("matplotlib") is not None:
-        records = [record for run in runs.values() for record in run["records"]]
-        ferro_bench.plot(records, options.out / "collectives.png")
+        heatmap.draw(runs, options.out / "heatmap.png")
     return {"by_ranks": runs}
 
 
@@ -122,7 +138,8 @@ def _training(options: argparse.Namespace) -> dict[str, object]:
         arguments += [] if "torch-gloo" in options.compare else ["--without-torch"]
         times.append(_run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *arguments]))
         for name, step in times[-1]["steps"].items():
-            print(f"step, {name}: {ferro_bench.time_text(step['median_s'])}", flush=True)
+            overhead = report_strategies.overhead_text(name, times[-1]["steps"])
+            print(f"step, {name}: {ferro_bench.time_text(step['median_s'])} {overhead}", flush=True)
     return {"memory": memory, "times": times}
 
 
@@ -149,8 +166,8 @@ def _parity(options: argparse.Namespace) -> dict[str, object]:
 def _many(options: argparse.Namespace) -> dict[str, object]:
     """Measure all_reduce with more ranks than cores."""
     selection = collectives.Selection(
+        ops=["all_reduce"],
         sizes=ferro_bench.parse_sizes(collectives.MANY_SIZES),
-        other_sizes=(),
         peers=options.compare,
         rounds=collectives.QUICK_ROUNDS if options.quick else collectives.MANY_ROUNDS,
     )
@@ -166,7 +183,7 @@ def _mpi(options: argparse.Namespace) -> dict[str, object]:
         peer = ferro_bench.find(name, options.compare[name])
         assert peer.mpiexec is not None, "an MPI has a launcher"
         oversubscribe = [] if name == "mpich" else ["--oversubscribe"]
-        for ranks in options.ranks:
+        for ranks in options.ranks or _FEW_RANKS:
             launch = [peer.mpiexec, *oversubscribe, "-n", str(ranks), peer.python]
             records.append(_run_ranks(launch, "mpi_rank.py", arguments))
             print(report.mpi_summary(records[-1]), flush=True)
@@ -175,7 +192,7 @@ def _mpi(options: argparse.Namespace) -> dict[str, object]:
 
 def _layers(options: argparse.Namespace) -> dict[str, object]:
     arguments = [f"--rounds={4 if options.quick else 20}"]
-    records = [_run_ranks(_ferro_run(ranks), "layers.py", arguments) for ranks in options.ranks]
+    records = [_run_ranks(_ferro_run(ranks), "layers.py", arguments) for ranks in options.ranks or _FEW_RANKS]
     for record in records:
         parts = ", ".join(f"{k} {ferro_bench.time_text(v)}" for k, v in record["median_s"].items())
         print(f"{record['ranks']} ranks: {parts}", flush=True)

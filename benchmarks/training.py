@@ -11,10 +11,11 @@ rest is working memory: temporaries of the arithmetic, and segments being receiv
 
 Time. Both libraries train the same multilayer perceptron with the same batch, loss and optimizer,
 and with one thread for arithmetic. Blocks of steps take turns in the same processes. The time of a
-step is that of its slowest rank. NumPy's and torch's matrix products come from different libraries,
-so the comparison is of whole training steps. "alone" is ferro without a strategy: the arithmetic.
-An observer records how long a strategy's collectives ran; the part of that by which a step is not
-longer than "alone" was hidden behind the arithmetic.
+step is that of its slowest rank. "alone" is a step without a strategy, "torch-alone" torch's: the
+arithmetic. The matrix products of NumPy and torch come from different libraries, so the times of the
+two cannot be compared; what a strategy adds to its own library's "alone" can. An observer records how
+long a strategy's collectives ran; the part of that by which a step is not longer than "alone" was
+hidden behind the arithmetic.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _wrapped(model: Module, strategy: str, group: ferro.ProcessGroup) -> Module:
 
 
 def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
-    """Return the same training step under torch's DDP or FSDP2; torch's group must be open."""
+    """Return the same training step under torch's DDP or FSDP2, or alone; torch's group must be open."""
     import torch
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -118,8 +119,8 @@ def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
         layers += [torch.nn.Linear(wide, narrow), torch.nn.ReLU()]
     model: torch.nn.Module = torch.nn.Sequential(*layers[:-1])
     if strategy == "ddp":
-        model = DistributedDataParallel(model)
-    else:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)  # without copies into buckets
+    elif strategy == "fsdp":
         for layer in layers:
             if isinstance(layer, torch.nn.Linear):
                 fully_shard(layer)
@@ -209,7 +210,7 @@ def times(
     steps: dict[str, Step] = {name: Training(setting, name, group).step for name in ("alone", "ddp", "fsdp")}
     if with_torch:
         _open_torch()
-        for name in ("ddp", "fsdp"):
+        for name in ("alone", "ddp", "fsdp"):
             steps[f"torch-{name}"] = torch_step(setting, name, group.rank)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     busy: dict[str, list[float]] = {name: [] for name in steps}

@@ -116,6 +116,31 @@ def test_every_collective_is_right_in_both_memories():
     assert sizes["all_gather"] == 17499 * 4  # what three ranks can share
 
 
+def test_every_collective_is_right_as_a_persistent_operation_and_beside_ordinary_calls():
+    names = [name for name in COLLECTIVES if name not in ("sendrecv", "copy")]
+    ended = bench(
+        *names, "-n", 3, "--backend", "gloo", "--sizes", "10B,70000B", "--persistent", "--memory", "private,group",
+        "--calls", 2, "--rounds", 2, "--json", "-",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    records = json.loads(ended.stdout)["records"]
+    assert {record["collective"] for record in records} == set(names)
+    both = {"ferro-private", "ferro-group"}
+    for record in records:
+        assert set(record["results"]) == both | {f"{name}-persistent" for name in both}
+    rows = [line.split() for line in ended.stderr.splitlines() if "float32" in line]
+    assert {"ordinary", "persistent"} == {word for row in rows for word in row if word in ("ordinary", "persistent")}
+
+
+@pytest.mark.parametrize("more", [["--apart"], ["--apart", "--persistent"], ["--async", "--persistent"]])
+def test_calls_may_be_apart_and_persistent_operations_started_and_waited_for(more):
+    ended = bench("broadcast", "reduce", "--sizes", "4KiB", "--calls", 3, "--rounds", 1, "--json", "-", *more)
+    assert ended.returncode == 0, ended.stderr
+    for record in json.loads(ended.stdout)["records"]:
+        assert record["apart"] == ("--apart" in more)
+        assert all(result["wrong"] == 0 for result in record["results"].values())
+
+
 def test_json_has_what_was_measured_and_how(tmp_path):
     file = tmp_path / "result.json"
     ended = bench(
@@ -137,6 +162,7 @@ def test_json_has_what_was_measured_and_how(tmp_path):
         "calls": 3,
         "rounds": 2,
         "async_op": True,
+        "apart": False,
         "checked": False,
     }
     assert 0 < result["min_s"] <= result["p10_s"] <= result["median_s"] <= result["p90_s"]
@@ -166,7 +192,8 @@ def test_half_precision_and_products_are_exact():
         (["all_reduce", "--algorithms", "ring,nope"], "all_reduce has no 'nope'; there are: auto, direct"),
         (["sendrecv", "--algorithms", "ring"], "sendrecv has no 'ring'; there are: auto"),
         (["all_reduce", "-np", "0"], "-n 0: give 1 to 128 ranks"),
-        (["all_reduce", "--compare", "nccl"], "the peers are torch-gloo, openmpi, mpich"),
+        (["all_reduce", "sendrecv", "--persistent"], "--persistent: it is for collectives; leave out sendrecv"),
+        (["all_reduce", "--compare", "nccl"], "the peers are torch-gloo, openmpi, openmpi-sm, mpich"),
         (["all_reduce", "--compare", "mpich", "--dtype", "float16"], "does not reduce float16"),
         (["all_reduce", "--compare", "mpich=/no/python"], "/no/python is no Python that runs"),
         (["all_reduce", "--plot", "/no/such/folder/a.png"], "make it first"),
@@ -206,9 +233,26 @@ def test_a_picture_is_drawn(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed here")
 def test_mpich_is_measured_beside_ferro():
-    ended = bench("all_reduce", "--sizes", "4KiB", "--rounds", 1, "--compare", "mpich")
+    names = [name for name in COLLECTIVES if name not in ("sendrecv", "copy")]
+    few = ("--sizes", "4KiB", "--rounds", 1, "--calls", 2, "--json", "-")
+    ended = bench(*names, *few, "--compare", "mpich", "--persistent")
     assert ended.returncode == 0, ended.stderr
-    assert "MPICH" in ended.stdout.splitlines()[0]
+    assert "MPICH" in ended.stderr.splitlines()[0]
+    for record in json.loads(ended.stdout)["records"]:
+        assert {"mpich", "mpich-persistent"} < set(record["results"])
+
+
+def test_a_persistent_row_shows_the_better_of_a_peers_kinds_of_calls():
+    ours = [Contestant("ferro", "private", persistent=persistent) for persistent in (False, True)]
+    stream = io.StringIO()
+    table = ResultTable(stream, "all_reduce", ours, ["mpich"])
+    times = {"ferro-private": 2e-6, "ferro-private-persistent": 1e-6, "mpich": 4e-6, "mpich-persistent": 3e-6}
+    measured = {name: Measured(np.full((2, 2), seconds), 0) for name, seconds in times.items()}
+    table.add(summarize(make_case("all_reduce", 4, 2), 2, measured))
+    header, ordinary, persistent = (line.split() for line in stream.getvalue().splitlines())
+    assert header[-2:] == ["mpich", "ratio"]
+    assert ordinary[-2:] == ["4.00", "2.00"]
+    assert persistent[-2:] == ["3.00", "3.00"]
 
 
 def test_a_backend_that_cannot_start_shows_its_ranks_last_words():

@@ -53,6 +53,19 @@ while (order := channel.receive())["do"] != "end":
     assert measured.wrong == 0 + 1 + 2  # the turn that is not timed is checked as well
 
 
+def test_a_case_that_takes_long_gets_few_turns():
+    toy = """
+channel = report()
+while (order := channel.receive())["do"] != "end":
+    channel.send({"seconds": [0.25], "wrong": 0})
+"""
+    with open_worlds([Toy(toy)]) as worlds:
+        case = make_case("all_reduce", 64, 1)
+        measured = measure(worlds, case, [Contestant("toy")], 16, limit_s=0.0)["toy"]
+        unlimited = measure(worlds, case, [Contestant("toy")], 16)["toy"]
+    assert (len(measured.seconds), len(unlimited.seconds)) == (4, 16)
+
+
 def test_a_call_takes_as_long_as_on_its_slowest_rank():
     toy = """
 rank = int(os.path.exists(sys.argv[1] + ".0"))

@@ -109,7 +109,10 @@ def test_the_readmes_collectives_run():
         x = np.ones((5, 2), np.float32)
         buffer = np.empty_like(x)
         program = lines.replace("group.send(", "group.rank or group.send(")
-        exec(program, {"group": group, "x": x, "mine": x[group.rank :], "buffer": buffer, "ferro": ferro})
+        around = {"up": (group.rank - 1) % group.world_size, "down": (group.rank + 1) % group.world_size}
+        rows = {"row": x[0], "last": x[4], "halo": np.empty_like(x[0]), "other": np.empty_like(x[0])}
+        scope = {"group": group, "x": x, "mine": x[group.rank :], "buffer": buffer, "ferro": ferro}
+        exec(program, scope | around | rows)
         if group.rank == 1:
             group.recv(buffer, src=0, tag=7)
         return x.tolist()

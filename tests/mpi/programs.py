@@ -179,7 +179,7 @@ def absent_member(group):
     if group.rank == 1:
         group.barrier()
         return "away"
-    group.backend._communicator._timeout_s = 0.3
+    group.backend._communicator.timeout_s = 0.3
     try:
         group.subgroup([0, 1])
     except ferro.RendezvousError as error:

@@ -103,7 +103,7 @@ class Backend(FastPaths, ABC):
         return ThreadedTransfers(self)
 
     def agree(self, call: Call, *, deadline: float) -> None:
-        """Begin a collective: make sure that every rank makes this call, or raise CollectiveMismatch with both calls."""
+        """Begin a collective: make sure that every rank makes this call, or raise CollectiveMismatch, naming two."""
         self.call = call
         defaults.agree(self, call, deadline)
 

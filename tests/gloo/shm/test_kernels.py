@@ -12,7 +12,7 @@ from ferro_gloo.shm.native import ABSENT, NATIVE
 
 needs_native = pytest.mark.skipif(NATIVE is None, reason=ABSENT)
 LENGTHS = [0, 1, 15, 63, 64, 65, 1000, 300_000]
-COPIES = [kernels.copy_cached, kernels.copy_in_blocks, pytest.param(kernels.copy_nontemporal, marks=needs_native)]
+COPIES = [kernels.copy_in_blocks, kernels.copy_large]
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -28,13 +28,18 @@ def test_a_copy_is_the_beginning_of_the_source(copy, length):
         assert not memory[start + length :].any()
 
 
-@needs_native
-def test_only_large_results_are_copied_past_the_caches(monkeypatch):
-    large = 1 << 30
-    assert kernels.choose_copies(large) == (kernels.copy_nontemporal, kernels.copy_nontemporal)
-    assert kernels.choose_copies(1 << 20) == (kernels.copy_cached, kernels.copy_in_blocks)
-    monkeypatch.setattr(kernels, "NATIVE", None)
-    assert kernels.choose_copies(large) == (kernels.copy_cached, kernels.copy_in_blocks)
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+def test_a_large_copy(monkeypatch, native):
+    """Four pages side by side, and the rest; past the caches."""
+    if not native:
+        monkeypatch.setattr(kernels, "NATIVE", None)
+    source = np.random.default_rng(0).integers(0, 255, 3 << 20, np.uint8)
+    for start, length in [(0, 3 << 20), (1, (1 << 20) + 77), (63, 2 << 20), (64, (1 << 20) + 16383)]:
+        memory = np.zeros((3 << 20) + 100, np.uint8)
+        kernels.copy_large(memory[start : start + length], source)
+        assert (memory[start : start + length] == source[:length]).all()
+        assert not memory[:start].any()
+        assert not memory[start + length :].any()
 
 
 @needs_native
@@ -50,18 +55,24 @@ def test_the_helper_copies_between_apart_arrays_of_one_size_only():
         NATIVE.copy(data[:10], data[10:20])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_blocks_for_all_others_fit_a_slot_and_do_not_overlap(ranks):
-    slot = np.zeros(4096, np.uint8)
-    length = kernels.slot_block_bytes(slot.size, ranks)
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_blocks_for_all_others_do_not_overlap(ranks):
     for writer in range(ranks):
-        slot[...] = 0
-        for reader in range(ranks):
-            if reader != writer:
-                part = kernels.slot_block(slot, writer, reader, length)
-                assert part.size == length
-                part += 1
-        assert slot.max(initial=0) <= 1
+        starts = [kernels.slot_block_start(writer, reader, 64) for reader in range(ranks) if reader != writer]
+        assert starts == list(range(0, 64 * (ranks - 1), 64))
+
+
+def test_arrays_that_overlap_are_copied():
+    memory = np.arange(10)
+    assert kernels.are_apart(memory[:5], memory[5:])
+    assert not kernels.are_apart(memory[:5], memory[4:])
+    assert kernels.is_same(memory, memory[:3])
+    apart = memory[5:]
+    assert kernels.apart_from(memory[:5], apart) is apart
+    overlapping = memory[4:]
+    copied = kernels.apart_from(memory[:5], overlapping)
+    assert kernels.are_apart(copied, memory)
+    assert (copied == overlapping).all()
 
 
 def test_chunks_are_the_whole_in_order():

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.native import ABSENT, NATIVE
 from ferro_testing import run_ranks
 
@@ -112,12 +113,13 @@ def test_a_program_of_calls_takes_the_short_path(ranks):
 
 
 def whole_slots(group):
-    """Messages that just fit a slot, and those that do not: these have no short path."""
+    """Messages that just fit a slot, and those that do not: these have another path."""
     slot, n = 512 << 10, group.world_size
     for op, size in [("reduce", slot), ("broadcast", slot), ("all_gather", slot // n), ("all_to_all", slot // n * n)]:
         root = 0 if op in ROOTED else -1
         check(Short(group, op, np.dtype(np.uint8), size, "max" if op == "reduce" else None, root), 1)
-        assert Short(group, op, np.dtype(np.uint8), size + n, "max" if op == "reduce" else None, root).path is None
+        larger = Short(group, op, np.dtype(np.uint8), size + n, "max" if op == "reduce" else None, root)
+        assert isinstance(larger.path, LargePath)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

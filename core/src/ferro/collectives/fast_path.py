@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from ferro.collectives.reduction import Reduction
 
-BUSY, NUMBER = 0, 1  # indices of `Turn.state`
+# Indices of `Turn.state`.
+BUSY = 0
+NUMBER = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ class ArgumentChecker:
         self._info = info
         self._devices = info.devices
         self._takes_cpu_arrays = Device.CPU in info.devices
-        self._rank = backend.rank
+        self.rank = backend.rank
         self._world_size = backend.world_size
         self._warned_of_host_copies = False
 
@@ -148,19 +148,31 @@ class ArgumentChecker:
             copy_elements(array, result.array)
         return result.flat, input_array.dtype, array.shape, result.device, result, copy
 
+    def check_message(self, x: Input, *, copy: bool) -> tuple[Array, Device]:
+        """Prepare the flat memory of a message, which names the dtype where that is none that backends take."""
+        input_array = self.check_input(x, moved=True)
+        flat, dtype = flattened(input_array.array, copy=copy), input_array.dtype
+        return (flat if dtype is flat.dtype else named_dtype(flat, dtype)), input_array.device
+
+    def check_buffer(self, buffer: Input) -> OutputBuffer | NamedDtypeBuffer:
+        """Prepare the flat memory that takes a message."""
+        input_array = self.check_input(buffer, what="buffer", moved=True)
+        result, dtype = OutputBuffer(input_array, buffer, input_array.array.shape, what="buffer"), input_array.dtype
+        return result if dtype is result.flat.dtype else NamedDtypeBuffer(result, dtype)
+
     def check_rank(self, rank: int, what: str) -> None:
         """Refuse a value that is no rank of the group; the message calls it `what`."""
         if not isinstance(rank, int | np.integer) or not 0 <= rank < self._world_size:
             name = self._info.name
             message = f"{what} is {rank!r}; group {name!r} has ranks 0 to {self._world_size - 1}"
-            raise UsageError(message, group=name, rank=self._rank)
+            raise UsageError(message, group=name, rank=self.rank)
 
     def check_peer(self, peer: int, verb: str, tag: int) -> None:
         """Refuse a peer that is no other rank of the group, and a wrong tag."""
         self.check_rank(peer, "peer")
-        if peer == self._rank:
-            message = f"rank {self._rank} cannot {verb} itself: copy the array instead, or use sendrecv in both roles"
-            raise UsageError(message, group=self._info.name, rank=self._rank, peer=peer)
+        if peer == self.rank:
+            message = f"rank {self.rank} cannot {verb} itself: copy the array instead, or use sendrecv in both roles"
+            raise UsageError(message, group=self._info.name, rank=self.rank, peer=peer)
         self.check_tag(tag)
 
     def check_tag(self, tag: int) -> None:

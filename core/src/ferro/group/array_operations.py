@@ -76,11 +76,11 @@ class ArrayOperations:
         action = partial(self._backend.broadcast, buffer, root)
         return call, partial(_copy_first, *copy, action) if copy else action, finish, buffer.nbytes, device
 
-    def all_gather(self, x: Input, rows: tuple[int, ...] | None, out: object, reads: Reads = Reads.NOW) -> Operation:
+    def all_gather(self, x: Input, sizes: tuple[int, ...] | None, out: object, reads: Reads = Reads.NOW) -> Operation:
         """Prepare an all_gather of blocks with these rows; equal ones when None."""
         input_array = self._checker.check_input(x, moved=True)
         array = input_array.array
-        layout = uneven.gathered_layout(array.shape, rows, self._rank, self._world_size)
+        layout = uneven.gathered_layout(array.shape, sizes, self._rank, self._world_size)
         result = OutputBuffer(input_array, out, layout.shape)
         block, buffer = result.array[layout.slices[self._rank]], result.flat
         action = partial(self._backend.all_gather, buffer, layout.counts)
@@ -88,23 +88,23 @@ class ArrayOperations:
             action = partial(_copy_first, array, block, action)
         else:
             copy_elements(array, block)
-        call = array_call("all_gather", input_array.dtype, array.shape, sizes=rows)
+        call = array_call("all_gather", input_array.dtype, array.shape, sizes=sizes)
         return call, action, result, buffer.nbytes, result.device
 
     def gather(
-        self, x: Input, root: int, rows: tuple[int, ...] | None, out: object, reads: Reads = Reads.NOW
+        self, x: Input, root: int, sizes: tuple[int, ...] | None, out: object, reads: Reads = Reads.NOW
     ) -> Operation:
         """Prepare a gather of blocks with these rows; equal ones when None."""
         self._checker.check_rank(root, "root")
         input_array = self._checker.check_input(x, moved=True)
         array = input_array.array
-        layout = uneven.gathered_layout(array.shape, rows, self._rank, self._world_size)
+        layout = uneven.gathered_layout(array.shape, sizes, self._rank, self._world_size)
         result = OutputBuffer(input_array, out, layout.shape) if self._rank == root else None
         source = Source(array, reads)
         whole = None if result is None else result.flat
         if whole is not None and uneven.overlaps_other_blocks(source.flat, whole, layout, root):
             source.copy()
-        call = array_call("gather", input_array.dtype, array.shape, root=root, sizes=rows)
+        call = array_call("gather", input_array.dtype, array.shape, root=root, sizes=sizes)
         action = partial(self._backend.gather, source.flat, whole, layout.counts, root)
         return call, source.before(action), result or no_result, array.nbytes, input_array.device
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ferro.arrays import Input
 from ferro.errors import UsageError
-from ferro.group.arguments import Reads, copy_elements
+from ferro.group.arguments import ArgumentChecker, NamedDtypeBuffer, OutputBuffer, Reads, copy_elements
 from ferro.types import Array, Device
-
-if TYPE_CHECKING:
-    from ferro.group.transfer_methods import TransferMethods
 
 
 class ExchangedMessages:
@@ -24,17 +20,17 @@ class ExchangedMessages:
         recvs: ranks and flat buffers of messages from them.
         tag: of all messages.
         device: of all arrays.
+        are_plain: True if the backend moves all that is to be moved, so that `refill` and `finish` do nothing.
     """
 
     def __init__(
         self,
-        group: TransferMethods,
+        checker: ArgumentChecker,
         sends: Sequence[tuple[int, Input]],
         recvs: Sequence[tuple[int, Input]],
         tag: int,
         reads: Reads,
     ) -> None:
-        group._dispatcher.check_open("exchange")
         self.tag = tag
         self.device = Device.CPU
         self._sources: list[tuple[Array, Array]] = []
@@ -42,35 +38,38 @@ class ExchangedMessages:
         self.recvs: list[tuple[int, Array]] = []
         own: list[Array] = []
         own_results = []
-        self._results = []
+        buffers: list[Array] = []
+        self._results: list[OutputBuffer | NamedDtypeBuffer] = []
         for peer, x in _pairs(sends, "sends"):
-            self._check(group, peer, tag)
-            flat, self.device = self._message(group, x, reads)
-            if peer == group.rank:
+            self._check(checker, peer, tag)
+            flat, self.device = self._message(checker, x, reads)
+            if peer == checker.rank:
                 own.append(flat)
             else:
                 self.sends.append((int(peer), flat))
         for peer, buffer in _pairs(recvs, "recvs"):
-            self._check(group, peer, tag)
-            result = group._output(buffer)
+            self._check(checker, peer, tag)
+            result = checker.check_buffer(buffer)
             self.device = result.device
-            if peer == group.rank:
+            if peer == checker.rank:
                 own_results.append(result)
             else:
                 self.recvs.append((int(peer), result.flat))
-            self._results.append(result)
+            buffers.append(result.flat)
+            if type(buffer) is not np.ndarray or isinstance(result, NamedDtypeBuffer):
+                self._results.append(result)
         described = [[(flat.size, flat.dtype) for flat in flats] for flats in (own, [r.flat for r in own_results])]
         if described[0] != described[1]:
             raise UsageError(
-                f"exchange: rank {group.rank} sends itself {described[0]} and receives {described[1]}", op="exchange"
+                f"exchange: rank {checker.rank} sends itself {described[0]} and receives {described[1]}", op="exchange"
             )
-        received = [result.flat for result in self._results]
         sent = [*own, *(flat for _, flat in self.sends)]
-        if any(np.may_share_memory(flat, buffer) for flat in sent for buffer in received if type(flat) is np.ndarray):
+        if any(np.may_share_memory(flat, buffer) for flat in sent for buffer in buffers if type(flat) is np.ndarray):
             raise UsageError(
                 "exchange: a message shares memory with a buffer that receives: give them apart", op="exchange"
             )
         self._own = [(flat, result.flat) for flat, result in zip(own, own_results, strict=True)]
+        self.are_plain = not (self._sources or self._own or self._results)
 
     def refill(self) -> None:
         """Read the inputs that are not contiguous again."""
@@ -84,9 +83,9 @@ class ExchangedMessages:
         for result in self._results:
             result()
 
-    def _message(self, group: TransferMethods, x: Input, reads: Reads) -> tuple[Array, Device]:
+    def _message(self, checker: ArgumentChecker, x: Input, reads: Reads) -> tuple[Array, Device]:
         """Prepare the flat memory of a message."""
-        flat, device = group._message(x, copy=reads is Reads.COPY)
+        flat, device = checker.check_message(x, copy=reads is Reads.COPY)
         if reads is Reads.AT_RUN and not (isinstance(x, np.ndarray) and np.shares_memory(x, flat)):
             if not isinstance(x, np.ndarray) or flat.dtype != x.dtype:
                 raise UsageError(
@@ -97,11 +96,11 @@ class ExchangedMessages:
         return flat, device
 
     @staticmethod
-    def _check(group: TransferMethods, peer: int, tag: int) -> None:
-        if peer == group.rank:
-            group._check_tag(tag)
+    def _check(checker: ArgumentChecker, peer: int, tag: int) -> None:
+        if peer == checker.rank:
+            checker.check_tag(tag)
         else:
-            group._check_peer(peer, "exchange with", tag)
+            checker.check_peer(peer, "exchange with", tag)
 
 
 def _pairs(messages: Sequence[tuple[int, Input]], what: str) -> list[tuple[int, Input]]:

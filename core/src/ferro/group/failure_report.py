@@ -43,7 +43,8 @@ class CallSite:
 
     def describe(self, group: str) -> str:
         """Name the call as the program made it, for messages: the line of the program comes first."""
-        name = f"{self.call.op} with rank {self.peers[0]}" if self.peers else f"{self.call.op} #{self.call.seq}"
+        ranks = f"rank{'s' if len(self.peers) > 1 else ''} {', '.join(map(str, self.peers))}"
+        name = f"{self.call.op} with {ranks}" if self.peers else f"{self.call.op} #{self.call.seq}"
         function = self.user_call.function
         name = name if function in ("", self.call.op) else f"{function} ({name})"
         return f"{self.user_call.line}: {name} on group {group!r}".removeprefix(": ")
@@ -115,7 +116,7 @@ def find_user_call(thread: int) -> UserCall:
 
 def _function_name(frame: FrameType) -> str:
     """Name a function as its user writes it: by the class of its object, which may have inherited it."""
-    names = frame.f_code.co_qualname.replace("<locals>.", "").split(".")
+    names = frame.f_code.co_qualname.replace("<locals>.", "").removesuffix(".__call__").split(".")
     if "self" in frame.f_locals and not frame.f_globals.get("__name__", "").startswith("ferro."):
         names = [type(frame.f_locals["self"]).__name__, names[-1]]
     return ".".join(names[-2:] if frame.f_globals.get("__package__", "").startswith("ferro_") else names[-1:])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ferro.arrays import Input
 from ferro.errors import UsageError
 from ferro.group import uneven
 from ferro.group.arguments import Reads
@@ -16,13 +16,32 @@ from ferro.group.array_operations import Op, Operation
 from ferro.types import Array, ReduceOp
 
 if TYPE_CHECKING:
-    from ferro.group.array_collectives import Sizes
     from ferro.group.blockwise_collectives import BlockwiseCollectives
 
-_AT_RUN = Reads.AT_RUN
+# Of each method: the parameters that may be given by position, and those that must be given by name.
+_PARAMETERS = {
+    "all_reduce": (("x", "op"), ("out",)),
+    "reduce": (("x", "root", "op"), ("out",)),
+    "broadcast": (("x", "root"), ("out",)),
+    "all_gather": (("x",), ("sizes", "out")),
+    "gather": (("x", "root"), ("sizes", "out")),
+    "scatter": (("x", "root"), ("sizes", "out")),
+    "reduce_scatter": (("x", "op"), ("sizes", "out")),
+    "all_to_all": (("x",), ("send_sizes", "recv_sizes", "out")),
+    "barrier": ((), ()),
+    "scan": (("x", "op"), ("out",)),
+    "exscan": (("x", "op"), ("out",)),
+    "min_loc": (("x",), ("out",)),
+    "max_loc": (("x",), ("out",)),
+    "send": (("x", "dst", "tag"), ()),
+    "recv": (("buffer", "src", "tag"), ()),
+    "sendrecv": (("x", "buffer", "dst", "src", "tag"), ()),
+    "exchange": (("sends", "recvs", "tag"), ()),
+}
+_DEFAULTS: dict[str, Any] = {"op": ReduceOp.SUM, "root": 0, "tag": 0}  # None for the others
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class PersistentArguments:
     """The arguments of a persistent collective.
 
@@ -36,174 +55,82 @@ class PersistentArguments:
     """
 
     prepare: Callable[[Any], Operation]
-    x: Any = None
-    out: Any = None
-    reduction: Op | None = None
-    root: int = -1
-    even: bool = True
+    x: Any
+    out: Any
+    reduction: Op | None
+    root: int
+    even: bool
 
     def repeats(self) -> bool:
         """Say whether one prepared operation can run again and again: it sees the arrays as they are, not copies."""
         return self.even and all(array is None or type(array) is np.ndarray for array in (self.x, self.out))
 
 
-def arguments_of(group: BlockwiseCollectives, op: str, args: Sequence[Any], options: dict[str, Any]) -> Any:
+def read_arguments(
+    group: BlockwiseCollectives, op: str, args: Sequence[Any], options: dict[str, Any]
+) -> PersistentArguments:
     """Read the arguments of a persistent collective, as its ordinary method takes them.
 
     Raises:
         UsageError: there is no such collective, or its method has no such arguments.
     """
-    read = _READERS.get(op)
-    if read is None:
-        names = ", ".join((*_READERS, "send", "recv", "sendrecv", "exchange"))
-        raise UsageError(f"persistent: there is no operation {op!r}: use one of {names}", op="persistent")
-    try:
-        found = read(group, *args, **options)
-    except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise  # it comes from inside
-        raise UsageError(f"persistent {op}: {str(error).removeprefix('_')}", op="persistent") from None
-    if isinstance(found.x, list | tuple | int | float | complex | np.generic):
-        raise UsageError(
-            f"persistent {op}: the input is {type(found.x).__name__}: pass an array, whose elements each step reads",
-            op="persistent",
-        )
+    if op not in _PARAMETERS:
+        raise UsageError(f"persistent: there is no operation {op!r}: use one of {', '.join(_PARAMETERS)}", op=op)
+    given = bind(op, args, options)
+    x: Any = given.get("x")
+    out, root = given.get("out"), given.get("root", -1)
+    even = given.get("sizes") is None and given.get("send_sizes") is None
+    found = PersistentArguments(lambda out: group._operations.barrier(), x, out, given.get("op"), root, even)
+    if "sizes" in given and op in ("all_gather", "gather"):
+        given["sizes"] = group._gathered_rows(given["sizes"], x, None)[0]
+    if op == "scatter":
+        group._check_rank(root, "root")
+        found.x = x if group.rank == root else None
+        given["broadcast"] = _HeaderOnce(group, found).broadcast
+    if op in ("scan", "exscan", "min_loc", "max_loc"):
+        prepare: Callable[..., Operation] = partial(group._extremum if "loc" in op else group._prefixes, op)
+    else:
+        prepare = getattr(group._operations, op)
+    if op != "barrier":
+        found.prepare = lambda out: prepare(**{**given, "out": out, "reads": Reads.AT_RUN})
     return found
 
 
-def _all_reduce(
-    group: BlockwiseCollectives, x: Input, op: Op = ReduceOp.SUM, *, out: object = None
-) -> PersistentArguments:
-    def prepare(out: object) -> Operation:
-        return group._operations.all_reduce(x, op, out, _AT_RUN)
+def bind(op: str, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Give each argument of an operation its name, and defaults to those that are missing.
 
-    return PersistentArguments(prepare=prepare, x=x, out=out, reduction=op)
-
-
-def _reduce(
-    group: BlockwiseCollectives, x: Input, root: int = 0, op: Op = ReduceOp.SUM, *, out: object = None
-) -> PersistentArguments:
-    def prepare(out: object) -> Operation:
-        return group._operations.reduce(x, root, op, out, _AT_RUN)
-
-    return PersistentArguments(prepare=prepare, x=x, out=out, reduction=op, root=root)
-
-
-def _broadcast(group: BlockwiseCollectives, x: Input, root: int = 0, *, out: object = None) -> PersistentArguments:
-    def prepare(out: object) -> Operation:
-        return group._operations.broadcast(x, root, out, _AT_RUN)
-
-    return PersistentArguments(prepare=prepare, x=x, out=out, root=root)
+    Raises:
+        UsageError: the operation has no such arguments, or the input is not there.
+    """
+    positional, named = _PARAMETERS[op]
+    unknown = set(options).difference((*positional, *named)) | set(options).intersection(positional[: len(args)])
+    if len(args) > len(positional) or unknown:
+        wrong = ", ".join(sorted(unknown)) or f"{len(args)} arguments without a name"
+        takes = ", ".join((*positional, *(f"{name}=" for name in named), "timeout_s="))
+        raise UsageError(f"persistent {op} takes ({takes}), not {wrong}", op="persistent")
+    given = {name: _DEFAULTS.get(name) for name in (*positional, *named)}
+    given |= {**dict(zip(positional, args, strict=False)), **options}
+    missing = "x" in positional and given["x"] is None and op != "scatter"
+    if missing or isinstance(given.get("x"), list | tuple | int | float | complex | np.generic):
+        kind = "missing" if missing else f"a {type(given['x']).__name__}"
+        text = f"persistent {op}: the input is {kind}: pass an array, whose elements each step reads"
+        raise UsageError(text, op="persistent")
+    return given
 
 
-def _all_gather(
-    group: BlockwiseCollectives, x: Input, *, sizes: Sizes = None, out: object = None
-) -> PersistentArguments:
-    rows, _ = group._gathered_rows(sizes, x, None)
+class _HeaderOnce:
+    """The header of a persistent scatter, which the root sends when the operation is made."""
 
-    def prepare(out: object) -> Operation:
-        return group._operations.all_gather(x, rows, out, _AT_RUN)
+    def __init__(self, group: BlockwiseCollectives, arguments: PersistentArguments) -> None:
+        self._group = group
+        self._arguments = arguments
+        self._header: Array | None = None
 
-    return PersistentArguments(prepare=prepare, x=x, out=out, even=sizes is None)
-
-
-def _gather(
-    group: BlockwiseCollectives, x: Input, root: int = 0, *, sizes: Sizes = None, out: object = None
-) -> PersistentArguments:
-    rows, _ = group._gathered_rows(sizes, x, None)
-
-    def prepare(out: object) -> Operation:
-        return group._operations.gather(x, root, rows, out, _AT_RUN)
-
-    return PersistentArguments(prepare=prepare, x=x, out=out, root=root, even=sizes is None)
-
-
-def _scatter(
-    group: BlockwiseCollectives,
-    x: Input | None = None,
-    root: int = 0,
-    *,
-    sizes: Sequence[int] | None = None,
-    out: object = None,
-) -> PersistentArguments:
-    group._check_rank(root, "root")
-    headers: list[Array] = []  # the root's, as every rank has it
-
-    def broadcast(header: Array) -> None:
-        if headers:
-            header[...] = headers[0]
-        else:
-            group.broadcast(header, root, out=header)
-            headers.append(header.copy())
-            found.even = len(set(uneven.read_header(header, group.world_size)[1].counts)) == 1
-
-    def prepare(out: object) -> Operation:
-        return group._operations.scatter(x, root, sizes, out, _AT_RUN, broadcast)
-
-    found = PersistentArguments(prepare=prepare, x=x if group.rank == root else None, out=out, root=root)
-    return found
-
-
-def _reduce_scatter(
-    group: BlockwiseCollectives,
-    x: Input,
-    op: Op = ReduceOp.SUM,
-    *,
-    sizes: Sequence[int] | None = None,
-    out: object = None,
-) -> PersistentArguments:
-    def prepare(out: object) -> Operation:
-        return group._operations.reduce_scatter(x, op, sizes, out, _AT_RUN)
-
-    return PersistentArguments(prepare=prepare, x=x, out=out, reduction=op, even=sizes is None)
-
-
-def _all_to_all(
-    group: BlockwiseCollectives,
-    x: Input,
-    *,
-    send_sizes: Sequence[int] | None = None,
-    recv_sizes: Sequence[int] | None = None,
-    out: object = None,
-) -> PersistentArguments:
-    def prepare(out: object) -> Operation:
-        return group._operations.all_to_all(x, send_sizes, recv_sizes, out, _AT_RUN)
-
-    return PersistentArguments(prepare=prepare, x=x, out=out, even=send_sizes is None)
-
-
-def _barrier(group: BlockwiseCollectives) -> PersistentArguments:
-    return PersistentArguments(prepare=lambda out: group._operations.barrier())
-
-
-def _scan(group: BlockwiseCollectives, x: Input, op: Op = ReduceOp.SUM, *, out: object = None) -> PersistentArguments:
-    return PersistentArguments(prepare=lambda out: group._prefixes("scan", x, op, out, _AT_RUN), x=x, out=out)
-
-
-def _exscan(group: BlockwiseCollectives, x: Input, op: Op = ReduceOp.SUM, *, out: object = None) -> PersistentArguments:
-    return PersistentArguments(prepare=lambda out: group._prefixes("exscan", x, op, out, _AT_RUN), x=x, out=out)
-
-
-def _min_loc(group: BlockwiseCollectives, x: Input, *, out: Any = None) -> PersistentArguments:
-    return PersistentArguments(prepare=lambda out: group._extremum("min_loc", x, out, _AT_RUN), x=x, out=out)
-
-
-def _max_loc(group: BlockwiseCollectives, x: Input, *, out: Any = None) -> PersistentArguments:
-    return PersistentArguments(prepare=lambda out: group._extremum("max_loc", x, out, _AT_RUN), x=x, out=out)
-
-
-_READERS: dict[str, Callable[..., PersistentArguments]] = {
-    "all_reduce": _all_reduce,
-    "reduce": _reduce,
-    "broadcast": _broadcast,
-    "all_gather": _all_gather,
-    "gather": _gather,
-    "scatter": _scatter,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": _all_to_all,
-    "barrier": _barrier,
-    "scan": _scan,
-    "exscan": _exscan,
-    "min_loc": _min_loc,
-    "max_loc": _max_loc,
-}
+    def broadcast(self, header: Array) -> None:
+        """Send the root's header to all ranks, in place, or give what was sent before."""
+        if self._header is None:
+            self._group.broadcast(header, self._arguments.root, out=header)
+            self._header = header.copy()
+            layout = uneven.read_header(header, self._group.world_size)[1]
+            self._arguments.even = len(set(layout.counts)) == 1
+        header[...] = self._header

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -11,29 +11,16 @@ from ferro.collectives.fast_path import BoundFastPath
 from ferro.collectives.label import Call, persistent_call
 from ferro.group.array_operations import Operation, no_result
 from ferro.group.fast_calls import even_collective
+from ferro.group.object_methods import ObjectMethods
 from ferro.group.persistent import FastSteps, PersistentOperation, RepeatedSteps
-from ferro.group.persistent_arguments import PersistentArguments, arguments_of
+from ferro.group.persistent_arguments import PersistentArguments, read_arguments
 from ferro.group.persistent_transfers import persistent_exchange, persistent_transfer
-from ferro.group.transfer_methods import TransferMethods
 from ferro.types import Device
 
-if TYPE_CHECKING:
-    from ferro.group.process_group import ProcessGroup
-
-_FAST = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "gather",
-    "scatter",
-    "reduce_scatter",
-    "all_to_all",
-    "barrier",
-)
+_WITHOUT_FAST_PATH = ("scan", "exscan", "min_loc", "max_loc")
 
 
-class PersistentMethods(TransferMethods):
+class PersistentMethods(ObjectMethods):
     """The part of `ProcessGroup` that makes persistent operations."""
 
     _persistent_count = 0
@@ -64,8 +51,8 @@ class PersistentMethods(TransferMethods):
             return persistent_transfer(self, op, args, options, timeout_s)
         if op == "exchange":
             self._persistent_count += 1
-            return persistent_exchange(cast("ProcessGroup", self), self._persistent_count, args, options, timeout_s)
-        arguments = arguments_of(self, op, args, options)
+            return persistent_exchange(self, self._persistent_count, args, options, timeout_s)
+        arguments = read_arguments(self, op, args, options)
         operation: Operation = arguments.prepare(arguments.out)
         self._persistent_count += 1
         number = self._persistent_count
@@ -78,7 +65,7 @@ class PersistentMethods(TransferMethods):
 
     def _agree_on_persistent(self, call: Call, number: int) -> None:
         """Compare what all ranks ask for."""
-        detail = f"{call.op} {number}, {call.detail}"
+        detail = ", ".join(filter(None, (f"{call.op} {number}", call.detail)))
         asked = Call("persistent", 0, call.dtype, call.count, call.reduction, call.root, detail)
         self._dispatcher.collective(asked, self._backend.barrier, no_result, 0, Device.CPU, False, None)
 
@@ -89,7 +76,7 @@ class PersistentMethods(TransferMethods):
         x, root = arguments.x, arguments.root
         here = self.rank == root or root < 0
         arrays = [array for array in (x, result) if array is not None]
-        if op not in _FAST or not arguments.even or any(type(array) is not np.ndarray for array in arrays):
+        if op in _WITHOUT_FAST_PATH or not arguments.even or any(type(array) is not np.ndarray for array in arrays):
             return None
         like = result if x is None else x
         shape: tuple[int, ...] = () if like is None else like.shape

@@ -8,13 +8,13 @@ import numpy as np
 
 from ferro.arrays import Input
 from ferro.errors import UsageError
-from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, Reads, flattened, named_dtype
+from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, Reads
 from ferro.group.array_collectives import ResultOrWork
 from ferro.group.array_operations import no_result
 from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.exchanged_messages import ExchangedMessages
 from ferro.group.work import Work
-from ferro.types import Array, Device
+from ferro.types import Array
 
 
 class TransferMethods(BlockwiseCollectives):
@@ -36,7 +36,7 @@ class TransferMethods(BlockwiseCollectives):
         None, or a Work.
         """
         self._check_peer(dst, "send to", tag)
-        buffer, device = self._message(x, copy=async_op and copy)
+        buffer, device = self._checker.check_message(x, copy=async_op and copy)
         return self._dispatcher.transfer("send", [(dst, buffer)], [], tag, no_result, async_op, timeout_s, device)
 
     def recv(
@@ -50,7 +50,7 @@ class TransferMethods(BlockwiseCollectives):
             tag: from 0 to 2**31 - 1.
         """
         self._check_peer(src, "receive from", tag)
-        result = self._output(buffer)
+        result = self._checker.check_buffer(buffer)
         recvs = [(src, result.flat)]
         return self._dispatcher.transfer("recv", [], recvs, tag, result, async_op, timeout_s, result.device)
 
@@ -75,8 +75,8 @@ class TransferMethods(BlockwiseCollectives):
         if not alone:
             self._check_peer(dst, "send to", tag)
             self._check_peer(src, "receive from", tag)
-        source, device = self._message(x, copy=async_op and copy)
-        result = self._output(buffer)
+        source, device = self._checker.check_message(x, copy=async_op and copy)
+        result = self._checker.check_buffer(buffer)
         if device is result.device and np.may_share_memory(source, result.flat):
             source = source.copy()
         if alone:
@@ -105,7 +105,8 @@ class TransferMethods(BlockwiseCollectives):
             tag: of all of them, from 0 to 2**31 - 1.
             async_op, copy, timeout_s: as in all operations, see `ArrayCollectives`.
         """
-        messages = ExchangedMessages(self, sends, recvs, tag, Reads.COPY if async_op and copy else Reads.NOW)
+        self._dispatcher.check_open("exchange")
+        messages = ExchangedMessages(self._checker, sends, recvs, tag, Reads.COPY if async_op and copy else Reads.NOW)
         return self._exchange(messages, async_op, timeout_s)
 
     def _exchange(self, messages: ExchangedMessages, async_op: bool, timeout_s: float | None) -> ResultOrWork:
@@ -114,17 +115,6 @@ class TransferMethods(BlockwiseCollectives):
             return self._ended("exchange", None, async_op)
         moved = messages.sends, messages.recvs, messages.tag, messages.finish
         return self._dispatcher.transfer("exchange", *moved, async_op, timeout_s, messages.device)
-
-    def _message(self, x: Input, *, copy: bool) -> tuple[Array, Device]:
-        """Prepare the flat memory of a message, which names the dtype where that is none that backends take."""
-        input_array = self._check_input(x, moved=True)
-        flat, dtype = flattened(input_array.array, copy=copy), input_array.dtype
-        return (flat if dtype is flat.dtype else named_dtype(flat, dtype)), input_array.device
-
-    def _output(self, buffer: Input) -> OutputBuffer | NamedDtypeBuffer:
-        input_array = self._check_input(buffer, what="buffer", moved=True)
-        result, dtype = OutputBuffer(input_array, buffer, input_array.array.shape, what="buffer"), input_array.dtype
-        return result if dtype is result.flat.dtype else NamedDtypeBuffer(result, dtype)
 
     def _send_to_itself(self, source: Array, result: OutputBuffer | NamedDtypeBuffer, async_op: bool) -> ResultOrWork:
         self._dispatcher.check_open("sendrecv")

@@ -17,7 +17,7 @@ from ferro_bench.contestants import Contestant, WorldPlan
 from ferro_bench.driver import open_worlds
 from ferro_bench.measure import default_rounds, make_case, measure
 from ferro_bench.options import BenchOptions
-from ferro_bench.peers import find
+from ferro_bench.peers import PEERS, find
 from ferro_bench.plot import plot, require_matplotlib
 from ferro_bench.summary import BenchRecord, summarize
 from ferro_bench.table import ResultTable, legend, spread
@@ -49,7 +49,7 @@ def _run(options: BenchOptions) -> int:
         versions = {name: world.version for name, world in worlds.items()}
         _print(stream, f"# {options.ranks} ranks; " + "; ".join(dict.fromkeys(versions.values())))
         records = [r for name in options.collectives for r in _rows(options, name, worlds, stream)]
-    for line in [*legend(list(options.peers)), *was_busy, *spread(records)]:
+    for line in [*legend(list(options.peers), persistent=options.persistent), *was_busy, *spread(records)]:
         _print(stream, f"# {line}")
     wrong = sum(result["wrong"] for record in records for result in record["results"].values())
     if options.check:
@@ -86,13 +86,20 @@ def busy() -> list[str]:
 def _rows(
     options: BenchOptions, collective: str, worlds: Mapping[str, BenchWorld], stream: TextIO
 ) -> list[BenchRecord]:
+    kinds = (False, True) if options.persistent else (False,)
     ours = [
-        Contestant(_world_name(algorithm), memory, algorithm)
+        Contestant(_world_name(algorithm), memory, algorithm, persistent)
+        for persistent in kinds
         for algorithm in options.algorithms
         for memory in options.memories
     ]
     peers = list(options.peers) if collective != "copy" else []
-    contestants = [*ours, *(Contestant(name) for name in peers)]
+    others = [
+        Contestant(name, persistent=persistent)
+        for persistent in kinds
+        for name in peers
+        if PEERS[name].persistent or not persistent
+    ]
     _print(stream, f"# {collective}")
     table = ResultTable(stream, collective, ours, peers)
     records = []
@@ -106,9 +113,10 @@ def _rows(
             calls=options.calls,
             check=options.check,
             async_op=options.async_op,
+            apart=options.apart,
         )
         rounds = options.rounds or default_rounds(nbytes)
-        measured = measure(worlds, case, contestants, rounds)
+        measured = measure(worlds, case, [*ours, *others], rounds)
         records.append(summarize(case, options.ranks, measured))
         table.add(records[-1])
     return records

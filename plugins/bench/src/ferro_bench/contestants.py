@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ferro import backends
-from ferro_bench.peers import Installed
+from ferro_bench.peers import PEERS, Installed
 
 Memory = Literal["private", "group"]
 
@@ -20,8 +20,6 @@ _START = (
 _PACKAGE_FOLDER = str(Path(__file__).parent)
 _ONE_THREAD = ("OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", "MKL_NUM_THREADS=1")
 _LOOPBACK = "GLOO_SOCKET_IFNAME=" + ("lo" if sys.platform == "linux" else "lo0")
-# Open MPI runs as root, the usual user in a container, only if both variables are set.
-_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +30,20 @@ class Contestant:
         world: the world's name.
         memory: "private" for NumPy's memory, "group" for the library's own.
         algorithm: the algorithm that ferro's world was told to use, "" where it chooses.
+        persistent: each call is an operation that was made once, by `group.persistent` or MPI's `MPI_*_init`.
     """
 
     world: str
     memory: Memory = "private"
     algorithm: str = ""
+    persistent: bool = False
 
     @property
     def name(self) -> str:
-        """The name in the results, which distinguishes ferro's two kinds of memory, and its algorithms."""
-        if self.algorithm:
-            return f"ferro-{self.memory}-{self.algorithm}"
-        return f"ferro-{self.memory}" if self.world == "ferro" else self.world
+        """The name in the results: the library; ferro's memory and algorithm; whether its calls are persistent."""
+        words = ["ferro", self.memory] if self.algorithm or self.world == "ferro" else [self.world]
+        words += [self.algorithm] if self.algorithm else []
+        return "-".join([*words, "persistent"] if self.persistent else words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +74,8 @@ class WorldPlan:
         rank = [self.peer.python, "-c", _START, _PACKAGE_FOLDER, str(task)]
         if self.peer.mpiexec is None:
             return [[*settings, *rank, "torch", str(r)] for r in range(self.world_size)]
-        launch = [self.peer.mpiexec, "-n", n]
-        if self.peer.name == "openmpi":
-            settings += _AS_ROOT
-            launch += ["--oversubscribe", "--bind-to", "none"]
-        return [[*settings, *launch, *rank, "mpi4py"]]
+        about = PEERS[self.peer.name]
+        return [[*settings, *about.environment, self.peer.mpiexec, *about.launch, "-n", n, *rank, "mpi4py"]]
 
     def _launch(self) -> list[str]:
         """Write the command that starts ferro's ranks, up to their module: the backend's launcher or `ferro run`."""

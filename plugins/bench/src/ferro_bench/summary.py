@@ -42,6 +42,7 @@ class BenchRecord(TypedDict):
     calls: int
     rounds: int
     async_op: bool
+    apart: bool
     checked: bool
     results: dict[str, Result]
 
@@ -61,6 +62,7 @@ def summarize(case: BenchCase, world_size: int, measured: Mapping[str, Measured]
         calls=case.calls,
         rounds=max(len(it.seconds) for it in measured.values()),
         async_op=case.async_op,
+        apart=case.apart,
         checked=case.check,
         results=results,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import TextIO
 
 from ferro_bench.contestants import Contestant
@@ -44,6 +45,8 @@ class ResultTable:
             widths["memory"] = 7
         if any(contestant.algorithm for contestant in ours):
             widths["algorithm"] = max(len("algorithm"), *(len(contestant.algorithm) for contestant in ours))
+        if any(contestant.persistent for contestant in ours):
+            widths["calls"] = len("persistent")
         for peer in peers:
             widths |= {peer: max(len(peer), 8), f"{peer} ratio": 5}
         self._separator = "  "
@@ -53,7 +56,7 @@ class ResultTable:
                 widths.pop(name, 0)
             if sum(widths.values()) + len(self._separator) * (len(widths) - 1) <= _MOST_COLUMNS:
                 break
-        order = ["size", "count", "dtype", "op", "memory", "algorithm"]
+        order = ["size", "count", "dtype", "op", "memory", "algorithm", "calls"]
         self._widths = {
             name: widths[name] for name in sorted(widths, key=lambda it: order.index(it) if it in order else 9)
         }
@@ -65,11 +68,16 @@ class ResultTable:
             ours = record["results"][contestant.name]
             cells = {"size": size_text(record["nbytes"]), "count": str(record["count"]), "dtype": record["dtype"]}
             cells |= {"op": record["op"], "memory": contestant.memory, "algorithm": contestant.algorithm or "auto"}
+            cells["calls"] = "persistent" if contestant.persistent else "ordinary"
             cells |= {"time us": _microseconds(ours["median_s"]), "min us": _microseconds(ours["min_s"])}
             cells |= {"algbw": f"{ours['algbw_gb_s']:.2f}", "busbw": f"{ours['busbw_gb_s']:.2f}"}
             cells["wrong"] = str(ours["wrong"]) if record["checked"] else "-"
             for peer in self._peers:
                 theirs = record["results"][peer]
+                if contestant.persistent:
+                    theirs = min(
+                        theirs, record["results"].get(f"{peer}-persistent", theirs), key=itemgetter("median_s")
+                    )
                 mark = " !" if theirs["wrong"] else ""
                 cells[peer] = _microseconds(theirs["median_s"]) + mark
                 cells[f"{peer} ratio"] = f"{theirs['median_s'] / ours['median_s']:.2f}"
@@ -80,7 +88,7 @@ class ResultTable:
         print(self._separator.join(parts), file=self._stream, flush=True)
 
 
-def legend(peers: Sequence[str]) -> list[str]:
+def legend(peers: Sequence[str], *, persistent: bool = False) -> list[str]:
     """Explain the columns, in lines of at most 100 characters."""
     lines = [
         "time, min: median and minimum of all calls; a call takes as long as on its slowest rank",
@@ -90,6 +98,10 @@ def legend(peers: Sequence[str]) -> list[str]:
     if peers:
         lines.append(
             "the others: median time in us, ! with wrong results; ratio: it / ferro's, above 1 ferro is faster"
+        )
+    if peers and persistent:
+        lines.append(
+            "in rows of persistent operations: the better of the others' ordinary calls and their own such ones"
         )
     return lines
 

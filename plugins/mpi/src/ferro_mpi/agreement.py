@@ -43,7 +43,7 @@ from ferro_mpi.shared_memory import GroupMemory
 from ferro_mpi.waiting import Backoff, WaitMonitor
 
 _NUMBER_BITS = 16
-_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
+NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 _DIGEST_BYTES = 5  # with the bits of the call's number, a word is a positive 64-bit number
 _MOST_CACHED = 1024
 _PROGRESS_EVERY = 16  # reads between calls of MPI's progress
@@ -63,77 +63,111 @@ class SharedMemoryAgreement:
 
     Attributes:
         number: number of calls begun.
+        word: this rank's word of the call that it has begun.
+        words: the words of all ranks, as 64-bit numbers.
+        own_words: for each parity, the index of this rank's word in `words`.
+        written_labels: for each parity, the label of this rank that the others see.
+        looks: for each parity, the indices in `words` at which this rank looks before it goes on, in order.
     """
 
     def __init__(self, memory: GroupMemory, monitor: WaitMonitor, rank: int, world_size: int) -> None:
         self._memory = memory
-        self._words = memory.words
+        self.words = memory.words
         self._monitor = monitor
         self._rank = rank
         self._world_size = world_size
         self.number = 0
-        self._word = 0
-        self._slot_views: list[dict[tuple[np.dtype, int], Sequence[Array]]] = [{}, {}]
+        self.word = 0
+        self._slot_views: list[dict[tuple[np.dtype, int], list[Array]]] = [{}, {}]
         self._digests: dict[bytes, int] = {}
-        self._written_labels = [b"", b""]
-        # For each parity: the index of this rank's word, and (index, rank) of the other ranks' words.
-        self._own = [memory.word_index(rank, parity) for parity in (0, 1)]
+        self.written_labels = [b"", b""]
+        self.own_words = [memory.word_index(rank, parity) for parity in (0, 1)]
+        # For each parity: index and rank of the other ranks' words.
         others = [other for other in range(world_size) if other != rank]
         self._others = [[(memory.word_index(r, parity), r) for r in others] for parity in (0, 1)]
-        # The words to look at before this rank goes on; of one other rank's word, the second look would be the first.
-        self._looks = [[index for index, _ in words] * min(2, len(words)) for words in self._others]
+        # Of one other rank's word, the second look would be the first.
+        self.looks = [[index for index, _ in words] * min(2, len(words)) for words in self._others]
 
-    def agree_with_operands(self, call: Call, operand: Array, deadline: float) -> Sequence[Array]:
+    def agree_with_operands(
+        self, call: Call, operand: Array | None, dtype: np.dtype, count: int, deadline: float
+    ) -> Sequence[Array]:
         """Agree, and view all ranks' operands, which are read-only and valid until the next call.
 
         Args:
             call: this rank's call.
-            operand: at most `GroupMemory.slot_bytes` long, of the same dtype and size on all ranks of one call.
+            operand: what this rank shares, None if nothing: then its view has no meaning.
+            dtype: of all operands.
+            count: elements of each operand, the same on all ranks; at most `GroupMemory.slot_bytes` bytes.
             deadline: absolute `time.monotonic()` second.
         """
         parity = (self.number + 1) & 1
-        key = (operand.dtype, operand.size)
-        views = self._slot_views[parity].get(key) or self._view_slots(parity, operand)
-        views[self._rank][...] = operand
+        views = self._slot_views[parity].get((dtype, count)) or self._view_slots(parity, dtype, count)
+        if operand is not None:
+            views[self._rank][...] = operand
         self.agree(call, deadline)
         return views
 
     def agree(self, call: Call, deadline: float) -> None:
         """See `Backend.agree`."""
         label = call.packed or call.label()
-        digest = self._digests.get(label) or self._compute_digest(label)
-        number = self.number + 1
-        parity = number & 1
-        if self._written_labels[parity] is not label:
-            self._memory.write_label(label, parity)
-            self._written_labels[parity] = label
-        self._word = word = digest | (number & _NUMBER_MASK)
-        self.number = number
-        words = self._words
-        words[self._own[parity]] = word
-        for index in self._looks[parity]:
+        parity = self.publish(label, self._digests.get(label) or self.digest(label))
+        words, word = self.words, self.word
+        for index in self.looks[parity]:
             if words[index] != word:
-                self._wait_for_all(call, word, parity, deadline)
+                self.wait_for_all(call, deadline)
                 return
+
+    def publish(self, label: bytes, digest: int) -> int:
+        """Begin a call: write this rank's word, without waiting; return the call's parity.
+
+        Args:
+            label: of the call.
+            digest: that of the label.
+        """
+        self.number = number = self.number + 1
+        parity = number & 1
+        if self.written_labels[parity] is not label:
+            self.write_label(label, parity)
+        self.word = word = digest | (number & NUMBER_MASK)
+        self.words[self.own_words[parity]] = word
+        return parity
+
+    def publish_with(self, may_block: bool, label: bytes, digest: int) -> None:
+        """Begin a call as `publish` does, and show whether this rank may use MPI's blocking call."""
+        self.words[self.own_words[(self.number + 1) & 1] + 1] = may_block
+        self.publish(label, digest)
+
+    def write_label(self, label: bytes, parity: int) -> None:
+        """Write this rank's label of a parity, for the errors of the other ranks."""
+        self._memory.write_label(label, parity)
+        self.written_labels[parity] = label
+
+    def all_here(self) -> bool:
+        """Say whether all ranks are in the call that this rank has begun."""
+        words, word = self.words, self.word
+        return all(words[index] == word for index in self.looks[self.number & 1])
 
     def agree_on_blocking(self, call: Call, may_block: bool, deadline: float) -> bool:
         """Agree; say whether every rank may use MPI's blocking call, which does not match a nonblocking one."""
-        self._words[self._own[(self.number + 1) & 1] + 1] = may_block
+        self.words[self.own_words[(self.number + 1) & 1] + 1] = may_block
         self.agree(call, deadline)
         return self.all_may_block()
 
     def all_may_block(self) -> bool:
         """Say whether all ranks that agreed on the current call may block."""
         parity = self.number & 1
-        return all(self._words[index + 1] for index in (self._own[parity], *self._looks[parity]))
+        for index in self.looks[parity]:  # without a generator, which costs as much as four looks
+            if not self.words[index + 1]:
+                return False
+        return bool(self.words[self.own_words[parity] + 1])
 
     def take_back(self) -> bool:
         """Take this rank's word for the current call back; return False if other ranks may have gone on with the call.
 
         Then the word is there again, and this rank has to go on as well.
         """
-        words, parity, give_up = self._words, self.number & 1, time.monotonic() + _TAKE_BACK_S
-        own, word = self._own[parity], self._word
+        words, parity, give_up = self.words, self.number & 1, time.monotonic() + _TAKE_BACK_S
+        own, word = self.own_words[parity], self.word
         while words[own] != _TAKEN_BACK:
             words[own] = _TAKING_BACK
             time.sleep(_PAUSE_S)
@@ -150,10 +184,17 @@ class SharedMemoryAgreement:
                     time.sleep(_PAUSE_S)
         return True
 
-    def _wait_for_all(self, call: Call, word: int, parity: int, deadline: float) -> None:
-        words, spins, yield_core = self._words, self._monitor.spins, self._monitor.yield_core
+    def wait_for_all(self, call: Call, deadline: float) -> None:
+        """Wait until all ranks are in the call that this rank has begun.
+
+        Raises:
+            CollectiveMismatch: another rank makes another call.
+            TimeoutError, GroupClosed, PeerLost: see `WaitMonitor.check`.
+        """
+        word, parity = self.word, self.number & 1
+        words, spins, yield_core = self.words, self._monitor.spins, self._monitor.yield_core
         try:
-            while any(words[index] != word for index in self._looks[parity]):
+            while not self.all_here():
                 for index, rank in self._others[parity]:
                     for _ in range(spins):
                         if words[index] == word:
@@ -167,13 +208,13 @@ class SharedMemoryAgreement:
                 raise
 
     def _wait_for_rank(self, call: Call, word: int, parity: int, index: int, rank: int, deadline: float) -> None:
-        words, check = self._words, self._monitor.check
+        words, check = self.words, self._monitor.check
         backoff = Backoff()
         count = 0
         while (found := words[index]) != word:
             if found == _TAKEN_BACK:
                 raise GroupClosed(f"rank {rank} has given up")
-            if found > 0 and found & _NUMBER_MASK == word & _NUMBER_MASK:
+            if found > 0 and found & NUMBER_MASK == word & NUMBER_MASK:
                 raise mismatch(self._rank, call, rank, self._memory.label(rank, parity))
             check(deadline, (rank,))
             if self._memory.has_left(rank) and words[index] == found:
@@ -183,17 +224,19 @@ class SharedMemoryAgreement:
                 self._monitor.progress()
             backoff()
 
-    def _view_slots(self, parity: int, operand: Array) -> Sequence[Array]:
-        """View the slots of a parity as arrays like `operand`; cache the views."""
-        views = [
-            self._memory.slot(rank, parity)[: operand.nbytes].view(operand.dtype) for rank in range(self._world_size)
-        ]
+    def slots(self, parity: int, dtype: np.dtype, count: int) -> Array:
+        """View all ranks' slots of a parity as an array of shape (ranks, count)."""
+        return self._memory.slots(parity, count * dtype.itemsize).view(dtype)
+
+    def _view_slots(self, parity: int, dtype: np.dtype, count: int) -> list[Array]:
+        """View all ranks' slots of a parity as flat arrays, and cache the views."""
         if len(self._slot_views[parity]) >= _MOST_CACHED:
             self._slot_views[parity].clear()
-        self._slot_views[parity][operand.dtype, operand.size] = views
+        views = self._slot_views[parity][dtype, count] = list(self.slots(parity, dtype, count))
         return views
 
-    def _compute_digest(self, label: bytes) -> int:
+    def digest(self, label: bytes) -> int:
+        """Compute what a label's words begin with; the result is cached."""
         digest = hashlib.blake2b(label, digest_size=_DIGEST_BYTES).digest()
         if len(self._digests) >= _MOST_CACHED:
             self._digests.clear()

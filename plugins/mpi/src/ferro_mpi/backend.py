@@ -10,6 +10,7 @@ import numpy as np
 from ferro import PeerLost, RendezvousError
 from ferro.backend import Backend
 from ferro.collectives import Choice
+from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
 from ferro.collectives.gathered_reduction import GatheredReduction
 from ferro.collectives.label import Call
 from ferro.collectives.partition import blocks
@@ -19,7 +20,11 @@ from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.communicator import MpiCommunicator
 from ferro_mpi.mpi import MPI
+from ferro_mpi.native_collectives import NativeCollective
+from ferro_mpi.persistent_exchange import MpiPersistentExchange
 from ferro_mpi.reductions import MpiTransfers, all_equal, buffer_spec, mpi_view, native_op
+from ferro_mpi.shared_operands import shared_count
+from ferro_mpi.small_collectives import SmallCollective
 
 _LARGEST = (1 << 31) - 1
 _MOST_CACHED = 1024
@@ -53,7 +58,7 @@ class MpiBackend(Backend):
         self._native_ops: dict[Reduction, MPI.Op | None] = {}
         self._agreement: SharedMemoryAgreement | None = None
         self._agreed, self._deadline = False, 0.0  # of the current call
-        self._share_bytes = 0
+        self._share_bytes = 0  # the largest operands that are shared with the agreement
         if communicator.memory is not None:
             self._agreement = SharedMemoryAgreement(
                 communicator.memory, communicator.monitor, self.rank, self.world_size
@@ -75,16 +80,35 @@ class MpiBackend(Backend):
             self._agreed = True
             self._agreement.agree(self.call, self._deadline)
 
-    def _share(self, operand: Array | None, deadline: float) -> Sequence[Array] | None:
+    def _shares(self, op: str, count: int, dtype: np.dtype) -> bool:
+        """Say whether operands of `count` elements, the same number on all ranks, are shared with the agreement."""
+        return count * dtype.itemsize <= self._share_bytes and op not in self._fixed
+
+    def _share(self, operand: Array | None, count: int, dtype: np.dtype, deadline: float) -> Sequence[Array] | None:
         """Agree, and share all ranks' operands.
 
-        The result is None, and the ranks have not agreed, if operands are large or differ in size (`operand` is None).
+        The result is None, and the ranks have not agreed, if operands are large. `operand` is None on a rank that has
+        none to share; `count` and `dtype` are those of all operands.
         """
-        if operand is None or operand.nbytes > self._share_bytes or self._agreement is None:
+        if self._agreement is None or not self._shares(self.call.op, count, dtype):
             return None
-        return (
-            None if self.call.op in self._fixed else self._agreement.agree_with_operands(self.call, operand, deadline)
-        )
+        return self._agreement.agree_with_operands(self.call, operand, dtype, count, deadline)
+
+    def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
+        """See `Backend.fast_path`: most collectives of ranks that share memory have one."""
+        op, reduction, agreement = collective.op, collective.reduction, self._agreement
+        count = shared_count(op, collective.count, self.world_size)
+        if agreement is None or op in self._fixed or (not count and op != "barrier"):
+            return None
+        communicator = self._communicator
+        if self._shares(op, count, collective.dtype):
+            return SmallCollective(collective, turn, agreement, communicator.monitor, self.rank, self.world_size)
+        native = None if reduction is None else self._native_op(reduction)
+        if op not in NativeCollective.OPS or (native is None and reduction is not None):
+            return None
+        if collective.count * self.world_size > self.largest:
+            return None
+        return NativeCollective(collective, native, turn, agreement, communicator)
 
     def _run_native(
         self,
@@ -120,6 +144,12 @@ class MpiBackend(Backend):
         """See `Backend.exchange`."""
         self._communicator.exchange(sends, recvs, tag, deadline)
 
+    def persistent_exchange(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float
+    ) -> MpiPersistentExchange | None:
+        """See `Backend.persistent_exchange`."""
+        return self._communicator.persistent_exchange(sends, recvs, number)
+
     def posted_transfers(self) -> PostedTransfers:
         """See `Backend.posted_transfers`."""
         return self._communicator.posted_transfers()
@@ -128,7 +158,7 @@ class MpiBackend(Backend):
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
-        shared = self._share(buffer, deadline)
+        shared = self._share(buffer, buffer.size, buffer.dtype, deadline)
         if shared is not None:
             reduction.into(buffer, shared, at_once=True)
             return
@@ -147,6 +177,11 @@ class MpiBackend(Backend):
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
+        shared = self._share(buffer, buffer.size, buffer.dtype, deadline)
+        if shared is not None:
+            if self.rank == root:
+                reduction.into(buffer, shared, at_once=True)
+            return
         op = self._native_op(reduction)
         if "reduce" in self._fixed:
             self._agree()
@@ -164,7 +199,7 @@ class MpiBackend(Backend):
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
-        shared = self._share(source, deadline)
+        shared = self._share(source, source.size, source.dtype, deadline)
         if shared is not None:
             start = sum(counts[: self.rank])
             end = start + counts[self.rank]
@@ -189,9 +224,11 @@ class MpiBackend(Backend):
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
-        shared = self._share(buffer, deadline)
+        mine = buffer if self.rank == root else None
+        shared = self._share(mine, buffer.size, buffer.dtype, deadline)
         if shared is not None:
-            buffer[...] = shared[root]
+            if mine is None:
+                buffer[...] = shared[root]
         elif "broadcast" in self._fixed:
             self._agree()
             super().broadcast(buffer, root, deadline=deadline)
@@ -203,12 +240,13 @@ class MpiBackend(Backend):
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
         even = all_equal(counts)
-        parts = blocks(buffer, counts) if even and self._share_bytes else []
-        shared = self._share(parts[self.rank] if parts else None, deadline)
-        if shared is not None:
-            for part, operand in zip(parts, shared, strict=True):
-                part[...] = operand
-            return
+        if even and self._share_bytes:
+            parts = blocks(buffer, counts)
+            shared = self._share(parts[self.rank], counts[0], buffer.dtype, deadline)
+            if shared is not None:
+                for part, operand in zip(parts, shared, strict=True):
+                    part[...] = operand
+                return
         if "all_gather" in self._fixed or buffer.size > self.largest:
             self._agree()
             super().all_gather(buffer, counts, deadline=deadline)
@@ -223,6 +261,12 @@ class MpiBackend(Backend):
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
+        shared = self._share(block, block.size, block.dtype, deadline) if all_equal(counts) else None
+        if shared is not None:
+            if out is not None:
+                for part, operand in zip(blocks(out, counts), shared, strict=True):
+                    part[...] = operand
+            return
         if "gather" in self._fixed or sum(counts) > self.largest:
             self._agree()
             super().gather(block, out, counts, root, deadline=deadline)
@@ -240,6 +284,10 @@ class MpiBackend(Backend):
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
+        shared = self._share(source, sum(counts), block.dtype, deadline) if all_equal(counts) else None
+        if shared is not None:
+            block[...] = blocks(shared[root], counts)[self.rank]
+            return
         if "scatter" in self._fixed or sum(counts) > self.largest:
             self._agree()
             super().scatter(block, source, counts, root, deadline=deadline)
@@ -260,6 +308,11 @@ class MpiBackend(Backend):
     ) -> None:
         """See `Backend.all_to_all`."""
         comm, even = self._comm, self.call.count > 0
+        shared = self._share(source, source.size, source.dtype, deadline) if even else None
+        if shared is not None:
+            for part, operand in zip(blocks(out, recv_counts), shared, strict=True):
+                part[...] = blocks(operand, send_counts)[self.rank]
+            return
         if "all_to_all" in self._fixed or self._largest_count(source, out, even, deadline) > self.largest:
             self._agree()
             super().all_to_all(source, out, send_counts, recv_counts, deadline=deadline)

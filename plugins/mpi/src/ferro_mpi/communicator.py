@@ -21,9 +21,10 @@ from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.library import MpiLibrary
 from ferro_mpi.mpi import MPI, to_ferro_error
+from ferro_mpi.persistent_exchange import MpiPersistentExchange
 from ferro_mpi.posted import PostedMpiTransfers
 from ferro_mpi.reductions import mpi_view
-from ferro_mpi.requests import PendingMessages, begin, release, wait_for
+from ferro_mpi.requests import PendingMessages, PersistentRequests, begin, release, wait_for
 from ferro_mpi.shared_memory import open_group_memory
 from ferro_mpi.waiting import WaitMonitor
 
@@ -33,6 +34,8 @@ _SCHEDULES = 1
 _SCHEDULE_TAGS = 1 << 20
 _NEW_GROUPS = 1 << 21
 _NEW_GROUP_TAGS = 1 << 24
+_PERSISTENT = 1 << 25
+_PERSISTENT_TAGS = 1 << 25
 _NOTHING = np.empty(0, np.uint8)
 
 LostRanks: TypeAlias = Callable[[], frozenset[int]]
@@ -56,13 +59,14 @@ class MpiCommunicator:
         world_size: number of ranks.
         memory: shared memory of all ranks, where they are on one host.
         monitor: ends the waits.
+        timeout_s: as given.
         blocked_until: see `BlockingCaller`.
     """
 
     def __init__(self, library: MpiLibrary, comm: MPI.Intracomm, timeout_s: float, lost: LostRanks) -> None:
         self.blocked_until = math.inf
         self._library = library
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._lost = lost
         self._closed = False
         self._interrupted = False
@@ -88,6 +92,11 @@ class MpiCommunicator:
         self._release = weakref.finalize(self, library.drop, (self._control_comm, comm), self.monitor)
         self._release.atexit = False
 
+    @property
+    def may_block(self) -> bool:
+        """True if this thread may use MPI's blocking collectives, which are quicker in some MPIs."""
+        return self._library.blocks and not on_executor_thread()
+
     # -- calls -----------------------------------------------------------------------------------
 
     def agree_and_run(
@@ -107,9 +116,8 @@ class MpiCommunicator:
         is right.
         """
         begun, joined = agreement.number, False
-        may_block = self._library.blocks and not on_executor_thread()
         try:
-            if not agreement.agree_on_blocking(call, may_block, deadline):
+            if not agreement.agree_on_blocking(call, self.may_block, deadline):
                 joined = True
                 self.run(nonblocking, arguments, deadline)
                 return
@@ -117,7 +125,7 @@ class MpiCommunicator:
             for _ in starmap(blocking, (arguments,)):
                 joined = True
         except MPI.Exception as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
         except (PeerLost, CollectiveMismatch):
             raise
         except BaseException:
@@ -134,7 +142,7 @@ class MpiCommunicator:
             wait_for(cast(MPI.Request, kept[-1]), arguments, self.monitor, deadline, self._ranks)
             release(kept)
         except MPI.Exception as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
 
     def exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], tag: int, deadline: float
@@ -152,7 +160,24 @@ class MpiCommunicator:
 
     def posted_transfers(self) -> PostedMpiTransfers:
         """See `Backend.posted_transfers`."""
-        return PostedMpiTransfers(self.monitor, self.comm_for, _pieces, self._translated)
+        return PostedMpiTransfers(self.monitor, self.comm_for, _pieces, self.translated)
+
+    def persistent_exchange(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], number: int
+    ) -> MpiPersistentExchange | None:
+        """See `Backend.persistent_exchange`; None where MPI's tags do not reach far enough."""
+        if self._library.tag_limit < _PERSISTENT + _PERSISTENT_TAGS:
+            return None
+        comm, tag = self._control_comm, _PERSISTENT + number % _PERSISTENT_TAGS
+        kept = PersistentRequests((sends, recvs))
+        try:
+            for method, messages in ((comm.Recv_init, recvs), (comm.Send_init, sends)):
+                for peer, buffer in messages:
+                    kept.requests += [method(piece, peer, tag) for piece in _pieces(buffer)]
+        except MPI.Exception as error:
+            raise self.translated(error) from error
+        peers = [peer for peer, _ in (*recvs, *sends)]
+        return MpiPersistentExchange(kept, peers, self.monitor, self.translated)
 
     def comm_for(self, tag: int) -> MPI.Intracomm:
         """Return the communicator of the user's transfers with a tag, or refuse the tag."""
@@ -180,10 +205,11 @@ class MpiCommunicator:
         except BaseException as error:
             messages.abandon()
             if isinstance(error, MPI.Exception):
-                raise self._translated(error) from error
+                raise self.translated(error) from error
             raise
 
-    def _translated(self, error: MPI.Exception) -> Exception:
+    def translated(self, error: MPI.Exception) -> Exception:
+        """Make ferro's error of MPI's."""
         if not self._ready:
             return to_ferro_error(error, self.comm)
         translated = self.monitor.error_of(error, self.comm)
@@ -197,23 +223,23 @@ class MpiCommunicator:
         Raises:
             TimeoutError, PeerLost: one of them does not call it.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         self._library.free_dropped()
         self._await_members(ranks, context, deadline)
         with self._blocking(deadline):
             group = self.comm.Get_group().Incl(list(ranks))
             comm = self.comm.Create_group(group, context % self._library.tag_limit)
             group.Free()
-        return MpiCommunicator(self._library, comm, self._timeout_s, self._lost)
+        return MpiCommunicator(self._library, comm, self.timeout_s, self._lost)
 
     def split(self, ranks: Sequence[int] | None) -> MpiCommunicator | None:
         """Make the communicators of this rank's part of the group; None if it is in no part. All ranks call it."""
         color = MPI.UNDEFINED if ranks is None else min(ranks)
         key = 0 if ranks is None else ranks.index(self.rank)
         self._library.free_dropped()
-        with self._blocking(time.monotonic() + self._timeout_s):
+        with self._blocking(time.monotonic() + self.timeout_s):
             comm = cast(MPI.Intracomm, self.comm.Split(color, key))
-        return None if ranks is None else MpiCommunicator(self._library, comm, self._timeout_s, self._lost)
+        return None if ranks is None else MpiCommunicator(self._library, comm, self.timeout_s, self._lost)
 
     def shrink(self, ranks: Sequence[int], context: int) -> MpiCommunicator:
         """Make the communicators of the ranks that are left after a death; all of them call it.
@@ -227,12 +253,12 @@ class MpiCommunicator:
                 "Open MPI and `mpiexec --with-ft ulfm`, or restart the job",
                 op="shrink",
             )
-        with self._blocking(time.monotonic() + self._timeout_s):
+        with self._blocking(time.monotonic() + self.timeout_s):
             survivors = self._survivors()
             group = self.comm.Get_group().Incl(list(ranks))
             comm = survivors.Create_group(group, context % self._library.tag_limit)
             group.Free()
-        return MpiCommunicator(self._library, comm, self._timeout_s, self._lost)
+        return MpiCommunicator(self._library, comm, self.timeout_s, self._lost)
 
     def prepare_shrink(self) -> None:
         """Begin MPI_Comm_shrink in a thread, after a failure.
@@ -260,9 +286,9 @@ class MpiCommunicator:
         self.prepare_shrink()
         assert self._shrinking is not None, "prepare_shrink made it"
         try:
-            survivors = self._shrinking.result(self._timeout_s)
+            survivors = self._shrinking.result(self.timeout_s)
         except TimeoutError as error:
-            message = f"a rank that lives did not answer within {self._timeout_s:g} s: read the other ranks' logs"
+            message = f"a rank that lives did not answer within {self.timeout_s:g} s: read the other ranks' logs"
             raise RendezvousError(f"shrink: {message}", op="shrink", rank=self.rank) from error
         survivors.Set_errhandler(MPI.ERRORS_RETURN)
         return survivors
@@ -284,7 +310,7 @@ class MpiCommunicator:
         try:
             yield
         except MPI.Exception as error:
-            raise self._translated(error) from error
+            raise self.translated(error) from error
         finally:
             self.blocked_until = math.inf
 

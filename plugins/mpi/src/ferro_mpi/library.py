@@ -26,6 +26,7 @@ from contextlib import suppress
 from ferro import BackendUnavailable
 from ferro.runtime.environment import usable_cores, variable
 from ferro_mpi.mpi import MPI
+from ferro_mpi.requests import PersistentRequests
 from ferro_mpi.shared_memory import GroupMemory
 from ferro_mpi.waiting import WaitMonitor
 from ferro_mpi.watchdog import Watchdog
@@ -128,6 +129,8 @@ class MpiLibrary:
         if failed:
             # The function's thread in C needs no interpreter lock, which MPI_Finalize holds.
             faulthandler.dump_traceback_later(_FINALIZE_S, exit=True, file=2)
+        else:
+            PersistentRequests.free_all()
         MPI.Finalize()
         if failed:
             faulthandler.cancel_dump_traceback_later()

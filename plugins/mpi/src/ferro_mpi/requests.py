@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import starmap
+from typing import ClassVar
 
 from ferro import CollectiveMismatch, PeerLost
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
 from ferro_mpi.waiting import Backoff, WaitMonitor
 
-_LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
+LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _abandoned: list[object] = []
 _running: dict[int, list[object]] = {}
 
@@ -64,6 +67,51 @@ def wait_for(
     except BaseException:
         _abandoned.append((request, buffers))
         raise
+
+
+class PersistentRequests:
+    """Persistent requests of MPI, with the buffers that they use. They are freed once, before MPI is finalized."""
+
+    _dropped: ClassVar[deque[PersistentRequests]] = deque()
+    _all: ClassVar[weakref.WeakSet[PersistentRequests]] = weakref.WeakSet()
+
+    def __init__(self, buffers: object) -> None:
+        """Keep `buffers`; requests are added to the list `requests`."""
+        self.requests: list[MPI.Prequest] = []
+        self._buffers = buffers
+        self.free_dropped()
+        self._all.add(self)
+
+    def drop(self) -> None:
+        """Let the next new requests free these, of an object that became garbage in any thread."""
+        self._dropped.append(self)
+
+    def free(self) -> None:
+        """Free the requests; keep those that are under way, and their buffers, for ever."""
+        requests, self.requests = self.requests, []
+        if not requests or MPI.Is_finalized():
+            return
+        try:
+            if not MPI.Request.Testall(requests):
+                _abandoned.append((requests, self._buffers))
+                return
+            for request in requests:
+                request.Free()
+        except MPI.Exception:
+            _abandoned.append((requests, self._buffers))
+
+    @classmethod
+    def free_dropped(cls) -> None:
+        """Free the requests of objects that became garbage."""
+        while cls._dropped:
+            cls._dropped.popleft().free()
+
+    @classmethod
+    def free_all(cls) -> None:
+        """Free all requests, as MPI is about to be finalized."""
+        cls.free_dropped()
+        for requests in list(cls._all):
+            requests.free()
 
 
 class PendingMessages:
@@ -123,7 +171,7 @@ class PendingMessages:
             left = self._monitor.departed_rank(self._peers)
             if left is not None:
                 now = time.monotonic()
-                give_up_s = min(give_up_s, now + _LAST_MESSAGES_S)
+                give_up_s = min(give_up_s, now + LAST_MESSAGES_S)
                 if now > give_up_s:
                     raise PeerLost(f"rank {left} has left the group", peer=left)
             backoff()

@@ -1,14 +1,16 @@
 """GroupMemory: memory shared by the ranks of a group on one host, for agreements and small operands.
 
     one rank's area, 512 bytes    0        64       128                   192        256       320
-                                  word 0   word 1   has left, at exit     process    label 0   label 1
+                                  line 0   line 1   has left, at exit     process    label 0   label 1
+
+    a line, of each parity        0        8                              16
+                                  word     may this rank block in MPI?    a slot for few bytes
 
     first area: the group's       a token by which it is known, whether it was aborted
     areas of all ranks            each rank writes to its own only
     slots of all ranks            two of `slot_bytes` for each, for small operands
 
-Words, labels and slots are double-buffered: a call uses those of its parity (see `agreement`). Behind a word stands
-whether its rank may block in MPI.
+Lines, labels and slots are double-buffered: a call uses those of its parity (see `agreement`).
 
 The group's first rank makes the memory as a file without a name, which the others open through /proc.
 (`MPI.Win.Allocate_shared` would do, but warns on stderr in the wheel of Open MPI.) All ranks must see what one rank
@@ -34,6 +36,7 @@ from ferro_mpi.mpi import MPI
 
 _AREA_BYTES = 512
 _AREA_WORDS = _AREA_BYTES // 8
+_LINE_BYTES, _SMALL_SLOT_BYTES = 64, 48
 _LEFT, _AT_EXIT, _PROCESS = 16, 17, 24  # in words
 _LABELS = 256  # in bytes
 _TOKEN_BYTES = 16
@@ -57,7 +60,11 @@ class GroupMemory:
         self._bytes = memoryview(memory)
         self.words = self._bytes.cast("q")
         self.slot_bytes = _slot_bytes(world_size)
-        self._slots = np.frombuffer(memory, np.uint8)[(world_size + 1) * _AREA_BYTES :]
+        whole = np.frombuffer(memory, np.uint8)
+        areas, slots = np.split(whole, [(world_size + 1) * _AREA_BYTES])
+        self._slots = slots[: 2 * world_size * self.slot_bytes].reshape(world_size, 2, self.slot_bytes)
+        lines = areas.reshape(world_size + 1, -1, _LINE_BYTES)
+        self._small_slots = lines[1:, :2, _LINE_BYTES - _SMALL_SLOT_BYTES :]
         self._rank = rank
         self._world_size = world_size
         self._poll = select.poll()
@@ -78,10 +85,14 @@ class GroupMemory:
         start = (rank + 1) * _AREA_BYTES + _LABELS + parity * 64
         return bytes(self._bytes[start : start + LABEL_BYTES])
 
-    def slot(self, rank: int, parity: int) -> Array:
-        """View a rank's slot of a parity, as bytes."""
-        start = (2 * rank + parity) * self.slot_bytes
-        return self._slots[start : start + self.slot_bytes]
+    def slots(self, parity: int, nbytes: int) -> Array:
+        """View all ranks' slots of a parity, as bytes: shape (ranks, `nbytes`).
+
+        Those of few bytes are beside the words, in the same lines of the processor's cache.
+        """
+        if nbytes <= _SMALL_SLOT_BYTES:
+            return self._small_slots[:, parity, :nbytes]
+        return self._slots[:, parity, :nbytes]
 
     def abort(self) -> None:
         """Tell all ranks that the group is dead."""

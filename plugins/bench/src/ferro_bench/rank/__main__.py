@@ -15,10 +15,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .buffers import Buffers
 from .case import BenchCase
 from .channel import Channel
 from .library import MeasuredLibrary, open_library
-from .turn import PreparedCase
+from .turn import PreparedCase, allocate
 
 _LEAVE_S = 3.0
 
@@ -52,14 +53,21 @@ def _serve(channel: Channel, library: MeasuredLibrary) -> None:
         ConnectionError: the driver left without saying so.
     """
     prepared: dict[str, PreparedCase] = {}
+    memories: dict[str, list[Buffers]] = {}  # ordinary and persistent calls take turns in the same memory
     while (order := channel.receive())["do"] != "end":
         reply: dict[str, Any] = {}
         if order["do"] == "prepare":
-            prepared[order["slot"]] = PreparedCase(library, BenchCase(**order["case"]), order["memory"])
+            case, memory = BenchCase(**order["case"]), order["memory"]
+            if memory not in memories:
+                memories[memory] = allocate(library, case, memory)
+            prepared[order["slot"]] = PreparedCase(library, case, memories[memory], persistent=order["persistent"])
         elif order["do"] == "turn":
             reply = prepared[order["slot"]].run(order["turn"])
         elif order["do"] == "release":
+            for one in prepared.values():
+                one.release()
             prepared.clear()
+            memories.clear()
         channel.send(reply)
 
 

@@ -24,6 +24,7 @@ BUS_FACTORS: dict[str, Callable[[int], float]] = {
 COLLECTIVES = tuple(BUS_FACTORS)
 IN_BLOCKS = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "scatter"})
 REDUCING = frozenset({"all_reduce", "reduce_scatter", "reduce"})
+PERSISTENT = frozenset(COLLECTIVES) - {"sendrecv", "copy"}  # what is measured as persistent operations, too
 OPS = ("sum", "prod", "min", "max")
 
 
@@ -40,6 +41,7 @@ class BenchCase:
         calls: timed calls in a turn.
         check: compare every result.
         async_op: start each call asynchronously, then wait for it.
+        apart: enter a barrier before each timed call, so that no rank runs ahead of the others through several.
     """
 
     collective: str
@@ -49,6 +51,7 @@ class BenchCase:
     calls: int
     check: bool
     async_op: bool
+    apart: bool = False
 
     @property
     def settles(self) -> int:

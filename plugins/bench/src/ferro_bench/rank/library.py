@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from .case import BenchCase
 from .pattern import Numbers
 
 Operation: TypeAlias = Callable[[], object]
+
+
+class RepeatedOperation(NamedTuple):
+    """An operation that is made once, and repeated.
+
+    Attributes:
+        run: start it and wait for its end; what is timed.
+        free: give it up; all ranks call it in the same order.
+    """
+
+    run: Operation
+    free: Operation
 
 
 class MeasuredLibrary(Protocol):
@@ -27,6 +39,9 @@ class MeasuredLibrary(Protocol):
 
     def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
         """Prepare a call that fills `target` as `Buffers` expects; preparing it is not timed."""
+
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
+        """Make the same call once as a persistent operation; all ranks call this in the same order."""
 
     def close(self) -> None:
         """Leave the other ranks; all ranks call it."""

@@ -13,7 +13,7 @@ import numpy as np
 import ferro
 
 from .case import BenchCase
-from .library import Operation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 
@@ -46,33 +46,60 @@ class Ferro:
 
     def operation(self, case: BenchCase, source: Numbers, target: Numbers) -> Operation:
         """Prepare a call."""
-        call = self._issue(case, source, target)
-        return (lambda: call().wait()) if case.async_op else call
+        arguments, named = self._arguments(case, source, target)
+        method = getattr(self._group, case.collective)
+        if not case.async_op:
+            return _written_out(method, arguments, named)
+        issue: Callable[[], Any] = partial(method, *arguments, **named, async_op=True)
+        return lambda: issue().wait()
 
-    def _issue(self, case: BenchCase, source: Numbers, target: Numbers) -> Callable[[], Any]:
-        group, op, later = self._group, case.op, case.async_op
-        root = self.rank == 0
-        issues: dict[str, Callable[[], Any]] = {
-            "all_reduce": partial(group.all_reduce, source, op, out=target, async_op=later),
-            "broadcast": partial(group.broadcast, source, out=target, async_op=later),
-            "all_gather": partial(group.all_gather, source, out=target, async_op=later),
-            "reduce_scatter": partial(group.reduce_scatter, source, op, out=target, async_op=later),
-            "all_to_all": partial(group.all_to_all, source, out=target, async_op=later),
-            "reduce": partial(group.reduce, source, op=op, out=target if root else None, async_op=later),
-            "gather": partial(group.gather, source, out=target if root else None, async_op=later),
-            "scatter": partial(group.scatter, source if root else None, out=target, async_op=later),
-            "sendrecv": partial(
-                group.sendrecv,
-                source,
-                target,
-                (self.rank + 1) % self.world_size,
-                (self.rank - 1) % self.world_size,
-                async_op=later,
-            ),
-            "barrier": partial(group.barrier, async_op=later),
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
+        """Make a persistent operation."""
+        arguments, named = self._arguments(case, source, target)
+        step = self._group.persistent(case.collective, *arguments, **named)
+        if not case.async_op:
+            return RepeatedOperation(step, step.close)
+        start, wait = step.start, step.wait
+
+        def run() -> None:
+            start()
+            wait()
+
+        return RepeatedOperation(run, step.close)
+
+    def _arguments(self, case: BenchCase, source: Numbers, target: Numbers) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and the named arguments of the group's method."""
+        at_root, op = self.rank == 0, case.op
+        to, from_ = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+        methods: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+            "all_reduce": ((source, op), {"out": target}),
+            "broadcast": ((source, 0), {"out": target}),
+            "all_gather": ((source,), {"out": target}),
+            "reduce_scatter": ((source, op), {"out": target}),
+            "all_to_all": ((source,), {"out": target}),
+            "reduce": ((source, 0, op), {"out": target if at_root else None}),
+            "gather": ((source, 0), {"out": target if at_root else None}),
+            "scatter": ((source if at_root else None, 0), {"out": target}),
+            "sendrecv": ((source, target, to, from_), {}),
+            "barrier": ((), {}),
         }
-        return issues[case.collective]
+        return methods[case.collective]
 
     def close(self) -> None:
         """Leave the other ranks."""
         self._group.close()
+
+
+def _written_out(method: Callable[..., object], arguments: tuple[Any, ...], named: dict[str, Any]) -> Operation:
+    """Return a call as a program writes it: a partial with named arguments takes longer than the call itself adds."""
+    if not named:
+        return partial(method, *arguments)
+    out = named["out"]
+    if len(arguments) == 1:
+        (x,) = arguments
+        return lambda: method(x, out=out)
+    if len(arguments) == 2:
+        x, more = arguments
+        return lambda: method(x, more, out=out)
+    x, root, op = arguments
+    return lambda: method(x, root, op, out=out)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .case import BenchCase
-from .library import Operation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 
@@ -47,6 +47,18 @@ class MPI:
             return partial(getattr(self._world, name), *arguments)
         issue: Callable[[], Any] = partial(getattr(self._world, f"I{name.lower()}"), *arguments)
         return lambda: issue().Wait()
+
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
+        """Make a persistent operation."""
+        name, arguments = self._method(case, source, target)
+        request = getattr(self._world, f"{name}_init")(*arguments)
+        start, wait = request.Start, request.Wait
+
+        def run() -> None:
+            start()
+            wait()
+
+        return RepeatedOperation(run, request.Free)
 
     def _method(self, case: BenchCase, source: Numbers, target: Numbers) -> tuple[str, tuple[object, ...]]:
         """Return the blocking method's name and its arguments."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .case import BenchCase
-from .library import Operation
+from .library import Operation, RepeatedOperation
 from .pattern import Numbers, dtype_of
 
 _OPS = {"sum": "SUM", "prod": "PRODUCT", "min": "MIN", "max": "MAX"}
@@ -48,6 +48,10 @@ class Torch:
         if case.collective == "sendrecv":
             return lambda: [work.wait() for work in call()]
         return (lambda: call().wait()) if case.async_op else call
+
+    def persistent(self, case: BenchCase, source: Numbers, target: Numbers) -> RepeatedOperation:
+        """Refuse: torch.distributed has no persistent operations, and the driver asks for none."""
+        raise NotImplementedError("torch.distributed has no persistent operations")
 
     def _issue(self, case: BenchCase, given: Any, result: Any) -> Callable[[], Any]:
         dist, later = self._dist, case.async_op

@@ -99,6 +99,10 @@ class Arena:
         offset = address_of(buffer) - self._start
         return ArenaSpan(offset, buffer.nbytes) if 0 <= offset < self._reserved else None
 
+    def addresses(self) -> tuple[int, int]:
+        """Return where the arena begins and ends in this process."""
+        return self._start, self._start + self._segment.nbytes
+
     def view(self, span: ArenaSpan) -> Array:
         """View a span as uint8."""
         return self._memory[span.offset : span.offset + span.nbytes]
@@ -192,6 +196,10 @@ class HostArenas:
         except OSError as error:
             self._warn_once(error)
             return np.empty(nbytes, np.uint8)
+
+    def addresses(self) -> tuple[int, int]:
+        """Return where this rank's arena begins and ends in this process; zeros if there is none."""
+        return (0, 0) if self._own is None else self._own.addresses()
 
     def is_peer(self, rank: int) -> bool:
         """Return True if a rank of the world is a peer."""

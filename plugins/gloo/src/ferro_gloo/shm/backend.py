@@ -13,15 +13,19 @@ import numpy as np
 from ferro.backend import Backend
 from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call
+from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
 from ferro_gloo.shm.arena import HostArenas
 from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.chunked_operation import ChunkedOperation
+from ferro_gloo.shm.kernels import has_arithmetic
+from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.mapping import is_used_by_other_threads
 from ferro_gloo.shm.native import NATIVE, OPERATIONS
 from ferro_gloo.shm.region import ShmRegion
-from ferro_gloo.shm.single_round import SingleRoundCollectives, has_arithmetic
+from ferro_gloo.shm.single_round import SingleRoundCollectives
 from ferro_gloo.shm.slot_ring import SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
@@ -65,15 +69,15 @@ class ShmBackend(Backend):
         self._ring.set_call(call)
 
     def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
-        """See `Backend.fast_path`: there is one for what takes a single round here, if the native helper reduces it."""
+        """See `Backend.fast_path`: there is one for what the native helper can reduce."""
         ring, reduction, op = self._region.native_ring, collective.reduction, collective.op
         block = 0 if op == "barrier" else collective.count * collective.dtype.itemsize
         message = block if op in _ONE_BLOCK else self.world_size * block
         limit = self._single_round_bytes if op == "all_reduce" else self._slot_bytes
-        if NATIVE is None or ring is None or message > limit:
+        if NATIVE is None or ring is None or (reduction is not None and not has_arithmetic(reduction)):
             return None
-        if reduction is not None and not has_arithmetic(reduction):
-            return None
+        if message > limit:
+            return LargePath(self._runner, self._ring, collective, turn)
         return NATIVE.ShortPath(
             ring=ring,
             operation=OPERATIONS.index(op),
@@ -98,42 +102,58 @@ class ShmBackend(Backend):
         if buffer.nbytes <= self._single_round_bytes:
             self._single_round.all_reduce(buffer, reduction, deadline)
         else:
-            reductions.all_reduce(self._runner, buffer, reduction, deadline)
+            make = partial(reductions.all_reduce, self._runner, buffer, buffer, reduction)
+            self._runner.run_even(buffer, buffer, make, deadline)
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.reduce(buffer, reduction, root, deadline)
         else:
-            reductions.reduce(self._runner, buffer, reduction, root, deadline)
+            out = buffer if self.rank == root else None
+            make = partial(reductions.reduce, self._runner, buffer, out, reduction)
+            self._runner.run_even(buffer, out, make, deadline)
 
     def broadcast(self, buffer: Array, root: int, *, deadline: float) -> None:
         """See `Backend.broadcast`."""
         if buffer.nbytes <= self._slot_bytes:
             self._single_round.broadcast(buffer, root, deadline)
         else:
-            data_movement.broadcast(self._runner, buffer, root, deadline)
+            source, out = (buffer, None) if self.rank == root else (None, buffer)
+            make = partial(data_movement.broadcast, self._runner, source, out, root)
+            self._runner.run_even(source, out, make, deadline)
 
     def all_gather(self, buffer: Array, counts: Sequence[int], *, deadline: float) -> None:
         """See `Backend.all_gather`."""
         if buffer.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.all_gather(buffer, deadline)
         else:
-            data_movement.all_gather(self._runner, buffer, counts, deadline)
+            block = blocks(buffer, counts)[self.rank]
+            self._run(
+                block, buffer, partial(data_movement.all_gather, self._runner, block, buffer, counts), counts, deadline
+            )
 
     def gather(self, block: Array, out: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.gather`."""
         if block.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.gather(block, out, deadline)
         else:
-            data_movement.gather(self._runner, block, out, counts, root, deadline)
+            self._run(
+                block, out, partial(data_movement.gather, self._runner, block, out, counts, root), counts, deadline
+            )
 
     def scatter(self, block: Array, source: Array | None, counts: Sequence[int], root: int, *, deadline: float) -> None:
         """See `Backend.scatter`."""
         if sum(counts) * block.itemsize <= self._slot_bytes and _are_even(counts):
             self._single_round.scatter(block, source, root, deadline)
         else:
-            data_movement.scatter(self._runner, block, source, counts, root, deadline)
+            self._run(
+                source,
+                block,
+                partial(data_movement.scatter, self._runner, block, source, counts, root),
+                counts,
+                deadline,
+            )
 
     def reduce_scatter(
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
@@ -142,7 +162,8 @@ class ShmBackend(Backend):
         if source.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.reduce_scatter(source, out, reduction, deadline)
         else:
-            reductions.reduce_scatter(self._runner, source, out, counts, reduction, deadline)
+            make = partial(reductions.reduce_scatter, self._runner, source, out, counts, reduction)
+            self._run(source, out, make, counts, deadline)
 
     def all_to_all(
         self, source: Array, out: Array, send_counts: Sequence[int], recv_counts: Sequence[int], *, deadline: float
@@ -150,7 +171,24 @@ class ShmBackend(Backend):
         """See `Backend.all_to_all`."""
         small = source.nbytes <= self._slot_bytes and _are_even([*send_counts, *recv_counts])
         if not (small and self._single_round.all_to_all(source, out, deadline)):
-            data_movement.all_to_all(self._runner, source, out, send_counts, recv_counts, deadline, synchronized=small)
+            operation = data_movement.all_to_all(
+                self._runner, source, out, send_counts, recv_counts, synchronized=small
+            )
+            self._runner.run(operation, deadline)
+
+    def _run(
+        self,
+        source: Array | None,
+        target: Array | None,
+        make: Callable[[], ChunkedOperation],
+        counts: Sequence[int],
+        deadline: float,
+    ) -> None:
+        """Run a collective of large or uneven blocks; the label of an even one says all about its sizes."""
+        if _are_even(counts):
+            self._runner.run_even(source, target, make, deadline)
+        else:
+            self._runner.run(make(), deadline)
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         """See `Backend.send`; over TCP."""

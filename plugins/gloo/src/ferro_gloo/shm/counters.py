@@ -52,7 +52,7 @@ def counters_bytes(ranks: int) -> int:
 
 
 def native_spins(spin: bool) -> int:
-    """Return how often the native helper loads again before it yields; `spin` as for `ProgressCounters`."""
+    """Choose the number of loads before the native helper yields; `spin` as for `ProgressCounters`."""
     return _NATIVE_SPINS if spin else 0
 
 
@@ -107,15 +107,19 @@ class ProgressCounters:
             None; or, after at most `seconds` or a signal, the first rank that is behind.
         """
         if self._native is not None:
-            spins, yields = self._spins, _NATIVE_YIELDS
-            if on_executor_thread():
-                spins, yields = min(spins, _NATIVE_SPINS_BESIDE_CALLER), 0
+            spins, yields = self.patience()
             return self._native.wait(self._memory, 0, COUNTER_STRIDE, self._ranks, value, spins, yields, seconds)
         counters = self._counters
         for index in self._indices:
             if counters[index] < value:
                 return self._wait_in_python(value, time.monotonic() + seconds)
         return None
+
+    def patience(self) -> tuple[int, int]:
+        """Return the spins and yields of the native helper before it sleeps; see `NativeModule.wait`."""
+        if on_executor_thread():
+            return min(self._spins, _NATIVE_SPINS_BESIDE_CALLER), 0
+        return self._spins, _NATIVE_YIELDS
 
     def behind(self, value: int) -> list[int]:
         """List the ranks that are behind `value` now; it promises nothing about their data."""

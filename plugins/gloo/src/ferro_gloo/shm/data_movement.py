@@ -1,140 +1,138 @@
 """broadcast, all_gather, gather, scatter and all_to_all of arrays that do not fit a slot, or of uneven blocks.
 
-Each function takes the arguments of the method of `Backend`, describes what this rank does with each chunk as a
-`ChunkedOperation`, and runs it. `write` fills this rank's slot, `read` uses all ranks' slots, and `in_place` replaces
-both where the ranks' arrays lie in shared memory.
+Each function takes the arguments of the method of `Backend`, and describes what this rank does with each chunk as a
+`ChunkedOperation`. `in_place` replaces the chunks where the ranks' arrays lie in shared memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from ferro.collectives.partition import blocks
 from ferro.types import Array
-from ferro_gloo.shm.chunked import ChunkedOperation, ChunkedRunner
-from ferro_gloo.shm.kernels import choose_copies, chunk, chunk_count, slot_block, write_slot
+from ferro_gloo.shm.chunked import ChunkedRunner
+from ferro_gloo.shm.chunked_operation import ChunkedLayout, ChunkedOperation, Move
+from ferro_gloo.shm.kernels import apart_from, as_bytes, copy_large, is_same, slot_block_start
 
 
-def broadcast(runner: ChunkedRunner, buffer: Array, root: int, deadline: float) -> None:
-    """See `Backend.broadcast`."""
-    data, length = buffer.view(np.uint8), runner.slot_bytes
-    at_root = runner.rank == root
-    copy_slot, copy = choose_copies(data.size * runner.ranks)
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(data, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        copy_slot(chunk(data, k, length), slots[root])
+def broadcast(runner: ChunkedRunner, source: Array | None, out: Array | None, root: int) -> ChunkedOperation:
+    """See `Backend.broadcast`; only the root has a `source`, and may have no `out`."""
+    sent = as_bytes(source)
+    target = None if sent is not None and out is not None and is_same(sent, out) else as_bytes(out)
+    if sent is not None and target is not None:
+        sent = apart_from(target, sent)
+    nbytes = _size(sent) or _size(target)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        if not at_root:
-            copy(data, arrays[root])
+        if target is not None:
+            copy_large(target, arrays[root])
 
-    operation = ChunkedOperation(
-        chunks=chunk_count(data.size, length),
-        write=write if at_root else None,
-        read=None if at_root else read,
-        source=data if at_root else None,
-        writers=(root,),
-        in_place=in_place,
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
+        length=runner.chunk_bytes(),
+        largest=nbytes,
+        stage=(Move(0, 0, nbytes),) if sent is not None else (),
+        own=(Move(0, 0, nbytes),) if sent is not None and target is not None else (),
+        take=(Move(0, 0, nbytes, root),) if sent is None else (),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, writers=(root,), in_place=in_place)
 
 
-def all_gather(runner: ChunkedRunner, buffer: Array, counts: Sequence[int], deadline: float) -> None:
-    """See `Backend.all_gather`."""
-    data, length = buffer.view(np.uint8), runner.slot_bytes
-    sizes = _bytes(counts, buffer)
-    parts = blocks(data, sizes)
-    copy_slot, copy = choose_copies(data.size * runner.ranks)
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(parts[runner.rank], k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank in runner.others:
-            copy_slot(chunk(parts[rank], k, length), slots[rank])
+def all_gather(runner: ChunkedRunner, block: Array, buffer: Array, counts: Sequence[int]) -> ChunkedOperation:
+    """See `Backend.all_gather`; this rank sends `block`, which may be its block in `buffer`."""
+    me, target = runner.rank, buffer.view(np.uint8)
+    sent: Array = block.view(np.uint8)
+    sizes, starts = _sizes(counts, buffer)
+    is_in_place = is_same(sent, target[starts[me] :])
+    if not is_in_place:
+        sent = apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            copy(parts[rank], blocks(arrays[rank], sizes)[rank])
+            copy_large(target[starts[rank] :][: sizes[rank]], arrays[rank])
+        if not is_in_place:
+            copy_large(target[starts[me] :][: sizes[me]], sent)
 
-    operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length), write=write, read=read, source=data, in_place=in_place
+    layout = ChunkedLayout(
+        source_bytes=sent.size,
+        target_bytes=target.size,
+        in_place=starts[me] if is_in_place else -1,
+        length=runner.chunk_bytes(),
+        largest=max(sizes),
+        stage=(Move(0, 0, sizes[me]),),
+        own=() if is_in_place else (Move(starts[me], 0, sizes[me]),),
+        take=tuple(Move(starts[rank], 0, sizes[rank], rank) for rank in runner.others),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, in_place=in_place)
 
 
 def gather(
-    runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int, deadline: float
-) -> None:
+    runner: ChunkedRunner, block: Array, out: Array | None, counts: Sequence[int], root: int
+) -> ChunkedOperation:
     """See `Backend.gather`."""
-    data, length = block.view(np.uint8), runner.slot_bytes
-    sizes = _bytes(counts, block)
-    copy_slot, copy = choose_copies(sum(sizes))
-    others: dict[int, Array] = {}  # blocks of the result, at the root
-    if out is not None:
-        others = dict(enumerate(blocks(out.view(np.uint8), sizes)))
-        others.pop(root)[...] = data
-
-    def write(k: int, slot: Array) -> None:
-        write_slot(slot, chunk(data, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank, target in others.items():
-            copy_slot(chunk(target, k, length), slots[rank])
+    sent, target = as_bytes(block), as_bytes(out)
+    sizes, starts = _sizes(counts, block)
+    if target is not None and sent is not None:
+        sent = None if is_same(sent, target[starts[root] :]) else apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        for rank, target in others.items():
-            copy(target, arrays[rank])
+        if target is None:
+            return
+        for rank, array in arrays.items():
+            copy_large(target[starts[rank] :][: sizes[rank]], array)
+        if sent is not None:
+            copy_large(target[starts[root] :][: sizes[root]], sent)
 
-    operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=write if out is None else None,
-        read=read,
-        source=data if out is None else None,
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
+        length=runner.chunk_bytes(),
+        largest=max(sizes),
+        stage=(Move(0, 0, _size(sent)),) if target is None else (),
+        own=(Move(starts[root], 0, sizes[root]),) if target is not None and sent is not None else (),
+        take=() if target is None else tuple(Move(starts[rank], 0, sizes[rank], rank) for rank in runner.others),
+    )
+    return ChunkedOperation(
+        layout=layout,
+        source=sent,
+        target=target,
+        shared=sent if target is None else None,
         writers=[rank for rank in range(len(counts)) if rank != root],
         in_place=in_place,
     )
-    runner.run(operation, deadline)
 
 
 def scatter(
-    runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int, deadline: float
-) -> None:
+    runner: ChunkedRunner, block: Array, source: Array | None, counts: Sequence[int], root: int
+) -> ChunkedOperation:
     """See `Backend.scatter`."""
-    me, data, length = runner.rank, block.view(np.uint8), runner.slot_block_bytes
-    sizes = _bytes(counts, block)
-    copy_slot, copy = choose_copies(sum(sizes))
-    others: dict[int, Array] = {}  # blocks of the source, at the root
-    whole = None if source is None else source.view(np.uint8)
-    if whole is not None:
-        others = dict(enumerate(blocks(whole, sizes)))
-        data[...] = others.pop(root)
-
-    def write(k: int, slot: Array) -> None:
-        for rank, part in others.items():
-            write_slot(slot_block(slot, root, rank, length), chunk(part, k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        copy_slot(chunk(data, k, length), slot_block(slots[root], root, me, length))
+    me, target, sent = runner.rank, as_bytes(block), as_bytes(source)
+    sizes, starts = _sizes(counts, block)
+    length = runner.chunk_bytes(runner.ranks - 1)
+    if target is not None and sent is not None:
+        if is_same(sent[starts[me] :], target):
+            target = None
+        else:
+            sent = apart_from(target, sent)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
-        if whole is None:
-            copy(data, blocks(arrays[root], sizes)[me])
+        if target is not None:
+            copy_large(target, arrays[root][starts[me] :])
 
-    operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=None if whole is None else write,
-        read=read if whole is None else None,
-        source=whole,
-        writers=(root,),
-        in_place=in_place,
+    staged = [] if sent is None else runner.others
+    layout = ChunkedLayout(
+        source_bytes=_size(sent),
+        target_bytes=_size(target),
+        length=length,
+        largest=max(sizes),
+        stage=tuple(Move(slot_block_start(root, rank, length), starts[rank], sizes[rank]) for rank in staged),
+        own=(Move(0, starts[me], sizes[me]),) if sent is not None and target is not None else (),
+        take=(Move(0, slot_block_start(root, me, length), sizes[me], root),) if sent is None else (),
     )
-    runner.run(operation, deadline)
+    return ChunkedOperation(layout=layout, source=sent, target=target, shared=sent, writers=(root,), in_place=in_place)
 
 
 def all_to_all(
@@ -143,43 +141,46 @@ def all_to_all(
     out: Array,
     send_counts: Sequence[int],
     recv_counts: Sequence[int],
-    deadline: float,
     *,
     synchronized: bool,
-) -> None:
+) -> ChunkedOperation:
     """See `Backend.all_to_all`; `synchronized` is True if this rank has tried it in a single round before."""
-    me, length, data = runner.rank, runner.slot_block_bytes, source.view(np.uint8)
-    sizes = _bytes(send_counts, source)
-    parts = blocks(data, sizes)
-    targets = blocks(out.view(np.uint8), _bytes(recv_counts, out))
-    copy_slot, copy = choose_copies(out.nbytes * runner.ranks)
-    copy(targets[me], parts[me])
-
-    def write(k: int, slot: Array) -> None:
-        for rank in runner.others:
-            write_slot(slot_block(slot, me, rank, length), chunk(parts[rank], k, length))
-
-    def read(k: int, slots: Sequence[Array]) -> None:
-        for rank in runner.others:
-            copy_slot(chunk(targets[rank], k, length), slot_block(slots[rank], rank, me, length))
+    me, target = runner.rank, out.view(np.uint8)
+    sent = apart_from(target, source.view(np.uint8))
+    length = runner.chunk_bytes(runner.ranks - 1)
+    sizes, starts = _sizes(send_counts, source)
+    target_sizes, target_starts = _sizes(recv_counts, out)
 
     def in_place(arrays: Mapping[int, Array]) -> None:
         for rank in runner.others:
-            copy(targets[rank], blocks(arrays[rank], sizes)[me])
+            copy_large(target[target_starts[rank] :][: sizes[rank]], arrays[rank][starts[me] :])
+        copy_large(target[target_starts[me] :][: sizes[me]], sent[starts[me] :])
 
+    layout = ChunkedLayout(
+        source_bytes=sent.size,
+        target_bytes=target.size,
+        length=length,
+        largest=max(sizes),
+        stage=tuple(Move(slot_block_start(me, rank, length), starts[rank], sizes[rank]) for rank in runner.others),
+        own=(Move(target_starts[me], starts[me], sizes[me]),),
+        take=tuple(
+            Move(target_starts[rank], slot_block_start(rank, me, length), target_sizes[rank], rank)
+            for rank in runner.others
+        ),
+    )
     # A rank can find its block in another rank's array only if all blocks have one size. If a single round was tried
     # and failed, another rank has uneven blocks.
     even = not synchronized and len({*send_counts, *recv_counts}) == 1
-    operation = ChunkedOperation(
-        chunks=chunk_count(max(sizes), length),
-        write=write,
-        read=read,
-        source=data if even else None,
-        in_place=in_place,
-        uneven=True,
+    return ChunkedOperation(
+        layout=layout, source=sent, target=target, shared=sent if even else None, in_place=in_place, uneven=True
     )
-    runner.run(operation, deadline)
 
 
-def _bytes(counts: Sequence[int], like: Array) -> list[int]:
-    return [count * like.itemsize for count in counts]
+def _size(array: Array | None) -> int:
+    return 0 if array is None else array.size
+
+
+def _sizes(counts: Sequence[int], like: Array) -> tuple[list[int], list[int]]:
+    """Compute where blocks begin, and their sizes, in bytes."""
+    sizes = [count * like.itemsize for count in counts]
+    return sizes, [0, *accumulate(sizes)][:-1]

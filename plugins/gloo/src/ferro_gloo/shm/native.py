@@ -52,6 +52,41 @@ class NativeRing(Protocol):
         """Take back all published chunks, and publish nothing any more."""
 
 
+class NativePlan(Protocol):
+    """This rank's part in a collective of large arrays, for arrays that `accepts` accepts; one call at a time.
+
+    Attributes:
+        number: the number of the first chunk of the present call.
+        chunks: how many there are; `start` uses those of the plan.
+        syncing: True while the first chunk is awaited, and the labels have not been compared.
+        announced: True if `start` or `resume` has returned because a rank's array can be used in place, which Python does.
+        spins, yields: as in `NativeModule.wait`.
+    """
+
+    number: int
+    chunks: int
+    syncing: bool
+    announced: bool
+    spins: int
+    yields: int
+
+    def accepts(self, source: NDArray[np.generic] | None, target: NDArray[np.generic] | None, /) -> bool:
+        """Say whether these arrays are as the plan says, outside of this rank's arena, and the ring is in use."""
+
+    def start(self, source: NDArray[np.generic] | None, target: NDArray[np.generic] | None, /) -> int | None:
+        """Run the collective, without the GIL.
+
+        Returns:
+            None; or, after 10 ms or a signal, the number of a chunk for which others are late. While `syncing` they may
+            also make another call. When they have published the chunk, and have the same label, call `resume`.
+        """
+
+    def resume(
+        self, source: NDArray[np.generic] | None, target: NDArray[np.generic] | None, awaited: int, /
+    ) -> int | None:
+        """Go on from a chunk that all ranks have published; returns what `start` returns."""
+
+
 class NativeModule(Protocol):
     """The functions of the compiled module; their arguments are positional.
 
@@ -142,6 +177,33 @@ class NativeModule(Protocol):
             slots_at: byte offset of the first line, a multiple of 64.
             slot_bytes: the size of a slot, a multiple of 64.
             spins: as in `wait`; 0 where the ranks have no core each.
+        """
+
+    def ChunkedPlan(  # noqa: N802 - a class
+        self,
+        *,
+        ring: NativeRing,
+        stage: tuple[tuple[int, ...], ...],
+        own: tuple[tuple[int, ...], ...],
+        take: tuple[tuple[int, ...], ...],
+        reduction: tuple[int, int, int, tuple[int, ...], str, str] | None,
+        sizes: tuple[int, int, int, int, int],
+        two_phase: bool,
+        past_caches: bool,
+        arena: tuple[int, int],
+        header: bytes,
+    ) -> NativePlan:
+        """Make the plan of a `ChunkedLayout`.
+
+        Args:
+            ring: the slots.
+            stage, own, take: moves (to, start, nbytes, rank).
+            reduction: own, out, nbytes, offsets, and the names of dtype and reduction.
+            sizes: source_bytes, target_bytes, in_place, length, chunks.
+            two_phase: as in the layout.
+            past_caches: write `own` and `take` past the caches.
+            arena: the addresses between which arrays can be used in place.
+            header: that of the operation's first chunk.
         """
 
     def ShortPath(  # noqa: N802 - a class

@@ -85,6 +85,7 @@ class ShmRegion:
     Attributes:
         ranks: the number of ranks.
         slot_bytes: the size of a slot.
+        byte_slots: the slots as arrays of uint8, by slot and rank.
         counters: how far each rank has come.
         headers: the headers of each rank, by rank and slot, of `HEADER_BYTES` bytes each.
         native_ring: the native helper's view of the slots; None where it is not used.
@@ -118,6 +119,7 @@ class ShmRegion:
                 slot_bytes=layout.slot_bytes,
                 spins=native_spins(spin),
             )
+        self.byte_slots = self.slots(np.dtype(np.uint8))
 
     def close(self) -> None:
         """Give the memory back; views of it see memory that no other rank has."""

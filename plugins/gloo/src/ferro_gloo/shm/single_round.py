@@ -9,13 +9,11 @@ methods of `Backend`.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.kernels import reduce_into
+from ferro_gloo.shm.kernels import has_arithmetic, reduce_into
 from ferro_gloo.shm.native import NATIVE
 from ferro_gloo.shm.region import SLOTS, ShmRegion
 from ferro_gloo.shm.slot_ring import SlotRing
@@ -148,16 +146,6 @@ class SingleRoundCollectives:
             NATIVE.reduce(out, parts, reduction.dtype.name, reduction.name, self._ranks)
         else:
             reduce_into(reduction, out, parts)
-
-
-def has_arithmetic(reduction: Reduction) -> bool:
-    """Say whether the native helper has this reduction."""
-    return reduction.op is not None and _has_arithmetic(reduction.dtype, reduction.name)
-
-
-@lru_cache(maxsize=256)
-def _has_arithmetic(dtype: np.dtype, reduction: str) -> bool:
-    return NATIVE is not None and dtype.isnative and NATIVE.has_arithmetic(dtype.name, reduction)
 
 
 def _bytes(array: Array) -> Array:

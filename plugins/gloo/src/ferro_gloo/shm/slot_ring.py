@@ -51,6 +51,11 @@ _ONLY_LABEL = NO_SPAN + bytes(8)
 PEER_CHECK_S = 0.01
 
 
+def packed_header(call: Call, chunks: int) -> bytes:
+    """Return the header of an operation of so many chunks, in which no array of this rank is used in place."""
+    return call.label() + NO_SPAN + chunks.to_bytes(8, "little")
+
+
 class SlotRing:
     """One rank's view of the ring.
 

@@ -24,7 +24,7 @@ from ferro.collectives.posted_transfers import move_all
 from ferro.types import Array
 from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan
 from ferro_gloo.shm.bootstrap import LocalHost
-from ferro_gloo.shm.kernels import choose_copies, copy_in_blocks
+from ferro_gloo.shm.kernels import copy_in_blocks, copy_large
 from ferro_gloo.tcp.backend import TcpBackend
 from ferro_gloo.tcp.posted import PostedTcpTransfers
 from ferro_gloo.tcp.posted_batches import Step
@@ -117,6 +117,5 @@ class ShmTransfers:
         if span == _NO_SPAN:
             return False
         data = buffer.view(np.uint8)
-        _, copy = choose_copies(data.size)
-        copy(data, self._host.arenas.view(self._tcp.ranks[peer], span))
+        copy_large(data, self._host.arenas.view(self._tcp.ranks[peer], span))
         return True

@@ -27,6 +27,7 @@ from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 from ..replica_check import ReplicaCheck, replicas_error
 from .bucket import Bucket, Hook, Pending, make_buckets
+from .bucket_reductions import BucketReductions
 
 _NAMES_SHOWN = 8
 
@@ -66,6 +67,7 @@ class Reducer:
             bucket_bytes=bucket_bytes,
             tail_size=1 + self._check.tail_size,
         )
+        self._reductions = BucketReductions(self._buckets, group)
         self._bucket_of = {
             id(member): bucket.gradients.index for bucket in self._buckets for member in bucket.parameters
         }
@@ -208,8 +210,7 @@ class Reducer:
     def _start(self, bucket: Bucket) -> Pending:
         if self._hook is not None:
             return self._hook(bucket.gradients, self._group)
-        work: Pending = self._group.all_reduce(bucket.memory, "mean", out=bucket.memory, async_op=True)
-        return work
+        return self._reductions.start(bucket)
 
     # -- the tail of the last bucket ---------------------------------------------------------------
 

@@ -34,16 +34,20 @@ class BackwardAgreement:
         config: the settings of the FSDP module.
         steps: the learning rates of the optimizers' steps since the last backward pass. Shards that were updated with
             different ones would not show it.
+        at_once: whether the message is sent in the caller's thread.
 
     Attributes:
         left: the units that have such gradients on any rank, after `finish`.
     """
 
-    def __init__(self, units: Sequence[FlatParameterGroup], config: FSDPConfig, steps: Sequence[float]) -> None:
+    def __init__(
+        self, units: Sequence[FlatParameterGroup], config: FSDPConfig, steps: Sequence[float], *, at_once: bool
+    ) -> None:
         self.left: list[FlatParameterGroup] = []
         self._units = units
         self._config = config
         self._steps = steps
+        self._at_once = at_once
         self._trained = [flat for unit in units for flat in unit.trained]
         self._reduced: list[FlatParameterGroup] = []
         self._flags: dict[FlatParameter, list[bool]] = {}
@@ -74,6 +78,10 @@ class BackwardAgreement:
         if self._work is not None:
             self._work.wait()
             self._work = None
+        if self._at_once:
+            for group in self._groups:
+                group.all_reduce(self._message, "max", out=self._message)
+            self._groups = []
         if not self._groups:
             return True
         self._work = self._groups.pop(0).all_reduce(self._message, "max", out=self._message, async_op=True)

@@ -75,6 +75,12 @@ class FlatParameter:
         return self._saved is not None
 
     @property
+    def largest_message_bytes(self) -> int:
+        """The size of all shards or of an unsharded gradient, whichever is larger, as they are sent."""
+        dtypes = self._config.precision.compute_dtype_of(self._dtype), self.reduce_dtype
+        return self.layout.size * max(dtype.itemsize for dtype in dtypes)
+
+    @property
     def reduce_dtype(self) -> np.dtype:
         """The dtype in which gradients are reduced."""
         return self._config.precision.reduce_dtype_of(self._dtype)
@@ -87,10 +93,17 @@ class FlatParameter:
             return self._allocate(in_queue_order=True)
         return unpooled(self._kept.array)
 
-    def all_gather(self, unsharded: Array, *, evaluating: bool) -> tuple[Work[object], PooledBuffer] | None:
-        """Start to gather all shards into `unsharded`.
+    def all_gather(
+        self, unsharded: Array, *, evaluating: bool, at_once: bool
+    ) -> tuple[Work[object], PooledBuffer] | None:
+        """Gather all shards into `unsharded`, or start to.
 
         A gather for a pass without backward pass is given columns, by which ranks notice that others train.
+
+        Args:
+            unsharded: the memory, from `allocate_unsharded`.
+            evaluating: whether no backward pass follows.
+            at_once: whether to gather in the caller's thread, before this returns.
 
         Returns:
             The operation, and the memory that it sends, which the caller holds until it has
@@ -108,6 +121,13 @@ class FlatParameter:
         shard, out = sent.array, unsharded
         if evaluating:
             shard, out = shard.reshape(-1, 1), out.reshape(-1, 1)
+        if at_once:
+            try:
+                self._config.shard_group.all_gather(shard, out=out)
+            except BaseException:
+                sent.abandon()
+                raise
+            return None
         work: Work[object] = self._config.shard_group.all_gather(shard, out=out, async_op=True, copy=False)
         return work, sent
 

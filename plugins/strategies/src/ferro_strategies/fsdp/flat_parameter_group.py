@@ -27,10 +27,14 @@ class UnshardedParameters:
         self._flat_parameters = flat_parameters
         self._buffers = [flat.allocate_unsharded() for flat in flat_parameters]
 
-    def launch(self, *, evaluating: bool) -> None:
+    def launch(self, *, evaluating: bool, at_once: bool) -> None:
         """Start to gather; see `FlatParameter.all_gather`."""
         for flat, buffer in zip(self._flat_parameters, self._buffers, strict=True):
-            work = flat.all_gather(buffer.array, evaluating=evaluating)
+            try:
+                work = flat.all_gather(buffer.array, evaluating=evaluating, at_once=at_once)
+            except BaseException:
+                buffer.abandon()  # other ranks may still write to it
+                raise
             if work is not None:
                 self._works.append(work)
 
@@ -74,13 +78,13 @@ class FlatParameterGroup:
         self.trained = tuple(flat for flat in self.flat_parameters if flat.trained)
         self._last: weakref.ref[UnshardedParameters] | None = None
 
-    def unshard(self, *, evaluating: bool = False) -> UnshardedParameters:
+    def unshard(self, *, evaluating: bool = False, at_once: bool = False) -> UnshardedParameters:
         """Start to gather. If another pass still holds the gathered parameters, share its memory."""
         unsharded = None if self._last is None else self._last()
         if unsharded is None:
             unsharded = UnshardedParameters(self.flat_parameters)
             self._last = weakref.ref(unsharded)
-        unsharded.launch(evaluating=evaluating)
+        unsharded.launch(evaluating=evaluating, at_once=at_once)
         return unsharded
 
     @property

@@ -8,7 +8,7 @@ places, so the steps of several reductions have the same order on all ranks.
 
 from __future__ import annotations
 
-from ferro import Work
+from ferro import ProcessGroup, Work
 
 from ..nn.arrays import quiet_overflow
 from .buffer_pool import PooledBuffer
@@ -23,15 +23,17 @@ class GradientReduction:
         flat: the flat parameter. No gradient may be added to it until the first step has ended.
         config: the settings of the FSDP module.
         scale: a factor for the mean over all ranks.
+        at_once: whether each step runs in the caller's thread, where it is started.
 
     Attributes:
         flat: as given.
     """
 
-    def __init__(self, flat: FlatParameter, config: FSDPConfig, scale: float) -> None:
+    def __init__(self, flat: FlatParameter, config: FSDPConfig, scale: float, *, at_once: bool) -> None:
         self.flat = flat
         self._config = config
         self._scale = scale
+        self._at_once = at_once
         self._work: Work[object] | None = None
         unsharded = _in_reduce_dtype(flat.unsharded_grad.take(), flat, config)
         self._shard = unsharded
@@ -40,6 +42,9 @@ class GradientReduction:
         if config.shard_group is not None:
             self._shard = flat.allocate_reduced()
             self._sent = unsharded
+            if at_once:
+                self._reduce_scatter_at_once(config.shard_group, unsharded)
+                return
             self._work = config.shard_group.reduce_scatter(
                 unsharded.array, "mean", out=self._shard.array, async_op=True, copy=False
             )
@@ -67,10 +72,26 @@ class GradientReduction:
         self.flat.accumulate_reduced(self._shard.array)
         return True
 
+    def _reduce_scatter_at_once(self, group: ProcessGroup, unsharded: PooledBuffer) -> None:
+        try:
+            group.reduce_scatter(unsharded.array, "mean", out=self._shard.array)
+        except BaseException:
+            self._abandon()
+            raise
+        self._sent = None
+
     def _all_reduce(self) -> None:
-        assert self._config.replica_group is not None, "there are shards, or replicas, or both"
+        group = self._config.replica_group
+        assert group is not None, "there are shards, or replicas, or both"
         array = self._shard.array
-        self._work = self._config.replica_group.all_reduce(array, "mean", out=array, async_op=True)
+        if not self._at_once:
+            self._work = group.all_reduce(array, "mean", out=array, async_op=True)
+            return
+        try:
+            group.all_reduce(array, "mean", out=array)
+        except BaseException:
+            self._abandon()
+            raise
 
     def _abandon(self) -> None:
         """Keep the memory out of the pool, because other ranks may still reach it."""

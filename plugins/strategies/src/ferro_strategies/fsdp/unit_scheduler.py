@@ -14,6 +14,9 @@ next unit starts when a unit begins to compute, and its own reduction starts whe
 
 The order of the units is predicted from the last pass. If another unit comes instead, the prefetched one is dropped.
 All ranks run the same passes, and so make the same wrong predictions.
+
+Where all units are small, or there is no core for a second thread (see `spare_cores`), each operation runs in the
+caller's thread where it is issued, in the same order.
 """
 
 from __future__ import annotations
@@ -23,13 +26,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
+
 from ferro import UsageError
 
 from ..replica_check import ReplicaAgreement, ReplicaCheck, replicas_error
+from ..spare_cores import has_spare_core
 from .backward_agreement import BackwardAgreement, units_to_reduce
 from .config import FSDPConfig
 from .flat_parameter_group import FlatParameterGroup, UnshardedParameters
 from .reduction import GradientReduction
+
+# Operations on units of which none is larger run at once. Measured with two ranks on two cores: a step of a perceptron
+# of 27,000 parameters took 3.0 ms with the handover, and 1.5 without.
+_AT_ONCE_BYTES = 1 << 20
 
 
 class Announcer(Protocol):
@@ -78,6 +88,7 @@ class UnitScheduler:
         self._reductions: deque[GradientReduction | ReplicaAgreement | BackwardAgreement] = deque()
         self._backward_agreement: BackwardAgreement | None = None
         self._steps: list[float] = []
+        self._at_once = _runs_at_once(self.units, config)
         self._replica_check = None if config.replica_group is None else ReplicaCheck(config.replica_group)
         self._agreement: ReplicaAgreement | None = None
         self.reset_order()
@@ -174,7 +185,7 @@ class UnitScheduler:
         if self.announcer is not None and shared:
             self.announcer.announce_gather(unit)
         # Ranks that have left a join do not know whether a pass is followed by a backward pass.
-        return unit.unshard(evaluating=self._evaluating and self.announcer is None)
+        return unit.unshard(evaluating=self._evaluating and self.announcer is None, at_once=self._at_once)
 
     def launch_reduction(self, unit: FlatParameterGroup) -> None:
         """Advance older reductions by a step, and start to reduce a unit's gradients."""
@@ -185,10 +196,10 @@ class UnitScheduler:
         scale = 1.0 if self.announcer is None else self.announcer.scale
         if self._backward_agreement is None:
             steps, self._steps = self._steps, []
-            self._backward_agreement = BackwardAgreement(self.units, self._config, steps)
+            self._backward_agreement = BackwardAgreement(self.units, self._config, steps, at_once=self._at_once)
         self._backward_agreement.record(unit)
         for flat in unit.trained:
-            self._reductions.append(GradientReduction(flat, self._config, scale))
+            self._reductions.append(GradientReduction(flat, self._config, scale, at_once=self._at_once))
 
     def drain(self) -> list[FlatParameterGroup]:
         """Wait until every reduction has ended, and drop the gradients of parameters that no rank used.
@@ -326,6 +337,15 @@ class UnitScheduler:
             reduction = self._reductions.popleft()
             if not reduction.advance():
                 self._reductions.append(reduction)
+
+
+def _runs_at_once(units: Sequence[FlatParameterGroup], config: FSDPConfig) -> bool:
+    """Say whether operations run in the caller's thread; those of a device run in a queue of its own."""
+    flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
+    if any(flat.namespace is not np for flat in flat_parameters):
+        return False
+    are_small = all(flat.largest_message_bytes <= _AT_ONCE_BYTES for flat in flat_parameters)
+    return are_small or not all(map(has_spare_core, config.groups))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
        module.c      the module's functions and types, described in ../native.py
        counters.c    counters in shared memory: publishing them, and waiting for them
-       copy.c        copies past the caches
+       copy.c        copies of large arrays, past the caches or through them
        operands.c    the arrays of a call that reduces them
        half.c        sums and products of 16-bit floats
        arithmetic.c  the other reductions
@@ -11,6 +11,8 @@
        arrays.c      the arrays of a short path
        short_path.c  ShortPath: a small collective in one call
        bound.c       a ShortPath with its arrays
+       chunked.c     a large collective, chunk by chunk
+       chunked_plan.c  ChunkedPlan: such a collective, for Python
 */
 
 #ifndef FERRO_GLOO_NATIVE_H
@@ -30,7 +32,7 @@
 /* ---- module.c */
 
 typedef struct {
-    PyTypeObject *ring, *short_path, *bound;
+    PyTypeObject *ring, *short_path, *bound, *chunked_plan;
 } ModuleState;
 
 /* ---- counters.c */
@@ -88,6 +90,9 @@ PyObject *wait_for(PyObject *module, PyObject *const *args, Py_ssize_t given);
 
 /* ---- copy.c */
 
+/* Copy between apart arrays; `past` the caches where the target is large and is not read soon. */
+void copy_through_caches(char *to, const char *from, size_t length);
+void copy_past_caches(char *to, const char *from, size_t length);
 PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t given);
 
 /* ---- operands.c */
@@ -249,6 +254,54 @@ int learn_arrays(KnownArrays *known, PyObject *sample);
    Py_buffers hold them: the fields `buf`, `len` and `obj` are set, and PyBuffer_Release lets go of them. */
 int hold_both(const Collective *collective, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
               Py_buffer *target);
+
+/* ---- chunked.c */
+
+/* Bytes of the source, the target or a slot, of which chunk k is moved for every k in turn. */
+typedef struct {
+    Py_ssize_t to, from, bytes, rank;
+} Move;
+
+typedef struct {
+    Move *moves;
+    Py_ssize_t count;
+} Moves;
+
+/* This rank's part in a collective of large arrays. */
+typedef struct {
+    PyObject_HEAD
+    Ring *ring;
+    Moves stages, owns, takes; /* source to own slot, source to target, slot to target */
+    int reduces;
+    Arithmetic arithmetic;
+    Py_ssize_t own, out, reduced; /* places in source and target (-1: there is none), and bytes */
+    Py_ssize_t *offsets;          /* of what is reduced in each rank's slot */
+    const char **operands;        /* scratch memory */
+    Py_ssize_t length;            /* bytes of a chunk */
+    int two_phase, past_caches;
+    long spins, yields;
+    Py_ssize_t source_bytes, target_bytes;
+    Py_ssize_t in_place;     /* where in the target the source must be; -1: apart from it */
+    uintptr_t arena, arena_end; /* the memory of this rank in which arrays can be used in place */
+    size_t header_bytes;
+    unsigned char header[HEADER_BYTES];
+    uint64_t digest;
+    /* of the present call */
+    long long chunks, number; /* how many, and the number of the first */
+    char syncing;             /* the first chunk is awaited, and the headers are not compared */
+    char announced;           /* a rank's array can be used in place, which this does not do */
+    const char *source;
+    char *target;
+} ChunkedPlan;
+
+/* Publish the first chunk. */
+void begin_chunked(ChunkedPlan *plan);
+/* Go on when chunk `awaited` may be there; return the number of a chunk for which others are late, or -1 at the end. */
+int64_t continue_chunked(ChunkedPlan *plan, int64_t awaited);
+
+/* ---- chunked_plan.c */
+
+extern PyType_Spec chunked_plan_spec;
 
 /* ---- short_path.c */
 
