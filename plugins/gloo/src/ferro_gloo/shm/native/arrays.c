@@ -89,7 +89,7 @@ static int are_apart(const Collective *c, const Py_buffer *source, const Py_buff
     return from == to && source->len == target->len;
 }
 
-int hold_both(const Collective *c, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
+int hold_arrays(const Collective *c, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
               Py_buffer *target)
 {
     size_t itemsize = c->arithmetic.itemsize;

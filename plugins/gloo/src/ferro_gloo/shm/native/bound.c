@@ -16,7 +16,7 @@ PyObject *bind_path(ShortPath *path, PyObject *args)
         return NULL;
     bound->number = -1;
     bound->path = (ShortPath *)Py_NewRef((PyObject *)path);
-    if (hold_both(&path->collective, &path->known, from, to, &bound->source, &bound->target))
+    if (hold_arrays(&path->collective, &path->known, from, to, &bound->source, &bound->target))
         return (PyObject *)bound;
     bound->source.obj = bound->target.obj = NULL; /* nothing is held */
     Py_DECREF((PyObject *)bound);

@@ -252,7 +252,7 @@ int learn_arrays(KnownArrays *known, PyObject *sample);
 /* Hold both arrays, as far as this rank needs them; return 0, without an error, if they cannot be used.
 
    Py_buffers hold them: the fields `buf`, `len` and `obj` are set, and PyBuffer_Release lets go of them. */
-int hold_both(const Collective *collective, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
+int hold_arrays(const Collective *collective, const KnownArrays *known, PyObject *from, PyObject *to, Py_buffer *source,
               Py_buffer *target);
 
 /* ---- chunked.c */

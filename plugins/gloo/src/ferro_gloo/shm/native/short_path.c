@@ -119,7 +119,7 @@ static PyObject *call_path(ShortPath *path, PyObject *args, PyObject *keywords)
         PyErr_SetString(PyExc_TypeError, "a ShortPath takes positional arguments only");
         return NULL;
     }
-    if (!hold_both(&path->collective, &path->known, from, to, &source, &target))
+    if (!hold_arrays(&path->collective, &path->known, from, to, &source, &target))
         Py_RETURN_FALSE;
     PyObject *result = NULL;
     int free = is_free(path);
