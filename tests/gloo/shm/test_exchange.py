@@ -239,6 +239,30 @@ def test_a_closed_world_keeps_no_memory_of_open_exchanges(options):
     assert run_ranks(leave_open, 2, backend="gloo", timeout_s=60, init_options=options) == [[], []]
 
 
+def fork_in_the_middle(group):
+    """A child that is forked while a thread carries a step on ends at once, and leaves the exchange as it is."""
+    other = 1 - group.rank
+    x, got = np.full(LARGE, group.rank), np.empty(LARGE, np.int64)
+    step = group.persistent("exchange", [(other, x)], [(other, got)])
+    step.start()
+    child = os.fork()
+    if child == 0:
+        left = held()
+        with pytest.raises(ferro.UsageError, match="forked"):
+            step.wait()
+        step.close()
+        os._exit(len(left))
+    _, status = os.waitpid(child, 0)
+    step.wait()
+    step()
+    return [os.waitstatus_to_exitcode(status), int(got[0]), int(got[-1])]
+
+
+def test_a_forked_child_leaves_the_exchange_alone(options):
+    results = run_ranks(fork_in_the_middle, 2, backend="gloo", timeout_s=60, init_options=options)
+    assert results == [[0, 1, 1], [0, 0, 0]]
+
+
 def use_wrongly(group):
     other = 1 - group.rank
     x, got = np.zeros(4), np.empty(4)
