@@ -29,6 +29,11 @@ def options(request):
     return {"backend_options": {"native_helper": request.param}}
 
 
+def native_steps(options):
+    """Say whether ranks with these options have native steps."""
+    return NATIVE_STEPS is not None and options["backend_options"]["native_helper"]
+
+
 def steps_of(operation):
     """The steps in shared memory of a persistent exchange."""
     return operation._steps._native._steps
@@ -120,8 +125,7 @@ def exchange_in_a_ring(group):
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_a_late_rank_overwrites_nothing(options, ranks):
     results = run_ranks(exchange_in_a_ring, ranks, backend="gloo", timeout_s=60, init_options=options)
-    native = NATIVE_STEPS is not None and options["backend_options"]["native_helper"]
-    assert results == ["Steps" if native else "PlainSteps"] * ranks
+    assert results == ["Steps" if native_steps(options) else "PlainSteps"] * ranks
 
 
 def one_way(group):
@@ -260,7 +264,9 @@ def fork_in_the_middle(group):
 
 def test_a_forked_child_leaves_the_exchange_alone(options):
     results = run_ranks(fork_in_the_middle, 2, backend="gloo", timeout_s=60, init_options=options)
-    assert results == [[0, 1, 1], [0, 0, 0]]
+    assert [got for _, *got in results] == [[1, 1], [0, 0]]
+    if native_steps(options):  # in pure Python a frame of the ended thread may hold a view of the memory
+        assert [left for left, *_ in results] == [0, 0]
 
 
 def use_wrongly(group):

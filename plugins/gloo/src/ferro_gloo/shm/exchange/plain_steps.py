@@ -86,7 +86,6 @@ class PlainSteps:
             for message in self._messages:
                 if tell:
                     message.tell_closed()
-                message.release()
             self._messages = []
             self._left = []
 
@@ -115,10 +114,6 @@ class _Message:
         """Tell the sender that this rank uses its channel no more."""
         if not self._sends:
             self._words[CLOSED_AT // 8] = 1
-
-    def release(self) -> None:
-        """Let go of the memory, although a frame of a thread that a fork has ended may hold this object."""
-        del self._user, self._memory, self._words, self._source
 
     def _send(self) -> bool:
         """Write all blocks for which there is room; return True if the step's message has been sent."""
