@@ -1,6 +1,7 @@
 """DDP makes one persistent reduction for each bucket, and runs it beside the backward pass or after it."""
 
 import gc
+import time
 import weakref
 from copy import deepcopy
 
@@ -45,11 +46,11 @@ def build():
     return Sequential(Linear(2, 3, rng=0, dtype=np.float64), ReLU(), Linear(3, 2, rng=1, dtype=np.float64))
 
 
-def train(model, batches):
+def train(model, batches, scale=1.0):
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x in batches:
         y, pullback = model.vjp(x)
-        pullback(y)
+        pullback(y * scale)
         optimizer.step()
         optimizer.zero_grad()
     return [parameter.data.copy() for parameter in model.parameters()]
@@ -78,23 +79,10 @@ def test_training_is_that_of_one_process(spare, find_unused):
         model = DDP(build(), group, find_unused=find_unused, **SMALL)
         return train(model, batches[:, group.rank :: group.world_size])
 
-    alone = train(build(), batches)
-    # The loss is half the sum of squares, so that the mean over ranks is a third of the whole gradient.
-    scaled = train_scaled(build(), batches, 3)
+    # The loss is half the sum of squares, so that the mean over three ranks is a third of the whole gradient.
     for values in simulate(run, 3):
-        for value, expected in zip(values, scaled, strict=True):
+        for value, expected in zip(values, train(build(), batches, scale=1 / 3), strict=True):
             np.testing.assert_allclose(value, expected, rtol=1e-12)
-    assert not np.allclose(alone[0], scaled[0])
-
-
-def train_scaled(model, batches, ranks):
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for x in batches:
-        y, pullback = model.vjp(x)
-        pullback(y / ranks)
-        optimizer.step()
-        optimizer.zero_grad()
-    return [parameter.data for parameter in model.parameters()]
 
 
 def test_ranks_without_batches_make_the_operations_too(spare):
@@ -159,7 +147,9 @@ def test_a_dropped_model_leaves_no_memory_behind(spare):
         train(model, [np.ones((2, 2))])
         memory = [weakref.ref(bucket.memory) for bucket in model._reducer._buckets]
         del model
-        gc.collect()
-        return [ref() is None for ref in memory]
+        deadline = time.monotonic() + 10
+        while any(ref() is not None for ref in memory):
+            gc.collect()  # it does nothing while another rank's thread collects
+            assert time.monotonic() < deadline, "something keeps a bucket alive"
 
-    assert all(map(all, simulate(run, 2)))
+    simulate(run, 2)
