@@ -147,6 +147,7 @@ class NativeCollective:
 
     def _run_blocking(self) -> None:
         communicator = self._communicator
+        # The group's timeout, since a fast path is not told that of the call: all ranks are here, and about to end.
         communicator.blocked_until = time.monotonic() + communicator.timeout_s
         try:
             for _ in starmap(self._blocking, (self._arguments,)):
