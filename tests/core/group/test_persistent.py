@@ -25,7 +25,10 @@ BAD = {
     "name": (lambda g: g.persistent("sum", X), "there is no operation 'sum': use one of all_reduce"),
     "no input": (lambda g: g.persistent("all_reduce"), "the input is missing: pass an array"),
     "async": (lambda g: g.persistent("all_reduce", X, async_op=True), "takes (x, op, out=, timeout_s=), not async_op"),
-    "async send": (lambda g: g.persistent("send", X, 1 - g.rank, async_op=True), "leave out async_op"),
+    "async send": (
+        lambda g: g.persistent("send", X, 1 - g.rank, async_op=True),
+        "takes (x, dst, tag, timeout_s=), not async_op",
+    ),
     "list": (lambda g: g.persistent("all_reduce", [1.0]), "the input is a list: pass an array"),
     "scalar": (lambda g: g.persistent("all_reduce", np.float64(1)), "the input is a float64: pass an array"),
     "root": (lambda g: g.persistent("broadcast", X, 2), "root is 2; group 'world' has ranks 0 to 1"),
@@ -33,6 +36,8 @@ BAD = {
     "out": (lambda g: g.persistent("all_reduce", X, out=np.empty(5)), "out has shape"),
     "deadline": (lambda g: g.persistent("all_reduce", X, timeout_s=0), "timeout_s must be a positive number"),
     "peer": (lambda g: g.persistent("send", X, g.rank), "cannot send to itself"),
+    "source": (lambda g: g.persistent("recv", X.copy(), 9), "peer is 9; group 'world' has ranks 0 to 1"),
+    "no source": (lambda g: g.persistent("recv", X.copy()), "peer is None; group 'world' has ranks 0 to 1"),
     "pairs": (lambda g: g.persistent("exchange", [X], []), "must be a list of pairs"),
     "overlap": (lambda g: g.persistent("exchange", [(1 - g.rank, X)], [(1 - g.rank, X)]), "shares memory"),
     "sizes to itself": (

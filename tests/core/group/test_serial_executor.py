@@ -12,6 +12,13 @@ from ferro.group.work import Work
 S = 5.0
 
 
+def run(executor, operation):
+    """Run an operation in this thread, as `Dispatcher.collective` does."""
+    executor.wait_for_pending()
+    with executor.lock:
+        return operation(executor.next_number())
+
+
 @pytest.fixture
 def executor():
     executor = SerialExecutor("test executor")
@@ -20,7 +27,7 @@ def executor():
 
 
 def test_a_lone_operation_runs_in_the_callers_thread(executor):
-    assert executor.run("op", lambda seq: (seq, threading.current_thread())) == (0, threading.current_thread())
+    assert run(executor, lambda seq: (seq, threading.current_thread())) == (0, threading.current_thread())
 
 
 def test_operations_are_numbered_and_run_in_the_order_issued(executor):
@@ -38,7 +45,7 @@ def test_operations_are_numbered_and_run_in_the_order_issued(executor):
     works = [executor.start("op", operation(i)) for i in range(10)]
     assert not any(work.done() for work in works)
     release.set()
-    assert executor.run("op", operation("last")) == "last"
+    assert run(executor, operation("last")) == "last"
     assert [work.wait() for work in works] == list(range(10))
     assert order == [*((i, i + 1) for i in range(10)), ("last", 11)]
     assert (first.seq, works[3].seq, works[3].op) == (0, 4, "op")
@@ -101,12 +108,12 @@ def test_an_executor_forgets_results_that_nobody_holds(executor):
     held = weakref.ref(work.wait())
     assert held() is not None
     del work
-    executor.run("op", lambda seq: None)
+    run(executor, lambda seq: None)
     assert held() is None
 
 
 def test_only_an_executors_own_thread_is_an_executor_thread(executor):
-    assert not executor.run("op", lambda seq: on_executor_thread())
+    assert not run(executor, lambda seq: on_executor_thread())
     assert executor.start("op", lambda seq: on_executor_thread()).wait()
     assert not on_executor_thread()
 
@@ -148,7 +155,7 @@ def test_an_operation_that_the_caller_waits_for_runs_in_its_thread_after_the_pen
 
     works = [executor.start("first", first), executor.start("second", note)]
     threading.Timer(0.05, hold.set).start()
-    assert executor.run("third", note) == "done"
+    assert run(executor, note) == "done"
     assert order == [(0, True), (1, True), (2, False)]
     for work in works:
         work.wait()

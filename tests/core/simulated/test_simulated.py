@@ -114,6 +114,24 @@ def test_clocks_advance_by_latency_size_and_delay():
     assert clocks(late) == [0.0, pytest.approx(3.0)]
 
 
+def test_a_step_of_a_persistent_operation_has_no_messages_but_its_own():
+    network = Network(latency_s=1.0, bandwidth_bytes_per_s=1e9)
+
+    def work(group):
+        x = np.ones(4)
+        clocks = [group.backend.clock_s]
+        group.all_reduce(x)
+        clocks.append(group.backend.clock_s)
+        step = group.persistent("all_reduce", x)
+        clocks.append(group.backend.clock_s)
+        step()
+        clocks.append(group.backend.clock_s)
+        return clocks[1] - clocks[0], clocks[3] - clocks[2]
+
+    for ordinary, step in simulate(work, 2, network=network, timeout_s=5, run_timeout_s=20):
+        assert (round(ordinary), round(step)) == (2, 1)
+
+
 def test_messages_that_were_taken_leave_nothing_behind():
     backends = SimulatedBackend.create_group(2)
     for tag in range(10):

@@ -63,6 +63,7 @@ class Call:
         root: the root, or -1.
         detail: the shape, or uneven sizes, as text. The label carries its beginning, for messages, and a checksum of
             all of it.
+        is_step: True for a step of a persistent operation, on which the ranks agreed when they made it.
         packed: the label, once it is computed; calls that differ only in `seq` share it.
     """
 
@@ -73,6 +74,7 @@ class Call:
     reduction: str = ""
     root: int = -1
     detail: str = ""
+    is_step: bool = field(default=False, compare=False)
     packed: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def label(self) -> bytes:
@@ -91,7 +93,7 @@ class Call:
 
     def numbered(self, seq: int) -> Call:
         """Copy this call with number `seq`, in a fraction of the time of `dataclasses.replace`."""
-        copy = Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail)
+        copy = Call(self.op, seq, self.dtype, self.count, self.reduction, self.root, self.detail, self.is_step)
         copy.packed = self.packed or self.label()
         return copy
 
@@ -141,7 +143,7 @@ def array_call(
 
 def persistent_call(call: Call, number: int) -> Call:
     """Describe a step of a group's persistent operation with this number, which differs from every other call."""
-    return replace(call, detail=", ".join(filter(None, (f"persistent {number}", call.detail))))
+    return replace(call, detail=", ".join(filter(None, (f"persistent {number}", call.detail))), is_step=True)
 
 
 @lru_cache(maxsize=128)

@@ -18,7 +18,7 @@ from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, Reads
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
-from ferro.group.fast_calls import NOT_TAKEN, FastCalls
+from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
 from ferro.group.group_info import GroupInfo
 from ferro.types import Array, ReduceOp
 
@@ -57,6 +57,7 @@ class ArrayCollectives:
         self._checker = checker = ArgumentChecker(backend, info)
         self._operations = ArrayOperations(backend, checker)
         self._fast_calls = FastCalls(self._dispatcher.fast_path, backend.rank, backend.world_size)
+        self._run_fast = self._fast_calls.run
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
         self._check_peer = checker.check_peer
@@ -92,10 +93,12 @@ class ArrayCollectives:
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        if not async_op and timeout_s is None:
-            result = self._fast_calls.run("all_reduce", x, op, -1, out)
-            if result is not NOT_TAKEN:
-                return result
+        if (
+            not async_op
+            and timeout_s is None
+            and (result := self._run_fast("all_reduce", x, op, -1, out)) is not NOT_TAKEN
+        ):
+            return result
         return self._dispatcher.collective(*self._operations.all_reduce(x, op, out), async_op, timeout_s)
 
     def reduce(
@@ -109,20 +112,24 @@ class ArrayCollectives:
         timeout_s: float | None = None,
     ) -> ResultOrWork:
         """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
-        if not async_op and timeout_s is None:
-            result = self._fast_calls.run("reduce", x, op, root, out)
-            if result is not NOT_TAKEN:
-                return result
+        if (
+            not async_op
+            and timeout_s is None
+            and (result := self._run_fast("reduce", x, op, root, out)) is not NOT_TAKEN
+        ):
+            return result
         return self._dispatcher.collective(*self._operations.reduce(x, root, op, out), async_op, timeout_s)
 
     def broadcast(
         self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
-        if not async_op and timeout_s is None:
-            result = self._fast_calls.run("broadcast", x, None, root, out)
-            if result is not NOT_TAKEN:
-                return result
+        if (
+            not async_op
+            and timeout_s is None
+            and (result := self._run_fast("broadcast", x, None, root, out)) is not NOT_TAKEN
+        ):
+            return result
         return self._dispatcher.collective(*self._operations.broadcast(x, root, out), async_op, timeout_s)
 
     def all_gather(
@@ -145,10 +152,9 @@ class ArrayCollectives:
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`. On a CPU, with copy=False,
                 `out` is not written to before operations issued earlier have ended.
         """
-        if sizes is None and not async_op and timeout_s is None:
-            result = self._fast_calls.run("all_gather", x, None, -1, out)
-            if result is not NOT_TAKEN:
-                return result
+        now = sizes is None and not async_op and timeout_s is None
+        if now and (result := self._run_fast("all_gather", x, None, -1, out)) is not NOT_TAKEN:
+            return result
         rows, timeout_s = self._gathered_rows(sizes, x, timeout_s)
         operation = self._operations.all_gather(x, rows, out, _reads(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
@@ -168,10 +174,9 @@ class ArrayCollectives:
 
         See `all_gather` for shapes and `sizes`.
         """
-        if sizes is None and not async_op and timeout_s is None:
-            result = self._fast_calls.run("gather", x, None, root, out)
-            if result is not NOT_TAKEN:
-                return result
+        now = sizes is None and not async_op and timeout_s is None
+        if now and (result := self._run_fast("gather", x, None, root, out)) is not NOT_TAKEN:
+            return result
         self._check_rank(root, "root")
         rows, timeout_s = self._gathered_rows(sizes, x, timeout_s)
         operation = self._operations.gather(x, root, rows, out, _reads(async_op, copy))
@@ -229,10 +234,9 @@ class ArrayCollectives:
             sizes: rows of every rank's block, the same list on every rank; equal when None.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        if sizes is None and not async_op and timeout_s is None:
-            result = self._fast_calls.run("reduce_scatter", x, op, -1, out)
-            if result is not NOT_TAKEN:
-                return result
+        now = sizes is None and not async_op and timeout_s is None
+        if now and (result := self._run_fast("reduce_scatter", x, op, -1, out)) is not NOT_TAKEN:
+            return result
         operation = self._operations.reduce_scatter(x, op, sizes, out, _reads(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
@@ -258,16 +262,16 @@ class ArrayCollectives:
                 sizes in any case.
             out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
-        if send_sizes is None and recv_sizes is None and not async_op and timeout_s is None:
-            result = self._fast_calls.run("all_to_all", x, None, -1, out)
-            if result is not NOT_TAKEN:
-                return result
+        now = send_sizes is None and recv_sizes is None and not async_op and timeout_s is None
+        if now and (result := self._run_fast("all_to_all", x, None, -1, out)) is not NOT_TAKEN:
+            return result
         operation = self._operations.all_to_all(x, send_sizes, recv_sizes, out, _reads(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
-        if not async_op and timeout_s is None and self._fast_calls.barrier():
+        now = not async_op and timeout_s is None
+        if now and self._run_fast("barrier", NOTHING, None, -1, None) is not NOT_TAKEN:
             return None
         return self._dispatcher.collective(*self._operations.barrier(), async_op, timeout_s)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ferro.arrays import Input
 from ferro.errors import UsageError
-from ferro.group.arguments import ArgumentChecker, Reads, copy_elements
+from ferro.group.arguments import ArgumentChecker, NamedDtypeBuffer, OutputBuffer, Reads, copy_elements
 from ferro.types import Array, Device
 
 
@@ -20,6 +20,7 @@ class ExchangedMessages:
         recvs: ranks and flat buffers of messages from them.
         tag: of all messages.
         device: of all arrays.
+        are_plain: True if the backend moves all that is to be moved, so that `refill` and `finish` do nothing.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class ExchangedMessages:
         self.recvs: list[tuple[int, Array]] = []
         own: list[Array] = []
         own_results = []
-        self._results = []
+        buffers: list[Array] = []
+        self._results: list[OutputBuffer | NamedDtypeBuffer] = []
         for peer, x in _pairs(sends, "sends"):
             self._check(checker, peer, tag)
             flat, self.device = self._message(checker, x, reads)
@@ -53,19 +55,21 @@ class ExchangedMessages:
                 own_results.append(result)
             else:
                 self.recvs.append((int(peer), result.flat))
-            self._results.append(result)
+            buffers.append(result.flat)
+            if type(buffer) is not np.ndarray or isinstance(result, NamedDtypeBuffer):
+                self._results.append(result)
         described = [[(flat.size, flat.dtype) for flat in flats] for flats in (own, [r.flat for r in own_results])]
         if described[0] != described[1]:
             raise UsageError(
                 f"exchange: rank {checker.rank} sends itself {described[0]} and receives {described[1]}", op="exchange"
             )
-        received = [result.flat for result in self._results]
         sent = [*own, *(flat for _, flat in self.sends)]
-        if any(np.may_share_memory(flat, buffer) for flat in sent for buffer in received if type(flat) is np.ndarray):
+        if any(np.may_share_memory(flat, buffer) for flat in sent for buffer in buffers if type(flat) is np.ndarray):
             raise UsageError(
                 "exchange: a message shares memory with a buffer that receives: give them apart", op="exchange"
             )
         self._own = [(flat, result.flat) for flat, result in zip(own, own_results, strict=True)]
+        self.are_plain = not (self._sources or self._own or self._results)
 
     def refill(self) -> None:
         """Read the inputs that are not contiguous again."""

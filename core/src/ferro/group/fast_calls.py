@@ -26,6 +26,7 @@ class _NotTaken:
 
 
 NOT_TAKEN: Final = _NotTaken()
+NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 
 
 def even_collective(
@@ -64,7 +65,7 @@ def even_collective(
     count = math.prod(shape)
     if op in ("reduce_scatter", "scatter", "all_to_all"):
         count //= ranks
-    call = array_call(op, dtype, shape, "" if reduced is None else reduced.name, root)
+    call = BARRIER if op == "barrier" else array_call(op, dtype, shape, "" if reduced is None else reduced.name, root)
     return EvenCollective(op=op, call=call, dtype=dtype, count=count, reduction=reduced, root=root), result
 
 
@@ -77,17 +78,17 @@ class _FastCall:
         self, path: FastPath, collective: EvenCollective, x_shape: tuple[int, ...], shape: tuple[int, ...], here: bool
     ) -> None:
         """Prepare calls with inputs of one shape and results of another; `here` is true where no root is elsewhere."""
-        is_broadcast = collective.op == "broadcast"
+        is_broadcast, moves = collective.op == "broadcast", collective.op != "barrier"
         self._path = path
         self._dtype = collective.dtype
         self._shape = shape
-        self._is_source = here or not is_broadcast
-        self._has_result = here or is_broadcast
+        self._is_source = moves and (here or not is_broadcast)
+        self._has_result = moves and (here or is_broadcast)
         self._in_place = x_shape == shape
 
     def __call__(self, x: Array, out: Any) -> object:
         if not self._has_result:
-            return NOT_TAKEN if out is not None else None if self._path(x, None) else NOT_TAKEN
+            return None if out is None and self._path(x if self._is_source else None, None) else NOT_TAKEN
         if out is None:
             out = _empty(self._shape, self._dtype)
         elif not (out is x and self._in_place) and (
@@ -110,8 +111,6 @@ class FastCalls:
         self._world_size = world_size
         self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
-        self._barrier: FastPath | None = None
-        self._barriers = 0
 
     def run(self, op: str, x: Any, reduction: Any, root: int, out: object) -> object:
         """Run a collective; return its result, or NOT_TAKEN.
@@ -129,18 +128,6 @@ class FastCalls:
         if call is None:
             call = self._learn(key)
         return call(x, out)
-
-    def barrier(self) -> bool:
-        """Run a barrier; return False where the ordinary path must."""
-        if self._barrier is None:
-            self._barriers += 1
-            if self._barriers == 2:
-                call = EvenCollective(
-                    op="barrier", call=BARRIER, dtype=np.dtype(np.uint8), count=0, reduction=None, root=-1
-                )
-                self._barrier = self._make(call)
-            return False
-        return self._barrier(None, None)
 
     def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
         """Remember that a kind of call has come, and its fast path when it comes again."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ferro.group.dispatcher import Dispatcher
 
 
-class Steps(Protocol):
+class PersistentSteps(Protocol):
     """The steps of a persistent operation, of which one at a time is under way.
 
     Attributes:
@@ -59,9 +59,9 @@ class PersistentOperation:
 
     __slots__ = ("_at_once", "_result", "_started", "_steps", "op")
 
-    def __init__(self, op: str, steps: Steps) -> None:
+    def __init__(self, op: str, steps: PersistentSteps) -> None:
         self.op = op
-        self._steps: Steps | None = steps
+        self._steps: PersistentSteps | None = steps
         self._at_once = steps.at_once
         self._result = steps.result
         self._started = False
@@ -114,21 +114,21 @@ class PersistentOperation:
         if error is None:
             self.close()
 
-    def _ready(self) -> Steps:
+    def _ready(self) -> PersistentSteps:
         if self._steps is None:
             raise UsageError(f"this persistent {self.op} was closed: make a new one", op=self.op)
         if self._started:
             raise UsageError(f"this persistent {self.op} was started before: call wait() first", op=self.op)
         return self._steps
 
-    def _under_way(self) -> Steps:
+    def _under_way(self) -> PersistentSteps:
         if self._steps is None or not self._started:
             raise UsageError(f"no step of this persistent {self.op} is under way: call start() first", op=self.op)
         return self._steps
 
 
 class RepeatedSteps:
-    """Steps that repeat an ordinary operation; `run_ordinary` is given `async_op`."""
+    """PersistentSteps that repeat an ordinary operation; `run_ordinary` is given `async_op`."""
 
     at_once = result = None
 
@@ -154,7 +154,7 @@ class RepeatedSteps:
 
 
 class FastSteps:
-    """Steps on the backend's fast path, and as ordinary operations where it declines.
+    """PersistentSteps on the backend's fast path, and as ordinary operations where it declines.
 
     A step that was started there holds the lock of the group's collectives. `wait()` finishes it, or the group's next
     collective does, whichever comes first.

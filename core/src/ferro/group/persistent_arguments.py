@@ -33,8 +33,12 @@ _PARAMETERS = {
     "exscan": (("x", "op"), ("out",)),
     "min_loc": (("x",), ("out",)),
     "max_loc": (("x",), ("out",)),
+    "send": (("x", "dst", "tag"), ()),
+    "recv": (("buffer", "src", "tag"), ()),
+    "sendrecv": (("x", "buffer", "dst", "src", "tag"), ()),
+    "exchange": (("sends", "recvs", "tag"), ()),
 }
-_DEFAULTS: dict[str, Any] = {"op": ReduceOp.SUM, "root": 0}  # None for the others
+_DEFAULTS: dict[str, Any] = {"op": ReduceOp.SUM, "root": 0, "tag": 0}  # None for the others
 
 
 @dataclass(slots=True)
@@ -71,9 +75,8 @@ def read_arguments(
         UsageError: there is no such collective, or its method has no such arguments.
     """
     if op not in _PARAMETERS:
-        names = ", ".join((*_PARAMETERS, "send", "recv", "sendrecv", "exchange"))
-        raise UsageError(f"persistent: there is no operation {op!r}: use one of {names}", op="persistent")
-    given = _bind(op, args, options)
+        raise UsageError(f"persistent: there is no operation {op!r}: use one of {', '.join(_PARAMETERS)}", op=op)
+    given = bind(op, args, options)
     x: Any = given.get("x")
     out, root = given.get("out"), given.get("root", -1)
     even = given.get("sizes") is None and given.get("send_sizes") is None
@@ -93,8 +96,12 @@ def read_arguments(
     return found
 
 
-def _bind(op: str, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Give each argument its name, and defaults to those that are missing."""
+def bind(op: str, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Give each argument of an operation its name, and defaults to those that are missing.
+
+    Raises:
+        UsageError: the operation has no such arguments, or the input is not there.
+    """
     positional, named = _PARAMETERS[op]
     unknown = set(options).difference((*positional, *named)) | set(options).intersection(positional[: len(args)])
     if len(args) > len(positional) or unknown:

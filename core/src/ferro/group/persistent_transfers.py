@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ferro.arrays import Input, dtype_name
-from ferro.collectives.fast_path import PersistentExchange
-from ferro.errors import CollectiveMismatch, UsageError
+from ferro.arrays import dtype_name
+from ferro.collectives.fast_path import BUSY, PersistentExchange
+from ferro.errors import CollectiveMismatch
 from ferro.group.arguments import Reads
 from ferro.group.exchanged_messages import ExchangedMessages
 from ferro.group.persistent import PersistentOperation, RepeatedSteps
+from ferro.group.persistent_arguments import bind
 from ferro.group.transfers import Messages, Transfer
 from ferro.types import Device
 
@@ -24,61 +26,27 @@ def persistent_transfer(
     group: ObjectMethods, op: str, args: Sequence[Any], options: dict[str, Any], timeout_s: float
 ) -> PersistentOperation:
     """Make a persistent send, recv or sendrecv, which repeats the ordinary call with the arrays given."""
-    forbidden = {"async_op", "copy"}.intersection(options)
-    if forbidden:
-        raise UsageError(f"persistent {op}: leave out {', '.join(sorted(forbidden))}: see start() and wait()", op=op)
-    method = getattr(group, op)
-    check = _CHECKS[op]
-    try:
-        check(group, *args, **options)
-    except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        raise UsageError(f"persistent {op}: {str(error).removeprefix('_check_')}", op=op) from None
-    in_place = {} if op == "recv" else {"copy": False}
-
-    def run(async_op: bool) -> Any:
-        if async_op:
-            return method(*args, **options, **in_place, async_op=True, timeout_s=timeout_s)
-        return method(*args, **options, timeout_s=timeout_s)
-
-    return PersistentOperation(op, RepeatedSteps(run))
-
-
-def _check_send(group: ObjectMethods, x: Input, dst: int, tag: int = 0) -> None:
-    group._check_peer(dst, "send to", tag)
-    group._checker.check_message(x, copy=False)
-
-
-def _check_recv(group: ObjectMethods, buffer: Input, src: int, tag: int = 0) -> None:
-    group._check_peer(src, "receive from", tag)
-    group._checker.check_buffer(buffer)
-
-
-def _check_sendrecv(
-    group: ObjectMethods, x: Input, buffer: Input, dst: int, src: int | None = None, tag: int = 0
-) -> None:
-    src = dst if src is None else src
-    if not dst == src == group.rank:
-        group._check_peer(dst, "send to", tag)
-        group._check_peer(src, "receive from", tag)
-    group._checker.check_message(x, copy=False)
-    group._checker.check_buffer(buffer)
-
-
-_CHECKS: dict[str, Callable[..., None]] = {"send": _check_send, "recv": _check_recv, "sendrecv": _check_sendrecv}
+    given = bind(op, args, options)
+    if op == "sendrecv" and given["src"] is None:
+        given["src"] = given["dst"]
+    if not (op == "sendrecv" and given["dst"] == given["src"] == group.rank):
+        for name, verb in (("dst", "send to"), ("src", "receive from")):
+            if name in given:
+                group._check_peer(given[name], verb, given["tag"])
+    if "x" in given:
+        group._checker.check_message(given["x"], copy=False)
+    if "buffer" in given:
+        group._checker.check_buffer(given["buffer"])
+    call = partial(getattr(group, op), **given, timeout_s=timeout_s)
+    asynchronous = partial(call, async_op=True, **({} if op == "recv" else {"copy": False}))
+    return PersistentOperation(op, RepeatedSteps(lambda async_op: asynchronous() if async_op else call()))
 
 
 def persistent_exchange(
     group: ObjectMethods, number: int, args: Sequence[Any], options: dict[str, Any], timeout_s: float
 ) -> PersistentOperation:
     """Make a persistent exchange, after all ranks have compared what they send with what the others receive."""
-    try:
-        messages = _read_exchange(group, *args, **options)
-    except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            raise
-        raise UsageError(f"persistent exchange: {str(error).removeprefix('_read_')}", op="exchange") from None
+    messages = ExchangedMessages(group._checker, **bind("exchange", args, options), reads=Reads.AT_RUN)
     dispatcher = group._dispatcher
     with dispatcher.sequence("persistent", timeout_s) as remaining_s:
         own = [_described(messages.sends), _described(messages.recvs), messages.tag]
@@ -91,12 +59,6 @@ def persistent_exchange(
     if native is None:
         return PersistentOperation("exchange", RepeatedSteps(partial(_run_exchange, group, messages, timeout_s)))
     return PersistentOperation("exchange", _ExchangeSteps(group, native, messages, timeout_s))
-
-
-def _read_exchange(
-    group: ObjectMethods, sends: Sequence[tuple[int, Input]], recvs: Sequence[tuple[int, Input]], tag: int = 0
-) -> ExchangedMessages:
-    return ExchangedMessages(group._checker, sends, recvs, tag, Reads.AT_RUN)
 
 
 def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:
@@ -139,32 +101,55 @@ class _ExchangeSteps:
     def __init__(
         self, group: ObjectMethods, native: PersistentExchange, messages: ExchangedMessages, timeout_s: float
     ) -> None:
-        self.at_once = None
+        self.at_once = self._run_at_once if messages.are_plain else None
         self._dispatcher = group._dispatcher
+        self._state = group._dispatcher._word
         self._native = native
         self._messages = messages
         described = Transfer("exchange", messages.sends, messages.recvs, messages.tag, timeout_s, _nothing, _nothing)
         self._finish = partial(self._dispatcher.run_late, timeout_s, described.call, native.finish, described)
 
+    def _run_at_once(self) -> bool:
+        """Run a step whose messages need nothing before or after it."""
+        if self._state[BUSY]:
+            return False
+        try:
+            if not self._native():
+                self._finish()
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise
+        return True
+
     def run(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
-        if not self._native():
-            self._finish()
+        self._run_at_once()
         self._messages.finish()
 
     def start(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
-        self._native.start()
+        with self._whole():
+            self._native.start()
 
     def done(self) -> bool:
         return self._native.test()
 
     def wait(self) -> None:
-        if not self._native.test():
-            self._finish()
+        with self._whole():
+            if not self._native.test():
+                self._finish()
         self._messages.finish()
 
     def close(self) -> None:
         self._native.close()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """End the group if an exception leaves the block: nobody knows how far the step came."""
+        try:
+            yield
+        except BaseException as error:
+            self._dispatcher.interrupted("exchange", error)
+            raise

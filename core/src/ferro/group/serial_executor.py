@@ -132,19 +132,6 @@ class SerialExecutor:
         self._changed = threading.Condition(self._state_lock)
         self._thread: threading.Thread | None = None
 
-    def run(self, op: str, operation: Callable[[int], Result]) -> Result:
-        """Run an operation, given its number, after all that are pending; or raise ExecutorClosed."""
-        if self.pending:
-            self.wait_for_pending()
-        self.entering.append(None)
-        if self.started:
-            self.finish_started()
-        with self.lock:
-            self.entering.pop()
-            if self.closed:
-                raise ExecutorClosed(op)
-            return operation(self.next_number())
-
     def next_number(self) -> int:
         """Number an operation; those that were run at once count as well."""
         return self._count() + self.state[NUMBER]

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ferro.backend import Backend
 from ferro.collectives.choice import Choice
-from ferro.collectives.label import context_of, in_context
+from ferro.collectives.label import Call, compare_labels, context_of, in_context, is_collective
 from ferro.collectives.network import Network
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, RankKilled, UsageError, with_awaited
 from ferro.types import Array
@@ -51,13 +51,13 @@ class SimulatedTransport:
         self._sent = [0] * world_size
         self._gone: set[int] = set()
         self._aborted: set[int] = set()
-        self._queues: dict[tuple[int, int, int], deque[tuple[Array, float]]] = {}
+        self._queues: dict[tuple[int, int, int], deque[tuple[Array, float, bytes]]] = {}
         # Ranks enter the lock itself, since an interrupt inside Condition.__enter__ would leave it locked.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
-    def send(self, source: int, target: int, tag: int, message: Array) -> bool:
-        """Queue a copy of a message for another rank; False when that rank is gone."""
+    def send(self, source: int, target: int, tag: int, message: Array, label: bytes = b"") -> bool:
+        """Queue a copy of a message, with its label, for another rank; False when that rank is gone."""
         with self._lock:
             fault = self._faults.get((source, self._sent[source]))
             self._sent[source] += 1
@@ -73,12 +73,12 @@ class SimulatedTransport:
             if self._network is not None:
                 latency_s, bandwidth = self._network.link(source, target)
                 arrival += latency_s + message.nbytes / bandwidth
-            self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival))
+            self._queues.setdefault((source, target, tag), deque()).append((message.copy(), arrival, label))
             self._changed.notify_all()
             return True
 
-    def recv(self, source: int, target: int, tag: int, deadline: float) -> Array | None:
-        """Wait for the next message from `source` with this tag; None when that rank is gone."""
+    def recv(self, source: int, target: int, tag: int, deadline: float) -> tuple[Array, bytes] | None:
+        """Wait for the next message from `source` with this tag, and its label; None when that rank is gone."""
         key = (source, target, tag)
         with self._lock:
             while not self._queues.get(key):
@@ -91,11 +91,11 @@ class SimulatedTransport:
                     raise TimeoutError
                 self._changed.wait(left)
             queue = self._queues[key]
-            message, arrival = queue.popleft()
+            message, arrival, label = queue.popleft()
             if not queue:  # every collective has a tag of its own: an empty queue is never used again
                 del self._queues[key]
             self.clocks[target] = max(self.clocks[target], arrival)
-            return message
+            return message, label
 
     def wait_any(self, posted: SimulatedPostedTransfers, context: int, until: float) -> list[tuple[int, int, int]]:
         """Wait until awaited messages have come, ranks have gone, or the wait is to end; list what to receive now."""
@@ -192,17 +192,21 @@ class SimulatedBackend(Backend):
 
     def send(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[self.rank], self._ranks[peer]
-        if not self.transport.send(source, target, in_context(tag, self.context), buffer):
+        label = self.call.label() if is_collective(tag) else b""
+        if not self.transport.send(source, target, in_context(tag, self.context), buffer, label):
             raise PeerLost("it has left the simulation", peer=peer)
 
     def recv(self, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
         source, target = self._ranks[peer], self._ranks[self.rank]
         try:
-            message = self.transport.recv(source, target, in_context(tag, self.context), deadline)
+            received = self.transport.recv(source, target, in_context(tag, self.context), deadline)
         except (TimeoutError, GroupClosed) as error:
             raise with_awaited(error, (peer,))  # noqa: B904 - the same error
-        if message is None:
+        if received is None:
             raise PeerLost("it has left the simulation", peer=peer)
+        message, label = received
+        if is_collective(tag):
+            compare_labels(self.rank, self.call, peer, label)
         if message.nbytes != buffer.nbytes:
             raise CollectiveMismatch(
                 f"rank {self.rank} expected {buffer.nbytes} bytes; rank {peer} sent {message.nbytes}", peer=peer
@@ -217,6 +221,13 @@ class SimulatedBackend(Backend):
             self.send(buffer, peer, tag=tag, deadline=deadline)
         for peer, buffer in recvs:
             self.recv(buffer, peer, tag=tag, deadline=deadline)
+
+    def agree(self, call: Call, *, deadline: float) -> None:
+        """Compare the calls, by messages for that alone; those of a persistent operation's step carry labels enough."""
+        if call.is_step and call.root < 0 and call.op != "barrier":
+            self.call = call
+        else:
+            super().agree(call, deadline=deadline)
 
     def key(self, peer: int, tag: int) -> tuple[int, int, int]:
         """Name the queue of the messages that `peer` sends to this rank with a tag."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
+from ferro.collectives.fast_path import PersistentExchange
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -16,6 +17,7 @@ from ferro.types import Array
 from ferro_gloo.hierarchy.backend import HierarchicalBackend
 from ferro_gloo.shm.backend import ShmBackend
 from ferro_gloo.shm.bootstrap import LocalHost, bootstrap_all_gather
+from ferro_gloo.shm.exchange.setup import make_exchange
 from ferro_gloo.shm.transfer import ShmTransfers
 from ferro_gloo.tcp.backend import TcpBackend
 
@@ -93,6 +95,12 @@ class GlooBackend(Backend):
     def posted_transfers(self) -> PostedTransfers:
         """See `Backend.posted_transfers`."""
         return self._transfers.posted()
+
+    def persistent_exchange(
+        self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float
+    ) -> PersistentExchange | None:
+        """See `Backend.persistent_exchange`; it is there where all messages stay within hosts."""
+        return make_exchange(self._flat, self._host, sends, recvs, number=number, deadline=deadline)
 
     def agree(self, call: Call, *, deadline: float) -> None:
         """See `Backend.agree`."""

@@ -21,6 +21,7 @@ from ferro.hookspecs import BackendConfig
 from ferro.runtime.environment import usable_cores
 from ferro_gloo.shm.arena import HostArenas, arena_bytes
 from ferro_gloo.shm.counters import NATIVE_IS_AVAILABLE, pure_python_is_safe
+from ferro_gloo.shm.exchange.memory import ExchangeMemory
 from ferro_gloo.shm.mapping import is_used_by_other_threads
 from ferro_gloo.shm.region import RegionLayout, ShmRegion
 from ferro_gloo.shm.segment import NAME_BYTES, ShmSegment, remove_stale_names, unlink_name
@@ -37,12 +38,12 @@ _REGION_OFFER = struct.Struct(f"<{NAME_BYTES}sQQ")
 _REGION_ANSWER = struct.Struct("<???")
 
 
-def bootstrap_all_gather(group: TcpBackend, data: bytes, deadline: float) -> list[bytes]:
+def bootstrap_all_gather(group: TcpBackend, data: bytes, deadline: float, tag: int = _TAG) -> list[bytes]:
     """Gather every rank's `data`, of the same length on all of them, on all ranks."""
     peers = [rank for rank in range(group.world_size) if rank != group.rank]
     sent = np.frombuffer(data, np.uint8)
     received = {rank: np.empty(len(data), np.uint8) for rank in peers}
-    group.exchange([(rank, sent) for rank in peers], list(received.items()), tag=_TAG, deadline=deadline)
+    group.exchange([(rank, sent) for rank in peers], list(received.items()), tag=tag, deadline=deadline)
     return [data if rank == group.rank else received[rank].tobytes() for rank in range(group.world_size)]
 
 
@@ -63,15 +64,19 @@ class LocalHost:
 
     Attributes:
         arenas: see above.
+        exchange_memory: the memory of persistent exchanges.
+        native: see above.
+        spin: True where each rank of the host has a core.
     """
 
     def __init__(self, rank: int, lowest_ranks: Sequence[int], arenas: HostArenas, *, native: bool) -> None:
-        self._native = native
+        self.native = native
         self._lowest_ranks = tuple(lowest_ranks)
         _hosts.add(self)
         self._regions: weakref.WeakSet[ShmSegment] = weakref.WeakSet()
-        self._spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()
+        self.spin = self._lowest_ranks.count(self._lowest_ranks[rank]) <= usable_cores()
         self.arenas = arenas
+        self.exchange_memory = ExchangeMemory(arenas)
 
     @classmethod
     def of_single_rank(cls) -> LocalHost:
@@ -139,7 +144,7 @@ class LocalHost:
             if group.rank != 0 and any(name):
                 layout = RegionLayout(group.world_size, slot_bytes)
                 segment, reason = _map_region(name, nbytes, layout)
-            has_native = self._native and NATIVE_IS_AVAILABLE
+            has_native = self.native and NATIVE_IS_AVAILABLE
             answer = _REGION_ANSWER.pack(segment is not None, has_native, pure_python_is_safe())
             answers = bootstrap_all_gather(group, answer, deadline)
         except BaseException:
@@ -164,7 +169,7 @@ class LocalHost:
         if segment is None or not all_mapped or not (native or safe):
             return None
         self._regions.add(segment)
-        return ShmRegion(segment, layout, group.rank, native=native, spin=self._spin)
+        return ShmRegion(segment, layout, group.rank, native=native, spin=self.spin)
 
     def close(self) -> None:
         """Give back the memory of all groups on the host, and that of `arenas` except for this rank's arrays.
@@ -176,6 +181,7 @@ class LocalHost:
 
     def give_back(self) -> None:
         """Give back the memory, whoever uses it."""
+        self.exchange_memory.close()
         self.arenas.close()
         for segment in list(self._regions):
             segment.close()

@@ -1,0 +1,1 @@
+"""Persistent exchanges between ranks of one host: messages through channels in shared memory."""
