@@ -15,6 +15,7 @@ from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
 from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, OutputBuffer, Reads, copy_elements, flattened
+from ferro.group.uneven import Layout
 from ferro.types import Array, Device, ReduceOp
 
 if TYPE_CHECKING:
@@ -116,8 +117,8 @@ class ArrayOperations:
         out: object,
         reads: Reads,
         broadcast: Callable[[Array], object],
-    ) -> Operation:
-        """Prepare a scatter; `broadcast` sends the root's header, in place, to all ranks."""
+    ) -> tuple[Operation, Layout]:
+        """Prepare a scatter, and tell its layout; `broadcast` sends the root's header, in place, to all ranks."""
         input_array, source, header = None, None, uneven.blank_header(self._world_size)
         if self._rank == root:
             if x is None:
@@ -141,7 +142,7 @@ class ArrayOperations:
             source.copy()
         call = array_call("scatter", dtype, layout.shape, root=root)
         action = partial(self._backend.scatter, block, source.flat if source else None, layout.counts, root)
-        return call, source.before(action) if source else action, result, block.nbytes, result.device
+        return (call, source.before(action) if source else action, result, block.nbytes, result.device), layout
 
     def reduce_scatter(
         self, x: Input, op: Op, sizes: Sequence[int] | None, out: object, reads: Reads = Reads.NOW

@@ -78,12 +78,12 @@ class _FastCall:
         self, path: FastPath, collective: EvenCollective, x_shape: tuple[int, ...], shape: tuple[int, ...], here: bool
     ) -> None:
         """Prepare calls with inputs of one shape and results of another; `here` is true where no root is elsewhere."""
-        is_broadcast, moves = collective.op == "broadcast", collective.op != "barrier"
+        one_way, moves = collective.op in ("broadcast", "scatter"), collective.op != "barrier"
         self._path = path
         self._dtype = collective.dtype
         self._shape = shape
-        self._is_source = moves and (here or not is_broadcast)
-        self._has_result = moves and (here or is_broadcast)
+        self._is_source = moves and (here or not one_way)
+        self._has_result = moves and (here or one_way)
         self._in_place = x_shape == shape
 
     def __call__(self, x: Array, out: Any) -> object:
@@ -129,6 +129,10 @@ class FastCalls:
             call = self._learn(key)
         return call(x, out)
 
+    def run_known(self, key: tuple[Any, ...], x: Any, out: object) -> object:
+        """Run a collective of the kind that `key` names (operation, dtype, shape, reduction, root), as `run` does."""
+        return (self._calls.get(key) or self._learn(key))(x, out)
+
     def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
         """Remember that a kind of call has come, and its fast path when it comes again."""
         if key not in self._seen:
@@ -143,7 +147,7 @@ class FastCalls:
     def _fast_call(
         self, op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Any, root: Any
     ) -> Callable[[Array, Any], object]:
-        if type(root) is not int or (op in ("reduce", "broadcast", "gather") and root < 0):
+        if type(root) is not int or (op in ("reduce", "broadcast", "gather", "scatter") and root < 0):
             return _decline
         found = even_collective(op, dtype, shape, reduction, root, self._world_size)
         path = None if found is None else self._make(found[0])

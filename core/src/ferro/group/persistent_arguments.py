@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ferro.errors import UsageError
-from ferro.group import uneven
 from ferro.group.arguments import Reads
 from ferro.group.array_operations import Op, Operation
 from ferro.types import Array, ReduceOp
@@ -86,9 +85,16 @@ def read_arguments(
     if op == "scatter":
         group._check_rank(root, "root")
         found.x = x if group.rank == root else None
-        given["broadcast"] = _HeaderOnce(group, found).broadcast
-    if op in ("scan", "exscan", "min_loc", "max_loc"):
-        prepare: Callable[..., Operation] = partial(group._extremum if "loc" in op else group._prefixes, op)
+        given["broadcast"] = _HeaderOnce(group, root).broadcast
+
+        def prepare_scatter(**arguments: Any) -> Operation:
+            operation, layout = group._operations.scatter(**arguments)
+            found.even = len(set(layout.rows)) == 1
+            return operation
+
+        prepare: Callable[..., Operation] = prepare_scatter
+    elif op in ("scan", "exscan", "min_loc", "max_loc"):
+        prepare = partial(group._extremum if "loc" in op else group._prefixes, op)
     else:
         prepare = getattr(group._operations, op)
     if op != "barrier":
@@ -121,16 +127,14 @@ def bind(op: str, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any
 class _HeaderOnce:
     """The header of a persistent scatter, which the root sends when the operation is made."""
 
-    def __init__(self, group: BlockwiseCollectives, arguments: PersistentArguments) -> None:
+    def __init__(self, group: BlockwiseCollectives, root: int) -> None:
         self._group = group
-        self._arguments = arguments
+        self._root = root
         self._header: Array | None = None
 
     def broadcast(self, header: Array) -> None:
         """Send the root's header to all ranks, in place, or give what was sent before."""
         if self._header is None:
-            self._group.broadcast(header, self._arguments.root, out=header)
+            self._group.broadcast(header, self._root, out=header)
             self._header = header.copy()
-            layout = uneven.read_header(header, self._group.world_size)[1]
-            self._arguments.even = len(set(layout.counts)) == 1
         header[...] = self._header

@@ -104,8 +104,13 @@ def write_header(header: Array, dtype: np.dtype, layout: Layout) -> None:
 
 
 def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
-    axes = int(header[0])
-    name, *numbers = _header_format(axes, world_size).unpack_from(header.data, 1)
+    return _parsed_header(header.tobytes(), world_size)
+
+
+@lru_cache(maxsize=_CACHED)
+def _parsed_header(header: bytes, world_size: int) -> tuple[np.dtype, Layout]:
+    axes = header[0]
+    name, *numbers = _header_format(axes, world_size).unpack_from(header, 1)
     return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(numbers[axes:], tuple(numbers[:axes]))
 
 
