@@ -21,11 +21,7 @@ _MOST = 512  # kinds of calls that are remembered
 _ndarray, _empty = np.ndarray, np.empty  # globals, since each call looks them up
 
 
-class _NotTaken:
-    """The answer of a fast path that leaves a call to the ordinary one."""
-
-
-NOT_TAKEN: Final = _NotTaken()
+NOT_TAKEN: Final = object()  # the answer of a fast path that leaves a call to the ordinary one
 NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 
 

@@ -1,10 +1,5 @@
 """Persistent operations: collectives and transfers that are checked once and then run many times.
 
-    step = group.persistent("all_reduce", x, op="sum", out=x)
-    for _ in range(1000):
-        fill(x)
-        step()
-
 Source: MPI standard 4.0, persistent communication (MPI_Allreduce_init, MPI_Send_init).
 """
 
