@@ -77,7 +77,9 @@ def tables(result: Record) -> list[str]:
     times = sorted(record["measured"] for record in all_records(runs.values()))
     parts = [f"Measured from {times[0]} to {times[-1]}."]
     parts += [_libraries(ranks, run) for ranks, run in runs.items()]
-    if noise := spread(list(all_records(runs.values()))):
+    # With more ranks than cores some calls take far longer than others, whatever else uses the machine.
+    cores = result["machine"]["cores"]
+    if noise := spread([record for record in all_records(runs.values()) if record["ranks"] <= cores]):
         parts.append(f"{' '.join(noise).capitalize()}.")
     if lines := summary(runs):  # there is none without peers
         parts.append("\n".join(f"- {line}" for line in lines))

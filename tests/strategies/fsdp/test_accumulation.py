@@ -20,6 +20,8 @@ from .models import (
     simulate,
 )
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 EVERY = list(ShardingStrategy)
 
 

@@ -27,6 +27,8 @@ from .models import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 EVERY = list(ShardingStrategy)
 
 

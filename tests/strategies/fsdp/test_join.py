@@ -10,6 +10,8 @@ from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
 from .models import Switch, assert_same, backward, build, gathered_grads, grads_of, shard, simulate, train
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 EVERY = list(ShardingStrategy)
 
 

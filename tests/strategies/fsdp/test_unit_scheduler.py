@@ -10,6 +10,8 @@ from ferro_strategies.nn import Checkpoint, Linear, Module, Sequential
 
 from .models import shard, simulate
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 class Calls:
     """An observer that lets modules wait until so many operations of a kind have ended."""

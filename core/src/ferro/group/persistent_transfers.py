@@ -144,7 +144,10 @@ class _ExchangeSteps:
 
     def wait(self) -> None:
         with self._whole():
-            if not self._native.test():
+            ended = self._native.test()
+        if not ended:
+            self._dispatcher.check_open("exchange")  # a forked child must not end its parent's group
+            with self._whole():
                 self._finish()
         self._messages.finish()
 

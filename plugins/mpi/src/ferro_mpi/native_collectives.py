@@ -109,10 +109,12 @@ class NativeCollective:
         return BoundNativeCollective(self, source, target)
 
     def _prepare(self, source: Array | None, target: Array) -> tuple[Any, ...]:
-        """Make the arguments of MPI's methods, which the ordinary path calls in the same way."""
+        """Make the arguments of MPI's methods."""
         op, rank = self._collective.op, self._communicator.rank
-        if op == "all_gather":
-            target.reshape(self._communicator.world_size, -1)[rank] = cast(Array, source).reshape(-1)
+        if op == "all_gather" and source is not None:
+            if source.flags.c_contiguous and not np.may_share_memory(source, target):
+                return mpi_view(source), mpi_view(target)
+            target.reshape(self._communicator.world_size, -1)[rank] = source.reshape(-1)
             return MPI.IN_PLACE, mpi_view(target)
         if not self._in_place:
             both = mpi_view(cast(Array, source)), mpi_view(target)
@@ -147,6 +149,7 @@ class NativeCollective:
 
     def _run_blocking(self) -> None:
         communicator = self._communicator
+        # The group's timeout, since a fast path is not told that of the call: all ranks are here, and about to end.
         communicator.blocked_until = time.monotonic() + communicator.timeout_s
         try:
             for _ in starmap(self._blocking, (self._arguments,)):

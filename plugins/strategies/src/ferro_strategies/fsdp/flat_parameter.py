@@ -7,12 +7,13 @@ from types import ModuleType
 
 import numpy as np
 
-from ferro import UsageError, Work
+from ferro import UsageError
 
 from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter, Split
 from .buffer_pool import PooledBuffer, copy_into, to_namespace, unpooled
 from .config import FSDPConfig
+from .kept_gather import Gather, KeptGather
 from .layout import FlatLayout, flat_layout
 from .unsharded_gradient import UnshardedGradient
 
@@ -53,6 +54,9 @@ class FlatParameter:
         self.shard_namespace = np if config.offload else self.namespace
         # The strategies that keep parameters unsharded need memory that stays.
         self._kept = self._allocate() if config.keeps_unsharded else None
+        self._kept_gathers: dict[bool, KeptGather] = {}  # for passes that only evaluate, and for those that train
+        rank = config.shard_rank
+        self._slices_in_shard = [self.layout.slice_in_shard(span, rank) for span in self.layout.spans]
         self.shard: Array = self._shard_memory()
         self._scatter_values()
         self.shard_views = self._views_of_shard(self.shard)
@@ -93,9 +97,7 @@ class FlatParameter:
             return self._allocate(in_queue_order=True)
         return unpooled(self._kept.array)
 
-    def all_gather(
-        self, unsharded: Array, *, evaluating: bool, at_once: bool
-    ) -> tuple[Work[object], PooledBuffer] | None:
+    def all_gather(self, unsharded: Array, *, evaluating: bool, at_once: bool) -> tuple[Gather, PooledBuffer] | None:
         """Gather all shards into `unsharded`, or start to.
 
         A gather for a pass without backward pass is given columns, by which ranks notice that others train.
@@ -121,6 +123,10 @@ class FlatParameter:
         shard, out = sent.array, unsharded
         if evaluating:
             shard, out = shard.reshape(-1, 1), out.reshape(-1, 1)
+        if self._kept is not None:
+            gather = self._kept_gathers.setdefault(evaluating, KeptGather(self._config.shard_group, shard, out))
+            (gather.run if at_once else gather.start)()
+            return None if at_once else (gather, sent)
         if at_once:
             try:
                 self._config.shard_group.all_gather(shard, out=out)
@@ -128,7 +134,7 @@ class FlatParameter:
                 sent.abandon()
                 raise
             return None
-        work: Work[object] = self._config.shard_group.all_gather(shard, out=out, async_op=True, copy=False)
+        work: Gather = self._config.shard_group.all_gather(shard, out=out, async_op=True, copy=False)
         return work, sent
 
     def use_unsharded(self, unsharded: Array, *, backward: bool, may_defer: bool = False) -> None:
@@ -196,7 +202,8 @@ class FlatParameter:
         """Add the shard of a reduced gradient to each parameter's `grad`."""
         memory = self._grad_memory()
         reduced = to_namespace(reduced, self.shard_namespace)
-        slots, addends = self._views_of_shard(memory), self._views_of_shard(reduced)
+        slots = self._views_of_shard(memory)
+        addends = slots if reduced is memory else self._views_of_shard(reduced)
         grads = self._shard_grads()
         for index, parameter in enumerate(self.parameters):
             grad, addend, slot = grads[index], addends[index], slots[index]
@@ -279,8 +286,7 @@ class FlatParameter:
         """View a shard as one array per parameter: in its shape where nothing is sharded."""
         if self._config.shard_group is None:
             return self.layout.views(shard)
-        rank = self._config.shard_rank
-        return [shard[self.layout.slice_in_shard(span, rank)] for span in self.layout.spans]
+        return [shard[place] for place in self._slices_in_shard]
 
 
 def value_namespace(parameter: Parameter) -> ModuleType:

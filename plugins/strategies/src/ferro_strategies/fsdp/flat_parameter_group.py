@@ -8,13 +8,12 @@ from types import ModuleType
 
 import numpy as np
 
-from ferro import Work
-
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from .buffer_pool import PooledBuffer
 from .config import FSDPConfig
 from .flat_parameter import FlatParameter, value_namespace
+from .kept_gather import Gather
 from .unit_policy import owners
 
 
@@ -23,7 +22,7 @@ class UnshardedParameters:
 
     def __init__(self, flat_parameters: Sequence[FlatParameter]) -> None:
         # The operations under way, and the memory that they send.
-        self._works: list[tuple[Work[object], PooledBuffer]] = []
+        self._works: list[tuple[Gather, PooledBuffer]] = []
         self._flat_parameters = flat_parameters
         self._buffers = [flat.allocate_unsharded() for flat in flat_parameters]
 

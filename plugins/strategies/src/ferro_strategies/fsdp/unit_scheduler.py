@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +40,8 @@ from .reduction import GradientReduction
 # Operations on units of which none is larger run at once. Measured with two ranks on two cores: a step of a perceptron
 # of 27,000 parameters took 3.0 ms with the handover, and 1.5 without.
 _AT_ONCE_BYTES = 1 << 20
+
+_INSIDE = nullcontext()  # for the operations inside a pass, which the outermost one has begun
 
 
 class Announcer(Protocol):
@@ -118,14 +120,17 @@ class UnitScheduler:
         Yields:
             The gathered parameters, if they stay for the backward pass; None otherwise.
         """
-        with self._pass(self._forward_order, backward=False, evaluating=evaluating):
+        with _INSIDE if self._running else self._pass(self._forward_order, backward=False, evaluating=evaluating):
             if self._in_backward:
                 self._recomputed.add(unit)
             else:
                 self._entered.append(unit)
             unsharded = self._unshard(unit)
-            with _using_unsharded(unsharded, backward=False):
+            unsharded.use_unsharded(backward=False)
+            try:
                 yield unsharded if self._stays(unit) else None
+            finally:
+                unsharded.use_shards()
             if not self._in_backward:
                 self._left.append(unit)
 
@@ -134,22 +139,25 @@ class UnitScheduler:
         self, unit: FlatParameterGroup, unsharded: UnshardedParameters | None, *, sync: bool
     ) -> Iterator[None]:
         """Gather a unit's parameters for its backward pass, and then reduce its gradients."""
-        with self._pass(self._backward_order, backward=True):
+        with _INSIDE if self._running else self._pass(self._backward_order, backward=True):
             self._backward_syncs = sync
             self._finish_sending(unit)
             if unsharded is None:
                 unsharded = self._unshard(unit)
             elif self._prefetched is None:
                 self._prefetch_after(unit)
-            with _using_unsharded(unsharded, backward=True, may_defer=not sync):
+            unsharded.use_unsharded(backward=True, may_defer=not sync)
+            try:
                 yield
+            finally:
+                unsharded.use_shards()
             del unsharded
             if sync:
                 self._reduce(unit)
 
     def reduce_all(self) -> None:
         """Reduce all accumulated gradients; return when they are reduced."""
-        with self._pass((), backward=True):
+        with _INSIDE if self._running else self._pass((), backward=True):
             if self.announcer is None:
                 accumulated = units_to_reduce(self.units, self._config)
             else:  # ranks without batches know of announced operations only
@@ -244,9 +252,6 @@ class UnitScheduler:
 
     @contextmanager
     def _pass(self, order: Sequence[FlatParameterGroup], *, backward: bool, evaluating: bool = False) -> Iterator[None]:
-        if self._running:
-            yield
-            return
         self._running, self._in_backward, self._evaluating = True, backward, evaluating
         self._order, self._position = order, 0
         try:
@@ -346,12 +351,3 @@ def _runs_at_once(units: Sequence[FlatParameterGroup], config: FSDPConfig) -> bo
         return False
     are_small = all(flat.largest_message_bytes <= _AT_ONCE_BYTES for flat in flat_parameters)
     return are_small or not all(map(has_spare_core, config.groups))
-
-
-@contextmanager
-def _using_unsharded(unsharded: UnshardedParameters, *, backward: bool, may_defer: bool = False) -> Iterator[None]:
-    unsharded.use_unsharded(backward=backward, may_defer=may_defer)
-    try:
-        yield
-    finally:
-        unsharded.use_shards()

@@ -97,11 +97,12 @@ class ShmExchange:
         area, self._area = self._area, None
         if area is None:
             return
+        if self._memory.is_in_child():
+            self._steps.close(False)
+            return
         self._memory.progress_thread.discard(self._steps)
-        in_child = self._memory.is_in_child()
-        self._steps.close(not in_child)
-        if not in_child:
-            self._memory.keep(area, self._channels)
+        self._steps.close(True)
+        self._memory.keep(area, self._channels)
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # __init__ did not end
@@ -115,6 +116,8 @@ class ShmExchange:
         return list(dict.fromkeys(self._peers[index] for index in self._steps.awaited()))
 
     def _check_peers(self) -> None:
+        if self._area is None:
+            raise GroupClosed("the exchange was closed while a step of it was under way")
         peers = self._awaited_peers()
         try:
             self._tcp.check_peers(peers)

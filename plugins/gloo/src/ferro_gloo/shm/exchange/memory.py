@@ -8,7 +8,9 @@ it to another exchange only then.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -44,7 +46,8 @@ class ExchangeMemory:
         self.arenas = arenas
         self.progress_thread = ProgressThread()
         self._bell: Array | None = None
-        self._kept: list[tuple[Array, Sequence[int]]] = []
+        self._bell_lock = threading.Lock()
+        self._kept: deque[tuple[Array, Sequence[int]]] = deque()  # finalizers append to it, and must not lock
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._pid = os.getpid()
 
@@ -57,9 +60,10 @@ class ExchangeMemory:
 
     def bell(self) -> Array:
         """Return the bell of this process, on which its threads sleep; others may ring it as long as they live."""
-        if self._bell is None:
-            self._bell = self.allocate(_BELL_BYTES)
-        return self._bell
+        with self._bell_lock:
+            if self._bell is None:
+                self._bell = self.allocate(_BELL_BYTES)
+            return self._bell
 
     def keep(self, area: Array, channels: Sequence[int]) -> None:
         """Keep the memory of a closed exchange, with channels at these offsets, until no rank uses it."""
@@ -81,10 +85,16 @@ class ExchangeMemory:
         for exchange in list(self._open):
             exchange.close()
         self._bell = None
-        self._kept = []
+        self._kept.clear()
 
     def _forget_unused(self) -> None:
-        self._kept = [(area, channels) for area, channels in self._kept if not _are_closed(area, channels)]
+        for _ in range(len(self._kept)):
+            try:
+                entry = self._kept.popleft()
+            except IndexError:  # a finalizer, or another thread, does the same
+                return
+            if not _are_closed(*entry):
+                self._kept.append(entry)
 
 
 def _are_closed(area: Array, channels: Sequence[int]) -> bool:

@@ -50,7 +50,10 @@ class Steps(Protocol):
         """List the messages of this step that have not ended: indices of the sends, and of the receives after them."""
 
     def close(self, tell: bool, /) -> None:
-        """Release all arrays; `tell` the senders that this rank uses their channels no more."""
+        """Release all arrays, and `tell` the senders that this rank uses their channels no more.
+
+        A forked child tells nobody, and takes no lock, which a thread of its parent may have held.
+        """
 
 
 class StepsType(Protocol):

@@ -79,6 +79,8 @@ class PlainSteps:
 
     def close(self, tell: bool) -> None:
         """See `native_steps.Steps`."""
+        if not tell:
+            self._lock = threading.Lock()
         with self._lock:
             self._closed = True
             for message in self._messages:

@@ -228,11 +228,16 @@ static PyObject *steps_close(PyObject *object, PyObject *tell)
     int telling = PyObject_IsTrue(tell);
     if (telling < 0)
         return NULL;
-    lock(self);
-    self->closed = 1;
-    for (Py_ssize_t index = self->sends; index < self->count && telling; index++)
-        __atomic_store_n(&((Header *)self->channels[index].memory.buf)->closed, 1, __ATOMIC_RELEASE);
-    unlock(self);
+    if (telling) {
+        lock(self);
+        self->closed = 1;
+        for (Py_ssize_t index = self->sends; index < self->count; index++)
+            __atomic_store_n(&((Header *)self->channels[index].memory.buf)->closed, 1, __ATOMIC_RELEASE);
+        unlock(self);
+    } else { /* a forked child, which has no other thread */
+        self->closed = 1;
+        self->locked = self->waiting = 0;
+    }
     release_channels(self); /* no thread uses them without the lock, and none when it is closed */
     release_bell(self);
     return Py_NewRef(Py_None);

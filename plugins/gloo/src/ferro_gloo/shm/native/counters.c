@@ -27,6 +27,7 @@
 
 #define COUNTER_BYTES 16
 #define LOW_HALF (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0)
+#define SPINS_PER_YIELD 64
 #define MOST_TRIES 1000000
 #define MOST_SECONDS 86400
 #define LONGEST_SLEEP 0.1 /* in seconds */
@@ -69,8 +70,10 @@ Py_ssize_t wait_without_gil(const Awaited *awaited, Py_ssize_t index, long spins
     until.tv_nsec = nanoseconds % 1000000000;
     for (; index >= 0; index = first_behind(awaited, index)) {
         if (spins > 0) {
-            spins--;
-            relax();
+            if (--spins % SPINS_PER_YIELD)
+                relax();
+            else
+                sched_yield(); /* the awaited rank may be on this core, which it would not get while this one spins */
         } else if (yields > 0) {
             yields--;
             sched_yield();
