@@ -14,7 +14,7 @@ from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.native import ABSENT, NATIVE
 from ferro_testing import run_ranks, run_ranks_outcomes
 
-from .short_paths import OPS, REDUCING, ROOTED, Short, assert_same, dtype_of, expected, numbers
+from .short_paths import CUT, OPS, REDUCING, ROOTED, Short, assert_same, dtype_of, expected, numbers
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=ABSENT)
 

@@ -137,7 +137,7 @@ void begin_chunked(ChunkedPlan *plan)
     plan->number = plan->ring->next++;
     plan->syncing = 1;
     plan->announced = 0;
-    write_header(plan->ring, plan->number, plan->header, plan->header_bytes, plan->digest);
+    write_header(plan->ring, plan->number, plan->header, plan->header_bytes, plan->digest, NULL);
     stage_chunk(plan, 0, plan->number);
 }
 
