@@ -29,8 +29,8 @@ from ferro_gloo.tcp.backend import TcpBackend
 # Measured with 2 ranks: an all_gather of 1 MiB takes 180 us in place and 150 us through slots, one of 64 MiB 7.2 ms and
 # 8.4 ms.
 IN_PLACE_BYTES = 2 << 20
-# Of the native helper, for each rank. Measured with 2 ranks: chunks of 64 to 256 KiB take equally long, of 512 KiB a tenth
-# longer. With 4 ranks on 2 cores a reduce_scatter of 1 MiB takes 830 us in chunks of 32 KiB, 500 us in those of 85 KiB.
+# Of the native helper, for each rank. Measured with 2 ranks: chunks of 64 to 256 KiB take equally long, of 512 KiB a
+# tenth longer. With 4 ranks on 2 cores a reduce_scatter of 1 MiB takes 830 us in chunks of 32 KiB, 500 in those of 85.
 _NATIVE_CHUNK_BYTES = 64 << 10
 _CACHE_LINE_BYTES = 64
 _MAX_PLANS = 256  # that are remembered
