@@ -16,7 +16,9 @@ from ferro_gloo.shm.arena import address_of
 from ferro_gloo.shm.native import NATIVE
 
 _COPY_BLOCK_BYTES = 256 << 10
-PAST_CACHES_BYTES = int(__import__("os").environ.get("FP", "512")) << 10
+# Results of this size and more are written past the caches. Measured with 2 ranks: an all_gather of 1 MiB in place
+# takes 200 us past the caches, 280 us through them.
+PAST_CACHES_BYTES = 512 << 10
 _SUMS = (ReduceOp.SUM, ReduceOp.MEAN)
 
 

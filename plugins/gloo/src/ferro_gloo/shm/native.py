@@ -59,7 +59,7 @@ class NativePlan(Protocol):
         number: the number of the first chunk of the present call.
         chunks: how many there are; `start` uses those of the plan.
         syncing: True while the first chunk is awaited, and the labels have not been compared.
-        announced: True if `start` or `resume` has returned because a rank's array can be used in place, which Python does.
+        announced: True if `start` or `resume` has returned because a rank's array can be used in place; Python does it.
         spins, yields: as in `NativeModule.wait`.
     """
 
