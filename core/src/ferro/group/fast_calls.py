@@ -28,18 +28,9 @@ NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 def even_collective(
     op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Op | None, root: int, ranks: int
 ) -> tuple[EvenCollective, tuple[int, ...]] | None:
-    """Describe a collective on NumPy arrays; None where it is none that a fast path can run.
+    """Describe a collective on NumPy arrays, and the shape of its result; None where no fast path can run it.
 
-    Args:
-        op: name of the collective.
-        dtype: of the input.
-        shape: of the input; of the whole array for scatter.
-        reduction: as the user names it, None where nothing is reduced.
-        root: -1 where there is none.
-        ranks: number of ranks.
-
-    Returns:
-        The description, and the result's shape on the ranks that have one.
+    `dtype` and `shape` are those of the input, in a scatter of the whole array; `reduction` is as the user names it.
     """
     if dtype_problem(dtype) or not -1 <= root < ranks:
         return None

@@ -100,7 +100,7 @@ class Arena:
         return ArenaSpan(offset, buffer.nbytes) if 0 <= offset < self._reserved else None
 
     def addresses(self) -> tuple[int, int]:
-        """Return where the arena begins and ends in this process."""
+        """Find the addresses in this process between which the arena lies."""
         return self._start, self._start + self._segment.nbytes
 
     def view(self, span: ArenaSpan) -> Array:
@@ -198,7 +198,7 @@ class HostArenas:
             return np.empty(nbytes, np.uint8)
 
     def addresses(self) -> tuple[int, int]:
-        """Return where this rank's arena begins and ends in this process; zeros if there is none."""
+        """Find the addresses in this process between which this rank's arena lies; zeros if there is none."""
         return (0, 0) if self._own is None else self._own.addresses()
 
     def is_peer(self, rank: int) -> bool:
