@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from ferro import CollectiveMismatch, PeerLost
-from ferro.collectives.fast_path import BUSY, NUMBER, EvenCollective, Turn
+from ferro.collectives.fast_path import BUSY, NUMBER, BoundFastPath, EvenCollective, Turn
 from ferro.types import Array
 from ferro_mpi.agreement import SharedMemoryAgreement
 from ferro_mpi.communicator import MpiCommunicator
@@ -104,7 +104,7 @@ class NativeCollective:
                 self._arguments = ()
         return True
 
-    def bind(self, source: Array | None, target: Array | None, /) -> BoundNativeCollective:
+    def bind(self, source: Array | None, target: Array | None, /) -> BoundFastPath:
         """See `FastPath.bind`."""
         return BoundNativeCollective(self, source, target)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ferro.collectives.fast_path import BUSY, NUMBER, EvenCollective, Turn
+from ferro.collectives.fast_path import BUSY, NUMBER, BoundFastPath, EvenCollective, Turn
 from ferro.types import Array
 from ferro_mpi.agreement import NUMBER_MASK, SharedMemoryAgreement
 from ferro_mpi.shared_operands import MakeResult, as_bytes, result_copier, result_maker, shared_count
@@ -121,7 +121,7 @@ class SmallCollective:
                 raise
         return True
 
-    def bind(self, source: Array | None, target: Array | None, /) -> BoundSmallCollective | None:
+    def bind(self, source: Array | None, target: Array | None, /) -> BoundFastPath | None:
         """See `FastPath.bind`."""
         if target is not None and not target.flags.carray:
             return None
