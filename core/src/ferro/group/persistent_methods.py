@@ -79,7 +79,7 @@ class PersistentMethods(ObjectMethods):
         if op in _WITHOUT_FAST_PATH or not arguments.even or any(type(array) is not np.ndarray for array in arrays):
             return None
         like = result if x is None else x
-        shape: tuple[int, ...] = () if like is None else like.shape
+        shape: tuple[int, ...] = (0,) if like is None else like.shape
         if op == "scatter" and x is None:
             shape = (shape[0] * self.world_size, *shape[1:])
         dtype = np.dtype(np.uint8) if like is None else like.dtype
