@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ferro_gloo.shm.exchange.native_steps import NATIVE_STEPS
+from ferro_gloo.shm.native import ABSENT, NATIVE
+
 ROOT = Path(__file__).parents[2]
 UV = shutil.which("uv") or ROOT / ".tools" / "bin" / "uv"
 
@@ -37,3 +40,10 @@ def test_a_build_leaves_nothing_in_the_source_tree_and_ships_what_is_there_now(t
     found = shipped()
     assert "ferro_gloo/gone.py" not in found
     assert "ferro_gloo/py.typed" in found
+
+
+@pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler here")
+def test_the_native_parts_are_built_where_a_compiler_is():
+    """They are optional, so a mistake in them fails no installation."""
+    assert NATIVE is not None, ABSENT
+    assert NATIVE_STEPS is not None
