@@ -56,7 +56,8 @@ class ArrayCollectives:
         self._dispatcher = Dispatcher(backend, info)
         self._checker = checker = ArgumentChecker(backend, info)
         self._operations = ArrayOperations(backend, checker)
-        self._fast_calls = FastCalls(self._dispatcher.fast_path, backend.rank, backend.world_size)
+        dispatcher = self._dispatcher
+        self._fast_calls = FastCalls(dispatcher.fast_path, dispatcher.interrupted, backend.rank, backend.world_size)
         self._run_fast = self._fast_calls.run
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
@@ -213,7 +214,8 @@ class ArrayCollectives:
 
             operation, layout = self._operations.scatter(x, root, sizes, out, _reads(async_op, copy), broadcast)
             result = operation[2]
-            if not async_op and timeout_s is None and len(set(layout.rows)) == 1 and isinstance(result, OutputBuffer):
+            now = not async_op and timeout_s is None and (self.rank != root or type(x) is np.ndarray)
+            if now and len(set(layout.rows)) == 1 and isinstance(result, OutputBuffer):
                 key = ("scatter", result.array.dtype, layout.shape, None, root)
                 if self._fast_calls.run_known(key, x, result.array) is not NOT_TAKEN:
                     return result()

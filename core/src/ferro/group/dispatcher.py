@@ -146,7 +146,7 @@ class Dispatcher:
             executor.wait_for_pending()
         executor.entering.append(None)
         if executor.started:
-            executor.finish_started()
+            self._finish_started(call)
         # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether
         # the call took effect, and its next calls would meet other calls of the other ranks.
         begun = False
@@ -192,6 +192,19 @@ class Dispatcher:
         except BaseException as error:
             self._fail(error, self._site(call, timeout_s, 0.0, transfer))
             raise
+
+    def _finish_started(self, call: Call) -> None:
+        """Finish the operation that was started, before another call."""
+        try:
+            self._collectives.finish_started()
+        except BaseException as error:
+            self._fail(error, CallSite(call, (), self._timeout_s, 0.0))
+            raise
+
+    def check_process(self, op: str) -> None:
+        """Raise UsageError in a forked child, for which its parent's operations do not go on."""
+        if self._state.forked:
+            self._state.raise_closed(op)
 
     def interrupted(self, op: str, error: BaseException) -> None:
         """End the group: an exception of the program's has left one of its operations in the middle."""

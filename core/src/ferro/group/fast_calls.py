@@ -92,8 +92,16 @@ def _decline(x: Array, out: object) -> object:
 class FastCalls:
     """The fast paths of one group, made when a kind of call comes for the second time."""
 
-    def __init__(self, make: Callable[[EvenCollective], FastPath | None], rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[EvenCollective], FastPath | None],
+        interrupted: Callable[[str, BaseException], object],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Remember what `make` makes; `interrupted` ends the group where an exception leaves a call in the middle."""
         self._make = make
+        self._interrupted = interrupted
         self._rank = rank
         self._world_size = world_size
         self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
@@ -105,23 +113,31 @@ class FastCalls:
         A call is of a kind that was checked if operation, dtype, shape, reduction and root are the same. The fast path
         itself checks the buffers.
         """
-        if type(x) is not _ndarray:
+        if type(x) is not _ndarray or type(root) is not int:
             return NOT_TAKEN
         key = (op, x.dtype, x.shape, reduction, root)
         try:
             call = self._calls.get(key)
         except TypeError:  # a reduction that cannot be hashed
             return NOT_TAKEN
-        if call is None:
-            call = self._learn(key)
-        return call(x, out)
+        try:
+            return (call or self._learn(key))(x, out)
+        except BaseException as error:
+            self._interrupted(op, error)
+            raise
 
     def run_known(self, key: tuple[Any, ...], x: Any, out: object) -> object:
         """Run a collective of the kind that `key` names (operation, dtype, shape, reduction, root), as `run` does."""
-        return (self._calls.get(key) or self._learn(key))(x, out)
+        try:
+            return (self._calls.get(key) or self._learn(key))(x, out)
+        except BaseException as error:
+            self._interrupted(key[0], error)
+            raise
 
     def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
         """Remember that a kind of call has come, and its fast path when it comes again."""
+        if key[3] is not None and not isinstance(key[3], str):  # a function, which would be kept
+            return _decline
         if key not in self._seen:
             if len(self._seen) >= _MOST:
                 self._seen.clear()
@@ -134,7 +150,7 @@ class FastCalls:
     def _fast_call(
         self, op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Any, root: Any
     ) -> Callable[[Array, Any], object]:
-        if type(root) is not int or (op in ("reduce", "broadcast", "gather", "scatter") and root < 0):
+        if op in ("reduce", "broadcast", "gather", "scatter") and root < 0:
             return _decline
         found = even_collective(op, dtype, shape, reduction, root, self._world_size)
         path = None if found is None else self._make(found[0])

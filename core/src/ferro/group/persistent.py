@@ -34,6 +34,7 @@ class PersistentSteps(Protocol):
     def start(self) -> None: ...
     def done(self) -> bool: ...
     def wait(self) -> Any: ...
+    def interrupted(self, error: BaseException) -> None: ...  # an exception has left a step in the middle
     def close(self) -> None: ...
 
 
@@ -67,8 +68,13 @@ class PersistentOperation:
 
     def __call__(self) -> Any:
         """Run a step; return its result: `out`, or the operation's own array, which the next step overwrites."""
-        if (at_once := self._at_once) is not None and at_once():
-            return self._result
+        if (at_once := self._at_once) is not None:
+            try:
+                if at_once():
+                    return self._result
+            except BaseException as error:
+                self._ready().interrupted(error)
+                raise
         return self._ready().run()
 
     def start(self) -> None:
@@ -144,12 +150,15 @@ class RepeatedSteps:
         work, self._work = self._work, None
         return None if work is None else work.wait()
 
+    def interrupted(self, error: BaseException) -> None:
+        """The ordinary operation ends the group itself."""
+
     def close(self) -> None:
         """Nothing is kept but the arrays."""
 
 
 class FastSteps:
-    """PersistentSteps on the backend's fast path, and as ordinary operations where it declines.
+    """Steps on the backend's fast path, and as ordinary operations where it declines.
 
     A step that was started there holds the lock of the group's collectives. `wait()` finishes it, or the group's next
     collective does, whichever comes first.
@@ -169,26 +178,42 @@ class FastSteps:
 
     def start(self) -> None:
         self._dispatcher.check_open("persistent")
-        with self._finishing:
-            self._fast = self._begun = self._dispatcher.start_at_once(self._path.start, self._finish_for_other)
+        try:
+            with self._finishing:
+                self._fast = self._begun = self._dispatcher.start_at_once(self._path.start, self._finish_for_other)
+        except BaseException as error:
+            self.interrupted(error)
+            raise
         if not self._fast:
             self._ordinary.start()
 
     def done(self) -> bool:
-        return (not self._begun or self._path.test()) if self._fast else self._ordinary.done()
+        if not self._fast:
+            return self._ordinary.done()
+        self._dispatcher.check_process("persistent")
+        if not self._finishing.acquire(blocking=False):
+            return False  # another thread finishes it
+        try:
+            return not self._begun or self._path.test()
+        finally:
+            self._finishing.release()
 
     def wait(self) -> Any:
         if not self._fast:
             return self._ordinary.wait()
+        self._dispatcher.check_process("persistent")
         try:
             self._finish()
         except BaseException as interrupt:
-            self._dispatcher.interrupted("persistent", interrupt)  # it may hold the lock that others wait for
+            self.interrupted(interrupt)
             raise
         error, self._error = self._error, None
         if error is not None:
             raise error
         return self.result
+
+    def interrupted(self, error: BaseException) -> None:
+        self._dispatcher.interrupted("persistent", error)  # the lock may be held, and others wait for it
 
     def close(self) -> None:
         self._path.close()
@@ -201,6 +226,7 @@ class FastSteps:
                 self._path.finish()
             except BaseException as error:  # noqa: BLE001 - wait() raises it
                 self._error = error
+                self.interrupted(error)
             finally:
                 self._begun = False
                 self._dispatcher.end_started()

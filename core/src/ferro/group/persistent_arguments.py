@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ferro.arrays import dtype_problem
 from ferro.errors import UsageError
 from ferro.group.arguments import Reads
 from ferro.group.array_operations import Op, Operation
@@ -62,7 +63,11 @@ class PersistentArguments:
 
     def repeats(self) -> bool:
         """Say whether one prepared operation can run again and again: it sees the arrays as they are, not copies."""
-        return self.even and all(array is None or type(array) is np.ndarray for array in (self.x, self.out))
+        return self.even and all(array is None or _is_seen_as_it_is(array) for array in (self.x, self.out))
+
+
+def _is_seen_as_it_is(array: Any) -> bool:
+    return type(array) is np.ndarray and (array.flags.c_contiguous or not dtype_problem(array.dtype))
 
 
 def read_arguments(

@@ -50,18 +50,21 @@ class PersistentMethods(ObjectMethods):
         if op in ("send", "recv", "sendrecv"):
             return persistent_transfer(self, op, args, options, timeout_s)
         if op == "exchange":
-            self._persistent_count += 1
-            return persistent_exchange(self, self._persistent_count, args, options, timeout_s)
+            return persistent_exchange(self, self._next_persistent, args, options, timeout_s)
         arguments = read_arguments(self, op, args, options)
         operation: Operation = arguments.prepare(arguments.out)
-        self._persistent_count += 1
-        number = self._persistent_count
+        number = self._next_persistent()
         self._agree_on_persistent(operation[0], number)
         call = persistent_call(operation[0], number)
         result = None if not arguments.even and op == "all_to_all" else operation[2]()
         steps = RepeatedSteps(_OrdinaryStep(self, arguments, operation, call, result, timeout_s))
         path = self._bound_fast_path(op, arguments, call, result, timeout_s)
         return PersistentOperation(op, steps if path is None else FastSteps(path, result, steps, self._dispatcher))
+
+    def _next_persistent(self) -> int:
+        """Number a persistent operation whose arguments are right on this rank, as they are on all."""
+        self._persistent_count += 1
+        return self._persistent_count
 
     def _agree_on_persistent(self, call: Call, number: int) -> None:
         """Compare what all ranks ask for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,18 +44,19 @@ def persistent_transfer(
 
 
 def persistent_exchange(
-    group: ObjectMethods, number: int, args: Sequence[Any], options: dict[str, Any], timeout_s: float
+    group: ObjectMethods, number_of: Callable[[], int], args: Sequence[Any], options: dict[str, Any], timeout_s: float
 ) -> PersistentOperation:
     """Make a persistent exchange, after all ranks have compared what they send with what the others receive."""
     messages = ExchangedMessages(group._checker, **bind("exchange", args, options), reads=Reads.AT_RUN)
-    dispatcher = group._dispatcher
+    number, dispatcher = number_of(), group._dispatcher
+    is_plain = not dispatcher.observed and messages.device is Device.CPU
     made: list[PersistentExchange | None] = []
-    own = [_described(messages.sends), _described(messages.recvs), messages.tag]
+    own = [_described(messages.sends), _described(messages.recvs), messages.tag, is_plain]
     asked = group.all_gather_object(own, timeout_s=timeout_s)
 
     def make(*, deadline: float) -> None:
         _compare(asked, number)
-        if not dispatcher.observed and messages.device is Device.CPU:
+        if all(is_plain for *_, is_plain in asked):
             moved = messages.sends, messages.recvs
             made.append(group._backend.persistent_exchange(*moved, number=number, deadline=deadline))
 
@@ -68,6 +69,7 @@ def persistent_exchange(
 
 
 def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:
+    group._dispatcher.check_open("exchange")
     messages.refill()
     return group._exchange(messages, async_op, timeout_s)
 
@@ -78,12 +80,12 @@ def _described(messages: Messages) -> list[list[object]]:
 
 def _compare(asked: Sequence[Any], number: int) -> None:
     """Raise CollectiveMismatch, on all ranks, unless each message has a receiver with a buffer for it."""
-    for source, (sends, _, tag) in enumerate(asked):
+    for source, (sends, _, tag, _) in enumerate(asked):
         if tag != asked[0][2]:
             raise CollectiveMismatch(
                 f"persistent exchange {number}: rank 0 has tag {asked[0][2]}, rank {source} has tag {tag}", peer=source
             )
-        for target, (_, recvs, _) in enumerate(asked):
+        for target, (_, recvs, *_) in enumerate(asked):
             sent = [message[1:] for message in sends if message[0] == target]
             received = [message[1:] for message in recvs if message[0] == source]
             if sent != received:
@@ -119,18 +121,15 @@ class _ExchangeSteps:
         """Run a step whose messages need nothing before or after it."""
         if self._state[BUSY]:
             return False
-        try:
-            if not self._native():
-                self._finish()
-        except BaseException as error:
-            self._dispatcher.interrupted("exchange", error)
-            raise
+        if not self._native():
+            self._finish()
         return True
 
     def run(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
-        self._run_at_once()
+        with self._whole():
+            self._run_at_once()
         self._messages.finish()
 
     def start(self) -> None:
@@ -151,6 +150,9 @@ class _ExchangeSteps:
                 self._finish()
         self._messages.finish()
 
+    def interrupted(self, error: BaseException) -> None:
+        self._dispatcher.interrupted("exchange", error)
+
     def close(self) -> None:
         self._native.close()
 
@@ -160,5 +162,5 @@ class _ExchangeSteps:
         try:
             yield
         except BaseException as error:
-            self._dispatcher.interrupted("exchange", error)
+            self.interrupted(error)
             raise

@@ -151,10 +151,13 @@ class SerialExecutor:
         if self.pending or not self.lock.acquire(blocking=False):
             return False
         self.started.append(finish)
-        if not (self.entering or self.pending or self.closed) and begin():
-            return True
-        self.end_started()
-        return False
+        begun = False
+        try:
+            begun = not (self.entering or self.pending or self.closed) and begin()
+        finally:
+            if not begun:
+                self.end_started()
+        return begun
 
     def finish_started(self) -> None:
         """Finish the operation that was started, unless another thread does."""
@@ -166,8 +169,10 @@ class SerialExecutor:
 
     def end_started(self) -> None:
         """Let go of the operation that was started, and release its lock."""
-        self.started.clear()
-        self.lock.release()
+        try:
+            self.started.clear()
+        finally:
+            self.lock.release()
 
     def wait_for_pending(self) -> None:
         """Wait until the last pending operation has begun: it holds the lock, and the caller is next."""
@@ -199,7 +204,8 @@ class SerialExecutor:
             self._changed.notify_all()
             begun = self._changed.wait_for(lambda: not self.pending, remaining_s(deadline))
         self.entering.append(None)
-        self.finish_started()
+        if remaining_s(deadline) > 0:
+            self.finish_started()
         if not begun or not self.lock.acquire(timeout=remaining_s(deadline)):
             return False
         self.lock.release()

@@ -106,7 +106,8 @@ class ChunkedRunner:
             chunks = max(self._ring.chunk_counts(number))
         self._ring.next = number + chunks * (2 if layout.two_phase else 1)
         plan = self.plan(operation, self._ring.call)
-        if plan is None:
+        arrays = (operation.source, operation.target)
+        if plan is None or not all(array is None or array.flags.aligned for array in arrays):
             run_in_python(operation, self._region, self._ring, self.rank, number, chunks, deadline)
             return
         plan.number, plan.chunks = number, chunks

@@ -40,6 +40,8 @@ static PyObject *start(Bound *bound, PyObject *Py_UNUSED(ignored))
     ShortPath *path = bound->path;
     if (state_of(path)[BUSY] || path->collective.ring->retracted || bound->number >= 0 || bound->closed)
         Py_RETURN_FALSE;
+    if (path->collective.two_rounds && path->collective.ring->rank == 0)
+        Py_RETURN_FALSE; /* it reduces for all, who must not wait until it has computed: the group's thread does */
     state_of(path)[NUMBER]++;
     bound->number = begin_collective(&path->collective, bound->source.buf, 1);
     Py_RETURN_TRUE;
