@@ -164,7 +164,7 @@ def test_a_backend_that_writes_to_its_input_is_found_out():
 
 
 def test_a_backend_that_compares_no_calls_is_found_out():
-    with pytest.raises(AssertionError, match="mismatch of op: rank 0 raised"):
+    with pytest.raises(AssertionError, match="mismatch of root: rank 0 raised"):
         check_mismatch(sabotaged(agree_to_anything, world_sizes=(2,), timeout_s=1.0))
 
 

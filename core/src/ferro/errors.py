@@ -8,7 +8,7 @@ is dead" means that each further call raises `GroupClosed`, and only `close()`, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _Raised = TypeVar("_Raised", bound=BaseException)
 
@@ -111,16 +111,13 @@ class CollectiveTimeout(FerroError, TimeoutError):
         self,
         message: str,
         *,
-        op: str | None = None,
-        group: str | None = None,
-        rank: int | None = None,
-        peer: int | None = None,
         seq: int | None = None,
         seconds: float | None = None,
         arrived: Sequence[int] = (),
         missing: Sequence[int] = (),
+        **where: Any,
     ) -> None:
-        super().__init__(message, op=op, group=group, rank=rank, peer=peer)
+        super().__init__(message, **where)
         self.seq = seq
         self.seconds = seconds
         self.arrived = tuple(arrived)
@@ -130,17 +127,8 @@ class CollectiveTimeout(FerroError, TimeoutError):
 class PeerLost(FerroError, ConnectionError):
     """A rank left or died: read its log first. `peer` is its rank, `host` where it ran. The group is dead."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        op: str | None = None,
-        group: str | None = None,
-        rank: int | None = None,
-        peer: int | None = None,
-        host: str | None = None,
-    ) -> None:
-        super().__init__(message, op=op, group=group, rank=rank, peer=peer)
+    def __init__(self, message: str, *, host: str | None = None, **where: Any) -> None:
+        super().__init__(message, **where)
         self.host = host
 
 

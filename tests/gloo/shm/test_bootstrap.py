@@ -58,5 +58,5 @@ def test_ranks_spin_where_they_have_a_core_each(start_ranks, monkeypatch, one_co
     monkeypatch.setattr(bootstrap, "_own_cores", lambda: [0 if one_core else next(next_core)])
     monkeypatch.setattr(bootstrap, "usable_cores_together", len)
     ranks = start_ranks(2)
-    ranks.start(lambda group: group._backend._host._spin)
+    ranks.start(lambda group: group._backend._host.spin)
     assert ranks.join() == dict.fromkeys(range(2), not one_core), ranks.errors

@@ -1,8 +1,8 @@
 """The fast path: a backend's own way to run a small collective at once, in the thread that calls it.
 
-A group checks a call, gives it a number and a deadline, and hands it to the backend, which takes some microseconds of
-Python. A backend that can do better returns a `FastPath` from `Backend.fast_path`. The group remembers it, by what it
-has checked, and tries it first in calls of the same kind. It is always allowed to decline: the ordinary path follows.
+A group checks a call and hands it to the backend, which takes some microseconds of Python. A backend that can do better
+returns a `FastPath` from `Backend.fast_path`. The group remembers it, by what it has checked, and tries it first in
+calls of the same kind. It is always allowed to decline: the ordinary path follows.
 
 All ranks of a group decide that by themselves, so both paths must be one protocol: a rank on the fast path meets ranks
 on the ordinary one, and finds those that make another call.
@@ -161,10 +161,7 @@ class FastPaths:
         what they send with what the others receive. Messages between two ranks match in the order given, apart from
         all other transfers.
 
-        Args:
-            sends: peers and flat contiguous arrays, of which each step sends what they hold then.
-            recvs: peers and flat contiguous arrays, which each step fills.
-            number: of this persistent operation in its group, the same on every rank.
-            deadline: absolute `time.monotonic()` second, of this call.
+        Each step sends what `sends` (peers and flat contiguous arrays) hold then, and fills `recvs`. `number` is that
+        of this persistent operation in its group; `deadline`, an absolute `time.monotonic()` second, of this call.
         """
         return None

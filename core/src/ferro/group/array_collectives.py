@@ -92,7 +92,6 @@ class ArrayCollectives:
         Args:
             x: any shape, the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
-            out, async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         if (
             not async_op
@@ -203,7 +202,6 @@ class ArrayCollectives:
             x: the root's array, shape (rows, …); ignored on other ranks, which may give None.
             root: the rank whose `x` is split.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
-            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         self._check_rank(root, "root")
         with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
@@ -213,11 +211,11 @@ class ArrayCollectives:
                 self.broadcast(header, root, out=header, timeout_s=None if timeout_s is None else left_s)
 
             operation, layout = self._operations.scatter(x, root, sizes, out, _reads(async_op, copy), broadcast)
-            result = operation[2]
+            call, _, result, *_ = operation
             now = not async_op and timeout_s is None and (self.rank != root or type(x) is np.ndarray)
-            if now and len(set(layout.rows)) == 1 and isinstance(result, OutputBuffer):
-                key = ("scatter", result.array.dtype, layout.shape, None, root)
-                if self._fast_calls.run_known(key, x, result.array) is not NOT_TAKEN:
+            if now and layout.is_even and isinstance(result, OutputBuffer) and call.dtype == result.array.dtype.name:
+                kind = result.array.dtype, layout.shape
+                if self._run_fast("scatter", x, None, root, result.array, kind) is not NOT_TAKEN:
                     return result()
             return self._dispatcher.collective(*operation, async_op, remaining_s())
 
@@ -240,7 +238,6 @@ class ArrayCollectives:
             x: shape (rows, …), the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
             sizes: rows of every rank's block, the same list on every rank; equal when None.
-            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         now = sizes is None and not async_op and timeout_s is None
         if now and (result := self._run_fast("reduce_scatter", x, op, -1, out)) is not NOT_TAKEN:
@@ -268,7 +265,6 @@ class ArrayCollectives:
             send_sizes: rows for every rank. Given on one rank, it must be given on all.
             recv_sizes: rows from every rank, if known, to be compared with the sent ones; the ranks exchange their
                 sizes in any case.
-            out, async_op, copy, timeout_s: as in all collectives, see `ArrayCollectives`.
         """
         now = send_sizes is None and recv_sizes is None and not async_op and timeout_s is None
         if now and (result := self._run_fast("all_to_all", x, None, -1, out)) is not NOT_TAKEN:

@@ -82,7 +82,6 @@ class BlockwiseCollectives(ArrayCollectives):
         Args:
             x: any shape, the same on every rank.
             out: arrays for both results, the second one of int64.
-            async_op, timeout_s: as in all collectives, see `ArrayCollectives`.
 
         Returns:
             (values, ranks), both of the shape of `x`, on every rank, or a Work of them. Where several ranks have the

@@ -141,16 +141,17 @@ class Dispatcher:
             except BaseException as error:
                 self._fail(error, CallSite(call, (), allowed_s, 0.0))
                 raise
-        # The following is `executor.run`, inlined because every collective takes this path.
         if executor.pending:
             executor.wait_for_pending()
         executor.entering.append(None)
-        if executor.started:
-            self._finish_started(call)
         # An exception that leaves the block after the number was taken ends the group: the caller cannot know whether
         # the call took effect, and its next calls would meet other calls of the other ranks.
         begun = False
         try:
+            if executor.started:
+                begun = True
+                executor.finish_started()
+                begun = False
             with executor.lock:
                 executor.entering.pop()
                 if executor.closed:
@@ -191,14 +192,6 @@ class Dispatcher:
             self._execute(call, wait, timeout_s, transfer, agreed=True)
         except BaseException as error:
             self._fail(error, self._site(call, timeout_s, 0.0, transfer))
-            raise
-
-    def _finish_started(self, call: Call) -> None:
-        """Finish the operation that was started, before another call."""
-        try:
-            self._collectives.finish_started()
-        except BaseException as error:
-            self._fail(error, CallSite(call, (), self._timeout_s, 0.0))
             raise
 
     def check_process(self, op: str) -> None:

@@ -116,7 +116,9 @@ def find_user_call(thread: int) -> UserCall:
 
 def _function_name(frame: FrameType) -> str:
     """Name a function as its user writes it: by the class of its object, which may have inherited it."""
-    names = frame.f_code.co_qualname.replace("<locals>.", "").removesuffix(".__call__").split(".")
+    names = frame.f_code.co_qualname.replace("<locals>.", "").split(".")
+    if names[-1] == "__call__" and frame.f_globals.get("__package__", "").startswith("ferro."):
+        names.pop()  # core's own objects: the call of an operation
     if "self" in frame.f_locals and not frame.f_globals.get("__name__", "").startswith("ferro."):
         names = [type(frame.f_locals["self"]).__name__, names[-1]]
     return ".".join(names[-2:] if frame.f_globals.get("__package__", "").startswith("ferro_") else names[-1:])

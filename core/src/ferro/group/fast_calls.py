@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _ndarray, _empty = np.ndarray, np.empty  # globals, since each call looks them u
 
 
 NOT_TAKEN: Final = object()  # the answer of a fast path that leaves a call to the ordinary one
+Kind: TypeAlias = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an input
 NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 
 
@@ -107,15 +108,15 @@ class FastCalls:
         self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
-    def run(self, op: str, x: Any, reduction: Any, root: int, out: object) -> object:
+    def run(self, op: str, x: Any, reduction: Any, root: int, out: object, kind: Kind | None = None) -> object:
         """Run a collective; return its result, or NOT_TAKEN.
 
         A call is of a kind that was checked if operation, dtype, shape, reduction and root are the same. The fast path
-        itself checks the buffers.
+        itself checks the buffers. `kind` tells dtype and shape where ranks have no `x`.
         """
-        if type(x) is not _ndarray or type(root) is not int:
+        if (kind is None and type(x) is not _ndarray) or type(root) is not int:
             return NOT_TAKEN
-        key = (op, x.dtype, x.shape, reduction, root)
+        key = (op, x.dtype, x.shape, reduction, root) if kind is None else (op, *kind, reduction, root)
         try:
             call = self._calls.get(key)
         except TypeError:  # a reduction that cannot be hashed
@@ -124,14 +125,6 @@ class FastCalls:
             return (call or self._learn(key))(x, out)
         except BaseException as error:
             self._interrupted(op, error)
-            raise
-
-    def run_known(self, key: tuple[Any, ...], x: Any, out: object) -> object:
-        """Run a collective of the kind that `key` names (operation, dtype, shape, reduction, root), as `run` does."""
-        try:
-            return (self._calls.get(key) or self._learn(key))(x, out)
-        except BaseException as error:
-            self._interrupted(key[0], error)
             raise
 
     def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:

@@ -44,21 +44,17 @@ class GroupState:
 
     @property
     def name(self) -> str:
-        """The state's name: "open", "dead" or "closed"."""
         return "closed" if self.closed else "dead" if self.failure else "open"
 
     def fail(self, cause: FerroError) -> None:
-        """Mark the group as dead; the first cause counts."""
-        self.failure = self.failure or cause
+        self.failure = self.failure or cause  # the first one counts
         self.word[BUSY] = 1
 
     def close(self) -> None:
-        """Mark the group as closed."""
         self.closed = True
         self.word[BUSY] = 1
 
     def raise_closed(self, op: str) -> NoReturn:
-        """Raise the error that says why no operation can be issued any more."""
         name = self._info.name
         if self.closed:
             raise GroupClosed(f"{op} on group {name!r}: the group was closed", op=op, group=name)
@@ -71,7 +67,6 @@ class GroupState:
         self.raise_dead(op)
 
     def raise_dead(self, op: str) -> NoReturn:
-        """Raise the error that names the one which ended the group."""
         name = self._info.name
         message = f"{op} on group {name!r}: the group died earlier: {self.failure}"
         raise GroupClosed(message, op=op, group=name, rank=self._rank) from self.failure

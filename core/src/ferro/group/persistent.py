@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 class PersistentSteps(Protocol):
     """The steps of a persistent operation, of which one at a time is under way.
 
-    Attributes:
-        at_once: runs a step and says True, or False, having done nothing, where `run` must; None for `run` always.
-        result: what a step returns that was run at once.
+    `at_once` runs a step, whose result is `result`, or says False, having done nothing; None where only `run` can.
     """
 
     @property
@@ -41,16 +39,13 @@ class PersistentSteps(Protocol):
 class PersistentOperation:
     """A collective or transfer with its arguments, of which all ranks that take part run the same number of steps.
 
-    `ProcessGroup.persistent` makes one. Its arrays belong to it until `close()`: they are kept alive, may be rewritten
+    Its arrays belong to it until `close()`: they are kept alive, may be rewritten
     between two steps, and may not be touched from `start()` until `wait()` returns. Several may be under way together,
     beside other operations of the group: all collectives run in the order issued, the same on all ranks. One thread at
     a time uses one operation.
 
     Errors are those of the ordinary call: a step meets only steps of the same operation, and anything else that another
-    rank calls instead is a CollectiveMismatch on every rank.
-
-    Attributes:
-        op: name of the operation, such as "all_reduce".
+    rank calls instead is a CollectiveMismatch on every rank. `op` is the operation's name, such as "all_reduce".
     """
 
     __slots__ = ("_at_once", "_result", "_started", "_steps", "op")
@@ -160,8 +155,7 @@ class RepeatedSteps:
 class FastSteps:
     """Steps on the backend's fast path, and as ordinary operations where it declines.
 
-    A step that was started there holds the lock of the group's collectives. `wait()` finishes it, or the group's next
-    collective does, whichever comes first.
+    A step that was started there holds the lock of the group's collectives, until `wait()` or the next one finishes it.
     """
 
     def __init__(self, path: BoundFastPath, result: object, ordinary: RepeatedSteps, dispatcher: Dispatcher) -> None:

@@ -90,11 +90,18 @@ def read_arguments(
     if op == "scatter":
         group._check_rank(root, "root")
         found.x = x if group.rank == root else None
-        given["broadcast"] = _HeaderOnce(group, root).broadcast
+        header: list[Array] = []  # which the root sends once
+
+        def broadcast(buffer: Array) -> None:
+            if not header:
+                header.append(group.broadcast(buffer, root, out=buffer).copy())
+            buffer[...] = header[0]
+
+        given["broadcast"] = broadcast
 
         def prepare_scatter(**arguments: Any) -> Operation:
             operation, layout = group._operations.scatter(**arguments)
-            found.even = len(set(layout.rows)) == 1
+            found.even = layout.is_even
             return operation
 
         prepare: Callable[..., Operation] = prepare_scatter
@@ -127,19 +134,3 @@ def bind(op: str, args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any
         text = f"persistent {op}: the input is {kind}: pass an array, whose elements each step reads"
         raise UsageError(text, op="persistent")
     return given
-
-
-class _HeaderOnce:
-    """The header of a persistent scatter, which the root sends when the operation is made."""
-
-    def __init__(self, group: BlockwiseCollectives, root: int) -> None:
-        self._group = group
-        self._root = root
-        self._header: Array | None = None
-
-    def broadcast(self, header: Array) -> None:
-        """Send the root's header to all ranks, in place, or give what was sent before."""
-        if self._header is None:
-            self._group.broadcast(header, self._root, out=header)
-            self._header = header.copy()
-        header[...] = self._header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ferro.collectives.fast_path import BoundFastPath
 from ferro.collectives.label import Call, persistent_call
 from ferro.group.array_operations import Operation, no_result
+from ferro.group.dispatcher import Dispatcher
 from ferro.group.fast_calls import even_collective
 from ferro.group.object_methods import ObjectMethods
 from ferro.group.persistent import FastSteps, PersistentOperation, RepeatedSteps
@@ -26,10 +28,7 @@ class PersistentMethods(ObjectMethods):
     _persistent_count = 0
 
     def persistent(self, op: str, /, *args: Any, timeout_s: float | None = None, **options: Any) -> PersistentOperation:
-        """Make a collective or transfer that is checked once and then runs many times.
-
-            step = group.persistent("all_reduce", x, op="sum", out=x)
-            step()                  # or step.start(), a computation, step.wait()
+        """Make a collective or transfer that is checked once and then runs many times: see `PersistentOperation`.
 
         Every rank calls it, as a collective: the ranks compare what they ask for. Only "send", "recv" and "sendrecv"
         are made by the two ranks that take part, which compare each message.
@@ -57,7 +56,7 @@ class PersistentMethods(ObjectMethods):
         self._agree_on_persistent(operation[0], number)
         call = persistent_call(operation[0], number)
         result = None if not arguments.even and op == "all_to_all" else operation[2]()
-        steps = RepeatedSteps(_OrdinaryStep(self, arguments, operation, call, result, timeout_s))
+        steps = RepeatedSteps(_ordinary_step(self._dispatcher, arguments, (call, *operation[1:]), result, timeout_s))
         path = self._bound_fast_path(op, arguments, call, result, timeout_s)
         return PersistentOperation(op, steps if path is None else FastSteps(path, result, steps, self._dispatcher))
 
@@ -94,27 +93,16 @@ class PersistentMethods(ObjectMethods):
         return None if path is None else path.bind(source, result)
 
 
-class _OrdinaryStep:
-    """Runs a step of a persistent collective as an ordinary operation."""
+def _ordinary_step(
+    dispatcher: Dispatcher, arguments: PersistentArguments, operation: Operation, result: object, timeout_s: float
+) -> Callable[[bool], Any]:
+    """Make the function, of `async_op`, that runs a step as an ordinary operation."""
+    out = result if arguments.out is None else arguments.out
+    repeated = operation if arguments.repeats() else None
 
-    def __init__(
-        self,
-        group: PersistentMethods,
-        arguments: PersistentArguments,
-        operation: Operation,
-        call: Call,
-        result: object,
-        timeout_s: float,
-    ) -> None:
-        self._dispatcher = group._dispatcher
-        self._arguments = arguments
-        self._call = call
-        self._result = result if arguments.out is None else arguments.out
-        self._timeout_s = timeout_s
-        self._operation = (call, *operation[1:]) if arguments.repeats() else None
+    def run(async_op: bool) -> Any:
+        # Otherwise the arrays are a library's that must be asked for their memory again.
+        step = repeated or (operation[0], *arguments.prepare(out)[1:])
+        return dispatcher.collective(*step, async_op, timeout_s)
 
-    def __call__(self, async_op: bool) -> Any:
-        operation = self._operation
-        if operation is None:  # the arrays are a library's that must be asked for their memory again
-            operation = (self._call, *self._arguments.prepare(self._result)[1:])
-        return self._dispatcher.collective(*operation, async_op, self._timeout_s)
+    return run

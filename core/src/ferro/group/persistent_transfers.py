@@ -97,10 +97,6 @@ def _listed(messages: Sequence[Sequence[object]]) -> str:
     return ", ".join(f"{size} x {dtype}" for size, dtype in messages) or "nothing"
 
 
-def _nothing(*_: object) -> None:
-    """Begin, or end, a transfer that the backend carries out."""
-
-
 class _ExchangeSteps:
     """Steps of a persistent exchange in the backend's own way."""
 
@@ -114,7 +110,8 @@ class _ExchangeSteps:
         self._state = group._dispatcher._word
         self._native = native
         self._messages = messages
-        described = Transfer("exchange", messages.sends, messages.recvs, messages.tag, timeout_s, _nothing, _nothing)
+        moved, nothing = (messages.sends, messages.recvs, messages.tag), lambda *_: None
+        described = Transfer("exchange", *moved, timeout_s, nothing, nothing)  # to name it in errors
         self._finish = partial(self._dispatcher.run_late, timeout_s, described.call, native.finish, described)
 
     def _run_at_once(self) -> bool:

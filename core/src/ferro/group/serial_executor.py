@@ -5,9 +5,8 @@ for each direction, peer and tag, so that a receive that waits delays only the t
 
 CPython lets a computing thread keep the interpreter lock for `sys.getswitchinterval()`, 5 ms, when another thread asks
 for it, and a thread that carries out a collective asks again and again. Therefore the interval is 0.1 ms while an
-executor's own thread carries out an operation. Measured with 2 ranks on 2 busy cores, together with shorter spins of
-the backend in such a thread: beside a thread that computes with NumPy on small arrays, 16 all_reduces of 1 MiB took 160
-to 300 ms at 5 ms and 17 ms at 0.1 ms; beside a thread of pure Python, 10 to 130 ms and 15 to 18 ms. Two threads of pure
+executor's own thread carries out an operation. Measured with 2 ranks on 2 busy cores: beside a thread that computes
+with NumPy on small arrays, 16 all_reduces of 1 MiB took 160 to 300 ms at 5 ms and 17 ms at 0.1 ms. Two threads of pure
 Python took equally long at both intervals, within 7 %.
 """
 

@@ -103,7 +103,6 @@ class TransferMethods(BlockwiseCollectives):
             sends: (rank, array) of every message to send.
             recvs: (rank, buffer) of every message to receive, as in `recv`.
             tag: of all of them, from 0 to 2**31 - 1.
-            async_op, copy, timeout_s: as in all operations, see `ArrayCollectives`.
         """
         self._dispatcher.check_open("exchange")
         messages = ExchangedMessages(self._checker, sends, recvs, tag, Reads.COPY if async_op and copy else Reads.NOW)

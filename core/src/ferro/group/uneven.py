@@ -43,6 +43,10 @@ class Layout:
             slices=tuple(slice(start, end) for start, end in pairwise(ends)),
         )
 
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.rows)) <= 1
+
     def block_shape(self, rank: int) -> tuple[int, ...]:
         return (self.rows[rank], *self.shape[1:])
 

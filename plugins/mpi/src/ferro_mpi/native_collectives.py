@@ -96,7 +96,7 @@ class NativeCollective:
                     self._collective.reduction.finish(target)
             except BaseException as error:
                 if not state[BUSY]:
-                    if self._agreement.number != begun:
+                    if self._agreement.number != begun and not isinstance(error, MPI.Exception):
                         self._join_others()
                     self._end_group(error)
                 raise

@@ -99,7 +99,11 @@ class ShmBackend(Backend):
 
     def all_reduce(self, buffer: Array, reduction: Reduction, *, deadline: float) -> None:
         """See `Backend.all_reduce`."""
-        if buffer.nbytes <= self._single_round_bytes:
+        if not buffer.flags.aligned:  # the native helper, which chooses the bits, takes aligned numbers only
+            aligned = buffer.copy()
+            self.all_reduce(aligned, reduction, deadline=deadline)
+            buffer[...] = aligned
+        elif buffer.nbytes <= self._single_round_bytes:
             self._single_round.all_reduce(buffer, reduction, deadline)
         else:
             make = partial(reductions.all_reduce, self._runner, buffer, buffer, reduction)
@@ -107,7 +111,12 @@ class ShmBackend(Backend):
 
     def reduce(self, buffer: Array, reduction: Reduction, root: int, *, deadline: float) -> None:
         """See `Backend.reduce`."""
-        if buffer.nbytes <= self._slot_bytes:
+        if not buffer.flags.aligned:
+            aligned = buffer.copy()
+            self.reduce(aligned, reduction, root, deadline=deadline)
+            if self.rank == root:
+                buffer[...] = aligned
+        elif buffer.nbytes <= self._slot_bytes:
             self._single_round.reduce(buffer, reduction, root, deadline)
         else:
             out = buffer if self.rank == root else None
@@ -159,7 +168,11 @@ class ShmBackend(Backend):
         self, source: Array, out: Array, counts: Sequence[int], reduction: Reduction, *, deadline: float
     ) -> None:
         """See `Backend.reduce_scatter`."""
-        if source.nbytes <= self._slot_bytes and _are_even(counts):
+        if not (source.flags.aligned and out.flags.aligned):
+            aligned = np.empty_like(out)
+            self.reduce_scatter(source.copy(), aligned, counts, reduction, deadline=deadline)
+            out[...] = aligned
+        elif source.nbytes <= self._slot_bytes and _are_even(counts):
             self._single_round.reduce_scatter(source, out, reduction, deadline)
         else:
             make = partial(reductions.reduce_scatter, self._runner, source, out, counts, reduction)

@@ -16,7 +16,7 @@ from functools import partial
 from ferro.collectives.label import Call
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
-from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas
+from ferro_gloo.shm.arena import PACKED_SPAN, ArenaSpan, HostArenas, address_of
 from ferro_gloo.shm.chunked_operation import ChunkedOperation
 from ferro_gloo.shm.kernels import PAST_CACHES_BYTES, are_apart, as_bytes, has_arithmetic, reduce_into
 from ferro_gloo.shm.native import NATIVE, NativePlan
@@ -129,8 +129,10 @@ class ChunkedRunner:
             deadline: absolute `time.monotonic()` second.
         """
         ring, sent, result = self._ring, as_bytes(source), as_bytes(target)
-        apart = sent is None or result is None or are_apart(sent, result)
-        key = (ring.call.label(), sent is None, result is None, apart)
+        place = None  # where in the result the source is, if they are not apart: plans leave out what is there already
+        if sent is not None and result is not None and not are_apart(sent, result):
+            place = address_of(sent) - address_of(result)
+        key = (ring.call.label(), sent is None, result is None, place)
         plan = self._plans.get(key)
         if plan is not None and plan.accepts(sent, result):
             number = self.run_plan(plan, sent, result, partial(self._wait_in_plan, plan, deadline))

@@ -49,11 +49,15 @@ class BucketReductions:
         self._buckets = buckets
         self._group = group
         self._operations: list[_Repeatable] = []
-        self._has_spare_core = has_spare_core(group)
+        self._has_spare_core = False
 
     def start(self, bucket: Bucket) -> Pending:
         """Start to average a bucket over the group, in place; or leave that to whoever waits for it."""
         if not self._operations:
+            if isinstance(bucket.memory, np.ndarray):
+                # Others may come between the start of a bucket and the wait for it, so all ranks do the same.
+                spare = np.array([has_spare_core(self._group)], np.uint8)
+                self._has_spare_core = bool(self._group.all_reduce(spare, "min")[0])
             self._operations = [self._make(each) for each in self._buckets]
         operation = self._operations[bucket.gradients.index]
         is_small_end = bucket is self._buckets[-1] and bucket.memory.nbytes <= _AT_ONCE_BYTES

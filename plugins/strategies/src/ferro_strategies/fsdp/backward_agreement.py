@@ -78,13 +78,13 @@ class BackwardAgreement:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        if self._at_once:
-            for group in self._groups:
-                group.all_reduce(self._message, "max", out=self._message)
-            self._groups = []
         if not self._groups:
             return True
-        self._work = self._groups.pop(0).all_reduce(self._message, "max", out=self._message, async_op=True)
+        group = self._groups.pop(0)
+        if self._at_once:
+            group.all_reduce(self._message, "max", out=self._message)
+        else:
+            self._work = group.all_reduce(self._message, "max", out=self._message, async_op=True)
         return False
 
     def finish(self) -> None:

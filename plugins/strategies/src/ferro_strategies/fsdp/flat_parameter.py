@@ -13,7 +13,7 @@ from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.parameter import Parameter, Split
 from .buffer_pool import PooledBuffer, copy_into, to_namespace, unpooled
 from .config import FSDPConfig
-from .kept_gather import Gather, KeptGather
+from .kept_gather import PERSISTENT_BYTES, Gather, KeptGather
 from .layout import FlatLayout, flat_layout
 from .unsharded_gradient import UnshardedGradient
 
@@ -123,7 +123,7 @@ class FlatParameter:
         shard, out = sent.array, unsharded
         if evaluating:
             shard, out = shard.reshape(-1, 1), out.reshape(-1, 1)
-        if self._kept is not None:
+        if self._kept is not None and unsharded.nbytes >= PERSISTENT_BYTES:
             gather = self._kept_gathers.setdefault(evaluating, KeptGather(self._config.shard_group, shard, out))
             (gather.run if at_once else gather.start)()
             return None if at_once else (gather, sent)

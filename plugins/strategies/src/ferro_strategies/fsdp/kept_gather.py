@@ -8,6 +8,11 @@ from ferro import ProcessGroup
 
 from ..nn.arrays import Array
 
+# A small persistent operation that was started ends in `wait()`, or with the group's next collective. After a failed
+# pass nobody waits, and the shard, a part of the memory that it fills, may change before that. Larger ones, and
+# ordinary asynchronous ones, end by themselves.
+PERSISTENT_BYTES = 4 << 20
+
 
 class Gather(Protocol):
     """A gather under way."""
