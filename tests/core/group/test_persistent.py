@@ -279,3 +279,38 @@ def test_an_exchange_of_nothing_and_with_itself():
         return b.tolist()
 
     assert run(work) == [[2.0] * 3] * 2
+
+
+def test_a_structured_input_that_is_not_contiguous_is_read_anew_by_each_step():
+    def work(group):
+        base = np.zeros(6, [("a", "f8"), ("b", "i4")])
+        step = group.persistent("all_gather", base[::2])
+        found = []
+        for value in (1.0, 2.0):
+            base["a"] = value * (group.rank + 1)
+            found.append(step()["a"].tolist())
+        return found
+
+    assert run(work) == [[[1.0] * 3 + [2.0] * 3, [2.0] * 3 + [4.0] * 3]] * 2
+
+
+def test_an_exchange_refused_on_one_rank_may_be_made_again():
+    def work(group):
+        x, y, other = np.full(2, float(group.rank)), np.empty(2), 1 - group.rank
+        if group.rank == 0:
+            with pytest.raises(ferro.UsageError):
+                group.persistent("exchange", [(7, x)], [])
+        group.persistent("exchange", [(other, x)], [(other, y)])()
+        return y.tolist()
+
+    assert run(work) == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_closed_group_runs_no_exchange_with_itself():
+    def work(group):
+        step = group.persistent("exchange", [(0, np.ones(1))], [(0, np.zeros(1))])
+        group.close()
+        with pytest.raises(ferro.GroupClosed):
+            step()
+
+    run(work, 1)
