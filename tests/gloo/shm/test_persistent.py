@@ -1,4 +1,4 @@
-"""Persistent operations and remembered calls over shared memory: what goes wrong around them goes wrong as elsewhere."""
+"""Persistent operations and remembered calls over shared memory: interrupts, started steps that are left, odd arrays."""
 
 import contextlib
 import signal
@@ -31,10 +31,11 @@ def interrupt(group, size, after_s):
 
         signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, after_s)
-        with pytest.raises(Stop):
+        try:
             while True:
                 group.all_reduce(x, out=out)
-        return group.state
+        except Stop:
+            return group.state
     time.sleep(0.3)
     with contextlib.suppress(ferro.FerroError):
         while True:
