@@ -1,4 +1,4 @@
-"""Persistent operations and remembered calls over shared memory: interrupts, started steps that are left, odd arrays."""
+"""Persistent operations and remembered calls over shared memory: interrupts, steps that nobody awaits, odd arrays."""
 
 import contextlib
 import signal
