@@ -33,16 +33,16 @@ def check_repeated_calls(case: Case) -> None:
     """
     ops = [op for op in (*REDUCING, *MOVING) if case.supports(op)]
     if ops:
-        case.verify_all(_repeat_calls, case.dtypes, ops, case.exceptions)
+        case.verify(_repeat_calls, case.largest, case.dtypes, ops, case.exceptions)
 
 
 def check_persistent(case: Case) -> None:
     """Persistent operations have the results of ordinary calls, one by one, many under way, and with others between."""
     ops = [op for op in (*REDUCING, *MOVING) if case.supports(op)]
     if ops and case.supports("barrier"):
-        case.verify_all(_repeat_persistently, case.dtypes, ops, case.exceptions)
+        case.verify(_repeat_persistently, case.largest, case.dtypes, ops, case.exceptions)
         if case.supports("all_reduce", "all_gather"):
-            case.verify_all(_overlap_persistent)
+            case.verify(_overlap_persistent, case.largest)
 
 
 def check_exchange(case: Case) -> None:
@@ -80,15 +80,18 @@ def _plan(group: ProcessGroup, op: str, shape: Shape, dtype: str, reduction: str
 def _kinds(
     dtypes: Sequence[str], ops: Sequence[str], exceptions: Sequence[str], n: int
 ) -> list[tuple[str, Shape, str, str, int]]:
-    """List kinds of calls: every collective with every dtype, shapes, reductions and roots in turn."""
+    """List kinds of calls: every dtype with every reduction and every movement; collectives, shapes, roots in turn."""
     kinds = []
     count = 0
-    for dtype in dtypes:
-        for op in ops:
-            for reduction in reductions(dtype) if op in REDUCING else ("",):
-                if supported(exceptions, op, *filter(None, (dtype, reduction))):
-                    kinds.append((op, _SHAPES[count % len(_SHAPES)], dtype, reduction, count % n))
-                    count += 1
+    for index, dtype in enumerate(dtypes):
+        pairs = [(op, "") for op in ops if op in MOVING]
+        for number, reduction in enumerate(reductions(dtype)):
+            some = [op for op in ops if op in REDUCING]
+            pairs += [(some[(index + number) % len(some)], reduction)] if some else []
+        for op, reduction in pairs:
+            if supported(exceptions, op, *filter(None, (dtype, reduction))):
+                kinds.append((op, _SHAPES[count % len(_SHAPES)], dtype, reduction, count % n))
+                count += 1
     return kinds
 
 
