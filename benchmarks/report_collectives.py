@@ -61,7 +61,7 @@ sets by itself under `--oversubscribe`); MPICH always yields after 1000 looks
 (`MPIR_CVAR_POLLS_BEFORE_YIELD`; 0 and 10 made no difference); ferro's gloo spins briefly, then
 sleeps. Both MPIs copy large messages from one process to the other in one step, by the kernel (CMA:
 smsc/cma, UCX). "coll/sm" is Open MPI with `--mca coll_sm_priority 90`, its collectives over a shared
-segment, which it does not choose by default: quicker for small arrays with 2 ranks, measured there; 6 to 30
+segment, which it does not choose by default: quicker for small arrays with 2 ranks, measured there; 5 to 20
 times as slow with more ranks than cores, so not measured there.
 
 Bound: the bytes that must be read and written at least, over the memory bandwidth, read and write,
