@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import numpy as np
 
@@ -161,6 +162,10 @@ def interrupted(group):
 
         def publish_and_interrupt(*args):
             publish(*args)
+            give_up_s = time.monotonic() + 20
+            for index in agreement.looks[agreement.number & 1]:  # the other rank is in the call
+                while agreement.words[index] != agreement.word and time.monotonic() < give_up_s:
+                    time.sleep(1e-3)
             raise Interrupt
 
         agreement.publish_with = publish_and_interrupt

@@ -350,3 +350,20 @@ def test_a_closed_group_does_not_take_it(paths):
             part.barrier()
 
     alone(work)
+
+
+def test_memory_that_is_not_there_for_a_result_ends_nothing(paths, monkeypatch):
+    def work(group):
+        for _ in range(3):
+            group.all_reduce(np.ones(1))
+
+        def empty(shape, dtype):
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ferro.group.fast_calls._empty", empty)
+            with pytest.raises(MemoryError):
+                group.all_reduce(np.ones(1))
+        return float(group.all_reduce(np.ones(1))[0])
+
+    assert alone(work) == 1.0

@@ -136,3 +136,25 @@ def gather_overlapping(group):
 
 def test_a_large_gather_whose_input_overlaps_its_result():
     assert run_ranks(gather_overlapping, 2, backend="gloo", timeout_s=DEADLINE_S) == [True, True]
+
+
+def abort_beside(group):
+    """Rank 1 aborts the group while the others are in a step, started or not."""
+    step = group.persistent("all_reduce", np.ones(2))
+    step()
+    if group.rank == 1:
+        time.sleep(0.3)
+        group.abort()
+        return group.state
+    if group.rank == 2:
+        step.start()
+    with pytest.raises(ferro.GroupClosed):
+        step.wait() if group.rank == 2 else step()
+    with pytest.raises(ferro.GroupClosed):
+        step()
+    step.close()
+    return group.state
+
+
+def test_an_abort_ends_steps_that_are_under_way():
+    assert run_ranks(abort_beside, 3, backend="gloo", timeout_s=DEADLINE_S) == ["dead"] * 3

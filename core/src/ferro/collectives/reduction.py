@@ -85,6 +85,7 @@ class Reduction:
     Attributes:
         op: the operation, None for a user's function.
         name: the operation's name, "callable" for a user's function.
+        ufunc: NumPy's function of two operands, which leaves a mean to be completed; None for a user's function.
         needs_all: True when the result is right only if one call combines all contributions, in order of rank: half
             precision, whose partial results must not be rounded, and users' functions, which may not be commutative.
 
@@ -99,7 +100,7 @@ class Reduction:
         self.ranks = ranks
         self.op = _named(op)
         self.name = "callable" if self.op is None else self.op.value
-        ufunc = None if self.op is None else _UFUNCS[self.op]
+        self.ufunc = ufunc = None if self.op is None else _UFUNCS[self.op]
         self._function = _function(op, dtype) if ufunc is None else _quiet_function(ufunc, dtype)
         self._apart = self.op is None  # `out` is never an operand
         if self.op is ReduceOp.PROD and dtype.kind == "c":

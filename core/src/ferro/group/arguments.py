@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from enum import Enum
 
@@ -23,6 +24,11 @@ class Reads(Enum):
     NOW = "now"  # in the call, or when the operation runs, before the call returns
     COPY = "copy"  # in the call, which copies the input
     AT_RUN = "at run"  # each time that the operation runs
+
+
+def reads_when(async_op: bool, copy: bool = True) -> Reads:
+    """Say when an operation reads its input, from the arguments that all collectives take."""
+    return Reads.NOW if not async_op else Reads.COPY if copy else Reads.AT_RUN
 
 
 class OutputBuffer:
@@ -47,10 +53,6 @@ class OutputBuffer:
     def overlaps(self, source: Array) -> bool:
         """Say whether the result may share memory with an input."""
         return self._out is not None and np.may_share_memory(source, self.flat)
-
-    def copy_if_overlapping(self, source: Array) -> Array:
-        """Return a flat input, or a copy of it where the result may share its memory."""
-        return source.copy() if self.overlaps(source) else source
 
     def __call__(self) -> object:
         """Return the result as the caller expects it."""
@@ -99,6 +101,14 @@ def copy_elements(source: Array, target: Array) -> None:
     step = _BLOCK_BYTES // data.itemsize
     for start in range(0, data.size, step):
         into[start : start + step] = data[start : start + step]
+
+
+def checked_timeout(timeout_s: object) -> float:
+    """Return a deadline in seconds, or raise UsageError."""
+    most = threading.TIMEOUT_MAX
+    if not isinstance(timeout_s, int | float | np.number) or not 0 < timeout_s <= most:
+        raise UsageError(f"timeout_s must be a positive number of seconds, at most {most:.0f}, not {timeout_s!r}")
+    return float(timeout_s)
 
 
 def flattened(array: Array, *, copy: bool = False) -> Array:

@@ -15,7 +15,7 @@ from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.errors import UsageError
 from ferro.group import uneven
-from ferro.group.arguments import ArgumentChecker, OutputBuffer, Reads
+from ferro.group.arguments import ArgumentChecker, OutputBuffer, reads_when
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
 from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
@@ -156,7 +156,7 @@ class ArrayCollectives:
         if now and (result := self._run_fast("all_gather", x, None, -1, out)) is not NOT_TAKEN:
             return result
         rows, timeout_s = self._gathered_rows(sizes, x, timeout_s)
-        operation = self._operations.all_gather(x, rows, out, _reads(async_op, copy))
+        operation = self._operations.all_gather(x, rows, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def gather(
@@ -179,7 +179,7 @@ class ArrayCollectives:
             return result
         self._check_rank(root, "root")
         rows, timeout_s = self._gathered_rows(sizes, x, timeout_s)
-        operation = self._operations.gather(x, root, rows, out, _reads(async_op, copy))
+        operation = self._operations.gather(x, root, rows, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def scatter(
@@ -210,7 +210,7 @@ class ArrayCollectives:
                 left_s = remaining_s()
                 self.broadcast(header, root, out=header, timeout_s=None if timeout_s is None else left_s)
 
-            operation, layout = self._operations.scatter(x, root, sizes, out, _reads(async_op, copy), broadcast)
+            operation, layout = self._operations.scatter(x, root, sizes, out, reads_when(async_op, copy), broadcast)
             call, _, result, *_ = operation
             now = not async_op and timeout_s is None and (self.rank != root or type(x) is np.ndarray)
             if now and layout.is_even and isinstance(result, OutputBuffer) and call.dtype == result.array.dtype.name:
@@ -242,7 +242,7 @@ class ArrayCollectives:
         now = sizes is None and not async_op and timeout_s is None
         if now and (result := self._run_fast("reduce_scatter", x, op, -1, out)) is not NOT_TAKEN:
             return result
-        operation = self._operations.reduce_scatter(x, op, sizes, out, _reads(async_op, copy))
+        operation = self._operations.reduce_scatter(x, op, sizes, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def all_to_all(
@@ -269,7 +269,7 @@ class ArrayCollectives:
         now = send_sizes is None and recv_sizes is None and not async_op and timeout_s is None
         if now and (result := self._run_fast("all_to_all", x, None, -1, out)) is not NOT_TAKEN:
             return result
-        operation = self._operations.all_to_all(x, send_sizes, recv_sizes, out, _reads(async_op, copy))
+        operation = self._operations.all_to_all(x, send_sizes, recv_sizes, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
@@ -289,10 +289,3 @@ class ArrayCollectives:
         with self._dispatcher.sequence("all_gather", timeout_s) as remaining_s:
             own = array.shape[0] if array.ndim else 1
             return tuple(self.all_gather(np.array(own), timeout_s=remaining_s()).tolist()), remaining_s()
-
-
-def _reads(async_op: bool, copy: bool) -> Reads:
-    """Say when an operation reads its input, from the arguments that all collectives take."""
-    if not async_op:
-        return Reads.NOW
-    return Reads.COPY if copy else Reads.AT_RUN

@@ -49,7 +49,7 @@ class ArrayOperations:
         reduction = reduction_for(op, dtype, self._world_size)
         call = array_call("all_reduce", dtype, shape, reduction.name)
         action = partial(self._backend.all_reduce, buffer, reduction)
-        return call, partial(_copy_first, *copy, action) if copy else action, finish, buffer.nbytes, device
+        return call, _after_copy(copy, action), finish, buffer.nbytes, device
 
     def reduce(self, x: Input, root: int, op: Op, out: object, reads: Reads = Reads.NOW) -> Operation:
         self._checker.check_rank(root, "root")
@@ -59,9 +59,7 @@ class ArrayOperations:
         reduction = reduction_for(op, dtype, self._world_size)
         call = array_call("reduce", dtype, shape, reduction.name, root)
         action = partial(self._backend.reduce, buffer, reduction, root)
-        if copy:
-            action = partial(_copy_first, *copy, action)
-        return call, action, finish if at_root else no_result, buffer.nbytes, device
+        return call, _after_copy(copy, action), finish if at_root else no_result, buffer.nbytes, device
 
     def broadcast(self, x: Input, root: int, out: object, reads: Reads = Reads.NOW) -> Operation:
         self._checker.check_rank(root, "root")
@@ -75,7 +73,7 @@ class ArrayOperations:
         buffer, dtype, shape, device, finish, copy = self._checker.result_buffer(x, out, reads, at_root, moved=True)
         call = array_call("broadcast", dtype, shape, root=root)
         action = partial(self._backend.broadcast, buffer, root)
-        return call, partial(_copy_first, *copy, action) if copy else action, finish, buffer.nbytes, device
+        return call, _after_copy(copy, action), finish, buffer.nbytes, device
 
     def all_gather(self, x: Input, sizes: tuple[int, ...] | None, out: object, reads: Reads = Reads.NOW) -> Operation:
         """Prepare an all_gather of blocks with these rows; equal ones when None."""
@@ -217,6 +215,10 @@ class Source:
 def _copy_first(source: Array, target: Array, action: Action, *, deadline: float) -> None:
     copy_elements(source, target)
     action(deadline=deadline)
+
+
+def _after_copy(copy: tuple[Array, Array] | None, action: Action) -> Action:
+    return action if copy is None else partial(_copy_first, *copy, action)
 
 
 def no_result() -> None:

@@ -22,7 +22,7 @@ from ferro.collectives.label import Call
 from ferro.collectives.partition import near_equal
 from ferro.collectives.reduction import Reduction, reduction_for
 from ferro.errors import UsageError
-from ferro.group.arguments import OutputBuffer, Reads
+from ferro.group.arguments import OutputBuffer, Reads, reads_when
 from ferro.group.array_collectives import ArrayCollectives, ResultOrWork
 from ferro.group.array_operations import Op, Operation, Source
 from ferro.types import Array, ReduceOp
@@ -48,7 +48,7 @@ class BlockwiseCollectives(ArrayCollectives):
         The arguments are those of `all_reduce`; a mean is not defined. Half precision is accumulated in float32.
         Source: MPI standard, MPI_Scan.
         """
-        operation = self._prefixes("scan", x, op, out, _reads(async_op))
+        operation = self._prefixes("scan", x, op, out, reads_when(async_op))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def exscan(
@@ -66,7 +66,7 @@ class BlockwiseCollectives(ArrayCollectives):
         a minimum. A function has no such value, so `op` must be a named reduction. Otherwise see `scan`.
         Source: MPI standard, MPI_Exscan, which leaves rank 0's result undefined.
         """
-        operation = self._prefixes("exscan", x, op, out, _reads(async_op))
+        operation = self._prefixes("exscan", x, op, out, reads_when(async_op))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def min_loc(
@@ -88,7 +88,7 @@ class BlockwiseCollectives(ArrayCollectives):
             minimum, the lowest counts. NaN is less than any number, as for `numpy.argmin`.
         Source: MPI standard, MPI_MINLOC.
         """
-        operation = self._extremum("min_loc", x, out, _reads(async_op))
+        operation = self._extremum("min_loc", x, out, reads_when(async_op))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def max_loc(
@@ -100,7 +100,7 @@ class BlockwiseCollectives(ArrayCollectives):
         timeout_s: float | None = None,
     ) -> ResultOrWork:
         """Find the elementwise maximum over all ranks, and the rank that has it; see `min_loc`."""
-        operation = self._extremum("max_loc", x, out, _reads(async_op))
+        operation = self._extremum("max_loc", x, out, reads_when(async_op))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def _prefixes(self, name: str, x: Input, op: Op, out: object, reads: Reads) -> Operation:
@@ -140,10 +140,6 @@ class BlockwiseCollectives(ArrayCollectives):
         call = Call(name, 0, array.dtype.name, 0, detail=f"shape {array.shape}")
         finish = partial(_both, values, ranks)
         return call, source.before(action), finish, array.nbytes, values.device
-
-
-def _reads(async_op: bool) -> Reads:
-    return Reads.COPY if async_op else Reads.NOW
 
 
 Allocate: TypeAlias = Callable[[tuple[int, ...]], Array]

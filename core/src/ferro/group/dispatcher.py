@@ -15,8 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from ferro.backend import Backend
 from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call
@@ -30,6 +28,7 @@ from ferro.errors import (
     UnsupportedError,
     UsageError,
 )
+from ferro.group.arguments import checked_timeout
 from ferro.group.failure_agreement import FailureAgreement
 from ferro.group.failure_report import CallSite, find_user_call
 from ferro.group.group_info import GroupInfo
@@ -80,12 +79,7 @@ class Dispatcher:
         return self._state.name
 
     def checked_timeout(self, timeout_s: float | None) -> float:
-        if timeout_s is None:
-            return self._timeout_s
-        most = threading.TIMEOUT_MAX
-        if not isinstance(timeout_s, int | float | np.number) or not 0 < timeout_s <= most:
-            raise UsageError(f"timeout_s must be a positive number of seconds, at most {most:.0f}, not {timeout_s!r}")
-        return float(timeout_s)
+        return self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
 
     @contextmanager
     def sequence(self, op: str, timeout_s: float | None) -> Iterator[Callable[[], float]]:
@@ -171,12 +165,7 @@ class Dispatcher:
         return result.wait() if launches and not async_op else result
 
     def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
-        """Make the backend's own way to run a collective at once; None where there is none.
-
-        Args:
-            collective: its kind and sizes.
-            timeout_s: deadline of each call in seconds; the group's when None.
-        """
+        """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
         if self.observed or _CPU in self._streams or self._word[BUSY]:
             return None
         executor = self._collectives
@@ -201,7 +190,7 @@ class Dispatcher:
 
     def interrupted(self, op: str, error: BaseException) -> None:
         """End the group: an exception of the program's has left one of its operations in the middle."""
-        self._fail(error, CallSite(Call(op), (), self._timeout_s, 0.0))
+        self._fail(error, CallSite(Call(op, self._collectives.latest_number()), (), self._timeout_s, 0.0))
 
     def transfer(
         self,

@@ -32,7 +32,7 @@ class ExchangedMessages:
         reads: Reads,
     ) -> None:
         self.tag = tag
-        self.device = Device.CPU
+        devices: set[Device] = set()
         self._sources: list[tuple[Array, Array]] = []
         self.sends: list[tuple[int, Array]] = []
         self.recvs: list[tuple[int, Array]] = []
@@ -42,7 +42,8 @@ class ExchangedMessages:
         self._results: list[OutputBuffer | NamedDtypeBuffer] = []
         for peer, x in _pairs(sends, "sends"):
             self._check(checker, peer, tag)
-            flat, self.device = self._message(checker, x, reads)
+            flat, device = self._message(checker, x, reads)
+            devices.add(device)
             if peer == checker.rank:
                 own.append(flat)
             else:
@@ -50,7 +51,7 @@ class ExchangedMessages:
         for peer, buffer in _pairs(recvs, "recvs"):
             self._check(checker, peer, tag)
             result = checker.check_buffer(buffer)
-            self.device = result.device
+            devices.add(result.device)
             if peer == checker.rank:
                 own_results.append(result)
             else:
@@ -58,6 +59,9 @@ class ExchangedMessages:
             buffers.append(result.flat)
             if type(buffer) is not np.ndarray or isinstance(result, NamedDtypeBuffer):
                 self._results.append(result)
+        self.device = devices.pop() if devices else Device.CPU
+        if devices:
+            raise UsageError("exchange: the arrays are on two devices: give them all on one", op="exchange")
         described = [[(flat.size, flat.dtype) for flat in flats] for flats in (own, [r.flat for r in own_results])]
         if described[0] != described[1]:
             raise UsageError(
@@ -65,9 +69,7 @@ class ExchangedMessages:
             )
         sent = [*own, *(flat for _, flat in self.sends)]
         if any(np.may_share_memory(flat, buffer) for flat in sent for buffer in buffers if type(flat) is np.ndarray):
-            raise UsageError(
-                "exchange: a message shares memory with a buffer that receives: give them apart", op="exchange"
-            )
+            raise UsageError("exchange: a message shares memory with a buffer: give them apart", op="exchange")
         self._own = [(flat, result.flat) for flat, result in zip(own, own_results, strict=True)]
         self.are_plain = not (self._sources or self._own or self._results)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -20,9 +21,9 @@ _MOST = 512  # kinds of calls that are remembered
 
 _ndarray, _empty = np.ndarray, np.empty  # globals, since each call looks them up
 
-
 NOT_TAKEN: Final = object()  # the answer of a fast path that leaves a call to the ordinary one
 Kind: TypeAlias = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an input
+Interrupted: TypeAlias = Callable[[str, BaseException], object]
 NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 
 
@@ -60,14 +61,21 @@ def even_collective(
 class _FastCall:
     """The fast path of calls of one kind: input arrays of one dtype and shape."""
 
-    __slots__ = ("_dtype", "_has_result", "_in_place", "_is_source", "_path", "_shape")
+    __slots__ = ("_dtype", "_has_result", "_in_place", "_interrupted", "_is_source", "_path", "_shape")
 
     def __init__(
-        self, path: FastPath, collective: EvenCollective, x_shape: tuple[int, ...], shape: tuple[int, ...], here: bool
+        self,
+        path: FastPath,
+        interrupted: Interrupted,
+        collective: EvenCollective,
+        x_shape: tuple[int, ...],
+        shape: tuple[int, ...],
+        here: bool,
     ) -> None:
         """Prepare calls with inputs of one shape and results of another; `here` is true where no root is elsewhere."""
         one_way, moves = collective.op in ("broadcast", "scatter"), collective.op != "barrier"
         self._path = path
+        self._interrupted = partial(interrupted, collective.op)
         self._dtype = collective.dtype
         self._shape = shape
         self._is_source = moves and (here or not one_way)
@@ -76,14 +84,19 @@ class _FastCall:
 
     def __call__(self, x: Array, out: Any) -> object:
         if not self._has_result:
-            return None if out is None and self._path(x if self._is_source else None, None) else NOT_TAKEN
-        if out is None:
+            if out is not None:
+                return NOT_TAKEN
+        elif out is None:
             out = _empty(self._shape, self._dtype)
         elif not (out is x and self._in_place) and (
             type(out) is not _ndarray or out.dtype != self._dtype or out.shape != self._shape
         ):
             return NOT_TAKEN
-        return out if self._path(x if self._is_source else None, out) else NOT_TAKEN
+        try:
+            return out if self._path(x if self._is_source else None, out) else NOT_TAKEN
+        except BaseException as error:  # it may have left the call in the middle
+            self._interrupted(error)
+            raise
 
 
 def _decline(x: Array, out: object) -> object:
@@ -94,11 +107,7 @@ class FastCalls:
     """The fast paths of one group, made when a kind of call comes for the second time."""
 
     def __init__(
-        self,
-        make: Callable[[EvenCollective], FastPath | None],
-        interrupted: Callable[[str, BaseException], object],
-        rank: int,
-        world_size: int,
+        self, make: Callable[[EvenCollective], FastPath | None], interrupted: Interrupted, rank: int, world_size: int
     ) -> None:
         """Remember what `make` makes; `interrupted` ends the group where an exception leaves a call in the middle."""
         self._make = make
@@ -121,11 +130,7 @@ class FastCalls:
             call = self._calls.get(key)
         except TypeError:  # a reduction that cannot be hashed
             return NOT_TAKEN
-        try:
-            return (call or self._learn(key))(x, out)
-        except BaseException as error:
-            self._interrupted(op, error)
-            raise
+        return (call or self._learn(key))(x, out)
 
     def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
         """Remember that a kind of call has come, and its fast path when it comes again."""
@@ -150,4 +155,5 @@ class FastCalls:
         if found is None or path is None:
             return _decline
         # A bound method is called quicker than an object.
-        return _FastCall(path, found[0], shape, found[1], self._rank == root or root < 0).__call__
+        here = self._rank == root or root < 0
+        return _FastCall(path, self._interrupted, found[0], shape, found[1], here).__call__

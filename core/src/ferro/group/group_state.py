@@ -26,8 +26,7 @@ class GroupState:
     """The state of one group on one rank: open, dead, closed, or a forked child's copy.
 
     Attributes:
-        failure: the error that ended the group.
-        closed: True once it is closed.
+        failure, closed: the error that ended the group; True once it is closed.
         forked: True in a process that was forked from the one whose group it is.
         word: `Turn.state`; `word[BUSY]` is 1 where no operation can be issued any more.
     """

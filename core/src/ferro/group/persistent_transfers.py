@@ -118,15 +118,18 @@ class _ExchangeSteps:
         """Run a step whose messages need nothing before or after it."""
         if self._state[BUSY]:
             return False
+        self._move()
+        return True
+
+    def _move(self) -> None:
         if not self._native():
             self._finish()
-        return True
 
     def run(self) -> None:
         self._dispatcher.check_open("exchange")
         self._messages.refill()
         with self._whole():
-            self._run_at_once()
+            self._move()
         self._messages.finish()
 
     def start(self) -> None:

@@ -181,5 +181,6 @@ class UnevenAllToAll:
     def _allocate(self, rows: Sequence[int]) -> tuple[OutputBuffer, Layout]:
         layout = Layout.of(rows, self._sent.shape[1:])
         result = self._make_result(layout.shape)
-        self._source = result.copy_if_overlapping(self._source)  # rows arrive before others have been sent
+        if result.overlaps(self._source):
+            self._source = self._source.copy()  # rows arrive before others have been sent
         return result, layout

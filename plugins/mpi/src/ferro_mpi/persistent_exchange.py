@@ -5,15 +5,13 @@ Source: MPI standard 4.0, section 3.9 (MPI_Send_init, MPI_Recv_init, MPI_Startal
 
 from __future__ import annotations
 
-import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
 
-from ferro import GroupClosed, PeerLost
+from ferro import GroupClosed
 from ferro_mpi.mpi import MPI
-from ferro_mpi.requests import LAST_MESSAGES_S, PersistentRequests
-from ferro_mpi.waiting import Backoff, WaitMonitor
+from ferro_mpi.requests import PersistentRequests
+from ferro_mpi.waiting import Backoff, DepartureCheck, WaitMonitor
 
 
 class MpiPersistentExchange:
@@ -79,18 +77,13 @@ class MpiPersistentExchange:
 
     def finish(self, *, deadline: float) -> None:
         """See `PersistentExchange.finish`."""
-        backoff, give_up_s = Backoff(), math.inf
+        backoff, check_departed = Backoff(), DepartureCheck(self._monitor, self._peers)
         while not self.test():
             if self._error is not None:
                 error = self._error
                 raise (self._translated(error) if isinstance(error, MPI.Exception) else error) from error.__cause__
             self._monitor.check(deadline, self._peers)
-            left = self._monitor.departed_rank(self._peers)
-            if left is not None:
-                now = time.monotonic()
-                give_up_s = min(give_up_s, now + LAST_MESSAGES_S)
-                if now > give_up_s:
-                    raise PeerLost(f"rank {left} has left the group", peer=left)
+            check_departed()
             backoff()
 
     def close(self) -> None:

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ferro import CollectiveMismatch, PeerLost
+from ferro import CollectiveMismatch
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
-from ferro_mpi.waiting import Backoff, WaitMonitor
+from ferro_mpi.waiting import Backoff, DepartureCheck, WaitMonitor
 
-_LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _outstanding: set[PostedMessage] = set()  # keeps the buffers that MPI uses alive, whatever becomes of their group
 
 
@@ -54,7 +53,7 @@ class PostedMpiTransfers:
         self._messages: list[PostedMessage] = []  # of each request
         self._statuses: list[MPI.Status] = []
         self._peers: Counter[int] = Counter()  # how many messages each has to receive or to send
-        self._departed: dict[int, float] = {}  # the ranks that have left, and until when their last messages may come
+        self._check_departed = DepartureCheck(monitor, self._peers)
         self._woken = False
 
     def isend(self, handle: object, buffer: Array, peer: int, *, tag: int, deadline: float) -> None:
@@ -126,13 +125,6 @@ class PostedMpiTransfers:
         for index in sorted(indices, reverse=True):
             del self._requests[index], self._messages[index]
         return ended
-
-    def _check_departed(self) -> None:
-        left = self._monitor.departed_rank(self._peers)
-        if left is not None:
-            now = time.monotonic()
-            if now > self._departed.setdefault(left, now + _LAST_MESSAGES_S):
-                raise PeerLost(f"rank {left} has left the group", peer=left)
 
 
 def _size_error(message: PostedMessage) -> CollectiveMismatch | None:

@@ -7,8 +7,6 @@ exception after any step of Python's, so the step that begins a request also kee
 
 from __future__ import annotations
 
-import math
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,12 +14,11 @@ from contextlib import suppress
 from itertools import starmap
 from typing import ClassVar
 
-from ferro import CollectiveMismatch, PeerLost
+from ferro import CollectiveMismatch
 from ferro.types import Array
 from ferro_mpi.mpi import MPI
-from ferro_mpi.waiting import Backoff, WaitMonitor
+from ferro_mpi.waiting import Backoff, DepartureCheck, WaitMonitor
 
-LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _abandoned: list[object] = []
 _running: dict[int, list[object]] = {}
 
@@ -164,16 +161,10 @@ class PendingMessages:
         for _ in range(self._monitor.spins):
             if test(requests, statuses):
                 return
-        backoff = Backoff()
-        give_up_s = math.inf
+        backoff, check_departed = Backoff(), DepartureCheck(self._monitor, self._peers)
         while not test(requests, statuses):
             self._monitor.check(deadline, self._peers)
-            left = self._monitor.departed_rank(self._peers)
-            if left is not None:
-                now = time.monotonic()
-                give_up_s = min(give_up_s, now + LAST_MESSAGES_S)
-                if now > give_up_s:
-                    raise PeerLost(f"rank {left} has left the group", peer=left)
+            check_departed()
             backoff()
 
     def abandon(self) -> None:

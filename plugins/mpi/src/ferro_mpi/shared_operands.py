@@ -28,17 +28,6 @@ from ferro.types import Array
 MakeResult: TypeAlias = Callable[[int, Array], None]
 
 _OF_BLOCKS = ("scatter", "reduce_scatter", "all_to_all")
-# Reductions of two operands that are one call of NumPy's; a mean is completed afterwards.
-_UFUNCS: dict[ReduceOp, np.ufunc] = {
-    ReduceOp.SUM: np.add,
-    ReduceOp.MEAN: np.add,
-    ReduceOp.PROD: np.multiply,
-    ReduceOp.MIN: np.minimum,
-    ReduceOp.MAX: np.maximum,
-    ReduceOp.BAND: np.bitwise_and,
-    ReduceOp.BOR: np.bitwise_or,
-    ReduceOp.BXOR: np.bitwise_xor,
-}
 _CONTEXTS_OF_ERRORS = np.lib.NumpyVersion(np.__version__) >= "2.0.0"  # errstate is a context variable
 
 
@@ -107,7 +96,7 @@ def _single_ufunc(reduction: Reduction) -> np.ufunc | None:
     kind = reduction.dtype.kind
     if reduction.op is None or reduction.needs_all or (reduction.op is ReduceOp.PROD and kind == "c"):
         return None
-    return _UFUNCS[reduction.op] if _CONTEXTS_OF_ERRORS or kind in "iub" else None
+    return reduction.ufunc if _CONTEXTS_OF_ERRORS or kind in "iub" else None
 
 
 def _combined(ufunc: np.ufunc, first: list[Array], second: list[Array], integers: bool) -> MakeResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ferro import CollectiveMismatch, FerroError, GroupClosed, PeerLost
 from ferro.errors import with_awaited
@@ -27,6 +27,7 @@ _LONGEST_SLEEP_S = 500e-6
 _POLL_PEERS_S = 0.02
 _POLL_STORE_S = 0.5
 _FIND_LOST_S = 0.5  # for the system or the store to notice the death that an error of MPI may be about
+_LAST_MESSAGES_S = 0.5  # after a rank has left, time for its last messages to arrive
 _ABORT_TAG = 0  # on a group's control communicator
 
 
@@ -192,3 +193,21 @@ class WaitMonitor:
                 if self.aborted:  # that rank aborted the group before it ended
                     raise self._abort_error()
                 raise PeerLost(f"the process of rank {rank} has ended", peer=rank)
+
+
+class DepartureCheck:
+    """Ends a wait for messages of ranks that have left the group, once their last ones had time to arrive."""
+
+    def __init__(self, monitor: WaitMonitor, peers: Collection[int]) -> None:
+        """Watch `peers`, whose number may change."""
+        self._monitor = monitor
+        self._peers = peers
+        self._noticed_s: dict[int, float] = {}
+
+    def __call__(self) -> None:
+        """Raise PeerLost for a rank that has left."""
+        left = self._monitor.departed_rank(self._peers)
+        if left is not None:
+            now = time.monotonic()
+            if now > self._noticed_s.setdefault(left, now) + _LAST_MESSAGES_S:
+                raise PeerLost(f"rank {left} has left the group", peer=left)

@@ -40,8 +40,7 @@ class ProgressThread:
     def discard(self, steps: Steps) -> None:
         """Leave a step, whether it has ended or not."""
         with self._changed:
-            if steps in self._steps:
-                self._steps.remove(steps)
+            self._steps = [one for one in self._steps if one is not steps]
 
     def stop(self) -> None:
         """Leave all steps, and end soon."""
