@@ -314,3 +314,21 @@ def test_a_closed_group_runs_no_exchange_with_itself():
             step()
 
     run(work, 1)
+
+
+def test_prefixes_and_extrema_are_computed_anew_by_each_step():
+    def work(group):
+        x = np.array([1.0, 5.0 - group.rank])
+        names = ("scan", "exscan", "min_loc", "max_loc")
+        steps = [group.persistent(name, x) for name in names]
+        found = []
+        for _ in range(2):
+            scanned, before, (least, where), (most, there) = (step() for step in steps)
+            found.append([a.tolist() for a in (scanned, before, least, where, most, there)])
+            x *= 2
+        return found
+
+    first, second = run(work)
+    assert first[0] == [[1.0, 5.0], [0.0, 0.0], [1.0, 4.0], [0, 1], [1.0, 5.0], [0, 0]]
+    assert first[1] == [[2.0, 10.0], [0.0, 0.0], [2.0, 8.0], [0, 1], [2.0, 10.0], [0, 0]]
+    assert second[1] == [[4.0, 18.0], [2.0, 10.0], [2.0, 8.0], [0, 1], [2.0, 10.0], [0, 0]]
