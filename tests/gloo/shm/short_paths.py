@@ -33,8 +33,18 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+_DRAWN = 65_521  # a prime, so that no two chunks or slots of a large array are equal
+
+
 def numbers(dtype: np.dtype, size: int, seed: object) -> np.ndarray:
-    """Draw numbers of all kinds: signs, zeros, infinities, NaN, and integers that overflow."""
+    """Draw numbers of all kinds: signs, zeros, infinities, NaN, and integers that overflow.
+
+    A large array repeats them, for drawing takes longer than what is tested.
+    """
+    return np.resize(_draw(dtype, min(size, _DRAWN), seed), size)
+
+
+def _draw(dtype: np.dtype, size: int, seed: object) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if dtype.kind == "b":
         return rng.integers(0, 2, size).astype(dtype)
