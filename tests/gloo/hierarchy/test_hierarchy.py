@@ -26,7 +26,7 @@ LAYOUTS = {
     "even": [[0, 1], [2, 3]],
     "uneven": [[0], [1, 2, 3]],
     "interleaved": [[0, 2], [1, 3, 4]],
-    "three hosts": [[0, 3], [1], [2, 4, 5]],
+    "three hosts": [[0, 3], [1], [2, 4]],
 }
 DATA = (conformance.check_reductions, conformance.check_movements, conformance.check_uneven)
 

@@ -235,6 +235,19 @@ def test_a_missing_rank_ends_the_wait_at_the_deadline():
     assert outcomes[1].result[0] == "CollectiveTimeout", outcomes[1].describe()
 
 
+def late_waits(group):
+    path, deadlines, seen = large(group, "all_reduce", np.dtype(np.float32), 2_000_000, "sum").path, [], []
+    for _ in range(2):
+        path._late(deadlines, lambda *, deadline: seen.append(deadline))
+        time.sleep(0.001)
+    return seen
+
+
+def test_all_waits_of_one_call_have_its_deadline():
+    for first, second in run(late_waits, 2):
+        assert first == second
+
+
 def threads_at_once(group):
     """Two threads of each rank, which issue the same calls in one order, by a lock of their own."""
     x = np.full(300_000, group.rank + 1, np.float32)

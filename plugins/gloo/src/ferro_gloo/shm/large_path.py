@@ -75,11 +75,11 @@ class LargePath:
                 return False
             turn.state[NUMBER] += 1
             if plan is not None:
-                number = self._runner.run_plan(plan, source, target, partial(self._wait, plan))
+                deadlines: list[float] = []
+                number = self._runner.run_plan(plan, source, target, partial(self._wait, plan, deadlines))
                 if number is not None:
                     self._ring.set_call(self._collective.call)
-                    rest = partial(self._runner.finish, self._operation(source, target), number)
-                    turn.late(self._collective.call, rest)
+                    self._late(deadlines, self._runner.finish, self._operation(source, target), number)
             else:
                 self._run_in_python(source, target)
         finally:
@@ -90,10 +90,18 @@ class LargePath:
         """See `FastPath`."""
         return BoundLargePath(partial(self, source, target)) if self._accepts(source, target) else None
 
-    def _wait(self, plan: NativePlan, number: int) -> None:
+    def _wait(self, plan: NativePlan, deadlines: list[float], number: int) -> None:
         """Wait for late ranks, or find those that make another call."""
-        action = self._compare if plan.syncing else self._ring.wait
-        self._turn.late(self._collective.call, partial(action, number))
+        self._late(deadlines, self._compare if plan.syncing else self._ring.wait, number)
+
+    def _late(self, deadlines: list[float], wait: Callable[..., object], *args: object) -> None:
+        """Wait as `Turn.late` does, with the first wait's deadline for all of one collective."""
+
+        def until_the_first(*, deadline: float) -> None:
+            deadlines.append(deadline)
+            wait(*args, deadline=deadlines[0])
+
+        self._turn.late(self._collective.call, until_the_first)
 
     def _compare(self, number: int, *, deadline: float) -> None:
         self._ring.complete(self._collective.call, number, number, deadline=deadline)
