@@ -72,7 +72,13 @@ def every_call(group, sizes):
     for op in OPS:
         kinds = [(None, "float32"), (None, "bfloat16"), (None, "complex64")]
         if op in REDUCING:
-            kinds = [("sum", "float32"), ("sum", "bfloat16"), ("mean", "complex64"), ("max", "float64"), ("prod", "float16")]
+            kinds = [
+                ("sum", "float32"),
+                ("sum", "bfloat16"),
+                ("mean", "complex64"),
+                ("max", "float64"),
+                ("prod", "float16"),
+            ]
         for number, (reduction, name) in enumerate(kinds):
             for nbytes in sizes if number == 0 else sizes[:2]:
                 root = (number + nbytes) % n if op in ROOTED else -1
