@@ -22,7 +22,8 @@ arithmetic, which is NumPy's or torch's. So ferro's times cannot be compared wit
 strategy adds to its own library's "alone" can, and this overhead is the first column. torch's DDP
 has `gradient_as_bucket_view=True`, its FSDP is `fully_shard` of every layer.
 "Collectives" is the time in a step during which one of ferro's collectives ran; "hidden" is the
-part of it by which the step is not longer than "alone".""",
+part of it by which the step is not longer than "alone". Both are from a run of their own, with an
+observer, whose collectives take the longer way through the group.""",
     "pipeline": """\
 The idle share of a step ("bubble"), simulated and measured. The simulation takes the durations that
 actions had when each rank computed by itself (all ranks at once), and messages without duration.
@@ -50,7 +51,7 @@ def _training(result: Record) -> list[str]:
                 name if name.startswith("torch-") else f"ferro-{name}",
                 overhead_text(name, steps),
                 *(time_text(step[key]) for key in ("median_s", "min_s")),
-                *_hidden(step, steps["alone"]["median_s"]),
+                *_hidden(name, record["observed"]),
             ]
             for name, step in steps.items()
         ]
@@ -74,11 +75,12 @@ def _setting(record: Record) -> str:
     )
 
 
-def _hidden(step: Record, alone_s: float) -> tuple[str, str]:
-    collectives = step["collectives_s"]
+def _hidden(name: str, steps: Mapping[str, Record]) -> tuple[str, str]:
+    """Return the time of a step's collectives, and the share of it by which the step is not longer."""
+    collectives = steps[name]["collectives_s"] if name in steps else 0
     if not collectives:
         return "", ""
-    visible = max(0.0, step["median_s"] - alone_s)
+    visible = max(0.0, steps[name]["median_s"] - steps["alone"]["median_s"])
     return time_text(collectives), f"{max(0.0, 1 - visible / collectives):.0%}"
 
 

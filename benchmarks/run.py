@@ -134,9 +134,11 @@ def _training(options: argparse.Namespace) -> dict[str, object]:
         print(f"{strategy}, {ranks} ranks: peak {ratio:.3f} x the expected bytes", flush=True)
     times = []
     for widths, rounds in (("784,256*3,10", 2),) if quick else _TIMED:
-        arguments = [f"--widths={widths}", f"--rounds={rounds}"]
-        arguments += [] if "torch-gloo" in options.compare else ["--without-torch"]
-        times.append(_run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", ["times", *arguments]))
+        arguments = ["times", f"--widths={widths}", f"--rounds={rounds}"]
+        peer = [] if "torch-gloo" in options.compare else ["--without-torch"]
+        times.append(_run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", [*arguments, *peer]))
+        observed = [*arguments, "--without-torch", "--observed"]
+        times[-1]["observed"] = _run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", observed)["steps"]
         for name, step in times[-1]["steps"].items():
             overhead = report_strategies.overhead_text(name, times[-1]["steps"])
             print(f"step, {name}: {ferro_bench.time_text(step['median_s'])} {overhead}", flush=True)

@@ -13,9 +13,11 @@ Time. Both libraries train the same multilayer perceptron with the same batch, l
 and with one thread for arithmetic. Blocks of steps take turns in the same processes. The time of a
 step is that of its slowest rank. "alone" is a step without a strategy, "torch-alone" torch's: the
 arithmetic. The matrix products of NumPy and torch come from different libraries, so the times of the
-two cannot be compared; what a strategy adds to its own library's "alone" can. An observer records how
-long a strategy's collectives ran; the part of that by which a step is not longer than "alone" was
-hidden behind the arithmetic.
+two cannot be compared; what a strategy adds to its own library's "alone" can.
+
+With --observed an observer records how long a strategy's collectives ran; the part of that by which a
+step is not longer than "alone" was hidden behind the arithmetic. Observed collectives take the longer way
+through the group, so the times are measured in a run without it.
 """
 
 from __future__ import annotations
@@ -204,7 +206,7 @@ def memory(setting: Setting, strategy: str, group: ferro.ProcessGroup, steps: in
 
 
 def times(
-    setting: Setting, group: ferro.ProcessGroup, rounds: int, spans: Spans, *, with_torch: bool
+    setting: Setting, group: ferro.ProcessGroup, rounds: int, spans: Spans | None, *, with_torch: bool
 ) -> dict[str, object]:
     """Measure the seconds of a step under each strategy, in blocks that take turns."""
     steps: dict[str, Step] = {name: Training(setting, name, group).step for name in ("alone", "ddp", "fsdp")}
@@ -219,18 +221,21 @@ def times(
         for name in steps if turn % 2 else reversed(steps):
             for _ in range(_STEPS_IN_BLOCK):
                 group.barrier()
-                spans.take()
+                if spans is not None:
+                    spans.take()
                 start = time.perf_counter()
                 losses[name].append(steps[name]())
                 if turn >= 0:
                     seconds[name].append(time.perf_counter() - start)
-                    busy[name].append(spans.take())
+                    if spans is not None:
+                        busy[name].append(spans.take())
     record: dict[str, object] = {}
     for name in steps:
         _check(losses[name])
         slowest = group.all_reduce(np.array(seconds[name]), "max")
         record[name] = {"median_s": float(np.median(slowest)), "min_s": float(slowest.min())}
-        record[name]["collectives_s"] = float(np.median(busy[name]))
+        if spans is not None:
+            record[name]["collectives_s"] = float(np.median(busy[name]))
     if with_torch:
         _close_torch()
     return {"steps": record}
@@ -270,12 +275,14 @@ def main() -> None:
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), help="for memory")
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--without-torch", action="store_true")
+    parser.add_argument("--observed", action="store_true", help="for times: record how long collectives ran")
     options = parser.parse_args()
     setting = Setting(_widths(options.widths), options.batch, options.optimizer)
     # tracemalloc does not see shared memory, so memory is measured without it.
     backend_options = {"shared_memory": options.quantity != "memory"}
-    spans = Spans()
-    with ferro.init("gloo", backend_options=backend_options, observers=[spans]) as group:
+    spans = Spans() if options.observed else None
+    observers = () if spans is None else (spans,)
+    with ferro.init("gloo", backend_options=backend_options, observers=observers) as group:
         if options.quantity == "memory":
             record = memory(setting, options.strategy, group, options.rounds)
         else:
