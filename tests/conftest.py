@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -17,6 +18,15 @@ settings.register_profile("ferro", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("ferro")
 
 PRELOADED.extend(["pytest", "ferro_gloo.backend", "ferro_strategies"])
+
+
+def pytest_collection_finish() -> None:
+    """Hide all that exists from the garbage collector.
+
+    Hundreds of tests collect garbage, and each time the collector would walk through the thousands of tests as well.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_four_ranks_learn_the_digits_as_one_process_does(tmp_path):
     picture, trace = tmp_path / "demo.png", tmp_path / "trace.json"
     output = run(
         *(BIN / "ferro", "run", "-n", "4", "--trace", trace, PROGRAM),
-        *("--epochs", "12", "--plot", picture, "--compare"),
+        *("--epochs", "8", "--plot", picture, "--compare"),
     )
     assert accuracy(output, 4) >= 97
     difference = re.search(r"largest parameter difference from one process: (\S+)", output)

