@@ -62,7 +62,7 @@ class Turn:
     Attributes:
         lock: held while a collective is carried out, or is started and not yet finished.
         pending: the operations that wait for the group's own thread.
-        state: two int64, format "q": not 0 where no collective may begin; how many fast paths have begun.
+        state: two int64, format "q": not 0 where no collective may begin; how many were issued, the same on all ranks.
         late: called as `late(call, wait)` with the lock held, when other ranks are late or make another call. It calls
             `wait(deadline=…)`, which waits for them or raises what methods of backends raise, and ends the group with
             the cause that all ranks report.
@@ -142,6 +142,26 @@ class PersistentExchange(Protocol):
         """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
 
 
+class PersistentCollective(Protocol):
+    """A collective with its buffers, whose ranks may run ahead of each other. One thread at a time calls the methods."""
+
+    @property
+    def step(self) -> Callable[[], bool]:
+        """Run a step, and call `Turn.late` where others are late; return False, having done nothing, if it is BUSY."""
+
+    def start(self) -> None:
+        """Begin a step, without waiting."""
+
+    def test(self) -> bool:
+        """Carry a started step on, without waiting; say whether it has ended."""
+
+    def finish(self) -> None:
+        """Wait until the started step has ended."""
+
+    def close(self) -> None:
+        """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
+
+
 class FastPaths:
     """The part of a backend's contract that is about calls which come again and again; nothing of it is needed."""
 
@@ -163,5 +183,23 @@ class FastPaths:
 
         Each step sends what `sends` (peers and flat contiguous arrays) hold then, and fills `recvs`. `number` is that
         of this persistent operation in its group; `deadline`, an absolute `time.monotonic()` second, of this call.
+        """
+        return None
+
+    def persistent_collective(
+        self,
+        collective: EvenCollective | None,
+        source: Array | None,
+        target: Array | None,
+        turn: Turn | None,
+        *,
+        number: int,
+        deadline: float,
+    ) -> PersistentCollective | None:
+        """Make this backend's own way to run a rooted collective many times; None, on all ranks, where it has none.
+
+        Every rank calls it as a collective, one that must take another way without `collective` and `turn`. The buffers are
+        those of `FastPath.bind`; `number` and `deadline` are as in `persistent_exchange`. A step neither waits for its
+        turn nor takes it, but adds 1 to `turn.state[NUMBER]`, and finds a rank whose step has another number.
         """
         return None

@@ -164,14 +164,18 @@ class Dispatcher:
             raise
         return result.wait() if launches and not async_op else result
 
-    def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
-        """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
+    def turn(self, timeout_s: float | None) -> Turn | None:
+        """Describe the order of the collectives for a backend's own way to run one; None where it may have none."""
         if self.observed or _CPU in self._streams or self._word[BUSY]:
             return None
         executor = self._collectives
         late = partial(self.run_late, self.checked_timeout(timeout_s))
-        turn = Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
-        return self.backend.fast_path(collective, turn)
+        return Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
+
+    def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
+        """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
+        turn = self.turn(timeout_s)
+        return None if turn is None else self.backend.fast_path(collective, turn)
 
     def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
         """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""

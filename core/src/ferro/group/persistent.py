@@ -6,10 +6,11 @@ Source: MPI standard 4.0, persistent communication (MPI_Allreduce_init, MPI_Send
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ferro.collectives.fast_path import BoundFastPath
+from ferro.collectives.fast_path import BoundFastPath, PersistentCollective, PersistentExchange
 from ferro.errors import FerroError, UsageError
 from ferro.group.work import Work
 
@@ -228,3 +229,66 @@ class FastSteps:
         error = self._error
         if error is not None and not isinstance(error, FerroError):
             raise error  # an interrupt of this thread
+
+
+class NativeSteps:
+    """Steps in the backend's own way, which neither wait for a turn nor take it.
+
+    `step` runs one, or says False where the group is no longer open; `finish` ends a started one. Before and after each
+    step the functions of `around` are called.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        dispatcher: Dispatcher,
+        native: PersistentCollective | PersistentExchange,
+        step: Callable[[], bool],
+        finish: Callable[[], None],
+        *,
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+        result: object = None,
+    ) -> None:
+        self.at_once = step if around is None else None
+        self.result = result
+        self._start, self.done, self.close = native.start, native.test, native.close
+        self._op, self._step, self._finish = op, step, finish
+        self._before, self._after = around or (lambda: None, lambda: None)
+        self._dispatcher = dispatcher
+
+    def run(self) -> Any:
+        self._dispatcher.check_open(self._op)
+        self._before()
+        with self._whole():
+            if not self._step():
+                self._dispatcher.check_open(self._op)
+        self._after()
+        return self.result
+
+    def start(self) -> None:
+        self._dispatcher.check_open(self._op)
+        self._before()
+        with self._whole():
+            self._start()
+
+    def wait(self) -> Any:
+        with self._whole():
+            ended = self.done()
+        if not ended:
+            self._dispatcher.check_open(self._op)  # a forked child must not end its parent's group
+            with self._whole():
+                self._finish()
+        self._after()
+        return self.result
+
+    def interrupted(self, error: BaseException) -> None:
+        self._dispatcher.interrupted(self._op, error)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """End the group if an exception leaves the block: nobody knows how far the step came."""
+        try:
+            yield
+        except BaseException as error:
+            self.interrupted(error)
+            raise
