@@ -142,26 +142,6 @@ class PersistentExchange(Protocol):
         """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
 
 
-class PersistentCollective(Protocol):
-    """A collective with its buffers, whose ranks may run ahead of each other. One thread at a time calls the methods."""
-
-    @property
-    def step(self) -> Callable[[], bool]:
-        """Run a step, and call `Turn.late` where others are late; return False, having done nothing, if it is BUSY."""
-
-    def start(self) -> None:
-        """Begin a step, without waiting."""
-
-    def test(self) -> bool:
-        """Carry a started step on, without waiting; say whether it has ended."""
-
-    def finish(self) -> None:
-        """Wait until the started step has ended."""
-
-    def close(self) -> None:
-        """Let go of the buffers, and of what the library keeps; no method is called afterwards."""
-
-
 class FastPaths:
     """The part of a backend's contract that is about calls which come again and again; nothing of it is needed."""
 
@@ -189,17 +169,16 @@ class FastPaths:
     def persistent_collective(
         self,
         collective: EvenCollective | None,
-        source: Array | None,
-        target: Array | None,
-        turn: Turn | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
         *,
         number: int,
         deadline: float,
-    ) -> PersistentCollective | None:
-        """Make this backend's own way to run a rooted collective many times; None, on all ranks, where it has none.
+    ) -> BoundFastPath | None:
+        """Make a rooted collective whose ranks run ahead of each other; None, on all ranks, where there is none.
 
-        Every rank calls it as a collective, one that must take another way without `collective` and `turn`. The buffers are
-        those of `FastPath.bind`; `number` and `deadline` are as in `persistent_exchange`. A step neither waits for its
-        turn nor takes it, but adds 1 to `turn.state[NUMBER]`, and finds a rank whose step has another number.
+        Every rank calls it as a collective, one that must take another way without `collective`. `buffers` are those of
+        `FastPath.bind`, `number` and `deadline` as in `persistent_exchange`. A step takes no turn: it never declines in
+        an open group, but adds 1 to `turn.state[NUMBER]`, and finds a rank whose step has another number.
         """
         return None

@@ -75,8 +75,8 @@ def persistent_exchange(
             finish()
         return True
 
-    around = None if messages.are_plain else (messages.refill, messages.finish)
-    return PersistentOperation("exchange", NativeSteps("exchange", dispatcher, native, step, finish, around=around))
+    around = () if messages.are_plain else (messages.refill, messages.finish)
+    return PersistentOperation("exchange", NativeSteps("exchange", dispatcher, native, step, finish, around))
 
 
 def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:

@@ -26,7 +26,6 @@ from ferro.group.work import Work
 Result = TypeVar("Result")
 IDLE_S = 5.0  # how long an executor's thread waits for more work
 _SWITCH_INTERVAL_S = 1e-4
-_STARTED_CHECK_S = 0.01  # how often a thread that waits for the lock looks for a started operation, which it can finish
 
 
 class ExecutorClosed(Exception):

@@ -7,13 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import (
-    EvenCollective,
-    FastPath,
-    PersistentCollective,
-    PersistentExchange,
-    Turn,
-)
+from ferro.collectives.fast_path import BoundFastPath, EvenCollective, FastPath, PersistentExchange, Turn
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -135,19 +129,18 @@ class GlooBackend(Backend):
     def persistent_collective(
         self,
         collective: EvenCollective | None,
-        source: Array | None,
-        target: Array | None,
-        turn: Turn | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
         *,
         number: int,
         deadline: float,
-    ) -> PersistentCollective | None:
+    ) -> BoundFastPath | None:
         """See `Backend.persistent_collective`: it is there where all ranks share memory."""
         if not isinstance(self._collectives, ShmBackend):  # which all ranks have chosen together
             return None
         fixed = collective is None or self.choice.fixed
         return self._collectives.persistent_collective(
-            None if fixed else collective, source, target, turn, number=number, deadline=deadline
+            None if fixed else collective, buffers, turn, number=number, deadline=deadline
         )
 
     def barrier(self, *, deadline: float) -> None:

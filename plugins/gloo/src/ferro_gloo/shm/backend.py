@@ -99,15 +99,14 @@ class ShmBackend(Backend):
     def persistent_collective(
         self,
         collective: EvenCollective | None,
-        source: Array | None,
-        target: Array | None,
-        turn: Turn | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
         *,
         number: int,
         deadline: float,
     ) -> ShmRootedCollective | None:
         """See `Backend.persistent_collective`: there is one where the ranks run ahead of each other."""
-        return self._rooted.make(collective, source, target, turn, number=number, deadline=deadline)
+        return self._rooted.make(collective, buffers, turn, number=number, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

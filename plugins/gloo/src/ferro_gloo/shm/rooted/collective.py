@@ -12,7 +12,7 @@ from ferro_gloo.shm.rooted.native_steps import NativeSteps
 
 
 class ShmRootedCollective:
-    """One rank's part in a collective; see `ferro.collectives.fast_path.PersistentCollective`.
+    """One rank's part in a collective; see `ferro.collectives.fast_path.BoundFastPath`.
 
     Args:
         steps: moves the data.
@@ -23,7 +23,7 @@ class ShmRootedCollective:
         others: all ranks but the root.
 
     Attributes:
-        step, test: see `PersistentCollective`.
+        test: see `BoundFastPath`.
     """
 
     def __init__(
@@ -43,13 +43,19 @@ class ShmRootedCollective:
         self._area = area
         self._others = others
         self._closed = False
-        self.step, self.test = steps.step, steps.progress
+        self.test = steps.progress
         memory.add(self)
 
-    def start(self) -> None:
-        """Begin a step. Where there is no room for its data it goes on beside the program, as others may need it."""
+    @property
+    def __call__(self) -> Callable[[], bool]:
+        """The native method that runs a step, without a call of Python in between; see `BoundFastPath`."""
+        return self._steps.step
+
+    def start(self) -> bool:
+        """Begin a step, and return True. One without room for its data goes on beside the program."""
         if not self._steps.begin() and self._writes:
             self._memory.progress_thread.add(self._steps)
+        return True
 
     def finish(self) -> None:
         """Wait until the started step has ended."""

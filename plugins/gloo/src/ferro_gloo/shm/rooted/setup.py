@@ -6,7 +6,7 @@ All ranks tell each other whether they can run it in shared memory, and the root
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -50,9 +50,8 @@ class RootedSetup:
     def make(
         self,
         collective: EvenCollective | None,
-        source: Array | None,
-        target: Array | None,
-        turn: Turn | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
         *,
         number: int,
         deadline: float,
@@ -63,12 +62,12 @@ class RootedSetup:
         """
         tcp, memory = self._tcp, self._memory
         steps, late, depth, root = None, None, 0, -1
-        if collective is not None and turn is not None:
+        if collective is not None:
             root = collective.root
             late = LateSteps(collective.call, turn, self._ring, tcp, memory, self._region.counters.patience())
             blocks = tcp.world_size if collective.op == "scatter" else 1
             depth = depth_for(blocks * collective.count * collective.dtype.itemsize)
-            steps = self._make_steps(collective, source, target, turn, late) if depth else None
+            steps = self._make_steps(collective, buffers, turn, late) if depth else None
         area, span = None, None
         if steps is not None and tcp.rank == root:
             area = memory.allocate(steps.area_bytes(depth))
@@ -93,8 +92,7 @@ class RootedSetup:
     def _make_steps(
         self,
         collective: EvenCollective,
-        source: Array | None,
-        target: Array | None,
+        buffers: Sequence[Array | None],
         turn: Turn,
         late: Callable[[NativeSteps], None],
     ) -> NativeSteps | None:
@@ -116,8 +114,8 @@ class RootedSetup:
                 reduction="" if reduction is None else reduction.name,
                 block_bytes=nbytes,
                 root=collective.root,
-                source=source,
-                target=target,
+                source=buffers[0],
+                target=buffers[1],
                 state=turn.state,
                 late=late,
                 sample=np.empty((2, 3), collective.dtype),

@@ -27,13 +27,7 @@ class LateSteps:
     """
 
     def __init__(
-        self,
-        call: Call,
-        turn: Turn,
-        ring: SlotRing,
-        tcp: TcpBackend,
-        memory: ExchangeMemory,
-        patience: tuple[int, int],
+        self, call: Call, turn: Turn, ring: SlotRing, tcp: TcpBackend, memory: ExchangeMemory, patience: tuple[int, int]
     ) -> None:
         self._call = call
         self._turn = turn
@@ -85,7 +79,9 @@ class LateSteps:
         if other is not None:
             names, (rank, theirs, mine) = self._tcp.names, other
             text = f"rank {names[self._tcp.rank]} made this step of {self._call} as its collective #{mine}"
-            text += f", rank {names[rank]} as its collective #{theirs}: one of them has left out a step, or another call"
+            text += (
+                f", rank {names[rank]} as its collective #{theirs}: one of them has left out a step, or another call"
+            )
             raise CollectiveMismatch(text, peer=names[rank])
 
     def _find_other_call(self, steps: NativeSteps, awaited: list[int]) -> None:
