@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferro.collectives.fast_path import FastPath
-from ferro_gloo.shm.rooted.native_steps import NativeSteps
+from ferro_gloo.shm.rooted.native_steps import RootedSteps as Steps
 
 # The collectives that a short path runs, in the order of their numbers in `native/native.h`.
 OPERATIONS = (
@@ -251,12 +251,12 @@ class NativeModule(Protocol):
         source: NDArray[np.generic] | None,
         target: NDArray[np.generic] | None,
         state: memoryview,
-        late: Callable[[NativeSteps], None],
+        late: Callable[[Steps], None],
         sample: NDArray[np.generic],
-    ) -> NativeSteps:
+    ) -> Steps:
         """Make the steps of a persistent broadcast, scatter, reduce or gather with these arrays.
 
-        Args: as those of `ShortPath`; `late` is called as `NativeSteps` says. They have no memory before `open`.
+        Args: as those of `ShortPath`; `late` is called as that class says. They have no memory before `open`.
 
         Raises:
             ValueError: the arrays do not fit the collective, or it does not fit a slot of the ring.

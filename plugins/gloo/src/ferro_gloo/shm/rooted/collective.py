@@ -8,7 +8,7 @@ from contextlib import suppress
 from ferro.types import Array
 from ferro_gloo.shm.exchange.memory import ExchangeMemory
 from ferro_gloo.shm.rooted.area import CLOSABLE_AT, COUNTER_BYTES
-from ferro_gloo.shm.rooted.native_steps import NativeSteps
+from ferro_gloo.shm.rooted.native_steps import RootedSteps
 
 
 class ShmRootedCollective:
@@ -28,8 +28,8 @@ class ShmRootedCollective:
 
     def __init__(
         self,
-        steps: NativeSteps,
-        late: Callable[[NativeSteps], None],
+        steps: RootedSteps,
+        late: Callable[[RootedSteps], None],
         *,
         writes: bool,
         memory: ExchangeMemory,

@@ -1,4 +1,4 @@
-"""The native steps of a rooted collective: `NativeSteps` describes the type `RootedSteps` of the compiled module.
+"""The native steps of a rooted collective: `RootedSteps` describes the type of this name in the compiled module.
 
 There are none in pure Python: groups without the native helper repeat the ordinary call.
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 from ferro.types import Array
 
 
-class NativeSteps(Protocol):
+class RootedSteps(Protocol):
     """The steps of one rank, of which one at a time is under way; `native/rooted.h` says how they move data.
 
     Its `late` is called with this object. It waits until the step has ended, or raises an error.
@@ -49,7 +49,7 @@ class NativeSteps(Protocol):
         """List the ranks without whose data, or room, the step cannot end."""
 
     def passed(self, rank: int, /) -> int | None:
-        """Return how many collectives a writer has issued, if these are more than this rank had before its step."""
+        """Count the collectives that a writer has issued; None if that is not beyond this rank's step."""
 
     def is_deferred(self, rank: int, /) -> bool:
         """Say whether a rank has started a step that it could not write yet."""

@@ -20,7 +20,7 @@ from ferro_gloo.shm.native import NATIVE, OPERATIONS
 from ferro_gloo.shm.region import ShmRegion
 from ferro_gloo.shm.rooted.area import depth_for
 from ferro_gloo.shm.rooted.collective import ShmRootedCollective, keep_area
-from ferro_gloo.shm.rooted.native_steps import NativeSteps
+from ferro_gloo.shm.rooted.native_steps import RootedSteps
 from ferro_gloo.shm.rooted.waiting import LateSteps
 from ferro_gloo.shm.slot_ring import SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
@@ -94,8 +94,8 @@ class RootedSetup:
         collective: EvenCollective,
         buffers: Sequence[Array | None],
         turn: Turn,
-        late: Callable[[NativeSteps], None],
-    ) -> NativeSteps | None:
+        late: Callable[[RootedSteps], None],
+    ) -> RootedSteps | None:
         """Hold this rank's arrays; return None where the native helper cannot use them, or has no such reduction."""
         ring, reduction, nbytes = (
             self._region.native_ring,

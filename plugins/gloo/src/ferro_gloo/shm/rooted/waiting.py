@@ -9,7 +9,7 @@ from ferro.collectives.fast_path import Turn
 from ferro.collectives.label import Call, mismatch
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, with_awaited
 from ferro_gloo.shm.exchange.memory import ExchangeMemory
-from ferro_gloo.shm.rooted.native_steps import NativeSteps
+from ferro_gloo.shm.rooted.native_steps import RootedSteps
 from ferro_gloo.shm.slot_ring import PEER_CHECK_S, SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
 
@@ -36,11 +36,11 @@ class LateSteps:
         self._memory = memory
         self._patience = patience
 
-    def __call__(self, steps: NativeSteps) -> None:
+    def __call__(self, steps: RootedSteps) -> None:
         """Wait until the step has ended, or raise an error, with which the group ends on all ranks."""
         self._turn.late(self._call, partial(self._wait, steps))
 
-    def _wait(self, steps: NativeSteps, *, deadline: float) -> None:
+    def _wait(self, steps: RootedSteps, *, deadline: float) -> None:
         (spins, yields), seconds = self._patience, PEER_CHECK_S
         try:
             while not steps.wait(spins, yields, seconds):
@@ -53,7 +53,7 @@ class LateSteps:
             self._memory.progress_thread.discard(steps)
             raise
 
-    def _check(self, steps: NativeSteps) -> None:
+    def _check(self, steps: RootedSteps) -> None:
         """Raise an error if the step never will end."""
         if steps.is_closed():
             raise GroupClosed("the collective was closed while a step of it was under way")
@@ -69,7 +69,7 @@ class LateSteps:
         except GroupClosed as error:
             raise with_awaited(error, self._names(peers))  # noqa: B904 - the same error
 
-    def _compare_orders(self, steps: NativeSteps) -> None:
+    def _compare_orders(self, steps: RootedSteps) -> None:
         """Find a rank whose step is another one: its number in the group differs.
 
         Raises:
@@ -84,7 +84,7 @@ class LateSteps:
             )
             raise CollectiveMismatch(text, peer=names[rank])
 
-    def _find_other_call(self, steps: NativeSteps, awaited: list[int]) -> None:
+    def _find_other_call(self, steps: RootedSteps, awaited: list[int]) -> None:
         """Find a rank that has gone on to another call.
 
         A rank that has gone on has written this step before, or has deferred it. So that is looked at last.
