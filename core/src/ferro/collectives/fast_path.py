@@ -63,9 +63,9 @@ class Turn:
         lock: held while a collective is carried out, or is started and not yet finished.
         pending: the operations that wait for the group's own thread.
         state: two int64, format "q": not 0 where no collective may begin; how many were issued, the same on all ranks.
-        late: called as `late(call, wait)` with the lock held, when other ranks are late or make another call. It calls
-            `wait(deadline=…)`, which waits for them or raises what methods of backends raise, and ends the group with
-            the cause that all ranks report.
+        late: called as `late(call, wait)`, by a path that takes turns with the lock held, when other ranks are late or
+            make another call. It calls `wait(deadline=…)`, which waits for them or raises what methods of backends
+            raise, and ends the group with the cause that all ranks report.
     """
 
     lock: threading.Lock

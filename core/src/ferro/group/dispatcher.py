@@ -179,7 +179,7 @@ class Dispatcher:
 
     def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
         """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""
-        if transfer is None:
+        if transfer is None and not call.seq:
             call = call.numbered(self._collectives.latest_number())
         try:
             self._execute(call, wait, timeout_s, transfer, agreed=True)

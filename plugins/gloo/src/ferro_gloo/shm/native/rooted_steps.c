@@ -2,8 +2,6 @@
 
 #include "rooted.h"
 
-#include <limits.h>
-
 #define SPINS_WITH_GIL 100 /* as in short_path.c */
 #define YIELDS 1000
 #define FIRST_WAIT_S 0.01
@@ -140,26 +138,33 @@ static PyObject *awaited_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
     return list;
 }
 
-static PyObject *passed_method(RootedSteps *steps, PyObject *argument)
+/* Read a rank; -1 with an error set if there is none. */
+static int read_rank(const RootedSteps *steps, PyObject *argument)
 {
     long rank = PyLong_AsLong(argument);
-    if (rank == -1 && PyErr_Occurred())
+    if (rank >= 0 && rank < steps->collective.ring->ranks)
+        return (int)rank;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "there is no rank %ld", rank);
+    return -1;
+}
+
+static PyObject *passed_method(RootedSteps *steps, PyObject *argument)
+{
+    int rank = read_rank(steps, argument);
+    if (rank < 0)
         return NULL;
-    if (rank < 0 || rank >= steps->collective.ring->ranks)
-        return PyErr_Format(PyExc_ValueError, "there is no rank %ld", rank);
     if (!steps->under_way || steps->closed || steps->writes)
         return Py_NewRef(Py_None);
-    int64_t order = __atomic_load_n(order_of_rank(steps, (int)rank), __ATOMIC_ACQUIRE);
+    int64_t order = __atomic_load_n(order_of_rank(steps, rank), __ATOMIC_ACQUIRE);
     return order > steps->order ? PyLong_FromLongLong(order) : Py_NewRef(Py_None);
 }
 
 static PyObject *is_deferred_method(RootedSteps *steps, PyObject *argument)
 {
-    long rank = PyLong_AsLong(argument);
-    if (rank == -1 && PyErr_Occurred())
+    int rank = read_rank(steps, argument);
+    if (rank < 0)
         return NULL;
-    if (rank < 0 || rank >= steps->collective.ring->ranks)
-        return PyErr_Format(PyExc_ValueError, "there is no rank %ld", rank);
     int open = !steps->closed && steps->area.obj;
     return PyBool_FromLong(open && __atomic_load_n(&steps->counters[rank].deferred, __ATOMIC_ACQUIRE));
 }
@@ -170,6 +175,11 @@ static PyObject *other_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
         return Py_NewRef(Py_None);
     RootedSlot *slot = rooted_slot(steps, steps->other, steps->step);
     return Py_BuildValue("iLL", steps->other, (long long)slot->order, (long long)steps->order);
+}
+
+static PyObject *order_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLongLong(steps->order);
 }
 
 static PyObject *is_closed_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
@@ -335,6 +345,7 @@ static PyMethodDef methods[] = { /* described in ../rooted/native_steps.py */
     {"passed", (PyCFunction)passed_method, METH_O, NULL},
     {"is_deferred", (PyCFunction)is_deferred_method, METH_O, NULL},
     {"other", (PyCFunction)other_method, METH_NOARGS, NULL},
+    {"order", (PyCFunction)order_method, METH_NOARGS, NULL},
     {"is_closed", (PyCFunction)is_closed_method, METH_NOARGS, NULL},
     {"close", (PyCFunction)close_method, METH_O, NULL},
     {NULL, NULL, 0, NULL},

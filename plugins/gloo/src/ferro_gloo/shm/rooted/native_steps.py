@@ -57,6 +57,9 @@ class RootedSteps(Protocol):
     def other(self) -> tuple[int, int, int] | None:
         """Return the rank that has written another step than this one, and the orders of that step and of this one."""
 
+    def order(self) -> int:
+        """Return the number of collectives that this rank had issued on the group before its latest step."""
+
     def is_closed(self) -> bool:
         """Say whether `close` was called."""
 

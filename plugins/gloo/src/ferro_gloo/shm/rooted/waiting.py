@@ -38,7 +38,7 @@ class LateSteps:
 
     def __call__(self, steps: RootedSteps) -> None:
         """Wait until the step has ended, or raise an error, with which the group ends on all ranks."""
-        self._turn.late(self._call, partial(self._wait, steps))
+        self._turn.late(self._call.numbered(steps.order()), partial(self._wait, steps))
 
     def _wait(self, steps: RootedSteps, *, deadline: float) -> None:
         (spins, yields), seconds = self._patience, PEER_CHECK_S
