@@ -216,9 +216,9 @@ static PyObject *new_steps(PyTypeObject *type, PyObject *args, PyObject *keyword
     c->block = (size_t)block;
     c->parts = PyMem_Calloc((size_t)c->ring->ranks, sizeof *c->parts);
     int rooted = operation == BROADCAST || operation == SCATTER || operation == REDUCE || operation == GATHER;
-    int valid = rooted && block >= 0 &&
-                (operation == REDUCE ? find_arithmetic(dtype, reduction, c->ring->ranks, &c->arithmetic) : !*reduction) &&
-                plan_collective(c);
+    int reducible = operation != REDUCE ? !*reduction
+                                        : find_arithmetic(dtype, reduction, c->ring->ranks, &c->arithmetic);
+    int valid = rooted && block >= 0 && reducible && plan_collective(c);
     if (!c->parts) {
         PyErr_NoMemory();
     } else if (!valid) {
@@ -245,7 +245,8 @@ static Py_ssize_t read_depth(const RootedSteps *steps, PyObject *argument)
     Py_ssize_t depth = PyLong_AsSsize_t(argument);
     if (depth == -1 && PyErr_Occurred())
         return -1;
-    if (depth >= 2 && depth <= MOST_DEPTH && steps->stride <= PY_SSIZE_T_MAX / MOST_DEPTH / 2 / steps->collective.ring->ranks)
+    Py_ssize_t slots = 2 * MOST_DEPTH * (Py_ssize_t)steps->collective.ring->ranks;
+    if (depth >= 2 && depth <= MOST_DEPTH && steps->stride <= PY_SSIZE_T_MAX / slots)
         return depth;
     PyErr_Format(PyExc_ValueError, "a writer has 2 to %d slots", MOST_DEPTH);
     return -1;
