@@ -62,10 +62,10 @@ class Turn:
     Attributes:
         lock: held while a collective is carried out, or is started and not yet finished.
         pending: the operations that wait for the group's own thread.
-        state: two int64, format "q": not 0 where no collective may begin; how many fast paths have begun.
-        late: called as `late(call, wait)` with the lock held, when other ranks are late or make another call. It calls
-            `wait(deadline=…)`, which waits for them or raises what methods of backends raise, and ends the group with
-            the cause that all ranks report.
+        state: two int64, format "q": not 0 where no collective may begin; how many were issued, the same on all ranks.
+        late: called as `late(call, wait)`, by a path that takes turns with the lock held, when other ranks are late or
+            make another call. It calls `wait(deadline=…)`, which waits for them or raises what methods of backends
+            raise, and ends the group with the cause that all ranks report.
     """
 
     lock: threading.Lock
@@ -163,5 +163,22 @@ class FastPaths:
 
         Each step sends what `sends` (peers and flat contiguous arrays) hold then, and fills `recvs`. `number` is that
         of this persistent operation in its group; `deadline`, an absolute `time.monotonic()` second, of this call.
+        """
+        return None
+
+    def persistent_collective(
+        self,
+        collective: EvenCollective | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
+        *,
+        number: int,
+        deadline: float,
+    ) -> BoundFastPath | None:
+        """Make a rooted collective whose ranks run ahead of each other; None, on all ranks, where there is none.
+
+        Every rank calls it as a collective, one that must take another way without `collective`. `buffers` are those of
+        `FastPath.bind`, `number` and `deadline` as in `persistent_exchange`. A step takes no turn: it never declines in
+        an open group, but adds 1 to `turn.state[NUMBER]`, and finds a rank whose step has another number.
         """
         return None

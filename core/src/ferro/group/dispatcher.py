@@ -59,6 +59,7 @@ class Dispatcher:
         self.observed = bool(info.observers)
         self._notifier = ObserverNotifier(info, backend.rank)
         self._streams = backend.streams
+        self.indirect = self.observed or _CPU in self._streams
         self._agreement = FailureAgreement(info, backend.rank)
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
         self.start_at_once, self.end_started = self._collectives.start_at_once, self._collectives.end_started
@@ -164,18 +165,21 @@ class Dispatcher:
             raise
         return result.wait() if launches and not async_op else result
 
-    def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
-        """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
-        if self.observed or _CPU in self._streams or self._word[BUSY]:
-            return None
+    def turn(self, timeout_s: float | None) -> Turn:
+        """Describe the order of the collectives for a backend's own way to run one within `timeout_s` each time."""
         executor = self._collectives
         late = partial(self.run_late, self.checked_timeout(timeout_s))
-        turn = Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
-        return self.backend.fast_path(collective, turn)
+        return Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
+
+    def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
+        """Make the backend's own way to run a collective at once; None without one."""
+        if self.indirect or self._word[BUSY]:
+            return None
+        return self.backend.fast_path(collective, self.turn(timeout_s))
 
     def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
         """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""
-        if transfer is None:
+        if transfer is None and not call.seq:
             call = call.numbered(self._collectives.latest_number())
         try:
             self._execute(call, wait, timeout_s, transfer, agreed=True)

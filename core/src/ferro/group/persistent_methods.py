@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ferro.collectives.fast_path import BoundFastPath
+from ferro.collectives.fast_path import BoundFastPath, EvenCollective
 from ferro.collectives.label import Call, persistent_call
 from ferro.group.array_operations import Operation, no_result
 from ferro.group.dispatcher import Dispatcher
 from ferro.group.fast_calls import even_collective
 from ferro.group.object_methods import ObjectMethods
-from ferro.group.persistent import FastSteps, PersistentOperation, RepeatedSteps
+from ferro.group.persistent import FastSteps, NativeSteps, PersistentOperation, RepeatedSteps
 from ferro.group.persistent_arguments import PersistentArguments, read_arguments
 from ferro.group.persistent_transfers import persistent_exchange, persistent_transfer
 from ferro.types import Device
 
+_ROOTED = ("broadcast", "scatter", "reduce", "gather")
 _WITHOUT_FAST_PATH = ("scan", "exscan", "min_loc", "max_loc")
 
 
@@ -52,45 +53,50 @@ class PersistentMethods(ObjectMethods):
             return persistent_exchange(self, self._next_persistent, args, options, timeout_s)
         arguments = read_arguments(self, op, args, options)
         operation: Operation = arguments.prepare(arguments.out)
-        number = self._next_persistent()
-        self._agree_on_persistent(operation[0], number)
-        call = persistent_call(operation[0], number)
+        agreed, number = operation[0], self._next_persistent()
+        call = persistent_call(agreed, number)
         result = None if not arguments.even and op == "all_to_all" else operation[2]()
-        steps = RepeatedSteps(_ordinary_step(self._dispatcher, arguments, (call, *operation[1:]), result, timeout_s))
-        path = self._bound_fast_path(op, arguments, call, result, timeout_s)
-        return PersistentOperation(op, steps if path is None else FastSteps(path, result, steps, self._dispatcher))
+        even, buffers = self._even_collective(op, arguments, call, result)
+        dispatcher, made = self._dispatcher, list[BoundFastPath | None]()
+
+        def agree(*, deadline: float) -> None:
+            self._backend.barrier(deadline=deadline)
+            if op in _ROOTED:
+                turn = dispatcher.turn(timeout_s)
+                made.append(self._backend.persistent_collective(even, buffers, turn, number=number, deadline=deadline))
+
+        detail = ", ".join(filter(None, (f"{agreed.op} {number}", agreed.detail)))
+        asked = Call("persistent", 0, agreed.dtype, agreed.count, agreed.reduction, agreed.root, detail)
+        dispatcher.collective(asked, agree, no_result, 0, Device.CPU, False, None)
+        if made and made[0] is not None:
+            native = NativeSteps(op, dispatcher, made[0], made[0].__call__, made[0].finish, result=result)
+            return PersistentOperation(op, native)
+        ordinary = RepeatedSteps(_ordinary_step(dispatcher, arguments, (call, *operation[1:]), result, timeout_s))
+        path = None if even is None else dispatcher.fast_path(even, timeout_s)
+        bound = None if path is None else path.bind(*buffers)
+        steps = ordinary if bound is None else FastSteps(op, dispatcher, bound, ordinary, result)
+        return PersistentOperation(op, steps)
 
     def _next_persistent(self) -> int:
         """Number a persistent operation whose arguments are right on this rank, as they are on all."""
         self._persistent_count += 1
         return self._persistent_count
 
-    def _agree_on_persistent(self, call: Call, number: int) -> None:
-        """Compare what all ranks ask for."""
-        detail = ", ".join(filter(None, (f"{call.op} {number}", call.detail)))
-        asked = Call("persistent", 0, call.dtype, call.count, call.reduction, call.root, detail)
-        self._dispatcher.collective(asked, self._backend.barrier, no_result, 0, Device.CPU, False, None)
-
-    def _bound_fast_path(
-        self, op: str, arguments: PersistentArguments, call: Call, result: Any, timeout_s: float
-    ) -> BoundFastPath | None:
-        """Bind the backend's fast path for steps with this rank's arrays; None where it has none."""
+    def _even_collective(
+        self, op: str, arguments: PersistentArguments, call: Call, result: Any
+    ) -> tuple[EvenCollective | None, tuple[Any, Any]]:
+        """Describe a step that a backend may run in its own way, if it may, and its buffers."""
         x, root = arguments.x, arguments.root
-        here = self.rank == root or root < 0
-        arrays = [array for array in (x, result) if array is not None]
-        if op in _WITHOUT_FAST_PATH or not arguments.even or any(type(array) is not np.ndarray for array in arrays):
-            return None
+        buffers = None if op in ("broadcast", "scatter") and self.rank != root else x, result
         like = result if x is None else x
-        shape: tuple[int, ...] = (0,) if like is None else like.shape
+        plain = all(array is None or type(array) is np.ndarray for array in (x, result))
+        if self._dispatcher.indirect or op in _WITHOUT_FAST_PATH or not (arguments.even and plain):
+            return None, buffers
+        shape, dtype = ((0,), np.dtype(np.uint8)) if like is None else (like.shape, like.dtype)
         if op == "scatter" and x is None:
             shape = (shape[0] * self.world_size, *shape[1:])
-        dtype = np.dtype(np.uint8) if like is None else like.dtype
         found = even_collective(op, dtype, shape, arguments.reduction, int(root), self.world_size)
-        if found is None:
-            return None
-        path = self._dispatcher.fast_path(replace(found[0], call=call), timeout_s)
-        source = x if here or op not in ("broadcast", "scatter") else None
-        return None if path is None else path.bind(source, result)
+        return None if found is None else replace(found[0], call=call), buffers
 
 
 def _ordinary_step(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from ferro.errors import CollectiveMismatch
 from ferro.group.arguments import Reads
 from ferro.group.array_operations import no_result
 from ferro.group.exchanged_messages import ExchangedMessages
-from ferro.group.persistent import PersistentOperation, RepeatedSteps
+from ferro.group.persistent import NativeSteps, PersistentOperation, RepeatedSteps
 from ferro.group.persistent_arguments import bind
 from ferro.group.transfers import Messages, Transfer
 from ferro.types import Device
@@ -65,7 +64,19 @@ def persistent_exchange(
     native = made[0] if made else None
     if native is None:
         return PersistentOperation("exchange", RepeatedSteps(partial(_run_exchange, group, messages, timeout_s)))
-    return PersistentOperation("exchange", _ExchangeSteps(group, native, messages, timeout_s))
+    moved, nothing = (messages.sends, messages.recvs, messages.tag), lambda *_: None
+    described = Transfer("exchange", *moved, timeout_s, nothing, nothing)  # to name it in errors
+    finish = partial(dispatcher.run_late, timeout_s, described.call, native.finish, described)
+
+    def step(state: memoryview = dispatcher._word, move: Callable[[], bool] = native) -> bool:
+        if state[BUSY]:
+            return False
+        if not move():
+            finish()
+        return True
+
+    around = () if messages.are_plain else (messages.refill, messages.finish)
+    return PersistentOperation("exchange", NativeSteps("exchange", dispatcher, native, step, finish, around))
 
 
 def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:
@@ -95,72 +106,3 @@ def _compare(asked: Sequence[Any], number: int) -> None:
 
 def _listed(messages: Sequence[Sequence[object]]) -> str:
     return ", ".join(f"{size} x {dtype}" for size, dtype in messages) or "nothing"
-
-
-class _ExchangeSteps:
-    """Steps of a persistent exchange in the backend's own way."""
-
-    result = None
-
-    def __init__(
-        self, group: ObjectMethods, native: PersistentExchange, messages: ExchangedMessages, timeout_s: float
-    ) -> None:
-        self.at_once = self._run_at_once if messages.are_plain else None
-        self._dispatcher = group._dispatcher
-        self._state = group._dispatcher._word
-        self._native = native
-        self._messages = messages
-        moved, nothing = (messages.sends, messages.recvs, messages.tag), lambda *_: None
-        described = Transfer("exchange", *moved, timeout_s, nothing, nothing)  # to name it in errors
-        self._finish = partial(self._dispatcher.run_late, timeout_s, described.call, native.finish, described)
-
-    def _run_at_once(self) -> bool:
-        """Run a step whose messages need nothing before or after it."""
-        if self._state[BUSY]:
-            return False
-        self._move()
-        return True
-
-    def _move(self) -> None:
-        if not self._native():
-            self._finish()
-
-    def run(self) -> None:
-        self._dispatcher.check_open("exchange")
-        self._messages.refill()
-        with self._whole():
-            self._move()
-        self._messages.finish()
-
-    def start(self) -> None:
-        self._dispatcher.check_open("exchange")
-        self._messages.refill()
-        with self._whole():
-            self._native.start()
-
-    def done(self) -> bool:
-        return self._native.test()
-
-    def wait(self) -> None:
-        with self._whole():
-            ended = self._native.test()
-        if not ended:
-            self._dispatcher.check_open("exchange")  # a forked child must not end its parent's group
-            with self._whole():
-                self._finish()
-        self._messages.finish()
-
-    def interrupted(self, error: BaseException) -> None:
-        self._dispatcher.interrupted("exchange", error)
-
-    def close(self) -> None:
-        self._native.close()
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """End the group if an exception leaves the block: nobody knows how far the step came."""
-        try:
-            yield
-        except BaseException as error:
-            self.interrupted(error)
-            raise

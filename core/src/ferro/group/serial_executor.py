@@ -17,8 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from ferro.collectives.fast_path import NUMBER
 from ferro.errors import ThreadLimitError
@@ -27,7 +26,6 @@ from ferro.group.work import Work
 Result = TypeVar("Result")
 IDLE_S = 5.0  # how long an executor's thread waits for more work
 _SWITCH_INTERVAL_S = 1e-4
-_STARTED_CHECK_S = 0.01  # how often a thread that waits for the lock looks for a started operation, which it can finish
 
 
 class ExecutorClosed(Exception):
@@ -123,8 +121,6 @@ class SerialExecutor:
         # The operation that was started and not waited for: it holds the lock, and whoever comes next finishes it.
         self.started: deque[Callable[[], object]] = deque()
         self.entering: deque[None] = deque()  # one for each thread that is about to take the lock
-        self._counter = count()
-        self._count = self._counter.__next__
         self._name = name
         # Callers enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
         self._state_lock = threading.RLock()
@@ -132,13 +128,14 @@ class SerialExecutor:
         self._thread: threading.Thread | None = None
 
     def next_number(self) -> int:
-        """Number an operation; those that were run at once count as well."""
-        return self._count() + self.state[NUMBER]
+        """Number an operation; no thread runs between the two lines, as neither calls anything."""
+        number = self.state[NUMBER]
+        self.state[NUMBER] = number + 1
+        return number
 
     def latest_number(self) -> int:
         """Return the number of the operation that began last."""
-        following = cast("tuple[int]", self._counter.__reduce__()[1])[0]
-        return following + self.state[NUMBER] - 1
+        return self.state[NUMBER] - 1
 
     def start_at_once(self, begin: Callable[[], bool], finish: Callable[[], object]) -> bool:
         """Begin an operation that somebody finishes later; return False, having done nothing, if it must wait its turn.

@@ -52,7 +52,7 @@ def _absent_from_collective(rank: int, reports: Mapping[int, FailureReport]) -> 
     """List the ranks that had not entered the collective of `rank`.
 
     A silent rank may have done its part of a rooted collective and gone on. It is listed only if another rank waited
-    for it, where that is known.
+    for it, where that is known. A rank that waits in an earlier step is not what keeps the others, if one is known.
     """
     own = reports[rank]
     absent = [r for r, report in reports.items() if r != rank and not _has_entered(report, own)]
@@ -63,7 +63,7 @@ def _absent_from_collective(rank: int, reports: Mapping[int, FailureReport]) -> 
                 if other not in awaited:
                     awaited.add(other)
                     pending.append(other)
-        absent = [r for r in absent if r in awaited or reports[r].text] or absent
+        absent = [r for r in absent if (r in awaited or reports[r].text) and not reports[r].awaited] or absent
     return sorted(absent)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import EvenCollective, FastPath, PersistentExchange, Turn
+from ferro.collectives.fast_path import BoundFastPath, EvenCollective, FastPath, PersistentExchange, Turn
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -126,6 +126,23 @@ class GlooBackend(Backend):
             return None
         return self._collectives.fast_path(collective, turn)
 
+    def persistent_collective(
+        self,
+        collective: EvenCollective | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
+        *,
+        number: int,
+        deadline: float,
+    ) -> BoundFastPath | None:
+        """See `Backend.persistent_collective`: it is there where all ranks share memory."""
+        if not isinstance(self._collectives, ShmBackend):  # which all ranks have chosen together
+            return None
+        fixed = collective is None or self.choice.fixed
+        return self._collectives.persistent_collective(
+            None if fixed else collective, buffers, turn, number=number, deadline=deadline
+        )
+
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
         self._selected.barrier(deadline=deadline)
@@ -220,7 +237,7 @@ class GlooBackend(Backend):
             return self._flat
         if region is None:
             return HierarchicalBackend(self._flat, hosts, self._flat.subset([self.rank]))
-        local = ShmBackend(region, self._flat.subset(own_host), self._host.arenas)
+        local = ShmBackend(region, self._flat.subset(own_host), self._host.exchange_memory)
         return local if len(hosts) == 1 else HierarchicalBackend(self._flat, hosts, local)
 
     def _split_hosts_without_memory(

@@ -17,14 +17,16 @@ from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
 from ferro.types import Array
 from ferro_gloo.shm import data_movement, reductions
-from ferro_gloo.shm.arena import HostArenas
 from ferro_gloo.shm.chunked import ChunkedRunner
 from ferro_gloo.shm.chunked_operation import ChunkedOperation
+from ferro_gloo.shm.exchange.memory import ExchangeMemory
 from ferro_gloo.shm.kernels import has_arithmetic
 from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.mapping import is_used_by_other_threads
 from ferro_gloo.shm.native import NATIVE, OPERATIONS
 from ferro_gloo.shm.region import ShmRegion
+from ferro_gloo.shm.rooted.collective import ShmRootedCollective
+from ferro_gloo.shm.rooted.setup import RootedSetup
 from ferro_gloo.shm.single_round import SingleRoundCollectives
 from ferro_gloo.shm.slot_ring import SlotRing
 from ferro_gloo.tcp.backend import TcpBackend
@@ -43,17 +45,18 @@ class ShmBackend(Backend):
     Args:
         region: the memory.
         tcp: the same ranks over TCP, for transfers, and to notice the loss of a rank.
-        arenas: the arrays that can be used in place.
+        memory: of this process's persistent exchanges, with the arrays that can be used in place.
     """
 
     labels_frames = True
 
-    def __init__(self, region: ShmRegion, tcp: TcpBackend, arenas: HostArenas) -> None:
+    def __init__(self, region: ShmRegion, tcp: TcpBackend, memory: ExchangeMemory) -> None:
         super().__init__(tcp.rank, tcp.world_size, tcp.choice)
         self._tcp = tcp
         self._region = region
         self._ring = SlotRing(region, tcp)
-        self._runner = ChunkedRunner(region, self._ring, tcp, arenas)
+        self._runner = ChunkedRunner(region, self._ring, tcp, memory.arenas)
+        self._rooted = RootedSetup(region, self._ring, tcp, memory)
         self._single_round = SingleRoundCollectives(region, self._ring, tcp.rank)
         self._slot_bytes = region.slot_bytes
         self._single_round_bytes = min(region.slot_bytes, _EACH_REDUCES_BYTES // tcp.world_size)
@@ -92,6 +95,18 @@ class ShmBackend(Backend):
             late=partial(_wait_late, self._ring, collective.call, turn.late),
             sample=np.empty((2, 3), collective.dtype),
         )
+
+    def persistent_collective(
+        self,
+        collective: EvenCollective | None,
+        buffers: Sequence[Array | None],
+        turn: Turn,
+        *,
+        number: int,
+        deadline: float,
+    ) -> ShmRootedCollective | None:
+        """See `Backend.persistent_collective`: there is one where the ranks run ahead of each other."""
+        return self._rooted.make(collective, buffers, turn, number=number, deadline=deadline)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

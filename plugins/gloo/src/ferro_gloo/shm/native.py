@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferro.collectives.fast_path import FastPath
+from ferro_gloo.shm.rooted.native_steps import RootedSteps as Steps
 
 # The collectives that a short path runs, in the order of their numbers in `native/native.h`.
 OPERATIONS = (
@@ -236,6 +237,29 @@ class NativeModule(Protocol):
             late: called as late(number, awaited) when others are late, or have other labels: it waits for chunk
                 `awaited` of all ranks, and compares the labels of chunk `number`.
             sample: an array of shape (2, 3) and the elements' dtype, which nobody else uses.
+        """
+
+    def RootedSteps(  # noqa: N802 - a class
+        self,
+        *,
+        ring: NativeRing,
+        operation: int,
+        dtype: str,
+        reduction: str,
+        block_bytes: int,
+        root: int,
+        source: NDArray[np.generic] | None,
+        target: NDArray[np.generic] | None,
+        state: memoryview,
+        late: Callable[[Steps], None],
+        sample: NDArray[np.generic],
+    ) -> Steps:
+        """Make the steps of a persistent broadcast, scatter, reduce or gather with these arrays.
+
+        Args: as those of `ShortPath`; `late` is called as that class says. They have no memory before `open`.
+
+        Raises:
+            ValueError: the arrays do not fit the collective, or it does not fit a slot of the ring.
         """
 
 

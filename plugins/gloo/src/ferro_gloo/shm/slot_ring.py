@@ -35,6 +35,7 @@ All ranks see chunks, lines and counters in the order in which they were written
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from ferro.collectives.label import LABEL_BYTES, Call, mismatch
 from ferro.errors import GroupClosed, PeerLost, with_awaited
@@ -138,6 +139,13 @@ class SlotRing:
         """Read each rank's number of chunks from its header."""
         slot = number % SLOTS
         return [int.from_bytes(row[slot][_SPAN_END:_CHUNK_COUNT_END], "little") for row in self._headers]
+
+    def calls_ahead(self, ranks: Sequence[int]) -> dict[int, bytes]:
+        """Find those of these ranks that have begun an operation which this rank has not; return its labels."""
+        number = self.next
+        behind = self._counters.behind(number + 1)
+        headers = {rank: self._headers[rank][number % SLOTS] for rank in ranks if rank not in behind}
+        return {rank: bytes(header[:LABEL_BYTES]) for rank, header in headers.items()}
 
     def publish(self, number: int) -> None:
         """Tell the others that this rank has written chunk `number`, and has read chunk `number - 2`."""

@@ -8,12 +8,21 @@ different orders, or for another collective first, would wait for each other for
 from __future__ import annotations
 
 import threading
-
-from ferro_gloo.shm.exchange.native_steps import Steps
+from typing import Protocol
 
 _LINGER_S = 1.0  # an idle thread ends after this time
 _SLEEP_S = 0.01
 _SLEEP_BESIDE_OTHERS_S = 0.001  # while the thread sleeps for one exchange it does not see another's messages
+
+
+class StartedSteps(Protocol):
+    """Steps, such as those of an exchange, of which one is under way; see `ferro_gloo.shm.exchange.native_steps`."""
+
+    def progress(self) -> bool:
+        """Move what can be moved without waiting; say whether the step has ended."""
+
+    def wait(self, spins: int, yields: int, seconds: float, /) -> bool:
+        """Wait until the step has ended; return False after `seconds` at the latest."""
 
 
 class ProgressThread:
@@ -21,10 +30,10 @@ class ProgressThread:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._steps: list[Steps] = []
+        self._steps: list[StartedSteps] = []
         self._runs = False
 
-    def add(self, steps: Steps) -> None:
+    def add(self, steps: StartedSteps) -> None:
         """Carry a step on until it has ended."""
         with self._changed:
             self._steps.append(steps)
@@ -37,7 +46,7 @@ class ProgressThread:
                 else:
                     self._runs = True
 
-    def discard(self, steps: Steps) -> None:
+    def discard(self, steps: StartedSteps) -> None:
         """Leave a step, whether it has ended or not."""
         with self._changed:
             self._steps = [one for one in self._steps if one is not steps]

@@ -1,6 +1,6 @@
 /* The module: its functions and types, which ../native.py describes. */
 
-#include "native.h"
+#include "rooted.h"
 
 static PyMethodDef functions[] = {
     {"publish", (PyCFunction)(void (*)(void))publish, METH_FASTCALL, NULL},
@@ -30,7 +30,8 @@ static int add_types(PyObject *module)
     state->short_path = state->ring ? add_type(module, &short_path_spec, "ShortPath") : NULL;
     state->bound = state->short_path ? add_type(module, &bound_spec, NULL) : NULL;
     state->chunked_plan = state->bound ? add_type(module, &chunked_plan_spec, "ChunkedPlan") : NULL;
-    return state->chunked_plan ? 0 : -1;
+    state->rooted_steps = state->chunked_plan ? add_type(module, &rooted_steps_spec, "RootedSteps") : NULL;
+    return state->rooted_steps ? 0 : -1;
 }
 
 static int visit_types(PyObject *module, visitproc visit, void *arg)
@@ -40,6 +41,7 @@ static int visit_types(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->short_path);
     Py_VISIT(state->bound);
     Py_VISIT(state->chunked_plan);
+    Py_VISIT(state->rooted_steps);
     return 0;
 }
 
@@ -50,6 +52,7 @@ static int clear_types(PyObject *module)
     Py_CLEAR(state->short_path);
     Py_CLEAR(state->bound);
     Py_CLEAR(state->chunked_plan);
+    Py_CLEAR(state->rooted_steps);
     return 0;
 }
 

@@ -13,6 +13,7 @@
        bound.c       a ShortPath with its arrays
        chunked.c     a large collective, chunk by chunk
        chunked_plan.c  ChunkedPlan: such a collective, for Python
+       rooted.h        RootedSteps: persistent collectives whose ranks run ahead of each other
 */
 
 #ifndef FERRO_GLOO_NATIVE_H
@@ -32,7 +33,7 @@
 /* ---- module.c */
 
 typedef struct {
-    PyTypeObject *ring, *short_path, *bound, *chunked_plan;
+    PyTypeObject *ring, *short_path, *bound, *chunked_plan, *rooted_steps;
 } ModuleState;
 
 /* ---- counters.c */
