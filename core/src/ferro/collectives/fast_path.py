@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from ferro.collectives.label import Call
 from ferro.types import Array
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ferro.collectives.reduction import Reduction
 
 # Indices of `Turn.state`.
@@ -117,6 +117,32 @@ class FastPath(Protocol):
         """Hold these buffers for many calls; None where the fast path would decline them."""
 
 
+class FastScatter(Protocol):
+    """A scatter of one kind and size, after the broadcast that announces it, for any buffers."""
+
+    def __call__(self, source: Array | None, target: Array | None, /) -> bool | bytes:
+        """Run both; or return False, having done nothing, or the root's header, having run the broadcast alone.
+
+        The latter means that the root announces another scatter, or that this rank cannot scatter these buffers.
+        See `FastPath.__call__`.
+        """
+
+
+class AnnouncedScatter:
+    """A `FastScatter` made of two fast paths."""
+
+    def __init__(self, header: bytes, tell: FastPath, blocks: FastPath, at_root: bool) -> None:
+        self._header, self._tell, self._blocks, self._at_root = header, tell, blocks, at_root
+        self._told = np.frombuffer(bytearray(header), np.uint8)
+
+    def __call__(self, source: Array | None, target: Array | None, /) -> bool | bytes:
+        """See `FastScatter`."""
+        if not self._tell(self._told if self._at_root else None, self._told):
+            return False
+        told = self._told.tobytes()
+        return told if told != self._header else self._blocks(source, target) or told
+
+
 class PersistentExchange(Protocol):
     """Many messages to and from other ranks, which are sent and received again and again.
 
@@ -145,12 +171,23 @@ class PersistentExchange(Protocol):
 class FastPaths:
     """The part of a backend's contract that is about calls which come again and again; nothing of it is needed."""
 
+    rank: int
+
     def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
         """Make this backend's own way to run a collective of this kind at once; None where it has none.
 
         Each rank asks for itself, so this must not communicate.
         """
         return None
+
+    def fast_scatter(
+        self, header: bytes, announcement: EvenCollective, blocks: EvenCollective, turn: Turn
+    ) -> FastScatter | None:
+        """Make this backend's own way to broadcast `header` and to scatter `blocks`; see `fast_path`."""
+        tell, move = self.fast_path(announcement, turn), self.fast_path(blocks, turn)
+        if tell is None or move is None:
+            return None
+        return AnnouncedScatter(header, tell, move, self.rank == blocks.root)
 
     def persistent_exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float

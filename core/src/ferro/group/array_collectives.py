@@ -15,7 +15,7 @@ from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.errors import UsageError
 from ferro.group import uneven
-from ferro.group.arguments import ArgumentChecker, OutputBuffer, reads_when
+from ferro.group.arguments import ArgumentChecker, reads_when
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
 from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
@@ -57,7 +57,7 @@ class ArrayCollectives:
         self._checker = checker = ArgumentChecker(backend, info)
         self._operations = ArrayOperations(backend, checker)
         dispatcher = self._dispatcher
-        self._fast_calls = FastCalls(dispatcher.fast_path, dispatcher.interrupted, backend.rank, backend.world_size)
+        self._fast_calls = FastCalls(dispatcher, backend.rank, backend.world_size)
         self._run_fast = self._fast_calls.run
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
@@ -203,6 +203,10 @@ class ArrayCollectives:
             root: the rank whose `x` is split.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
         """
+        now = sizes is None and not async_op and timeout_s is None
+        told = self._fast_calls.scatter(x, root, out) if now else NOT_TAKEN
+        if told is not NOT_TAKEN and type(told) is not bytes:
+            return told
         self._check_rank(root, "root")
         with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
 
@@ -210,13 +214,13 @@ class ArrayCollectives:
                 left_s = remaining_s()
                 self.broadcast(header, root, out=header, timeout_s=None if timeout_s is None else left_s)
 
-            operation, layout = self._operations.scatter(x, root, sizes, out, reads_when(async_op, copy), broadcast)
-            call, _, result, *_ = operation
-            now = not async_op and timeout_s is None and (self.rank != root or type(x) is np.ndarray)
-            if now and layout.is_even and isinstance(result, OutputBuffer) and call.dtype == result.array.dtype.name:
-                kind = result.array.dtype, layout.shape
-                if self._run_fast("scatter", x, None, root, result.array, kind) is not NOT_TAKEN:
-                    return result()
+            def tell(header: bytes) -> bytes:
+                remaining_s()  # an operation has been issued
+                header = uneven.tell_header(header, broadcast, told if isinstance(told, bytes) else b"")
+                self._fast_calls.headers[root] = header
+                return header
+
+            operation, _ = self._operations.scatter(x, root, sizes, out, reads_when(async_op, copy), tell)
             return self._dispatcher.collective(*operation, async_op, remaining_s())
 
     def reduce_scatter(

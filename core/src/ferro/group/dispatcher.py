@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, Turn
+from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, FastScatter, Turn
 from ferro.collectives.label import Call
 from ferro.errors import (
     CollectiveMismatch,
@@ -166,12 +166,20 @@ class Dispatcher:
 
     def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
         """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
+        turn = self._turn(timeout_s)
+        return None if turn is None else self.backend.fast_path(collective, turn)
+
+    def fast_scatter(self, header: bytes, told: EvenCollective, blocks: EvenCollective) -> FastScatter | None:
+        """Make the backend's own way to scatter, with the broadcast of the header; None without one."""
+        turn = self._turn(None)
+        return None if turn is None else self.backend.fast_scatter(header, told, blocks, turn)
+
+    def _turn(self, timeout_s: float | None) -> Turn | None:
         if self.observed or _CPU in self._streams or self._word[BUSY]:
             return None
         executor = self._collectives
         late = partial(self.run_late, self.checked_timeout(timeout_s))
-        turn = Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
-        return self.backend.fast_path(collective, turn)
+        return Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
 
     def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
         """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
 from ferro.arrays import dtype_problem
-from ferro.collectives.fast_path import EvenCollective, FastPath
+from ferro.collectives.fast_path import EvenCollective, FastPath, FastScatter
 from ferro.collectives.label import array_call
 from ferro.collectives.reduction import reduction_for
 from ferro.errors import UnsupportedError, UsageError
 from ferro.group.array_operations import BARRIER, Op
+from ferro.group.uneven import HEADER_BYTES, header_of, read_header, split_layout
 from ferro.types import Array
+
+if TYPE_CHECKING:
+    from ferro.group.dispatcher import Dispatcher
 
 _MOST = 512  # kinds of calls that are remembered
 
@@ -65,7 +69,7 @@ class _FastCall:
 
     def __init__(
         self,
-        path: FastPath,
+        path: FastPath | FastScatter,
         interrupted: Interrupted,
         collective: EvenCollective,
         x_shape: tuple[int, ...],
@@ -93,7 +97,8 @@ class _FastCall:
         ):
             return NOT_TAKEN
         try:
-            return out if self._path(x if self._is_source else None, out) else NOT_TAKEN
+            done = self._path(x if self._is_source else None, out)
+            return out if done is True else done or NOT_TAKEN
         except BaseException as error:  # it may have left the call in the middle
             self._interrupted(error)
             raise
@@ -106,26 +111,39 @@ def _decline(x: Array, out: object) -> object:
 class FastCalls:
     """The fast paths of one group, made when a kind of call comes for the second time."""
 
-    def __init__(
-        self, make: Callable[[EvenCollective], FastPath | None], interrupted: Interrupted, rank: int, world_size: int
-    ) -> None:
-        """Remember what `make` makes; `interrupted` ends the group where an exception leaves a call in the middle."""
-        self._make = make
-        self._interrupted = interrupted
+    def __init__(self, dispatcher: Dispatcher, rank: int, world_size: int) -> None:
+        self._dispatcher = dispatcher
         self._rank = rank
         self._world_size = world_size
+        self.headers: dict[int, bytes] = {}  # of the last scatter from each root that took the ordinary path
         self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
-    def run(self, op: str, x: Any, reduction: Any, root: int, out: object, kind: Kind | None = None) -> object:
+    def scatter(self, x: Any, root: int, out: Any) -> object:
+        """Run a scatter, with its header; return its result, NOT_TAKEN, or the bytes of a header that was told alone.
+
+        Ranks other than the root expect blocks like `out`, or like those of the last scatter.
+        """
+        if type(root) is not int:
+            return NOT_TAKEN
+        array = x if self._rank == root else out
+        if type(array) is _ndarray:
+            key: tuple[object, ...] = ("scatter", array.dtype, array.shape, None, root)
+        elif array is None and self._rank != root and root in self.headers:
+            key = ("scatter", self.headers[root], (), None, root)
+        else:
+            return NOT_TAKEN
+        return (self._calls.get(key) or self._learn(key))(x, out)
+
+    def run(self, op: str, x: Any, reduction: Any, root: int, out: object) -> object:
         """Run a collective; return its result, or NOT_TAKEN.
 
         A call is of a kind that was checked if operation, dtype, shape, reduction and root are the same. The fast path
-        itself checks the buffers. `kind` tells dtype and shape where ranks have no `x`.
+        itself checks the buffers.
         """
-        if (kind is None and type(x) is not _ndarray) or type(root) is not int:
+        if type(x) is not _ndarray or type(root) is not int:
             return NOT_TAKEN
-        key = (op, x.dtype, x.shape, reduction, root) if kind is None else (op, *kind, reduction, root)
+        key = (op, x.dtype, x.shape, reduction, root)
         try:
             call = self._calls.get(key)
         except TypeError:  # a reduction that cannot be hashed
@@ -146,14 +164,33 @@ class FastCalls:
         return call
 
     def _fast_call(
-        self, op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Any, root: Any
+        self, op: str, dtype: Any, shape: tuple[int, ...], reduction: Any, root: Any
     ) -> Callable[[Array, Any], object]:
         if op in ("reduce", "broadcast", "gather", "scatter") and root < 0:
             return _decline
-        found = even_collective(op, dtype, shape, reduction, root, self._world_size)
-        path = None if found is None else self._make(found[0])
-        if found is None or path is None:
+        n, here = self._world_size, self._rank == root or root < 0
+        if op == "scatter" and not here:
+            dtype, shape = self._whole(dtype, shape)
+        found = even_collective(op, dtype, shape, reduction, root, n)
+        if found is None:
+            return _decline
+        path: FastPath | FastScatter | None
+        if op == "scatter":
+            header = header_of(dtype, split_layout(shape, None, n, op))
+            told = even_collective("broadcast", NOTHING.dtype, (HEADER_BYTES,), None, root, n)
+            if told is None or len(header) > HEADER_BYTES:
+                return _decline
+            path = self._dispatcher.fast_scatter(header, told[0], found[0])
+        else:
+            path = self._dispatcher.fast_path(found[0])
+        if path is None:
             return _decline
         # A bound method is called quicker than an object.
-        here = self._rank == root or root < 0
-        return _FastCall(path, self._interrupted, found[0], shape, found[1], here).__call__
+        return _FastCall(path, self._dispatcher.interrupted, found[0], shape, found[1], here).__call__
+
+    def _whole(self, known: Any, shape: tuple[int, ...]) -> Kind:
+        """Find dtype and shape of what is scattered, from a block's or from a header."""
+        if isinstance(known, bytes):
+            dtype, layout = read_header(known, self._world_size)
+            return dtype, layout.shape
+        return known, (shape[0] * self._world_size, *shape[1:]) if shape else ()

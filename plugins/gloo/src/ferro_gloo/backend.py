@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import EvenCollective, FastPath, PersistentExchange, Turn
+from ferro.collectives.fast_path import EvenCollective, FastPath, FastScatter, PersistentExchange, Turn
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -125,6 +125,14 @@ class GlooBackend(Backend):
         if self.choice.fixed or self._collectives is None:
             return None
         return self._collectives.fast_path(collective, turn)
+
+    def fast_scatter(
+        self, header: bytes, announcement: EvenCollective, blocks: EvenCollective, turn: Turn
+    ) -> FastScatter | None:
+        """See `Backend.fast_scatter`: that of shared memory, once the group has chosen it."""
+        if self.choice.fixed or self._collectives is None:
+            return None
+        return self._collectives.fast_scatter(header, announcement, blocks, turn)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro.collectives.fast_path import FastPath
+from ferro.collectives.fast_path import FastPath, FastScatter
 
 # The collectives that a short path runs, in the order of their numbers in `native/native.h`.
 OPERATIONS = (
@@ -236,6 +236,17 @@ class NativeModule(Protocol):
             late: called as late(number, awaited) when others are late, or have other labels: it waits for chunk
                 `awaited` of all ranks, and compares the labels of chunk `number`.
             sample: an array of shape (2, 3) and the elements' dtype, which nobody else uses.
+        """
+
+    def AnnouncedScatter(  # noqa: N802 - a class
+        self, *, tell: FastPath | None, blocks: FastPath, header: bytes
+    ) -> FastScatter:
+        """Make the fast path of a scatter and of the broadcast that announces it.
+
+        Args:
+            tell: the `ShortPath` of the broadcast.
+            blocks: the `ShortPath` of the scatter, with the same ring and root.
+            header: the bytes that the broadcast sends, at most 48.
         """
 
 

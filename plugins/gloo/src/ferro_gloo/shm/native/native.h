@@ -11,6 +11,7 @@
        arrays.c      the arrays of a short path
        short_path.c  ShortPath: a small collective in one call
        bound.c       a ShortPath with its arrays
+       announced.c   AnnouncedScatter: a small scatter and the broadcast before it, in one call
        chunked.c     a large collective, chunk by chunk
        chunked_plan.c  ChunkedPlan: such a collective, for Python
 */
@@ -32,7 +33,7 @@
 /* ---- module.c */
 
 typedef struct {
-    PyTypeObject *ring, *short_path, *bound, *chunked_plan;
+    PyTypeObject *ring, *short_path, *bound, *announced, *chunked_plan;
 } ModuleState;
 
 /* ---- counters.c */
@@ -331,6 +332,8 @@ static inline void prepare_next(const Ring *ring)
 
 /* Return 1 if a collective may begin now, 0 if not, -1 with an error set. */
 int is_free(ShortPath *path);
+/* Call the turn's `acquire`, where the lock is free, or its `release`; return -1 with an error set if that fails. */
+int change_lock(PyObject *method);
 /* Try for some microseconds, with the GIL, where every rank has a core of its own. */
 Arrival spin(Collective *collective, int64_t number);
 /* Wait until all that this rank needs is there; the turn's lock is held. Return -1 with an error set if that fails. */
@@ -351,5 +354,9 @@ typedef struct {
 extern PyType_Spec bound_spec;
 
 PyObject *bind_path(ShortPath *path, PyObject *args);
+
+/* ---- announced.c */
+
+extern PyType_Spec announced_spec;
 
 #endif
