@@ -18,7 +18,7 @@ from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, reads_when
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
-from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
+from ferro.group.fast_calls import NOT_TAKEN, FastCalls
 from ferro.group.group_info import GroupInfo
 from ferro.types import Array, ReduceOp
 
@@ -278,9 +278,12 @@ class ArrayCollectives:
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
-        now = not async_op and timeout_s is None
-        if now and self._run_fast("barrier", NOTHING, None, -1, None) is not NOT_TAKEN:
-            return None
+        try:
+            if not async_op and timeout_s is None and self._fast_calls.barrier():
+                return None
+        except BaseException as error:  # it may have left the call in the middle
+            self._dispatcher.interrupted("barrier", error)
+            raise
         return self._dispatcher.collective(*self._operations.barrier(), async_op, timeout_s)
 
     def _gathered_rows(

@@ -116,8 +116,20 @@ class FastCalls:
         self._rank = rank
         self._world_size = world_size
         self.headers: dict[int, bytes] = {}  # of the last scatter from each root that took the ordinary path
+        self.barrier: Callable[[], bool] = self._see_barrier  # runs a barrier, or returns False
         self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
+
+    def _see_barrier(self) -> bool:
+        self.barrier = self._first_fast_barrier
+        return False
+
+    def _first_fast_barrier(self) -> bool:
+        found = even_collective("barrier", NOTHING.dtype, NOTHING.shape, None, -1, self._world_size)
+        path = None if found is None else self._dispatcher.fast_path(found[0])
+        bound = None if path is None else path.bind(None, None)
+        self.barrier = bound or (lambda: False)
+        return self.barrier()
 
     def scatter(self, x: Any, root: int, out: Any) -> object:
         """Run a scatter, with its header; return its result, NOT_TAKEN, or the bytes of a header that was told alone.

@@ -2,18 +2,17 @@
    ferro.collectives.fast_path). The two are collectives of their own, and other ranks may run them one by one:
 
        chunk        root                             another rank
-       number       writes and publishes the header  publishes; waits for the root's chunk, and compares the header
-       number + 1   writes and publishes the blocks  publishes; waits for all ranks' chunks, and takes its block
+       number       writes and publishes the header  publishes; waits for all ranks' chunks, and compares the header
+       number + 1   writes and publishes the blocks  publishes; waits for the root's chunk, and takes its block
 
-   The root waits only for chunk number + 1. It may write that before it has waited for chunk number, as in an operation
-   of two chunks (../slot_ring.py). Another rank publishes chunk number + 1 only if the header is the one that it
-   expects. Otherwise the broadcast alone has taken place, and the call returns what the root has told. */
+   The root publishes both at once, and waits for chunk number of all ranks. No rank waits for chunk number + 1 of ranks
+   that write nothing into it: ../slot_ring.py says why that is right. A rank publishes chunk number + 1 only if the
+   header is the one that it expects. Otherwise the broadcast alone has taken place, and the call returns what the root
+   has told. */
 
 #include "native.h"
 
-#define YIELDS 1000         /* see ../counters.py */
-#define LONGEST_WAIT_S 0.01 /* as PEER_CHECK_S in ../slot_ring.py */
-#define SPINS_WITH_GIL 100  /* as in short_path.c */
+#define SPINS_WITH_GIL 100 /* as in short_path.c */
 
 typedef struct {
     PyObject_HEAD
@@ -22,84 +21,63 @@ typedef struct {
     char header[LINE_DATA_BYTES];
 } Announced;
 
-/* Take the turn's lock before the first wait without the interpreter lock. */
-static int take_lock(Announced *announced, int *locked)
-{
-    if (*locked)
-        return 0;
-    if (change_lock(announced->blocks->acquire))
-        return -1;
-    *locked = 1;
-    return 0;
-}
-
-/* Wait until the root's header is there; return -1 with an error set if that fails. */
-static int wait_for_header(Announced *announced, int64_t number, int *locked)
-{
-    Collective *c = &announced->tell->collective;
-    Ring *ring = c->ring;
-    Awaited all = awaited_lines(ring, number), root = all;
-    root.first += c->root * all.stride;
-    root.counters += c->root * all.counter_stride;
-    root.count = 1;
-    for (int tries = 0; ring->spins && tries < SPINS_WITH_GIL && first_behind(&root, 0) >= 0; tries++)
-        relax();
-    if (first_behind(&root, 0) >= 0) {
-        Py_ssize_t behind;
-        int interrupted = 0;
-        if (take_lock(announced, locked))
-            return -1;
-        Py_BEGIN_ALLOW_THREADS
-        behind = wait_without_gil(&root, 0, ring->spins, YIELDS, LONGEST_WAIT_S, &interrupted);
-        Py_END_ALLOW_THREADS
-        if (behind >= 0)
-            return wait_longer(announced->tell, number); /* for all ranks, of which one may be gone */
-    }
-    if (line_of(ring, c->root, number)->digest == c->digest)
-        return 0;
-    return take_lock(announced, locked) ? -1 : wait_longer(announced->tell, number);
-}
-
-/* Wait until all ranks have published a chunk; return -1 with an error set if that fails. */
+/* Wait until all ranks have published a chunk, with equal labels; return -1 with an error set if that fails. */
 static int complete(Announced *announced, ShortPath *path, int64_t number, int *locked)
 {
     if (spin(&path->collective, number) == READY)
         return 0;
-    return take_lock(announced, locked) ? -1 : wait_longer(path, number);
+    if (!*locked && change_lock(announced->blocks->acquire))
+        return -1;
+    *locked = 1; /* until the call ends */
+    return wait_longer(path, number);
+}
+
+/* Wait until the root has published its blocks; return -1 with an error set if that fails. */
+static int wait_for_blocks(Announced *announced, int64_t number, int *locked)
+{
+    const Collective *c = &announced->blocks->collective;
+    const Line *line = line_of(c->ring, c->root, number);
+    Awaited root = {(char *)&line->number, 0, 1, number + 1, NULL, 0};
+    for (int tries = 0; tries < SPINS_WITH_GIL && first_behind(&root, 0) >= 0; tries++)
+        relax();
+    if (first_behind(&root, 0) < 0 && line->digest == c->digest)
+        return 0;
+    return complete(announced, announced->blocks, number, locked);
+}
+
+/* Say whether a rank may still read the chunk before the last one, in whose slot the second of two chunks goes. */
+static int is_behind(const Ring *ring, int64_t number)
+{
+    Awaited last = awaited_lines(ring, number - 1);
+    return ring->unawaited == number - 1 && first_behind(&last, 0) >= 0;
 }
 
 /* Run both collectives; return True, the header that the root has told instead, or NULL with an error set. */
 static PyObject *run_both(Announced *announced, const char *source, char *target, int *locked)
 {
     Collective *tell = &announced->tell->collective, *blocks = &announced->blocks->collective;
-    int at_root = tell->source > 0;
+    Ring *ring = tell->ring;
+    int at_root = tell->source > 0, whole = needs_whole(blocks, source, target);
     int64_t *begun = state_of(announced->blocks) + NUMBER;
     ++*begun;
-    int64_t number = begin_collective(tell, announced->header, 1);
-    if (!at_root) {
-        if (wait_for_header(announced, number, locked))
-            return NULL;
-        const char *told = data_of(tell->ring, tell->root, number, tell->published);
-        if (memcmp(told, announced->header, announced->length)) {
-            if (complete(announced, announced->tell, number, locked))
-                return NULL;
-            return PyBytes_FromStringAndSize(told, (Py_ssize_t)announced->length);
-        }
-    }
-    int whole = needs_whole(blocks, source, target);
-    int64_t next = begin_collective(blocks, source, whole);
-    /* All lines of the first chunk are there when those of the second are; the labels of both must be right. */
-    if (spin(blocks, next) != READY || advance_collective(tell, number) != READY) {
-        if (complete(announced, announced->tell, number, locked))
-            return NULL;
-        ++*begun;
-        if (complete(announced, announced->blocks, next, locked))
-            return NULL;
-    } else {
-        ++*begun;
-    }
+    int64_t number = write_collective(tell, announced->header, 1), next = -1;
+    if (at_root && !is_behind(ring, number))
+        next = write_collective(blocks, source, whole);
+    publish_written(ring, next < 0 ? number : next);
+    if (complete(announced, announced->tell, number, locked))
+        return NULL;
+    const char *told = data_of(ring, tell->root, number, tell->published);
+    if (!at_root && memcmp(told, announced->header, announced->length))
+        return PyBytes_FromStringAndSize(told, (Py_ssize_t)announced->length);
+    ++*begun;
+    if (next < 0)
+        next = begin_collective(blocks, source, whole);
+    if (!at_root && wait_for_blocks(announced, next, locked))
+        return NULL;
+    ring->unawaited = next;
     finish_collective(blocks, next, source, target, whole);
-    prepare_next(blocks->ring);
+    prepare_line(ring, ring->next);
+    prepare_line(ring, ring->next + 1);
     Py_RETURN_TRUE;
 }
 
