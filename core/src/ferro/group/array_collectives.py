@@ -15,7 +15,7 @@ from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.errors import UsageError
 from ferro.group import uneven
-from ferro.group.arguments import ArgumentChecker, reads_when
+from ferro.group.arguments import ArgumentChecker, Reads, reads_when
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
 from ferro.group.fast_calls import NOT_TAKEN, FastCalls
@@ -203,10 +203,17 @@ class ArrayCollectives:
             root: the rank whose `x` is split.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
         """
-        now = sizes is None and not async_op and timeout_s is None
-        told = self._fast_calls.scatter(x, root, out) if now else NOT_TAKEN
-        if told is not NOT_TAKEN and type(told) is not bytes:
-            return told
+        told: object = b""
+        if sizes is None and not async_op and timeout_s is None:
+            told = self._fast_calls.scatter(x, root, out)
+            if told is not NOT_TAKEN and type(told) is not bytes:
+                return told
+        return self._tell_and_scatter(x, root, sizes, out, reads_when(async_op, copy), timeout_s, told)
+
+    def _tell_and_scatter(
+        self, x: Any, root: int, sizes: Any, out: object, reads: Reads, timeout_s: float | None, told: object
+    ) -> ResultOrWork:
+        """Scatter after the broadcast of a header, unless that was `told` before."""
         self._check_rank(root, "root")
         with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
 
@@ -220,8 +227,8 @@ class ArrayCollectives:
                 self._fast_calls.headers[root] = header
                 return header
 
-            operation, _ = self._operations.scatter(x, root, sizes, out, reads_when(async_op, copy), tell)
-            return self._dispatcher.collective(*operation, async_op, remaining_s())
+            operation, _ = self._operations.scatter(x, root, sizes, out, reads, tell)
+            return self._dispatcher.collective(*operation, reads is not Reads.NOW, remaining_s())
 
     def reduce_scatter(
         self,

@@ -93,7 +93,9 @@ class _FastCall:
         elif out is None:
             out = _empty(self._shape, self._dtype)
         elif not (out is x and self._in_place) and (
-            type(out) is not _ndarray or out.dtype != self._dtype or out.shape != self._shape
+            type(out) is not _ndarray
+            or (out.dtype is not self._dtype and out.dtype != self._dtype)
+            or out.shape != self._shape
         ):
             return NOT_TAKEN
         try:
@@ -145,7 +147,7 @@ class FastCalls:
             key = ("scatter", self.headers[root], (), None, root)
         else:
             return NOT_TAKEN
-        return (self._calls.get(key) or self._learn(key))(x, out)
+        return (self._calls.get(key) or self._learn(key))(array, out)
 
     def run(self, op: str, x: Any, reduction: Any, root: int, out: object) -> object:
         """Run a collective; return its result, or NOT_TAKEN.
@@ -181,14 +183,13 @@ class FastCalls:
         if op in ("reduce", "broadcast", "gather", "scatter") and root < 0:
             return _decline
         n, here = self._world_size, self._rank == root or root < 0
-        if op == "scatter" and not here:
-            dtype, shape = self._whole(dtype, shape)
-        found = even_collective(op, dtype, shape, reduction, root, n)
+        whole = self._whole(dtype, shape) if op == "scatter" and not here else (dtype, shape)
+        found = even_collective(op, *whole, reduction, root, n)
         if found is None:
             return _decline
         path: FastPath | FastScatter | None
         if op == "scatter":
-            header = header_of(dtype, split_layout(shape, None, n, op))
+            header = header_of(whole[0], split_layout(whole[1], None, n, op))
             told = even_collective("broadcast", NOTHING.dtype, (HEADER_BYTES,), None, root, n)
             if told is None or len(header) > HEADER_BYTES:
                 return _decline
