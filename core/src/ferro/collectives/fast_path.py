@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -117,30 +117,9 @@ class FastPath(Protocol):
         """Hold these buffers for many calls; None where the fast path would decline them."""
 
 
-class FastScatter(Protocol):
-    """A scatter of one kind and size, after the broadcast that announces it, for any buffers."""
-
-    def __call__(self, source: Array | None, target: Array | None, /) -> bool | bytes:
-        """Run both; or return False, having done nothing, or the root's header, having run the broadcast alone.
-
-        The latter means that the root announces another scatter, or that this rank cannot scatter these buffers.
-        See `FastPath.__call__`.
-        """
-
-
-class AnnouncedScatter:
-    """A `FastScatter` made of two fast paths."""
-
-    def __init__(self, header: bytes, tell: FastPath, blocks: FastPath, at_root: bool) -> None:
-        self._header, self._tell, self._blocks, self._at_root = header, tell, blocks, at_root
-        self._told = np.frombuffer(bytearray(header), np.uint8)
-
-    def __call__(self, source: Array | None, target: Array | None, /) -> bool | bytes:
-        """See `FastScatter`."""
-        if not self._tell(self._told if self._at_root else None, self._told):
-            return False
-        told = self._told.tobytes()
-        return told if told != self._header else self._blocks(source, target) or told
+# A scatter after the broadcast of its header, called as a `FastPath`. It may also return the header that the root has
+# told: then the broadcast alone was run, since another scatter was expected, or the buffers cannot be used.
+FastScatter: TypeAlias = Callable[["Array | None", "Array | None"], bool | bytes]
 
 
 class PersistentExchange(Protocol):
@@ -180,14 +159,19 @@ class FastPaths:
         """
         return None
 
-    def fast_scatter(
-        self, header: bytes, announcement: EvenCollective, blocks: EvenCollective, turn: Turn
-    ) -> FastScatter | None:
-        """Make this backend's own way to broadcast `header` and to scatter `blocks`; see `fast_path`."""
-        tell, move = self.fast_path(announcement, turn), self.fast_path(blocks, turn)
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
+        """Make this backend's own way to broadcast `told`, then to scatter; by default both fast paths, one by one."""
+        tell, move = self.fast_path(header, turn), self.fast_path(data, turn)
         if tell is None or move is None:
             return None
-        return AnnouncedScatter(header, tell, move, self.rank == blocks.root)
+        text, at_root = np.frombuffer(bytearray(told), np.uint8), self.rank == data.root
+
+        def run(source: Array | None, target: Array | None) -> bool | bytes:
+            if not tell(text if at_root else None, text):
+                return False
+            return text.tobytes() if text.tobytes() != told else move(source, target) or told
+
+        return run
 
     def persistent_exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any because two overloads
 # for each of fifteen methods would bury the contract.
 ResultOrWork: TypeAlias = Any
+Timeout: TypeAlias = "float | None"  # in seconds; the group's when None
 Sizes: TypeAlias = Sequence[int] | Literal["any"] | None
 
 
@@ -76,13 +77,7 @@ class ArrayCollectives:
         return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(sizes)
 
     def all_reduce(
-        self,
-        x: Input,
-        op: Op = ReduceOp.SUM,
-        *,
-        out: object = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Reduce `x` over all ranks, elementwise; every rank gets op(x_0, …, x_{n-1}).
 
@@ -93,11 +88,8 @@ class ArrayCollectives:
             x: any shape, the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
         """
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("all_reduce", x, op, -1, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("all_reduce", x, op, -1, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.all_reduce(x, op, out), async_op, timeout_s)
 
@@ -109,26 +101,20 @@ class ArrayCollectives:
         *,
         out: object = None,
         async_op: bool = False,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("reduce", x, op, root, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("reduce", x, op, root, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.reduce(x, root, op, out), async_op, timeout_s)
 
     def broadcast(
-        self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
+        self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("broadcast", x, None, root, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("broadcast", x, None, root, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.broadcast(x, root, out), async_op, timeout_s)
 
@@ -140,7 +126,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Concatenate every rank's `x` along axis 0, in order of rank: an array of shape (sum of rows, …).
 
@@ -168,7 +154,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Concatenate every rank's `x` along axis 0 at `root`; the others get None.
 
@@ -191,7 +177,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Split the root's `x` along axis 0 and give each rank its block, of shape (this rank's rows, …).
 
@@ -224,10 +210,11 @@ class ArrayCollectives:
             def tell(header: bytes) -> bytes:
                 remaining_s()  # an operation has been issued
                 header = uneven.tell_header(header, broadcast, told if isinstance(told, bytes) else b"")
-                self._fast_calls.headers[root] = header
+                dtype, layout = uneven.read_header(header, self.world_size)
+                self._fast_calls.blocks[root] = dtype, layout.block_shape(self.rank)
                 return header
 
-            operation, _ = self._operations.scatter(x, root, sizes, out, reads, tell)
+            operation = self._operations.scatter(x, root, sizes, out, reads, tell)
             return self._dispatcher.collective(*operation, reads is not Reads.NOW, remaining_s())
 
     def reduce_scatter(
@@ -239,7 +226,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Reduce `x` over all ranks and keep this rank's block of axis 0.
 
@@ -265,7 +252,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Split `x` along axis 0, send block j to rank j, concatenate the received blocks in order of rank.
 
@@ -283,7 +270,7 @@ class ArrayCollectives:
         operation = self._operations.all_to_all(x, send_sizes, recv_sizes, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
-    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
+    def barrier(self, *, async_op: bool = False, timeout_s: Timeout = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
         try:
             if not async_op and timeout_s is None and self._fast_calls.barrier():

@@ -15,7 +15,6 @@ from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
 from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, OutputBuffer, Reads, copy_elements, flattened
-from ferro.group.uneven import Layout
 from ferro.types import Array, Device, ReduceOp
 
 if TYPE_CHECKING:
@@ -115,8 +114,8 @@ class ArrayOperations:
         out: object,
         reads: Reads,
         tell: Callable[[bytes], bytes],
-    ) -> tuple[Operation, Layout]:
-        """Prepare a scatter, and tell its layout; `tell` sends the root's header to all ranks, and returns it."""
+    ) -> Operation:
+        """Prepare a scatter; `tell` sends the root's header to all ranks, and returns it."""
         input_array, source, header = None, None, b""
         if self._rank == root:
             if x is None:
@@ -139,7 +138,7 @@ class ArrayOperations:
             source.copy()
         call = array_call("scatter", dtype, layout.shape, root=root)
         action = partial(self._backend.scatter, block, source.flat if source else None, layout.counts, root)
-        return (call, source.before(action) if source else action, result, block.nbytes, result.device), layout
+        return call, source.before(action) if source else action, result, block.nbytes, result.device
 
     def reduce_scatter(
         self, x: Input, op: Op, sizes: Sequence[int] | None, out: object, reads: Reads = Reads.NOW

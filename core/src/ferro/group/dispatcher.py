@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, FastScatter, Turn
+from ferro.collectives.fast_path import BUSY, EvenCollective, FastPath, Turn
 from ferro.collectives.label import Call
 from ferro.errors import (
     CollectiveMismatch,
@@ -166,15 +166,11 @@ class Dispatcher:
 
     def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
         """Make the backend's own way to run a collective at once, within `timeout_s` each time; None without one."""
-        turn = self._turn(timeout_s)
+        turn = self.turn(timeout_s)
         return None if turn is None else self.backend.fast_path(collective, turn)
 
-    def fast_scatter(self, header: bytes, told: EvenCollective, blocks: EvenCollective) -> FastScatter | None:
-        """Make the backend's own way to scatter, with the broadcast of the header; None without one."""
-        turn = self._turn(None)
-        return None if turn is None else self.backend.fast_scatter(header, told, blocks, turn)
-
-    def _turn(self, timeout_s: float | None) -> Turn | None:
+    def turn(self, timeout_s: float | None = None) -> Turn | None:
+        """Describe the order of the collectives to a fast path; None where there may be none."""
         if self.observed or _CPU in self._streams or self._word[BUSY]:
             return None
         executor = self._collectives

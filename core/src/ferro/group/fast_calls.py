@@ -15,7 +15,7 @@ from ferro.collectives.label import array_call
 from ferro.collectives.reduction import reduction_for
 from ferro.errors import UnsupportedError, UsageError
 from ferro.group.array_operations import BARRIER, Op
-from ferro.group.uneven import HEADER_BYTES, header_of, read_header, split_layout
+from ferro.group.uneven import HEADER_BYTES, header_of, split_layout
 from ferro.types import Array
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ _ndarray, _empty = np.ndarray, np.empty  # globals, since each call looks them u
 
 NOT_TAKEN: Final = object()  # the answer of a fast path that leaves a call to the ordinary one
 Kind: TypeAlias = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an input
-Interrupted: TypeAlias = Callable[[str, BaseException], object]
+Path: TypeAlias = FastPath | FastScatter
+Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+Failed: TypeAlias = Callable[[str, BaseException], object]
 NOTHING = np.empty(0, np.uint8)  # what a barrier moves
 
 
@@ -67,24 +69,16 @@ class _FastCall:
 
     __slots__ = ("_dtype", "_has_result", "_in_place", "_interrupted", "_is_source", "_path", "_shape")
 
-    def __init__(
-        self,
-        path: FastPath | FastScatter,
-        interrupted: Interrupted,
-        collective: EvenCollective,
-        x_shape: tuple[int, ...],
-        shape: tuple[int, ...],
-        here: bool,
-    ) -> None:
+    def __init__(self, path: Path, collective: EvenCollective, shapes: Shapes, here: bool, failed: Failed) -> None:
         """Prepare calls with inputs of one shape and results of another; `here` is true where no root is elsewhere."""
         one_way, moves = collective.op in ("broadcast", "scatter"), collective.op != "barrier"
         self._path = path
-        self._interrupted = partial(interrupted, collective.op)
+        self._interrupted = partial(failed, collective.op)
         self._dtype = collective.dtype
-        self._shape = shape
+        self._shape = shapes[1]
         self._is_source = moves and (here or not one_way)
         self._has_result = moves and (here or one_way)
-        self._in_place = x_shape == shape
+        self._in_place = shapes[0] == shapes[1]
 
     def __call__(self, x: Array, out: Any) -> object:
         if not self._has_result:
@@ -117,34 +111,29 @@ class FastCalls:
         self._dispatcher = dispatcher
         self._rank = rank
         self._world_size = world_size
-        self.headers: dict[int, bytes] = {}  # of the last scatter from each root that took the ordinary path
-        self.barrier: Callable[[], bool] = self._see_barrier  # runs a barrier, or returns False
-        self._calls: dict[tuple[object, ...], Callable[[Array, Any], object]] = {}
+        self.blocks: dict[int, Kind] = {}  # what this rank got last in an ordinary scatter, by root
+        self.barrier: Callable[[], bool] = self._first_barrier  # runs a barrier, or returns False
+        self._calls: dict[tuple[object, ...], Callable[[Any, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
-    def _see_barrier(self) -> bool:
-        self.barrier = self._first_fast_barrier
-        return False
-
-    def _first_fast_barrier(self) -> bool:
+    def _first_barrier(self) -> bool:
         found = even_collective("barrier", NOTHING.dtype, NOTHING.shape, None, -1, self._world_size)
         path = None if found is None else self._dispatcher.fast_path(found[0])
-        bound = None if path is None else path.bind(None, None)
-        self.barrier = bound or (lambda: False)
-        return self.barrier()
+        self.barrier = (path and path.bind(None, None)) or self._first_barrier
+        return False
 
     def scatter(self, x: Any, root: int, out: Any) -> object:
         """Run a scatter, with its header; return its result, NOT_TAKEN, or the bytes of a header that was told alone.
 
-        Ranks other than the root expect blocks like `out`, or like those of the last scatter.
+        Ranks other than the root expect a block like `out`, or like the last one.
         """
-        if type(root) is not int:
-            return NOT_TAKEN
         array = x if self._rank == root else out
-        if type(array) is _ndarray:
-            key: tuple[object, ...] = ("scatter", array.dtype, array.shape, None, root)
-        elif array is None and self._rank != root and root in self.headers:
-            key = ("scatter", self.headers[root], (), None, root)
+        if type(root) is not int or (type(array) is not _ndarray and (array is not None or self._rank == root)):
+            return NOT_TAKEN
+        if array is not None:
+            key = ("scatter", array.dtype, array.shape, None, root)
+        elif root in self.blocks:
+            key = ("scatter", *self.blocks[root], None, root)
         else:
             return NOT_TAKEN
         return (self._calls.get(key) or self._learn(key))(array, out)
@@ -164,7 +153,7 @@ class FastCalls:
             return NOT_TAKEN
         return (call or self._learn(key))(x, out)
 
-    def _learn(self, key: tuple[Any, ...]) -> Callable[[Array, Any], object]:
+    def _learn(self, key: tuple[Any, ...]) -> Callable[[Any, Any], object]:
         """Remember that a kind of call has come, and its fast path when it comes again."""
         if key[3] is not None and not isinstance(key[3], str):  # a function, which would be kept
             return _decline
@@ -178,32 +167,25 @@ class FastCalls:
         return call
 
     def _fast_call(
-        self, op: str, dtype: Any, shape: tuple[int, ...], reduction: Any, root: Any
-    ) -> Callable[[Array, Any], object]:
+        self, op: str, dtype: np.dtype, shape: tuple[int, ...], reduction: Any, root: int
+    ) -> Callable[[Any, Any], object]:
         if op in ("reduce", "broadcast", "gather", "scatter") and root < 0:
             return _decline
-        n, here = self._world_size, self._rank == root or root < 0
-        whole = self._whole(dtype, shape) if op == "scatter" and not here else (dtype, shape)
-        found = even_collective(op, *whole, reduction, root, n)
-        if found is None:
+        n, here, whole = self._world_size, self._rank == root or root < 0, shape
+        if op == "scatter" and shape and not here:
+            whole = (shape[0] * n, *shape[1:])
+        found = even_collective(op, dtype, whole, reduction, root, n)
+        turn = None if found is None else self._dispatcher.turn()
+        if found is None or turn is None:
             return _decline
-        path: FastPath | FastScatter | None
-        if op == "scatter":
-            header = header_of(whole[0], split_layout(whole[1], None, n, op))
-            told = even_collective("broadcast", NOTHING.dtype, (HEADER_BYTES,), None, root, n)
-            if told is None or len(header) > HEADER_BYTES:
-                return _decline
-            path = self._dispatcher.fast_scatter(header, told[0], found[0])
-        else:
-            path = self._dispatcher.fast_path(found[0])
+        backend = self._dispatcher.backend
+        path: Path | None = None
+        if op != "scatter":
+            path = backend.fast_path(found[0], turn)
+        elif len(told := header_of(dtype, split_layout(whole, None, n, op))) == HEADER_BYTES:
+            header = even_collective("broadcast", NOTHING.dtype, (HEADER_BYTES,), None, root, n)
+            path = backend.fast_scatter(header[0], told, found[0], turn) if header else None
         if path is None:
             return _decline
         # A bound method is called quicker than an object.
-        return _FastCall(path, self._dispatcher.interrupted, found[0], shape, found[1], here).__call__
-
-    def _whole(self, known: Any, shape: tuple[int, ...]) -> Kind:
-        """Find dtype and shape of what is scattered, from a block's or from a header."""
-        if isinstance(known, bytes):
-            dtype, layout = read_header(known, self._world_size)
-            return dtype, layout.shape
-        return known, (shape[0] * self._world_size, *shape[1:]) if shape else ()
+        return _FastCall(path, found[0], (shape, found[1]), here, self._dispatcher.interrupted).__call__

@@ -96,17 +96,12 @@ def read_arguments(
         def tell(header: bytes) -> bytes:
             nonlocal told  # the root sends it once
             told = told or uneven.tell_header(header, lambda buffer: group.broadcast(buffer, root, out=buffer))
+            found.even = uneven.read_header(told, group.world_size)[1].is_even
             return told
 
         given["tell"] = tell
-
-        def prepare_scatter(**arguments: Any) -> Operation:
-            operation, layout = group._operations.scatter(**arguments)
-            found.even = layout.is_even
-            return operation
-
-        prepare: Callable[..., Operation] = prepare_scatter
-    elif op in ("scan", "exscan", "min_loc", "max_loc"):
+    prepare: Callable[..., Operation]
+    if op in ("scan", "exscan", "min_loc", "max_loc"):
         prepare = partial(group._extremum if "loc" in op else group._prefixes, op)
     else:
         prepare = getattr(group._operations, op)

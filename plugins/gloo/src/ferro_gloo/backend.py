@@ -126,13 +126,11 @@ class GlooBackend(Backend):
             return None
         return self._collectives.fast_path(collective, turn)
 
-    def fast_scatter(
-        self, header: bytes, announcement: EvenCollective, blocks: EvenCollective, turn: Turn
-    ) -> FastScatter | None:
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
         """See `Backend.fast_scatter`: that of shared memory, once the group has chosen it."""
         if self.choice.fixed or self._collectives is None:
             return None
-        return self._collectives.fast_scatter(header, announcement, blocks, turn)
+        return self._collectives.fast_scatter(header, told, data, turn)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

@@ -93,15 +93,12 @@ class ShmBackend(Backend):
             sample=np.empty((2, 3), collective.dtype),
         )
 
-    def fast_scatter(
-        self, header: bytes, announcement: EvenCollective, blocks: EvenCollective, turn: Turn
-    ) -> FastScatter | None:
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
         """See `Backend.fast_scatter`: a small one is one call of the native helper."""
-        path = self.fast_path(blocks, turn)
-        if path is None or isinstance(path, LargePath):
-            return super().fast_scatter(header, announcement, blocks, turn)
-        assert NATIVE is not None
-        return NATIVE.AnnouncedScatter(tell=self.fast_path(announcement, turn), blocks=path, header=header)
+        move = self.fast_path(data, turn)
+        if NATIVE is None or move is None or isinstance(move, LargePath):
+            return super().fast_scatter(header, told, data, turn)
+        return NATIVE.AnnouncedScatter(tell=self.fast_path(header, turn), blocks=move, header=told)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""
