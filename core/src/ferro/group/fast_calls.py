@@ -112,14 +112,15 @@ class FastCalls:
         self._rank = rank
         self._world_size = world_size
         self.blocks: dict[int, Kind] = {}  # what this rank got last in an ordinary scatter, by root
-        self.barrier: Callable[[], bool] = self._first_barrier  # runs a barrier, or returns False
         self._calls: dict[tuple[object, ...], Callable[[Any, Any], object]] = {}
         self._seen: set[tuple[object, ...]] = set()
 
-    def _first_barrier(self) -> bool:
+    def barrier(self) -> bool:
+        """Return False; later calls find the bound fast path of barriers, which runs one, in this method's place."""
         found = even_collective("barrier", NOTHING.dtype, NOTHING.shape, None, -1, self._world_size)
         path = None if found is None else self._dispatcher.fast_path(found[0])
-        self.barrier = (path and path.bind(None, None)) or self._first_barrier
+        if bound := path and path.bind(None, None):
+            self.barrier = bound  # type: ignore[method-assign] # without another call between
         return False
 
     def scatter(self, x: Any, root: int, out: Any) -> object:
