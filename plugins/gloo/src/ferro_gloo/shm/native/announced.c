@@ -38,7 +38,7 @@ static int wait_for_blocks(Announced *announced, int64_t number, int *locked)
     const Collective *c = &announced->blocks->collective;
     const Line *line = line_of(c->ring, c->root, number);
     Awaited root = {(char *)&line->number, 0, 1, number + 1, NULL, 0};
-    for (int tries = 0; tries < SPINS_WITH_GIL && first_behind(&root, 0) >= 0; tries++)
+    for (int tries = 0; c->ring->spins && tries < SPINS_WITH_GIL && first_behind(&root, 0) >= 0; tries++)
         relax();
     if (first_behind(&root, 0) < 0 && line->digest == c->digest)
         return 0;
