@@ -5,13 +5,14 @@ import pytest
 
 from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.uneven import (
+    HEADER_BYTES,
     Layout,
-    blank_header,
     checked_sizes,
     gathered_layout,
+    header_of,
     read_header,
     split_layout,
-    write_header,
+    tell_header,
 )
 from ferro.simulated import simulate
 from ferro_testing.samples import dtype_of
@@ -88,13 +89,24 @@ def test_other_sizes_are_refused(sizes):
 
 
 @pytest.mark.parametrize("row_shape", [(), (5,), (2, 0, 7), (1,) * 63], ids=len)
+@pytest.mark.parametrize("rows", [[4, 0, 1 << 40], [4, 4, 4]], ids=["uneven", "even"])
 @pytest.mark.parametrize("name", ["bool", "bfloat16", "c16"])
-def test_a_header_is_read_as_it_was_written(name, row_shape):
-    dtype, layout = dtype_of(name), Layout.of([4, 0, 1 << 40], row_shape)
-    header = blank_header(RANKS)
-    write_header(header, dtype, layout)
-    assert read_header(header, RANKS) == (dtype, layout)
-    assert header.shape == blank_header(RANKS).shape
+def test_a_header_is_told_in_one_message_or_two(name, rows, row_shape):
+    dtype, layout, sent = dtype_of(name), Layout.of(rows, row_shape), []
+    header = header_of(dtype, layout)
+    assert tell_header(header, lambda message: sent.append(message.copy())) == header
+
+    def receive(message):
+        message[...] = sent.pop(0)
+
+    sizes = [message.size for message in sent]
+    assert sizes == ([HEADER_BYTES] if len(header) == HEADER_BYTES else [HEADER_BYTES, len(header)])
+    first = sent[0].tobytes()
+    told = tell_header(b"", receive)
+    assert not sent
+    assert read_header(told, RANKS) == (dtype, layout)
+    assert tell_header(header, lambda message: sent.append(message.size), first) == header, "the first one was told"
+    assert sent == sizes[1:]
 
 
 @pytest.mark.parametrize("sizes", [None, [1, 0, 5]])

@@ -49,12 +49,15 @@ CALLS = {
     "broadcast": lambda group: group.broadcast(ones(4), 0),
     "root": lambda group: group.broadcast(ones(4), 1),
     "reduce": lambda group: group.reduce(ones(4), 1),
+    "scatter": lambda group: group.scatter(ones(12) if group.rank == 0 else None, out=ones(12 // group.world_size)),
+    "scatter's root": lambda group: group.scatter(ones(12) if group.rank == 1 else None, 1),
     "ordinary": lambda group: group.all_reduce(ones(5), timeout_s=30),
     "asynchronous": lambda group: group.all_reduce(ones(6), async_op=True).wait(),
 }
 DIFFERENCES = [
     ("all_reduce", other) for other in ("dtype", "size", "reduction", "large", "barrier", "ordinary", "asynchronous")
 ] + [("barrier", "all_gather"), ("broadcast", "root"), ("reduce", "all_gather"), ("large", "barrier")]
+DIFFERENCES += [("scatter", "barrier"), ("scatter", "scatter's root")]
 
 
 def differ(group, usual, other, odd):

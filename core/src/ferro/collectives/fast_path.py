@@ -14,14 +14,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
 
 from ferro.collectives.label import Call
 from ferro.types import Array
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ferro.collectives.reduction import Reduction
 
 # Indices of `Turn.state`.
@@ -117,6 +117,11 @@ class FastPath(Protocol):
         """Hold these buffers for many calls; None where the fast path would decline them."""
 
 
+# A scatter after the broadcast of its header, called as a `FastPath`. It may also return the header that the root has
+# told: then the broadcast alone was run, since another scatter was expected, or the buffers cannot be used.
+FastScatter: TypeAlias = Callable[["Array | None", "Array | None"], bool | bytes]
+
+
 class PersistentExchange(Protocol):
     """Many messages to and from other ranks, which are sent and received again and again.
 
@@ -145,12 +150,28 @@ class PersistentExchange(Protocol):
 class FastPaths:
     """The part of a backend's contract that is about calls which come again and again; nothing of it is needed."""
 
+    rank: int
+
     def fast_path(self, collective: EvenCollective, turn: Turn) -> FastPath | None:
         """Make this backend's own way to run a collective of this kind at once; None where it has none.
 
         Each rank asks for itself, so this must not communicate.
         """
         return None
+
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
+        """Make this backend's own way to broadcast `told`, then to scatter; by default both fast paths, one by one."""
+        tell, move = self.fast_path(header, turn), self.fast_path(data, turn)
+        if tell is None or move is None:
+            return None
+        text, at_root = np.frombuffer(bytearray(told), np.uint8), self.rank == data.root
+
+        def run(source: Array | None, target: Array | None) -> bool | bytes:
+            if not tell(text if at_root else None, text):
+                return False
+            return text.tobytes() if text.tobytes() != told else move(source, target) or told
+
+        return run
 
     def persistent_exchange(
         self, sends: Sequence[tuple[int, Array]], recvs: Sequence[tuple[int, Array]], *, number: int, deadline: float

@@ -25,23 +25,8 @@ _LABEL = struct.Struct("<BB10siQI28s")  # 56 bytes, aligned
 LABEL_BYTES = _LABEL.size
 _DETAIL_BYTES = 28
 
-OPS = (
-    "barrier",
-    "all_reduce",
-    "broadcast",
-    "reduce",
-    "all_gather",
-    "gather",
-    "scatter",
-    "reduce_scatter",
-    "all_to_all",
-    "send",
-    "scan",
-    "exscan",
-    "min_loc",
-    "max_loc",
-    "persistent",
-)
+_PLAIN = ("all_reduce", "broadcast", "reduce", "all_gather", "gather", "scatter", "reduce_scatter", "all_to_all")
+OPS = ("barrier", *_PLAIN, "send", "scan", "exscan", "min_loc", "max_loc", "persistent")
 _REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "callable")
 
 # A message tag has 64 bits: the group's context, whether it belongs to a collective, a number.

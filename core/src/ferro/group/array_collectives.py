@@ -15,10 +15,10 @@ from ferro.arrays import Input
 from ferro.backend import Backend
 from ferro.errors import UsageError
 from ferro.group import uneven
-from ferro.group.arguments import ArgumentChecker, OutputBuffer, reads_when
+from ferro.group.arguments import ArgumentChecker, Reads, reads_when
 from ferro.group.array_operations import ArrayOperations, Op
 from ferro.group.dispatcher import Dispatcher
-from ferro.group.fast_calls import NOT_TAKEN, NOTHING, FastCalls
+from ferro.group.fast_calls import NOT_TAKEN, FastCalls
 from ferro.group.group_info import GroupInfo
 from ferro.types import Array, ReduceOp
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The result as the caller's own kind of array, or a Work of it when async_op is true. It is Any because two overloads
 # for each of fifteen methods would bury the contract.
 ResultOrWork: TypeAlias = Any
+Timeout: TypeAlias = "float | None"  # in seconds; the group's when None
 Sizes: TypeAlias = Sequence[int] | Literal["any"] | None
 
 
@@ -57,7 +58,7 @@ class ArrayCollectives:
         self._checker = checker = ArgumentChecker(backend, info)
         self._operations = ArrayOperations(backend, checker)
         dispatcher = self._dispatcher
-        self._fast_calls = FastCalls(dispatcher.fast_path, dispatcher.interrupted, backend.rank, backend.world_size)
+        self._fast_calls = FastCalls(dispatcher, backend.rank, backend.world_size)
         self._run_fast = self._fast_calls.run
         self._check_input = checker.check_input
         self._check_rank = checker.check_rank
@@ -76,13 +77,7 @@ class ArrayCollectives:
         return self._backend.allocate(nbytes)[:nbytes].view(kind).reshape(sizes)
 
     def all_reduce(
-        self,
-        x: Input,
-        op: Op = ReduceOp.SUM,
-        *,
-        out: object = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Reduce `x` over all ranks, elementwise; every rank gets op(x_0, …, x_{n-1}).
 
@@ -93,11 +88,8 @@ class ArrayCollectives:
             x: any shape, the same on every rank.
             op: a `ReduceOp`, its name, or a function (a, b, out) that is associative.
         """
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("all_reduce", x, op, -1, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("all_reduce", x, op, -1, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.all_reduce(x, op, out), async_op, timeout_s)
 
@@ -109,26 +101,20 @@ class ArrayCollectives:
         *,
         out: object = None,
         async_op: bool = False,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Reduce `x` over all ranks; `root` gets the result, the others None. See `all_reduce`."""
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("reduce", x, op, root, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("reduce", x, op, root, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.reduce(x, root, op, out), async_op, timeout_s)
 
     def broadcast(
-        self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: float | None = None
+        self, x: Input, root: int = 0, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Return the root's `x` on every rank; elsewhere `x` gives the shape and dtype."""
-        if (
-            not async_op
-            and timeout_s is None
-            and (result := self._run_fast("broadcast", x, None, root, out)) is not NOT_TAKEN
-        ):
+        now = not async_op and timeout_s is None
+        if now and (result := self._run_fast("broadcast", x, None, root, out)) is not NOT_TAKEN:
             return result
         return self._dispatcher.collective(*self._operations.broadcast(x, root, out), async_op, timeout_s)
 
@@ -140,7 +126,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Concatenate every rank's `x` along axis 0, in order of rank: an array of shape (sum of rows, …).
 
@@ -168,7 +154,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Concatenate every rank's `x` along axis 0 at `root`; the others get None.
 
@@ -191,7 +177,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Split the root's `x` along axis 0 and give each rank its block, of shape (this rank's rows, …).
 
@@ -203,6 +189,17 @@ class ArrayCollectives:
             root: the rank whose `x` is split.
             sizes: rows for every rank, needed at the root only; equal blocks when None.
         """
+        told: object = b""
+        if sizes is None and not async_op and timeout_s is None:
+            told = self._fast_calls.scatter(x, root, out)
+            if told is not NOT_TAKEN and type(told) is not bytes:
+                return told
+        return self._tell_and_scatter(x, root, sizes, out, reads_when(async_op, copy), timeout_s, told)
+
+    def _tell_and_scatter(
+        self, x: Any, root: int, sizes: Any, out: object, reads: Reads, timeout_s: float | None, told: object
+    ) -> ResultOrWork:
+        """Scatter after the broadcast of a header, unless that was `told` before."""
         self._check_rank(root, "root")
         with self._dispatcher.sequence("scatter", timeout_s) as remaining_s:
 
@@ -210,14 +207,15 @@ class ArrayCollectives:
                 left_s = remaining_s()
                 self.broadcast(header, root, out=header, timeout_s=None if timeout_s is None else left_s)
 
-            operation, layout = self._operations.scatter(x, root, sizes, out, reads_when(async_op, copy), broadcast)
-            call, _, result, *_ = operation
-            now = not async_op and timeout_s is None and (self.rank != root or type(x) is np.ndarray)
-            if now and layout.is_even and isinstance(result, OutputBuffer) and call.dtype == result.array.dtype.name:
-                kind = result.array.dtype, layout.shape
-                if self._run_fast("scatter", x, None, root, result.array, kind) is not NOT_TAKEN:
-                    return result()
-            return self._dispatcher.collective(*operation, async_op, remaining_s())
+            def tell(header: bytes) -> bytes:
+                remaining_s()  # an operation has been issued
+                header = uneven.tell_header(header, broadcast, told if isinstance(told, bytes) else b"")
+                dtype, layout = uneven.read_header(header, self.world_size)
+                self._fast_calls.blocks[root] = dtype, layout.block_shape(self.rank)
+                return header
+
+            operation = self._operations.scatter(x, root, sizes, out, reads, tell)
+            return self._dispatcher.collective(*operation, reads is not Reads.NOW, remaining_s())
 
     def reduce_scatter(
         self,
@@ -228,7 +226,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Reduce `x` over all ranks and keep this rank's block of axis 0.
 
@@ -254,7 +252,7 @@ class ArrayCollectives:
         out: object = None,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Split `x` along axis 0, send block j to rank j, concatenate the received blocks in order of rank.
 
@@ -272,11 +270,14 @@ class ArrayCollectives:
         operation = self._operations.all_to_all(x, send_sizes, recv_sizes, out, reads_when(async_op, copy))
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
-    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> ResultOrWork:
+    def barrier(self, *, async_op: bool = False, timeout_s: Timeout = None) -> ResultOrWork:
         """Wait until every rank has called it; return None."""
-        now = not async_op and timeout_s is None
-        if now and self._run_fast("barrier", NOTHING, None, -1, None) is not NOT_TAKEN:
-            return None
+        try:
+            if not async_op and timeout_s is None and self._fast_calls.barrier():
+                return None
+        except BaseException as error:  # it may have left the call in the middle
+            self._dispatcher.interrupted("barrier", error)
+            raise
         return self._dispatcher.collective(*self._operations.barrier(), async_op, timeout_s)
 
     def _gathered_rows(

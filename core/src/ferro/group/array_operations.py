@@ -15,7 +15,6 @@ from ferro.collectives.reduction import ReduceFunction, reduction_for
 from ferro.errors import UsageError
 from ferro.group import uneven
 from ferro.group.arguments import ArgumentChecker, OutputBuffer, Reads, copy_elements, flattened
-from ferro.group.uneven import Layout
 from ferro.types import Array, Device, ReduceOp
 
 if TYPE_CHECKING:
@@ -114,20 +113,19 @@ class ArrayOperations:
         sizes: Sequence[int] | None,
         out: object,
         reads: Reads,
-        broadcast: Callable[[Array], object],
-    ) -> tuple[Operation, Layout]:
-        """Prepare a scatter, and tell its layout; `broadcast` sends the root's header, in place, to all ranks."""
-        input_array, source, header = None, None, uneven.blank_header(self._world_size)
+        tell: Callable[[bytes], bytes],
+    ) -> Operation:
+        """Prepare a scatter; `tell` sends the root's header to all ranks, and returns it."""
+        input_array, source, header = None, None, b""
         if self._rank == root:
             if x is None:
                 raise UsageError("scatter: the root must give an array", op="scatter")
             input_array = self._checker.check_input(x, moved=True)
             rows = uneven.checked_sizes(sizes, self._world_size)
             layout = uneven.split_layout(input_array.array.shape, rows, self._world_size, "scatter")
-            uneven.write_header(header, input_array.dtype, layout)
+            header = uneven.header_of(input_array.dtype, layout)
             source = Source(input_array.array, reads)
-        broadcast(header)
-        dtype, layout = uneven.read_header(header, self._world_size)
+        dtype, layout = uneven.read_header(tell(header), self._world_size)
         if input_array is None:  # `out` alone tells which kind of array this rank gets
             kind = cast("Input", out)
             like = np.empty(0, dtype) if out is None else kind
@@ -140,7 +138,7 @@ class ArrayOperations:
             source.copy()
         call = array_call("scatter", dtype, layout.shape, root=root)
         action = partial(self._backend.scatter, block, source.flat if source else None, layout.counts, root)
-        return (call, source.before(action) if source else action, result, block.nbytes, result.device), layout
+        return call, source.before(action) if source else action, result, block.nbytes, result.device
 
     def reduce_scatter(
         self, x: Input, op: Op, sizes: Sequence[int] | None, out: object, reads: Reads = Reads.NOW

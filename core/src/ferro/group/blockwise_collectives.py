@@ -23,7 +23,7 @@ from ferro.collectives.partition import near_equal
 from ferro.collectives.reduction import Reduction, reduction_for
 from ferro.errors import UsageError
 from ferro.group.arguments import OutputBuffer, Reads, reads_when
-from ferro.group.array_collectives import ArrayCollectives, ResultOrWork
+from ferro.group.array_collectives import ArrayCollectives, ResultOrWork, Timeout
 from ferro.group.array_operations import Op, Operation, Source
 from ferro.types import Array, ReduceOp
 
@@ -35,13 +35,7 @@ class BlockwiseCollectives(ArrayCollectives):
     """The prefix reductions, and minimum and maximum with the ranks that have them."""
 
     def scan(
-        self,
-        x: Input,
-        op: Op = ReduceOp.SUM,
-        *,
-        out: object = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Reduce `x` over this rank and those before it: rank r gets op(x_0, …, x_r), in order of rank.
 
@@ -52,13 +46,7 @@ class BlockwiseCollectives(ArrayCollectives):
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def exscan(
-        self,
-        x: Input,
-        op: Op = ReduceOp.SUM,
-        *,
-        out: object = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, op: Op = ReduceOp.SUM, *, out: object = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Reduce `x` over the ranks before this one: rank r gets op(x_0, …, x_{r-1}), in order of rank.
 
@@ -70,12 +58,7 @@ class BlockwiseCollectives(ArrayCollectives):
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def min_loc(
-        self,
-        x: Input,
-        *,
-        out: tuple[object, object] | None = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, *, out: tuple[object, object] | None = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Find the elementwise minimum over all ranks, and the rank that has it.
 
@@ -92,12 +75,7 @@ class BlockwiseCollectives(ArrayCollectives):
         return self._dispatcher.collective(*operation, async_op, timeout_s)
 
     def max_loc(
-        self,
-        x: Input,
-        *,
-        out: tuple[object, object] | None = None,
-        async_op: bool = False,
-        timeout_s: float | None = None,
+        self, x: Input, *, out: tuple[object, object] | None = None, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Find the elementwise maximum over all ranks, and the rank that has it; see `min_loc`."""
         operation = self._extremum("max_loc", x, out, reads_when(async_op))
@@ -138,8 +116,7 @@ class BlockwiseCollectives(ArrayCollectives):
         places: npt.NDArray[np.int64] = ranks.flat  # type: ignore[assignment]
         action = partial(_search, self._backend, source.flat, values.flat, places, search, input_array.empty)
         call = Call(name, 0, array.dtype.name, 0, detail=f"shape {array.shape}")
-        finish = partial(_both, values, ranks)
-        return call, source.before(action), finish, array.nbytes, values.device
+        return call, source.before(action), lambda: (values(), ranks()), array.nbytes, values.device
 
 
 Allocate: TypeAlias = Callable[[tuple[int, ...]], Array]
@@ -199,10 +176,6 @@ def _search(
     values[own] = np.take_along_axis(rows, ranks[own][None], axis=0)[0]
     backend.all_gather(values, counts, deadline=deadline)
     backend.all_gather(ranks, counts, deadline=deadline)
-
-
-def _both(values: OutputBuffer, ranks: OutputBuffer) -> tuple[object, object]:
-    return values(), ranks()
 
 
 def _identity(op: ReduceOp, dtype: np.dtype) -> Any:

@@ -59,7 +59,6 @@ class Dispatcher:
         self.observed = bool(info.observers)
         self._notifier = ObserverNotifier(info, backend.rank)
         self._streams = backend.streams
-        self.indirect = self.observed or _CPU in self._streams
         self._agreement = FailureAgreement(info, backend.rank)
         self._collectives = SerialExecutor(f"ferro-{info.name}-collectives")
         self.start_at_once, self.end_started = self._collectives.start_at_once, self._collectives.end_started
@@ -165,17 +164,19 @@ class Dispatcher:
             raise
         return result.wait() if launches and not async_op else result
 
-    def turn(self, timeout_s: float | None) -> Turn:
-        """Describe the order of the collectives for a backend's own way to run one within `timeout_s` each time."""
+    def turn(self, timeout_s: float | None = None) -> Turn:
+        """Describe the order of the collectives to a backend's own way to run one, within `timeout_s` each time."""
         executor = self._collectives
         late = partial(self.run_late, self.checked_timeout(timeout_s))
         return Turn(lock=executor.lock, pending=executor.pending, state=executor.state, late=late)
 
     def fast_path(self, collective: EvenCollective, timeout_s: float | None = None) -> FastPath | None:
         """Make the backend's own way to run a collective at once; None without one."""
-        if self.indirect or self._word[BUSY]:
-            return None
-        return self.backend.fast_path(collective, self.turn(timeout_s))
+        return None if self.is_indirect() else self.backend.fast_path(collective, self.turn(timeout_s))
+
+    def is_indirect(self) -> bool:
+        """Say whether all collectives take the longer way: observers watch, they run on a stream, or may not begin."""
+        return self.observed or _CPU in self._streams or self._word[BUSY] != 0
 
     def run_late(self, timeout_s: float, call: Call, wait: Action, transfer: Transfer | None = None) -> None:
         """Wait for the others in an operation that the backend has begun in its own way; see `Turn.late`."""

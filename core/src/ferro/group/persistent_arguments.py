@@ -11,9 +11,10 @@ import numpy as np
 
 from ferro.arrays import dtype_problem
 from ferro.errors import UsageError
+from ferro.group import uneven
 from ferro.group.arguments import Reads
 from ferro.group.array_operations import Op, Operation
-from ferro.types import Array, ReduceOp
+from ferro.types import ReduceOp
 
 if TYPE_CHECKING:
     from ferro.group.blockwise_collectives import BlockwiseCollectives
@@ -90,22 +91,17 @@ def read_arguments(
     if op == "scatter":
         group._check_rank(root, "root")
         found.x = x if group.rank == root else None
-        header: list[Array] = []  # which the root sends once
+        told = b""
 
-        def broadcast(buffer: Array) -> None:
-            if not header:
-                header.append(group.broadcast(buffer, root, out=buffer).copy())
-            buffer[...] = header[0]
+        def tell(header: bytes) -> bytes:
+            nonlocal told  # the root sends it once
+            told = told or uneven.tell_header(header, lambda buffer: group.broadcast(buffer, root, out=buffer))
+            found.even = uneven.read_header(told, group.world_size)[1].is_even
+            return told
 
-        given["broadcast"] = broadcast
-
-        def prepare_scatter(**arguments: Any) -> Operation:
-            operation, layout = group._operations.scatter(**arguments)
-            found.even = layout.is_even
-            return operation
-
-        prepare: Callable[..., Operation] = prepare_scatter
-    elif op in ("scan", "exscan", "min_loc", "max_loc"):
+        given["tell"] = tell
+    prepare: Callable[..., Operation]
+    if op in ("scan", "exscan", "min_loc", "max_loc"):
         prepare = partial(group._extremum if "loc" in op else group._prefixes, op)
     else:
         prepare = getattr(group._operations, op)

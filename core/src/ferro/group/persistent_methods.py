@@ -90,7 +90,7 @@ class PersistentMethods(ObjectMethods):
         buffers = None if op in ("broadcast", "scatter") and self.rank != root else x, result
         like = result if x is None else x
         plain = all(array is None or type(array) is np.ndarray for array in (x, result))
-        if self._dispatcher.indirect or op in _WITHOUT_FAST_PATH or not (arguments.even and plain):
+        if self._dispatcher.is_indirect() or op in _WITHOUT_FAST_PATH or not (arguments.even and plain):
             return None, buffers
         shape, dtype = ((0,), np.dtype(np.uint8)) if like is None else (like.shape, like.dtype)
         if op == "scatter" and x is None:

@@ -9,7 +9,7 @@ import numpy as np
 from ferro.arrays import Input
 from ferro.errors import UsageError
 from ferro.group.arguments import NamedDtypeBuffer, OutputBuffer, Reads
-from ferro.group.array_collectives import ResultOrWork
+from ferro.group.array_collectives import ResultOrWork, Timeout
 from ferro.group.array_operations import no_result
 from ferro.group.blockwise_collectives import BlockwiseCollectives
 from ferro.group.exchanged_messages import ExchangedMessages
@@ -21,14 +21,7 @@ class TransferMethods(BlockwiseCollectives):
     """The methods of `ProcessGroup` by which ranks send each other arrays."""
 
     def send(
-        self,
-        x: Input,
-        dst: int,
-        tag: int = 0,
-        *,
-        async_op: bool = False,
-        copy: bool = True,
-        timeout_s: float | None = None,
+        self, x: Input, dst: int, tag: int = 0, *, async_op: bool = False, copy: bool = True, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Send `x` to rank `dst`, which must call `recv` with the same tag, dtype and size.
 
@@ -40,7 +33,7 @@ class TransferMethods(BlockwiseCollectives):
         return self._dispatcher.transfer("send", [(dst, buffer)], [], tag, no_result, async_op, timeout_s, device)
 
     def recv(
-        self, buffer: Input, src: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
+        self, buffer: Input, src: int, tag: int = 0, *, async_op: bool = False, timeout_s: Timeout = None
     ) -> ResultOrWork:
         """Fill `buffer` with the message of rank `src` with this tag; return `buffer`, or a Work.
 
@@ -64,7 +57,7 @@ class TransferMethods(BlockwiseCollectives):
         *,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Send `x` to `dst` and fill `buffer` from `src` (or `dst`) at the same time.
 
@@ -92,7 +85,7 @@ class TransferMethods(BlockwiseCollectives):
         *,
         async_op: bool = False,
         copy: bool = True,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = None,
     ) -> ResultOrWork:
         """Send and receive many messages at the same time, as at the borders of a decomposed grid.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +14,12 @@ import numpy as np
 
 from ferro.arrays import dtype_from_name, dtype_name
 from ferro.backend import Backend
-from ferro.errors import CollectiveMismatch, UnsupportedError, UsageError
+from ferro.errors import CollectiveMismatch, UsageError
 from ferro.group.arguments import OutputBuffer
 from ferro.types import Array
 
 _CACHED = 128  # few, since layouts of many ranks are long
-_MAX_AXES = 64  # NumPy's limit
-_DTYPE_BYTES = 256  # of the name of a dtype, of which that of a structured one may be long
+HEADER_BYTES = 48  # of the first message of a scatter; few, so that a backend can send it with its own words
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +93,34 @@ def checked_sizes(sizes: Sequence[int] | None, world_size: int, name: str = "siz
     return rows
 
 
-def blank_header(world_size: int) -> Array:
-    return np.zeros(1 + _header_format(_MAX_AXES, world_size).size, np.uint8)
+def header_of(dtype: np.dtype, layout: Layout) -> bytes:
+    """Describe a scatter to ranks that know nothing of it: the whole's dtype and shape, and uneven rows."""
+    rows = () if layout.is_even else (layout.rows,)
+    return json.dumps([dtype_name(dtype), layout.shape, *rows], separators=(",", ":")).encode().ljust(HEADER_BYTES)
 
 
-def write_header(header: Array, dtype: np.dtype, layout: Layout) -> None:
-    """Write a row's number of axes, then what depends on it: dtype, row shape and every rank's rows."""
-    row_shape, rows, name = layout.shape[1:], layout.rows, dtype_name(dtype).encode()
-    if len(name) > _DTYPE_BYTES:
-        raise UnsupportedError(f"scatter: the fields' names are too long ({len(name)} bytes): scatter x.view('u1')")
-    header[0] = len(row_shape)
-    _header_format(len(row_shape), len(rows)).pack_into(header.data, 1, name, *row_shape, *rows)
+def tell_header(header: bytes, broadcast: Callable[[Array], object], told: bytes = b"") -> bytes:
+    """Send the root's header to all ranks, and return it; a long one comes after its length, in a second message.
 
+    `broadcast` sends the root's array, in place; `told` is the first message, if it has been sent; `header` is empty
+    on other ranks than the root.
+    """
 
-def read_header(header: Array, world_size: int) -> tuple[np.dtype, Layout]:
-    return _parsed_header(header.tobytes(), world_size)
+    def tell(message: bytes, size: int) -> bytes:
+        array = np.frombuffer(bytearray(message.ljust(size)), np.uint8)
+        broadcast(array)
+        return array.tobytes()
+
+    is_long = len(header) > HEADER_BYTES
+    told = told or tell(b"%d" % len(header) if is_long else header, HEADER_BYTES)
+    return told if told.startswith(b"[") else tell(header, int(told))
 
 
 @lru_cache(maxsize=_CACHED)
-def _parsed_header(header: bytes, world_size: int) -> tuple[np.dtype, Layout]:
-    axes = header[0]
-    name, *numbers = _header_format(axes, world_size).unpack_from(header, 1)
-    return dtype_from_name(name.rstrip(b"\0").decode()), Layout.of(numbers[axes:], tuple(numbers[:axes]))
-
-
-@lru_cache(maxsize=256)
-def _header_format(axes: int, world_size: int) -> struct.Struct:
-    return struct.Struct(f"<{_DTYPE_BYTES}s{axes}q{world_size}q")
+def read_header(header: bytes, world_size: int) -> tuple[np.dtype, Layout]:
+    name, shape, *rows = json.loads(header)
+    sizes = tuple(rows[0]) if rows else None
+    return dtype_from_name(name), split_layout(tuple(shape), sizes, world_size, "scatter")
 
 
 def overlaps_other_blocks(block: Array, whole: Array, layout: Layout, rank: int) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import BoundFastPath, EvenCollective, FastPath, PersistentExchange, Turn
+from ferro.collectives.fast_path import BoundFastPath, EvenCollective, FastPath, FastScatter, PersistentExchange, Turn
 from ferro.collectives.label import MAX_CONTEXT, Call
 from ferro.collectives.posted_transfers import PostedTransfers
 from ferro.collectives.reduction import Reduction
@@ -142,6 +142,12 @@ class GlooBackend(Backend):
         return self._collectives.persistent_collective(
             None if fixed else collective, buffers, turn, number=number, deadline=deadline
         )
+
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
+        """See `Backend.fast_scatter`: that of shared memory, once the group has chosen it."""
+        if self.choice.fixed or self._collectives is None:
+            return None
+        return self._collectives.fast_scatter(header, told, data, turn)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ferro.backend import Backend
-from ferro.collectives.fast_path import EvenCollective, FastPath, Turn
+from ferro.collectives.fast_path import EvenCollective, FastPath, FastScatter, Turn
 from ferro.collectives.label import Call
 from ferro.collectives.partition import blocks
 from ferro.collectives.reduction import Reduction
@@ -107,6 +107,13 @@ class ShmBackend(Backend):
     ) -> ShmRootedCollective | None:
         """See `Backend.persistent_collective`: there is one where the ranks run ahead of each other."""
         return self._rooted.make(collective, buffers, turn, number=number, deadline=deadline)
+
+    def fast_scatter(self, header: EvenCollective, told: bytes, data: EvenCollective, turn: Turn) -> FastScatter | None:
+        """See `Backend.fast_scatter`: a small one is one call of the native helper."""
+        move = self.fast_path(data, turn)
+        if NATIVE is None or move is None or isinstance(move, LargePath):
+            return super().fast_scatter(header, told, data, turn)
+        return NATIVE.AnnouncedScatter(tell=self.fast_path(header, turn), blocks=move, header=told)
 
     def barrier(self, *, deadline: float) -> None:
         """See `Backend.barrier`."""

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro.collectives.fast_path import FastPath
+from ferro.collectives.fast_path import FastPath, FastScatter
 from ferro_gloo.shm.rooted.native_steps import RootedSteps as Steps
 
 # The collectives that a short path runs, in the order of their numbers in `native/native.h`.
@@ -260,6 +260,17 @@ class NativeModule(Protocol):
 
         Raises:
             ValueError: the arrays do not fit the collective, or it does not fit a slot of the ring.
+        """
+
+    def AnnouncedScatter(  # noqa: N802 - a class
+        self, *, tell: FastPath | None, blocks: FastPath, header: bytes
+    ) -> FastScatter:
+        """Make the fast path of a scatter and of the broadcast that announces it.
+
+        Args:
+            tell: the `ShortPath` of the broadcast.
+            blocks: the `ShortPath` of the scatter, with the same ring and root.
+            header: the bytes that the broadcast sends, at most 48.
         """
 
 

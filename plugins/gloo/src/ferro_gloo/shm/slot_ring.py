@@ -17,6 +17,11 @@ that belongs to the operation before. And it may go on from chunk k+1 when one o
 has waited until all had published chunk k: no rank is then further behind than the rule above needs. The short path
 (`native/collective.c`) does both in its second round, where rank 0 publishes what it has reduced.
 
+A small scatter with its header (`native/announced.c`) ends before all ranks have published its last chunk, k+1: each
+rank has waited for chunk k of all, and for chunk k+1 of the root. The next chunk, k+2, may be written and published,
+since all have read chunk k-2, and this rank has read chunk k. Each rank awaits chunk k+2 of all before it writes chunk
+k+3; only a root that writes two chunks at once does not, and looks first whether all have published chunk k+1.
+
 The first chunk of an operation has a header: the call's label, and the place of this rank's array (its `ArenaSpan`) if
 the others can use it in place. Ranks whose calls differ find the difference there.
 

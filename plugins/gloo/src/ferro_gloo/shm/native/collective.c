@@ -91,7 +91,7 @@ static void write_slot(const Collective *c, int64_t number, const char *source, 
     }
 }
 
-int64_t begin_collective(Collective *c, const char *source, int whole)
+int64_t write_collective(Collective *c, const char *source, int whole)
 {
     Ring *ring = c->ring;
     int64_t number = ring->next;
@@ -100,12 +100,16 @@ int64_t begin_collective(Collective *c, const char *source, int whole)
         write_header(ring, number, c->label, LABEL_BYTES, c->digest, c);
     if (c->source)
         write_slot(c, number, source, whole);
-    if (ring->retracted)
-        return number;
+    if (!ring->retracted)
+        __atomic_store_n(&line_of(ring, ring->rank, number)->number, number + 1, __ATOMIC_RELEASE);
+    return number;
+}
+
+int64_t begin_collective(Collective *c, const char *source, int whole)
+{
+    int64_t number = write_collective(c, source, whole);
     /* In the second round only rank 0 publishes anything, so the others' counters are there already. */
-    int empty_round = c->two_rounds && ring->rank;
-    __atomic_store_n(&line_of(ring, ring->rank, number)->number, number + 1, __ATOMIC_RELEASE);
-    publish_counter(ring->counters + (Py_ssize_t)ring->rank * COUNTER_STRIDE, number + 1 + empty_round);
+    publish_written(c->ring, number + (c->two_rounds && c->ring->rank));
     return number;
 }
 

@@ -29,7 +29,8 @@ static int add_types(PyObject *module)
     state->ring = add_type(module, &ring_spec, "Ring");
     state->short_path = state->ring ? add_type(module, &short_path_spec, "ShortPath") : NULL;
     state->bound = state->short_path ? add_type(module, &bound_spec, NULL) : NULL;
-    state->chunked_plan = state->bound ? add_type(module, &chunked_plan_spec, "ChunkedPlan") : NULL;
+    state->announced = state->bound ? add_type(module, &announced_spec, "AnnouncedScatter") : NULL;
+    state->chunked_plan = state->announced ? add_type(module, &chunked_plan_spec, "ChunkedPlan") : NULL;
     state->rooted_steps = state->chunked_plan ? add_type(module, &rooted_steps_spec, "RootedSteps") : NULL;
     return state->rooted_steps ? 0 : -1;
 }
@@ -40,6 +41,7 @@ static int visit_types(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->ring);
     Py_VISIT(state->short_path);
     Py_VISIT(state->bound);
+    Py_VISIT(state->announced);
     Py_VISIT(state->chunked_plan);
     Py_VISIT(state->rooted_steps);
     return 0;
@@ -51,6 +53,7 @@ static int clear_types(PyObject *module)
     Py_CLEAR(state->ring);
     Py_CLEAR(state->short_path);
     Py_CLEAR(state->bound);
+    Py_CLEAR(state->announced);
     Py_CLEAR(state->chunked_plan);
     Py_CLEAR(state->rooted_steps);
     return 0;

@@ -11,6 +11,7 @@
        arrays.c      the arrays of a short path
        short_path.c  ShortPath: a small collective in one call
        bound.c       a ShortPath with its arrays
+       announced.c   AnnouncedScatter: a small scatter and the broadcast before it, in one call
        chunked.c     a large collective, chunk by chunk
        chunked_plan.c  ChunkedPlan: such a collective, for Python
        rooted.h        RootedSteps: persistent collectives whose ranks run ahead of each other
@@ -33,7 +34,7 @@
 /* ---- module.c */
 
 typedef struct {
-    PyTypeObject *ring, *short_path, *bound, *chunked_plan, *rooted_steps;
+    PyTypeObject *ring, *short_path, *bound, *announced, *chunked_plan, *rooted_steps;
 } ModuleState;
 
 /* ---- counters.c */
@@ -168,6 +169,7 @@ typedef struct {
     Py_ssize_t slot_bytes;
     char *counters, *headers, *lines;
     long long next; /* the number of the next chunk */
+    int64_t unawaited; /* the last chunk of an operation that has ended before all ranks published it; 0: none */
     char retracted;
     unsigned char written[SLOTS][HEADER_BYTES]; /* this rank's headers */
     const void *writers[SLOTS]; /* the Collective that wrote each header; NULL where another did */
@@ -203,6 +205,13 @@ void write_header(Ring *ring, int64_t number, const unsigned char *header, size_
 /* Tell the others that this rank has written chunk `number`, and has read chunk `number - 2`. */
 void publish_chunk(Ring *ring, int64_t number);
 
+/* Tell the same of chunks up to `number`, whose lines have been written, to those that wait for counters. */
+static inline void publish_written(const Ring *ring, int64_t number)
+{
+    if (!ring->retracted)
+        publish_counter(ring->counters + (Py_ssize_t)ring->rank * COUNTER_STRIDE, number + 1);
+}
+
 /* ---- collective.c */
 
 typedef enum {
@@ -230,6 +239,8 @@ typedef enum { DIFFERENT = -1, LATE, READY } Arrival;
 int plan_collective(Collective *collective);
 /* Say whether this rank must write all its data into its slot, also what it alone reads, with these arrays. */
 int needs_whole(const Collective *collective, const char *source, const char *target);
+/* Write this rank's contribution, and its line; return the number of the first chunk. */
+int64_t write_collective(Collective *collective, const char *source, int whole);
 /* Begin: write and publish this rank's contribution; return the number of the first chunk. */
 int64_t begin_collective(Collective *collective, const char *source, int whole);
 /* Find out whether all that this rank needs is there. Rank 0 reduces for all, where it does so. */
@@ -325,13 +336,20 @@ static inline int64_t *state_of(const ShortPath *path)
 }
 
 /* Have this core own the line that this rank writes next, as soon as the others do not need it. */
+static inline void prepare_line(const Ring *ring, int64_t number)
+{
+    __builtin_prefetch(line_of(ring, ring->rank, number), 1);
+}
+
 static inline void prepare_next(const Ring *ring)
 {
-    __builtin_prefetch(line_of(ring, ring->rank, ring->next), 1);
+    prepare_line(ring, ring->next);
 }
 
 /* Return 1 if a collective may begin now, 0 if not, -1 with an error set. */
 int is_free(ShortPath *path);
+/* Call the turn's `acquire`, where the lock is free, or its `release`; return -1 with an error set if that fails. */
+int change_lock(PyObject *method);
 /* Try for some microseconds, with the GIL, where every rank has a core of its own. */
 Arrival spin(Collective *collective, int64_t number);
 /* Wait until all that this rank needs is there; the turn's lock is held. Return -1 with an error set if that fails. */
@@ -352,5 +370,9 @@ typedef struct {
 extern PyType_Spec bound_spec;
 
 PyObject *bind_path(ShortPath *path, PyObject *args);
+
+/* ---- announced.c */
+
+extern PyType_Spec announced_spec;
 
 #endif

@@ -29,8 +29,7 @@ int is_free(ShortPath *path)
     return free;
 }
 
-/* Call the lock's `acquire`, which is free and does not block, or its `release`. */
-static int change_lock(PyObject *method)
+int change_lock(PyObject *method)
 {
     PyObject *result = PyObject_CallNoArgs(method);
     Py_XDECREF(result);
