@@ -120,7 +120,8 @@ class FastPath(Protocol):
 class PersistentExchange(Protocol):
     """Many messages to and from other ranks, which are sent and received again and again.
 
-    One thread at a time calls the methods.
+    One thread at a time calls the methods. Its attribute `has_progress` is True if a started step ends without `test`;
+    False where there is none.
     """
 
     def __call__(self) -> bool:

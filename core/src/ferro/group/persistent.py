@@ -44,10 +44,11 @@ class PersistentOperation:
     a time uses one operation.
 
     Errors are those of the ordinary call: a step meets only steps of the same operation, and anything else that another
-    rank calls instead is a CollectiveMismatch on every rank. `op` is the operation's name, such as "all_reduce".
+    rank calls instead is a CollectiveMismatch on every rank. `op` is the operation's name, such as "all_reduce";
+    `has_native_progress` tells whether the backend itself carries a started step on beside the caller's computation.
     """
 
-    __slots__ = ("_at_once", "_result", "_started", "_steps", "op")
+    __slots__ = ("_at_once", "_result", "_started", "_steps", "has_native_progress", "op")
 
     def __init__(self, op: str, steps: PersistentSteps) -> None:
         self.op = op
@@ -55,6 +56,7 @@ class PersistentOperation:
         self._at_once = steps.at_once
         self._result = steps.result
         self._started = False
+        self.has_native_progress: bool = getattr(steps, "has_native_progress", False)
 
     def __repr__(self) -> str:
         state = "closed" if self._steps is None else "started" if self._started else "ready"

@@ -109,6 +109,7 @@ class _ExchangeSteps:
         self._dispatcher = group._dispatcher
         self._state = group._dispatcher._word
         self._native = native
+        self.has_native_progress: bool = getattr(native, "has_progress", False)
         self._messages = messages
         moved, nothing = (messages.sends, messages.recvs, messages.tag), lambda *_: None
         described = Transfer("exchange", *moved, timeout_s, nothing, nothing)  # to name it in errors
