@@ -114,13 +114,18 @@ def make_repeated_messages(group: ProcessGroup, nbytes: int) -> RepeatedMessages
     count = min(_MOST_OPERATIONS, _MOST_BYTES // nbytes)
     is_sender = group.rank == SOURCE
     operations: list[_Repeatable] = []
-    memories = [] if is_sender else [np.empty(nbytes, np.uint8)]
+    memories: list[Array] = [] if is_sender else [np.empty(nbytes, np.uint8)]
     for _ in range(count):
         if is_sender:
             memories.append(group.empty(nbytes, np.uint8))
         moved = ([(TARGET, memories[-1])], []) if is_sender else ([], [(SOURCE, memories[-1])])
         operations.append(group.persistent("exchange", *moved))
-        if not operations[-1].has_native_progress:
+        if not _is_better(operations[-1]):
             operations[-1].close()
             return None
     return RepeatedMessages(operations, memories)
+
+
+def _is_better(operation: _Repeatable) -> bool:
+    """Return True if a persistent operation is better than ordinary calls; the same at both ends."""
+    return operation.has_native_progress
