@@ -120,8 +120,7 @@ class FastPath(Protocol):
 class PersistentExchange(Protocol):
     """Many messages to and from other ranks, which are sent and received again and again.
 
-    One thread at a time calls the methods. Its attribute `has_progress` is True if a started step ends without `test`;
-    False where there is none.
+    One thread at a time calls it. A `has_progress` (False where it is missing) says that started steps go on alone.
     """
 
     def __call__(self) -> bool:

@@ -53,8 +53,7 @@ class PersistentOperation:
     def __init__(self, op: str, steps: PersistentSteps) -> None:
         self.op = op
         self._steps: PersistentSteps | None = steps
-        self._at_once = steps.at_once
-        self._result = steps.result
+        self._at_once, self._result = steps.at_once, steps.result
         self._started = False
         self.has_native_progress: bool = getattr(steps, "has_native_progress", False)
 
@@ -92,8 +91,7 @@ class PersistentOperation:
 
     def close(self) -> None:
         """End the operation, after a step that is under way, and let go of its arrays. Idempotent; not collective."""
-        steps = self._steps
-        if steps is None:
+        if (steps := self._steps) is None:
             return
         try:
             if self._started:

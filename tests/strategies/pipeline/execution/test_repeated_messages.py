@@ -155,10 +155,10 @@ def test_a_rank_that_dies_leaves_nobody_waiting(victim, after, repeats):
 def test_a_rank_that_cannot_repeat_messages_is_told_to_all_at_once(rank, repeats, monkeypatch):
     make = repeated_messages.make_repeated_messages
 
-    def refuse(group, nbytes):
+    def refuse(*arguments):
         if threading.current_thread() in refusing:
             raise MemoryError("no room")
-        return make(group, nbytes)
+        return make(*arguments)
 
     refusing = set()
     monkeypatch.setattr("ferro_strategies.pipeline.execution.channel.make_repeated_messages", refuse)

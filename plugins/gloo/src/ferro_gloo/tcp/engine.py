@@ -41,8 +41,8 @@ class ProgressEngine:
             peer: Connection(sock, peer, self._aborted, KEPT_LIMIT_BYTES // len(sockets))
             for peer, sock in sockets.items()
         }
-        # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked. The garbage
-        # collector may drop a group, which calls `wake`, in a thread that has the lock.
+        # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked. It is an
+        # RLock because the garbage collector may drop a group, which calls `wake`, in a thread that has the lock.
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._driving = False

@@ -58,15 +58,19 @@ class StageChannel:
             return self.repeated.nbytes - HEADER_BYTES
         return self.capacity
 
-    def begin_pass(self) -> None:
-        """Make persistent operations if they pay from now on; both ends call it between passes, as a collective."""
+    def begin_pass(self, messages: int) -> None:
+        """Make persistent operations if they pay from now on; both ends call it between passes, as a collective.
+
+        Args:
+            messages: how many are sent in a training pass.
+        """
         is_settled = self.capacity == self.capacity_before
         self.capacity_before = self.capacity
         if not (is_settled and self.may_repeat and 0 < self.capacity <= _MOST_CAPACITY) or self._suits_repeated():
             return
         if self.repeated is not None:
             self.repeated.close()
-        self.repeated = make_repeated_messages(self.group, self.capacity + HEADER_BYTES)
+        self.repeated = make_repeated_messages(self.group, self.capacity + HEADER_BYTES, messages)
         self.next_is_repeated = self.may_repeat = self.repeated is not None
 
     def empty(self) -> Array:

@@ -40,7 +40,7 @@ def begin_pass(all_edges: Iterable[Edge], channels: Mapping[EdgeKey, StageChanne
         while left:
             edge, channel = left[0]
             with translated_errors(edge, channel, edge.order[0]):
-                channel.begin_pass()
+                channel.begin_pass(len(edge.order))
             left.pop(0)
     except BaseException as error:
         for _, channel in left:

@@ -18,7 +18,7 @@ from ferro import ProcessGroup
 from ...nn.arrays import Array
 
 SOURCE, TARGET = 0, 1  # ranks in an edge's group
-_MOST_OPERATIONS = 4
+_MOST_OPERATIONS = 8
 _MOST_BYTES = 32 << 20  # of all operations of an edge
 MOST_MESSAGE_BYTES = _MOST_BYTES // 2  # an edge needs two operations, of which one is free while the other is used
 
@@ -103,15 +103,19 @@ class RepeatedMessages:
             operation.close()
 
 
-def make_repeated_messages(group: ProcessGroup, nbytes: int) -> RepeatedMessages | None:
-    """Make operations for messages of this size, at most MOST_MESSAGE_BYTES.
+def make_repeated_messages(group: ProcessGroup, nbytes: int, messages: int) -> RepeatedMessages | None:
+    """Make operations for messages of one size; both ranks of the edge call it, as a collective.
 
-    Both ranks of the edge call it, as a collective.
+    Args:
+        group: of the edge.
+        nbytes: size of a message, at most MOST_MESSAGE_BYTES.
+        messages: how many there are in a pass, as many as may be under way at the same time.
 
-    Return None at both ends where a persistent operation is no better than the ordinary call: where the backend does
-    not carry it on beside the computation.
+    Returns:
+        None at both ends where a persistent operation is no better than the ordinary call, because the backend does
+        not carry it on beside the computation.
     """
-    count = min(_MOST_OPERATIONS, _MOST_BYTES // nbytes)
+    count = max(2, min(_MOST_OPERATIONS, messages, _MOST_BYTES // nbytes))
     is_sender = group.rank == SOURCE
     operations: list[_Repeatable] = []
     memories: list[Array] = [] if is_sender else [np.empty(nbytes, np.uint8)]
