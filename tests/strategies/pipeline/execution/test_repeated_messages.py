@@ -175,3 +175,22 @@ def test_a_rank_that_cannot_repeat_messages_is_told_to_all_at_once(rank, repeats
         assert isinstance(error, MemoryError) == (own == rank)
         if own != rank:
             assert f"failed on rank {rank}, in preparing the messages between stages: MemoryError" in str(error)
+
+
+def test_every_rank_learns_which_rank_never_came_to_make_them(repeats):
+    over = threading.Barrier(3)
+
+    def run(group):
+        pipeline = make_pipeline(group, "1f1b")
+        for _ in range(2):
+            pipeline.step(*batch(8), cross_entropy)
+        error = None if group.rank == 0 else failing(lambda: pipeline.step(*batch(8), cross_entropy))
+        over.wait(timeout=20)
+        return error
+
+    absent, *errors = ferro.simulate(run, 3, timeout_s=1.5, run_timeout_s=30)
+    assert absent is None
+    for error in errors:
+        assert isinstance(error, ferro.CollectiveTimeout)
+        assert error.missing == (0,)
+        assert "came as far as preparing the messages between stages" in str(error)
