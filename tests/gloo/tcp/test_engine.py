@@ -309,6 +309,21 @@ def test_a_receive_that_waits_holds_up_no_transfer_with_another_tag(on_ranks):
     assert on_ranks(2, exchange) == {r: ([1.0 - r] * 3, [1.0, 1.0]) for r in range(2)}
 
 
+def test_a_thread_that_has_the_lock_may_drop_a_group(on_ranks):
+    """As when the garbage collector runs there: dropping a group wakes its thread."""
+
+    def drop(group):
+        own = group._backend._flat._engine
+        part = group.subgroup([0, 1])
+        part.recv(np.empty(1), 1 - part.rank, async_op=True)  # its thread waits for a message
+        part.send(np.zeros(1), 1 - part.rank)
+        with own._lock:
+            part._dispatcher._transfers.close(0.0)
+        return True
+
+    assert on_ranks(2, drop) == {0: True, 1: True}
+
+
 def test_rows_that_one_rank_sends_and_the_other_does_not_expect_are_a_mismatch(on_ranks):
     def exchange(group):
         x = np.zeros((4, 100_000))

@@ -127,9 +127,7 @@ class Execution:
             return array
         length = max(1, SEGMENT_BYTES // max(1, array.itemsize))
         start = index * length
-        if index and start >= array.size:
-            return None
-        return array[start : start + length]
+        return None if index and start >= array.size else array[start : start + length]
 
     def _staged(self, key: tuple[int, int, int], like: Array) -> Array:
         """Allocate memory to receive a message; the next segment with this round, peer and chunk uses it again."""

@@ -125,8 +125,10 @@ FastScatter: TypeAlias = Callable[["Array | None", "Array | None"], bool | bytes
 class PersistentExchange(Protocol):
     """Many messages to and from other ranks, which are sent and received again and again.
 
-    One thread at a time calls the methods.
+    One thread at a time calls it. `has_progress` says whether started steps go on without a call of the program.
     """
+
+    has_progress: bool
 
     def __call__(self) -> bool:
         """Begin a step, and carry it on for some microseconds; say whether it has ended. If not, `finish` follows."""

@@ -30,17 +30,18 @@ class PersistentOperation:
     group: all collectives run in the order issued, the same on all ranks. One thread at a time uses one operation.
 
     Errors are those of the ordinary call: a step meets only steps of the same operation, and anything else that another
-    rank calls instead is a CollectiveMismatch on every rank. `op` is the operation's name, such as "all_reduce".
+    rank calls instead is a CollectiveMismatch on every rank. `op` is the operation's name, such as "all_reduce";
+    `has_native_progress` tells whether the backend itself carries a started step on beside the caller's computation.
     """
 
-    __slots__ = ("_at_once", "_result", "_started", "_steps", "op")
+    __slots__ = ("_at_once", "_result", "_started", "_steps", "has_native_progress", "op")
 
     def __init__(self, op: str, steps: _Steps) -> None:
         self.op = op
         self._steps: _Steps | None = steps
-        self._at_once = steps.at_once
-        self._result = steps.result
+        self._at_once, self._result = steps.at_once, steps.result
         self._started = False
+        self.has_native_progress = steps.has_native_progress
 
     def __repr__(self) -> str:
         state = "closed" if self._steps is None else "started" if self._started else "ready"
@@ -76,8 +77,7 @@ class PersistentOperation:
 
     def close(self) -> None:
         """End the operation, after a step that is under way, and let go of its arrays. Idempotent; not collective."""
-        steps = self._steps
-        if steps is None:
+        if (steps := self._steps) is None:
             return
         try:
             if self._started:
@@ -110,6 +110,7 @@ class RepeatedSteps:
     """PersistentSteps that repeat an ordinary operation; `run_ordinary` is given `async_op`."""
 
     at_once = result = None
+    has_native_progress = False
 
     def __init__(self, run_ordinary: Callable[[bool], Any]) -> None:
         self._run_ordinary = run_ordinary
@@ -141,6 +142,8 @@ class NativeSteps:
     `step` runs one, or says False where the group is no longer open; `finish` ends a started one. The functions of
     `around` are called before and after each step.
     """
+
+    has_native_progress = False
 
     def __init__(
         self,

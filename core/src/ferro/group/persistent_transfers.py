@@ -76,7 +76,9 @@ def persistent_exchange(
         return True
 
     around = () if messages.are_plain else (messages.refill, messages.finish)
-    return PersistentOperation("exchange", NativeSteps("exchange", dispatcher, native, step, finish, around))
+    steps = NativeSteps("exchange", dispatcher, native, step, finish, around)
+    steps.has_native_progress = native.has_progress
+    return PersistentOperation("exchange", steps)
 
 
 def _run_exchange(group: ObjectMethods, messages: ExchangedMessages, timeout_s: float, async_op: bool) -> Any:

@@ -24,6 +24,8 @@ class MpiPersistentExchange:
         translated: makes ferro's error of MPI's.
     """
 
+    has_progress = False  # MPI moves large messages while it is called
+
     def __init__(
         self,
         requests: PersistentRequests,

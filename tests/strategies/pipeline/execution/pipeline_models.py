@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import ferro
 from ferro_strategies.nn import (
@@ -98,3 +99,33 @@ def assert_equal(results, expected, rtol=1e-12):
     assert found.keys() == grads.keys()
     for name, grad in grads.items():
         np.testing.assert_allclose(found[name], grad, rtol=rtol, atol=1e-15, err_msg=name)
+
+
+class Trap(Module):
+    """A stage that raises at one microbatch, forward or backward."""
+
+    def __init__(self, stage, half, microbatch):
+        self.stage = stage
+        self._half = half
+        self._microbatch = microbatch
+        self._seen = 0
+
+    def vjp(self, x):
+        number, self._seen = self._seen, self._seen + 1
+        if (self._half, self._microbatch) == ("forward", number):
+            raise KeyError("trap")
+        y, pull = self.stage.vjp(x)
+
+        def pullback(grad):
+            if (self._half, self._microbatch) == ("backward", number):
+                raise KeyError("trap")
+            return pull(grad)
+
+        return y, pullback
+
+
+def failing(action):
+    """What an action raises on this rank."""
+    with pytest.raises(Exception) as caught:
+        action()
+    return caught.value

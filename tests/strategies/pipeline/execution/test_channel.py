@@ -21,17 +21,17 @@ def test_headers_describe_the_array_that_comes(dtype, shape):
     array = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     raw = encode(CALL, ArrayHeader.of(array, 12))
     assert (raw.size, raw.dtype) == (HEADER_BYTES, np.uint8)
-    call, header = decode(raw)
-    assert call == CALL
+    call, header, next_is_repeated = decode(raw)
+    assert (call, next_is_repeated) == (CALL, False)
     assert header == ArrayHeader(microbatch=12, dtype=array.dtype, shape=shape, on_gpu=False)
     assert header.nbytes == array.nbytes
     assert (header.empty().shape, header.empty().dtype) == (shape, array.dtype)
 
 
 def test_a_stop_message_is_a_header_too():
-    raw = encode(PipelineCall(FORWARD, 70_000), None)
+    raw = encode(PipelineCall(FORWARD, 70_000), None, next_is_repeated=True)
     assert raw.size == HEADER_BYTES
-    assert decode(raw) == (PipelineCall(FORWARD, 70_000), None)
+    assert decode(raw) == (PipelineCall(FORWARD, 70_000), None, True)
 
 
 def spoilt(position, value):
@@ -47,11 +47,11 @@ def spoilt(position, value):
         (1, b"\x09", "begins with 1, 9"),
         (2, b"\x28", "begins with 1, 0, 40"),
         (3, b"\x02", "call is 2"),
-        (12, b"nonsense", "dtype is b'nonsense"),
-        (12, b"object\0\0", "dtype object"),
-        (12, b"\xff\xfe", "dtype is"),
-        (28, b"\xff" * 8, r"shape is \(-1, 3\)"),
-        (28, b"\xff" * 7 + b"\x7f", r"shape is \(9223372036854775807, 3\)"),
+        (13, b"nonsense", "dtype is b'nonsense"),
+        (13, b"object\0\0", "dtype object"),
+        (13, b"\xff\xfe", "dtype is"),
+        (29, b"\xff" * 8, r"shape is \(-1, 3\)"),
+        (29, b"\xff" * 7 + b"\x7f", r"shape is \(9223372036854775807, 3\)"),
     ],
 )
 def test_bytes_that_are_no_header_are_refused(position, value, message):
@@ -68,7 +68,7 @@ def test_arrays_of_a_gpu_are_received_on_it(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(empty=empty))
     array = SimpleNamespace(dtype=np.dtype("float32"), shape=(2, 3))
-    _, header = decode(encode(CALL, ArrayHeader.of(array, 0)))
+    _, header, _ = decode(encode(CALL, ArrayHeader.of(array, 0)))
     assert header.on_gpu
     header.empty()
     assert made == [((2, 3), np.dtype("float32"))]

@@ -10,39 +10,9 @@ from ferro.simulated import Fault
 from ferro_strategies.nn import Linear, Module, cross_entropy, mse_loss
 from ferro_strategies.pipeline import Pipeline
 
-from .pipeline_models import batch, make_stages, share, simulate
+from .pipeline_models import Trap, batch, failing, make_stages, share, simulate
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1"]
-
-
-class Trap(Module):
-    """A stage that raises at one microbatch, forward or backward."""
-
-    def __init__(self, stage, half, microbatch):
-        self.stage = stage
-        self._half = half
-        self._microbatch = microbatch
-        self._seen = 0
-
-    def vjp(self, x):
-        number, self._seen = self._seen, self._seen + 1
-        if (self._half, self._microbatch) == ("forward", number):
-            raise KeyError("trap")
-        y, pull = self.stage.vjp(x)
-
-        def pullback(grad):
-            if (self._half, self._microbatch) == ("backward", number):
-                raise KeyError("trap")
-            return pull(grad)
-
-        return y, pullback
-
-
-def failing(action):
-    """What an action raises on this rank."""
-    with pytest.raises(Exception) as caught:
-        action()
-    return caught.value
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

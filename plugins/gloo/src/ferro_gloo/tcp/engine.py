@@ -41,8 +41,9 @@ class ProgressEngine:
             peer: Connection(sock, peer, self._aborted, KEPT_LIMIT_BYTES // len(sockets))
             for peer, sock in sockets.items()
         }
-        # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked.
-        self._lock = threading.Lock()
+        # Threads enter the lock itself, since an exception inside Condition.__enter__ would leave it locked. It is an
+        # RLock because the garbage collector may drop a group, which calls `wake`, in a thread that has the lock.
+        self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._driving = False
         self._polling = False
@@ -220,7 +221,7 @@ class ProgressEngine:
 
         A thread that does not exist in the child may have held the lock.
         """
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._closed = True
         for connection in self._connections.values():

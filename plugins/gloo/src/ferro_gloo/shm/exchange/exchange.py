@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -30,22 +30,23 @@ class ShmExchange:
         steps: moves the messages.
         tcp: the same ranks over TCP, which notices a lost rank or an abort.
         peers: the other rank of each message: of the sends, then of the receives.
-        sends: how many of them are sends.
-        needs_peers: True if a started step must go on beside the program: see `ProgressThread`.
+        carried: the messages, by their indices, with which a started step goes on beside the program, since another
+            rank may wait for them: see `ProgressThread`.
         waiting: see there.
         memory: of this process.
         area: this rank's channels.
         channels: their offsets in it.
     """
 
+    has_progress = True
+
     def __init__(
         self,
         steps: Steps,
         tcp: TcpBackend,
         peers: Sequence[int],
-        sends: int,
         *,
-        needs_peers: bool,
+        carried: Container[int],
         waiting: Waiting,
         memory: ExchangeMemory,
         area: Array,
@@ -54,8 +55,7 @@ class ShmExchange:
         self._steps = steps
         self._tcp = tcp
         self._peers = peers
-        self._sends = sends
-        self._needs_peers = needs_peers
+        self._carried = carried
         self._waiting = waiting
         self._memory = memory
         self._area: Array | None = area
@@ -71,7 +71,7 @@ class ShmExchange:
         """Begin a step; the messages that fit into their channels are sent at once."""
         if self._steps.begin():
             return
-        if self._needs_peers or any(index < self._sends for index in self._steps.awaited()):
+        if any(index in self._carried for index in self._steps.awaited()):
             self._memory.progress_thread.add(self._steps)
 
     def finish(self, *, deadline: float) -> None:

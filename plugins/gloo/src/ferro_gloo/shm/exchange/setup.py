@@ -102,7 +102,10 @@ class _Setup:
             self._outgoing(array, layout, area[at:], bells[peer])
             for (peer, array), layout, at in zip(self._sends, layouts, channels, strict=True)
         ]
-        incoming, needs_peers = self._incoming(places, bells)
+        incoming, awaited = self._incoming(places, bells)
+        # The receiver of a message that is read in place needs this rank no more when the step has begun.
+        carried = {index for index, layout in enumerate(layouts) if not layout.direct}
+        carried.update(len(outgoing) + index for index in awaited)
         waiting = _NATIVE if native else _PLAIN
         if not self._host.spin:
             waiting = Waiting(spins=0, yields=waiting.yields)
@@ -111,8 +114,7 @@ class _Setup:
             make(self._bell, outgoing, incoming, waiting.spins, waiting.yields),
             self._tcp,
             self._peers,
-            len(outgoing),
-            needs_peers=needs_peers or any(layout.direct for layout in layouts),
+            carried=carried,
             waiting=waiting,
             memory=self._memory,
             area=area,
@@ -186,10 +188,10 @@ class _Setup:
         source = array if layout.direct else None
         return array, memory[: layout.nbytes], bell, layout.block, layout.slots, source
 
-    def _incoming(self, places: dict[int, list[int]], bells: dict[int, Array]) -> tuple[list[Channel], bool]:
-        """List the channels to this rank, and say whether their senders may have to wait for it."""
+    def _incoming(self, places: dict[int, list[int]], bells: dict[int, Array]) -> tuple[list[Channel], list[int]]:
+        """List the channels to this rank, and the indices of those whose senders may have to wait for it."""
         incoming: list[Channel] = []
-        needs_receiver = False
+        awaited: list[int] = []
         following = dict.fromkeys(places, 1)
         for peer, array in self._recvs:
             channel, in_arena, address = places[peer][following[peer] :][:_PLACE_WORDS]
@@ -201,9 +203,10 @@ class _Setup:
                 source = self._view(peer, in_arena, array.size)
             layout = ChannelLayout.of(array.size, direct=source is not None)
             memory = self._view(peer, channel, layout.nbytes)
+            if layout.needs_receiver(array.size):
+                awaited.append(len(incoming))
             incoming.append((array, memory, bells[peer], layout.block, layout.slots, source))
-            needs_receiver |= layout.needs_receiver(array.size)
-        return incoming, needs_receiver
+        return incoming, awaited
 
     def _view(self, peer: int, offset: int, nbytes: int) -> Array:
         """View a peer's memory."""

@@ -8,6 +8,9 @@ array, or one on a GPU, is sent as a second message:
     arrays      24 bytes              24 bytes             20 bytes             30 bytes
     messages    header, capacity 0    header, capacity 24  header, capacity 24  header, capacity 24
                 the array                                                       the array
+
+Once the capacity has stayed the same during a whole pass, both ends make persistent operations for messages of that
+capacity (see `repeated_messages`). Each header tells whether the next message comes through them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from ferro import ProcessGroup
 from ...nn.arrays import Array
 from .header import HEADER_BYTES, ArrayHeader, decode, encode
 from .plan import PipelineCall
+from .repeated_messages import MOST_MESSAGE_BYTES, RepeatedMessages, RepeatedSend, make_repeated_messages
+
+_MOST_CAPACITY = MOST_MESSAGE_BYTES - HEADER_BYTES
 
 
 @dataclass(slots=True)
@@ -30,30 +36,63 @@ class StageChannel:
     Attributes:
         group: the group of two ranks, the sender and the receiver.
         pipeline: name of the group of all of the pipeline's ranks, for error messages.
-        capacity: the largest array, in bytes, that fits into the next message; the same at both ends.
+        capacity: the largest array, in bytes, that fits into the next ordinary message; the same at both ends.
+        capacity_before: the capacity when the last pass began; None before the first pass.
+        repeated: the persistent operations, if there are any.
+        next_is_repeated: True if the next message goes through them; the same at both ends.
+        may_repeat: False once it is known that the backend has none that are better than ordinary messages.
     """
 
     group: ProcessGroup
     pipeline: str
     capacity: int = 0
+    capacity_before: int | None = None
+    repeated: RepeatedMessages | None = None
+    next_is_repeated: bool = False
+    may_repeat: bool = True
+
+    @property
+    def room(self) -> int:
+        """The largest array, in bytes, that fits into the next message."""
+        if self.next_is_repeated and self.repeated is not None:
+            return self.repeated.nbytes - HEADER_BYTES
+        return self.capacity
+
+    def begin_pass(self, messages: int) -> None:
+        """Make persistent operations if they pay from now on; both ends call it between passes, as a collective.
+
+        Args:
+            messages: how many are sent in a training pass.
+        """
+        is_settled = self.capacity == self.capacity_before
+        self.capacity_before = self.capacity
+        if not (is_settled and self.may_repeat and 0 < self.capacity <= _MOST_CAPACITY) or self._suits_repeated():
+            return
+        if self.repeated is not None:
+            self.repeated.close()
+        self.repeated = make_repeated_messages(self.group, self.capacity + HEADER_BYTES, messages)
+        self.next_is_repeated = self.may_repeat = self.repeated is not None
 
     def empty(self) -> Array:
-        """Return memory for the next message, (capacity + HEADER_BYTES,) uint8."""
+        """Return memory for an ordinary message, (capacity + HEADER_BYTES,) uint8."""
         return np.empty(self.capacity + HEADER_BYTES, np.uint8)
 
-    def pack(self, call: PipelineCall, header: ArrayHeader, array: Array) -> Array:
-        """Return the next message: a header, and the array if it fits."""
-        message = self.empty()
-        message[self.capacity :] = encode(call, header)
-        if self.fits(header):
-            _array_in(message, header)[...] = array
-        return message
+    def pack(self, call: PipelineCall, header: ArrayHeader | None, array: Array | None) -> Array | RepeatedSend:
+        """Return the next message, or the operation that sends it: a header, and the array if it fits.
 
-    def pack_stop(self, call: PipelineCall) -> Array:
-        """Return a message that tells the receiver that no more will come."""
-        message = self.empty()
-        message[self.capacity :] = encode(call, None)
-        return message
+        Args:
+            call: the call that this rank executes.
+            header: describes the array; None tells the receiver that no more will come.
+            array: the array.
+        """
+        send = self.repeated.next_send() if self.repeated is not None and self.next_is_repeated else None
+        message = self.empty() if send is None else send.memory
+        if header is not None and array is not None and self.fits(header):
+            _array_in(message, header)[...] = array
+        goes_on = self.repeated is not None and self._suits_repeated() and self.repeated.is_next_free()
+        message[-HEADER_BYTES:] = encode(call, header, next_is_repeated=goes_on)
+        self.next_is_repeated = goes_on
+        return message if send is None else send
 
     def unpack(self, message: Array) -> tuple[PipelineCall, ArrayHeader | None, Array | None]:
         """Return the sender's call, the header (None if it has stopped), and the array if it fits.
@@ -61,22 +100,31 @@ class StageChannel:
         Raises:
             CollectiveMismatch: no StageChannel has packed this message.
         """
-        call, header = decode(message[self.capacity :])
-        if header is None or not self.fits(header):
-            return call, header, None
-        array = _array_in(message, header)
-        # A view would keep the whole message alive, so a much smaller array is copied.
-        return call, header, array.copy() if 2 * header.nbytes < self.capacity else array
+        call, header, goes_on = decode(message[-HEADER_BYTES:])
+        array = None
+        if header is not None and self.fits(header):
+            array = _array_in(message, header)
+            # The next message overwrites a repeated one; and a view would keep a message that is much larger.
+            if self.next_is_repeated or 2 * header.nbytes < self.capacity:
+                array = array.copy()
+        self.next_is_repeated = goes_on
+        return call, header, array
 
     def fits(self, header: ArrayHeader) -> bool:
-        """Return True if the array fits into the next message, behind its header."""
-        return not header.on_gpu and header.nbytes <= self.capacity
+        """Return True if the array fits into the next message, before its header."""
+        return not header.on_gpu and header.nbytes <= self.room
 
     def adapt_capacity(self, header: ArrayHeader) -> None:
         """Adapt the capacity to the last array: raise it to its size, or halve it if more than half was unused."""
         needed = 0 if header.on_gpu else header.nbytes
         kept = self.capacity if 2 * needed >= self.capacity else self.capacity // 2
         self.capacity = max(needed, kept)
+
+    def _suits_repeated(self) -> bool:
+        """Return True if the persistent operations have room for the arrays that are sent now, but not much more."""
+        if self.repeated is None:
+            return False
+        return self.capacity <= self.repeated.nbytes - HEADER_BYTES <= 2 * self.capacity
 
 
 def _array_in(message: Array, header: ArrayHeader) -> Array:

@@ -17,7 +17,7 @@ from .plan import OPS, PipelineCall
 _MOST_DIMS = 32
 _MOST_BYTES = 1 << 40
 _ARRAY, _STOPPED, _TREE = 1, 2, 3
-_LAYOUT = struct.Struct(f"<BBBBii16s{_MOST_DIMS}q")
+_LAYOUT = struct.Struct(f"<BBBBiiB16s{_MOST_DIMS}q")
 
 HEADER_BYTES = _LAYOUT.size
 
@@ -66,36 +66,37 @@ class ArrayHeader:
         return np.empty(self.shape, self.dtype)
 
 
-def encode(call: PipelineCall, header: ArrayHeader | None) -> Array:
+def encode(call: PipelineCall, header: ArrayHeader | None, *, next_is_repeated: bool = False) -> Array:
     """Encode a header as bytes, (HEADER_BYTES,) uint8.
 
     Args:
         call: the call that the sender executes.
         header: describes the array; None says that the sender has stopped.
+        next_is_repeated: whether the next message of this edge is a repeated one (see `repeated_messages`).
     """
     call_fields = OPS.index(call.op), call.microbatches
     if header is None:
-        raw = _LAYOUT.pack(_STOPPED, 0, 0, *call_fields, 0, b"", *[0] * _MOST_DIMS)
+        raw = _LAYOUT.pack(_STOPPED, 0, 0, *call_fields, 0, next_is_repeated, b"", *[0] * _MOST_DIMS)
     else:
         ndim, name = len(header.shape), dtype_name(header.dtype).encode()
         dims = header.shape + (0,) * (_MOST_DIMS - ndim)
         kind = _TREE if header.is_tree else _ARRAY
-        raw = _LAYOUT.pack(kind, header.on_gpu, ndim, *call_fields, header.microbatch, name, *dims)
+        raw = _LAYOUT.pack(kind, header.on_gpu, ndim, *call_fields, header.microbatch, next_is_repeated, name, *dims)
     return np.frombuffer(raw, np.uint8)
 
 
-def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None]:
-    """Return the call and the header that were encoded.
+def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None, bool]:
+    """Return the call and the header that were encoded, and whether the next message is a repeated one.
 
     Raises:
         CollectiveMismatch: these bytes are no header; the sender runs another program.
     """
-    kind, on_gpu, ndim, op, microbatches, microbatch, name, *dims = _LAYOUT.unpack(raw.tobytes())
+    kind, on_gpu, ndim, op, microbatches, microbatch, repeated, name, *dims = _LAYOUT.unpack(raw.tobytes())
     if op >= len(OPS):
         raise _unreadable(f"its call is {op}")
     call = PipelineCall(OPS[op], microbatches)
     if kind == _STOPPED:
-        return call, None
+        return call, None, bool(repeated)
     shape = tuple(dims[:ndim])
     try:
         dtype = dtype_from_name(name.rstrip(b"\0").decode())
@@ -108,9 +109,8 @@ def decode(raw: Array) -> tuple[PipelineCall, ArrayHeader | None]:
         fault = f"its shape is {shape}"
     if fault:
         raise _unreadable(fault)
-    return call, ArrayHeader(
-        microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu), is_tree=kind == _TREE
-    )
+    header = ArrayHeader(microbatch=microbatch, dtype=dtype, shape=shape, on_gpu=bool(on_gpu), is_tree=kind == _TREE)
+    return call, header, bool(repeated)
 
 
 def _unreadable(fault: str) -> CollectiveMismatch:

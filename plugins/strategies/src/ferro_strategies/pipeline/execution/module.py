@@ -22,7 +22,7 @@ from .data_parallel import StageModules, total_over_replicas
 from .loss import Loss, LossTotals
 from .microbatches import Batch
 from .passes import EvaluationPass, TrainingPass
-from .plan import FORWARD, STEP, make_plan
+from .plan import FORWARD, STEP, edges, make_plan
 from .point_to_point import open_channels
 from .runner import PassRunner
 from .ties import ParameterTies, Tie
@@ -92,7 +92,7 @@ class Pipeline(Module):
             setattr(self, str(number), stage.materialize())  # names of parameters begin with the number
         for name, parameter in self.named_parameters():
             parameter.name = name
-        self._runner = PassRunner(group, open_channels(self.schedule, group))
+        self._runner = PassRunner(group, edges(self.schedule), open_channels(self.schedule, group))
         parameters = {number: parameters_by_name(stage) for number, stage in self._stages().items()}
         self._ties = ParameterTies(group, self.schedule.rank_of, parameters, ties)
         self._ties.share_values()

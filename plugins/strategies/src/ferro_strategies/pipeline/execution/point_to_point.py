@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from ferro import FerroError, ProcessGroup
+from ferro import FerroError, GroupClosed, ProcessGroup
 
 from ...nn.trees import Arrays
 from ..schedules.schedule import Action, PipelineSchedule
 from ..schedules.topological_order import consumer
 from .channel import StageChannel
-from .plan import EdgeKey, PassPlan, edges
-from .transfers import StageReceiver, StageSender
+from .error_translation import translated_errors
+from .plan import Edge, EdgeKey, PassPlan, edges
+from .transfers import PassStopped, StageReceiver, StageSender
 
 
 def open_channels(schedule: PipelineSchedule, group: ProcessGroup) -> dict[EdgeKey, StageChannel]:
@@ -25,6 +26,28 @@ def open_channels(schedule: PipelineSchedule, group: ProcessGroup) -> dict[EdgeK
         for edge in edges(schedule)
         if group.rank in (edge.source, edge.target)
     }
+
+
+def begin_pass(all_edges: Iterable[Edge], channels: Mapping[EdgeKey, StageChannel]) -> None:
+    """Begin a pass on all channels of this rank; every rank calls it, and goes through the edges in the same order.
+
+    Raises:
+        PassStopped: the rank at the other end could not begin the pass.
+        FerroError: it is gone, or did not come.
+    """
+    left = [(edge, channels[edge.key]) for edge in all_edges if edge.key in channels]
+    try:
+        while left:
+            edge, channel = left[0]
+            with translated_errors(edge, channel, edge.order[0]):
+                channel.begin_pass(len(edge.order))
+            left.pop(0)
+    except BaseException as error:
+        for _, channel in left:
+            channel.group.abort()  # the other end may wait for this rank, which will not come
+        if isinstance(error, GroupClosed):
+            raise PassStopped("the rank at the other end has stopped") from error
+        raise
 
 
 class PointToPoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from .agreement import agree
 from .channel import StageChannel
 from .loss import LossTotals
 from .passes import PipelinePass
-from .plan import EdgeKey, PassPlan
-from .point_to_point import PointToPoint
+from .plan import Edge, EdgeKey, PassPlan
+from .point_to_point import PointToPoint, begin_pass
 
 
 class PassRunner:
@@ -27,14 +27,16 @@ class PassRunner:
 
     Args:
         group: the pipeline's ranks.
-        channels: the channels of the edges that begin or end on this rank.
+        edges: the edges of all ranks, in the same order on every rank.
+        channels: the channels of those that begin or end on this rank.
 
     Attributes:
         busy_s: the time that this rank's actions took in the last pass, without their transfers.
     """
 
-    def __init__(self, group: ProcessGroup, channels: Mapping[EdgeKey, StageChannel]) -> None:
+    def __init__(self, group: ProcessGroup, edges: Sequence[Edge], channels: Mapping[EdgeKey, StageChannel]) -> None:
         self._group = group
+        self._edges = edges
         self._channels = channels
         self.busy_s = 0.0
         self._unfinished_op = ""
@@ -94,6 +96,8 @@ class PassRunner:
 
     def _execute(self, plan: PassPlan, work: PipelinePass, transfers: PointToPoint) -> Array:
         try:
+            self._activity = "preparing the messages between stages"
+            begin_pass(self._edges, self._channels)
             self._activity = "preparing the batch"
             work.begin()
             self.busy_s = 0.0

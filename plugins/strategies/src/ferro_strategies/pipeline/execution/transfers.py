@@ -6,8 +6,8 @@ backend that runs a group's operations one after the other on a device stream.
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import suppress
+from typing import Protocol
 
 from ferro import CollectiveMismatch, FerroError, Work
 
@@ -18,13 +18,20 @@ from .error_translation import translated_errors
 from .header import ArrayHeader
 from .packed_trees import pack_tree, unpack_tree
 from .plan import Edge, PipelineCall
+from .repeated_messages import SOURCE, TARGET, RepeatedSend
 
-_SOURCE, _TARGET = 0, 1  # ranks in an edge's group
 _NO_MICROBATCH = -1  # stands for the stop message, which has no microbatch
 
 
 class PassStopped(Exception):
     """The rank at the other end has stopped this pass, because it or a third rank failed."""
+
+
+class _Sending(Protocol):
+    """A message that is being sent."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
 
 
 class StageSender:
@@ -42,15 +49,17 @@ class StageSender:
         self._call = call
         self._unsent = len(edge.order)
         self._stopped = False
-        self._pending: deque[tuple[int, Work[None]]] = deque()
+        self._pending: list[tuple[int, _Sending]] = []
 
     def send(self, microbatch: int, tree: Arrays) -> None:
         """Start to send an array or a tree of arrays, which must not be changed from now on."""
         is_tree = not hasattr(tree, "dtype")
         array = pack_tree(tree) if is_tree else tree
         header = ArrayHeader.of(array, microbatch, is_tree=is_tree)
+        self._finish_done()
+        fits = self._channel.fits(header)
         self._start(microbatch, self._channel.pack(self._call, header, array))
-        if not self._channel.fits(header):
+        if not fits:
             self._start(microbatch, array)
         self._channel.adapt_capacity(header)
         self._unsent -= 1
@@ -59,24 +68,32 @@ class StageSender:
         """Send one stop message if the receiver expects more arrays, or if `always`."""
         if (self._unsent or always) and not self._stopped:
             self._stopped = True
-            self._start(_NO_MICROBATCH, self._channel.pack_stop(self._call))
+            self._finish_done()
+            self._start(_NO_MICROBATCH, self._channel.pack(self._call, None, None))
 
     def finish(self) -> None:
         """Wait until all messages have been sent; raise the error of a send that failed."""
         while self._pending:
-            self._finish_first()
+            self._finish(self._pending[0])
 
-    def _start(self, microbatch: int, array: Array) -> None:
-        while self._pending and self._pending[0][1].done():
-            self._finish_first()
+    def _start(self, microbatch: int, message: Array | RepeatedSend) -> None:
         with translated_errors(self._edge, self._channel, microbatch):
-            work = self._channel.group.send(array, _TARGET, async_op=True, copy=False)
-        self._pending.append((microbatch, work))
+            if isinstance(message, RepeatedSend):
+                message.start()
+                self._pending.append((microbatch, message))
+            else:
+                work = self._channel.group.send(message, TARGET, async_op=True, copy=False)
+                self._pending.append((microbatch, work))
 
-    def _finish_first(self) -> None:
-        microbatch, work = self._pending.popleft()
+    def _finish_done(self) -> None:
+        for sent in [sent for sent in self._pending if sent[1].done()]:
+            self._finish(sent)
+
+    def _finish(self, sent: tuple[int, _Sending]) -> None:
+        self._pending.remove(sent)
+        microbatch, sending = sent
         with translated_errors(self._edge, self._channel, microbatch):
-            work.wait()
+            sending.wait()
 
 
 class StageReceiver:
@@ -137,23 +154,27 @@ class StageReceiver:
                 self._finish_next()
 
     def _start_next(self) -> None:
-        """Start to receive the next message, if it is wanted and not pending."""
-        if self._pending is None and self._received < self._wanted:
+        """Start to receive the next message, if it is wanted and not pending; a repeated one comes by itself."""
+        if self._pending is None and self._received < self._wanted and not self._channel.next_is_repeated:
             # The receive is always asynchronous, which tells backends that the caller's thread computes.
-            self._pending = self._channel.group.recv(self._channel.empty(), _SOURCE, async_op=True)
+            self._pending = self._channel.group.recv(self._channel.empty(), SOURCE, async_op=True)
 
     def _finish_next(self) -> tuple[int, Arrays] | None:
-        """Wait for the pending message; return its microbatch and array or tree, or None for a stop message."""
-        assert self._pending is not None, "a receive is started before it is awaited"
+        """Wait for the next message; return its microbatch and array or tree, or None for a stop message."""
         try:
-            call, header, array = self._channel.unpack(self._pending.wait())
+            if self._channel.repeated is not None and self._channel.next_is_repeated:
+                message = self._channel.repeated.receive()
+            else:
+                assert self._pending is not None, "a receive is started before it is awaited"
+                message = self._pending.wait()
+            call, header, array = self._channel.unpack(message)
             if call != self._call:
                 self.other_call, self._total = call, call.microbatches
             if header is None:
                 self._ended = True
                 return None
             if array is None:
-                work = self._channel.group.recv(header.empty(), _SOURCE, async_op=True)
+                work = self._channel.group.recv(header.empty(), SOURCE, async_op=True)
                 array = work.wait()
         except BaseException:
             self._ended = True
