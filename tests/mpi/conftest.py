@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from ferro_testing import run_ranks_outcomes
 from ferro_testing.outcome import Outcome
+
+from .rank_pool import RankPool
 
 _ROOT = Path(__file__).parents[2]
 # Without the search for networks, which takes Open MPI longer than a test.
@@ -102,6 +105,10 @@ class Launch:
         )
 
 
+# Runs `function(group, *args)` on so many ranks of an MPI, and returns the results.
+OnRanks = Callable[..., list[object]]
+
+
 def _root_options() -> tuple[str, ...]:
     return ("--allow-run-as-root",) if os.geteuid() == 0 else ()
 
@@ -135,3 +142,21 @@ def openmpi() -> Launch:
 def mpich() -> Launch:
     """MPICH."""
     return installed(MPICH)
+
+
+@pytest.fixture(scope="package")
+def on_ranks() -> Iterator[OnRanks]:
+    """Run functions that end well on all ranks; the ranks of each MPI are those of earlier tests."""
+    pools: dict[tuple[Launch, int], RankPool] = {}
+
+    def run(launch: Launch, function: Callable[..., object], world_size: int, *args: object) -> list[object]:
+        key = launch, world_size
+        if key not in pools:
+            pools[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
+        outcomes = pools[key].outcomes(function, args, timeout_s=LIMIT_S, init_options={})
+        for outcome in outcomes:
+            assert outcome.ok, outcome.describe()
+        return [outcome.result for outcome in outcomes]
+
+    with ExitStack() as stack:
+        yield run
