@@ -105,6 +105,8 @@ class Launch:
         )
 
 
+# Gives the ranks of an MPI, so many of them.
+Pools = Callable[[Launch, int], RankPool]
 # Runs `function(group, *args)` on so many ranks of an MPI, and returns the results.
 OnRanks = Callable[..., list[object]]
 
@@ -145,18 +147,28 @@ def mpich() -> Launch:
 
 
 @pytest.fixture(scope="package")
-def on_ranks() -> Iterator[OnRanks]:
-    """Run functions that end well on all ranks; the ranks of each MPI are those of earlier tests."""
-    pools: dict[tuple[Launch, int], RankPool] = {}
+def pools() -> Iterator[Pools]:
+    """Ranks for all tests whose ranks end well, started when a test first asks for them."""
+    made: dict[tuple[Launch, int], RankPool] = {}
+
+    def pool(launch: Launch, world_size: int) -> RankPool:
+        key = installed(launch), world_size
+        if key not in made:
+            made[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
+        return made[key]
+
+    with ExitStack() as stack:
+        yield pool
+
+
+@pytest.fixture(scope="package")
+def on_ranks(pools: Pools) -> OnRanks:
+    """Run functions that end well on all ranks."""
 
     def run(launch: Launch, function: Callable[..., object], world_size: int, *args: object) -> list[object]:
-        key = launch, world_size
-        if key not in pools:
-            pools[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
-        outcomes = pools[key].outcomes(function, args, timeout_s=LIMIT_S, init_options={})
+        outcomes = pools(launch, world_size).outcomes(function, args, timeout_s=LIMIT_S, init_options={})
         for outcome in outcomes:
             assert outcome.ok, outcome.describe()
         return [outcome.result for outcome in outcomes]
 
-    with ExitStack() as stack:
-        yield run
+    return run

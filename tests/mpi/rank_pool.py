@@ -23,6 +23,7 @@ from ferro_testing.functions import locate
 from ferro_testing.outcome import Outcome
 
 _POLL_S = 0.005
+_MOST_POLL_S = 0.05  # of ranks that have nothing to do for long
 _END_S = 30.0
 
 
@@ -144,11 +145,12 @@ def main(folder_path: str) -> int:
     """Be one rank of a pool; return the exit status."""
     folder, parent = Path(folder_path), os.getppid()
     for number in itertools.count():
-        task = folder / str(number)
+        task, pause_s = folder / str(number), _POLL_S
         while not task.exists():
             if (folder / "end").exists() or os.getppid() != parent:
                 return 0
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.1 * pause_s, _MOST_POLL_S)
         if rank.main(str(task / "task"), str(task)):
             return 1
     return 0
