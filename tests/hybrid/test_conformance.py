@@ -13,6 +13,7 @@ from ferro_testing.case import Case, attempt
 from ferro_testing.outcome import Outcome
 
 from ..gloo.conftest import Ranks
+from ..world_sizes import sizes_for
 from .ranks import connect_two
 
 # gloo's own tests cover the other dtypes; these tests are about which part carries out an operation.
@@ -41,13 +42,13 @@ def in_threads(
     return [outcomes[rank] for rank in range(world_size)]
 
 
-TWO_GLOOS = Case(backend="hybrid", world_sizes=(1, 2, 3), dtypes=DTYPES, timeout_s=20, runner=in_threads)
+TWO_GLOOS = Case(backend="hybrid", dtypes=DTYPES, timeout_s=20, runner=in_threads)
 PROCESSES = Case(backend="cpu:gloo", world_sizes=(3,), dtypes=("float32",))
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_two_gloos_conform(check):
-    check(TWO_GLOOS)
+    check(replace(TWO_GLOOS, world_sizes=sizes_for(check)))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from ferro_testing import run_ranks_outcomes
 from ferro_testing.outcome import Outcome
+
+from .rank_pool import RankPool
 
 _ROOT = Path(__file__).parents[2]
 # Without the search for networks, which takes Open MPI longer than a test.
@@ -102,6 +105,12 @@ class Launch:
         )
 
 
+# Gives the ranks of an MPI, so many of them.
+Pools = Callable[[Launch, int], RankPool]
+# Runs `function(group, *args)` on so many ranks of an MPI, and returns the results.
+OnRanks = Callable[..., list[object]]
+
+
 def _root_options() -> tuple[str, ...]:
     return ("--allow-run-as-root",) if os.geteuid() == 0 else ()
 
@@ -135,3 +144,31 @@ def openmpi() -> Launch:
 def mpich() -> Launch:
     """MPICH."""
     return installed(MPICH)
+
+
+@pytest.fixture(scope="package")
+def pools() -> Iterator[Pools]:
+    """Ranks for all tests whose ranks end well, started when a test first asks for them."""
+    made: dict[tuple[Launch, int], RankPool] = {}
+
+    def pool(launch: Launch, world_size: int) -> RankPool:
+        key = installed(launch), world_size
+        if key not in made:
+            made[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
+        return made[key]
+
+    with ExitStack() as stack:
+        yield pool
+
+
+@pytest.fixture(scope="package")
+def on_ranks(pools: Pools) -> OnRanks:
+    """Run functions that end well on all ranks."""
+
+    def run(launch: Launch, function: Callable[..., object], world_size: int, *args: object) -> list[object]:
+        outcomes = pools(launch, world_size).outcomes(function, args, timeout_s=LIMIT_S, init_options={})
+        for outcome in outcomes:
+            assert outcome.ok, outcome.describe()
+        return [outcome.result for outcome in outcomes]
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 
 import numpy as np
@@ -83,26 +84,40 @@ def skip_a_step(group, count):
     return "nothing"
 
 
-def late_step(group, count, started):
-    """Stay away from a step until the other rank has given up."""
-    part = group.subgroup(range(2))
-    x = np.ones(count)
-    step = part.persistent("all_reduce", x, out=x, timeout_s=0.3 if group.rank == 0 else 20.0)
-    for _ in range(3):
-        step()
-    if group.rank == 1:
-        group.barrier()
-    try:
-        if started:
-            step.start()
-            step.wait()
-        else:
+def late_steps(group, counts):
+    """Stay away from steps of several groups until the other rank has given up all of them."""
+    late, outcomes = group.rank == 1, {}
+
+    def prepare(count, started):
+        part = group.subgroup(range(2))
+        x = np.ones(count)
+        step = part.persistent("all_reduce", x, out=x, timeout_s=20.0 if late else 0.3)
+        for _ in range(3):
             step()
-    except ferro.FerroError as error:
-        if group.rank == 0:
-            group.barrier()
-        return [type(error).__name__, int(group.all_reduce(1))]
-    return ["nothing", 0]
+
+        def run():
+            try:
+                if started:
+                    step.start()
+                    step.wait()
+                else:
+                    step()
+            except ferro.FerroError as error:
+                outcomes[f"{count}, started={started}"] = type(error).__name__
+
+        return run
+
+    runs = [prepare(count, started) for count in counts for started in (False, True)]
+    if late:
+        group.barrier()
+    threads = [threading.Thread(target=run) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not late:
+        group.barrier()
+    return [outcomes, int(group.all_reduce(1))]
 
 
 def halo(group):

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from unittest.mock import patch
 
 import numpy as np
 
@@ -63,9 +64,9 @@ def cut_messages(group):
     """Cut transfers after 1000 bytes."""
     from ferro_mpi import communicator
 
-    communicator._MESSAGE_BYTES = 1000
     given, taken = np.arange(1001.0), np.empty(1001)
-    group.sendrecv(given, taken, (group.rank + 1) % 2)
+    with patch.object(communicator, "_MESSAGE_BYTES", 1000):
+        group.sendrecv(given, taken, (group.rank + 1) % 2)
     return bool((given == taken).all())
 
 
@@ -109,11 +110,22 @@ def two_groups(group):
 
 
 def many_groups(group):
-    """Make more groups than MPI has communicators at a time; close some, and drop the others."""
-    for k in range(1200):
+    """Make more groups than MPI has communicators left at a time; close some, and drop the others."""
+    from ferro_mpi.mpi import MPI
+
+    taken = []
+    with contextlib.suppress(MPI.Exception):
+        while len(taken) < 10_000:
+            taken.append(MPI.COMM_SELF.Dup())
+    assert len(taken) < 10_000, "this MPI has more communicators than the test can take"
+    for _ in range(600):
+        taken.pop().Free()
+    for k in range(350):  # each group has two communicators
         part = group.split(group.rank % 2)
         if k % 8 == 0:
             part.close()
+    for comm in taken:
+        comm.Free()
     return int(group.all_reduce(1))
 
 
@@ -143,8 +155,8 @@ def by_messages(group):
     """Use a group whose ranks share no memory, as on several hosts."""
     from ferro_mpi import communicator
 
-    communicator.open_group_memory = lambda comm: None
-    apart = group.subgroup(range(group.world_size))
+    with patch.object(communicator, "open_group_memory", lambda comm: None):
+        apart = group.subgroup(range(group.world_size))
     n, me = group.world_size, group.rank
     found = [apart.all_reduce(np.full(3, me)).tolist() == [n * (n - 1) / 2] * 3]
     found.append(apart.all_gather(me, async_op=True).wait().tolist() == list(range(n)))
@@ -161,8 +173,8 @@ def late_by_messages(group):
     """Stay away from a collective of ranks that share no memory."""
     from ferro_mpi import communicator
 
-    communicator.open_group_memory = lambda comm: None
-    apart = group.subgroup(range(group.world_size))
+    with patch.object(communicator, "open_group_memory", lambda comm: None):
+        apart = group.subgroup(range(group.world_size))
     if group.rank == 1:
         group.barrier()
         return "away"
@@ -189,13 +201,16 @@ def absent_member(group):
 
 
 def shrink_twice(group):
-    """Lose the last rank, twice; go on with the others."""
+    """Lose the last rank, twice, first in a collective and then in waiting for its message; go on with the others."""
     sizes = []
     for _ in range(2):
         group.all_reduce(np.ones(3))
-        if group.rank == group.world_size - 1:
+        last = group.world_size - 1
+        if group.rank == last:
             os.kill(os.getpid(), signal.SIGKILL)
         try:
+            if last == 2:
+                group.recv(np.empty(3), last)
             for _ in range(2):
                 group.all_reduce(np.ones(3))
         except ferro.PeerLost as error:
@@ -203,18 +218,6 @@ def shrink_twice(group):
         group = group.shrink(timeout_s=5.0)
         sizes.append(int(group.all_reduce(1)))
     return sizes
-
-
-def lose_while_sending(group):
-    """Wait for a message of a rank that dies."""
-    group.barrier()
-    if group.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        group.recv(np.empty(3), 1)
-    except ferro.PeerLost as error:
-        return error.peer
-    return None
 
 
 def dtypes(group):
@@ -240,21 +243,36 @@ def leave(group):
     return False
 
 
-def late(group, count, how):
-    """Come to a collective after the other rank has given up, at its deadline or by an abort."""
-    part = group.subgroup(range(2))
-    part.barrier()
-    if group.rank == 1:
+def late(group):
+    """Come to collectives of several groups after the other rank has given up, at its deadline or by an abort."""
+    is_late, outcomes = group.rank == 1, {}
+
+    def prepare(count, how):
+        part = group.subgroup(range(2))
+        part.barrier()
+
+        def run():
+            if how == "abort" and not is_late:
+                threading.Timer(0.2, part.abort).start()
+            try:
+                part.all_reduce(np.ones(count), timeout_s=0.3 if how == "timeout" and not is_late else None)
+            except ferro.FerroError as error:
+                outcomes[f"{how} {count}"] = type(error).__name__
+
+        return run
+
+    # Shared operands, and MPI's own collective.
+    runs = [prepare(count, how) for count in (3, 100_000) for how in ("timeout", "abort")]
+    if is_late:
         group.barrier()
-    elif how == "abort":
-        threading.Timer(0.2, part.abort).start()
-    try:
-        part.all_reduce(np.ones(count), timeout_s=0.3 if group.rank == 0 and how == "timeout" else None)
-    except ferro.FerroError as error:
-        if group.rank == 0:
-            group.barrier()
-        return [type(error).__name__, int(group.all_reduce(1))]
-    return ["nothing", 0]
+    threads = [threading.Thread(target=run) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not is_late:
+        group.barrier()
+    return [outcomes, int(group.all_reduce(1))]
 
 
 class Interrupt(BaseException):

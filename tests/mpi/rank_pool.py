@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -23,16 +23,22 @@ from ferro_testing.functions import locate
 from ferro_testing.outcome import Outcome
 
 _POLL_S = 0.005
+_MOST_POLL_S = 0.05  # of ranks that have nothing to do for long
 _END_S = 30.0
 
 
 class RankPool:
-    """The ranks of one mpiexec, for tasks that all of them carry out well; leaving the context ends them."""
+    """The ranks of one mpiexec, for tasks that all of them carry out well; leaving the context ends them.
+
+    Raises:
+        AssertionError: on leaving, if ranks that carried out all tasks well do not end well.
+    """
 
     def __init__(self, command: Sequence[str], python: str, world_size: int) -> None:
         """Say how mpiexec is called; it is started by the first task, and again after one that went wrong."""
         self._command = (*command, python, __file__)
         self._world_size = world_size
+        self._outputs = {"launcher", *(f"output{rank}" for rank in range(world_size))}
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks = itertools.count()
 
@@ -40,7 +46,8 @@ class RankPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        status, printed = self._end()
+        assert status == 0, f"mpiexec left with exit status {status}: {printed}"
 
     def runner(
         self,
@@ -53,9 +60,20 @@ class RankPool:
     ) -> list[Outcome]:
         """See `ferro_testing.conformance.Runner`."""
         assert world_size == self._world_size
+        return self.outcomes(function, args, timeout_s=timeout_s, init_options={"deterministic": deterministic})
+
+    def outcomes(
+        self,
+        function: Callable[..., object],
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        init_options: Mapping[str, object],
+    ) -> list[Outcome]:
+        """Run `function(group, *args)` on the ranks; return each rank's outcome."""
         if self._process is None:
             self._start()
-        options = {"deterministic": deterministic}
+        options = dict(init_options)
         task = {"function": locate(function), "backend": "mpi", "args": list(args), "init_options": options}
         folder = self._folder / str(next(self._tasks))
         draft = folder.with_suffix(".draft")
@@ -63,12 +81,12 @@ class RankPool:
         (draft / "task").write_bytes(codec.encode(task))
         draft.rename(folder)
         deadline = time.monotonic() + timeout_s
-        reports = [folder / f"report{rank}" for rank in range(world_size)]
+        reports = [folder / f"report{rank}" for rank in range(self._world_size)]
         while not all(report.exists() for report in reports) and time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
             time.sleep(_POLL_S)
-        outcomes = [self._outcome(folder, rank) for rank in range(world_size)]
+        outcomes = [self._outcome(folder, rank) for rank in range(self._world_size)]
         if not all(outcome.ok for outcome in outcomes):
             self._end()
         return outcomes
@@ -104,29 +122,35 @@ class RankPool:
             start_new_session=True,
         )
 
-    def _end(self) -> None:
-        """End the ranks well where they can, otherwise by mpiexec's own way."""
+    def _end(self) -> tuple[int, str]:
+        """End the ranks well where they can, otherwise by mpiexec's own way; return its status and all output."""
         if self._process is None:
-            return
+            return 0, ""
         (self._folder / "end").touch()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.wait(_END_S)
+        status = self._process.returncode
+        printed = "".join(
+            path.read_text(errors="replace") for path in self._folder.rglob("*") if path.name in self._outputs
+        )
         self._process = None
         self._resources.close()
+        return status, printed
 
 
 def main(folder_path: str) -> int:
     """Be one rank of a pool; return the exit status."""
     folder, parent = Path(folder_path), os.getppid()
     for number in itertools.count():
-        task = folder / str(number)
+        task, pause_s = folder / str(number), _POLL_S
         while not task.exists():
             if (folder / "end").exists() or os.getppid() != parent:
                 return 0
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.1 * pause_s, _MOST_POLL_S)
         if rank.main(str(task / "task"), str(task)):
             return 1
     return 0

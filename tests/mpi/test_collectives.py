@@ -2,34 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-
 import pytest
 
 from . import programs
-from .conftest import Launch
-from .rank_pool import RankPool
-
-# Runs a function on so many ranks of an MPI, and returns the results; the ranks are those of earlier tests.
-Run = Callable[[Launch, Callable[..., object], int], list[object]]
-
-
-@pytest.fixture(scope="module")
-def on_ranks() -> Iterator[Run]:
-    pools: dict[tuple[str, int], RankPool] = {}
-
-    def run(launch: Launch, function: Callable[..., object], world_size: int) -> list[object]:
-        key = launch.name, world_size
-        if key not in pools:
-            pools[key] = stack.enter_context(RankPool(launch.command(world_size), launch.python, world_size))
-        outcomes = pools[key].runner(function, world_size, (), timeout_s=60.0, deterministic=False)
-        for outcome in outcomes:
-            assert outcome.ok, outcome.describe()
-        return [outcome.result for outcome in outcomes]
-
-    with ExitStack() as stack:
-        yield run
 
 
 def test_results_are_numpys_also_where_mpis_differ(mpi, on_ranks):
@@ -82,13 +57,13 @@ def test_an_algorithm_of_the_users_runs_beside_native_collectives(mpich):
     assert results == [[[0.0, 3.0, 6.0, 9.0, 12.0], [0, 1, 2]]] * 3
 
 
-def test_ranks_that_share_no_memory_agree_by_messages(mpi):
-    assert mpi.results(programs.by_messages, 3) == [[True] * 4] * 3
+def test_ranks_that_share_no_memory_agree_by_messages(mpi, on_ranks):
+    assert on_ranks(mpi, programs.by_messages, 3) == [[True] * 4] * 3
 
 
 @pytest.mark.parametrize("count", [3, 100_000], ids=["at once", "in blocks"])
-def test_a_function_that_raises_ends_the_group_not_the_job(mpi, count):
-    found = mpi.results(programs.failing_function, 2, count)
+def test_a_function_that_raises_ends_the_group_not_the_job(mpi, on_ranks, count):
+    found = on_ranks(mpi, programs.failing_function, 2, count)
     assert ["ArithmeticError", "not these numbers"] in found  # the program's own where it was raised
     for kind, text in found:
         assert kind == "ArithmeticError" or (kind == "GroupClosed" and "ArithmeticError: not these numbers" in text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ from ferro_testing import conformance
 from ferro_testing.case import Case
 
 from .conftest import MPICH, OPENMPI, installed
-from .rank_pool import RankPool
 
 ENDS_ALL = "mpiexec ends all ranks when one has died"
 CASES = {
@@ -26,23 +23,13 @@ CASES = {
     ),
     "openmpi": (OPENMPI.with_options("--with-ft", "ulfm"), Case(backend="mpi", world_sizes=(2,))),
 }
-# After these a rank has died, or messages are still under way: each has ranks of its own.
-FAILURES = {"check_timeout", "check_send_deadline", "check_lost_peer", "check_abort", "check_shrink"}
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[str, RankPool]]:
-    """Ranks under each mpiexec for all checks that end well."""
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(RankPool(launch.command(case.largest), launch.python, case.largest))
-            for name, (launch, case) in CASES.items()
-        }
+# After these a rank has died: each has ranks of its own.
+DEATHS = {"check_lost_peer", "check_shrink"}
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)
 def test_mpi_conforms(check, name, pools):
     launch, case = CASES[name]
-    runner = installed(launch).runner if check.__name__ in FAILURES else pools[name].runner
+    runner = installed(launch).runner if check.__name__ in DEATHS else pools(launch, case.largest).runner
     check(replace(case, runner=runner))

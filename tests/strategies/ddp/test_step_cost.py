@@ -23,7 +23,6 @@ def calls_of_a_step(model, optimizer):
         calls += event in ("call", "c_call")
 
     before = sys.getprofile()
-    gc.collect()
     gc.disable()  # finalizers of what other tests have left are no part of the step
     sys.setprofile(profile)
     try:
@@ -37,9 +36,10 @@ def calls_of_a_step(model, optimizer):
     return calls
 
 
-@pytest.mark.parametrize("broadcast_buffers", [True, False])
-@pytest.mark.parametrize("find_unused", [True, False])
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(  # every pair of values of two options
+    ("broadcast_buffers", "find_unused", "joined"),
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+)
 def test_a_step_does_not_walk_the_tree_of_modules(broadcast_buffers, find_unused, joined):
     def overhead(group, depth):
         """Count the calls that DDP adds to those of the module, which has `depth` empty layers."""
@@ -56,12 +56,12 @@ def test_a_step_does_not_walk_the_tree_of_modules(broadcast_buffers, find_unused
             optimizer = SGD(each.parameters(), lr=0.1)
             calls_of_a_step(each, optimizer)  # the first step allocates memory
             with model.join() if joined and each is model else nullcontext():
-                counts.append(calls_of_a_step(each, optimizer))
+                counts.append(min(calls_of_a_step(each, optimizer) for _ in range(3)))
         return counts[1] - counts[0]
 
     def run(group):
-        # A walk of 1000 modules makes thousands of calls; waiting for a thread varies by a few.
-        assert abs(overhead(group, 1000) - overhead(group, 10)) < 500
+        # A walk makes a call or more for each module; waiting for a thread makes some in some steps.
+        assert abs(overhead(group, 310) - overhead(group, 10)) < 150
 
     ferro.simulate(run, 1, timeout_s=10, run_timeout_s=30)
 

@@ -117,8 +117,9 @@ def test_a_source_sends_without_a_copy_of_the_whole():
 
     tracemalloc.start()
     try:
-        # Both ranks' halves, and what the simulation copies on the way.
-        assert max(on_mesh((2,), check)) < 2.5
+        # Both ranks' halves, and what the simulation copies on the way: 2 or 2.5, as the ranks happen to meet; a copy
+        # of the whole, which would stay until the end, adds 1.
+        assert max(on_mesh((2,), check)) < 2.75
     finally:
         tracemalloc.stop()
 

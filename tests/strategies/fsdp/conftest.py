@@ -7,8 +7,10 @@ import pytest
 
 from ferro_strategies.fsdp import flat_parameter, unit_scheduler
 
+from .ways import WAYS
 
-@pytest.fixture(params=["beside", "at once"])
+
+@pytest.fixture(params=WAYS)
 def both_ways(request, monkeypatch):
     """Run a test with operations in the group's thread, and again in the caller's."""
     monkeypatch.setattr(flat_parameter, "PERSISTENT_BYTES", 0)

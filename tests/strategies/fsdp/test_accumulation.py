@@ -19,6 +19,7 @@ from .models import (
     shard,
     simulate,
 )
+from .ways import shared_out
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -55,8 +56,7 @@ def in_flight_without_sync(model, rank, ranks):
 WAYS = [one_by_one, without_sync, synchronised_after, in_flight, in_flight_without_sync]
 
 
-@pytest.mark.parametrize("sharding", EVERY)
-@pytest.mark.parametrize("way", WAYS)
+@shared_out(sharding=EVERY, way=WAYS)
 def test_accumulated_gradients_equal_one_process(way, sharding):
     def run(group):
         model = shard(group, sharding=sharding)

@@ -26,6 +26,7 @@ from .models import (
     simulate,
     train,
 )
+from .ways import shared_out
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -190,8 +191,7 @@ def nested():
     )
 
 
-@pytest.mark.parametrize("sharding", EVERY)
-@pytest.mark.parametrize("prefetch", [False, True])
+@shared_out(sharding=EVERY, prefetch=[False, True])
 def test_nested_units(sharding, prefetch):
     def made():
         model = nested()
@@ -251,8 +251,7 @@ def test_a_model_with_a_tied_table(sharding):
         assert_same(result, step(Head()))
 
 
-@pytest.mark.parametrize("sharding", EVERY)
-@pytest.mark.parametrize("inside", [False, True], ids=["around units", "inside units"])
+@shared_out(sharding=EVERY, inside=[False, True])
 def test_checkpointing_composes_both_ways_round(sharding, inside):
     def blocks():
         rng = np.random.default_rng(5)

@@ -9,6 +9,7 @@ from ferro_strategies.nn import BatchNorm, Checkpoint, Linear, Sequential
 from ferro_strategies.optim import SGD, AdamW, LossScaler, clip_grad_norm
 
 from .models import Switch, assert_same, backward, build, gathered_grads, grads_of, shard, simulate, train
+from .ways import shared_out
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -45,13 +46,18 @@ def alone(counts, *, divide_by_all=False, clip=None):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("sharding", EVERY)
-@pytest.mark.parametrize(
-    ("counts", "divide_by_all", "clip"),
-    [((3, 1, 2, 3), False, None), ((1, 3, 0, 0), False, 0.05), ((0, 2, 4, 1), True, None), ((2, 2, 2, 2), True, 0.05)],
-    ids=str,
+@shared_out(
+    sharding=EVERY,
+    case=[
+        ((3, 1, 2, 3), False, None),
+        ((1, 3, 0, 0), False, 0.05),
+        ((0, 2, 4, 1), True, None),
+        ((2, 2, 2, 2), True, 0.05),
+    ],
 )
-def test_uneven_batches_train_like_one_process(sharding, counts, divide_by_all, clip):
+def test_uneven_batches_train_like_one_process(sharding, case):
+    counts, divide_by_all, clip = case
+
     def run(group):
         model = shard(group, sharding=sharding)
         optimizer = AdamW(model.parameters(), lr=0.02)
