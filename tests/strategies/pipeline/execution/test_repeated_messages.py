@@ -151,6 +151,26 @@ def test_a_rank_that_dies_leaves_nobody_waiting(victim, after, repeats):
             assert (error.group, error.rank, error.peer) == ("world", rank, victim)
 
 
+def test_an_array_that_cannot_be_packed_is_told_to_the_receiver(repeats):
+    class Odd(Module):
+        passes = 0
+
+        def vjp(self, x):
+            self.passes += 1
+            return (np.zeros((1,) * 40) if self.passes == 8 else x), lambda grad: grad
+
+    def run(group):
+        pipeline = Pipeline([Odd() if group.rank == 0 else Linear(2, 2, dtype=np.float64)], group, microbatches=2)
+        x = np.ones((4, 2))
+        for _ in range(3):
+            pipeline.step(x, x, mse_loss)
+        return failing(lambda: pipeline.step(x, x, mse_loss))
+
+    first, second = simulate(run, 2)
+    assert not isinstance(first, ferro.FerroError)
+    assert "failed on rank 0, in the forward pass of stage 0, microbatch 1" in str(second)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_that_cannot_repeat_messages_is_told_to_all_at_once(rank, repeats, monkeypatch):
     make = repeated_messages.make_repeated_messages

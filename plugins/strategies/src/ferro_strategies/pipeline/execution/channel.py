@@ -85,14 +85,19 @@ class StageChannel:
             header: describes the array; None tells the receiver that no more will come.
             array: the array.
         """
-        send = self.repeated.next_send() if self.repeated is not None and self.next_is_repeated else None
+        repeated = self.repeated
+        send = repeated.turn if repeated is not None and self.next_is_repeated else None
         message = self.empty() if send is None else send.memory
         if header is not None and array is not None and self.fits(header):
             _array_in(message, header)[...] = array
-        goes_on = self.repeated is not None and self._suits_repeated() and self.repeated.is_next_free()
+        goes_on = repeated is not None and self._suits_repeated() and repeated.is_free(0 if send is None else 1)
         message[-HEADER_BYTES:] = encode(call, header, next_is_repeated=goes_on)
+        # Nothing has changed where an exception came: a stop message takes the place of this one.
         self.next_is_repeated = goes_on
-        return message if send is None else send
+        if repeated is None or send is None:
+            return message
+        repeated.pass_turn()
+        return send
 
     def unpack(self, message: Array) -> tuple[PipelineCall, ArrayHeader | None, Array | None]:
         """Return the sender's call, the header (None if it has stopped), and the array if it fits.

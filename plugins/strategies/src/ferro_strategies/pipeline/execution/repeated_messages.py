@@ -82,15 +82,18 @@ class RepeatedMessages:
         self._next = 0
         self._receives = cycle(operations)
 
-    def is_next_free(self) -> bool:
-        """Return True if nothing is under way in the operation whose turn it is."""
-        return not self._sends[self._next].is_under_way
+    @property
+    def turn(self) -> RepeatedSend:
+        """The operation that sends the next message."""
+        return self._sends[self._next]
 
-    def next_send(self) -> RepeatedSend:
-        """Return the operation whose turn it is, for a message; the turn is the next one's."""
-        send = self._sends[self._next]
+    def is_free(self, ahead: int) -> bool:
+        """Return True if nothing is under way in the operation whose turn comes after so many others."""
+        return not self._sends[(self._next + ahead) % len(self._sends)].is_under_way
+
+    def pass_turn(self) -> None:
+        """Let the next operation have its turn: a message for this one is complete."""
         self._next = (self._next + 1) % len(self._sends)
-        return send
 
     def receive(self) -> Array:
         """Wait for the next message; return it, (nbytes,) uint8, in memory that the one after it overwrites."""
