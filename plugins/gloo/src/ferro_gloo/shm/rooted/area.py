@@ -22,8 +22,9 @@ from __future__ import annotations
 COUNTER_BYTES = 128
 # Where `closed` would be in a header as `ExchangeMemory` reads them, counted from a rank's counter.
 CLOSABLE_AT = 16
-# Slots of a writer, for data of at most so many bytes, of all ranks in a scatter.
-_DEPTHS = ((256, 32), (4 << 10, 16), (16 << 10, 8), (64 << 10, 4))
+# Slots of a writer, for data of at most so many bytes, of all ranks in a scatter. Measured, 8 ranks on 2 busy cores:
+# in a stream of 60 a broadcast of 4 bytes takes 250 us with 32 slots, 20 with 128; with 2 ranks it makes no difference.
+_DEPTHS = ((256, 128), (4 << 10, 32), (16 << 10, 16), (64 << 10, 8))
 
 
 def depth_for(nbytes: int) -> int:
