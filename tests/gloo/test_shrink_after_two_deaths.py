@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 
 import pytest
 
@@ -20,11 +21,13 @@ def lose_two(group, decider):
     with contextlib.suppress(ferro.FerroError):
         while True:
             group.all_reduce(1)
+    store = group._info.store.prefix("shrink/0")
     if decider and group.rank == 2:
-        store = group._info.store.prefix("shrink/0")
         store.add("first/0", 1)
         store.set("decider/0", b"2")
         os.kill(os.getpid(), signal.SIGKILL)
+    if decider:
+        store.get("decider/0", deadline=time.monotonic() + 100)  # rank 2 was the first
     return int(group.shrink(timeout_s=600).all_reduce(1))
 
 

@@ -269,6 +269,19 @@ def call_other(group, op, odd, other):
     group.barrier()
 
 
+def leave_out_the_last(group, op):
+    """One rank that reads leaves out the last step, makes other calls, and closes the operation."""
+    rooted = Steps(group, op, root=1)
+    odd = 0 if op in ("broadcast", "scatter") else 1
+    for salt in range(3):
+        rooted.run(salt)
+    if group.rank != odd:
+        rooted.step()
+    group.barrier()
+    rooted.step.close()
+    group.barrier()
+
+
 def differ(group):
     """Make each mistake in a group of its own; describe what this rank finds."""
     found = []
@@ -280,6 +293,9 @@ def differ(group):
             other = ("barrier", "step", "object")[(index + odd) % 3]
             found.append([f"{op}, rank {odd} calls {other}", *caught(call_other, part, op, odd, other)])
             group.barrier()
+        part = group.subgroup(range(group.world_size))
+        found.append([f"{op}, a reader leaves out the last step", *caught(leave_out_the_last, part, op)])
+        group.barrier()
     return found
 
 

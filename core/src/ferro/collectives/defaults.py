@@ -210,6 +210,4 @@ def _rooted_chunks(transport: Transport, block: Array, whole: Array | None, coun
     """List all ranks' blocks; on other ranks than the root, the others' blocks are memory for relaying."""
     if whole is not None:
         return blocks(whole, counts)
-    empty = [np.empty(count, block.dtype) for count in counts]
-    empty[transport.rank] = block
-    return empty
+    return [block if rank == transport.rank else np.empty(n, block.dtype) for rank, n in enumerate(counts)]

@@ -104,6 +104,10 @@ class ShmExchange:
         self._steps.close(True)
         self._memory.keep(area, self._channels)
 
+    def release(self) -> None:
+        """See `Releasable.release`."""
+        self.close()
+
     def __del__(self) -> None:
         with suppress(AttributeError):  # __init__ did not end
             self.close()

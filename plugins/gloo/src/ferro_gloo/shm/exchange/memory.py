@@ -24,10 +24,10 @@ from ferro_gloo.shm.exchange.progress_thread import ProgressThread
 _BELL_BYTES = 64
 
 
-class Closable(Protocol):
+class Releasable(Protocol):
     """An exchange, as far as its memory is concerned."""
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Let go of all memory. Idempotent."""
 
 
@@ -48,7 +48,7 @@ class ExchangeMemory:
         self._bell: Array | None = None
         self._bell_lock = threading.Lock()
         self._kept: deque[tuple[Array, Sequence[int]]] = deque()  # finalizers append to it, and must not lock
-        self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Releasable] = weakref.WeakSet()
         self._pid = os.getpid()
 
     def allocate(self, nbytes: int) -> Array:
@@ -70,7 +70,7 @@ class ExchangeMemory:
         self._kept.append((area, channels))
         self._forget_unused()
 
-    def add(self, exchange: Closable) -> None:
+    def add(self, exchange: Releasable) -> None:
         """Note an exchange that is to be closed with the host's memory."""
         self._open.add(exchange)
 
@@ -83,7 +83,7 @@ class ExchangeMemory:
         if not self.is_in_child():
             self.progress_thread.stop()
         for exchange in list(self._open):
-            exchange.close()
+            exchange.release()
         self._bell = None
         self._kept.clear()
 

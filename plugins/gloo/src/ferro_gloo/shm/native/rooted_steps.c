@@ -182,6 +182,21 @@ static PyObject *order_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
     return PyLong_FromLongLong(steps->order);
 }
 
+static PyObject *left_out_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
+{
+    if (steps->writes || !steps->area.obj || steps->closed || steps->under_way)
+        return Py_NewRef(Py_None);
+    Awaited writers = missing_steps(steps);
+    for (Py_ssize_t index = 0; index < writers.count; index++) {
+        int writer = writers.count == 1 ? steps->collective.root : (int)index;
+        RootedSlot *slot = rooted_slot(steps, writer, steps->step);
+        int written = __atomic_load_n(&slot->step, __ATOMIC_ACQUIRE) == steps->step + 1;
+        if (written && slot->order < turn_of(steps)[NUMBER])
+            return Py_BuildValue("iL", writer, (long long)slot->order);
+    }
+    return Py_NewRef(Py_None);
+}
+
 static PyObject *is_closed_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
 {
     return PyBool_FromLong(steps->closed);
@@ -347,6 +362,7 @@ static PyMethodDef methods[] = { /* described in ../rooted/native_steps.py */
     {"is_deferred", (PyCFunction)is_deferred_method, METH_O, NULL},
     {"other", (PyCFunction)other_method, METH_NOARGS, NULL},
     {"order", (PyCFunction)order_method, METH_NOARGS, NULL},
+    {"left_out", (PyCFunction)left_out_method, METH_NOARGS, NULL},
     {"is_closed", (PyCFunction)is_closed_method, METH_NOARGS, NULL},
     {"close", (PyCFunction)close_method, METH_O, NULL},
     {NULL, NULL, 0, NULL},

@@ -9,6 +9,7 @@ from ferro.types import Array
 from ferro_gloo.shm.exchange.memory import ExchangeMemory
 from ferro_gloo.shm.rooted.area import CLOSABLE_AT, COUNTER_BYTES
 from ferro_gloo.shm.rooted.native_steps import RootedSteps
+from ferro_gloo.shm.rooted.waiting import LateSteps
 
 
 class ShmRootedCollective:
@@ -29,7 +30,7 @@ class ShmRootedCollective:
     def __init__(
         self,
         steps: RootedSteps,
-        late: Callable[[RootedSteps], None],
+        late: LateSteps,
         *,
         writes: bool,
         memory: ExchangeMemory,
@@ -63,7 +64,18 @@ class ShmRootedCollective:
             self._late(self._steps)
 
     def close(self) -> None:
-        """Let go of the arrays, and tell the root; a forked child tells nobody. Idempotent."""
+        """Let go of the arrays, and tell the root; a forked child tells nobody. Idempotent.
+
+        Raises:
+            CollectiveMismatch: this rank has left out a step, and has made other calls since.
+        """
+        left_out = None if self._closed or self._memory.is_in_child() else self._steps.left_out()
+        self.release()
+        if left_out is not None:
+            self._late.refuse_close(*left_out)
+
+    def release(self) -> None:
+        """See `Releasable.release`."""
         if self._closed:
             return
         self._closed = True
@@ -78,7 +90,7 @@ class ShmRootedCollective:
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # __init__ did not end
-            self.close()
+            self.release()
 
 
 def keep_area(memory: ExchangeMemory, area: Array, others: list[int]) -> None:

@@ -60,6 +60,9 @@ class RootedSteps(Protocol):
     def order(self) -> int:
         """Return the number of collectives that this rank had issued on the group before its latest step."""
 
+    def left_out(self) -> tuple[int, int] | None:
+        """Return a writer of a step that this rank has passed without reading it, and the order of that step."""
+
     def is_closed(self) -> bool:
         """Say whether `close` was called."""
 

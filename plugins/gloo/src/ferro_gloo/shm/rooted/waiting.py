@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from ferro.collectives.fast_path import Turn
+from ferro.collectives.fast_path import BUSY, Turn
 from ferro.collectives.label import Call, mismatch
 from ferro.errors import CollectiveMismatch, GroupClosed, PeerLost, with_awaited
 from ferro_gloo.shm.exchange.memory import ExchangeMemory
@@ -39,6 +39,18 @@ class LateSteps:
     def __call__(self, steps: RootedSteps) -> None:
         """Wait until the step has ended, or raise an error, with which the group ends on all ranks."""
         self._turn.late(self._call.numbered(steps.order()), partial(self._wait, steps))
+
+    def refuse_close(self, writer: int, order: int) -> None:
+        """End the group, if it is open: this rank has made other calls than a step that it should have read."""
+        if self._turn.state[BUSY]:
+            return
+        own, other = self._tcp.names[self._tcp.rank], self._tcp.names[writer]
+        text = f"rank {own} has left out a step of {self._call}, which rank {other} made as its collective #{order}"
+
+        def refuse(*, deadline: float) -> None:
+            raise CollectiveMismatch(text, peer=other)
+
+        self._turn.late(self._call, refuse)
 
     def _wait(self, steps: RootedSteps, *, deadline: float) -> None:
         (spins, yields), seconds = self._patience, PEER_CHECK_S
@@ -78,11 +90,11 @@ class LateSteps:
         other = steps.other()
         if other is not None:
             names, (rank, theirs, mine) = self._tcp.names, other
-            text = f"rank {names[self._tcp.rank]} made this step of {self._call} as its collective #{mine}"
-            text += (
-                f", rank {names[rank]} as its collective #{theirs}: one of them has left out a step, or another call"
+            raise CollectiveMismatch(
+                f"rank {names[self._tcp.rank]} made this step of {self._call} as its collective #{mine}, "
+                f"rank {names[rank]} as its collective #{theirs}: one of them has left out a step, or another call",
+                peer=names[rank],
             )
-            raise CollectiveMismatch(text, peer=names[rank])
 
     def _find_other_call(self, steps: RootedSteps, awaited: list[int]) -> None:
         """Find a rank that has gone on to another call.
