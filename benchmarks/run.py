@@ -46,8 +46,9 @@ _MEMORY = (
     ("fsdp", 4, "adamw", "784,2048*24,10"),
 )
 _QUICK_MEMORY = (("ddp", 2, "sgd", "784,256*3,10"), ("fsdp", 2, "adamw", "784,256*3,10"))
-# Widths of the layers, and number of rounds.
-_TIMED = (("784,2048*3,10", 16), ("784,2048*24,10", 4))
+# Widths of the layers, rows in a rank's batch, and number of rounds. A larger batch has more arithmetic for as many
+# gradients.
+_TIMED = (("784,2048*3,10", 64, 16), ("784,2048*3,10", 256, 8), ("784,2048*24,10", 64, 4))
 _DEADLINE_S = 600.0
 # All libraries compute in one thread and use the loopback interface; root may run Open MPI.
 _ENVIRONMENT = {
@@ -133,8 +134,8 @@ def _training(options: argparse.Namespace) -> dict[str, object]:
         ratio = memory[-1]["ratio"]
         print(f"{strategy}, {ranks} ranks: peak {ratio:.3f} x the expected bytes", flush=True)
     times = []
-    for widths, rounds in (("784,256*3,10", 2),) if quick else _TIMED:
-        arguments = ["times", f"--widths={widths}", f"--rounds={rounds}"]
+    for widths, batch, rounds in (("784,256*3,10", 64, 2),) if quick else _TIMED:
+        arguments = ["times", f"--widths={widths}", f"--batch={batch}", f"--rounds={rounds}"]
         peer = [] if "torch-gloo" in options.compare else ["--without-torch"]
         times.append(_run_ranks(_ferro_run(_TRAINING_RANKS), "training.py", [*arguments, *peer]))
         observed = [*arguments, "--without-torch", "--observed"]
