@@ -282,6 +282,18 @@ def leave_out_the_last(group, op):
     group.barrier()
 
 
+def read_different(group):
+    """Two ranks read different operations, each the data of the other; the third has given its data to both."""
+    first, second = Steps(group, "reduce", root=0), Steps(group, "gather", root=1)
+    for rooted in (first, second):
+        rooted.run(0)
+    if group.rank != 1:
+        first.step()
+    if group.rank != 0:
+        second.step()
+    group.barrier()
+
+
 def differ(group):
     """Make each mistake in a group of its own; describe what this rank finds."""
     found = []
@@ -296,6 +308,9 @@ def differ(group):
         part = group.subgroup(range(group.world_size))
         found.append([f"{op}, a reader leaves out the last step", *caught(leave_out_the_last, part, op)])
         group.barrier()
+    part = group.subgroup(range(group.world_size))
+    found.append(["two ranks read different operations", *caught(read_different, part)])
+    group.barrier()
     return found
 
 

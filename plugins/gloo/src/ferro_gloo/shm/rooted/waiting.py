@@ -54,6 +54,7 @@ class LateSteps:
 
     def _wait(self, steps: RootedSteps, *, deadline: float) -> None:
         (spins, yields), seconds = self._patience, PEER_CHECK_S
+        steps.tell_late()
         try:
             while not steps.wait(spins, yields, seconds):
                 self._check(steps)
@@ -105,6 +106,12 @@ class LateSteps:
             CollectiveMismatch: there is one.
         """
         turn, names = self._turn, self._tcp.names
+        for rank in awaited:
+            number = steps.late_elsewhere(rank)
+            if number is not None:  # it may wait for this rank, as this one does for it
+                text = f"rank {names[self._tcp.rank]} called {self._call} as its collective #{steps.order()}, rank"
+                text = f"{text} {names[rank]} made a step of persistent operation {number} instead"
+                raise CollectiveMismatch(text, peer=names[rank])
         passed = {rank: steps.passed(rank) for rank in awaited}
         labels = {} if turn.pending or turn.lock.locked() else self._ring.calls_ahead(awaited)
         for rank in awaited:
