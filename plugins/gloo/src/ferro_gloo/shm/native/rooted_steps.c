@@ -210,8 +210,7 @@ static PyObject *left_out_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
     for (Py_ssize_t index = 0; index < writers.count; index++) {
         int writer = writers.count == 1 ? steps->collective.root : (int)index;
         RootedSlot *slot = rooted_slot(steps, writer, steps->step);
-        int written = __atomic_load_n(&slot->step, __ATOMIC_ACQUIRE) == steps->step + 1;
-        if (written && slot->order < turn_of(steps)[NUMBER])
+        if (__atomic_load_n(&slot->step, __ATOMIC_ACQUIRE) == steps->step + 1)
             return Py_BuildValue("iL", writer, (long long)slot->order);
     }
     return Py_NewRef(Py_None);

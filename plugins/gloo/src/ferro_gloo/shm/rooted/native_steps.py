@@ -67,7 +67,7 @@ class RootedSteps(Protocol):
         """Return the number of collectives that this rank had issued on the group before its latest step."""
 
     def left_out(self) -> tuple[int, int] | None:
-        """Return a writer of a step that this rank has passed without reading it, and the order of that step."""
+        """Return a writer of a step that this rank has not begun to read, and the order of that step."""
 
     def is_closed(self) -> bool:
         """Say whether `close` was called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
 
@@ -41,8 +42,11 @@ class LateSteps:
         self._turn.late(self._call.numbered(steps.order()), partial(self._wait, steps))
 
     def refuse_close(self, writer: int, order: int) -> None:
-        """End the group, if it is open: this rank has made other calls than a step that it should have read."""
-        if self._turn.state[BUSY]:
+        """End the group, if it is open: this rank will not read a step that another one has written.
+
+        Where an exception leads to that, it says more.
+        """
+        if self._turn.state[BUSY] or sys.exc_info()[1] is not None:
             return
         own, other = self._tcp.names[self._tcp.rank], self._tcp.names[writer]
         text = f"rank {own} has left out a step of {self._call}, which rank {other} made as its collective #{order}"
