@@ -269,16 +269,33 @@ def call_other(group, op, odd, other):
     group.barrier()
 
 
-def leave_out_the_last(group, op):
-    """One rank that reads leaves out the last step, makes other calls, and closes the operation."""
+def leave_out_the_last(group, op, at_once):
+    """One rank that reads leaves out the last step, makes other calls or none, and closes the operation."""
     rooted = Steps(group, op, root=1)
     odd = 0 if op in ("broadcast", "scatter") else 1
     for salt in range(3):
         rooted.run(salt)
     if group.rank != odd:
         rooted.step()
-    group.barrier()
+    if at_once and group.rank == odd:
+        group.recv(np.zeros(1), 1 - odd)
+    elif at_once and group.rank == 1 - odd:
+        group.send(np.zeros(1), odd)
+    if not at_once or group.rank != odd:
+        group.barrier()
     rooted.step.close()
+    group.barrier()
+
+
+def read_different(group):
+    """Two ranks read different operations, each the data of the other; the third has given its data to both."""
+    first, second = Steps(group, "reduce", root=0), Steps(group, "gather", root=1)
+    for rooted in (first, second):
+        rooted.run(0)
+    if group.rank != 1:
+        first.step()
+    if group.rank != 0:
+        second.step()
     group.barrier()
 
 
@@ -293,9 +310,13 @@ def differ(group):
             other = ("barrier", "step", "object")[(index + odd) % 3]
             found.append([f"{op}, rank {odd} calls {other}", *caught(call_other, part, op, odd, other)])
             group.barrier()
-        part = group.subgroup(range(group.world_size))
-        found.append([f"{op}, a reader leaves out the last step", *caught(leave_out_the_last, part, op)])
-        group.barrier()
+        for at_once in (False, True):
+            part = group.subgroup(range(group.world_size))
+            found.append([f"{op}, a reader leaves out the last step", *caught(leave_out_the_last, part, op, at_once)])
+            group.barrier()
+    part = group.subgroup(range(group.world_size))
+    found.append(["two ranks read different operations", *caught(read_different, part)])
+    group.barrier()
     return found
 
 

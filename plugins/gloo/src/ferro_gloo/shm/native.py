@@ -253,6 +253,7 @@ class NativeModule(Protocol):
         state: memoryview,
         late: Callable[[Steps], None],
         sample: NDArray[np.generic],
+        number: int,
     ) -> Steps:
         """Make the steps of a persistent broadcast, scatter, reduce or gather with these arrays.
 

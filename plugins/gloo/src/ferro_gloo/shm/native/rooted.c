@@ -30,6 +30,11 @@ int64_t *order_of_rank(const RootedSteps *steps, int rank)
     return (int64_t *)(steps->collective.ring->counters + (Py_ssize_t)rank * COUNTER_STRIDE + ORDER_AT);
 }
 
+int64_t late_call(const RootedSteps *steps)
+{
+    return (int64_t)((uint64_t)steps->order << NUMBER_BITS) | (steps->number & ((1 << NUMBER_BITS) - 1));
+}
+
 Awaited missing_steps(const RootedSteps *steps)
 {
     const Collective *c = &steps->collective;

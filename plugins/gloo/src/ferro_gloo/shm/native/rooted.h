@@ -22,6 +22,8 @@
 
 #include "native.h"
 
+#define NUMBER_BITS 24 /* of a persistent operation in `late_call` */
+
 typedef struct {
     int64_t value;     /* with the sleepers that counters.c describes */
     uint32_t sleepers, unused;
@@ -47,6 +49,7 @@ typedef struct {
     char *slots;
     Py_ssize_t stride; /* bytes from one slot to the next */
     int64_t depth;
+    int64_t number;      /* of the persistent operation, the same on all ranks */
     int64_t step, order; /* of the step under way, or `step` of the next one */
     int64_t freed;       /* how many steps all readers are known to have read, which a writer keeps */
     int64_t told;        /* how many steps a reader has said that it has read */
@@ -71,7 +74,10 @@ Awaited missing_steps(const RootedSteps *steps);
 /* Do what can be done of the step that is under way; READY at its end. Called with the GIL. */
 Arrival advance_rooted(RootedSteps *steps);
 RootedSlot *rooted_slot(const RootedSteps *steps, int writer, int64_t step);
-/* How many collectives a rank had issued when it ended its latest rooted step, or 0. */
+/* How many collectives a rank had issued when it ended its latest rooted step, or 0. Beside it: in which step the rank
+   has waited for long, as `late_call` packs it. */
 int64_t *order_of_rank(const RootedSteps *steps, int rank);
+/* The order of the step under way, with the number of this persistent operation in the low bits. */
+int64_t late_call(const RootedSteps *steps);
 
 #endif

@@ -160,6 +160,26 @@ static PyObject *passed_method(RootedSteps *steps, PyObject *argument)
     return order > steps->order ? PyLong_FromLongLong(order) : Py_NewRef(Py_None);
 }
 
+static PyObject *tell_late_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
+{
+    if (steps->under_way && !steps->closed)
+        __atomic_store_n(order_of_rank(steps, steps->collective.ring->rank) + 1, late_call(steps), __ATOMIC_RELEASE);
+    Py_RETURN_NONE;
+}
+
+static PyObject *late_elsewhere_method(RootedSteps *steps, PyObject *argument)
+{
+    int rank = read_rank(steps, argument);
+    if (rank < 0)
+        return NULL;
+    if (!steps->under_way || steps->closed)
+        return Py_NewRef(Py_None);
+    int64_t theirs = __atomic_load_n(order_of_rank(steps, rank) + 1, __ATOMIC_ACQUIRE), own = late_call(steps);
+    if (theirs >> NUMBER_BITS != own >> NUMBER_BITS || theirs == own)
+        return Py_NewRef(Py_None);
+    return PyLong_FromLongLong(theirs & ((1 << NUMBER_BITS) - 1));
+}
+
 static PyObject *is_deferred_method(RootedSteps *steps, PyObject *argument)
 {
     int rank = read_rank(steps, argument);
@@ -190,8 +210,7 @@ static PyObject *left_out_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
     for (Py_ssize_t index = 0; index < writers.count; index++) {
         int writer = writers.count == 1 ? steps->collective.root : (int)index;
         RootedSlot *slot = rooted_slot(steps, writer, steps->step);
-        int written = __atomic_load_n(&slot->step, __ATOMIC_ACQUIRE) == steps->step + 1;
-        if (written && slot->order < turn_of(steps)[NUMBER])
+        if (__atomic_load_n(&slot->step, __ATOMIC_ACQUIRE) == steps->step + 1)
             return Py_BuildValue("iL", writer, (long long)slot->order);
     }
     return Py_NewRef(Py_None);
@@ -207,15 +226,16 @@ static PyObject *is_closed_method(RootedSteps *steps, PyObject *Py_UNUSED(none))
 static PyObject *new_steps(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"ring",  "operation", "dtype", "reduction", "block_bytes", "root",
-                            "source", "target",   "state", "late",      "sample",      NULL};
+                            "source", "target",   "state", "late",      "sample",      "number", NULL};
     PyObject *ring, *source, *target, *state, *late, *sample;
     int operation, root;
     const char *dtype, *reduction;
     Py_ssize_t block;
+    long long number;
     ModuleState *module = PyType_GetModuleState(type);
-    if (!module || !PyArg_ParseTupleAndKeywords(args, keywords, "O!issniOOOOO:RootedSteps", names, module->ring, &ring,
+    if (!module || !PyArg_ParseTupleAndKeywords(args, keywords, "O!issniOOOOOL:RootedSteps", names, module->ring, &ring,
                                                 &operation, &dtype, &reduction, &block, &root, &source, &target, &state,
-                                                &late, &sample))
+                                                &late, &sample, &number))
         return NULL;
     RootedSteps *steps = (RootedSteps *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (!steps)
@@ -225,6 +245,7 @@ static PyObject *new_steps(PyTypeObject *type, PyObject *args, PyObject *keyword
     steps->ring = Py_NewRef(ring);
     steps->late = Py_NewRef(late);
     steps->other = -1;
+    steps->number = number;
     c->ring = (Ring *)ring;
     c->operation = (Operation)operation;
     c->root = root;
@@ -359,6 +380,8 @@ static PyMethodDef methods[] = { /* described in ../rooted/native_steps.py */
     {"wait", (PyCFunction)wait_method, METH_VARARGS, NULL},
     {"awaited", (PyCFunction)awaited_method, METH_NOARGS, NULL},
     {"passed", (PyCFunction)passed_method, METH_O, NULL},
+    {"tell_late", (PyCFunction)tell_late_method, METH_NOARGS, NULL},
+    {"late_elsewhere", (PyCFunction)late_elsewhere_method, METH_O, NULL},
     {"is_deferred", (PyCFunction)is_deferred_method, METH_O, NULL},
     {"other", (PyCFunction)other_method, METH_NOARGS, NULL},
     {"order", (PyCFunction)order_method, METH_NOARGS, NULL},

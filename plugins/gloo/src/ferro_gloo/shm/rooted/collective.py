@@ -67,7 +67,7 @@ class ShmRootedCollective:
         """Let go of the arrays, and tell the root; a forked child tells nobody. Idempotent.
 
         Raises:
-            CollectiveMismatch: this rank has left out a step, and has made other calls since.
+            CollectiveMismatch: this rank has left out a step.
         """
         left_out = None if self._closed or self._memory.is_in_child() else self._steps.left_out()
         self.release()

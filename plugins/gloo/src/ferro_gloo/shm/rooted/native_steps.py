@@ -51,6 +51,12 @@ class RootedSteps(Protocol):
     def passed(self, rank: int, /) -> int | None:
         """Count the collectives that a writer has issued; None if that is not beyond this rank's step."""
 
+    def tell_late(self) -> None:
+        """Tell the other ranks in which step this one waits."""
+
+    def late_elsewhere(self, rank: int, /) -> int | None:
+        """Return the number of another persistent operation, if a rank waits in that as its call of this order."""
+
     def is_deferred(self, rank: int, /) -> bool:
         """Say whether a rank has started a step that it could not write yet."""
 
@@ -61,7 +67,7 @@ class RootedSteps(Protocol):
         """Return the number of collectives that this rank had issued on the group before its latest step."""
 
     def left_out(self) -> tuple[int, int] | None:
-        """Return a writer of a step that this rank has passed without reading it, and the order of that step."""
+        """Return a writer of a step that this rank has not begun to read, and the order of that step."""
 
     def is_closed(self) -> bool:
         """Say whether `close` was called."""

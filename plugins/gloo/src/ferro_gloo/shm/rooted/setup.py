@@ -67,7 +67,7 @@ class RootedSetup:
             late = LateSteps(collective.call, turn, self._ring, tcp, memory, self._region.counters.patience())
             blocks = tcp.world_size if collective.op == "scatter" else 1
             depth = depth_for(blocks * collective.count * collective.dtype.itemsize)
-            steps = self._make_steps(collective, buffers, turn, late) if depth else None
+            steps = self._make_steps(collective, buffers, turn, late, number) if depth else None
         area, span = None, None
         if steps is not None and tcp.rank == root:
             area = memory.allocate(steps.area_bytes(depth))
@@ -95,6 +95,7 @@ class RootedSetup:
         buffers: Sequence[Array | None],
         turn: Turn,
         late: Callable[[RootedSteps], None],
+        number: int,
     ) -> RootedSteps | None:
         """Hold this rank's arrays; return None where the native helper cannot use them, or has no such reduction."""
         ring, reduction, nbytes = (
@@ -119,6 +120,7 @@ class RootedSetup:
                 state=turn.state,
                 late=late,
                 sample=np.empty((2, 3), collective.dtype),
+                number=number,
             )
         except ValueError:
             return None

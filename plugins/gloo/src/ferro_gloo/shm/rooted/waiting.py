@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
 
@@ -41,8 +42,11 @@ class LateSteps:
         self._turn.late(self._call.numbered(steps.order()), partial(self._wait, steps))
 
     def refuse_close(self, writer: int, order: int) -> None:
-        """End the group, if it is open: this rank has made other calls than a step that it should have read."""
-        if self._turn.state[BUSY]:
+        """End the group, if it is open: this rank will not read a step that another one has written.
+
+        Where an exception leads to that, it says more.
+        """
+        if self._turn.state[BUSY] or sys.exc_info()[1] is not None:
             return
         own, other = self._tcp.names[self._tcp.rank], self._tcp.names[writer]
         text = f"rank {own} has left out a step of {self._call}, which rank {other} made as its collective #{order}"
@@ -54,6 +58,7 @@ class LateSteps:
 
     def _wait(self, steps: RootedSteps, *, deadline: float) -> None:
         (spins, yields), seconds = self._patience, PEER_CHECK_S
+        steps.tell_late()
         try:
             while not steps.wait(spins, yields, seconds):
                 self._check(steps)
@@ -105,6 +110,12 @@ class LateSteps:
             CollectiveMismatch: there is one.
         """
         turn, names = self._turn, self._tcp.names
+        for rank in awaited:
+            number = steps.late_elsewhere(rank)
+            if number is not None:  # it may wait for this rank, as this one does for it
+                text = f"rank {names[self._tcp.rank]} called {self._call} as its collective #{steps.order()}, rank"
+                text = f"{text} {names[rank]} made a step of persistent operation {number} instead"
+                raise CollectiveMismatch(text, peer=names[rank])
         passed = {rank: steps.passed(rank) for rank in awaited}
         labels = {} if turn.pending or turn.lock.locked() else self._ring.calls_ahead(awaited)
         for rank in awaited:
