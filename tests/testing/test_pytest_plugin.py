@@ -8,11 +8,13 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 import ferro
 from ferro_testing.pytest_ranks import check_backends
+from ferro_testing_pytest import _backends
 
 HEADER = "import time\nimport numpy as np\nimport pytest\n"
 BOTH = "--ferro-backend=simulated,gloo"
@@ -206,6 +208,14 @@ def test_a_probe_that_raises_is_told_as_any_other_reason(monkeypatch):
 
 def _usable(name):
     return ferro.backends.available()[name].ok
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [([], ["simulated"]), (["gloo, mpi", "gloo"], ["gloo", "mpi"]), (["cpu:gloo,cuda:nccl"],) * 2]
+)
+def test_simulated_ranks_are_the_default_and_backends_come_once_in_the_order_given(given, names):
+    config = SimpleNamespace(getoption={"--ferro-backend": given}.__getitem__)
+    assert _backends(config) == names
 
 
 def test_without_marked_tests_no_backend_is_looked_at(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ferro
+from ferro_gloo.shm.chunked import IN_PLACE_BYTES
 from ferro_gloo.shm.large_path import LargePath
 from ferro_gloo.shm.native import ABSENT, NATIVE
 from ferro_testing import run_ranks, run_ranks_outcomes
@@ -96,7 +97,7 @@ def on_both_paths(group, shared_ranks):
     ordinary = [step for step in range(STEPS) if (step + 1) >> (rank % 3) & 1]
     shared = range(STEPS) if rank in shared_ranks else ()
     for number, op in enumerate(OPS):
-        for nbytes in (SLOT + 8, 2_000_000):
+        for nbytes in (SLOT + 8, IN_PLACE_BYTES + 64):
             root = number % n if op in ROOTED else -1
             reduction = "sum" if op in REDUCING else None
             check(large(group, op, np.dtype(np.float32), nbytes, reduction, root), number, ordinary, shared)
