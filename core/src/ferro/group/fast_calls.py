@@ -128,8 +128,10 @@ class FastCalls:
 
         Ranks other than the root expect a block like `out`, or like the last one.
         """
+        if type(root) is not int:
+            return NOT_TAKEN
         array = x if self._rank == root else out
-        if type(root) is not int or (type(array) is not _ndarray and (array is not None or self._rank == root)):
+        if type(array) is not _ndarray and (array is not None or self._rank == root):
             return NOT_TAKEN
         if array is not None:
             key = ("scatter", array.dtype, array.shape, None, root)

@@ -15,7 +15,8 @@ of one operation to the first of the next.
 A rank may publish chunk k+1 together with chunk k if it writes nothing into it: it has read chunk k-1 by then, since
 that belongs to the operation before. And it may go on from chunk k+1 when one other rank has published it, if that rank
 has waited until all had published chunk k: no rank is then further behind than the rule above needs. The short path
-(`native/collective.c`) does both in its second round, where rank 0 publishes what it has reduced.
+(`native/collective.c`) does both in its second round, where rank 0 publishes what it has reduced. Chunk k+1 then has a
+header of its own, equal to no operation's: ranks that did not wait for chunk k must not find an old one there.
 
 A small scatter with its header (`native/announced.c`) ends before all ranks have published its last chunk, k+1: each
 rank has waited for chunk k of all, and for chunk k+1 of the root. The next chunk, k+2, may be written and published,

@@ -9,6 +9,7 @@
    result: see _EACH_REDUCES_RANKS in ../single_round.py. */
 #define EACH_REDUCES_RANKS 4
 #define OMITTED_FROM 2048
+#define SECOND_ROUND 0x80 /* in the first byte of a label: no operation has it */
 
 int plan_collective(Collective *c)
 {
@@ -105,11 +106,28 @@ int64_t write_collective(Collective *c, const char *source, int whole)
     return number;
 }
 
+/* Write a header that is equal to none into a chunk that is published with the one before it.
+
+   Ranks that have just run a small scatter do not wait for that chunk before, nor compare its label (../slot_ring.py).
+   If this rank makes another call there, they find the difference here, and not the header of an older operation. */
+static void write_second_header(const Collective *c, int64_t number)
+{
+    unsigned char label[LABEL_BYTES];
+    if (c->ring->writers[number % SLOTS] == c->label)
+        return;
+    memcpy(label, c->label, LABEL_BYTES);
+    label[0] |= SECOND_ROUND;
+    write_header(c->ring, number, label, LABEL_BYTES, ~c->digest, c->label);
+}
+
 int64_t begin_collective(Collective *c, const char *source, int whole)
 {
     int64_t number = write_collective(c, source, whole);
     /* In the second round only rank 0 publishes anything, so the others' counters are there already. */
-    publish_written(c->ring, number + (c->two_rounds && c->ring->rank));
+    int both = c->two_rounds && c->ring->rank;
+    if (both)
+        write_second_header(c, number + 1);
+    publish_written(c->ring, number + both);
     return number;
 }
 

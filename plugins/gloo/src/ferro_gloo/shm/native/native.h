@@ -172,7 +172,7 @@ typedef struct {
     int64_t unawaited; /* the last chunk of an operation that has ended before all ranks published it; 0: none */
     char retracted;
     unsigned char written[SLOTS][HEADER_BYTES]; /* this rank's headers */
-    const void *writers[SLOTS]; /* the Collective that wrote each header; NULL where another did */
+    const void *writers[SLOTS]; /* the Collective that wrote each header, or its label; NULL where another did */
 } Ring;
 
 extern PyType_Spec ring_spec;

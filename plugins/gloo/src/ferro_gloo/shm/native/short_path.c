@@ -212,7 +212,7 @@ static int clear_path(ShortPath *path)
 static void forget_writer(Collective *c)
 {
     for (int slot = 0; c->ring && slot < SLOTS; slot++)
-        if (c->ring->writers[slot] == c)
+        if (c->ring->writers[slot] == c || c->ring->writers[slot] == c->label)
             c->ring->writers[slot] = NULL;
 }
 
