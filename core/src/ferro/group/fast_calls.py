@@ -117,6 +117,8 @@ class FastCalls:
 
     def barrier(self) -> bool:
         """Return False; later calls find the bound fast path of barriers, which runs one, in this method's place."""
+        if self._dispatcher.is_indirect():
+            return False
         found = even_collective("barrier", NOTHING.dtype, NOTHING.shape, None, -1, self._world_size)
         path = None if found is None else self._dispatcher.fast_path(found[0])
         if bound := path and path.bind(None, None):

@@ -65,7 +65,8 @@ void copy_through_caches(char *to, const char *from, size_t length)
     if (length >= PAGES * PAGE && has_avx())
         done = copy_lines_through_caches(to, from, length);
 #endif
-    memcpy(to + done, from + done, length - done);
+    if (done < length) /* an empty array has no address */
+        memcpy(to + done, from + done, length - done);
 }
 
 void copy_past_caches(char *to, const char *from, size_t length)
