@@ -338,16 +338,16 @@ def fail(group, how, op):
     missed = 1 if op in FROM_ROOT else 0
     for salt in range(3):
         rooted.run(salt)
-    group.barrier()
-    if group.rank == missed and how == "death":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if group.rank == missed and how == "abort":
-        group.abort()
-    if group.rank == 1 - missed and how == "interrupt":
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    if group.rank == missed:
-        group._dispatcher._info.store.get("failure/verdict", deadline=float("inf"))
     try:
+        group.barrier()
+        if group.rank == missed and how == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group.rank == missed and how == "abort":
+            group.abort()
+        if group.rank == 1 - missed and how == "interrupt":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if group.rank == missed:
+            group._dispatcher._info.store.get("failure/verdict", deadline=float("inf"))
         while True:
             rooted.step()
     except KeyboardInterrupt:
