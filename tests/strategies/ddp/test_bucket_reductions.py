@@ -13,6 +13,7 @@ from ferro_strategies.ddp import bucket_reductions
 from ferro_strategies.nn import Linear, ReLU, Sequential
 from ferro_strategies.optim import SGD
 
+from ..observed import OpNames
 from .models import Switch, simulate
 
 SMALL = {"bucket_bytes": 64, "first_bucket_bytes": 64}
@@ -23,23 +24,6 @@ def spare(request, monkeypatch):
     monkeypatch.setattr(bucket_reductions, "has_spare_core", lambda group: request.param)
     monkeypatch.setattr(bucket_reductions, "_AT_ONCE_BYTES", 0)
     return request.param
-
-
-class Names:
-    """An observer that lists the operations of one rank."""
-
-    def __init__(self):
-        self.ops = []
-
-    def started(self, event):
-        if event.rank == 0:
-            self.ops.append(event.op)
-
-    def finished(self, event):
-        pass
-
-    def close(self):
-        pass
 
 
 def build():
@@ -57,7 +41,7 @@ def train(model, batches, scale=1.0):
 
 
 def test_operations_are_made_once_and_run_in_every_step(spare):
-    names = Names()
+    names = OpNames()
 
     def run(group):
         model = DDP(build(), group, **SMALL)

@@ -7,24 +7,8 @@ from ferro_strategies.fsdp import FSDP, ShardingStrategy, flat_parameter
 from ferro_strategies.nn import Linear, Module, Sequential
 from ferro_strategies.optim import SGD
 
+from ..observed import OpNames
 from .models import simulate
-
-
-class Names:
-    """An observer that lists the operations of one rank."""
-
-    def __init__(self):
-        self.ops = []
-
-    def started(self, event):
-        if event.rank == 0:
-            self.ops.append(event.op)
-
-    def finished(self, event):
-        pass
-
-    def close(self):
-        pass
 
 
 class MayFail(Module):
@@ -66,7 +50,7 @@ def train(group):
 def test_large_units_gather_persistently_and_no_update_is_lost_after_a_failed_pass(monkeypatch, persistent):
     if persistent:
         monkeypatch.setattr(flat_parameter, "PERSISTENT_BYTES", 0)
-    names = Names()
+    names = OpNames()
     for found in simulate(train, 2, observers=[names]):
         assert all((np.array(values) == 0.25).all() for values in found)
     assert names.ops.count("persistent") == (3 if persistent else 0)
@@ -74,7 +58,7 @@ def test_large_units_gather_persistently_and_no_update_is_lost_after_a_failed_pa
 
 def test_only_strategies_that_keep_the_memory_gather_persistently(monkeypatch):
     monkeypatch.setattr(flat_parameter, "PERSISTENT_BYTES", 0)
-    names = Names()
+    names = OpNames()
 
     def run(group):
         model = FSDP(Linear(2, 2, rng=0), group, sharding=ShardingStrategy.FULL_SHARD)

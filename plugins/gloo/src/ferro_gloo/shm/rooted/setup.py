@@ -1,4 +1,4 @@
-"""make_rooted: the ranks of a group set up a persistent rooted collective together.
+"""RootedSetup: the ranks of a group set up a persistent rooted collective together.
 
 All ranks tell each other whether they can run it in shared memory, and the root tells where the area is.
 """
@@ -98,11 +98,8 @@ class RootedSetup:
         number: int,
     ) -> RootedSteps | None:
         """Hold this rank's arrays; return None where the native helper cannot use them, or has no such reduction."""
-        ring, reduction, nbytes = (
-            self._region.native_ring,
-            collective.reduction,
-            collective.count * collective.dtype.itemsize,
-        )
+        ring, reduction = self._region.native_ring, collective.reduction
+        nbytes = collective.count * collective.dtype.itemsize
         if NATIVE is None or ring is None or nbytes == 0:
             return None
         if reduction is not None and not has_arithmetic(reduction):
