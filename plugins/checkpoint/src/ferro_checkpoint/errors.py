@@ -1,0 +1,39 @@
+"""The errors of checkpoints, sorted by what the reader can do about them."""
+
+from __future__ import annotations
+
+from ferro import FerroError, UsageError
+
+
+class StateError(UsageError):
+    """The state does not fit what it is to be saved with or loaded from: nothing was written or changed."""
+
+
+class CheckpointError(FerroError):
+    """A checkpoint could not be written or read.
+
+    Attributes:
+        path: the file or directory concerned.
+        tensor: the tensor concerned, or None.
+    """
+
+    def __init__(self, message: str, *, path: str, tensor: str | None = None, rank: int | None = None) -> None:
+        super().__init__(message, op="checkpoint", rank=rank)
+        self.path = path
+        self.tensor = tensor
+
+
+class CheckpointDamaged(CheckpointError):
+    """A file is not what was written: load an older checkpoint."""
+
+
+class CheckpointIncomplete(CheckpointError):
+    """There is no commit record: the save did not end, or this is no checkpoint. Load an older one."""
+
+
+class CheckpointTooNew(CheckpointError):
+    """A newer version of ferro-checkpoint has written it: update."""
+
+
+class SaveFailed(CheckpointError):
+    """A checkpoint was not written, on any rank; the earlier ones are as they were."""

@@ -1,0 +1,145 @@
+"""ferro.json, the commit record: written last, so a directory that has it is a whole checkpoint.
+
+It holds the step, all values of the state that are no arrays, and for each file its length and the digests of its
+pieces. Its own digest covers all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew
+from ferro_checkpoint.layout.json_text import UnreadableJson, read_json, write_json
+
+RECORD_NAME = "ferro.json"
+MOST_RECORD_BYTES = 256 << 20
+VERSION = 1
+_FORMAT = "ferro-checkpoint"
+_FILE_NAME = re.compile(r"[^/\\\0]+")
+_MOST_BYTES = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the record says of a file.
+
+    Attributes:
+        nbytes: its length.
+        digests: of its pieces, in hexadecimal.
+    """
+
+    nbytes: int
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The contents of the record.
+
+    Attributes:
+        step: the training's step, or None.
+        bundles: the names of the bundles' files, by bundle.
+        files: all files but the record, by name.
+        values: of the state, as JSON.
+        digest: the algorithm of the digests.
+        piece_bytes: how many bytes of a file each digest covers.
+        saved_by: about the program that wrote it: "ferro", "world_size" and so on.
+    """
+
+    step: int | None
+    bundles: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, FileRecord]
+    values: Any
+    digest: str
+    piece_bytes: int
+    saved_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Write the record as JSON."""
+        content = {
+            "format": _FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "saved_by": dict(self.saved_by),
+            "digest": self.digest,
+            "piece_bytes": self.piece_bytes,
+            "bundles": {name: list(files) for name, files in self.bundles.items()},
+            "files": {name: {"bytes": one.nbytes, "digests": list(one.digests)} for name, one in self.files.items()},
+            "values": self.values,
+        }
+        return write_json(content | {"record_digest": _digest(content)})
+
+    @classmethod
+    def decode(cls, text: bytes, path: str) -> Record:
+        """Read a record.
+
+        Raises:
+            CheckpointTooNew: a later version of this package has written it.
+            CheckpointDamaged: it is no record, or not the one that was written.
+        """
+        try:
+            content = read_json(text)
+        except UnreadableJson as error:
+            raise CheckpointDamaged(f"{path}: {error}", path=path) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise CheckpointDamaged(f"{path}: this is no record of a checkpoint", path=path)
+        version = content.get("version")
+        if type(version) is int and version > VERSION:
+            raise CheckpointTooNew(
+                f"{path}: this checkpoint has version {version} of the format, and this ferro-checkpoint reads up to "
+                f"{VERSION}: update ferro-checkpoint",
+                path=path,
+            )
+        if content.pop("record_digest", None) != _digest(content):
+            raise CheckpointDamaged(f"{path}: the record is not the one that was written", path=path)
+        fault = _fault(content)
+        if fault:
+            raise CheckpointDamaged(f"{path}: {fault}", path=path)
+        return cls(
+            step=content["step"],
+            bundles={name: tuple(files) for name, files in content["bundles"].items()},
+            files={name: FileRecord(one["bytes"], tuple(one["digests"])) for name, one in content["files"].items()},
+            values=content["values"],
+            digest=content["digest"],
+            piece_bytes=content["piece_bytes"],
+            saved_by=content["saved_by"],
+        )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(write_json(dict(content)), digest_size=16).hexdigest()
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record that has been written as it is, by somebody; None if nothing is."""
+    kinds = {"version": int, "saved_by": dict, "digest": str, "piece_bytes": int, "bundles": dict, "files": dict}
+    for key, kind in kinds.items():
+        if type(content.get(key)) is not kind:
+            return f"its {key!r} is no {kind.__name__}"
+    if "values" not in content or not (content.get("step") is None or type(content["step"]) is int):
+        return "it has no values, or no step"
+    if content["piece_bytes"] < 1:
+        return f"its pieces have {content['piece_bytes']} bytes"
+    for name, one in content["files"].items():
+        if not is_file_name(name):
+            return f"{name!r} is no name of a file in it"
+        if not isinstance(one, dict) or type(one.get("bytes")) is not int or not 0 <= one["bytes"] < _MOST_BYTES:
+            return f"the size of file {name!r} is none"
+        digests = one.get("digests")
+        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+            return f"the digests of file {name!r} are none"
+        if len(digests) != -(-one["bytes"] // content["piece_bytes"]):
+            return f"file {name!r} has {len(digests)} digests"
+    for bundle, files in content["bundles"].items():
+        if not isinstance(files, list) or not all(name in content["files"] for name in files):
+            return f"bundle {bundle!r} has files that the record does not list"
+    return None
+
+
+def is_file_name(name: str) -> bool:
+    """Say whether a name is one of a file in the directory itself."""
+    return name not in (".", "..", RECORD_NAME) and _FILE_NAME.fullmatch(name) is not None

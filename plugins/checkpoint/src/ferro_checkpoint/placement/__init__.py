@@ -1,0 +1,1 @@
+"""Where a rank's elements lie in a whole array."""

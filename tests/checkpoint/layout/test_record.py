@@ -1,0 +1,77 @@
+"""The record comes back as it was written, and no other text passes for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew
+from ferro_checkpoint.layout.record import FileRecord, Record
+
+RECORD = Record(
+    step=7,
+    bundles={"model": ("model.safetensors",)},
+    files={"model.safetensors": FileRecord(10, ("aa", "bb", "cc")), "empty": FileRecord(0, ())},
+    values={"epoch": 3, "rate": 0.1, "name": "ü", "none": None},
+    digest="crc32",
+    piece_bytes=4,
+    saved_by={"ferro": "0.1.0", "world_size": 4},
+)
+
+
+def test_it_comes_back():
+    assert Record.decode(RECORD.encode(), "f") == RECORD
+
+
+def test_every_flipped_byte_is_found():
+    text = RECORD.encode()
+    for place in range(len(text)):
+        for bit in (0, 5):
+            changed = bytearray(text)
+            changed[place] ^= 1 << bit
+            with pytest.raises((CheckpointDamaged, CheckpointTooNew)):
+                Record.decode(bytes(changed), "f")
+
+
+def changed(**entries):
+    content = json.loads(RECORD.encode()) | entries
+    content.pop("record_digest")
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    content["record_digest"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"files": {"../m": {"bytes": 0, "digests": []}}}, "no name of a file"),
+        ({"files": {"a/b": {"bytes": 0, "digests": []}}}, "no name of a file"),
+        ({"files": {"..": {"bytes": 0, "digests": []}}}, "no name of a file"),
+        ({"files": {"ferro.json": {"bytes": 0, "digests": []}}}, "no name of a file"),
+        ({"files": {"m": {"bytes": -1, "digests": []}}}, "size of file 'm'"),
+        ({"files": {"m": {"bytes": 9, "digests": ["a"]}}, "bundles": {}}, "has 1 digests"),
+        ({"bundles": {"model": ["other"]}}, "does not list"),
+        ({"piece_bytes": 0}, "0 bytes"),
+        ({"step": "7"}, "step"),
+        ({"digest": 1}, "'digest'"),
+        ({"format": "other"}, "no record"),
+    ],
+)
+def test_a_record_that_says_what_cannot_be(entries, message):
+    with pytest.raises(CheckpointDamaged, match=message):
+        Record.decode(changed(**entries), "f")
+
+
+def test_a_newer_one_says_so():
+    with pytest.raises(CheckpointTooNew, match="version 2 .* update"):
+        Record.decode(changed(version=2), "f")
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes(text):
+    with pytest.raises(CheckpointDamaged):
+        Record.decode(text, "f")
