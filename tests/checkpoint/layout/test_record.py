@@ -15,10 +15,9 @@ from ferro_checkpoint.layout.record import FileRecord, Record
 RECORD = Record(
     step=7,
     bundles={"model": ("model.safetensors",)},
-    files={"model.safetensors": FileRecord(10, ("aa", "bb", "cc")), "empty": FileRecord(0, ())},
+    files={"model.safetensors": FileRecord(10, (4, 8, 10), ("aa", "bb", "cc")), "empty": FileRecord(0, (), ())},
     values={"epoch": 3, "rate": 0.1, "name": "ü", "none": None},
     digest="crc32",
-    piece_bytes=4,
     saved_by={"ferro": "0.1.0", "world_size": 4},
 )
 
@@ -48,14 +47,16 @@ def changed(**entries):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"files": {"../m": {"bytes": 0, "digests": []}}}, "no name of a file"),
-        ({"files": {"a/b": {"bytes": 0, "digests": []}}}, "no name of a file"),
-        ({"files": {"..": {"bytes": 0, "digests": []}}}, "no name of a file"),
-        ({"files": {"ferro.json": {"bytes": 0, "digests": []}}}, "no name of a file"),
-        ({"files": {"m": {"bytes": -1, "digests": []}}}, "size of file 'm'"),
-        ({"files": {"m": {"bytes": 9, "digests": ["a"]}}, "bundles": {}}, "has 1 digests"),
+        ({"files": {"../m": {"bytes": 0, "ends": [], "digests": []}}}, "no name of a file"),
+        ({"files": {"a/b": {"bytes": 0, "ends": [], "digests": []}}}, "no name of a file"),
+        ({"files": {"..": {"bytes": 0, "ends": [], "digests": []}}}, "no name of a file"),
+        ({"files": {"ferro.json": {"bytes": 0, "ends": [], "digests": []}}}, "no name of a file"),
+        ({"files": {"m": {"bytes": -1, "ends": [], "digests": []}}}, "size of file 'm'"),
+        ({"files": {"m": {"bytes": 9, "ends": [8], "digests": ["a"]}}, "bundles": {}}, "do not cover"),
+        ({"files": {"m": {"bytes": 9, "ends": [4, 4, 9], "digests": ["a"] * 3}}, "bundles": {}}, "do not cover"),
+        ({"files": {"m": {"bytes": 9, "ends": [9], "digests": []}}, "bundles": {}}, "segments of file 'm'"),
         ({"bundles": {"model": ["other"]}}, "does not list"),
-        ({"piece_bytes": 0}, "0 bytes"),
+        ({"values": []}, "'values'"),
         ({"step": "7"}, "step"),
         ({"digest": 1}, "'digest'"),
         ({"format": "other"}, "no record"),

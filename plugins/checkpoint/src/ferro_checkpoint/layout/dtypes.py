@@ -39,7 +39,9 @@ def dtype_name(dtype: np.dtype, tensor: str) -> str:
     """
     name = _OF_NUMPY.get(dtype.name)
     if name is None or dtype.byteorder == ">":
-        raise StateError(f"{tensor!r} has dtype {dtype}, which no checkpoint carries: convert it, or save it as a value")
+        raise StateError(
+            f"{tensor!r} has dtype {dtype}, which no checkpoint carries: convert it, or save it as a value"
+        )
     return name
 
 

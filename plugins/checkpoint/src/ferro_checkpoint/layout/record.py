@@ -1,7 +1,8 @@
 """ferro.json, the commit record: written last, so a directory that has it is a whole checkpoint.
 
 It holds the step, all values of the state that are no arrays, and for each file its length and the digests of its
-pieces. Its own digest covers all of it.
+segments. A segment is a range of a file that one rank has written; segments follow each other from the file's first
+byte to its last. The record's own digest covers all of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew
@@ -29,10 +31,12 @@ class FileRecord:
 
     Attributes:
         nbytes: its length.
-        digests: of its pieces, in hexadecimal.
+        ends: one more than the last byte of each segment; they grow, and the last one is `nbytes`.
+        digests: of each segment, in hexadecimal (see `layout.digest`).
     """
 
     nbytes: int
+    ends: tuple[int, ...]
     digests: tuple[str, ...]
 
 
@@ -44,18 +48,16 @@ class Record:
         step: the training's step, or None.
         bundles: the names of the bundles' files, by bundle.
         files: all files but the record, by name.
-        values: of the state, as JSON.
+        values: of the state, as JSON, by their path in it, such as "config.lr".
         digest: the algorithm of the digests.
-        piece_bytes: how many bytes of a file each digest covers.
         saved_by: about the program that wrote it: "ferro", "world_size" and so on.
     """
 
     step: int | None
     bundles: Mapping[str, tuple[str, ...]]
     files: Mapping[str, FileRecord]
-    values: Any
+    values: Mapping[str, Any]
     digest: str
-    piece_bytes: int
     saved_by: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> bytes:
@@ -66,9 +68,11 @@ class Record:
             "step": self.step,
             "saved_by": dict(self.saved_by),
             "digest": self.digest,
-            "piece_bytes": self.piece_bytes,
             "bundles": {name: list(files) for name, files in self.bundles.items()},
-            "files": {name: {"bytes": one.nbytes, "digests": list(one.digests)} for name, one in self.files.items()},
+            "files": {
+                name: {"bytes": one.nbytes, "ends": list(one.ends), "digests": list(one.digests)}
+                for name, one in self.files.items()
+            },
             "values": self.values,
         }
         return write_json(content | {"record_digest": _digest(content)})
@@ -102,10 +106,12 @@ class Record:
         return cls(
             step=content["step"],
             bundles={name: tuple(files) for name, files in content["bundles"].items()},
-            files={name: FileRecord(one["bytes"], tuple(one["digests"])) for name, one in content["files"].items()},
+            files={
+                name: FileRecord(one["bytes"], tuple(one["ends"]), tuple(one["digests"]))
+                for name, one in content["files"].items()
+            },
             values=content["values"],
             digest=content["digest"],
-            piece_bytes=content["piece_bytes"],
             saved_by=content["saved_by"],
         )
 
@@ -116,24 +122,24 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _fault(content: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a record that has been written as it is, by somebody; None if nothing is."""
-    kinds = {"version": int, "saved_by": dict, "digest": str, "piece_bytes": int, "bundles": dict, "files": dict}
+    kinds = {"version": int, "saved_by": dict, "digest": str, "bundles": dict, "files": dict, "values": dict}
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
             return f"its {key!r} is no {kind.__name__}"
-    if "values" not in content or not (content.get("step") is None or type(content["step"]) is int):
-        return "it has no values, or no step"
-    if content["piece_bytes"] < 1:
-        return f"its pieces have {content['piece_bytes']} bytes"
+    if not (content.get("step") is None or type(content["step"]) is int):
+        return "its step is no number"
     for name, one in content["files"].items():
         if not is_file_name(name):
             return f"{name!r} is no name of a file in it"
         if not isinstance(one, dict) or type(one.get("bytes")) is not int or not 0 <= one["bytes"] < _MOST_BYTES:
             return f"the size of file {name!r} is none"
-        digests = one.get("digests")
+        ends, digests = one.get("ends"), one.get("digests")
         if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
             return f"the digests of file {name!r} are none"
-        if len(digests) != -(-one["bytes"] // content["piece_bytes"]):
-            return f"file {name!r} has {len(digests)} digests"
+        if not isinstance(ends, list) or not all(type(end) is int for end in ends) or len(ends) != len(digests):
+            return f"the segments of file {name!r} are none"
+        if any(end <= begin for begin, end in pairwise([0, *ends])) or [0, *ends][-1] != one["bytes"]:
+            return f"the segments of file {name!r} do not cover it"
     for bundle, files in content["bundles"].items():
         if not isinstance(files, list) or not all(name in content["files"] for name in files):
             return f"bundle {bundle!r} has files that the record does not list"

@@ -1,0 +1,1 @@
+"""Checkpoints while training goes on."""

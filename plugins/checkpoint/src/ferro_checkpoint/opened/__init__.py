@@ -1,0 +1,1 @@
+"""A checkpoint that is there: its tensors, and its bytes, checked."""

@@ -1,0 +1,1 @@
+"""Which rank writes and reads which bytes."""

@@ -1,0 +1,1 @@
+"""Where checkpoints are: directories of files, local or in an object store."""
