@@ -68,7 +68,7 @@ def test_a_record_that_says_what_cannot_be(entries, message):
 
 
 def test_a_newer_one_says_so():
-    with pytest.raises(CheckpointTooNew, match="version 2 .* update"):
+    with pytest.raises(CheckpointTooNew, match=r"version 2 .* update"):
         Record.decode(changed(version=2), "f")
 
 

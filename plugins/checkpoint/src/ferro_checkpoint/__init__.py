@@ -10,14 +10,14 @@ from ferro_checkpoint.errors import (
     SaveFailed,
     StateError,
 )
-from ferro_checkpoint.placement.placed_array import PlacedArray
+from ferro_checkpoint.placement.array_piece import ArrayPiece
 
 __all__ = [
+    "ArrayPiece",
     "CheckpointDamaged",
     "CheckpointError",
     "CheckpointIncomplete",
     "CheckpointTooNew",
-    "PlacedArray",
     "SaveFailed",
     "StateError",
 ]

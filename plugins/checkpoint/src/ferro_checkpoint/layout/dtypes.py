@@ -59,6 +59,9 @@ def dtype_of(name: str) -> np.dtype | None:
 
 ITEM_BYTES = {
     **{name: np.dtype(dtype).itemsize for dtype, name in _OF_NUMPY.items() if dtype not in _WITH_ML_DTYPES},
-    **{"BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 """Bytes of an element, by name, of every dtype that a file may have."""

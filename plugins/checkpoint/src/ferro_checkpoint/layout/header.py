@@ -95,14 +95,14 @@ def decode_header(header: bytes, file_bytes: int, path: str) -> tuple[dict[str, 
 
 
 def name_fault(name: str) -> str | None:
-    """Return why a tensor must not have this name; None if it may."""
+    """Say why a tensor must not have this name; None if it may."""
     if not name or "\0" in name or name == _METADATA:
         return "this is no name of a tensor"
     return None
 
 
 def _fault(entry: Any) -> str | None:
-    """Return what is wrong with a tensor's entry."""
+    """Find the fault of a tensor's entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "its entry has not just dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

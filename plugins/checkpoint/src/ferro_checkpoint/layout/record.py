@@ -121,7 +121,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _fault(content: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a record that has been written as it is, by somebody; None if nothing is."""
+    """Find the fault of a record that has been written as it is, by somebody; None if nothing is."""
     kinds = {"version": int, "saved_by": dict, "digest": str, "bundles": dict, "files": dict, "values": dict}
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:

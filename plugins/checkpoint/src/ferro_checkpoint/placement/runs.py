@@ -40,7 +40,7 @@ class Runs:
 def box_runs(
     shape: tuple[int, ...], start: tuple[int, ...], extent: tuple[int, ...], flat: tuple[int, int] | None
 ) -> Runs:
-    """List the runs of a box of an array, or of some of its elements; see `PlacedArray`.
+    """List the runs of a box of an array, or of some of its elements; see `ArrayPiece`.
 
     A box is cut into as few runs as possible: a row of a matrix's columns is one, a block of whole rows is one.
     """

@@ -1,4 +1,4 @@
-"""PlacedArray: the elements of one array that one rank holds, and where they lie in the whole array."""
+"""ArrayPiece: the elements of one array that one rank holds, and where they lie in the whole array."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ferro_checkpoint.placement.runs import Runs, box_runs
 
 
 class Placed(Protocol):
-    """What an object of another package has that says where its elements lie; `PlacedArray` describes each."""
+    """What an object of another package has that says where its elements lie; `ArrayPiece` describes each."""
 
+    # The attributes are those of `ArrayPiece`.
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
-    def data(self) -> Array: ...
+    def data(self) -> Array: ...  # noqa: D102
     @property
-    def start(self) -> tuple[int, ...]: ...
+    def start(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
-    def extent(self) -> tuple[int, ...]: ...
+    def extent(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
-    def flat(self) -> tuple[int, int] | None: ...
+    def flat(self) -> tuple[int, int] | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedArray:
+class ArrayPiece:
     """This rank's piece of an array: a box of it, or consecutive elements of a flattened box.
 
     Attributes:
@@ -47,12 +48,12 @@ class PlacedArray:
     flat: tuple[int, int] | None = None
 
     @classmethod
-    def whole(cls, data: Array) -> PlacedArray:
+    def whole(cls, data: Array) -> ArrayPiece:
         """Place an array that this rank holds as a whole."""
         return cls(shape=data.shape, data=data, start=(0,) * data.ndim, extent=data.shape)
 
     @classmethod
-    def checked(cls, name: str, placed: Placed) -> PlacedArray:
+    def checked(cls, name: str, placed: Placed) -> ArrayPiece:
         """Read a piece that another package describes.
 
         Raises:
@@ -61,11 +62,11 @@ class PlacedArray:
         shape, start, extent = (tuple(map(int, sizes)) for sizes in (placed.shape, placed.start, placed.extent))
         flat = None if placed.flat is None else (int(placed.flat[0]), int(placed.flat[1]))
         fits = len(shape) == len(start) == len(extent) and all(
-            0 <= first and 0 <= size and first + size <= whole
+            first >= 0 and size >= 0 and first + size <= whole
             for whole, first, size in zip(shape, start, extent, strict=True)
         )
         box = math.prod(extent)
-        fits = fits and (flat is None or (0 <= flat[0] and 0 <= flat[1] and sum(flat) <= box))
+        fits = fits and (flat is None or (flat[0] >= 0 and flat[1] >= 0 and sum(flat) <= box))
         if not fits or placed.data.size != (box if flat is None else flat[1]):
             raise StateError(
                 f"{name!r}: a piece of {placed.data.size} elements at {start}, of {extent}"
