@@ -1,0 +1,144 @@
+"""ModuleCheckpoint: the part of Module that lets a checkpoint save and load what each rank holds, without messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+from ferro.errors import UsageError
+
+from .checkpoint_piece import CheckpointPiece, piece_like_parameter
+from .module_state import ModuleState
+from .module_tree import Buffer, Part, members, walk
+from .parameter import Parameter
+
+
+class ModuleCheckpoint(ModuleState):
+    """The methods by which a checkpoint reads and writes a module; none of them sends anything.
+
+    They describe this rank's pieces of the arrays of the plain module: names, shapes and dtypes are those that it has
+    without any strategy. So a checkpoint of one strategy loads into another, and on another number of ranks.
+
+    A strategy whose pieces follow from `Parameter.splits` needs no method of its own. One that has others overrides
+    `checkpoint_arrays`, and `finish_checkpoint_load` if it keeps copies of what is loaded; both are honoured where the
+    strategy is a part of another module.
+
+    Attributes:
+        checkpoint_values_by_rank: True: each rank has random generators of its own.
+        has_some_of_model: whether other ranks have other parts of the model.
+    """
+
+    checkpoint_values_by_rank: ClassVar[bool] = True
+    has_some_of_model: ClassVar[bool] = False
+
+    def checkpoint_arrays(self) -> Mapping[str, CheckpointPiece]:
+        """Describe this rank's pieces of all parameters and buffers, by their names in the plain module.
+
+        Raises:
+            UsageError: a parameter has no value yet, or it is not known where this rank's piece of it lies.
+        """
+        _check_overrides(self)
+        pieces: dict[str, CheckpointPiece] = {}
+        for name, item in members(self, *_overriding()):
+            if isinstance(item, Part):
+                given = _module(item).checkpoint_arrays()
+                pieces |= {item.prefix + key: piece for key, piece in given.items() if key not in item.aliases}
+            elif isinstance(item, Parameter):
+                pieces[name] = piece_like_parameter(item, item.data)
+            elif isinstance(item, Buffer):
+                # Between two synchronisations, ranks may have running statistics of their own batches.
+                pieces[name] = CheckpointPiece.whole(item.data, replicas_may_differ=True)
+        return pieces
+
+    def checkpoint_parameters(self) -> Mapping[str, Parameter]:
+        """List the parameters by the names of `checkpoint_arrays`, by which optimizers name their state."""
+        found: dict[str, Parameter] = {}
+        for name, item in members(self, ModuleCheckpoint.checkpoint_parameters):
+            if isinstance(item, Part):
+                given = _module(item).checkpoint_parameters()
+                found |= {item.prefix + key: each for key, each in given.items() if key not in item.aliases}
+            elif isinstance(item, Parameter):
+                found[name] = item
+        return found
+
+    def checkpoint_values(self) -> object:
+        """Copy the states of this rank's random generators; None if there are none."""
+        generators = self.generator_state_dict()
+        some = _has_some(self)
+        return {"generators": dict(generators), "of_some_layers": some} if generators or some else None
+
+    def load_checkpoint_values(self, value: Any) -> None:
+        """Set the states of this rank's random generators, after `check_checkpoint_values`."""
+        saved = _saved_generators(value)
+        own = self.generator_state_dict()
+        self.check_checkpoint_values(value)
+        self.load_generator_state_dict({name: saved.get(name, state) for name, state in own.items()})
+
+    def check_checkpoint_values(self, value: Any) -> None:
+        """Refuse values that cannot be loaded.
+
+        Generators that the checkpoint's rank did not have, because it had other layers of the model, stay as they are.
+
+        Raises:
+            UsageError: `value` is of another kind of object, or a generator is missing or unexpected.
+        """
+        saved, own = _saved_generators(value), self.generator_state_dict()
+        saved_some = bool(value and value.get("of_some_layers"))
+        faults = [] if saved_some else [f"missing {name!r}" for name in own if name not in saved]
+        faults += [] if _has_some(self) else [f"unexpected {name!r}" for name in saved if name not in own]
+        if faults:
+            raise UsageError(
+                f"{type(self).__name__}: the random generators of the checkpoint are not those of this module: "
+                f"{'; '.join(faults[:4])}."
+            )
+
+    def prepare_checkpoint_load(self) -> None:
+        """Make the arrays into which a checkpoint is loaded: parameters that were built inside `deferred()` are drawn.
+
+        A load that fails after this leaves a model that has its first values.
+        """
+        for _, item in walk(self):
+            if isinstance(item, Parameter):
+                item.materialize()
+
+    def finish_checkpoint_load(self) -> None:
+        """Bring what depends on the loaded arrays up to date; a strategy overrides this if it keeps copies of them."""
+        for _, item in members(self, ModuleCheckpoint.finish_checkpoint_load):
+            if isinstance(item, Part):
+                _module(item).finish_checkpoint_load()
+
+
+def _overriding() -> tuple[Callable[..., object], ...]:
+    """List the methods whose overriding makes a submodule answer for all that it holds."""
+    return ModuleCheckpoint.checkpoint_arrays, ModuleState.state_dict
+
+
+def _check_overrides(module: ModuleCheckpoint) -> None:
+    """Refuse a module that saves something else than its parameters and buffers, and does not say what.
+
+    Raises:
+        UsageError: its class overrides `state_dict` alone.
+    """
+    kind = type(module)
+    if kind.state_dict is not ModuleState.state_dict and kind.checkpoint_arrays is ModuleCheckpoint.checkpoint_arrays:
+        raise UsageError(
+            f"{kind.__name__} overrides state_dict and not checkpoint_arrays, so it is not known what a checkpoint is to "
+            "hold of it. Override checkpoint_arrays, too; `return super().checkpoint_arrays()` saves its parameters and "
+            "buffers."
+        )
+
+
+def _has_some(module: ModuleState) -> bool:
+    return any(isinstance(item, ModuleCheckpoint) and item.has_some_of_model for _, item in walk(module))
+
+
+def _saved_generators(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not isinstance(generators := value.get("generators"), Mapping):
+        raise UsageError(f"load_checkpoint_values: expected the random generators of a module, got {value!r:.80}.")
+    return generators
+
+
+def _module(part: Part) -> ModuleCheckpoint:
+    return cast(ModuleCheckpoint, part.module)

@@ -1,0 +1,113 @@
+"""CheckpointedState: state of parameters that a checkpoint saves and loads, each rank its pieces, without messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ferro.errors import UsageError
+
+from ..nn.arrays import Array
+from ..nn.checkpoint_piece import CheckpointPiece, piece_like_parameter
+from ..nn.parameter import Parameter
+from .state import ParameterState
+
+
+class CheckpointedState(ParameterState):
+    """The base of optimizers and of averages of weights, with the methods by which a checkpoint reads and writes them.
+
+    An array is cut as its parameter is, and is called "<name of the parameter>.<name of the array>", so it fits the
+    plain optimizer of the plain module, and any other strategy. Settings and counts are values, the same on all ranks.
+
+    Attributes:
+        checkpoint_values_by_rank: False: the values are the same on all ranks.
+    """
+
+    checkpoint_values_by_rank: ClassVar[bool] = False
+
+    def checkpoint_optimizer_arrays(self, names: Mapping[int, str]) -> dict[str, CheckpointPiece]:
+        """Describe this rank's pieces of the arrays of all parameters.
+
+        A parameter that is trained and has no state yet gets the state that its first step would make.
+
+        Args:
+            names: the names of parameters by their `id`, from `Module.checkpoint_parameters`. A parameter that is not
+                among them is called by its position in `parameters`.
+
+        Raises:
+            UsageError: it is not known where a piece lies, or how a parameter of a pipeline is called.
+        """
+        self.prepare_checkpoint_load()
+        pieces: dict[str, CheckpointPiece] = {}
+        for index, (parameter, arrays) in enumerate(zip(self.parameters, self.state, strict=True)):
+            name = names.get(id(parameter))
+            if name is None and parameter.stages is not None:
+                # A pipeline names one of several copies of a parameter on one rank; the others follow it. An empty
+                # parameter stands for those of a rank that has nothing to train.
+                if parameter.tied_copy or parameter.data.size == 0:
+                    continue
+                raise UsageError(
+                    f"{type(self).__name__}: parameter {parameter.name!r} is a part of a pipeline, so that its position "
+                    "is another on each rank. Put the pipeline into the state that the optimizer is saved or loaded with."
+                )
+            for kind, array in arrays.items():
+                key = f"{index if name is None else name}.{kind}"
+                if kind in self.whole_arrays or array.shape == ():
+                    pieces[key] = CheckpointPiece.whole(array, on_all_ranks=parameter.stages is None)
+                else:
+                    pieces[key] = self._piece(parameter, kind, array)
+        return pieces
+
+    def prepare_checkpoint_load(self) -> None:
+        """Make the state of all parameters that are trained, so that a checkpoint can be loaded into it.
+
+        It is the state from which a first step begins, so that it changes no result.
+        """
+        for index, parameter in enumerate(self.parameters):
+            if parameter.requires_grad:
+                parameter.materialize()
+                self._complete_state(index)
+
+    def checkpoint_values(self) -> dict[str, object]:
+        """Copy settings, counts and the place in a schedule."""
+        return {name: array.tolist() for name, array in self.settings_state().items()}
+
+    def load_checkpoint_values(self, value: Any) -> None:
+        """Restore what `checkpoint_values` copied, after `check_checkpoint_values`."""
+        self.check_checkpoint_values(value)
+        self.load_settings(_arrays(value))
+
+    def check_checkpoint_values(self, value: Any) -> None:
+        """Refuse values that cannot be loaded.
+
+        Raises:
+            UsageError: a setting is missing, unexpected, or out of its range.
+        """
+        own = type(self).__name__
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{own}: expected the settings of a checkpoint, got {value!r:.80}.")
+        if faults := self.settings_faults(_arrays(value)):
+            raise UsageError(f"{own}: the settings of the checkpoint do not fit: {'; '.join(faults[:4])}.")
+
+    def _complete_state(self, index: int) -> None:
+        """Make those arrays of the parameter at this position that are not there yet."""
+        state = self.state[index]
+        if not state:
+            state.update(self.initial_state(index))
+
+    def _piece(self, parameter: Parameter, kind: str, array: Array) -> CheckpointPiece:
+        if array.shape != parameter.shape and parameter.splits:
+            raise UsageError(
+                f"{type(self).__name__}: its state {kind!r} of parameter {parameter.name!r} has shape {array.shape}, "
+                f"and this rank's piece {parameter.shape}, so it is not known where it lies. Name arrays that are not "
+                "cut as the parameter is in `whole_arrays`; between passes an FSDP model holds its pieces."
+            )
+        if not parameter.splits:
+            return CheckpointPiece.whole(array, on_all_ranks=parameter.stages is None)
+        return piece_like_parameter(parameter, array)
+
+
+def _arrays(value: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: np.asarray(item) for name, item in value.items()}
