@@ -63,16 +63,15 @@ class ModuleCheckpoint(ModuleState):
 
     def checkpoint_values(self) -> object:
         """Copy the states of this rank's random generators; None if there are none."""
-        generators = self.generator_state_dict()
+        generators = {self._whole_name(name): state for name, state in self.generator_state_dict().items()}
         some = _has_some(self)
-        return {"generators": dict(generators), "of_some_layers": some} if generators or some else None
+        return {"generators": generators, "of_some_layers": some} if generators or some else None
 
     def load_checkpoint_values(self, value: Any) -> None:
         """Set the states of this rank's random generators, after `check_checkpoint_values`."""
-        saved = _saved_generators(value)
-        own = self.generator_state_dict()
         self.check_checkpoint_values(value)
-        self.load_generator_state_dict({name: saved.get(name, state) for name, state in own.items()})
+        saved, own = _saved_generators(value), self.generator_state_dict()
+        self.load_generator_state_dict({name: saved.get(self._whole_name(name), own[name]) for name in own})
 
     def check_checkpoint_values(self, value: Any) -> None:
         """Refuse values that cannot be loaded.
@@ -82,9 +81,9 @@ class ModuleCheckpoint(ModuleState):
         Raises:
             UsageError: `value` is of another kind of object, or a generator is missing or unexpected.
         """
-        saved, own = _saved_generators(value), self.generator_state_dict()
+        saved, own = _saved_generators(value), set(map(self._whole_name, self.generator_state_dict()))
         saved_some = bool(value and value.get("of_some_layers"))
-        faults = [] if saved_some else [f"missing {name!r}" for name in own if name not in saved]
+        faults = [] if saved_some else [f"missing {name!r}" for name in sorted(own - saved.keys())]
         faults += [] if _has_some(self) else [f"unexpected {name!r}" for name in saved if name not in own]
         if faults:
             raise UsageError(
@@ -107,6 +106,10 @@ class ModuleCheckpoint(ModuleState):
             if isinstance(item, Part):
                 _module(item).finish_checkpoint_load()
 
+    def _whole_name(self, name: str) -> str:
+        """Translate the name of a random generator to that in the plain module."""
+        return name
+
 
 def _overriding() -> tuple[Callable[..., object], ...]:
     """List the methods whose overriding makes a submodule answer for all that it holds."""
@@ -122,9 +125,9 @@ def _check_overrides(module: ModuleCheckpoint) -> None:
     kind = type(module)
     if kind.state_dict is not ModuleState.state_dict and kind.checkpoint_arrays is ModuleCheckpoint.checkpoint_arrays:
         raise UsageError(
-            f"{kind.__name__} overrides state_dict and not checkpoint_arrays, so it is not known what a checkpoint is to "
-            "hold of it. Override checkpoint_arrays, too; `return super().checkpoint_arrays()` saves its parameters and "
-            "buffers."
+            f"{kind.__name__} overrides state_dict and not checkpoint_arrays, so it is not known what a checkpoint is "
+            "to hold of it. Override checkpoint_arrays, too; `return super().checkpoint_arrays()` saves its parameters "
+            "and buffers."
         )
 
 

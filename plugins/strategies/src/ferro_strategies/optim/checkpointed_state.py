@@ -37,8 +37,10 @@ class CheckpointedState(ParameterState):
                 among them is called by its position in `parameters`.
 
         Raises:
-            UsageError: it is not known where a piece lies, or how a parameter of a pipeline is called.
+            UsageError: the state does not fit what a parameter holds, as in an FSDP model's pass; or it is not known
+                where a piece lies, or how a parameter of a pipeline is called.
         """
+        self.check_fits()
         self.prepare_checkpoint_load()
         pieces: dict[str, CheckpointPiece] = {}
         for index, (parameter, arrays) in enumerate(zip(self.parameters, self.state, strict=True)):
@@ -49,15 +51,20 @@ class CheckpointedState(ParameterState):
                 if parameter.tied_copy or parameter.data.size == 0:
                     continue
                 raise UsageError(
-                    f"{type(self).__name__}: parameter {parameter.name!r} is a part of a pipeline, so that its position "
-                    "is another on each rank. Put the pipeline into the state that the optimizer is saved or loaded with."
+                    f"{type(self).__name__}: parameter {parameter.name!r} is a part of a pipeline, where its position "
+                    "is another on each rank. Put the pipeline into the state that is saved or loaded, too."
                 )
             for kind, array in arrays.items():
                 key = f"{index if name is None else name}.{kind}"
-                if kind in self.whole_arrays or array.shape == ():
+                if key in pieces:
+                    raise UsageError(
+                        f"{type(self).__name__}: two of its parameters are called {name!r}, because they are of two "
+                        "modules. Give each module an optimizer of its own, or put both into one module."
+                    )
+                if kind in self.whole_arrays:
                     pieces[key] = CheckpointPiece.whole(array, on_all_ranks=parameter.stages is None)
                 else:
-                    pieces[key] = self._piece(parameter, kind, array)
+                    pieces[key] = piece_like_parameter(parameter, array)
         return pieces
 
     def prepare_checkpoint_load(self) -> None:
@@ -91,22 +98,18 @@ class CheckpointedState(ParameterState):
         if faults := self.settings_faults(_arrays(value)):
             raise UsageError(f"{own}: the settings of the checkpoint do not fit: {'; '.join(faults[:4])}.")
 
+    def copy_state(self, source: Parameter, target: Parameter) -> None:
+        """Give a parameter, which is a copy of another one, a copy of that one's state, if both are known here."""
+        index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
+        if id(source) in index_of and id(target) in index_of:
+            arrays = self.state[index_of[id(source)]]
+            self.state[index_of[id(target)]] = {name: array.copy() for name, array in arrays.items()}
+
     def _complete_state(self, index: int) -> None:
         """Make those arrays of the parameter at this position that are not there yet."""
         state = self.state[index]
         if not state:
             state.update(self.initial_state(index))
-
-    def _piece(self, parameter: Parameter, kind: str, array: Array) -> CheckpointPiece:
-        if array.shape != parameter.shape and parameter.splits:
-            raise UsageError(
-                f"{type(self).__name__}: its state {kind!r} of parameter {parameter.name!r} has shape {array.shape}, "
-                f"and this rank's piece {parameter.shape}, so it is not known where it lies. Name arrays that are not "
-                "cut as the parameter is in `whole_arrays`; between passes an FSDP model holds its pieces."
-            )
-        if not parameter.splits:
-            return CheckpointPiece.whole(array, on_all_ranks=parameter.stages is None)
-        return piece_like_parameter(parameter, array)
 
 
 def _arrays(value: Mapping[str, Any]) -> dict[str, Array]:
