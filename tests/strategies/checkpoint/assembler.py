@@ -14,7 +14,8 @@ def places(piece):
     own = box.reshape(-1)
     if piece.flat is not None:
         first, count = piece.flat
-        assert 0 <= first and first + count <= own.size
+        assert first >= 0
+        assert first + count <= own.size
         own = own[first : first + count]
     assert own.size == piece.data.size
     return own

@@ -60,9 +60,9 @@ class Training:
         batch_of: this rank's number among those that have other batches, and how many there are.
     """
 
-    def __init__(self, model, batch_of=(0, 1), loss=nn.cross_entropy, make_optimizer=partial(AdamW, lr=0.01)):
+    def __init__(self, model, batch_of=(0, 1), loss=nn.cross_entropy):
         self.model, self.batch_of, self.loss = model, batch_of, loss
-        self.optimizer = make_optimizer(model.parameters())
+        self.optimizer = AdamW(model.parameters(), lr=0.01)
 
     def run(self, steps, first=0):
         rank, ranks = self.batch_of

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from ferro.errors import UsageError
 
 from .checkpoint_piece import CheckpointPiece, piece_like_parameter
+from .checks import first_few
 from .module_state import ModuleState
 from .module_tree import Buffer, Part, members, walk
 from .parameter import Parameter
@@ -88,7 +89,7 @@ class ModuleCheckpoint(ModuleState):
         if faults:
             raise UsageError(
                 f"{type(self).__name__}: the random generators of the checkpoint are not those of this module: "
-                f"{'; '.join(faults[:4])}."
+                f"{'; '.join(first_few(faults))}."
             )
 
     def prepare_checkpoint_load(self) -> None:

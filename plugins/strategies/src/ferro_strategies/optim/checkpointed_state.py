@@ -11,6 +11,7 @@ from ferro.errors import UsageError
 
 from ..nn.arrays import Array
 from ..nn.checkpoint_piece import CheckpointPiece, piece_like_parameter
+from ..nn.checks import first_few
 from ..nn.parameter import Parameter
 from .state import ParameterState
 
@@ -96,7 +97,7 @@ class CheckpointedState(ParameterState):
         if not isinstance(value, Mapping):
             raise UsageError(f"{own}: expected the settings of a checkpoint, got {value!r:.80}.")
         if faults := self.settings_faults(_arrays(value)):
-            raise UsageError(f"{own}: the settings of the checkpoint do not fit: {'; '.join(faults[:4])}.")
+            raise UsageError(f"{own}: the settings of the checkpoint do not fit: {'; '.join(first_few(faults))}.")
 
     def copy_state(self, source: Parameter, target: Parameter) -> None:
         """Give a parameter, which is a copy of another one, a copy of that one's state, if both are known here."""
