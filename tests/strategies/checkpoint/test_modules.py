@@ -1,5 +1,8 @@
 """Modules say which pieces they hold: nested strategies, ties, buffers, generators, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from ferro_strategies.nn.checkpoint_piece import piece_like_parameter
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Action, Kind, PipelineSchedule
 
-from .assembler import Held, Saved, check_equal
+from .assembler import Held, Saved, assemble, check_equal, copied
 
 
 def simulate(work, ranks):
@@ -231,3 +234,23 @@ def test_generators_are_checked():
     net.layers[0].rng.random(5)
     net.load_checkpoint_values(value)
     assert net.checkpoint_values() == value
+
+
+def test_the_pieces_of_the_docs_page_make_up_arrays():
+    page = (Path(__file__).parents[3] / "docs" / "writing-a-strategy.md").read_text()
+    scope = {}
+    for block in re.findall(r"```python\n(# my_strategy/(?:averaged|rows|counts).*?)```", page, re.DOTALL):
+        exec(block, scope)
+
+    def work(group):
+        model = scope["keep_rows"](nn.Linear(5, 3, rng=0), group)
+        optimizer = SGD(model, lr=0.1, momentum=0.9)
+        counts = scope["Counts"](7, group)
+        counts.counts += group.rank
+        return Held(model, optimizer), copied(counts.checkpoint_arrays())
+
+    found = simulate(work, 3)
+    saved = Saved([held for held, _ in found])
+    check_equal(saved.model, nn.Linear(5, 3, rng=0).state_dict())
+    assert saved.optimizers[0]["bias.momentum"].shape == (3,)
+    assert assemble([counts for _, counts in found])["counts"].tolist() == [0, 0, 1, 1, 2, 2, 2]
