@@ -68,11 +68,11 @@ class ArrayPiece:
         shape, start, extent = (tuple(map(int, sizes)) for sizes in (placed.shape, placed.start, placed.extent))
         flat = None if placed.flat is None else (int(placed.flat[0]), int(placed.flat[1]))
         fits = len(shape) == len(start) == len(extent) and all(
-            0 <= first and 0 <= size and first + size <= whole
+            first >= 0 and size >= 0 and first + size <= whole
             for whole, first, size in zip(shape, start, extent, strict=True)
         )
         box = math.prod(extent)
-        fits = fits and (flat is None or (0 <= flat[0] and 0 <= flat[1] and sum(flat) <= box))
+        fits = fits and (flat is None or (flat[0] >= 0 and flat[1] >= 0 and sum(flat) <= box))
         if not fits or placed.data.size != (box if flat is None else flat[1]):
             raise StateError(
                 f"{name!r}: a piece of {placed.data.size} elements at {start}, of {extent}"
