@@ -12,7 +12,7 @@ from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.file_layout import FileLayout
-from ferro_checkpoint.plan.parts import LocalArrays, Part
+from ferro_checkpoint.plan.parts import LocalArrays, Part, as_bytes
 from ferro_checkpoint.plan.rows import HEADER, Rows
 
 Check = Literal["sampled", "all", "none"]
@@ -88,6 +88,6 @@ def _digest(rows: Rows, holdings: Holdings, layout: FileLayout, local: LocalArra
         if view is None:
             copied = np.empty(part.nbytes, np.uint8)
             local.read(part, copied)
-            view = memoryview(copied)
+            view = as_bytes(copied)
         digest.update(view)
     return digest.intdigest()

@@ -42,7 +42,8 @@ def agree_on_values(
     united: dict[str, Json] = {path: value for path, value in shared.items() if path not in separate}
     if separate:
         texts = group.all_gather_object(
-            {path: write_json(values[path]).decode() for path in separate if path in values}, timeout_s=deadline.left_s()
+            {path: write_json(values[path]).decode() for path in separate if path in values},
+            timeout_s=deadline.left_s(),
         )
         for path in sorted(separate):
             united[path] = {
