@@ -121,6 +121,12 @@ def test_damage_names_file_range_and_tensors(storage):
         checkpoint.read_tensor("model.z")  # which is whole
 
 
+def test_without_verification_digests_are_not_looked_at(storage, tmp_path):
+    rewrite(tmp_path / "step-7", lambda it: dataclasses.replace(it, digest="md4"))
+    with OpenedCheckpoint.open(storage, "step-7", verify=False) as checkpoint:
+        assert (checkpoint.read_tensor("model.0.bias") == ARRAYS["model"]["0.bias"]).all()
+
+
 def test_a_file_that_changes_while_it_is_read(storage):
     with opened(storage) as checkpoint:
         file = checkpoint.tensors["model.0.weight"].file
@@ -190,7 +196,7 @@ def test_an_index_that_says_something_else(storage, tmp_path, index, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"digest": "md4"}, CheckpointTooNew, "'md4', which is unknown: update"),
+        ({"digest": "md4"}, CheckpointTooNew, "'md4'.*: update"),
         ({"values": {"$complex128": ["model.none"]}}, CheckpointDamaged, "'model.none' is said to be complex128"),
         ({"values": {"$complex128": ["model.absent"]}}, CheckpointDamaged, "'model.absent' is said to be complex128"),
         ({"values": {"$complex128": 3}}, CheckpointDamaged, "no list of names"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.layout.bundle import encode_index, index_name, layout_bundle
-from ferro_checkpoint.layout.digest import ALGORITHMS, DEFAULT
+from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord, Record
 
@@ -42,7 +42,7 @@ def write(directory: Path, bundles, *, values=None, step=None, file_bytes=4 << 3
         "bundles": names,
         "files": {name: file_record(content, header, segment_bytes) for name, (content, header) in files.items()},
         "values": values or {},
-        "digest": DEFAULT,
+        "digest": DIGEST,
         "saved_by": {"ferro": "0.1.0", "world_size": 1},
     }
     (directory / RECORD_NAME).write_bytes(Record(**(record | changes)).encode())
@@ -50,8 +50,8 @@ def write(directory: Path, bundles, *, values=None, step=None, file_bytes=4 << 3
 
 def file_record(content, header=0, segment_bytes=4 << 20):
     cuts = sorted({*range(header, len(content), segment_bytes), len(content)} - {0})
-    hashers = [ALGORITHMS[DEFAULT](content[begin:end]) for begin, end in zip([0, *cuts], cuts, strict=False)]
-    return FileRecord(len(content), tuple(cuts), tuple(it.hexdigest() for it in hashers))
+    parts = [memoryview(content)[begin:end] for begin, end in zip([0, *cuts], cuts, strict=False)]
+    return FileRecord(len(content), tuple(cuts), tuple(digest_of([part]) for part in parts))
 
 
 class LocalStandIn:

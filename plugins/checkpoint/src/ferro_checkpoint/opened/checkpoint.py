@@ -8,9 +8,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.layout.bundle import index_name
-from ferro_checkpoint.layout.digest import ALGORITHMS
+from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import MOST_RECORD_BYTES, RECORD_NAME, Record
@@ -33,19 +33,23 @@ class OpenedCheckpoint:
         tensors: where each tensor is, by full name ("model.0.weight").
     """
 
-    def __init__(self, record: Record, files: CheckpointFiles) -> None:
+    def __init__(self, record: Record, files: CheckpointFiles, digest: Digester | None) -> None:
         self.path = files.path
         self.record = record
         self.tensors: Mapping[str, StoredPlace] = {}
         self._files = files
+        self._digest = digest
         self._ends = {file: np.array(it.ends, np.int64) for file, it in record.files.items()}
         self._latest: tuple[str, int, Bytes] | None = None  # the segment of which a part was read last, and its bytes
 
     @classmethod
-    def open(cls, storage: Storage, name: str) -> OpenedCheckpoint:
+    def open(cls, storage: Storage, name: str, *, verify: bool = True) -> OpenedCheckpoint:
         """Read the record, and each file's header, and check that they fit each other and the files' lengths.
 
-        The digests of all that is read here are checked.
+        Args:
+            storage: where the checkpoint is.
+            name: of its directory.
+            verify: whether the digests of all that is read, here and later, are checked.
 
         Raises:
             CheckpointIncomplete: there is no record; the message says what is there.
@@ -55,7 +59,7 @@ class OpenedCheckpoint:
         record = read_record(storage, name)
         files = CheckpointFiles(storage, name, record.files)
         try:
-            self = cls(record, files)
+            self = cls(record, files, digester(record.digest, files.path) if verify else None)
             self.tensors = self._read_headers()
         except BaseException:
             files.close()
@@ -96,10 +100,7 @@ class OpenedCheckpoint:
         assert sum(it.nbytes for it in destinations) == end - begin, "the destinations do not fit the segment"
         with self._files.opened(file) as handle:
             handle.read_into(destinations, begin)
-        hasher = ALGORITHMS[self.record.digest]()
-        for destination in destinations:
-            hasher.update(destination)
-        if hasher.hexdigest() != self.record.files[file].digests[k]:
+        if self._digest is not None and self._digest(destinations) != self.record.files[file].digests[k]:
             raise self._damage(file, begin, end)
 
     def read_bytes(self, file: str, begin: int, destination: Bytes) -> None:
@@ -229,9 +230,6 @@ def read_record(storage: Storage, name: str) -> Record:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", path=path) from error
     record = Record.decode(text, path)
-    if record.digest not in ALGORITHMS:
-        text_ = f"{path}: the digests are of kind {shown(record.digest)}, which is unknown: update ferro-checkpoint"
-        raise CheckpointTooNew(text_, path=path)
     for file, it in record.files.items():
         if it.ends and int(np.diff(it.ends, prepend=0).max()) > MOST_SEGMENT_BYTES:
             text_ = f"{path}: file {shown(file)} has a segment of more than {MOST_SEGMENT_BYTES} bytes"

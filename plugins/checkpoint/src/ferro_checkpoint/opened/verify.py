@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ferro_checkpoint.errors import CheckpointError
-from ferro_checkpoint.layout.digest import ALGORITHMS
+from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, decode_header, header_length
 from ferro_checkpoint.layout.record import FileRecord, Record
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, damage_text, read_record
@@ -60,6 +60,7 @@ def verify(
     """
     record = read_record(storage, name)
     files = CheckpointFiles(storage, name, record.files)
+    digest = digester(record.digest, files.path)
     found = False
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -71,7 +72,7 @@ def verify(
                     found = True
                     yield Finding(file, None, None, (), str(error))
                     continue
-                for begin, end, unread in _damaged_ranges(files, file, its, record.digest, pool, threads, progress):
+                for begin, end, unread in _damaged_ranges(files, file, its, digest, pool, threads, progress):
                     found = True
                     names = tuple(_tensors_within(files, record, file, begin, end))
                     text = unread or damage_text(files.path_of(file), begin, end, names)
@@ -92,7 +93,7 @@ def _damaged_ranges(
     files: CheckpointFiles,
     file: str,
     its: FileRecord,
-    digest: str,
+    digest: Digester,
     pool: ThreadPoolExecutor,
     threads: int,
     progress: Callable[[int], None] | None,
@@ -126,7 +127,7 @@ def _batches(its: FileRecord) -> Iterator[range]:
         yield range(first, len(its.ends))
 
 
-def _check(files: CheckpointFiles, file: str, its: FileRecord, digest: str, batch: range) -> list[_Damage]:
+def _check(files: CheckpointFiles, file: str, its: FileRecord, digest: Digester, batch: range) -> list[_Damage]:
     """Return the ranges of these segments whose digests are wrong, or that cannot be read."""
     begin = its.ends[batch[0] - 1] if batch[0] else 0
     content = np.empty(its.ends[batch[-1]] - begin, np.uint8).data
@@ -137,9 +138,7 @@ def _check(files: CheckpointFiles, file: str, its: FileRecord, digest: str, batc
         return [(begin, its.ends[batch[-1]], str(error))]
     damaged, first = [], begin
     for k in batch:
-        hasher = ALGORITHMS[digest]()
-        hasher.update(content[first - begin : its.ends[k] - begin])
-        if hasher.hexdigest() != its.digests[k]:
+        if digest([content[first - begin : its.ends[k] - begin]]) != its.digests[k]:
             damaged.append((first, its.ends[k], ""))
         first = its.ends[k]
     return damaged
