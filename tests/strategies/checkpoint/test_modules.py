@@ -198,7 +198,7 @@ def test_copies_of_a_tied_parameter_on_one_rank_are_saved_once_and_loaded_all():
     check_equal(found.optimizers[0], end.optimizers[0])
 
 
-def test_a_pipelines_names_are_those_of_a_sequential_of_its_stages():
+def test_a_pipelines_names_are_those_of_a_sequential_of_its_stages(caplog):
     def stages():
         return [nn.Sequential(nn.Linear(2, 2, rng=0), nn.Dropout(rng=3)), nn.Residual(nn.Linear(2, 2, rng=1))]
 
@@ -214,26 +214,40 @@ def test_a_pipelines_names_are_those_of_a_sequential_of_its_stages():
     assert not held[1].values[0]["generators"]
     # A rank's generators are some of the whole model's, and those go into the rank's.
     before = whole.checkpoint_values()
+    caplog.clear()
     for each in held:
         whole.load_checkpoint_values(each.values[0])
         assert whole.checkpoint_values() == before
+    assert not caplog.messages
 
 
-def test_generators_are_checked():
+def test_generators_that_differ_are_told(caplog):
     net = nn.Sequential(nn.Dropout(rng=0), nn.Linear(2, 2, rng=0))
     value = net.checkpoint_values()
+    net.layers[0].rng.random(5)
+    later = net.checkpoint_values()
     assert nn.Linear(2, 2).checkpoint_values() is None
     for other, message in (
-        (None, "missing 'layers.0.rng'"),
-        ({"generators": {**value["generators"], "x": {}}}, "unexpected 'x'"),
+        (None, "'layers.0.rng' came"),
+        ({"generators": {"layers.3.rng": value["generators"]["layers.0.rng"]}}, "came; 'layers.3.rng' went"),
+    ):
+        net.load_checkpoint_values(other)
+        assert message in caplog.messages[-1]
+        assert net.checkpoint_values() == later
+    net.load_checkpoint_values(value)
+    assert net.checkpoint_values() == value
+    assert len(caplog.messages) == 2
+
+
+def test_generators_of_another_kind_are_refused():
+    net = nn.Dropout(rng=0)
+    philox = nn.Dropout(rng=np.random.Generator(np.random.Philox(0)))
+    for value, message in (
+        (philox.checkpoint_values(), "random generator 'rng' is a PCG64, and a Philox in the checkpoint"),
         ({"seed": 3}, "expected the random generators of a module"),
     ):
         with pytest.raises(UsageError, match=message):
-            net.load_checkpoint_values(other)
-    assert net.checkpoint_values() == value
-    net.layers[0].rng.random(5)
-    net.load_checkpoint_values(value)
-    assert net.checkpoint_values() == value
+            net.load_checkpoint_values(value)
 
 
 def test_the_pieces_of_the_docs_page_make_up_arrays():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -12,6 +13,8 @@ from .checks import first_few
 from .module_state import ModuleState
 from .module_tree import Buffer, Part, members, walk
 from .parameter import Parameter
+
+_log = logging.getLogger("ferro.strategies")
 
 
 class ModuleCheckpoint(ModuleState):
@@ -69,28 +72,41 @@ class ModuleCheckpoint(ModuleState):
         return {"generators": generators, "of_some_layers": some} if generators or some else None
 
     def load_checkpoint_values(self, value: Any) -> None:
-        """Set the states of this rank's random generators, after `check_checkpoint_values`."""
+        """Set the states of this rank's random generators, after `check_checkpoint_values`.
+
+        A generator that the checkpoint lacks keeps its state, as in a model that has got another Dropout since. A
+        warning is logged, unless one of both ranks has only some layers of the model, as in a pipeline.
+        """
         self.check_checkpoint_values(value)
         saved, own = _saved_generators(value), self.generator_state_dict()
-        self.load_generator_state_dict({name: saved.get(self._whole_name(name), own[name]) for name in own})
+        names = {name: self._whole_name(name) for name in own}
+        loaded = {name: saved.get(whole, own[name]) for name, whole in names.items()}
+        self.load_generator_state_dict(loaded)
+        saved_some = bool(value and value.get("of_some_layers"))
+        changes = [] if saved_some else [f"{name!r} came" for name in names.values() if name not in saved]
+        changes += [] if _has_some(self) else [f"{name!r} went" for name in saved.keys() - {*names.values()}]
+        if changes:
+            _log.warning(
+                "%s: its random generators are not those of the checkpoint: %s; so it draws other numbers than the "
+                "training that was saved",
+                type(self).__name__,
+                "; ".join(first_few(changes)),
+            )
 
     def check_checkpoint_values(self, value: Any) -> None:
         """Refuse values that cannot be loaded.
 
-        Generators that the checkpoint's rank did not have, because it had other layers of the model, stay as they are.
-
         Raises:
-            UsageError: `value` is of another kind of object, or a generator is missing or unexpected.
+            UsageError: `value` is of another kind of object, or a generator is of another kind.
         """
-        saved, own = _saved_generators(value), set(map(self._whole_name, self.generator_state_dict()))
-        saved_some = bool(value and value.get("of_some_layers"))
-        faults = [] if saved_some else [f"missing {name!r}" for name in sorted(own - saved.keys())]
-        faults += [] if _has_some(self) else [f"unexpected {name!r}" for name in saved if name not in own]
-        if faults:
-            raise UsageError(
-                f"{type(self).__name__}: the random generators of the checkpoint are not those of this module: "
-                f"{'; '.join(first_few(faults))}."
-            )
+        saved = _saved_generators(value)
+        for name, state in self.generator_state_dict().items():
+            whole = self._whole_name(name)
+            here, there = state["bit_generator"], saved.get(whole, state).get("bit_generator")
+            if here != there:
+                raise UsageError(
+                    f"{type(self).__name__}: random generator {whole!r} is a {here}, and a {there} in the checkpoint."
+                )
 
     def prepare_checkpoint_load(self) -> None:
         """Make the arrays into which a checkpoint is loaded: parameters that were built inside `deferred()` are drawn.
