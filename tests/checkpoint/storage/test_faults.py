@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,17 @@ from ferro_testing import run_ranks, run_ranks_outcomes
 from .. import faults
 from ..faults import Fault
 from .saves import save, step_of
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, if there is one: hundreds of saves sync their files, and a disk may be busy."""
+    if not os.path.isdir("/dev/shm"):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
 
 MODES = ["new", "overwrite", "overwrite without exchange"]
 
@@ -57,13 +70,13 @@ def error_of(function: Callable[[], None], fault: Fault) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_at_every_call(tmp_path, mode):
-    storage, next_save = prepared(str(tmp_path / "counted"), mode)
+def test_killed_at_every_call(directory, mode):
+    storage, next_save = prepared(str(directory / "counted"), mode)
     count = len(faults.counted(next_save))
     assert count > 15
     seen = set()
     for k in range(count):
-        storage, next_save = prepared(str(tmp_path / str(k)), mode)
+        storage, next_save = prepared(str(directory / str(k)), mode)
         assert killed(next_save, Fault(at=k, half=True))
         assert set(storage.names()) <= {"before", "new"}
         seen.add(step_of(storage, "before"))
@@ -82,11 +95,11 @@ def test_killed_at_every_call(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_an_error_at_every_call(tmp_path, mode, number):
-    storage, next_save = prepared(str(tmp_path / "counted"), mode)
+def test_an_error_at_every_call(directory, mode, number):
+    storage, next_save = prepared(str(directory / "counted"), mode)
     count = len(faults.counted(next_save))
     for k in range(count):
-        storage, next_save = prepared(str(tmp_path / str(k)), mode)
+        storage, next_save = prepared(str(directory / str(k)), mode)
         error = error_of(next_save, Fault(at=k, errno=number, half=True))
         if error:
             assert os.strerror(number) in error
@@ -111,8 +124,8 @@ def test_a_disk_that_stays_full_keeps_what_was_there(tmp_path):
     assert os.listdir(storage.path) == ["before"]
 
 
-def test_killed_while_it_is_removed(tmp_path):
-    storage = LocalStorage(str(tmp_path))
+def test_killed_while_it_is_removed(directory):
+    storage = LocalStorage(str(directory))
     save(storage, "counted", 1)
     count = len(faults.counted(lambda: storage.remove("counted")))
     for k in range(1, count):
@@ -124,7 +137,7 @@ def test_killed_while_it_is_removed(tmp_path):
             storage.remove("a")
         save(storage, "a", 2)
         assert step_of(storage, "a") == 2
-        assert os.listdir(tmp_path) == ["a"]
+        assert os.listdir(directory) == ["a"]
         storage.remove("a")
 
 
