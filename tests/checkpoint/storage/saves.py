@@ -8,8 +8,9 @@ import time
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.header import encode_header
 from ferro_checkpoint.layout.record import FileRecord, Record
+from ferro_checkpoint.opened.checkpoint import read_record
+from ferro_checkpoint.opened.verify import verify
 from ferro_checkpoint.storage.storage import Storage
-from ferro_checkpoint.storage.whole import check_digests, whole_record
 
 FILE = "model.safetensors"
 _numbers = itertools.count()
@@ -29,7 +30,7 @@ def record_of(step: int | None, content: bytes, time_s: float | None = None) -> 
         files={FILE: FileRecord(len(content), (middle, len(content)), digests)},
         values={},
         digest=DIGEST,
-        saved_by={"time_s": time.time() if time_s is None else time_s},
+        saved_by={"time": time.time() if time_s is None else time_s},
     )
 
 
@@ -65,6 +66,5 @@ def save(
 
 def step_of(storage: Storage, name: str) -> int | None:
     """Return the step of a checkpoint, each byte of which is checked."""
-    record = whole_record(storage, name)
-    check_digests(storage, name, record)
-    return record.step
+    assert [finding.message for finding in verify(storage, name, threads=1)] == []
+    return read_record(storage, name).step

@@ -9,8 +9,8 @@ import pytest
 
 from ferro import PluginError
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
+from ferro_checkpoint.opened.latest import latest
 from ferro_checkpoint.storage import object_calls, object_store
-from ferro_checkpoint.storage.latest import latest
 from ferro_checkpoint.storage.object_store import ObjectStorage
 
 from .saves import FILE, content_of, save, step_of
@@ -88,7 +88,7 @@ def test_given_up(storage):
 
 def test_a_killed_save_makes_room_for_the_next(storage):
     begun(storage)[1].close()
-    with pytest.warns(UserWarning, match=r"has no ferro\.json"):
+    with pytest.warns(UserWarning, match=r"there is no ferro\.json"):
         assert latest(storage.path) is None
     save(storage, "a", 5)
     assert step_of(storage, "a") == 5
@@ -153,3 +153,14 @@ def test_files_have_the_bytes_on_disk(tmp_path):
     save(ObjectStorage(f"file://{tmp_path}"), "a", 1)
     assert (tmp_path / "a" / FILE).read_bytes() == content_of(1)
     assert sorted(os.listdir(tmp_path / "a")) == ["ferro.json", FILE, "model.safetensors.index.json"]
+
+
+def test_a_place_that_is_not_there_is_an_error_of_the_save(storage, monkeypatch):
+    store = fsspec.core.url_to_fs(storage.path)[0]
+
+    def failing(self, *_, **__):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(type(store), "pipe_file", failing)
+    with pytest.raises(CheckpointError, match=r"run/a/\.ferro-save cannot be written: .*bucket does not exist"):
+        save(storage, "a", 1)
