@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, StateError
-from ferro_checkpoint.storage import local
+from ferro_checkpoint.storage import local, local_files, system_calls
 from ferro_checkpoint.storage.local import LocalStorage
 from ferro_checkpoint.storage.local_files import LocalReadableFile
 
@@ -66,6 +67,29 @@ def test_ranges_in_any_order_from_many_buffers(storage):
         with pytest.raises(CheckpointDamaged, match="ends at byte 9000000"):
             file.read_into([memoryview(bytearray(10))], len(data) - 9)
         file.read_into([], len(data))
+
+
+def test_threads_write_one_file(storage, monkeypatch):
+    data = np.random.default_rng(1).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    directory = storage.new_directory("a", "t")
+    storage.create_directory(directory)
+    directory.create("f", len(data))
+    started = []
+    monkeypatch.setattr(local_files, "_WRITE_BACK_BYTES", 40_000)
+    monkeypatch.setattr(local_files, "_LEAST_BYTES", 10_000)
+    monkeypatch.setattr(
+        system_calls, "start_writing_back", lambda fd, begin, size: started.append((begin, begin + size))
+    )
+    with directory.open("f", len(data)) as file, ThreadPoolExecutor(4) as pool:
+
+        def write(begin: int) -> None:
+            file.write([memoryview(data)[begin : begin + 15_000]], begin)
+
+        list(pool.map(write, range(0, len(data), 15_000)))
+    assert Path(directory.path, "f").read_bytes() == data
+    assert started
+    assert len({begin for begin, _ in started}) == len(started)  # no range twice
+    assert sum(end - begin for begin, end in started) <= len(data)
 
 
 def test_short_writes_and_reads_go_on(storage, monkeypatch):
