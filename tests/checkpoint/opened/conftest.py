@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .written import LocalStandIn, write
+from .written import CountingStorage, write
 
 ARRAYS = {
     "model": {
@@ -21,4 +21,4 @@ ARRAYS = {
 @pytest.fixture
 def storage(tmp_path):
     write(tmp_path / "step-7", ARRAYS, values={"epoch": 3}, step=7, file_bytes=2000, segment_bytes=512)
-    return LocalStandIn(tmp_path)
+    return CountingStorage(tmp_path)
