@@ -40,6 +40,11 @@ class Maker:
     make: Callable[[tuple[Any, ...]], Any]
 
 
+def built_by(kind: str) -> Maker:
+    """Return a maker of `Built` of this kind."""
+    return Maker(lambda args: Built(kind, args))
+
+
 Names: TypeAlias = "Mapping[tuple[str, str], Any]"
 """What a name (module, qualified name) stands for: a `Maker`, or a constant."""
 
@@ -95,12 +100,14 @@ class PickleMachine:
         return text
 
     def pop(self) -> Any:
+        """Take the uppermost value."""
         value = self.stack.pop()
         if value is _MARK:
             raise Refusal("a mark is taken for a value")
         return value
 
     def pop_to_mark(self) -> list[Any]:
+        """Take all values above the uppermost mark, and the mark."""
         stack = self.stack
         index = len(stack) - 1
         while stack[index] is not _MARK:
@@ -112,12 +119,14 @@ class PickleMachine:
         return values
 
     def top(self, kind: type) -> Any:
+        """Return the uppermost value, which must be of this kind."""
         value = self.stack[-1]
         if type(value) is not kind:
             raise Refusal(f"a {kind.__name__} is expected, and not {type(value).__name__}")
         return value
 
     def set_items(self, items: list[Any]) -> None:
+        """Put keys and values, which alternate, into the uppermost dict."""
         target = self.top(dict)
         if len(items) % 2:
             raise Refusal("a dict has a key without a value")
@@ -126,6 +135,7 @@ class PickleMachine:
             target[key] = value
 
     def push_name(self, module: Any, name: Any) -> None:
+        """Push what a name of the list stands for."""
         if type(module) is not str or type(name) is not str:
             raise Refusal("a name is no text")
         try:
@@ -136,12 +146,14 @@ class PickleMachine:
             raise Refusal(text) from None
 
     def call(self) -> None:
+        """Call the maker under the uppermost value, which is a tuple of arguments."""
         args, function = self.pop(), self.pop()
         if type(function) is not Maker or type(args) is not tuple:
             raise Refusal("a call of something that is not on the list")
         self.stack.append(function.make(args))
 
     def set_state(self) -> None:
+        """Set the state of the object under the uppermost value."""
         state, target = self.pop(), self.stack[-1]
         if type(target) is dict:
             return  # attributes of an OrderedDict, such as the versions in a module's state: they are not needed
@@ -150,32 +162,39 @@ class PickleMachine:
         target.state = state
 
     def call_persistent(self) -> None:
+        """Replace a persistent id by its object."""
         if self.persistent is None:
             raise Refusal("it refers to an object outside of it")
         self.stack.append(self.persistent(self.pop()))
 
     def integer(self, count: int) -> None:
+        """Push a signed integer of so many bytes."""
         if count > _MOST_INTEGER_BYTES:
             raise Refusal(f"an integer of {count} bytes")
         self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
 
     def check_protocol(self) -> None:
+        """Check the number of the protocol."""
         if self.number(1) > 5:
             raise Refusal("its protocol is newer than 5")
 
     def check_frame(self) -> None:
+        """Check that a frame is all there; nothing else depends on it."""
         count = self.number(8)
         if count > len(self.data) - self.position:
             raise Refusal(f"a frame of {count} bytes, of which {len(self.data) - self.position} follow")
 
     def tuple_of(self, count: int) -> None:
+        """Make a tuple of the uppermost values."""
         values = tuple(self.pop() for _ in range(count))
         self.stack.append(values[::-1])
 
     def append(self, values: list[Any]) -> None:
+        """Append to the uppermost list."""
         self.top(list).extend(values)
 
     def memoize(self, index: int) -> None:
+        """Remember the uppermost value."""
         value = self.pop()
         self.stack.append(value)
         self.memo[index] = value

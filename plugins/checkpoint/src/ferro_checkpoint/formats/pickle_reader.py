@@ -11,18 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ferro_checkpoint.errors import CheckpointDamaged
-from ferro_checkpoint.formats.pickle_machine import Built, Maker, Names, PickleMachine, Refusal
+from ferro_checkpoint.formats.pickle_machine import Names, PickleMachine, Refusal
 
 MOST_PICKLE_BYTES = 256 << 20
 
 
 class RefusedPickle(CheckpointDamaged):
     """The pickle holds what is not on the list, or is none."""
-
-
-def built_by(kind: str) -> Maker:
-    """Return a maker of `Built` of this kind."""
-    return Maker(lambda args: Built(kind, args))
 
 
 def read_pickle(data: bytes, names: Names, path: str, persistent: Callable[[Any], Any] | None = None) -> Any:

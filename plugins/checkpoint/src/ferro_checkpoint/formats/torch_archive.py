@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.formats.input_file import InputFile, read_elements
-from ferro_checkpoint.formats.pickle_reader import Built, read_pickle
+from ferro_checkpoint.formats.pickle_machine import Built
+from ferro_checkpoint.formats.pickle_reader import read_pickle
 from ferro_checkpoint.formats.torch_names import ARCHIVE_NAMES, MOST_DIMS, StorageClass, TorchDtype, TorchSize
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"

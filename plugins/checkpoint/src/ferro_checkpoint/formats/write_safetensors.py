@@ -43,7 +43,8 @@ def write_safetensors(
     """Write tensors to a file (a path that ends in ".safetensors") or to a directory (any other path).
 
     The directory gets model.safetensors, or model-00001-of-0000N.safetensors and so on with an index. All is written
-    under a temporary name beside the path, waited for until it is on disk, and renamed; a failure leaves nothing.
+    under a temporary name beside the path, waited for until it is on disk, and renamed; after a
+    failure there is what was there before.
 
     Args:
         path: of the new file or directory.
@@ -194,11 +195,13 @@ def _rename(temporary: str, target: str, single: bool) -> None:
         os.rename(target, aside)
     try:
         os.rename(temporary, target)
+        _sync_directory(parent)
     except OSError:
+        if not single and not os.path.lexists(temporary):
+            os.rename(target, temporary)
         if aside is not None:
             os.rename(aside, target)
         raise
-    _sync_directory(parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
 
