@@ -14,6 +14,8 @@ from ferro_checkpoint.errors import SaveFailed, StateError
 from ferro_checkpoint.layout.bundle import encode_index, index_name
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.record import FileRecord, Record
+from ferro_checkpoint.opened.place import COMPLEX128 as COMPLEX128_KEY
+from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.saving.exchange import write_segments
 from ferro_checkpoint.saving.save_plan import SavePlan
@@ -218,11 +220,13 @@ def _commit(
             directory.write_file(index_name(bundle), content)
             digest = digest_of([memoryview(content)])
             files[index_name(bundle)] = FileRecord(len(content), (len(content),), (digest,))
+    holdings = plan.holdings
+    of_pairs = [name for name, dtype in zip(holdings.names, holdings.dtypes, strict=True) if dtype == COMPLEX128]
     record = Record(
         step=step,
         bundles=layout.bundles,
         files=files,
-        values=plan.values,
+        values=plan.values | ({COMPLEX128_KEY: of_pairs} if of_pairs else {}),
         digest=DIGEST,
         saved_by={"world_size": plan.world_size, "time": round(time.time(), 3)},
     )
