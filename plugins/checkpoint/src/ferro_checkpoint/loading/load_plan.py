@@ -78,7 +78,13 @@ def plan_reads(
         int(sizes[touched[each]].sum()) <= MOST_EXTRA * needs.nbytes(each) for each in range(world_size)
     ):
         return LoadPlan(
-            rank, world_size, segments, needs, local, np.flatnonzero(touched[rank]).tolist(), [[] for _ in range(world_size)]
+            rank,
+            world_size,
+            segments,
+            needs,
+            local,
+            np.flatnonzero(touched[rank]).tolist(),
+            [[] for _ in range(world_size)],
         )
     if world_size == 1 and readers is None:
         return LoadPlan(rank, 1, segments, needs, local, np.flatnonzero(touched[0]).tolist(), [[]])
@@ -118,9 +124,7 @@ def _share(
             shared[reader].append(number)
         elif reader == rank:
             own.append(number)
-    return LoadPlan(
-        rank, world_size, segments, needs, local, sorted(own), [sorted(numbers) for numbers in shared]
-    )
+    return LoadPlan(rank, world_size, segments, needs, local, sorted(own), [sorted(numbers) for numbers in shared])
 
 
 def _able(segments: ReadSegments, readers: Readers, number: int) -> list[int]:

@@ -91,6 +91,6 @@ def refuse(path: str, faults: Sequence[str]) -> None:
     """Raise an error if there are faults of names, shapes or dtypes."""
     if faults:
         raise StateError(
-            f"{path} does not fit the state: {'; '.join(faults)}. Nothing was loaded. only= loads a part, rename= gives "
-            f"other names, strict=False leaves out what one of them lacks"
+            f"{path} does not fit the state: {'; '.join(faults)}. Nothing was loaded. only= loads a part, rename= "
+            f"gives other names, strict=False leaves out what one of them lacks"
         )

@@ -1,4 +1,4 @@
-"""Reading the segments of a load: straight into the arrays where their memory allows it, and through a copy elsewhere."""
+"""Reading the segments of a load: straight into the arrays where their memory allows it, else through a copy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SegmentReader:
             if part.offset > at:
                 destinations.append(_scratch(part.offset - at))
             if view is None:
-                copy = np.empty(part.nbytes, np.uint8)
+                copy: Array = np.empty(part.nbytes, np.uint8)
                 copied.append((part, copy))
                 view = as_bytes(copy)
             destinations.append(view)
@@ -156,9 +156,7 @@ class SegmentReader:
                     expected += parts
                     recv_sizes[reader] += sum(part.nbytes for part in parts)
         message = np.concatenate(sent) if sent else np.empty(0, np.uint8)
-        received = group.all_to_all(
-            message, send_sizes=send_sizes, recv_sizes=recv_sizes, timeout_s=deadline.left_s()
-        )
+        received = group.all_to_all(message, send_sizes=send_sizes, recv_sizes=recv_sizes, timeout_s=deadline.left_s())
         place = 0
         for part in expected:
             plan.local.write(part, received[place : place + part.nbytes])

@@ -13,7 +13,6 @@ from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.placement.boxes import Box, flat_boxes
 
-
 COMPLEX128 = "C128"
 """The dtype of an array of complex128, in place of the float64 as which files have it."""
 

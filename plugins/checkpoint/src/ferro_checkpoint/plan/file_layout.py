@@ -54,7 +54,9 @@ def layout_files(holdings: Holdings, file_bytes: int) -> FileLayout:
     addresses = np.zeros(len(holdings.names), np.int64)
     for bundle in sorted(bundles):
         numbers = bundles[bundle]
-        described = {tensor: (_stored(holdings.dtypes[number]), holdings.shapes[number]) for tensor, number in numbers.items()}
+        described = {
+            tensor: (_stored(holdings.dtypes[number]), holdings.shapes[number]) for tensor, number in numbers.items()
+        }
         own = layout_bundle(bundle, described, file_bytes)
         names[bundle] = tuple(file.name for file in own)
         for file in own:

@@ -38,7 +38,9 @@ class ReadSegments:
         none = np.zeros(0, np.int64)
         shifted = [np.asarray(each, np.int64) + base for each, base in zip(ends.values(), self.bases, strict=False)]
         self.end: Indices = np.concatenate([none, *shifted])
-        self.begin: Indices = np.concatenate([none, self.end[:-1]]) if not len(self.end) else np.append(0, self.end[:-1])
+        self.begin: Indices = (
+            np.concatenate([none, self.end[:-1]]) if not len(self.end) else np.append(0, self.end[:-1])
+        )
         counts = [len(each) for each in ends.values()]
         self.file: Indices = np.repeat(np.arange(len(counts)), counts)
         self.within: Indices = np.concatenate([none, *(np.arange(count) for count in counts)])
