@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro_checkpoint.errors import CheckpointError, CheckpointIncomplete
+from ferro.errors import UsageError
+from ferro_checkpoint.errors import CheckpointIncomplete
 from ferro_checkpoint.formats import Format, TensorSource, open_foreign
 from ferro_checkpoint.formats.source import numpy_dtype
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
@@ -19,6 +21,7 @@ from ferro_checkpoint.layout.record import Record
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.storage.opening import split_path
+from ferro_checkpoint.storage.saver import TOKEN_NAME
 
 PIECE_BYTES = 4 << 20
 
@@ -70,7 +73,9 @@ class CheckpointSource:
     def __init__(self, opened: OpenedCheckpoint) -> None:
         self.path = opened.path
         self.record: Record | None = opened.record
-        self.values = {name: value for name, value in opened.record.values.items() if name != COMPLEX128}
+        self.values: Mapping[str, Any] = {
+            name: value for name, value in opened.record.values.items() if name != COMPLEX128
+        }
         self.opened = opened
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(
@@ -130,13 +135,13 @@ class ForeignSource:
 
 
 class Selection:
-    """Some tensors of a source, under other names, and no values but those that are asked for."""
+    """Some tensors of a source, under other names, without values."""
 
-    def __init__(self, source: Source, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
         """Take the tensors whose names in the source are `names[new name]`."""
         self.path = source.path
         self.record = source.record
-        self.values = values
+        self.values: Mapping[str, Any] = {}
         self.tensors: Mapping[str, TensorInfo] = {new: source.tensors[old] for new, old in names.items()}
         self._source = source
         self._names = names
@@ -175,13 +180,22 @@ def _open(path: str, format: Format | None) -> Source:  # noqa: A002
     storage, name = split_path(path)
     try:
         return CheckpointSource(OpenedCheckpoint.open(storage, name))
-    except CheckpointIncomplete as no_checkpoint:
-        try:
-            return ForeignSource(open_foreign(path))
-        except CheckpointError as error:
-            raise (error if name in storage.names() and "is of no format" not in str(error) else no_checkpoint) from None
+    except CheckpointIncomplete:
+        if not os.path.exists(path) or TOKEN_NAME in storage.files(name):
+            raise  # There is nothing, or a save that has not ended.
+    return ForeignSource(open_foreign(path))
 
 
-def names_of(sources: Iterable[Source]) -> list[str]:
-    """List the names of all tensors of some sources, each once, in order."""
-    return sorted({name for source in sources for name in source.tensors})
+def bundle_of(source: Source, bundle: str) -> Source:
+    """Take one bundle of a checkpoint, under the names in its files; another format's tensors as they are.
+
+    Raises:
+        UsageError: the checkpoint has no such bundle.
+    """
+    if source.record is None:
+        return source
+    if bundle not in source.record.bundles:
+        raise UsageError(f"--bundle {bundle}: {source.path} has the bundles {', '.join(source.record.bundles)}")
+    prefix = f"{bundle}."
+    names = {name.removeprefix(prefix): name for name in source.tensors if name.startswith(prefix)}
+    return Selection(source, names)

@@ -52,6 +52,12 @@ class LocalReadableFile:
             offset += count
             first = _advance(waiting, first, count)
 
+    def identity(self) -> object:
+        """Return what is the same at a later time if nobody has written to the file, or put another in its place."""
+        with reading(self.path):
+            about = os.fstat(self._fd)
+        return about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size
+
     def close(self) -> None:
         """Close it; a second call has no effect."""
         fd, self._fd = self._fd, -1
