@@ -11,6 +11,7 @@ from ferro_checkpoint.command.difference import Difference, difference
 from ferro_checkpoint.command.selecting import selected
 from ferro_checkpoint.command.source import Source, bundle_of, opened_source
 from ferro_checkpoint.command.text import count, say, say_json, shape_text, short
+from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.progress import byte_progress
 
 _ONE_OF_THEM = ("only in A", "only in B")
@@ -63,9 +64,12 @@ def _compare(name: str, a: Source, b: Source) -> dict[str, Any] | None:
 
 
 def _values(a: Source, b: Source) -> Iterator[dict[str, Any]]:
-    ours, theirs = (dict(source.values) for source in (a, b))
-    if a.record is not None and b.record is not None:
-        ours, theirs = {"step": a.record.step, **ours}, {"step": b.record.step, **theirs}
+    """Compare steps and values of two checkpoints; what other formats have beside tensors is about their files."""
+    if a.record is None or b.record is None:
+        return
+    ours, theirs = ({"step": record.step, **record.values} for record in (a.record, b.record))
+    ours.pop(COMPLEX128, None)
+    theirs.pop(COMPLEX128, None)
     for name in sorted({*ours, *theirs}):
         if name not in ours or name not in theirs:
             yield {"name": name, "what": _ONE_OF_THEM[name not in ours]}

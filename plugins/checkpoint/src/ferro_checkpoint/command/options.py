@@ -28,7 +28,8 @@ file and the tensors in it, and the exit status is 1.
 _DIFF = """\
 Compare two checkpoints tensor by tensor, bit for bit. Of tensors that differ the number of elements that do, and the
 largest absolute and relative difference, are printed. The exit status is 0 if they are equal, and otherwise 1.
-Either may be of another format. A few MiB of each are in memory at a time, of another format one tensor.
+Either may be of another format: then tensors alone are compared, of which one at a time is in memory. Of two
+checkpoints steps and values are compared as well, and a few MiB are in memory at a time.
 """
 _MERGE = """\
 Write a directory with one plain safetensors file for each bundle of a checkpoint (model.safetensors, ...), for programs
@@ -67,20 +68,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
 
-    def command(name: str, summary: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, arguments: str, summary: str, about: str) -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
+            prog=f"{parser.prog} {name}",
+            usage=f"{parser.prog} {name} {arguments}",
             help=summary,
             description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
-    _inspect(command("inspect", "print the tensors of a checkpoint, or list a directory of checkpoints", _INSPECT))
-    _verify(command("verify", "check every byte, and name what is damaged", _VERIFY))
-    _diff(command("diff", "compare two checkpoints tensor by tensor", _DIFF))
-    _merge(command("merge", "write one plain safetensors file per bundle", _MERGE))
-    _convert(command("convert", "from other formats, and to plain safetensors", _CONVERT))
+    _inspect(
+        command(
+            "inspect",
+            "DIR [--only PATTERN] [--json]",
+            "print the tensors of a checkpoint, or list a directory of checkpoints",
+            _INSPECT,
+        )
+    )
+    _verify(command("verify", "DIR [--threads N] [--json]", "check every byte, and name what is damaged", _VERIFY))
+    _diff(
+        command(
+            "diff", "A B [--bundle NAME] [--only PATTERN] [--json]", "compare two checkpoints tensor by tensor", _DIFF
+        )
+    )
+    _merge(
+        command(
+            "merge", "DIR OUT [--only PATTERN] [--overwrite]", "write one plain safetensors file per bundle", _MERGE
+        )
+    )
+    _convert(
+        command(
+            "convert",
+            "IN OUT [--from FORMAT] [--to FORMAT] [--bundle NAME] [--only PATTERN] [--overwrite]",
+            "from other formats, and to plain safetensors",
+            _CONVERT,
+        )
+    )
     return parser
 
 

@@ -22,6 +22,7 @@ def selected(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
         return listed
     for pattern in patterns:
         if not any(map(chooser(pattern), listed)):
-            near = difflib.get_close_matches(pattern, listed[:_MOST_COMPARED], 3, 0.3) or listed[:3]
+            known = dict.fromkeys([*(name.partition(".")[0] for name in listed), *listed[:_MOST_COMPARED]])
+            near = difflib.get_close_matches(pattern, known, 3, 0.3) or list(known)[:3]
             raise UsageError(f"--only {pattern}: no tensor has such a name; there are: {', '.join(near) or 'none'}")
     return list(filter(chooser(patterns), listed))

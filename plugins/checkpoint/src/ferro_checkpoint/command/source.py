@@ -1,4 +1,4 @@
-"""What the commands read: tensors and values of a checkpoint, or of another format, a few MiB at a time."""
+"""What the commands read: tensors and values of a checkpoint, or of another format, a MiB at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.storage.opening import split_path
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
