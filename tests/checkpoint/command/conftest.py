@@ -11,6 +11,8 @@ import pytest
 from ferro_checkpoint.command.main import main
 from ferro_checkpoint.saving.save import save
 
+from ..formats.conftest import torch_files  # noqa: F401 - a fixture
+
 
 class Ran(NamedTuple):
     status: int

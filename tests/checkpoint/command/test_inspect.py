@@ -73,11 +73,12 @@ def test_a_directory_of_checkpoints(command, checkpoint):
     assert f"{run}/begun: the save of this checkpoint goes on or was interrupted" in text
 
 
-def test_plain_safetensors(command, tmp_path):
+def test_other_formats(command, tmp_path):
     write_safetensors(tmp_path / "plain", {"a": np.zeros((2, 3), np.int16), "b": np.zeros(())}, file_bytes=1)
     ran = command("inspect", tmp_path / "plain")
     assert ran.status == 0
-    assert "another format" in ran.out
+    assert f"{tmp_path / 'plain'}: plain safetensors\n" in ran.out
+    assert "8 B  model-00001-of-00002.safetensors" in ran.out
     assert "2 tensors, 20 B" in ran.out
 
 

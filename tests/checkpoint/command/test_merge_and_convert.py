@@ -122,3 +122,22 @@ def test_memory_is_bounded(command, tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 16 << 20
+
+
+def test_from_torch(command, torch_files, tmp_path):
+    ran = command("convert", torch_files / "nested", tmp_path / "ours", "--bundle", "*")
+    assert ran.status == 0
+    assert "ferro checkpoint: left out 'values.device': " in ran.error
+    loaded = load(tmp_path / "ours")
+    assert loaded["dtypes"]["complex128"].dtype == np.complex128
+    assert loaded["model"]["number"].shape == ()
+    assert command("diff", torch_files / "nested", tmp_path / "ours").status == 0
+
+
+def test_an_object_store(command, checkpoint):
+    out = "memory://command/step-7"
+    assert command("convert", checkpoint, out, "--to", "ferro").status == 0
+    assert command("verify", out).status == 0
+    assert command("diff", out, checkpoint).status == 0
+    assert "step-7" in command("inspect", "memory://command").out
+    assert "there is nothing of this name" in command("inspect", "memory://command/step-8").error

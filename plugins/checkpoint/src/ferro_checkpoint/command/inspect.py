@@ -39,11 +39,7 @@ def _content(source: Source, names: list[str]) -> dict[str, Any]:
         for name in names
         for it in (source.tensors[name],)
     ]
-    content: dict[str, Any] = {
-        "path": source.path,
-        "kind": "checkpoint" if record else "other format",
-        "tensors": tensors,
-    }
+    content: dict[str, Any] = {"path": source.path, "kind": source.kind, "tensors": tensors}
     if record is not None:
         content |= {
             "step": record.step,
@@ -55,7 +51,7 @@ def _content(source: Source, names: list[str]) -> dict[str, Any]:
 
 def _show(source: Source, names: list[str], *, with_values: bool) -> None:
     record = source.record
-    say(f"{source.path}: {'another format' if record is None else about(record)}")
+    say(f"{source.path}: {source.kind if record is None else about(record)}")
     if names:
         rows = [
             (name, it.dtype, shape_text(it.shape), size_text(it.nbytes), it.file or "")

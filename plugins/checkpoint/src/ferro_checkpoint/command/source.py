@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from ferro.errors import UsageError
 from ferro_checkpoint.errors import CheckpointIncomplete
 from ferro_checkpoint.formats import Format, TensorSource, open_foreign
+from ferro_checkpoint.formats.rank_files import RankFilesSource
+from ferro_checkpoint.formats.safetensors_source import SafetensorsSource
 from ferro_checkpoint.formats.source import numpy_dtype
+from ferro_checkpoint.formats.torch_checkpoint import TorchCheckpoint
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
 from ferro_checkpoint.layout.record import Record
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
@@ -24,6 +27,11 @@ from ferro_checkpoint.storage.opening import split_path
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 
 PIECE_BYTES = 1 << 20
+_KINDS = (
+    (SafetensorsSource, "plain safetensors"),
+    (TorchCheckpoint, "torch.distributed.checkpoint"),
+    (RankFilesSource, "ferrotorch-distributed"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +56,14 @@ class Source(Protocol):
 
     Attributes:
         path: for messages.
+        kind: what it is.
         tensors: by name; of a checkpoint by full name.
         values: as JSON, by path in the state.
         record: of a checkpoint; None for other formats.
     """
 
     path: str
+    kind: str
     tensors: Mapping[str, TensorInfo]
     values: Mapping[str, Any]
     record: Record | None
@@ -69,6 +79,8 @@ class Source(Protocol):
 
 class CheckpointSource:
     """A checkpoint; the digests of all bytes that are read are checked."""
+
+    kind = "checkpoint"
 
     def __init__(self, opened: OpenedCheckpoint) -> None:
         self.path = opened.path
@@ -111,8 +123,10 @@ class ForeignSource:
         self.path = source.path
         self.values: Mapping[str, Any] = source.values
         self.source = source
+        self.kind = next(text for kind, text in _KINDS if isinstance(source, kind))
+        file_of = source.file_of if isinstance(source, SafetensorsSource) else lambda name: None
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(dtype, shape, math.prod(shape) * self._item_bytes(name, dtype), None)
+            name: TensorInfo(dtype, shape, math.prod(shape) * self._item_bytes(name, dtype), file_of(name))
             for name, (dtype, shape) in source.tensors.items()
         }
 
@@ -140,6 +154,7 @@ class Selection:
     def __init__(self, source: Source, names: Mapping[str, str]) -> None:
         """Take the tensors whose names in the source are `names[new name]`."""
         self.path = source.path
+        self.kind = source.kind
         self.record = source.record
         self.values: Mapping[str, Any] = {}
         self.tensors: Mapping[str, TensorInfo] = {new: source.tensors[old] for new, old in names.items()}
