@@ -10,7 +10,6 @@ from ferro_checkpoint.layout.bundle import encode_index, index_name, layout_bund
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord, Record
-from ferro_checkpoint.storage.local import LocalStorage
 
 
 def write(directory: Path, bundles, *, values=None, step=None, file_bytes=4 << 30, segment_bytes=4 << 20, **changes):
@@ -51,15 +50,3 @@ def file_record(content, header=0, segment_bytes=4 << 20):
     cuts = sorted({*range(header, len(content), segment_bytes), len(content)} - {0})
     parts = [memoryview(content)[begin:end] for begin, end in zip([0, *cuts], cuts, strict=False)]
     return FileRecord(len(content), tuple(cuts), tuple(digest_of([part]) for part in parts))
-
-
-class CountingStorage(LocalStorage):
-    """Counts the files that are opened."""
-
-    def __init__(self, path):
-        super().__init__(str(path))
-        self.opened = 0
-
-    def open_file(self, name, file):
-        self.opened += 1
-        return super().open_file(name, file)
