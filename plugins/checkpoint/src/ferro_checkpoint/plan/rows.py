@@ -55,7 +55,10 @@ def rows_of(holdings: Holdings, layout: FileLayout, world_size: int) -> Rows:
     Raises:
         StateError: no rank holds some element, or boxes of two ranks overlap without being the same.
     """
-    tensor, lo, hi, rank = _cut_at_all_ends(holdings)
+    tensor, lo, hi, rank = _sorted(holdings.tensor, holdings.lo, holdings.hi, holdings.rank)
+    other = (lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])
+    if ((tensor[1:] == tensor[:-1]) & (lo[1:] < hi[:-1]) & other).any():
+        tensor, lo, hi, rank = _cut_at_all_ends(holdings)
     plain = np.ones(len(holdings.names), bool)
     plain[list(holdings.boxes)] = False
     kept = plain[tensor] if len(tensor) else np.zeros(0, bool)
@@ -90,6 +93,11 @@ def rows_of(holdings: Holdings, layout: FileLayout, world_size: int) -> Rows:
     return Rows(begin[place], end[place], tensor, first, count, _keys(first, count, holders, world_size), holders)
 
 
+def _sorted(tensor: Indices, lo: Indices, hi: Indices, rank: Indices) -> tuple[Indices, Indices, Indices, Indices]:
+    order = np.lexsort((rank, hi, lo, tensor))
+    return tensor[order], lo[order], hi[order], rank[order]
+
+
 def _cut_at_all_ends(holdings: Holdings) -> tuple[Indices, Indices, Indices, Indices]:
     """Cut all pieces of consecutive elements where any other begins or ends, and sort them: array, lo, hi, rank.
 
@@ -103,10 +111,8 @@ def _cut_at_all_ends(holdings: Holdings) -> tuple[Indices, Indices, Indices, Ind
     count = np.searchsorted(edges, ends) - first
     piece = np.repeat(np.arange(len(first)), count)
     edge = np.arange(len(piece)) + np.repeat(first - (np.cumsum(count) - count), count)
-    tensor, rank = holdings.tensor[piece], holdings.rank[piece]
-    lo, hi = edges[edge] - base[tensor], edges[edge + 1] - base[tensor]
-    order = np.lexsort((rank, hi, lo, tensor))
-    return tensor[order], lo[order], hi[order], rank[order]
+    tensor = holdings.tensor[piece]
+    return _sorted(tensor, edges[edge] - base[tensor], edges[edge + 1] - base[tensor], holdings.rank[piece])
 
 
 def _keys(first: Indices, count: Indices, holders: Indices, world_size: int) -> Indices:
