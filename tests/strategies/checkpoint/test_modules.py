@@ -268,16 +268,13 @@ def test_generators_that_differ_are_told(caplog):
     net.layers[0].rng.random(5)
     later = net.checkpoint_values()
     assert nn.Linear(2, 2).checkpoint_values() is None
-    for other, message in (
-        (None, "'layers.0.rng' is new"),
-        (value | {"generators": {"x.rng": value["generators"]["layers.0.rng"]}}, "is new; 'x.rng' is gone"),
-    ):
-        net.load_checkpoint_values(other)
-        assert message in caplog.messages[-1]
-        assert net.checkpoint_values() == later
+    net.load_checkpoint_values(value | {"generators": {"x.rng": value["generators"]["layers.0.rng"]}})
+    assert "'layers.0.rng' is new; 'x.rng' is gone" in caplog.messages[-1]
+    net.load_checkpoint_values(None)
+    assert net.checkpoint_values() == later
     net.load_checkpoint_values(value)
     assert net.checkpoint_values() == value
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 1
 
 
 def test_generators_of_another_kind_are_refused():

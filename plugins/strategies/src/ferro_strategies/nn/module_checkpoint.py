@@ -75,11 +75,14 @@ class ModuleCheckpoint(ModuleState):
 
         Which ranks draw the same numbers, and which draw others, depends on the strategy. So the generators keep their
         states if the checkpoint was saved by another strategy, or with other groups of ranks; a training cannot go on
-        bit for bit then. A generator that the checkpoint lacks keeps its state, too, and a warning is logged.
+        bit for bit then. A generator that the checkpoint lacks keeps its state, too, and a warning is logged if it has
+        others.
         """
         self.check_checkpoint_values(value)
         saved, own = _saved_generators(value), self.generator_state_dict()
-        if value and own and value.get("layout") != _layout(self):
+        if not value or not own:
+            return  # The rank that saved had no generators, or this one has none.
+        if value.get("layout") != _layout(self):
             _log.info(
                 "%s: its random generators keep their states, as the layout of ranks is another", type(self).__name__
             )
