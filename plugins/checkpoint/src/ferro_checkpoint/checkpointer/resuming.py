@@ -1,0 +1,128 @@
+"""Resuming: the newest checkpoint that is whole, in the ranks' memories or in the directory, the same on all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ferro_checkpoint.checkpointer.memory.held import HeldCheckpoint
+from ferro_checkpoint.checkpointer.memory.search import Readers, held_together
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
+from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from ferro_checkpoint.checkpointer.own_groups import OwnGroups
+    from ferro_checkpoint.checkpointer.saver import Saver
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    step: int
+    name: str
+    storage: Storage
+    held: HeldCheckpoint | None = None
+    readers: Readers | None = None
+
+    @property
+    def path(self) -> str:
+        return f"{self.storage.path}/{self.name}"
+
+
+def load_newest(state: Mapping[str, Any], saver: Saver, groups: OwnGroups) -> int | None:
+    """Load the newest whole checkpoint into `state`; all ranks call it together.
+
+    A checkpoint that turns out to be damaged while it is loaded is left out, with a warning, and the next older one
+    is loaded over it.
+
+    Returns:
+        its step; None if there is no checkpoint.
+
+    Raises:
+        CheckpointDamaged: there are checkpoints, and all are damaged. The state may have been changed.
+    """
+    damages: list[str] = []
+    for one in _candidates(saver, groups):
+        if saver.catalog is not None:
+            saver.catalog.reading = one.name
+        try:
+            fault = _load(state, one, groups)
+        finally:
+            if saver.catalog is not None:
+                saver.catalog.reading = None
+        if fault is None:
+            if saver.memory is not None:
+                saver.memory.drop_others(one.held)
+            return one.step
+        if one.held is None:
+            saver.replaceable.add(one.name)
+        if fault:
+            damages.append(fault)
+            if groups.rank == 0:
+                warnings.warn(f"{one.path} is damaged, an older one is loaded: {fault}", RuntimeWarning, stacklevel=3)
+    if damages:
+        directory = "memory" if saver.storage is None else saver.storage.path
+        text = f"{directory}: every checkpoint in it is damaged; the newest: {damages[0]}. The state may be changed"
+        raise CheckpointDamaged(text, path=directory, rank=groups.rank)
+    if saver.memory is not None:
+        saver.memory.drop_others(None)
+    return None
+
+
+def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
+    """List all checkpoints, the newest first; of one step, the one in memory comes first."""
+    found: list[_Candidate] = []
+    if saver.memory is not None:
+        memory = saver.memory
+        found += [
+            _Candidate(one.step, one.held.name, memory, one.held, one.readers) for one in held_together(memory, groups)
+        ]
+    if saver.storage is not None and saver.catalog is not None:
+        own = [[step, name] for step, name in saver.catalog.steps()] if groups.rank == 0 else None
+        found += [_Candidate(step, name, saver.storage) for step, name in groups.from_rank_0(own)]
+    return sorted(found, key=lambda one: (-one.step, one.held is None))
+
+
+def _load(state: Mapping[str, Any], one: _Candidate, groups: OwnGroups) -> str | None:
+    """Load one; return None if that went well on all ranks, the fault that one has found, or "" if it is incomplete."""
+    opened: list[OpenedCheckpoint] = []
+    fault = _agreed(lambda: opened.append(OpenedCheckpoint.open(one.storage, one.name)), one, groups)
+    try:
+        if fault is not None:
+            return fault
+        return _agreed(lambda: load_checkpoint(opened[0], state, groups.steps, readers=one.readers), one, groups)
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+
+
+def _agreed(attempt: Callable[[], object], one: _Candidate, groups: OwnGroups) -> str | None:
+    """Try something on all ranks; return the first rank's fault, as `_load`, or raise what is no fault of the files."""
+    error: Exception | None = None
+    try:
+        attempt()
+    except Exception as failure:  # noqa: BLE001 - the ranks agree on it first
+        error = failure
+    text = "" if isinstance(error, CheckpointIncomplete) else f"{type(error).__name__}: {error}"
+    answers: list[Any] = groups.gather([_kind(error), text])
+    worst = max(kind for kind, _ in answers)
+    if worst == _OTHER:
+        if error is not None and _kind(error) == _OTHER:
+            raise error
+        rank, told = next((rank, told) for rank, (kind, told) in enumerate(answers) if kind == _OTHER)
+        raise CheckpointError(f"{one.path} could not be loaded on rank {rank}: {told}", path=one.path, rank=rank)
+    return None if worst == _GOOD else next(str(told) for kind, told in answers if kind == worst)
+
+
+_GOOD, _INCOMPLETE, _DAMAGED, _OTHER = range(4)
+
+
+def _kind(error: Exception | None) -> int:
+    if error is None:
+        return _GOOD
+    if isinstance(error, CheckpointIncomplete):
+        return _INCOMPLETE
+    return _DAMAGED if isinstance(error, CheckpointDamaged) else _OTHER
