@@ -17,14 +17,13 @@ from ferro_checkpoint.checkpointer.save_result import SaveResult
 
 NICENESS = 5
 _running: dict[SaveResult, None] = {}  # in the order of their beginnings
+_registered: list[bool] = []
 _untold: dict[SaveResult, str] = {}  # failures that nobody has been told, and whose they are
 
 
 def start(result: SaveResult, write: Callable[[], None], whose: str) -> None:
     """Call `write` in a thread of its own, and note in `result` how it ended; `whose` names the rank in messages."""
-    if not _running and not _untold:
-        atexit.unregister(_at_exit)
-        atexit.register(_at_exit)  # after the group's own function was registered, so that it runs before that
+    _register_at_exit()
     _running[result] = None
     thread = threading.Thread(target=_run, args=(result, write, whose), name="ferro-checkpoint", daemon=True)
     try:
@@ -70,6 +69,18 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         except OSError:
             return
+
+
+def _register_at_exit() -> None:
+    """Let the program's end wait for saves, before the groups are closed and thread pools take no more work.
+
+    A thread pool, in which a save writes its segments, refuses work as soon as `concurrent.futures` has learned of the
+    end, which is before any function of `atexit` runs; only the private function of `threading` comes earlier (Python
+    3.9 to 3.14).
+    """
+    if not _registered:
+        _registered.append(True)
+        getattr(threading, "_register_atexit", atexit.register)(_at_exit)
 
 
 def _at_exit() -> None:

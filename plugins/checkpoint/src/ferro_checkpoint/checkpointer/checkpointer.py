@@ -21,8 +21,8 @@ from ferro_checkpoint.checkpointer.resuming import load_newest
 from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.saver import Saver, Target
-from ferro_checkpoint.errors import SaveFailed
-from ferro_checkpoint.storage.open_storage import open_storage
+from ferro_checkpoint.progress import Progress
+from ferro_checkpoint.storage.opening import open_storage
 
 if TYPE_CHECKING:
     from ferro import ProcessGroup
@@ -56,6 +56,8 @@ class Checkpointer:
             much again while a save is under way.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
         timeout_s: how long a save may take, and how long to wait for other ranks.
+        progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
+            of long saves if None.
 
     Raises:
         UsageError: the arguments make no sense.
@@ -72,6 +74,7 @@ class Checkpointer:
         in_memory: bool | SavePolicy = False,
         preemption_s: float | None = None,
         timeout_s: float = 600.0,
+        progress: Progress | None = None,
     ) -> None:
         if directory is None and in_memory is False:
             raise UsageError("Checkpointer: without a directory, give in_memory=True or a policy")
@@ -79,11 +82,9 @@ class Checkpointer:
             if seconds is not None and not seconds > 0:
                 raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")
         self._schedules = Schedules(every, None if isinstance(in_memory, bool) else in_memory)
-        self._has_memory, self._background = in_memory is not False, async_
-        self._timeout_s, self._preemption_s = timeout_s, preemption_s
-        self._saver = Saver(
-            None if directory is None else open_storage(directory), MemoryStorage() if self._has_memory else None, keep
-        )
+        self._background, self._timeout_s, self._preemption_s = async_, timeout_s, preemption_s
+        storage = None if directory is None else open_storage(directory)
+        self._saver = Saver(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
@@ -164,7 +165,7 @@ class Checkpointer:
         """Wait until the save that is under way has ended; raise its error, if it has failed."""
         try:
             self._running.wait()
-        except SaveFailed:
+        except FerroError:
             self._saver.failed()
             raise
 
@@ -223,7 +224,7 @@ class Checkpointer:
             self._running.begin(result, on_disk=target.disk)
             if not target.background:
                 self._running.wait()
-        except SaveFailed:
+        except FerroError:
             self._saver.failed()
             raise
         return result
@@ -236,7 +237,8 @@ class Checkpointer:
 
     def _save_and_end(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> NoReturn:
         """Save within the time that is left since SIGTERM came, and raise Preempted; all ranks come here together."""
-        assert self._signal is not None and self._preemption_s is not None
+        assert self._signal is not None
+        assert self._preemption_s is not None
         groups, allowed_s = self._open()[0], self._preemption_s
         passed_s = 0.0 if self._signal.received_at is None else time.monotonic() - self._signal.received_at
         deadline = time.monotonic() + max(0.0, allowed_s - max(map(float, groups.gather(passed_s))))

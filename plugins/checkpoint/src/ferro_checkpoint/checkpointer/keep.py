@@ -40,7 +40,7 @@ class Last:
 class Best:
     """Keep the `n` checkpoints whose metric, as it was given to `step()` on rank 0, is the least or the greatest.
 
-    Of equal ones the later is better. Checkpoints without the metric, or with NaN, are not among the best.
+    Of equal ones the later is better. Checkpoints without the metric, or with infinity or NaN, are not among the best.
     """
 
     metric: str
@@ -58,8 +58,9 @@ class Best:
     def kept(self, saved: Sequence[Saved]) -> set[str]:
         """Choose the names to keep."""
         sign = 1 if self.mode == "min" else -1
-        known = [one for one in saved if not math.isnan(one.metrics.get(self.metric, math.nan))]
-        return {one.name for one in sorted(known, key=lambda one: (sign * one.metrics[self.metric], -one.step))[: self.n]}
+        known = [one for one in saved if math.isfinite(one.metrics.get(self.metric, math.nan))]
+        ordered = sorted(known, key=lambda one: (sign * one.metrics[self.metric], -one.step))
+        return {one.name for one in ordered[: self.n]}
 
 
 @dataclass(frozen=True, slots=True)

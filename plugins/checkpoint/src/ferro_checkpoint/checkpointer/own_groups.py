@@ -47,11 +47,11 @@ class OwnGroups:
         self.saves.abandon()
         self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self._timeout_s)
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Value) -> list[Value]:
         """Return every rank's value, in the program's own thread."""
         if self.steps is None:
             return [value]
-        values: list[object] = self.steps.all_gather_object(value, timeout_s=self._timeout_s)
+        values: list[Value] = self.steps.all_gather_object(value, timeout_s=self._timeout_s)
         return values
 
     def from_rank_0(self, value: Value | None) -> Value:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ferro_checkpoint.checkpointer.memory.held import HeldCheckpoint
 from ferro_checkpoint.checkpointer.memory.search import Readers, held_together
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
-from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
+from ferro_checkpoint.loading.load import load_checkpoint
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.storage.storage import Storage
 
@@ -81,7 +81,7 @@ def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
             _Candidate(one.step, one.held.name, memory, one.held, one.readers) for one in held_together(memory, groups)
         ]
     if saver.storage is not None and saver.catalog is not None:
-        own = [[step, name] for step, name in saver.catalog.steps()] if groups.rank == 0 else None
+        own = saver.catalog.steps() if groups.rank == 0 else None
         found += [_Candidate(step, name, saver.storage) for step, name in groups.from_rank_0(own)]
     return sorted(found, key=lambda one: (-one.step, one.held is None))
 
@@ -108,7 +108,7 @@ def _agreed(attempt: Callable[[], object], one: _Candidate, groups: OwnGroups) -
         error = failure
     text = "" if isinstance(error, CheckpointIncomplete) else f"{type(error).__name__}: {error}"
     answers: list[Any] = groups.gather([_kind(error), text])
-    worst = max(kind for kind, _ in answers)
+    worst = max(kind for kind, _ in answers)  # damage that one rank has found may be another error elsewhere
     if worst == _OTHER:
         if error is not None and _kind(error) == _OTHER:
             raise error
@@ -117,7 +117,7 @@ def _agreed(attempt: Callable[[], object], one: _Candidate, groups: OwnGroups) -
     return None if worst == _GOOD else next(str(told) for kind, told in answers if kind == worst)
 
 
-_GOOD, _INCOMPLETE, _DAMAGED, _OTHER = range(4)
+_GOOD, _INCOMPLETE, _OTHER, _DAMAGED = range(4)
 
 
 def _kind(error: Exception | None) -> int:

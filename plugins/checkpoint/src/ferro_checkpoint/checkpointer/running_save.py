@@ -75,8 +75,8 @@ class RunningSave:
         if current is None:
             return None
         if not current.wait_ended(max(0.0, current.deadline - time.monotonic())):
-            text = f"step {current.step} was not saved as {current.path}: it did not end in time, and may hang in a call"
-            return SaveFailed(f"{text} of the system; look after the file system", path=current.path)
+            text = "the save did not end in time, and may hang in a call of the system; look after the file system"
+            return SaveFailed(f"step {current.step} was not saved as {current.path}: {text}", path=current.path)
         return current.error
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from ferro import FerroError
 from ferro_checkpoint.checkpointer import background
-from ferro_checkpoint.checkpointer.catalog import METRICS, Catalog, name_of
+from ferro_checkpoint.checkpointer.catalog import Catalog, name_of
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.memory.neighbour import replicate, ring
@@ -20,8 +21,10 @@ from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.staging import StagingBuffer
 from ferro_checkpoint.errors import SaveFailed
-from ferro_checkpoint.saving.plan_save import SavePlan, Snapshot, plan_save
-from ferro_checkpoint.saving.write_checkpoint import write_checkpoint
+from ferro_checkpoint.progress import Progress, byte_progress
+from ferro_checkpoint.saving.save_plan import SavePlan, plan_save
+from ferro_checkpoint.saving.snapshot import Snapshot, place_parts
+from ferro_checkpoint.saving.write import write_checkpoint
 from ferro_checkpoint.storage.storage import Storage
 
 _GRACE_S = 10.0  # what a save may take beyond its timeout until it reports that
@@ -55,13 +58,16 @@ class Saver:
         storage: the directory, or None.
     """
 
-    def __init__(self, storage: Storage | None, memory: MemoryStorage | None, keep: KeepPolicy | None) -> None:
+    def __init__(
+        self, storage: Storage | None, memory: MemoryStorage | None, keep: KeepPolicy | None, progress: Progress | None
+    ) -> None:
         self.replaceable: set[str] = set()
         self.staging = StagingBuffer()
         self.storage = storage
         self.memory = memory
         self.catalog = None if storage is None else Catalog(storage)
         self._keep = keep
+        self._progress = progress
         self._plans: dict[bool, SavePlan] = {}  # by whether ranks write ranges of one file
         self._ring: list[int] = []
         self._groups: OwnGroups | None = None
@@ -86,13 +92,18 @@ class Saver:
             self._failed = False
         storage = self._storage(target)
         previous = self._plans.get(storage.writes_ranges)
-        plan = plan_save(state, groups.steps, writes_ranges=storage.writes_ranges, previous=previous)
+        plan = plan_save(
+            state, groups.steps, writes_ranges=storage.writes_ranges, previous=previous, timeout_s=target.timeout_s
+        )
         self._plans[storage.writes_ranges] = plan
-        snapshot = plan.snapshot(self.staging.room(plan.staged_bytes)) if target.background else None
+        if not plan.staged:
+            place_parts(plan)
+        snapshot = Snapshot(plan, self.staging.room(plan.staged_bytes)) if target.background else None
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # others are no JSON
         name = name_of(step)
         path = f"{storage.path}/{name}"
         result = SaveResult(step=step, path=path, bytes=plan.staged_bytes, waited_s=waited_s)
-        write = partial(self._write, plan, snapshot, storage, name, step, dict(metrics), target, groups)
+        write = partial(self._write, plan, snapshot, storage, name, step, finite, target, groups)
         result.copied_s = time.monotonic() - began
         if target.background:
             whose = f"rank {groups.rank}: " if groups.world_size > 1 else ""
@@ -136,21 +147,23 @@ class Saver:
         if overwrite and target.disk and self.catalog is not None:
             self.catalog.forget(name)
         deadline = time.monotonic() + target.timeout_s
-        write_checkpoint(
-            plan,
-            snapshot,
-            storage,
-            name,
-            groups.saves,
-            step=step,
-            overwrite=overwrite,
-            timeout_s=target.timeout_s,
-            saved_by={METRICS: metrics} if metrics else {},
-        )
+        with byte_progress(f"saving step {step}", plan.written_bytes, plan.rank, self._progress) as advance:
+            write_checkpoint(
+                plan,
+                snapshot,
+                storage,
+                name,
+                groups.saves,
+                step=step,
+                overwrite=overwrite,
+                timeout_s=target.timeout_s,
+                progress=advance,
+                metrics=metrics,
+            )
         if target.memory and self.memory is not None:
             held = self.memory.other
             try:
-                replicate(held, groups.saves, self._ring, max(1.0, deadline - time.monotonic()))
+                replicate(held, plan, groups.saves, self._ring, max(1.0, deadline - time.monotonic()))
             except FerroError as error:
                 where = f"it is in {storage.path}/{name}, but " if target.disk else ""
                 text = f"step {step}: {where}the copies in the ranks' memories were not made: {error}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +18,6 @@ class Arena:
     def __init__(self) -> None:
         self._blocks: list[Block] = []
         self._used: list[int] = []  # bytes, by block; the last one is being filled
-        self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -28,17 +25,16 @@ class Arena:
         return sum(block.nbytes for block in self._blocks)
 
     def allocate(self, nbytes: int) -> Block:
-        """Return the next `nbytes`, contiguous. Threads may call it at the same time."""
-        with self._lock:
-            if not self._used or self._blocks[-1].nbytes - self._used[-1] < nbytes:
-                if self._used and not self._used[-1]:
-                    self._blocks.pop()  # it is too small, and nobody uses it
-                    self._used.pop()
-                self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
-                self._used.append(0)
-            begin = self._used[-1]
-            self._used[-1] = begin + nbytes
-            return self._blocks[-1][begin : begin + nbytes]
+        """Return the next `nbytes`, contiguous."""
+        if not self._used or self._blocks[-1].nbytes - self._used[-1] < nbytes:
+            if self._used and not self._used[-1]:
+                self._blocks.pop()  # it is too small, and nobody uses it
+                self._used.pop()
+            self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
+            self._used.append(0)
+        begin = self._used[-1]
+        self._used[-1] = begin + nbytes
+        return self._blocks[-1][begin : begin + nbytes]
 
     def filled(self) -> list[Block]:
         """Return the filled part of each block."""
@@ -46,14 +42,12 @@ class Arena:
 
     def reset(self) -> None:
         """Forget what is in it, and keep the memory; of several blocks, one of their whole size remains."""
-        with self._lock:
-            if len(self._blocks) > 1:
-                nbytes = sum(self._used)
-                self._blocks = []
-                self._blocks = [np.empty(nbytes, np.uint8)]
-            self._used = [0] * len(self._blocks)
+        if len(self._blocks) > 1:
+            nbytes = sum(self._used)
+            self._blocks = []
+            self._blocks = [np.empty(nbytes, np.uint8)]
+        self._used = [0] * len(self._blocks)
 
     def release(self) -> None:
         """Let go of the memory."""
-        with self._lock:
-            self._blocks, self._used = [], []
+        self._blocks, self._used = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,8 +26,8 @@ class HeldCheckpoint:
         name: of the checkpoint; "" while there is none.
         own: the memory of what this rank has written.
         copy: the memory of what another rank has written.
-        small: the files that every rank has as a whole, such as the record, and the heads of the others: the bytes of
-            their headers.
+        small: the files that every rank has as a whole, such as the record, and the heads of the others: the
+            segments in which their headers lie.
         sizes: of all files.
     """
 
@@ -37,6 +38,7 @@ class HeldCheckpoint:
         self.small: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
         self._ranges: dict[str, list[tuple[int, int, Bytes]]] = {}
+        self._lock = threading.Lock()
         self._written: list[tuple[str, int, int]] = []  # file, first byte, one more than the last, of this rank's own
 
     @property
@@ -76,12 +78,14 @@ class HeldCheckpoint:
     def write(self, file: str, sources: Sequence[Bytes], offset: int) -> None:
         """Hold these bytes as this rank's own."""
         nbytes = sum(source.nbytes for source in sources)
-        block, begin = self.own.allocate(nbytes), 0
+        with self._lock:  # the order of the ranges is that of their memory
+            block, begin = self.own.allocate(nbytes), 0
+            self._written.append((file, offset, offset + nbytes))
         for source in sources:
             block[begin : begin + source.nbytes] = np.frombuffer(source, np.uint8)
             begin += source.nbytes
-        self._hold(file, offset, block)
-        self._written.append((file, offset, offset + nbytes))
+        with self._lock:
+            self._hold(file, offset, block)
 
     def written(self) -> list[tuple[str, int, int]]:
         """List this rank's own ranges in the order in which the memory has them."""
@@ -117,7 +121,7 @@ class HeldCheckpoint:
     def _hold(self, file: str, first: int, block: NDArray[np.uint8]) -> None:
         if block.nbytes:
             held = self._ranges.setdefault(file, [])
-            bisect.insort(held, (first, first + block.nbytes, memoryview(block)), key=lambda one: one[:2])
+            bisect.insort(held, (first, first + block.nbytes, block.data), key=lambda one: one[:2])
 
     def _copy(self, file: str, destination: Bytes, begin: int, path: str) -> None:
         held = self._ranges.get(file, [])

@@ -66,13 +66,18 @@ class MemoryStorage(Storage):
         """See `Storage.exists`; a checkpoint in memory may be replaced by one of the same step."""
         return False
 
+    def files(self, name: str) -> list[str]:
+        """See `Storage.files`."""
+        return sorted(self._find(name).sizes)
+
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """See `Storage.read_file`."""
         content = self._find(name).small.get(file)
         if content is None:
             raise FileNotFoundError(f"{PATH}/{name}/{file}")
         if len(content) > most_bytes:
-            raise CheckpointDamaged(f"{PATH}/{name}/{file} has more than {most_bytes} bytes", path=f"{PATH}/{name}/{file}")
+            path = f"{PATH}/{name}/{file}"
+            raise CheckpointDamaged(f"{path} has more than {most_bytes} bytes", path=path)
         return content
 
     def open_file(self, name: str, file: str) -> ReadableFile:
@@ -83,7 +88,7 @@ class MemoryStorage(Storage):
         """See `Storage.new_directory`."""
         return _MemoryDirectory(self.other, name)
 
-    def create_directory(self, directory: NewDirectory) -> None:
+    def create_directory(self, directory: NewDirectory, *, overwrite: bool = False) -> None:
         """See `Storage.create_directory`; each rank's memory is there."""
 
     def sees(self, directory: NewDirectory) -> bool:

@@ -27,7 +27,7 @@ class HeldTogether:
     Attributes:
         held: what this rank holds of it.
         step: its step.
-        readers: by file, (segments, k): the ranks that hold each segment.
+        readers: by file, (segments, k): the ranks that hold each segment, filled up with -1.
     """
 
     held: HeldCheckpoint
@@ -69,7 +69,7 @@ def _share(
 
 
 def _readers(held: HeldCheckpoint, groups: OwnGroups) -> Readers | None:
-    """Find out which ranks hold each segment; None if a segment is held by none, or a file's header is."""
+    """Find out which ranks hold each segment; None if a segment is held by none, or a file's head is not known."""
     record = Record.decode(held.small[RECORD_NAME], f"{held.name}/{RECORD_NAME}")
     everyones: list[Any] = groups.gather({file: held.ranges(file) for file in record.files})
     readers: Readers = {}
@@ -91,9 +91,8 @@ def _holders(described: FileRecord, everyones: Sequence[NDArray[np.int64]]) -> N
     counts = holds.sum(axis=1)
     if len(ends) and counts.min() == 0:
         return None
-    # Of each segment: its holders in order, the first of them again where others have more.
     order = np.argsort(~holds, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
-    return np.where(np.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
+    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1)
 
 
 def _covers(ranges: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -23,6 +23,10 @@ class TeeStorage(Storage):
         """See `Storage.exists`."""
         return self._first.exists(name)
 
+    def files(self, name: str) -> list[str]:
+        """See `Storage.files`."""
+        return self._first.files(name)
+
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """See `Storage.read_file`."""
         return self._first.read_file(name, file, most_bytes)
@@ -35,11 +39,11 @@ class TeeStorage(Storage):
         """See `Storage.new_directory`."""
         return _TeeDirectory(self._first.new_directory(name, token), self._second.new_directory(name, token))
 
-    def create_directory(self, directory: NewDirectory) -> None:
+    def create_directory(self, directory: NewDirectory, *, overwrite: bool = False) -> None:
         """See `Storage.create_directory`."""
         assert isinstance(directory, _TeeDirectory)
-        self._first.create_directory(directory.first)
-        self._second.create_directory(directory.second)
+        self._first.create_directory(directory.first, overwrite=overwrite)
+        self._second.create_directory(directory.second, overwrite=overwrite)
 
     def sees(self, directory: NewDirectory) -> bool:
         """See `Storage.sees`."""
