@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 """It is given the bytes that are done, and all bytes."""

@@ -13,6 +13,9 @@ from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.placement.boxes import Box, flat_boxes
 
+COMPLEX128 = "C128"
+"""The dtype of an array of complex128, in place of the float64 as which files have it."""
+
 
 class LocalArray:
     """A piece, as bytes.
@@ -25,7 +28,7 @@ class LocalArray:
 
     Attributes:
         name: as given.
-        dtype_name: of the array in files.
+        dtype_name: of the array in files; COMPLEX128 for pairs of float64.
         shape: of the whole array in files.
         itemsize: bytes of an element.
         range: the first of the whole array's elements that this rank holds, and one more than the last, if they are
@@ -37,8 +40,9 @@ class LocalArray:
 
     def __init__(self, name: str, piece: ArrayPiece) -> None:
         self.name = name
-        self.piece = piece = _of_floats(piece) if piece.data.dtype == np.complex128 else piece
-        self.dtype_name = dtype_name(piece.data.dtype, name)
+        is_complex = piece.data.dtype == np.complex128
+        self.piece = piece = _of_floats(piece) if is_complex else piece
+        self.dtype_name = COMPLEX128 if is_complex else dtype_name(piece.data.dtype, name)
         self.itemsize = piece.data.dtype.itemsize
         self.shape = piece.shape
         self._views: list[Array] | None = None

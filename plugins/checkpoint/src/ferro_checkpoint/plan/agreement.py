@@ -19,7 +19,7 @@ from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
 from ferro_checkpoint.layout.json_text import write_json
 from ferro_checkpoint.placement.boxes import Box
-from ferro_checkpoint.placement.local_array import LocalArray, size_of
+from ferro_checkpoint.placement.local_array import COMPLEX128, LocalArray, size_of
 
 Indices = NDArray[np.int64]
 _FIRST_VALUES_COUNT = 1  # flags of an array: `ArrayPiece.replicas_may_differ`
@@ -32,7 +32,7 @@ class Holdings:
 
     Attributes:
         names: full names of the arrays.
-        dtypes: of each, as files name them.
+        dtypes: of each, as files name them, or COMPLEX128.
         shapes: of each.
         sizes: of each, in elements.
         itemsizes: of each, in bytes.
@@ -168,7 +168,7 @@ def _merge(tables: Sequence[Any]) -> tuple[_Table, list[Indices]]:
                 f"ranks disagree on the names of the state: {name!r} is on {_ranks(sorted(ranks))}, and not on "
                 f"{_ranks(lacking)}"
             )
-    merged.itemsizes = [ITEM_BYTES[dtype] for dtype in merged.dtypes]
+    merged.itemsizes = [8 if dtype == COMPLEX128 else ITEM_BYTES[dtype] for dtype in merged.dtypes]
     return merged, positions
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferro_checkpoint.layout.bundle import TensorFile, layout_bundle
+from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.agreement import Holdings
 
 Indices = NDArray[np.int64]
@@ -53,7 +54,9 @@ def layout_files(holdings: Holdings, file_bytes: int) -> FileLayout:
     addresses = np.zeros(len(holdings.names), np.int64)
     for bundle in sorted(bundles):
         numbers = bundles[bundle]
-        described = {tensor: (holdings.dtypes[number], holdings.shapes[number]) for tensor, number in numbers.items()}
+        described = {
+            tensor: (_stored(holdings.dtypes[number]), holdings.shapes[number]) for tensor, number in numbers.items()
+        }
         own = layout_bundle(bundle, described, file_bytes)
         names[bundle] = tuple(file.name for file in own)
         for file in own:
@@ -63,3 +66,7 @@ def layout_files(holdings: Holdings, file_bytes: int) -> FileLayout:
                 addresses[numbers[tensor]] = address + stored.begin
             address += file.nbytes
     return FileLayout(files, names, [*bases, address], addresses)
+
+
+def _stored(dtype: str) -> str:
+    return "F64" if dtype == COMPLEX128 else dtype

@@ -21,7 +21,7 @@ _SAMPLE_BYTES = 4096
 _BLOCK_BYTES = 4 << 20
 
 
-def check_replicas(
+def compare_replicas(
     rows: Rows,
     holdings: Holdings,
     layout: FileLayout,

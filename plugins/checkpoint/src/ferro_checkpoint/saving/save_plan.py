@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ferro import FerroError, ProcessGroup
+from ferro import ProcessGroup
 from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.bundle import FILE_BYTES
 from ferro_checkpoint.placement.local_array import LocalArray
 from ferro_checkpoint.plan.agreement import Holdings, agree_on_arrays
 from ferro_checkpoint.plan.deadline import Deadline
+from ferro_checkpoint.plan.failures import tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
 from ferro_checkpoint.plan.parts import LocalArrays, Part
-from ferro_checkpoint.plan.replica_check import CHECKS, Check, check_replicas
+from ferro_checkpoint.plan.replica_check import CHECKS, Check, compare_replicas
 from ferro_checkpoint.plan.rows import HEADER, Rows, rows_of
 from ferro_checkpoint.plan.segments import Segments, cut_segments
 from ferro_checkpoint.plan.supplies import Supplies
@@ -131,34 +132,8 @@ def plan_save(
     else:
         plan = _plan(local, signature, values, group, rank, world_size, not writes_ranges)
     if group is not None and world_size > 1:
-        check_of_replicas(plan, group, check_replicas, deadline)
+        compare_replicas(plan.rows, plan.holdings, plan.layout, plan.local, group, check_replicas, deadline)
     return plan
-
-
-def tell_all(group: ProcessGroup | None, error: Exception | None, deadline: Deadline, value: Any = None) -> list[Any]:
-    """Tell all ranks of this rank's error, or of its value; all ranks call it.
-
-    Returns:
-        The values of all ranks.
-
-    Raises:
-        StateError: another rank has told of an error.
-    """
-    if group is None or group.world_size == 1:
-        return [value]
-    text = (
-        None if error is None else str(error) if isinstance(error, FerroError) else f"{type(error).__name__}: {error}"
-    )
-    told = group.all_gather_object([text, value], timeout_s=deadline.left_s())
-    for rank, (other, _) in enumerate(told):
-        if other is not None and error is None:
-            raise StateError(f"found by rank {rank} of {group.world_size}: {other}")
-    return [value for _, value in told]
-
-
-def check_of_replicas(plan: SavePlan, group: ProcessGroup, how: Check, deadline: Deadline) -> None:
-    """Compare the elements that several ranks hold; see `plan.replica_check`."""
-    check_replicas(plan.rows, plan.holdings, plan.layout, plan.local, group, how, deadline)
 
 
 def _plan(

@@ -14,7 +14,10 @@ from ferro_checkpoint.errors import SaveFailed, StateError
 from ferro_checkpoint.layout.bundle import encode_index, index_name
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.record import FileRecord, Record
+from ferro_checkpoint.opened.place import COMPLEX128 as COMPLEX128_KEY
+from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.deadline import Deadline
+from ferro_checkpoint.plan.failures import text_of
 from ferro_checkpoint.saving.exchange import write_segments
 from ferro_checkpoint.saving.save_plan import SavePlan
 from ferro_checkpoint.saving.segment_writer import SegmentWriter
@@ -77,7 +80,7 @@ def write_checkpoint(
             directory.discard()
         if isinstance(error, FerroError) and not isinstance(error, SaveFailed | StateError):
             raise SaveFailed(
-                f"saving {path!r} failed: {error} Nothing was saved; earlier checkpoints are as they were.",
+                f"saving {path} failed: {error} Nothing was saved; earlier checkpoints are as they were.",
                 path=path,
                 rank=plan.rank,
             ) from error
@@ -99,7 +102,7 @@ def _begin(
         token = secrets.token_hex(8)
         try:
             if storage.exists(name) and not overwrite:
-                raise StateError(f"{path!r} is there: overwrite=True replaces it, when the new one is whole")
+                raise StateError(f"{path} is there already: overwrite=True replaces it, when the new one is whole")
             directory = storage.new_directory(name, token)
             storage.create_directory(directory, overwrite=overwrite)
             for file in plan.layout.files:
@@ -115,7 +118,7 @@ def _begin(
     try:
         if not storage.sees(directory):
             failure = StateError(
-                f"{path!r} is another directory here than on rank 0: give a directory that all hosts share"
+                f"{path} is another directory here than on rank 0: give a directory that all hosts share"
             )
     except Exception as error:  # noqa: BLE001 - told to all ranks
         failure = error
@@ -156,9 +159,9 @@ def _agree(
 ) -> list[Any]:
     """Exchange the ranks' values, or raise the first failure on all of them."""
     if group is None or group.world_size == 1:
-        told = [[_text(failure), isinstance(failure, StateError), value]]
+        told = [[text_of(failure) if failure else None, isinstance(failure, StateError), value]]
     else:
-        message = [_text(failure), isinstance(failure, StateError), _packed(value)]
+        message = [text_of(failure) if failure else None, isinstance(failure, StateError), _packed(value)]
         told = group.all_gather_object(message, timeout_s=deadline.left_s())
     for rank, (text, is_usage, _) in enumerate(told):
         if text is None:
@@ -168,18 +171,11 @@ def _agree(
             raise StateError(text) from own
         where = "" if len(told) == 1 else f" on rank {rank} of {len(told)}"
         raise SaveFailed(
-            f"saving {path!r} failed{where}, {doing}: {text}. Nothing was saved; earlier checkpoints are as they were.",
+            f"saving {path} failed{where}, {doing}: {text}. Nothing was saved; earlier checkpoints are as they were.",
             path=path,
             rank=rank,
         ) from own
     return [_unpacked(value) for _, _, value in told]
-
-
-def _text(failure: Exception | None) -> str | None:
-    if failure is None:
-        return None
-    text = str(failure) if isinstance(failure, FerroError | OSError) else f"{type(failure).__name__}: {failure}"
-    return text.rstrip(".")
 
 
 def _packed(value: Any) -> Any:
@@ -225,11 +221,13 @@ def _commit(
             directory.write_file(index_name(bundle), content)
             digest = digest_of([memoryview(content)])
             files[index_name(bundle)] = FileRecord(len(content), (len(content),), (digest,))
+    holdings = plan.holdings
+    of_pairs = [name for name, dtype in zip(holdings.names, holdings.dtypes, strict=True) if dtype == COMPLEX128]
     record = Record(
         step=step,
         bundles=layout.bundles,
         files=files,
-        values=plan.values,
+        values=plan.values | ({COMPLEX128_KEY: of_pairs} if of_pairs else {}),
         digest=DIGEST,
         saved_by={"world_size": plan.world_size, "time": round(time.time(), 3)}
         | ({"metrics": dict(metrics)} if metrics else {}),

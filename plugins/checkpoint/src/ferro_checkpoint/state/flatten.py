@@ -208,10 +208,11 @@ class _Flattener:
             skeleton = self._skeleton(value.state_dict(), tensors, by_rank, 0)
             self._add_value(skeleton, path, value.load_state_dict, by_rank=by_rank)
             return
-        loaded = decode_value(self._stored.values.get(name))
-        loaded = self._fill(loaded, tensors, path, by_rank)
-        self._add_value(None, path, lambda _: None, by_rank=by_rank)
-        self.flat.finishes.append(lambda: value.load_state_dict(loaded))
+        # What is loaded says which arrays there are, and not what the object has now.
+        self._add_value(True, path, lambda _: None, by_rank=by_rank)
+        if name in self._stored.values:
+            loaded = self._fill(decode_value(self._stored.values[name]), tensors, path, by_rank)
+            self.flat.finishes.append(lambda: value.load_state_dict(loaded))
 
     def _skeleton(self, value: Any, path: _Path, by_rank: bool, depth: int) -> Any:
         """Copy a state dict, with names in place of its arrays, which become tensors."""
