@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Collection
 
 from ferro_checkpoint.checkpointer.keep import KeepPolicy, Saved
 from ferro_checkpoint.errors import CheckpointError
@@ -28,14 +29,9 @@ def step_of(name: str) -> int | None:
 
 
 class Catalog:
-    """Knows the checkpoints in a directory; rank 0 has it.
-
-    Attributes:
-        reading: the name of the checkpoint that is being loaded, which is not removed.
-    """
+    """Knows the checkpoints in a directory; rank 0 has it."""
 
     def __init__(self, storage: Storage) -> None:
-        self.reading: str | None = None
         self._storage = storage
         self._known: dict[str, Saved] = {}
         self._lock = threading.Lock()
@@ -61,16 +57,16 @@ class Catalog:
         with self._lock:
             self._known.pop(name, None)
 
-    def remove_others(self, keep: KeepPolicy, newest: str) -> list[str]:
-        """Remove what a policy does not keep, but never the newest, nor one that is being loaded.
+    def remove_others(self, keep: KeepPolicy, newest: str, damaged: Collection[str] = ()) -> list[str]:
+        """Remove what a policy does not keep, but never the newest; those known to be damaged stay and do not count.
 
         A directory that cannot be removed stays, and a warning is logged: the save itself was good.
 
         Returns:
             the names of the removed ones.
         """
-        saved = self.committed()
-        stay = keep.kept(saved) | {newest, self.reading, saved[-1].name if saved else None}
+        saved = [one for one in self.committed() if one.name not in damaged]
+        stay = keep.kept(saved) | {newest, *(one.name for one in saved[-1:])}
         removed: list[str] = []
         for one in saved:
             if one.name in stay:

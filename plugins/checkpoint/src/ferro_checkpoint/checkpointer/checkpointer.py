@@ -78,6 +78,8 @@ class Checkpointer:
     ) -> None:
         if directory is None and in_memory is False:
             raise UsageError("Checkpointer: without a directory, give in_memory=True or a policy")
+        if keep is not None and not isinstance(keep, KeepPolicy):
+            raise UsageError(f"Checkpointer: keep is Last(n), Best(metric, n), some with |, or None, not {keep!r}")
         for name, seconds in (("preemption_s", preemption_s), ("timeout_s", timeout_s)):
             if seconds is not None and not seconds > 0:
                 raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")

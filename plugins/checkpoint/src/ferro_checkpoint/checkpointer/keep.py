@@ -77,7 +77,7 @@ class UnionOf:
         return set().union(*(policy.kept(saved) for policy in self.policies))
 
 
-KeepPolicy: TypeAlias = "Last | Best | UnionOf"
+KeepPolicy: TypeAlias = Last | Best | UnionOf
 
 
 def _check_count(policy: str, n: int) -> None:

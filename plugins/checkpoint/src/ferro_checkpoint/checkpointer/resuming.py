@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ferro_checkpoint.checkpointer.memory.held import HeldCheckpoint
-from ferro_checkpoint.checkpointer.memory.search import Readers, held_together
+from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
 from ferro_checkpoint.loading.load import load_checkpoint
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
@@ -21,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
+    """A checkpoint in memory, if `remembered` is given, or in the directory; the same on all ranks."""
+
     step: int
     name: str
     storage: Storage
-    held: HeldCheckpoint | None = None
-    readers: Readers | None = None
+    remembered: Remembered | None = None
 
     @property
     def path(self) -> str:
@@ -46,18 +46,12 @@ def load_newest(state: Mapping[str, Any], saver: Saver, groups: OwnGroups) -> in
     """
     damages: list[str] = []
     for one in _candidates(saver, groups):
-        if saver.catalog is not None:
-            saver.catalog.reading = one.name
-        try:
-            fault = _load(state, one, groups)
-        finally:
-            if saver.catalog is not None:
-                saver.catalog.reading = None
+        fault = _load_from_memory(state, one, saver, groups) if one.remembered else _load(state, one, groups, None)
         if fault is None:
-            if saver.memory is not None:
-                saver.memory.drop_others(one.held)
+            if one.remembered is None and saver.memory is not None:
+                saver.memory.drop_others(None)
             return one.step
-        if one.held is None:
+        if one.remembered is None:
             saver.replaceable.add(one.name)
         if fault:
             damages.append(fault)
@@ -67,8 +61,6 @@ def load_newest(state: Mapping[str, Any], saver: Saver, groups: OwnGroups) -> in
         directory = "memory" if saver.storage is None else saver.storage.path
         text = f"{directory}: every checkpoint in it is damaged; the newest: {damages[0]}. The state may be changed"
         raise CheckpointDamaged(text, path=directory, rank=groups.rank)
-    if saver.memory is not None:
-        saver.memory.drop_others(None)
     return None
 
 
@@ -77,23 +69,35 @@ def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
     found: list[_Candidate] = []
     if saver.memory is not None:
         memory = saver.memory
-        found += [
-            _Candidate(one.step, one.held.name, memory, one.held, one.readers) for one in held_together(memory, groups)
-        ]
+        found += [_Candidate(one.step, one.name, memory, one) for one in remembered(memory, groups)]
     if saver.storage is not None and saver.catalog is not None:
         own = saver.catalog.steps() if groups.rank == 0 else None
         found += [_Candidate(step, name, saver.storage) for step, name in groups.from_rank_0(own)]
-    return sorted(found, key=lambda one: (-one.step, one.held is None))
+    return sorted(found, key=lambda one: (-one.step, one.remembered is None))
 
 
-def _load(state: Mapping[str, Any], one: _Candidate, groups: OwnGroups) -> str | None:
+def _load_from_memory(state: Mapping[str, Any], one: _Candidate, saver: Saver, groups: OwnGroups) -> str | None:
+    """Load one that is in the ranks' memories, as `_load`, if it is complete there."""
+    assert saver.memory is not None
+    assert one.remembered is not None
+    found = complete(one.remembered, saver.memory, groups)
+    if found is None:
+        return ""
+    held, readers = found
+    fault = _load(state, one, groups, readers)
+    if fault is None:
+        saver.memory.drop_others(held)
+    return fault
+
+
+def _load(state: Mapping[str, Any], one: _Candidate, groups: OwnGroups, readers: Readers | None) -> str | None:
     """Load one; return None if that went well on all ranks, the fault that one has found, or "" if it is incomplete."""
     opened: list[OpenedCheckpoint] = []
     fault = _agreed(lambda: opened.append(OpenedCheckpoint.open(one.storage, one.name)), one, groups)
     try:
         if fault is not None:
             return fault
-        return _agreed(lambda: load_checkpoint(opened[0], state, groups.steps, readers=one.readers), one, groups)
+        return _agreed(lambda: load_checkpoint(opened[0], state, groups.steps, readers=readers), one, groups)
     finally:
         for checkpoint in opened:
             checkpoint.close()

@@ -29,7 +29,7 @@ class SaveResult:
     copied_s: float = 0.0
     written_s: float = 0.0
     error: Exception | None = None
-    deadline: float = math.inf
+    deadline: float = field(default=math.inf, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def done(self) -> bool:

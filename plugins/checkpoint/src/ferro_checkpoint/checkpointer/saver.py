@@ -172,4 +172,4 @@ class Saver:
         if target.disk and self.catalog is not None:
             self.replaceable.discard(name)
             if groups.rank == 0 and self._keep is not None:
-                self.catalog.remove_others(self._keep, name)
+                self.catalog.remove_others(self._keep, name, self.replaceable)

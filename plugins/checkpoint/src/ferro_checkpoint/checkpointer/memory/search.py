@@ -21,35 +21,45 @@ Readers = dict[str, NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
-class HeldTogether:
-    """A checkpoint of which the ranks hold every segment.
+class Remembered:
+    """A checkpoint of which ranks hold something in their memories; the same on all ranks.
 
     Attributes:
-        held: what this rank holds of it.
         step: its step.
-        readers: by file, (segments, k): the ranks that hold each segment, filled up with -1.
+        name: its name.
+        key: `HeldCheckpoint.key`.
+        known_to: for each rank, whether it knows the record.
     """
 
-    held: HeldCheckpoint
     step: int
-    readers: Readers
+    name: str
+    key: str
+    known_to: list[bool]
 
 
-def held_together(memory: MemoryStorage, groups: OwnGroups) -> list[HeldTogether]:
-    """List the checkpoints that are complete in the memories of the ranks, the newest first; all ranks call it."""
+def remembered(memory: MemoryStorage, groups: OwnGroups) -> list[Remembered]:
+    """List the checkpoints of which a rank holds something; all ranks call it."""
     everyones: list[Any] = groups.gather([[one.key, one.name] for one in memory.held()])
     names = {key: name for one in everyones for key, name in one}
-    found: list[HeldTogether] = []
-    for key in sorted(names, key=lambda key: (step_of(names[key]) or 0, key), reverse=True):
-        held = next((one for one in memory.held() if one.key == key), None)
-        has = [any(key == other for other, _ in one) for one in everyones]
-        if not all(has):
-            held = _share(held, names[key], memory, groups, has.index(True))
-        assert held is not None, "a rank that lacks it was given its record"
-        readers = _readers(held, groups)
-        if readers is not None:
-            found.append(HeldTogether(held, step_of(names[key]) or 0, readers))
-    return found
+    return [
+        Remembered(step_of(name) or 0, name, key, [any(key == other for other, _ in one) for one in everyones])
+        for key, name in sorted(names.items())
+    ]
+
+
+def complete(one: Remembered, memory: MemoryStorage, groups: OwnGroups) -> tuple[HeldCheckpoint, Readers] | None:
+    """Find out which ranks hold each segment; all ranks call it. A rank that has nothing of it is given the record.
+
+    Returns:
+        what this rank holds, and by file, (segments, k), the ranks that hold each segment, filled up with -1; None if
+        the ranks do not hold all of it.
+    """
+    held = next((own for own in memory.held() if own.key == one.key), None)
+    if not all(one.known_to):
+        held = _share(held, one.name, memory, groups, one.known_to.index(True))
+    assert held is not None, "a rank that lacked it was given its record"
+    readers = _readers(held, groups)
+    return None if readers is None else (held, readers)
 
 
 def _share(
