@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ferro_checkpoint import Best, CheckpointDamaged, Checkpointer, Continuous, Every, Last, SaveFailed, StateError, load
+from ferro_checkpoint import (
+    Best,
+    CheckpointDamaged,
+    Checkpointer,
+    Continuous,
+    Every,
+    Last,
+    SaveFailed,
+    StateError,
+    load,
+)
 from ferro_checkpoint.checkpointer import background, saver
 
 WAIT_S = 60.0
@@ -123,7 +133,11 @@ def test_damage_that_is_found_while_loading_leads_to_the_next_older_one(tmp_path
     for name in ("step-000000001", "step-000000002"):
         assert not (tmp_path / name).exists()
     (tmp_path / "step-000000004" / "ferro.json").write_bytes(b"{}")
-    with pytest.warns(RuntimeWarning), Checkpointer(tmp_path) as keeper, pytest.raises(CheckpointDamaged, match="every"):
+    with (
+        pytest.warns(RuntimeWarning),
+        Checkpointer(tmp_path) as keeper,
+        pytest.raises(CheckpointDamaged, match="every"),
+    ):
         keeper.resume(into=state)
 
 
@@ -187,9 +201,14 @@ def test_a_failure_is_raised_once_and_the_next_save_goes_well(tmp_path, monkeypa
 def test_an_exception_lets_the_running_save_finish_and_is_not_hidden(tmp_path, monkeypatch):
     held = Held(monkeypatch)
     threading.Timer(0.2, held.released.set).start()
-    with pytest.raises(KeyError, match="mine"), Checkpointer(tmp_path, every=Every(steps=1)) as keeper:
-        keeper.step(1, new_state())
-        raise KeyError("mine")
+
+    def train_badly() -> None:
+        with Checkpointer(tmp_path, every=Every(steps=1)) as keeper:
+            keeper.step(1, new_state())
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train_badly()
     assert names(tmp_path) == [1]
 
 

@@ -82,7 +82,9 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
     with keeper:
         first = keeper.resume(into=state, group=group)
         train_on(group, keeper, state, first or 0, [])
-        sizes = [(rank + 1) * ROWS // group.world_size - rank * ROWS // group.world_size for rank in range(len(members))]
+        sizes = [
+            (rank + 1) * ROWS // group.world_size - rank * ROWS // group.world_size for rank in range(len(members))
+        ]
         rows = group.all_gather(state["model"].rows, sizes=sizes[: group.world_size])
     return [first, rows, state["optimizer"]["m"], state["step"]]
 

@@ -62,7 +62,7 @@ def test_the_last_and_the_best_are_kept():
         (lambda: Every(), "either steps or minutes"),
         (lambda: Every(steps=0), "a whole number from 1, not 0"),
         (lambda: Every(minutes=-1), "a positive number, not -1"),
-        (lambda: Every(steps=5) | 3, "not 3"),
+        (lambda: Schedules(Every(steps=5) | 3, None), "not 3"),
         (lambda: Last(0), "from 1, not 0"),
         (lambda: Best("loss", 1, mode="least"), "'min' or 'max', not 'least'"),
         (lambda: Checkpointer(None), "without a directory, give in_memory"),
@@ -73,5 +73,4 @@ def test_the_last_and_the_best_are_kept():
 )
 def test_arguments_that_make_no_sense_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
-        made = make()
-        Schedules(made, None)
+        make()

@@ -233,8 +233,8 @@ class Checkpointer:
 
     def _target(self, *, disk: bool, memory: bool, timeout_s: float) -> Target:
         """Choose where a save goes: one to the directory goes into memory, too, if that is wanted at all."""
-        disk = disk and self._saver.storage is not None
         memory = (disk or memory) and self._saver.memory is not None
+        disk = disk and self._saver.storage is not None
         return Target(disk=disk, memory=memory, background=self._background, timeout_s=timeout_s)
 
     def _save_and_end(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> NoReturn:
