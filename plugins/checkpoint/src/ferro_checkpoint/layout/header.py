@@ -9,6 +9,7 @@ Source: the safetensors format, https://github.com/huggingface/safetensors (READ
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ LENGTH_BYTES = 8
 MOST_HEADER_BYTES = 100 << 20  # as the safetensors library
 ALIGNMENT = 4096  # the data begin at a page, so that ranks write whole pages
 _METADATA = "__metadata__"
+_quoted = json.encoder.encode_basestring  # writes a text as JSON
 _MOST_DIMS = 64
 _TEXT = r'"[^"\\\x00-\x1f]*"'
 _USUAL_METADATA = re.compile(rf'\{{"{_METADATA}":(\{{(?:{_TEXT}:{_TEXT},?)*\}})')
@@ -55,13 +57,15 @@ Decoded: TypeAlias = tuple[dict[str, StoredTensor], dict[str, str]]
 
 def encode_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Write the header of a file with these tensors (dtype names and shapes), whose data follow in this order."""
-    entries: dict[str, object] = {_METADATA: dict(metadata)}
+    # JSON is written by hand, since there may be hundreds of thousands of tensors.
+    entries = [f'"{_METADATA}":{write_json(dict(metadata)).decode()}']
     begin = 0
     for name, (dtype, shape) in tensors.items():
         end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        sizes = ",".join(map(str, shape))
+        entries.append(f'{_quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
         begin = end
-    text = write_json(entries)
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 

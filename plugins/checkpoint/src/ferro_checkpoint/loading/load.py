@@ -20,7 +20,7 @@ from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.placement import local_array
 from ferro_checkpoint.placement.local_array import LocalArray
-from ferro_checkpoint.plan.agreement import Holdings, agree_on_arrays
+from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arrays
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all, text_of
 from ferro_checkpoint.plan.needs import Needs, ReadSegments
@@ -140,7 +140,7 @@ def load_checkpoint(
         raise StateError(f"{path} is not the same checkpoint on all ranks: give a directory that all hosts share")
     if not strict:
         local = [array for array in local if array.name in tensors]
-    holdings = agree_on_arrays(local, group)
+    holdings = agree_on_arrays(Description(local), group, deadline)
     others = _of_other_ranks(opened, rename)
     faults = _array_faults(
         holdings, opened, {new: old for new, old in tensors.items() if chosen(new)}, others, strict=strict

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +28,7 @@ class Placed(Protocol):
     def flat(self) -> tuple[int, int] | None: ...  # noqa: D102
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrayPiece:
+class ArrayPiece(NamedTuple):
     """This rank's piece of an array: a box of it, or consecutive elements of a flattened box.
 
     Attributes:
@@ -56,7 +54,8 @@ class ArrayPiece:
     @classmethod
     def whole(cls, data: Array) -> ArrayPiece:
         """Describe an array that this rank holds as a whole."""
-        return cls(shape=data.shape, data=data, start=(0,) * data.ndim, extent=data.shape)
+        shape = data.shape
+        return cls(shape, data, (0,) * len(shape), shape)
 
     @classmethod
     def checked(cls, name: str, placed: Placed) -> ArrayPiece:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.placement.boxes import Box, flat_boxes
 
+_COMPLEX = np.dtype(np.complex128)
 COMPLEX128 = "C128"
 """The dtype of an array of complex128, in place of the float64 as which files have it."""
 
@@ -39,32 +39,39 @@ class LocalArray:
     __slots__ = ("_flat", "_views", "boxes", "dtype_name", "itemsize", "name", "piece", "range", "shape")
 
     def __init__(self, name: str, piece: ArrayPiece) -> None:
+        dtype = piece.data.dtype
         self.name = name
-        is_complex = piece.data.dtype == np.complex128
-        self.piece = piece = _of_floats(piece) if is_complex else piece
-        self.dtype_name = COMPLEX128 if is_complex else dtype_name(piece.data.dtype, name)
-        self.itemsize = piece.data.dtype.itemsize
-        self.shape = piece.shape
+        if dtype == _COMPLEX:
+            piece = _of_floats(piece)
+            self.dtype_name, self.itemsize = COMPLEX128, 8
+        else:
+            self.dtype_name, self.itemsize = dtype_name(dtype, name), dtype.itemsize
+        self.piece, self.shape = piece, piece.shape
         self._views: list[Array] | None = None
-        self._flat: Array | None = None
+        self._flat: memoryview | None = None
+        self.range: tuple[int, int] | None
+        self.boxes: Sequence[Box] = ()
         if piece.flat is None and piece.extent == piece.shape:
-            self.range: tuple[int, int] | None = (0, piece.data.size)
+            self.range = (0, piece.data.size)
         else:
             self.range = piece.consecutive()
-        self.boxes = piece.boxes() if self.range is None else []
-        if self.range is not None and isinstance(piece.data, np.ndarray) and piece.data.flags.c_contiguous:
-            self._flat = piece.data.reshape(-1).view(np.uint8)
+            if self.range is None:
+                self.boxes = piece.boxes()
 
-    def range_parts(self, lo: int, hi: int) -> memoryview | None:
+    def range_view(self, lo: int, hi: int) -> memoryview | None:
         """View the bytes of elements `lo` to `hi - 1` of the whole array; None if they are not there in this order."""
-        if self._flat is None or self.range is None:
-            return None
+        if self._flat is None:
+            data = self.piece.data
+            if not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
+                return None
+            self._flat = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        assert self.range is not None
         first = self.range[0]
-        return memoryview(self._flat[(lo - first) * self.itemsize : (hi - first) * self.itemsize])  # type: ignore[arg-type]
+        return self._flat[(lo - first) * self.itemsize : (hi - first) * self.itemsize]
 
     def read(self, lo: int, hi: int, out: Array) -> None:
         """Copy the bytes of elements `lo` to `hi - 1` of the whole array into an array of bytes."""
-        if (view := self.range_parts(lo, hi)) is not None:
+        if (view := self.range_view(lo, hi)) is not None:
             out[:] = np.frombuffer(view, np.uint8)
             return
         place = 0
@@ -73,7 +80,7 @@ class LocalArray:
 
     def write(self, lo: int, hi: int, source: Array) -> None:
         """Copy an array of bytes into elements `lo` to `hi - 1` of the whole array."""
-        if (view := self.range_parts(lo, hi)) is not None:
+        if (view := self.range_view(lo, hi)) is not None:
             np.frombuffer(view, np.uint8)[:] = source
             return
         place = 0
@@ -137,8 +144,3 @@ def _of_floats(piece: ArrayPiece) -> ArrayPiece:
         replicas_may_differ=piece.replicas_may_differ,
         on_all_ranks=piece.on_all_ranks,
     )
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    """Return the number of elements of an array."""
-    return math.prod(shape)

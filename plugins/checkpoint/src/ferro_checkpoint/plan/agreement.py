@@ -6,6 +6,7 @@ are equal are compared by their digests and not exchanged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
-from ferro_checkpoint.layout.json_text import write_json
 from ferro_checkpoint.placement.boxes import Box
-from ferro_checkpoint.placement.local_array import COMPLEX128, LocalArray, size_of
+from ferro_checkpoint.placement.local_array import COMPLEX128, LocalArray
+from ferro_checkpoint.plan.deadline import Deadline
 
 Indices = NDArray[np.int64]
 _FIRST_VALUES_COUNT = 1  # flags of an array: `ArrayPiece.replicas_may_differ`
@@ -68,24 +69,43 @@ class _Table:
     numbers: dict[str, int]
 
 
-def agree_on_arrays(local: Sequence[LocalArray], group: ProcessGroup | None) -> Holdings:
+class Description:
+    """What this rank tells others of its arrays.
+
+    Args:
+        local: its pieces.
+
+    Attributes:
+        digest: of all of it; equal descriptions have equal ones.
+    """
+
+    def __init__(self, local: Sequence[LocalArray]) -> None:
+        self.table = _table(local)
+        self.pieces = _pieces(local, self.table)
+        table = self.table
+        texts = ["\0".join(table.names), "\0".join(table.dtypes), str(table.shapes), str(table.flags)]
+        self.table_digest = xxhash.xxh3_128_hexdigest("\0\0".join(texts).encode("utf-8", "surrogatepass"))
+        digest = xxhash.xxh3_128(self.table_digest.encode())
+        for name in sorted(self.pieces):
+            digest.update(self.pieces[name].tobytes() + b"\0")
+        self.digest = digest.hexdigest()
+
+
+def agree_on_arrays(own: Description, group: ProcessGroup | None, deadline: Deadline) -> Holdings:
     """Exchange descriptions; all ranks of the group call it, and return the same.
 
     Raises:
         StateError: ranks disagree on an array, on all ranks alike; the message says which differ.
     """
-    table = _table(local)
-    own = _pieces(local, table)
     if group is None or group.world_size == 1:
-        return _holdings(table, [own])
-    described = [table.names, table.dtypes, table.shapes, table.flags]
-    digest = xxhash.xxh3_64_hexdigest(write_json(described))
-    digests = group.all_gather_object(digest)
+        return _holdings(own.table, [own.pieces])
+    digests = group.all_gather_object(own.table_digest, timeout_s=deadline.left_s())
     if len(set(digests)) == 1:
-        return _holdings(table, group.all_gather_object(own))
-    tables: list[Any] = group.all_gather_object(described)
-    merged, positions = _merge(tables)
-    pieces = group.all_gather_object(own)
+        return _holdings(own.table, group.all_gather_object(own.pieces, timeout_s=deadline.left_s()))
+    table = own.table
+    described = [table.names, table.dtypes, table.shapes, table.flags]
+    merged, positions = _merge(group.all_gather_object(described, timeout_s=deadline.left_s()))
+    pieces = group.all_gather_object(own.pieces, timeout_s=deadline.left_s())
     for rank, each in enumerate(pieces):
         for key in ("tensor", "box_tensor"):
             each[key] = positions[rank][each[key]]
@@ -186,7 +206,7 @@ def _holdings(table: _Table, pieces: Sequence[dict[str, Any]]) -> Holdings:
         names=table.names,
         dtypes=table.dtypes,
         shapes=table.shapes,
-        sizes=np.array([size_of(shape) for shape in table.shapes], np.int64),
+        sizes=np.array([math.prod(shape) for shape in table.shapes], np.int64),
         itemsizes=np.array(table.itemsizes, np.int64),
         first_counts=np.array(table.flags, np.int64) & _FIRST_VALUES_COUNT > 0,
         tensor=tensor,

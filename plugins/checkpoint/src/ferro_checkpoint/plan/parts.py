@@ -94,13 +94,19 @@ class LocalArrays:
 
     def __init__(self, local: Sequence[LocalArray], names: Sequence[str]) -> None:
         numbers = {name: number for number, name in enumerate(names)}
-        self._by_number: dict[int, list[LocalArray]] = {}
+        self._first: list[LocalArray | None] = [None] * len(names)
+        self._more: dict[int, list[LocalArray]] = {}  # of arrays of which this rank has several pieces
         for array in local:
-            self._by_number.setdefault(numbers[array.name], []).append(array)
+            number = numbers[array.name]
+            first = self._first[number]
+            if first is None:
+                self._first[number] = array
+            else:
+                self._more.setdefault(number, [first]).append(array)
 
     def view(self, part: Part) -> memoryview | None:
         """View the part's bytes in the array's own memory; None if they are not there in this order."""
-        return None if part.boxed else self._of_range(part).range_parts(part.lo, part.hi)
+        return None if part.boxed else self._of_range(part).range_view(part.lo, part.hi)
 
     def read(self, part: Part, out: Array) -> None:
         """Copy the part's bytes from the array."""
@@ -119,17 +125,23 @@ class LocalArrays:
             array.write_box(number, part.boxed.box, source)
 
     def _of_range(self, part: Part) -> LocalArray:
-        arrays = self._by_number[part.tensor]
-        if len(arrays) == 1:
-            return arrays[0]
-        return next(each for each in arrays if each.range and each.range[0] <= part.lo and part.hi <= each.range[1])
+        return next(each for each in self._of(part.tensor) if each.range and _lies_in(part, each.range))
 
     def _of_box(self, tensor: int, number: int) -> tuple[LocalArray, int]:
-        for array in self._by_number[tensor]:
+        for array in self._of(tensor):
             if number < len(array.boxes):
                 return array, number
             number -= len(array.boxes)
         raise AssertionError(f"array {tensor} has no such box")
+
+    def _of(self, tensor: int) -> Sequence[LocalArray]:
+        first = self._first[tensor]
+        assert first is not None, f"this rank has nothing of array {tensor}"
+        return self._more.get(tensor, (first,))
+
+
+def _lies_in(part: Part, held: tuple[int, int]) -> bool:
+    return held[0] <= part.lo and part.hi <= held[1]
 
 
 def as_bytes(array: Array) -> memoryview:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.bundle import FILE_BYTES
 from ferro_checkpoint.placement.local_array import LocalArray
-from ferro_checkpoint.plan.agreement import Holdings, agree_on_arrays
+from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arrays
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
@@ -39,7 +38,7 @@ class SavePlan:
         written: numbers of the segments that this rank writes and needs no other rank for.
         exchanged: for each rank, numbers of the segments that it writes with parts from others.
         whole_files: whether a file must be written by one rank and in order.
-        signature: this rank's arrays and pieces; a plan is good for other arrays with the same.
+        described: the digest of this rank's description; a plan is good for other arrays with the same.
         staged: for each segment of which this rank supplies something, where that begins in a copy of all it supplies.
         staged_bytes: size of that copy.
     """
@@ -56,7 +55,7 @@ class SavePlan:
     written: list[int]
     exchanged: list[list[int]]
     whole_files: bool
-    signature: list[Any]
+    described: str
     staged: dict[int, int] = field(default_factory=dict)
     staged_bytes: int = 0
 
@@ -119,18 +118,15 @@ def plan_save(
     except Exception as error:
         tell_all(group, error, deadline)
         raise
-    signature = [
-        (array.name, array.dtype_name, array.shape, array.range, tuple(array.boxes), array.piece.replicas_may_differ)
-        for array in local
-    ]
-    same = previous is not None and previous.whole_files != writes_ranges and previous.signature == signature
+    described = Description(local)
+    same = previous is not None and previous.whole_files != writes_ranges and previous.described == described.digest
     told = tell_all(group, None, deadline, same)
     values = agree_on_values(flat.values, flat.by_rank, group, deadline)
     if previous is not None and all(told):
         plan = previous
         plan.values, plan.local = values, LocalArrays(local, plan.holdings.names)
     else:
-        plan = _plan(local, signature, values, group, rank, world_size, not writes_ranges)
+        plan = _plan(local, described, values, group, deadline, whole_files=not writes_ranges)
     if group is not None and world_size > 1:
         compare_replicas(plan.rows, plan.holdings, plan.layout, plan.local, group, check_replicas, deadline)
     return plan
@@ -138,14 +134,15 @@ def plan_save(
 
 def _plan(
     local: Sequence[LocalArray],
-    signature: list[Any],
+    described: Description,
     values: dict[str, Json],
     group: ProcessGroup | None,
-    rank: int,
-    world_size: int,
+    deadline: Deadline,
+    *,
     whole_files: bool,
 ) -> SavePlan:
-    holdings = agree_on_arrays(local, group)
+    rank, world_size = (0, 1) if group is None else (group.rank, group.world_size)
+    holdings = agree_on_arrays(described, group, deadline)
     nbytes = int((holdings.sizes * holdings.itemsizes).sum())
     file_bytes = FILE_BYTES
     if whole_files:  # so that every rank has one to write
@@ -175,5 +172,5 @@ def _plan(
         written,
         exchanged,
         whole_files,
-        signature,
+        described.digest,
     )

@@ -80,7 +80,7 @@ def flatten(state: object, rank: int, stored: Stored | None = None) -> FlatState
             )
         state = {DEFAULT_BUNDLE: state}
     flattener = _Flattener(rank, stored)
-    flattener.name_parameters(state, (), 0)
+    flattener.name_parameters(state, 0)
     flattener.nest(state, (), 0)
     flattener.check_names()
     return flattener.flat
@@ -94,14 +94,15 @@ class _Flattener:
         self._owners: dict[str, _Path] = {}  # of each full name
         self._bundles: set[str] = set()
 
-    def name_parameters(self, value: object, path: _Path, depth: int) -> None:
+    def name_parameters(self, value: object, depth: int) -> None:
         """Note the names of all modules' parameters, by which optimizers name their arrays."""
         if objects.has_parameters(value):
             for name, parameter in value.checkpoint_parameters().items():
                 self._parameters.setdefault(id(parameter), name)
         elif isinstance(value, Mapping | list | tuple) and depth < _MOST_DEPTH:
-            for key, item in _items(value):
-                self.name_parameters(item, (*path, str(key)), depth + 1)
+            for _, item in _items(value):
+                if type(item) is not np.ndarray:
+                    self.name_parameters(item, depth + 1)
 
     def nest(self, value: Any, path: _Path, depth: int) -> None:
         """Flatten the items of a dict, a list or a tuple."""
@@ -110,6 +111,10 @@ class _Flattener:
         for key, item in _items(value):
             if type(key) is not str and not isinstance(value, list | tuple):
                 raise StateError(f"the key {key!r} in {_dotted(path) or 'the state'!r} is no text, as names must be")
+            if type(item) is np.ndarray:
+                own = (*path, str(key))
+                self._add_array(_own_name(own), own, item)
+                continue
 
             def put(loaded: Any, key: Any = key, item: Any = item) -> None:
                 _put(value, key, item, loaded)
@@ -125,7 +130,7 @@ class _Flattener:
                 )
 
     def _add(self, value: Any, path: _Path, put: Callable[[Any], object], depth: int) -> None:
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray | ArrayPiece):
             self._add_array(_own_name(path), path, value)
         elif objects.has_optimizer_arrays(value) or objects.has_arrays(value):
             self._add_object(value, path)
@@ -168,7 +173,7 @@ class _Flattener:
         pieces = value if isinstance(value, list) else [value]
         for piece in pieces:
             if isinstance(piece, np.ndarray):
-                if isinstance(piece, np.ma.MaskedArray):
+                if type(piece) is not np.ndarray and isinstance(piece, np.ma.MaskedArray):
                     raise StateError(f"{name!r} is a masked array: save its data and its mask")
                 self.flat.pieces.append((name, ArrayPiece.whole(piece)))
             elif hasattr(piece, "extent"):
