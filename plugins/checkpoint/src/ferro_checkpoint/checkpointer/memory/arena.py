@@ -10,14 +10,14 @@ _BLOCK_BYTES = 32 << 20
 
 
 class Arena:
-    """Blocks of memory that are filled one after the other. A block that the system gives is touched when it is used.
+    """Blocks of memory that are filled one after the other, and again for the next checkpoint.
 
-    After the first checkpoint there is one block of its size, which the next ones fill again.
+    The blocks stay, since memory that is new to the process takes longer to fill than memory that it has had before.
     """
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
-        self._used: list[int] = []  # bytes, by block; the last one is being filled
+        self._used: list[int] = []  # bytes, of each block up to the one that is being filled
 
     @property
     def nbytes(self) -> int:
@@ -26,27 +26,24 @@ class Arena:
 
     def allocate(self, nbytes: int) -> Block:
         """Return the next `nbytes`, contiguous."""
-        if not self._used or self._blocks[-1].nbytes - self._used[-1] < nbytes:
+        while not self._used or self._blocks[len(self._used) - 1].nbytes - self._used[-1] < nbytes:
             if self._used and not self._used[-1]:
-                self._blocks.pop()  # it is too small, and nobody uses it
-                self._used.pop()
-            self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
-            self._used.append(0)
+                del self._blocks[len(self._used) - 1]  # it is too small, and nothing is in it
+            else:
+                self._used.append(0)
+            if len(self._blocks) < len(self._used):
+                self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
         begin = self._used[-1]
         self._used[-1] = begin + nbytes
-        return self._blocks[-1][begin : begin + nbytes]
+        return self._blocks[len(self._used) - 1][begin : begin + nbytes]
 
     def filled(self) -> list[Block]:
         """Return the filled part of each block."""
-        return [block[:used] for block, used in zip(self._blocks, self._used, strict=True) if used]
+        return [block[:used] for block, used in zip(self._blocks, self._used, strict=False) if used]
 
     def reset(self) -> None:
-        """Forget what is in it, and keep the memory; of several blocks, one of their whole size remains."""
-        if len(self._blocks) > 1:
-            nbytes = sum(self._used)
-            self._blocks = []
-            self._blocks = [np.empty(nbytes, np.uint8)]
-        self._used = [0] * len(self._blocks)
+        """Forget what is in it, and keep the memory."""
+        self._used = []
 
     def release(self) -> None:
         """Let go of the memory."""
