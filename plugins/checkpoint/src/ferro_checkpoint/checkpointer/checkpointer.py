@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
-from ferro_checkpoint.checkpointer import background
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
 from ferro_checkpoint.checkpointer.every import SavePolicy, Schedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
+from ferro_checkpoint.checkpointer.last_save import save_and_end
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSignal
@@ -84,14 +83,14 @@ class Checkpointer:
             if seconds is not None and not seconds > 0:
                 raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")
         self._schedules = Schedules(every, None if isinstance(in_memory, bool) else in_memory)
-        self._background, self._timeout_s, self._preemption_s = async_, timeout_s, preemption_s
+        self._background, self._timeout_s = async_, timeout_s
         storage = None if directory is None else open_storage(directory)
         self._saver = Saver(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
         self._closed = False
-        self._signal = None if preemption_s is None else TerminationSignal()
+        self._signal = None if preemption_s is None else TerminationSignal(preemption_s)
 
     @property
     def staging_bytes(self) -> int:
@@ -103,7 +102,7 @@ class Checkpointer:
         """The memory that this rank gives to checkpoints in memory."""
         return 0 if self._saver.memory is None else self._saver.memory.nbytes
 
-    def step(self, step: int, state: Mapping[str, Any], **metrics: float) -> SaveResult | None:
+    def step(self, step: int, state: object, **metrics: float) -> SaveResult | None:
         """Save the state if a policy says so.
 
         Args:
@@ -118,25 +117,28 @@ class Checkpointer:
             SaveFailed: an earlier save has failed, or this one, if it was written at once.
             Preempted: SIGTERM came to a rank, and the state was saved, or could not be in time.
         """
+        step = _checked(step)
         agreement = self._open()[1]
         agreed = self._read(agreement)
         if agreed is not None and agreed[PREEMPTED]:
-            self._save_and_end(step, state, metrics)
+            assert self._signal is not None, "it is the same on all ranks"
+            save_and_end(step, state, metrics, self._saver, self._running, self._signal, in_background=self._background)
         disk, memory = self._schedules.due(step, agreed)
         result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
         if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
             self._publish(agreement)
         return result
 
-    def save(self, step: int, state: Mapping[str, Any], **metrics: float) -> SaveResult:
+    def save(self, step: int, state: object, **metrics: float) -> SaveResult:
         """Save the state now, as `step` does; if this step is saved already or being saved, return that save."""
+        step = _checked(step)
         agreement = self._open()[1]
         self._read(agreement)
         result = self._save(step, state, metrics, disk=True, memory=True)
         self._publish(agreement)
         return result
 
-    def resume(self, into: Mapping[str, Any], group: ProcessGroup | None = None) -> int | None:
+    def resume(self, into: object, group: ProcessGroup | None = None) -> int | None:
         """Load the newest checkpoint that is whole, the same on all ranks, into a state of the same names and shapes.
 
         One that turns out to be damaged while it is loaded is left out with a warning, and the next older one is
@@ -211,18 +213,15 @@ class Checkpointer:
         preempted = self._signal is not None and self._signal.received_at is not None
         agreement.publish(disk, memory, preempted, self._running.busy, self._running.failed)
 
-    def _save(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float], *, disk: bool, memory: bool
-    ) -> SaveResult:
+    def _save(self, step: int, state: object, metrics: Mapping[str, float], *, disk: bool, memory: bool) -> SaveResult:
         target = self._target(disk=disk, memory=memory, timeout_s=self._timeout_s)
+        self._schedules.began(disk=target.disk)
         last = self._running.last_of(step, on_disk=target.disk)
         if last is not None:
             return last
         try:
             waited_s = self._running.wait_for_turn(step)
-            numbers = {name: float(value) for name, value in metrics.items()}
-            self._schedules.began(disk=target.disk)
-            result = self._saver.save(step, state, numbers, target, waited_s)
+            result = self._saver.save(step, state, metrics, target, waited_s)
             self._running.begin(result, on_disk=target.disk)
             if not target.background:
                 self._running.wait()
@@ -236,43 +235,6 @@ class Checkpointer:
         memory = (disk or memory) and self._saver.memory is not None
         disk = disk and self._saver.storage is not None
         return Target(disk=disk, memory=memory, background=self._background, timeout_s=timeout_s)
-
-    def _save_and_end(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> NoReturn:
-        """Save within the time that is left since SIGTERM came, and raise Preempted; all ranks come here together."""
-        assert self._signal is not None
-        assert self._preemption_s is not None
-        groups, allowed_s = self._open()[0], self._preemption_s
-        passed_s = 0.0 if self._signal.received_at is None else time.monotonic() - self._signal.received_at
-        deadline = time.monotonic() + max(0.0, allowed_s - max(map(float, groups.gather(passed_s))))
-        self._signal.acted = True
-        path, fault = None, "there is no directory"
-        try:
-            if self._saver.storage is not None:
-                path = self._last_save(step, state, metrics, deadline)
-        except (FerroError, OSError) as error:
-            fault = str(error)
-        told = f"was saved as {path}" if path else f"could not be saved within {allowed_s:g} s: {fault}"
-        ended = Preempted(f"SIGTERM: step {step} {told}; the program ends", step=step, path=path)
-        if groups.rank == 0:
-            background.tell(str(ended))
-        raise ended
-
-    def _last_save(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float], deadline: float
-    ) -> str | None:
-        """Save until the deadline, after the save that is under way; return the path."""
-        self._running.hurry(deadline)
-        if self._running.finish() is not None:
-            self._saver.failed()  # the one before; this one may go well
-        last = self._running.last_of(step, on_disk=True)
-        if last is None or last.error is not None:
-            target = self._target(disk=True, memory=False, timeout_s=max(0.1, deadline - time.monotonic()))
-            numbers = {name: float(value) for name, value in metrics.items()}
-            last = self._saver.save(step, state, numbers, replace(target, memory=False), 0.0)
-            self._running.begin(last, on_disk=True)
-            self._running.hurry(deadline)
-        self._running.wait()
-        return last.path
 
     def _leave(self, *, in_good_order: bool) -> None:
         """Leave the groups."""
@@ -289,8 +251,9 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        error = self._running.finish()
+        error = None
         try:
+            error = self._running.finish()
             self._leave(in_good_order=not failing)
             self._saver.release()
         finally:
@@ -298,3 +261,13 @@ class Checkpointer:
                 self._signal.close(deliver=not failing)
         if error is not None and not failing:
             self._running.raise_failure()
+
+
+def _checked(step: int) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UsageError(f"a step is a whole number from 0, not {step!r}")
+    return number

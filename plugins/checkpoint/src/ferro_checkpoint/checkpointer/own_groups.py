@@ -26,6 +26,7 @@ class OwnGroups:
         rank, world_size: as in the training's group.
         steps: the group for the program's own thread, or None.
         saves: the group for the thread that writes, or None.
+        timeout_s: how long to wait for other ranks.
     """
 
     def __init__(self, group: ProcessGroup | None, timeout_s: float) -> None:
@@ -33,7 +34,7 @@ class OwnGroups:
         self.world_size = 1 if group is None else group.world_size
         self.steps: ProcessGroup | None = None
         self.saves: ProcessGroup | None = None
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         if group is not None and group.world_size > 1:
             self._ranks = range(group.world_size)
             self.steps = group.subgroup(self._ranks, name=f"{group.name}-checkpoint", timeout_s=timeout_s)
@@ -45,13 +46,13 @@ class OwnGroups:
             return
         name = self.saves.name
         self.saves.abandon()
-        self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self._timeout_s)
+        self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self.timeout_s)
 
     def gather(self, value: Value) -> list[Value]:
         """Return every rank's value, in the program's own thread."""
         if self.steps is None:
             return [value]
-        values: list[Value] = self.steps.all_gather_object(value, timeout_s=self._timeout_s)
+        values: list[Value] = self.steps.all_gather_object(value, timeout_s=self.timeout_s)
         return values
 
     def from_rank_0(self, value: Value | None) -> Value:
@@ -59,7 +60,7 @@ class OwnGroups:
         if self.steps is None:
             assert value is not None
             return value
-        found: Value = self.steps.broadcast_object(value, timeout_s=self._timeout_s)
+        found: Value = self.steps.broadcast_object(value, timeout_s=self.timeout_s)
         return found
 
     def close(self, *, in_good_order: bool) -> None:

@@ -37,6 +37,7 @@ class TerminationSignal:
     """A handler of SIGTERM that only notes it, then calls the earlier handler if that is a function.
 
     Attributes:
+        allowed_s: how long after the signal the program may go on.
         received_at: when the first one came, in `time.monotonic()` seconds; None before.
         acted: whether the program has done what the signal asks for.
 
@@ -44,7 +45,8 @@ class TerminationSignal:
         UsageError: this is not the main thread, where alone Python handles signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowed_s: float) -> None:
+        self.allowed_s = allowed_s
         self.received_at: float | None = None
         self.acted = False
         self._closed = False

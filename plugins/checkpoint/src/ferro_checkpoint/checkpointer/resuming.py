@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
@@ -14,6 +15,7 @@ from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.storage.storage import Storage
 
 if TYPE_CHECKING:
+    from ferro_checkpoint.checkpointer.catalog import Catalog
     from ferro_checkpoint.checkpointer.own_groups import OwnGroups
     from ferro_checkpoint.checkpointer.saver import Saver
 
@@ -32,7 +34,7 @@ class _Candidate:
         return f"{self.storage.path}/{self.name}"
 
 
-def load_newest(state: Mapping[str, Any], saver: Saver, groups: OwnGroups) -> int | None:
+def load_newest(state: object, saver: Saver, groups: OwnGroups) -> int | None:
     """Load the newest whole checkpoint into `state`; all ranks call it together.
 
     A checkpoint that turns out to be damaged while it is loaded is left out, with a warning, and the next older one
@@ -71,12 +73,28 @@ def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
         memory = saver.memory
         found += [_Candidate(one.step, one.name, memory, one) for one in remembered(memory, groups)]
     if saver.storage is not None and saver.catalog is not None:
-        own = saver.catalog.steps() if groups.rank == 0 else None
-        found += [_Candidate(step, name, saver.storage) for step, name in groups.from_rank_0(own)]
+        found += [_Candidate(step, name, saver.storage) for step, name in _listed(saver.catalog, groups)]
     return sorted(found, key=lambda one: (-one.step, one.remembered is None))
 
 
-def _load_from_memory(state: Mapping[str, Any], one: _Candidate, saver: Saver, groups: OwnGroups) -> str | None:
+def _listed(catalog: Catalog, groups: OwnGroups) -> list[tuple[int, str]]:
+    """List the directories as rank 0 sees them."""
+    error: Exception | None = None
+    told: tuple[list[tuple[int, str]], str] = ([], "")
+    if groups.rank == 0:
+        try:
+            told = (catalog.steps(), "")
+        except Exception as failure:  # noqa: BLE001 - the others are told first
+            error, told = failure, ([], f"{type(failure).__name__}: {failure}")
+    found, text = groups.from_rank_0(told)
+    if error is not None:
+        raise error
+    if text:
+        raise CheckpointError(f"rank 0 cannot look for checkpoints: {text}", path="", rank=groups.rank)
+    return found
+
+
+def _load_from_memory(state: object, one: _Candidate, saver: Saver, groups: OwnGroups) -> str | None:
     """Load one that is in the ranks' memories, as `_load`, if it is complete there."""
     assert saver.memory is not None
     assert one.remembered is not None
@@ -90,14 +108,15 @@ def _load_from_memory(state: Mapping[str, Any], one: _Candidate, saver: Saver, g
     return fault
 
 
-def _load(state: Mapping[str, Any], one: _Candidate, groups: OwnGroups, readers: Readers | None) -> str | None:
+def _load(state: object, one: _Candidate, groups: OwnGroups, readers: Readers | None) -> str | None:
     """Load one; return None if that went well on all ranks, the fault that one has found, or "" if it is incomplete."""
     opened: list[OpenedCheckpoint] = []
     fault = _agreed(lambda: opened.append(OpenedCheckpoint.open(one.storage, one.name)), one, groups)
     try:
         if fault is not None:
             return fault
-        return _agreed(lambda: load_checkpoint(opened[0], state, groups.steps, readers=readers), one, groups)
+        load_now = partial(load_checkpoint, timeout_s=groups.timeout_s)
+        return _agreed(lambda: load_now(opened[0], state, groups.steps, readers=readers), one, groups)
     finally:
         for checkpoint in opened:
             checkpoint.close()
@@ -118,6 +137,10 @@ def _agreed(attempt: Callable[[], object], one: _Candidate, groups: OwnGroups) -
             raise error
         rank, told = next((rank, told) for rank, (kind, told) in enumerate(answers) if kind == _OTHER)
         raise CheckpointError(f"{one.path} could not be loaded on rank {rank}: {told}", path=one.path, rank=rank)
+    if worst == _INCOMPLETE and any(kind == _GOOD for kind, _ in answers):
+        lacks = next(rank for rank, (kind, _) in enumerate(answers) if kind == _INCOMPLETE)
+        text = f"{one.path} is there for some ranks, and not for rank {lacks}: give a directory that all hosts share"
+        raise CheckpointError(text, path=one.path, rank=groups.rank)
     return None if worst == _GOOD else next(str(told) for kind, told in answers if kind == worst)
 
 

@@ -9,6 +9,7 @@ from ferro_checkpoint.checkpointer import background
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.errors import SaveFailed
 
+_WORTH_TELLING_S = 0.1
 _LOG = logging.getLogger("ferro.checkpoint")
 
 
@@ -104,7 +105,7 @@ class RunningSave:
         began = time.monotonic()
         self.wait()
         waited_s = time.monotonic() - began
-        if not self._told_waiting:
+        if waited_s > _WORTH_TELLING_S and not self._told_waiting:
             self._told_waiting = True
             text = "step %d waited %.3g s until step %d was saved: saves are due more often than they can be written"
             _LOG.warning(f"{text} (this is logged once; see SaveResult.waited_s)", step, waited_s, current.step)

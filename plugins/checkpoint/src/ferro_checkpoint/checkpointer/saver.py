@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from ferro import FerroError
 from ferro_checkpoint.checkpointer import background
@@ -56,6 +55,7 @@ class Saver:
         memory: the checkpoints in memory, or None.
         catalog: those in the directory, or None.
         storage: the directory, or None.
+        groups: the groups, once there are some.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Saver:
         self._progress = progress
         self._plans: dict[bool, SavePlan] = {}  # by whether ranks write ranges of one file
         self._ring: list[int] = []
-        self._groups: OwnGroups | None = None
+        self.groups: OwnGroups | None = None
         self._failed = False
 
     def use(self, groups: OwnGroups) -> None:
         """Save with these groups from now on; all ranks call it."""
-        self._groups = groups
+        self.groups = groups
         self._plans = {}
         if self.memory is not None:
             self._ring = ring([str(host) for host in groups.gather(socket.gethostname())])
 
     def save(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float], target: Target, waited_s: float
+        self, step: int, state: object, metrics: Mapping[str, float], target: Target, waited_s: float
     ) -> SaveResult:
         """Begin a save; the one before has ended. All ranks call it together."""
         began = time.monotonic()
-        groups = self._groups
+        groups = self.groups
         assert groups is not None
         if self._failed:
             groups.renew_saves()
@@ -99,7 +99,7 @@ class Saver:
         if not plan.staged:
             place_parts(plan)
         snapshot = Snapshot(plan, self.staging.room(plan.staged_bytes)) if target.background else None
-        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # others are no JSON
+        finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}  # others are no JSON
         name = name_of(step)
         path = f"{storage.path}/{name}"
         result = SaveResult(step=step, path=path, bytes=plan.staged_bytes, waited_s=waited_s)

@@ -44,7 +44,7 @@ class HeldCheckpoint:
     @property
     def nbytes(self) -> int:
         """How much memory it takes."""
-        return self.own.nbytes + self.copy.nbytes
+        return self.own.nbytes + self.copy.nbytes + sum(map(len, self.small.values()))
 
     @property
     def key(self) -> str:

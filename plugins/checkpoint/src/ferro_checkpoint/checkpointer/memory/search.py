@@ -68,7 +68,7 @@ def _share(
     """Give the record, the small files and the sizes to the ranks that have none of it."""
     given = {"small": held.small, "sizes": held.sizes} if held is not None and groups.rank == root else None
     assert groups.steps is not None, "a single rank has what it has"
-    told = groups.steps.broadcast_object(given, root)
+    told = groups.steps.broadcast_object(given, root, timeout_s=groups.timeout_s)
     if held is None:
         held = memory.other
         held.begin(name)
