@@ -7,12 +7,12 @@ release the interpreter's lock.
     | algorithm | 64 KiB | 1 MiB | 4 MiB | 256 MiB, beside a thread |
     | xxh3_64   |  7.4   |  4.3  |  3.5  |  6.5                     |  on a quieter machine 7.0, 7.8 and 8.9
     | xxh3_128  |  6.9   |  3.5  |  3.8  |  6.9                     |  on a quieter machine 7.3, 7.4 and 7.8
-    | crc32c    |  5.2   |  3.1  |  3.3  |  4.6                     |  of google-crc32c; first three with a copy to bytes
+    | crc32c    |  5.2   |  3.1  |  3.3  |  4.6                     |  of google-crc32c; three with a copy to bytes
     | crc32     |  2.2   |  3.5  |  1.7  |  2.5                     |
     | blake2b   |  0.48  |  0.52 |  0.49 |  0.58                    |
 
-BLAKE2 is slower than a good disk, and a CRC with 32 bits misses one fault in 2^32. A digest of a segment finds faults; it does not prove who has
-written the segment, for the record beside it can be changed as well.
+BLAKE2 is slower than a good disk, and a CRC with 32 bits misses one fault in 2^32. A digest of a segment finds faults;
+it does not prove who has written the segment, for the record beside it can be changed as well.
 """
 
 from __future__ import annotations
