@@ -14,6 +14,7 @@ from ferro_checkpoint.layout.header import encode_header
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord, Record
 from ferro_checkpoint.opened import files
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.storage.saver import TOKEN_NAME
 
 from .conftest import ARRAYS
 from .written import file_record, write
@@ -222,7 +223,8 @@ def test_a_segment_beyond_all_measure_and_an_index_that_is_not_listed(storage, t
 
 
 def test_a_missing_record_says_what_is_there(storage, tmp_path):
-    (tmp_path / ".tmp-step-9-abc").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / TOKEN_NAME).write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("a")
@@ -233,7 +235,7 @@ def test_a_missing_record_says_what_is_there(storage, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "step-7").rename(tmp_path / "run" / "step-7")
     for name, message in {
-        ".tmp-step-9-abc": "temporary directory of a save",
+        "begun": "the save of this checkpoint goes on or was interrupted",
         "nothing": "nothing of this name",
         "empty": "the directory is empty",
         "notes": "the save did not end, or this is no checkpoint",

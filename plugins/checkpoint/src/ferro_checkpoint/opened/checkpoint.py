@@ -151,6 +151,7 @@ class OpenedCheckpoint:
         if latest is not None and latest[:2] == (file, k):
             return latest[2]
         begin, end = self._range(file, k)
+        self._latest = latest = None  # so that no two are in memory
         content = np.empty(end - begin, np.uint8).data
         self.read_segment(file, k, [content])
         self._latest = (file, k, content)
