@@ -108,6 +108,8 @@ HOSTILE = {
     "a size of texts": SIZE + b"X\1\0\0\0a\x85\x85R.",
     "a size of many": SIZE + b"(" + b"K\1" * 65 + b"t\x85R.",
     "a name of no text": b"K\1K\2\x93.",
+    "getattr of a size": b"cbuiltins\ngetattr\n" + SIZE + b"X\7\0\0\0__new__\x86R.",
+    "getattr of a text": b"cbuiltins\ngetattr\nX\1\0\0\0aX\4\0\0\0join\x86R.",
     "a dotted name": b"ctorch\nSize.__class__\n.",
     "a name without an end": b"c" + b"a" * 5000,
     "an old instance": b"(ios\nsystem\n.",
@@ -138,6 +140,12 @@ def test_instances_are_stand_ins():
     read = read_pickle(b"\x80\x02ca\nB\nK\1\x85\x81}X\1\0\0\0xK\2sb.", names, "p")
     assert (type(read), read.kind, read.args, read.state) == (Built, "B", (1,), {"x": 2})
     assert read_pickle(b"ca\ntwice\nK\1\x85R.", names, "p") == (1, 1)
+
+
+def test_a_member_of_an_enum_by_name():
+    module = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    by_name = read_pickle(b"cbuiltins\ngetattr\n" + module + b"X\1\0\0\0a\x86R.", METADATA_NAMES, "p")
+    assert by_name.kind == read_pickle(module + b"K\0\x85R.", METADATA_NAMES, "p").kind
 
 
 LENGTHS = {f"__{rank}_0.distcp": nbytes for rank, nbytes in enumerate((7885, 10851, 7949, 11039))}

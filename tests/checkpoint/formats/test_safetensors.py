@@ -304,6 +304,21 @@ def test_a_file_that_changes_is_refused(tmp_path):
         source.read("a")
 
 
+def test_many_files_need_few_descriptors(tmp_path):
+    write_safetensors(tmp_path / "d", {f"t{i}": np.full(2, i) for i in range(150)}, file_bytes=16)
+    before = len(os.listdir("/proc/self/fd"))
+    source = open_foreign(tmp_path / "d")
+    assert all((source.read(f"t{i}") == i).all() for i in range(150))
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    for file in (tmp_path / "d").glob("*-of-00150.safetensors"):
+        os.utime(file, (1, 1))
+    for i in (0, 149):  # one that is open, and one that opens again
+        with pytest.raises(CheckpointDamaged, match="was changed"):
+            source.read(f"t{i}")
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_every_byte_of_a_header(tmp_path):
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"a": np.arange(3), "b": np.ones((2, 2), np.float32)}, path)

@@ -38,6 +38,11 @@ class InputFile:
         self.nbytes = status.st_size
         self._changed_at = status.st_mtime_ns
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Return length and time of the last change; they differ when the file was changed."""
+        return self.nbytes, self._changed_at
+
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill this memory with the file's bytes from `offset` on.
 
@@ -55,7 +60,7 @@ class InputFile:
                 raise CheckpointDamaged(text, path=self.path)
             done += count
         status = os.fstat(self._descriptor)
-        if (status.st_size, status.st_mtime_ns) != (self.nbytes, self._changed_at):
+        if (status.st_size, status.st_mtime_ns) != self.version:
             raise CheckpointDamaged(f"{self.path} was changed while it was being read", path=self.path)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -80,13 +85,16 @@ class InputFiles:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self._open: dict[str, InputFile] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def open(self, name: str) -> InputFile:
         """Return a file; what was returned before may be closed by then."""
         if name not in self._open:
             if len(self._open) >= _MOST_OPEN_FILES:  # thousands of files must not use up this process's descriptors
                 self.close()
-            self._open[name] = InputFile(os.path.join(self.directory, name))
+            file = self._open[name] = InputFile(os.path.join(self.directory, name))
+            if self._versions.setdefault(name, file.version) != file.version:
+                raise CheckpointDamaged(f"{file.path} was changed while it was being read", path=file.path)
         return self._open[name]
 
     def close(self) -> None:

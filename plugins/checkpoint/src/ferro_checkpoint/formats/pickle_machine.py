@@ -66,27 +66,32 @@ class PickleMachine:
 
     def run(self) -> Any:
         """Return the object that the pickle is of."""
-        data, instructions = self.data, _INSTRUCTIONS
+        data, instructions, stack, memo = self.data, _INSTRUCTIONS, self.stack, self.memo
         for _ in range(_MOST_INSTRUCTIONS):
             code = data[self.position]
             self.position += 1
-            if code == 0x2E:  # STOP
-                (value,) = self.stack
+            if code == 0x94 and stack[-1] is not _MARK:  # MEMOIZE, here because half of all are this one or the next
+                memo[len(memo)] = stack[-1]
+            elif code == 0x6A:  # LONG_BINGET
+                stack.append(memo[self.number(4)])
+            elif code == 0x2E:  # STOP
+                (value,) = stack
                 if value is _MARK:
                     raise Refusal("it ends within a sequence")
                 return value
-            instruction = instructions.get(code)
-            if instruction is None:
+            elif (instruction := instructions.get(code)) is not None:
+                instruction(self)
+            else:
                 raise Refusal(f"the instruction {bytes([code])!r} is not read")
-            instruction(self)
         raise Refusal(f"it has more than {_MOST_INSTRUCTIONS} instructions")
 
     def take(self, count: int) -> bytes:
         """Take the next bytes, of which there must be enough."""
-        if not 0 <= count <= len(self.data) - self.position:
+        taken = self.data[self.position : self.position + count]
+        if len(taken) != count:
             raise Refusal(f"{count} bytes are announced, and {len(self.data) - self.position} follow")
         self.position += count
-        return self.data[self.position - count : self.position]
+        return taken
 
     def number(self, count: int) -> int:
         """Take an unsigned number of so many bytes."""
@@ -186,8 +191,10 @@ class PickleMachine:
 
     def tuple_of(self, count: int) -> None:
         """Make a tuple of the uppermost values."""
-        values = tuple(self.pop() for _ in range(count))
-        self.stack.append(values[::-1])
+        values = self.stack[-count:]
+        if len(values) != count or _MARK in values:
+            raise Refusal("a mark is taken for a value, or a value is missing")
+        self.stack[-count:] = [tuple(values)]
 
     def append(self, values: list[Any]) -> None:
         """Append to the uppermost list."""

@@ -89,6 +89,13 @@ def _ordered_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
     return {}
 
 
+def _enum_member(args: tuple[Any, ...]) -> Built:
+    """Some releases of Python 3.11 write a member of an enum as getattr(class, name); nothing else may come so."""
+    if len(args) != 2 or args[0] is not _MEM_FORMAT or type(args[1]) is not str:
+        raise ValueError("getattr of something else than the enum of memory formats")
+    return Built("_MEM_FORMAT_ENCODING", args[1:])
+
+
 def _layout(args: tuple[Any, ...]) -> Built:
     return Built("layout", args)
 
@@ -102,6 +109,7 @@ _COMMON: Names = {
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # where torch before 2.3 had TensorProperties
+_MEM_FORMAT = built_by("_MEM_FORMAT_ENCODING")
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")
 
 METADATA_NAMES: Names = {
@@ -114,13 +122,14 @@ METADATA_NAMES: Names = {
             "BytesStorageMetadata",
             "ChunkStorageMetadata",
             "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
             "MetadataIndex",
             "StorageMeta",
         )
     },
     (_SHARDED, "TensorProperties"): built_by("TensorProperties"),
-    (_SHARDED, "MEM_FORMAT_ENCODING"): built_by("_MEM_FORMAT_ENCODING"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"): _MEM_FORMAT,
+    (_SHARDED, "MEM_FORMAT_ENCODING"): _MEM_FORMAT,
+    ("builtins", "getattr"): Maker(_enum_member),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): built_by("_StorageInfo"),
     **{(module, kind): built_by("Path") for module in ("pathlib", "pathlib._local") for kind in _PATHS},
 }
