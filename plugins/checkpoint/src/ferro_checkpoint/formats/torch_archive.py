@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.formats.input_file import InputFile, read_elements
-from ferro_checkpoint.formats.pickle_machine import Built
-from ferro_checkpoint.formats.pickle_reader import read_pickle
+from ferro_checkpoint.formats.pickle_names import Built
+from ferro_checkpoint.formats.pickle_reader import MOST_PICKLE_BYTES, read_pickle
 from ferro_checkpoint.formats.torch_names import ARCHIVE_NAMES, MOST_DIMS, StorageClass, TorchDtype, TorchSize
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
@@ -118,6 +118,8 @@ class TorchArchive:
 
     def _content(self, name: str) -> bytes:
         begin, record = self._data(name)
+        if record.nbytes > MOST_PICKLE_BYTES:
+            self._refuse(f"{name} has {record.nbytes} bytes, and is read up to {MOST_PICKLE_BYTES}")
         content = self._file.read(begin, record.nbytes)
         if record.crc32 and zlib.crc32(content) != record.crc32:
             self._refuse(f"{name} is not what was written: the CRC-32 differs")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.formats.chunks import Chunk, checked_chunks
-from ferro_checkpoint.formats.pickle_machine import Built
+from ferro_checkpoint.formats.pickle_names import Built
 from ferro_checkpoint.formats.pickle_reader import read_pickle
 from ferro_checkpoint.formats.torch_names import METADATA_NAMES, TorchDtype, TorchSize, item_bytes
 from ferro_checkpoint.layout.bundle import Described
