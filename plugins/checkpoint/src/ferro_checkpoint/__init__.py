@@ -10,7 +10,9 @@ from ferro_checkpoint.errors import (
     SaveFailed,
     StateError,
 )
+from ferro_checkpoint.loading.load import load
 from ferro_checkpoint.placement.array_piece import ArrayPiece
+from ferro_checkpoint.saving.save import save
 
 __all__ = [
     "ArrayPiece",
@@ -20,4 +22,6 @@ __all__ = [
     "CheckpointTooNew",
     "SaveFailed",
     "StateError",
+    "load",
+    "save",
 ]

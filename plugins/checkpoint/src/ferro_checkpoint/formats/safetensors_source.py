@@ -106,6 +106,11 @@ class SafetensorsSource:
             read_elements(self._files.open(file), begin, chunk.box_of(out))
         return out
 
+    def file_of(self, name: str) -> str | None:
+        """Return the name of the file that a tensor is in; None if several have chunks of it, or it has no element."""
+        chunks = self._chunks[name]
+        return chunks[0].where[0] if len(chunks) == 1 else None
+
     def close(self) -> None:
         """Close the files."""
         self._files.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
-from ferro_checkpoint.layout.header import StoredTensor, encode_header
+from ferro_checkpoint.layout.header import MOST_HEADER_BYTES, StoredTensor, encode_header
 from ferro_checkpoint.layout.json_text import write_json
 
 Described: TypeAlias = "tuple[str, tuple[int, ...]]"
@@ -16,6 +16,7 @@ Described: TypeAlias = "tuple[str, tuple[int, ...]]"
 
 FILE_BYTES = 4 << 30  # of one file's data; a larger tensor has a file of its own
 SUFFIX = ".safetensors"
+_HEADER_BYTES = MOST_HEADER_BYTES // 2
 _METADATA = {"format": "pt"}  # what loaders of this format ask for; the arrays are nobody's in particular
 
 
@@ -45,14 +46,20 @@ def layout_bundle(bundle: str, tensors: Mapping[str, Described], file_bytes: int
         file_bytes: how many bytes of data a file may have, unless it has one tensor alone.
     """
     groups: list[list[str]] = []
-    filled = 0
-    for name in sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name)):  # so that each is aligned
-        nbytes = _bytes_of(tensors[name])
-        if not groups or filled + nbytes > file_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += nbytes
+    filled = header_bytes = 0
+    # The tensors of larger elements come first, so that each begins at a multiple of its element's bytes.
+    by_size: dict[int, list[str]] = {}
+    for name in sorted(tensors):
+        by_size.setdefault(ITEM_BYTES[tensors[name][0]], []).append(name)
+    for itemsize in sorted(by_size, reverse=True):
+        for name in by_size[itemsize]:
+            nbytes = math.prod(tensors[name][1]) * itemsize
+            if not groups or filled + nbytes > file_bytes or header_bytes > _HEADER_BYTES:
+                groups.append([])
+                filled = header_bytes = 0
+            groups[-1].append(name)
+            filled += nbytes
+            header_bytes += 6 * len(name) + 100  # at most, but for arrays of very many dimensions
     if len(groups) <= 1:
         names = [f"{bundle}{SUFFIX}"] * len(groups)
     else:
@@ -77,12 +84,7 @@ def _file(name: str, group: Iterable[str], tensors: Mapping[str, Described]) -> 
     header = encode_header(own, _METADATA)
     stored, begin = {}, len(header)
     for tensor, (dtype, shape) in own.items():
-        end = begin + _bytes_of((dtype, shape))
+        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
         stored[tensor] = StoredTensor(dtype, shape, begin, end)
         begin = end
     return TensorFile(name, header, stored, begin)
-
-
-def _bytes_of(described: Described) -> int:
-    dtype, shape = described
-    return math.prod(shape) * ITEM_BYTES[dtype]

@@ -28,6 +28,7 @@ _OF_NUMPY = {
 # complex128 is in no safetensors file: it is written as pairs of float64, with a last dimension of 2 more, and the
 # record says so.
 _NAMES = {name: dtype for dtype, name in _OF_NUMPY.items()}
+_OF_DTYPE: dict[np.dtype, str] = {}  # NumPy takes microseconds to compose a dtype's name
 _WITH_ML_DTYPES = frozenset(("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"))
 
 
@@ -37,12 +38,14 @@ def dtype_name(dtype: np.dtype, tensor: str) -> str:
     Raises:
         StateError: there is none for it; `tensor` names the array.
     """
+    if (found := _OF_DTYPE.get(dtype)) is not None:
+        return found
     name = _OF_NUMPY.get(dtype.name)
     if name is None or dtype.byteorder == ">":
         raise StateError(
             f"{tensor!r} has dtype {dtype}, which no checkpoint carries: convert it, or save it as a value"
         )
-    return name
+    return _OF_DTYPE.setdefault(dtype, name)
 
 
 def dtype_of(name: str) -> np.dtype | None:

@@ -1,27 +1,39 @@
-"""JSON that comes from outside: strict, and with each key once."""
+"""JSON that comes from outside: strict, with each key once, and bounded in what it takes to read it."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
+
+MOST_VALUES = 16 << 20
+"""Values that a text may have: each takes up to some 100 bytes of memory, in the text as few as 2."""
 
 
 class UnreadableJson(ValueError):
     """The text is no JSON as checkpoints have it; the message says why."""
 
 
-def read_json(text: bytes) -> Any:
+def read_json(text: bytes, most_values: int = MOST_VALUES) -> Any:
     """Read JSON whose objects have each key once. The caller bounds its size.
 
     Raises:
-        UnreadableJson: it is not; too deeply nested text is refused as well.
+        UnreadableJson: it is not; text that is too deeply nested, has more than `most_values` values, a number that
+            no float holds, or half of a surrogate pair, is refused as well.
     """
+    if sum(map(text.count, (b",", b"[", b"{"))) > most_values:
+        raise UnreadableJson(f"it has more than {most_values} values")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_refuse_constant, parse_float=_finite
+        )
+        if b"\\u" in text:
+            write_json(value)  # Half of a surrogate pair is no text: nobody could print or store it.
     except UnreadableJson:
         raise
     except (ValueError, RecursionError) as error:
         raise UnreadableJson(str(error)) from error
+    return value
 
 
 def write_json(value: object) -> bytes:
@@ -34,13 +46,31 @@ def write_json(value: object) -> bytes:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UnreadableJson(f"the key {key!r} comes twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise UnreadableJson(f"the key {shown(twice)} comes twice")
     return found
 
 
 def _refuse_constant(name: str) -> None:
     raise UnreadableJson(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise UnreadableJson(f"no float holds {shown(text)}")
+    return value
+
+
+def shown(value: object, most: int = 100) -> str:
+    """Write a value of unknown size for a message, cut to about `most` characters."""
+    if isinstance(value, str):
+        text = repr(value[: most + 1])
+    elif isinstance(value, list | dict):
+        text = f"a {type(value).__name__} of {len(value)}" if len(value) > most else repr(value)
+    else:
+        text = repr(value)
+    return text if len(text) <= most + 2 else f"{text[:most]}…"

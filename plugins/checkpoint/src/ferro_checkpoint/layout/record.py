@@ -15,11 +15,12 @@ from itertools import pairwise
 from typing import Any
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew
-from ferro_checkpoint.layout.json_text import UnreadableJson, read_json, write_json
+from ferro_checkpoint.layout.json_text import UnreadableJson, read_json, shown, write_json
 
 RECORD_NAME = "ferro.json"
 MOST_RECORD_BYTES = 256 << 20
 VERSION = 1
+BUNDLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _FORMAT = "ferro-checkpoint"
 _FILE_NAME = re.compile(r"[^/\\\0]+")
 _MOST_BYTES = 1 << 62
@@ -92,13 +93,19 @@ class Record:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointDamaged(f"{path}: this is no record of a checkpoint", path=path)
         version = content.get("version")
-        if type(version) is int and version > VERSION:
+        if type(version) is not int or version < 1:
+            raise CheckpointDamaged(f"{path}: its version is none", path=path)
+        if version > VERSION:
             raise CheckpointTooNew(
                 f"{path}: this checkpoint has version {version} of the format, and this ferro-checkpoint reads up to "
                 f"{VERSION}: update ferro-checkpoint",
                 path=path,
             )
-        if content.pop("record_digest", None) != _digest(content):
+        try:
+            expected = _digest({key: value for key, value in content.items() if key != "record_digest"})
+        except RecursionError as error:  # Writing may go a few levels less deep than reading.
+            raise CheckpointDamaged(f"{path}: its values are too deeply nested", path=path) from error
+        if content.get("record_digest") != expected:
             raise CheckpointDamaged(f"{path}: the record is not the one that was written", path=path)
         fault = _fault(content)
         if fault:
@@ -126,23 +133,30 @@ def _fault(content: Mapping[str, Any]) -> str | None:
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
             return f"its {key!r} is no {kind.__name__}"
-    if not (content.get("step") is None or type(content["step"]) is int):
+    if "step" not in content or type(content["step"]) not in (int, type(None)):
         return "its step is no number"
     for name, one in content["files"].items():
         if not is_file_name(name):
-            return f"{name!r} is no name of a file in it"
+            return f"{shown(name)} is no name of a file in it"
         if not isinstance(one, dict) or type(one.get("bytes")) is not int or not 0 <= one["bytes"] < _MOST_BYTES:
-            return f"the size of file {name!r} is none"
+            return f"the size of file {shown(name)} is none"
         ends, digests = one.get("ends"), one.get("digests")
         if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-            return f"the digests of file {name!r} are none"
+            return f"the digests of file {shown(name)} are none"
         if not isinstance(ends, list) or not all(type(end) is int for end in ends) or len(ends) != len(digests):
-            return f"the segments of file {name!r} are none"
+            return f"the segments of file {shown(name)} are none"
         if any(end <= begin for begin, end in pairwise([0, *ends])) or [0, *ends][-1] != one["bytes"]:
-            return f"the segments of file {name!r} do not cover it"
+            return f"the segments of file {shown(name)} do not cover it"
+    listed: set[str] = set()
     for bundle, files in content["bundles"].items():
-        if not isinstance(files, list) or not all(name in content["files"] for name in files):
-            return f"bundle {bundle!r} has files that the record does not list"
+        if not BUNDLE_NAME.fullmatch(bundle):
+            return f"{shown(bundle)} is no name of a bundle"
+        if not isinstance(files, list) or not all(type(name) is str and name in content["files"] for name in files):
+            return f"bundle {shown(bundle)} has files that the record does not list"
+        before = len(listed)
+        listed.update(files)
+        if len(listed) != before + len(files):
+            return f"bundle {shown(bundle)} has a file twice, or one of another bundle"
     return None
 
 

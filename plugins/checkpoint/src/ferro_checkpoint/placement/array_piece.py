@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ferro.types import Array
 from ferro_checkpoint.errors import StateError
-from ferro_checkpoint.placement.runs import Runs, box_runs
+from ferro_checkpoint.placement.boxes import Box, flat_boxes
 
 
 class Placed(Protocol):
-    """What an object of another package has that says where its elements lie; `ArrayPiece` describes each."""
+    """What an object of another package has that says where its elements lie."""
 
     # The attributes are those of `ArrayPiece`.
     @property
@@ -29,8 +28,7 @@ class Placed(Protocol):
     def flat(self) -> tuple[int, int] | None: ...  # noqa: D102
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrayPiece:
+class ArrayPiece(NamedTuple):
     """This rank's piece of an array: a box of it, or consecutive elements of a flattened box.
 
     Attributes:
@@ -39,6 +37,10 @@ class ArrayPiece:
         start: the box's first index in each dimension.
         extent: the box's size in each dimension; a rank that holds nothing has a size of 0.
         flat: the first of the flattened box's elements, and how many of them this rank holds; None for all.
+        replicas_may_differ: ranks that hold the same elements need not have the same values, and those of the lowest
+            rank count, as with running statistics that are synchronised from time to time.
+        on_all_ranks: every rank knows the array, though it may hold nothing of it. False where ranks have different
+            parts of a model, as the stages of a pipeline do.
     """
 
     shape: tuple[int, ...]
@@ -46,11 +48,14 @@ class ArrayPiece:
     start: tuple[int, ...]
     extent: tuple[int, ...]
     flat: tuple[int, int] | None = None
+    replicas_may_differ: bool = False
+    on_all_ranks: bool = True
 
     @classmethod
     def whole(cls, data: Array) -> ArrayPiece:
-        """Place an array that this rank holds as a whole."""
-        return cls(shape=data.shape, data=data, start=(0,) * data.ndim, extent=data.shape)
+        """Describe an array that this rank holds as a whole."""
+        shape = data.shape
+        return cls(shape, data, (0,) * len(shape), shape)
 
     @classmethod
     def checked(cls, name: str, placed: Placed) -> ArrayPiece:
@@ -72,7 +77,15 @@ class ArrayPiece:
                 f"{name!r}: a piece of {placed.data.size} elements at {start}, of {extent}"
                 f"{'' if flat is None else f', {flat[1]} elements from {flat[0]} on'}, is none of an array of {shape}"
             )
-        return cls(shape=shape, data=placed.data, start=start, extent=extent, flat=flat)
+        return cls(
+            shape=shape,
+            data=placed.data,
+            start=start,
+            extent=extent,
+            flat=flat,
+            replicas_may_differ=bool(getattr(placed, "replicas_may_differ", False)),
+            on_all_ranks=bool(getattr(placed, "on_all_ranks", True)),
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -84,6 +97,51 @@ class ArrayPiece:
         """True if this rank holds the whole array."""
         return self.extent == self.shape and (self.flat is None or self.flat == (0, math.prod(self.shape)))
 
-    def runs(self) -> Runs:
-        """List the consecutive elements of the whole array that this rank holds."""
-        return box_runs(self.shape, self.start, self.extent, self.flat)
+    def boxes(self) -> list[Box]:
+        """List the boxes of the whole array of which this rank holds the elements, in the order of its data."""
+        if self.flat is None:
+            box = Box(self.start, self.extent)
+            return [box] if box.size else []
+        first, count = self.flat
+        return [box.moved(self.start) for box in flat_boxes(self.extent, first, first + count)]
+
+    def views(self, name: str) -> list[Array]:
+        """Return the elements of each of `boxes`, in its shape, without a copy.
+
+        Raises:
+            StateError: the memory of `data` is not in C order, so that no view has the box's shape.
+        """
+        if self.flat is None and self.data.shape == self.extent:
+            return [self.data] if self.data.size else []
+        views, place = [], 0
+        flat = _flat_view(self.data)
+        if flat is None:
+            raise StateError(f"{name!r}: the memory of its {self.data.shape} elements is not in C order")
+        for box in self.boxes():
+            views.append(flat[place : place + box.size].reshape(box.extent))
+            place += box.size
+        return views
+
+    def consecutive(self) -> tuple[int, int] | None:
+        """Find this rank's elements in the flattened whole array.
+
+        Returns:
+            The first element, and one more than the last, if they are consecutive there; else None.
+        """
+        if self.flat is not None and self.extent == self.shape:
+            return self.flat[0], sum(self.flat)
+        boxes = self.boxes()
+        if not boxes:
+            return 0, 0
+        found = boxes[0].consecutive(self.shape)
+        for box in boxes[1:]:
+            more = box.consecutive(self.shape)
+            if found is None or more is None or found[1] != more[0]:
+                return None
+            found = found[0], more[1]
+        return found
+
+
+def _flat_view(data: Array) -> Array | None:
+    """View an array as one dimension; None if its memory is not in C order."""
+    return data.reshape(-1) if data.flags.c_contiguous else None

@@ -1,0 +1,146 @@
+"""LocalArray: reads and writes bytes of this rank's piece of an array, wherever its memory is and however it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ferro.types import Array
+from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.layout.dtypes import dtype_name
+from ferro_checkpoint.placement.array_piece import ArrayPiece
+from ferro_checkpoint.placement.boxes import Box, flat_boxes
+
+_COMPLEX = np.dtype(np.complex128)
+COMPLEX128 = "C128"
+"""The dtype of an array of complex128, in place of the float64 as which files have it."""
+
+
+class LocalArray:
+    """A piece, as bytes.
+
+    A complex128 array, which no safetensors file has, is one of float64 with a last dimension of 2 more.
+
+    Args:
+        name: of the array, for messages.
+        piece: this rank's piece.
+
+    Attributes:
+        name: as given.
+        dtype_name: of the array in files; COMPLEX128 for pairs of float64.
+        shape: of the whole array in files.
+        itemsize: bytes of an element.
+        range: the first of the whole array's elements that this rank holds, and one more than the last, if they are
+            consecutive there; else None.
+        boxes: the boxes that this rank holds, where `range` is None.
+    """
+
+    __slots__ = ("_flat", "_views", "boxes", "dtype_name", "itemsize", "name", "piece", "range", "shape")
+
+    def __init__(self, name: str, piece: ArrayPiece) -> None:
+        dtype = piece.data.dtype
+        self.name = name
+        if dtype == _COMPLEX:
+            piece = _of_floats(piece)
+            self.dtype_name, self.itemsize = COMPLEX128, 8
+        else:
+            self.dtype_name, self.itemsize = dtype_name(dtype, name), dtype.itemsize
+        self.piece, self.shape = piece, piece.shape
+        self._views: list[Array] | None = None
+        self._flat: memoryview | None = None
+        self.range: tuple[int, int] | None
+        self.boxes: Sequence[Box] = ()
+        if piece.flat is None and piece.extent == piece.shape:
+            self.range = (0, piece.data.size)
+        else:
+            self.range = piece.consecutive()
+            if self.range is None:
+                self.boxes = piece.boxes()
+
+    def range_view(self, lo: int, hi: int) -> memoryview | None:
+        """View the bytes of elements `lo` to `hi - 1` of the whole array; None if they are not there in this order."""
+        if self._flat is None:
+            data = self.piece.data
+            if not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
+                return None
+            self._flat = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        assert self.range is not None
+        first = self.range[0]
+        return self._flat[(lo - first) * self.itemsize : (hi - first) * self.itemsize]
+
+    def read(self, lo: int, hi: int, out: Array) -> None:
+        """Copy the bytes of elements `lo` to `hi - 1` of the whole array into an array of bytes."""
+        if (view := self.range_view(lo, hi)) is not None:
+            out[:] = np.frombuffer(view, np.uint8)
+            return
+        place = 0
+        for view_part in self._parts(lo, hi):
+            place += _read(view_part, out[place:])
+
+    def write(self, lo: int, hi: int, source: Array) -> None:
+        """Copy an array of bytes into elements `lo` to `hi - 1` of the whole array."""
+        if (view := self.range_view(lo, hi)) is not None:
+            np.frombuffer(view, np.uint8)[:] = source
+            return
+        place = 0
+        for view_part in self._parts(lo, hi):
+            place += _write(view_part, source[place:])
+
+    def read_box(self, number: int, box: Box, out: Array) -> None:
+        """Copy the bytes of a box of the whole array, which lies in box `number`, into an array of bytes."""
+        _read(self._box_views()[number][box.within(self.boxes[number])], out)
+
+    def write_box(self, number: int, box: Box, source: Array) -> None:
+        """Copy an array of bytes into a box of the whole array, which lies in box `number`."""
+        _write(self._box_views()[number][box.within(self.boxes[number])], source)
+
+    def _parts(self, lo: int, hi: int) -> Iterator[Array]:
+        """List views whose elements, one after the other, are those from `lo` to `hi - 1` of the whole array."""
+        assert self.range is not None
+        if self.piece.flat is not None or self.piece.data.shape != self.piece.extent:
+            raise StateError(f"{self.name!r}: the memory of its {self.piece.data.shape} elements is not in C order")
+        outer = Box(self.piece.start, self.piece.extent)
+        for box in flat_boxes(self.piece.extent, lo - self.range[0], hi - self.range[0]):
+            yield self.piece.data[box.moved(self.piece.start).within(outer)]
+
+    def _box_views(self) -> list[Array]:
+        if self._views is None:
+            self._views = self.piece.views(self.name)
+        return self._views
+
+
+def _read(view: Array, out: Array) -> int:
+    """Copy a view's elements into the beginning of an array of bytes; return how many bytes they have."""
+    target = out[: view.nbytes].view(view.dtype).reshape(view.shape)
+    target[...] = view.get() if hasattr(view, "get") else view  # CuPy's arrays have `get`
+    return view.nbytes
+
+
+def _write(view: Array, source: Array) -> int:
+    """Copy the beginning of an array of bytes into a view; return how many bytes it has."""
+    values = source[: view.nbytes].view(view.dtype).reshape(view.shape)
+    if hasattr(view, "get"):
+        import cupy
+
+        values = cupy.asarray(values)
+    view[...] = values
+    return view.nbytes
+
+
+def _of_floats(piece: ArrayPiece) -> ArrayPiece:
+    """Describe a piece of a complex128 array as one of an array of pairs of float64."""
+    real = piece.data.real
+    data = np.lib.stride_tricks.as_strided(
+        real, (*real.shape, 2), (*real.strides, 8), writeable=piece.data.flags.writeable
+    )
+    box_flat = None if piece.flat is None else (2 * piece.flat[0], 2 * piece.flat[1])
+    return ArrayPiece(
+        shape=(*piece.shape, 2),
+        data=data.reshape(-1) if piece.flat is not None and piece.data.flags.c_contiguous else data,
+        start=(*piece.start, 0),
+        extent=(*piece.extent, 2),
+        flat=box_flat,
+        replicas_may_differ=piece.replicas_may_differ,
+        on_all_ranks=piece.on_all_ranks,
+    )

@@ -1,0 +1,42 @@
+"""Failures of one rank, told to all of them before any goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ferro import FerroError, ProcessGroup
+from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.plan.deadline import Deadline
+
+
+def text_of(failure: BaseException) -> str:
+    """Return a failure's message; that of a foreign error begins with its class."""
+    is_clear = isinstance(failure, FerroError | OSError)
+    return (str(failure) if is_clear else f"{type(failure).__name__}: {failure}").rstrip(".")
+
+
+def tell_all(
+    group: ProcessGroup | None, failure: BaseException | None, deadline: Deadline, value: Any = None
+) -> list[Any]:
+    """Tell all ranks of this rank's failure, or of its value; all ranks call it.
+
+    Args:
+        group: the ranks; None for this process alone.
+        failure: of this rank. The caller raises it afterwards.
+        deadline: of the collective.
+        value: anything that travels between ranks.
+
+    Returns:
+        The values of all ranks.
+
+    Raises:
+        StateError: another rank has told of a failure, and this one has none.
+    """
+    if group is None or group.world_size == 1:
+        return [value]
+    text = None if failure is None else text_of(failure)
+    told = group.all_gather_object([text, value], timeout_s=deadline.left_s())
+    for rank, (other, _) in enumerate(told):
+        if other is not None and failure is None:
+            raise StateError(f"found by rank {rank} of {group.world_size}: {other}")
+    return [value for _, value in told]

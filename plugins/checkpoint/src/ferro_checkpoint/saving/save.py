@@ -1,0 +1,62 @@
+"""save: a state as a checkpoint, by all ranks of a group."""
+
+from __future__ import annotations
+
+import os
+
+from ferro import ProcessGroup
+from ferro_checkpoint.plan.replica_check import Check
+from ferro_checkpoint.progress import Progress, byte_progress
+from ferro_checkpoint.saving.save_plan import plan_save
+from ferro_checkpoint.saving.write import write_checkpoint
+from ferro_checkpoint.storage.opening import split_path
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: object,
+    group: ProcessGroup | None = None,
+    *,
+    step: int | None = None,
+    overwrite: bool = False,
+    check_replicas: Check = "sampled",
+    timeout_s: float = 600.0,
+    progress: Progress | None = None,
+) -> None:
+    """Save a state as the directory `path`; all ranks of the group call it.
+
+    The directory appears when it is whole and on disk. If anything fails on any rank, nothing appears.
+
+    Args:
+        path: of the checkpoint's directory: a path, or an address that fsspec knows, such as "s3://bucket/step-5".
+        state: a nested dict of arrays (NumPy, CuPy, DLPack), modules, optimizers and tensors of any strategy, objects
+            with `state_dict()`, random generators, numbers, texts; or one module. Arrays that are no strategy's are the
+            same on every rank.
+        group: the ranks that have the state; None for this process alone. The save has a sub-group of its own, so that
+            other operations of the group may be under way.
+        step: the training's step, by which checkpoints are ordered.
+        overwrite: whether a checkpoint at `path` is replaced, when the new one is whole.
+        check_replicas: how arrays that several ranks hold are compared: "sampled" (their beginning, middle and end),
+            "all", or "none".
+        timeout_s: seconds until an absent rank ends the save.
+        progress: called with the bytes written so far and all bytes; a bar on the terminal of long saves if None.
+
+    Raises:
+        StateError: the state cannot be saved, ranks disagree on it, or `path` is taken. Nothing was written.
+        SaveFailed: a rank could not write, or is lost. Nothing is left of it.
+    """
+    storage, name = split_path(path)
+    own = (
+        None if group is None or group.world_size == 1 else group.subgroup(range(group.world_size), timeout_s=timeout_s)
+    )
+    try:
+        plan = plan_save(
+            state, own, writes_ranges=storage.writes_ranges, check_replicas=check_replicas, timeout_s=timeout_s
+        )
+        with byte_progress("saving", plan.written_bytes, plan.rank, progress) as advance:
+            write_checkpoint(
+                plan, None, storage, name, own, step=step, overwrite=overwrite, timeout_s=timeout_s, progress=advance
+            )
+    finally:
+        if own is not None:
+            own.close()

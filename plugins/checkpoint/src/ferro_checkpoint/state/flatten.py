@@ -1,0 +1,307 @@
+"""A state, flattened: the pieces of its arrays, and its values, each with its name.
+
+A state is a nested dict. Its first-level keys name the bundles: tensor "0.weight" of bundle "model" is what
+`state["model"]` calls "0.weight", and its full name is "model.0.weight". Arrays that are in the state itself are in
+bundle "model".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ferro.arrays import InputArray, SupportsDLPack, output_array
+from ferro.errors import FerroError
+from ferro.types import Array
+from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.layout.header import name_fault
+from ferro_checkpoint.placement.array_piece import ArrayPiece
+from ferro_checkpoint.state import objects
+from ferro_checkpoint.state.values import Json, decode_value, encode_value
+
+DEFAULT_BUNDLE = "model"
+TENSOR_KEY = "$tensor"  # stands for an array in the saved state dict of an object
+_BUNDLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
+_MOST_DEPTH = 64
+_Path = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class FlatState:
+    """The contents of a state on this rank.
+
+    Attributes:
+        pieces: full names and pieces of arrays; a name may have several pieces.
+        values: what is no array, by path.
+        by_rank: paths of values of which every rank has its own.
+        puts: for each path, the function that puts a value that was loaded back into the state.
+        finishes: functions to call when everything has been loaded.
+    """
+
+    pieces: list[tuple[str, ArrayPiece]] = field(default_factory=list)
+    values: dict[str, Json] = field(default_factory=dict)
+    by_rank: set[str] = field(default_factory=set)
+    puts: dict[str, Callable[[Any], object]] = field(default_factory=dict)
+    finishes: list[Callable[[], object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a checkpoint has, for a state that is to be loaded: objects whose arrays it decides ask for them.
+
+    Attributes:
+        values: by path, as this rank loads them.
+        empty: makes an array for a tensor, by full name, or None if there is none.
+    """
+
+    values: Mapping[str, Json]
+    empty: Callable[[str], Array | None]
+
+
+def flatten(state: object, rank: int, stored: Stored | None = None) -> FlatState:
+    """Flatten a state.
+
+    Args:
+        state: a nested dict, or an object with arrays, which is then bundle "model".
+        rank: of this process; arrays that every rank has its own of are named by it.
+        stored: given when the state is to be loaded.
+
+    Raises:
+        StateError: something in it cannot be in a checkpoint, or two things have one name.
+    """
+    if not isinstance(state, Mapping):
+        if not objects.has_arrays(state):
+            raise StateError(
+                f"the state is a {type(state).__name__}: give a dict, such as {{'model': model, 'step': 3}}"
+            )
+        state = {DEFAULT_BUNDLE: state}
+    flattener = _Flattener(rank, stored)
+    flattener.name_parameters(state, 0)
+    flattener.nest(state, (), 0)
+    flattener.check_names()
+    return flattener.flat
+
+
+class _Flattener:
+    def __init__(self, rank: int, stored: Stored | None) -> None:
+        self.flat = FlatState()
+        self._rank, self._stored = rank, stored
+        self._parameters: dict[int, str] = {}
+        self._owners: dict[str, _Path] = {}  # of each full name
+        self._bundles: set[str] = set()
+
+    def name_parameters(self, value: object, depth: int) -> None:
+        """Note the names of all modules' parameters, by which optimizers name their arrays."""
+        if objects.has_parameters(value):
+            for name, parameter in value.checkpoint_parameters().items():
+                self._parameters.setdefault(id(parameter), name)
+        elif isinstance(value, Mapping | list | tuple) and depth < _MOST_DEPTH:
+            for _, item in _items(value):
+                if type(item) is not np.ndarray:
+                    self.name_parameters(item, depth + 1)
+
+    def nest(self, value: Any, path: _Path, depth: int) -> None:
+        """Flatten the items of a dict, a list or a tuple."""
+        if depth > _MOST_DEPTH:
+            raise StateError(f"{_dotted(path)!r} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
+        for key, item in _items(value):
+            if type(key) is not str and not isinstance(value, list | tuple):
+                raise StateError(f"the key {key!r} in {_dotted(path) or 'the state'!r} is no text, as names must be")
+            if type(item) is np.ndarray:
+                own = (*path, str(key))
+                self._add_array(_own_name(own), own, item)
+                continue
+
+            def put(loaded: Any, key: Any = key, item: Any = item) -> None:
+                _put(value, key, item, loaded)
+
+            self._add(item, (*path, str(key)), put, depth)
+
+    def check_names(self) -> None:
+        """Check that bundles are names of files."""
+        for bundle in self._bundles:
+            if not _BUNDLE.fullmatch(bundle):
+                raise StateError(
+                    f"the state's key {bundle!r} names files, so it must be letters, digits, '_' and '-': give another"
+                )
+
+    def _add(self, value: Any, path: _Path, put: Callable[[Any], object], depth: int) -> None:
+        if isinstance(value, np.ndarray | ArrayPiece):
+            self._add_array(_own_name(path), path, value)
+        elif objects.has_optimizer_arrays(value) or objects.has_arrays(value):
+            self._add_object(value, path)
+        elif isinstance(value, np.generic) and value.dtype.kind != "O":
+            self._add_scalar(value, path, put)
+        elif isinstance(value, np.random.Generator):
+            generator = value.bit_generator
+
+            def restore(state: Any) -> None:
+                generator.state = state
+
+            self._add_value(generator.state, path, restore, by_rank=True)
+        elif objects.has_state_dict(value):
+            self._add_state_dict(value, path)
+        elif isinstance(value, SupportsDLPack) or hasattr(value, "__cuda_array_interface__"):
+            self._add_array(_own_name(path), path, self._view(value, path))
+        elif isinstance(value, Mapping | list | tuple) and not _is_plain(value, depth):
+            self.nest(value, path, depth + 1)
+        else:
+            self._add_value(value, path, put)
+
+    def _add_value(self, value: object, path: _Path, put: Callable[[Any], object], *, by_rank: bool = False) -> None:
+        name = _dotted(path)
+        if name in self.flat.values:
+            raise StateError(f"two values of the state are called {name!r}")
+        self.flat.values[name] = encode_value(value, name)
+        self.flat.puts[name] = put
+        if by_rank:
+            self.flat.by_rank.add(name)
+
+    def _add_array(self, name: str, path: _Path, value: Any) -> None:
+        """Add an array, or what describes a piece of one, under its full name."""
+        own = self._owners.setdefault(name, path)
+        if own is not path:
+            raise StateError(f"two arrays of the state are called {name!r}: in {_dotted(own)!r} and {_dotted(path)!r}")
+        bundle, _, tensor = name.partition(".")
+        if fault := name_fault(tensor):
+            raise StateError(f"{name!r}: {fault}")
+        self._bundles.add(bundle)
+        pieces = value if isinstance(value, list) else [value]
+        for piece in pieces:
+            if isinstance(piece, np.ndarray):
+                if type(piece) is not np.ndarray and isinstance(piece, np.ma.MaskedArray):
+                    raise StateError(f"{name!r} is a masked array: save its data and its mask")
+                self.flat.pieces.append((name, ArrayPiece.whole(piece)))
+            elif hasattr(piece, "extent"):
+                self.flat.pieces.append((name, ArrayPiece.checked(name, piece)))
+            else:
+                self.flat.pieces.append((name, ArrayPiece.whole(self._view(piece, path))))
+
+    def _add_object(self, value: Any, path: _Path) -> None:
+        loading = self._stored is not None
+        if loading and callable(prepare := getattr(value, "prepare_checkpoint_load", None)):
+            prepare()
+        if objects.has_optimizer_arrays(value):
+            arrays = value.checkpoint_optimizer_arrays(self._parameters)
+        else:
+            arrays = value.checkpoint_arrays()
+        prefix = _dotted(path)
+        for name, array in arrays.items():
+            self._add_array(f"{prefix}.{name}" if name else _own_name(path), path, array)
+        if callable(values := getattr(value, "checkpoint_values", None)):
+            by_rank = bool(getattr(value, "checkpoint_values_by_rank", False))
+            self._add_value(values(), path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
+        if loading and callable(finish := getattr(value, "finish_checkpoint_load", None)):
+            self.flat.finishes.append(finish)
+
+    def _add_scalar(self, value: np.generic, path: _Path, put: Callable[[Any], object]) -> None:
+        """Add a NumPy number, as an array without dimensions."""
+        array = np.array(value)
+        self._add_array(_own_name(path), path, array)
+        self.flat.finishes.append(lambda: put(array[()]))
+
+    def _add_state_dict(self, value: objects.HasStateDict, path: _Path) -> None:
+        """Add the state dict of an object; its arrays are tensors of their own."""
+        name = _dotted(path)
+        by_rank = bool(getattr(value, "checkpoint_values_by_rank", False))
+        tensors = (*path, str(self._rank)) if by_rank else path
+        if self._stored is None:
+            skeleton = self._skeleton(value.state_dict(), tensors, by_rank, 0)
+            self._add_value(skeleton, path, value.load_state_dict, by_rank=by_rank)
+            return
+        # What is loaded says which arrays there are, and not what the object has now.
+        self._add_value(True, path, lambda _: None, by_rank=by_rank)
+        if name in self._stored.values:
+            loaded = self._fill(decode_value(self._stored.values[name]), tensors, path, by_rank)
+            self.flat.finishes.append(lambda: value.load_state_dict(loaded))
+
+    def _skeleton(self, value: Any, path: _Path, by_rank: bool, depth: int) -> Any:
+        """Copy a state dict, with names in place of its arrays, which become tensors."""
+        if depth > _MOST_DEPTH:
+            raise StateError(f"{_dotted(path)!r} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
+        if isinstance(value, np.ndarray):
+            name = _own_name(path)
+            piece = ArrayPiece.whole(value)
+            if by_rank:
+                piece = ArrayPiece(
+                    shape=value.shape, data=value, start=piece.start, extent=piece.extent, on_all_ranks=False
+                )
+            self._add_array(name, path, piece)
+            return {TENSOR_KEY: name}
+        if isinstance(value, Mapping):
+            return {key: self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        return value
+
+    def _fill(self, value: Any, tensors: _Path, path: _Path, by_rank: bool) -> Any:
+        """Replace names in a saved state dict by arrays that will be loaded."""
+        assert self._stored is not None
+        if isinstance(value, dict):
+            if len(value) == 1 and isinstance(name := value.get(TENSOR_KEY), str):
+                array = self._stored.empty(name)
+                if array is None:
+                    raise StateError(
+                        f"the checkpoint lacks tensor {name!r}, which its values of {_dotted(path)!r} name"
+                    )
+                piece = ArrayPiece.whole(array)
+                if by_rank:
+                    piece = ArrayPiece(
+                        shape=array.shape, data=array, start=piece.start, extent=piece.extent, on_all_ranks=False
+                    )
+                self._add_array(name, (*tensors, name), piece)
+                return array
+            return {key: self._fill(item, tensors, path, by_rank) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._fill(item, tensors, path, by_rank) for item in value)
+        return value
+
+    def _view(self, value: Any, path: _Path) -> Array:
+        """View another library's array; to load it, its memory must be writable."""
+        name = _dotted(path)
+        try:
+            array: Array = InputArray(value, what=name).array
+            if self._stored is not None:
+                array = output_array(value, array.shape, array.dtype, what=name)
+        except FerroError as error:
+            raise StateError(f"{name!r}: {error}") from error
+        return array
+
+
+def _items(value: Any) -> Any:
+    return value.items() if isinstance(value, Mapping) else enumerate(value)
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(path)
+
+
+def _own_name(path: _Path) -> str:
+    """Return the full name of an array at this path."""
+    return f"{DEFAULT_BUNDLE}.{path[0]}" if len(path) == 1 else _dotted(path)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Say whether a value has neither arrays nor objects in it, however nested."""
+    if isinstance(value, Mapping | list | tuple):
+        return depth < _MOST_DEPTH and all(_is_plain(item, depth + 1) for _, item in _items(value))
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes | bytearray)
+
+
+def _put(container: Any, key: Any, old: Any, loaded: Any) -> None:
+    """Put a loaded value where `old` is; a dict or a list keeps its identity."""
+    if isinstance(old, dict) and isinstance(loaded, dict):
+        old.clear()
+        old.update(loaded)
+    elif isinstance(old, list) and isinstance(loaded, list):
+        old[:] = loaded
+    elif isinstance(container, tuple):
+        if old != loaded:
+            raise StateError(f"a tuple of the state holds {old!r}, and {loaded!r} cannot be put there: use a list")
+    else:
+        container[key] = loaded
