@@ -53,7 +53,7 @@ class TorchArchive:
         self._prefix = pickles[0].removesuffix("data.pkl")
 
     def value(self) -> Any:
-        """Return what was saved, tensors as `Built`.
+        """Return the object that was saved, tensors in it as `Built`.
 
         Raises:
             RefusedPickle: it holds an object of a class that is not read.
@@ -126,7 +126,7 @@ class TorchArchive:
         return content
 
     def _data(self, name: str) -> tuple[int, _Record]:
-        """Return where the bytes of a record begin in the file."""
+        """Return the position in the file of a record's bytes, and the record."""
         record = self._records.get(name)
         if record is None:
             self._refuse(f"it has no {name!r}")
