@@ -144,7 +144,7 @@ class _Decoder:
             last = one
 
     def _paths(self, planner_data: Any, entries: Mapping[str, Any]) -> dict[str, KeyPath]:
-        """Return the keys that led to each entry in the nested state; a planner of the user's own may say nothing of it."""
+        """Return the keys that led to each entry in the nested state; a user's own planner may not tell them."""
         known = planner_data if type(planner_data) is dict else {}
         paths: dict[str, KeyPath] = {}
         for name in entries:
