@@ -9,6 +9,7 @@ import pytest
 import ferro
 from ferro import UsageError
 from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, convert_sync_batchnorm, deferred, nn
+from ferro_strategies import tensor_parallel as tp
 from ferro_strategies.nn.checkpoint_piece import piece_like_parameter
 from ferro_strategies.optim import SGD
 from ferro_strategies.pipeline import Action, Kind, PipelineSchedule
@@ -62,6 +63,22 @@ def test_strategies_that_are_parts_of_a_module_keep_their_names():
     saved = Saved([held for held, _, _ in found])
     check_equal(saved.model, found[0][1])
     assert found[0][2] == [name for name in saved.model if "running" not in name and "tracked" not in name]
+
+
+def test_replicas_may_be_cut_elsewhere():
+    """Where pieces of tensor parallelism are uneven, FSDP cuts what is whole elsewhere on each rank."""
+
+    def net():
+        return nn.Sequential(nn.Linear(2, 3, rng=0), nn.Linear(3, 2, rng=1))
+
+    def work(group):
+        mesh = DeviceMesh((2, 2), ("dp", "tp"), group)
+        model = tp.parallelize(net(), mesh["tp"], {"layers.1": tp.RowParallelLinear.from_serial})
+        return Held(FSDP(model, mesh["dp"], units=[]))
+
+    held = simulate(work, 4)
+    assert len({each.model["layers.0.bias"].flat for each in held}) == 4
+    check_equal(Saved(held).model, net().state_dict())
 
 
 def test_replicas_of_running_statistics_may_differ():
