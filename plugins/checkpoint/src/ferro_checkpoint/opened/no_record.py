@@ -20,13 +20,13 @@ def no_record(storage: Storage, name: str) -> CheckpointIncomplete:
 
 
 def _reason(storage: Storage, name: str, path: str) -> str:
-    if not storage.exists(name):
+    files = storage.files(name)
+    if not files and not storage.exists(name):
         return "there is nothing of this name"
     if os.path.isfile(path):
         if name.endswith(SUFFIX):
             return f"this is a safetensors file, and no checkpoint's directory; {_FOREIGN}"
         return "this is a file, and a checkpoint is a directory"
-    files = storage.files(name)
     if TOKEN_NAME in files:
         return "the save of this checkpoint goes on or was interrupted: load another one"
     within = sorted(inner for inner in files if os.path.isfile(f"{path}/{inner}/{RECORD_NAME}"))
