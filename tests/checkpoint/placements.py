@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -155,7 +156,7 @@ def _places(rng: random.Random, shape: tuple[int, ...], world_size: int) -> list
 def _ranges(rng: random.Random, size: int, number: int) -> list[tuple[int, int]]:
     """Cut so many elements into ranges, some of which may be empty: first element and count."""
     cuts = [0, *sorted(rng.randint(0, size) for _ in range(number - 1)), size]
-    return [(begin, end - begin) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    return [(begin, end - begin) for begin, end in itertools.pairwise(cuts)]
 
 
 def _boxes(
