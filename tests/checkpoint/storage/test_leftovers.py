@@ -34,7 +34,7 @@ def left(path: Path, name: str, saver: Saver | None, *, age_s: float = 0.0, reco
     ("saver", "age_s", "stays"),
     [
         (HERE, 0, True),
-        (HERE, OLD_S + 100, False),
+        (HERE, OLD_S + 100, True),
         (ENDED, 0, False),
         (replace(ENDED, host="another"), 0, True),
         (replace(ENDED, host="another"), OLD_S + 100, False),
@@ -86,8 +86,9 @@ def test_taken_away_and_not_yet_replaced(tmp_path, saver):
 
 def test_token_files():
     assert Saver.decode(HERE.encode()) == HERE
-    assert not HERE.has_ended()
-    assert ENDED.has_ended()
+    assert HERE.has_ended() is False
+    assert ENDED.has_ended() is True
+    assert replace(HERE, host="another").has_ended() is None
     text = HERE.encode()
     for damaged in (
         b"",

@@ -49,7 +49,7 @@ def test_addresses(address, parent, name):
     assert (storage.path, found) == (parent, name)
 
 
-@pytest.mark.parametrize("path", ["", "/", "a\0b", "memory://", "//", "a/.tmp-x-y"])
+@pytest.mark.parametrize("path", ["", "/", "a\0b", "memory://", "//"])
 def test_no_paths(path):
     with pytest.raises(StateError):
         split_path(path)
