@@ -153,6 +153,8 @@ def load_checkpoint(
     plan = plan_reads(segments, needs, LocalArrays(local, holdings.names), rank, world_size, readers, path)
     with byte_progress("loading", plan.read_bytes, rank, progress) as advance:
         failure = SegmentReader(opened, plan, holdings.itemsizes, threads, advance).run(group, deadline)
+    if failure is None and not opened.verifies:
+        failure = _change_of(opened)
     _raise_together(failure, opened, group, deadline)
     if into is None:
         return _with_values(state, decoded)
@@ -278,6 +280,15 @@ def _array_faults(
 def _of(described: tuple[str, tuple[int, ...]]) -> str:
     dtype, shape = described
     return f"{dtype} {shape[:-1] if dtype == local_array.COMPLEX128 else shape}"
+
+
+def _change_of(opened: OpenedCheckpoint) -> CheckpointError | None:
+    """Return the error of a file that was changed since it was opened, which no digest finds."""
+    try:
+        opened.check_unchanged()
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _raise_together(
