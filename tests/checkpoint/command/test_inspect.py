@@ -112,8 +112,8 @@ def test_every_command_has_help(capsys, command):
 
 
 def test_names_do_not_move_the_cursor(command, tmp_path):
-    save(tmp_path / "odd", {"model": {"a\x1b[2Jb": np.ones(1)}})
-    assert "model.a\\x1b[2Jb" in command("inspect", tmp_path / "odd").out
+    save(tmp_path / "odd", {"model": {"a\x1b[2J\nb": np.ones(1)}})
+    assert "model.a\\x1b[2J\\nb " in command("inspect", tmp_path / "odd").out
 
 
 def test_sizes():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.formats import open_foreign
-from ferro_checkpoint.formats.pickle_machine import Built, Maker, built_by
+from ferro_checkpoint.formats.pickle_names import Built, Maker, built_by
 from ferro_checkpoint.formats.pickle_reader import RefusedPickle, read_pickle
 from ferro_checkpoint.formats.torch_metadata import decode_metadata
 from ferro_checkpoint.formats.torch_names import ARCHIVE_NAMES, METADATA_NAMES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,16 @@ def test_many_small_tensors_of_a_segment_are_read_with_it(storage, tmp_path, mon
         monkeypatch.setattr(checkpoint, "read_segment", lambda *args: reads.append(args) or read(*args))
         assert all((checkpoint.read_tensor(f"m.{k}") == k).all() for k in range(300))
         assert len(reads) == 1
+
+
+def test_several_threads_read_at_the_same_time(storage, tmp_path):
+    arrays = {str(k): np.full(100 + k, k, np.int16) for k in range(60)}
+    write(tmp_path / "many", {"m": arrays}, segment_bytes=3000, file_bytes=5000)
+    with opened(storage, "many") as checkpoint, ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(checkpoint.read_tensor, [f"m.{name}" for name in arrays] * 4))
+    assert all(
+        array.tobytes() == expected.tobytes() for array, expected in zip(read, [*arrays.values()] * 4, strict=True)
+    )
 
 
 def test_more_files_than_may_be_open(storage, monkeypatch):

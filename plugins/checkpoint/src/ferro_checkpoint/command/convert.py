@@ -12,7 +12,7 @@ from ferro_checkpoint.command import new_checkpoint, plain_files
 from ferro_checkpoint.command.merge import by_bundle
 from ferro_checkpoint.command.new_files import ONE_FILE, NewFiles, lay_out
 from ferro_checkpoint.command.selecting import selected
-from ferro_checkpoint.command.source import ForeignSource, Source, bundle_of, opened_source
+from ferro_checkpoint.command.source import ForeignSource, NamedTensors, bundle_of, opened_source
 from ferro_checkpoint.command.text import count, say, size_text
 from ferro_checkpoint.layout.bundle import FILE_BYTES
 from ferro_checkpoint.layout.record import BUNDLE_NAME
@@ -43,7 +43,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _to_checkpoint(source: Source, given: argparse.Namespace) -> NewFiles:
+def _to_checkpoint(source: NamedTensors, given: argparse.Namespace) -> NewFiles:
     names = selected(source.tensors, given.only)
     if source.record is not None and given.bundle is not None:
         own = set(selected(source.tensors, [given.bundle]))
@@ -64,14 +64,14 @@ def _to_checkpoint(source: Source, given: argparse.Namespace) -> NewFiles:
     return new
 
 
-def _values(source: Source) -> Mapping[str, Any]:
+def _values(source: NamedTensors) -> Mapping[str, Any]:
     if source.record is not None:
         return source.values
     values = {name: value for name, value in source.values.items() if name not in _METADATA_OF_FILES}
     return {name: encode_value(value, name) for name, value in values.items()}
 
 
-def _to_plain(source: Source, given: argparse.Namespace) -> NewFiles:
+def _to_plain(source: NamedTensors, given: argparse.Namespace) -> NewFiles:
     if given.bundle is not None:
         if source.record is None:
             raise UsageError(f"--bundle {given.bundle}: {source.path} is no checkpoint and has no bundles")

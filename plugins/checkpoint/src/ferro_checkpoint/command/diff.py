@@ -9,7 +9,7 @@ from typing import Any
 
 from ferro_checkpoint.command.difference import Difference, difference
 from ferro_checkpoint.command.selecting import selected
-from ferro_checkpoint.command.source import Source, bundle_of, opened_source
+from ferro_checkpoint.command.source import NamedTensors, bundle_of, opened_source
 from ferro_checkpoint.command.text import count, say, say_json, shape_text, short
 from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.progress import byte_progress
@@ -49,8 +49,8 @@ def run(given: argparse.Namespace) -> int:
     return 1 if tensors or values else 0
 
 
-def _compare(name: str, a: Source, b: Source) -> dict[str, Any] | None:
-    """Return how a tensor differs; None if it does not."""
+def _compare(name: str, a: NamedTensors, b: NamedTensors) -> dict[str, Any] | None:
+    """Describe the difference of a tensor; None if there is none."""
     one, other = a.tensors.get(name), b.tensors.get(name)
     if one is None or other is None:
         return {"name": name, "what": _ONE_OF_THEM[one is None]}
@@ -63,7 +63,7 @@ def _compare(name: str, a: Source, b: Source) -> dict[str, Any] | None:
     return {"name": name, "what": "other elements", **asdict(found)} if found.differing else None
 
 
-def _values(a: Source, b: Source) -> Iterator[dict[str, Any]]:
+def _values(a: NamedTensors, b: NamedTensors) -> Iterator[dict[str, Any]]:
     """Compare steps and values of two checkpoints; what other formats have beside tensors is about their files."""
     if a.record is None or b.record is None:
         return

@@ -8,8 +8,8 @@ from typing import Any
 from ferro_checkpoint.command import listing
 from ferro_checkpoint.command.provenance import about
 from ferro_checkpoint.command.selecting import selected
-from ferro_checkpoint.command.source import Source, opened_source
-from ferro_checkpoint.command.text import count, say, say_json, shape_text, short, size_text, table
+from ferro_checkpoint.command.source import NamedTensors, opened_source
+from ferro_checkpoint.command.text import count, say, say_json, say_table, shape_text, short, size_text
 
 
 def run(given: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _content(source: Source, names: list[str]) -> dict[str, Any]:
+def _content(source: NamedTensors, names: list[str]) -> dict[str, Any]:
     record = source.record
     tensors = [
         {"name": name, "dtype": it.dtype, "shape": it.shape, "bytes": it.nbytes, "file": it.file}
@@ -49,7 +49,7 @@ def _content(source: Source, names: list[str]) -> dict[str, Any]:
     return content | {"values": source.values}
 
 
-def _show(source: Source, names: list[str], *, with_values: bool) -> None:
+def _show(source: NamedTensors, names: list[str], *, with_values: bool) -> None:
     record = source.record
     say(f"{source.path}: {source.kind if record is None else about(record)}")
     if names:
@@ -58,11 +58,11 @@ def _show(source: Source, names: list[str], *, with_values: bool) -> None:
             for name in names
             for it in (source.tensors[name],)
         ]
-        say(table([("tensor", "dtype", "shape", "size", "file"), *rows], right=(3,)))
+        say_table([("tensor", "dtype", "shape", "size", "file"), *rows], right=(3,))
     nbytes = sum(source.tensors[name].nbytes for name in names)
     files = "" if record is None else f" in {count(len(record.files), 'file')}"
     part = "" if len(names) == len(source.tensors) else f" of {len(source.tensors):,}"
     say(f"{count(len(names), 'tensor')}{part}, {size_text(nbytes)}{'' if part else files}")
     if with_values and source.values:
         say()
-        say(table([("value", ""), *((name, short(value)) for name, value in sorted(source.values.items()))]))
+        say_table([("value", ""), *((name, short(value)) for name, value in sorted(source.values.items()))])

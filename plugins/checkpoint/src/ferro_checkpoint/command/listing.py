@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ferro_checkpoint.command.provenance import saved_at
-from ferro_checkpoint.command.text import count, say, say_json, size_text, table
+from ferro_checkpoint.command.text import count, say, say_json, say_table, size_text
 from ferro_checkpoint.errors import CheckpointError, StateError
 from ferro_checkpoint.layout.bundle import SUFFIX
 from ferro_checkpoint.layout.record import RECORD_NAME, Record
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
-from ferro_checkpoint.storage.opening import open_storage
+from ferro_checkpoint.storage.opening import open_storage, split_path
 from ferro_checkpoint.storage.storage import Storage
 
 
@@ -30,11 +30,14 @@ class Listed:
 
 
 def checkpoints_in(path: str) -> list[Listed]:
-    """List the checkpoints of a directory, older steps first; [] if it is no directory of checkpoints.
+    """List the checkpoints of a directory, older steps first; [] if it is one itself, or none of them.
 
     A directory without a record is listed if there are files of tensors in it: it may be a save that did not end.
     """
     try:
+        parent, own_name = split_path(path)
+        if RECORD_NAME in parent.files(own_name):
+            return []
         storage = open_storage(path)
         names = storage.names()
     except (CheckpointError, StateError):
@@ -69,7 +72,7 @@ def show(path: str, found: list[Listed], *, as_json: bool) -> None:
         step = "" if record is None or record.step is None else str(record.step)
         saved, size = ("", "") if record is None else (saved_at(record), size_text(_bytes(record)))
         rows.append((it.name, step, saved, size, "no" if it.fault else "yes"))
-    say(table(rows, right=(1, 3)))
+    say_table(rows, right=(1, 3))
     for it in found:
         if it.fault:
             say(it.fault)

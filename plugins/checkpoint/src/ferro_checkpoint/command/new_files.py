@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ferro.errors import UsageError
-from ferro_checkpoint.command.source import Source, TensorInfo
+from ferro_checkpoint.command.source import NamedTensors, TensorInfo
 from ferro_checkpoint.layout.bundle import Described, TensorFile, encode_index, index_name, layout_bundle
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
 from ferro_checkpoint.layout.header import MOST_HEADER_BYTES, name_fault
@@ -27,7 +27,7 @@ class NewFiles:
         indexes: the content of each index, by its name.
     """
 
-    source: Source
+    source: NamedTensors
     files: tuple[TensorFile, ...]
     bundles: Mapping[str, tuple[str, ...]]
     names: Mapping[str, Mapping[str, str]]
@@ -46,7 +46,7 @@ class NewFiles:
                 yield piece.data
 
 
-def lay_out(source: Source, bundles: Mapping[str, Mapping[str, str]], file_bytes: int) -> NewFiles:
+def lay_out(source: NamedTensors, bundles: Mapping[str, Mapping[str, str]], file_bytes: int) -> NewFiles:
     """Choose the files.
 
     Args:

@@ -51,7 +51,7 @@ class TensorInfo:
     file: str | None
 
 
-class Source(Protocol):
+class NamedTensors(Protocol):
     """Tensors by name, and values beside them.
 
     Attributes:
@@ -97,7 +97,7 @@ class CheckpointSource:
         }
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         place = self.opened.tensors[name]
         memory = np.empty(min(PIECE_BYTES, place.end - place.begin), np.uint8)
         for begin in range(place.begin, place.end, PIECE_BYTES):
@@ -106,11 +106,11 @@ class CheckpointSource:
             yield piece
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         return self.opened.tensors[name].array_dtype(name, self.path)
 
     def close(self) -> None:
-        """See `Source`."""
+        """See `NamedTensors`."""
         self.opened.close()
 
 
@@ -131,17 +131,17 @@ class ForeignSource:
         }
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         content = self.source.read(name).reshape(-1).view(np.uint8)
         for begin in range(0, len(content), PIECE_BYTES):
             yield content[begin : begin + PIECE_BYTES]
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         return numpy_dtype(self.tensors[name].dtype, self.path, name)
 
     def close(self) -> None:
-        """See `Source`."""
+        """See `NamedTensors`."""
         self.source.close()
 
     def _item_bytes(self, name: str, dtype: str) -> int:
@@ -151,7 +151,7 @@ class ForeignSource:
 class Selection:
     """Some tensors of a source, under other names, without values."""
 
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+    def __init__(self, source: NamedTensors, names: Mapping[str, str]) -> None:
         """Take the tensors whose names in the source are `names[new name]`."""
         self.path = source.path
         self.kind = source.kind
@@ -162,20 +162,20 @@ class Selection:
         self._names = names
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         return self._source.pieces(self._names[name])
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """See `Source`."""
+        """See `NamedTensors`."""
         return self._source.dtype(self._names[name])
 
     def close(self) -> None:
-        """See `Source`."""
+        """See `NamedTensors`."""
         self._source.close()
 
 
 @contextmanager
-def opened_source(path: str, format: Format | None = None) -> Iterator[Source]:  # noqa: A002
+def opened_source(path: str, format: Format | None = None) -> Iterator[NamedTensors]:  # noqa: A002
     """Open a checkpoint, or what another program has written.
 
     Args:
@@ -189,7 +189,7 @@ def opened_source(path: str, format: Format | None = None) -> Iterator[Source]: 
         yield source
 
 
-def _open(path: str, format: Format | None) -> Source:  # noqa: A002
+def _open(path: str, format: Format | None) -> NamedTensors:  # noqa: A002
     if format is not None:
         return ForeignSource(open_foreign(path, format))
     storage, name = split_path(path)
@@ -201,7 +201,7 @@ def _open(path: str, format: Format | None) -> Source:  # noqa: A002
     return ForeignSource(open_foreign(path))
 
 
-def bundle_of(source: Source, bundle: str) -> Source:
+def bundle_of(source: NamedTensors, bundle: str) -> NamedTensors:
     """Take one bundle of a checkpoint, under the names in its files; another format's tensors as they are.
 
     Raises:

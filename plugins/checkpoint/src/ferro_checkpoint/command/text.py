@@ -13,25 +13,23 @@ _MOST_CELL = 60
 
 def say(text: str = "") -> None:
     """Print a line. Names come from files: what would move a terminal's cursor is written as an escape sequence."""
-    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))  # noqa: T201 - a command talks
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))  # noqa: T201 - a command talks
 
 
-def say_json(value: Any) -> None:
-    """Print a value as JSON; numbers that JSON does not have become null."""
-    say(json.dumps(_finite(value), ensure_ascii=True, indent=1, allow_nan=False))
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Arrange rows in columns, the first row being their titles; the columns of `right` are flush right."""
+def say_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Print rows in columns, the first row being their titles; the columns of `right` are flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
     for row in rows:
         cells = [
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        say("  ".join(cells).rstrip())
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON; numbers that JSON does not have become null."""
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))  # noqa: T201 - a command talks
 
 
 def size_text(nbytes: int) -> str:

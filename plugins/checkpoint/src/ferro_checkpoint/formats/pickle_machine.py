@@ -6,47 +6,15 @@ Source: CPython's Lib/pickletools.py, which describes every instruction.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
+
+from ferro_checkpoint.formats.pickle_names import Built, Maker, Names
 
 _MOST_INSTRUCTIONS = 100_000_000
 _MOST_INTEGER_BYTES = 1024  # a longer one would take quadratic time to print
 _MOST_KEY_ITEMS = 64
 _MARK = object()
-
-
-class Built:
-    """An instance of a listed class: what it was made of, and the state that was set afterwards.
-
-    Attributes:
-        kind: the name of the class.
-        args: what it was made with.
-        state: its attributes, or whatever its class's __getstate__ gives.
-    """
-
-    __slots__ = ("args", "kind", "state")
-
-    def __init__(self, kind: str, args: tuple[Any, ...]) -> None:
-        self.kind = kind
-        self.args = args
-        self.state: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """A listed class or function: calling it is calling `make`, which must do nothing but make a small object."""
-
-    make: Callable[[tuple[Any, ...]], Any]
-
-
-def built_by(kind: str) -> Maker:
-    """Return a maker of `Built` of this kind."""
-    return Maker(lambda args: Built(kind, args))
-
-
-Names: TypeAlias = "Mapping[tuple[str, str], Any]"
-"""What a name (module, qualified name) stands for: a `Maker`, or a constant."""
 
 
 class Refusal(Exception):

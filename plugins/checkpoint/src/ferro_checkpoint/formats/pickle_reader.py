@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ferro_checkpoint.errors import CheckpointDamaged
-from ferro_checkpoint.formats.pickle_machine import Names, PickleMachine, Refusal
+from ferro_checkpoint.formats.pickle_machine import PickleMachine, Refusal
+from ferro_checkpoint.formats.pickle_names import Names
 
 MOST_PICKLE_BYTES = 256 << 20
 

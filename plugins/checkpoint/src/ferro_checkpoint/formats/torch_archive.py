@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.formats.input_file import InputFile, read_elements
-from ferro_checkpoint.formats.pickle_machine import Built
-from ferro_checkpoint.formats.pickle_reader import read_pickle
+from ferro_checkpoint.formats.pickle_names import Built
+from ferro_checkpoint.formats.pickle_reader import MOST_PICKLE_BYTES, read_pickle
 from ferro_checkpoint.formats.torch_names import ARCHIVE_NAMES, MOST_DIMS, StorageClass, TorchDtype, TorchSize
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
@@ -53,7 +53,7 @@ class TorchArchive:
         self._prefix = pickles[0].removesuffix("data.pkl")
 
     def value(self) -> Any:
-        """Return what was saved, tensors as `Built`.
+        """Return the object that was saved, tensors in it as `Built`.
 
         Raises:
             RefusedPickle: it holds an object of a class that is not read.
@@ -118,13 +118,15 @@ class TorchArchive:
 
     def _content(self, name: str) -> bytes:
         begin, record = self._data(name)
+        if record.nbytes > MOST_PICKLE_BYTES:
+            self._refuse(f"{name} has {record.nbytes} bytes, and is read up to {MOST_PICKLE_BYTES}")
         content = self._file.read(begin, record.nbytes)
         if record.crc32 and zlib.crc32(content) != record.crc32:
             self._refuse(f"{name} is not what was written: the CRC-32 differs")
         return content
 
     def _data(self, name: str) -> tuple[int, _Record]:
-        """Return where the bytes of a record begin in the file."""
+        """Return the position in the file of a record's bytes, and the record."""
         record = self._records.get(name)
         if record is None:
             self._refuse(f"it has no {name!r}")

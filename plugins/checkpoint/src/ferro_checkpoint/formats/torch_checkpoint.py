@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.formats.chunks import check_disjoint
 from ferro_checkpoint.formats.input_file import InputFiles, read_whole
-from ferro_checkpoint.formats.pickle_machine import Built
+from ferro_checkpoint.formats.pickle_names import Built
 from ferro_checkpoint.formats.pickle_reader import MOST_PICKLE_BYTES
 from ferro_checkpoint.formats.source import destination
 from ferro_checkpoint.formats.torch_archive import TorchArchive

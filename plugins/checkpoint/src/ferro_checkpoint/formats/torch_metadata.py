@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.formats.chunks import Chunk, checked_chunks
-from ferro_checkpoint.formats.pickle_machine import Built
+from ferro_checkpoint.formats.pickle_names import Built
 from ferro_checkpoint.formats.pickle_reader import read_pickle
 from ferro_checkpoint.formats.torch_names import METADATA_NAMES, TorchDtype, TorchSize, item_bytes
 from ferro_checkpoint.layout.bundle import Described
@@ -144,7 +144,7 @@ class _Decoder:
             last = one
 
     def _paths(self, planner_data: Any, entries: Mapping[str, Any]) -> dict[str, KeyPath]:
-        """Return where each entry was in the nested state; a planner of the user's own may say nothing of it."""
+        """Return the keys that led to each entry in the nested state; a user's own planner may not tell them."""
         known = planner_data if type(planner_data) is dict else {}
         paths: dict[str, KeyPath] = {}
         for name in entries:

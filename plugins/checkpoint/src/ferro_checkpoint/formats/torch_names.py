@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ferro_checkpoint.formats.pickle_machine import Built, Maker, Names, built_by
+from ferro_checkpoint.formats.pickle_names import Built, Maker, Names, built_by
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
 
 MOST_DIMS = 64

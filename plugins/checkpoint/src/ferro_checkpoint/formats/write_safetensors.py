@@ -43,8 +43,8 @@ def write_safetensors(
     """Write tensors to a file (a path that ends in ".safetensors") or to a directory (any other path).
 
     The directory gets model.safetensors, or model-00001-of-0000N.safetensors and so on with an index. All is written
-    under a temporary name beside the path, waited for until it is on disk, and renamed; after a
-    failure there is what was there before.
+    under a temporary name beside the path, waited for until it is on disk, and renamed; after a failure
+    the path has what it had before.
 
     Args:
         path: of the new file or directory.

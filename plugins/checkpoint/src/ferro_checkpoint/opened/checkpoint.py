@@ -14,6 +14,7 @@ from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import MOST_RECORD_BYTES, RECORD_NAME, Record
+from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.opened.index import check_index
 from ferro_checkpoint.opened.no_record import no_record
@@ -31,6 +32,7 @@ class OpenedCheckpoint:
         path: of its directory, for messages.
         record: what was committed.
         tensors: where each tensor is, by full name ("model.0.weight").
+        verifies: whether digests are checked.
     """
 
     def __init__(self, record: Record, files: CheckpointFiles, digest: Digester | None) -> None:
@@ -39,6 +41,7 @@ class OpenedCheckpoint:
         self.tensors: Mapping[str, StoredPlace] = {}
         self._files = files
         self._digest = digest
+        self.verifies = digest is not None
         self._ends = {file: np.array(it.ends, np.int64) for file, it in record.files.items()}
         self._latest: tuple[str, int, Bytes] | None = None  # the segment of which a part was read last, and its bytes
 
@@ -91,6 +94,9 @@ class OpenedCheckpoint:
 
     def read_segment(self, file: str, k: int, destinations: Sequence[Bytes]) -> None:
         """Fill these, one after the other, with segment `k` of a file, all of it, and check its digest.
+
+        A segment with another digest is not read again: the system would give the same bytes from its memory, and a
+        disk that gives two answers is not to be trusted either.
 
         Raises:
             CheckpointDamaged: the bytes are not those that were written; the message names file and tensors. What
@@ -206,7 +212,8 @@ class OpenedCheckpoint:
     def _damage(self, file: str, begin: int, end: int) -> CheckpointDamaged:
         self._files.check_unchanged()
         path = self._path(file)
-        names = self.tensors_within(file, begin, end)
+        # While headers are read, no tensor is known yet; a header may share its segment with data.
+        names = self.tensors_within(file, begin, end) or tensors_by_header(self._files, self.record, file, begin, end)
         return CheckpointDamaged(damage_text(path, begin, end, names), path=path, tensor=next(iter(names), None))
 
     def _contradiction(self, file: str, text: str, tensor: str | None = None) -> CheckpointDamaged:
@@ -236,14 +243,3 @@ def read_record(storage: Storage, name: str) -> Record:
             text_ = f"{path}: file {shown(file)} has a segment of more than {MOST_SEGMENT_BYTES} bytes"
             raise CheckpointDamaged(text_, path=path)
     return record
-
-
-def damage_text(path: str, begin: int, end: int, tensors: Sequence[str]) -> str:
-    """Say that a range of a file is damaged, and which tensors are in it."""
-    named = ", ".join(shown(name) for name in tensors[:3])
-    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-    what = f"tensors {named}{more}" if len(tensors) > 1 else f"tensor {named}" if tensors else "no tensor's data"
-    return (
-        f"{path}: bytes {begin} to {end - 1} ({what}) are not those that were written: load an older checkpoint; "
-        f"`ferro checkpoint verify` lists all damage"
-    )

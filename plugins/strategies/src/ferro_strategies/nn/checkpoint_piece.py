@@ -17,7 +17,7 @@ from .parameter import Parameter
 class CheckpointPiece:
     """A box of a whole array, or consecutive elements of the flattened box, as one rank holds them.
 
-    Every element of the array is held by a rank. Pieces of different ranks have no element in common, or all.
+    Every element of the array is held by a rank. Where several ranks hold it, they have the same value.
 
     Attributes:
         shape: of the whole array.
@@ -25,8 +25,8 @@ class CheckpointPiece:
         start: the box's first index in each dimension.
         extent: the box's size in each dimension.
         flat: the first of the flattened box's elements that this rank holds, and their number; None: all of them.
-        replicas_may_differ: whether ranks with the same piece may have other values, of which those of the lowest rank
-            count.
+        replicas_may_differ: whether ranks that hold the same elements may have other values, of which those of the
+            lowest rank count.
         on_all_ranks: whether all ranks know the array's name; False for a part of a model that only some ranks have.
     """
 
