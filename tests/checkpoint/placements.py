@@ -132,7 +132,10 @@ def _places(rng: random.Random, shape: tuple[int, ...], world_size: int) -> list
         return [((zeros, shape, None), everyone)]
     if kind == "flat":  # as FSDP has it, or HSDP where there are more ranks than pieces
         pieces = rng.choice((world_size, max(1, world_size // 2)))
-        ranges = _ranges(rng, math.prod(shape), pieces)
+        size = math.prod(shape)
+        ranges = _ranges(rng, size, pieces)
+        if rng.random() < 0.3:  # as FSDP over tensor parallelism may have it: pieces that overlap
+            ranges = [(max(0, at - 3), min(size, at + count + rng.randint(0, 9)) - max(0, at - 3)) for at, count in ranges]
         return [
             ((zeros, shape, each), {rank for rank in everyone if rank % pieces == number})
             for number, each in enumerate(ranges)

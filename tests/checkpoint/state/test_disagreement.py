@@ -85,8 +85,8 @@ ONES = np.ones(3, np.float32)
         (lambda rank: {"a": row(rank, 2)}, r"found by rank 2 of 3: 'a.x': a piece of 4 elements at \(2, 0\)"),
         (lambda rank: {"a": row(min(rank, 1) * (rank + 1) // 2, 3)}, "no rank holds|overlap"),
         (
-            lambda rank: {"a": Holder({"x": ArrayPiece((4,), np.ones(2 + rank), (0,), (4,), (0, 2 + rank))})},
-            "pieces of different ranks overlap from element",
+            lambda rank: {"a": Holder({"x": ArrayPiece((4,), np.arange(2.0 + rank) * min(rank, 1), (0,), (4,), (0, 2 + rank))})},
+            "'a.x' is on ranks 0 and 1, and its values differ",
         ),
         (
             lambda rank: {"a": Holder({"x": ArrayPiece((4, 4), np.ones((4, 2)), (0, rank), (4, 2))})},
