@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import ferro
 from ferro_checkpoint import Checkpointer, Every, Last
-from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn
+from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn, split_model
 from ferro_strategies import tensor_parallel as tp
 from ferro_strategies.optim import AdamW, clip_grad_norm
 
@@ -107,15 +107,14 @@ def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
     model = make_model(args)
     tp.parallelize(model, mesh["tp"], PARALLEL)
     pipe = mesh["pp"]
-    parts = np.array_split(np.arange(len(model.layers)), pipe.world_size * args.stages_per_rank)
+    split = split_model(model, pipe, stages_per_rank=args.stages_per_rank)
     stages: list[nn.Module] = []
-    for part in parts[pipe.rank :: pipe.world_size]:  # stage s is on rank s % pp
-        stage = nn.Sequential(*(model.layers[index] for index in part))
+    for stage in split.stages:
         if args.fsdp:
             stages.append(FSDP(stage, mesh["dp"], units=lambda _, part: isinstance(part, Block)))
         else:
             stages.append(DDP(stage, mesh["dp"]))
-    return Pipeline(stages, pipe, schedule=args.schedule, microbatches=args.microbatches)
+    return Pipeline(stages, pipe, schedule=args.schedule, microbatches=args.microbatches, ties=split.ties)
 
 
 def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
