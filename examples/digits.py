@@ -3,20 +3,23 @@
     python examples/digits.py                       one rank
     ferro run -n 4 examples/digits.py               four ranks on this machine
     torchrun --nproc-per-node 4 examples/digits.py  or under mpiexec, srun, …
+    ferro run -n 4 examples/digits.py --checkpoint runs/digits     stop it, and start it again: it goes on
 
-It needs scikit-learn, tqdm and (for --plot) matplotlib besides ferro[gloo,strategies].
+It needs scikit-learn, tqdm and (for --plot) matplotlib besides ferro[gloo,strategies,checkpoint].
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import ferro
+from ferro_checkpoint import Checkpointer, Every, Last
 from ferro_strategies import DDP, nn
 from ferro_strategies.optim import SGD
 
@@ -54,7 +57,7 @@ def global_batches(length: int, epoch: int, batch: int) -> Iterator[np.ndarray]:
         yield order[start : start + batch]
 
 
-def train(model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None) -> list[tuple[float, float]]:
+def train(model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup | None) -> list[list[float]]:
     """Train, and return the loss and the held-out accuracy of every epoch.
 
     Without a group, one process trains on the whole global batches.
@@ -62,31 +65,40 @@ def train(model: nn.Module, args: argparse.Namespace, group: ferro.ProcessGroup 
     (images, labels), held_out = load_data()
     rank, ranks = (group.rank, group.world_size) if group else (0, 1)
     optimizer = SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
-    history = []
     batches = len(images) // args.batch
-    bar = tqdm(total=args.epochs * batches, disable=group is None or rank > 0, unit="batch")
-    for epoch in range(args.epochs):
-        optimizer.lr = args.lr * 0.5 * (1 + np.cos(np.pi * epoch / args.epochs))
-        total = 0.0
-        for indices in global_batches(len(images), epoch, args.batch):
-            local = indices[rank::ranks]
-            logits, pullback = model.vjp(images[local])
-            loss, grad = nn.cross_entropy(logits, labels[local])
-            pullback(grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            total += loss
-            bar.update()
-        loss = total / batches
-        if group is not None:
-            loss = float(group.all_reduce(loss, "mean"))
-        accuracy = evaluate(model, held_out)
-        history.append((loss, accuracy))
-        bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
-        if rank == 0 and group is not None:
-            bar.write(f"epoch {epoch + 1:2}  loss {loss:.4f}  held-out accuracy {accuracy:.2%}")
+    state = {"model": model, "optimizer": optimizer, "history": [], "epoch_loss": 0.0}
+    keeper, step = None, 0
+    if args.checkpoint and group is not None:
+        keeper = Checkpointer(args.checkpoint, group, every=Every(steps=args.save_every), keep=Last(2))
+        step = keeper.resume(into=state) or 0
+    bar = tqdm(total=args.epochs * batches, initial=step, disable=group is None or rank > 0, unit="batch")
+    with keeper or nullcontext():
+        for epoch in range(step // batches, args.epochs):
+            optimizer.lr = args.lr * 0.5 * (1 + np.cos(np.pi * epoch / args.epochs))
+            for indices in list(global_batches(len(images), epoch, args.batch))[step % batches :]:
+                local = indices[rank::ranks]
+                logits, pullback = model.vjp(images[local])
+                loss, grad = nn.cross_entropy(logits, labels[local])
+                pullback(grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                state["epoch_loss"] += float(loss)
+                step += 1
+                bar.update()
+                if step % batches == 0:
+                    mean = state["epoch_loss"] / batches
+                    if group is not None:
+                        mean = float(group.all_reduce(mean, "mean"))
+                    state["history"].append([mean, evaluate(model, held_out)])
+                    state["epoch_loss"] = 0.0
+                if keeper is not None:
+                    keeper.step(step, state)
+            loss, accuracy = state["history"][-1]
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
+            if rank == 0 and group is not None:
+                bar.write(f"epoch {epoch + 1:2}  loss {loss:.4f}  held-out accuracy {accuracy:.2%}")
     bar.close()
-    return history
+    return state["history"]
 
 
 def evaluate(model: nn.Module, held_out: tuple[np.ndarray, np.ndarray]) -> float:
@@ -98,7 +110,7 @@ def evaluate(model: nn.Module, held_out: tuple[np.ndarray, np.ndarray]) -> float
     return float(accuracy)
 
 
-def plot(history: list[tuple[float, float]], ranks: int, path: str) -> None:
+def plot(history: list[list[float]], ranks: int, path: str) -> None:
     """Draw loss and accuracy over the epochs."""
     import matplotlib
 
@@ -134,6 +146,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
     parser.add_argument("--lr", type=float, default=0.08)
     parser.add_argument("--backend", help="the launcher's default when left out")
+    parser.add_argument("--checkpoint", metavar="DIR", help="save into this directory, and go on from what is there")
+    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--plot", metavar="FILE", help="write the curves to this picture")
     parser.add_argument("--compare", action="store_true", help="compare with a one-process run")
     args = parser.parse_args()

@@ -4,21 +4,24 @@
     ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2           data x tensor x pipeline
     ferro run -n 8 examples/gpt.py --dp 2 --tp 2 --pp 2 --fsdp    the data axis shards parameters
     ferro run -n 4 examples/gpt.py --dp 4 --fsdp --compare        train again in one process
+    ferro run -n 4 examples/gpt.py --dp 2 --pp 2 --checkpoint DIR     go on from DIR, also with other numbers
 
 The text is Python's language reference, which Python contains (`pydoc_data.topics`). The program
-needs tqdm besides ferro[gloo,strategies].
+needs tqdm besides ferro[gloo,strategies,checkpoint].
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pydoc_data.topics import topics
 
 import numpy as np
 from tqdm import tqdm
 
 import ferro
-from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn
+from ferro_checkpoint import Checkpointer, Every, Last
+from ferro_strategies import DDP, FSDP, DeviceMesh, Pipeline, nn, split_model
 from ferro_strategies import tensor_parallel as tp
 from ferro_strategies.optim import AdamW, clip_grad_norm
 
@@ -104,15 +107,14 @@ def make_pipeline(args: argparse.Namespace, mesh: DeviceMesh) -> Pipeline:
     model = make_model(args)
     tp.parallelize(model, mesh["tp"], PARALLEL)
     pipe = mesh["pp"]
-    parts = np.array_split(np.arange(len(model.layers)), pipe.world_size * args.stages_per_rank)
+    split = split_model(model, pipe, stages_per_rank=args.stages_per_rank)
     stages: list[nn.Module] = []
-    for part in parts[pipe.rank :: pipe.world_size]:  # stage s is on rank s % pp
-        stage = nn.Sequential(*(model.layers[index] for index in part))
+    for stage in split.stages:
         if args.fsdp:
             stages.append(FSDP(stage, mesh["dp"], units=lambda _, part: isinstance(part, Block)))
         else:
             stages.append(DDP(stage, mesh["dp"]))
-    return Pipeline(stages, pipe, schedule=args.schedule, microbatches=args.microbatches)
+    return Pipeline(stages, pipe, schedule=args.schedule, microbatches=args.microbatches, ties=split.ties)
 
 
 def batch_of(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,18 +136,26 @@ def train(args: argparse.Namespace, pipeline: Pipeline, mesh: DeviceMesh) -> lis
         return tp.vocab_parallel_cross_entropy(logits, targets, mesh["tp"])
 
     optimizer = AdamW(pipeline.parameters(), lr=args.lr)
-    losses = []
+    losses: list[float] = []
+    state = {"model": pipeline, "optimizer": optimizer, "losses": losses}
+    keeper, first = None, 0
+    if args.checkpoint:
+        keeper = Checkpointer(args.checkpoint, mesh.parent, every=Every(steps=args.save_every), keep=Last(2))
+        first = keeper.resume(into=state) or 0
     replicas = mesh["dp"]
-    steps = tqdm(range(args.steps), disable=mesh.parent.rank > 0, unit="step")
-    for step in steps:
-        x, targets = (np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step))
-        optimizer.lr = learning_rate(args, step)
-        loss = pipeline.step(x, targets, loss_function)
-        pipeline.clip_grad_norm(CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(replicas.all_reduce(loss, "mean")))
-        steps.set_postfix(loss=f"{losses[-1]:.3f}")
+    steps = tqdm(range(first, args.steps), disable=mesh.parent.rank > 0, unit="step", initial=first, total=args.steps)
+    with keeper or nullcontext():
+        for step in steps:
+            x, targets = (np.split(whole, replicas.world_size)[replicas.rank] for whole in batch_of(args, step))
+            optimizer.lr = learning_rate(args, step)
+            loss = pipeline.step(x, targets, loss_function)
+            pipeline.clip_grad_norm(CLIP_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(replicas.all_reduce(loss, "mean")))
+            steps.set_postfix(loss=f"{losses[-1]:.3f}")
+            if keeper is not None:
+                keeper.step(step + 1, state)
     return losses
 
 
@@ -208,6 +218,8 @@ def parse() -> argparse.Namespace:
     add("--write", type=int, default=200, metavar="CHARACTERS", help="how many at the end")
     add("--temperature", type=float, default=0.7)
     add("--compare", action="store_true", help="train again in one process, and compare losses")
+    add("--checkpoint", metavar="DIR", help="save into this directory, and go on from what is there")
+    add("--save-every", type=int, default=50, metavar="STEPS")
     add("--backend", help="the launcher's default when left out")
     return parser.parse_args()
 

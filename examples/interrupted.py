@@ -4,19 +4,18 @@
     ferro run -n 2 examples/interrupted.py                 goes on in the middle of the epoch
     python examples/interrupted.py --folder elsewhere      one rank, from the beginning
 
-It needs nothing besides ferro[gloo,strategies]; tqdm draws a bar on a terminal.
+It needs nothing besides ferro[gloo,strategies,checkpoint]; tqdm draws a bar on a terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
 
 import ferro
+from ferro_checkpoint import Checkpointer, Last
 from ferro_strategies import DDP, ShardedSampler, nn, seed_all
 from ferro_strategies.data import DataLoader, item_rng
 from ferro_strategies.optim import SGD
@@ -36,36 +35,6 @@ class Rings:
         return (point + 0.02 * item_rng().standard_normal(2)).astype(np.float32), label
 
 
-class Checkpoint:
-    """The files of a training: what all ranks have in common; Dropout's generators are each rank's own."""
-
-    def __init__(self, folder: Path, group: ferro.ProcessGroup) -> None:
-        self.folder, self.group = folder, group
-        self.own = f"generators-{group.rank}-of-{group.world_size}.json"
-
-    def load(self, net: nn.Module, optimizer: SGD, loader: DataLoader) -> None:
-        """Load what is there; each rank reads by itself."""
-        if not (self.folder / "loader.json").exists():
-            return
-        with np.load(self.folder / "model.npz") as state:
-            net.load_state_dict(state)
-        with np.load(self.folder / "optimizer.npz") as state:
-            optimizer.load_state_dict(state)
-        loader.load_state_dict(json.loads((self.folder / "loader.json").read_text()))
-        if (self.folder / self.own).exists():  # not so where the number of ranks has changed
-            net.load_generator_state_dict(json.loads((self.folder / self.own).read_text()))
-
-    def save(self, net: nn.Module, optimizer: SGD, loader: DataLoader) -> None:
-        """Save; all ranks call it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / self.own).write_text(json.dumps(net.generator_state_dict()))
-        if self.group.rank == 0:
-            np.savez(self.folder / "model.npz", **net.state_dict())
-            np.savez(self.folder / "optimizer.npz", **optimizer.state_dict())
-            (self.folder / "loader.json").write_text(json.dumps(loader.state_dict()))
-        self.group.barrier()
-
-
 def train(group: ferro.ProcessGroup, args: argparse.Namespace) -> None:
     """Train until the last epoch, a signal, or --stop-after steps; then save."""
     log = logging.getLogger("interrupted")
@@ -73,11 +42,14 @@ def train(group: ferro.ProcessGroup, args: argparse.Namespace) -> None:
     net = nn.Sequential(nn.Linear(2, 64, rng=weights), nn.ReLU(), nn.Dropout(0.1, rng=0), nn.Linear(64, 2, rng=weights))
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
     sampler = ShardedSampler(len(Rings()), group, seed=args.seed, pad=True)
-    checkpoint = Checkpoint(Path(args.folder), group)
-    metrics, steps = AveragedMetrics(group), 0
-    with DataLoader(Rings(), sampler, args.batch // group.world_size, workers=2) as loader, StopSignals() as stop:
-        checkpoint.load(net, optimizer, loader)
-        model = DDP(net, group)
+    model, metrics = DDP(net, group), AveragedMetrics(group)
+    with (
+        DataLoader(Rings(), sampler, args.batch // group.world_size, workers=2) as loader,
+        StopSignals() as stop,
+        Checkpointer(args.folder, group, keep=Last(2)) as keeper,
+    ):
+        state = {"model": model, "optimizer": optimizer, "loader": loader}
+        step = first = keeper.resume(into=state) or 0
         log.info("epoch %d, %d of %d items are done", loader.epoch, loader.state_dict()["taken"], len(Rings()))
         for epoch in range(loader.epoch, args.epochs):
             for points, labels in (bar := Progress(loader, group, description=f"epoch {epoch}")):
@@ -88,14 +60,14 @@ def train(group: ferro.ProcessGroup, args: argparse.Namespace) -> None:
                 optimizer.zero_grad()
                 metrics.add(len(labels), loss=loss, accuracy=np.mean(logits.argmax(axis=1) == labels))
                 bar.show(loss=loss)
-                steps += 1
-                if agree_stop(group, stop, steps == args.stop_after):
-                    checkpoint.save(net, optimizer, loader)
+                step += 1
+                if agree_stop(group, stop, step - first == args.stop_after):
+                    keeper.save(step, state)
                     log.info("stopped in epoch %d; the next run goes on there", epoch)
                     return
             means = metrics.compute()
             log.info("epoch %d: loss %.4f, accuracy %.2f %%", epoch, means["loss"], 100 * means["accuracy"])
-        checkpoint.save(net, optimizer, loader)
+        keeper.save(step, state)
 
 
 def main() -> None:

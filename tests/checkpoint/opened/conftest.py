@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .written import LocalStandIn, write
+from ferro_checkpoint.storage.local import LocalStorage
+
+from .written import write
 
 ARRAYS = {
     "model": {
@@ -21,4 +23,4 @@ ARRAYS = {
 @pytest.fixture
 def storage(tmp_path):
     write(tmp_path / "step-7", ARRAYS, values={"epoch": 3}, step=7, file_bytes=2000, segment_bytes=512)
-    return LocalStandIn(tmp_path)
+    return LocalStorage(str(tmp_path))

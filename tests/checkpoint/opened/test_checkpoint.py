@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ferro_checkpoint.layout.header import encode_header
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord, Record
 from ferro_checkpoint.opened import files
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.storage.saver import TOKEN_NAME
 
 from .conftest import ARRAYS
 from .written import file_record, write
@@ -75,6 +77,16 @@ def test_many_small_tensors_of_a_segment_are_read_with_it(storage, tmp_path, mon
         monkeypatch.setattr(checkpoint, "read_segment", lambda *args: reads.append(args) or read(*args))
         assert all((checkpoint.read_tensor(f"m.{k}") == k).all() for k in range(300))
         assert len(reads) == 1
+
+
+def test_several_threads_read_at_the_same_time(storage, tmp_path):
+    arrays = {str(k): np.full(100 + k, k, np.int16) for k in range(60)}
+    write(tmp_path / "many", {"m": arrays}, segment_bytes=3000, file_bytes=5000)
+    with opened(storage, "many") as checkpoint, ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(checkpoint.read_tensor, [f"m.{name}" for name in arrays] * 4))
+    assert all(
+        array.tobytes() == expected.tobytes() for array, expected in zip(read, [*arrays.values()] * 4, strict=True)
+    )
 
 
 def test_more_files_than_may_be_open(storage, monkeypatch):
@@ -222,7 +234,8 @@ def test_a_segment_beyond_all_measure_and_an_index_that_is_not_listed(storage, t
 
 
 def test_a_missing_record_says_what_is_there(storage, tmp_path):
-    (tmp_path / ".tmp-step-9-abc").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / TOKEN_NAME).write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("a")
@@ -233,7 +246,7 @@ def test_a_missing_record_says_what_is_there(storage, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "step-7").rename(tmp_path / "run" / "step-7")
     for name, message in {
-        ".tmp-step-9-abc": "temporary directory of a save",
+        "begun": "the save of this checkpoint goes on or was interrupted",
         "nothing": "nothing of this name",
         "empty": "the directory is empty",
         "notes": "the save did not end, or this is no checkpoint",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.layout.bundle import encode_index, index_name, layout_bundle
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.dtypes import dtype_name
@@ -52,48 +50,3 @@ def file_record(content, header=0, segment_bytes=4 << 20):
     cuts = sorted({*range(header, len(content), segment_bytes), len(content)} - {0})
     parts = [memoryview(content)[begin:end] for begin, end in zip([0, *cuts], cuts, strict=False)]
     return FileRecord(len(content), tuple(cuts), tuple(digest_of([part]) for part in parts))
-
-
-class LocalStandIn:
-    """As much of a storage as reading needs."""
-
-    writes_ranges = True
-
-    def __init__(self, path):
-        self.path = str(path)
-        self.opened = 0
-
-    def names(self):
-        return sorted(it for it in os.listdir(self.path) if not it.startswith(".tmp-"))
-
-    def exists(self, name):
-        return os.path.lexists(f"{self.path}/{name}")
-
-    def read_file(self, name, file, most_bytes):
-        content = Path(self.path, name, file).read_bytes()
-        if len(content) > most_bytes:
-            raise CheckpointDamaged("too large", path=file)
-        return content
-
-    def open_file(self, name, file):
-        self.opened += 1
-        return _File(f"{self.path}/{name}/{file}")
-
-
-class _File:
-    def __init__(self, path):
-        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 - close() closes it
-        self.nbytes = os.fstat(self._file.fileno()).st_size
-
-    def identity(self):
-        stat = os.fstat(self._file.fileno())
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-    def read_into(self, destinations, offset):
-        for destination in destinations:
-            if destination.nbytes and os.preadv(self._file.fileno(), [destination], offset) < destination.nbytes:
-                raise CheckpointDamaged("the file ends before", path=self._file.name)
-            offset += destination.nbytes
-
-    def close(self):
-        self._file.close()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from ferro_checkpoint.checkpointer.checkpointer import Checkpointer
+from ferro_checkpoint.checkpointer.every import Continuous, Every
+from ferro_checkpoint.checkpointer.keep import Best, Last
+from ferro_checkpoint.checkpointer.preemption import Preempted
+from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.errors import (
     CheckpointDamaged,
     CheckpointError,
@@ -16,11 +21,18 @@ from ferro_checkpoint.saving.save import save
 
 __all__ = [
     "ArrayPiece",
+    "Best",
     "CheckpointDamaged",
     "CheckpointError",
     "CheckpointIncomplete",
     "CheckpointTooNew",
+    "Checkpointer",
+    "Continuous",
+    "Every",
+    "Last",
+    "Preempted",
     "SaveFailed",
+    "SaveResult",
     "StateError",
     "load",
     "save",

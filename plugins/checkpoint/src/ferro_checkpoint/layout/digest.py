@@ -1,18 +1,18 @@
 """The digests of segments: XXH3 with 64 bits.
 
-Measured on an x86-64 with AVX2 beside other work, single thread, in GB/s: a stream of segments, and the same from a
-buffer of 256 MiB beside a thread of Python, which went on at its full speed with each of them (all release the
-interpreter's lock):
+Measured in one run each, with a single thread, on a shared x86-64 with two cores; in GB/s. The last column is one
+buffer of 256 MiB beside a thread of Python, which kept its speed (beside crc32c, four fifths of it): all of these
+release the interpreter's lock.
 
-    | algorithm | 64 KiB | 1 MiB | 4 MiB | beside a thread | fault that is missed |
-    | xxh3_64   |  6.96  |  7.80 |  8.88 |  6.4            | one in 2^64          |
-    | xxh3_128  |  7.34  |  7.38 |  7.82 |  6.9            | one in 2^128         |
-    | crc32c    |  5.2   |  3.1  |  3.3  |  4.6            | one in 2^32          |
-    | crc32     |  2.2   |  3.5  |  1.7  |  2.5            | one in 2^32          |
-    | blake2b   |  0.48  |  0.52 |  0.49 |  0.58           | none, nor a forgery  |
+    | algorithm | 64 KiB | 1 MiB | 4 MiB | 256 MiB, beside a thread |
+    | xxh3_64   |  7.4   |  4.3  |  3.5  |  6.5                     |  on a quieter machine 7.0, 7.8 and 8.9
+    | xxh3_128  |  6.9   |  3.5  |  3.8  |  6.9                     |  on a quieter machine 7.3, 7.4 and 7.8
+    | crc32c    |  5.2   |  3.1  |  3.3  |  4.6                     |  of google-crc32c; three with a copy to bytes
+    | crc32     |  2.2   |  3.5  |  1.7  |  2.5                     |
+    | blake2b   |  0.48  |  0.52 |  0.49 |  0.58                    |
 
-Only BLAKE2 would not reach the speed of a good disk. A digest of a segment finds faults; it does not prove who has
-written the segment, for the record beside it can be changed as well.
+BLAKE2 is slower than a good disk, and a CRC with 32 bits misses one fault in 2^32. A digest of a segment finds faults;
+it does not prove who has written the segment, for the record beside it can be changed as well.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _METADATA = "__metadata__"
 _quoted = json.encoder.encode_basestring  # writes a text as JSON
 _MOST_DIMS = 64
 _TEXT = r'"[^"\\\x00-\x1f]*"'
-_USUAL_METADATA = re.compile(rf'\{{"{_METADATA}":(\{{(?:{_TEXT}:{_TEXT},?)*\}})')
+_USUAL_METADATA = re.compile(rf'\{{"{_METADATA}":(\{{(?:{_TEXT}:{_TEXT},?)*+\}})')
 _USUAL_ENTRY = re.compile(
     r',"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],'
     r'"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}'

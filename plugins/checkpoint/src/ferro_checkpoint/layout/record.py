@@ -93,8 +93,8 @@ class Record:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointDamaged(f"{path}: this is no record of a checkpoint", path=path)
         version = content.get("version")
-        if type(version) is not int:
-            raise CheckpointDamaged(f"{path}: its version is no number", path=path)
+        if type(version) is not int or version < 1:
+            raise CheckpointDamaged(f"{path}: its version is none", path=path)
         if version > VERSION:
             raise CheckpointTooNew(
                 f"{path}: this checkpoint has version {version} of the format, and this ferro-checkpoint reads up to "
@@ -133,7 +133,7 @@ def _fault(content: Mapping[str, Any]) -> str | None:
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
             return f"its {key!r} is no {kind.__name__}"
-    if not (content.get("step") is None or type(content["step"]) is int):
+    if "step" not in content or type(content["step"]) not in (int, type(None)):
         return "its step is no number"
     for name, one in content["files"].items():
         if not is_file_name(name):

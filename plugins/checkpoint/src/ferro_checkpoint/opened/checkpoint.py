@@ -14,6 +14,7 @@ from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import MOST_RECORD_BYTES, RECORD_NAME, Record
+from ferro_checkpoint.opened.damage import damage_text
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.opened.index import check_index
 from ferro_checkpoint.opened.no_record import no_record
@@ -92,6 +93,9 @@ class OpenedCheckpoint:
     def read_segment(self, file: str, k: int, destinations: Sequence[Bytes]) -> None:
         """Fill these, one after the other, with segment `k` of a file, all of it, and check its digest.
 
+        A segment with another digest is not read again: the system would give the same bytes from its memory, and a
+        disk that gives two answers is not to be trusted either.
+
         Raises:
             CheckpointDamaged: the bytes are not those that were written; the message names file and tensors. What
                 is in the destinations is of no use then.
@@ -151,6 +155,7 @@ class OpenedCheckpoint:
         if latest is not None and latest[:2] == (file, k):
             return latest[2]
         begin, end = self._range(file, k)
+        self._latest = latest = None  # so that no two are in memory
         content = np.empty(end - begin, np.uint8).data
         self.read_segment(file, k, [content])
         self._latest = (file, k, content)
@@ -235,14 +240,3 @@ def read_record(storage: Storage, name: str) -> Record:
             text_ = f"{path}: file {shown(file)} has a segment of more than {MOST_SEGMENT_BYTES} bytes"
             raise CheckpointDamaged(text_, path=path)
     return record
-
-
-def damage_text(path: str, begin: int, end: int, tensors: Sequence[str]) -> str:
-    """Say that a range of a file is damaged, and which tensors are in it."""
-    named = ", ".join(shown(name) for name in tensors[:3])
-    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-    what = f"tensors {named}{more}" if len(tensors) > 1 else f"tensor {named}" if tensors else "no tensor's data"
-    return (
-        f"{path}: bytes {begin} to {end - 1} ({what}) are not those that were written: load an older checkpoint; "
-        f"`ferro checkpoint verify` lists all damage"
-    )

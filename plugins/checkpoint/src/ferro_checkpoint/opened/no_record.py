@@ -7,9 +7,9 @@ import os
 from ferro_checkpoint.errors import CheckpointIncomplete
 from ferro_checkpoint.layout.bundle import SUFFIX
 from ferro_checkpoint.layout.record import RECORD_NAME
+from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import Storage
 
-_TEMPORARY = ".tmp-"
 _FOREIGN = "`ferro_checkpoint.formats` and `ferro checkpoint convert` read it"
 
 
@@ -20,15 +20,15 @@ def no_record(storage: Storage, name: str) -> CheckpointIncomplete:
 
 
 def _reason(storage: Storage, name: str, path: str) -> str:
-    if name.startswith(_TEMPORARY):
-        return "this is the temporary directory of a save that goes on or was interrupted: load another checkpoint"
-    if not storage.exists(name):
+    files = storage.files(name)
+    if not files and not storage.exists(name):
         return "there is nothing of this name"
     if os.path.isfile(path):
         if name.endswith(SUFFIX):
             return f"this is a safetensors file, and no checkpoint's directory; {_FOREIGN}"
         return "this is a file, and a checkpoint is a directory"
-    files = os.listdir(path) if os.path.isdir(path) else []
+    if TOKEN_NAME in files:
+        return "the save of this checkpoint goes on or was interrupted: load another one"
     within = sorted(inner for inner in files if os.path.isfile(f"{path}/{inner}/{RECORD_NAME}"))
     if within:
         return f"this is a directory of checkpoints, and none itself: choose one of {', '.join(within[-3:])}"

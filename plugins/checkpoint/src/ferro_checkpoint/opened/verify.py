@@ -14,7 +14,8 @@ from ferro_checkpoint.errors import CheckpointError
 from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, decode_header, header_length
 from ferro_checkpoint.layout.record import FileRecord, Record
-from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, damage_text, read_record
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, read_record
+from ferro_checkpoint.opened.damage import damage_text
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.storage.storage import Storage
 

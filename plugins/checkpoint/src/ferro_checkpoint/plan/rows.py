@@ -53,10 +53,12 @@ def rows_of(holdings: Holdings, layout: FileLayout, world_size: int) -> Rows:
     """Find the rows.
 
     Raises:
-        StateError: no rank holds some element, or the pieces of two ranks overlap without being the same.
+        StateError: no rank holds some element, or boxes of two ranks overlap without being the same.
     """
-    order = np.lexsort((holdings.rank, holdings.hi, holdings.lo, holdings.tensor))
-    tensor, lo, hi, rank = (column[order] for column in (holdings.tensor, holdings.lo, holdings.hi, holdings.rank))
+    tensor, lo, hi, rank = _sorted(holdings.tensor, holdings.lo, holdings.hi, holdings.rank)
+    other = (lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])
+    if ((tensor[1:] == tensor[:-1]) & (lo[1:] < hi[:-1]) & other).any():
+        tensor, lo, hi, rank = _cut_at_all_ends(holdings)
     plain = np.ones(len(holdings.names), bool)
     plain[list(holdings.boxes)] = False
     kept = plain[tensor] if len(tensor) else np.zeros(0, bool)
@@ -89,6 +91,28 @@ def rows_of(holdings: Holdings, layout: FileLayout, world_size: int) -> Rows:
     count = np.concatenate([count, np.zeros(len(scattered), np.int64), np.full(files, world_size)])[place]
     holders = np.concatenate([rank, np.arange(world_size)])
     return Rows(begin[place], end[place], tensor, first, count, _keys(first, count, holders, world_size), holders)
+
+
+def _sorted(tensor: Indices, lo: Indices, hi: Indices, rank: Indices) -> tuple[Indices, Indices, Indices, Indices]:
+    order = np.lexsort((rank, hi, lo, tensor))
+    return tensor[order], lo[order], hi[order], rank[order]
+
+
+def _cut_at_all_ends(holdings: Holdings) -> tuple[Indices, Indices, Indices, Indices]:
+    """Cut all pieces of consecutive elements where any other begins or ends, and sort them: array, lo, hi, rank.
+
+    Pieces may overlap. FSDP over tensor parallelism, for example, cuts the same bias elsewhere on each rank of the
+    tensor parallel group, if other parameters of its unit have pieces of uneven sizes there.
+    """
+    base = np.cumsum(holdings.sizes) - holdings.sizes  # all arrays, one after the other
+    begins, ends = base[holdings.tensor] + holdings.lo, base[holdings.tensor] + holdings.hi
+    edges = np.unique(np.concatenate([begins, ends]))
+    first = np.searchsorted(edges, begins)
+    count = np.searchsorted(edges, ends) - first
+    piece = np.repeat(np.arange(len(first)), count)
+    edge = np.arange(len(piece)) + np.repeat(first - (np.cumsum(count) - count), count)
+    tensor = holdings.tensor[piece]
+    return _sorted(tensor, edges[edge] - base[tensor], edges[edge + 1] - base[tensor], holdings.rank[piece])
 
 
 def _keys(first: Indices, count: Indices, holders: Indices, world_size: int) -> Indices:
@@ -125,10 +149,7 @@ def _refuse(holdings: Holdings, number: int, reached: int, next_one: int) -> Non
     name, size = holdings.names[number], int(holdings.sizes[number])
     if next_one > reached:
         raise StateError(f"{name!r}: no rank holds its elements {reached} to {next_one - 1} of {size}")
-    raise StateError(
-        f"{name!r}: pieces of different ranks overlap from element {next_one} of {size} on, and are not the same: "
-        f"what one rank holds must be held by others as a whole, or not at all"
-    )
+    raise AssertionError(f"{name!r}: pieces overlap at element {next_one} of {size}, though they were cut there")
 
 
 def _check_boxes(holdings: Holdings, number: int) -> None:

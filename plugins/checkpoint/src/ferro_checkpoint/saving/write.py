@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def write_checkpoint(
     timeout_s: float = 600.0,
     threads: int = 2,
     progress: Progress | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Write a checkpoint, or nothing; all ranks of the group call it. It may run on any thread.
 
@@ -53,6 +54,7 @@ def write_checkpoint(
         timeout_s: deadline of all collectives together.
         threads: how many write at the same time.
         progress: called with the bytes of each segment that this rank has written, on any thread.
+        metrics: of the step, for the record; those of rank 0 count.
 
     Raises:
         SaveFailed: a rank could not write, or did not answer; on all ranks alike. Nothing is left of it, and earlier
@@ -69,7 +71,7 @@ def write_checkpoint(
         failure = None
         if plan.rank == 0:
             try:
-                _commit(plan, directory, all_digests, step, overwrite)
+                _commit(plan, directory, all_digests, step, overwrite, metrics or {})
             except Exception as error:  # noqa: BLE001 - told to all ranks
                 failure = error
         _agree(None, failure, path, group, deadline, "committing it")
@@ -190,7 +192,12 @@ def _unpacked(value: Any) -> Any:
 
 
 def _commit(
-    plan: SavePlan, directory: NewDirectory, digests: list[dict[int, str]], step: int | None, overwrite: bool
+    plan: SavePlan,
+    directory: NewDirectory,
+    digests: list[dict[int, str]],
+    step: int | None,
+    overwrite: bool,
+    metrics: Mapping[str, float],
 ) -> None:
     """Write the indices and the commit record, and give the directory its name."""
     layout, segments = plan.layout, plan.segments
@@ -222,6 +229,7 @@ def _commit(
         files=files,
         values=plan.values | ({COMPLEX128_KEY: of_pairs} if of_pairs else {}),
         digest=DIGEST,
-        saved_by={"world_size": plan.world_size, "time": round(time.time(), 3)},
+        saved_by={"world_size": plan.world_size, "time": round(time.time(), 3)}
+        | ({"metrics": dict(metrics)} if metrics else {}),
     )
     directory.commit(record.encode(), overwrite=overwrite)

@@ -194,7 +194,9 @@ class _Flattener:
             self._add_array(f"{prefix}.{name}" if name else _own_name(path), path, array)
         if callable(values := getattr(value, "checkpoint_values", None)):
             by_rank = bool(getattr(value, "checkpoint_values_by_rank", False))
-            self._add_value(values(), path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
+            current = values()
+            if current is not None or loading:
+                self._add_value(current, path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
         if loading and callable(finish := getattr(value, "finish_checkpoint_load", None)):
             self.flat.finishes.append(finish)
 

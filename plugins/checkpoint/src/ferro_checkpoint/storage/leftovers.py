@@ -76,7 +76,8 @@ def _may_go(parent: str, temporary: str, name: str, now_s: float) -> bool:
             return False
     except OSError:
         return False
-    return age_s > OLD_S or (saver is not None and saver.has_ended())
+    ended = saver.has_ended() if saver else None
+    return age_s > OLD_S if ended is None else ended
 
 
 def _has_record(path: str) -> bool:

@@ -13,7 +13,7 @@ from ferro_checkpoint.storage.failures import failed, writing
 from ferro_checkpoint.storage.leftovers import find_old, settle_leftovers
 from ferro_checkpoint.storage.local_directory import LocalDirectory, check_replaceable, sync_directory
 from ferro_checkpoint.storage.local_files import LocalReadableFile
-from ferro_checkpoint.storage.names import check_name, is_temporary, old_name, split_old
+from ferro_checkpoint.storage.names import check_name, check_within, is_temporary, old_name, split_old
 from ferro_checkpoint.storage.removal import remove_tree
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import NewDirectory, ReadableFile
@@ -52,12 +52,12 @@ class LocalStorage:
 
     def exists(self, name: str) -> bool:
         """Say whether a directory, or a file, has this name."""
-        check_name(name)
+        check_within(name)
         return os.path.lexists(os.path.join(self.path, name)) or find_old(self.path, name) is not None
 
     def files(self, name: str) -> list[str]:
         """List what is in a directory; [] if it is not there."""
-        check_name(name)
+        check_within(name)
         path = os.path.join(self.path, self._directory(name))
         try:
             return sorted(os.listdir(path))
@@ -132,7 +132,7 @@ class LocalStorage:
         return find_old(self.path, name) or name
 
     def _file(self, name: str, file: str) -> str:
-        check_name(name)
+        check_within(name)
         if file in ("", ".", "..") or "/" in file or "\0" in file:
             path = os.path.join(self.path, name)
             raise CheckpointDamaged(f"{path}: {file!r} is no name of a file in it", path=path)

@@ -18,16 +18,25 @@ _TOKEN = re.compile(r"[A-Za-z0-9_]{1,64}")
 MOST_NAME_BYTES = 255  # of a file system
 
 
+def check_within(name: str) -> None:
+    """Check that this is a name in a directory, and does not lead out of it; for reading.
+
+    Raises:
+        StateError: it does.
+    """
+    if not is_file_name(name):
+        raise StateError(f"{name!r} cannot be the name of a checkpoint: choose one without '/'")
+
+
 def check_name(name: str, token: str | None = None) -> None:
-    """Check that a directory of checkpoints may hold one of this name, and that the token may be part of a name.
+    """Check that a new checkpoint may have this name, and that the token may be part of a name.
 
     Raises:
         StateError: it would be outside, or look like a temporary one, or be too long.
     """
-    if not is_file_name(name) or is_temporary(name):
-        raise StateError(
-            f"{name!r} cannot be the name of a checkpoint: choose one without '/' that is no temporary one"
-        )
+    check_within(name)
+    if is_temporary(name):
+        raise StateError(f"{name!r} looks like the name of a checkpoint that is being written: choose another one")
     if token is not None and not _TOKEN.fullmatch(token):
         raise StateError(f"{token!r} cannot be the token of a save: letters and digits can")
     longest = temporary_name(name, token or "")

@@ -17,6 +17,7 @@ from ferro_checkpoint.storage.saver import TOKEN_NAME
 _Result = TypeVar("_Result")
 _PAUSES_S = (0.1, 0.5, 2.0)
 _PASSING = frozenset({errno.EAGAIN, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN})
+_MAY_BE_ABSENT = ("read", "listed", "removed")
 _LAST = {RECORD_NAME: -1, TOKEN_NAME: 1}
 
 
@@ -29,15 +30,15 @@ def call_store(what: str, path: str, call: Callable[[], _Result]) -> _Result:
         call: the call.
 
     Raises:
-        FileNotFoundError: the store says so.
+        FileNotFoundError: there is no such object to be read, listed or removed.
         CheckpointError: any other failure, for each store has errors of its own.
     """
     for pause_s in (*_PAUSES_S, None):
         try:
             return call()
-        except FileNotFoundError:
-            raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and what in _MAY_BE_ABSENT:
+                raise
             if pause_s is None or not _passes(error):
                 raise told(what, path, error) from error
             time.sleep(pause_s)

@@ -8,7 +8,7 @@ import time
 from ferro import PluginError
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.layout.record import RECORD_NAME, is_file_name
-from ferro_checkpoint.storage.names import check_name
+from ferro_checkpoint.storage.names import check_name, check_within
 from ferro_checkpoint.storage.object_calls import call_store, remove_objects
 from ferro_checkpoint.storage.object_directory import ObjectDirectory
 from ferro_checkpoint.storage.object_files import ObjectReadableFile
@@ -68,9 +68,9 @@ class ObjectStorage:
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
 
     def exists(self, name: str) -> bool:
-        """Say whether a directory of this name has a commit record or other objects."""
-        check_name(name)
-        return bool(self.files(name))
+        """Say whether a directory of this name has objects, and more than what a save has begun."""
+        files = self.files(name)
+        return bool(files) and (RECORD_NAME in files or TOKEN_NAME not in files)
 
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """Read a small object as a whole; see `Storage`."""
@@ -85,7 +85,7 @@ class ObjectStorage:
 
     def open_file(self, name: str, file: str) -> ReadableFile:
         """Describe an object for reading; see `Storage`."""
-        check_name(name)
+        check_within(name)
         path = f"{self.path}/{name}/{file}"
         if file != RECORD_NAME and not is_file_name(file):
             raise CheckpointDamaged(f"{self.path}/{name}: {file!r} is no name of a file in it", path=path)
@@ -135,7 +135,7 @@ class ObjectStorage:
 
     def files(self, name: str) -> list[str]:
         """List the objects in a directory; [] if there are none."""
-        check_name(name)
+        check_within(name)
         try:
             self._store.invalidate_cache()
             key = f"{self._root}/{name}"

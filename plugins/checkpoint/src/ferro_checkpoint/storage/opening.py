@@ -7,7 +7,7 @@ import re
 
 from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.storage.local import LocalStorage
-from ferro_checkpoint.storage.names import check_name
+from ferro_checkpoint.storage.names import check_within
 from ferro_checkpoint.storage.object_store import ObjectStorage
 from ferro_checkpoint.storage.storage import Storage
 
@@ -47,7 +47,7 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Storage, str]:
         parent, name = os.path.split(text.rstrip("/"))
     if not name:
         raise StateError(f"{text!r} is the root, and cannot be a checkpoint: choose a directory in it")
-    check_name(name)
+    check_within(name)
     return open_storage(parent), name
 
 

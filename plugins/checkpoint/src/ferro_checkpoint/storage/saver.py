@@ -54,10 +54,10 @@ class Saver:
         """Write the token file."""
         return write_json(asdict(self))
 
-    def has_ended(self) -> bool:
-        """Say whether the process has ended for certain: it was one of this system, and is there no more."""
+    def has_ended(self) -> bool | None:
+        """Say whether the process has ended; None if it was one of another system, of which nothing is known."""
         if (self.host, self.system) != (socket.gethostname(), _system()):
-            return False
+            return None
         if _system():
             return _started(self.pid) != self.started
         try:

@@ -20,7 +20,7 @@ class ReadableFile(Protocol):
     nbytes: int
 
     def read_into(self, destinations: Sequence[Bytes], offset: int) -> None:
-        """Fill these, one after the other, with the file's bytes from `offset` on.
+        """Fill these, one after the other, with the file's bytes from `offset` on. Several threads may do so.
 
         Raises:
             CheckpointDamaged: the file ends before.
@@ -33,7 +33,10 @@ class WritableFile(Protocol):
     """A file of a new directory that is open for writing, by one rank or several, each with its own ranges."""
 
     def write(self, sources: Sequence[Bytes], offset: int) -> None:
-        """Write these, one after the other, from `offset` on. Where `Storage.writes_ranges` is False: in order."""
+        """Write these, one after the other, from `offset` on.
+
+        Where `Storage.writes_ranges` is True, several threads may do so; elsewhere one does, in order.
+        """
 
     def sync(self) -> None:
         """Wait until all that this rank has written is on disk. Where that cannot be: until the store has it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,14 @@ class DistributedGenerator:
                 "or generators in the same state.",
                 op="DistributedGenerator",
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the generator's state, the same on every rank."""
+        return dict(self.generator.bit_generator.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; all ranks load the same."""
+        self.generator.bit_generator.state = dict(state)
 
     def random(
         self, shape: int | Sequence[int], placements: Sequence[Placement], *, dtype: npt.DTypeLike = np.float64

@@ -48,7 +48,9 @@ from ferro import UnsupportedError, UsageError
 
 from ..mesh import DeviceMesh
 from ..nn.arrays import Array, namespace_of
+from ..nn.checkpoint_piece import CheckpointPiece
 from .array_methods import ArrayMethods
+from .checkpoint import checkpoint_piece
 from .dispatch import call_function, call_ufunc
 from .from_local import from_local_parts, from_local_with_shape
 from .local_shapes import Shape, local_shape, shape_of
@@ -272,6 +274,10 @@ class DTensor(ArrayMethods):
     def explain_redistribute(self, placements: Sequence[Placement]) -> str:
         """Describe each step that `redistribute` would take in one line, with its bytes."""
         return self._plan(placements).describe(self.mesh.names, moved_itemsize(self._placed))
+
+    def checkpoint_arrays(self) -> dict[str, CheckpointPiece]:
+        """Describe this rank's part, for a checkpoint; sends nothing. A Partial has to be reduced before."""
+        return {"": checkpoint_piece(self._placed)}
 
     def _plan(self, placements: Sequence[Placement]) -> RedistributePlan:
         return plan_redistribute(self.placements, self._checked(placements), self.shape, self.mesh.shape)

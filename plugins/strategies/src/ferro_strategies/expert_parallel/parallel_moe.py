@@ -12,7 +12,7 @@ from ..nn.arrays import Array, namespace_of
 from ..nn.module import Module
 from ..nn.parameter import Split
 from ..tensor_parallel.conversion import check_shard_sizes
-from ..tensor_parallel.sharding import local_shard
+from ..tensor_parallel.sharding import local_shard, shard_slice
 from .moe import MoE, _Segments
 
 
@@ -40,10 +40,11 @@ class ParallelMoE(MoE):
         check_shard_sizes(ParallelMoE, "num_experts", self.num_experts, self._sizes, group)
         self._rank = group.rank
         self._mean_ranks = group.world_size
+        start = shard_slice(self._sizes, group.rank).start
         for parameter in (self.up, self.up_bias, self.down, self.down_bias):
             shape = parameter.shape
             parameter.hold(self._own_experts(parameter.data), grad=None, grad_memory=None)
-            parameter.splits = (Split(group=group, dim=0, shape=shape),)
+            parameter.splits = (Split(group=group, dim=0, shape=shape, start=start),)
             for owner in parameter.state_owners:
                 owner.reshape_state(parameter, self._own_experts)
 

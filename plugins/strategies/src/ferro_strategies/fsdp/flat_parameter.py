@@ -71,7 +71,8 @@ class FlatParameter:
         for parameter, view, span in zip(self.parameters, self.shard_views, self.layout.spans, strict=True):
             parameter.hold(view, grad=None, grad_memory=None)
             if config.shard_group is not None:
-                parameter.splits += (Split(group=config.shard_group, dim=None, shape=span.shape),)
+                start = self.layout.slice_in_parameter(span, rank).start
+                parameter.splits += (Split(group=config.shard_group, dim=None, shape=span.shape, start=start),)
 
     @property
     def is_unsharded(self) -> bool:

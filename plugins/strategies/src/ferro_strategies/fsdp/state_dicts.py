@@ -8,6 +8,7 @@ from functools import partial
 from ferro import UsageError
 
 from ..nn.arrays import Array
+from ..nn.checkpoint_piece import CheckpointPiece
 from ..nn.module import Module, TreeSnapshot
 from ..nn.state import OptimizerWithState, StateLoad, array_fault
 from ..optim.state import ParameterState
@@ -122,6 +123,11 @@ class StateDictMixin(Module):
     def state_dict(self) -> dict[str, Array]:
         """Gather a `full_state_dict()`, which fits the module with and without FSDP."""
         return self.full_state_dict()
+
+    def checkpoint_arrays(self) -> Mapping[str, CheckpointPiece]:
+        """Describe this rank's shards, in the dtype in which the optimizer changes them, and the buffers."""
+        self._check_between_passes("checkpoint_arrays")
+        return super().checkpoint_arrays()
 
     def full_optimizer_state_dict(self, optimizer: OptimizerWithState, *, rank0_only: bool = False) -> dict[str, Array]:
         """Gather the state of an optimizer of this module's parameters; all ranks call it.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -45,7 +46,12 @@ class PowerSGD:
             array of the compressed gradients' size.
         start_after: number of first steps that average exactly, while gradients change fast.
         seed: seed of the first Q, the same on every rank.
+
+    Attributes:
+        checkpoint_values_by_rank: True: in a checkpoint, each rank has a state of its own.
     """
+
+    checkpoint_values_by_rank: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -66,16 +72,16 @@ class PowerSGD:
         self.start_after = start_after
         self.seed = seed
         self._states: dict[int, _BucketState] = {}
-        self._loaded: dict[str, Array] = {}  # the states of buckets that were not there yet
+        self._loaded: dict[str, Array | str] = {}  # the states of buckets that were not there yet
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self) -> dict[str, Array | str]:
         """Copy steps, every Q, errors and the random generators' states; each rank saves its own."""
         found = dict(self._loaded)
         for index, state in self._states.items():
-            found |= {f"{index}.{name}": array for name, array in state.arrays().items()}
+            found |= {f"{index}.{name}": value for name, value in state.state_dict().items()}
         return found
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+    def load_state_dict(self, state: Mapping[str, Array | str]) -> None:
         """Go on from a saved state, with the same model and options; it is taken over bucket by bucket.
 
         Raises:
@@ -161,27 +167,27 @@ class _BucketState:
         drawn = self._rng.standard_normal(self.qs.size).astype(self.qs.dtype)
         self.qs[...] = namespace_of(self.qs).asarray(drawn)
 
-    def arrays(self) -> dict[str, Array]:
-        """Copy what lasts from step to step into arrays, by name."""
+    def state_dict(self) -> dict[str, Array | str]:
+        """Copy what lasts from step to step into arrays by name, and the generator's state as JSON."""
         errors = {f"error.{matrix.index}": matrix.error.copy() for matrix in self.matrices if matrix.error is not None}
-        generator = np.array(json.dumps(self._rng.bit_generator.state))
+        generator = json.dumps(self._rng.bit_generator.state)
         return {"steps": np.array(self.steps), "qs": self.qs.copy(), "generator": generator, **errors}
 
-    def load(self, arrays: Mapping[str, Array]) -> None:
-        """Take over what `arrays` made."""
-        own = self.arrays()
-        if {name: array.shape for name, array in own.items()} != {name: array.shape for name, array in arrays.items()}:
+    def load(self, state: Mapping[str, Array | str]) -> None:
+        """Take over what `state_dict` made; a file of arrays may have made an array of the text, too."""
+        own = self.state_dict()
+        if {name: np.shape(value) for name, value in own.items()} != {n: np.shape(value) for n, value in state.items()}:
             raise UsageError(
                 f"PowerSGD: the loaded state does not fit the bucket of {self.names[0]!r}, …: "
                 "load it with the same model, bucket sizes and options."
             )
         xp = namespace_of(self.qs)
-        self.steps = int(arrays["steps"])
-        self.qs[...] = xp.asarray(arrays["qs"])
-        self._rng.bit_generator.state = json.loads(str(arrays["generator"]))
+        self.steps = int(state["steps"])
+        self.qs[...] = xp.asarray(state["qs"])
+        self._rng.bit_generator.state = json.loads(str(state["generator"]))
         for matrix in self.matrices:
             if matrix.error is not None:
-                matrix.error[...] = xp.asarray(arrays[f"error.{matrix.index}"])
+                matrix.error[...] = xp.asarray(state[f"error.{matrix.index}"])
 
 
 class _CompressedAverage:

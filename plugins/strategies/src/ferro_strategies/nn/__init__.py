@@ -6,6 +6,7 @@ from .arrays import Array, namespace_of
 from .attention import Attention
 from .batchnorm import BatchNorm
 from .checkpoint import Checkpoint
+from .checkpoint_piece import CheckpointPiece
 from .containers import Residual, Sequential
 from .convolution import Conv1d, Conv2d
 from .cross_attention import CrossAttention
@@ -40,6 +41,7 @@ __all__ = [
     "BatchNorm",
     "Buffer",
     "Checkpoint",
+    "CheckpointPiece",
     "Conv1d",
     "Conv2d",
     "ConvTranspose2d",

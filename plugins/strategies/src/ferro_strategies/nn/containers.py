@@ -38,10 +38,13 @@ class Sequential(Module):
 
     Attributes:
         layers: the modules, first to last; a parameter's name is like "layers.0.weight".
+        first_layer: in a stage from `split_model`, the index of the first of these modules in the model that was split.
 
     Raises:
         UsageError: an item is no module.
     """
+
+    first_layer: int | None = None
 
     def __init__(self, *modules: Module) -> None:
         self.layers = [self._checked(module) for module in modules]

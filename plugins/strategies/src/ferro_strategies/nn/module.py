@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, TypeAlias
 import numpy as np
 
 from .checks import first_few
-from .module_state import ModuleState
+from .module_checkpoint import ModuleCheckpoint
 from .module_tree import Buffer as Buffer
 from .module_tree import Item, walk
 from .parameter import Parameter
@@ -26,7 +26,7 @@ from .trees import Arrays
 Pullback: TypeAlias = Callable[[Arrays], Arrays | None]
 
 
-class Module(ModuleState):
+class Module(ModuleCheckpoint):
     """A function with parameters that can be differentiated backwards.
 
     A subclass implements `vjp`. Its parameters, buffers and submodules are the `Parameter`,
@@ -36,7 +36,7 @@ class Module(ModuleState):
     that of definition, depth first; a shared object appears once, under its first name.
 
     A strategy is a module, too. The methods which it may override, and which are honoured where it
-    is a part of another module, are those of `ModuleState`.
+    is a part of another module, are those of `ModuleState` and `ModuleCheckpoint`.
 
     To move a model to a GPU, assign each parameter's and buffer's `data`:
     `parameter.data = cupy.asarray(parameter.data)`.

@@ -13,11 +13,11 @@ from ..nn.arrays import Array, namespace_of, wide_dtype
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from .blocks import update_blocks
+from .checkpointed_state import CheckpointedState
 from .optimizer import Optimizer
-from .state import ParameterState
 
 
-class EMA(ParameterState):
+class EMA(CheckpointedState):
     """An exponential moving average of every parameter's values, which are often better than the last ones.
 
         ema = EMA(model, decay=0.999, optimizer=optimizer)

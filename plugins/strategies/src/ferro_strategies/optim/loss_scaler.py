@@ -193,6 +193,20 @@ class LossScaler:
         self.current_scale = float(state["scale"])
         self._steps_in_a_row = int(state["steps_in_a_row"])
 
+    # -- for a checkpoint, which keeps two numbers better among its values than in a file of arrays -----
+
+    def checkpoint_arrays(self) -> dict[str, Array]:
+        """Return {}: there are no arrays."""
+        return {}
+
+    def checkpoint_values(self) -> dict[str, float]:
+        """Copy the state that steps change, the same on all ranks; see `state_dict`."""
+        return {name: value.item() for name, value in self.state_dict().items()}
+
+    def load_checkpoint_values(self, value: Mapping[str, float]) -> None:
+        """Restore what `checkpoint_values` copied; see `load_state_dict`."""
+        self.load_state_dict({name: np.asarray(number) for name, number in value.items()})
+
     def _finite_on_all_ranks(self, finite: bool, optimizers: Sequence[Optimizer]) -> bool:
         held = [parameter for optimizer in optimizers for parameter in optimizer.parameters]
         if not held and self._group is None:

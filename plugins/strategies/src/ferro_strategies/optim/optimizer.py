@@ -13,14 +13,14 @@ from ..nn.arrays import Array
 from ..nn.module import Module
 from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
+from .checkpointed_state import CheckpointedState
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule, check_schedule
-from .state import ParameterState
 
 MASTER = "master"
 
 
-class Optimizer(ParameterState):
+class Optimizer(CheckpointedState):
     """The base of optimizers, which change parameters in place by their gradients.
 
     State and arithmetic of a parameter in half precision are float32. With `master_weights` the optimizer also keeps
@@ -90,8 +90,7 @@ class Optimizer(ParameterState):
                 grad, state = parameter.grad, self.state[index]
                 if grad is not None:
                     if not state or (self.master_weights and self._lacks_master(parameter, state)):
-                        for name, array in self._new_state(parameter, group).items():
-                            state.setdefault(name, array)
+                        self._complete_state(index)
                     self._update(parameter, grad, state, group.settings)
                 index += 1
         self._schedule_step += 1
@@ -222,6 +221,12 @@ class Optimizer(ParameterState):
         if self._schedule is not None:
             factor = float(self._schedule(self._schedule_step))
             self.lrs = self._scheduled_lrs = [lr * factor for lr in self._base_lrs]
+
+    def _complete_state(self, index: int) -> None:
+        parameter, state = self.parameters[index], self.state[index]
+        if not state or (self.master_weights and self._lacks_master(parameter, state)):
+            for name, array in self.initial_state(index).items():
+                state.setdefault(name, array)
 
     def _new_state(self, parameter: Parameter, group: ParameterGroup) -> dict[str, Array]:
         state, data = self._initial_state(parameter, group.settings), parameter.data

@@ -14,7 +14,7 @@ from ..nn.arrays import Array
 from ..nn.module import Module
 from ..nn.parameter import Parameter, Split
 from ..replicas import check_same
-from .sharding import local_shard
+from .sharding import local_shard, shard_slice
 
 Layer = TypeVar("Layer", bound=Module)
 _SAMPLES = 16
@@ -67,7 +67,8 @@ def check_shard_sizes(maker: type[Module], what: str, total: int, sizes: tuple[i
 def sharded_copy(parameter: Parameter, group: ProcessGroup, dim: int, sizes: tuple[int, ...]) -> Parameter:
     """Make a parameter that holds a copy of this rank's shard."""
     shard = _like(parameter, local_shard(parameter.data, group, dim, sizes).copy())
-    shard.splits = (Split(group=group, dim=dim, shape=parameter.data.shape),)
+    start = shard_slice(sizes, group.rank).start
+    shard.splits = (Split(group=group, dim=dim, shape=parameter.data.shape, start=start),)
     return shard
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NoReturn, overload
+from dataclasses import replace
+from typing import ClassVar, Literal, NoReturn, overload
 
 import numpy as np
 
 from ferro import ProcessGroup, UsageError
 
 from ...nn.arrays import Array
+from ...nn.checkpoint_piece import CheckpointPiece
 from ...nn.module import Module, Pullback
 from ...nn.parameter import Parameter
 from ...nn.state import OptimizerWithState, StateLoad
@@ -27,6 +29,7 @@ from .point_to_point import open_channels
 from .runner import PassRunner
 from .ties import ParameterTies, Tie
 from .validation import parameters_by_name, validated_schedule
+from .whole_names import WholeNames, own_first_layers
 
 
 class Pipeline(Module):
@@ -72,6 +75,8 @@ class Pipeline(Module):
             rank, and nothing was changed.
     """
 
+    has_some_of_model: ClassVar[bool] = True
+
     def __init__(
         self,
         stages: Sequence[Module],
@@ -98,8 +103,10 @@ class Pipeline(Module):
         self._ties.share_values()
         self._found = StageModules(stages)
         # If any rank reduces gradients after the backward pass, all ranks agree on its success.
-        own = np.array([bool(self._found.data_parallel)], np.uint8)
-        self._has_replicas = [bool(other) for other in group.all_gather(own).reshape(-1)]
+        first_layers = own_first_layers(self._stages(), self.schedule.stages)
+        everyones = group.all_gather(np.array([[bool(self._found.data_parallel), *first_layers]], np.int64))
+        self._has_replicas = everyones[:, 0].astype(bool).tolist()
+        self._whole_names = WholeNames(everyones[:, 1:].max(axis=0).tolist(), ties)
         self._loss_returns_weight = False
         for parameter in (*super().parameters(), self._found.placeholder):
             parameter.stages = group
@@ -283,6 +290,32 @@ class Pipeline(Module):
             if parameter is self._found.placeholder:
                 load.states[index] = parameter.name, {FRESH: np.array(True)}
         return load
+
+    def checkpoint_arrays(self) -> Mapping[str, CheckpointPiece]:
+        """Describe the pieces of this rank's stages, by the names that they have in the whole model, see `WholeNames`.
+
+        The whole model is the Sequential that `split_model` has split, or else `Sequential(*stages)`. Of several copies
+        of a tied parameter on this rank, the first stage's is there.
+        """
+        pieces: dict[str, CheckpointPiece] = {}
+        for name, piece in super().checkpoint_arrays().items():
+            pieces.setdefault(self._whole_name(name), replace(piece, on_all_ranks=False))
+        return pieces
+
+    def checkpoint_parameters(self) -> Mapping[str, Parameter]:
+        """List the parameters of this rank's stages by the names of `checkpoint_arrays`."""
+        found: dict[str, Parameter] = {}
+        for name, item in super().checkpoint_parameters().items():
+            found.setdefault(self._whole_name(name), item)
+        return found
+
+    def finish_checkpoint_load(self) -> None:
+        """Give further copies of tied parameters on this rank what was loaded into the first."""
+        super().finish_checkpoint_load()
+        self._ties.follow_loaded()
+
+    def _whole_name(self, name: str) -> str:
+        return self._whole_names.of(name)
 
     def vjp(self, x: Arrays) -> tuple[Arrays, Pullback]:
         """Refuse: half of a pass would leave the other ranks waiting.

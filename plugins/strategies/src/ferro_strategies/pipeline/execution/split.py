@@ -64,6 +64,8 @@ def split_model(
             "first layers of all stages but the first."
         )
     stages = [model[start:end] for start, end in pairwise(bounds)]
+    for stage, start in zip(stages, bounds, strict=False):
+        stage.first_layer = start
     return ModelSplit(stages=stages[group.rank :: group.world_size], ties=_shared_parameters(stages))
 
 

@@ -10,6 +10,7 @@ from ferro import ProcessGroup
 
 from ...nn.arrays import namespace_of
 from ...nn.parameter import Parameter
+from ...optim.checkpointed_state import CheckpointedState
 
 # Maps each stage that has a copy to the parameter's qualified name in it.
 Tie: TypeAlias = Mapping[int, str]
@@ -100,3 +101,13 @@ class ParameterTies:
             tie.group.all_reduce(first.grad, out=first.grad)
             for copy in others:
                 copy.grad = first.grad
+
+    def follow_loaded(self) -> None:
+        """Give this rank's further copies of a parameter what a checkpoint has loaded into the first."""
+        for tie in self._local_ties:
+            first = tie.copies[0]
+            for copy in tie.copies[1:]:
+                copy.data[...] = first.data
+                for owner in copy.state_owners:
+                    if isinstance(owner, CheckpointedState):
+                        owner.copy_state(first, copy)

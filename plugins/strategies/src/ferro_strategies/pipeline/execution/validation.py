@@ -122,7 +122,10 @@ def _describe_ties(ties: Sequence[Tie], modules: Mapping[int, Module], stages: i
 
 def _describe(parameter: Parameter) -> str:
     """Describe all that must be equal in tied copies."""
-    splits = "".join(_FLAT if split.dim is None else f", split along {split.dim}" for split in parameter.splits)
+    splits = "".join(
+        f"{_FLAT} from {split.start}" if split.dim is None else f", split along {split.dim}"
+        for split in parameter.splits
+    )
     return f"{parameter.dtype} {parameter.shape}{splits}{'' if parameter.requires_grad else ', frozen'}"
 
 

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import CheckpointError, CheckpointIncomplete
 from ferro_checkpoint.layout.bundle import SUFFIX
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, read_record
+from ferro_checkpoint.opened.verify import verify
 from ferro_checkpoint.storage.opening import open_storage
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import Storage
-from ferro_checkpoint.storage.whole import check_digests, read_record, whole_record
 
 _MOST_CANDIDATES = 1000  # of the newest ones that ranks tell each other
 _MOST_TEXT = 2000  # characters of an error
@@ -37,7 +38,8 @@ def latest(
     Args:
         directory: with checkpoints in it; it need not be there.
         group: of the ranks that call this.
-        deep: whether each byte is read and compared with its digest, and not only the record, the headers and sizes.
+        deep: whether each byte is read and compared with its digest, and not only the record, the headers and the
+            files' lengths.
         timeout_s: for each of the ranks' exchanges, in which the slowest rank's check counts.
 
     Raises:
@@ -70,19 +72,18 @@ def _candidates(storage: Storage) -> list[_Candidate]:
             _warn(str(error))
         else:
             step = -1 if record.step is None else min(record.step, _MOST_STEP)
-            found.append((step, _time_s(record.saved_by.get("time_s")), name))
+            found.append((step, _time_s(record.saved_by.get("time")), name))
     return sorted(found)[-_MOST_CANDIDATES:]
 
 
 def _fault(storage: Storage, name: str, deep: bool) -> str:
     """Return why a checkpoint is not whole, as this rank sees it; "" if it is."""
     try:
-        record = whole_record(storage, name)
-        if deep:
-            check_digests(storage, name, record)
+        OpenedCheckpoint.open(storage, name).close()
+        findings = verify(storage, name) if deep else iter(())
+        return next((finding.message[:_MOST_TEXT] for finding in findings), "")
     except CheckpointError as error:
         return str(error)[:_MOST_TEXT]
-    return ""
 
 
 def _on_all(group: ProcessGroup | None, timeout_s: float, find: Callable[[], Any]) -> list[Any]:

@@ -1,0 +1,1 @@
+"""Checkpoints in the memories of the ranks, each with a copy at another rank."""

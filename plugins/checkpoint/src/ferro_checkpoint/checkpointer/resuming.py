@@ -1,0 +1,155 @@
+"""Resuming: the newest checkpoint that is whole, in the ranks' memories or in the directory, the same on all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
+from ferro_checkpoint.loading.load import load_checkpoint
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from ferro_checkpoint.checkpointer.catalog import Catalog
+    from ferro_checkpoint.checkpointer.own_groups import OwnGroups
+    from ferro_checkpoint.checkpointer.saver import Saver
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A checkpoint in memory, if `remembered` is given, or in the directory; the same on all ranks."""
+
+    step: int
+    name: str
+    storage: Storage
+    remembered: Remembered | None = None
+
+    @property
+    def path(self) -> str:
+        return f"{self.storage.path}/{self.name}"
+
+
+def load_newest(state: object, saver: Saver, groups: OwnGroups) -> int | None:
+    """Load the newest whole checkpoint into `state`; all ranks call it together.
+
+    A checkpoint that turns out to be damaged while it is loaded is left out, with a warning, and the next older one
+    is loaded over it.
+
+    Returns:
+        its step; None if there is no checkpoint.
+
+    Raises:
+        CheckpointDamaged: there are checkpoints, and all are damaged. The state may have been changed.
+    """
+    damages: list[str] = []
+    for one in _candidates(saver, groups):
+        fault = _load_from_memory(state, one, saver, groups) if one.remembered else _load(state, one, groups, None)
+        if fault is None:
+            if one.remembered is None and saver.memory is not None:
+                saver.memory.drop_others(None)
+            return one.step
+        if one.remembered is None:
+            saver.replaceable.add(one.name)
+        if fault:
+            damages.append(fault)
+            if groups.rank == 0:
+                warnings.warn(f"{one.path} is damaged, an older one is loaded: {fault}", RuntimeWarning, stacklevel=3)
+    if damages:
+        directory = "memory" if saver.storage is None else saver.storage.path
+        text = f"{directory}: every checkpoint in it is damaged; the newest: {damages[0]}. The state may be changed"
+        raise CheckpointDamaged(text, path=directory, rank=groups.rank)
+    return None
+
+
+def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
+    """List all checkpoints, the newest first; of one step, the one in memory comes first."""
+    found: list[_Candidate] = []
+    if saver.memory is not None:
+        memory = saver.memory
+        found += [_Candidate(one.step, one.name, memory, one) for one in remembered(memory, groups)]
+    if saver.storage is not None and saver.catalog is not None:
+        found += [_Candidate(step, name, saver.storage) for step, name in _listed(saver.catalog, groups)]
+    return sorted(found, key=lambda one: (-one.step, one.remembered is None))
+
+
+def _listed(catalog: Catalog, groups: OwnGroups) -> list[tuple[int, str]]:
+    """List the directories as rank 0 sees them."""
+    error: Exception | None = None
+    told: tuple[list[tuple[int, str]], str] = ([], "")
+    if groups.rank == 0:
+        try:
+            told = (catalog.steps(), "")
+        except Exception as failure:  # noqa: BLE001 - the others are told first
+            error, told = failure, ([], f"{type(failure).__name__}: {failure}")
+    found, text = groups.from_rank_0(told)
+    if error is not None:
+        raise error
+    if text:
+        raise CheckpointError(f"rank 0 cannot look for checkpoints: {text}", path="", rank=groups.rank)
+    return found
+
+
+def _load_from_memory(state: object, one: _Candidate, saver: Saver, groups: OwnGroups) -> str | None:
+    """Load one that is in the ranks' memories, as `_load`, if it is complete there."""
+    assert saver.memory is not None
+    assert one.remembered is not None
+    found = complete(one.remembered, saver.memory, groups)
+    if found is None:
+        return ""
+    held, readers = found
+    fault = _load(state, one, groups, readers)
+    if fault is None:
+        saver.memory.drop_others(held)
+    return fault
+
+
+def _load(state: object, one: _Candidate, groups: OwnGroups, readers: Readers | None) -> str | None:
+    """Load one; return None if that went well on all ranks, the fault that one has found, or "" if it is incomplete."""
+    opened: list[OpenedCheckpoint] = []
+    fault = _agreed(lambda: opened.append(OpenedCheckpoint.open(one.storage, one.name)), one, groups)
+    try:
+        if fault is not None:
+            return fault
+        load_now = partial(load_checkpoint, timeout_s=groups.timeout_s)
+        return _agreed(lambda: load_now(opened[0], state, groups.steps, readers=readers), one, groups)
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+
+
+def _agreed(attempt: Callable[[], object], one: _Candidate, groups: OwnGroups) -> str | None:
+    """Try something on all ranks; return the first rank's fault, as `_load`, or raise what is no fault of the files."""
+    error: Exception | None = None
+    try:
+        attempt()
+    except Exception as failure:  # noqa: BLE001 - the ranks agree on it first
+        error = failure
+    text = "" if isinstance(error, CheckpointIncomplete) else f"{type(error).__name__}: {error}"
+    answers: list[Any] = groups.gather([_kind(error), text])
+    worst = max(kind for kind, _ in answers)  # damage that one rank has found may be another error elsewhere
+    if worst == _OTHER:
+        if error is not None and _kind(error) == _OTHER:
+            raise error
+        rank, told = next((rank, told) for rank, (kind, told) in enumerate(answers) if kind == _OTHER)
+        raise CheckpointError(f"{one.path} could not be loaded on rank {rank}: {told}", path=one.path, rank=rank)
+    if worst == _INCOMPLETE and any(kind == _GOOD for kind, _ in answers):
+        lacks = next(rank for rank, (kind, _) in enumerate(answers) if kind == _INCOMPLETE)
+        text = f"{one.path} is there for some ranks, and not for rank {lacks}: give a directory that all hosts share"
+        raise CheckpointError(text, path=one.path, rank=groups.rank)
+    return None if worst == _GOOD else next(str(told) for kind, told in answers if kind == worst)
+
+
+_GOOD, _INCOMPLETE, _OTHER, _DAMAGED = range(4)
+
+
+def _kind(error: Exception | None) -> int:
+    if error is None:
+        return _GOOD
+    if isinstance(error, CheckpointIncomplete):
+        return _INCOMPLETE
+    return _DAMAGED if isinstance(error, CheckpointDamaged) else _OTHER

@@ -1,0 +1,149 @@
+"""SIGTERM: the ranks save and end within a given time, whoever was told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ferro
+from ferro_checkpoint import Checkpointer, Every, Preempted, load
+from ferro_checkpoint.checkpointer import saver
+from ferro_testing import run_ranks_outcomes
+
+WAIT_S = 60.0
+
+
+def train(group: ferro.ProcessGroup, directory: str, told: list[int], how: str) -> None:
+    """Train until SIGTERM comes, which the ranks in `told` send themselves at step 5."""
+    writing = threading.Event()
+    write = saver.write_checkpoint
+
+    def slow(*arguments: object, **options: object) -> None:
+        writing.set()
+        time.sleep(0.3 if how == "in a save" else 0)
+        write(*arguments, **options)
+
+    saver.write_checkpoint = slow
+    state = {"model": {"w": np.zeros(1000)}}
+    every = Every(steps=5) if how == "in a save" else None
+    with Checkpointer(directory, group, every=every, preemption_s=WAIT_S) as keeper:
+        for step in range(1, 1000):
+            state["model"]["w"] += group.all_reduce(1.0)
+            if step == 6 and how == "in a save":
+                writing.wait(WAIT_S)
+            if step == 6 and group.rank in told:
+                for _ in range(1 + (how == "twice")):
+                    os.kill(os.getpid(), signal.SIGTERM)
+            keeper.step(step, state)
+
+
+@pytest.mark.parametrize(
+    ("told", "how"), [([1], "in training"), ([0, 1], "twice"), ([0], "in a save")], ids=["one", "all", "in a save"]
+)
+def test_all_ranks_save_the_same_step_and_end(tmp_path: Path, told: list[int], how: str) -> None:
+    outcomes = run_ranks_outcomes(train, 2, backend="gloo", args=(str(tmp_path), told, how), timeout_s=120)
+    for outcome in outcomes:
+        assert (outcome.error_type, outcome.exit_code) == ("Preempted", 143), outcome.describe()
+    assert "SIGTERM: step 7 was saved as" in outcomes[0].output
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == (["step-000000005"] if how == "in a save" else []) + ["step-000000007"]
+    assert load(tmp_path / "step-000000007")["model"]["w"][0] == 14
+
+
+PROGRAM = """
+import sys, time, numpy as np, ferro
+from ferro_checkpoint import Checkpointer
+state = {"model": {"w": np.zeros(1000)}}
+with ferro.init() as group, Checkpointer(sys.argv[1], group, preemption_s=20) as keeper:
+    first = keeper.resume(into=state) or 0
+    for step in range(first + 1, 10**9):
+        state["model"]["w"] += group.all_reduce(1.0)
+        if step == first + 3:
+            print("trains", flush=True)
+        time.sleep(0.002)
+        keeper.step(step, state)
+"""
+
+
+def test_a_job_of_ferro_run_saves_and_ends_as_the_launcher_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "ferro", "run", "-n", "2", str(program), str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            assert "trains" in job.stdout.readline()
+            job.send_signal(signal.SIGTERM)
+            _, err = job.communicate(timeout=WAIT_S)
+        finally:
+            job.kill()
+    assert job.returncode == 143, err
+    assert "was saved as" in err
+    saved = list((tmp_path / "run").glob("step-*"))
+    assert len(saved) == 1
+    assert load(saved[0])["model"]["w"][0] == 2 * int(saved[0].name.removeprefix("step-"))
+
+
+def test_a_save_that_cannot_end_in_time_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(saver, "write_checkpoint", lambda *_, **__: released.wait(WAIT_S))
+    before = signal.getsignal(signal.SIGTERM)
+    with Checkpointer(tmp_path, preemption_s=0.2) as keeper:
+        signal.raise_signal(signal.SIGTERM)
+        keeper.step(1, {"w": np.ones(3)})
+        with pytest.raises(Preempted, match=r"could not be saved within 0\.2 s") as ended:
+            keeper.step(2, {"w": np.ones(3)})
+        assert (ended.value.code, ended.value.step, ended.value.path) == (143, 2, None)
+        assert "could not be saved" in capsys.readouterr().err
+        released.set()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+LOST_SIGNAL = """
+import signal, sys
+from ferro_checkpoint import Checkpointer
+with Checkpointer(sys.argv[1], preemption_s=1):
+    signal.raise_signal(signal.SIGTERM)
+print("no call of step() came after the signal")
+"""
+
+
+def test_the_earlier_handler_is_called_and_restored_and_no_signal_is_lost(tmp_path: Path) -> None:
+    calls: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, _: calls.append(signum))
+    try:
+        with Checkpointer(tmp_path, every=Every(steps=5), preemption_s=5) as keeper:
+            signal.raise_signal(signal.SIGTERM)
+            assert keeper.step(1, {"w": np.ones(3)}) is None
+            with pytest.raises(Preempted) as ended:
+                keeper.step(2, {"w": np.ones(3)})
+        assert ended.value.path == str(tmp_path / "step-000000002")
+        signal.raise_signal(signal.SIGTERM)
+        assert calls == [signal.SIGTERM] * 2
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        lost_signal = [sys.executable, "-c", LOST_SIGNAL, str(tmp_path)]
+        lost = subprocess.run(lost_signal, capture_output=True, timeout=WAIT_S, check=False)
+        assert (lost.returncode, lost.stdout) == (-signal.SIGTERM, b"")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    refused: list[Exception] = []
+
+    def elsewhere() -> None:
+        try:
+            Checkpointer(tmp_path, preemption_s=1)
+        except ferro.UsageError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join(WAIT_S)
+    assert "only the main thread" in str(refused[0])
