@@ -175,9 +175,9 @@ def test_continuous_saves_begin_when_the_last_has_ended(tmp_path, monkeypatch):
 def test_a_failure_is_raised_once_and_the_next_save_goes_well(tmp_path, monkeypatch):
     held = Held(monkeypatch)
     held.error = SaveFailed("the disk is full", path="x")
-    held.released.set()
     with Checkpointer(tmp_path, every=Every(steps=2)) as keeper:
         result = keeper.step(2, new_state())
+        held.released.set()
         with pytest.raises(SaveFailed, match="full"):
             result.wait()
         assert keeper.step(3, new_state()) is None  # the ranks learn of it one step later

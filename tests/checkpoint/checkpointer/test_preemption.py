@@ -109,9 +109,14 @@ def test_a_save_that_cannot_end_in_time_says_so(
 
 
 LOST_SIGNAL = """
-import signal, sys
+import os, signal, sys, time
 from ferro_checkpoint import Checkpointer
 with Checkpointer(sys.argv[1], preemption_s=1):
+    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     signal.raise_signal(signal.SIGTERM)
 print("no call of step() came after the signal")
 """

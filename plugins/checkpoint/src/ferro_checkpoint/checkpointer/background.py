@@ -83,6 +83,16 @@ def _register_at_exit() -> None:
         getattr(threading, "_register_atexit", atexit.register)(_at_exit)
 
 
+def _forget() -> None:
+    """Forget the saves in a forked child: their threads are the parent's."""
+    _running.clear()
+    _untold.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _at_exit() -> None:
     """Wait for unfinished saves, and tell of failures that no call has raised."""
     for result in list(_running):

@@ -195,6 +195,7 @@ class Checkpointer:
         if self._opened is None:
             groups = OwnGroups(self._group, self._timeout_s)
             self._saver.use(groups)
+            self._running.logs = self._running.logs and groups.rank == 0
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
         return self._opened
 

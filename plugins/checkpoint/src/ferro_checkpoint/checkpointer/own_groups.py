@@ -37,8 +37,8 @@ class OwnGroups:
         self.timeout_s = timeout_s
         if group is not None and group.world_size > 1:
             self._ranks = range(group.world_size)
-            self.steps = group.subgroup(self._ranks, name=f"{group.name}-checkpoint", timeout_s=timeout_s)
-            self.saves = group.subgroup(self._ranks, name=f"{group.name}-checkpoint-saves", timeout_s=timeout_s)
+            self.steps = group.subgroup(self._ranks, name=f"{group.name}-checkpoint")
+            self.saves = group.subgroup(self._ranks, name=f"{group.name}-checkpoint-saves")
 
     def renew_saves(self) -> None:
         """Make another group for saves if that of an earlier save is dead, on some ranks or all; all ranks call it."""
@@ -46,7 +46,7 @@ class OwnGroups:
             return
         name = self.saves.name
         self.saves.abandon()
-        self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self.timeout_s)
+        self.saves = self.steps.subgroup(self._ranks, name=name)
 
     def gather(self, value: Value) -> list[Value]:
         """Return every rank's value, in the program's own thread."""

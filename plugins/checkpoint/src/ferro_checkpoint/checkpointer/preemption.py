@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -50,6 +51,7 @@ class TerminationSignal:
         self.received_at: float | None = None
         self.acted = False
         self._closed = False
+        self._pid = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("preemption_s needs a handler of SIGTERM, which only the main thread can install")
         self._earlier = signal.signal(signal.SIGTERM, self._handle)
@@ -73,6 +75,10 @@ class TerminationSignal:
             signal.raise_signal(signal.SIGTERM)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid and not callable(self._earlier):
+            # This is a process that was forked, such as a loader's worker: the signal is to end it.
+            signal.signal(signum, signal.SIG_DFL if self._earlier is None else self._earlier)
+            signal.raise_signal(signum)
         if not self._closed and self.received_at is None:
             self.received_at = time.monotonic()
         if callable(self._earlier):

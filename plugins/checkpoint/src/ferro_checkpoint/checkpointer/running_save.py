@@ -18,14 +18,15 @@ class RunningSave:
 
     Attributes:
         unsettled: whether the ranks do not know yet, together, that the last save has ended.
+        logs: whether this rank logs that a save had to wait.
     """
 
     def __init__(self) -> None:
         self.unsettled = False
+        self.logs = True
         self._last: SaveResult | None = None  # the last save of which no failure was raised
         self._last_on_disk = False
         self._current: SaveResult | None = None
-        self._told_waiting = False
 
     @property
     def busy(self) -> bool:
@@ -105,8 +106,8 @@ class RunningSave:
         began = time.monotonic()
         self.wait()
         waited_s = time.monotonic() - began
-        if waited_s > _WORTH_TELLING_S and not self._told_waiting:
-            self._told_waiting = True
+        if waited_s > _WORTH_TELLING_S and self.logs:
+            self.logs = False
             text = "step %d waited %.3g s until step %d was saved: saves are due more often than they can be written"
             _LOG.warning(f"{text} (this is logged once; see SaveResult.waited_s)", step, waited_s, current.step)
         return waited_s

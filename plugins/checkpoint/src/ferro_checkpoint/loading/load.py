@@ -125,13 +125,16 @@ def load_checkpoint(
         chosen = chooser(only)
         tensors = renamed_names(opened.tensors, rename)
         values = {new: values[old] for new, old in renamed_names(values, rename).items() if chosen(new)}
+        decoded = {name: _decoded(value, name, path) for name, value in values.items()}
         state = (
             _empty_state(opened, {new: old for new, old in tensors.items() if chosen(new)}) if into is None else into
         )
-        flat = flatten(state, rank, Stored(values, lambda name: _empty(opened, tensors, name)))
+        flat = flatten(state, rank, Stored(decoded, lambda name: _empty(opened, tensors, name)))
         local = [LocalArray(name, piece) for name, piece in flat.pieces if chosen(name)]
         _check_writable(local)
         faults = [] if into is None else _value_faults(flat, values, lacking, chosen, strict=strict)
+        for name in flat.checks.keys() & decoded.keys():
+            flat.checks[name](decoded[name])
     except Exception as error:
         tell_all(group, error, deadline)
         raise
@@ -152,12 +155,14 @@ def load_checkpoint(
     plan = plan_reads(segments, needs, LocalArrays(local, holdings.names), rank, world_size, readers, path)
     with byte_progress("loading", plan.read_bytes, rank, progress) as advance:
         failure = SegmentReader(opened, plan, holdings.itemsizes, threads, advance).run(group, deadline)
+    if failure is None and not opened.verifies:
+        failure = _change_of(opened)
     _raise_together(failure, opened, group, deadline)
     if into is None:
-        return _with_values(state, values)
+        return _with_values(state, decoded)
     for name, put in flat.puts.items():
-        if name in values:
-            put(decode_value(values[name]))
+        if name in decoded:
+            put(decoded[name])
     for finish in flat.finishes:
         finish()
     kept = [name for name in lacking if name in flat.puts]
@@ -182,11 +187,19 @@ def _empty_state(opened: OpenedCheckpoint, tensors: Mapping[str, str]) -> dict[s
     return state
 
 
-def _with_values(state: dict[str, Any], values: Mapping[str, Json]) -> dict[str, Any]:
+def _decoded(value: Json, name: str, path: str) -> Any:
+    try:
+        return decode_value(value)
+    except ValueError as error:
+        text = f"{path}: value {name!r}: {error}: update ferro-checkpoint, or leave it out with only="
+        raise CheckpointError(text, path=path) from error
+
+
+def _with_values(state: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Add the values to a state of arrays: those of a bundle's object as "BUNDLE.values"."""
     arrays = {f"{bundle}.{name}": array for bundle, own in state.items() for name, array in own.items()}
     for name, value in values.items():
-        state[f"{name}.values" if name in state else name] = _with_arrays(decode_value(value), arrays)
+        state[f"{name}.values" if name in state else name] = _with_arrays(value, arrays)
     return state
 
 
@@ -221,7 +234,11 @@ def _value_faults(
     owners = {name[:end] for name, _ in flat.pieces for end, char in enumerate(name) if char == "."}
     there = {name for name in values if name in wanted or name not in owners}
     there -= {name for name in there - wanted if values[name] in (None, [], {})}
-    return name_faults(wanted, there, "value", strict=strict)
+    changed = sorted(name for name in flat.fixed if name in values and values[name] != flat.values[name])
+    return name_faults(wanted, there, "value", strict=strict) + [
+        f"a tuple holds value {name!r}, and another is in the checkpoint, which a tuple cannot take: use a list"
+        for name in changed[:5]
+    ]
 
 
 def _of_other_ranks(opened: OpenedCheckpoint, rename: Rename | None) -> set[str]:
@@ -265,6 +282,15 @@ def _array_faults(
 def _of(described: tuple[str, tuple[int, ...]]) -> str:
     dtype, shape = described
     return f"{dtype} {shape[:-1] if dtype == local_array.COMPLEX128 else shape}"
+
+
+def _change_of(opened: OpenedCheckpoint) -> CheckpointError | None:
+    """Return the error of a file that was changed since it was opened, which no digest finds."""
+    try:
+        opened.check_unchanged()
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _raise_together(

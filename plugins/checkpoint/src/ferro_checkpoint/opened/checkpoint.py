@@ -14,7 +14,7 @@ from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import MOST_RECORD_BYTES, RECORD_NAME, Record
-from ferro_checkpoint.opened.damage import damage_text
+from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.opened.index import check_index
 from ferro_checkpoint.opened.no_record import no_record
@@ -32,6 +32,7 @@ class OpenedCheckpoint:
         path: of its directory, for messages.
         record: what was committed.
         tensors: where each tensor is, by full name ("model.0.weight").
+        verifies: whether digests are checked.
     """
 
     def __init__(self, record: Record, files: CheckpointFiles, digest: Digester | None) -> None:
@@ -40,6 +41,7 @@ class OpenedCheckpoint:
         self.tensors: Mapping[str, StoredPlace] = {}
         self._files = files
         self._digest = digest
+        self.verifies = digest is not None
         self._ends = {file: np.array(it.ends, np.int64) for file, it in record.files.items()}
         self._latest: tuple[str, int, Bytes] | None = None  # the segment of which a part was read last, and its bytes
 
@@ -210,7 +212,8 @@ class OpenedCheckpoint:
     def _damage(self, file: str, begin: int, end: int) -> CheckpointDamaged:
         self._files.check_unchanged()
         path = self._path(file)
-        names = self.tensors_within(file, begin, end)
+        # While headers are read, no tensor is known yet; a header may share its segment with data.
+        names = self.tensors_within(file, begin, end) or tensors_by_header(self._files, self.record, file, begin, end)
         return CheckpointDamaged(damage_text(path, begin, end, names), path=path, tensor=next(iter(names), None))
 
     def _contradiction(self, file: str, text: str, tensor: str | None = None) -> CheckpointDamaged:

@@ -12,10 +12,9 @@ import numpy as np
 
 from ferro_checkpoint.errors import CheckpointError
 from ferro_checkpoint.layout.digest import Digester, digester
-from ferro_checkpoint.layout.header import LENGTH_BYTES, decode_header, header_length
-from ferro_checkpoint.layout.record import FileRecord, Record
+from ferro_checkpoint.layout.record import FileRecord
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, read_record
-from ferro_checkpoint.opened.damage import damage_text
+from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.storage.storage import Storage
 
@@ -75,7 +74,7 @@ def verify(
                     continue
                 for begin, end, unread in _damaged_ranges(files, file, its, digest, pool, threads, progress):
                     found = True
-                    names = tuple(_tensors_within(files, record, file, begin, end))
+                    names = tuple(tensors_by_header(files, record, file, begin, end))
                     text = unread or damage_text(files.path_of(file), begin, end, names)
                     yield Finding(file, begin, end, names, text)
         if not found:
@@ -143,20 +142,3 @@ def _check(files: CheckpointFiles, file: str, its: FileRecord, digest: Digester,
             damaged.append((first, its.ends[k], ""))
         first = its.ends[k]
     return damaged
-
-
-def _tensors_within(files: CheckpointFiles, record: Record, file: str, begin: int, end: int) -> list[str]:
-    """List the tensors in a range of a file, by the file's header; none where the header cannot be read."""
-    bundle = next((bundle for bundle, names in record.bundles.items() if file in names), None)
-    if bundle is None:
-        return []
-    try:
-        with files.opened(file) as handle:
-            start = np.empty(min(LENGTH_BYTES, handle.nbytes), np.uint8)
-            handle.read_into([start.data], 0)
-            header = np.empty(header_length(start.tobytes(), handle.nbytes, file), np.uint8)
-            handle.read_into([header.data], 0)
-            tensors, _ = decode_header(header.tobytes(), handle.nbytes, file)
-    except CheckpointError:
-        return []
-    return [f"{bundle}.{name}" for name, it in tensors.items() if it.begin < end and it.end > begin]

@@ -109,16 +109,19 @@ class ArrayPiece(NamedTuple):
         """Return the elements of each of `boxes`, in its shape, without a copy.
 
         Raises:
-            StateError: the memory of `data` is not in C order, so that no view has the box's shape.
+            StateError: the memory of `data` has such an order that no view has the box's shape.
         """
         if self.flat is None and self.data.shape == self.extent:
             return [self.data] if self.data.size else []
         views, place = [], 0
-        flat = _flat_view(self.data)
-        if flat is None:
-            raise StateError(f"{name!r}: the memory of its {self.data.shape} elements is not in C order")
         for box in self.boxes():
-            views.append(flat[place : place + box.size].reshape(box.extent))
+            view = _view(self.data, place, box)
+            if view is None:
+                raise StateError(
+                    f"{name!r}: the memory of its {self.data.shape} elements is not in C order: give a piece in the "
+                    f"shape of its box, {self.extent}, or a copy in C order"
+                )
+            views.append(view)
             place += box.size
         return views
 
@@ -142,6 +145,19 @@ class ArrayPiece(NamedTuple):
         return found
 
 
-def _flat_view(data: Array) -> Array | None:
-    """View an array as one dimension; None if its memory is not in C order."""
-    return data.reshape(-1) if data.flags.c_contiguous else None
+def _view(data: Array, first: int, box: Box) -> Array | None:
+    """View elements of an array in a box's shape; None if its memory has an order in which there is no such view.
+
+    Args:
+        data: the array.
+        first: the first of the elements, in C order.
+        box: has as many elements as the view.
+    """
+    if data.flags.c_contiguous:
+        return data.reshape(-1)[first : first + box.size].reshape(box.extent)
+    inner = math.prod(data.shape[1:])
+    if first % inner or box.size % inner:
+        return None
+    rows = data[first // inner : (first + box.size) // inner]
+    view = rows.reshape(box.extent)
+    return view if np.may_share_memory(view, rows) else None  # `reshape` makes a copy where it cannot make a view

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ferro.types import Array
-from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.placement.array_piece import ArrayPiece
-from ferro_checkpoint.placement.boxes import Box, flat_boxes
+from ferro_checkpoint.placement.boxes import Box, flat_boxes, whole_box
 
 _COMPLEX = np.dtype(np.complex128)
 COMPLEX128 = "C128"
@@ -34,6 +33,9 @@ class LocalArray:
         range: the first of the whole array's elements that this rank holds, and one more than the last, if they are
             consecutive there; else None.
         boxes: the boxes that this rank holds, where `range` is None.
+
+    Raises:
+        StateError: no file has this dtype, or the piece's memory has an order in which its boxes have no views.
     """
 
     __slots__ = ("_flat", "_views", "boxes", "dtype_name", "itemsize", "name", "piece", "range", "shape")
@@ -57,6 +59,8 @@ class LocalArray:
             self.range = piece.consecutive()
             if self.range is None:
                 self.boxes = piece.boxes()
+                if not piece.data.flags.c_contiguous:
+                    self._views = piece.views(name)
 
     def range_view(self, lo: int, hi: int) -> memoryview | None:
         """View the bytes of elements `lo` to `hi - 1` of the whole array; None if they are not there in this order."""
@@ -98,11 +102,9 @@ class LocalArray:
     def _parts(self, lo: int, hi: int) -> Iterator[Array]:
         """List views whose elements, one after the other, are those from `lo` to `hi - 1` of the whole array."""
         assert self.range is not None
-        if self.piece.flat is not None or self.piece.data.shape != self.piece.extent:
-            raise StateError(f"{self.name!r}: the memory of its {self.piece.data.shape} elements is not in C order")
-        outer = Box(self.piece.start, self.piece.extent)
-        for box in flat_boxes(self.piece.extent, lo - self.range[0], hi - self.range[0]):
-            yield self.piece.data[box.moved(self.piece.start).within(outer)]
+        data = self.piece.data
+        for box in flat_boxes(data.shape, lo - self.range[0], hi - self.range[0]):
+            yield data[box.within(whole_box(data.shape))]
 
     def _box_views(self) -> list[Array]:
         if self._views is None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ferro import FerroError, ProcessGroup
-from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.errors import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointIncomplete,
+    CheckpointTooNew,
+    StateError,
+)
 from ferro_checkpoint.plan.deadline import Deadline
+
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, CheckpointDamaged, CheckpointIncomplete, CheckpointTooNew)}
 
 
 def text_of(failure: BaseException) -> str:
@@ -30,13 +38,19 @@ def tell_all(
         The values of all ranks.
 
     Raises:
-        StateError: another rank has told of a failure, and this one has none.
+        CheckpointError: another rank has told of one, and this rank has no failure; of the same class, so that all
+            ranks of a program that loads another checkpoint then do so.
+        StateError: another rank has told of any other failure.
     """
     if group is None or group.world_size == 1:
         return [value]
-    text = None if failure is None else text_of(failure)
-    told = group.all_gather_object([text, value], timeout_s=deadline.left_s())
+    own = None
+    if failure is not None:
+        own = [text_of(failure), type(failure).__name__, str(getattr(failure, "path", ""))]
+    told = group.all_gather_object([own, value], timeout_s=deadline.left_s())
     for rank, (other, _) in enumerate(told):
         if other is not None and failure is None:
-            raise StateError(f"found by rank {rank} of {group.world_size}: {other}")
+            text, name, path = other
+            text = f"found by rank {rank} of {group.world_size}: {text}"
+            raise _KINDS[name](text, path=path, rank=rank) if name in _KINDS else StateError(text)
     return [value for _, value in told]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
 
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.placement.boxes import Box, flat_boxes
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.file_layout import FileLayout
-from ferro_checkpoint.plan.parts import LocalArrays, Part, as_bytes
+from ferro_checkpoint.plan.parts import BoxPart, LocalArrays, Part, as_bytes
 from ferro_checkpoint.plan.rows import HEADER, Rows
+from ferro_checkpoint.plan.supplies import pieces_as_boxes
 
 Check = Literal["sampled", "all", "none"]
 CHECKS = ("sampled", "all", "none")
@@ -42,52 +45,105 @@ def compare_replicas(
     Raises:
         StateError: ranks have different values, on all ranks alike; the message names an array and the ranks.
     """
-    shared = np.flatnonzero((rows.count > 1) & (rows.tensor != HEADER))
-    if how == "none" or not len(shared):
+    if how == "none":
         return
-    by_key: dict[int, list[int]] = {}
-    for row, key in zip(shared.tolist(), rows.key[shared].tolist(), strict=True):
-        by_key.setdefault(key, []).append(row)
-    own: dict[int, np.ndarray] = {}
-    for key, numbers in by_key.items():
-        if group.rank in rows.of(numbers[0]):
-            own[key] = np.array([_digest(rows, holdings, layout, local, row, how) for row in numbers], np.uint64)
+    by_holders: dict[str, list[_Shared]] = {}
+    for each in [*_shared_rows(rows, holdings, layout), *_shared_boxes(holdings)]:
+        by_holders.setdefault(",".join(map(str, each.ranks)), []).append(each)
+    if not by_holders:
+        return
+    own: dict[str, np.ndarray] = {}
+    for key, several in by_holders.items():
+        if group.rank in several[0].ranks:
+            own[key] = np.array([_digest(each, holdings, local, group.rank, how) for each in several], np.uint64)
     digests = group.all_gather_object(
-        {str(key): xxhash.xxh3_64_intdigest(each.tobytes()) for key, each in own.items()}, timeout_s=deadline.left_s()
+        {key: xxhash.xxh3_64_intdigest(each.tobytes()) for key, each in own.items()}, timeout_s=deadline.left_s()
     )
-    different = [key for key in by_key if len({each[str(key)] for each in digests if str(key) in each}) > 1]
+    different = [key for key in by_holders if len({each[key] for each in digests if key in each}) > 1]
     if not different:
         return
     key = different[0]
     all_digests = group.all_gather_object(own.get(key), timeout_s=deadline.left_s())
-    holders = rows.of(by_key[key][0])
-    for place, row in enumerate(by_key[key]):
-        values = {rank: int(all_digests[rank][place]) for rank in holders}
-        other = next((rank for rank in holders if values[rank] != values[holders[0]]), None)
+    for place, each in enumerate(by_holders[key]):
+        values = {rank: int(all_digests[rank][place]) for rank in each.ranks}
+        first = each.ranks[0]
+        other = next((rank for rank in each.ranks if values[rank] != values[first]), None)
         if other is not None:
-            name = holdings.names[int(rows.tensor[row])]
             raise StateError(
-                f"{name!r} is on ranks {holders[0]} and {other}, and its values differ: replicas have gone apart. "
-                f"Look for what changes them on some ranks alone; check_replicas='none' saves one rank's"
+                f"{holdings.names[each.tensor]!r} is on ranks {first} and {other}, and its values differ: replicas "
+                f"have gone apart. Look for what changes them on some ranks alone; check_replicas='none' saves one "
+                f"rank's"
             )
 
 
-def _digest(rows: Rows, holdings: Holdings, layout: FileLayout, local: LocalArrays, row: int, how: Check) -> int:
-    tensor = int(rows.tensor[row])
-    itemsize, address = int(holdings.itemsizes[tensor]), int(layout.addresses[tensor])
-    lo, hi = (int(rows.begin[row]) - address) // itemsize, (int(rows.end[row]) - address) // itemsize
+class _Shared(NamedTuple):
+    """Elements that several ranks hold.
+
+    Attributes:
+        ranks: which, from the lowest.
+        tensor: the array's number.
+        size: how many elements.
+        first: where they are consecutive in the whole array: the first of them.
+        box: their box in an array of which some piece is not consecutive; else None.
+        numbers: for each rank, the number of that box among its boxes of the array; -1 where its piece is consecutive.
+    """
+
+    ranks: list[int]
+    tensor: int
+    size: int
+    first: int
+    box: Box | None = None
+    numbers: dict[int, int] = {}  # noqa: RUF012 - it is never changed
+
+
+def _shared_rows(rows: Rows, holdings: Holdings, layout: FileLayout) -> Iterator[_Shared]:
+    shared = np.flatnonzero((rows.count > 1) & (rows.tensor != HEADER))
+    tensor = rows.tensor[shared]
+    itemsizes, addresses = holdings.itemsizes[tensor], layout.addresses[tensor]
+    first, last = (rows.begin[shared] - addresses) // itemsizes, (rows.end[shared] - addresses) // itemsizes
+    for row, number, begin, end in zip(shared.tolist(), tensor.tolist(), first.tolist(), last.tolist(), strict=True):
+        yield _Shared(rows.of(row), number, end - begin, begin)
+
+
+def _shared_boxes(holdings: Holdings) -> Iterator[_Shared]:
+    for tensor in holdings.boxes:
+        if holdings.first_counts[tensor]:
+            continue
+        found: dict[Box, dict[int, int]] = {}
+        for rank, number, box in pieces_as_boxes(holdings, tensor):
+            found.setdefault(box, {}).setdefault(rank, number)
+        for box, numbers in found.items():
+            if len(numbers) > 1:
+                first = 0  # of no use where a rank's box is not consecutive
+                for at, size in zip(box.start, holdings.shapes[tensor], strict=True):
+                    first = first * size + at
+                yield _Shared(sorted(numbers), tensor, box.size, first, box, numbers)
+
+
+def _digest(shared: _Shared, holdings: Holdings, local: LocalArrays, rank: int, how: Check) -> int:
+    itemsize, size = int(holdings.itemsizes[shared.tensor]), shared.size
     digest = xxhash.xxh3_64()
     step = max((_SAMPLE_BYTES if how == "sampled" else _BLOCK_BYTES) // itemsize, 1)
-    places = range(lo, hi, step)
+    places = range(0, size, step)
     if how == "sampled" and len(places) > 3:
-        places = range(lo, hi - step + 1, max((hi - step - lo) // 2, 1))
+        places = range(0, size - step + 1, max((size - step) // 2, 1))
     for at in places:
-        until = min(at + step, hi)
-        part = Part(0, tensor, 0, (until - at) * itemsize, at, until)
-        view = local.view(part)
-        if view is None:
-            copied = np.empty(part.nbytes, np.uint8)
-            local.read(part, copied)
-            view = as_bytes(copied)
-        digest.update(view)
+        for part in _parts(shared, itemsize, rank, at, min(at + step, size)):
+            view = local.view(part)
+            if view is None:
+                copied = np.empty(part.nbytes, np.uint8)
+                local.read(part, copied)
+                view = as_bytes(copied)
+            digest.update(view)
     return digest.intdigest()
+
+
+def _parts(shared: _Shared, itemsize: int, rank: int, begin: int, end: int) -> Iterator[Part]:
+    """List elements `begin` to `end - 1` of the shared ones, as parts of this rank's pieces."""
+    number = shared.numbers.get(rank, -1)
+    if shared.box is None or number < 0:
+        yield Part(rank, shared.tensor, 0, (end - begin) * itemsize, shared.first + begin, shared.first + end)
+        return
+    for box in flat_boxes(shared.box.extent, begin, end):
+        own = box.moved(shared.box.start)
+        yield Part(rank, shared.tensor, 0, own.size * itemsize, 0, 0, BoxPart(number, own, own))

@@ -79,12 +79,16 @@ class Supplies:
                 yield Part(rank, tensor, offset + (low - lo) * itemsize, (high - low) * itemsize, low, high)
 
     def _pieces_of(self, tensor: int) -> list[tuple[int, int, Box]]:
-        """List the pieces of an array of which some are boxes; consecutive ones have -1 for the number of the box."""
+        """Return `pieces_as_boxes`, found once."""
         if tensor not in self._pieces:
-            holdings = self._holdings
-            pieces = list(holdings.boxes[tensor])
-            for piece in np.flatnonzero(holdings.tensor == tensor).tolist():
-                boxes = flat_boxes(holdings.shapes[tensor], int(holdings.lo[piece]), int(holdings.hi[piece]))
-                pieces += [(int(holdings.rank[piece]), -1, box) for box in boxes]
-            self._pieces[tensor] = sorted(pieces)
+            self._pieces[tensor] = pieces_as_boxes(self._holdings, tensor)
         return self._pieces[tensor]
+
+
+def pieces_as_boxes(holdings: Holdings, tensor: int) -> list[tuple[int, int, Box]]:
+    """List the pieces of an array of which some are boxes: rank, number of the box, or -1 where it is consecutive."""
+    pieces = list(holdings.boxes[tensor])
+    for piece in np.flatnonzero(holdings.tensor == tensor).tolist():
+        boxes = flat_boxes(holdings.shapes[tensor], int(holdings.lo[piece]), int(holdings.hi[piece]))
+        pieces += [(int(holdings.rank[piece]), -1, box) for box in boxes]
+    return sorted(pieces)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from ferro import ProcessGroup
+from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RendezvousError
+from ferro_checkpoint.errors import SaveFailed
 from ferro_checkpoint.plan.replica_check import Check
 from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.saving.save_plan import plan_save
@@ -46,10 +48,10 @@ def save(
         SaveFailed: a rank could not write, or is lost. Nothing is left of it.
     """
     storage, name = split_path(path)
-    own = (
-        None if group is None or group.world_size == 1 else group.subgroup(range(group.world_size), timeout_s=timeout_s)
-    )
+    own: ProcessGroup | None = None
     try:
+        if group is not None and group.world_size > 1:
+            own = group.subgroup(range(group.world_size), timeout_s=timeout_s)
         plan = plan_save(
             state, own, writes_ranges=storage.writes_ranges, check_replicas=check_replicas, timeout_s=timeout_s
         )
@@ -57,6 +59,10 @@ def save(
             write_checkpoint(
                 plan, None, storage, name, own, step=step, overwrite=overwrite, timeout_s=timeout_s, progress=advance
             )
+    except (PeerLost, CollectiveTimeout, GroupClosed, RendezvousError) as error:
+        # A rank was lost before anything was written; `write_checkpoint` tells of it afterwards.
+        text = f"saving {os.fspath(path)} failed: {error} Nothing was saved; earlier checkpoints are as they were."
+        raise SaveFailed(text, path=os.fspath(path), rank=None if group is None else group.rank) from error
     finally:
         if own is not None:
             own.close()

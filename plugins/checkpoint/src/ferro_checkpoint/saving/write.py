@@ -64,6 +64,7 @@ def write_checkpoint(
     deadline = Deadline(timeout_s)
     path = f"{storage.path.rstrip('/')}/{name}"
     directory: NewDirectory | None = None
+    outcome = "Nothing was saved; earlier checkpoints are as they were."
     try:
         directory = _begin(plan, storage, name, path, group, overwrite, deadline)
         digests, failure = _write(plan, source or LiveArrays(plan), directory, group, threads, progress, deadline)
@@ -74,16 +75,15 @@ def write_checkpoint(
                 _commit(plan, directory, all_digests, step, overwrite, metrics or {})
             except Exception as error:  # noqa: BLE001 - told to all ranks
                 failure = error
+        if failure is None:
+            told = "was" if plan.rank == 0 else "may have been"
+            outcome = f"The checkpoint {told} committed before that: latest() returns it if it was."
         _agree(None, failure, path, group, deadline, "committing it")
     except BaseException as error:
         if directory is not None and plan.rank == 0:
             directory.discard()
         if isinstance(error, FerroError) and not isinstance(error, SaveFailed | StateError):
-            raise SaveFailed(
-                f"saving {path} failed: {error} Nothing was saved; earlier checkpoints are as they were.",
-                path=path,
-                rank=plan.rank,
-            ) from error
+            raise SaveFailed(f"saving {path} failed: {error} {outcome}", path=path, rank=plan.rank) from error
         raise
 
 
@@ -111,21 +111,21 @@ def _begin(
             failure = error
             if directory is not None:
                 directory.discard()
-    told = _agree(token, failure, path, group, deadline, "making its directory")
-    if directory is None:
-        directory = storage.new_directory(name, told[0])
-    failure = None
     try:
-        if not storage.sees(directory):
-            failure = StateError(
-                f"{path} is another directory here than on rank 0: give a directory that all hosts share"
-            )
-    except Exception as error:  # noqa: BLE001 - told to all ranks
-        failure = error
-    try:
+        told = _agree(token, failure, path, group, deadline, "making its directory")
+        if directory is None:
+            directory = storage.new_directory(name, told[0])
+        failure = None
+        try:
+            if not storage.sees(directory):
+                failure = StateError(
+                    f"{path} is another directory here than on rank 0: give a directory that all hosts share"
+                )
+        except Exception as error:  # noqa: BLE001 - told to all ranks
+            failure = error
         _agree(None, failure, path, group, deadline, "making its directory")
     except BaseException:
-        if plan.rank == 0:
+        if plan.rank == 0 and directory is not None:
             directory.discard()
         raise
     return directory

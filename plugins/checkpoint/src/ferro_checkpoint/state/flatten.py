@@ -21,7 +21,7 @@ from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.header import name_fault
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.state import objects
-from ferro_checkpoint.state.values import Json, decode_value, encode_value
+from ferro_checkpoint.state.values import Json, check_text, encode_value
 
 DEFAULT_BUNDLE = "model"
 TENSOR_KEY = "$tensor"  # stands for an array in the saved state dict of an object
@@ -38,14 +38,18 @@ class FlatState:
         pieces: full names and pieces of arrays; a name may have several pieces.
         values: what is no array, by path.
         by_rank: paths of values of which every rank has its own.
+        checks: for some paths, the function that raises an error for a value that does not fit the object there.
         puts: for each path, the function that puts a value that was loaded back into the state.
+        fixed: paths of values in tuples, which cannot take another value.
         finishes: functions to call when everything has been loaded.
     """
 
     pieces: list[tuple[str, ArrayPiece]] = field(default_factory=list)
     values: dict[str, Json] = field(default_factory=dict)
     by_rank: set[str] = field(default_factory=set)
+    checks: dict[str, Callable[[Any], object]] = field(default_factory=dict)
     puts: dict[str, Callable[[Any], object]] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
     finishes: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -54,11 +58,11 @@ class Stored:
     """What a checkpoint has, for a state that is to be loaded: objects whose arrays it decides ask for them.
 
     Attributes:
-        values: by path, as this rank loads them.
+        values: by path, as this rank loads them, decoded.
         empty: makes an array for a tensor, by full name, or None if there is none.
     """
 
-    values: Mapping[str, Json]
+    values: Mapping[str, Any]
     empty: Callable[[str], Array | None]
 
 
@@ -80,8 +84,11 @@ def flatten(state: object, rank: int, stored: Stored | None = None) -> FlatState
             )
         state = {DEFAULT_BUNDLE: state}
     flattener = _Flattener(rank, stored)
-    flattener.name_parameters(state, 0)
-    flattener.nest(state, (), 0)
+    try:
+        flattener.name_parameters(state, set())
+        flattener.nest(state, (), 0)
+    except RecursionError as error:
+        raise StateError("the state is nested too deeply; does it contain itself?") from error
     flattener.check_names()
     return flattener.flat
 
@@ -94,15 +101,21 @@ class _Flattener:
         self._owners: dict[str, _Path] = {}  # of each full name
         self._bundles: set[str] = set()
 
-    def name_parameters(self, value: object, depth: int) -> None:
-        """Note the names of all modules' parameters, by which optimizers name their arrays."""
+    def name_parameters(self, value: object, seen: set[int]) -> None:
+        """Note the names of all modules' parameters, by which optimizers name their arrays.
+
+        Args:
+            value: of the state.
+            seen: the `id` of each container that was visited, so that none is visited twice.
+        """
         if objects.has_parameters(value):
             for name, parameter in value.checkpoint_parameters().items():
                 self._parameters.setdefault(id(parameter), name)
-        elif isinstance(value, Mapping | list | tuple) and depth < _MOST_DEPTH:
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
             for _, item in _items(value):
                 if type(item) is not np.ndarray:
-                    self.name_parameters(item, depth + 1)
+                    self.name_parameters(item, seen)
 
     def nest(self, value: Any, path: _Path, depth: int) -> None:
         """Flatten the items of a dict, a list or a tuple."""
@@ -111,6 +124,10 @@ class _Flattener:
         for key, item in _items(value):
             if type(key) is not str and not isinstance(value, list | tuple):
                 raise StateError(f"the key {key!r} in {_dotted(path) or 'the state'!r} is no text, as names must be")
+            if not path and str(key).startswith("$"):
+                raise StateError(
+                    f"the state's key {key!r} begins with '$', as names of ferro-checkpoint do: give another"
+                )
             if type(item) is np.ndarray:
                 own = (*path, str(key))
                 self._add_array(_own_name(own), own, item)
@@ -119,7 +136,10 @@ class _Flattener:
             def put(loaded: Any, key: Any = key, item: Any = item) -> None:
                 _put(value, key, item, loaded)
 
-            self._add(item, (*path, str(key)), put, depth)
+            own = (*path, str(key))
+            self._add(item, own, put, depth)
+            if isinstance(value, tuple) and self.flat.puts.get(_dotted(own)) is put:
+                self.flat.fixed.add(_dotted(own))
 
     def check_names(self) -> None:
         """Check that bundles are names of files."""
@@ -147,13 +167,14 @@ class _Flattener:
             self._add_state_dict(value, path)
         elif isinstance(value, SupportsDLPack) or hasattr(value, "__cuda_array_interface__"):
             self._add_array(_own_name(path), path, self._view(value, path))
-        elif isinstance(value, Mapping | list | tuple) and not _is_plain(value, depth):
+        elif isinstance(value, Mapping | list | tuple) and not _is_plain(value, set()):
             self.nest(value, path, depth + 1)
         else:
             self._add_value(value, path, put)
 
     def _add_value(self, value: object, path: _Path, put: Callable[[Any], object], *, by_rank: bool = False) -> None:
         name = _dotted(path)
+        check_text(name, name)
         if name in self.flat.values:
             raise StateError(f"two values of the state are called {name!r}")
         self.flat.values[name] = encode_value(value, name)
@@ -166,6 +187,7 @@ class _Flattener:
         own = self._owners.setdefault(name, path)
         if own is not path:
             raise StateError(f"two arrays of the state are called {name!r}: in {_dotted(own)!r} and {_dotted(path)!r}")
+        check_text(name, name)
         bundle, _, tensor = name.partition(".")
         if fault := name_fault(tensor):
             raise StateError(f"{name!r}: {fault}")
@@ -173,9 +195,8 @@ class _Flattener:
         pieces = value if isinstance(value, list) else [value]
         for piece in pieces:
             if isinstance(piece, np.ndarray):
-                if type(piece) is not np.ndarray and isinstance(piece, np.ma.MaskedArray):
-                    raise StateError(f"{name!r} is a masked array: save its data and its mask")
-                self.flat.pieces.append((name, ArrayPiece.whole(piece)))
+                _check_unmasked(name, piece)
+                self.flat.pieces.append((name, ArrayPiece.whole(piece.view(np.ndarray))))
             elif hasattr(piece, "extent"):
                 self.flat.pieces.append((name, ArrayPiece.checked(name, piece)))
             else:
@@ -197,6 +218,8 @@ class _Flattener:
             current = values()
             if current is not None or loading:
                 self._add_value(current, path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
+            if callable(check := getattr(value, "check_checkpoint_values", None)):
+                self.flat.checks[prefix] = check
         if loading and callable(finish := getattr(value, "finish_checkpoint_load", None)):
             self.flat.finishes.append(finish)
 
@@ -218,7 +241,7 @@ class _Flattener:
         # What is loaded says which arrays there are, and not what the object has now.
         self._add_value(True, path, lambda _: None, by_rank=by_rank)
         if name in self._stored.values:
-            loaded = self._fill(decode_value(self._stored.values[name]), tensors, path, by_rank)
+            loaded = self._fill(self._stored.values[name], tensors, path)
             self.flat.finishes.append(lambda: value.load_state_dict(loaded))
 
     def _skeleton(self, value: Any, path: _Path, by_rank: bool, depth: int) -> Any:
@@ -227,21 +250,22 @@ class _Flattener:
             raise StateError(f"{_dotted(path)!r} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
         if isinstance(value, np.ndarray):
             name = _own_name(path)
+            _check_unmasked(name, value)
             piece = ArrayPiece.whole(value)
             if by_rank:
-                piece = ArrayPiece(
-                    shape=value.shape, data=value, start=piece.start, extent=piece.extent, on_all_ranks=False
-                )
+                piece = piece._replace(on_all_ranks=False)
             self._add_array(name, path, piece)
             return {TENSOR_KEY: name}
         if isinstance(value, Mapping):
+            if TENSOR_KEY in value:
+                raise StateError(f"{_dotted(path)!r} cannot have the key {TENSOR_KEY!r}, which stands for an array")
             return {key: self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
             items = [self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)
         return value
 
-    def _fill(self, value: Any, tensors: _Path, path: _Path, by_rank: bool) -> Any:
+    def _fill(self, value: Any, tensors: _Path, path: _Path) -> Any:
         """Replace names in a saved state dict by arrays that will be loaded."""
         assert self._stored is not None
         if isinstance(value, dict):
@@ -251,16 +275,13 @@ class _Flattener:
                     raise StateError(
                         f"the checkpoint lacks tensor {name!r}, which its values of {_dotted(path)!r} name"
                     )
-                piece = ArrayPiece.whole(array)
-                if by_rank:
-                    piece = ArrayPiece(
-                        shape=array.shape, data=array, start=piece.start, extent=piece.extent, on_all_ranks=False
-                    )
+                # Ranks that have none of the saved values keep what they have, and know nothing of this array.
+                piece = ArrayPiece.whole(array)._replace(on_all_ranks=False)
                 self._add_array(name, (*tensors, name), piece)
                 return array
-            return {key: self._fill(item, tensors, path, by_rank) for key, item in value.items()}
+            return {key: self._fill(item, tensors, path) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._fill(item, tensors, path, by_rank) for item in value)
+            return type(value)(self._fill(item, tensors, path) for item in value)
         return value
 
     def _view(self, value: Any, path: _Path) -> Array:
@@ -273,6 +294,11 @@ class _Flattener:
         except FerroError as error:
             raise StateError(f"{name!r}: {error}") from error
         return array
+
+
+def _check_unmasked(name: str, array: Array) -> None:
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise StateError(f"{name!r} is a masked array: save its data and its mask")
 
 
 def _items(value: Any) -> Any:
@@ -288,10 +314,13 @@ def _own_name(path: _Path) -> str:
     return f"{DEFAULT_BUNDLE}.{path[0]}" if len(path) == 1 else _dotted(path)
 
 
-def _is_plain(value: Any, depth: int) -> bool:
-    """Say whether a value has neither arrays nor objects in it, however nested."""
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Say whether a value has neither arrays nor objects in it, however nested; `seen` has the `id` of containers."""
     if isinstance(value, Mapping | list | tuple):
-        return depth < _MOST_DEPTH and all(_is_plain(item, depth + 1) for _, item in _items(value))
+        if id(value) in seen:
+            return True
+        seen.add(id(value))
+        return all(_is_plain(item, seen) for _, item in _items(value))
     return value is None or isinstance(value, bool | int | float | complex | str | bytes | bytearray)
 
 
@@ -303,7 +332,7 @@ def _put(container: Any, key: Any, old: Any, loaded: Any) -> None:
     elif isinstance(old, list) and isinstance(loaded, list):
         old[:] = loaded
     elif isinstance(container, tuple):
-        if old != loaded:
+        if repr(old) != repr(loaded):  # a NumPy number; others are compared before anything is loaded
             raise StateError(f"a tuple of the state holds {old!r}, and {loaded!r} cannot be put there: use a list")
     else:
         container[key] = loaded

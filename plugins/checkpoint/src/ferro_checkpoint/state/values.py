@@ -35,8 +35,11 @@ def encode_value(value: object, name: str, depth: int = 0) -> Json:
     Raises:
         StateError: it holds something that a checkpoint cannot have; `name` says where it is.
     """
-    if value is None or type(value) in (bool, str):
-        return value  # type: ignore[return-value]
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is str:
+        check_text(value, name)
+        return value
     if type(value) is int:
         if value.bit_length() > _MOST_INT_BITS:
             raise StateError(f"{name!r} is a number of {value.bit_length()} bits; at most {_MOST_INT_BITS} are kept")
@@ -51,6 +54,8 @@ def encode_value(value: object, name: str, depth: int = 0) -> Json:
         return {"$tuple": [encode_value(item, f"{name}.{place}", depth + 1) for place, item in enumerate(value)]}
     if isinstance(value, dict):
         if all(type(key) is str and not key.startswith("$") for key in value):
+            for key in value:
+                check_text(key, name)
             return {key: encode_value(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
         pairs = [
             [encode_value(key, name, depth + 1), encode_value(item, f"{name}.{key}", depth + 1)]
@@ -64,6 +69,7 @@ def encode_value(value: object, name: str, depth: int = 0) -> Json:
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
         return {"$scalar": [dtype_name(value.dtype), value.tobytes().hex()]}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.nbytes <= _MOST_ARRAY_BYTES:
+        value = value.astype(value.dtype.newbyteorder("="))
         return {"$array": [dtype_name(value.dtype), list(value.shape), value.tobytes().hex()]}
     if isinstance(value, int | float | str):  # of a class of its own, such as an enumeration
         return encode_value(
@@ -73,6 +79,18 @@ def encode_value(value: object, name: str, depth: int = 0) -> Json:
         f"{name!r} is {_article(type(value).__name__)}, which a checkpoint cannot hold: it holds arrays, modules, "
         f"optimizers, objects with state_dict() and load_state_dict(), numbers, texts, and lists and dicts of these"
     )
+
+
+def check_text(text: str, name: str) -> None:
+    """Check that a text can be stored.
+
+    Raises:
+        StateError: it has half of a surrogate pair, as the names of files can have that are no text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StateError(f"{name!a} has {text[:100]!a}, which is no text that can be stored: {error.reason}") from error
 
 
 def decode_value(value: Json) -> Any:

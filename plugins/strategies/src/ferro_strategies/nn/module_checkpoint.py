@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
+from ferro import ProcessGroup
 from ferro.errors import UsageError
 
 from .checkpoint_piece import CheckpointPiece, piece_like_parameter
@@ -29,11 +31,9 @@ class ModuleCheckpoint(ModuleState):
 
     Attributes:
         checkpoint_values_by_rank: True: each rank has random generators of its own.
-        has_some_of_model: whether other ranks have other parts of the model.
     """
 
     checkpoint_values_by_rank: ClassVar[bool] = True
-    has_some_of_model: ClassVar[bool] = False
 
     def checkpoint_arrays(self) -> Mapping[str, CheckpointPiece]:
         """Describe this rank's pieces of all parameters and buffers, by their names in the plain module.
@@ -68,23 +68,29 @@ class ModuleCheckpoint(ModuleState):
     def checkpoint_values(self) -> object:
         """Copy the states of this rank's random generators; None if there are none."""
         generators = {self._whole_name(name): state for name, state in self.generator_state_dict().items()}
-        some = _has_some(self)
-        return {"generators": generators, "of_some_layers": some} if generators or some else None
+        return {"generators": generators, "layout": _layout(self)} if generators else None
 
     def load_checkpoint_values(self, value: Any) -> None:
         """Set the states of this rank's random generators, after `check_checkpoint_values`.
 
-        A generator that the checkpoint lacks keeps its state, as in a model that has got another Dropout since. A
-        warning is logged, unless one of both ranks has only some layers of the model, as in a pipeline.
+        Which ranks draw the same numbers, and which draw others, depends on the strategy. So the generators keep their
+        states if the checkpoint was saved by another strategy, or with other groups of ranks; a training cannot go on
+        bit for bit then. A generator that the checkpoint lacks keeps its state, too, and a warning is logged if it has
+        others.
         """
         self.check_checkpoint_values(value)
         saved, own = _saved_generators(value), self.generator_state_dict()
+        if not value or not own:
+            return  # The rank that saved had no generators, or this one has none.
+        if value.get("layout") != _layout(self):
+            _log.info(
+                "%s: its random generators keep their states, as the layout of ranks is another", type(self).__name__
+            )
+            return
         names = {name: self._whole_name(name) for name in own}
-        loaded = {name: saved.get(whole, own[name]) for name, whole in names.items()}
-        self.load_generator_state_dict(loaded)
-        saved_some = bool(value and value.get("of_some_layers"))
-        changes = [] if saved_some else [f"{name!r} came" for name in names.values() if name not in saved]
-        changes += [] if _has_some(self) else [f"{name!r} went" for name in saved.keys() - {*names.values()}]
+        self.load_generator_state_dict({name: saved.get(whole, own[name]) for name, whole in names.items()})
+        changes = [f"{name!r} is new" for name in names.values() if name not in saved]
+        changes += [f"{name!r} is gone" for name in saved if name not in names.values()]
         if changes:
             _log.warning(
                 "%s: its random generators are not those of the checkpoint: %s; so it draws other numbers than the "
@@ -148,8 +154,16 @@ def _check_overrides(module: ModuleCheckpoint) -> None:
         )
 
 
-def _has_some(module: ModuleState) -> bool:
-    return any(isinstance(item, ModuleCheckpoint) and item.has_some_of_model for _, item in walk(module))
+def _layout(module: ModuleState) -> str:
+    """Digest the groups of ranks over which this module is spread, and by what; "" if it is not."""
+    found: set[tuple[str, tuple[int, ...]]] = set()
+    for _, item in walk(module):
+        if isinstance(item, ModuleState):
+            groups = [(type(item).__name__, value) for value in vars(item).values() if isinstance(value, ProcessGroup)]
+        else:
+            groups = [("split", split.group) for split in item.splits] if isinstance(item, Parameter) else []
+        found.update((kind, group.global_ranks) for kind, group in groups if group.world_size > 1)
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16] if found else ""
 
 
 def _saved_generators(value: Any) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, NoReturn, overload
+from typing import Literal, NoReturn, overload
 
 import numpy as np
 
@@ -74,8 +74,6 @@ class Pipeline(Module):
         UsageError: stages, schedule or ties do not fit, or ranks differ. It is raised on every
             rank, and nothing was changed.
     """
-
-    has_some_of_model: ClassVar[bool] = True
 
     def __init__(
         self,
