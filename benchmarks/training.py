@@ -31,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,8 +111,11 @@ def _wrapped(model: Module, strategy: str, group: ferro.ProcessGroup) -> Module:
     return model
 
 
-def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
-    """Return the same training step under torch's DDP or FSDP2, or alone; torch's group must be open."""
+def torch_training(setting: Setting, strategy: str, rank: int) -> tuple[Step, Any, Any]:
+    """Return the same training step under torch's DDP or FSDP2, or alone, with its model and its optimizer.
+
+    torch's group must be open.
+    """
     import torch
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -141,7 +145,7 @@ def torch_step(setting: Setting, strategy: str, rank: int) -> Step:
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return step, model, optimizer
 
 
 class Spans:
@@ -213,7 +217,7 @@ def times(
     if with_torch:
         _open_torch()
         for name in ("alone", "ddp", "fsdp"):
-            steps[f"torch-{name}"] = torch_step(setting, name, group.rank)
+            steps[f"torch-{name}"] = torch_training(setting, name, group.rank)[0]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     busy: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -277,7 +281,7 @@ def main() -> None:
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--observed", action="store_true", help="for times: record how long collectives ran")
     options = parser.parse_args()
-    setting = Setting(_widths(options.widths), options.batch, options.optimizer)
+    setting = Setting(widths_of(options.widths), options.batch, options.optimizer)
     # tracemalloc does not see shared memory, so memory is measured without it.
     backend_options = {"shared_memory": options.quantity != "memory"}
     spans = Spans() if options.observed else None
@@ -300,7 +304,8 @@ def main() -> None:
             options.out.write_text(json.dumps(settings | record, indent=1))
 
 
-def _widths(text: str) -> list[int]:
+def widths_of(text: str) -> list[int]:
+    """Parse widths of layers: a size, or size*count, separated by commas."""
     widths: list[int] = []
     for part in text.split(","):
         size, _, count = part.partition("*")

@@ -55,7 +55,7 @@ class StepAgreement:
         self._under_way = True
 
     def read(self) -> bytes | None:
-        """Return what the ranks have agreed on in the step before; None if they have not."""
+        """Return the result of the agreement that the step before began; None if it began none."""
         if not self._under_way:
             return None
         self._under_way = False

@@ -133,6 +133,8 @@ def load_checkpoint(
         local = [LocalArray(name, piece) for name, piece in flat.pieces if chosen(name)]
         _check_writable(local)
         faults = [] if into is None else _value_faults(flat, values, lacking, chosen, strict=strict)
+        for name in flat.checks.keys() & decoded.keys():
+            flat.checks[name](decoded[name])
     except Exception as error:
         tell_all(group, error, deadline)
         raise

@@ -87,7 +87,7 @@ def _fault(storage: Storage, name: str, deep: bool) -> str:
 
 
 def _on_all(group: ProcessGroup | None, timeout_s: float, find: Callable[[], Any]) -> list[Any]:
-    """Return what each rank finds; an error of one is raised on all, so that none waits for it in vain."""
+    """Gather what the ranks find; an error of one is raised on all, so that none waits for it in vain."""
     if group is None or group.world_size == 1:
         return [find()]
     error: Exception | None = None

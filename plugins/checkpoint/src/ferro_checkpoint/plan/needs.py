@@ -95,7 +95,7 @@ class Needs:
         return np.cumsum(changes[:-1]) > 0
 
     def nbytes(self, rank: int) -> int:
-        """Return how many bytes this rank needs."""
+        """Count the bytes that this rank needs."""
         begin, end, _ = self._ranges[rank]
         itemsizes = self._holdings.itemsizes
         return int((end - begin).sum()) + sum(box.size * int(itemsizes[at]) for _, _, at, _, box in self._boxes[rank])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferro_checkpoint.plan.file_layout import FileLayout
-from ferro_checkpoint.plan.rows import Rows
+from ferro_checkpoint.plan.rows import HEADER, Rows
 
 Indices = NDArray[np.int64]
 
@@ -87,15 +87,18 @@ def _regions(rows: Rows, layout: FileLayout) -> list[tuple[int, int, int, int, i
     if not number:
         return []
     file_of = np.searchsorted(np.array(layout.bases), rows.begin, side="right")
+    # A header is a segment of its own, so that opening a checkpoint, which checks its digest, reads nothing else. The
+    # ranks that load would otherwise read 4 MiB each: 6 % more than they need, with 4 ranks and 256 MiB.
+    header = rows.tensor == HEADER
     new = np.ones(number, bool)
-    new[1:] = (rows.key[1:] != rows.key[:-1]) | (file_of[1:] != file_of[:-1])
+    new[1:] = (rows.key[1:] != rows.key[:-1]) | (file_of[1:] != file_of[:-1]) | header[:-1]
     first = np.flatnonzero(new)
     last = np.append(first[1:], number)
     begin, end, key = rows.begin[first], rows.end[last - 1], rows.key[first]
     mixed = (key < 0) | (end - begin < LEAST_OWN_BYTES)
     # Neighbouring mixed ones of one file become one region.
     start = np.ones(len(first), bool)
-    start[1:] = ~(mixed[1:] & mixed[:-1]) | (file_of[first][1:] != file_of[first][:-1])
+    start[1:] = ~(mixed[1:] & mixed[:-1]) | (file_of[first][1:] != file_of[first][:-1]) | header[first][:-1]
     at = np.flatnonzero(start)
     to = np.append(at[1:], len(first)) - 1
     joined = np.where((to > at) | (key[at] < 0), -1, key[at])

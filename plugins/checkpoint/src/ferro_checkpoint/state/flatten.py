@@ -38,6 +38,7 @@ class FlatState:
         pieces: full names and pieces of arrays; a name may have several pieces.
         values: what is no array, by path.
         by_rank: paths of values of which every rank has its own.
+        checks: for some paths, the function that raises an error for a value that does not fit the object there.
         puts: for each path, the function that puts a value that was loaded back into the state.
         fixed: paths of values in tuples, which cannot take another value.
         finishes: functions to call when everything has been loaded.
@@ -46,6 +47,7 @@ class FlatState:
     pieces: list[tuple[str, ArrayPiece]] = field(default_factory=list)
     values: dict[str, Json] = field(default_factory=dict)
     by_rank: set[str] = field(default_factory=set)
+    checks: dict[str, Callable[[Any], object]] = field(default_factory=dict)
     puts: dict[str, Callable[[Any], object]] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
     finishes: list[Callable[[], object]] = field(default_factory=list)
@@ -216,6 +218,8 @@ class _Flattener:
             current = values()
             if current is not None or loading:
                 self._add_value(current, path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
+            if callable(check := getattr(value, "check_checkpoint_values", None)):
+                self.flat.checks[prefix] = check
         if loading and callable(finish := getattr(value, "finish_checkpoint_load", None)):
             self.flat.finishes.append(finish)
 

@@ -71,7 +71,7 @@ class Saver:
 
 @cache
 def _system() -> str:
-    """Return what tells this system apart; "" where it does not say."""
+    """Identify this running system; "" where it has no identity."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
