@@ -1,4 +1,4 @@
-"""Draw the times of saves and loads as bars: a panel for each kind, a group of bars for each number of ranks and layout.
+"""Draw the times of saves and loads as bars: a panel for each kind, a group for each number of ranks and layout.
 
 python benchmarks/checkpoint_chart.py checkpoint.json checkpoint.png
 """

@@ -1,8 +1,8 @@
 """One process of the checkpoint benchmark: planning a save of many tensors, and opening a checkpoint of many.
 
 `checkpoint.py` starts it with `ferro run`. ferro's plan is the first of a state, with nothing known from before;
-torch's is that of its `DefaultSavePlanner`, without the storage's part. Opening reads and checks the record and the headers;
-for torch, it reads the metadata. The two take turns.
+torch's is that of its `DefaultSavePlanner`, without the storage's part. Opening reads and checks the record and
+the headers; for torch, it reads the metadata. The two take turns.
 """
 
 from __future__ import annotations
