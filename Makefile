@@ -11,6 +11,7 @@ export UV_PYTHON_DOWNLOADS = never
 # Bytecode is written at set-up: where PYTHONDONTWRITEBYTECODE is set, as in most containers, each of
 # the thousands of processes that the tests start would compile everything again.
 export UV_COMPILE_BYTECODE = 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup test check demo bench docs wheels clean
 
@@ -32,7 +33,9 @@ setup: $(filter .tools/bin/uv,$(UV))
 
 # Side by side, for most tests wait. One BLAS thread each: on a small machine a test of several ranks
 # with a pool of threads in each takes four times as long.
+# pytest rewrites the assertions of all tests: once, before the workers start, and not in each of them.
 test: setup
+	-.venv/bin/python -m pytest -q --collect-only > /dev/null
 	OPENBLAS_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: setup

@@ -26,6 +26,7 @@ DTYPES = (
     ml_dtypes.float8_e4m3fn,
     ml_dtypes.float8_e5m2,
 )
+ENDINGS = ("", "weight", "ü☃😀", 'a "quoted\\ name', "of two\nlines", "..", "0")
 Place = tuple[tuple[int, ...], tuple[int, ...], "tuple[int, int] | None"]
 """The start, the extent and the flat range of a piece."""
 
@@ -50,7 +51,7 @@ def random_arrays(seed: int) -> dict[str, np.ndarray]:
         content = bits.integers(0, 256, math.prod(shape) * dtype.itemsize, dtype=np.uint8)
         if dtype == np.bool_:
             content &= 1
-        arrays[f"{number}.{'x' * rng.randint(0, 4)}y"] = content.view(dtype).reshape(shape)
+        arrays[f"{number}.{rng.choice(ENDINGS)}"] = content.view(dtype).reshape(shape)
     return arrays
 
 
@@ -132,7 +133,12 @@ def _places(rng: random.Random, shape: tuple[int, ...], world_size: int) -> list
         return [((zeros, shape, None), everyone)]
     if kind == "flat":  # as FSDP has it, or HSDP where there are more ranks than pieces
         pieces = rng.choice((world_size, max(1, world_size // 2)))
-        ranges = _ranges(rng, math.prod(shape), pieces)
+        size = math.prod(shape)
+        ranges = _ranges(rng, size, pieces)
+        if rng.random() < 0.3:  # as FSDP over tensor parallelism may have it: pieces that overlap
+            ranges = [
+                (max(0, at - 3), min(size, at + count + rng.randint(0, 9)) - max(0, at - 3)) for at, count in ranges
+            ]
         return [
             ((zeros, shape, each), {rank for rank in everyone if rank % pieces == number})
             for number, each in enumerate(ranges)

@@ -85,7 +85,9 @@ ONES = np.ones(3, np.float32)
         (lambda rank: {"a": row(rank, 2)}, r"found by rank 2 of 3: 'a.x': a piece of 4 elements at \(2, 0\)"),
         (lambda rank: {"a": row(min(rank, 1) * (rank + 1) // 2, 3)}, "no rank holds|overlap"),
         (
-            lambda rank: {"a": Holder({"x": ArrayPiece((4,), np.full(2 + rank, rank), (0,), (4,), (0, 2 + rank))})},
+            lambda rank: {
+                "a": Holder({"x": ArrayPiece((4,), np.arange(2.0 + rank) * min(rank, 1), (0,), (4,), (0, 2 + rank))})
+            },
             "'a.x' is on ranks 0 and 1, and its values differ",
         ),
         (
@@ -137,6 +139,8 @@ def test_ranks_that_disagree(tmp_path, state_of, message):
         ({"a": {"b": [1, lambda: 1]}}, "'a.b.1' is a function"),
         ({"a": 1 << 5000}, "'a' is a number of 5001 bits"),
         ({"a": np.longdouble(1) / 3}, "'model.a' has dtype float128"),
+        ({"a": Holder({"x": [ArrayPiece.whole(ONES), ArrayPiece.whole(ONES)]})}, "pieces on one rank that overlap"),
+        ({"a": Holder({"x": ArrayPiece((2, 2), np.ones((2, 2)).T, (0, 0), (2, 2), (1, 4))})}, "is none of an array"),
         (3, "the state is a int: give a dict"),
         (None, "the state is a NoneType: give a dict"),
     ],
@@ -147,6 +151,41 @@ def test_states_that_cannot_be_saved(tmp_path, state, message):
         ferro_checkpoint.save(tmp_path / "c", state)
     str(caught.value).encode(errors="backslashreplace")
     assert os.listdir(tmp_path) == []
+
+
+def test_replicas_are_compared_as_told(tmp_path):
+    def state(rank):
+        array = np.zeros(100_000)
+        array[30_000] = rank
+        return {"a": {"x": array}}
+
+    for how, error in (("sampled", None), ("none", None), ("all", StateError)):
+        for found in errors_of(
+            2,
+            lambda group: ferro_checkpoint.save(tmp_path / how, state(group.rank), group, check_replicas=how),  # noqa: B023
+        ):
+            assert type(found) is (error or type(None))
+    with pytest.raises(StateError, match="check_replicas is 'some'"):
+        ferro_checkpoint.save(tmp_path / "c", {"a": ONES}, check_replicas="some")
+
+
+def test_ranks_that_disagree_on_what_they_load(tmp_path):
+    ferro_checkpoint.save(tmp_path / "c", {"a": {"x": np.ones(4), "y": np.ones(2)}, "n": 1})
+    for state_of, message in (
+        (lambda rank: {"a": {"x": np.zeros(4)} | ({"y": np.zeros(2)} if rank else {})}, "'a.y' is on ranks 1, 2"),
+        (lambda rank: {"a": {"x": np.zeros(4 + rank // 2), "y": np.zeros(2)}}, r"\(4,\) on rank 0, and F64 \(5,\) on"),
+        (lambda rank: {"a": {"x": np.zeros(4), "y": np.zeros(2, "f4")}}, "'a.y' is F64 .* and F32 .* in the state"),
+        (lambda rank: {"a": {"x": np.zeros(4), "y": np.zeros(2)}, "m" if rank == 2 else "n": 0}, "lacks value 'm'"),
+        (lambda rank: {"a": np.broadcast_to(0.0, 4) if rank == 1 else np.zeros(4)}, "found by rank 1 of 3.*read-only"),
+    ):
+        states = [state_of(rank) for rank in range(3)]
+        errors = errors_of(3, lambda group: ferro_checkpoint.load(tmp_path / "c", states[group.rank], group))  # noqa: B023
+        assert [type(error) for error in errors] == [StateError] * 3
+        with pytest.raises(StateError, match=message):
+            raise max(errors, key=lambda error: len(str(error)))
+        assert not any(
+            np.any(array) for state in states for array in (state["a"].values() if isinstance(state["a"], dict) else ())
+        )
 
 
 class Dict:

@@ -180,6 +180,10 @@ def test_other_libraries_arrays_and_all_memory_orders(tmp_path):
     values = np.arange(24.0).reshape(4, 6)
     own, fortran, holes = values.copy(), np.asfortranarray(values), np.zeros((4, 12))[:, ::2]
     holes[...] = values
+    frozen = {"b": np.broadcast_to(values[0], (3, 6)), "o": np.broadcast_to(1 + 2j, (2, 2))}
+    ferro_checkpoint.save(tmp_path / "frozen", {"a": frozen, "none": {}})
+    whole = ferro_checkpoint.load(tmp_path / "frozen")["a"]
+    assert all((whole[name] == array).all() for name, array in frozen.items())
     state = {"a": {"d": OnlyDLPack(own), "f": fortran, "h": holes, "r": values[::-1], "m": np.asmatrix(values.copy())}}
     ferro_checkpoint.save(tmp_path / "c", state)
     for array in (own, fortran, holes):
@@ -204,6 +208,59 @@ def test_an_object_is_asked_and_told_in_order(tmp_path):
     alone = Module({"w": np.zeros(3), "b": np.zeros(())}, {"steps": 0, "lr": 0.0})
     ferro_checkpoint.load(tmp_path / "c", alone)  # a module as the whole state
     assert alone.arrays["w"].tolist() == [1, 1, 1]
+
+
+class Optimizer:
+    """An optimizer of parameters, which names its arrays by theirs, and has none before its first step."""
+
+    def __init__(self, *parameters):
+        self.parameters, self.moments, self.steps = parameters, {}, 0
+
+    def step(self):
+        self.steps += 1
+        self.moments = {place: np.full(p.shape, self.steps + 0.5) for place, p in enumerate(self.parameters)}
+
+    def checkpoint_optimizer_arrays(self, names):
+        return {f"{names.get(id(self.parameters[at]), at)}.m": array for at, array in self.moments.items()}
+
+    def checkpoint_values(self):
+        return {"steps": self.steps}
+
+    def load_checkpoint_values(self, values):
+        self.steps = values["steps"]
+
+    def prepare_checkpoint_load(self):
+        self.moments = self.moments or {place: np.zeros(p.shape) for place, p in enumerate(self.parameters)}
+
+
+class Linear(Module):
+    def checkpoint_parameters(self):
+        return self.arrays
+
+
+def test_an_optimizer_names_its_arrays_by_the_parameters(tmp_path):
+    def state():
+        model = Linear({"w": np.ones((2, 3)), "b": np.ones(3)})
+        return {"model": model, "optimizer": Optimizer(model.arrays["b"], model.arrays["w"], np.zeros(()))}
+
+    saved = state()
+    saved["optimizer"].step()
+    ferro_checkpoint.save(tmp_path / "c", saved)
+    assert ferro_checkpoint.load(tmp_path / "c")["optimizer"].keys() == {"w.m", "b.m", "2.m"}
+    loaded = state()
+    ferro_checkpoint.load(tmp_path / "c", loaded)
+    assert loaded["optimizer"].steps == 1
+    assert [float(array.ravel()[0]) for array in loaded["optimizer"].moments.values()] == [1.5] * 3
+    other = {"optimizer": Optimizer(loaded["model"].arrays["b"])}  # no module is there to name its parameter
+    with pytest.raises(StateError, match=r"lacks tensor 'optimizer\.0\.m'"):
+        ferro_checkpoint.load(tmp_path / "c", other, only="optimizer")
+
+
+def test_states_without_arrays(tmp_path):
+    for state in ({}, {"epoch": 3}, {"model": {}, "epoch": 3}):
+        on_ranks(2, lambda group: ferro_checkpoint.save(tmp_path / "c", state, group, overwrite=True))  # noqa: B023
+        assert ferro_checkpoint.load(tmp_path / "c").get("epoch", 3) == 3
+        on_ranks(2, lambda group: ferro_checkpoint.load(tmp_path / "c", dict(state), group))  # noqa: B023
 
 
 def test_a_state_dict_may_have_changed(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 
-NICENESS = 5
+NICENESS = 10
 _running: dict[SaveResult, None] = {}  # in the order of their beginnings
 _registered: list[bool] = []
 _untold: dict[SaveResult, str] = {}  # failures that nobody has been told, and whose they are

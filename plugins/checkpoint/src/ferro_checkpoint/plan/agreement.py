@@ -114,6 +114,7 @@ def agree_on_arrays(own: Description, group: ProcessGroup | None, deadline: Dead
 
 def _table(local: Sequence[LocalArray]) -> _Table:
     numbers: dict[str, int] = {}
+    several: dict[str, list[Box]] = {}
     table = _Table([], [], [], [], [], numbers)
     for array in local:
         piece = array.piece
@@ -126,7 +127,20 @@ def _table(local: Sequence[LocalArray]) -> _Table:
             table.flags.append(_FIRST_VALUES_COUNT * piece.replicas_may_differ + _ON_ALL_RANKS * piece.on_all_ranks)
         elif (table.dtypes[number], table.shapes[number]) != (array.dtype_name, array.shape):
             raise StateError(f"{array.name!r} has pieces of different dtypes or shapes")
+        else:
+            several[array.name] = []
+    for array in local if several else ():
+        if array.name in several:
+            _add_boxes(several[array.name], array)
     return table
+
+
+def _add_boxes(boxes: list[Box], array: LocalArray) -> None:
+    """Add a piece's boxes to those of other pieces of the same array on this rank; a load fills each element once."""
+    for box in array.piece.boxes():
+        if any(box.meet(other) for other in boxes):
+            raise StateError(f"{array.name!r} has pieces on one rank that overlap: give each element once")
+        boxes.append(box)
 
 
 def _pieces(local: Sequence[LocalArray], table: _Table) -> dict[str, Any]:

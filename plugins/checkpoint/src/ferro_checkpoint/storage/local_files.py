@@ -56,7 +56,7 @@ class LocalReadableFile:
             first = _advance(waiting, first, count)
 
     def identity(self) -> object:
-        """Identify this file and its contents: the same unless somebody has written to it, or put another in its place."""
+        """Identify this file with its contents: the same unless somebody has written to it or replaced it."""
         with reading(self.path):
             about = os.fstat(self._fd)
         return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
