@@ -112,9 +112,13 @@ LOST_SIGNAL = """
 import os, signal, sys, time
 from ferro_checkpoint import Checkpointer
 with Checkpointer(sys.argv[1], preemption_s=1):
+    reader, writer = os.pipe()
     worker = os.fork()
     if not worker:
+        os.write(writer, b"ready")  # a signal that comes before is forgotten by the fork
         time.sleep(60)
+        os._exit(0)
+    os.read(reader, 5)
     os.kill(worker, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     signal.raise_signal(signal.SIGTERM)

@@ -51,8 +51,8 @@ class Checkpointer:
         keep: which checkpoints to keep; None for all. A removed one loses its commit record first.
         async_: False to write in `step` itself, without a copy.
         in_memory: keep the ranks' states in their memories, too, each with a copy at another rank: with each save
-            (True), or at times of its own (a policy). A rank gives memory for twice its share of the bytes, and as
-            much again while a save is under way.
+            (True), or at times of its own (a policy). A rank gives memory for four times its share of the bytes:
+            for the last checkpoint and the one that is written, of each its own part and the copy of another's.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
         timeout_s: how long a save may take, and how long to wait for other ranks.
         progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
