@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
-from ferro_checkpoint.loading.load import load_checkpoint
+from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.storage.storage import Storage
 
