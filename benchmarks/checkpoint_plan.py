@@ -1,8 +1,8 @@
 """One process of the checkpoint benchmark: planning a save of many tensors, and opening a checkpoint of many.
 
-`checkpoint.py` starts it with `ferro run`. ferro's plan is the first of a state, with nothing known from before; torch's
-is that of its `DefaultSavePlanner`, without the storage's part. Opening reads and checks the record and the headers;
-for torch, it reads the metadata. The two take turns.
+`checkpoint.py` starts it with `ferro run`. ferro's plan is the first of a state, with nothing known from before;
+torch's is that of its `DefaultSavePlanner`, without the storage's part. Opening reads and checks the record and
+the headers; for torch, it reads the metadata. The two take turns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint_states as states
 import numpy as np
 
 import ferro
@@ -29,52 +28,47 @@ def _arrays(count: int) -> dict[str, np.ndarray]:
     return {f"layers.{index // 4}.{index % 4}": np.ones(_SHAPES[index % 4], np.float32) for index in range(count)}
 
 
-def plan(group: ferro.ProcessGroup, count: int, turns: int) -> dict[str, list[float]]:
+def plan(group: ferro.ProcessGroup, count: int, turns: int, *, with_torch: bool) -> dict[str, list[float]]:
     """Measure the seconds of a plan."""
-    import torch
+    arrays = _arrays(count)
+    own = None if group.world_size == 1 else group.subgroup(range(group.world_size))
+    operations: dict[str, Callable[[], object]] = {"ferro": lambda: plan_save({"model": arrays}, own)}
+    if with_torch:
+        tensors = _tensors(arrays)
+        operations["torch"] = lambda: _torch_plan(tensors)
+    return _seconds(group, operations, turns)
+
+
+def _torch_plan(tensors: dict[str, object]) -> None:
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-    arrays = _arrays(count)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    own = None if group.world_size == 1 else group.subgroup(range(group.world_size))
-
-    def torch_plan() -> None:
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(tensors, is_coordinator=group.rank == 0)
-        local = planner.create_local_plan()
-        gathered = [local]
-        if group.world_size > 1:
-            gathered = [local] * group.world_size
-            torch.distributed.all_gather_object(gathered, local)
-        if group.rank == 0:
-            gathered, _ = planner.create_global_plan(gathered)
-        final = [gathered[0]]
-        if group.world_size > 1:
-            torch.distributed.scatter_object_list(final, gathered, src=0)
-        planner.finish_plan(final[0])
-
-    return _seconds(group, {"ferro": lambda: plan_save({"model": arrays}, own), "torch": torch_plan}, turns)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=True)
+    (final,), _ = planner.create_global_plan([planner.create_local_plan()])
+    planner.finish_plan(final)
 
 
-def open_many(group: ferro.ProcessGroup, count: int, turns: int, folder: Path) -> dict[str, list[float]]:
+def open_many(
+    group: ferro.ProcessGroup, count: int, turns: int, folder: Path, *, with_torch: bool
+) -> dict[str, list[float]]:
     """Measure the seconds in which a checkpoint is opened."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-
     arrays = _arrays(count)
-    save(folder / "ferro", {"model": arrays})
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / "torch"), no_dist=True)
-    storage, name = split_path(folder / "ferro")
+    paths = {name: folder / name for name in ("ferro", "torch")}
+    save(paths["ferro"], {"model": arrays})
+    storage, name = split_path(paths["ferro"])
+    operations: dict[str, Callable[[], object]] = {"ferro": lambda: OpenedCheckpoint.open(storage, name).close()}
+    if with_torch:
+        import torch.distributed.checkpoint as dcp
 
-    def ferro_open() -> None:
-        OpenedCheckpoint.open(storage, name).close()
+        dcp.save(_tensors(arrays), storage_writer=dcp.FileSystemWriter(paths["torch"]), no_dist=True)
+        operations["torch"] = lambda: dcp.FileSystemReader(paths["torch"]).read_metadata()
+    return _seconds(group, operations, turns)
 
-    operations = {"ferro": ferro_open, "torch": lambda: dcp.FileSystemReader(folder / "torch").read_metadata()}
-    seconds = _seconds(group, operations, turns)
-    for path in (folder / "ferro", folder / "torch"):
-        states.remove(path)
-    return seconds
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, object]:
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _seconds(
@@ -99,16 +93,16 @@ def main() -> None:
     parser.add_argument("--planned", type=int, default=100_000, help="number of tensors")
     parser.add_argument("--opened", type=int, default=10_000, help="number of tensors")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--without-torch", action="store_true", help="with several ranks, torch never takes part")
     options = parser.parse_args()
+    with_torch = not options.without_torch
     with ferro.init("gloo") as group:
-        states.open_torch()
         ranks = {"ranks": group.world_size}
-        planned = plan(group, options.planned, options.turns)
+        planned = plan(group, options.planned, options.turns, with_torch=with_torch)
         records = [ranks | {"what": "plan", "tensors": options.planned, "seconds": planned}]
         if group.world_size == 1:
-            opened = open_many(group, options.opened, options.turns, options.folder)
+            opened = open_many(group, options.opened, options.turns, options.folder, with_torch=with_torch)
             records.append(ranks | {"what": "open", "tensors": options.opened, "seconds": opened})
-        states.close_torch()
         if group.rank == 0:
             options.out.write_text(json.dumps({"records": records}, indent=1))
 

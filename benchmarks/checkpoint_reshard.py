@@ -9,7 +9,9 @@ twice, and the second load counts, so that no module of Python is read meanwhile
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_states as states
@@ -19,23 +21,26 @@ import ferro
 from ferro_checkpoint import load, save
 
 
-def run(group: ferro.ProcessGroup, layout: str, layers: int, folder: Path, *, loads: bool) -> dict[str, object]:
+def run(
+    group: ferro.ProcessGroup, layout: str, layers: int, folder: Path, *, loads: bool, with_torch: bool
+) -> dict[str, object]:
     """Save or load the state with ferro and with torch."""
-    import torch.distributed.checkpoint as dcp
-
     rank, world_size = group.rank, group.world_size
     model = states.ferro_model(layout, layers, rank, world_size)
-    state = states.torch_state(layout, layers, rank, world_size)
-    ferro_path, torch_path = folder / f"{layout}-ferro", folder / f"{layout}-torch"
-    if not loads:
-        save(ferro_path, {"model": model}, group)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(torch_path))
-        return {}
-    operations = {
-        "ferro": lambda: load(ferro_path, {"model": model}, group),
-        "torch": lambda: dcp.load(state, storage_reader=dcp.FileSystemReader(torch_path)),
-        "nothing": lambda: None,
+    paths = {name: folder / f"{layout}-{name}" for name in ("ferro", "torch")}
+    operations: dict[str, Callable[[], object]] = {
+        "ferro": lambda: (load if loads else save)(paths["ferro"], {"model": model}, group)
     }
+    needed = {"ferro": model.nbytes}
+    if with_torch:
+        state = states.torch_state(layout, layers, rank, world_size)
+        operations["torch"] = functools.partial(_torch, state, paths["torch"], loads=loads)
+        needed["torch"] = sum(_torch_bytes(tensor) for tensor in state.values())
+    if not loads:
+        for operation in operations.values():
+            operation()
+        return {}
+    operations["nothing"] = lambda: None
     read = dict.fromkeys(operations, 0)
     for _ in range(2):
         for name, operation in operations.items():
@@ -44,16 +49,25 @@ def run(group: ferro.ProcessGroup, layout: str, layers: int, folder: Path, *, lo
             operation()
             read[name] = states.bytes_read() - before
             group.barrier()
-    own = [read[name] - read["nothing"] for name in ("ferro", "torch")]
-    held = np.array([*own, model.nbytes, sum(_torch_bytes(tensor) for tensor in state.values())])
-    ferro_bytes, torch_bytes, ferro_needed, torch_needed = group.all_reduce(held, "sum").tolist()
+    names = list(needed)
+    own = np.array([[read[name] - read["nothing"], needed[name]] for name in names])
+    summed = group.all_reduce(own, "sum").tolist()
     return {
         "layout": layout,
         "to": world_size,
         "nbytes": layers * states.LAYER_BYTES,
-        "read_bytes": {"ferro": ferro_bytes, "torch": torch_bytes},
-        "needed_bytes": {"ferro": ferro_needed, "torch": torch_needed},
+        "read_bytes": {name: each[0] for name, each in zip(names, summed, strict=True)},
+        "needed_bytes": {name: each[1] for name, each in zip(names, summed, strict=True)},
     }
+
+
+def _torch(state: dict[str, object], path: Path, *, loads: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    if loads:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+    else:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
 
 
 def _torch_bytes(tensor: object) -> int:
@@ -68,14 +82,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are")
     parser.add_argument("--layouts", default="shards,columns")
     parser.add_argument("--layers", type=int, default=16, help="of 16 MiB each")
+    parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
+    with_torch, loads = not options.without_torch, options.action == "load"
     with ferro.init("gloo") as group:
-        states.open_torch()
+        if with_torch:
+            states.open_torch()
         records = [
-            run(group, layout, options.layers, options.folder, loads=options.action == "load")
+            run(group, layout, options.layers, options.folder, loads=loads, with_torch=with_torch)
             for layout in options.layouts.split(",")
         ]
-        states.close_torch()
+        if with_torch:
+            states.close_torch()
         if group.rank == 0:
             options.out.write_text(json.dumps({"records": records}, indent=1))
 

@@ -190,14 +190,9 @@ def measure(
     results = {}
     for name, each in found.items():
         medians = {kind: statistics.median(times) for kind, times in each.seconds.items() if times}
-        results[name] = {"median_s": medians, "counts": {kind: len(times) for kind, times in each.seconds.items()}}
-    return {
-        "strategy": strategy,
-        "ranks": group.world_size,
-        "state_bytes": loops["ferro"].state_bytes,
-        "turns": turns,
-        "results": results,
-    }
+        counts = {kind: len(times) for kind, times in each.seconds.items()}
+        results[name] = {"state_bytes": loops[name].state_bytes, "median_s": medians, "counts": counts}
+    return {"strategy": strategy, "ranks": group.world_size, "turns": turns, "results": results}
 
 
 def main() -> None:

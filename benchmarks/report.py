@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
+import report_checkpoint
 import report_collectives
 import report_strategies
 from records import Record, markdown_table
@@ -38,6 +39,7 @@ protocol: the share of the rate that frames and headers leave. "Hierarchical" is
 Each program runs in fresh interpreters, in turns with the others; the interpreter's own start is
 not included. The first row is a difference of medians, and of minima.""",
     **report_strategies.METHODS,
+    **report_checkpoint.METHODS,
 }
 
 NAMES = tuple(_METHODS)
@@ -153,4 +155,5 @@ _TABLES = {
     "hosts": _hosts,
     "imports": _imports,
     **report_strategies.TABLES,
+    **report_checkpoint.TABLES,
 }

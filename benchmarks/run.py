@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint
 import collectives
 import heatmap
 import imports
@@ -202,6 +203,12 @@ def _layers(options: argparse.Namespace) -> dict[str, object]:
     return {"records": records}
 
 
+def _checkpoint(options: argparse.Namespace) -> dict[str, object]:
+    """Measure checkpoints beside torch's and the raw disk; the folder of temporary files is on that disk."""
+    ranks = checkpoint.Ranks(None, quick=options.quick, with_torch="torch-gloo" in options.compare)
+    return checkpoint.measure(ranks, options.out)
+
+
 _BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "collectives": _collectives,
     "many": _many,
@@ -211,6 +218,7 @@ _BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "training": _training,
     "pipeline": _pipeline,
     "parity": _parity,
+    "checkpoint": _checkpoint,
 }
 
 
