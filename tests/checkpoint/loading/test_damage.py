@@ -22,7 +22,7 @@ from ferro_checkpoint import (
 from ferro_checkpoint.layout import header
 from ferro_checkpoint.layout.digest import digest_of
 from ferro_checkpoint.layout.record import FileRecord, Record
-from ferro_checkpoint.loading import load as load_module
+from ferro_checkpoint.loading import load_checkpoint as load_module
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 
 from ..placements import bits
