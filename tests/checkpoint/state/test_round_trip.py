@@ -124,7 +124,18 @@ def test_values_of_all_kinds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [{"$float": []}, {"$tuple": 3}, {"$bytes": "zz"}, {"$scalar": ["float32", "00"]}, {"$dict": [[[], 1]]}]
+    "value",
+    [
+        {"$float": []},
+        {"$tuple": 3},
+        {"$bytes": "zz"},
+        {"$scalar": ["float32", "00"]},
+        {"$dict": [[[], 1]]},
+        {"$array": [None, [], ""]},
+        {"$scalar": ["[" * 500, "00"]},
+        {"$scalar": ["object", "00" * 8]},
+        {"$array": ["float32", [-1, -1], ""]},
+    ],
 )
 def test_values_that_nothing_has_written(value):
     with pytest.raises(ValueError, match="is no value of a checkpoint"):

@@ -19,11 +19,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ferro.arrays import dtype_from_name, dtype_name
 from ferro_checkpoint.errors import StateError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
+_DTYPES = {np.dtype(code).name: np.dtype(code) for code in "?bhilqBHILQefdgFDG"}  # all that have kinds b, i, u, f, c
 _MOST_DEPTH = 64
 _MOST_ARRAY_BYTES = 1 << 16
 _MOST_INT_BITS = 4096  # generators have numbers of some hundred bits; Python refuses to read far longer ones
@@ -67,10 +67,10 @@ def encode_value(value: object, name: str, depth: int = 0) -> Json:
     if type(value) is complex:
         return {"$complex": [encode_value(part, name, depth + 1) for part in (value.real, value.imag)]}
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
-        return {"$scalar": [dtype_name(value.dtype), value.tobytes().hex()]}
+        return {"$scalar": [value.dtype.name, value.tobytes().hex()]}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.nbytes <= _MOST_ARRAY_BYTES:
         value = value.astype(value.dtype.newbyteorder("="))
-        return {"$array": [dtype_name(value.dtype), list(value.shape), value.tobytes().hex()]}
+        return {"$array": [value.dtype.name, list(value.shape), value.tobytes().hex()]}
     if isinstance(value, int | float | str):  # of a class of its own, such as an enumeration
         return encode_value(
             int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else str(value), name
@@ -122,9 +122,9 @@ def _decode_special(kind: str, content: Any) -> Any:
             case "$complex":
                 return complex(*(decode_value(part) for part in content))
             case "$scalar":
-                return np.frombuffer(bytes.fromhex(content[1]), dtype_from_name(content[0]))[0]
+                return np.frombuffer(bytes.fromhex(content[1]), _DTYPES[content[0]])[0]
             case "$array":
-                return np.frombuffer(bytes.fromhex(content[2]), dtype_from_name(content[0])).reshape(content[1]).copy()
+                return np.frombuffer(bytes.fromhex(content[2]), _DTYPES[content[0]]).reshape(content[1]).copy()
             case "$dict":
                 return {decode_value(key): decode_value(item) for key, item in content}
     except (TypeError, ValueError, LookupError) as error:
