@@ -23,7 +23,7 @@ from ferro_checkpoint.errors import StateError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-_DTYPES = {np.dtype(code).name: np.dtype(code) for code in "?bhilqBHILQefdgFDG"}  # all that have kinds b, i, u, f, c
+_DTYPES = {np.dtype(code).name: np.dtype(code) for code in "?bhiqlBHIQLefdgFDG"}  # of kinds b, i, u, f and c
 _MOST_DEPTH = 64
 _MOST_ARRAY_BYTES = 1 << 16
 _MOST_INT_BITS = 4096  # generators have numbers of some hundred bits; Python refuses to read far longer ones
