@@ -10,6 +10,7 @@ import pytest
 import ferro
 import ferro_checkpoint
 from ferro_checkpoint import ArrayPiece, StateError
+from ferro_checkpoint.state import value_agreement
 
 from ..placements import Holder
 
@@ -167,6 +168,13 @@ def test_replicas_are_compared_as_told(tmp_path):
             assert type(found) is (error or type(None))
     with pytest.raises(StateError, match="check_replicas is 'some'"):
         ferro_checkpoint.save(tmp_path / "c", {"a": ONES}, check_replicas="some")
+
+
+@pytest.mark.parametrize(("name", "most"), [("_MOST_TEXT_BYTES", 1000), ("_MOST_VALUES", 300)])
+def test_values_that_no_record_holds(tmp_path, monkeypatch, name, most):
+    monkeypatch.setattr(value_agreement, name, most)
+    text = refused_save(tmp_path, lambda rank: {"few": [1], "a": {"many": list(range(200 + rank))}})
+    assert "most are in 'a.many': give an array" in text or "most are in 'a': give an array" in text
 
 
 def test_ranks_that_disagree_on_what_they_load(tmp_path):

@@ -284,6 +284,18 @@ def test_a_state_dict_may_have_changed(tmp_path):
 GENERATORS = [np.random.PCG64, np.random.MT19937, np.random.Philox, np.random.SFC64]
 
 
+def test_a_generator_of_another_kind(tmp_path):
+    ferro_checkpoint.save(tmp_path / "c", {"x": np.ones(2), "g": np.random.default_rng(1), "h": 3})
+    for state, message in (
+        ({"g": np.random.Generator(np.random.Philox(1)), "h": 0}, "'g' is a generator of Philox, and PCG64 in the"),
+        ({"g": np.random.default_rng(2), "h": np.random.default_rng(2)}, "'h' is a generator of PCG64, and int in the"),
+    ):
+        array = np.zeros(2)
+        with pytest.raises(StateError, match=message):
+            ferro_checkpoint.load(tmp_path / "c", {"x": array, **state})
+        assert array.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 2), (2, 3)])
 def test_each_rank_has_its_own(tmp_path, n, m, caplog):
     def state(rank, seed):

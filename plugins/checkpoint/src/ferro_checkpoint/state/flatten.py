@@ -157,12 +157,7 @@ class _Flattener:
         elif isinstance(value, np.generic) and value.dtype.kind != "O":
             self._add_scalar(value, path, put)
         elif isinstance(value, np.random.Generator):
-            generator = value.bit_generator
-
-            def restore(state: Any) -> None:
-                generator.state = state
-
-            self._add_value(generator.state, path, restore, by_rank=True)
+            self._add_generator(value.bit_generator, path)
         elif objects.has_state_dict(value):
             self._add_state_dict(value, path)
         elif isinstance(value, SupportsDLPack) or hasattr(value, "__cuda_array_interface__"):
@@ -228,6 +223,20 @@ class _Flattener:
         array = np.array(value)
         self._add_array(_own_name(path), path, array)
         self.flat.finishes.append(lambda: put(array[()]))
+
+    def _add_generator(self, generator: np.random.BitGenerator, path: _Path) -> None:
+        """Add the state of a random generator, of which every rank has its own."""
+        name, kind = _dotted(path), type(generator).__name__
+
+        def restore(state: Any) -> None:
+            generator.state = state
+
+        self._add_value(generator.state, path, restore, by_rank=True)
+        if self._stored is not None and name in self._stored.values:
+            saved = self._stored.values[name]
+            saved_kind = saved.get("bit_generator") if isinstance(saved, dict) else type(saved).__name__
+            if saved_kind != kind:
+                raise StateError(f"{name!r} is a generator of {kind}, and {saved_kind} in the checkpoint")
 
     def _add_state_dict(self, value: objects.HasStateDict, path: _Path) -> None:
         """Add the state dict of an object; its arrays are tensors of their own."""

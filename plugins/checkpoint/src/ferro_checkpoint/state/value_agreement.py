@@ -7,11 +7,17 @@ from collections.abc import Mapping
 import xxhash
 
 from ferro import ProcessGroup
-from ferro_checkpoint.layout.json_text import read_json, write_json
+from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.layout.json_text import MOST_VALUES, read_json, write_json
+from ferro_checkpoint.layout.record import MOST_RECORD_BYTES
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.state.values import Json
 
 BY_RANK = "$by_rank"
+
+
+_MOST_TEXT_BYTES = MOST_RECORD_BYTES // 2  # the rest is for the digests
+_MOST_VALUES = MOST_VALUES // 2
 
 
 def agree_on_values(
@@ -27,7 +33,24 @@ def agree_on_values(
         by_rank: paths of values of which every rank has its own, even where all are the same.
         group: the ranks.
         deadline: of the collectives.
+
+    Raises:
+        StateError: they are more than a record can hold; on all ranks alike.
     """
+    united = _unite(values, by_rank, group, deadline)
+    text = write_json(united)
+    if len(text) > _MOST_TEXT_BYTES or sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        largest = max(united, key=lambda path: len(write_json(united[path])))
+        raise StateError(
+            f"the values of the state take {len(text)} bytes as JSON, more than a checkpoint can hold; most are in "
+            f"{largest!r}: give an array in its place"
+        )
+    return united
+
+
+def _unite(
+    values: Mapping[str, Json], by_rank: set[str], group: ProcessGroup | None, deadline: Deadline
+) -> dict[str, Json]:
     if group is None or group.world_size == 1:
         return {path: {BY_RANK: [value]} if path in by_rank else value for path, value in values.items()}
     shared = {path: value for path, value in values.items() if path not in by_rank}
