@@ -23,7 +23,7 @@ from ferro_checkpoint import (
     StateError,
     load,
 )
-from ferro_checkpoint.checkpointer import background, saver
+from ferro_checkpoint.checkpointer import background, save_starter
 
 WAIT_S = 60.0
 
@@ -61,7 +61,7 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.released, self.error = threading.Event(), threading.Event(), None
         self.niceness = None
-        real = saver.write_checkpoint
+        real = save_starter.write_checkpoint
 
         def write(*arguments, **options):
             self.begun.set()
@@ -71,7 +71,7 @@ class Held:
                 raise self.error
             real(*arguments, **options)
 
-        monkeypatch.setattr(saver, "write_checkpoint", write)
+        monkeypatch.setattr(save_starter, "write_checkpoint", write)
 
 
 def test_training_resumes_with_the_same_bits_and_the_policies_go_on(tmp_path):
@@ -214,7 +214,7 @@ def test_an_exception_lets_the_running_save_finish_and_is_not_hidden(tmp_path, m
 
 def test_a_save_that_hangs_ends_at_its_deadline(tmp_path, monkeypatch):
     held = Held(monkeypatch)
-    monkeypatch.setattr(saver, "_GRACE_S", 0.1)
+    monkeypatch.setattr(save_starter, "_GRACE_S", 0.1)
     keeper = Checkpointer(tmp_path, every=Every(steps=1), timeout_s=0.1)
     keeper.step(1, new_state())
     with pytest.raises(SaveFailed, match="did not end in time"):
@@ -240,15 +240,15 @@ def test_a_state_that_cannot_be_saved_is_refused_in_the_step(tmp_path):
 AT_EXIT = """
 import sys, threading, numpy as np
 from ferro_checkpoint import Checkpointer, Every, SaveFailed
-from ferro_checkpoint.checkpointer import saver
-real = saver.write_checkpoint
+from ferro_checkpoint.checkpointer import save_starter
+real = save_starter.write_checkpoint
 def write(plan, source, storage, name, *arguments, **options):
     import time
     time.sleep(0.3)
     if name.endswith("2"):
         raise SaveFailed("the disk is full", path=name)
     real(plan, source, storage, name, *arguments, **options)
-saver.write_checkpoint = write
+save_starter.write_checkpoint = write
 state = {"model": {"w": np.ones(100_000)}}
 for directory, step in zip(sys.argv[1:], (1, 2)):
     keeper = Checkpointer(directory, every=Every(steps=1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_checkpoint.checkpointer import saver
+from ferro_checkpoint.checkpointer import save_starter
 from ferro_checkpoint.checkpointer.checkpointer import Checkpointer
 from ferro_checkpoint.checkpointer.every import Every
 from ferro_checkpoint.checkpointer.memory import neighbour
@@ -53,7 +53,7 @@ def die() -> None:
 
 def die_in_second_copy(*arguments: object) -> None:
     """Take the place of `replicate`: make the copies of the first save, and die before those of the second."""
-    saver.replicate = lambda *_: die()
+    save_starter.replicate = lambda *_: die()
     neighbour.replicate(*arguments)
 
 
@@ -66,7 +66,7 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
         group = world.subgroup(members)
         keeper = Checkpointer(directory, group, every=every, in_memory=Every(steps=EVERY), timeout_s=60)
         if how == "in a save" and group.rank in victims:
-            saver.replicate = die_in_second_copy
+            save_starter.replicate = die_in_second_copy
         with contextlib.suppress(ferro.FerroError):
             train_on(group, keeper, new_state(group), 0, victims)
     with contextlib.suppress(ferro.FerroError):

@@ -9,7 +9,7 @@ import pytest
 
 from ferro import UsageError
 from ferro_checkpoint import Best, Checkpointer, Continuous, Every, Last
-from ferro_checkpoint.checkpointer.every import Schedules
+from ferro_checkpoint.checkpointer.every import SaveSchedules
 from ferro_checkpoint.checkpointer.keep import Saved
 
 NOBODY = bytes(8)
@@ -21,10 +21,10 @@ def due(schedules, steps, agreed=None):
 
 
 def test_a_multiple_of_the_steps_is_due_even_if_it_is_passed_over():
-    assert due(Schedules(Every(steps=3), None), range(9)) == [3, 6]
-    assert due(Schedules(Every(steps=3), None), [0, 2, 4, 8, 9, 9, 20]) == [4, 8, 9, 20]
-    assert due(Schedules(Every(steps=3) | Every(steps=4), None), range(1, 9)) == [3, 4, 6, 8]
-    resumed = Schedules(Every(steps=3), Every(steps=2))
+    assert due(SaveSchedules(Every(steps=3), None), range(9)) == [3, 6]
+    assert due(SaveSchedules(Every(steps=3), None), [0, 2, 4, 8, 9, 9, 20]) == [4, 8, 9, 20]
+    assert due(SaveSchedules(Every(steps=3) | Every(steps=4), None), range(1, 9)) == [3, 4, 6, 8]
+    resumed = SaveSchedules(Every(steps=3), Every(steps=2))
     resumed.resumed(7)
     assert [resumed.due(step, None) for step in (8, 9)] == [(False, True), (True, False)]
     assert not resumed.needs_agreement
@@ -33,7 +33,7 @@ def test_a_multiple_of_the_steps_is_due_even_if_it_is_passed_over():
 def test_time_and_idleness_are_agreed_on(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    schedules = Schedules(Every(minutes=2), Continuous())
+    schedules = SaveSchedules(Every(minutes=2), Continuous())
     assert schedules.needs_agreement
     assert [schedules.due(1, agreed) for agreed in (None, BUSY, NOBODY)] == [(False,) * 2, (False,) * 2, (False, True)]
     assert schedules.due_by_clock() == (False, False)
@@ -62,7 +62,7 @@ def test_the_last_and_the_best_are_kept():
         (lambda: Every(), "either steps or minutes"),
         (lambda: Every(steps=0), "a whole number from 1, not 0"),
         (lambda: Every(minutes=-1), "a positive number, not -1"),
-        (lambda: Schedules(Every(steps=5) | 3, None), "not 3"),
+        (lambda: SaveSchedules(Every(steps=5) | 3, None), "not 3"),
         (lambda: Last(0), "from 1, not 0"),
         (lambda: Best("loss", 1, mode="least"), "'min' or 'max', not 'least'"),
         (lambda: Checkpointer(None), "without a directory, give in_memory"),

@@ -15,7 +15,7 @@ import pytest
 
 import ferro
 from ferro_checkpoint import Checkpointer, Every, Preempted, load
-from ferro_checkpoint.checkpointer import saver
+from ferro_checkpoint.checkpointer import save_starter
 from ferro_testing import run_ranks_outcomes
 
 WAIT_S = 60.0
@@ -24,14 +24,14 @@ WAIT_S = 60.0
 def train(group: ferro.ProcessGroup, directory: str, told: list[int], how: str) -> None:
     """Train until SIGTERM comes, which the ranks in `told` send themselves at step 5."""
     writing = threading.Event()
-    write = saver.write_checkpoint
+    write = save_starter.write_checkpoint
 
     def slow(*arguments: object, **options: object) -> None:
         writing.set()
         time.sleep(0.3 if how == "in a save" else 0)
         write(*arguments, **options)
 
-    saver.write_checkpoint = slow
+    save_starter.write_checkpoint = slow
     state = {"model": {"w": np.zeros(1000)}}
     every = Every(steps=5) if how == "in a save" else None
     with Checkpointer(directory, group, every=every, preemption_s=WAIT_S) as keeper:
@@ -95,7 +95,7 @@ def test_a_save_that_cannot_end_in_time_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(saver, "write_checkpoint", lambda *_, **__: released.wait(WAIT_S))
+    monkeypatch.setattr(save_starter, "write_checkpoint", lambda *_, **__: released.wait(WAIT_S))
     before = signal.getsignal(signal.SIGTERM)
     with Checkpointer(tmp_path, preemption_s=0.2) as keeper:
         signal.raise_signal(signal.SIGTERM)
@@ -112,9 +112,13 @@ LOST_SIGNAL = """
 import os, signal, sys, time
 from ferro_checkpoint import Checkpointer
 with Checkpointer(sys.argv[1], preemption_s=1):
+    reader, writer = os.pipe()
     worker = os.fork()
     if not worker:
+        os.write(writer, b"ready")  # a signal that comes before is forgotten by the fork
         time.sleep(60)
+        os._exit(0)
+    os.read(reader, 5)
     os.kill(worker, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     signal.raise_signal(signal.SIGTERM)

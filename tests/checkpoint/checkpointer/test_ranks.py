@@ -149,5 +149,5 @@ def test_a_single_rank_resumes_from_its_own_memory() -> None:
         state["w"] += 100
         assert keeper.resume(into=state) == 6
         assert state["w"][0] == 5
-    assert isinstance(keeper._saver.memory, MemoryStorage)
+    assert isinstance(keeper._starter.memory, MemoryStorage)
     assert keeper.memory_bytes == 0

@@ -22,7 +22,8 @@ from ferro_checkpoint import (
 from ferro_checkpoint.layout import header
 from ferro_checkpoint.layout.digest import digest_of
 from ferro_checkpoint.layout.record import FileRecord, Record
-from ferro_checkpoint.loading import load as load_module
+from ferro_checkpoint.loading import load_checkpoint as load_module
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 
 from ..placements import bits
 
@@ -254,3 +255,29 @@ def test_ranks_that_see_different_checkpoints(tmp_path):
         2, lambda group: ferro_checkpoint.load(tmp_path / f"{group.rank}" / "c", state_of(5), group)
     ):
         assert isinstance(error, CheckpointIncomplete)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_loaded(tmp_path, monkeypatch):
+    path, read_headers, plan_reads = tmp_path / "c", OpenedCheckpoint._read_headers, load_module.plan_reads
+    ferro_checkpoint.save(path, state_of(1))
+    fills = [2]
+
+    def replace():
+        if fills:
+            ferro_checkpoint.save(path, state_of(fills.pop()), overwrite=True)
+
+    def replaced_before(opened):
+        replace()
+        return read_headers(opened)
+
+    def replaced_after(*arguments):
+        replace()
+        return plan_reads(*arguments)
+
+    monkeypatch.setattr(OpenedCheckpoint, "_read_headers", replaced_before)
+    assert same(ferro_checkpoint.load(path, state_of(0)), state_of(2))
+    monkeypatch.setattr(load_module, "plan_reads", replaced_after)
+    monkeypatch.setattr(OpenedCheckpoint, "_read_headers", read_headers)
+    fills.append(3)
+    assert same(ferro_checkpoint.load(path, state_of(0)), state_of(2))  # as it was opened, though it is gone
+    assert same(ferro_checkpoint.load(path, state_of(0)), state_of(3))

@@ -14,7 +14,7 @@ import ferro
 import ferro_checkpoint
 from ferro_checkpoint.loading import segment_reader
 from ferro_checkpoint.plan import segments
-from ferro_checkpoint.saving import exchange
+from ferro_checkpoint.saving import exchange, save_plan
 from ferro_testing import run_ranks
 
 from ..placements import Holder, bits, expected, held, random_arrays
@@ -35,7 +35,9 @@ def rank_of(group):
 def check_files(directory: str, arrays) -> None:
     """Compare what the safetensors library reads, and a load without a state, with the whole arrays."""
     loaded = ferro_checkpoint.load(directory)["a"]
-    found = safetensors.deserialize(Path(directory, "a.safetensors").read_bytes())
+    files = sorted(Path(directory).glob("a*.safetensors"))
+    found = [tensor for file in files for tensor in safetensors.deserialize(file.read_bytes())]
+    assert len(found) == len(arrays)
     assert {name for name, _ in found} == loaded.keys() == arrays.keys()
     for name, stored in found:
         array = arrays[name]
@@ -65,7 +67,8 @@ def load_held(directory: str, seed: int, own_seed: int, arrays, group, world_siz
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Cut small arrays into many segments, and move them in many rounds."""
+    """Cut small arrays into many files and segments, and move them in many rounds."""
+    monkeypatch.setattr(save_plan, "FILE_BYTES", 30_000)
     monkeypatch.setattr(segments, "SEGMENT_BYTES", 8192)
     monkeypatch.setattr(segments, "EXCHANGED_BYTES", 4096)
     monkeypatch.setattr(segments, "LEAST_OWN_BYTES", 512)

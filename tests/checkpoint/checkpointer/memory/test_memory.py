@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ferro_checkpoint import CheckpointDamaged
-from ferro_checkpoint.checkpointer.memory.arena import Arena
 from ferro_checkpoint.checkpointer.memory.held import HeldCheckpoint
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.memory.neighbour import ring
+from ferro_checkpoint.checkpointer.memory.reused_blocks import ReusedBlocks
 from ferro_checkpoint.checkpointer.memory.search import _holders
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord
 
@@ -77,13 +77,13 @@ def test_two_checkpoints_are_held_at_most_and_the_whole_one_stays():
 
 
 def test_blocks_are_filled_again_and_those_that_are_too_small_go():
-    arena = Arena()
-    first = [arena.allocate(20 << 20), arena.allocate(20 << 20), arena.allocate(5 << 20)]
-    assert [block.nbytes >> 20 for block in arena.filled()] == [20, 25]
-    arena.reset()
-    assert not arena.filled()
-    again = [arena.allocate(20 << 20), arena.allocate(20 << 20)]
+    blocks = ReusedBlocks()
+    first = [blocks.allocate(20 << 20), blocks.allocate(20 << 20), blocks.allocate(5 << 20)]
+    assert [block.nbytes >> 20 for block in blocks.filled()] == [20, 25]
+    blocks.reset()
+    assert not blocks.filled()
+    again = [blocks.allocate(20 << 20), blocks.allocate(20 << 20)]
     assert [np.shares_memory(*pair) for pair in zip(first, again, strict=False)] == [True, True]
-    assert arena.nbytes == 64 << 20
-    arena.reset()
-    assert arena.allocate(40 << 20).nbytes == arena.nbytes == 40 << 20
+    assert blocks.nbytes == 64 << 20
+    blocks.reset()
+    assert blocks.allocate(40 << 20).nbytes == blocks.nbytes == 40 << 20

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
-from ferro_checkpoint.checkpointer.every import SavePolicy, Schedules
+from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
@@ -19,7 +19,7 @@ from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSigna
 from ferro_checkpoint.checkpointer.resuming import load_newest
 from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
-from ferro_checkpoint.checkpointer.saver import Saver, Target
+from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import open_storage
 
@@ -51,8 +51,8 @@ class Checkpointer:
         keep: which checkpoints to keep; None for all. A removed one loses its commit record first.
         async_: False to write in `step` itself, without a copy.
         in_memory: keep the ranks' states in their memories, too, each with a copy at another rank: with each save
-            (True), or at times of its own (a policy). A rank gives memory for twice its share of the bytes, and as
-            much again while a save is under way.
+            (True), or at times of its own (a policy). A rank gives memory for four times its share of the bytes:
+            for the last checkpoint and the one that is written, of each its own part and the copy of another's.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
         timeout_s: how long a save may take, and how long to wait for other ranks.
         progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
@@ -82,10 +82,10 @@ class Checkpointer:
         for name, seconds in (("preemption_s", preemption_s), ("timeout_s", timeout_s)):
             if seconds is not None and not seconds > 0:
                 raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")
-        self._schedules = Schedules(every, None if isinstance(in_memory, bool) else in_memory)
+        self._schedules = SaveSchedules(every, None if isinstance(in_memory, bool) else in_memory)
         self._background, self._timeout_s = async_, timeout_s
         storage = None if directory is None else open_storage(directory)
-        self._saver = Saver(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
+        self._starter = SaveStarter(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
@@ -95,12 +95,12 @@ class Checkpointer:
     @property
     def staging_bytes(self) -> int:
         """The memory of this rank for the copy that is written; 0 before the first save."""
-        return self._saver.staging.nbytes
+        return self._starter.staging.nbytes
 
     @property
     def memory_bytes(self) -> int:
         """The memory that this rank gives to checkpoints in memory."""
-        return 0 if self._saver.memory is None else self._saver.memory.nbytes
+        return 0 if self._starter.memory is None else self._starter.memory.nbytes
 
     def step(self, step: int, state: object, **metrics: float) -> SaveResult | None:
         """Save the state if a policy says so.
@@ -122,7 +122,9 @@ class Checkpointer:
         agreed = self._read(agreement)
         if agreed is not None and agreed[PREEMPTED]:
             assert self._signal is not None, "it is the same on all ranks"
-            save_and_end(step, state, metrics, self._saver, self._running, self._signal, in_background=self._background)
+            save_and_end(
+                step, state, metrics, self._starter, self._running, self._signal, in_background=self._background
+            )
         disk, memory = self._schedules.due(step, agreed)
         result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
         if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
@@ -160,7 +162,7 @@ class Checkpointer:
         self._read(agreement)
         self.wait()
         self._running.forget()
-        step = load_newest(into, self._saver, groups)
+        step = load_newest(into, self._starter, groups)
         if step is not None:
             self._schedules.resumed(step)
         return step
@@ -170,7 +172,7 @@ class Checkpointer:
         try:
             self._running.wait()
         except FerroError:
-            self._saver.failed()
+            self._starter.failed()
             raise
 
     def close(self) -> None:
@@ -194,7 +196,7 @@ class Checkpointer:
             raise UsageError("this Checkpointer was closed: make another one")
         if self._opened is None:
             groups = OwnGroups(self._group, self._timeout_s)
-            self._saver.use(groups)
+            self._starter.use(groups)
             self._running.logs = self._running.logs and groups.rank == 0
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
         return self._opened
@@ -203,7 +205,7 @@ class Checkpointer:
         """Read what the ranks agreed on in the step before; raise the error of a save that has failed."""
         agreed = agreement.read()
         if agreed is not None and agreed[FAILED]:
-            self._saver.failed()
+            self._starter.failed()
             self._running.raise_failure()
         if agreed is not None and not agreed[BUSY]:
             self._running.settle()
@@ -222,19 +224,19 @@ class Checkpointer:
             return last
         try:
             waited_s = self._running.wait_for_turn(step)
-            result = self._saver.save(step, state, metrics, target, waited_s)
+            result = self._starter.save(step, state, metrics, target, waited_s)
             self._running.begin(result, on_disk=target.disk)
             if not target.background:
                 self._running.wait()
         except FerroError:
-            self._saver.failed()
+            self._starter.failed()
             raise
         return result
 
     def _target(self, *, disk: bool, memory: bool, timeout_s: float) -> Target:
         """Choose where a save goes: one to the directory goes into memory, too, if that is wanted at all."""
-        memory = (disk or memory) and self._saver.memory is not None
-        disk = disk and self._saver.storage is not None
+        memory = (disk or memory) and self._starter.memory is not None
+        disk = disk and self._starter.storage is not None
         return Target(disk=disk, memory=memory, background=self._background, timeout_s=timeout_s)
 
     def _leave(self, *, in_good_order: bool) -> None:
@@ -256,7 +258,7 @@ class Checkpointer:
         try:
             error = self._running.finish()
             self._leave(in_good_order=not failing)
-            self._saver.release()
+            self._starter.release()
         finally:
             if self._signal is not None:
                 self._signal.close(deliver=not failing)

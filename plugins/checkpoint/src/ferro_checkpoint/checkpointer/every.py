@@ -54,7 +54,7 @@ class AnyOf:
 SavePolicy: TypeAlias = "Every | Continuous | AnyOf"
 
 
-class Schedule:
+class SaveSchedule:
     """A policy at work: it knows the step before and the time of the last save.
 
     Attributes:
@@ -91,11 +91,11 @@ class Schedule:
         self._before = step
 
 
-class Schedules:
+class SaveSchedules:
     """The policies of a checkpointer: for its directory, and for the ranks' memories."""
 
     def __init__(self, every: SavePolicy | None, in_memory: SavePolicy | None) -> None:
-        self._every, self._in_memory = Schedule(every), Schedule(in_memory)
+        self._every, self._in_memory = SaveSchedule(every), SaveSchedule(in_memory)
         self.needs_agreement = self._every.needs_agreement or self._in_memory.needs_agreement
 
     def due(self, step: int, agreed: bytes | None) -> tuple[bool, bool]:

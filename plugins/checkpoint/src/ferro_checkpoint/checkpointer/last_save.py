@@ -10,14 +10,14 @@ from ferro import FerroError
 from ferro_checkpoint.checkpointer import background
 from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSignal
 from ferro_checkpoint.checkpointer.running_save import RunningSave
-from ferro_checkpoint.checkpointer.saver import Saver, Target
+from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
 
 
 def save_and_end(
     step: int,
     state: object,
     metrics: Mapping[str, float],
-    saver: Saver,
+    starter: SaveStarter,
     running: RunningSave,
     signal: TerminationSignal,
     *,
@@ -27,20 +27,20 @@ def save_and_end(
 
     Args:
         step, state, metrics: as for `Checkpointer.step`.
-        saver: makes the save.
+        starter: makes the save.
         running: the save that is under way.
         signal: the signal that came to this rank, if it did.
         in_background: whether a thread writes; a call of the system that hangs keeps only the thread then.
     """
-    groups = saver.groups
+    groups = starter.groups
     assert groups is not None
     passed_s = 0.0 if signal.received_at is None else time.monotonic() - signal.received_at
     deadline = time.monotonic() + max(0.0, signal.allowed_s - max(groups.gather(passed_s)))
     signal.acted = True
     path, fault = None, "there is no directory"
     try:
-        if saver.storage is not None:
-            path = _save(step, state, metrics, saver, running, deadline, in_background=in_background)
+        if starter.storage is not None:
+            path = _save(step, state, metrics, starter, running, deadline, in_background=in_background)
     except (FerroError, OSError) as error:
         fault = str(error)
     told = f"was saved as {path}" if path else f"could not be saved within {signal.allowed_s:g} s: {fault}"
@@ -54,7 +54,7 @@ def _save(
     step: int,
     state: object,
     metrics: Mapping[str, float],
-    saver: Saver,
+    starter: SaveStarter,
     running: RunningSave,
     deadline: float,
     *,
@@ -66,12 +66,12 @@ def _save(
     if error is not None:
         if running.busy:
             raise error
-        saver.failed()  # the save before; this one may go well
+        starter.failed()  # the save before; this one may go well
     last = running.last_of(step, on_disk=True)
     if last is None or last.error is not None:
         left_s = max(0.1, deadline - time.monotonic())
         target = Target(disk=True, memory=False, background=in_background, timeout_s=left_s)
-        last = saver.save(step, state, metrics, target, 0.0)
+        last = starter.save(step, state, metrics, target, 0.0)
         running.begin(last, on_disk=True)
         running.hurry(deadline)
     running.wait()

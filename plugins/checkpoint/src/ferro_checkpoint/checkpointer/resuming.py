@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
-from ferro_checkpoint.loading.load import load_checkpoint
+from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.storage.storage import Storage
 
 if TYPE_CHECKING:
     from ferro_checkpoint.checkpointer.catalog import Catalog
     from ferro_checkpoint.checkpointer.own_groups import OwnGroups
-    from ferro_checkpoint.checkpointer.saver import Saver
+    from ferro_checkpoint.checkpointer.save_starter import SaveStarter
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class _Candidate:
         return f"{self.storage.path}/{self.name}"
 
 
-def load_newest(state: object, saver: Saver, groups: OwnGroups) -> int | None:
+def load_newest(state: object, starter: SaveStarter, groups: OwnGroups) -> int | None:
     """Load the newest whole checkpoint into `state`; all ranks call it together.
 
     A checkpoint that turns out to be damaged while it is loaded is left out, with a warning, and the next older one
@@ -47,33 +47,33 @@ def load_newest(state: object, saver: Saver, groups: OwnGroups) -> int | None:
         CheckpointDamaged: there are checkpoints, and all are damaged. The state may have been changed.
     """
     damages: list[str] = []
-    for one in _candidates(saver, groups):
-        fault = _load_from_memory(state, one, saver, groups) if one.remembered else _load(state, one, groups, None)
+    for one in _candidates(starter, groups):
+        fault = _load_from_memory(state, one, starter, groups) if one.remembered else _load(state, one, groups, None)
         if fault is None:
-            if one.remembered is None and saver.memory is not None:
-                saver.memory.drop_others(None)
+            if one.remembered is None and starter.memory is not None:
+                starter.memory.drop_others(None)
             return one.step
         if one.remembered is None:
-            saver.replaceable.add(one.name)
+            starter.replaceable.add(one.name)
         if fault:
             damages.append(fault)
             if groups.rank == 0:
                 warnings.warn(f"{one.path} is damaged, an older one is loaded: {fault}", RuntimeWarning, stacklevel=3)
     if damages:
-        directory = "memory" if saver.storage is None else saver.storage.path
+        directory = "memory" if starter.storage is None else starter.storage.path
         text = f"{directory}: every checkpoint in it is damaged; the newest: {damages[0]}. The state may be changed"
         raise CheckpointDamaged(text, path=directory, rank=groups.rank)
     return None
 
 
-def _candidates(saver: Saver, groups: OwnGroups) -> list[_Candidate]:
+def _candidates(starter: SaveStarter, groups: OwnGroups) -> list[_Candidate]:
     """List all checkpoints, the newest first; of one step, the one in memory comes first."""
     found: list[_Candidate] = []
-    if saver.memory is not None:
-        memory = saver.memory
+    if starter.memory is not None:
+        memory = starter.memory
         found += [_Candidate(one.step, one.name, memory, one) for one in remembered(memory, groups)]
-    if saver.storage is not None and saver.catalog is not None:
-        found += [_Candidate(step, name, saver.storage) for step, name in _listed(saver.catalog, groups)]
+    if starter.storage is not None and starter.catalog is not None:
+        found += [_Candidate(step, name, starter.storage) for step, name in _listed(starter.catalog, groups)]
     return sorted(found, key=lambda one: (-one.step, one.remembered is None))
 
 
@@ -94,17 +94,17 @@ def _listed(catalog: Catalog, groups: OwnGroups) -> list[tuple[int, str]]:
     return found
 
 
-def _load_from_memory(state: object, one: _Candidate, saver: Saver, groups: OwnGroups) -> str | None:
+def _load_from_memory(state: object, one: _Candidate, starter: SaveStarter, groups: OwnGroups) -> str | None:
     """Load one that is in the ranks' memories, as `_load`, if it is complete there."""
-    assert saver.memory is not None
+    assert starter.memory is not None
     assert one.remembered is not None
-    found = complete(one.remembered, saver.memory, groups)
+    found = complete(one.remembered, starter.memory, groups)
     if found is None:
         return ""
     held, readers = found
     fault = _load(state, one, groups, readers)
     if fault is None:
-        saver.memory.drop_others(held)
+        starter.memory.drop_others(held)
     return fault
 
 

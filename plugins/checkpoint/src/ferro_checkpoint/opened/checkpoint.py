@@ -21,6 +21,7 @@ from ferro_checkpoint.opened.no_record import no_record
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
 from ferro_checkpoint.storage.storage import Bytes, Storage
 
+_ATTEMPTS = 3
 MOST_SEGMENT_BYTES = 256 << 20
 """Writers cut segments at 4 MiB; no reader must hold more than this because a record says so."""
 
@@ -49,6 +50,8 @@ class OpenedCheckpoint:
     def open(cls, storage: Storage, name: str, *, verify: bool = True) -> OpenedCheckpoint:
         """Read the record, and each file's header, and check that they fit each other and the files' lengths.
 
+        If a save replaces the checkpoint meanwhile, this begins again: what is open is all of one save, and stays so.
+
         Args:
             storage: where the checkpoint is.
             name: of its directory.
@@ -59,15 +62,23 @@ class OpenedCheckpoint:
             CheckpointDamaged: a file is gone, has another length, or is not what was written.
             CheckpointTooNew: a newer version of this package has written it.
         """
-        record = read_record(storage, name)
-        files = CheckpointFiles(storage, name, record.files)
-        try:
-            self = cls(record, files, digester(record.digest, files.path) if verify else None)
-            self.tensors = self._read_headers()
-        except BaseException:
+        for attempt in range(_ATTEMPTS):
+            record = read_record(storage, name)
+            files = CheckpointFiles(storage, name, record.files)
+            try:
+                self = cls(record, files, digester(record.digest, files.path) if verify else None)
+                self.tensors = self._read_headers()
+                if attempt + 1 == _ATTEMPTS or record == read_record(storage, name):
+                    return self
+            except CheckpointError:
+                files.close()
+                if attempt + 1 == _ATTEMPTS or record == read_record(storage, name):
+                    raise
+            except BaseException:
+                files.close()
+                raise
             files.close()
-            raise
-        return self
+        raise AssertionError("the last attempt has returned")
 
     def __enter__(self) -> OpenedCheckpoint:
         return self

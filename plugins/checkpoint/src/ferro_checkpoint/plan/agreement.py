@@ -55,6 +55,16 @@ class Holdings:
     hi: Indices
     rank: Indices
     boxes: dict[int, list[tuple[int, int, Box]]] = field(default_factory=dict)
+    _beside_boxes: dict[int, list[int]] | None = None
+
+    def beside_boxes(self, number: int) -> list[int]:
+        """List the pieces of consecutive elements of an array, of which other pieces are boxes: places in `tensor`."""
+        if self._beside_boxes is None:
+            self._beside_boxes = {}
+            places = np.flatnonzero(np.isin(self.tensor, np.array(list(self.boxes), np.int64)))
+            for place, tensor in zip(places.tolist(), self.tensor[places].tolist(), strict=True):
+                self._beside_boxes.setdefault(tensor, []).append(place)
+        return self._beside_boxes.get(number, [])
 
 
 @dataclass(slots=True)

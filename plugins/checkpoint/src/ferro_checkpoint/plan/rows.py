@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from ferro_checkpoint.plan.file_layout import FileLayout
 
 Indices = NDArray[np.int64]
 HEADER = -1  # in place of an array's number
+_FEW_BOXES = 4  # of so many, each pair is compared faster than arrays of them are made
 
 
 @dataclass(slots=True)
@@ -156,22 +159,31 @@ def _check_boxes(holdings: Holdings, number: int) -> None:
     """Check that the pieces of an array of which ranks hold boxes cover it, and overlap only if they are the same."""
     shape, name = holdings.shapes[number], holdings.names[number]
     boxes = {box for _, _, box in holdings.boxes[number]}
-    for piece in np.flatnonzero(holdings.tensor == number).tolist():
+    for piece in holdings.beside_boxes(number):
         boxes.update(flat_boxes(shape, int(holdings.lo[piece]), int(holdings.hi[piece])))
     ordered = sorted(boxes)
-    starts = np.array([box.start for box in ordered], np.int64)
-    ends = starts + np.array([box.extent for box in ordered], np.int64)
-    for place in range(1, len(ordered)):
-        meets = ((starts[:place] < ends[place]) & (ends[:place] > starts[place])).all(axis=1)
-        if meets.any():
-            other = ordered[int(np.flatnonzero(meets)[0])]
-            raise StateError(
-                f"{name!r}: pieces of different ranks overlap and are not the same: {_box(other)} and "
-                f"{_box(ordered[place])} of {shape}"
-            )
+    found = _first_overlap(ordered)
+    if found is not None:
+        one, other = map(_box, found)
+        raise StateError(
+            f"{name!r}: pieces of different ranks overlap and are not the same: {one} and {other} of {shape}"
+        )
     held = sum(box.size for box in boxes)
     if held != int(holdings.sizes[number]):
         raise StateError(f"{name!r}: the ranks hold {held} of its {holdings.sizes[number]} elements")
+
+
+def _first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Return two of these boxes that have elements in common; None if there are none."""
+    if len(boxes) <= _FEW_BOXES:
+        return next((pair for pair in combinations(boxes, 2) if pair[0].meet(pair[1])), None)
+    starts = np.array([box.start for box in boxes], np.int64)
+    ends = starts + np.array([box.extent for box in boxes], np.int64)
+    for place in range(1, len(boxes)):
+        meets = ((starts[:place] < ends[place]) & (ends[:place] > starts[place])).all(axis=1)
+        if meets.any():
+            return boxes[int(np.flatnonzero(meets)[0])], boxes[place]
+    return None
 
 
 def _box(box: Box) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from ferro_checkpoint.placement.boxes import Box, flat_boxes
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.plan.file_layout import FileLayout
@@ -88,7 +86,7 @@ class Supplies:
 def pieces_as_boxes(holdings: Holdings, tensor: int) -> list[tuple[int, int, Box]]:
     """List the pieces of an array of which some are boxes: rank, number of the box, or -1 where it is consecutive."""
     pieces = list(holdings.boxes[tensor])
-    for piece in np.flatnonzero(holdings.tensor == tensor).tolist():
+    for piece in holdings.beside_boxes(tensor):
         boxes = flat_boxes(holdings.shapes[tensor], int(holdings.lo[piece]), int(holdings.hi[piece]))
         pieces += [(int(holdings.rank[piece]), -1, box) for box in boxes]
     return sorted(pieces)

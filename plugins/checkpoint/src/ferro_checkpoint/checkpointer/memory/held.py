@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro_checkpoint.checkpointer.memory.arena import Arena
+from ferro_checkpoint.checkpointer.memory.reused_blocks import ReusedBlocks
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.layout.record import RECORD_NAME
 from ferro_checkpoint.storage.storage import Bytes
@@ -33,8 +33,8 @@ class HeldCheckpoint:
 
     def __init__(self) -> None:
         self.name = ""
-        self.own = Arena()
-        self.copy = Arena()
+        self.own = ReusedBlocks()
+        self.copy = ReusedBlocks()
         self.small: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
         self._ranges: dict[str, list[tuple[int, int, Bytes]]] = {}

@@ -1,4 +1,4 @@
-"""Arena: memory that is filled piece by piece with the bytes of one checkpoint, and then used again."""
+"""ReusedBlocks: memory that is filled piece by piece with the bytes of one checkpoint, and then used again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Block = NDArray[np.uint8]
 _BLOCK_BYTES = 32 << 20
 
 
-class Arena:
+class ReusedBlocks:
     """Blocks of memory that are filled one after the other, and again for the next checkpoint.
 
     The blocks stay, since memory that is new to the process takes longer to fill than memory that it has had before.

@@ -1,4 +1,4 @@
-"""Saver: makes one save after another: the plan, the copy, and the writing in a background thread or at once."""
+"""SaveStarter: starts one save after another: the plan, the copy, and the writing in a background thread or at once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Target:
     timeout_s: float
 
 
-class Saver:
+class SaveStarter:
     """Makes the saves of one checkpointer on one rank.
 
     Attributes:

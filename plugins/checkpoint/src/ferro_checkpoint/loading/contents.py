@@ -1,0 +1,114 @@
+"""Contents: what a checkpoint has for a state, under the names that the state has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ferro.types import Array
+from ferro_checkpoint.errors import CheckpointError
+from ferro_checkpoint.loading.names import Rename, chooser, renamed_names, renamer
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
+from ferro_checkpoint.state.flatten import TENSOR_KEY
+from ferro_checkpoint.state.value_agreement import BY_RANK, values_of_rank
+from ferro_checkpoint.state.values import Json, decode_value
+
+
+class Contents:
+    """The tensors and values of a checkpoint that one rank may load.
+
+    Args:
+        opened: the checkpoint.
+        rank: this rank.
+        only, rename: see `load`.
+
+    Attributes:
+        path: of the checkpoint.
+        chosen: says whether a name of the state is to be loaded.
+        tensors: the chosen tensors, by their names in the state.
+        values: the chosen values of this rank, as JSON.
+        decoded: the same, as they were saved.
+        lacking: paths of values that other ranks have and this one has not.
+
+    Raises:
+        StateError: `only` or `rename` makes no sense.
+        CheckpointError: a value is of a kind that this version does not know.
+    """
+
+    def __init__(
+        self, opened: OpenedCheckpoint, rank: int, only: str | Iterable[str] | None, rename: Rename | None
+    ) -> None:
+        self.path = opened.path
+        self.chosen: Callable[[str], bool] = chooser(only)
+        self._record_values = opened.record.values
+        self._to_state = renamer(rename)
+        self._all = {new: opened.tensors[old] for new, old in renamed_names(opened.tensors, rename).items()}
+        self.tensors: dict[str, StoredPlace] = {name: place for name, place in self._all.items() if self.chosen(name)}
+        values, self.lacking = values_of_rank(opened.record.values, rank)
+        values.pop(COMPLEX128, None)
+        renamed = renamed_names(values, rename)
+        self.values: dict[str, Json] = {new: values[old] for new, old in renamed.items() if self.chosen(new)}
+        self.decoded: dict[str, Any] = {name: self._decoded(name, value) for name, value in self.values.items()}
+
+    def empty(self, name: str) -> Array | None:
+        """Make an array for a tensor; None if there is none of this name."""
+        place = self._all.get(name)
+        return None if place is None else np.empty(place.array_shape, place.array_dtype(name, self.path))
+
+    def empty_state(self) -> dict[str, Any]:
+        """Make a state of arrays for all chosen tensors: a dict of the bundles, each a dict of arrays."""
+        state: dict[str, Any] = {}
+        for name in self.tensors:
+            bundle, _, tensor = name.partition(".")
+            state.setdefault(bundle, {})[tensor] = self.empty(name)
+        return state
+
+    def add_values(self, state: dict[str, Any]) -> None:
+        """Add the values to a state of arrays: those of an object that is a bundle as "BUNDLE.values"."""
+        arrays = {f"{bundle}.{name}": array for bundle, own in state.items() for name, array in own.items()}
+        for name, value in self.decoded.items():
+            state[f"{name}.values" if name in state else name] = _with_arrays(value, arrays)
+
+    def of_single_ranks(self) -> set[str]:
+        """List tensors of objects of which every rank has its own; on fewer ranks nobody takes some of them."""
+        names: set[str] = set()
+        for value in self._record_values.values():
+            if isinstance(value, dict) and BY_RANK in value:
+                _find_tensors(value, names)
+        return {self._to_state(name) for name in names}
+
+    def _decoded(self, name: str, value: Json) -> Any:
+        try:
+            return decode_value(value)
+        except ValueError as error:
+            text = f"{self.path}: value {name!r}: {error}: update ferro-checkpoint, or leave it out with only="
+            raise CheckpointError(text, path=self.path) from error
+
+
+def _with_arrays(value: Any, arrays: Mapping[str, Array]) -> Any:
+    """Put arrays in the place of their names."""
+    if isinstance(value, dict):
+        if len(value) == 1 and isinstance(name := value.get(TENSOR_KEY), str) and name in arrays:
+            return arrays[name]
+        return {key: _with_arrays(item, arrays) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_arrays(item, arrays) for item in value)
+    return value
+
+
+def _find_tensors(value: Json, names: set[str]) -> None:
+    """Add the names of tensors that a saved state dict has in the place of arrays."""
+    if isinstance(value, dict):
+        pairs = value.get("$dict")
+        if isinstance(pairs, list) and len(pairs) == 1:
+            pair = pairs[0]
+            if isinstance(pair, list) and len(pair) == 2 and pair[0] == TENSOR_KEY and isinstance(pair[1], str):
+                names.add(pair[1])
+        for item in value.values():
+            _find_tensors(item, names)
+    elif isinstance(value, list):
+        for item in value:
+            _find_tensors(item, names)
