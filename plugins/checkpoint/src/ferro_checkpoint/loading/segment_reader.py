@@ -101,10 +101,10 @@ class SegmentReader:
             try:
                 within = int(self._plan.segments.within[number])
                 self._opened.read_segment(self._name(number), within, [as_bytes(segment)])
+                if self._progress is not None:
+                    self._progress(segment.nbytes)
             except Exception as error:  # noqa: BLE001 - told to all ranks
                 self._failure = self._failure or error
-        if self._progress is not None:
-            self._progress(segment.nbytes)
         return segment
 
     def _spread(self, parts: list[Part], segment: Array) -> None:
