@@ -45,12 +45,17 @@ def test_help_lists_installed_commands_and_the_extras_that_bring_others(site, ca
     absent = {name: text for name, text in listed.items() if text.startswith("not installed")}
     assert absent == {
         name: f"not installed: {extras.how_to_install(extra)}"
-        for name, extra in {"bench": "bench", "conformance": "testing", "show": "strategies"}.items()
+        for name, extra in {
+            "bench": "bench",
+            "checkpoint": "checkpoint",
+            "conformance": "testing",
+            "show": "strategies",
+        }.items()
     }
 
 
 def test_an_installed_command_is_not_called_absent(site, capsys):
-    for name in ("bench", "conformance", "show"):
+    for name in ("bench", "checkpoint", "conformance", "show"):
         site.install(f"ferro-{name}", name, COMMAND.format(name=name))
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

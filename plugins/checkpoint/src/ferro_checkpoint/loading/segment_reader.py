@@ -77,7 +77,7 @@ class SegmentReader:
         for part in parts:
             view = None if part.boxed or part.offset < at else self._plan.local.view(part)
             if part.boxed or part.offset < at or (view is not None and view.readonly):
-                self._spread(parts, self._read(number))
+                self._spread(parts, self._read(number, np.empty(size, np.uint8)))
                 return
             if part.offset > at:
                 destinations.append(_scratch(part.offset - at))
@@ -95,9 +95,8 @@ class SegmentReader:
         if self._progress is not None:
             self._progress(size)
 
-    def _read(self, number: int) -> Array:
-        """Read a segment into memory of its own."""
-        segment = np.zeros(self._size(number), np.uint8)
+    def _read(self, number: int, segment: Array) -> Array:
+        """Read a segment into memory that is not the arrays'; return that."""
         if self._failure is None:
             try:
                 within = int(self._plan.segments.within[number])
@@ -118,49 +117,81 @@ class SegmentReader:
         return np.ascontiguousarray(place).reshape(-1)
 
     def _exchange(self, group: ProcessGroup, deadline: Deadline) -> None:
-        """Read for others, in rounds of bounded size; the segments of a round are read while the one before moves."""
-        rank = self._plan.rank
-        rounds = self._rounds()
-        batches = next(rounds, None)
-        reads = self._begin(batches)
-        while batches is not None:
-            segments = [read.result() for read in reads]
-            following = next(rounds, None)
-            reads = self._begin(following)
-            self._move(group, batches, dict(zip(batches[rank], segments, strict=True)), deadline)
-            batches = following
+        """Read for others, in rounds of bounded size; the segments of a round are read while the one before moves.
 
-    def _begin(self, batches: list[list[int]] | None) -> list[Future[Array]]:
-        return [] if batches is None else [self._pool.submit(self._read, each) for each in batches[self._plan.rank]]
+        All rounds use the same memory: to find new pages for each of them would take longer than to fill them.
+        """
+        rank = self._plan.rank
+        rounds = list(self._rounds())
+        most = max((sum(map(self._size, batches[rank])) for batches in rounds), default=0)
+        memories = [np.empty(most, np.uint8) for _ in rounds[:2]]
+        received: Array = np.empty(0, np.uint8)
+        reads = self._begin(rounds[0][rank], memories[0]) if rounds else []
+        for turn, batches in enumerate(rounds):
+            for read in reads:
+                read.result()
+            if turn + 1 < len(rounds):
+                reads = self._begin(rounds[turn + 1][rank], memories[(turn + 1) % 2])
+            received = self._move(group, batches, memories[turn % 2], received, deadline)
+
+    def _begin(self, numbers: list[int], memory: Array) -> list[Future[Array]]:
+        """Read segments into memory, one after the other."""
+        reads, place = [], 0
+        for number in numbers:
+            reads.append(self._pool.submit(self._read, number, memory[place : place + self._size(number)]))
+            place += self._size(number)
+        return reads
 
     def _move(
-        self, group: ProcessGroup, batches: list[list[int]], segments: dict[int, Array], deadline: Deadline
-    ) -> None:
+        self, group: ProcessGroup, batches: list[list[int]], memory: Array, received: Array, deadline: Deadline
+    ) -> Array:
+        """Send the segments of a round that this rank has read, and take what it needs of the others'.
+
+        Args:
+            group: the ranks.
+            batches: for each rank, the numbers of the segments that it has read.
+            memory: those of this rank.
+            received: memory to receive into, if it is enough.
+            deadline: of the load.
+
+        Returns:
+            the memory that was received into.
+        """
         plan, rank = self._plan, self._plan.rank
-        sent: list[Array] = []
-        send_sizes, recv_sizes = [0] * plan.world_size, [0] * plan.world_size
+        ends = np.cumsum([self._size(number) for number in batches[rank]]).tolist()
+        sent: list[tuple[int, Array]] = []  # where it is in `memory`
+        sizes = np.zeros((2, plan.world_size), np.int64)
         for to in range(plan.world_size):
-            for number, segment in segments.items():
+            for number, end in zip(batches[rank], ends, strict=True):
+                segment = memory[end - self._size(number) : end]
                 parts = list(plan.needs.of(to, number))
                 if to == rank:
                     self._spread(parts, segment)
                     continue
-                for part in parts:
-                    sent.append(self._bytes(part, segment))
-                    send_sizes[to] += part.nbytes
+                begin = end - self._size(number)
+                sent += [(-1 if part.boxed else begin + part.offset, self._bytes(part, segment)) for part in parts]
+                sizes[0, to] += sum(part.nbytes for part in parts)
         expected: list[Part] = []
         for reader, batch in enumerate(batches):
-            if reader != rank:
-                for number in batch:
-                    parts = list(plan.needs.of(rank, number))
-                    expected += parts
-                    recv_sizes[reader] += sum(part.nbytes for part in parts)
-        message = np.concatenate(sent) if sent else np.empty(0, np.uint8)
-        received = group.all_to_all(message, send_sizes=send_sizes, recv_sizes=recv_sizes, timeout_s=deadline.left_s())
+            for number in batch if reader != rank else ():
+                parts = list(plan.needs.of(rank, number))
+                expected += parts
+                sizes[1, reader] += sum(part.nbytes for part in parts)
+        nbytes = int(sizes[1].sum())
+        if nbytes > received.nbytes:
+            received = np.empty(nbytes, np.uint8)
+        group.all_to_all(
+            _joined(sent, memory),
+            send_sizes=sizes[0].tolist(),
+            recv_sizes=sizes[1].tolist(),
+            out=received[:nbytes],
+            timeout_s=deadline.left_s(),
+        )
         place = 0
         for part in expected:
             plan.local.write(part, received[place : place + part.nbytes])
             place += part.nbytes
+        return received
 
     def _rounds(self) -> Iterator[list[list[int]]]:
         plan = self._plan
@@ -185,6 +216,18 @@ class SegmentReader:
 
     def _name(self, number: int) -> str:
         return self._plan.segments.names[int(self._plan.segments.file[number])]
+
+
+def _joined(pieces: list[tuple[int, Array]], memory: Array) -> Array:
+    """Return pieces one after the other, without a copy if that is how they are in memory, at the given places."""
+    if not pieces:
+        return memory[:0]
+    first = end = pieces[0][0]
+    for place, piece in pieces:
+        if place != end or place < 0:
+            return np.concatenate([piece for _, piece in pieces])
+        end += piece.nbytes
+    return memory[first:end]
 
 
 def _scratch(nbytes: int) -> memoryview:
