@@ -18,7 +18,7 @@ class BoxPart(NamedTuple):
     Attributes:
         number: which of the rank's boxes of the array they lie in.
         box: the elements.
-        slab: a box of consecutive elements of the segment, in which they lie; `SegmentPart.offset` is that of its first.
+        slab: a box of consecutive elements of the segment, in which they lie; the part's offset is that of its first.
     """
 
     number: int
