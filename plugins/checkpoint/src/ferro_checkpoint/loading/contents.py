@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ferro_checkpoint.errors import CheckpointError
 from ferro_checkpoint.loading.names import Rename, chooser, renamed_names, renamer
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
-from ferro_checkpoint.state.flatten import TENSOR_KEY
+from ferro_checkpoint.state.skeleton import TENSOR_KEY, put_arrays
 from ferro_checkpoint.state.value_agreement import BY_RANK, values_of_rank
 from ferro_checkpoint.state.values import Json, decode_value
 
@@ -70,7 +70,7 @@ class Contents:
         """Add the values to a state of arrays: those of an object that is a bundle as "BUNDLE.values"."""
         arrays = {f"{bundle}.{name}": array for bundle, own in state.items() for name, array in own.items()}
         for name, value in self.decoded.items():
-            state[f"{name}.values" if name in state else name] = _with_arrays(value, arrays)
+            state[f"{name}.values" if name in state else name] = put_arrays(value, arrays.get)
 
     def of_single_ranks(self) -> set[str]:
         """List tensors of objects of which every rank has its own; on fewer ranks nobody takes some of them."""
@@ -86,17 +86,6 @@ class Contents:
         except ValueError as error:
             text = f"{self.path}: value {name!r}: {error}: update ferro-checkpoint, or leave it out with only="
             raise CheckpointError(text, path=self.path) from error
-
-
-def _with_arrays(value: Any, arrays: Mapping[str, Array]) -> Any:
-    """Put arrays in the place of their names."""
-    if isinstance(value, dict):
-        if len(value) == 1 and isinstance(name := value.get(TENSOR_KEY), str) and name in arrays:
-            return arrays[name]
-        return {key: _with_arrays(item, arrays) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_arrays(item, arrays) for item in value)
-    return value
 
 
 def _find_tensors(value: Json, names: set[str]) -> None:

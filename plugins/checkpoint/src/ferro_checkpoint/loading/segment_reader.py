@@ -12,7 +12,7 @@ from ferro.types import Array
 from ferro_checkpoint.loading.load_plan import LoadPlan
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.plan.deadline import Deadline
-from ferro_checkpoint.plan.parts import Part, as_bytes
+from ferro_checkpoint.plan.parts import SegmentPart, as_bytes
 
 ROUND_BYTES = 16 << 20  # of the segments of all ranks in a round
 _LEAST_ROUND_BYTES = 1 << 20  # of one rank's
@@ -68,11 +68,11 @@ class SegmentReader:
         except Exception as error:  # noqa: BLE001 - told to all ranks
             self._failure = self._failure or error
 
-    def _read_into_place(self, number: int, parts: list[Part]) -> None:
+    def _read_into_place(self, number: int, parts: list[SegmentPart]) -> None:
         """Read a segment; what no part needs of it goes into scratch memory."""
         size = self._size(number)
         destinations: list[memoryview] = []
-        copied: list[tuple[Part, Array]] = []
+        copied: list[tuple[SegmentPart, Array]] = []
         at = 0
         for part in parts:
             view = None if part.boxed or part.offset < at else self._plan.local.view(part)
@@ -107,11 +107,11 @@ class SegmentReader:
                 self._failure = self._failure or error
         return segment
 
-    def _spread(self, parts: list[Part], segment: Array) -> None:
+    def _spread(self, parts: list[SegmentPart], segment: Array) -> None:
         for part in parts:
             self._plan.local.write(part, self._bytes(part, segment))
 
-    def _bytes(self, part: Part, segment: Array) -> Array:
+    def _bytes(self, part: SegmentPart, segment: Array) -> Array:
         """Return a part's bytes of a segment, in the order of the array's elements."""
         place = part.place(segment, int(self._itemsizes[part.tensor]))
         return np.ascontiguousarray(place).reshape(-1)
@@ -171,7 +171,7 @@ class SegmentReader:
                 begin = end - self._size(number)
                 sent += [(-1 if part.boxed else begin + part.offset, self._bytes(part, segment)) for part in parts]
                 sizes[0, to] += sum(part.nbytes for part in parts)
-        expected: list[Part] = []
+        expected: list[SegmentPart] = []
         for reader, batch in enumerate(batches):
             for number in batch if reader != rank else ():
                 parts = list(plan.needs.of(rank, number))

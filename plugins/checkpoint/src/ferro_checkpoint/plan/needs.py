@@ -11,7 +11,7 @@ from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.opened.place import StoredPlace
 from ferro_checkpoint.placement.boxes import Box
 from ferro_checkpoint.plan.agreement import Holdings
-from ferro_checkpoint.plan.parts import Part, box_parts
+from ferro_checkpoint.plan.parts import SegmentPart, box_parts
 
 Indices = NDArray[np.int64]
 
@@ -100,7 +100,7 @@ class Needs:
         itemsizes = self._holdings.itemsizes
         return int((end - begin).sum()) + sum(box.size * int(itemsizes[at]) for _, _, at, _, box in self._boxes[rank])
 
-    def of(self, rank: int, number: int) -> Iterator[Part]:
+    def of(self, rank: int, number: int) -> Iterator[SegmentPart]:
         """List what a rank needs of a segment, in order."""
         holdings = self._holdings
         seg_begin, seg_end = int(self._segments.begin[number]), int(self._segments.end[number])
@@ -112,7 +112,7 @@ class Needs:
         ):
             low, high = max(at, seg_begin), min(to, seg_end)
             lo, hi = self._elements(tensor, low, high)
-            yield Part(rank, tensor, low - seg_begin, high - low, lo, hi)
+            yield SegmentPart(rank, tensor, low - seg_begin, high - low, lo, hi)
         for at, to, tensor, box_number, box in self._boxes[rank]:
             low, high = max(at, seg_begin), min(to, seg_end)
             if low < high:

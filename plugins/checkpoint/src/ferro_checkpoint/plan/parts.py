@@ -18,7 +18,7 @@ class BoxPart(NamedTuple):
     Attributes:
         number: which of the rank's boxes of the array they lie in.
         box: the elements.
-        slab: a box of consecutive elements of the segment, in which they lie; `Part.offset` is that of its first.
+        slab: a box of consecutive elements of the segment, in which they lie; the part's offset is that of its first.
     """
 
     number: int
@@ -26,7 +26,7 @@ class BoxPart(NamedTuple):
     slab: Box
 
 
-class Part(NamedTuple):
+class SegmentPart(NamedTuple):
     """Elements of an array in a segment that one rank holds.
 
     Attributes:
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 def box_parts(
     rank: int, number: int, box: Box, tensor: int, shape: tuple[int, ...], itemsize: int, lo: int, hi: int, offset: int
-) -> Iterator[Part]:
+) -> Iterator[SegmentPart]:
     """List what of an array's elements `lo` to `hi - 1` lies in one of a rank's boxes.
 
     Args:
@@ -73,7 +73,7 @@ def box_parts(
             begin = 0
             for at, size in zip(slab.start, shape, strict=True):
                 begin = begin * size + at
-            yield Part(
+            yield SegmentPart(
                 rank,
                 tensor,
                 offset + (begin - lo) * itemsize,
@@ -104,11 +104,11 @@ class LocalArrays:
             else:
                 self._more.setdefault(number, [first]).append(array)
 
-    def view(self, part: Part) -> memoryview | None:
+    def view(self, part: SegmentPart) -> memoryview | None:
         """View the part's bytes in the array's own memory; None if they are not there in this order."""
         return None if part.boxed else self._of_range(part).range_view(part.lo, part.hi)
 
-    def read(self, part: Part, out: Array) -> None:
+    def read(self, part: SegmentPart, out: Array) -> None:
         """Copy the part's bytes from the array."""
         if part.boxed is None:
             self._of_range(part).read(part.lo, part.hi, out)
@@ -116,7 +116,7 @@ class LocalArrays:
             array, number = self._of_box(part.tensor, part.boxed.number)
             array.read_box(number, part.boxed.box, out)
 
-    def write(self, part: Part, source: Array) -> None:
+    def write(self, part: SegmentPart, source: Array) -> None:
         """Copy the part's bytes into the array."""
         if part.boxed is None:
             self._of_range(part).write(part.lo, part.hi, source)
@@ -124,7 +124,7 @@ class LocalArrays:
             array, number = self._of_box(part.tensor, part.boxed.number)
             array.write_box(number, part.boxed.box, source)
 
-    def _of_range(self, part: Part) -> LocalArray:
+    def _of_range(self, part: SegmentPart) -> LocalArray:
         return next(each for each in self._of(part.tensor) if each.range and _lies_in(part, each.range))
 
     def _of_box(self, tensor: int, number: int) -> tuple[LocalArray, int]:
@@ -140,7 +140,7 @@ class LocalArrays:
         return self._more.get(tensor, (first,))
 
 
-def _lies_in(part: Part, held: tuple[int, int]) -> bool:
+def _lies_in(part: SegmentPart, held: tuple[int, int]) -> bool:
     return held[0] <= part.lo and part.hi <= held[1]
 
 

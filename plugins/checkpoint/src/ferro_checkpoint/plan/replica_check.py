@@ -14,7 +14,7 @@ from ferro_checkpoint.placement.boxes import Box, flat_boxes
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.file_layout import FileLayout
-from ferro_checkpoint.plan.parts import BoxPart, LocalArrays, Part, as_bytes
+from ferro_checkpoint.plan.parts import BoxPart, LocalArrays, SegmentPart, as_bytes
 from ferro_checkpoint.plan.rows import HEADER, Rows
 from ferro_checkpoint.plan.supplies import pieces_as_boxes
 
@@ -138,12 +138,12 @@ def _digest(shared: _Shared, holdings: Holdings, local: LocalArrays, rank: int, 
     return digest.intdigest()
 
 
-def _parts(shared: _Shared, itemsize: int, rank: int, begin: int, end: int) -> Iterator[Part]:
+def _parts(shared: _Shared, itemsize: int, rank: int, begin: int, end: int) -> Iterator[SegmentPart]:
     """List elements `begin` to `end - 1` of the shared ones, as parts of this rank's pieces."""
     number = shared.numbers.get(rank, -1)
     if shared.box is None or number < 0:
-        yield Part(rank, shared.tensor, 0, (end - begin) * itemsize, shared.first + begin, shared.first + end)
+        yield SegmentPart(rank, shared.tensor, 0, (end - begin) * itemsize, shared.first + begin, shared.first + end)
         return
     for box in flat_boxes(shared.box.extent, begin, end):
         own = box.moved(shared.box.start)
-        yield Part(rank, shared.tensor, 0, own.size * itemsize, 0, 0, BoxPart(number, own, own))
+        yield SegmentPart(rank, shared.tensor, 0, own.size * itemsize, 0, 0, BoxPart(number, own, own))

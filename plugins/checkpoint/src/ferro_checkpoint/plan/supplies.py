@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ferro_checkpoint.placement.boxes import Box, flat_boxes
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.plan.file_layout import FileLayout
-from ferro_checkpoint.plan.parts import Part, box_parts
+from ferro_checkpoint.plan.parts import SegmentPart, box_parts
 from ferro_checkpoint.plan.rows import HEADER, Rows
 from ferro_checkpoint.plan.segments import Segments
 
@@ -26,7 +26,7 @@ class Supplies:
         self._holdings, self._layout, self._rows, self._segments = holdings, layout, rows, segments
         self._pieces: dict[int, list[tuple[int, int, Box]]] = {}
 
-    def of(self, number: int) -> Iterator[Part]:
+    def of(self, number: int) -> Iterator[SegmentPart]:
         """List the parts of a segment; every rank lists the same, in the same order."""
         rows, segments, holdings = self._rows, self._segments, self._holdings
         begin, end, writer = segments.begin[number], segments.end[number], segments.writer[number]
@@ -41,7 +41,7 @@ class Supplies:
         ):
             low, high = max(begin, row_begin), min(end, row_end)
             if tensor == HEADER:
-                yield Part(writer, HEADER, low - begin, high - low, low - row_begin, high - row_begin)
+                yield SegmentPart(writer, HEADER, low - begin, high - low, low - row_begin, high - row_begin)
                 continue
             address, itemsize = int(self._layout.addresses[tensor]), int(holdings.itemsizes[tensor])
             lo, hi = (low - address) // itemsize, (high - address) // itemsize
@@ -53,9 +53,11 @@ class Supplies:
             else:
                 holders = rows.holders[first : first + count]
                 rank = writer if (holders == writer).any() else int(holders[number % count])
-            yield Part(rank, tensor, low - begin, high - low, lo, hi)
+            yield SegmentPart(rank, tensor, low - begin, high - low, lo, hi)
 
-    def _of_boxes(self, tensor: int, itemsize: int, lo: int, hi: int, offset: int, number: int) -> Iterator[Part]:
+    def _of_boxes(
+        self, tensor: int, itemsize: int, lo: int, hi: int, offset: int, number: int
+    ) -> Iterator[SegmentPart]:
         shape, writer = self._holdings.shapes[tensor], self._segments.writer[number]
         holders: dict[Box, list[tuple[int, int]]] = {}
         for rank, box_number, box in self._pieces_of(tensor):
@@ -74,7 +76,7 @@ class Supplies:
                 place = place * size + at
             low, high = max(lo, place), min(hi, place + box.size)
             if high > low:
-                yield Part(rank, tensor, offset + (low - lo) * itemsize, (high - low) * itemsize, low, high)
+                yield SegmentPart(rank, tensor, offset + (low - lo) * itemsize, (high - low) * itemsize, low, high)
 
     def _pieces_of(self, tensor: int) -> list[tuple[int, int, Box]]:
         """Return `pieces_as_boxes`, found once."""

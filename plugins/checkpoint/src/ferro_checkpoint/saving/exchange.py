@@ -9,18 +9,18 @@ import numpy as np
 from ferro import ProcessGroup
 from ferro.types import Array
 from ferro_checkpoint.plan.deadline import Deadline
-from ferro_checkpoint.plan.parts import Part
+from ferro_checkpoint.plan.parts import SegmentPart
 from ferro_checkpoint.plan.rows import HEADER
 from ferro_checkpoint.saving.save_plan import SavePlan
 from ferro_checkpoint.saving.segment_writer import SegmentWriter
-from ferro_checkpoint.saving.snapshot import Source, fill_part
+from ferro_checkpoint.saving.snapshot import SuppliedBytes, fill_part
 
 ROUND_BYTES = 16 << 20  # of the segments of all ranks in a round
 _LEAST_ROUND_BYTES = 1 << 20  # of one rank's
 
 
 def write_segments(
-    plan: SavePlan, source: Source, writer: SegmentWriter, group: ProcessGroup | None, deadline: Deadline
+    plan: SavePlan, source: SuppliedBytes, writer: SegmentWriter, group: ProcessGroup | None, deadline: Deadline
 ) -> None:
     """Hand all segments of this rank to the writer; all ranks call it. Failures of the writer do not end it."""
     for number in plan.written:
@@ -31,7 +31,7 @@ def write_segments(
         _exchange(plan, source, writer, group, batches, deadline)
 
 
-def _views(plan: SavePlan, source: Source, number: int) -> list[memoryview]:
+def _views(plan: SavePlan, source: SuppliedBytes, number: int) -> list[memoryview]:
     """Return the bytes of a segment that this rank supplies alone."""
     parts = list(plan.supplies.of(number))
     if any(part.boxed for part in parts):
@@ -74,7 +74,7 @@ def _rounds(plan: SavePlan) -> Iterator[list[list[int]]]:
 
 def _exchange(
     plan: SavePlan,
-    source: Source,
+    source: SuppliedBytes,
     writer: SegmentWriter,
     group: ProcessGroup,
     batches: list[list[int]],
@@ -87,7 +87,7 @@ def _exchange(
     moved = False
     for to, batch in enumerate(batches):
         for number in batch:
-            own: list[Part] = []
+            own: list[SegmentPart] = []
             for part in parts[number]:
                 if part.rank == rank and part.tensor != HEADER:
                     own.append(part)
@@ -108,17 +108,17 @@ def _exchange(
 
 def _put_together(
     plan: SavePlan,
-    source: Source,
+    source: SuppliedBytes,
     writer: SegmentWriter,
     number: int,
-    parts: list[Part],
+    parts: list[SegmentPart],
     received: Array,
     places: list[int],
 ) -> None:
     """Write a segment of own and received parts. `places` has where each rank's next bytes are in `received`."""
     nbytes = plan.segments.end[number] - plan.segments.begin[number]
     segment = np.empty(nbytes, np.uint8)
-    own: list[Part] = []
+    own: list[SegmentPart] = []
     for part in parts:
         if part.tensor == HEADER:
             part.place(segment, 1)[:] = np.frombuffer(plan.header_bytes(number, part), np.uint8)
@@ -133,5 +133,5 @@ def _put_together(
     writer.submit_copy(number, [memoryview(segment)], nbytes)  # type: ignore[arg-type]
 
 
-def _itemsize(plan: SavePlan, part: Part) -> int:
+def _itemsize(plan: SavePlan, part: SegmentPart) -> int:
     return int(plan.holdings.itemsizes[part.tensor])

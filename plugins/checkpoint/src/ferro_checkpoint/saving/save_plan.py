@@ -13,7 +13,7 @@ from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arra
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
-from ferro_checkpoint.plan.parts import LocalArrays, Part
+from ferro_checkpoint.plan.parts import LocalArrays, SegmentPart
 from ferro_checkpoint.plan.replica_check import CHECKS, Check, compare_replicas
 from ferro_checkpoint.plan.rows import HEADER, Rows, rows_of
 from ferro_checkpoint.plan.segments import Segments, cut_segments
@@ -70,11 +70,11 @@ class SavePlan:
         own = [*self.written, *self.exchanged[self.rank]]
         return sum(self.segments.end[number] - self.segments.begin[number] for number in own)
 
-    def own_parts(self, number: int) -> list[Part]:
+    def own_parts(self, number: int) -> list[SegmentPart]:
         """List the parts of a segment that this rank supplies from its arrays, in order."""
         return [part for part in self.supplies.of(number) if part.rank == self.rank and part.tensor != HEADER]
 
-    def header_bytes(self, number: int, part: Part) -> bytes:
+    def header_bytes(self, number: int, part: SegmentPart) -> bytes:
         """Return the bytes of a header in a segment."""
         file = self.layout.files[self.layout.file_at(self.segments.begin[number])]
         return file.header[part.lo : part.hi]

@@ -8,17 +8,17 @@ import numpy as np
 
 from ferro.types import Array
 from ferro_checkpoint.errors import StateError
-from ferro_checkpoint.plan.parts import Part, as_bytes
+from ferro_checkpoint.plan.parts import SegmentPart, as_bytes
 from ferro_checkpoint.saving.save_plan import SavePlan
 
 
-class Source(Protocol):
+class SuppliedBytes(Protocol):
     """The bytes of the parts that this rank supplies."""
 
-    def views(self, number: int, parts: list[Part]) -> list[memoryview]:
+    def views(self, number: int, parts: list[SegmentPart]) -> list[memoryview]:
         """Return the bytes of all parts of segment `number` that this rank supplies, in order."""
 
-    def fill(self, number: int, parts: list[Part], segment: Array, itemsizes: list[int]) -> None:
+    def fill(self, number: int, parts: list[SegmentPart], segment: Array, itemsizes: list[int]) -> None:
         """Copy them to their places in the segment's bytes."""
 
 
@@ -28,14 +28,14 @@ class LiveArrays:
     def __init__(self, plan: SavePlan) -> None:
         self._local = plan.local
 
-    def views(self, number: int, parts: list[Part]) -> list[memoryview]:  # noqa: D102
+    def views(self, number: int, parts: list[SegmentPart]) -> list[memoryview]:  # noqa: D102
         return [self._view(part) for part in parts]
 
-    def fill(self, number: int, parts: list[Part], segment: Array, itemsizes: list[int]) -> None:  # noqa: D102
+    def fill(self, number: int, parts: list[SegmentPart], segment: Array, itemsizes: list[int]) -> None:  # noqa: D102
         for part, itemsize in zip(parts, itemsizes, strict=True):
             fill_part(part, self._view(part), segment, itemsize)
 
-    def _view(self, part: Part) -> memoryview:
+    def _view(self, part: SegmentPart) -> memoryview:
         view = self._local.view(part)
         if view is None:
             copied = np.empty(part.nbytes, np.uint8)
@@ -65,13 +65,13 @@ class Snapshot:
                 plan.local.read(part, buffer[place : place + part.nbytes])
                 place += part.nbytes
 
-    def views(self, number: int, parts: list[Part]) -> list[memoryview]:  # noqa: D102
+    def views(self, number: int, parts: list[SegmentPart]) -> list[memoryview]:  # noqa: D102
         if not parts:
             return []
         place = self._staged[number]
         return [as_bytes(self._buffer[place : place + sum(part.nbytes for part in parts)])]
 
-    def fill(self, number: int, parts: list[Part], segment: Array, itemsizes: list[int]) -> None:  # noqa: D102
+    def fill(self, number: int, parts: list[SegmentPart], segment: Array, itemsizes: list[int]) -> None:  # noqa: D102
         place = self._staged.get(number, 0)
         for part, itemsize in zip(parts, itemsizes, strict=True):
             fill_part(part, as_bytes(self._buffer[place : place + part.nbytes]), segment, itemsize)
@@ -89,7 +89,7 @@ def place_parts(plan: SavePlan) -> None:
     plan.staged_bytes = place
 
 
-def fill_part(part: Part, view: memoryview, segment: Array, itemsize: int) -> None:
+def fill_part(part: SegmentPart, view: memoryview, segment: Array, itemsize: int) -> None:
     """Copy a part's bytes to its place in the segment's."""
     place = part.place(segment, itemsize)
     place[...] = np.frombuffer(view, np.uint8).reshape(place.shape)

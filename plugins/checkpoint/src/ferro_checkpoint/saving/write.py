@@ -21,7 +21,7 @@ from ferro_checkpoint.plan.failures import text_of
 from ferro_checkpoint.saving.exchange import write_segments
 from ferro_checkpoint.saving.save_plan import SavePlan
 from ferro_checkpoint.saving.segment_writer import SegmentWriter
-from ferro_checkpoint.saving.snapshot import LiveArrays, Source
+from ferro_checkpoint.saving.snapshot import LiveArrays, SuppliedBytes
 from ferro_checkpoint.storage.storage import NewDirectory, Storage
 
 Progress = Callable[[int], None]
@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 
 def write_checkpoint(
     plan: SavePlan,
-    source: Source | None,
+    source: SuppliedBytes | None,
     storage: Storage,
     name: str,
     group: ProcessGroup | None,
@@ -133,7 +133,7 @@ def _begin(
 
 def _write(
     plan: SavePlan,
-    source: Source,
+    source: SuppliedBytes,
     directory: NewDirectory,
     group: ProcessGroup | None,
     threads: int,

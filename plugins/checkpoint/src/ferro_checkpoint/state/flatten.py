@@ -21,10 +21,10 @@ from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.header import name_fault
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.state import objects
+from ferro_checkpoint.state.skeleton import put_arrays, take_arrays
 from ferro_checkpoint.state.values import Json, check_text, encode_value
 
 DEFAULT_BUNDLE = "model"
-TENSOR_KEY = "$tensor"  # stands for an array in the saved state dict of an object
 _BUNDLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _MOST_DEPTH = 64
 _Path = tuple[str, ...]
@@ -242,56 +242,32 @@ class _Flattener:
         """Add the state dict of an object; its arrays are tensors of their own."""
         name = _dotted(path)
         by_rank = bool(getattr(value, "checkpoint_values_by_rank", False))
-        tensors = (*path, str(self._rank)) if by_rank else path
         if self._stored is None:
-            skeleton = self._skeleton(value.state_dict(), tensors, by_rank, 0)
-            self._add_value(skeleton, path, value.load_state_dict, by_rank=by_rank)
+
+            def take(tensor: str, array: Array) -> None:
+                _check_unmasked(tensor, array)
+                self._add_array(tensor, (*path, tensor), ArrayPiece.whole(array)._replace(on_all_ranks=not by_rank))
+
+            tensors = f"{name}.{self._rank}" if by_rank else name
+            self._add_value(
+                take_arrays(value.state_dict(), tensors, take), path, value.load_state_dict, by_rank=by_rank
+            )
             return
         # What is loaded says which arrays there are, and not what the object has now.
         self._add_value(True, path, lambda _: None, by_rank=by_rank)
         if name in self._stored.values:
-            loaded = self._fill(self._stored.values[name], tensors, path)
+            loaded = put_arrays(self._stored.values[name], lambda tensor: self._empty(tensor, path))
             self.flat.finishes.append(lambda: value.load_state_dict(loaded))
 
-    def _skeleton(self, value: Any, path: _Path, by_rank: bool, depth: int) -> Any:
-        """Copy a state dict, with names in place of its arrays, which become tensors."""
-        if depth > _MOST_DEPTH:
-            raise StateError(f"{_dotted(path)!r} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
-        if isinstance(value, np.ndarray):
-            name = _own_name(path)
-            _check_unmasked(name, value)
-            piece = ArrayPiece.whole(value)
-            if by_rank:
-                piece = piece._replace(on_all_ranks=False)
-            self._add_array(name, path, piece)
-            return {TENSOR_KEY: name}
-        if isinstance(value, Mapping):
-            if TENSOR_KEY in value:
-                raise StateError(f"{_dotted(path)!r} cannot have the key {TENSOR_KEY!r}, which stands for an array")
-            return {key: self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._skeleton(item, (*path, str(key)), by_rank, depth + 1) for key, item in enumerate(value)]
-            return items if isinstance(value, list) else tuple(items)
-        return value
-
-    def _fill(self, value: Any, tensors: _Path, path: _Path) -> Any:
-        """Replace names in a saved state dict by arrays that will be loaded."""
+    def _empty(self, tensor: str, path: _Path) -> Array:
+        """Make an array for a tensor that the saved state dict of the object at `path` names."""
         assert self._stored is not None
-        if isinstance(value, dict):
-            if len(value) == 1 and isinstance(name := value.get(TENSOR_KEY), str):
-                array = self._stored.empty(name)
-                if array is None:
-                    raise StateError(
-                        f"the checkpoint lacks tensor {name!r}, which its values of {_dotted(path)!r} name"
-                    )
-                # Ranks that have none of the saved values keep what they have, and know nothing of this array.
-                piece = ArrayPiece.whole(array)._replace(on_all_ranks=False)
-                self._add_array(name, (*tensors, name), piece)
-                return array
-            return {key: self._fill(item, tensors, path) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._fill(item, tensors, path) for item in value)
-        return value
+        array = self._stored.empty(tensor)
+        if array is None:
+            raise StateError(f"the checkpoint lacks tensor {tensor!r}, which its values of {_dotted(path)!r} name")
+        # Ranks that have none of the saved values keep what they have, and know nothing of this array.
+        self._add_array(tensor, (*path, tensor), ArrayPiece.whole(array)._replace(on_all_ranks=False))
+        return array
 
     def _view(self, value: Any, path: _Path) -> Array:
         """View another library's array; to load it, its memory must be writable."""
