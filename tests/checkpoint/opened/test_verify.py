@@ -13,6 +13,7 @@ from ferro_checkpoint.layout.record import RECORD_NAME, Record
 from ferro_checkpoint.opened import verify as module
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.verify import verify
+from ferro_checkpoint.storage.reading import LocalReadableDirectory
 
 from .written import file_record, write
 
@@ -62,10 +63,10 @@ def test_a_damaged_header_hides_the_names_and_no_other_damage(storage, tmp_path)
 
 
 def test_a_file_that_cannot_be_read(storage, monkeypatch):
-    open_file = storage.open_file
+    open_file = LocalReadableDirectory.open_file
 
-    def failing(name, file):
-        opened = open_file(name, file)
+    def failing(directory, file):
+        opened = open_file(directory, file)
         if file.startswith("optimizer"):
 
             def fail(destinations, offset):
@@ -74,7 +75,7 @@ def test_a_file_that_cannot_be_read(storage, monkeypatch):
             opened.read_into = fail
         return opened
 
-    monkeypatch.setattr(storage, "open_file", failing)
+    monkeypatch.setattr(LocalReadableDirectory, "open_file", failing)
     found = list(verify(storage, "step-7"))
     assert {it.file for it in found} == {"optimizer.safetensors"}
     assert all("Input/output error" in it.message for it in found)
