@@ -14,7 +14,7 @@ from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import RECORD_NAME, Record
-from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
+from ferro_checkpoint.opened.damage import HeaderNames, damage_text
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.opened.index import check_index
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
@@ -234,7 +234,7 @@ class OpenedCheckpoint:
         self._files.check_unchanged()
         path = self._path(file)
         # While headers are read, no tensor is known yet; a header may share its segment with data.
-        names = self.tensors_within(file, begin, end) or tensors_by_header(self._files, self.record, file, begin, end)
+        names = self.tensors_within(file, begin, end) or HeaderNames(self._files, self.record).within(file, begin, end)
         return CheckpointDamaged(damage_text(path, begin, end, names), path=path, tensor=next(iter(names), None))
 
     def _contradiction(self, file: str, text: str, tensor: str | None = None) -> CheckpointDamaged:

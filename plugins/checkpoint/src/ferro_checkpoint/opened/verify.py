@@ -14,7 +14,7 @@ from ferro_checkpoint.errors import CheckpointError
 from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.record import FileRecord
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
-from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
+from ferro_checkpoint.opened.damage import HeaderNames, damage_text
 from ferro_checkpoint.opened.files import CheckpointFiles, CheckpointReplaced
 from ferro_checkpoint.opened.record import again_if_replaced, open_files
 from ferro_checkpoint.storage.storage import Storage
@@ -61,6 +61,7 @@ def verify(
         CheckpointReplaced: it was replaced or removed meanwhile, and some files cannot be checked any more.
     """
     record, files = again_if_replaced(lambda: open_files(storage, name))
+    headers = HeaderNames(files, record)
     found = False
     try:
         digest = digester(record.digest, files.path)
@@ -77,7 +78,7 @@ def verify(
                     continue
                 for begin, end, unread in _damaged_ranges(files, file, its, digest, pool, threads, progress):
                     found = True
-                    names = tuple(tensors_by_header(files, record, file, begin, end))
+                    names = tuple(headers.within(file, begin, end))
                     text = unread or damage_text(files.path_of(file), begin, end, names)
                     yield Finding(file, begin, end, names, text)
         if not found:

@@ -9,7 +9,7 @@ from ferro import PluginError
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.layout.record import RECORD_NAME, is_file_name
 from ferro_checkpoint.storage.names import check_name, check_within
-from ferro_checkpoint.storage.object_calls import call_store, remove_objects
+from ferro_checkpoint.storage.object_calls import call_store, remove_objects, told
 from ferro_checkpoint.storage.object_directory import ObjectDirectory
 from ferro_checkpoint.storage.object_files import ObjectReadableFile
 from ferro_checkpoint.storage.reading import read_all
@@ -57,6 +57,8 @@ class ObjectStorage:
             raise PluginError(f"{path}: {error} (fsspec needs it for this kind of address)") from error
         except ValueError as error:
             raise CheckpointError(f"{path} is no address that fsspec understands: {error}", path=path) from error
+        except Exception as error:  # a file system within a file opens that at once, and has errors of its own
+            raise told("opened", path, error) from error
         self._root = str(root).rstrip("/")
 
     def names(self) -> list[str]:
