@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--layouts", default="shards,replicated")
     parser.add_argument("--layers", type=int, default=64, help="of 16 MiB each")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="torch's thread_count")
+    parser.add_argument("--threads", type=int, default=4, help="torch's thread_count; the best of 1, 2 and 4")
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     with ferro.init("gloo") as group:
