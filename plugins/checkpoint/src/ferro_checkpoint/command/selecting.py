@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ferro.errors import UsageError
-from ferro_checkpoint.loading.names import chooser
+from ferro_checkpoint.loading.names import Chooser
 
 _MOST_COMPARED = 2000  # finding near names among more of them, or longer ones, takes seconds
 _MOST_CHARACTERS = 200
@@ -24,9 +24,9 @@ def selected(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     if patterns is None:
         return listed
     for pattern in patterns:
-        if not any(map(chooser(pattern), listed)):
+        if not any(map(Chooser(pattern), listed)):
             raise UsageError(f"--only {pattern}: no tensor has such a name; {_near(pattern, listed)}")
-    return list(filter(chooser(patterns), listed))
+    return list(filter(Chooser(patterns), listed))
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
