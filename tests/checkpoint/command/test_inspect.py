@@ -129,3 +129,9 @@ def test_names_do_not_move_the_cursor(command, tmp_path):
 def test_sizes():
     sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.5 KiB", 5 << 30: "5 GiB", 1 << 70: "1.049e+06 PiB"}
     assert {nbytes: size_text(nbytes) for nbytes in sizes} == sizes
+
+
+def test_one_endless_name_does_not_make_all_rows_as_long(command, tmp_path):
+    save(tmp_path / "c", {"model": {"a" * 50_000: np.ones(1)} | {f"b{k}": np.ones(1) for k in range(100)}})
+    assert len(command("inspect", tmp_path / "c").out) < 100_000
+    assert len(command("inspect", tmp_path / "c", "--only", "c" * 50_000).error) < 51_000
