@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from ferro_checkpoint.formats.pickle_names import Built, Maker, Names
+from ferro_checkpoint.formats.pickle_names import Built, Maker, Names, is_plain_key
 
 _MOST_INSTRUCTIONS = 100_000_000
 _MOST_INTEGER_BYTES = 1024  # a longer one would take quadratic time to print
@@ -178,13 +178,8 @@ class PickleMachine:
 def _check_key(key: Any) -> None:
     """Refuse a key whose hash would take long, or run deeper than the stack: long or nested tuples."""
     items = key if type(key) is tuple else (key,)
-    if len(items) > _MOST_KEY_ITEMS or not all(map(_is_plain, items)):
+    if len(items) > _MOST_KEY_ITEMS or not all(map(is_plain_key, items)):
         raise Refusal(f"a {type(key).__name__} is the key of a dict")
-
-
-def _is_plain(key: Any) -> bool:
-    """Say whether a key hashes at once, and no others can be chosen to have its hash, as large integers can be."""
-    return -(1 << 63) <= key < 1 << 63 if type(key) is int else type(key) in (str, float, bool, type(None), Built)
 
 
 def _set_item(machine: PickleMachine) -> None:

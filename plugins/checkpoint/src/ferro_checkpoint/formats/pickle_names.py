@@ -38,3 +38,8 @@ def built_by(kind: str) -> Maker:
 
 Names: TypeAlias = "Mapping[tuple[str, str], Any]"
 """What a name (module, qualified name) stands for: a `Maker`, or a constant."""
+
+
+def is_plain_key(key: Any) -> bool:
+    """Say whether a key hashes at once, and no others can be chosen to have its hash, as large integers can be."""
+    return -(1 << 63) <= key < 1 << 63 if type(key) is int else type(key) in (str, float, bool, type(None), Built)
