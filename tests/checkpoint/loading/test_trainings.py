@@ -65,30 +65,34 @@ def test_settings_belong_to_the_parameters_of_a_group(tmp_path):
 
 @pytest.mark.parametrize(("n", "m"), [(3, 1), (3, 2), (2, 3)])
 def test_settings_of_groups_fit_other_stages(tmp_path, n, m):
-    """Ranks of a pipeline know some of the parameters each, and one may have none of a group."""
+    """A rank of a pipeline knows some of the parameters, so it may have none of a group, or alone know one that is frozen."""
 
-    def state(group, seed, order, lrs):
-        model = net(seed)
-        first = model.layers[0].weight.data.copy()
+    def state(group, order, lrs, frozen):
+        model = net()
+        first, last = model.layers[0].weight.data.copy(), model.layers[2].weight.data.copy()
         if group.world_size > 1:
             split = split_model(model, group)
             model = Pipeline(split.stages, group, microbatches=1, ties=split.ties)
         weights = [each for each in model.parameters() if np.array_equal(each.data, first)]
         rest = [each for each in model.parameters() if not np.array_equal(each.data, first)]
+        for parameter in rest:
+            parameter.requires_grad = not (frozen and np.array_equal(parameter.data, last))
         optimizer = SGD([({"params": weights}, {"params": rest})[index] for index in order], lr=0.1, momentum=0.9)
         optimizer.lrs = lrs
         return {"model": model, "optimizer": optimizer}
 
-    def save(group):
-        ferro_checkpoint.save(tmp_path / "c", state(group, 0, (0, 1), [0.25, 0.5]), group)
+    for frozen in (True, False):
 
-    def load(group):
-        loaded = state(group, 0, (1, 0), [1.0, 2.0])
-        ferro_checkpoint.load(tmp_path / "c", loaded, group)
-        return loaded["optimizer"].lrs
+        def save(group, frozen=frozen):
+            ferro_checkpoint.save(tmp_path / "c", state(group, (0, 1), [0.25, 0.5], frozen), group, overwrite=True)
 
-    simulate(save, n)
-    assert simulate(load, m) == [[0.5, 0.25]] * m
+        def load(group, frozen=frozen):
+            loaded = state(group, (1, 0), [1.0, 2.0], not frozen)
+            ferro_checkpoint.load(tmp_path / "c", loaded, group)
+            return loaded["optimizer"].lrs
+
+        simulate(save, n)
+        assert simulate(load, m) == [[0.5, 0.25]] * m
 
 
 def simulate(function, ranks):
