@@ -65,7 +65,7 @@ def test_settings_belong_to_the_parameters_of_a_group(tmp_path):
 
 @pytest.mark.parametrize(("n", "m"), [(3, 1), (3, 2), (2, 3)])
 def test_settings_of_groups_fit_other_stages(tmp_path, n, m):
-    """A rank of a pipeline knows some of the parameters, so it may have none of a group, or alone know one that is frozen."""
+    """A rank of a pipeline knows some parameters, so it may have none of a group, or alone know one that is frozen."""
 
     def state(group, order, lrs, frozen):
         model = net()
