@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from ferro.errors import UsageError
-from ferro_checkpoint.loading.names import chooser
+from ferro_checkpoint.loading.names import Chooser
 
 _MOST_COMPARED = 2000  # finding near names among more of them takes seconds
 
@@ -21,8 +21,8 @@ def selected(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     if patterns is None:
         return listed
     for pattern in patterns:
-        if not any(map(chooser(pattern), listed)):
+        if not any(map(Chooser(pattern), listed)):
             known = dict.fromkeys([*(name.partition(".")[0] for name in listed), *listed[:_MOST_COMPARED]])
             near = difflib.get_close_matches(pattern, known, 3, 0.3) or list(known)[:3]
             raise UsageError(f"--only {pattern}: no tensor has such a name; there are: {', '.join(near) or 'none'}")
-    return list(filter(chooser(patterns), listed))
+    return list(filter(Chooser(patterns), listed))

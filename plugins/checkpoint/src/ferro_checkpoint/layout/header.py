@@ -24,7 +24,7 @@ MOST_HEADER_BYTES = 100 << 20  # as the safetensors library
 ALIGNMENT = 4096  # the data begin at a page, so that ranks write whole pages
 _METADATA = "__metadata__"
 _quoted = json.encoder.encode_basestring  # writes a text as JSON
-_MOST_DIMS = 64
+MOST_DIMS = 64
 _TEXT = r'"[^"\\\x00-\x1f]*"'
 _USUAL_METADATA = re.compile(rf'\{{"{_METADATA}":(\{{(?:{_TEXT}:{_TEXT},?)*+\}})')
 _USUAL_ENTRY = re.compile(
@@ -129,7 +129,7 @@ def _size(dtype: str, numbers: str) -> tuple[tuple[int, ...], int] | None:
         shape = tuple(map(int, numbers.split(","))) if numbers else ()
     except ValueError:
         return None
-    usual = ",".join(map(str, shape)) == numbers and len(shape) <= _MOST_DIMS and max(shape, default=0) < _MOST_BYTES
+    usual = ",".join(map(str, shape)) == numbers and len(shape) <= MOST_DIMS and max(shape, default=0) < _MOST_BYTES
     return (shape, math.prod(shape) * ITEM_BYTES[dtype]) if usual and dtype in ITEM_BYTES else None
 
 
@@ -173,7 +173,7 @@ def _fault(entry: Any) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         return f"its dtype {shown(dtype)} is unknown"
-    if not _are_sizes(shape) or len(shape) > _MOST_DIMS:
+    if not _are_sizes(shape) or len(shape) > MOST_DIMS:
         return f"its shape {shown(shape)} is none"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"its data_offsets {shown(offsets)} are none"

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.loading.contents import Contents
 from ferro_checkpoint.loading.names import name_faults
-from ferro_checkpoint.placement.local_array import COMPLEX128, LocalArray
+from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.agreement import Holdings
 from ferro_checkpoint.state.flatten import FlatState
 
 _MOST_NAMED = 10
-
-
-def check_writable(local: list[LocalArray]) -> None:
-    """Check that arrays can be loaded into.
-
-    Raises:
-        StateError: one is read-only.
-    """
-    for array in local:
-        data = array.piece.data
-        if isinstance(data, np.ndarray) and not data.flags.writeable and data.size:
-            raise StateError(f"{array.name!r} is read-only in the state: give an array that can be written to")
 
 
 def value_faults(flat: FlatState, contents: Contents, *, strict: bool) -> list[str]:

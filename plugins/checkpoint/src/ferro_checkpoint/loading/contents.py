@@ -9,10 +9,10 @@ import numpy as np
 
 from ferro.types import Array
 from ferro_checkpoint.errors import CheckpointError
-from ferro_checkpoint.loading.names import Rename, chooser, renamed_names, renamer
+from ferro_checkpoint.loading.names import Chooser, Rename, renamed_names, renamer
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
-from ferro_checkpoint.state.skeleton import TENSOR_KEY, put_arrays
+from ferro_checkpoint.state.skeleton import TENSOR_KEY, put_arrays, rename_arrays
 from ferro_checkpoint.state.value_agreement import BY_RANK, values_of_rank
 from ferro_checkpoint.state.values import Json, decode_value, encode_value
 
@@ -42,7 +42,7 @@ class Contents:
         self, opened: OpenedCheckpoint, rank: int, only: str | Iterable[str] | None, rename: Rename | None
     ) -> None:
         self.path = opened.path
-        self.chosen: Callable[[str], bool] = chooser(only)
+        self.chosen = Chooser(only)
         self._record_values = opened.record.values
         self._to_state = renamer(rename)
         self._all = {new: opened.tensors[old] for new, old in renamed_names(opened.tensors, rename).items()}
@@ -51,6 +51,7 @@ class Contents:
         self.lacking = [self._to_state(name) for name in lacking]
         values.pop(COMPLEX128, None)
         renamed = renamed_names(values, rename)
+        self.chosen.check([*self._all, *renamed_names(opened.record.values, rename)])
         self.values: dict[str, Json] = {new: values[old] for new, old in renamed.items() if self.chosen(new)}
         self.decoded: dict[str, Any] = {name: self._decoded(name, value) for name, value in self.values.items()}
 
@@ -105,7 +106,7 @@ class Contents:
 
     def _decoded(self, name: str, value: Json) -> Any:
         try:
-            return decode_value(value)
+            return rename_arrays(decode_value(value), self._to_state)
         except ValueError as error:
             text = f"{self.path}: value {name!r}: {error}: update ferro-checkpoint, or leave it out with only="
             raise CheckpointError(text, path=self.path) from error

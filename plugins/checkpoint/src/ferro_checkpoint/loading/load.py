@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ferro import ProcessGroup
+from ferro_checkpoint.arguments import check_group, check_timeout
 from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.loading.names import Rename
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
@@ -53,6 +54,8 @@ def load(
         CheckpointDamaged: it is not what was written. If that is found while arrays are read, the message says that
             some have changed: load another checkpoint before you go on.
     """
+    check_group(group)
+    check_timeout(timeout_s)
     own = (
         None if group is None or group.world_size == 1 else group.subgroup(range(group.world_size), timeout_s=timeout_s)
     )

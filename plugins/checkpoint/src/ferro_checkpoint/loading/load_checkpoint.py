@@ -10,14 +10,9 @@ import xxhash
 
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, StateError
-from ferro_checkpoint.loading.comparison import (
-    array_faults,
-    check_writable,
-    states_begun,
-    states_left_out,
-    value_faults,
-)
+from ferro_checkpoint.loading.comparison import array_faults, states_begun, states_left_out, value_faults
 from ferro_checkpoint.loading.contents import Contents
+from ferro_checkpoint.loading.destinations import Destinations
 from ferro_checkpoint.loading.load_plan import Readers, plan_reads
 from ferro_checkpoint.loading.names import Rename, refuse
 from ferro_checkpoint.loading.segment_reader import SegmentReader
@@ -66,9 +61,11 @@ def load_checkpoint(
         for name, merge in flat.merges.items():
             contents.merge(name, merge)
         begun = states_begun(flat, contents)
-        local = [LocalArray(name, piece) for name, piece in flat.pieces if contents.chosen(name)]
-        local = [array for array in local if flat.of_parameters.get(array.name) not in begun]
-        check_writable(local)
+        destinations = Destinations(
+            (name, piece)
+            for name, piece in flat.pieces
+            if contents.chosen(name) and flat.of_parameters.get(name) not in begun
+        )
         faults = [] if into is None else value_faults(flat, contents, strict=strict)
         for name in flat.checks.keys() & contents.decoded.keys():
             flat.checks[name](contents.decoded[name])
@@ -85,29 +82,23 @@ def load_checkpoint(
     if len({identity for identity, *_ in told}) > 1:
         text = f"{opened.path} is not the same checkpoint on all ranks: give a directory that all hosts share"
         raise StateError(text)
+    local = [array for array in destinations.arrays if strict or array.name in contents.tensors]
+    faults = next((each for _, each, *_ in told if each), [])
     left_out = {name for *_, names in told for name in names}
-    if not strict:
-        local = [array for array in local if array.name in contents.tensors]
-    _read(
-        opened,
-        contents,
-        local,
-        next((each for _, each, *_ in told if each), []),
-        left_out,
-        group,
-        readers,
-        strict,
-        threads,
-        deadline,
-        progress,
-    )
-    if into is None:
-        contents.add_values(state)
-    else:
-        _put_values(flat, contents, rank)
-        _begin_states(flat, begun)
-        if rank == 0:
-            _log_states(opened.path, {name for _, _, names, _ in told for name in names}, left_out)
+    _read(opened, contents, local, faults, left_out, group, readers, strict, threads, deadline, progress)
+    try:
+        destinations.check_copies()
+        if into is None:
+            contents.add_values(state)
+        else:
+            _put_values(flat, contents, rank)
+            _begin_states(flat, begun)
+    except Exception as error:
+        tell_all(group, error, deadline)
+        raise
+    tell_all(group, None, deadline)
+    if rank == 0:
+        _log_states(opened.path, {name for _, _, names, _ in told for name in names}, left_out)
     return state
 
 
@@ -140,11 +131,18 @@ def _read(
 
 def _put_values(flat: FlatState, contents: Contents, rank: int) -> None:
     """Put the values back, when all arrays are there."""
-    for name, put in flat.puts.items():
-        if name in contents.decoded:
-            put(contents.decoded[name])
-    for finish in flat.finishes:
-        finish()
+    doing = "its values"
+    try:
+        for name, put in flat.puts.items():
+            if name in contents.decoded:
+                doing = repr(name)
+                put(contents.decoded[name])
+        for finish in flat.finishes:
+            finish()
+    except Exception as error:
+        raise StateError(
+            f"{contents.path}: {doing} cannot be put into the state: {text_of(error)}. Arrays of the state have changed"
+        ) from error
     kept = [name for name in contents.lacking if name in flat.puts and name not in flat.taken_over]
     if kept:
         names = ", ".join(map(repr, kept))

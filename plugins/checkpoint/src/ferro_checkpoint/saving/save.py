@@ -6,6 +6,7 @@ import os
 
 from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RendezvousError
+from ferro_checkpoint.arguments import check_group, check_timeout, checked_step
 from ferro_checkpoint.errors import SaveFailed
 from ferro_checkpoint.plan.replica_check import Check
 from ferro_checkpoint.progress import Progress, byte_progress
@@ -47,6 +48,9 @@ def save(
         StateError: the state cannot be saved, ranks disagree on it, or `path` is taken. Nothing was written.
         SaveFailed: a rank could not write, or is lost. Nothing is left of it.
     """
+    check_group(group)
+    check_timeout(timeout_s)
+    step = checked_step(step)
     storage, name = split_path(path)
     own: ProcessGroup | None = None
     try:

@@ -13,6 +13,7 @@ from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arra
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
+from ferro_checkpoint.plan.many_objects import without_collector
 from ferro_checkpoint.plan.parts import LocalArrays, SegmentPart
 from ferro_checkpoint.plan.replica_check import CHECKS, Check, compare_replicas
 from ferro_checkpoint.plan.rows import HEADER, Rows, rows_of
@@ -113,12 +114,13 @@ def plan_save(
     if check_replicas not in CHECKS:
         raise StateError(f"check_replicas is {check_replicas!r}; it is one of {', '.join(map(repr, CHECKS))}")
     try:
-        flat = flatten(state, rank)
-        local = [LocalArray(name, piece) for name, piece in flat.pieces]
+        with without_collector():
+            flat = flatten(state, rank)
+            local = [LocalArray(name, piece) for name, piece in flat.pieces]
+            described = Description(local)
     except Exception as error:
         tell_all(group, error, deadline)
         raise
-    described = Description(local)
     same = previous is not None and previous.whole_files != writes_ranges and previous.described == described.digest
     told = tell_all(group, None, deadline, same)
     values = agree_on_values(flat.values, flat.by_rank, group, deadline)
@@ -143,34 +145,35 @@ def _plan(
 ) -> SavePlan:
     rank, world_size = (0, 1) if group is None else (group.rank, group.world_size)
     holdings = agree_on_arrays(described, group, deadline)
-    nbytes = int((holdings.sizes * holdings.itemsizes).sum())
-    file_bytes = FILE_BYTES
-    if whole_files:  # so that every rank has one to write
-        file_bytes = max(min(FILE_BYTES, -(-nbytes // world_size)), _LEAST_FILE_BYTES)
-    layout = layout_files(holdings, file_bytes)
-    rows = rows_of(holdings, layout, world_size)
-    segments = cut_segments(rows, layout, world_size, whole_files=whole_files)
-    written: list[int] = []
-    exchanged: list[list[int]] = [[] for _ in range(world_size)]
-    for number, (writer, needs) in enumerate(zip(segments.writer, segments.exchanged, strict=True)):
-        if needs and world_size > 1:
-            exchanged[writer].append(number)
-        elif writer == rank:
-            written.append(number)
-    supplies = Supplies(holdings, layout, rows, segments)
-    arrays = LocalArrays(local, holdings.names)
-    return SavePlan(
-        rank,
-        world_size,
-        values,
-        holdings,
-        layout,
-        rows,
-        segments,
-        supplies,
-        arrays,
-        written,
-        exchanged,
-        whole_files,
-        described.digest,
-    )
+    with without_collector():
+        nbytes = int((holdings.sizes * holdings.itemsizes).sum())
+        file_bytes = FILE_BYTES
+        if whole_files:  # so that every rank has one to write
+            file_bytes = max(min(FILE_BYTES, -(-nbytes // world_size)), _LEAST_FILE_BYTES)
+        layout = layout_files(holdings, file_bytes)
+        rows = rows_of(holdings, layout, world_size)
+        segments = cut_segments(rows, layout, world_size, whole_files=whole_files)
+        written: list[int] = []
+        exchanged: list[list[int]] = [[] for _ in range(world_size)]
+        for number, (writer, needs) in enumerate(zip(segments.writer, segments.exchanged, strict=True)):
+            if needs and world_size > 1:
+                exchanged[writer].append(number)
+            elif writer == rank:
+                written.append(number)
+        supplies = Supplies(holdings, layout, rows, segments)
+        arrays = LocalArrays(local, holdings.names)
+        return SavePlan(
+            rank,
+            world_size,
+            values,
+            holdings,
+            layout,
+            rows,
+            segments,
+            supplies,
+            arrays,
+            written,
+            exchanged,
+            whole_files,
+            described.digest,
+        )

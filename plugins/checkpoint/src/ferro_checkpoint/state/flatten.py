@@ -263,6 +263,12 @@ class _Flattener:
             saved_kind = saved.get("bit_generator") if isinstance(saved, dict) else type(saved).__name__
             if saved_kind != kind:
                 raise StateError(f"{name!r} is a generator of {kind}, and {saved_kind} in the checkpoint")
+            try:
+                type(generator)(0).state = saved
+            except (TypeError, ValueError, LookupError, AttributeError) as error:
+                raise StateError(
+                    f"{name!r} is a generator of {kind}, and the checkpoint has no state of one"
+                ) from error
 
     def _add_state_dict(self, value: objects.HasStateDict, path: _Path) -> None:
         """Add the state dict of an object; its arrays are tensors of their own."""

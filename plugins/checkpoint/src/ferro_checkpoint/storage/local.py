@@ -108,21 +108,25 @@ class LocalStorage:
         return True
 
     def remove(self, name: str) -> None:
-        """Remove a directory, the record first; then it has its name no more, and then its files go."""
+        """Remove a directory: it loses its name, then its record, and then its files.
+
+        After a kill at any point it is either whole, or nothing has its name and the next save removes the rest.
+        """
         check_name(name)
         found = self._directory(name)
         path = os.path.join(self.path, found)
         if os.path.islink(path):
             raise CheckpointError(f"{path} is a link, and is not removed: remove the directory it leads to", path=path)
         with writing(path):
+            if found == name:
+                old = os.path.join(self.path, old_name(name, _REMOVED))
+                remove_tree(old)  # of a removal that was killed
+                with suppress(OSError):  # somebody else removes it as well, or a part of one is in the way
+                    system_calls.rename(path, old)
+                    path = old
             with suppress(FileNotFoundError):
                 system_calls.remove_file(os.path.join(path, RECORD_NAME))
             sync_directory(path)
-            if found == name:
-                with suppress(OSError):  # somebody else removes it as well, or a part of one is in the way
-                    old = os.path.join(self.path, old_name(name, _REMOVED))
-                    system_calls.rename(path, old)
-                    path = old
             remove_tree(path)
 
     def _directory(self, name: str) -> str:

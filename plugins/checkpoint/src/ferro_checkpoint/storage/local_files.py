@@ -4,6 +4,10 @@ A file that is written is on its way to the disk while more is written: the kern
 when the file is synced, and keep the disk idle until then. 1 GiB in writes of 4 MiB (ext4, medians of interleaved
 pairs) took 0.53 of the time that writes followed by one fsync take; from two processes, 0.57. Advice about reads
 (posix_fadvise) has brought nothing.
+
+A call writes at most 1 MiB. For a longer one the kernel looks for as many consecutive pages at once, and once memory is
+in pieces it has to move others for that: 256 MiB in calls of 4 MiB took 0.51 s of processor time (ext4, Linux 6,
+median of 30), in calls of 1 MiB 0.15 s, and 0.29 of the time until all was on disk.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from ferro_checkpoint.storage.failures import reading, writing
 from ferro_checkpoint.storage.storage import Bytes
 
 _BUFFERS = min(os.sysconf("SC_IOV_MAX"), 1024) if hasattr(os, "sysconf") else 16  # of one call
+_WRITE_BYTES = 1 << 20  # of one call
 _WRITE_BACK_BYTES = 4 << 20
 _LEAST_BYTES = 256 << 10
 
@@ -90,7 +95,7 @@ class LocalWritableFile:
         first, end = 0, offset
         while first < len(waiting):
             with writing(self.path):
-                count = system_calls.write(self._fd, waiting[first : first + _BUFFERS], end)
+                count = system_calls.write(self._fd, _first_bytes(waiting, first), end)
             end += count
             first = _advance(waiting, first, count)
         self._write_back(offset, end)
@@ -127,6 +132,17 @@ class LocalWritableFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _first_bytes(waiting: list[Bytes], first: int) -> list[Bytes]:
+    """Return the buffers from `first` on that one call writes, the last of them cut off."""
+    chosen, left = [], _WRITE_BYTES
+    for one in waiting[first : first + _BUFFERS]:
+        chosen.append(one[:left])
+        left -= chosen[-1].nbytes
+        if not left:
+            break
+    return chosen
 
 
 def _advance(waiting: list[Bytes], first: int, count: int) -> int:

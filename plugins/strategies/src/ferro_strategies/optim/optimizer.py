@@ -10,7 +10,7 @@ import numpy as np
 
 from ferro.errors import UsageError
 
-from ..nn.arrays import Array, namespace_of
+from ..nn.arrays import Array
 from ..nn.checks import first_few
 from ..nn.module import Module
 from ..nn.parameter import Parameter, check_step
@@ -223,13 +223,8 @@ class Optimizer(CheckpointedState):
         return matched_groups(type(self).__name__, value, self._names_of_groups())
 
     def finish_checkpoint_load(self) -> None:
-        """Drop gradients from before the load, and make float32 copies anew that are not those of loaded values."""
+        """Drop gradients from before the load: they are those of other weights."""
         self.zero_grad()
-        for parameter, state in zip(self.parameters, self.state, strict=True):
-            if MASTER in state:
-                data, master = parameter.data, state[MASTER]
-                if not namespace_of(data).array_equal(master.astype(data.dtype), data):
-                    master[...] = data
 
     def _check_savable(self) -> None:
         super()._check_savable()
