@@ -98,9 +98,8 @@ class Contents:
     def _of_ranks(self, name: str) -> list[Any]:
         """Decode the values of all ranks, None for those that have none; [] if all have the same."""
         for old, value in self._record_values.items():
-            if isinstance(value, dict) and len(value) == 1 and BY_RANK in value and self._to_state(old) == name:
-                each = value[BY_RANK]
-                assert isinstance(each, list)
+            each = value.get(BY_RANK) if isinstance(value, dict) and len(value) == 1 else None
+            if isinstance(each, list) and self._to_state(old) == name:
                 return [None if item == {"$none": True} else self._decoded(name, item) for item in each]
         return []
 
