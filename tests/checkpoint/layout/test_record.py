@@ -125,3 +125,14 @@ def test_files_that_none_could_read_are_not_written(monkeypatch, bundle, tensors
     limits.check_bundle("m", layout_bundle("m", {"a": ("F32", (2,)), "b": ("F32", (2,))}, 8))
     with pytest.raises(StateError, match=message):
         limits.check_bundle(bundle, layout_bundle(bundle, tensors, 8))
+
+
+def test_hostile_text_takes_linear_time():
+    """Both take less than a second, and would take minutes, or for ever, if they were not linear."""
+    keys = b",".join(b'"%d":1' % k for k in range(200_000))
+    with pytest.raises(json_text.UnreadableJson, match="'199999' comes twice"):
+        json_text.read_json(b"{" + keys + b',"199999":1}')
+    doubled = []
+    for _ in range(60):
+        doubled = [doubled, doubled]  # as a pickle may have it: 2^60 lists when all are written
+    assert len(json_text.shown(doubled)) < 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from typing import Any
 
 MOST_VALUES = 16 << 20
@@ -93,12 +94,17 @@ def _finite(text: str) -> float:
     return value
 
 
+_short = reprlib.Repr()  # of pickles, values may have one list many times, and be endless if each is written
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 4, 16, 16, 16
+_short.maxstring = _short.maxlong = _short.maxother = 100
+
+
 def shown(value: object, most: int = 100) -> str:
     """Write a value of unknown size for a message, cut to about `most` characters."""
     if isinstance(value, str):
         text = repr(value[: most + 1])
-    elif isinstance(value, list | dict):
-        text = f"a {type(value).__name__} of {len(value)}" if len(value) > most else repr(value)
+    elif isinstance(value, list | tuple | dict):
+        text = f"a {type(value).__name__} of {len(value)}" if len(value) > most else _short.repr(value)
     else:
         text = repr(value)
     return text if len(text) <= most + 2 else f"{text[:most]}…"

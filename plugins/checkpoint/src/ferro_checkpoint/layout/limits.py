@@ -7,7 +7,8 @@ from typing import Any
 
 from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.bundle import TensorFile, encode_index, index_name
-from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_DIMS, MOST_HEADER_BYTES, name_fault
+from ferro_checkpoint.layout.dtypes import ITEM_BYTES
+from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, name_fault, shape_fault
 from ferro_checkpoint.layout.json_text import UnreadableJson, check_counts
 from ferro_checkpoint.layout.record import FileRecord, Record
 
@@ -58,9 +59,7 @@ def check_bundle(bundle: str, files: Sequence[TensorFile]) -> None:
         if len(file.name.encode()) > _MOST_NAME_BYTES - len(".index.json"):
             raise StateError(f"the name of bundle {bundle[:40]!r}… is too long for a file: use a shorter key")
         for name, tensor in file.tensors.items():
-            fault = name_fault(name)
-            if fault is None and len(tensor.shape) > MOST_DIMS:
-                fault = f"it has {len(tensor.shape)} dimensions, and files have at most {MOST_DIMS}"
+            fault = name_fault(name) or shape_fault(tensor.shape, ITEM_BYTES[tensor.dtype])
             if fault is not None:
                 raise StateError(f"{bundle}: array {name[:100]!r}: {fault}")
         _check_text(f"the header of {file.name}", file.header[LENGTH_BYTES:])

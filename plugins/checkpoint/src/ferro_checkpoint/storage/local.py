@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -14,11 +15,13 @@ from ferro_checkpoint.storage.leftovers import find_old, settle_leftovers
 from ferro_checkpoint.storage.local_directory import LocalDirectory, check_replaceable, sync_directory
 from ferro_checkpoint.storage.local_files import LocalReadableFile
 from ferro_checkpoint.storage.names import check_name, check_within, is_temporary, old_name, split_old
+from ferro_checkpoint.storage.reading import LocalReadableDirectory, ReadableDirectory, read_all
 from ferro_checkpoint.storage.removal import remove_tree
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import NewDirectory, ReadableFile
 
 SEEN_S = 2.0  # a network file system shows another host's new directory so late
+_ATTEMPTS = 3
 _REMOVED = "removed"  # takes the place of a token
 
 
@@ -69,16 +72,19 @@ class LocalStorage:
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """Read a small file of a directory as a whole; see `Storage`."""
         with LocalReadableFile(self._file(name, file)) as opened:
-            if opened.nbytes > most_bytes:
-                text = f"{opened.path} has {opened.nbytes} bytes, and cannot have more than {most_bytes}"
-                raise CheckpointDamaged(text, path=opened.path)
-            content = bytearray(opened.nbytes)
-            opened.read_into([memoryview(content)], 0)
-        return bytes(content)
+            return read_all(opened, opened.path, most_bytes)
 
     def open_file(self, name: str, file: str) -> ReadableFile:
         """Open a file of a directory for reading; see `Storage`."""
         return LocalReadableFile(self._file(name, file))
+
+    def open_directory(self, name: str) -> ReadableDirectory:
+        """Open a directory for reading; see `HoldsDirectories`."""
+        check_within(name)
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):  # between two of the system calls of a save
+                return LocalReadableDirectory(os.path.join(self.path, self._directory(name)))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.path.join(self.path, name))
 
     def new_directory(self, name: str, token: str) -> NewDirectory:
         """Describe a directory that is to get this name; see `Storage`."""

@@ -31,8 +31,12 @@ _LEAST_BYTES = 256 << 10
 class LocalReadableFile:
     """A file that is open for reading."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, directory: int | None = None) -> None:
         """Open it.
+
+        Args:
+            path: of the file.
+            directory: the descriptor of its directory, whatever has the directory's path by now; None: by the path.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -40,7 +44,9 @@ class LocalReadableFile:
         """
         self.path = path
         with reading(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait at a pipe
+            name = path if directory is None else os.path.basename(path)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # does not wait at a pipe
+            self._fd = os.open(name, flags, dir_fd=directory)
             about = os.fstat(self._fd)
         self.nbytes = about.st_size
         if not stat.S_ISREG(about.st_mode):
@@ -61,10 +67,13 @@ class LocalReadableFile:
             first = _advance(waiting, first, count)
 
     def identity(self) -> object:
-        """Identify this file with its contents: the same unless somebody has written to it or replaced it."""
+        """Identify this file with its contents: the same unless somebody has written to it or replaced it.
+
+        The time of the last change of its entry (st_ctime) is no part: it changes when the file is removed or linked.
+        """
         with reading(self.path):
             about = os.fstat(self._fd)
-        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
     def close(self) -> None:
         """Close it; a second call has no effect."""
