@@ -89,6 +89,7 @@ class Checkpointer:
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
+        self._pid = os.getpid()
         self._closed = False
         self._signal = None if preemption_s is None else TerminationSignal(preemption_s)
 
@@ -119,7 +120,7 @@ class Checkpointer:
         """
         step = _checked(step)
         agreement = self._open()[1]
-        agreed = self._read(agreement)
+        agreed = self._read(agreement, may_end=True)
         if agreed is not None and agreed[PREEMPTED]:
             assert self._signal is not None, "it is the same on all ranks"
             save_and_end(
@@ -169,6 +170,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until the save that is under way has ended; raise its error, if it has failed."""
+        if os.getpid() != self._pid:
+            return  # a forked process: the save is its parent's
         try:
             self._running.wait()
         except FerroError:
@@ -194,6 +197,8 @@ class Checkpointer:
         """Make the groups, when they are used for the first time; all ranks do."""
         if self._closed:
             raise UsageError("this Checkpointer was closed: make another one")
+        if os.getpid() != self._pid:
+            raise UsageError("this Checkpointer belongs to the process from which this one was forked: make another")
         if self._opened is None:
             groups = OwnGroups(self._group, self._timeout_s)
             self._starter.use(groups)
@@ -201,9 +206,14 @@ class Checkpointer:
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
         return self._opened
 
-    def _read(self, agreement: StepAgreement) -> bytes | None:
-        """Read what the ranks agreed on in the step before; raise the error of a save that has failed."""
+    def _read(self, agreement: StepAgreement, *, may_end: bool = False) -> bytes | None:
+        """Read what the ranks agreed on in the step before; raise the error of a save that has failed.
+
+        Where the program `may_end` by SIGTERM, that comes first, and a failure is left to the last save.
+        """
         agreed = agreement.read()
+        if agreed is not None and may_end and agreed[PREEMPTED]:
+            return agreed
         if agreed is not None and agreed[FAILED]:
             self._starter.failed()
             self._running.raise_failure()
@@ -254,10 +264,12 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # a forked process has nothing of its own here: the save, the groups and the signal are its parent's
         error = None
         try:
             error = self._running.finish()
-            self._leave(in_good_order=not failing)
+            self._leave(in_good_order=not failing and not self._running.given_up)
             self._starter.release()
         finally:
             if self._signal is not None:
