@@ -91,6 +91,14 @@ def test_a_job_of_ferro_run_saves_and_ends_as_the_launcher_is_told(tmp_path: Pat
     assert load(saved[0])["model"]["w"][0] == 2 * int(saved[0].name.removeprefix("step-"))
 
 
+def told_to_end(keeper: Checkpointer) -> None:
+    with keeper:
+        keeper.step(1, {"w": np.ones(3)})
+        signal.raise_signal(signal.SIGTERM)
+        keeper.step(2, {"w": np.ones(3)})
+        keeper.step(3, {"w": np.ones(3)})
+
+
 def test_a_save_that_cannot_end_in_time_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,11 +112,8 @@ def test_a_save_that_cannot_end_in_time_says_so(
     before = signal.getsignal(signal.SIGTERM)
     for begun in (2, 3):  # the save before is not finished in time, or that of the step itself
         keeper = Checkpointer(tmp_path, every=Every(steps=begun), preemption_s=0.2)
-        with pytest.raises(Preempted, match=r"step 3 could not be saved within 0\.2 s: step . was not") as ended, keeper:
-            keeper.step(1, {"w": np.ones(3)})
-            signal.raise_signal(signal.SIGTERM)
-            keeper.step(2, {"w": np.ones(3)})
-            keeper.step(3, {"w": np.ones(3)})
+        with pytest.raises(Preempted, match=r"step 3 could not be saved within 0\.2 s: step . was not") as ended:
+            told_to_end(keeper)
         assert (ended.value.code, ended.value.step, ended.value.path) == (143, 3, None)
         keeper.close()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -165,7 +170,7 @@ def test_the_earlier_handler_is_called_and_restored_and_no_signal_is_lost(tmp_pa
         signal.raise_signal(signal.SIGTERM)
         assert calls == [signal.SIGTERM] * 2
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        lost_signal = [sys.executable, "-c", LOST_SIGNAL, str(tmp_path)]
+        lost_signal = [sys.executable, "-c", LOST_SIGNAL, str(tmp_path / "lost")]
         lost = subprocess.run(lost_signal, capture_output=True, timeout=WAIT_S, check=False)
         assert (lost.returncode, lost.stdout) == (-signal.SIGTERM, b""), lost.stderr
     finally:

@@ -37,6 +37,11 @@ class Catalog:
         self._new: list[str] = []  # what was saved here, in that order
         self._lock = threading.Lock()
 
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self._storage.path
+
     def steps(self) -> list[tuple[int, str]]:
         """List the steps that have a directory, whole or not, the newest first, and its name."""
         found = [(step, name) for name in self._storage.names() if (step := step_of(name)) is not None]

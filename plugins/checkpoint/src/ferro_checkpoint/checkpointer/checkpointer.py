@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
+from ferro_checkpoint.checkpointer.arguments import check_group, check_seconds, checked_metrics, checked_step
 from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end
+from ferro_checkpoint.checkpointer.lost_rank import told_to
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSignal
@@ -20,6 +21,7 @@ from ferro_checkpoint.checkpointer.resuming import load_newest
 from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
+from ferro_checkpoint.plan.failures import check_same
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import open_storage
 
@@ -79,11 +81,17 @@ class Checkpointer:
             raise UsageError("Checkpointer: without a directory, give in_memory=True or a policy")
         if keep is not None and not isinstance(keep, KeepPolicy):
             raise UsageError(f"Checkpointer: keep is Last(n), Best(metric, n), some with |, or None, not {keep!r}")
-        for name, seconds in (("preemption_s", preemption_s), ("timeout_s", timeout_s)):
-            if seconds is not None and not seconds > 0:
-                raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")
+        check_group(group)
+        check_seconds(preemption_s=preemption_s, timeout_s=timeout_s)
         self._schedules = SaveSchedules(every, None if isinstance(in_memory, bool) else in_memory)
-        self._background, self._timeout_s = async_, timeout_s
+        self._background, self._timeout_s = async_, float(timeout_s)
+        self._same = {
+            "every": repr(every),
+            "in_memory": repr(in_memory),
+            "async_": bool(async_),
+            "preemption": preemption_s is not None,
+            "directory": "None" if directory is None else "given",
+        }
         storage = None if directory is None else open_storage(directory)
         self._starter = SaveStarter(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
         self._group = group
@@ -118,28 +126,22 @@ class Checkpointer:
             SaveFailed: an earlier save has failed, or this one, if it was written at once.
             Preempted: SIGTERM came to a rank, and the state was saved, or could not be in time.
         """
-        step = _checked(step)
-        agreement = self._open()[1]
-        agreed = self._read(agreement, may_end=True)
-        if agreed is not None and agreed[PREEMPTED]:
-            assert self._signal is not None, "it is the same on all ranks"
-            save_and_end(
-                step, state, metrics, self._starter, self._running, self._signal, in_background=self._background
-            )
-        disk, memory = self._schedules.due(step, agreed)
-        result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
-        if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
-            self._publish(agreement)
-        return result
+        step = checked_step(step)
+        self._check_open()
+        with told_to(self._group, self._timeout_s):
+            return self._step(step, state, metrics)
 
     def save(self, step: int, state: object, **metrics: float) -> SaveResult:
         """Save the state now, as `step` does; if this step is saved already or being saved, return that save."""
-        step = _checked(step)
-        agreement = self._open()[1]
-        self._read(agreement)
-        result = self._save(step, state, metrics, disk=True, memory=True)
-        self._publish(agreement)
-        return result
+        step = checked_step(step)
+        self._check_open()
+        with told_to(self._group, self._timeout_s):
+            groups, agreement = self._open()
+            checked = checked_metrics(metrics, groups.rank)
+            self._read(agreement)
+            result = self._save(step, state, checked, disk=True, memory=True)
+            self._publish(agreement)
+            return result
 
     def resume(self, into: object, group: ProcessGroup | None = None) -> int | None:
         """Load the newest checkpoint that is whole, the same on all ranks, into a state of the same names and shapes.
@@ -155,15 +157,19 @@ class Checkpointer:
         Returns:
             its step; None if there is no checkpoint.
         """
+        self._check_open()
+        check_group(group)
         if group is not None and group is not self._group:
             self._running.drop()
             self._leave(in_good_order=False)
             self._group = group
-        groups, agreement = self._open()
-        self._read(agreement)
-        self.wait()
-        self._running.forget()
-        step = load_newest(into, self._starter, groups)
+        with told_to(self._group, self._timeout_s):
+            groups, agreement = self._open()
+            self._read(agreement)
+            self.wait()
+            self._running.forget()
+            step = load_newest(into, self._starter, groups)
+        self._starter.knows_directory = True
         if step is not None:
             self._schedules.resumed(step)
         return step
@@ -173,7 +179,8 @@ class Checkpointer:
         if os.getpid() != self._pid:
             return  # a forked process: the save is its parent's
         try:
-            self._running.wait()
+            with told_to(self._group, self._timeout_s):
+                self._running.wait()
         except FerroError:
             self._starter.failed()
             raise
@@ -193,14 +200,36 @@ class Checkpointer:
 
     # -- parts of a step, and the end ----------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[OwnGroups, StepAgreement]:
-        """Make the groups, when they are used for the first time; all ranks do."""
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer was closed: make another one")
         if os.getpid() != self._pid:
             raise UsageError("this Checkpointer belongs to the process from which this one was forked: make another")
+
+    def _step(self, step: int, state: object, metrics: Mapping[str, float]) -> SaveResult | None:
+        groups, agreement = self._open()
+        metrics = checked_metrics(metrics, groups.rank)
+        agreed = self._read(agreement, may_end=True)
+        if agreed is not None and agreed[PREEMPTED]:
+            assert self._signal is not None, "it is the same on all ranks"
+            save_and_end(
+                step, state, metrics, self._starter, self._running, self._signal, in_background=self._background
+            )
+        disk, memory = self._schedules.due(step, agreed)
+        result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
+        if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
+            self._publish(agreement)
+        return result
+
+    def _open(self) -> tuple[OwnGroups, StepAgreement]:
+        """Make the groups, when they are used for the first time; all ranks do."""
         if self._opened is None:
             groups = OwnGroups(self._group, self._timeout_s)
+            try:
+                check_same(groups.gather(self._same))
+            except UsageError:
+                groups.close(in_good_order=True)
+                raise
             self._starter.use(groups)
             self._running.logs = self._running.logs and groups.rank == 0
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
@@ -275,14 +304,5 @@ class Checkpointer:
             if self._signal is not None:
                 self._signal.close(deliver=not failing)
         if error is not None and not failing:
-            self._running.raise_failure()
-
-
-def _checked(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise UsageError(f"a step is a whole number from 0, not {step!r}")
-    return number
+            with told_to(self._group, self._timeout_s):
+                self._running.raise_failure()

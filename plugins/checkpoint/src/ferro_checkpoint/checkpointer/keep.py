@@ -50,6 +50,8 @@ class Best:
 
     def __post_init__(self) -> None:
         _check_count("Best", self.n)
+        if type(self.metric) is not str:
+            raise UsageError(f"Best: metric is the name that step() is given it by, not {self.metric!r}")
         if self.mode not in ("min", "max"):
             raise UsageError(f"Best: mode is 'min' or 'max', not {self.mode!r}")
 
@@ -69,6 +71,12 @@ class UnionOf:
     """Keep what one of the policies keeps."""
 
     policies: tuple[KeepPolicy, ...]
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            if not isinstance(policy, Last | Best | UnionOf):
+                text = "a policy of what to keep is Last(n), Best(metric, n) or some with |"
+                raise UsageError(f"{text}, not {policy!r}")
 
     def __or__(self, other: KeepPolicy) -> UnionOf:
         return UnionOf((*self.policies, other))

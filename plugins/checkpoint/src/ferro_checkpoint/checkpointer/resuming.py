@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ferro.errors import PeerLost
 from ferro_checkpoint.checkpointer.catalog import Catalog, step_of
 from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
@@ -46,7 +47,19 @@ def load_newest(state: object, starter: SaveStarter, groups: OwnGroups) -> int |
     Raises:
         CheckpointDamaged: there are checkpoints, and all are damaged. The state may have been changed.
         CheckpointIncomplete: the ranks had a checkpoint in memory, of which parts are lost, and there is no other.
+        PeerLost: a rank is gone. The state may have been changed.
     """
+    try:
+        return _load_newest(state, starter, groups)
+    except PeerLost as error:
+        directory = "memory" if starter.storage is None else starter.storage.path
+        text = f"resuming from {directory} failed, and some of the state may be changed: {error}"
+        raise PeerLost(
+            text, host=error.host, op=error.op, group=error.group, rank=error.rank, peer=error.peer
+        ) from error
+
+
+def _load_newest(state: object, starter: SaveStarter, groups: OwnGroups) -> int | None:
     damages: list[str] = []
     for one in _candidates(starter, groups):
         fault = _load_from_memory(state, one, starter, groups) if one.remembered else _load(state, one, groups, None)

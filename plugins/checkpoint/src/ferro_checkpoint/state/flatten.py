@@ -8,7 +8,7 @@ bundle "model".
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,8 @@ class _Flattener:
                 self._parameters.setdefault(id(parameter), name)
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
+            if _has_only_plain_items(value):
+                return
             for _, item in _items(value):
                 if type(item) is not np.ndarray:
                     self.name_parameters(item, seen)
@@ -305,13 +307,21 @@ def _own_name(path: _Path) -> str:
     return f"{DEFAULT_BUNDLE}.{path[0]}" if len(path) == 1 else _dotted(path)
 
 
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
+
+
+def _has_only_plain_items(value: Mapping[Any, Any] | Sequence[Any]) -> bool:
+    """Say, fast enough for millions of items, whether all are of simple types."""
+    return set(map(type, value.values() if isinstance(value, Mapping) else value)) <= _PLAIN
+
+
 def _is_plain(value: Any, seen: set[int]) -> bool:
     """Say whether a value has neither arrays nor objects in it, however nested; `seen` has the `id` of containers."""
     if isinstance(value, Mapping | list | tuple):
         if id(value) in seen:
             return True
         seen.add(id(value))
-        return all(_is_plain(item, seen) for _, item in _items(value))
+        return _has_only_plain_items(value) or all(_is_plain(item, seen) for _, item in _items(value))
     return value is None or isinstance(value, bool | int | float | complex | str | bytes | bytearray)
 
 

@@ -6,11 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Block = NDArray[np.uint8]
-_BLOCK_BYTES = 32 << 20
+_LEAST_BLOCK_BYTES = 64 << 10
+_MOST_BLOCK_BYTES = 32 << 20  # of what is not allocated at once
 
 
 class ReusedBlocks:
     """Blocks of memory that are filled one after the other, and again for the next checkpoint.
+
+    A new block is as large as all before it together, up to a limit, so that small states take little memory.
 
     The blocks stay, since memory that is new to the process takes longer to fill than memory that it has had before.
     """
@@ -32,7 +35,8 @@ class ReusedBlocks:
             else:
                 self._used.append(0)
             if len(self._blocks) < len(self._used):
-                self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
+                size = max(nbytes, _LEAST_BLOCK_BYTES, min(self.nbytes, _MOST_BLOCK_BYTES))
+                self._blocks.append(np.empty(size, np.uint8))
         begin = self._used[-1]
         self._used[-1] = begin + nbytes
         return self._blocks[len(self._used) - 1][begin : begin + nbytes]
