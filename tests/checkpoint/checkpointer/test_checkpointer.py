@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ferro import FerroError
+from ferro import FerroError, PeerLost
 from ferro_checkpoint import (
     Best,
     CheckpointDamaged,
@@ -24,7 +24,7 @@ from ferro_checkpoint import (
     StateError,
     load,
 )
-from ferro_checkpoint.checkpointer import background, save_starter
+from ferro_checkpoint.checkpointer import background, resuming, save_starter
 
 WAIT_S = 60.0
 
@@ -300,3 +300,19 @@ def test_at_exit_saves_are_finished_and_failures_are_told(tmp_path):
     command[3:] = [str(tmp_path / "c"), str(tmp_path / "d"), "by a loss"]
     lost = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (lost.stderr.count("rank 1 is lost"), lost.stderr.count("was not saved")) == (1, 0), lost.stderr
+
+
+def test_the_loss_of_a_rank_says_what_it_ended(tmp_path, monkeypatch):
+    def lost(*_: object, **__: object) -> None:
+        raise PeerLost("rank 1 is gone.", peer=1, host="b")
+
+    with Checkpointer(tmp_path) as keeper:
+        with monkeypatch.context() as patched:
+            patched.setattr(resuming, "_candidates", lost)
+            with pytest.raises(PeerLost, match=rf"resuming from {tmp_path} failed.*changed: rank 1 is gone") as caught:
+                keeper.resume(into=new_state())
+        monkeypatch.setattr(save_starter, "plan_save", lost)
+        with pytest.raises(SaveFailed, match="step-000000001 failed: rank 1 is gone. Nothing was saved") as failed:
+            keeper.save(1, new_state())
+    assert isinstance(failed.value, PeerLost)
+    assert [(error.value.peer, error.value.host) for error in (caught, failed)] == [(1, "b")] * 2

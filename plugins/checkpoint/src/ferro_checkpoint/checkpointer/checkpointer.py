@@ -53,9 +53,10 @@ class Checkpointer:
         keep: which checkpoints to keep; None for all. A removed one loses its commit record first.
         async_: False to write in `step` itself, without a copy.
         in_memory: keep the ranks' states in their memories, too, each with a copy at another rank: with each save
-            (True), or at times of its own (a policy). A rank gives memory for four times its share of the bytes:
+            (True), or at times of its own (a policy). A rank gives memory for about four times its share of the bytes:
             for the last checkpoint and the one that is written, of each its own part and the copy of another's.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
+            A signal after the last `step` saves nothing: `close` sends it again.
         timeout_s: how long a save may take, and how long to wait for other ranks.
         progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
             of long saves if None.
@@ -123,7 +124,11 @@ class Checkpointer:
             the save that has begun, or None.
 
         Raises:
-            SaveFailed: an earlier save has failed, or this one, if it was written at once.
+            SaveFailed: an earlier save has failed, or this one, if it was written at once. Where a rank is gone, it is
+                `ferro.PeerLost` as well, and `group.shrink()` works, whoever has noticed the loss first.
+            StateError: the ranks gave different steps or states; or the directory has later steps of another run, and
+                this one has not called `resume`. Nothing was saved.
+            UsageError: a metric of rank 0 is no number.
             Preempted: SIGTERM came to a rank, and the state was saved, or could not be in time.
         """
         step = checked_step(step)
@@ -156,6 +161,10 @@ class Checkpointer:
 
         Returns:
             its step; None if there is no checkpoint.
+
+        Raises:
+            CheckpointDamaged: there are checkpoints, and all are damaged.
+            CheckpointIncomplete: parts of what was in the ranks' memories are lost, and there is no other checkpoint.
         """
         self._check_open()
         check_group(group)
