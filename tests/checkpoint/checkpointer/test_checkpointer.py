@@ -25,6 +25,7 @@ from ferro_checkpoint import (
     load,
 )
 from ferro_checkpoint.checkpointer import background, resuming, save_starter
+from ferro_checkpoint.saving import write
 
 WAIT_S = 60.0
 
@@ -221,6 +222,7 @@ def test_a_save_that_hangs_ends_at_its_deadline(tmp_path, monkeypatch):
     with pytest.raises(SaveFailed, match="did not end in time"):
         keeper.wait()
     held.released.set()
+    keeper._timeout_s = WAIT_S  # this one has the time that it takes on a busy machine
     keeper.save(2, new_state())
     keeper.close()
     assert 2 in names(tmp_path)
@@ -260,6 +262,18 @@ def test_the_last_are_those_that_were_saved_last_and_copies_that_fail_leave_a_go
         keeper.wait()
         assert names(tmp_path) == [20, 30]
         assert keeper._starter.memory.whole.name == "step-000000030"
+    agree = write._agree
+
+    def cut(*arguments: object) -> object:
+        if arguments[-1] == "committing it":
+            raise FerroError("cut.")
+        return agree(*arguments)
+
+    monkeypatch.setattr(write, "_agree", cut)
+    with Checkpointer(None, in_memory=True) as keeper:
+        keeper.save(1, new_state())
+        with pytest.raises(SaveFailed, match=r"cut\. .*: Checkpointer\.resume\(\) returns it if it was"):
+            keeper.wait()
 
 
 AT_EXIT = """
@@ -312,7 +326,7 @@ def test_the_loss_of_a_rank_says_what_it_ended(tmp_path, monkeypatch):
             with pytest.raises(PeerLost, match=rf"resuming from {tmp_path} failed.*changed: rank 1 is gone") as caught:
                 keeper.resume(into=new_state())
         monkeypatch.setattr(save_starter, "plan_save", lost)
-        with pytest.raises(SaveFailed, match="step-000000001 failed: rank 1 is gone. Nothing was saved") as failed:
+        with pytest.raises(SaveFailed, match=r"step-000000001 failed: rank 1 is gone\. Nothing was saved") as failed:
             keeper.save(1, new_state())
     assert isinstance(failed.value, PeerLost)
     assert [(error.value.peer, error.value.host) for error in (caught, failed)] == [(1, "b")] * 2
