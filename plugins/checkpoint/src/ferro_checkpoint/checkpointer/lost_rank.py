@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ferro import FerroError
-from ferro.errors import PeerLost
+from ferro.errors import CollectiveTimeout, PeerLost
 
 if TYPE_CHECKING:
     from ferro import ProcessGroup
@@ -27,6 +27,11 @@ def told_to(group: ProcessGroup | None, timeout_s: float) -> Iterator[None]:
     """
     try:
         yield
+    except CollectiveTimeout as error:
+        error.add_note(
+            "(all ranks call step() and the other methods of a Checkpointer alike: has one left out a call?)"
+        )
+        raise
     except PeerLost as error:
         if group is not None and group.state == "open" and error.peer is not None and error.peer != group.rank:
             with contextlib.suppress(FerroError):
