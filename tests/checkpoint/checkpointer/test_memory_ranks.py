@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import runpy
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ferro
+from ferro_checkpoint import CheckpointIncomplete
 from ferro_checkpoint.checkpointer import save_starter
 from ferro_checkpoint.checkpointer.checkpointer import Checkpointer
 from ferro_checkpoint.checkpointer.every import Every
@@ -61,9 +65,13 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
     """Train until ranks are lost, then go on from memory or disk; with "rejoin", the last rank is a spare before."""
     members = range(world.world_size - (how == "rejoin"))
     every = None if directory is None else Every(steps=4)
-    keeper = None
+    keeper = beside = None
     if world.rank in members:
         group = world.subgroup(members)
+        if how == "from disk":
+            beside = Checkpointer(None, group, in_memory=True, timeout_s=60)
+            beside.save(1, new_state(group))
+            beside.wait()
         keeper = Checkpointer(directory, group, every=every, in_memory=Every(steps=EVERY), timeout_s=60)
         if how == "in a save" and group.rank in victims:
             save_starter.replicate = die_in_second_copy
@@ -78,6 +86,9 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
         with contextlib.suppress(ferro.FerroError):
             group.barrier()
     state = new_state(group)
+    if beside is not None:
+        with pytest.raises(CheckpointIncomplete, match="do not hold all of the checkpoint of step 1"):
+            beside.resume(into=state, group=group)
     keeper = keeper or Checkpointer(None, group, in_memory=Every(steps=EVERY))
     with keeper:
         first = keeper.resume(into=state, group=group)
@@ -130,3 +141,33 @@ def test_survivors_go_on_with_the_bits_of_an_uninterrupted_run(ranks, victims, h
         assert (first, step) == (resumed, STEPS), outcome.describe()
         np.testing.assert_array_equal(rows, reference["model"].rows)
         np.testing.assert_array_equal(m, reference["optimizer"]["m"])
+
+
+LINES = {
+    "the training": ("die", "all_reduce", "step"),
+    "the keeper": ("all_reduce", "die", "step"),
+    "the thread that writes": ("all_reduce", "step", "die"),
+}
+
+
+def run_program(group: ferro.ProcessGroup, path: str) -> None:
+    """Run a program that joins the job itself, on a rank that is forked and need not import everything again."""
+    group.close()
+    runpy.run_path(path, run_name="__main__")
+    ferro.shutdown()
+
+
+@pytest.mark.parametrize("noticed_by", LINES)
+def test_the_recovery_of_the_page_works_whoever_notices_the_loss(noticed_by, tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "checkpoint.md").read_text()
+    [program] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "# recover.py" in block]
+    [loop] = re.findall(r"        if step == 20.*?keeper.step\(step, state\)\n", program, re.DOTALL)
+    first, second, third, fourth = loop.splitlines(keepends=True)
+    lines = {"die": first + second, "all_reduce": third, "step": fourth}
+    path = tmp_path / "recover.py"
+    path.write_text(program.replace(loop, "".join(lines[name] for name in LINES[noticed_by])))
+    outcomes = run_ranks_outcomes(run_program, 3, backend="gloo", args=(str(path),), timeout_s=120)
+    assert outcomes[1].signal == "SIGKILL", outcomes[1].describe()
+    for outcome in (outcomes[0], outcomes[2]):
+        assert outcome.ok, outcome.describe()
+        assert re.search(r"of 2 goes on from step (10|15|20)", outcome.output), outcome.describe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
 import pytest
 
 from ferro import UsageError
@@ -66,6 +67,16 @@ def test_the_last_and_the_best_are_kept():
         (lambda: Last(0), "from 1, not 0"),
         (lambda: Best("loss", 1, mode="least"), "'min' or 'max', not 'least'"),
         (lambda: Checkpointer(None), "without a directory, give in_memory"),
+        (lambda: Every(minutes="x"), "a positive number, not 'x'"),
+        (lambda: Last(1) | Every(steps=1), "what to keep is .*, not Every"),
+        (lambda: Every(steps=1) | Last(1), "a policy is Every.*, not Last"),
+        (lambda: Best(3, 1), "metric is the name"),
+        (lambda: Checkpointer("x", timeout_s="x"), "timeout_s is a positive number of seconds, not 'x'"),
+        (lambda: Checkpointer("x", preemption_s=math.nan), "preemption_s is a positive number"),
+        (lambda: Checkpointer("x", 3), "group is a group of ranks.*, not 3"),
+        (lambda: Checkpointer(3), "3 is no path"),
+        (lambda: Checkpointer("x").step(1, {}, loss="low"), "metric 'loss' is a number, not str 'low'"),
+        (lambda: Checkpointer("x").step(1, {}, loss=np.ones(2)), "metric 'loss' is a number, not ndarray"),
         (lambda: Checkpointer("x", timeout_s=0), "timeout_s is a positive number"),
         (lambda: Checkpointer("x", every=500), "a policy is Every"),
         (lambda: Checkpointer("x", keep=3), "keep is Last"),

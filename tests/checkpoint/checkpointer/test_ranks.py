@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import ferro
-from ferro_checkpoint import Checkpointer, CheckpointError, Continuous, Every, Last, SaveFailed, load
+from ferro_checkpoint import Checkpointer, CheckpointError, Continuous, Every, Last, SaveFailed, StateError, load, save
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.saving.segment_writer import SegmentWriter
@@ -60,7 +61,7 @@ def train(group: ferro.ProcessGroup, directory: str) -> list:
         assert newest["bias"].tolist() == [group.world_size * count] * 3
         assert newest["rank"] == group.rank
         held = keeper.memory_bytes
-    assert held < 4 * (32 << 20) + (8 << 20)  # a block for each own part and each copy, and the files' heads
+    assert held < 5 * ROWS * 8 * 8 // group.world_size + (4 << 20)  # four times its share, and the files' heads
     return sorted(on_disk)
 
 
@@ -151,3 +152,50 @@ def test_a_single_rank_resumes_from_its_own_memory() -> None:
         assert state["w"][0] == 5
     assert isinstance(keeper._starter.memory, MemoryStorage)
     assert keeper.memory_bytes == 0
+
+
+def misuse(group: ferro.ProcessGroup, directory: str) -> list[str]:
+    """Make calls that differ between ranks, or mix runs; return the errors."""
+    said: list[str] = []
+
+    def refused(call, *arguments, **more) -> None:
+        with pytest.raises(ferro.FerroError) as caught:
+            call(*arguments, **more)
+        said.append(str(caught.value))
+
+    rank, state = group.rank, {"bias": np.zeros(3)}
+    with Checkpointer(directory, group, every=Every(steps=1)) as keeper:
+        keeper.step(1, state, loss=None if rank else 0.5)
+        keeper.wait()
+        refused(keeper.step, 2 + rank, state)
+        keeper.step(4, state)
+    refused(Checkpointer(directory, group, every=Every(steps=1 + rank)).step, 1, state)
+    with Checkpointer(directory, group) as keeper:
+        refused(keeper.save, 3, state)
+        assert keeper.resume(into=state) == 4
+        refused(keeper.save(4, state).wait)
+        with pytest.raises(StateError):
+            keeper.wait()
+        keeper.save(5, state)
+    refused(save, f"{directory}/by-hand-{rank}", state, group, step=rank)
+    if rank:
+        refused(Checkpointer(directory, group, timeout_s=1.5).save, 6, state)
+    group.barrier()
+    return said
+
+
+def test_calls_that_differ_between_ranks_or_mix_runs_are_named(tmp_path: Path) -> None:
+    found = run_ranks(misuse, 2, backend="gloo", args=(str(tmp_path),), timeout_s=120)
+    assert [len(said) for said in found] == [5, 6]
+    messages = [
+        "rank 0 has step 2, rank 1 step 3",
+        "rank 0 has every 'Every.steps=1.*rank 1 every 'Every.steps=2",
+        f"{tmp_path} has checkpoints up to step 4 already, and this run would save step 3: call resume",
+        "step-000000004 is there already: this step was saved before: go on with a later one",
+        "rank 0 has name 'by-hand-0' and step 0, rank 1 name 'by-hand-1' and step 1",
+    ]
+    for said in found:
+        for text, message in zip(said, messages, strict=False):
+            assert re.search(message, text), text
+    assert "1.5 s" in found[1][-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000000{step}" for step in (1, 4, 5)]

@@ -9,7 +9,7 @@ import ferro
 import ferro_checkpoint
 from ferro_checkpoint import ArrayPiece
 from ferro_checkpoint.layout.record import Record
-from ferro_checkpoint.plan.segments import SEGMENT_BYTES
+from ferro_checkpoint.plan.segments import SEGMENT_BYTES, SMALL_SEGMENT_BYTES
 from ferro_checkpoint.saving.save_plan import plan_save
 from ferro_checkpoint.saving.snapshot import Snapshot
 from ferro_checkpoint.saving.write import write_checkpoint
@@ -66,6 +66,12 @@ def test_ranks_write_the_same_number_of_bytes(kind):
     written = [plan.written_bytes for plan in plans]
     assert sum(written) >= ROWS * COLUMNS * 4
     assert max(written) - min(written) <= 2 * SEGMENT_BYTES
+
+
+def test_a_small_state_is_shared_evenly_as_well():
+    state = {"m": {"a": np.zeros(500_000, "f4"), "b": np.zeros((300, 800), "f4")}}
+    written = [plan.written_bytes for plan in on_ranks(3, lambda group: plan_save(state, group))]
+    assert max(written) - min(written) <= SMALL_SEGMENT_BYTES
 
 
 def test_a_plan_is_used_again_and_a_snapshot_does_not_change(tmp_path):

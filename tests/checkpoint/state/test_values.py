@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,3 +74,18 @@ def test_values_come_back(value):
 def test_any_json_is_read_or_refused(value):
     with contextlib.suppress(ValueError):
         decode_value(value)
+
+
+class Unnamed(int):
+    """A key that cannot be written into a name."""
+
+    def __format__(self, how):
+        raise AssertionError("a name was made of it")
+
+
+def test_names_are_made_for_errors_alone():
+    assert encode_value({Unnamed(1): [1, 2.5, None]}, "x") == {"$dict": [[1, [1, 2.5, None]]]}
+    with pytest.raises(StateError, match=r"^'x\.a\.1\.2\.b' is a set, which"):
+        encode_value({"a": [1, (2, 3, {"b": {1}})]}, "x")
+    with pytest.raises(StateError, match=r"^'x\.0\.1' is a number of 5001 bits"):
+        encode_value([[1, 1 << 5000]], "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ferro import FerroError, UsageError
+from ferro.errors import PeerLost
 
 
 class StateError(UsageError):
@@ -37,3 +38,21 @@ class CheckpointTooNew(CheckpointError):
 
 class SaveFailed(CheckpointError):
     """A checkpoint was not written, on any rank; the earlier ones are as they were."""
+
+
+class SaveLostPeer(SaveFailed, PeerLost):
+    """A checkpoint was not written, since a rank is gone: `except PeerLost` catches this as well.
+
+    `peer` is its rank in the group that saved.
+    """
+
+    def __init__(self, message: str, *, path: str, lost: PeerLost, rank: int | None = None) -> None:
+        super().__init__(message, path=path, rank=rank)
+        self.peer, self.host, self.group = lost.peer, lost.host, lost.group
+
+
+def save_failed(message: str, error: FerroError, *, path: str, rank: int | None) -> SaveFailed:
+    """Return the error of a save that another error has ended, which becomes its cause."""
+    if isinstance(error, PeerLost):
+        return SaveLostPeer(message, path=path, lost=error, rank=rank)
+    return SaveFailed(message, path=path, rank=rank)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
+from ferro_checkpoint.checkpointer.arguments import check_group, check_seconds, checked_metrics, checked_step
 from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end
+from ferro_checkpoint.checkpointer.lost_rank import told_to
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSignal
@@ -20,6 +21,7 @@ from ferro_checkpoint.checkpointer.resuming import load_newest
 from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
+from ferro_checkpoint.plan.failures import check_same
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import open_storage
 
@@ -51,9 +53,10 @@ class Checkpointer:
         keep: which checkpoints to keep; None for all. A removed one loses its commit record first.
         async_: False to write in `step` itself, without a copy.
         in_memory: keep the ranks' states in their memories, too, each with a copy at another rank: with each save
-            (True), or at times of its own (a policy). A rank gives memory for four times its share of the bytes:
+            (True), or at times of its own (a policy). A rank gives memory for about four times its share of the bytes:
             for the last checkpoint and the one that is written, of each its own part and the copy of another's.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
+            A signal after the last `step` saves nothing: `close` sends it again.
         timeout_s: how long a save may take, and how long to wait for other ranks.
         progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
             of long saves if None.
@@ -79,16 +82,23 @@ class Checkpointer:
             raise UsageError("Checkpointer: without a directory, give in_memory=True or a policy")
         if keep is not None and not isinstance(keep, KeepPolicy):
             raise UsageError(f"Checkpointer: keep is Last(n), Best(metric, n), some with |, or None, not {keep!r}")
-        for name, seconds in (("preemption_s", preemption_s), ("timeout_s", timeout_s)):
-            if seconds is not None and not seconds > 0:
-                raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {seconds!r}")
+        check_group(group)
+        check_seconds(preemption_s=preemption_s, timeout_s=timeout_s)
         self._schedules = SaveSchedules(every, None if isinstance(in_memory, bool) else in_memory)
-        self._background, self._timeout_s = async_, timeout_s
+        self._background, self._timeout_s = async_, float(timeout_s)
+        self._same = {
+            "every": repr(every),
+            "in_memory": repr(in_memory),
+            "async_": bool(async_),
+            "preemption": preemption_s is not None,
+            "directory": "None" if directory is None else "given",
+        }
         storage = None if directory is None else open_storage(directory)
         self._starter = SaveStarter(storage, MemoryStorage() if in_memory is not False else None, keep, progress)
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
+        self._pid = os.getpid()
         self._closed = False
         self._signal = None if preemption_s is None else TerminationSignal(preemption_s)
 
@@ -114,31 +124,29 @@ class Checkpointer:
             the save that has begun, or None.
 
         Raises:
-            SaveFailed: an earlier save has failed, or this one, if it was written at once.
+            SaveFailed: an earlier save has failed, or this one, if it was written at once. Where a rank is gone, it is
+                `ferro.PeerLost` as well, and `group.shrink()` works, whoever has noticed the loss first.
+            StateError: the ranks gave different steps or states; or the directory has later steps of another run, and
+                this one has not called `resume`. Nothing was saved.
+            UsageError: a metric of rank 0 is no number.
             Preempted: SIGTERM came to a rank, and the state was saved, or could not be in time.
         """
-        step = _checked(step)
-        agreement = self._open()[1]
-        agreed = self._read(agreement)
-        if agreed is not None and agreed[PREEMPTED]:
-            assert self._signal is not None, "it is the same on all ranks"
-            save_and_end(
-                step, state, metrics, self._starter, self._running, self._signal, in_background=self._background
-            )
-        disk, memory = self._schedules.due(step, agreed)
-        result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
-        if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
-            self._publish(agreement)
-        return result
+        step = checked_step(step)
+        self._check_open()
+        with told_to(self._group, self._timeout_s):
+            return self._step(step, state, metrics)
 
     def save(self, step: int, state: object, **metrics: float) -> SaveResult:
         """Save the state now, as `step` does; if this step is saved already or being saved, return that save."""
-        step = _checked(step)
-        agreement = self._open()[1]
-        self._read(agreement)
-        result = self._save(step, state, metrics, disk=True, memory=True)
-        self._publish(agreement)
-        return result
+        step = checked_step(step)
+        self._check_open()
+        with told_to(self._group, self._timeout_s):
+            groups, agreement = self._open()
+            checked = checked_metrics(metrics, groups.rank)
+            self._read(agreement)
+            result = self._save(step, state, checked, disk=True, memory=True)
+            self._publish(agreement)
+            return result
 
     def resume(self, into: object, group: ProcessGroup | None = None) -> int | None:
         """Load the newest checkpoint that is whole, the same on all ranks, into a state of the same names and shapes.
@@ -153,24 +161,35 @@ class Checkpointer:
 
         Returns:
             its step; None if there is no checkpoint.
+
+        Raises:
+            CheckpointDamaged: there are checkpoints, and all are damaged.
+            CheckpointIncomplete: parts of what was in the ranks' memories are lost, and there is no other checkpoint.
         """
+        self._check_open()
+        check_group(group)
         if group is not None and group is not self._group:
             self._running.drop()
             self._leave(in_good_order=False)
             self._group = group
-        groups, agreement = self._open()
-        self._read(agreement)
-        self.wait()
-        self._running.forget()
-        step = load_newest(into, self._starter, groups)
+        with told_to(self._group, self._timeout_s):
+            groups, agreement = self._open()
+            self._read(agreement)
+            self.wait()
+            self._running.forget()
+            step = load_newest(into, self._starter, groups)
+        self._starter.knows_directory = True
         if step is not None:
             self._schedules.resumed(step)
         return step
 
     def wait(self) -> None:
         """Wait until the save that is under way has ended; raise its error, if it has failed."""
+        if os.getpid() != self._pid:
+            return  # a forked process: the save is its parent's
         try:
-            self._running.wait()
+            with told_to(self._group, self._timeout_s):
+                self._running.wait()
         except FerroError:
             self._starter.failed()
             raise
@@ -190,20 +209,49 @@ class Checkpointer:
 
     # -- parts of a step, and the end ----------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[OwnGroups, StepAgreement]:
-        """Make the groups, when they are used for the first time; all ranks do."""
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer was closed: make another one")
+        if os.getpid() != self._pid:
+            raise UsageError("this Checkpointer belongs to the process from which this one was forked: make another")
+
+    def _step(self, step: int, state: object, metrics: Mapping[str, float]) -> SaveResult | None:
+        groups, agreement = self._open()
+        metrics = checked_metrics(metrics, groups.rank)
+        agreed = self._read(agreement, may_end=True)
+        if agreed is not None and agreed[PREEMPTED]:
+            assert self._signal is not None, "it is the same on all ranks"
+            save_and_end(
+                step, state, metrics, self._starter, self._running, self._signal, in_background=self._background
+            )
+        disk, memory = self._schedules.due(step, agreed)
+        result = self._save(step, state, metrics, disk=disk, memory=memory) if disk or memory else None
+        if self._running.unsettled or self._signal is not None or self._schedules.needs_agreement:
+            self._publish(agreement)
+        return result
+
+    def _open(self) -> tuple[OwnGroups, StepAgreement]:
+        """Make the groups, when they are used for the first time; all ranks do."""
         if self._opened is None:
             groups = OwnGroups(self._group, self._timeout_s)
+            try:
+                check_same(groups.gather(self._same))
+            except UsageError:
+                groups.close(in_good_order=True)
+                raise
             self._starter.use(groups)
             self._running.logs = self._running.logs and groups.rank == 0
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
         return self._opened
 
-    def _read(self, agreement: StepAgreement) -> bytes | None:
-        """Read what the ranks agreed on in the step before; raise the error of a save that has failed."""
+    def _read(self, agreement: StepAgreement, *, may_end: bool = False) -> bytes | None:
+        """Read what the ranks agreed on in the step before; raise the error of a save that has failed.
+
+        Where the program `may_end` by SIGTERM, that comes first, and a failure is left to the last save.
+        """
         agreed = agreement.read()
+        if agreed is not None and may_end and agreed[PREEMPTED]:
+            return agreed
         if agreed is not None and agreed[FAILED]:
             self._starter.failed()
             self._running.raise_failure()
@@ -254,23 +302,16 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # a forked process has nothing of its own here: the save, the groups and the signal are its parent's
         error = None
         try:
             error = self._running.finish()
-            self._leave(in_good_order=not failing)
+            self._leave(in_good_order=not failing and not self._running.given_up)
             self._starter.release()
         finally:
             if self._signal is not None:
                 self._signal.close(deliver=not failing)
         if error is not None and not failing:
-            self._running.raise_failure()
-
-
-def _checked(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise UsageError(f"a step is a whole number from 0, not {step!r}")
-    return number
+            with told_to(self._group, self._timeout_s):
+                self._running.raise_failure()

@@ -6,12 +6,20 @@ the same on all ranks: there the ranks agree (see `agreement`).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from ferro import UsageError
 from ferro_checkpoint.checkpointer.agreement import BUSY, DUE, MEMORY_DUE
+
+
+def is_positive(number: object) -> bool:
+    """Say whether this is a finite number greater than 0."""
+    return isinstance(number, int | float | np.integer | np.floating) and bool(0 < number < math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,7 @@ class Every:
             raise UsageError("Every: give either steps or minutes; Every(steps=500) | Every(minutes=10) does both")
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise UsageError(f"Every: steps is a whole number from 1, not {self.steps!r}")
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not is_positive(self.minutes):
             raise UsageError(f"Every: minutes is a positive number, not {self.minutes!r}")
 
     def __or__(self, other: SavePolicy) -> AnyOf:
@@ -46,6 +54,10 @@ class AnyOf:
     """Save when one of the policies says so."""
 
     policies: tuple[SavePolicy, ...]
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            _flattened(policy)
 
     def __or__(self, other: SavePolicy) -> AnyOf:
         return AnyOf((*self.policies, other))

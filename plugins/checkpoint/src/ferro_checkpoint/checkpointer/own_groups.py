@@ -27,6 +27,7 @@ class OwnGroups:
         steps: the group for the program's own thread, or None.
         saves: the group for the thread that writes, or None.
         timeout_s: how long to wait for other ranks.
+        training: the training's group, or None.
     """
 
     def __init__(self, group: ProcessGroup | None, timeout_s: float) -> None:
@@ -35,10 +36,11 @@ class OwnGroups:
         self.steps: ProcessGroup | None = None
         self.saves: ProcessGroup | None = None
         self.timeout_s = timeout_s
+        self.training = group
         if group is not None and group.world_size > 1:
             self._ranks = range(group.world_size)
-            self.steps = group.subgroup(self._ranks, name=f"{group.name}-checkpoint")
-            self.saves = group.subgroup(self._ranks, name=f"{group.name}-checkpoint-saves")
+            self.steps = group.subgroup(self._ranks, name=f"{group.name}-checkpoint", timeout_s=timeout_s)
+            self.saves = group.subgroup(self._ranks, name=f"{group.name}-checkpoint-saves", timeout_s=timeout_s)
 
     def renew_saves(self) -> None:
         """Make another group for saves if that of an earlier save is dead, on some ranks or all; all ranks call it."""
@@ -46,13 +48,13 @@ class OwnGroups:
             return
         name = self.saves.name
         self.saves.abandon()
-        self.saves = self.steps.subgroup(self._ranks, name=name)
+        self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self.timeout_s)
 
-    def gather(self, value: Value) -> list[Value]:
-        """Return every rank's value, in the program's own thread."""
+    def gather(self, value: Value, *, timeout_s: float | None = None) -> list[Value]:
+        """Return every rank's value, in the program's own thread; another time to wait may be given."""
         if self.steps is None:
             return [value]
-        values: list[Value] = self.steps.all_gather_object(value, timeout_s=self.timeout_s)
+        values: list[Value] = self.steps.all_gather_object(value, timeout_s=timeout_s or self.timeout_s)
         return values
 
     def from_rank_0(self, value: Value | None) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ferro import FerroError, ProcessGroup
@@ -54,3 +55,16 @@ def tell_all(
             text = f"found by rank {rank} of {group.world_size}: {text}"
             raise _KINDS[name](text, path=path, rank=rank) if name in _KINDS else StateError(text)
     return [value for _, value in told]
+
+
+def check_same(given: Sequence[Mapping[str, object]]) -> None:
+    """Check that all ranks have given the same, by rank.
+
+    Raises:
+        StateError: they have not; the message names what differs, and two ranks.
+    """
+    for rank, each in enumerate(given):
+        differs = [what for what in given[0] if each.get(what) != given[0][what]]
+        if differs:
+            own, other = (" and ".join(f"{what} {one.get(what)!r}" for what in differs) for one in (given[0], each))
+            raise StateError(f"ranks do not save the same: rank 0 has {own}, rank {rank} {other}. Nothing was saved")

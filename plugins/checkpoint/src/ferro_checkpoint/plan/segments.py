@@ -18,6 +18,8 @@ from ferro_checkpoint.plan.rows import HEADER, Rows
 Indices = NDArray[np.int64]
 
 SEGMENT_BYTES = 4 << 20
+SMALL_SEGMENT_BYTES = 256 << 10  # of small states, so that every rank has its share of them
+_SEGMENTS_OF_A_RANK = 8  # at least, unless they would be smaller than that
 EXCHANGED_BYTES = 1 << 20  # of a segment of which ranks send each other parts
 LEAST_OWN_BYTES = (
     64 << 10
@@ -56,10 +58,11 @@ def cut_segments(rows: Rows, layout: FileLayout, world_size: int, *, whole_files
         whole_files: one rank writes all segments of a file, as a store demands that takes files only as a whole.
     """
     regions = _regions(rows, layout)
+    most = _segment_bytes(layout.bases[-1], world_size)
     segments = Segments([], [], [], [], [], [])
     keys: list[int] = []
     for begin, end, first, last, key in regions:
-        size = EXCHANGED_BYTES if key < 0 else SEGMENT_BYTES
+        size = min(EXCHANGED_BYTES, most) if key < 0 else most
         base = layout.bases[layout.file_at(begin)]
         at, row = begin, first
         while at < end:
@@ -77,8 +80,14 @@ def cut_segments(rows: Rows, layout: FileLayout, world_size: int, *, whole_files
     if whole_files:
         _give_files(segments, layout, world_size)
     else:
-        _give_segments(segments, keys, rows, world_size)
+        _give_segments(segments, keys, rows, world_size, most)
     return segments
+
+
+def _segment_bytes(nbytes: int, world_size: int) -> int:
+    """Choose the size of segments of a checkpoint: whole pages."""
+    fitting = nbytes // (_SEGMENTS_OF_A_RANK * world_size) // _PAGE * _PAGE
+    return min(max(fitting, SMALL_SEGMENT_BYTES), SEGMENT_BYTES)
 
 
 def _regions(rows: Rows, layout: FileLayout) -> list[tuple[int, int, int, int, int]]:
@@ -118,12 +127,12 @@ def _give_files(segments: Segments, layout: FileLayout, world_size: int) -> None
     segments.exchanged = [True] * len(segments.begin)
 
 
-def _give_segments(segments: Segments, keys: Sequence[int], rows: Rows, world_size: int) -> None:
+def _give_segments(segments: Segments, keys: Sequence[int], rows: Rows, world_size: int, segment_bytes: int) -> None:
     """Give each segment to a rank that holds it, unless it has far more to write than others already."""
     sizes = [end - begin for begin, end in zip(segments.begin, segments.end, strict=True)]
     load = [0] * world_size
     writers = [-1] * len(sizes)
-    most = sum(sizes) // world_size + SEGMENT_BYTES
+    most = sum(sizes) // world_size + segment_bytes
     choices: dict[int, list[int]] = {}
     later = []
     for number, (size, key, row) in enumerate(zip(sizes, keys, segments.first_row, strict=True)):

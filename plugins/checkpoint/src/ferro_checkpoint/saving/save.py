@@ -7,7 +7,7 @@ import os
 from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RendezvousError
 from ferro_checkpoint.arguments import check_group, check_timeout, checked_step
-from ferro_checkpoint.errors import SaveFailed
+from ferro_checkpoint.errors import save_failed
 from ferro_checkpoint.plan.replica_check import Check
 from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.saving.save_plan import plan_save
@@ -57,7 +57,12 @@ def save(
         if group is not None and group.world_size > 1:
             own = group.subgroup(range(group.world_size), timeout_s=timeout_s)
         plan = plan_save(
-            state, own, writes_ranges=storage.writes_ranges, check_replicas=check_replicas, timeout_s=timeout_s
+            state,
+            own,
+            writes_ranges=storage.writes_ranges,
+            check_replicas=check_replicas,
+            same={"name": name, "step": step, "overwrite": overwrite},
+            timeout_s=timeout_s,
         )
         with byte_progress("saving", plan.written_bytes, plan.rank, progress) as advance:
             write_checkpoint(
@@ -66,7 +71,7 @@ def save(
     except (PeerLost, CollectiveTimeout, GroupClosed, RendezvousError) as error:
         # A rank was lost before anything was written; `write_checkpoint` tells of it afterwards.
         text = f"saving {os.fspath(path)} failed: {error} Nothing was saved; earlier checkpoints are as they were."
-        raise SaveFailed(text, path=os.fspath(path), rank=None if group is None else group.rank) from error
+        raise save_failed(text, error, path=os.fspath(path), rank=None if group is None else group.rank) from error
     finally:
         if own is not None:
             own.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ferro import ProcessGroup
@@ -11,7 +11,7 @@ from ferro_checkpoint.layout.bundle import FILE_BYTES
 from ferro_checkpoint.placement.local_array import LocalArray
 from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arrays
 from ferro_checkpoint.plan.deadline import Deadline
-from ferro_checkpoint.plan.failures import tell_all
+from ferro_checkpoint.plan.failures import check_same, tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
 from ferro_checkpoint.plan.many_objects import without_collector
 from ferro_checkpoint.plan.parts import LocalArrays, SegmentPart
@@ -94,6 +94,8 @@ def plan_save(
     writes_ranges: bool = True,
     previous: SavePlan | None = None,
     check_replicas: Check = "sampled",
+    same: Mapping[str, object] | None = None,
+    refused: StateError | None = None,
     timeout_s: float = 600.0,
 ) -> SavePlan:
     """Find out what all ranks' states hold, and who writes what; all ranks of the group call it.
@@ -104,6 +106,8 @@ def plan_save(
         writes_ranges: `Storage.writes_ranges`.
         previous: an earlier plan, which is used again where nothing has changed but the arrays' elements.
         check_replicas: see `plan.replica_check`.
+        same: what all ranks must have given alike, by the names that messages have: values of JSON.
+        refused: why this rank does not save, if so.
         timeout_s: deadline of all collectives together.
 
     Raises:
@@ -114,6 +118,8 @@ def plan_save(
     if check_replicas not in CHECKS:
         raise StateError(f"check_replicas is {check_replicas!r}; it is one of {', '.join(map(repr, CHECKS))}")
     try:
+        if refused is not None:
+            raise refused
         with without_collector():
             flat = flatten(state, rank)
             local = [LocalArray(name, piece) for name, piece in flat.pieces]
@@ -121,10 +127,11 @@ def plan_save(
     except Exception as error:
         tell_all(group, error, deadline)
         raise
-    same = previous is not None and previous.whole_files != writes_ranges and previous.described == described.digest
-    told = tell_all(group, None, deadline, same)
+    again = previous is not None and previous.whole_files != writes_ranges and previous.described == described.digest
+    told = tell_all(group, None, deadline, [again, dict(same or {})])
+    check_same([given for _, given in told])
     values = agree_on_values(flat.values, flat.by_rank, group, deadline)
-    if previous is not None and all(told):
+    if previous is not None and all(each for each, _ in told):
         plan = previous
         plan.values, plan.local = values, LocalArrays(local, plan.holdings.names)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ferro import FerroError, ProcessGroup
-from ferro_checkpoint.errors import SaveFailed, StateError
+from ferro_checkpoint.errors import SaveFailed, StateError, save_failed
 from ferro_checkpoint.layout.bundle import encode_index, index_name
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.record import FileRecord, Record
@@ -40,6 +40,7 @@ def write_checkpoint(
     threads: int = 2,
     progress: Progress | None = None,
     metrics: Mapping[str, float] | None = None,
+    if_taken: str = "overwrite=True replaces it, when the new one is whole",
 ) -> None:
     """Write a checkpoint, or nothing; all ranks of the group call it. It may run on any thread.
 
@@ -55,6 +56,7 @@ def write_checkpoint(
         threads: how many write at the same time.
         progress: called with the bytes of each segment that this rank has written, on any thread.
         metrics: of the step, for the record; those of rank 0 count.
+        if_taken: what to do where a directory of this name is there, for the message.
 
     Raises:
         SaveFailed: a rank could not write, or did not answer; on all ranks alike. Nothing is left of it, and earlier
@@ -66,7 +68,7 @@ def write_checkpoint(
     directory: NewDirectory | None = None
     outcome = "Nothing was saved; earlier checkpoints are as they were."
     try:
-        directory = _begin(plan, storage, name, path, group, overwrite, deadline)
+        directory = _begin(plan, storage, name, path, group, overwrite, if_taken, deadline)
         digests, failure = _write(plan, source or LiveArrays(plan), directory, group, threads, progress, deadline)
         all_digests = _agree(digests, failure, path, group, deadline, "writing it")
         failure = None
@@ -77,13 +79,14 @@ def write_checkpoint(
                 failure = error
         if failure is None:
             told = "was" if plan.rank == 0 else "may have been"
-            outcome = f"The checkpoint {told} committed before that: latest() returns it if it was."
+            outcome = f"The checkpoint {told} committed before that: {storage.found_by} returns it if it was."
         _agree(None, failure, path, group, deadline, "committing it")
     except BaseException as error:
         if directory is not None and plan.rank == 0:
             directory.discard()
         if isinstance(error, FerroError) and not isinstance(error, SaveFailed | StateError):
-            raise SaveFailed(f"saving {path} failed: {error} {outcome}", path=path, rank=plan.rank) from error
+            text = f"saving {path} failed: {error} {outcome}"
+            raise save_failed(text, error, path=path, rank=plan.rank) from error
         raise
 
 
@@ -94,6 +97,7 @@ def _begin(
     path: str,
     group: ProcessGroup | None,
     overwrite: bool,
+    if_taken: str,
     deadline: Deadline,
 ) -> NewDirectory:
     """Make the directory on rank 0, and check that all ranks see it."""
@@ -102,7 +106,7 @@ def _begin(
         token = secrets.token_hex(8)
         try:
             if storage.exists(name) and not overwrite:
-                raise StateError(f"{path} is there already: overwrite=True replaces it, when the new one is whole")
+                raise StateError(f"{path} is there already: {if_taken}")
             directory = storage.new_directory(name, token)
             storage.create_directory(directory, overwrite=overwrite)
             for file in plan.layout.files:

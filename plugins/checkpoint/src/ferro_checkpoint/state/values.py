@@ -15,6 +15,7 @@ object with one key that begins with "$":
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,56 +30,121 @@ _MOST_ARRAY_BYTES = 1 << 16
 _MOST_INT_BITS = 4096  # generators have numbers of some hundred bits; Python refuses to read far longer ones
 
 
-def encode_value(value: object, name: str, depth: int = 0) -> Json:
+class _NoValue(Exception):
+    """Something in a value cannot be kept.
+
+    Only then are names made of its place, since a list may have millions of items.
+
+    Attributes:
+        rest: the message after the name.
+        keys: of the containers that it is in, the innermost first.
+    """
+
+    def __init__(self, rest: str, *, is_text: bool = False) -> None:
+        super().__init__(rest)
+        self.rest = rest
+        self.is_text = is_text
+        self.keys: list[object] = []
+
+
+def encode_value(value: object, name: str) -> Json:
     """Write a value as JSON.
 
     Raises:
-        StateError: it holds something that a checkpoint cannot have; `name` says where it is.
+        StateError: it holds something that a checkpoint cannot have; the message says where, beginning with `name`.
     """
+    try:
+        return _encode(value, 0)
+    except _NoValue as error:
+        full = ".".join([name, *map(str, reversed(error.keys))])
+        raise StateError(f"{ascii(full) if error.is_text else repr(full)} {error.rest}") from error.__cause__
+
+
+def _encode(value: object, depth: int) -> Json:
     if value is None or type(value) is bool:
         return value
     if type(value) is str:
-        check_text(value, name)
+        _check_stored(value)
         return value
     if type(value) is int:
         if value.bit_length() > _MOST_INT_BITS:
-            raise StateError(f"{name!r} is a number of {value.bit_length()} bits; at most {_MOST_INT_BITS} are kept")
+            raise _NoValue(f"is a number of {value.bit_length()} bits; at most {_MOST_INT_BITS} are kept")
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if depth > _MOST_DEPTH:
-        raise StateError(f"{name!r} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
+        raise _NoValue(f"is nested more than {_MOST_DEPTH} deep; does it contain itself?")
     if type(value) is list:
-        return [encode_value(item, f"{name}.{place}", depth + 1) for place, item in enumerate(value)]
+        return _encode_items(value, depth)
     if type(value) is tuple:
-        return {"$tuple": [encode_value(item, f"{name}.{place}", depth + 1) for place, item in enumerate(value)]}
+        return {"$tuple": _encode_items(value, depth)}
     if isinstance(value, dict):
-        if all(type(key) is str and not key.startswith("$") for key in value):
-            for key in value:
-                check_text(key, name)
-            return {key: encode_value(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
-        pairs = [
-            [encode_value(key, name, depth + 1), encode_value(item, f"{name}.{key}", depth + 1)]
-            for key, item in value.items()
-        ]
-        return {"$dict": pairs}  # type: ignore[dict-item]
+        return _encode_dict(value, depth)
     if isinstance(value, bytes | bytearray):
         return {"$bytes": bytes(value).hex()}
     if type(value) is complex:
-        return {"$complex": [encode_value(part, name, depth + 1) for part in (value.real, value.imag)]}
+        return {"$complex": [_encode(part, depth + 1) for part in (value.real, value.imag)]}
     if isinstance(value, np.generic) and value.dtype.kind in "biufc":
         return {"$scalar": [value.dtype.name, value.tobytes().hex()]}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.nbytes <= _MOST_ARRAY_BYTES:
         value = value.astype(value.dtype.newbyteorder("="))
         return {"$array": [value.dtype.name, list(value.shape), value.tobytes().hex()]}
     if isinstance(value, int | float | str):  # of a class of its own, such as an enumeration
-        return encode_value(
-            int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else str(value), name
+        return _encode(
+            int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else str(value), 0
         )
-    raise StateError(
-        f"{name!r} is {_article(type(value).__name__)}, which a checkpoint cannot hold: it holds arrays, modules, "
+    raise _NoValue(
+        f"is {_article(type(value).__name__)}, which a checkpoint cannot hold: it holds arrays, modules, "
         f"optimizers, objects with state_dict() and load_state_dict(), numbers, texts, and lists and dicts of these"
     )
+
+
+def _encode_items(items: Sequence[object], depth: int) -> list[Json]:
+    kinds = set(map(type, items))
+    # Items that are all of one simple type need no call each.
+    if kinds <= {bool, type(None)}:
+        return list(items)  # type: ignore[arg-type]
+    if kinds == {int} and max(map(int.bit_length, items)) <= _MOST_INT_BITS:  # type: ignore[arg-type]
+        return list(items)  # type: ignore[arg-type]
+    if kinds == {float} and all(map(math.isfinite, items)):  # type: ignore[arg-type]
+        return list(items)  # type: ignore[arg-type]
+    done: list[Json] = []
+    try:
+        for item in items:
+            done.append(_encode(item, depth + 1))  # noqa: PERF401 - the error names the item at which it ends
+    except _NoValue as error:
+        error.keys.append(len(done))
+        raise
+    return done
+
+
+def _encode_dict(value: dict[Any, object], depth: int) -> Json:
+    is_plain = all(type(key) is str and not key.startswith("$") for key in value)
+    pairs: list[list[Json]] = []
+    done: dict[str, Json] = {}
+    for key, item in value.items():
+        if is_plain:
+            _check_stored(key)
+        else:
+            pairs.append([_encode(key, depth + 1)])
+        try:
+            encoded = _encode(item, depth + 1)
+        except _NoValue as error:
+            error.keys.append(key)
+            raise
+        if is_plain:
+            done[key] = encoded
+        else:
+            pairs[-1].append(encoded)
+    return done if is_plain else {"$dict": pairs}  # type: ignore[dict-item]
+
+
+def _check_stored(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        rest = f"has {text[:100]!a}, which is no text that can be stored: {error.reason}"
+        raise _NoValue(rest, is_text=True) from error
 
 
 def check_text(text: str, name: str) -> None:
@@ -88,9 +154,9 @@ def check_text(text: str, name: str) -> None:
         StateError: it has half of a surrogate pair, as the names of files can have that are no text.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise StateError(f"{name!a} has {text[:100]!a}, which is no text that can be stored: {error.reason}") from error
+        _check_stored(text)
+    except _NoValue as error:
+        raise StateError(f"{name!a} {error.rest}") from error.__cause__
 
 
 def decode_value(value: Json) -> Any:

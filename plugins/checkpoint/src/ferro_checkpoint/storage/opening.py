@@ -57,7 +57,10 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Storage, str]:
 
 
 def _text(path: str | os.PathLike[str]) -> str:
-    text = os.fsdecode(path)
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise StateError(f"{path!r} is no path: give a text or a pathlib.Path") from None
     if not text or "\0" in text:
         raise StateError(f"{text!r} is no path: give one of a directory")
     return text

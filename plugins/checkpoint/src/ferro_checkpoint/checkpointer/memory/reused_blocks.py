@@ -6,11 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Block = NDArray[np.uint8]
-_BLOCK_BYTES = 32 << 20
+_LEAST_BLOCK_BYTES = 64 << 10
+_MOST_BLOCK_BYTES = 32 << 20  # unless more is asked for at once
 
 
 class ReusedBlocks:
     """Blocks of memory that are filled one after the other, and again for the next checkpoint.
+
+    A new block has at least a quarter of the size of all before it together, so that at most that much is unused.
 
     The blocks stay, since memory that is new to the process takes longer to fill than memory that it has had before.
     """
@@ -32,7 +35,8 @@ class ReusedBlocks:
             else:
                 self._used.append(0)
             if len(self._blocks) < len(self._used):
-                self._blocks.append(np.empty(max(nbytes, _BLOCK_BYTES), np.uint8))
+                size = max(nbytes, _LEAST_BLOCK_BYTES, min(self.nbytes // 4, _MOST_BLOCK_BYTES))
+                self._blocks.append(np.empty(size, np.uint8))
         begin = self._used[-1]
         self._used[-1] = begin + nbytes
         return self._blocks[len(self._used) - 1][begin : begin + nbytes]
