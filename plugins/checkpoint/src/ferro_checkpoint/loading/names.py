@@ -8,9 +8,12 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.layout.json_text import shown
 
 Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str]"
 _MOST_NAMED = 5
+_MOST_COMPARED = 2000
+_MOST_CHARACTERS = 300
 
 
 class Chooser:
@@ -47,8 +50,8 @@ class Chooser:
         for pattern in self._patterns or ():
             if not any(_matches(name, pattern) for name in names):
                 beginnings = {name[:end] for name in names for end, char in enumerate(name) if char == "."}
-                near = difflib.get_close_matches(pattern, sorted(beginnings | set(names))[:2000], n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                near = _nearest(pattern, sorted(beginnings | set(names)))
+                hint = f"; did you mean {near!r}?" if near else ""
                 raise StateError(f"only has {pattern!r}, and the checkpoint has nothing of that name{hint}")
 
 
@@ -117,14 +120,21 @@ def name_faults(wanted: Iterable[str], there: Iterable[str], what: str, *, stric
         return []
     faults = []
     for name in missing[:_MOST_NAMED]:
-        near = difflib.get_close_matches(name, extra[:2000], n=1, cutoff=0.6)
-        faults.append(f"the checkpoint lacks {what} {name!r}" + (f" (it has {near[0]!r})" if near else ""))
+        near = _nearest(name, extra)
+        faults.append(f"the checkpoint lacks {what} {name!r}" + (f" (it has {near!r})" if near else ""))
     if len(missing) > _MOST_NAMED:
         faults.append(f"and {len(missing) - _MOST_NAMED} more")
-    faults += [f"nothing in the state takes {what} {name!r}" for name in extra[:_MOST_NAMED]]
+    faults += [f"nothing in the state takes {what} {shown(name, 300)}" for name in extra[:_MOST_NAMED]]
     if len(extra) > _MOST_NAMED:
         faults.append(f"and {len(extra) - _MOST_NAMED} more")
     return faults
+
+
+def _nearest(name: str, others: Sequence[str]) -> str | None:
+    """Return the name that is most like this one; None if none is. Of very many or very long names some are compared."""
+    known = [other for other in others[:_MOST_COMPARED] if len(other) <= _MOST_CHARACTERS]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MOST_CHARACTERS else []
+    return near[0] if near else None
 
 
 def refuse(path: str, faults: Sequence[str]) -> None:

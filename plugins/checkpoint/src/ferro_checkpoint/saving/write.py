@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ferro import FerroError, ProcessGroup
 from ferro_checkpoint.errors import SaveFailed, StateError, save_failed
-from ferro_checkpoint.layout.bundle import encode_index, index_name
-from ferro_checkpoint.layout.digest import DIGEST, digest_of
-from ferro_checkpoint.layout.record import FileRecord, Record
-from ferro_checkpoint.opened.place import COMPLEX128 as COMPLEX128_KEY
-from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import text_of
+from ferro_checkpoint.saving.commit import check_commit, commit
 from ferro_checkpoint.saving.exchange import write_segments
 from ferro_checkpoint.saving.save_plan import SavePlan
 from ferro_checkpoint.saving.segment_writer import SegmentWriter
@@ -68,13 +64,14 @@ def write_checkpoint(
     directory: NewDirectory | None = None
     outcome = "Nothing was saved; earlier checkpoints are as they were."
     try:
-        directory = _begin(plan, storage, name, path, group, overwrite, if_taken, deadline)
+        check = partial(check_commit, plan, step, metrics or {})
+        directory = _begin(plan, storage, name, path, group, overwrite, if_taken, check, deadline)
         digests, failure = _write(plan, source or LiveArrays(plan), directory, group, threads, progress, deadline)
         all_digests = _agree(digests, failure, path, group, deadline, "writing it")
         failure = None
         if plan.rank == 0:
             try:
-                _commit(plan, directory, all_digests, step, overwrite, metrics or {})
+                commit(plan, directory, all_digests, step, overwrite, metrics or {})
             except Exception as error:  # noqa: BLE001 - told to all ranks
                 failure = error
         if failure is None:
@@ -98,15 +95,17 @@ def _begin(
     group: ProcessGroup | None,
     overwrite: bool,
     if_taken: str,
+    check: Callable[[], None],
     deadline: Deadline,
 ) -> NewDirectory:
-    """Make the directory on rank 0, and check that all ranks see it."""
+    """Make the directory on rank 0, unless `check` raises an error, and check that all ranks see it."""
     token, failure, directory = "", None, None
     if plan.rank == 0:
         token = secrets.token_hex(8)
         try:
             if storage.exists(name) and not overwrite:
                 raise StateError(f"{path} is there already: {if_taken}")
+            check()
             directory = storage.new_directory(name, token)
             storage.create_directory(directory, overwrite=overwrite)
             for file in plan.layout.files:
@@ -193,47 +192,3 @@ def _unpacked(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return {number: f"{digest:016x}" for number, digest in zip(value[0].tolist(), value[1].tolist(), strict=True)}
-
-
-def _commit(
-    plan: SavePlan,
-    directory: NewDirectory,
-    digests: list[dict[int, str]],
-    step: int | None,
-    overwrite: bool,
-    metrics: Mapping[str, float],
-) -> None:
-    """Write the indices and the commit record, and give the directory its name."""
-    layout, segments = plan.layout, plan.segments
-    united: dict[int, str] = {}
-    for each in digests:
-        united |= each
-    ends: list[list[int]] = [[] for _ in layout.files]
-    found: list[list[str]] = [[] for _ in layout.files]
-    for number, (begin, end) in enumerate(zip(segments.begin, segments.end, strict=True)):
-        file = layout.file_at(begin)
-        ends[file].append(end - layout.bases[file])
-        found[file].append(united[number])
-    files = {
-        file.name: FileRecord(file.nbytes, tuple(file_ends), tuple(file_digests))
-        for file, file_ends, file_digests in zip(layout.files, ends, found, strict=True)
-    }
-    by_name = {file.name: file for file in layout.files}
-    for bundle, names in plan.layout.bundles.items():
-        if len(names) > 1:
-            content = encode_index([by_name[name] for name in names])
-            directory.write_file(index_name(bundle), content)
-            digest = digest_of([memoryview(content)])
-            files[index_name(bundle)] = FileRecord(len(content), (len(content),), (digest,))
-    holdings = plan.holdings
-    of_pairs = [name for name, dtype in zip(holdings.names, holdings.dtypes, strict=True) if dtype == COMPLEX128]
-    record = Record(
-        step=step,
-        bundles=layout.bundles,
-        files=files,
-        values=plan.values | ({COMPLEX128_KEY: of_pairs} if of_pairs else {}),
-        digest=DIGEST,
-        saved_by={"world_size": plan.world_size, "time": round(time.time(), 3)}
-        | ({"metrics": dict(metrics)} if metrics else {}),
-    )
-    directory.commit(record.encode(), overwrite=overwrite)
