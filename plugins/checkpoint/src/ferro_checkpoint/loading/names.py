@@ -131,7 +131,7 @@ def name_faults(wanted: Iterable[str], there: Iterable[str], what: str, *, stric
 
 
 def _nearest(name: str, others: Sequence[str]) -> str | None:
-    """Return the name that is most like this one; None if none is. Of very many or very long names some are compared."""
+    """Return the name that is most like this one, if any; of very many or very long names only some are compared."""
     known = [other for other in others[:_MOST_COMPARED] if len(other) <= _MOST_CHARACTERS]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _MOST_CHARACTERS else []
     return near[0] if near else None
