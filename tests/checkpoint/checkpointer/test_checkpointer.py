@@ -280,7 +280,7 @@ def test_the_loss_of_a_rank_says_what_it_ended(tmp_path, monkeypatch):
             with pytest.raises(PeerLost, match=rf"resuming from {tmp_path} failed.*changed: rank 1 is gone") as caught:
                 keeper.resume(into=new_state())
         monkeypatch.setattr(save_starter, "plan_save", lost)
-        with pytest.raises(SaveFailed, match="step-000000001 failed: rank 1 is gone. Nothing was saved") as failed:
+        with pytest.raises(SaveFailed, match=r"step-000000001 failed: rank 1 is gone. Nothing was saved") as failed:
             keeper.save(1, new_state())
     assert isinstance(failed.value, PeerLost)
     assert [(error.value.peer, error.value.host) for error in (caught, failed)] == [(1, "b")] * 2
