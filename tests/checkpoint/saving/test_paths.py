@@ -183,3 +183,14 @@ def fill_disk(group, path: str) -> None:
 
 def test_a_full_disk(small_disk):
     run_ranks(fill_disk, 2, backend="gloo", args=[str(small_disk)], timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"step": 1.5}, {"step": -1}, {"step": True}, {"step": "x"}, {"group": 3}, {"timeout_s": "x"}]
+)
+def test_arguments_that_make_no_sense(tmp_path, arguments):
+    name = next(iter(arguments))
+    with pytest.raises(StateError, match=f"{name} is "):
+        ferro_checkpoint.save(tmp_path / "c", {"a": np.ones(2)}, **arguments)
+    assert not list(tmp_path.iterdir())
+    ferro_checkpoint.save(tmp_path / "c", {"a": np.ones(2)}, step=np.int64(3))

@@ -16,6 +16,7 @@ from ferro_checkpoint.errors import (
     StateError,
 )
 from ferro_checkpoint.loading.load import load
+from ferro_checkpoint.opened.latest import latest
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.saving.save import save
 
@@ -34,6 +35,7 @@ __all__ = [
     "SaveFailed",
     "SaveResult",
     "StateError",
+    "latest",
     "load",
     "save",
 ]

@@ -43,7 +43,8 @@ def dtype_name(dtype: np.dtype, tensor: str) -> str:
     name = _OF_NUMPY.get(dtype.name)
     if name is None or dtype.byteorder == ">":
         raise StateError(
-            f"{tensor!r} has dtype {dtype}, which no checkpoint carries: convert it, or save it as a value"
+            f"{tensor!r} has dtype {dtype}, which no checkpoint carries: convert it to an integer, floating, "
+            f"complex or boolean dtype of this machine's byte order"
         )
     return _OF_DTYPE.setdefault(dtype, name)
 

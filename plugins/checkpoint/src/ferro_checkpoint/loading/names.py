@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -13,20 +13,47 @@ Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str]"
 _MOST_NAMED = 5
 
 
-def chooser(only: str | Iterable[str] | None) -> Callable[[str], bool]:
-    """Return the function that says whether a name is chosen.
+class Chooser:
+    """Says whether a name of the state is to be loaded.
 
     Args:
         only: names, beginnings of names up to a dot, or patterns with "*"; None chooses all.
+
+    Raises:
+        StateError: `only` is none of these, or empty.
     """
-    if only is None:
-        return lambda name: True
-    patterns = [only] if isinstance(only, str) else list(only)
-    if not patterns:
-        raise StateError("only=[] loads nothing: leave it out to load everything")
-    return lambda name: any(
-        name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern) for pattern in patterns
-    )
+
+    def __init__(self, only: str | Iterable[str] | None) -> None:
+        if only is None or isinstance(only, str):
+            self._patterns = None if only is None else [only]
+        else:
+            patterns: list[object] = list(only) if isinstance(only, Iterable) else [only]
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise StateError(f"only is {only!r}: give names, their beginnings up to a dot, or patterns with '*'")
+            self._patterns = [str(pattern) for pattern in patterns]
+        if self._patterns == []:
+            raise StateError("only=[] loads nothing: leave it out to load everything")
+
+    def __call__(self, name: str) -> bool:
+        """Say whether a name is chosen."""
+        return self._patterns is None or any(_matches(name, pattern) for pattern in self._patterns)
+
+    def check(self, names: Collection[str]) -> None:
+        """Check that each pattern chooses some of the names that the checkpoint has.
+
+        Raises:
+            StateError: one does not, as when it is misspelt.
+        """
+        for pattern in self._patterns or ():
+            if not any(_matches(name, pattern) for name in names):
+                beginnings = {name[:end] for name in names for end, char in enumerate(name) if char == "."}
+                near = difflib.get_close_matches(pattern, sorted(beginnings | set(names))[:2000], n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise StateError(f"only has {pattern!r}, and the checkpoint has nothing of that name{hint}")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
 def renamer(rename: Rename | None) -> Callable[[str], str]:
@@ -34,11 +61,24 @@ def renamer(rename: Rename | None) -> Callable[[str], str]:
 
     Args:
         rename: a function, or a dict of names, or of beginnings of names up to a dot; of several the longest counts.
+
+    Raises:
+        StateError: it is none of these; the function that is returned raises it, too, if `rename` returns no name.
     """
     if rename is None:
         return lambda name: name
     if callable(rename):
-        return rename
+        function = rename
+
+        def called(name: str) -> str:
+            new = function(name)
+            if not isinstance(new, str):
+                raise StateError(f"rename returned {new!r} for {name!r}, which is no name")
+            return new
+
+        return called
+    if not isinstance(rename, Mapping) or not all(isinstance(text, str) for pair in rename.items() for text in pair):
+        raise StateError(f"rename is {rename!r}: give a dict from names to names, or a function")
     table = dict(rename)
     keys = sorted(table, key=len, reverse=True)
 

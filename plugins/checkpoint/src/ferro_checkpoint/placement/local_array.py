@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ferro.types import Array
+from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.dtypes import dtype_name
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.placement.boxes import Box, flat_boxes, whole_box
 
+_MOST_COMPLEX_DIMS = 31  # NumPy 1 has arrays of at most 32 dimensions, and the pairs are one more
 _COMPLEX = np.dtype(np.complex128)
 _BLOCK = 128  # elements
 COMPLEX128 = "C128"
@@ -45,6 +47,8 @@ class LocalArray:
         dtype = piece.data.dtype
         self.name = name
         if dtype == _COMPLEX:
+            if piece.data.ndim >= _MOST_COMPLEX_DIMS:
+                raise StateError(f"{name!r} is complex128 and has {piece.data.ndim} dimensions, which are too many")
             piece = _of_floats(piece)
             self.dtype_name, self.itemsize = COMPLEX128, 8
         else:

@@ -51,3 +51,14 @@ def put_arrays(value: Any, array_of: Callable[[str], Array | None]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(put_arrays(item, array_of) for item in value)
     return value
+
+
+def rename_arrays(value: Any, renamed: Callable[[str], str]) -> Any:
+    """Copy what `take_arrays` returned, with other names for its arrays."""
+    if isinstance(value, dict):
+        if len(value) == 1 and isinstance(name := value.get(TENSOR_KEY), str):
+            return {TENSOR_KEY: renamed(name)}
+        return {key: rename_arrays(item, renamed) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(rename_arrays(item, renamed) for item in value)
+    return value
