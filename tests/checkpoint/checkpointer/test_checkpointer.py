@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ferro import PeerLost
+from ferro import FerroError, PeerLost
 from ferro_checkpoint import (
     Best,
     CheckpointDamaged,
@@ -25,6 +25,7 @@ from ferro_checkpoint import (
     load,
 )
 from ferro_checkpoint.checkpointer import background, resuming, save_starter
+from ferro_checkpoint.saving import write
 
 WAIT_S = 60.0
 
@@ -221,6 +222,7 @@ def test_a_save_that_hangs_ends_at_its_deadline(tmp_path, monkeypatch):
     with pytest.raises(SaveFailed, match="did not end in time"):
         keeper.wait()
     held.released.set()
+    keeper._timeout_s = WAIT_S  # this one has the time that it takes on a busy machine
     keeper.save(2, new_state())
     keeper.close()
     assert 2 in names(tmp_path)
@@ -238,29 +240,70 @@ def test_a_state_that_cannot_be_saved_is_refused_in_the_step(tmp_path):
     assert names(tmp_path) == [2, 3]
 
 
+def test_the_last_are_those_that_were_saved_last_and_copies_that_fail_leave_a_good_save(tmp_path, monkeypatch, caplog):
+    with Checkpointer(tmp_path, keep=Last(2), async_=False) as keeper:
+        found = [keeper.save(step, new_state()) and names(tmp_path) for step in (90, 100, 60, 70, 80)]
+        assert found == [[90], [90, 100], [60, 100], [60, 70], [70, 80]]  # at 60 the program had gone back by itself
+    real = save_starter.replicate
+
+    def fail(*_: object) -> None:
+        monkeypatch.setattr(save_starter, "replicate", real)
+        raise FerroError("no room")
+
+    monkeypatch.setattr(save_starter, "replicate", fail)
+    with Checkpointer(tmp_path, keep=Last(2), in_memory=True) as keeper:
+        assert keeper.resume(into=new_state()) == 80
+        keeper.save(20, new_state())
+        keeper.wait()
+        assert "step 20 was saved as" in caplog.text
+        assert "copies in the ranks' memories were not made: no room" in caplog.text
+        assert names(tmp_path) == [20, 80]
+        keeper.save(30, new_state())
+        keeper.wait()
+        assert names(tmp_path) == [20, 30]
+        assert keeper._starter.memory.whole.name == "step-000000030"
+    agree = write._agree
+
+    def cut(*arguments: object) -> object:
+        if arguments[-1] == "committing it":
+            raise FerroError("cut.")
+        return agree(*arguments)
+
+    monkeypatch.setattr(write, "_agree", cut)
+    with Checkpointer(None, in_memory=True) as keeper:
+        keeper.save(1, new_state())
+        with pytest.raises(SaveFailed, match=r"cut\. .*: Checkpointer\.resume\(\) returns it if it was"):
+            keeper.wait()
+
+
 AT_EXIT = """
 import sys, threading, numpy as np
+from ferro import PeerLost
 from ferro_checkpoint import Checkpointer, Every, SaveFailed
+from ferro_checkpoint.errors import SaveLostPeer
 from ferro_checkpoint.checkpointer import save_starter
 real = save_starter.write_checkpoint
 def write(plan, source, storage, name, *arguments, **options):
     import time
     time.sleep(0.3)
     if name.endswith("2"):
-        raise SaveFailed("the disk is full", path=name)
+        full = SaveFailed("the disk is full", path=name)
+        raise full if sys.argv[3] == "by code" else SaveLostPeer("rank 1 is lost", path=name, lost=PeerLost("lost"))
     real(plan, source, storage, name, *arguments, **options)
 save_starter.write_checkpoint = write
 state = {"model": {"w": np.ones(100_000)}}
 for directory, step in zip(sys.argv[1:], (1, 2)):
     keeper = Checkpointer(directory, every=Every(steps=1))
     keeper.step(step, state)
-raise SystemExit(5)
+if sys.argv[3] == "by code":
+    raise SystemExit(5)
+raise PeerLost("rank 1 is lost")
 """
 
 
 def test_at_exit_saves_are_finished_and_failures_are_told(tmp_path):
     began = time.monotonic()
-    command = [sys.executable, "-c", AT_EXIT, str(tmp_path / "a"), str(tmp_path / "b")]
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path / "a"), str(tmp_path / "b"), "by code"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert ended.returncode == 5, ended.stderr
     assert names(tmp_path / "a") == [1], ended.stderr
@@ -268,6 +311,9 @@ def test_at_exit_saves_are_finished_and_failures_are_told(tmp_path):
     assert "the disk is full" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert time.monotonic() - began < WAIT_S
+    command[3:] = [str(tmp_path / "c"), str(tmp_path / "d"), "by a loss"]
+    lost = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert (lost.stderr.count("rank 1 is lost"), lost.stderr.count("was not saved")) == (1, 0), lost.stderr
 
 
 def test_the_loss_of_a_rank_says_what_it_ended(tmp_path, monkeypatch):
@@ -280,7 +326,7 @@ def test_the_loss_of_a_rank_says_what_it_ended(tmp_path, monkeypatch):
             with pytest.raises(PeerLost, match=rf"resuming from {tmp_path} failed.*changed: rank 1 is gone") as caught:
                 keeper.resume(into=new_state())
         monkeypatch.setattr(save_starter, "plan_save", lost)
-        with pytest.raises(SaveFailed, match=r"step-000000001 failed: rank 1 is gone. Nothing was saved") as failed:
+        with pytest.raises(SaveFailed, match=r"step-000000001 failed: rank 1 is gone\. Nothing was saved") as failed:
             keeper.save(1, new_state())
     assert isinstance(failed.value, PeerLost)
     assert [(error.value.peer, error.value.host) for error in (caught, failed)] == [(1, "b")] * 2

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ferro
+from ferro_checkpoint import CheckpointIncomplete
 from ferro_checkpoint.checkpointer import save_starter
 from ferro_checkpoint.checkpointer.checkpointer import Checkpointer
 from ferro_checkpoint.checkpointer.every import Every
@@ -64,9 +65,13 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
     """Train until ranks are lost, then go on from memory or disk; with "rejoin", the last rank is a spare before."""
     members = range(world.world_size - (how == "rejoin"))
     every = None if directory is None else Every(steps=4)
-    keeper = None
+    keeper = beside = None
     if world.rank in members:
         group = world.subgroup(members)
+        if how == "from disk":
+            beside = Checkpointer(None, group, in_memory=True, timeout_s=60)
+            beside.save(1, new_state(group))
+            beside.wait()
         keeper = Checkpointer(directory, group, every=every, in_memory=Every(steps=EVERY), timeout_s=60)
         if how == "in a save" and group.rank in victims:
             save_starter.replicate = die_in_second_copy
@@ -81,6 +86,9 @@ def train(world: ferro.ProcessGroup, directory: str | None, victims: list[int], 
         with contextlib.suppress(ferro.FerroError):
             group.barrier()
     state = new_state(group)
+    if beside is not None:
+        with pytest.raises(CheckpointIncomplete, match="do not hold all of the checkpoint of step 1"):
+            beside.resume(into=state, group=group)
     keeper = keeper or Checkpointer(None, group, in_memory=Every(steps=EVERY))
     with keeper:
         first = keeper.resume(into=state, group=group)

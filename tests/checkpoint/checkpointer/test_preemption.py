@@ -15,7 +15,7 @@ import pytest
 
 import ferro
 from ferro_checkpoint import Checkpointer, Every, Preempted, load
-from ferro_checkpoint.checkpointer import save_starter
+from ferro_checkpoint.checkpointer import background, save_starter
 from ferro_testing import run_ranks_outcomes
 
 WAIT_S = 60.0
@@ -91,37 +91,68 @@ def test_a_job_of_ferro_run_saves_and_ends_as_the_launcher_is_told(tmp_path: Pat
     assert load(saved[0])["model"]["w"][0] == 2 * int(saved[0].name.removeprefix("step-"))
 
 
+def told_to_end(keeper: Checkpointer) -> None:
+    with keeper:
+        keeper.step(1, {"w": np.ones(3)})
+        signal.raise_signal(signal.SIGTERM)
+        keeper.step(2, {"w": np.ones(3)})
+        keeper.step(3, {"w": np.ones(3)})
+
+
 def test_a_save_that_cannot_end_in_time_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(save_starter, "write_checkpoint", lambda *_, **__: released.wait(WAIT_S))
+
+    def late(*_: object, **__: object) -> None:
+        released.wait(WAIT_S)
+        raise OSError("too late")
+
+    monkeypatch.setattr(save_starter, "write_checkpoint", late)
     before = signal.getsignal(signal.SIGTERM)
-    with Checkpointer(tmp_path, preemption_s=0.2) as keeper:
-        signal.raise_signal(signal.SIGTERM)
-        keeper.step(1, {"w": np.ones(3)})
-        with pytest.raises(Preempted, match=r"could not be saved within 0\.2 s") as ended:
-            keeper.step(2, {"w": np.ones(3)})
-        assert (ended.value.code, ended.value.step, ended.value.path) == (143, 2, None)
-        assert "could not be saved" in capsys.readouterr().err
-        released.set()
+    for begun in (2, 3):  # the save before is not finished in time, or that of the step itself
+        keeper = Checkpointer(tmp_path, every=Every(steps=begun), preemption_s=0.2)
+        with pytest.raises(Preempted, match=r"step 3 could not be saved within 0\.2 s: step . was not") as ended:
+            told_to_end(keeper)
+        assert (ended.value.code, ended.value.step, ended.value.path) == (143, 3, None)
+        keeper.close()
     assert signal.getsignal(signal.SIGTERM) is before
+    running = list(background._running)
+    background._at_exit()
+    released.set()
+    for result in running:
+        assert result.wait_ended(WAIT_S)
+    background._at_exit()
+    told = capsys.readouterr().err
+    assert (told.count("SIGTERM: step 3"), told.count("\n"), told.count("hang")) == (2, 2, 0), told
 
 
 LOST_SIGNAL = """
-import os, signal, sys, time
-from ferro_checkpoint import Checkpointer
-with Checkpointer(sys.argv[1], preemption_s=1):
-    reader, writer = os.pipe()
+import os, signal, sys, threading, time
+import numpy as np
+from ferro_checkpoint import Checkpointer, Every
+from ferro_checkpoint.checkpointer import save_starter
+released = threading.Event()
+save_starter.write_checkpoint = lambda *_, **__: released.wait(60)
+with Checkpointer(sys.argv[1], every=Every(steps=1), preemption_s=1) as keeper:
+    keeper.step(1, {"w": np.ones(3)})
+    for _ in range(20):
+        worker = os.fork()
+        if not worker:
+            signal.alarm(20)
+            time.sleep(60)
+        os.kill(worker, signal.SIGTERM)  # before Python works there, mostly
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
     worker = os.fork()
-    if not worker:
-        os.write(writer, b"ready")  # a signal that comes before is forgotten by the fork
-        time.sleep(60)
-        os._exit(0)
-    os.read(reader, 5)
-    os.kill(worker, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
-    signal.raise_signal(signal.SIGTERM)
+    if worker:
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+        assert keeper._opened is not None
+        released.set()
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        signal.alarm(20)  # it leaves the block, and waits for no save
+if not worker:
+    os._exit(0)
 print("no call of step() came after the signal")
 """
 
@@ -139,9 +170,9 @@ def test_the_earlier_handler_is_called_and_restored_and_no_signal_is_lost(tmp_pa
         signal.raise_signal(signal.SIGTERM)
         assert calls == [signal.SIGTERM] * 2
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        lost_signal = [sys.executable, "-c", LOST_SIGNAL, str(tmp_path)]
+        lost_signal = [sys.executable, "-c", LOST_SIGNAL, str(tmp_path / "lost")]
         lost = subprocess.run(lost_signal, capture_output=True, timeout=WAIT_S, check=False)
-        assert (lost.returncode, lost.stdout) == (-signal.SIGTERM, b"")
+        assert (lost.returncode, lost.stdout) == (-signal.SIGTERM, b""), lost.stderr
     finally:
         signal.signal(signal.SIGTERM, before)
     refused: list[Exception] = []

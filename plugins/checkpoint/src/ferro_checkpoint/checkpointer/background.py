@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ferro import PeerLost
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 
 NICENESS = 10
@@ -45,7 +46,8 @@ def run(result: SaveResult, write: Callable[[], None]) -> None:
 
 
 def told(result: SaveResult) -> None:
-    """Note that the program has been told of a failure."""
+    """Note that the program has been told of a failure, also of one that is still to come."""
+    result.told = True
     _untold.pop(result, None)
 
 
@@ -96,11 +98,21 @@ if hasattr(os, "register_at_fork"):
 def _at_exit() -> None:
     """Wait for unfinished saves, and tell of failures that no call has raised."""
     for result in list(_running):
-        if not result.wait_ended(max(0.0, result.deadline - time.monotonic())):
+        if not result.wait_ended(max(0.0, result.deadline - time.monotonic())) and not result.told:
             tell(f"step {result.step} was not saved as {result.path}: the program ended before")
     for result, whose in list(_untold.items()):
-        tell(f"{whose}step {result.step} was not saved as {result.path}: {result.error}")
+        if not (result.told or _ended_by_the_same(result.error)):
+            tell(f"{whose}step {result.step} was not saved as {result.path}: {result.error}")
     _untold.clear()
+
+
+def _ended_by_the_same(error: BaseException | None) -> bool:
+    """Say whether a save failed by the loss of a rank, and the program ended by one: it has told of that already."""
+    if not isinstance(getattr(sys, "last_value", None), PeerLost):
+        return False
+    while error is not None and not isinstance(error, PeerLost):
+        error = error.__cause__
+    return error is not None
 
 
 def tell(message: str) -> None:

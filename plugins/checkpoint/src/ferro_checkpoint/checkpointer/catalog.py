@@ -34,6 +34,7 @@ class Catalog:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._known: dict[str, Saved] = {}
+        self._new: list[str] = []  # what was saved here, in that order
         self._lock = threading.Lock()
 
     @property
@@ -47,7 +48,11 @@ class Catalog:
         return sorted(found, reverse=True)
 
     def committed(self) -> list[Saved]:
-        """List the checkpoints that have a commit record, the oldest first. Each record is read once."""
+        """List the checkpoints that have a commit record, in the order in which they were saved.
+
+        That is not the order of their steps where a training has gone back to an earlier step. Clocks may differ, so
+        what was saved here comes last in any case. Each record is read once.
+        """
         with self._lock:
             known: dict[str, Saved] = {}
             for step, name in reversed(self.steps()):
@@ -55,7 +60,8 @@ class Catalog:
                 if one is not None:
                     known[name] = one
             self._known = known
-            return list(known.values())
+            orders = {name: order for order, name in enumerate(self._new)}
+            return sorted(known.values(), key=lambda one: (orders.get(one.name, -1), one.time, one.step))
 
     def forget(self, name: str) -> None:
         """Forget what its record said: it is written again."""
@@ -70,8 +76,10 @@ class Catalog:
         Returns:
             the names of the removed ones.
         """
+        with self._lock:
+            self._new = [*(name for name in self._new if name in self._known and name != newest), newest]
         saved = [one for one in self.committed() if one.name not in damaged]
-        stay = keep.kept(saved) | {newest, *(one.name for one in saved[-1:])}
+        stay = keep.kept(saved) | {newest}
         removed: list[str] = []
         for one in saved:
             if one.name in stay:
@@ -93,4 +101,6 @@ class Catalog:
             return None  # it is no whole checkpoint, or none that this version knows
         given = record.saved_by.get(METRICS)
         metrics = given.items() if isinstance(given, dict) else ()
-        return Saved(name, step, {key: float(value) for key, value in metrics if isinstance(value, int | float)})
+        numbers = {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+        time = record.saved_by.get("time")
+        return Saved(name, step, numbers, float(time) if isinstance(time, int | float) else 0.0)

@@ -14,6 +14,7 @@ from ferro_checkpoint.checkpointer.arguments import check_seconds, checked_metri
 from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end
+from ferro_checkpoint.checkpointer.lost_rank import told_to
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.preemption import Preempted, TerminationSignal
@@ -22,7 +23,6 @@ from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
 from ferro_checkpoint.plan.failures import check_same
-from ferro_checkpoint.plan.lost_rank import told_to
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import open_storage
 
@@ -57,6 +57,7 @@ class Checkpointer:
             (True), or at times of its own (a policy). A rank gives memory for about four times its share of the bytes:
             for the last checkpoint and the one that is written, of each its own part and the copy of another's.
         preemption_s: save and end when SIGTERM comes, within so many seconds; see `Preempted`. Needs the main thread.
+            A signal after the last `step` saves nothing: `close` sends it again.
         timeout_s: how long a save may take, and how long to wait for other ranks.
         progress: called with the bytes that this rank has written of a save, and all it writes; a bar on the terminal
             of long saves if None.
@@ -98,6 +99,7 @@ class Checkpointer:
         self._group = group
         self._opened: tuple[OwnGroups, StepAgreement] | None = None
         self._running = RunningSave()
+        self._pid = os.getpid()
         self._closed = False
         self._signal = None if preemption_s is None else TerminationSignal(preemption_s)
 
@@ -160,6 +162,10 @@ class Checkpointer:
 
         Returns:
             its step; None if there is no checkpoint.
+
+        Raises:
+            CheckpointDamaged: there are checkpoints, and all are damaged.
+            CheckpointIncomplete: parts of what was in the ranks' memories are lost, and there is no other checkpoint.
         """
         self._check_open()
         check_group(group)
@@ -180,6 +186,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until the save that is under way has ended; raise its error, if it has failed."""
+        if os.getpid() != self._pid:
+            return  # a forked process: the save is its parent's
         try:
             with told_to(self._group, self._timeout_s):
                 self._running.wait()
@@ -205,11 +213,13 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer was closed: make another one")
+        if os.getpid() != self._pid:
+            raise UsageError("this Checkpointer belongs to the process from which this one was forked: make another")
 
     def _step(self, step: int, state: object, metrics: Mapping[str, float]) -> SaveResult | None:
         groups, agreement = self._open()
         metrics = checked_metrics(metrics, groups.rank)
-        agreed = self._read(agreement)
+        agreed = self._read(agreement, may_end=True)
         if agreed is not None and agreed[PREEMPTED]:
             assert self._signal is not None, "it is the same on all ranks"
             save_and_end(
@@ -235,9 +245,14 @@ class Checkpointer:
             self._opened = groups, StepAgreement(groups.steps, self._timeout_s)
         return self._opened
 
-    def _read(self, agreement: StepAgreement) -> bytes | None:
-        """Read what the ranks agreed on in the step before; raise the error of a save that has failed."""
+    def _read(self, agreement: StepAgreement, *, may_end: bool = False) -> bytes | None:
+        """Read what the ranks agreed on in the step before; raise the error of a save that has failed.
+
+        Where the program `may_end` by SIGTERM, that comes first, and a failure is left to the last save.
+        """
         agreed = agreement.read()
+        if agreed is not None and may_end and agreed[PREEMPTED]:
+            return agreed
         if agreed is not None and agreed[FAILED]:
             self._starter.failed()
             self._running.raise_failure()
@@ -288,10 +303,12 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # a forked process has nothing of its own here: the save, the groups and the signal are its parent's
         error = None
         try:
             error = self._running.finish()
-            self._leave(in_good_order=not failing)
+            self._leave(in_good_order=not failing and not self._running.given_up)
             self._starter.release()
         finally:
             if self._signal is not None:

@@ -12,16 +12,17 @@ from ferro import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint in the directory: its name, its step, and the metrics that it was saved with."""
+    """A checkpoint in the directory: its name, its step, the metrics that it was saved with, and when that was."""
 
     name: str
     step: int
     metrics: Mapping[str, float]
+    time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """Keep the last `n` checkpoints."""
+    """Keep the `n` checkpoints that were saved last."""
 
     n: int
 
@@ -32,8 +33,8 @@ class Last:
         return UnionOf((self, other))
 
     def kept(self, saved: Sequence[Saved]) -> set[str]:
-        """Choose the names to keep."""
-        return {one.name for one in sorted(saved, key=lambda one: one.step)[-self.n :]}
+        """Choose the names to keep of checkpoints in the order in which they were saved."""
+        return {one.name for one in saved[-self.n :]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,11 @@ class OwnGroups:
         self.saves.abandon()
         self.saves = self.steps.subgroup(self._ranks, name=name, timeout_s=self.timeout_s)
 
-    def gather(self, value: Value) -> list[Value]:
-        """Return every rank's value, in the program's own thread."""
+    def gather(self, value: Value, *, timeout_s: float | None = None) -> list[Value]:
+        """Return every rank's value, in the program's own thread; another time to wait may be given."""
         if self.steps is None:
             return [value]
-        values: list[Value] = self.steps.all_gather_object(value, timeout_s=self.timeout_s)
+        values: list[Value] = self.steps.all_gather_object(value, timeout_s=timeout_s or self.timeout_s)
         return values
 
     def from_rank_0(self, value: Value | None) -> Value:

@@ -51,10 +51,10 @@ class TerminationSignal:
         self.received_at: float | None = None
         self.acted = False
         self._closed = False
-        self._pid = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("preemption_s needs a handler of SIGTERM, which only the main thread can install")
         self._earlier = signal.signal(signal.SIGTERM, self._handle)
+        _at_work.append(self)
 
     def close(self, *, deliver: bool) -> None:
         """Restore the earlier handler, if nobody has replaced this one.
@@ -65,21 +65,51 @@ class TerminationSignal:
         if self._closed:
             return
         self._closed = True
-        ours = False
-        with contextlib.suppress(ValueError):  # another thread may not
-            ours = signal.getsignal(signal.SIGTERM) == self._handle
-            if ours:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL if self._earlier is None else self._earlier)
+        _at_work.remove(self)
+        ours = self.restore()
         came = self.received_at is not None and not self.acted
         if ours and deliver and came and not callable(self._earlier):
             signal.raise_signal(signal.SIGTERM)
 
+    def restore(self) -> bool:
+        """Restore the earlier handler, if nobody has replaced this one; say whether that was so."""
+        with contextlib.suppress(ValueError):  # another thread than the main one may not
+            if signal.getsignal(signal.SIGTERM) == self._handle:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if self._earlier is None else self._earlier)
+                return True
+        return False
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid and not callable(self._earlier):
-            # This is a process that was forked, such as a loader's worker: the signal is to end it.
-            signal.signal(signum, signal.SIG_DFL if self._earlier is None else self._earlier)
-            signal.raise_signal(signum)
         if not self._closed and self.received_at is None:
             self.received_at = time.monotonic()
         if callable(self._earlier):
             self._earlier(signum, frame)
+
+
+# A process that is forked, such as a loader's worker, gets the earlier handler, so that SIGTERM ends it. A signal that
+# comes to it before it has that handler would be forgotten by Python: it is blocked until then.
+
+_at_work: list[TerminationSignal] = []  # in the order in which they were made
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    if _at_work:
+        _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _after_fork() -> None:
+    before = getattr(_masks, "before", None)
+    if before is not None:
+        _masks.before = None
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _after_fork_in_child() -> None:
+    while _at_work:
+        _at_work.pop().restore()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferro.errors import PeerLost
+from ferro_checkpoint.checkpointer.catalog import Catalog, step_of
 from ferro_checkpoint.checkpointer.memory.search import Readers, Remembered, complete, remembered
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete
 from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
@@ -16,7 +17,6 @@ from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.storage.storage import Storage
 
 if TYPE_CHECKING:
-    from ferro_checkpoint.checkpointer.catalog import Catalog
     from ferro_checkpoint.checkpointer.own_groups import OwnGroups
     from ferro_checkpoint.checkpointer.save_starter import SaveStarter
 
@@ -46,6 +46,7 @@ def load_newest(state: object, starter: SaveStarter, groups: OwnGroups) -> int |
 
     Raises:
         CheckpointDamaged: there are checkpoints, and all are damaged. The state may have been changed.
+        CheckpointIncomplete: the ranks had a checkpoint in memory, of which parts are lost, and there is no other.
         PeerLost: a rank is gone. The state may have been changed.
     """
     try:
@@ -76,7 +77,21 @@ def _load_newest(state: object, starter: SaveStarter, groups: OwnGroups) -> int 
         directory = "memory" if starter.storage is None else starter.storage.path
         text = f"{directory}: every checkpoint in it is damaged; the newest: {damages[0]}. The state may be changed"
         raise CheckpointDamaged(text, path=directory, rank=groups.rank)
+    lost = [step for step in groups.gather(_step_in_memory(starter)) if step is not None]
+    if lost:
+        elsewhere = "there is no directory" if starter.storage is None else f"{starter.storage.path} has none either"
+        text = (
+            f"the ranks that are left do not hold all of the checkpoint of step {max(lost)}, nor of any other: a rank "
+            f"was lost together with the one that had its copy, and {elsewhere}. To begin anew, make a new Checkpointer"
+        )
+        raise CheckpointIncomplete(text, path="memory", rank=groups.rank)
     return None
+
+
+def _step_in_memory(starter: SaveStarter) -> int | None:
+    """Return the step of the checkpoint that was once whole in the ranks' memories, as far as this one knows."""
+    whole = None if starter.memory is None else starter.memory.whole
+    return step_of(whole.name) if whole is not None and whole.key else None
 
 
 def _candidates(starter: SaveStarter, groups: OwnGroups) -> list[_Candidate]:

@@ -19,11 +19,14 @@ class RunningSave:
     Attributes:
         unsettled: whether the ranks do not know yet, together, that the last save has ended.
         logs: whether this rank logs that a save had to wait.
+        given_up: whether a save was left behind that may still be under way; its group is of no more use.
     """
 
     def __init__(self) -> None:
         self.unsettled = False
         self.logs = True
+        self.given_up = False
+        self._hurried = False
         self._last: SaveResult | None = None  # the last save of which no failure was raised
         self._last_on_disk = False
         self._current: SaveResult | None = None
@@ -55,8 +58,17 @@ class RunningSave:
 
     def hurry(self, deadline: float) -> None:
         """Let nobody wait for the save after this `time.monotonic()` second."""
+        self._hurried = True
         if self._current is not None:
             self._current.deadline = min(self._current.deadline, deadline)
+
+    def give_up(self) -> None:
+        """Leave the save to itself; the program has been told that it did not go well."""
+        self.given_up = True
+        if self._current is not None:
+            background.told(self._current)
+        self.forget()
+        self.settle()
 
     def drop(self) -> None:
         """Wait until the save has ended; its group has lost a rank, so that a failure is logged only."""
@@ -78,6 +90,8 @@ class RunningSave:
             return None
         if not current.wait_ended(max(0.0, current.deadline - time.monotonic())):
             text = "the save did not end in time, and may hang in a call of the system; look after the file system"
+            if self._hurried:
+                text = "its save was not finished by then"
             return SaveFailed(f"step {current.step} was not saved as {current.path}: {text}", path=current.path)
         return current.error
 

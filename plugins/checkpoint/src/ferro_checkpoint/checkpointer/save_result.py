@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,7 @@ class SaveResult:
         written_s: how long the writing took, in the background or in `step()`; 0.0 until it has ended.
         error: what went wrong, or None.
         deadline: the `time.monotonic()` second at which it has ended, one way or the other.
+        told: whether the program has been told of its failure, or needs not be told of one.
     """
 
     step: int
@@ -30,6 +32,7 @@ class SaveResult:
     written_s: float = 0.0
     error: Exception | None = None
     deadline: float = field(default=math.inf, repr=False)
+    told: bool = field(default=False, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def done(self) -> bool:
@@ -45,9 +48,10 @@ class SaveResult:
             timeout_s: how long to wait in seconds, or None.
 
         Returns:
-            False if it has not ended after `timeout_s`.
+            False if it has not ended by then.
         """
-        ended = self.wait_ended(timeout_s)
+        left_s = max(0.0, self.deadline - time.monotonic())
+        ended = self.wait_ended(left_s if timeout_s is None else min(left_s, timeout_s))
         if self.error is not None:
             raise self.error
         return ended

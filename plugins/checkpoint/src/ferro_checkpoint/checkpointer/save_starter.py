@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import socket
 import time
@@ -15,6 +17,7 @@ from ferro.errors import PeerLost
 from ferro_checkpoint.checkpointer import background
 from ferro_checkpoint.checkpointer.catalog import Catalog, name_of
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
+from ferro_checkpoint.checkpointer.lost_rank import told_to
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.memory.neighbour import replicate, ring
 from ferro_checkpoint.checkpointer.memory.tee import TeeStorage
@@ -22,13 +25,13 @@ from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.staging import StagingBuffer
 from ferro_checkpoint.errors import StateError, save_failed
-from ferro_checkpoint.plan.lost_rank import told_to
 from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.saving.save_plan import SavePlan, plan_save
 from ferro_checkpoint.saving.snapshot import Snapshot, place_parts
 from ferro_checkpoint.saving.write import write_checkpoint
 from ferro_checkpoint.storage.storage import Storage
 
+_LOG = logging.getLogger("ferro.checkpoint")
 _GRACE_S = 10.0  # what a save may take beyond its timeout until it reports that
 
 
@@ -92,7 +95,7 @@ class SaveStarter:
         began = time.monotonic()
         groups = self.groups
         assert groups is not None
-        if self._failed:
+        if self._failed or target.memory:  # the copies of the save before may have failed, on some ranks or all
             groups.renew_saves()
             self._failed = False
         storage = self._storage(target)
@@ -206,10 +209,14 @@ class SaveStarter:
             try:
                 replicate(held, plan, groups.saves, self._ring, max(1.0, deadline - time.monotonic()))
             except FerroError as error:
-                where = f"it is in {storage.path}/{name}, but " if target.disk else ""
-                text = f"step {step}: {where}the copies in the ranks' memories were not made: {error}"
-                raise save_failed(text, error, path=f"memory/{name}", rank=groups.rank) from error
-            self.memory.agree_on(held)
+                text = f"the copies in the ranks' memories were not made: {error}"
+                if not target.disk:
+                    raise save_failed(f"step {step}: {text}", error, path=f"memory/{name}", rank=groups.rank) from error
+                _LOG.warning("rank %d: step %d was saved as %s/%s, but %s", groups.rank, step, storage.path, name, text)
+                with contextlib.suppress(FerroError), told_to(groups.training, groups.timeout_s):
+                    raise
+            else:
+                self.memory.agree_on(held)
         if target.disk and self.catalog is not None:
             self.replaceable.discard(name)
             if groups.rank == 0 and self._keep is not None:

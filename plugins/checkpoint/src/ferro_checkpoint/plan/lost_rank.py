@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,13 +28,3 @@ def note_loss(group: ProcessGroup | None, error: BaseException, timeout_s: float
     if group.state == "open" and error.peer != group.rank:
         with contextlib.suppress(FerroError):
             group.recv(np.zeros(1, np.uint8), error.peer, _TAG, timeout_s=min(timeout_s, _MOST_WAIT_S))
-
-
-@contextlib.contextmanager
-def told_to(group: ProcessGroup | None, timeout_s: float) -> Iterator[None]:
-    """Let PeerLost that is raised within the block end `group`, as `note_loss`."""
-    try:
-        yield
-    except PeerLost as error:
-        note_loss(group, error, timeout_s)
-        raise

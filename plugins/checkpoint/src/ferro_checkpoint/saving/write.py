@@ -79,7 +79,7 @@ def write_checkpoint(
                 failure = error
         if failure is None:
             told = "was" if plan.rank == 0 else "may have been"
-            outcome = f"The checkpoint {told} committed before that: latest() returns it if it was."
+            outcome = f"The checkpoint {told} committed before that: {storage.found_by} returns it if it was."
         _agree(None, failure, path, group, deadline, "committing it")
     except BaseException as error:
         if directory is not None and plan.rank == 0:

@@ -35,6 +35,7 @@ class LocalStorage:
     """
 
     writes_ranges = True
+    found_by = "latest()"
 
     def __init__(self, path: str) -> None:
         """Describe it; the directory need not be there."""

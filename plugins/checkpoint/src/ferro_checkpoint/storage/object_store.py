@@ -36,6 +36,7 @@ class ObjectStorage:
     """
 
     writes_ranges = False
+    found_by = "latest()"
 
     def __init__(self, path: str) -> None:
         """Describe it; the store is asked nothing, unless its fsspec implementation does so by itself.

@@ -75,10 +75,12 @@ class Storage(Protocol):
     Attributes:
         path: for messages.
         writes_ranges: whether several ranks may write ranges of one file, in any order.
+        found_by: the call that finds a checkpoint in it, for messages.
     """
 
     path: str
     writes_ranges: bool
+    found_by: str
 
     def names(self) -> list[str]:
         """List the directories in it, but no temporary ones; [] if it is not there."""

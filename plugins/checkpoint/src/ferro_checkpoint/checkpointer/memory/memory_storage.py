@@ -25,6 +25,7 @@ class MemoryStorage(Storage):
     """
 
     writes_ranges = True
+    found_by = "Checkpointer.resume()"
 
     def __init__(self) -> None:
         self.path = PATH

@@ -13,6 +13,7 @@ class TeeStorage(Storage):
     def __init__(self, first: Storage, second: Storage) -> None:
         self.path = first.path
         self.writes_ranges = first.writes_ranges
+        self.found_by = first.found_by
         self._first, self._second = first, second
 
     def names(self) -> list[str]:
