@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
+from ferro_checkpoint.arguments import check_group
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
-from ferro_checkpoint.checkpointer.arguments import check_group, check_seconds, checked_metrics, checked_step
+from ferro_checkpoint.checkpointer.arguments import check_seconds, checked_metrics, checked_step
 from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from ferro import ProcessGroup
+from ferro.errors import PeerLost
 from ferro_checkpoint.arguments import check_group, check_timeout
 from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.loading.names import Rename
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
+from ferro_checkpoint.plan.lost_rank import note_loss
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import split_path
 
@@ -72,6 +74,9 @@ def load(
         return load_checkpoint(
             opened, into, own, only=only, rename=rename, strict=strict, timeout_s=deadline.left_s(), progress=progress
         )
+    except PeerLost as error:
+        note_loss(group, error, timeout_s)
+        raise
     finally:
         if opened is not None:
             opened.close()
