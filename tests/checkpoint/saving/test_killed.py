@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ferro
 import ferro_checkpoint
 from ferro_checkpoint import SaveFailed
 from ferro_checkpoint.opened.latest import latest
@@ -182,9 +183,14 @@ def save_and_die(group, path: str, mode: str, failing: int, k: int) -> str:
     with faults.injected(fault) as calls:
         try:
             next_save(path, mode, group)
-        except SaveFailed as error:
-            return str(error)
-    return f"saved with {len(calls)} calls"
+            return f"saved with {len(calls)} calls"
+        except ferro.PeerLost as error:
+            lost = error
+    assert isinstance(lost, SaveFailed)
+    assert group.shrink().world_size == 1
+    text = str(lost)
+    assert text.count("saving ") == 1
+    return text
 
 
 def kill_one_of_two(directory: Path, mode: str, failing: int, k: int) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The arguments of a Checkpointer, checked at its entrance, so that a wrong one is an error at once."""
+"""The arguments of a Checkpointer's steps, checked at its entrance, so that a wrong one is an error at once."""
 
 from __future__ import annotations
 
@@ -7,29 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ferro import ProcessGroup, UsageError
-from ferro_checkpoint.checkpointer.every import is_positive
-
-
-def check_seconds(**seconds: float | None) -> None:
-    """Check times by their names; None is none.
-
-    Raises:
-        UsageError: one is no number of seconds.
-    """
-    for name, value in seconds.items():
-        if value is not None and not is_positive(value):
-            raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {value!r}")
-
-
-def check_group(group: object) -> None:
-    """Check that this is a group, or None.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise UsageError(f"Checkpointer: group is a group of ranks, as ferro.init() returns, or None, not {group!r}")
+from ferro import UsageError
 
 
 def checked_step(step: int) -> int:

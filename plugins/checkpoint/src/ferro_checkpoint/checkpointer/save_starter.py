@@ -17,7 +17,6 @@ from ferro.errors import PeerLost
 from ferro_checkpoint.checkpointer import background
 from ferro_checkpoint.checkpointer.catalog import Catalog, name_of
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
-from ferro_checkpoint.checkpointer.lost_rank import told_to
 from ferro_checkpoint.checkpointer.memory.memory_storage import MemoryStorage
 from ferro_checkpoint.checkpointer.memory.neighbour import replicate, ring
 from ferro_checkpoint.checkpointer.memory.tee import TeeStorage
@@ -25,6 +24,7 @@ from ferro_checkpoint.checkpointer.own_groups import OwnGroups
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.staging import StagingBuffer
 from ferro_checkpoint.errors import StateError, save_failed
+from ferro_checkpoint.plan.lost_rank import told_to
 from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.saving.save_plan import SavePlan, plan_save
 from ferro_checkpoint.saving.snapshot import Snapshot, place_parts

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from ferro import ProcessGroup
-from ferro_checkpoint.arguments import check_group, check_timeout
+from ferro.errors import PeerLost
 from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.loading.names import Rename
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.plan.arguments import check_common
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
+from ferro_checkpoint.plan.lost_rank import note_loss
 from ferro_checkpoint.progress import Progress
 from ferro_checkpoint.storage.opening import split_path
 
@@ -54,8 +56,7 @@ def load(
         CheckpointDamaged: it is not what was written. If that is found while arrays are read, the message says that
             some have changed: load another checkpoint before you go on.
     """
-    check_group(group)
-    check_timeout(timeout_s)
+    check_common("load", group, timeout_s=timeout_s)
     own = (
         None if group is None or group.world_size == 1 else group.subgroup(range(group.world_size), timeout_s=timeout_s)
     )
@@ -72,6 +73,9 @@ def load(
         return load_checkpoint(
             opened, into, own, only=only, rename=rename, strict=strict, timeout_s=deadline.left_s(), progress=progress
         )
+    except PeerLost as error:
+        note_loss(group, error, timeout_s)
+        raise
     finally:
         if opened is not None:
             opened.close()

@@ -6,8 +6,10 @@ import os
 
 from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RendezvousError
-from ferro_checkpoint.arguments import check_group, check_timeout, checked_step
-from ferro_checkpoint.errors import save_failed
+from ferro_checkpoint.arguments import checked_step
+from ferro_checkpoint.errors import SaveFailed, save_failed
+from ferro_checkpoint.plan.arguments import check_common
+from ferro_checkpoint.plan.lost_rank import note_loss
 from ferro_checkpoint.plan.replica_check import Check
 from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.saving.save_plan import plan_save
@@ -46,10 +48,10 @@ def save(
 
     Raises:
         StateError: the state cannot be saved, ranks disagree on it, or `path` is taken. Nothing was written.
-        SaveFailed: a rank could not write, or is lost. Nothing is left of it.
+        SaveFailed: a rank could not write, or is lost. Nothing is left of it. Where a rank is lost, this is
+            `ferro.PeerLost` as well, and the group can shrink.
     """
-    check_group(group)
-    check_timeout(timeout_s)
+    check_common("save", group, timeout_s=timeout_s)
     step = checked_step(step)
     storage, name = split_path(path)
     own: ProcessGroup | None = None
@@ -68,8 +70,12 @@ def save(
             write_checkpoint(
                 plan, None, storage, name, own, step=step, overwrite=overwrite, timeout_s=timeout_s, progress=advance
             )
+    except SaveFailed as error:
+        note_loss(group, error, timeout_s)
+        raise
     except (PeerLost, CollectiveTimeout, GroupClosed, RendezvousError) as error:
         # A rank was lost before anything was written; `write_checkpoint` tells of it afterwards.
+        note_loss(group, error, timeout_s)
         text = f"saving {os.fspath(path)} failed: {error} Nothing was saved; earlier checkpoints are as they were."
         raise save_failed(text, error, path=os.fspath(path), rank=None if group is None else group.rank) from error
     finally:
