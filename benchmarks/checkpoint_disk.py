@@ -6,7 +6,7 @@ The time is that of the slowest rank.
 
     ferro        ferro_checkpoint.save and load
     torch        torch.distributed.checkpoint's save and load; FileSystemWriter with sync_files and threads
-    raw          rank 0 alone: one write of all bytes and fsync; one read into memory that was touched before
+    raw          rank 0 alone: all bytes in order and fsync; one read into memory that was touched before
     raw, early   the same, but the disk is told after each 4 MiB to begin with them
     raw, each    if every rank needs all bytes: each of them reads the raw file
 """
@@ -29,6 +29,7 @@ import numpy.typing as npt
 import ferro
 from ferro_checkpoint import load, save
 
+_WRITE_BYTES = 1 << 20  # of one call; longer ones take the kernel more time, see `ferro_checkpoint.storage.local_files`
 _EARLY_BYTES = 4 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 Bytes = npt.NDArray[np.uint8]
@@ -73,8 +74,8 @@ def measure(
     paths = {name: folder / name for name in ("ferro", "torch", "raw")}
     saves: dict[str, Operation] = {
         "ferro": lambda: save(paths["ferro"], {"model": model}, group),
-        "raw": lambda: _write(paths["raw"], memory, len(memory)) if rank == 0 else None,
-        "raw, early": lambda: _write(paths["raw"], memory, _EARLY_BYTES) if rank == 0 else None,
+        "raw": lambda: _write(paths["raw"], memory, early=False) if rank == 0 else None,
+        "raw, early": lambda: _write(paths["raw"], memory, early=True) if rank == 0 else None,
     }
     loads: dict[str, Operation] = {
         "ferro": lambda: load(paths["ferro"], {"model": model}, group),
@@ -146,16 +147,16 @@ def _rotated(operations: dict[str, Operation], turn: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-def _write(path: Path, memory: Bytes, piece: int) -> None:
-    """Write a new file, and wait until it is on disk; after each piece but a last one, tell the disk to begin."""
+def _write(path: Path, memory: Bytes, *, early: bool) -> None:
+    """Write a new file, and wait until it is on disk; tell the disk to begin before, if wanted."""
     library = ctypes.CDLL(None)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    at, view = 0, memoryview(memory)
+    at, told, view = 0, 0, memoryview(memory)
     while at < len(view):
-        count = os.pwrite(fd, view[at : at + piece], at)
-        if piece < len(view):
-            library.sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
-        at += count
+        at += os.pwrite(fd, view[at : at + _WRITE_BYTES], at)
+        if early and at - told >= _EARLY_BYTES:
+            library.sync_file_range(fd, ctypes.c_int64(told), ctypes.c_int64(at - told), _SYNC_FILE_RANGE_WRITE)
+            told = at
     os.fsync(fd)
     os.close(fd)
     states.sync_directory(path.parent)
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--layouts", default="shards,replicated")
     parser.add_argument("--layers", type=int, default=64, help="of 16 MiB each")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="torch's thread_count")
+    parser.add_argument("--threads", type=int, default=4, help="torch's thread_count; the best of 1, 2 and 4")
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
     with ferro.init("gloo") as group:

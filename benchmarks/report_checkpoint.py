@@ -16,11 +16,11 @@ ferro, torch and the raw disk write the same number of bytes, one after the othe
 cache, "cold" after `posix_fadvise(POSIX_FADV_DONTNEED)`. Times are those of the slowest rank, medians of the turns; a
 ratio is the median of the turns' ratios, above 1 ferro is faster. All of them return when the bytes are on disk.
 
-"Raw" is one process: one write of all bytes and fsync; one read into memory that was touched before. "Raw, early" tells
-the disk after each 4 MiB to begin with them, as ferro does. Where every rank needs all bytes, "raw, each" is a read by
-every rank at once. torch is torch.distributed.checkpoint: `FileSystemWriter` with `sync_files` and that number of
-threads which measured best, and `FileSystemReader`; neither checks what it reads, and ferro compares digests. "Memory"
-is the most that a rank needed beyond what it had (VmHWM).
+"Raw" is one process: all bytes in order and fsync (1 MiB a call; longer calls take the kernel more time); one read into
+memory that was touched before. "Raw, early" tells the disk after each 4 MiB to begin with them, as ferro does. Where
+every rank needs all bytes, "raw, each" is a read by every rank at once. torch is torch.distributed.checkpoint:
+`FileSystemWriter` with `sync_files` and that number of threads which measured best, and `FileSystemReader`; neither
+checks what it reads, and ferro compares digests. "Memory" is the most that a rank needed beyond what it had (VmHWM).
 
 ![Seconds of saves and loads](checkpoint.png)"""
 

@@ -89,6 +89,15 @@ def test_other_formats(command, tmp_path):
         ([], 2, "give a command: inspect, verify, diff, merge, convert"),
         (["look"], 2, "invalid choice: 'look'"),
         (["inspect", "DIR", "--only", "modl"], 2, "--only modl: no tensor has such a name; there are: model"),
+        (["inspect", "DIR", "--only", "nope"], 2, "there are: model, optimizer"),
+        (["inspect", "RUN", "--only", "model"], 2, "is a directory of checkpoints: choose one of step-7"),
+        (["inspect", "/etc/passwd"], 1, "--from safetensors"),
+        (["diff", "RUN", "DIR"], 1, "choose one of step-7"),
+        (["convert", "RUN", "NOTHING"], 1, "choose one of step-7"),
+        (["verify", "RECORD"], 2, "is the commit record of a checkpoint: give its directory"),
+        (["verify", "C:\\x"], 2, r"choose one without '/' and '\\'"),
+        (["verify", "ab::c:/d"], 2, "is no address"),
+        (["verify", "zip://nothing/x"], 1, "zip://nothing cannot be opened"),
         (["inspect", "NOTHING"], 1, "there is nothing of this name"),
         (["inspect", "EMPTY"], 1, "is of no format that is read"),
         (["verify", "DIR", "--threads", "0"], 2, "give 1 to 64 threads"),
@@ -96,7 +105,8 @@ def test_other_formats(command, tmp_path):
 )
 def test_an_error_is_one_line(command, checkpoint, tmp_path, arguments, status, message):
     (tmp_path / "empty").mkdir()
-    places = {"DIR": checkpoint, "NOTHING": tmp_path / "nothing", "EMPTY": tmp_path / "empty"}
+    places = {"DIR": checkpoint, "RUN": checkpoint.parent, "RECORD": checkpoint / "ferro.json"}
+    places |= {"NOTHING": tmp_path / "nothing", "EMPTY": tmp_path / "empty"}
     ran = command(*(places.get(it, it) for it in arguments))
     assert (ran.status, ran.out) == (status, "")
     assert ran.error.startswith("ferro checkpoint: ")
@@ -119,3 +129,9 @@ def test_names_do_not_move_the_cursor(command, tmp_path):
 def test_sizes():
     sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.5 KiB", 5 << 30: "5 GiB", 1 << 70: "1.049e+06 PiB"}
     assert {nbytes: size_text(nbytes) for nbytes in sizes} == sizes
+
+
+def test_one_endless_name_does_not_make_all_rows_as_long(command, tmp_path):
+    save(tmp_path / "c", {"model": {"a" * 50_000: np.ones(1)} | {f"b{k}": np.ones(1) for k in range(100)}})
+    assert len(command("inspect", tmp_path / "c").out) < 100_000
+    assert len(command("inspect", tmp_path / "c", "--only", "c" * 50_000).error) < 51_000

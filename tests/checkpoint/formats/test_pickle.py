@@ -20,9 +20,10 @@ from ferro_checkpoint.formats.pickle_reader import RefusedPickle, read_pickle
 from ferro_checkpoint.formats.torch_metadata import decode_metadata
 from ferro_checkpoint.formats.torch_names import ARCHIVE_NAMES, METADATA_NAMES
 
+KEYS = st.integers(-(1 << 63), (1 << 63) - 1)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | KEYS, inner),
     max_leaves=20,
 )
 

@@ -343,7 +343,7 @@ def test_what_is_of_no_format(tmp_path):
     with pytest.raises(StateError, match="give one of safetensors, torch, ferrotorch"):
         open_foreign(tmp_path, "pickle")
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="pass format='safetensors'"):
+    with pytest.raises(CheckpointError, match="format='safetensors' in Python"):
         open_foreign(tmp_path / "x.bin")
     os.mkfifo(tmp_path / "p.safetensors")
     with pytest.raises(CheckpointError, match="no regular file"):

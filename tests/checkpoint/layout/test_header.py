@@ -58,6 +58,8 @@ F = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": F | {"dtype": "F31"}}, b"1234", "dtype 'F31' is unknown"),
         ({"a": F | {"shape": [2]}}, b"1234", "has 8 bytes"),
         ({"a": F | {"shape": [-1]}}, b"1234", "shape"),
+        ({"a": F | {"shape": [0, 1 << 61], "data_offsets": [0, 0]}}, b"", "shape"),
+        ({"a": F | {"shape": [1 << 30, 0, 1 << 30], "data_offsets": [0, 0]}}, b"", "shape"),
         ({"a": F | {"shape": [True]}}, b"1234", "shape"),
         ({"a": F | {"data_offsets": [0, 1 << 80]}}, b"1234", "data_offsets"),
         ({"a": F | {"more": 1}}, b"1234", "not just"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,11 @@ from ferro_checkpoint.layout.header import encode_header
 from ferro_checkpoint.layout.record import RECORD_NAME, FileRecord, Record
 from ferro_checkpoint.opened import files
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.opened.verify import verify
+from ferro_checkpoint.storage.reading import LocalReadableDirectory
+from ferro_checkpoint.storage.removal import remove_tree
 from ferro_checkpoint.storage.saver import TOKEN_NAME
+from ferro_checkpoint.storage.system_calls import exchange
 
 from .conftest import ARRAYS
 from .written import file_record, write
@@ -148,6 +153,82 @@ def test_a_file_that_changes_while_it_is_read(storage):
             checkpoint.check_unchanged()
 
 
+class Unheld:
+    """A storage that opens each file by its path, as a store of objects does."""
+
+    def __init__(self, storage):
+        self.path, self.files, self.exists = storage.path, storage.files, storage.exists
+        self.read_file, self.open_file = storage.read_file, storage.open_file
+
+
+@pytest.fixture
+def replace(tmp_path):
+    """A function that gives the checkpoint's name to another one, as a save does."""
+    for step in (8, 9):
+        arrays = {bundle: {name: array + step for name, array in its.items()} for bundle, its in OTHER.items()}
+        write(tmp_path / f"step-{step}", arrays, step=step)
+
+    def replace(step):
+        exchange(str(tmp_path / f"step-{step}"), str(tmp_path / "step-7"))
+        remove_tree(str(tmp_path / f"step-{step}"))
+
+    return replace
+
+
+OTHER = {"model": {"a": np.zeros(3)}, "optimizer": {"b": np.zeros(3)}}
+
+
+@pytest.mark.parametrize("verify_", [False, True])
+@pytest.mark.parametrize("kind", [lambda storage: storage, Unheld])
+def test_a_checkpoint_that_is_replaced_while_it_is_opened(storage, replace, kind, verify_, monkeypatch):
+    """Once between the record and the first file, and once between two files, after which the first is not changed."""
+    steps, opens = {1: 8, 3: 9}, []
+    original = files.CheckpointFiles._open
+
+    def open_(self, file):
+        opens.append(file)
+        if len(opens) in steps:
+            replace(steps[len(opens)])
+        return original(self, file)
+
+    monkeypatch.setattr(files.CheckpointFiles, "_open", open_)
+    with OpenedCheckpoint.open(kind(storage), "step-7", verify=verify_) as checkpoint:
+        read = {float(value) for name in checkpoint.tensors for value in checkpoint.read_tensor(name)}
+        assert (checkpoint.record.step, read) == (9, {9.0})
+
+
+@pytest.mark.parametrize("kind", [lambda storage: storage, Unheld])
+def test_a_checkpoint_that_is_replaced_or_removed_while_it_is_read(storage, replace, kind, monkeypatch):
+    replace(8)
+    with OpenedCheckpoint.open(kind(storage), "step-7", verify=False) as checkpoint:
+        replace(9)
+        assert [checkpoint.read_tensor(name)[0] for name in ("model.a", "optimizer.b")] == [
+            8,
+            8,
+        ]  # their files are open
+        with contextlib.suppress(files.CheckpointReplaced) if kind is Unheld else contextlib.nullcontext():
+            checkpoint.check_unchanged()
+            assert kind is not Unheld
+    monkeypatch.setattr(files, "_MOST_HANDLES", 0)
+    with opened(kind(storage)) as checkpoint:
+        found = verify(kind(storage), "step-7")
+        storage.remove("step-7")
+        for read in (checkpoint.check_unchanged, lambda: checkpoint.read_tensor("model.a")):
+            with pytest.raises(files.CheckpointReplaced, match="was replaced or removed while it was read"):
+                read()
+        with pytest.raises(CheckpointIncomplete, match="nothing of this name"):
+            list(found)
+
+
+def test_a_checkpoint_that_is_replaced_again_and_again(storage, monkeypatch):
+    monkeypatch.setattr(LocalReadableDirectory, "is_current", lambda self: False)
+    (Path(storage.path) / "step-7" / "optimizer.safetensors").unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(files.CheckpointReplaced):
+        opened(storage)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_files_that_are_gone_cut_off_or_unreadable(storage, tmp_path, monkeypatch):
     file = tmp_path / "step-7" / "optimizer.safetensors"
     content = file.read_bytes()
@@ -158,10 +239,10 @@ def test_files_that_are_gone_cut_off_or_unreadable(storage, tmp_path, monkeypatc
     with pytest.raises(CheckpointDamaged, match="is not there"):
         opened(storage)
 
-    def refuse(name, file):
+    def refuse(directory, file):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(storage, "open_file", refuse)
+    monkeypatch.setattr(LocalReadableDirectory, "open_file", refuse)
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         opened(storage)
 
@@ -218,6 +299,15 @@ def test_a_record_that_does_not_fit(storage, tmp_path, change, error, message):
     rewrite(tmp_path / "step-7", lambda it: dataclasses.replace(it, **change))
     with pytest.raises(error, match=message):
         opened(storage)
+
+
+@pytest.mark.parametrize("name", ["m-00001-of-00002.safetensors", "m.safetensors.index.json"])
+def test_an_empty_file(storage, tmp_path, name):
+    write(tmp_path / "two", {"m": {"a": np.zeros(4), "b": np.zeros(4)}}, file_bytes=32)
+    (tmp_path / "two" / name).write_bytes(b"")
+    rewrite(tmp_path / "two", lambda it: with_file(it, name, FileRecord(0, (), ())))
+    with pytest.raises(CheckpointDamaged, match=r"a header of 0 bytes does not fit|the index is no JSON"):
+        opened(storage, "two")
 
 
 def test_a_segment_beyond_all_measure_and_an_index_that_is_not_listed(storage, tmp_path):

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from ferro_checkpoint.errors import CheckpointError, CheckpointIncomplete
+from ferro_checkpoint.layout.header import decode_header
 from ferro_checkpoint.layout.record import RECORD_NAME, Record
+from ferro_checkpoint.opened import damage
 from ferro_checkpoint.opened import verify as module
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.verify import verify
+from ferro_checkpoint.storage.reading import LocalReadableDirectory
 
 from .written import file_record, write
 
@@ -36,7 +39,7 @@ def test_a_whole_one_has_no_findings_and_all_bytes_are_checked(storage):
         assert sum(done) == sum(it.nbytes for it in checkpoint.record.files.values())
 
 
-def test_each_damage_is_found(storage, tmp_path):
+def test_each_damage_is_found(storage, tmp_path, monkeypatch):
     with OpenedCheckpoint.open(storage, "step-7") as checkpoint:
         weight, flags = checkpoint.tensors["model.0.weight"], checkpoint.tensors["optimizer.flags"]
         ends = checkpoint.segments(weight.file)
@@ -44,7 +47,10 @@ def test_each_damage_is_found(storage, tmp_path):
     change(directory / weight.file, [weight.begin + 100, weight.begin + 1000])
     change(directory / flags.file, [flags.begin])
     (directory / "model.safetensors.index.json").unlink()
+    headers = []
+    monkeypatch.setattr(damage, "decode_header", lambda *args: headers.append(args) or decode_header(*args))
     found = list(verify(storage, "step-7"))
+    assert len(headers) == 2  # one of each file, however many places are damaged
     ranges = [(it.file, it.begin, it.end) for it in found]
     for place in (100, 1000):
         k = ends.searchsorted(weight.begin + place, "right")
@@ -62,10 +68,10 @@ def test_a_damaged_header_hides_the_names_and_no_other_damage(storage, tmp_path)
 
 
 def test_a_file_that_cannot_be_read(storage, monkeypatch):
-    open_file = storage.open_file
+    open_file = LocalReadableDirectory.open_file
 
-    def failing(name, file):
-        opened = open_file(name, file)
+    def failing(directory, file):
+        opened = open_file(directory, file)
         if file.startswith("optimizer"):
 
             def fail(destinations, offset):
@@ -74,7 +80,7 @@ def test_a_file_that_cannot_be_read(storage, monkeypatch):
             opened.read_into = fail
         return opened
 
-    monkeypatch.setattr(storage, "open_file", failing)
+    monkeypatch.setattr(LocalReadableDirectory, "open_file", failing)
     found = list(verify(storage, "step-7"))
     assert {it.file for it in found} == {"optimizer.safetensors"}
     assert all("Input/output error" in it.message for it in found)

@@ -8,7 +8,7 @@ import time
 from ferro_checkpoint.layout.digest import DIGEST, digest_of
 from ferro_checkpoint.layout.header import encode_header
 from ferro_checkpoint.layout.record import FileRecord, Record
-from ferro_checkpoint.opened.checkpoint import read_record
+from ferro_checkpoint.opened.record import read_record
 from ferro_checkpoint.opened.verify import verify
 from ferro_checkpoint.storage.storage import Storage
 

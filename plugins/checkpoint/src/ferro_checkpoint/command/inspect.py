@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ferro.errors import UsageError
 from ferro_checkpoint.command import listing
 from ferro_checkpoint.command.provenance import about
 from ferro_checkpoint.command.selecting import selected
@@ -17,10 +18,13 @@ def run(given: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: there is neither, or it cannot be read.
-        UsageError: a pattern chooses no tensor.
+        UsageError: a pattern chooses no tensor, or tensors of a directory of checkpoints.
     """
     found = listing.checkpoints_in(given.dir)
     if found:
+        if given.only is not None:
+            which = ", ".join(it.name for it in found[-3:])
+            raise UsageError(f"--only: {given.dir} is a directory of checkpoints: choose one of {which}")
         listing.show(given.dir, found, as_json=given.json)
         return 0
     with opened_source(given.dir) as source:

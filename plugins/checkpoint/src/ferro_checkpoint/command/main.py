@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ferro.errors import FerroError, UsageError
 from ferro_checkpoint.command.options import parse_options
+from ferro_checkpoint.command.text import printable
 
 _USAGE_STATUS = 2
 
@@ -22,6 +23,6 @@ def main(arguments: Sequence[str]) -> int:
         status: int = given.run(given)
         sys.stdout.flush()  # A reader that has gone is found here, and not when the interpreter ends.
     except FerroError as error:
-        print(f"ferro checkpoint: {error}", file=sys.stderr)  # noqa: T201 - a command talks
+        print(f"ferro checkpoint: {printable(str(error))}", file=sys.stderr)  # noqa: T201 - a command talks
         return _USAGE_STATUS if isinstance(error, UsageError) else 1
     return status

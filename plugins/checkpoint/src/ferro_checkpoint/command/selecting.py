@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from ferro.errors import UsageError
 from ferro_checkpoint.loading.names import Chooser
 
-_MOST_COMPARED = 2000  # finding near names among more of them takes seconds
+_MOST_COMPARED = 2000  # finding near names among more of them, or longer ones, takes seconds
+_MOST_CHARACTERS = 200
+_MOST_NAMED = 8
 
 
 def selected(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
@@ -22,7 +25,15 @@ def selected(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
         return listed
     for pattern in patterns:
         if not any(map(Chooser(pattern), listed)):
-            known = dict.fromkeys([*(name.partition(".")[0] for name in listed), *listed[:_MOST_COMPARED]])
-            near = difflib.get_close_matches(pattern, known, 3, 0.3) or list(known)[:3]
-            raise UsageError(f"--only {pattern}: no tensor has such a name; there are: {', '.join(near) or 'none'}")
+            raise UsageError(f"--only {pattern}: no tensor has such a name; {_near(pattern, listed)}")
     return list(filter(Chooser(patterns), listed))
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """Say which names are like a pattern, and what all names begin with."""
+    firsts = list(islice(dict.fromkeys(name.partition(".")[0] for name in names), _MOST_COMPARED))
+    known = [name for name in dict.fromkeys([*firsts, *names[:_MOST_COMPARED]]) if len(name) <= _MOST_CHARACTERS]
+    near = difflib.get_close_matches(pattern, known, 3, 0.6) if len(pattern) <= _MOST_CHARACTERS else []
+    named = list(dict.fromkeys([*near, *(first[:_MOST_CHARACTERS] for first in firsts[:_MOST_NAMED])]))
+    more = f" and {len(firsts) - _MOST_NAMED} more" if len(firsts) > _MOST_NAMED else ""
+    return f"there are: {', '.join(named) or 'none'}{more}"

@@ -20,7 +20,7 @@ from ferro_checkpoint.formats.safetensors_source import SafetensorsSource
 from ferro_checkpoint.formats.source import numpy_dtype
 from ferro_checkpoint.formats.torch_checkpoint import TorchCheckpoint
 from ferro_checkpoint.layout.dtypes import ITEM_BYTES
-from ferro_checkpoint.layout.record import Record
+from ferro_checkpoint.layout.record import RECORD_NAME, Record
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128
 from ferro_checkpoint.storage.opening import split_path
@@ -196,8 +196,10 @@ def _open(path: str, format: Format | None) -> NamedTensors:  # noqa: A002
     try:
         return CheckpointSource(OpenedCheckpoint.open(storage, name))
     except CheckpointIncomplete:
-        if not os.path.exists(path) or TOKEN_NAME in storage.files(name):
-            raise  # There is nothing, or a save that has not ended.
+        files = storage.files(name)
+        checkpoints = any(os.path.isfile(os.path.join(path, file, RECORD_NAME)) for file in files)
+        if not os.path.exists(path) or TOKEN_NAME in files or checkpoints:
+            raise  # There is nothing, or a save that has not ended, or several checkpoints, of which it names some.
     return ForeignSource(open_foreign(path))
 
 

@@ -9,16 +9,22 @@ from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MOST_CELL = 60
+_MOST_WIDTH = 200  # that is filled up: one endless name does not make all rows as long
 
 
 def say(text: str = "") -> None:
     """Print a line. Names come from files: what would move a terminal's cursor is written as an escape sequence."""
-    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))  # noqa: T201 - a command talks
+    print(printable(text))  # noqa: T201 - a command talks
+
+
+def printable(text: str) -> str:
+    """Write what would move a terminal's cursor as escape sequences."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def say_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """Print rows in columns, the first row being their titles; the columns of `right` are flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [min(max(len(row[column]) for row in rows), _MOST_WIDTH) for column in range(len(rows[0]))]
     for row in rows:
         cells = [
             cell.rjust(width) if column in right else cell.ljust(width)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from ferro_checkpoint.command.text import count, say, say_json, size_text
 from ferro_checkpoint.errors import CheckpointDamaged
 from ferro_checkpoint.layout.record import RECORD_NAME
-from ferro_checkpoint.opened.checkpoint import read_record
+from ferro_checkpoint.opened.record import read_record
 from ferro_checkpoint.opened.verify import Finding, verify
 from ferro_checkpoint.progress import byte_progress
 from ferro_checkpoint.storage.opening import split_path

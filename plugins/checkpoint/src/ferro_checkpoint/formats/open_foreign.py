@@ -25,6 +25,9 @@ _OPENERS: Mapping[str, Callable[[str], TensorSource]] = {
 }
 
 
+_ADVICE = "name the format if it is one of them (--from safetensors of `convert`, format='safetensors' in Python)"
+
+
 def open_foreign(path: str | os.PathLike[str], format: Format | None = None) -> TensorSource:  # noqa: A002
     """Open tensors that another program has written; nothing of them is executed.
 
@@ -54,7 +57,7 @@ def _recognised(path: str) -> Format:
         if path.endswith(torch_checkpoint.METADATA_NAME):
             return "torch"
         text = f"the names of files that are read end with {SUFFIX}, {INDEX_SUFFIX} or {torch_checkpoint.METADATA_NAME}"
-        raise CheckpointError(f"{path}: {text}; if it is safetensors, pass format='safetensors'", path=path)
+        raise CheckpointError(f"{path}: {text}; {_ADVICE}", path=path)
     try:
         names = set(os.listdir(path))
     except OSError as error:

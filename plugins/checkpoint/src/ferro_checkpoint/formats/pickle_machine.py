@@ -177,11 +177,14 @@ class PickleMachine:
 
 def _check_key(key: Any) -> None:
     """Refuse a key whose hash would take long, or run deeper than the stack: long or nested tuples."""
-    plain = (str, int, float, bool, type(None), Built)
-    if type(key) in plain:
-        return
-    if type(key) is not tuple or len(key) > _MOST_KEY_ITEMS or not all(type(item) in plain for item in key):
+    items = key if type(key) is tuple else (key,)
+    if len(items) > _MOST_KEY_ITEMS or not all(map(_is_plain, items)):
         raise Refusal(f"a {type(key).__name__} is the key of a dict")
+
+
+def _is_plain(key: Any) -> bool:
+    """Say whether a key hashes at once, and no others can be chosen to have its hash, as large integers can be."""
+    return -(1 << 63) <= key < 1 << 63 if type(key) is int else type(key) in (str, float, bool, type(None), Built)
 
 
 def _set_item(machine: PickleMachine) -> None:

@@ -18,7 +18,7 @@ from ferro_checkpoint.formats.input_file import InputFiles, read_elements, read_
 from ferro_checkpoint.formats.source import MOST_JSON_BYTES, destination
 from ferro_checkpoint.layout.bundle import SUFFIX, Described
 from ferro_checkpoint.layout.header import LENGTH_BYTES, StoredTensor, decode_header, header_length
-from ferro_checkpoint.layout.json_text import UnreadableJson, read_json
+from ferro_checkpoint.layout.json_text import UnreadableJson, read_json, shown
 from ferro_checkpoint.layout.record import is_file_name
 
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
@@ -85,7 +85,7 @@ class SafetensorsSource:
             elif stored.dtype != dtype:
                 fault = f"it is {stored.dtype} there, and {dtype} in {places[0][0]}"
             elif offsets is not None and not _is_position(offsets, len(stored.shape)):
-                fault = f"its saved_offsets {offsets!r} are no position"
+                fault = f"its saved_offsets {shown(offsets)} are no position"
             elif len(stored.shape) != len(places[0][1].shape):
                 fault = f"it has {len(stored.shape)} dimensions there, and {len(places[0][1].shape)} in {places[0][0]}"
             if fault is not None:
@@ -131,7 +131,7 @@ def read_index(path: str) -> dict[str, str]:
         raise CheckpointDamaged(f"{path}: it has no object 'weight_map'", path=path)
     for name, file in where.items():
         if not isinstance(file, str) or not is_file_name(file) or not file.endswith(SUFFIX):
-            text = f"{file!r} is no name of a {SUFFIX} file in the same directory"
+            text = f"{shown(file)} is no name of a {SUFFIX} file in the same directory"
             raise CheckpointDamaged(f"{path}: tensor {name!r}: {text}", path=path, tensor=name)
     return where
 

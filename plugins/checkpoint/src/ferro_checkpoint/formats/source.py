@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ferro_checkpoint.errors import CheckpointError, StateError
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, StateError
 from ferro_checkpoint.layout.bundle import Described
 from ferro_checkpoint.layout.dtypes import dtype_of
+from ferro_checkpoint.layout.header import shape_fault
 
 MOST_JSON_BYTES = 256 << 20  # of an index or of a metadata.json
 
@@ -81,6 +82,8 @@ def destination(source: TensorSource, name: str, out: NDArray[Any] | None) -> ND
         reason = source.unreadable.get(name)
         raise StateError(f"{source.path} has no tensor {name!r}" + (f": {reason}" if reason else ""))
     dtype, shape = numpy_dtype(described[0], source.path, name), described[1]
+    if fault := shape_fault(shape, dtype.itemsize):
+        raise CheckpointDamaged(f"{source.path}: tensor {name!r}: {fault}", path=source.path, tensor=name)
     if out is None:
         return np.empty(shape, dtype)
     if out.shape != shape or out.dtype != dtype or not out.flags.writeable:

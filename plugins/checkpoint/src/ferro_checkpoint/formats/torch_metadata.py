@@ -17,6 +17,7 @@ from ferro_checkpoint.formats.pickle_names import Built
 from ferro_checkpoint.formats.pickle_reader import read_pickle
 from ferro_checkpoint.formats.torch_names import METADATA_NAMES, TorchDtype, TorchSize, item_bytes
 from ferro_checkpoint.layout.bundle import Described
+from ferro_checkpoint.layout.json_text import shown
 from ferro_checkpoint.layout.record import is_file_name
 
 KeyPath: TypeAlias = "tuple[str | int, ...]"
@@ -82,7 +83,7 @@ class _Decoder:
         objects: dict[str, FileRange] = {}
         for name, entry in entries.items():
             if type(name) is not str or not name or "\0" in name:
-                self._refuse(f"{name!r} is no name of an entry")
+                self._refuse(f"{shown(name)} is no name of an entry")
             if isinstance(entry, Built) and entry.kind == "BytesStorageMetadata":
                 objects[name] = self._range(name, None)
             else:
@@ -117,9 +118,9 @@ class _Decoder:
         if type(name) is not str or not (start is None or type(start) is TorchSize):
             self._refuse("an index of its storage_data is none")
         if type(file) is not str or not is_file_name(file):
-            self._refuse(f"entry {name!r} is in {file!r}, which is no name of a file in the same directory")
+            self._refuse(f"entry {shown(name)} is in {shown(file)}, which is no name of a file in the same directory")
         if place.get("transform_descriptors"):
-            text = f"entry {name!r} is stored with the extensions {place['transform_descriptors']!r}"
+            text = f"entry {name!r} is stored with the extensions {shown(place['transform_descriptors'])}"
             raise CheckpointError(f"{self._path}: {text}, which are not read: save it without them", path=self._path)
         if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
             self._refuse(f"entry {name!r} has no range in {file}")

@@ -24,7 +24,7 @@ MOST_HEADER_BYTES = 100 << 20  # as the safetensors library
 ALIGNMENT = 4096  # the data begin at a page, so that ranks write whole pages
 _METADATA = "__metadata__"
 _quoted = json.encoder.encode_basestring  # writes a text as JSON
-_MOST_DIMS = 64
+MOST_DIMS = 64
 _TEXT = r'"[^"\\\x00-\x1f]*"'
 _USUAL_METADATA = re.compile(rf'\{{"{_METADATA}":(\{{(?:{_TEXT}:{_TEXT},?)*+\}})')
 _USUAL_ENTRY = re.compile(
@@ -129,8 +129,8 @@ def _size(dtype: str, numbers: str) -> tuple[tuple[int, ...], int] | None:
         shape = tuple(map(int, numbers.split(","))) if numbers else ()
     except ValueError:
         return None
-    usual = ",".join(map(str, shape)) == numbers and len(shape) <= _MOST_DIMS and max(shape, default=0) < _MOST_BYTES
-    return (shape, math.prod(shape) * ITEM_BYTES[dtype]) if usual and dtype in ITEM_BYTES else None
+    usual = ",".join(map(str, shape)) == numbers and dtype in ITEM_BYTES and not shape_fault(shape, ITEM_BYTES[dtype])
+    return (shape, math.prod(shape) * ITEM_BYTES[dtype]) if usual else None
 
 
 def _decode_json(header: bytes, path: str) -> Decoded:
@@ -166,6 +166,15 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+def shape_fault(shape: Sequence[int], itemsize: int) -> str | None:
+    """Say why no array has this shape; None if one can. The sizes beside a 0 count as well: NumPy multiplies them."""
+    if len(shape) > MOST_DIMS:
+        return f"it has {len(shape)} dimensions, and arrays have at most {MOST_DIMS}"
+    if math.prod(filter(None, shape)) * itemsize >= _MOST_BYTES:
+        return "it is too large for any memory"
+    return None
+
+
 def _fault(entry: Any) -> str | None:
     """Find the fault of a tensor's entry."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -173,7 +182,7 @@ def _fault(entry: Any) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         return f"its dtype {shown(dtype)} is unknown"
-    if not _are_sizes(shape) or len(shape) > _MOST_DIMS:
+    if not _are_sizes(shape) or shape_fault(shape, ITEM_BYTES[dtype]):
         return f"its shape {shown(shape)} is none"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"its data_offsets {shown(offsets)} are none"

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew
-from ferro_checkpoint.layout.json_text import UnreadableJson, read_json, shown, write_json
+from ferro_checkpoint.errors import CheckpointDamaged, CheckpointTooNew, StateError
+from ferro_checkpoint.layout.json_text import UnreadableJson, check_counts, check_depth, read_json, shown, write_json
 
 RECORD_NAME = "ferro.json"
 MOST_RECORD_BYTES = 256 << 20
 VERSION = 1
 BUNDLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ADVICE = "save large values as arrays"
 _FORMAT = "ferro-checkpoint"
 _FILE_NAME = re.compile(r"[^/\\\0]+")
 _MOST_BYTES = 1 << 62
@@ -62,7 +63,13 @@ class Record:
     saved_by: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        """Write the record as JSON."""
+        """Write the record as JSON.
+
+        Raises:
+            StateError: no reader would take it: the step is no int, or the values are too many, or nested too deeply.
+        """
+        if type(self.step) not in (int, type(None)):
+            raise StateError(f"step is {shown(self.step)}, of type {type(self.step).__name__}: give an int")
         content = {
             "format": _FORMAT,
             "version": VERSION,
@@ -76,7 +83,18 @@ class Record:
             },
             "values": self.values,
         }
-        return write_json(content | {"record_digest": _digest(content)})
+        try:
+            check_depth(content)
+            text = write_json(content | {"record_digest": _digest(content)})
+            check_counts(text)
+        except UnreadableJson as error:
+            raise StateError(f"the commit record cannot be written: {error}: {_ADVICE}") from error
+        except (TypeError, ValueError, RecursionError) as error:  # of the module `json`
+            raise StateError(f"the commit record cannot be written: a value is no JSON: {error}") from error
+        if len(text) > MOST_RECORD_BYTES:
+            what = f"it would have {len(text)} bytes, and cannot have more than {MOST_RECORD_BYTES}"
+            raise StateError(f"the commit record cannot be written: {what}: {_ADVICE}")
+        return text
 
     @classmethod
     def decode(cls, text: bytes, path: str) -> Record:

@@ -30,8 +30,38 @@ def value_faults(flat: FlatState, contents: Contents, *, strict: bool) -> list[s
     ]
 
 
-def array_faults(holdings: Holdings, contents: Contents, *, strict: bool) -> list[str]:
-    """Compare names, shapes and dtypes of the arrays of all ranks; all of them find the same faults."""
+def states_left_out(flat: FlatState, contents: Contents) -> set[str]:
+    """List tensors of the state of parameters that are frozen now, and so have no state here."""
+    return {name for name in contents.tensors if name not in flat.of_parameters and _parameter_of(name) in flat.frozen}
+
+
+def states_begun(flat: FlatState, contents: Contents) -> set[str]:
+    """List parameters, "optimizer.0.weight", of which an optimizer in the checkpoint has no state.
+
+    They were frozen, or not given to it. Where it has no state of any parameter, it is another kind of optimizer.
+    """
+    known = {_parameter_of(name) for name in contents.tensors}
+    optimizers = [path for path in flat.states if any(name.startswith(f"{path}.") for name in known)]
+    return {
+        parameter
+        for name, parameter in flat.of_parameters.items()
+        if parameter not in known and contents.chosen(name) and any(parameter.startswith(f"{o}.") for o in optimizers)
+    }
+
+
+def _parameter_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def array_faults(holdings: Holdings, contents: Contents, left_out: set[str], *, strict: bool) -> list[str]:
+    """Compare names, shapes and dtypes of the arrays of all ranks; all of them find the same faults.
+
+    Args:
+        holdings: the arrays.
+        contents: of the checkpoint.
+        left_out: tensors that no rank needs.
+        strict: whether names that one of them lacks are faults.
+    """
     faults = []
     for name, dtype, shape in zip(holdings.names, holdings.dtypes, holdings.shapes, strict=True):
         place = contents.tensors.get(name)
@@ -43,7 +73,7 @@ def array_faults(holdings: Holdings, contents: Contents, *, strict: bool) -> lis
     if len(faults) > _MOST_NAMED:
         faults[_MOST_NAMED:] = [f"and {len(faults) - _MOST_NAMED} more"]
     wanted = set(holdings.names)
-    there = set(contents.tensors) - (contents.of_single_ranks() - wanted)
+    there = set(contents.tensors) - ((contents.of_single_ranks() | left_out) - wanted)
     return faults + name_faults(wanted, there, "tensor", strict=strict)
 
 

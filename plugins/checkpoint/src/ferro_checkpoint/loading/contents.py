@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
 from ferro_checkpoint.state.skeleton import TENSOR_KEY, put_arrays, rename_arrays
 from ferro_checkpoint.state.value_agreement import BY_RANK, values_of_rank
-from ferro_checkpoint.state.values import Json, decode_value
+from ferro_checkpoint.state.values import Json, decode_value, encode_value
 
 
 class Contents:
@@ -47,12 +47,26 @@ class Contents:
         self._to_state = renamer(rename)
         self._all = {new: opened.tensors[old] for new, old in renamed_names(opened.tensors, rename).items()}
         self.tensors: dict[str, StoredPlace] = {name: place for name, place in self._all.items() if self.chosen(name)}
-        values, self.lacking = values_of_rank(opened.record.values, rank)
+        values, lacking = values_of_rank(opened.record.values, rank)
+        self.lacking = [self._to_state(name) for name in lacking]
         values.pop(COMPLEX128, None)
         renamed = renamed_names(values, rename)
         self.chosen.check([*self._all, *renamed_names(opened.record.values, rename)])
         self.values: dict[str, Json] = {new: values[old] for new, old in renamed.items() if self.chosen(new)}
         self.decoded: dict[str, Any] = {name: self._decoded(name, value) for name, value in self.values.items()}
+
+    def of_other_rank(self, name: str) -> Any:
+        """Return the value of the first rank that has one, if this rank lacks it; None if none is there."""
+        found = [value for value in self._of_ranks(name) if value is not None] if name in self.lacking else []
+        return found[0] if found and self.chosen(name) else None
+
+    def merge(self, name: str, merge: Callable[[list[Any]], Any]) -> None:
+        """Take, in the place of this rank's value, what `merge` makes of those of all ranks, if that is not None."""
+        found = [value for value in self._of_ranks(name) if value is not None]
+        merged = merge(found) if found and self.chosen(name) else None
+        if merged is not None:
+            self.decoded[name], self.values[name] = merged, encode_value(merged, name)
+            self.lacking = [each for each in self.lacking if each != name]
 
     def empty(self, name: str) -> Array | None:
         """Make an array for a tensor; None if there is none of this name."""
@@ -80,6 +94,14 @@ class Contents:
             if isinstance(value, dict) and BY_RANK in value:
                 _find_tensors(value, names)
         return {self._to_state(name) for name in names}
+
+    def _of_ranks(self, name: str) -> list[Any]:
+        """Decode the values of all ranks, None for those that have none; [] if all have the same."""
+        for old, value in self._record_values.items():
+            each = value.get(BY_RANK) if isinstance(value, dict) and len(value) == 1 else None
+            if isinstance(each, list) and self._to_state(old) == name:
+                return [None if item == {"$none": True} else self._decoded(name, item) for item in each]
+        return []
 
     def _decoded(self, name: str, value: Json) -> Any:
         try:

@@ -10,7 +10,7 @@ import xxhash
 
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError, StateError
-from ferro_checkpoint.loading.comparison import array_faults, value_faults
+from ferro_checkpoint.loading.comparison import array_faults, states_begun, states_left_out, value_faults
 from ferro_checkpoint.loading.contents import Contents
 from ferro_checkpoint.loading.destinations import Destinations
 from ferro_checkpoint.loading.load_plan import Readers, plan_reads
@@ -27,6 +27,7 @@ from ferro_checkpoint.progress import Progress, byte_progress
 from ferro_checkpoint.state.flatten import FlatState, Stored, flatten
 
 _log = logging.getLogger("ferro.checkpoint")
+_MOST_NAMED = 5
 
 
 def load_checkpoint(
@@ -56,31 +57,48 @@ def load_checkpoint(
     try:
         contents = Contents(opened, rank, only, rename)
         state = contents.empty_state() if into is None else into
-        flat = flatten(state, rank, Stored(contents.decoded, contents.empty))
-        destinations = Destinations((name, piece) for name, piece in flat.pieces if contents.chosen(name))
+        flat = flatten(state, rank, Stored(contents.decoded, contents.empty, contents.of_other_rank))
+        for name, merge in flat.merges.items():
+            contents.merge(name, merge)
+        begun = states_begun(flat, contents)
+        destinations = Destinations(
+            (name, piece)
+            for name, piece in flat.pieces
+            if contents.chosen(name) and flat.of_parameters.get(name) not in begun
+        )
         faults = [] if into is None else value_faults(flat, contents, strict=strict)
         for name in flat.checks.keys() & contents.decoded.keys():
             flat.checks[name](contents.decoded[name])
     except Exception as error:
         tell_all(group, error, deadline)
         raise
-    told = tell_all(group, None, deadline, [xxhash.xxh3_128_hexdigest(opened.record.encode()), faults])
-    if len({identity for identity, _ in told}) > 1:
+    own = [
+        xxhash.xxh3_128_hexdigest(opened.record.encode()),
+        faults,
+        sorted(begun),
+        sorted(states_left_out(flat, contents)),
+    ]
+    told = tell_all(group, None, deadline, own)
+    if len({identity for identity, *_ in told}) > 1:
         text = f"{opened.path} is not the same checkpoint on all ranks: give a directory that all hosts share"
         raise StateError(text)
     local = [array for array in destinations.arrays if strict or array.name in contents.tensors]
-    faults = next((each for _, each in told if each), [])
-    _read(opened, contents, local, faults, group, readers, strict, threads, deadline, progress)
+    faults = next((each for _, each, *_ in told if each), [])
+    left_out = {name for *_, names in told for name in names}
+    _read(opened, contents, local, faults, left_out, group, readers, strict, threads, deadline, progress)
     try:
         destinations.check_copies()
         if into is None:
             contents.add_values(state)
         else:
             _put_values(flat, contents, rank)
+            _begin_states(flat, begun)
     except Exception as error:
         tell_all(group, error, deadline)
         raise
     tell_all(group, None, deadline)
+    if rank == 0:
+        _log_states(opened.path, {name for _, _, names, _ in told for name in names}, left_out)
     return state
 
 
@@ -89,6 +107,7 @@ def _read(
     contents: Contents,
     local: list[LocalArray],
     faults: list[str],
+    left_out: set[str],
     group: ProcessGroup | None,
     readers: Readers | None,
     strict: bool,
@@ -99,7 +118,7 @@ def _read(
     """Read all arrays of all ranks, if nothing has a fault; `faults` are the values', and the same on all ranks."""
     rank, world_size = (0, 1) if group is None else (group.rank, group.world_size)
     holdings = agree_on_arrays(Description(local), group, deadline)
-    refuse(opened.path, [*array_faults(holdings, contents, strict=strict), *faults])
+    refuse(opened.path, [*array_faults(holdings, contents, left_out, strict=strict), *faults])
     segments = ReadSegments({file: opened.segments(file) for files in opened.record.bundles.values() for file in files})
     needs = Needs(holdings, [contents.tensors[name] for name in holdings.names], segments, world_size, opened.path)
     plan = plan_reads(segments, needs, LocalArrays(local, holdings.names), rank, world_size, readers, opened.path)
@@ -124,10 +143,28 @@ def _put_values(flat: FlatState, contents: Contents, rank: int) -> None:
         raise StateError(
             f"{contents.path}: {doing} cannot be put into the state: {text_of(error)}. Arrays of the state have changed"
         ) from error
-    kept = [name for name in contents.lacking if name in flat.puts]
+    kept = [name for name in contents.lacking if name in flat.puts and name not in flat.taken_over]
     if kept:
         names = ", ".join(map(repr, kept))
         _log.warning("rank %d keeps its own %s: %s was saved by fewer ranks", rank, names, contents.path)
+
+
+def _begin_states(flat: FlatState, begun: set[str]) -> None:
+    """Let optimizers begin the state of parameters of which the checkpoint has none; they need the loaded values."""
+    for path, optimizer in flat.states.items():
+        names = [name.removeprefix(f"{path}.") for name in begun if name.startswith(f"{path}.")]
+        if names:
+            optimizer.begin_checkpoint_states(names)
+
+
+def _log_states(path: str, begun: set[str], left_out: set[str]) -> None:
+    for names, what in (
+        (begun, "begin with a new state, as it has none"),
+        (left_out, "are frozen; it has state of them"),
+    ):
+        if names:
+            some = ", ".join(map(repr, sorted(names)[:_MOST_NAMED]))
+            _log.warning("%s: %d of the optimizers' parameters or states %s: %s", path, len(names), what, some)
 
 
 def _change_of(opened: OpenedCheckpoint) -> CheckpointError | None:

@@ -13,17 +13,13 @@ from ferro_checkpoint.layout.bundle import index_name
 from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.header import LENGTH_BYTES, MOST_HEADER_BYTES, StoredTensor, decode_header, header_length
 from ferro_checkpoint.layout.json_text import shown
-from ferro_checkpoint.layout.record import MOST_RECORD_BYTES, RECORD_NAME, Record
-from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
+from ferro_checkpoint.layout.record import RECORD_NAME, Record
+from ferro_checkpoint.opened.damage import HeaderNames, damage_text
 from ferro_checkpoint.opened.files import CheckpointFiles
 from ferro_checkpoint.opened.index import check_index
-from ferro_checkpoint.opened.no_record import no_record
 from ferro_checkpoint.opened.place import COMPLEX128, StoredPlace
+from ferro_checkpoint.opened.record import again_if_replaced, open_files
 from ferro_checkpoint.storage.storage import Bytes, Storage
-
-_ATTEMPTS = 3
-MOST_SEGMENT_BYTES = 256 << 20
-"""Writers cut segments at 4 MiB; no reader must hold more than this because a record says so."""
 
 
 class OpenedCheckpoint:
@@ -61,24 +57,35 @@ class OpenedCheckpoint:
             CheckpointIncomplete: there is no record; the message says what is there.
             CheckpointDamaged: a file is gone, has another length, or is not what was written.
             CheckpointTooNew: a newer version of this package has written it.
+            CheckpointReplaced: saves replace it faster than it can be opened.
         """
-        for attempt in range(_ATTEMPTS):
-            record = read_record(storage, name)
-            files = CheckpointFiles(storage, name, record.files)
-            try:
-                self = cls(record, files, digester(record.digest, files.path) if verify else None)
-                self.tensors = self._read_headers()
-                if attempt + 1 == _ATTEMPTS or record == read_record(storage, name):
-                    return self
-            except CheckpointError:
-                files.close()
-                if attempt + 1 == _ATTEMPTS or record == read_record(storage, name):
-                    raise
-            except BaseException:
-                files.close()
-                raise
+        return again_if_replaced(lambda: cls._open(storage, name, verify=verify))
+
+    @classmethod
+    def _open(cls, storage: Storage, name: str, *, verify: bool) -> OpenedCheckpoint:
+        record, files = open_files(storage, name)
+        try:
+            return cls.of_files(record, files, verify=verify)
+        except BaseException:
             files.close()
-        raise AssertionError("the last attempt has returned")
+            raise
+
+    @classmethod
+    def of_files(cls, record: Record, files: CheckpointFiles, *, verify: bool = True) -> OpenedCheckpoint:
+        """Open a checkpoint whose record has been read; see `open`. It takes over the files.
+
+        Raises:
+            CheckpointReplaced: another one has got its name meanwhile.
+            CheckpointDamaged, CheckpointTooNew: see `open`.
+        """
+        self = cls(record, files, digester(record.digest, files.path) if verify else None)
+        try:
+            self.tensors = self._read_headers()
+        except CheckpointError as error:
+            files.check_current(error)
+            raise
+        files.check_same()
+        return self
 
     def __enter__(self) -> OpenedCheckpoint:
         return self
@@ -96,6 +103,7 @@ class OpenedCheckpoint:
 
         Raises:
             CheckpointDamaged: a file has been.
+            CheckpointReplaced: what was read may be of another checkpoint, which has got the name meanwhile.
         """
         self._files.check_unchanged()
 
@@ -125,6 +133,8 @@ class OpenedCheckpoint:
 
         Reading small ranges one after the other reads each segment once: the last one is kept.
         """
+        if not destination.nbytes:
+            return
         ends, end = self._ends[file], begin + destination.nbytes
         for k in range(int(ends.searchsorted(begin, "right")), int(ends.searchsorted(end, "left")) + 1):
             first, last = self._range(file, k)
@@ -224,7 +234,7 @@ class OpenedCheckpoint:
         self._files.check_unchanged()
         path = self._path(file)
         # While headers are read, no tensor is known yet; a header may share its segment with data.
-        names = self.tensors_within(file, begin, end) or tensors_by_header(self._files, self.record, file, begin, end)
+        names = self.tensors_within(file, begin, end) or HeaderNames(self._files, self.record).within(file, begin, end)
         return CheckpointDamaged(damage_text(path, begin, end, names), path=path, tensor=next(iter(names), None))
 
     def _contradiction(self, file: str, text: str, tensor: str | None = None) -> CheckpointDamaged:
@@ -233,24 +243,3 @@ class OpenedCheckpoint:
 
     def _path(self, file: str) -> str:
         return self._files.path_of(file)
-
-
-def read_record(storage: Storage, name: str) -> Record:
-    """Read and check the record of a checkpoint.
-
-    Raises:
-        CheckpointIncomplete, CheckpointDamaged, CheckpointTooNew: see `OpenedCheckpoint.open`.
-    """
-    path = f"{storage.path}/{name}/{RECORD_NAME}"
-    try:
-        text = storage.read_file(name, RECORD_NAME, MOST_RECORD_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise no_record(storage, name) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", path=path) from error
-    record = Record.decode(text, path)
-    for file, it in record.files.items():
-        if it.ends and int(np.diff(it.ends, prepend=0).max()) > MOST_SEGMENT_BYTES:
-            text_ = f"{path}: file {shown(file)} has a segment of more than {MOST_SEGMENT_BYTES} bytes"
-            raise CheckpointDamaged(text_, path=path)
-    return record

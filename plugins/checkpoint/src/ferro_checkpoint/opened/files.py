@@ -9,9 +9,14 @@ from typing import Protocol, runtime_checkable
 
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.layout.record import FileRecord
-from ferro_checkpoint.storage.storage import ReadableFile, Storage
+from ferro_checkpoint.storage.reading import ReadableDirectory
+from ferro_checkpoint.storage.storage import ReadableFile
 
 _MOST_HANDLES = 200  # a checkpoint may have more files than a process may have open
+
+
+class CheckpointReplaced(CheckpointError):
+    """Another checkpoint has got the name, or the checkpoint was removed, while it was read. It was not damaged."""
 
 
 @runtime_checkable
@@ -27,10 +32,16 @@ class CheckpointFiles:
     Several threads may use it. Up to 200 files stay open; each further one is opened anew for every use.
     """
 
-    def __init__(self, storage: Storage, name: str, records: Mapping[str, FileRecord]) -> None:
-        self.path = f"{storage.path}/{name}"
-        self._storage = storage
-        self._name = name
+    def __init__(self, directory: ReadableDirectory, path: str, records: Mapping[str, FileRecord]) -> None:
+        """Take over an open directory.
+
+        Args:
+            directory: where the record was read.
+            path: of the directory, for messages.
+            records: what the record says of the files.
+        """
+        self.path = path
+        self._directory = directory
         self._records = records
         self._handles: dict[str, ReadableFile] = {}
         self._identities: dict[str, object] = {}
@@ -45,6 +56,7 @@ class CheckpointFiles:
         """Open a file, or take its handle. An OSError of what is done with it becomes a CheckpointError.
 
         Raises:
+            CheckpointReplaced: the checkpoint has been replaced or removed, and therefore there is no such file.
             CheckpointDamaged: there is none, it has not the length that the record says, or it is another file than
                 the one that was opened first.
             CheckpointError: it cannot be read.
@@ -62,16 +74,42 @@ class CheckpointFiles:
             finally:
                 if not stays:
                     handle.close()
-        except OSError as error:
+        except CheckpointReplaced:
+            raise
+        except (OSError, CheckpointError) as error:
+            self.check_current(error)
+            if isinstance(error, CheckpointError):
+                raise
             path = self.path_of(file)
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", path=path) from error
+
+    def check_current(self, error: BaseException | None = None) -> None:
+        """Check that the checkpoint still has its name; called after `error`, if there was one.
+
+        Raises:
+            CheckpointReplaced: it has not.
+        """
+        if not self._directory.is_current():
+            text = f"{self.path}: the checkpoint was replaced or removed while it was read: read it again"
+            raise CheckpointReplaced(text, path=self.path) from error
+
+    def check_same(self) -> None:
+        """Check that all files that were opened until now are of the checkpoint whose record was read.
+
+        Raises:
+            CheckpointReplaced: they may be of another one.
+        """
+        if not self._directory.is_held:
+            self.check_current()
 
     def check_unchanged(self) -> None:
         """Check that no file that was opened has been written to since.
 
         Raises:
             CheckpointDamaged: one has, or is gone.
+            CheckpointReplaced: what was read may be of another checkpoint, or its files have gone.
         """
+        self.check_same()
         with self._lock:
             files = list(self._identities)
         for file in files:
@@ -85,11 +123,12 @@ class CheckpointFiles:
             self._handles.clear()
         for handle in handles:
             handle.close()
+        self._directory.close()
 
     def _open(self, file: str) -> ReadableFile:
         path = self.path_of(file)
         try:
-            handle = self._storage.open_file(self._name, file)
+            handle = self._directory.open_file(file)
         except FileNotFoundError as error:
             text = f"{path}: the record lists this file, and it is not there: load an older checkpoint"
             raise CheckpointDamaged(text, path=path) from error

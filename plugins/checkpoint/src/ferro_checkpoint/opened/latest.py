@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from ferro import ProcessGroup
 from ferro_checkpoint.errors import CheckpointError, CheckpointIncomplete
 from ferro_checkpoint.layout.bundle import SUFFIX
-from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, read_record
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.opened.record import read_record
 from ferro_checkpoint.opened.verify import verify
 from ferro_checkpoint.storage.opening import open_storage
 from ferro_checkpoint.storage.saver import TOKEN_NAME

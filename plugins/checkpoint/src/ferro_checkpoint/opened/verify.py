@@ -13,9 +13,10 @@ import numpy as np
 from ferro_checkpoint.errors import CheckpointError
 from ferro_checkpoint.layout.digest import Digester, digester
 from ferro_checkpoint.layout.record import FileRecord
-from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint, read_record
-from ferro_checkpoint.opened.damage import damage_text, tensors_by_header
-from ferro_checkpoint.opened.files import CheckpointFiles
+from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
+from ferro_checkpoint.opened.damage import HeaderNames, damage_text
+from ferro_checkpoint.opened.files import CheckpointFiles, CheckpointReplaced
+from ferro_checkpoint.opened.record import again_if_replaced, open_files
 from ferro_checkpoint.storage.storage import Storage
 
 _BATCH_BYTES = 4 << 20  # segments are checked so many bytes at a time, and at least one
@@ -57,36 +58,40 @@ def verify(
 
     Raises:
         CheckpointIncomplete, CheckpointDamaged, CheckpointTooNew: the record cannot be read.
+        CheckpointReplaced: it was replaced or removed meanwhile, and some files cannot be checked any more.
     """
-    record = read_record(storage, name)
-    files = CheckpointFiles(storage, name, record.files)
-    digest = digester(record.digest, files.path)
+    record, files = again_if_replaced(lambda: open_files(storage, name))
+    headers = HeaderNames(files, record)
     found = False
     try:
+        digest = digester(record.digest, files.path)
         with ThreadPoolExecutor(threads) as pool:
             for file, its in record.files.items():
                 try:
                     with files.opened(file):
                         pass
+                except CheckpointReplaced:
+                    raise
                 except CheckpointError as error:
                     found = True
                     yield Finding(file, None, None, (), str(error))
                     continue
                 for begin, end, unread in _damaged_ranges(files, file, its, digest, pool, threads, progress):
                     found = True
-                    names = tuple(tensors_by_header(files, record, file, begin, end))
+                    names = tuple(headers.within(file, begin, end))
                     text = unread or damage_text(files.path_of(file), begin, end, names)
                     yield Finding(file, begin, end, names, text)
         if not found:
             files.check_unchanged()
+            # All bytes are those that were written; that they fit each other is for the reader of the headers to say.
+            try:
+                OpenedCheckpoint.of_files(record, files)
+            except CheckpointReplaced:
+                raise
+            except CheckpointError as error:
+                yield Finding(error.path.rpartition("/")[2], None, None, (), str(error))
     finally:
         files.close()
-    if not found:
-        # All bytes are those that were written; that they fit each other is for the reader of the headers to say.
-        try:
-            OpenedCheckpoint.open(storage, name).close()
-        except CheckpointError as error:
-            yield Finding(error.path.rpartition("/")[2], None, None, (), str(error))
 
 
 def _damaged_ranges(
@@ -134,6 +139,8 @@ def _check(files: CheckpointFiles, file: str, its: FileRecord, digest: Digester,
     try:
         with files.opened(file) as handle:
             handle.read_into([content], begin)
+    except CheckpointReplaced:
+        raise
     except CheckpointError as error:
         return [(begin, its.ends[batch[-1]], str(error))]
     damaged, first = [], begin

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferro_checkpoint.layout.bundle import TensorFile, layout_bundle
+from ferro_checkpoint.layout.limits import check_bundle
 from ferro_checkpoint.placement.local_array import COMPLEX128
 from ferro_checkpoint.plan.agreement import Holdings
 
@@ -43,6 +44,9 @@ def layout_files(holdings: Holdings, file_bytes: int) -> FileLayout:
     Args:
         holdings: the arrays.
         file_bytes: how many bytes of data a file may have, unless it has one tensor alone.
+
+    Raises:
+        StateError: no reader would take the headers or the index.
     """
     bundles: dict[str, dict[str, int]] = {}
     for number, name in enumerate(holdings.names):
@@ -58,6 +62,7 @@ def layout_files(holdings: Holdings, file_bytes: int) -> FileLayout:
             tensor: (_stored(holdings.dtypes[number]), holdings.shapes[number]) for tensor, number in numbers.items()
         }
         own = layout_bundle(bundle, described, file_bytes)
+        check_bundle(bundle, own)
         names[bundle] = tuple(file.name for file in own)
         for file in own:
             files.append(file)

@@ -13,6 +13,7 @@ from ferro_checkpoint.plan.agreement import Description, Holdings, agree_on_arra
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import check_same, tell_all
 from ferro_checkpoint.plan.file_layout import FileLayout, layout_files
+from ferro_checkpoint.plan.many_objects import without_collector
 from ferro_checkpoint.plan.parts import LocalArrays, SegmentPart
 from ferro_checkpoint.plan.replica_check import CHECKS, Check, compare_replicas
 from ferro_checkpoint.plan.rows import HEADER, Rows, rows_of
@@ -119,12 +120,13 @@ def plan_save(
     try:
         if refused is not None:
             raise refused
-        flat = flatten(state, rank)
-        local = [LocalArray(name, piece) for name, piece in flat.pieces]
+        with without_collector():
+            flat = flatten(state, rank)
+            local = [LocalArray(name, piece) for name, piece in flat.pieces]
+            described = Description(local)
     except Exception as error:
         tell_all(group, error, deadline)
         raise
-    described = Description(local)
     again = previous is not None and previous.whole_files != writes_ranges and previous.described == described.digest
     told = tell_all(group, None, deadline, [again, dict(same or {})])
     check_same([given for _, given in told])
@@ -150,34 +152,35 @@ def _plan(
 ) -> SavePlan:
     rank, world_size = (0, 1) if group is None else (group.rank, group.world_size)
     holdings = agree_on_arrays(described, group, deadline)
-    nbytes = int((holdings.sizes * holdings.itemsizes).sum())
-    file_bytes = FILE_BYTES
-    if whole_files:  # so that every rank has one to write
-        file_bytes = max(min(FILE_BYTES, -(-nbytes // world_size)), _LEAST_FILE_BYTES)
-    layout = layout_files(holdings, file_bytes)
-    rows = rows_of(holdings, layout, world_size)
-    segments = cut_segments(rows, layout, world_size, whole_files=whole_files)
-    written: list[int] = []
-    exchanged: list[list[int]] = [[] for _ in range(world_size)]
-    for number, (writer, needs) in enumerate(zip(segments.writer, segments.exchanged, strict=True)):
-        if needs and world_size > 1:
-            exchanged[writer].append(number)
-        elif writer == rank:
-            written.append(number)
-    supplies = Supplies(holdings, layout, rows, segments)
-    arrays = LocalArrays(local, holdings.names)
-    return SavePlan(
-        rank,
-        world_size,
-        values,
-        holdings,
-        layout,
-        rows,
-        segments,
-        supplies,
-        arrays,
-        written,
-        exchanged,
-        whole_files,
-        described.digest,
-    )
+    with without_collector():
+        nbytes = int((holdings.sizes * holdings.itemsizes).sum())
+        file_bytes = FILE_BYTES
+        if whole_files:  # so that every rank has one to write
+            file_bytes = max(min(FILE_BYTES, -(-nbytes // world_size)), _LEAST_FILE_BYTES)
+        layout = layout_files(holdings, file_bytes)
+        rows = rows_of(holdings, layout, world_size)
+        segments = cut_segments(rows, layout, world_size, whole_files=whole_files)
+        written: list[int] = []
+        exchanged: list[list[int]] = [[] for _ in range(world_size)]
+        for number, (writer, needs) in enumerate(zip(segments.writer, segments.exchanged, strict=True)):
+            if needs and world_size > 1:
+                exchanged[writer].append(number)
+            elif writer == rank:
+                written.append(number)
+        supplies = Supplies(holdings, layout, rows, segments)
+        arrays = LocalArrays(local, holdings.names)
+        return SavePlan(
+            rank,
+            world_size,
+            values,
+            holdings,
+            layout,
+            rows,
+            segments,
+            supplies,
+            arrays,
+            written,
+            exchanged,
+            whole_files,
+            described.digest,
+        )

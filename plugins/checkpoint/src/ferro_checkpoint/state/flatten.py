@@ -21,6 +21,7 @@ from ferro_checkpoint.errors import StateError
 from ferro_checkpoint.layout.header import name_fault
 from ferro_checkpoint.placement.array_piece import ArrayPiece
 from ferro_checkpoint.state import objects
+from ferro_checkpoint.state.parameter_names import ParameterNames
 from ferro_checkpoint.state.skeleton import put_arrays, take_arrays
 from ferro_checkpoint.state.values import Json, check_text, encode_value
 
@@ -42,6 +43,11 @@ class FlatState:
         puts: for each path, the function that puts a value that was loaded back into the state.
         fixed: paths of values in tuples, which cannot take another value.
         finishes: functions to call when everything has been loaded.
+        merges: for some paths, the function that unites the values of all ranks that saved.
+        taken_over: paths of values that this rank lacks, and takes over from another one.
+        states: optimizers, by path, that can begin the state of a parameter anew.
+        of_parameters: full names of those optimizers' arrays, and those of their parameters, "optimizer.0.weight".
+        frozen: names like these, of parameters that are not trained, so that their state is not needed.
     """
 
     pieces: list[tuple[str, ArrayPiece]] = field(default_factory=list)
@@ -51,6 +57,11 @@ class FlatState:
     puts: dict[str, Callable[[Any], object]] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
     finishes: list[Callable[[], object]] = field(default_factory=list)
+    merges: dict[str, Callable[[list[Any]], Any]] = field(default_factory=dict)
+    taken_over: set[str] = field(default_factory=set)
+    states: dict[str, Any] = field(default_factory=dict)
+    of_parameters: dict[str, str] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +71,12 @@ class Stored:
     Attributes:
         values: by path, as this rank loads them, decoded.
         empty: makes an array for a tensor, by full name, or None if there is none.
+        of_other_rank: the first rank's value, by path, which this rank lacks; None if there is none.
     """
 
     values: Mapping[str, Any]
     empty: Callable[[str], Array | None]
+    of_other_rank: Callable[[str], Any]
 
 
 def flatten(state: object, rank: int, stored: Stored | None = None) -> FlatState:
@@ -85,7 +98,7 @@ def flatten(state: object, rank: int, stored: Stored | None = None) -> FlatState
         state = {DEFAULT_BUNDLE: state}
     flattener = _Flattener(rank, stored)
     try:
-        flattener.name_parameters(state, set())
+        flattener.name_parameters(state, (), set())
         flattener.nest(state, (), 0)
     except RecursionError as error:
         raise StateError("the state is nested too deeply; does it contain itself?") from error
@@ -97,27 +110,27 @@ class _Flattener:
     def __init__(self, rank: int, stored: Stored | None) -> None:
         self.flat = FlatState()
         self._rank, self._stored = rank, stored
-        self._parameters: dict[int, str] = {}
+        self._parameters = ParameterNames()
         self._owners: dict[str, _Path] = {}  # of each full name
         self._bundles: set[str] = set()
 
-    def name_parameters(self, value: object, seen: set[int]) -> None:
+    def name_parameters(self, value: object, path: _Path, seen: set[int]) -> None:
         """Note the names of all modules' parameters, by which optimizers name their arrays.
 
         Args:
             value: of the state.
+            path: where it is in the state.
             seen: the `id` of each container that was visited, so that none is visited twice.
         """
         if objects.has_parameters(value):
-            for name, parameter in value.checkpoint_parameters().items():
-                self._parameters.setdefault(id(parameter), name)
+            self._parameters.add(_dotted(path), value.checkpoint_parameters())
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             if _has_only_plain_items(value):
                 return
-            for _, item in _items(value):
+            for key, item in _items(value):
                 if type(item) is not np.ndarray:
-                    self.name_parameters(item, seen)
+                    self.name_parameters(item, (*path, str(key)), seen)
 
     def nest(self, value: Any, path: _Path, depth: int) -> None:
         """Flatten the items of a dict, a list or a tuple."""
@@ -203,11 +216,11 @@ class _Flattener:
         loading = self._stored is not None
         if loading and callable(prepare := getattr(value, "prepare_checkpoint_load", None)):
             prepare()
+        prefix = _dotted(path)
         if objects.has_optimizer_arrays(value):
-            arrays = value.checkpoint_optimizer_arrays(self._parameters)
+            arrays = self._optimizer_arrays(value, prefix)
         else:
             arrays = value.checkpoint_arrays()
-        prefix = _dotted(path)
         for name, array in arrays.items():
             self._add_array(f"{prefix}.{name}" if name else _own_name(path), path, array)
         if callable(values := getattr(value, "checkpoint_values", None)):
@@ -217,8 +230,21 @@ class _Flattener:
                 self._add_value(current, path, getattr(value, "load_checkpoint_values"), by_rank=by_rank)  # noqa: B009
             if callable(check := getattr(value, "check_checkpoint_values", None)):
                 self.flat.checks[prefix] = check
+            if callable(merge := getattr(value, "merged_checkpoint_values", None)):
+                self.flat.merges[prefix] = merge
         if loading and callable(finish := getattr(value, "finish_checkpoint_load", None)):
             self.flat.finishes.append(finish)
+
+    def _optimizer_arrays(self, value: objects.HasOptimizerArrays, prefix: str) -> Mapping[str, Any]:
+        """Ask an optimizer for its arrays, under the names of its parameters."""
+        own = getattr(value, "checkpoint_optimizer_parameters", None)
+        names = self._parameters.of(own() if callable(own) else None)
+        arrays = value.checkpoint_optimizer_arrays(names)
+        if self._stored is not None and callable(getattr(value, "begin_checkpoint_states", None)):
+            self.flat.states[prefix] = value
+            self.flat.of_parameters |= {f"{prefix}.{key}": f"{prefix}.{key.rpartition('.')[0]}" for key in arrays}
+            self.flat.frozen |= {f"{prefix}.{name}" for name in self._parameters.frozen(names)}
+        return arrays
 
     def _add_scalar(self, value: np.generic, path: _Path, put: Callable[[Any], object]) -> None:
         """Add a NumPy number, as an array without dimensions."""
@@ -264,8 +290,15 @@ class _Flattener:
         # What is loaded says which arrays there are, and not what the object has now.
         self._add_value(True, path, lambda _: None, by_rank=by_rank)
         if name in self._stored.values:
-            loaded = put_arrays(self._stored.values[name], lambda tensor: self._empty(tensor, path))
-            self.flat.finishes.append(lambda: value.load_state_dict(loaded))
+            saved, convert = self._stored.values[name], None
+        else:
+            convert = getattr(value, "checkpoint_state_of_new_rank", None)
+            saved = self._stored.of_other_rank(name) if callable(convert) else None
+            if saved is None:
+                return
+            self.flat.taken_over.add(name)
+        loaded = put_arrays(saved, lambda tensor: self._empty(tensor, path))
+        self.flat.finishes.append(lambda: value.load_state_dict(convert(loaded) if convert else loaded))
 
     def _empty(self, tensor: str, path: _Path) -> Array:
         """Make an array for a tensor that the saved state dict of the object at `path` names."""

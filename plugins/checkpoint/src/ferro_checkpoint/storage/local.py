@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -14,11 +15,13 @@ from ferro_checkpoint.storage.leftovers import find_old, settle_leftovers
 from ferro_checkpoint.storage.local_directory import LocalDirectory, check_replaceable, sync_directory
 from ferro_checkpoint.storage.local_files import LocalReadableFile
 from ferro_checkpoint.storage.names import check_name, check_within, is_temporary, old_name, split_old
+from ferro_checkpoint.storage.reading import LocalReadableDirectory, ReadableDirectory, read_all
 from ferro_checkpoint.storage.removal import remove_tree
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import NewDirectory, ReadableFile
 
 SEEN_S = 2.0  # a network file system shows another host's new directory so late
+_ATTEMPTS = 3
 _REMOVED = "removed"  # takes the place of a token
 
 
@@ -70,16 +73,19 @@ class LocalStorage:
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """Read a small file of a directory as a whole; see `Storage`."""
         with LocalReadableFile(self._file(name, file)) as opened:
-            if opened.nbytes > most_bytes:
-                text = f"{opened.path} has {opened.nbytes} bytes, and cannot have more than {most_bytes}"
-                raise CheckpointDamaged(text, path=opened.path)
-            content = bytearray(opened.nbytes)
-            opened.read_into([memoryview(content)], 0)
-        return bytes(content)
+            return read_all(opened, opened.path, most_bytes)
 
     def open_file(self, name: str, file: str) -> ReadableFile:
         """Open a file of a directory for reading; see `Storage`."""
         return LocalReadableFile(self._file(name, file))
+
+    def open_directory(self, name: str) -> ReadableDirectory:
+        """Open a directory for reading; see `HoldsDirectories`."""
+        check_within(name)
+        for _ in range(_ATTEMPTS):
+            with suppress(FileNotFoundError):  # between two of the system calls of a save
+                return LocalReadableDirectory(os.path.join(self.path, self._directory(name)))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.path.join(self.path, name))
 
     def new_directory(self, name: str, token: str) -> NewDirectory:
         """Describe a directory that is to get this name; see `Storage`."""
@@ -109,21 +115,25 @@ class LocalStorage:
         return True
 
     def remove(self, name: str) -> None:
-        """Remove a directory, the record first; then it has its name no more, and then its files go."""
+        """Remove a directory: it loses its name, then its record, and then its files.
+
+        After a kill at any point it is either whole, or nothing has its name and the next save removes the rest.
+        """
         check_name(name)
         found = self._directory(name)
         path = os.path.join(self.path, found)
         if os.path.islink(path):
             raise CheckpointError(f"{path} is a link, and is not removed: remove the directory it leads to", path=path)
         with writing(path):
+            if found == name:
+                old = os.path.join(self.path, old_name(name, _REMOVED))
+                remove_tree(old)  # of a removal that was killed
+                with suppress(OSError):  # somebody else removes it as well, or a part of one is in the way
+                    system_calls.rename(path, old)
+                    path = old
             with suppress(FileNotFoundError):
                 system_calls.remove_file(os.path.join(path, RECORD_NAME))
             sync_directory(path)
-            if found == name:
-                with suppress(OSError):  # somebody else removes it as well, or a part of one is in the way
-                    old = os.path.join(self.path, old_name(name, _REMOVED))
-                    system_calls.rename(path, old)
-                    path = old
             remove_tree(path)
 
     def _directory(self, name: str) -> str:

@@ -4,6 +4,10 @@ A file that is written is on its way to the disk while more is written: the kern
 when the file is synced, and keep the disk idle until then. 1 GiB in writes of 4 MiB (ext4, medians of interleaved
 pairs) took 0.53 of the time that writes followed by one fsync take; from two processes, 0.57. Advice about reads
 (posix_fadvise) has brought nothing.
+
+A call writes at most 1 MiB. For a longer one the kernel looks for as many consecutive pages at once, and once memory is
+in pieces it has to move others for that: 256 MiB in calls of 4 MiB took 0.51 s of processor time (ext4, Linux 6,
+median of 30), in calls of 1 MiB 0.15 s, and 0.29 of the time until all was on disk.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from ferro_checkpoint.storage.failures import reading, writing
 from ferro_checkpoint.storage.storage import Bytes
 
 _BUFFERS = min(os.sysconf("SC_IOV_MAX"), 1024) if hasattr(os, "sysconf") else 16  # of one call
+_WRITE_BYTES = 1 << 20  # of one call
 _WRITE_BACK_BYTES = 4 << 20
 _LEAST_BYTES = 256 << 10
 
@@ -26,8 +31,12 @@ _LEAST_BYTES = 256 << 10
 class LocalReadableFile:
     """A file that is open for reading."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, directory: int | None = None) -> None:
         """Open it.
+
+        Args:
+            path: of the file.
+            directory: the descriptor of its directory, whatever has the directory's path by now; None: by the path.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -35,7 +44,9 @@ class LocalReadableFile:
         """
         self.path = path
         with reading(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait at a pipe
+            name = path if directory is None else os.path.basename(path)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # does not wait at a pipe
+            self._fd = os.open(name, flags, dir_fd=directory)
             about = os.fstat(self._fd)
         self.nbytes = about.st_size
         if not stat.S_ISREG(about.st_mode):
@@ -56,10 +67,13 @@ class LocalReadableFile:
             first = _advance(waiting, first, count)
 
     def identity(self) -> object:
-        """Identify this file with its contents: the same unless somebody has written to it or replaced it."""
+        """Identify this file with its contents: the same unless somebody has written to it or replaced it.
+
+        The time of the last change of its entry (st_ctime) is no part: it changes when the file is removed or linked.
+        """
         with reading(self.path):
             about = os.fstat(self._fd)
-        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
     def close(self) -> None:
         """Close it; a second call has no effect."""
@@ -90,7 +104,7 @@ class LocalWritableFile:
         first, end = 0, offset
         while first < len(waiting):
             with writing(self.path):
-                count = system_calls.write(self._fd, waiting[first : first + _BUFFERS], end)
+                count = system_calls.write(self._fd, _first_bytes(waiting, first), end)
             end += count
             first = _advance(waiting, first, count)
         self._write_back(offset, end)
@@ -127,6 +141,17 @@ class LocalWritableFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _first_bytes(waiting: list[Bytes], first: int) -> list[Bytes]:
+    """Return the buffers from `first` on that one call writes, the last of them cut off."""
+    chosen, left = [], _WRITE_BYTES
+    for one in waiting[first : first + _BUFFERS]:
+        chosen.append(one[:left])
+        left -= chosen[-1].nbytes
+        if not left:
+            break
+    return chosen
 
 
 def _advance(waiting: list[Bytes], first: int, count: int) -> int:

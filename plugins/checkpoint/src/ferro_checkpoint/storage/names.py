@@ -25,7 +25,7 @@ def check_within(name: str) -> None:
         StateError: it does.
     """
     if not is_file_name(name):
-        raise StateError(f"{name!r} cannot be the name of a checkpoint: choose one without '/'")
+        raise StateError(f"{name!r} cannot be the name of a checkpoint: choose one without '/' and '\\\\'")
 
 
 def check_name(name: str, token: str | None = None) -> None:

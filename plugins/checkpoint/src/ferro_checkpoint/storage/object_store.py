@@ -9,9 +9,10 @@ from ferro import PluginError
 from ferro_checkpoint.errors import CheckpointDamaged, CheckpointError
 from ferro_checkpoint.layout.record import RECORD_NAME, is_file_name
 from ferro_checkpoint.storage.names import check_name, check_within
-from ferro_checkpoint.storage.object_calls import call_store, remove_objects
+from ferro_checkpoint.storage.object_calls import call_store, remove_objects, told
 from ferro_checkpoint.storage.object_directory import ObjectDirectory
 from ferro_checkpoint.storage.object_files import ObjectReadableFile
+from ferro_checkpoint.storage.reading import read_all
 from ferro_checkpoint.storage.saver import TOKEN_NAME
 from ferro_checkpoint.storage.storage import NewDirectory, ReadableFile
 
@@ -57,6 +58,8 @@ class ObjectStorage:
             raise PluginError(f"{path}: {error} (fsspec needs it for this kind of address)") from error
         except ValueError as error:
             raise CheckpointError(f"{path} is no address that fsspec understands: {error}", path=path) from error
+        except Exception as error:  # a file system within a file opens that at once, and has errors of its own
+            raise told("opened", path, error) from error
         self._root = str(root).rstrip("/")
 
     def names(self) -> list[str]:
@@ -75,14 +78,7 @@ class ObjectStorage:
 
     def read_file(self, name: str, file: str, most_bytes: int) -> bytes:
         """Read a small object as a whole; see `Storage`."""
-        opened = self.open_file(name, file)
-        if opened.nbytes > most_bytes:
-            path = f"{self.path}/{name}/{file}"
-            text = f"{path} has {opened.nbytes} bytes, and cannot have more than {most_bytes}"
-            raise CheckpointDamaged(text, path=path)
-        content = bytearray(opened.nbytes)
-        opened.read_into([memoryview(content)], 0)
-        return bytes(content)
+        return read_all(self.open_file(name, file), f"{self.path}/{name}/{file}", most_bytes)
 
     def open_file(self, name: str, file: str) -> ReadableFile:
         """Describe an object for reading; see `Storage`."""

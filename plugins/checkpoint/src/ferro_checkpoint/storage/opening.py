@@ -6,6 +6,7 @@ import os
 import re
 
 from ferro_checkpoint.errors import StateError
+from ferro_checkpoint.layout.record import RECORD_NAME
 from ferro_checkpoint.storage.local import LocalStorage
 from ferro_checkpoint.storage.names import check_within
 from ferro_checkpoint.storage.object_store import ObjectStorage
@@ -37,6 +38,8 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     """
     text = _text(path)
     if _ADDRESS.match(text):
+        if "://" not in text:
+            raise StateError(f"{text!r} is no address: give one such as 's3://bucket/run/step-5'")
         parent, _, name = text.rstrip("/").rpartition("/")
         if parent.endswith((":", "/")):  # "memory://name": the store's root is the parent
             parent = f"{text[: text.index('://')]}://"
@@ -47,6 +50,8 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Storage, str]:
         parent, name = os.path.split(text.rstrip("/"))
     if not name:
         raise StateError(f"{text!r} is the root, and cannot be a checkpoint: choose a directory in it")
+    if name == RECORD_NAME:
+        raise StateError(f"{text!r} is the commit record of a checkpoint: give its directory, {parent!r}")
     check_within(name)
     return open_storage(parent), name
 

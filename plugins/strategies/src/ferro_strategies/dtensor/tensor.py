@@ -31,8 +31,7 @@ must call a collective.
     format(x, spec)
     allclose, array_equal, value in x       collectives unless replicated
     numpy.asarray(x), pickling              an error that says what to do
-    the rest                                works where no axis shards an array, otherwise an
-                                            error that says what to do
+    the rest                                works where no axis shards an array, else an error
 """
 
 from __future__ import annotations

@@ -127,6 +127,11 @@ class StateDictMixin(Module):
     def checkpoint_arrays(self) -> Mapping[str, CheckpointPiece]:
         """Describe this rank's shards, in the dtype in which the optimizer changes them, and the buffers."""
         self._check_between_passes("checkpoint_arrays")
+        if any(unit.has_unsharded_grad for unit in self._scheduler.units):
+            raise UsageError(
+                "FSDP.checkpoint_arrays: there are gradients that no_sync() has accumulated, which a checkpoint does "
+                "not hold. Save and load after the step that uses them, or drop them by model.zero_grad() before."
+            )
         return super().checkpoint_arrays()
 
     def full_optimizer_state_dict(self, optimizer: OptimizerWithState, *, rank0_only: bool = False) -> dict[str, Array]:

@@ -48,7 +48,8 @@ class PowerSGD:
         seed: seed of the first Q, the same on every rank.
 
     Attributes:
-        checkpoint_values_by_rank: True: in a checkpoint, each rank has a state of its own.
+        checkpoint_values_by_rank: True: in a checkpoint, each rank has a state of its own. Of it, the steps and every Q
+            are the same on all ranks, and a rank that is new has them, too; the errors are its own.
     """
 
     checkpoint_values_by_rank: ClassVar[bool] = True
@@ -89,6 +90,10 @@ class PowerSGD:
         """
         self._states.clear()
         self._loaded = dict(state)
+
+    def checkpoint_state_of_new_rank(self, state: Mapping[str, Array | str]) -> dict[str, Array | str]:
+        """Make, of another rank's state, that of a rank that was not there when it was saved: its errors are zero."""
+        return {name: value for name, value in state.items() if name.split(".")[1] != "error"}
 
     def __call__(self, bucket: GradBucket, group: ProcessGroup) -> Pending:
         """Start to average a bucket (steps 1 and 2)."""
@@ -176,6 +181,8 @@ class _BucketState:
     def load(self, state: Mapping[str, Array | str]) -> None:
         """Take over what `state_dict` made; a file of arrays may have made an array of the text, too."""
         own = self.state_dict()
+        if not any(name.startswith("error.") for name in state):  # of another rank
+            own = {name: value for name, value in own.items() if not name.startswith("error.")}
         if {name: np.shape(value) for name, value in own.items()} != {n: np.shape(value) for n, value in state.items()}:
             raise UsageError(
                 f"PowerSGD: the loaded state does not fit the bucket of {self.names[0]!r}, …: "
@@ -187,7 +194,7 @@ class _BucketState:
         self._rng.bit_generator.state = json.loads(str(state["generator"]))
         for matrix in self.matrices:
             if matrix.error is not None:
-                matrix.error[...] = xp.asarray(state[f"error.{matrix.index}"])
+                matrix.error[...] = xp.asarray(state.get(f"error.{matrix.index}", 0))
 
 
 class _CompressedAverage:

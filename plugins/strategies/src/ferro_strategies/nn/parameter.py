@@ -71,6 +71,7 @@ class Parameter:
         deferred: a list while `deferring` queues products for the gradient there, otherwise None.
         times_zeroed: the number of calls of `zero_grad()`. A strategy that keeps a part of the gradient elsewhere
             drops that part when this number has changed.
+        grad_is_used: whether an optimizer's step has used the present gradient, or skipped it; an addition ends that.
         step_guards: functions by the kind of strategy, which an optimizer calls with its learning rate before it
             changes the parameter; a strategy refuses a step there whose gradients are not those of all ranks.
     """
@@ -94,6 +95,7 @@ class Parameter:
         self.step_guards: dict[str, Callable[[float], None]] = {}
         self._state_owners: list[weakref.ref[StateOwner[Parameter]]] = []
         self.times_zeroed = 0
+        self.grad_is_used = False
 
     @property
     def data(self) -> Array:
@@ -166,6 +168,7 @@ class Parameter:
             check_grad_shape(self.name, self.data, value.shape)
             self._grad = self._reserve()
             self._grad[...] = value
+            self.grad_is_used = False
 
     @property
     def grad_dtype(self) -> np.dtype:
@@ -323,6 +326,7 @@ class Parameter:
         twin = Parameter(value, name=self.name, requires_grad=self.requires_grad)
         twin.splits = self.splits
         twin.grad = self._grad
+        twin.grad_is_used = self.grad_is_used
         return twin
 
     def __getstate__(self) -> dict[str, object]:
@@ -362,6 +366,7 @@ class Parameter:
         return self._memory
 
     def _notify(self) -> None:
+        self.grad_is_used = False
         if not self._uses:
             for listener in tuple(self._listeners):
                 listener(self)

@@ -79,6 +79,9 @@ class EMA(CheckpointedState):
     def applied(self) -> Iterator[None]:
         """Let the parameters have their averages in the block, and their own values, bit for bit, afterwards.
 
+        A checkpoint with an optimizer or an EMA in it cannot be saved or loaded in the block, as it would have the
+        averages as the weights. One of the model alone can be saved, and has the averages.
+
         Raises:
             UsageError: a parameter was changed in the block; it has its own value again.
         """
@@ -86,10 +89,12 @@ class EMA(CheckpointedState):
         own = [parameter.data.copy() for parameter in self.parameters]
         for parameter, state in zip(self.parameters, self.state, strict=True):
             parameter.data[...] = state["average"]
+        self.is_applied = True
         changed = []
         try:
             yield
         finally:
+            self.is_applied = False
             for index, (parameter, value) in enumerate(zip(self.parameters, own, strict=True)):
                 average = self.state[index]["average"].astype(value.dtype)
                 if not namespace_of(value).array_equal(parameter.data, average):

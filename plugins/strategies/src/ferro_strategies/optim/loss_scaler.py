@@ -167,6 +167,9 @@ class LossScaler:
             self._listener.before_agree(optimizers)
         flags = [self._finite.pop(optimizer) for optimizer in optimizers]
         finite = self._finite_on_all_ranks(all(flags), optimizers)
+        if not finite:  # The step is skipped, so nothing waits for these gradients.
+            for optimizer in optimizers:
+                optimizer.note_gradients_used()
         self._adapt(finite)
         return finite
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ferro.errors import UsageError
 
 from ..nn.arrays import Array
+from ..nn.checks import first_few
 from ..nn.module import Module
 from ..nn.parameter import Parameter, check_step
 from .blocks import cached_wide_dtype
 from .checkpointed_state import CheckpointedState
+from .group_values import matched_groups, merged_groups, with_group_names
 from .groups import GroupSetting, ParameterGroup, Parameters, Settings, make_groups
 from .schedules import Schedule, check_schedule
 
@@ -92,6 +95,7 @@ class Optimizer(CheckpointedState):
                     if not state or (self.master_weights and self._lacks_master(parameter, state)):
                         self._complete_state(index)
                     self._update(parameter, grad, state, group.settings)
+                    parameter.grad_is_used = True
                 index += 1
         self._schedule_step += 1
         self._apply_schedule()
@@ -101,6 +105,11 @@ class Optimizer(CheckpointedState):
     def __getstate__(self) -> dict[str, object]:
         """Leave out, for copies and pickle, what listens to this optimizer."""
         return {**super().__getstate__(), "_listeners": [], "_after_step": []}
+
+    def note_gradients_used(self) -> None:
+        """Note that no step waits for the present gradients, because it was skipped; a checkpoint can be saved then."""
+        for parameter in self.parameters:
+            parameter.grad_is_used = True
 
     def zero_grad(self) -> None:
         """Mark every parameter's gradient absent."""
@@ -195,6 +204,47 @@ class Optimizer(CheckpointedState):
             self._schedule_step = int(state["schedule.step"])
             self._base_lrs = np.asarray(state["schedule.lrs"]).tolist()
             self._apply_schedule()
+
+    # -- for checkpoints -------------------------------------------------------------------------
+
+    def checkpoint_values(self) -> dict[str, object]:
+        """Copy settings, the place in a schedule, and which parameters each of several groups has, by their names.
+
+        The names are those of the last call of `checkpoint_optimizer_arrays`.
+        """
+        return with_group_names(super().checkpoint_values(), self._names_of_groups())
+
+    def merged_checkpoint_values(self, values: Sequence[Any]) -> Any:
+        """Unite the values of ranks that had some of the parameters each; None where they had other settings."""
+        return merged_groups(values)
+
+    def fitted_checkpoint_values(self, value: Any) -> Any:
+        """Bring the settings of groups that were saved in another order into the order of this optimizer's groups."""
+        return matched_groups(type(self).__name__, value, self._names_of_groups())
+
+    def finish_checkpoint_load(self) -> None:
+        """Drop gradients from before the load: they are those of other weights."""
+        self.zero_grad()
+
+    def _check_savable(self) -> None:
+        super()._check_savable()
+        waiting = [
+            parameter.name or str(index)
+            for index, parameter in enumerate(self.parameters)
+            if parameter.grad is not None and not parameter.grad_is_used
+        ]
+        if waiting:
+            raise UsageError(
+                f"{type(self).__name__}: parameters have gradients that no step has used: "
+                f"{', '.join(first_few([repr(name) for name in waiting]))}. A checkpoint does not hold gradients, so "
+                "a training that is resumed would lack them. Save after optimizer.step(), or drop them by "
+                "optimizer.zero_grad() before. Nothing was saved."
+            )
+
+    def _names_of_groups(self) -> list[list[str]]:
+        """List the names of each group's parameters in a checkpoint, without those that it does not name."""
+        names = iter(self.names_in_checkpoint())
+        return [[name for _ in group.parameters if (name := next(names)) is not None] for group in self.groups]
 
     # -- for subclasses --------------------------------------------------------------------------
 
