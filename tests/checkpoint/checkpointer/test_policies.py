@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ferro import UsageError
-from ferro_checkpoint import Best, Checkpointer, Continuous, Every, Last, load, save
+from ferro_checkpoint import Best, Checkpointer, Continuous, Every, Last
 from ferro_checkpoint.checkpointer.every import SaveSchedules
 from ferro_checkpoint.checkpointer.keep import Saved
 
@@ -73,10 +73,8 @@ def test_the_last_and_the_best_are_kept():
         (lambda: Best(3, 1), "metric is the name"),
         (lambda: Checkpointer("x", timeout_s="x"), "timeout_s is a positive number of seconds, not 'x'"),
         (lambda: Checkpointer("x", preemption_s=math.nan), "preemption_s is a positive number"),
-        (lambda: Checkpointer("x", 3), "group is a group of ranks.*, not 3"),
+        (lambda: Checkpointer("x", 3), "group is 3"),
         (lambda: Checkpointer(3), "3 is no path"),
-        (lambda: save("x", {}, 3), "save: group is a group of ranks.*, not 3"),
-        (lambda: load("x", {}, timeout_s=-1), "load: timeout_s is a positive number of seconds, not -1"),
         (lambda: Checkpointer("x").step(1, {}, loss="low"), "metric 'loss' is a number, not str 'low'"),
         (lambda: Checkpointer("x").step(1, {}, loss=np.ones(2)), "metric 'loss' is a number, not ndarray"),
         (lambda: Checkpointer("x", timeout_s=0), "timeout_s is a positive number"),

@@ -8,6 +8,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from ferro import UsageError
+from ferro_checkpoint.checkpointer.every import is_positive
+
+
+def check_seconds(**seconds: float | None) -> None:
+    """Check times by their names; None is none.
+
+    Raises:
+        UsageError: one is no number of seconds.
+    """
+    for name, value in seconds.items():
+        if value is not None and not is_positive(value):
+            raise UsageError(f"Checkpointer: {name} is a positive number of seconds, not {value!r}")
 
 
 def checked_step(step: int) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ferro import FerroError, UsageError
+from ferro_checkpoint.arguments import check_group
 from ferro_checkpoint.checkpointer.agreement import BUSY, FAILED, PREEMPTED, StepAgreement
-from ferro_checkpoint.checkpointer.arguments import checked_metrics, checked_step
+from ferro_checkpoint.checkpointer.arguments import check_seconds, checked_metrics, checked_step
 from ferro_checkpoint.checkpointer.every import SavePolicy, SaveSchedules
 from ferro_checkpoint.checkpointer.keep import KeepPolicy
 from ferro_checkpoint.checkpointer.last_save import save_and_end
@@ -20,7 +21,6 @@ from ferro_checkpoint.checkpointer.resuming import load_newest
 from ferro_checkpoint.checkpointer.running_save import RunningSave
 from ferro_checkpoint.checkpointer.save_result import SaveResult
 from ferro_checkpoint.checkpointer.save_starter import SaveStarter, Target
-from ferro_checkpoint.plan.arguments import check_common
 from ferro_checkpoint.plan.failures import check_same
 from ferro_checkpoint.plan.lost_rank import told_to
 from ferro_checkpoint.progress import Progress
@@ -83,7 +83,8 @@ class Checkpointer:
             raise UsageError("Checkpointer: without a directory, give in_memory=True or a policy")
         if keep is not None and not isinstance(keep, KeepPolicy):
             raise UsageError(f"Checkpointer: keep is Last(n), Best(metric, n), some with |, or None, not {keep!r}")
-        check_common("Checkpointer", group, preemption_s=preemption_s, timeout_s=timeout_s)
+        check_group(group)
+        check_seconds(preemption_s=preemption_s, timeout_s=timeout_s)
         self._schedules = SaveSchedules(every, None if isinstance(in_memory, bool) else in_memory)
         self._background, self._timeout_s = async_, float(timeout_s)
         self._same = {
@@ -167,7 +168,7 @@ class Checkpointer:
             CheckpointIncomplete: parts of what was in the ranks' memories are lost, and there is no other checkpoint.
         """
         self._check_open()
-        check_common("resume", group)
+        check_group(group)
         if group is not None and group is not self._group:
             self._running.drop()
             self._leave(in_good_order=False)

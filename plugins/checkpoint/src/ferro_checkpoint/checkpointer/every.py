@@ -6,13 +6,20 @@ the same on all ranks: there the ranks agree (see `agreement`).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from ferro import UsageError
 from ferro_checkpoint.checkpointer.agreement import BUSY, DUE, MEMORY_DUE
-from ferro_checkpoint.plan.arguments import is_positive
+
+
+def is_positive(number: object) -> bool:
+    """Say whether this is a finite number greater than 0."""
+    return isinstance(number, int | float | np.integer | np.floating) and bool(0 < number < math.inf)
 
 
 @dataclass(frozen=True, slots=True)

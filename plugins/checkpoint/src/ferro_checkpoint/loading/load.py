@@ -8,10 +8,10 @@ from typing import Any
 
 from ferro import ProcessGroup
 from ferro.errors import PeerLost
+from ferro_checkpoint.arguments import check_group, check_timeout
 from ferro_checkpoint.loading.load_checkpoint import load_checkpoint
 from ferro_checkpoint.loading.names import Rename
 from ferro_checkpoint.opened.checkpoint import OpenedCheckpoint
-from ferro_checkpoint.plan.arguments import check_common
 from ferro_checkpoint.plan.deadline import Deadline
 from ferro_checkpoint.plan.failures import tell_all
 from ferro_checkpoint.plan.lost_rank import note_loss
@@ -56,7 +56,8 @@ def load(
         CheckpointDamaged: it is not what was written. If that is found while arrays are read, the message says that
             some have changed: load another checkpoint before you go on.
     """
-    check_common("load", group, timeout_s=timeout_s)
+    check_group(group)
+    check_timeout(timeout_s)
     own = (
         None if group is None or group.world_size == 1 else group.subgroup(range(group.world_size), timeout_s=timeout_s)
     )

@@ -6,9 +6,8 @@ import os
 
 from ferro import ProcessGroup
 from ferro.errors import CollectiveTimeout, GroupClosed, PeerLost, RendezvousError
-from ferro_checkpoint.arguments import checked_step
+from ferro_checkpoint.arguments import check_group, check_timeout, checked_step
 from ferro_checkpoint.errors import SaveFailed, save_failed
-from ferro_checkpoint.plan.arguments import check_common
 from ferro_checkpoint.plan.lost_rank import note_loss
 from ferro_checkpoint.plan.replica_check import Check
 from ferro_checkpoint.progress import Progress, byte_progress
@@ -51,7 +50,8 @@ def save(
         SaveFailed: a rank could not write, or is lost. Nothing is left of it. Where a rank is lost, this is
             `ferro.PeerLost` as well, and the group can shrink.
     """
-    check_common("save", group, timeout_s=timeout_s)
+    check_group(group)
+    check_timeout(timeout_s)
     step = checked_step(step)
     storage, name = split_path(path)
     own: ProcessGroup | None = None
