@@ -5,7 +5,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 BENCH := .bench-venv/bin
 MPIS := openmpi mpich
-WORKERS ?= 4
+WORKERS ?= 5
 
 export UV_PYTHON_DOWNLOADS = never
 # Bytecode is written at set-up: where PYTHONDONTWRITEBYTECODE is set, as in most containers, each of

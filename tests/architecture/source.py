@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -40,22 +39,25 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imports(tree: ast.Module, package: str = "") -> Iterator[Import]:
+@cache
+def imports(tree: ast.Module, package: str = "") -> tuple[Import, ...]:
     """List every import, at the top of a file or within a function, for type checkers only or not.
 
     Args:
         tree: the file's.
         package: the package that the file is in, for relative imports.
     """
+    found: list[Import] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (Import(alias.name, alias=alias.asname or alias.name) for alias in node.names)
+            found += (Import(alias.name, alias=alias.asname or alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:
                 base = package.split(".")[: len(package.split(".")) - node.level + 1]
                 module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (Import(module, alias.name, alias.asname or alias.name) for alias in node.names)
+            found += (Import(module, alias.name, alias.asname or alias.name) for alias in node.names)
+    return tuple(found)
 
 
 def imports_of(module: str) -> list[Import]:

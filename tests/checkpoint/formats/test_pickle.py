@@ -29,7 +29,7 @@ PLAIN = st.recursive(
 
 
 @given(value=PLAIN, protocol=st.integers(2, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_plain_values_come_back(value, protocol):
     assert read_pickle(pickle.dumps(value, protocol), {}, "p") == value
 
@@ -194,7 +194,7 @@ def instructions(content):
 
 
 @given(edits=changes(), swaps=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), max_size=3))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_metadata_are_read_or_refused(torch_files, edits, swaps):
     whole = instructions((torch_files / "sharded" / ".metadata").read_bytes())
     for one, other in swaps:
@@ -210,7 +210,7 @@ def test_changed_metadata_are_read_or_refused(torch_files, edits, swaps):
 
 
 @given(edits=changes())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_files_are_read_or_refused(torch_files, tmp_path_factory, edits):
     directory = tmp_path_factory.mktemp("changed")
     shutil.copyfile(torch_files / "no-crc32" / ".metadata", directory / ".metadata")

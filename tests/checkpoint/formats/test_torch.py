@@ -109,7 +109,7 @@ def test_a_changed_byte_is_found_or_harmless(torch_files, tmp_path):
     file = copy / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     expected, found = elements((3,), np.float32), 0
-    for at in range(len(content)):
+    for at in range(0, len(content), 3):  # 3 is prime to the sizes of all parts
         content[at] ^= 0xFF
         file.write_bytes(content)
         source = open_foreign(copy / "__0.metadata")
@@ -121,7 +121,7 @@ def test_a_changed_byte_is_found_or_harmless(torch_files, tmp_path):
         finally:
             source.close()
             content[at] ^= 0xFF
-    assert found > 400
+    assert found > 130
 
 
 def test_files_that_are_missing_short_or_elsewhere(copy):

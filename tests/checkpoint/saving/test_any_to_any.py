@@ -78,11 +78,11 @@ def short_segments(monkeypatch):
 
 
 def test_random_placements(tmp_path):
-    check_seeds(tmp_path, range(30))
+    check_seeds(tmp_path, range(15))
 
 
 def test_random_placements_in_many_segments(tmp_path, short_segments):
-    check_seeds(tmp_path, range(30, 60))
+    check_seeds(tmp_path, range(30, 45))
 
 
 def check_seeds(tmp_path, seeds):
