@@ -165,6 +165,7 @@ def test_the_user_is_told_whom_a_node_waits_for(
 ) -> None:
     """Node 0 waits for node 1, which comes once node 0 has said so; a name that does not resolve is said to be one."""
     monkeypatch.setattr(nodes, "_NOTICE_S", 0.01)
+    monkeypatch.setattr(nodes, "_NEXT_NOTICE_S", 0.1)  # the first may come before node 0 listens
     said: list[str] = []
     told = threading.Event()
 
