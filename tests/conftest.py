@@ -14,7 +14,7 @@ from ferro_testing.forked_ranks import PRELOADED
 from .namespaces import CannotMakeHosts, Hosts
 
 # A busy machine is slow, which is no fault of a test.
-settings.register_profile("ferro", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ferro", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ferro")
 
 PRELOADED.extend(["pytest", "ferro_gloo.backend", "ferro_strategies"])
